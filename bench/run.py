@@ -41,6 +41,7 @@ CPU_BENCHES = (
     ("cpu_codec",),
     ("cpu_linear",),
     ("cpu_ragged",),
+    ("formats",),
     ("step",),
     ("step", "--model", "1b", "--tokens", "1x256"),
     ("decode",),

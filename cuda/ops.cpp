@@ -105,24 +105,16 @@ Tensor on_16_bytes(const Tensor& t) {
 }
 OptionalTensor on_16_bytes(const OptionalTensor& t) { return t ? OptionalTensor(on_16_bytes(*t)) : t; }
 
-// The kernels do not read these forms yet.
-void require_served(const PackedArgs& w) {
-  const auto is_none = [](const char* name, const OptionalTensor& t) {
-    checks::require(!t.has_value(), name, ": expected None, because CUDA does not support it yet, got a tensor");
-  };
-  is_none("scale_table", w.scale_table);
-  is_none("block_offsets", w.offsets);
-  is_none("offset_scale", w.offset_scale);
-  checks::is_given("absmax", w.absmax);
-  const ScalarType dtype = w.absmax.scalar_type();
-  checks::require(dtype != ScalarType::Half && dtype != ScalarType::BFloat16,
-                  "absmax: expected Float or Byte, because CUDA does not support scales of 16 bits yet, got ",
-                  checks::dtype_text(dtype));
+// The tables for encoding are compiled in.
+void require_named(Code code) {
+  checks::require(static_cast<int>(code) < kCodeTableCount,
+                  "code: expected a code with a name to encode on CUDA, got 16 values; encode on the CPU");
 }
 
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w, int64_t block_size, const CodeName& code) {
   const QuantizeCall call(w, block_size, code);
   const OnDevice on(call.w);
+  require_named(call.code);
   check_launch("quantize_nf4", cuda::launch_quantize_nf4(call.code, call.dtype, call.w.const_data_ptr(), call.numel,
                                                          block_size, call.packed.mutable_data_ptr<uint8_t>(),
                                                          call.absmax.mutable_data_ptr<float>(), on.stream()));
@@ -132,6 +124,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w, int64_t block_size, con
 Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t block_size, const CodeName& code) {
   const SearchAbsmaxCall call(w, importance, block_size, code);
   const OnDevice on(call.w);
+  require_named(call.code);
   check_launch("search_absmax_nf4",
                cuda::launch_search_absmax_nf4(call.code, call.dtype, call.w.const_data_ptr(),
                                               call.importance.const_data_ptr<float>(), call.numel, call.k, block_size,
@@ -141,9 +134,11 @@ Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t bloc
 
 // The contents of order and feedback are not checked, unlike on the CPU, because the host would have to wait for them.
 Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, OptionalTensor feedback,
-                  OptionalTensor order, const CodeName& code) {
-  const EncodeCall call(w, absmax, block_size, feedback, order, code);
+                  OptionalTensor order, const CodeName& code, OptionalTensor block_offsets) {
+  checks::require(!block_offsets, "block_offsets: expected None on CUDA, which cannot encode under offsets yet");
+  const EncodeCall call(w, absmax, block_size, feedback, order, code, block_offsets);
   OnDevice on(call.w);
+  require_named(call.code);
   auto* const packed = call.packed.mutable_data_ptr<uint8_t>();
   const auto* const scales = call.absmax.const_data_ptr<float>();
   if (!feedback) {
@@ -166,9 +161,11 @@ Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, Opt
 }
 
 Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed,
-                             const CodeName& code) {
-  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt, code);
+                             const CodeName& code, OptionalTensor block_offsets) {
+  checks::require(!block_offsets, "block_offsets: expected None on CUDA, which cannot encode under offsets yet");
+  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt, code, block_offsets);
   const OnDevice on(call.w);
+  require_named(call.code);
   check_launch("encode_nf4_stochastic",
                cuda::launch_encode_nf4_stochastic(
                    call.code, call.dtype, call.w.const_data_ptr(), call.absmax.const_data_ptr<float>(), call.numel,
@@ -199,7 +196,6 @@ Tensor dequantize_absmax(const Tensor& codes, const Tensor& nested_absmax, const
 }
 
 Tensor dequantize_nf4(DequantizeArgs args) {
-  require_served(args.w);
   const DequantizeCall call(args);
   const OnDevice on(call.out);
   check_launch("dequantize_nf4",
@@ -212,7 +208,6 @@ template <bool kWithH>
 auto linear_nf4(LinearArgs args) {
   for (Tensor* t : {&args.x, &args.w.packed}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
-  require_served(args.w);
   const LinearCall call(args, kWithH);
   if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
@@ -224,7 +219,6 @@ template <bool kWithG>
 auto linear_nf4_dx(LinearDxArgs args) {
   for (Tensor* t : {&args.dy, &args.w.packed}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
-  require_served(args.w);
   const LinearDxCall call(args, kWithG);
   if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);
@@ -249,7 +243,6 @@ template <bool kWithH>
 auto grouped_linear_nf4(GroupedLinearArgs args) {
   for (Tensor* t : {&args.x, &args.w.packed}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
-  require_served(args.w);
   const GroupedLinearCall call(args, kWithH);
   if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
@@ -261,7 +254,6 @@ template <bool kWithG>
 auto grouped_linear_nf4_dx(GroupedLinearDxArgs args) {
   for (Tensor* t : {&args.dy, &args.w.packed}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
-  require_served(args.w);
   const GroupedLinearDxCall call(args, kWithG);
   if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);

@@ -11,6 +11,7 @@
 
 #include "build_info.h"
 #include "cpp/cpu/check.h"
+#include "cpp/cpu/code_name.h"
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
@@ -50,14 +51,11 @@ void check_nested_block_size(int64_t nested_block_size) {
                                                        std::to_string(nested_block_size));
 }
 
-// Also finds the codes that exist for tests only, but does not list them.
 Code code_of(const std::string& name) {
-  std::string names;
-  for (const CodeTable& t : kCodeTables) {
-    if (name == t.name) return static_cast<Code>(&t - kCodeTables);
-    if (!t.is_test) names += (names.empty() ? "" : ", ") + std::string(t.name);
-  }
-  throw py::value_error("code: expected " + names + ", got " + name);
+  Code code = Code::kNf4;
+  const std::string error = find_code(name.c_str(), &code);
+  require(error.empty(), error);
+  return code;
 }
 
 void check_count(const char* name, int64_t got, int64_t expected) {

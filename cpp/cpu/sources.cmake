@@ -58,11 +58,11 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND _neon_bf16 -fno-schedule-insns)
 endif()
 
-# The parts of each instruction set (parts/parts.h). They are compiled as two files, the many-token parts apart from the
-# others, so that the compiler needs less than 3 GB for a file. Where QLORA_CPU_PARTS_APART is set each part is a file:
+# The parts of each instruction set (parts/parts.h). They are compiled as three files, the many-token parts and those of
+# offsets apart from the others, so that the compiler needs less than 3 GB for a file. Where QLORA_CPU_PARTS_APART is set each part is a file:
 # with the checks of QLORA_SANITIZE a part takes as much as several without. The machine code is not quite the same,
 # since what is inlined depends on all that a file holds.
-set(_few_tokens few_tokens_dx_float few_tokens_forward)
+set(_few_tokens few_tokens_dx_float few_tokens_forward few_tokens_offsets)
 set(_many_tokens many_tokens_forward many_tokens_dx many_tokens_dlora)
 set(_parts_scalar codec ${_few_tokens} few_tokens_dx_int few_tokens_forward_bf16 ${_many_tokens})
 set(_parts_avx2 codec ${_few_tokens} ${_many_tokens})
@@ -90,10 +90,15 @@ foreach(_isa IN LISTS _isas)
     set(_many ${_parts_${_isa}})
     list(FILTER _many INCLUDE REGEX "^many_tokens")
     set(_others ${_parts_${_isa}})
-    list(FILTER _others EXCLUDE REGEX "^many_tokens")
+    list(FILTER _others EXCLUDE REGEX "^many_tokens|_offsets$")
+    set(_offsets ${_parts_${_isa}})
+    list(FILTER _offsets INCLUDE REGEX "_offsets$")
     _add_cpu_file(${_isa}_many_tokens ${_isa} ${_many})
     if(_others)
       _add_cpu_file(${_isa}_few_tokens ${_isa} ${_others})
+    endif()
+    if(_offsets)
+      _add_cpu_file(${_isa}_offsets ${_isa} ${_offsets})
     endif()
   endif()
 endforeach()

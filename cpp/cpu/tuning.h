@@ -90,15 +90,19 @@ constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
   if (!info_of(kernel).few_tokens) return true;
   if (p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
-  if (kernel == Kernel::kFewTokensInt && !kIntCodes[p.w.code].serves) return false;
+  // An offset may cancel most of a weight's value, so integers that are only near the values do not serve beside one.
+  const IntCodeTable& ints = int_codes(p.w.code);
+  if (kernel == Kernel::kFewTokensInt && !(p.w.scales.offsets ? ints.exact : ints.serves)) return false;
+  if (kernel == Kernel::kFewTokensBf16 && p.w.scales.offsets) return false;
   return kernel == Kernel::kFewTokensFloat || p.m <= kMostForwardTokens;
 }
 constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
   if (!info_of(kernel).few_tokens) return true;
   if (!k16Bit.has(p.dtype) || p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
-  if (kernel == Kernel::kFewTokensInt && !kIntCodes[p.w.code].serves) return false;
-  if (kernel == Kernel::kFewTokensInt) return p.m <= kMostDxIntTokens && has_one_scale_per(kDxIntColumns, p.w);
+  if (kernel == Kernel::kFewTokensInt && !int_codes(p.w.code).serves) return false;
+  if (kernel == Kernel::kFewTokensInt)
+    return p.m <= kMostDxIntTokens && has_one_scale_per(kDxIntColumns, p.w) && !p.w.scales.offsets;
   return kernel == Kernel::kFewTokensFloat && p.m <= kMostDxFloatTokens;
 }
 constexpr bool accepts(Kernel kernel, const LoraGradProblem& p) {
@@ -149,7 +153,7 @@ inline constexpr int64_t kLeastRowWeights = 128, kLeastColumnWeights = 64;
 // that costs more than decoding to float32 does (V2: 64 weights and 2 tokens 20 cycles against 24, 3: 31 against 28).
 constexpr Kernel few_tokens_kernel(const LinearProblem& p, const Cpu& cpu) {
   if (p.dtype == DType::kFloat32) return Kernel::kFewTokensFloat;
-  if (cpu.has(kAsimd) && multiplies_pairs(p.dtype, cpu)) return Kernel::kFewTokensBf16;
+  if (cpu.has(kAsimd) && multiplies_pairs(p.dtype, cpu) && !p.w.scales.offsets) return Kernel::kFewTokensBf16;
   if (p.w.k < kLeastRowWeights || (cpu.has(kAsimd) && p.m > 2)) return Kernel::kFewTokensFloat;
   return accepts(Kernel::kFewTokensInt, p) ? Kernel::kFewTokensInt : Kernel::kFewTokensFloat;
 }
@@ -167,10 +171,10 @@ constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
   if (!k16Bit.has(p.dtype)) return 0;
   if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 1 : 3;
   if (!cpu.has(kAvx2)) return 0;
-  const bool whole_groups = has_one_scale_per(kDxIntColumns, p.w);
-  if (has_tiles(p.dtype, cpu)) return whole_groups ? 8 : p.w.k % 8 ? 6 : 16;
-  if (multiplies_pairs(p.dtype, cpu)) return whole_groups ? 6 : 4;
-  if (whole_groups) return 16;
+  const bool integers = accepts(Kernel::kFewTokensInt, p);
+  if (has_tiles(p.dtype, cpu)) return integers ? 8 : p.w.k % 8 ? 6 : 16;
+  if (multiplies_pairs(p.dtype, cpu)) return integers ? 6 : 4;
+  if (integers) return 16;
   return p.w.k % 8 ? 6 : cpu.has(kAvx512f) ? 8 : 16;
 }
 

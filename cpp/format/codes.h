@@ -113,9 +113,18 @@ inline constexpr CodeTable kCodeTables[] = {
 };
 inline constexpr int kCodeTableCount = sizeof(kCodeTables) / sizeof(kCodeTables[0]);
 
-QLORA_INLINE constexpr const CodeTable& table_of(Code code) { return kCodeTables[static_cast<int>(code)]; }
+// A code that a caller has made up is a number from kCodeTableCount on. The kernels' library keeps its table, forever
+// (cpp/cpu/custom_codes.h).
+QLORA_INLINE constexpr bool is_custom(Code code) { return static_cast<int>(code) >= kCodeTableCount; }
+namespace cpu {
+QLORA_EXPORT const CodeTable& custom_table(Code code);
+}
 
-// A T per code, constructed from its table at compile time.
+QLORA_INLINE constexpr const CodeTable& table_of(Code code) {
+  return is_custom(code) ? cpu::custom_table(code) : kCodeTables[static_cast<int>(code)];
+}
+
+// A T per code of kCodeTables, constructed from its table at compile time.
 template <class T>
 struct PerCode {
   T of[kCodeTableCount] = {};

@@ -32,7 +32,7 @@ struct Offsets {
   const void* stored = nullptr;  // [blocks], of the form's type
   const float* unit = nullptr;   // kScaled8: [ceil(blocks / nested_block_size)]
 
-  QLORA_HD explicit operator bool() const { return form != OffsetForm::kNone; }
+  QLORA_HD constexpr explicit operator bool() const { return form != OffsetForm::kNone; }
 };
 
 struct Scales {
@@ -59,6 +59,17 @@ QLORA_INLINE Scales nested_scales(const uint8_t* codes, const float* nested_absm
                                   int64_t block_size, int64_t nested_block_size) {
   return {ScaleForm::kNested8, codes, nested_absmax, nested_offset, block_size, nested_block_size, nullptr, {}};
 }
+
+// Decoded scales that weights are encoded under, one per block, and offsets, or null.
+struct GivenScales {
+  const float* scale = nullptr;
+  const float* offset = nullptr;
+};
+
+// Of a block with an offset.
+struct ScaleAndOffset {
+  float scale, offset;
+};
 
 QLORA_HD int64_t stored_bytes(ScaleForm form) {
   return form == ScaleForm::kFloat32 ? 4 : form == ScaleForm::kFloat16 || form == ScaleForm::kBFloat16 ? 2 : 1;

@@ -4,27 +4,22 @@
 // argument needs a field here and its use in cpp/ops/calls.h and, for experts, in grouped_calls.h.
 #pragma once
 
-#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpp/format/codes.h"
+#include "cpp/cpu/code_name.h"
 #include "cpp/ops/stable.h"
 
 namespace qlora {
 
-// The argument `code`: the name of a table in cpp/format/codes.h. checks::code returns the code it names.
+// The argument `code` (cpp/cpu/code_name.h). checks::code returns the code it names.
 struct CodeName {
-  const CodeTable* table = &table_of(Code::kNf4);  // null if there is no such code
-  std::string unknown;                             // the name, if there is no such code
+  Code code = Code::kNf4;
+  std::string error;  // what is wrong with the name, or empty
 
   CodeName() = default;
-  explicit CodeName(const char* name) : table(nullptr) {
-    for (const CodeTable& t : kCodeTables)
-      if (std::strcmp(t.name, name) == 0) table = &t;
-    if (!table) unknown = name;
-  }
+  explicit CodeName(const char* name) : error(find_code(name, &code)) {}
 };
 
 }  // namespace qlora

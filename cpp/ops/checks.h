@@ -115,15 +115,9 @@ inline void nested_block_size(int64_t n) {
           n);
 }
 
-// Returns the code of that name. The message does not list the codes that exist for tests only.
 inline Code code(const CodeName& name) {
-  if (name.table) [[likely]]
-    return static_cast<Code>(name.table - kCodeTables);
-  std::string names;
-  for (const CodeTable& t : kCodeTables)
-    if (!t.is_test) names += (names.empty() ? "" : ", ") + std::string(t.name);
-  require(false, "code: expected ", names, ", got ", name.unknown);
-  return {};
+  require(name.error.empty(), name.error);
+  return name.code;
 }
 
 // Multiplies sizes, one at a time. A negative size is an error, and so is a product above kMaxElements. A size of 0

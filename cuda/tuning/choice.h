@@ -59,6 +59,8 @@ inline std::string describe(const Choice& choice) {
   return text;
 }
 
+constexpr bool has_offsets(const Weight& w) { return w.scales.offsets.form != OffsetForm::kNone; }
+
 constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
 // `wish`, or `value` if `wish` is 0, which means that nothing is forced.

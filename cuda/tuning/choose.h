@@ -50,7 +50,7 @@ struct Kernels<LinearProblem> {
        nullptr,
        sm80::few_tokens_config,
        {.tokens = {4, 8, 16}, .splits = true}},
-      {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {32, 64}, .splits = true}},
+      {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {16, 32, 64}, .splits = true}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::config, {.tokens = {4, 16, 64}}},
       {Kernel::kRagged, any::ragged_accepts, nullptr, any::config, {.tokens = {4, 16, 64}}},
   };

@@ -33,11 +33,13 @@ inline constexpr Crossover kCrossovers[] = {
     {120, kNever},  // RTX 5090, RTX PRO 6000: like the 4090; model 1200
 };
 
-// Kernels without tensor cores (for float32, k not a multiple of 64, or blocks of 32) decode the weight again for every
-// 64 tokens. The library is ahead as soon as they would decode twice.
-constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, const Device& device) {
+// Kernels without tensor cores (for float32, or k not a multiple of 64), and those that apply a scale or an offset to
+// each weight (for blocks of 32, or offsets), decode the weight again for every 64 tokens. The library is ahead as soon
+// as they would decode twice.
+constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, const Device& device,
+                                    bool offsets = false) {
   constexpr int64_t kTokensPerDecode = 64;
-  if (dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64) return kTokensPerDecode + 1;
+  if (dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64 || offsets) return kTokensPerDecode + 1;
   const Crossover* best = kCrossovers;
   for (const Crossover& c : kCrossovers) {
     if (device.arch >= c.arch) best = &c;
@@ -66,7 +68,7 @@ constexpr bool accepts(const Problem& p, const Device&) {
 
 template <class Problem>
 constexpr bool is_ahead(const Problem& p, const Device& device) {
-  return p.m >= library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device);
+  return p.m >= library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device, has_offsets(p.w));
 }
 
 // Sums are float32 if LoRA or bias are added to them.

@@ -17,7 +17,15 @@ namespace qlora::cuda::sm80 {
 // Every operand begins at a multiple of 16 bytes, because cuda/ops.cpp copies those that do not.
 
 // The forward reads w in segments of 64 k with one scale per row.
-constexpr bool is_regular(const LinearProblem& p) { return p.w.k > 0 && has_one_scale_per(64, p.w); }
+constexpr bool is_regular(const LinearProblem& p) {
+  return p.w.k > 0 && has_one_scale_per(64, p.w) && !has_offsets(p.w);
+}
+
+// The forward's tiles for blocks of 16 and 32 and for offsets, whose weights are decoded with scale and offset and then
+// rounded. NF4 in such blocks keeps the kernel for any shape, which does not round weights.
+constexpr bool scales_weights(const LinearProblem& p) {
+  return p.w.k > 0 && p.w.k % 64 == 0 && !is_regular(p) && (p.w.code != Code::kNf4 || has_offsets(p.w));
+}
 
 // dX reads 16 bytes of a row of w, with one scale, and 16 bytes of dy at a time.
 constexpr bool is_regular(const LinearDxProblem& p) { return has_one_scale_per(32, p.w) && p.w.n % 8 == 0; }
@@ -28,6 +36,9 @@ constexpr bool is_regular(const LoraGradProblem& p) { return p.k % 8 == 0 && p.n
 template <class Problem>
 constexpr bool accepts(const Problem& p, const Device&) {
   return is_16_bit(p.dtype) && is_regular(p);
+}
+constexpr bool accepts(const LinearProblem& p, const Device&) {
+  return is_16_bit(p.dtype) && (is_regular(p) || scales_weights(p));
 }
 template <class Problem>
 constexpr bool accepts(const Grouped<Problem>& p, const Device& device) {
@@ -51,8 +62,8 @@ inline constexpr int64_t kSegment = 64, kForwardRows = 128;
 // Up to 16 tokens: the kernel has a single tile for all tokens, and computes LoRA's product in the same launch.
 inline constexpr int64_t kMostFewTokens = 16;
 
-constexpr bool few_tokens_accepts(const LinearProblem& p, const Device& device) {
-  return accepts(p, device) && p.m <= kMostFewTokens;
+constexpr bool few_tokens_accepts(const LinearProblem& p, const Device&) {
+  return is_16_bit(p.dtype) && is_regular(p) && p.m <= kMostFewTokens;
 }
 constexpr Config few_tokens_config(const LinearProblem& p, const Device&, const Config& wish) {
   const int64_t least = p.m <= 4 ? 4 : p.m <= 8 ? 8 : kMostFewTokens;
@@ -70,14 +81,22 @@ constexpr int64_t wished_tokens(const Config& wish, int64_t tokens, const Device
   return wish.tokens == 64 && device.shared_per_cta < kShared64 ? tokens : or_wish(wish.tokens, tokens);
 }
 
+constexpr int64_t scaled_tokens(const Weight& w, int64_t m, const Device& device, const Config& wish) {
+  const int64_t tokens = m <= 16 ? 16 : w.scales.block_size < 32 ? 32 : forward_tokens(m, device);
+  return wish.tokens == 64 && w.scales.block_size < 32 ? tokens : wished_tokens(wish, tokens, device);
+}
+
 constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
-  return {
-      .tokens = wished_tokens(wish, forward_tokens(p.m, device), device), .rows = kForwardRows, .splits = wish.splits};
+  const int64_t tokens = scales_weights(p)   ? scaled_tokens(p.w, p.m, device, wish)
+                         : wish.tokens == 16 ? forward_tokens(p.m, device)  // few_tokens has a better tile
+                                             : wished_tokens(wish, forward_tokens(p.m, device), device);
+  return {.tokens = tokens, .rows = kForwardRows, .splits = wish.splits};
 }
 
 // For experts, k is not split: this would gain nothing with many experts, and little with few.
 constexpr Config config(const Grouped<LinearProblem>& p, const Device& device, const Config& wish) {
   const int64_t m = tile_tokens(p), tokens = m <= 8 ? 8 : m <= 16 ? 16 : forward_tokens(m, device);
+  if (scales_weights(p.stack)) return {.tokens = scaled_tokens(p.stack.w, m, device, wish), .rows = kForwardRows};
   return {.tokens = wished_tokens(wish, tokens, device), .rows = kForwardRows};
 }
 
@@ -112,14 +131,24 @@ constexpr int64_t dx_tokens(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <=
 constexpr Config dx_tile(int64_t m, const Config& wish) {
   return {.tokens = or_wish(wish.tokens, dx_tokens(m)), .columns = kDxColumns, .splits = wish.splits};
 }
+// With offsets, the largest tile needs more shared memory than some devices have.
+inline constexpr int kSharedDxOffsets64 = 103 * 1024;
+constexpr Config dx_offset_tile(int64_t m, const Device& device, const Config& wish) {
+  const int64_t most = device.shared_per_cta < kSharedDxOffsets64 ? 32 : 64;
+  const int64_t wished = wish.tokens < 16 ? dx_tokens(m) : wish.tokens;
+  return {.tokens = std::clamp<int64_t>(wished, 16, most), .columns = kDxColumns, .splits = wish.splits};
+}
 constexpr Config dx_ragged_tile(int64_t block_size, const Config& wish) {
   const int64_t most = block_size < 32 ? kDxSmallBlockTokens : kDxRaggedTokens;
   return {.tokens = std::min(or_wish(wish.tokens, most), most), .columns = kDxColumns, .splits = wish.splits};
 }
 
-constexpr Config config(const LinearDxProblem& p, const Device&, const Config& wish) { return dx_tile(p.m, wish); }
-constexpr Config config(const Grouped<LinearDxProblem>& p, const Device&, const Config& wish) {
-  return dx_tile(tile_tokens(p), wish);
+constexpr Config config(const LinearDxProblem& p, const Device& device, const Config& wish) {
+  return has_offsets(p.w) ? dx_offset_tile(p.m, device, wish) : dx_tile(p.m, wish);
+}
+constexpr Config config(const Grouped<LinearDxProblem>& p, const Device& device, const Config& wish) {
+  const int64_t m = tile_tokens(p);
+  return has_offsets(p.stack.w) ? dx_offset_tile(m, device, wish) : dx_tile(m, wish);
 }
 constexpr Config ragged_config(const LinearDxProblem& p, const Device&, const Config& wish) {
   return dx_ragged_tile(p.w.scales.block_size, wish);

@@ -16,11 +16,11 @@ inline constexpr int64_t kOutputs = 128;                           // outputs pe
 inline constexpr int64_t kForwardStageK = 128, kDxStageRows = 64;  // terms of the sum per stage
 inline constexpr int64_t kMostSplits = 8;                          // the largest cluster that every device supports
 
-// k has groups of 64 with one scale each, and the sizes fit TMA's coordinates.
+// k has groups of 64 with one scale each and no offset, and the sizes fit TMA's coordinates.
 constexpr bool accepts_weight(DType dtype, int64_t m, const Weight& w, const Device& device) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   return device.arch == 90 && is_16_bit(dtype) && m > 0 && w.n > 0 && w.k > 0 && has_one_scale_per(64, w) &&
-         m <= kMost && w.n <= kMost && w.k <= kMost;
+         !has_offsets(w) && m <= kMost && w.n <= kMost && w.k <= kMost;
 }
 constexpr bool accepts(const LinearProblem& p, const Device& device) {
   return accepts_weight(p.dtype, p.m, p.w, device);

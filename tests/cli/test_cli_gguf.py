@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import pathlib
 import signal
 import struct
@@ -185,3 +187,35 @@ def test_quantize_decodes_for_options_that_need_dense_weights(
 def test_the_rest_of_a_model_without_4bit_weights(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     error = refused("quantize", "--model", llama_file, "--output", tmp_path / "out", "--quantize-rest")
     assert "--quantize-rest: expected a GGUF file with 4-bit weights" in error
+
+
+def test_a_plan_has_the_sizes_of_the_file(four_bit_file: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "plan",
+        "--model",
+        str(four_bit_file),
+        "--seq-len",
+        "8",
+        "--device",
+        "cpu",
+        "--dtype",
+        "bfloat16",
+        "--json",
+    ]
+    assert main(command) == 0
+    planned = json.loads(capsys.readouterr().out)["bytes"]
+    model = Loader(resolve(str(four_bit_file)), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
+    layers = [layer.packed_state() for _, layer in qlora_ext.nn.layers_of(model)]
+    packed = sum(state["weight"].nbytes for state in layers)
+    assert planned["base weights"] == packed
+    assert planned["scales"] == sum(t.nbytes for state in layers for t in state.values()) - packed
+    everything = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert planned["other weights"] == everything - planned["base weights"] - planned["scales"]
+
+
+def test_check_needs_the_dense_model_of_a_file(four_bit_file: pathlib.Path) -> None:
+    from qlora_ext.cli.commands.check import _base
+
+    base, reason = _base(argparse.Namespace(base=None), resolve(str(four_bit_file)))
+    assert base is None
+    assert reason == "its file stores 4-bit weights, which are used as they are; name the dense model with --base"

@@ -77,7 +77,7 @@ def weights(numel: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(numel) * scale).to("cuda", dtype)
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("code", reference.CODE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", BLOCK_SIZES)
 def test_every_length(block: int, dtype: torch.dtype, code: str) -> None:

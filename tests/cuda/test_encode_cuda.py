@@ -72,7 +72,7 @@ def with_specials(w: Tensor) -> Tensor:
     return w
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("code", reference.CODE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scales(dtype: torch.dtype, code: str) -> None:
     for n, k in SHAPES:
@@ -104,7 +104,7 @@ def test_scales_of_weights_that_are_not_finite(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found[:, 0], good[:, 0], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("code", reference.CODE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes(dtype: torch.dtype, code: str) -> None:
     for n, k in SHAPES:
@@ -117,7 +117,7 @@ def test_codes(dtype: torch.dtype, code: str) -> None:
     encode(w.T, torch.rand(-(-w.numel() // 64)) + 0.5, 64)
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("code", reference.CODE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes_of_weights_that_are_not_finite(dtype: torch.dtype, code: str) -> None:
     w = with_specials(weight(10, 128, dtype))
@@ -139,7 +139,7 @@ def test_codes_at_every_boundary() -> None:
     encode_stochastic(w, torch.ones(-(-w.numel() // 32)), 32, 7)
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("code", reference.CODE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stochastic_codes(dtype: torch.dtype, code: str) -> None:
     for n, k in SHAPES:

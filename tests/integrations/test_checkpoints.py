@@ -24,6 +24,7 @@ import packed_models
 from packed_models import FORMATS, IDS
 from qlora_ext import QLoRAConfig
 from qlora_ext.fingerprint import fingerprint
+from qlora_ext.integrations.transformers import save_in_our_format
 from qlora_ext.nn import Embedding4bit, Experts4bit, layers_of
 from tiny_models import same_state
 
@@ -284,5 +285,53 @@ def test_streaming(tmp_path: pathlib.Path) -> None:
     assert torch.equal(model(IDS).logits, load(checkpoint.path)(IDS).logits)
     model.save_pretrained(tmp_path / "saved")
     assert same_tensors(tmp_path / "saved", checkpoint.tensors)
-    with pytest.raises(ValueError, match="'disk' needs a 4-bit model saved by qlora_ext"):
+    with pytest.raises(ValueError, match="'disk' needs a 4-bit model saved by qlora_ext; load the mxfp4 checkpoint"):
         load(checkpoint.path, stream="disk")
+
+
+@pytest.mark.parametrize("case", [MXFP4, MOE, NVFP4], ids="-".join)
+def test_saved_in_our_format(case: tuple[str, str], tmp_path: pathlib.Path) -> None:
+    model = load(packed_models.save(tmp_path, *case).path)
+    save_in_our_format(model)
+    model.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32, device_map="cpu")
+    assert same_state(again, model)
+    assert torch.equal(load(tmp_path / "ours", stream="disk")(IDS).logits, model(IDS).logits)
+
+
+def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
+    """A checkpoint of ModelOpt whose attention is in FP8: it is decoded, and saved as it was."""
+    checkpoint = packed_models.save(tmp_path, "llama", "modelopt", keep="self_attn")
+    layers = {}
+    for name in [name for name in checkpoint.tensors if "_proj.weight" in name and name.endswith("weight")]:
+        module = name.removesuffix(".weight")
+        layers[module] = {"quant_algo": "NVFP4", "group_size": 16}
+        if "self_attn" not in name:
+            continue
+        layers[module] = {"quant_algo": "FP8"}
+        scale = torch.tensor(0.0017) if "q_proj" in name else torch.rand(checkpoint.tensors[name].shape[0], 1) / 100
+        codes = (checkpoint.tensors[name] / scale).to(torch.float8_e4m3fn)
+        new = {name: codes, f"{module}.weight_scale": scale, f"{module}.input_scale": torch.tensor(0.5)}
+        checkpoint.tensors.update(new)
+        checkpoint.dense.get_submodule(module).weight.data = codes.float() * scale
+    change(checkpoint, "", lambda t: None)
+    fields = json.loads((checkpoint.path / "config.json").read_text())
+    fields["quantization_config"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "ignore": []}
+    (checkpoint.path / "config.json").write_text(json.dumps(fields))
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.warns(UserWarning, match="8 weights that the checkpoint stores in FP8 are decoded and dense"):
+            model = load(checkpoint.path, dtype)
+        assert sum(1 for _ in layers_of(model)) == 6
+        for name, module in checkpoint.dense.named_modules():
+            if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")):
+                assert torch.equal(model.get_submodule(name).weight, module.weight.to(dtype))
+        if dtype == torch.float32:
+            torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+        model.save_pretrained(tmp_path / "saved")
+        found = load_file(tmp_path / "saved" / "model.safetensors")
+        for name, t in checkpoint.tensors.items():
+            if "self_attn" in name and t.dtype == torch.float8_e4m3fn:
+                assert torch.equal(found[name].view(torch.uint8), t.view(torch.uint8)), name
+            elif "proj" in name:
+                assert found[name].dtype == t.dtype
+                assert torch.equal(found[name].float(), t.float())

@@ -247,3 +247,37 @@ def test_rows_of_transformers_processors(
     out[rows.numbers] = values
     assert torch.equal(out.T if rows.transposed else out, process(values.numpy())["w"])
     assert rows.transposed == (architecture == "gpt2")
+
+
+def test_nvfp4_with_a_further_scale(tmp_path: pathlib.Path) -> None:
+    """llama.cpp multiplies a tensor's products by NAME.scale, or those of each expert by one of its values."""
+    path, plain = tmp_path / "a.gguf", tmp_path / "plain.gguf"
+    names = [f"blk.0.{name}" for name in ("attn_q", "ffn_gate_exps", "ffn_down_exps")]
+    factors = [[0.7], [0.3, 1.7], [1.1, 0.6]]
+    scales = {f"{name}.scale": np.float32(factor) for name, factor in zip(names, factors, strict=True)}
+    expected = made("qwen3moe", plain, kinds=["NVFP4"])
+    weights = made("qwen3moe", path, kinds=["NVFP4"], more=scales)
+    assert weights.unknown == []
+    model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+    layer = model.model.layers[0]
+    query = "model.layers.0.self_attn.q_proj.weight"
+    w4 = expected.stored(query)
+    table = w4.scale_table * torch.tensor(0.7)
+    assert torch.equal(layer.self_attn.q_proj.weight4bit.scale_table, table)
+    for name in ("gate_up_proj", "down_proj"):  # two tensors make up gate_up_proj, with factors of their own
+        w = expected.decode(f"model.layers.0.mlp.experts.{name}")
+        factor = torch.ones(2, w.shape[1], 1)
+        if name == "down_proj":
+            factor *= torch.tensor([1.1, 0.6]).view(2, 1, 1)
+        else:
+            factor[:, :768] *= torch.tensor([0.3, 1.7]).view(2, 1, 1)
+        assert torch.equal(getattr(layer.mlp.experts, name), w * factor)
+    tables = expected.stored("model.layers.0.mlp.experts.down_proj").scale_table * torch.tensor([[1.1], [0.6]])
+    found = weights.stored("model.layers.0.mlp.experts.down_proj").scale_table
+    assert torch.equal(found, tables)
+    scale = next(t for t in read_header(path).tensors if t.name == "blk.0.attn_q.scale")
+    data = bytearray(path.read_bytes())
+    data[scale.begin : scale.begin + 4] = b"\x00\x00\xc0\x7f"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a.gguf: blk.0.attn_q.scale: expected 1 finite factors, got .*nan"):
+        reader(path).stored(query)

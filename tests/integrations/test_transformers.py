@@ -176,13 +176,13 @@ def test_loads_bitsandbytes_checkpoints(
 
 @pytest.mark.parametrize(
     ("options", "kind"),
-    [({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "FP4"), ({"load_in_8bit": True}, "int8")],
+    [({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "INT4"), ({"load_in_8bit": True}, "int8")],
 )
 def test_refuses_other_bitsandbytes_checkpoints(saved: Path, options: dict[str, Any], kind: str) -> None:
     config = json.loads((saved / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", **options}
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"expected a bitsandbytes NF4 checkpoint, got {kind}"):
+    with pytest.raises(ValueError, match=f"expected a bitsandbytes NF4( or FP4)? checkpoint, got {kind}"):
         load(saved, quantization_config=QLoRAConfig())
 
 

@@ -81,7 +81,7 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
   std::vector<float> offsets(blocks);
   for (int64_t b = 0; b < blocks; ++b) offsets[b] = 0.25f * static_cast<float>(b % 9 - 4) - 1e-3f;
   Scales plain_with_offsets = plain, nested_with_offsets = nested;
-  plain_with_offsets.offsets = nested_with_offsets.offsets = offsets.data();
+  plain_with_offsets.offsets = nested_with_offsets.offsets = {OffsetForm::kFloat32, offsets.data(), nullptr};
   for (const DType to : kTypes) {
     for (const Scales& scales : {plain, nested, plain_with_offsets, nested_with_offsets}) {
       Bytes out(numel * dtype_bytes(to));
@@ -97,17 +97,18 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
   // Scales that do not belong to these values: of either sign, and zeros.
   std::vector<float> scales = decoded_absmax;
   for (int64_t b = 0; b < blocks; ++b) scales[b] *= b % 5 == 3 ? -1.0f : b % 5 == 4 ? 0.0f : 1.0f;
-  set.codec->encode_nf4(pool, code, dtype, w.data(), scales.data(), numel, s.block_size, packed.data());
-  keep(packed);
-  set.codec->encode_nf4_stochastic(pool, code, dtype, w.data(), scales.data(), numel, s.block_size, 1234,
-                                   packed.data());
-  keep(packed);
-  if (!feedback.empty()) {
-    std::vector<int64_t> order(s.columns);
-    std::iota(order.rbegin(), order.rend(), 0);
-    set.codec->encode_nf4_with_feedback(pool, code, dtype, w.data(), scales.data(), s.rows, s.columns, s.block_size,
-                                        feedback.data(), order.data(), packed.data());
+  for (const GivenScales given : {GivenScales{scales.data()}, GivenScales{scales.data(), offsets.data()}}) {
+    set.codec->encode_nf4(pool, code, dtype, w.data(), given, numel, s.block_size, packed.data());
     keep(packed);
+    set.codec->encode_nf4_stochastic(pool, code, dtype, w.data(), given, numel, s.block_size, 1234, packed.data());
+    keep(packed);
+    if (!feedback.empty()) {
+      std::vector<int64_t> order(s.columns);
+      std::iota(order.rbegin(), order.rend(), 0);
+      set.codec->encode_nf4_with_feedback(pool, code, dtype, w.data(), given, s.rows, s.columns, s.block_size,
+                                          feedback.data(), order.data(), packed.data());
+      keep(packed);
+    }
   }
   return all;
 }
@@ -135,7 +136,7 @@ void test_offsets(const Kernels& set, Code code, Report* report) {
   for (float& x : absmax) x = static_cast<float>(random.uniform());
   for (float& x : offsets) x = static_cast<float>(random.normal());
   Weight w = {packed.data(), code, float_scales(absmax.data(), kBlockSize), kRows, kColumns};
-  w.scales.offsets = offsets.data();
+  w.scales.offsets = {OffsetForm::kFloat32, offsets.data(), nullptr};
   std::vector<float> expected(kRows * kColumns);
   for (int64_t i = 0; i < kRows * kColumns; ++i) {
     const float product = w.table().value[code_at(packed.data(), i)] * absmax[i / kBlockSize];
@@ -152,7 +153,7 @@ void test_offsets(const Kernels& set, Code code, Report* report) {
     report->check(out == rounded, std::string("offsets of ") + w.table().name + " to " + dtype_name(to));
   }
   const WeightStride stride = weight_stride(w);
-  report->check(expert_scales(w.scales, stride, 2).offsets == offsets.data() + 2 * kBlocks,
+  report->check(expert_scales(w.scales, stride, 2).offsets.stored == offsets.data() + 2 * kBlocks,
                 "the offsets of a stack's third weight");
 }
 

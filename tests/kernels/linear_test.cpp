@@ -40,10 +40,11 @@ std::vector<float> dense_weights(const LinearShape& s, Random& random) {
   return w;
 }
 
-// A stack of two packed weights. A problem has one of them.
+// A stack of two packed weights. A problem has one of them. Offsets make the values of a block as often negative as
+// positive.
 class PackedWeights {
  public:
-  PackedWeights(const LinearShape& s, Code code, Random& random) {
+  PackedWeights(const LinearShape& s, Code code, bool has_offsets, Random& random) {
     const cpu::Kernels& plain = cpu::scalar_kernels();
     const int64_t numel = s.n * s.k, blocks = ceil_div(numel, s.block_size);
     const int64_t nested_blocks = ceil_div(blocks, kNestedBlockSize);
@@ -63,6 +64,12 @@ class PackedWeights {
                                                     s.block_size, kNestedBlockSize)
                                     : float_scales(absmax_.data(), s.block_size);
     const WeightStride stride = weight_stride(weight_);
+    if (has_offsets) {
+      const CodeTable& table = table_of(code);
+      const float middle = (table.ranked[0] + table.ranked[table.ranks - 1]) / 2;
+      for (const float scale : absmax_) offsets_.push_back(static_cast<float>(0.3 * random.normal() - middle) * scale);
+      weight_.scales.offsets = {OffsetForm::kFloat32, offsets_.data(), nullptr};
+    }
     const int expert = s.second_expert;
     weight_.packed += expert * stride.packed_bytes;
     weight_.scales = expert_scales(weight_.scales, stride, expert);
@@ -81,7 +88,7 @@ class PackedWeights {
  private:
   static constexpr int64_t kNestedBlockSize = 16;
   std::vector<uint8_t> packed_, codes_;
-  std::vector<float> absmax_, nested_absmax_, nested_offset_;
+  std::vector<float> absmax_, nested_absmax_, nested_offset_, offsets_;
   Weight weight_;
 };
 
@@ -112,9 +119,9 @@ class LinearTest {
  public:
   LinearTest(const Kernels& set, Report* report) : set_(set), report_(report) {}
 
-  void run(const LinearShape& s, Code code, DType dtype) {
+  void run(const LinearShape& s, Code code, DType dtype, bool has_offsets = false) {
     Random random(static_cast<uint64_t>(s.m * 1000003 + s.n * 1009 + s.k));
-    const PackedWeights weights(s, code, random);
+    const PackedWeights weights(s, code, has_offsets, random);
     const int64_t m = s.m, n = s.n, k = s.k, r = s.rank;
     const double grow = s.inputs == Inputs::kNormal || s.inputs == Inputs::kOutliers ? 1 : magnitude(s.inputs, dtype);
     const Matrix x = inputs(s, m, k, dtype, random), dy = inputs(s, m, n, dtype, random);
@@ -177,7 +184,7 @@ class LinearTest {
   void run_non_finite(DType dtype) {
     const LinearShape s = {4, 40, 192, 4, 64, true, 0.0, true, false};
     Random random(5);
-    const PackedWeights weights(s, Code::kNf4, random);
+    const PackedWeights weights(s, Code::kNf4, false, random);
     Matrix x = inputs(s, s.m, s.k, dtype, random);
     x.at(1, 70) = NAN, x.at(3, 5) = INFINITY;
     const Matrix a = factor(s.rank, s.k, 0.1, dtype, random), b = factor(s.n, s.rank, 0.2, dtype, random);
@@ -202,29 +209,6 @@ class LinearTest {
   // The number of results of each kernel, by operator and name.
   const std::map<std::string, int>& served() const { return served_; }
 
-  // No kernel adds a block's offset.
-  void run_offsets(DType dtype) {
-    const LinearShape s = {2, 8, 64, 0, 64, false, 0.0, false, false};
-    Random random(7);
-    const PackedWeights weights(s, Code::kNf4, random);
-    const std::vector<float> offsets(s.n);
-    Tensor out(dtype, s.m, s.k);
-    const Tensor in(dtype, inputs(s, s.m, s.k, dtype, random));
-    LinearProblem p;
-    p.dtype = dtype, p.m = s.m, p.x = in.data(), p.w = weights.weight(), p.y = out.data();
-    LinearDxProblem dx;
-    dx.dtype = dtype, dx.m = s.m, dx.dy = in.data(), dx.w = p.w, dx.dx = out.data();
-    report_->check(cpu::linear_nf4(kOneThread, p).kind == cpu::Error::kNone, "a weight without offsets");
-    p.w.scales.offsets = dx.w.scales.offsets = offsets.data();
-    const auto check_refused = [&](const std::string& op, const cpu::Error& error) {
-      const bool refused = error.kind == cpu::Error::kInvalidArgument;
-      report_->check(refused && std::string(error.text).find(op + ": weights with an offset per block") == 0,
-                     op + " refuses offsets, " + dtype_name(dtype));
-    };
-    check_refused("linear_nf4", cpu::linear_nf4(kOneThread, p));
-    check_refused("linear_nf4_dx", cpu::linear_nf4_dx(kOneThread, dx));
-  }
-
  private:
   struct Output {
     int64_t rows, columns;
@@ -236,7 +220,8 @@ class LinearTest {
   template <class Problem>
   static std::string text(const Problem& p) {
     std::string code;
-    if constexpr (requires { p.w; }) code = std::string(" ") + p.w.table().name;
+    if constexpr (requires { p.w; })
+      code = std::string(" ") + p.w.table().name + (p.w.scales.offsets ? " with offsets" : "");
     return problem_text(p) + code;
   }
 
@@ -283,10 +268,14 @@ class LinearTest {
 void test_linear(const Kernels& set, Report* report) {
   LinearTest test(set, report);
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    for (int code = 0; code < kCodeTableCount; ++code)
-      for (const LinearShape& s : kLinearShapes) test.run(s, static_cast<Code>(code), dtype);
+    int turn = 0;
+    for (const LinearShape& s : kLinearShapes) {
+      test.run(s, Code::kNf4, dtype);
+      test.run(s, Code::kShuffled, dtype);
+      test.run(s, static_cast<Code>(++turn % kCodeTableCount), dtype);
+      test.run(s, turn % 2 ? Code::kUint4 : Code::kNf4, dtype, true);
+    }
     test.run_non_finite(dtype);
-    test.run_offsets(dtype);
   }
   for (const auto& [name, count] : test.served()) std::printf("  %s: %d problems\n", name.c_str(), count);
 }

@@ -26,19 +26,25 @@ SHUFFLED = Form(code="shuffled")
 
 
 def test_the_tables_are_those_of_the_oracle() -> None:
-    assert formats.CODES == ("nf4",)  # codes made for tests are not listed
+    assert tuple(code for code in reference.CODES if code != "shuffled") == formats.CODES  # made for tests: not listed
     for code, values in reference.CODES.items():
         got = _C.code_values(code)
         assert np.array_equal(got.view(np.uint32), values.view(np.uint32))
     assert formats.BLOCK_SIZES == reference.BLOCK_SIZES
 
 
-def test_every_operator_with_a_packed_weight_takes_the_code_last() -> None:
+def test_every_operator_with_a_packed_weight_takes_the_form_last() -> None:
     for name in _library.OPERATORS:
         schema = getattr(OPS, name).default._schema
         names = [a.name for a in schema.arguments]
         encodes = schema.returns[0].name == "packed" or name == "search_absmax_nf4"
-        assert (names[-1] == "code") == (encodes or "packed" in names), name
+        last = ["code", "scale_table", "block_offsets", "offset_scale"]
+        if "packed" in names:
+            assert names[-4:] == last, name
+        elif encodes:
+            assert [n for n in names if n in last] in (["code"], ["code", "block_offsets"]), name
+        else:
+            assert not set(last) & set(names), name
 
 
 @pytest.mark.parametrize("device", [*DEVICES, "meta"])
@@ -49,22 +55,22 @@ def test_a_code_that_does_not_exist_is_named(device: str) -> None:
     packed = [a.to(to) if isinstance(a, torch.Tensor) else a for a in s.w4.packed_args()]
     dense = [None if t is None else t.to(to) for t in (s.bias, s.lora_a, s.lora_b)]
     calls = [
-        lambda: OPS.quantize_nf4(w, 64, "fp4"),
-        lambda: OPS.search_absmax_nf4(w, torch.ones(64, device=to), 64, "fp4"),
-        lambda: OPS.encode_nf4(w, absmax, 64, None, None, "fp4"),
-        lambda: OPS.encode_nf4_stochastic(w, absmax, 64, 0, "fp4"),
-        lambda: OPS.dequantize_nf4(*packed, [48, 64], torch.float32, "fp4"),
-        lambda: OPS.linear_nf4(x, *packed, 48, *dense, 1.0, 0.0, 0, None, "fp4"),
-        lambda: OPS.linear_nf4_dx(torch.ones(5, 48, device=to), *packed, 64, *dense[1:], 1.0, 0.0, 0, None, "fp4"),
+        lambda: OPS.quantize_nf4(w, 64, "fp8"),
+        lambda: OPS.search_absmax_nf4(w, torch.ones(64, device=to), 64, "fp8"),
+        lambda: OPS.encode_nf4(w, absmax, 64, None, None, "fp8"),
+        lambda: OPS.encode_nf4_stochastic(w, absmax, 64, 0, "fp8"),
+        lambda: OPS.dequantize_nf4(*packed, [48, 64], torch.float32, "fp8"),
+        lambda: OPS.linear_nf4(x, *packed, 48, *dense, 1.0, 0.0, 0, None, "fp8"),
+        lambda: OPS.linear_nf4_dx(torch.ones(5, 48, device=to), *packed, 64, *dense[1:], 1.0, 0.0, 0, None, "fp8"),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="^code: expected nf4, got fp4"):
+        with pytest.raises(ValueError, match="^code: expected nf4, .*, got fp8"):
             call()
 
 
 def test_forms_and_weights_of_codes() -> None:
-    with pytest.raises(ValueError, match="code: expected nf4, got fp4"):
-        Form(code="fp4")
+    with pytest.raises(ValueError, match="code: expected nf4, .*, got fp8"):
+        Form(code="fp8")
     w4 = quantize(torch.randn(48, 64), SHUFFLED)
     assert type(w4) is Weight4bit
     assert w4.code == "shuffled"

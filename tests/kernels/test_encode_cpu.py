@@ -17,7 +17,7 @@ test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instr
 SHAPES = [(1, 64), (3, 64), (16, 192), (17, 96), (5, 100), (2, 1), (33, 31), (4, 7), (2, 1024)]
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("code", reference.CODE_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block", [16, 32, 64, 512])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -52,7 +52,7 @@ def test_scales_of_nothing_and_of_no_number() -> None:
     )  # all importances are 0, which gives plain scales
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("code", reference.CODE_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block", [16, 32, 64, 512])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -83,13 +83,47 @@ def test_codes_of_weights_that_are_not_finite(scale: float, code: str) -> None:
 
 
 @pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize(("n", "k"), [(17, 96), (5, 100), (33, 31), (2, 1)])
+def test_codes_under_offsets(n: int, k: int, block: int, code: str) -> None:
+    """Each way to encode rounds (w - offset) / scale, and feeds back the errors of whole weights."""
+    w, blocks, table = weight(n, k), -(-n * k // block), reference.CODES[code]
+    absmax = OPS.quantize_nf4(w, block, code)[1] * torch.linspace(0.3, 1.3, blocks)
+    offsets = torch.randn(blocks) * 0.05
+    offsets[::3] = 0
+    given = w.numpy(), absmax.numpy(), block
+    expected = reference.encode_nf4(*given, table, offsets.numpy())
+    assert_bits(OPS.encode_nf4(w, absmax, block, None, None, code, offsets), expected, "codes")
+    expected = reference.encode_nf4_stochastic(*given, 7, table=table, offsets=offsets.numpy())
+    assert_bits(OPS.encode_nf4_stochastic(w, absmax, block, 7, code, offsets), expected, "stochastic codes")
+    feedback, order = feedback_of(moments(k))
+    packed = OPS.encode_nf4(w, absmax, block, feedback, order, code, offsets)
+    expected = reference.encode_with_feedback(
+        given[0], given[1], feedback.numpy(), order.numpy(), block, table, offsets.numpy()
+    )
+    assert np.array_equal(reference.unpack(packed.numpy(), n * k).reshape(n, k), expected)
+
+
+def test_the_padding_of_an_odd_number_is_the_code_of_zero() -> None:
+    w = torch.full((1, 33), -3.0)
+    for scale in (1.0, float("nan")):
+        for offset in (None, torch.full((3,), -2.0)):
+            absmax = torch.full((3,), scale)
+            for packed in (
+                OPS.encode_nf4(w, absmax, 16, None, None, "int4", offset),
+                OPS.encode_nf4_stochastic(w, absmax, 16, 0, "int4", offset),
+            ):
+                assert packed[-1] & 15 == 8
+
+
+@pytest.mark.parametrize("code", reference.CODES)
 def test_plain_scales_give_plain_codes(code: str) -> None:
     w = weight(7, 100)
     packed, absmax = OPS.quantize_nf4(w, 64, code)
     assert torch.equal(OPS.encode_nf4(w, absmax, 64, code=code), packed)
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("code", reference.CODE_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", [16, 32, 64, 512])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -150,13 +184,15 @@ def test_invalid_arguments_are_rejected() -> None:
         (lambda: OPS.encode_nf4(w, absmax, 64, feedback, order * 0), "order: expected each column"),
         (lambda: OPS.encode_nf4(w, absmax, 64, -feedback, order), "feedback: expected a positive diagonal"),
         (lambda: OPS.encode_nf4(w.reshape(-1), absmax, 64, feedback, order), "w: expected shape"),
+        (lambda: OPS.encode_nf4(w, absmax, 64, block_offsets=absmax[:3]), "block_offsets: expected 4 elements"),
+        (lambda: OPS.encode_nf4(w, absmax, 64, block_offsets=absmax.half()), "block_offsets: expected Float, got Half"),
     ]
     for call, text in refused:
         with pytest.raises(ValueError, match=text):
             call()
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("code", reference.CODE_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block", [16, 32, 64, 512])
 @pytest.mark.parametrize(("n", "k"), SHAPES)

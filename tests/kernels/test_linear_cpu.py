@@ -59,10 +59,14 @@ def make(case: tuple, dtype: torch.dtype, seed: int = 0) -> tuple[LinearSample, 
 
 
 def check(results: Callable, case: tuple, dtype: torch.dtype) -> None:
+    check_samples(results, lambda seed: make(case, dtype, seed))
+
+
+def check_samples(results: Callable, make_sample: Callable[[int], tuple[LinearSample, torch.Tensor]]) -> None:
     """Over enough seeds, because a norm of random errors varies by chance."""
     pooled: dict[int, list[tuple[torch.Tensor, Expected]]] = {}
     for seed in range(64):
-        for i, result in enumerate(results(*make(case, dtype, seed))):
+        for i, result in enumerate(results(*make_sample(seed))):
             pooled.setdefault(i, []).append(result)
         if min(sum(out.numel() for out, _ in parts) for parts in pooled.values()) >= 4000:
             break
@@ -108,7 +112,7 @@ def test_dlora(case: tuple, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("block", reference.BLOCK_SIZES)
 @pytest.mark.parametrize("k", [128, 131, 160])
-@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("code", reference.CODE_KINDS)
 def test_every_block_size(block: int, k: int, code: str) -> None:
     case = (20, 70, k, 4, block, True, 0.0, code)
     check(forward, case, torch.bfloat16)

@@ -18,7 +18,10 @@ from cpu_sources import flags
 from qlora_ext import _C
 
 ROOT = pathlib.Path(__file__).parents[2]
-SOURCES = ["tests/kernels/software_tiles/problems.cpp", "cpp/cpu/float64/linear.cpp", "cpp/cpu/isa/isa.cpp"]
+SOURCES = [
+    "tests/kernels/software_tiles/problems.cpp",
+    *(f"cpp/cpu/{name}.cpp" for name in ("custom_codes", "float64/linear", "isa/isa")),
+]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the problems with")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import accuracy
+from forms import random_weight
 from qlora_ext.form import Form
-from qlora_ext.weight import Weight4bit, quantize
+from qlora_ext.weight import TENSORS, Weight4bit, quantize
 from samples import LinearSample
 
 OPS = torch.ops.qlora
-STATE = ("packed", "absmax", "nested_absmax", "nested_offset")
 
 # Rows per expert: none at the ends and in between, one, one tile, many.
 SKEWED = {
@@ -41,9 +41,10 @@ class GroupedSample:
 
     def __post_init__(self) -> None:
         self.offsets = torch.tensor(self.counts).cumsum(0).to(self.x.device)
-        stacks = ([getattr(w, name) for w in self.weights] for name in STATE)
+        stacks = ([getattr(w, name) for w in self.weights] for name in TENSORS)
         stacked = [None if s[0] is None else torch.stack(s).to(self.x.device) for s in stacks]
-        self.packed = (*stacked, self.weights[0].block_size, self.weights[0].nested_block_size)
+        self.packed = (*stacked[:4], self.weights[0].block_size, self.weights[0].nested_block_size)
+        self.form_tensors = stacked[4:]
         self.n, self.k = self.weights[0].shape
 
     @property
@@ -54,7 +55,8 @@ class GroupedSample:
     def last_args(self) -> tuple:
         """As LinearSample.last_args."""
         code = self.weights[0].code
-        return () if code == "nf4" else (None, code)
+        plain = code == "nf4" and all(t is None for t in self.form_tensors)
+        return () if plain else (None, code, *self.form_tensors)
 
     def forward(self, offsets: Tensor | None = None) -> Tensor:
         at = self.offsets if offsets is None else offsets
@@ -119,19 +121,26 @@ def grouped_sample(
     double_quant: bool = True,
     unassigned: int = 3,
     code: str = "nf4",
+    form: Form | None = None,
 ) -> GroupedSample:
-    """``unassigned`` rows follow those of the experts."""
+    """``unassigned`` rows follow those of the experts. ``form``: of random weights, in place of quantized ones."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int, factor: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * factor).to(device, dtype)
 
     experts = len(counts)
-    form = Form.of(block_size=block_size, double_quant=double_quant, code=code)
+    quantized = Form.of(block_size=block_size, double_quant=double_quant, code=code)
+
+    def weight(e: int) -> Weight4bit:
+        if form is not None:
+            return random_weight(form, (n, k), e, dtype)
+        return quantize(torch.randn(n, k, generator=generator) * 0.05, quantized)
+
     return GroupedSample(
         x=randn(sum(counts) + unassigned, k),
         counts=counts,
-        weights=[quantize(torch.randn(n, k, generator=generator) * 0.05, form) for _ in range(experts)],
+        weights=[weight(e) for e in range(experts)],
         bias=randn(experts, n) if bias else None,
         lora_a=None if rank is None else randn(experts, rank, k, factor=max(k, 1) ** -0.5),
         lora_b=None if rank is None else randn(experts, n, rank, factor=0.2),

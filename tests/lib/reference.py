@@ -35,7 +35,20 @@ NF4 = np.array(
 SHUFFLED = np.array(
     [0.75, -2.5, 0.0, 3.0, -0.25, 1.5, -1.0, 2.0, -0.5, 0.25, -1.75, 2.5, 1.0, -0.0, 0.5, -1.25], dtype=F32
 )
-CODES = {"nf4": NF4, "shuffled": SHUFFLED}
+_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+_FP4 = [0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4]
+CODES = {
+    "nf4": NF4,
+    "fp4": np.array(_FP4 + [0.0 - v for v in _FP4], F32),  # bitsandbytes': both zeros are positive
+    "e2m1": np.array(_E2M1 + [-v for v in _E2M1], F32),
+    "int4": np.arange(-8, 8, dtype=F32),
+    "uint4": np.arange(16, dtype=F32),
+    "iq4_nl": np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], F32),
+    "shuffled": SHUFFLED,
+}
+# Codes whose tables have every property on which encoding depends: ascending or not, symmetric or not, with duplicates
+# or without. Tests that take long run with these.
+CODE_KINDS = ("nf4", "int4", "shuffled")
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -177,9 +190,15 @@ def search_absmax_nf4(w: np.ndarray, importance: np.ndarray, block: int = 64, ta
     return np.where(absmax > 0, best, absmax).astype(F32)
 
 
-def encode_nf4(w: np.ndarray, absmax: np.ndarray, block: int = 64, table: np.ndarray = NF4) -> np.ndarray:
-    """Packed bytes (flat) of w under given scales."""
-    flat = w.astype(F32).reshape(-1)
+def _less_offsets(flat: np.ndarray, offsets: np.ndarray | None, block: int) -> np.ndarray:
+    return flat if offsets is None else flat - np.repeat(offsets.astype(F32), block)[: flat.size]
+
+
+def encode_nf4(
+    w: np.ndarray, absmax: np.ndarray, block: int = 64, table: np.ndarray = NF4, offsets: np.ndarray | None = None
+) -> np.ndarray:
+    """Packed bytes (flat) of w under given scales and offsets."""
+    flat = _less_offsets(w.astype(F32).reshape(-1), offsets, block)
     with np.errstate(over="ignore"):
         return pack(encode(flat * np.repeat(inverse_scale(absmax), block)[: flat.size], table), table)
 
@@ -205,29 +224,38 @@ def stochastic_bounds(first: int, count: int, seed: int, table: np.ndarray = NF4
 
 
 def encode_nf4_stochastic(
-    w: np.ndarray, absmax: np.ndarray, block: int, seed: int, first: int = 0, table: np.ndarray = NF4
+    w: np.ndarray,
+    absmax: np.ndarray,
+    block: int,
+    seed: int,
+    first: int = 0,
+    table: np.ndarray = NF4,
+    offsets: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Packed bytes (flat) of w under given scales, each weight rounded stochastically with its own random number.
+    """Packed bytes (flat) of w under given scales and offsets, each weight rounded with a random number of its own.
 
     ``first`` is the index of w's first element in a larger tensor.
     """
-    flat = w.astype(F32).reshape(-1)
+    flat = _less_offsets(w.astype(F32).reshape(-1), offsets, block)
     with np.errstate(over="ignore", invalid="ignore"):
         q = flat * np.repeat(inverse_scale(absmax), block)[: flat.size]
     ranks = (q[:, None] > stochastic_bounds(first, flat.size, seed, table)).sum(1)
     return pack(ranked(table)[1][ranks].astype(np.uint8), table)
 
 
-def encode_with_feedback(w, absmax, feedback, order, block: int = 64, table: np.ndarray = NF4) -> np.ndarray:
+def encode_with_feedback(
+    w, absmax, feedback, order, block: int = 64, table: np.ndarray = NF4, offsets: np.ndarray | None = None
+) -> np.ndarray:
     """Codes [N, K] of w by GPTQ (Frantar et al., 2022, algorithm 1), column by column, in float32."""
     n, k = w.shape
     scales = np.repeat(absmax.astype(F32), block)[: n * k].reshape(n, k)
+    added = np.zeros((n, k), F32) if offsets is None else np.repeat(offsets, block)[: n * k].reshape(n, k)
     left = w.astype(F32)[:, order].copy()
     codes = np.zeros((n, k), np.uint8)
     for place, column in enumerate(order):
         scale = scales[:, column]
-        codes[:, column] = encode(left[:, place] * inverse_scale(scale), table)
-        rounded = table[codes[:, column]] * scale
+        codes[:, column] = encode((left[:, place] - added[:, column]) * inverse_scale(scale), table)
+        rounded = table[codes[:, column]] * scale + added[:, column]
         error = (left[:, place] - rounded) * (F32(1) / feedback[place, place])
         left[:, place + 1 :] -= error[:, None] * feedback[place, place + 1 :]
     return codes

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import accuracy
+import forms
 import qlora_ext
 import reference
 from qlora_ext.form import Form
@@ -59,8 +60,9 @@ class LinearSample:
 
     @property
     def last_args(self) -> tuple:
-        """seed_tensor and code, the last arguments of linear_nf4 and linear_nf4_dx; NF4 is the default."""
-        return () if self.w4.code == "nf4" else (None, self.w4.code)
+        """seed_tensor and what else linear_nf4 and linear_nf4_dx take last; NF4 is the default."""
+        plain = self.w4.code == "nf4" and self.w4.scale_table is None and self.w4.block_offsets is None
+        return () if plain else (None, *self.w4.last_args())
 
     @property
     def differentiable(self) -> list[Tensor]:
@@ -68,18 +70,7 @@ class LinearSample:
 
     def decoded(self) -> np.ndarray:
         """The exact float32 weight as float64 [N, K], decoded by the oracle."""
-        absmax = self.w4.absmax.cpu().numpy()
-        if self.w4.double_quant:
-            absmax = reference.dequantize_absmax(
-                absmax,
-                self.w4.nested_absmax.cpu().numpy(),
-                np.float32(self.w4.nested_offset.item()),
-                self.w4.nested_block_size,
-            )
-        table = reference.CODES[self.w4.code]
-        packed = self.w4.packed.cpu().numpy()
-        flat = reference.dequantize_nf4(packed, absmax, self.w4.shape.numel(), self.w4.block_size, table)
-        return flat.reshape(self.w4.shape).astype(np.float64)
+        return forms.oracle(self.w4).astype(np.float64)
 
     def lora64(self) -> tuple:
         arrays = [None if t is None else to_f64(t) for t in (self.lora_a, self.lora_b)]

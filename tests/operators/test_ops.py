@@ -79,27 +79,28 @@ def test_schemas_are_those_of_the_design() -> None:
     lora = f"Tensor? lora_a, Tensor? lora_b, float scaling, {seed}"
     grouped = f"Tensor offsets, {packed}"
     code = 'str code="nf4"'
+    form = f"{code}, Tensor? scale_table=None, Tensor? block_offsets=None, Tensor? offset_scale=None"
+    encoded = f"{code}, Tensor? block_offsets=None) -> Tensor packed"
     defaults = lora.replace("dropout_p,", "dropout_p=0.,").replace("SymInt seed,", "SymInt seed=0,")
     expected = {
         "quantize_nf4": f"(Tensor w, int block_size, {code}) -> (Tensor packed, Tensor absmax)",
         "search_absmax_nf4": f"(Tensor w, Tensor importance, int block_size, {code}) -> Tensor absmax",
-        "encode_nf4": "(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None, "
-        f"{code}) -> Tensor packed",
-        "encode_nf4_stochastic": f"(Tensor w, Tensor absmax, int block_size, int seed, {code}) -> Tensor packed",
+        "encode_nf4": f"(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None, {encoded}",
+        "encode_nf4_stochastic": f"(Tensor w, Tensor absmax, int block_size, int seed, {encoded}",
         "quantize_absmax": "(Tensor absmax, int nested_block_size) -> "
         "(Tensor codes, Tensor nested_absmax, Tensor nested_offset)",
         "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset, int nested_block_size) "
         "-> Tensor",
-        "dequantize_nf4": f"({packed}, SymInt[] shape, ScalarType dtype, {code}) -> Tensor",
-        "linear_nf4": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}, {code}) -> Tensor",
-        "linear_nf4_with_h": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}, {code}) "
+        "dequantize_nf4": f"({packed}, SymInt[] shape, ScalarType dtype, {form}) -> Tensor",
+        "linear_nf4": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}, {form}) -> Tensor",
+        "linear_nf4_with_h": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}, {form}) "
         "-> (Tensor y, Tensor h)",
-        "linear_nf4_dx": f"(Tensor dy, {packed}, SymInt in_features, {lora}, {code}) -> Tensor",
-        "linear_nf4_dx_with_g": f"(Tensor dy, {packed}, SymInt in_features, {lora}, {code}) -> (Tensor dx, Tensor g)",
+        "linear_nf4_dx": f"(Tensor dy, {packed}, SymInt in_features, {lora}, {form}) -> Tensor",
+        "linear_nf4_dx_with_g": f"(Tensor dy, {packed}, SymInt in_features, {lora}, {form}) -> (Tensor dx, Tensor g)",
         "linear_nf4_dlora": f"(Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, {seed}, "
         "Tensor? h=None, Tensor? g=None) -> (Tensor da, Tensor db)",
-        "grouped_linear_nf4": f"(Tensor x, {grouped}, SymInt out_features, Tensor? bias, {defaults}, {code}) -> Tensor",
-        "grouped_linear_nf4_dx": f"(Tensor dy, {grouped}, SymInt in_features, {defaults}, {code}) -> Tensor",
+        "grouped_linear_nf4": f"(Tensor x, {grouped}, SymInt out_features, Tensor? bias, {defaults}, {form}) -> Tensor",
+        "grouped_linear_nf4_dx": f"(Tensor dy, {grouped}, SymInt in_features, {defaults}, {form}) -> Tensor",
     }
     for name, schema in expected.items():
         assert str(getattr(OPS, name).default._schema) == f"qlora::{name}{schema}"
@@ -157,9 +158,13 @@ def test_everything_dropped_leaves_the_base(device: str) -> None:
     torch.testing.assert_close(OPS.linear_nf4(*s.args), base, rtol=0, atol=1e-6)
 
 
+# What comes last in schemas; op_calls leaves it out.
+FORM = ("code", "scale_table", "block_offsets", "offset_scale")
+
+
 def named(name: str, device: str) -> dict[str, object]:
     arguments = getattr(OPS, name).default._schema.arguments
-    return dict(zip([a.name for a in arguments if a.name != "code"], op_calls(device)[name], strict=True))
+    return dict(zip([a.name for a in arguments if a.name not in FORM], op_calls(device)[name], strict=True))
 
 
 def changed(name: str, device: str = "cpu", **changes: object) -> None:

@@ -49,6 +49,8 @@ MAY_INCLUDE = {
     "cpp/cpu/float64/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/float64/"),
     "cpp/cpu/kernels.h": ("cpp/format",),
     "cpp/cpu/check.h": ("cpp/cpu/kernels.h",),
+    "cpp/cpu/code_name.h": ("cpp/format", "cpp/cpu/custom_codes.h"),
+    "cpp/cpu/custom_codes": ("cpp/format", "cpp/cpu/custom_codes.h", "cpp/cpu/few_tokens/code_tables.h"),
     "cpp/cpu/tuning.h": ("cpp/format", "cpp/cpu/isa/isa.h", "cpp/cpu/few_tokens/code_tables.h"),
     "cpp/cpu/dispatch": ("cpp/format", "cpp/cpu/isa/isa.h", *CPU_CONTRACTS),
     "cpp/cpu/parts/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, *CPU_PARTS),

@@ -56,9 +56,9 @@ struct ForwardPlan {
     segment_chunks = ceil_div(chunks, ceil_div(chunks, weights / kChunk));
     segments = ceil_div(chunks, segment_chunks);
   }
-  // An arrangement has values, [group][chunk][token of the group][kChunk], and multipliers of the sums over its
+  // An arrangement has values, [group][chunk][token of the group][kTokenValues], and multipliers of the sums over its
   // segments, [group][segment][token of the group].
-  int64_t arrangement_values() const { return groups.m * chunks * kChunk; }
+  int64_t arrangement_values() const { return groups.m * chunks * Products::kTokenValues; }
   int64_t arrangement_scales() const { return groups.m * segments; }
   int arrangement(int shift) const { return shift * rows.period / 8; }
   int shift(int arrangement) const { return arrangement * (8 / rows.period); }
@@ -110,11 +110,11 @@ void arrange_token(const Products& products, const ForwardPlan<Products>& plan, 
       store(segment + p, left > 0 ? load(x + i * k + begin + p, left) : zero());
     }
     typename Products::X* to = out.values + arrangement * plan.arrangement_values() +
-                               (first * plan.chunks + chunk * tokens + i - first) * kChunk;
+                               (first * plan.chunks + chunk * tokens + i - first) * Products::kTokenValues;
     float* const scale =
         out.scales + arrangement * plan.arrangement_scales() + first * plan.segments + s * tokens + i - first;
     const int64_t count = min(begin + chunks * kChunk, k) - max(begin, 0);
-    if (!products.arrange({segment, chunks, count, largest}, tokens * kChunk, to, scale))
+    if (!products.arrange({segment, chunks, count, largest}, tokens * Products::kTokenValues, to, scale))
       return out.fallback_tokens->add(first_token + i);
   }
 }

@@ -9,32 +9,45 @@ namespace qlora::cpu {
 // 13-bit integers, for products summed exactly in int32: value ~ integer / per_one. Integers serve a code if each is
 // within 1.5e-4 of its value. Rounding a decoded weight may change it by 2.4e-4 (float16) or 3.9e-3 (bfloat16).
 //
-// per_one is the multiplier that fits the 16 values best, among those that keep eight products with 15-bit factors
-// inside int32.
+// per_one is the least power of two that makes all values integers. Then they are exact, and so are conversions of
+// small sums to float32. If there is none, it is the multiplier that fits the 16 values best, among those that keep
+// eight products with 15-bit factors inside int32.
 struct IntCodeTable {
   static constexpr int kLargest = 8191;
   int16_t value[kCodes] = {};
   double per_one = 0.0;
   bool serves = false;
+  bool exact = false;
 
   constexpr IntCodeTable() = default;
   explicit constexpr IntCodeTable(const CodeTable& table) {
+    double power = 1.0;
+    while (table.largest * power >= 2.0) power /= 2.0;
+    while (table.largest * power < 1.0) power *= 2.0;
+    for (; table.largest * power <= kLargest && !exact; power *= 2.0) {
+      exact = true;
+      for (const float x : table.value) exact &= x * power == nearest(x * power);
+      per_one = power;
+    }
+    if (!exact) per_one = best_multiplier(table) / table.largest;
+    serves = true;
+    for (int i = 0; i < kCodes; ++i) {
+      const double value_in_ones = table.value[i] * per_one, error = value_in_ones - nearest(value_in_ones);
+      value[i] = static_cast<int16_t>(nearest(value_in_ones));
+      serves &= magnitude(error) <= 1.5e-4 * magnitude(value_in_ones);
+    }
+  }
+
+ private:
+  static constexpr double best_multiplier(const CodeTable& table) {
     double best = 1e9, multiplier = 0.0;
     for (int i = 0; i < 3600; ++i) {
       const double candidate = kLargest - 0.25 * i;
       const double error = squared_error(table, candidate) / (candidate * candidate);
       if (error < best) best = error, multiplier = candidate;
     }
-    per_one = multiplier / table.largest;
-    serves = true;
-    for (int i = 0; i < kCodes; ++i) {
-      const double exact = table.value[i] * per_one, error = exact - nearest(exact);
-      value[i] = static_cast<int16_t>(nearest(exact));
-      serves &= magnitude(error) <= 1.5e-4 * magnitude(exact);
-    }
+    return multiplier;
   }
-
- private:
   static constexpr double magnitude(double x) { return x < 0 ? -x : x; }
   static constexpr int nearest(double x) { return static_cast<int>(x < 0 ? x - 0.5 : x + 0.5); }
   static constexpr double squared_error(const CodeTable& table, double multiplier) {
@@ -48,6 +61,12 @@ struct IntCodeTable {
 };
 inline constexpr PerCode<IntCodeTable> kIntCodes;
 static_assert(kIntCodes[Code::kNf4].serves);
+static_assert(kIntCodes[Code::kE2m1].exact && kIntCodes[Code::kInt4].exact && kIntCodes[Code::kUint4].exact &&
+              kIntCodes[Code::kIq4Nl].exact);
+QLORA_EXPORT const IntCodeTable& custom_int_codes(Code code);
+QLORA_INLINE constexpr const IntCodeTable& int_codes(Code code) {
+  return is_custom(code) ? custom_int_codes(code) : kIntCodes[code];
+}
 
 // bfloat16, for products summed in float32: value ~ number / per_one. The multiplier of the values, in units of the
 // largest, is itself a bfloat16 number, so that -1 and 1 are exact. Among those between 1 and 2, it minimizes the
@@ -86,9 +105,13 @@ struct Bf16CodeTable {
   }
 };
 inline constexpr PerCode<Bf16CodeTable> kBf16Codes;
+const Bf16CodeTable& custom_bf16_codes(Code code);
+QLORA_INLINE constexpr const Bf16CodeTable& bf16_codes(Code code) {
+  return is_custom(code) ? custom_bf16_codes(code) : kBf16Codes[code];
+}
 
-// The eight codes with the largest magnitudes, which the search for concentrated rows and columns counts
-// (concentration-inl.h).
+// The eight codes with the largest magnitudes, as far as those are not 0, which the search for concentrated rows and
+// columns counts (concentration-inl.h).
 struct LargeCodes {
   uint8_t is_large[kCodes] = {};  // 0xFF for a large code
   float least = 0.0f;             // the least of their magnitudes, in units of the largest value
@@ -101,7 +124,7 @@ struct LargeCodes {
       for (int other = 0; other < kCodes; ++other) {
         larger += magnitude(other) > magnitude(code) || (magnitude(other) == magnitude(code) && other < code);
       }
-      if (larger >= kCodes / 2) continue;
+      if (larger >= kCodes / 2 || magnitude(code) == 0.0f) continue;
       is_large[code] = 0xFF;
       const float size = magnitude(code) / table.largest;
       if (least == 0.0f || size < least) least = size;
@@ -109,5 +132,9 @@ struct LargeCodes {
   }
 };
 inline constexpr PerCode<LargeCodes> kLargeCodes;
+const LargeCodes& custom_large_codes(Code code);
+QLORA_INLINE constexpr const LargeCodes& large_codes(Code code) {
+  return is_custom(code) ? custom_large_codes(code) : kLargeCodes[code];
+}
 
 }  // namespace qlora::cpu

@@ -34,7 +34,7 @@ class ColumnConcentration {
   // For `groups` groups of columns from `first` on, at most kDxStripGroups. No finite scale of W is above `largest`.
   ColumnConcentration(const Weight& w, int64_t first, int64_t groups, float largest)
       : w_(w),
-        large_(kLargeCodes[w.code]),
+        large_(large_codes(w.code)),
         reader_(w.scales, kDxColumns),
         row_groups_(w.k / kDxColumns),
         first_(first),
@@ -83,14 +83,15 @@ class ColumnConcentration {
   // infinite or NaN prove nothing.
   uint64_t undecided_after(uint64_t left, int64_t end) const {
     const int64_t row_bytes = w_.k / 2;
-    const CodeSet large_codes(large_.is_large);
+    const CodeSet large(large_.is_large);
     for (int64_t i = 0; i < groups_ * kDxColumns; ++i) sums_[i] = 0;
     for (int64_t n = 0; n < end && left; n += kDxTileRows) {
       const int64_t rows = min(end - n, kDxTileRows);
       for (int64_t t = 0; t < rows; ++t) {
         reader_.read((n + t) * row_groups_ + first_, groups_, scales_);
         for (int64_t b = 0; b < groups_; b += kLanes)
-          store_units(units_ + t * kDxScaleStride + b, mul(load(scales_ + b), load(per_scale_ + b)), kMaxUnits);
+          store_units(units_ + t * kDxScaleStride + b, mul(absolute(load(scales_ + b)), load(per_scale_ + b)),
+                      kMaxUnits);
       }
       const uint8_t* const packed = w_.packed + n * row_bytes + first_ * (kDxColumns / 2);
       for (uint64_t to_do = left; to_do; to_do &= to_do - 1) {
@@ -99,8 +100,7 @@ class ColumnConcentration {
         Ints sum;
         __builtin_memcpy(&sum, sums, sizeof(sum));
         for (int64_t t = 0; t < rows; ++t)
-          sum = add_where_in(large_codes, sum, packed + t * row_bytes + b * (kDxColumns / 2),
-                             units_[t * kDxScaleStride + b]);
+          sum = add_where_in(large, sum, packed + t * row_bytes + b * (kDxColumns / 2), units_[t * kDxScaleStride + b]);
         __builtin_memcpy(sums, &sum, sizeof(sum));
         if (all_bytes_at_least(sum, kEnough)) left &= ~(uint64_t{1} << b);
       }

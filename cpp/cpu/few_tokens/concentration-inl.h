@@ -37,9 +37,9 @@ using namespace stream;
 inline constexpr float kMaxOfOne = 0.125f;
 inline constexpr float kMinOfAll = 2.0f;
 
-// Decoded scales of granules first .. first + count - 1.
+// Decoded scales and offsets of granules first .. first + count - 1. `offset` is null where the weight has none.
 struct GranuleScales {
-  const float* scale;
+  const float *scale, *offset;
   int64_t first, count;
 };
 
@@ -70,13 +70,17 @@ class WeightPieces {
         decode_halves(i, packed, weights_ + (i - first));
         continue;
       }
-      const float scale = scales_.scale[(i >> reader_.log2_granule()) - scales_.first];
-      codec::decode<false>(codec::make_table<float>(values_, scale), packed, weights_ + (i - first));
+      codec::decode<false>(table_of((i >> reader_.log2_granule()) - scales_.first), packed, weights_ + (i - first));
     }
     return weights_ + (begin - first);
   }
 
  private:
+  codec::Table<float> table_of(int64_t granule) const {
+    if (scales_.offset) return codec::make_table<float>(values_, scales_.scale[granule], scales_.offset[granule]);
+    return codec::make_table<float>(values_, scales_.scale[granule]);
+  }
+
   // Decodes the group at i, whose halves have scales of their own. A half whose scale is not given is left out.
   void decode_halves(int64_t i, const uint8_t* packed, float* out) const {
     constexpr int64_t kHalf = codec::kGroup / 2;
@@ -84,7 +88,7 @@ class WeightPieces {
     for (int64_t half = 0; half < codec::kGroup; half += kHalf) {
       const int64_t granule = ((i + half) >> reader_.log2_granule()) - scales_.first;
       if (granule < 0 || granule >= scales_.count) continue;
-      codec::decode<false>(codec::make_table<float>(values_, scales_.scale[granule]), packed, group);
+      codec::decode<false>(table_of(granule), packed, group);
       for (int64_t j = half; j < half + kHalf; ++j) out[j] = group[j];
     }
   }
@@ -104,7 +108,7 @@ class FirstChunks {
   void see(Chunk chunk, Floats scales) {
     const int count = count_bytes_with(large_, chunk);
     least_count_ = count < least_count_ ? count : least_count_;
-    store(least_scales_, min(scales, load(least_scales_)));
+    store(least_scales_, min(absolute(scales), load(least_scales_)));
   }
   // Whether no row is concentrated, as far as the first chunks prove. No scale is above `largest`, which is finite. Up
   // to `others` bytes of a first chunk belong to the previous row.
@@ -130,31 +134,70 @@ class FirstChunks {
 class RowConcentration {
  public:
   RowConcentration(const Weight& w, const ScaleReader& reader, const GranuleScales& scales)
-      : w_(w), reader_(reader), scales_(scales), large_(kLargeCodes[w.code]) {}
+      : w_(w), reader_(reader), scales_(scales), large_(large_codes(w.code)) {}
 
   bool is_concentrated(int64_t n) const { return is_concentrated(n * w_.k, (n + 1) * w_.k); }
 
  private:
   // Whether weights begin .. end - 1, a row, are concentrated.
   bool is_concentrated(int64_t begin, int64_t end) const {
+    if (scales_.offset) return is_concentrated_with_offsets(begin, end);
     const int64_t first = begin >> reader_.log2_granule(), last = (end - 1) >> reader_.log2_granule();
     const float largest = bits_float(largest_bits_within(scales_.scale + (first - scales_.first), last + 1 - first));
-    const CodeSet large_codes(large_.is_large);
+    const CodeSet large(large_.is_large);
     float sum = 0.0f;
     for (int64_t i = round_up(begin, kLaneWeights); i + kChunk <= end; i += kChunk) {
       const int64_t last_granule = (i + kChunk - 1) >> reader_.log2_granule();
-      float large = largest * kMaxOfOne;
+      float least = largest * kMaxOfOne;
       for (int64_t g = i >> reader_.log2_granule(); g <= last_granule; ++g) {
-        const float scale = scales_.scale[g - scales_.first] * large_.least;
-        large = scale < large ? scale : large;
+        const float scale = __builtin_fabsf(scales_.scale[g - scales_.first]) * large_.least;
+        least = scale < least ? scale : least;
       }
-      sum += static_cast<float>(count_bytes_with(large_codes, load_chunk(w_.packed + i / 2))) * large;
+      sum += static_cast<float>(count_bytes_with(large, load_chunk(w_.packed + i / 2))) * least;
       if (sum >= kMinOfAll * largest) return false;
     }
     return largest != 0.0f && is_concentrated_exactly(begin, end);
   }
 
-  [[gnu::noinline]] bool is_concentrated_exactly(int64_t begin, int64_t end) const {
+  // With offsets, a code alone says nothing about the size of a weight, so weights are decoded until they prove that
+  // the row is not concentrated; the first ones nearly always do.
+  //
+  // Rows of zeros, and those whose weights are all far smaller than the values and the offsets of which they are sums,
+  // count as concentrated, because the integer sums of both cancel only to float32's precision.
+  [[gnu::noinline]] bool is_concentrated_with_offsets(int64_t begin, int64_t end) const {
+    constexpr int64_t kPart = 128;
+    const float bound = largest_possible(begin, end);
+    WeightPieces pieces(w_, reader_, scales_);
+    float total = 0.0f;
+    for (int64_t i = begin; i < end && bound < bits_float(kInfinityBits); i += kPart) {
+      const int64_t count = min(end - i, kPart);
+      const float* const w = pieces.decode(i, i + count);
+      Floats sum_of_part = zero();
+      for (int64_t j = 0; j < count; j += kLanes)
+        sum_of_part = add(sum_of_part, min(absolute(load(w + j, count - j)), splat(bound * kMaxOfOne)));
+      total += sum(sum_of_part);
+      if (total >= kMinOfAll * bound) return false;
+    }
+    return is_concentrated_exactly(begin, end, bound);
+  }
+
+  // A bound of the weights begin .. end - 1: the largest that a code of their blocks may decode to, or what it is the
+  // sum of.
+  float largest_possible(int64_t begin, int64_t end) const {
+    const int64_t first = (begin >> reader_.log2_granule()) - scales_.first;
+    const int64_t count = ((end - 1) >> reader_.log2_granule()) - scales_.first + 1 - first;
+    Ints seen = round_to_ints(zero());
+    for (int64_t i = first; i < first + count; i += kLanes) {
+      const Floats offset = load(scales_.offset + i, first + count - i);
+      const Floats scale = load(scales_.scale + i, first + count - i);
+      seen = max_bits(seen, fma(scale, splat(w_.table().ranked[0]), offset));
+      seen = max_bits(seen, fma(scale, splat(w_.table().ranked[w_.table().ranks - 1]), offset));
+    }
+    return bits_float(largest_lane(seen));
+  }
+
+  // `possible`: with offsets, the largest that the row's weights could be.
+  [[gnu::noinline]] bool is_concentrated_exactly(int64_t begin, int64_t end, float possible = 0.0f) const {
     WeightPieces pieces(w_, reader_, scales_);
     const auto each_vector = [&](const auto& see) {
       for (int64_t i = begin; i < end; i += WeightPieces::kWeights) {
@@ -166,7 +209,8 @@ class RowConcentration {
     Ints seen = round_to_ints(zero());
     each_vector([&](Floats w) { seen = max_bits(seen, w); });
     const uint32_t most = largest_lane(seen);
-    if (most == 0) return false;
+    if (scales_.offset && bits_float(most) * 64.0f < possible) return true;
+    if (most == 0) return scales_.offset != nullptr;
     // A lower bound of min(|w|, m / 8): a weight of at least m / 8 counts as m / 8, one of at least m / 16 as m / 16,
     // one of at least m / 64 as m / 64.
     const float largest = bits_float(most);

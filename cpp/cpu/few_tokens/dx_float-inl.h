@@ -26,7 +26,8 @@ using namespace stream;
 
 inline constexpr int kDxTokens = 4;  // per pass over a tile
 
-template <class T>
+// With offsets each weight is decoded before it is multiplied, as in the forward.
+template <class T, bool kHasOffsets>
 class FloatDx {
  public:
   explicit FloatDx(const LinearDxProblem& p) : p_(p), rows_(p.w.k), book_(p.w.table().value) {}
@@ -52,6 +53,7 @@ class FloatDx {
       Carver carver(base);
       memory.sums = carver.take<float>(sum_count);
       memory.scales = carver.take<float>(scale_floats());
+      memory.offsets = kHasOffsets ? carver.take<float>(scale_floats()) : nullptr;
       memory.dy = carver.take<float>(p_.m * kDxTileRows);
       return carver.used();
     };
@@ -63,7 +65,9 @@ class FloatDx {
       // at once is fast.
       const int64_t last = n + tile_rows() < last_row ? n + tile_rows() : last_row;
       const int64_t first_granule = rows_.first_weight(n) >> reader.log2_granule();
-      reader.read(first_granule, ceil_div(last * p_.w.k, reader.granule()) - first_granule, memory.scales);
+      const int64_t granules = ceil_div(last * p_.w.k, reader.granule()) - first_granule;
+      reader.read(first_granule, granules, memory.scales);
+      if constexpr (kHasOffsets) reader.read_offsets(first_granule, granules, memory.scales, memory.offsets);
       for (int64_t s = 0; s < period && n + s < last; ++s)
         tile(n + s, last, begin, count, reader, first_granule, memory);
     }
@@ -72,7 +76,7 @@ class FloatDx {
 
  private:
   struct Memory {
-    float *sums, *scales, *dy;
+    float *sums, *scales, *offsets, *dy;
   };
 
   // Adds rows n, n + period, ... < last of W, chunks first .. first + count - 1. memory.scales begins at granule
@@ -106,9 +110,13 @@ class FloatDx {
         const float* at = scales_of_row[t] + c * (kChunk >> reader.log2_granule());
         return lane_scales(at, granules[t], ceil_div(rest, kLaneWeights));
       };
+      const auto offsets_of = [&](int64_t t) {
+        const float* at = scales_of_row[t] + (memory.offsets - memory.scales) + c * (kChunk >> reader.log2_granule());
+        return lane_scales(at, granules[t], ceil_div(rest, kLaneWeights));
+      };
       for (int64_t i = 0; i < p_.m; i += kDxTokens) {
         with_count<kDxTokens>(p_.m - i < kDxTokens ? p_.m - i : kDxTokens, [&](auto tokens) {
-          add_rows<tokens>(rows, codes_of, scales_of, memory.dy + i * kDxTileRows, sums + i * kChunk);
+          add_rows<tokens>(rows, codes_of, scales_of, offsets_of, memory.dy + i * kDxTileRows, sums + i * kChunk);
         });
       }
       sums += p_.m * kChunk;
@@ -118,19 +126,27 @@ class FloatDx {
   // sums [token][8][kLanes] += the products of `rows` rows of W. A pass sums as many of the eight vectors as registers
   // hold sums for, of all tokens. Decoding the rows again in the next pass costs less than moving sums to memory and
   // back.
-  template <int kTokens, class Codes, class Scales>
-  [[gnu::always_inline]] void add_rows(int64_t rows, const Codes& codes_of, const Scales& scales_of, const float* dy,
-                                       float* sums) const {
+  template <int kTokens, class Codes, class Scales, class Offsets>
+  [[gnu::always_inline]] void add_rows(int64_t rows, const Codes& codes_of, const Scales& scales_of,
+                                       const Offsets& offsets_of, const float* dy, float* sums) const {
     constexpr int kVectors = kTokens * 8 <= kDxSums ? 8 : 4;
     unroll<8 / kVectors>([&](auto pass) {
       Floats sum[kTokens][kVectors];
       const auto at = [&](int i, int s) { return sums + i * kChunk + (pass * kVectors + s) * kLanes; };
       unroll<kTokens>([&](auto i) { unroll<kVectors>([&](auto s) { sum[i][s] = load(at(i, s)); }); });
       for (int64_t t = 0; t < rows; ++t) {
-        const FloatCodes codes = codes_of(t);
+        FloatCodes codes = codes_of(t);
         const Floats scale = scales_of(t);
+        if constexpr (kHasOffsets) {
+          const Floats offset = offsets_of(t);
+          unroll<kVectors>([&](auto s) {
+            Floats& weight = codes.v[pass * kVectors + s];
+            weight = fma(weight, scale, offset);
+          });
+        }
         unroll<kTokens>([&](auto i) {
-          const Floats by = mul(scale, splat(dy[i * kDxTileRows + t]));
+          const Floats of_token = splat(dy[i * kDxTileRows + t]);
+          const Floats by = kHasOffsets ? of_token : mul(scale, of_token);
           unroll<kVectors>([&](auto s) { sum[i][s] = fma(codes.v[pass * kVectors + s], by, sum[i][s]); });
         });
       }
@@ -166,15 +182,17 @@ class FloatDx {
   const FloatCodebook book_;
 };
 
-template <class T>
+template <class T, bool kHasOffsets>
 Outcome dx_float_as(const Pool& pool, const LinearDxProblem& p) {
-  const FloatDx<T> kernel(p);
+  const FloatDx<T, kHasOffsets> kernel(p);
   if (4 * kernel.scale_floats() > kMaxScratchBytes / 2) return Outcome::kTooLarge;
   dx_with<T>(pool, p, kernel);
   return Outcome::kDone;
 }
-inline Outcome dx_float(const Pool& pool, const LinearDxProblem& p) {
-  return p.dtype == DType::kBFloat16 ? dx_float_as<bfloat16>(pool, p) : dx_float_as<float16>(pool, p);
+template <bool kHasOffsets>
+Outcome dx_float(const Pool& pool, const LinearDxProblem& p) {
+  return p.dtype == DType::kBFloat16 ? dx_float_as<bfloat16, kHasOffsets>(pool, p)
+                                     : dx_float_as<float16, kHasOffsets>(pool, p);
 }
 
 }  // namespace few_tokens

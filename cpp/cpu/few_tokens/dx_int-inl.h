@@ -39,7 +39,7 @@ template <class T>
 class IntDx {
  public:
   IntDx(const LinearDxProblem& p, const DxScan& scan)
-      : p_(p), book_(kIntCodes[p.w.code].value), row_groups_(p.w.k / kDxColumns), rounder_(p, scan), scan_(scan) {}
+      : p_(p), book_(int_codes(p.w.code).value), row_groups_(p.w.k / kDxColumns), rounder_(p, scan), scan_(scan) {}
 
   int64_t strip_chunks() const { return kDxStripGroups * kDxColumns / kChunk; }
   int64_t tile_rows() const { return kDxTileRows; }

@@ -72,7 +72,7 @@ template <class T>
 class DxRounder {
  public:
   DxRounder(const LinearDxProblem& p, const DxScan& scan)
-      : p_(p), codes_(kIntCodes[p.w.code]), row_groups_(p.w.k / kDxColumns), scan_(scan) {}
+      : p_(p), codes_(int_codes(p.w.code)), row_groups_(p.w.k / kDxColumns), scan_(scan) {}
 
   // Rounds the tile of weight rows n, n + 1, ... < last_row and groups first .. first + groups - 1. The units depend on
   // whole rows of W, not on the strip. Returns whether all groups are served for every token.

@@ -73,10 +73,15 @@ class ForwardWalk {
 
   void operator()(WorkStealingRanges& ranges, int64_t thread) const {
     const int64_t scale_floats = super_tiles_.scale_floats(p_.w);
-    Carver memory(
-        scratch(ScratchUse::kThread, static_cast<int64_t>(sizeof(float)) * (scale_floats + Tile::kSumFloats)));
-    float* sums = memory.take<float>(Tile::kSumFloats);
-    float* scales = memory.take<float>(scale_floats);
+    float *sums = nullptr, *scales = nullptr, *offsets = nullptr;
+    const auto lay_out = [&](void* base) {
+      Carver memory(base);
+      sums = memory.take<float>(Tile::kSumFloats);
+      scales = memory.take<float>(scale_floats);
+      if (kHasOffsets) offsets = memory.take<float>(scale_floats);
+      return memory.used();
+    };
+    lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
     ScaleReader reader(p_.w.scales);
     RowPagePrefetcher pages(p_.w, 0, p_.w.k);
     const int64_t per_item = super_tiles_.per_item;
@@ -94,12 +99,14 @@ class ForwardWalk {
         pages.reach((s + 2) * super_tiles_.rows);
         const int64_t first = first_row(s), last = first_row(s + 1);
         if (s + 1 < range_end) prefetch_scales_and_lora_b(reader, last, first_row(s + 2));
-        compute(first, last, reader, scales, sums);
+        compute(first, last, reader, scales, offsets, sums);
       }
     }
   }
 
  private:
+  static constexpr bool kHasOffsets = Products::kOffsets != OffsetsEnter::kNothing;
+
   int64_t first_row(int64_t super_tile) const { return min(super_tile * super_tiles_.rows, p_.w.n); }
 
   void prefetch_scales_and_lora_b(const ScaleReader& reader, int64_t first, int64_t last) const {
@@ -110,12 +117,13 @@ class ForwardWalk {
 
   // Computes the super-tile of weight rows first .. last - 1 for all tokens.
   [[gnu::always_inline]] void compute(int64_t first, int64_t last, const ScaleReader& reader, float* scales,
-                                      float* sums) const {
+                                      float* offsets, float* sums) const {
     const int64_t period = plan_.rows.period;
     const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
     const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
-    const GranuleScales of_rows{scales, first_granule, end_granule - first_granule};
+    const GranuleScales of_rows{scales, offsets, first_granule, end_granule - first_granule};
     reader.read(of_rows.first, of_rows.count, scales);
+    if constexpr (kHasOffsets) reader.read_offsets(of_rows.first, of_rows.count, scales, offsets);
     RowBits concentrated[8];  // of the tile of each shift
     for (int64_t group = 0; group < plan_.groups.count; ++group) {
       with_count<Products::kMaxTokens>(plan_.groups.tokens(group), [&](auto tokens) {

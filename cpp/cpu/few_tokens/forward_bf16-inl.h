@@ -28,10 +28,12 @@ template <class Order>
 struct Bf16Products {
   using X = int16_t;  // the bits
   static constexpr int kMaxTokens = kMaxBf16Tokens, kMaxPairedTokens = 0;
+  static constexpr OffsetsEnter kOffsets = OffsetsEnter::kNothing;
+  static constexpr int64_t kTokenValues = kChunk;
   static constexpr bool kServesEveryRow = true;
   static constexpr bool kMayOverflow = true;
 
-  explicit Bf16Products(const Weight& w) : book(kBf16Codes[w.code].bits), per_one(kBf16Codes[w.code].per_one) {}
+  explicit Bf16Products(const Weight& w) : book(bf16_codes(w.code).bits), per_one(bf16_codes(w.code).per_one) {}
   IntCodebook book;
   double per_one;  // of the codes
   using Codes = IntCodes;

@@ -20,9 +20,13 @@ namespace few_tokens {
 
 using namespace stream;
 
-// float32 products, which are exact but for float32's own roundings.
+// float32 products, which are exact but for float32's own roundings. With offsets each weight is decoded before it is
+// multiplied: where weights are zero, the products of their values and of their offsets would cancel only nearly.
+template <bool kHasOffsets>
 struct FloatProducts {
   using X = float;
+  static constexpr OffsetsEnter kOffsets = kHasOffsets ? OffsetsEnter::kCodes : OffsetsEnter::kNothing;
+  static constexpr int64_t kTokenValues = kChunk;
   static constexpr int kMaxTokens = kMaxFloatTokens, kMaxPairedTokens = 0;
   static constexpr bool kServesEveryRow = true;
   static constexpr bool kMayOverflow = false;
@@ -31,6 +35,11 @@ struct FloatProducts {
   FloatCodebook book;
   using Codes = FloatCodes;
   Codes codes(Chunk chunk) const { return decode(chunk, book); }
+  Codes codes(Chunk chunk, Floats scale, Floats offset) const {
+    Codes weights = codes(chunk);
+    unroll<kLaneWeights>([&](auto s) { weights.v[s] = fma(weights.v[s], scale, offset); });
+    return weights;
+  }
 
   template <int kRows>
   static void multiply(const Codes (&codes)[kRows], const X* x, Floats (&product)[kRows]) {
@@ -57,8 +66,9 @@ struct FloatProducts {
   }
 };
 
-inline Outcome forward_float(const Pool& pool, const LinearProblem& p) {
-  return with_type(p.dtype, [&]<class T>() { return forward<T, FloatProducts>(pool, p); });
+template <bool kHasOffsets>
+Outcome forward_float(const Pool& pool, const LinearProblem& p) {
+  return with_type(p.dtype, [&]<class T>() { return forward<T, FloatProducts<kHasOffsets>>(pool, p); });
 }
 
 // The forward with Products that may refuse a token. Refused tokens fall back to float32. Tokens do not depend on each
@@ -72,7 +82,8 @@ Outcome forward_else_float(const Pool& pool, const LinearProblem& p) {
     end = first + 1;
     if (!fallback_tokens.contains(first)) continue;
     while (end < p.m && fallback_tokens.contains(end)) ++end;
-    outcome = forward<T, FloatProducts>(pool, tokens_of<T>(p, first, end - first), first);
+    outcome = forward<T, FloatProducts<Products::kOffsets != OffsetsEnter::kNothing>>(
+        pool, tokens_of<T>(p, first, end - first), first);
   }
   return outcome;
 }

@@ -36,15 +36,20 @@ using namespace stream;
 //
 // These are sums over many products. If a few weights decide the sum of a row, these may meet small x, so such rows are
 // summed in float32 (concentration-inl.h). README.md has what is promised of a single entry.
-template <class T, class Order>
+//
+// With offsets, the sum of a lane's eight rounded x is multiplied by the offset. As both sums have the same roundings
+// of x, their error is that of x times the whole weight, also where value and offset nearly cancel.
+template <class T, class Order, bool kHasOffsets>
 struct IntProducts {
   using X = int16_t;
+  static constexpr OffsetsEnter kOffsets = kHasOffsets ? OffsetsEnter::kSums : OffsetsEnter::kNothing;
+  static constexpr int64_t kTokenValues = kChunk + (kHasOffsets ? 2 * kLanes : 0);
   static constexpr int kMaxTokens = kMaxIntTokens, kMaxPairedTokens = kMaxPairedIntTokens;
   static constexpr bool kServesEveryRow = false;
   static constexpr bool kMayOverflow = true;
   static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
 
-  explicit IntProducts(const Weight& w) : book(kIntCodes[w.code].value), per_one(kIntCodes[w.code].per_one) {}
+  explicit IntProducts(const Weight& w) : book(int_codes(w.code).value), per_one(int_codes(w.code).per_one) {}
   IntCodebook book;
   double per_one;  // of the codes
   using Codes = IntCodes;
@@ -85,18 +90,36 @@ struct IntProducts {
       for (int i = 0; i < kLaneWeights; ++i)
         rounded_x[i] = round_to_ints(mul(load(x + c * kChunk + i * kLanes), inverse));
       store_in_code_order(rounded_x, out + c * stride, Order{});
+      if constexpr (kHasOffsets) store_lane_sums(out + c * stride);
     }
     return true;
   }
+
+  // Stores the sums of the lanes' x after a chunk, in units in which a code of 1 is an integer of 1.
+  void store_lane_sums(X* chunk) const {
+    int16_t one[2 * kLanes];
+    for (int16_t& o : one) o = 1;
+    Ints sum = dot(load_pairs(one), load_pairs(chunk));
+    for (int s = 1; s < 4; ++s) sum = dot(sum, load_pairs(one), load_pairs(chunk + s * 2 * kLanes));
+    const Floats sums = mul(to_floats(sum), splat(static_cast<float>(per_one)));
+    float values[kLanes];
+    store(values, sums);
+    __builtin_memcpy(chunk + kChunk, values, sizeof(values));
+  }
 };
 
-template <class T>
+template <bool kHasOffsets, class T>
 Outcome forward_int_as(const Pool& pool, const LinearProblem& p) {
-  if (has_one_scale_per(32, p.w)) return forward_else_float<T, IntProducts<T, HalfOrder>>(pool, p);
-  return forward_else_float<T, IntProducts<T, LaneOrder>>(pool, p);
+  // With offsets there is one order only, so that less is compiled.
+  if constexpr (!kHasOffsets) {
+    if (has_one_scale_per(32, p.w)) return forward_else_float<T, IntProducts<T, HalfOrder, false>>(pool, p);
+  }
+  return forward_else_float<T, IntProducts<T, LaneOrder, kHasOffsets>>(pool, p);
 }
-inline Outcome forward_int(const Pool& pool, const LinearProblem& p) {
-  return p.dtype == DType::kBFloat16 ? forward_int_as<bfloat16>(pool, p) : forward_int_as<float16>(pool, p);
+template <bool kHasOffsets>
+Outcome forward_int(const Pool& pool, const LinearProblem& p) {
+  return p.dtype == DType::kBFloat16 ? forward_int_as<kHasOffsets, bfloat16>(pool, p)
+                                     : forward_int_as<kHasOffsets, float16>(pool, p);
 }
 
 }  // namespace few_tokens

@@ -9,6 +9,8 @@
 //   kMaxTokens, kMaxPairedTokens      for how many tokens the registers hold sums (stream.h)
 //   kServesEveryRow                   whether it serves concentrated rows (concentration-inl.h)
 //   kMayOverflow                      whether sums may overflow although y is finite: with scales of W above kHugeScale
+//   kOffsets                          how the offsets of W's blocks enter the sums (OffsetsEnter)
+//   kTokenValues                      values of X per chunk of a token
 //
 // The mean square error of the products must not exceed that of rounding w to the dtype of x. If x alone shows that it
 // would, arrange returns false and the token falls back to other products. If it depends on w, the weight row is summed
@@ -28,6 +30,13 @@ namespace few_tokens {
 using namespace stream;
 
 inline constexpr float kHugeScale = 0x1p90f;
+
+// How the offset o of a block enters the sum of its weights value * scale + o times x.
+enum class OffsetsEnter {
+  kNothing,  // the weight has none
+  kCodes,    // codes(chunk, scale, offset) decodes to weights, and multiply sums weight * x
+  kSums,     // o times the sum of x over a lane is added; the lanes' sums follow each chunk of x, as float32
+};
 
 // The largest lane of the maxima from max_bits.
 inline uint32_t largest_lane(Ints seen) {

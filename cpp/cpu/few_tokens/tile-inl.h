@@ -57,9 +57,10 @@ class ForwardTile {
     const int shift = plan_.rows.shift(n);
     const bool start_at_zero = p_.lora.rank == 0 && count == kTileRows;
     if (!start_at_zero) start<kTokens>(n, count, m0, sums);
-    FirstChunks first_chunks(kLargeCodes[p_.w.code]);
+    FirstChunks first_chunks(large_codes(p_.w.code));
     first_chunks.start();
-    const bool looks = !Products::kServesEveryRow && group == 0 && shift + p_.w.k >= kChunk;
+    constexpr bool kHasOffsets = Products::kOffsets != OffsetsEnter::kNothing;
+    const bool looks = !Products::kServesEveryRow && !kHasOffsets && group == 0 && shift + p_.w.k >= kChunk;
     add_products<kTokens>(n, count, m0, reader, scales, start_at_zero, looks ? &first_chunks : nullptr, sums);
     if (!Products::kServesEveryRow && group == 0) {
       *concentrated = 0;
@@ -82,15 +83,17 @@ class ForwardTile {
                                            float* sums) const {
     const int64_t period = plan_.rows.period, k = p_.w.k;
     const int shift = plan_.rows.shift(n), arrangement = plan_.arrangement(shift);
-    const typename Products::X* x = x_.values + arrangement * plan_.arrangement_values() + m0 * plan_.chunks * kChunk;
+    const typename Products::X* x =
+        x_.values + arrangement * plan_.arrangement_values() + m0 * plan_.chunks * Products::kTokenValues;
     const float* scale_of_x = x_.scales + arrangement * plan_.arrangement_scales() + m0 * plan_.segments;
     const int64_t segment_bytes =
-        kTokens * plan_.segment_chunks * kChunk * static_cast<int64_t>(sizeof(typename Products::X));
+        kTokens * plan_.segment_chunks * Products::kTokenValues * static_cast<int64_t>(sizeof(typename Products::X));
     const int64_t most = segment_bytes < 12288 ? 24576 / segment_bytes : 1;
     const int64_t weights = shift + k, chunks = ceil_div(weights, kChunk);
     const int64_t first_weight = plan_.rows.first_weight(n);
     RowSegments segments;
     segments.scales = scales.scale;
+    segments.offsets = scales.offset;
     segments.row_weights = period * k;
     segments.log2_granule = reader.log2_granule();
     segments.segment_chunks = plan_.segment_chunks;
@@ -105,7 +108,7 @@ class ForwardTile {
       const bool is_last = chunks - chunk <= most * plan_.segment_chunks;
       segments.chunks = is_last ? chunks - chunk : most * plan_.segment_chunks;
       segments.last_weights = is_last ? weights - (chunks - 1) * kChunk : kChunk;
-      const typename Products::X* x_at = x + chunk * kTokens * kChunk;
+      const typename Products::X* x_at = x + chunk * kTokens * Products::kTokenValues;
       segments.starts_sums = start_at_zero && s == 0;
       FirstChunks* const look = s == 0 ? first_chunks : nullptr;
       int64_t t = 0;
@@ -198,8 +201,11 @@ class ForwardTile {
   }
 
   static bool any_huge(const GranuleScales& scales) {
-    for (int64_t i = 0; i < scales.count; ++i) {
-      const uint32_t bits = float_bits(scales.scale[i]) & kMagnitudeBits;
+    return any_huge(scales.scale, scales.count) || (scales.offset && any_huge(scales.offset, scales.count));
+  }
+  static bool any_huge(const float* x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = float_bits(x[i]) & kMagnitudeBits;
       if (bits > float_bits(kHugeScale) && bits < kInfinityBits) return true;
     }
     return false;

@@ -50,17 +50,21 @@ class ScaleReader {
 
   // out[i] = the scale of granule first + i. kLanes zeros follow, so that whole vectors may be loaded.
   void read(int64_t first, int64_t count, float* out) const {
-    if (log2_split_ == 0) {
-      read_scales(scales_, first, count, out);
-    } else {
-      // Scales of blocks are read into the end of `out` and copied to their granules from the first to the last. So no
-      // scale is overwritten before it has been copied.
-      const int64_t first_block = first >> log2_split_, blocks = ((first + count - 1) >> log2_split_) + 1 - first_block;
-      float* const of_block = out + (count - blocks);
-      if (count) read_scales(scales_, first_block, blocks, of_block);
-      for (int64_t i = 0; i < count; ++i) out[i] = of_block[((first + i) >> log2_split_) - first_block];
-    }
-    store(out + count, zero());
+    read_granules(first, count, out, [&](int64_t block, int64_t blocks, float* of_block) {
+      read_scales(scales_, block, blocks, of_block);
+    });
+  }
+
+  // The same for the offsets of a weight that has them. `scale` is what `read` has written.
+  void read_offsets(int64_t first, int64_t count, const float* scale, float* out) const {
+    read_granules(first, count, out, [&](int64_t block, int64_t blocks, float* of_block) {
+      const float* of_same_block = scale;
+      if (log2_split_ && scales_.offsets.form == OffsetForm::kZeroPoint8) {
+        read_scales(scales_, block, blocks, of_block);
+        of_same_block = of_block;
+      }
+      QLORA_ISA::read_offsets(scales_, block, blocks, of_same_block, of_block);
+    });
   }
 
   // Prefetches the stored scales of weights begin .. end - 1.
@@ -76,6 +80,21 @@ class ScaleReader {
   }
 
  private:
+  // Scales or offsets of blocks are read into the end of `out` and copied to their granules from the first to the last.
+  // So none is overwritten before it has been copied.
+  template <class ReadBlocks>
+  void read_granules(int64_t first, int64_t count, float* out, const ReadBlocks& read_blocks) const {
+    if (log2_split_ == 0) {
+      read_blocks(first, count, out);
+    } else {
+      const int64_t first_block = first >> log2_split_, blocks = ((first + count - 1) >> log2_split_) + 1 - first_block;
+      float* const of_block = out + (count - blocks);
+      if (count) read_blocks(first_block, blocks, of_block);
+      for (int64_t i = 0; i < count; ++i) out[i] = of_block[((first + i) >> log2_split_) - first_block];
+    }
+    store(out + count, zero());
+  }
+
   const Scales scales_;
   int64_t granule_;
   int log2_granule_, log2_split_;

@@ -60,7 +60,7 @@ struct DxShape {
   int64_t most_columns, piece_columns, piece_depth;
 
   // Depends on the whole problem, not on the task, because the order of the sums depends on it.
-  explicit DxShape(const LinearDxProblem& p) : DxShape(p.m, kSpareRegisters && ScaledPiece::aligned(p.w)) {}
+  explicit DxShape(const LinearDxProblem& p) : DxShape(p.m, ScaledPiece::interleaves(p.w)) {}
   constexpr DxShape(int64_t m, bool interleaved_)
       : interleaved(interleaved_),
         most_columns(m <= kFewTokens ? 2048 : 512),
@@ -94,11 +94,12 @@ class DxTask {
         column_(column),
         columns_(columns),
         width_(round_up(columns, kGroup)) {
-    Carver memory(scratch(ScratchUse::kThread, kTaskBytes));
+    const int64_t offset_floats = p.w.scales.offsets ? 2 * shape_.scale_floats() : 0;
+    Carver memory(scratch(ScratchUse::kThread, kTaskBytes + 4 * offset_floats));
     broadcast_ = memory.take<Word>(tokens * kDepth);
     lanes_ = memory.take<Word>(2 * shape_.piece_words());
     sums_ = memory.take<float>(tokens * width_);
-    scales_ = memory.take<float>(2 * shape_.scale_floats());
+    scales_ = memory.take<float>(2 * scale_floats_);
   }
 
   void operator()() {
@@ -141,7 +142,7 @@ class DxTask {
     while (shape_.interleaved && 2 * steps_between <= steps_per_group) steps_between *= 2;
     multiply_pieces<W, Becomes::kLanes>(
         p_.w, pieces, lanes_, lanes_ + (shape_.interleaved ? shape_.piece_words() : 0), scales_,
-        scales_ + shape_.scale_floats(), steps_between, [&](const Piece& piece, const Word* panel, auto& interleaved) {
+        scales_ + scale_floats_, steps_between, [&](const Piece& piece, const Word* panel, auto& interleaved) {
           if (pieces.begins_strip(piece)) load_broadcast<W>(dy, token_, tokens_, piece.row, piece.rows, broadcast_);
           multiply<W, kChain<T>>(broadcast_, tokens_, panel, round_up(piece.columns, kGroup),
                                  static_cast<int>(ceil_div(piece.rows, W::kElements)),
@@ -154,6 +155,7 @@ class DxTask {
   const T* const g_;
   const int64_t first_token_, token_, tokens_, column_, columns_, width_;
   const DxShape shape_{p_};
+  const int64_t scale_floats_ = ScaledPiece::arrays(p_.w) * shape_.scale_floats();
   const Cut pieces_ = cut(columns_, shape_.piece_columns, kGroup);
   Word *broadcast_, *lanes_;
   float *sums_, *scales_;

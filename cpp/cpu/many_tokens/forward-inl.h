@@ -42,7 +42,7 @@ struct StripShape {
 
   // Depends on the whole problem, not on the task, because the order of the sums depends on it.
   explicit StripShape(const LinearProblem& p)
-      : interleaved(kSpareRegisters && ScaledPiece::aligned(p.w)),
+      : interleaved(ScaledPiece::interleaves(p.w)),
         rows(interleaved ? kMostRows / 2 : kMostRows),
         other_half(interleaved ? rows * kDepth : 0) {}
 };
@@ -60,11 +60,12 @@ class ForwardTask {
   ForwardTask(const LinearProblem& p, const T* h, int64_t first_token, int64_t token, int64_t tokens, int64_t row,
               int64_t rows)
       : p_(p), h_(h), first_token_(first_token), token_(token), tokens_(tokens), row_(row), rows_(rows) {
-    Carver memory(scratch(ScratchUse::kThread, kTaskBytes));
+    const int64_t offset_floats = p.w.scales.offsets ? 2 * kStripScales : 0;
+    Carver memory(scratch(ScratchUse::kThread, kTaskBytes + 4 * offset_floats));
     strip_ = memory.take<Word>(StripShape::kPanelWords);
     lanes_ = memory.take<Word>(kMostLaneWords);
     sums_ = memory.take<float>(rows * round_up(token_lanes_, kLanes));
-    scales_ = memory.take<float>(2 * kStripScales);
+    scales_ = memory.take<float>(2 * scale_floats_);
   }
 
   void operator()() {
@@ -92,7 +93,7 @@ class ForwardTask {
     const int lanes_depth = transpose_lanes<W, Order::kDecoded>(x, token_, tokens_, column, columns, lanes_);
     const Pieces pieces{{row_, rows_, column, columns}, strips_.size, pieces_.size};
     multiply_pieces<W, Becomes::kBroadcast>(
-        p_.w, pieces, strip_, strip_ + shape_.other_half, scales_, scales_ + kStripScales, shape_.interleaved,
+        p_.w, pieces, strip_, strip_ + shape_.other_half, scales_, scales_ + scale_floats_, shape_.interleaved,
         [&](const Piece& piece, const Word* panel, auto& interleaved) {
           multiply_strip(panel, piece.row - row_, piece.rows,
                          static_cast<int>(round_up(piece.columns, kGroup) / kStepElements),
@@ -136,6 +137,7 @@ class ForwardTask {
   const T* const h_;
   const int64_t first_token_, token_, tokens_, token_lanes_ = tokens_ * W::kWords, row_, rows_;
   const StripShape shape_{p_};
+  const int64_t scale_floats_ = ScaledPiece::arrays(p_.w) * kStripScales;
   const Cut strips_ = cut(rows_, shape_.rows, 1), pieces_ = cut(p_.w.k, kDepth* W::kElements, kGroup);
   Word *strip_, *lanes_;
   float *sums_, *scales_;

@@ -17,7 +17,8 @@ namespace many_tokens {
 // The multiplication of bfloat16 in pairs takes subnormal factors, products and sums for zero. That changes no result
 // noticeably if
 //   - each row of a dense operand is all 0, or has a value of at least 2^-50, and
-//   - each block of W has a scale of 0, or its largest possible value is at least 2^-60.
+//   - each block of W has a scale of 0, or its largest possible value is at least 2^-60. An offset beside a scale of 0
+//     is the value of the whole block.
 inline bool in_range(const void* matrix, int64_t rows, int64_t columns) {
   constexpr uint16_t kEnough = (127 - 50) << 7;
   const bfloat16* x = static_cast<const bfloat16*>(matrix);

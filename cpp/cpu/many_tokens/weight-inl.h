@@ -4,6 +4,8 @@
 // group's scale multiplies the 16 code values once, not every weight: the weight is *aligned*. Anything else (k no
 // multiple of kGroup, blocks smaller than a group) is *ragged*: each element is multiplied by its own block's scale,
 // and what lies beyond the row is zeroed. Both give the same bits.
+//
+// The functions that decode are templates of whether the weight has offsets, so that one without them pays nothing.
 #pragma once
 
 #include <cstdint>
@@ -52,12 +54,22 @@ struct Pieces {
   Piece strip(int64_t row) const { return {row, at(row, area.column).rows, area.column, area.columns}; }
 };
 
+// The scale at `scale`, and of weights with offsets also the offset, which lies `to_offset` floats further on.
+template <bool kHasOffsets>
+inline auto block_at(const float* scale, int64_t to_offset) {
+  if constexpr (kHasOffsets) {
+    return ScaleAndOffset{*scale, scale[to_offset]};
+  } else {
+    return *scale;
+  }
+}
+
 // A piece and the scales of its quantization blocks, which are decoded once for all panels that the piece is decoded
-// into.
+// into. The offsets of a weight that has them are stored like the scales, to_offset() floats further on.
 class ScaledPiece {
  public:
   ScaledPiece() = default;
-  // `scales` has room for scale_floats(rows, columns), or of whole rows for run_floats(w, rows).
+  // `scales` has room for arrays(w) * scale_floats(rows, columns), or of whole rows for run_floats(w, rows).
   ScaledPiece(const Weight& w, const Piece& piece, float* scales)
       : w_(&w), shift_(__builtin_ctzll(static_cast<uint64_t>(w.scales.block_size))) {
     const bool one_run = piece.columns == w.k;  // of blocks, without gaps between rows
@@ -65,20 +77,22 @@ class ScaledPiece {
     // is indexed by the block's number in the whole weight, so row_scales_ is a row's room minus the blocks by which a
     // row advances.
     row_scales_ = one_run ? 0 : piece.columns / kMinBlockSize + 2 + kLanes - (w.k >> shift_);
+    if (has_offsets()) to_offset_ = one_run ? run_room(w, piece.rows) : scale_floats(piece.rows, piece.columns);
     scales_ = scales - block(piece.row, piece.column) - piece.row * row_scales_;
     for (int64_t row = piece.row, step = one_run ? piece.rows : 1; row < piece.row + piece.rows; row += step) {
       const int64_t first = block(row, piece.column);
       const int64_t last = block(row + step - 1, piece.column + piece.columns - 1);
-      read_scales(w.scales, first, last + 1 - first, scales_ + row * row_scales_ + first);
+      float* const of_row = scales_ + row * row_scales_ + first;
+      read_scales(w.scales, first, last + 1 - first, of_row);
+      if (has_offsets()) read_offsets(w.scales, first, last + 1 - first, of_row, of_row + to_offset_);
     }
   }
   // Decoding loads whole vectors of scales.
   static constexpr int64_t scale_floats(int64_t rows, int64_t columns) {
     return rows * (columns / kMinBlockSize + 3 + kLanes);
   }
-  static int64_t run_floats(const Weight& w, int64_t rows) {
-    return ceil_div(rows * w.k, w.scales.block_size) + 2 + kLanes;
-  }
+  static int64_t arrays(const Weight& w) { return w.scales.offsets ? 2 : 1; }
+  static int64_t run_floats(const Weight& w, int64_t rows) { return arrays(w) * run_room(w, rows); }
 
   const Weight& weight() const { return *w_; }
   int shift() const { return shift_; }
@@ -86,20 +100,31 @@ class ScaledPiece {
   // scales(row)[b] is the scale of block b, numbered through the whole weight, for the blocks that the row lies in.
   const float* scales(int64_t row) const { return scales_ + row * row_scales_; }
   int64_t row_scales() const { return row_scales_; }  // from scales(row) to scales(row + 1)
+  bool has_offsets() const { return static_cast<bool>(w_->scales.offsets); }
+  int64_t to_offset() const { return to_offset_; }
 
   // Whether the groups that begin at multiples of kGroup coincide with the packed format.
   bool aligned() const { return aligned(*w_); }
   static bool aligned(const Weight& w) { return has_one_scale_per(kGroup, w); }
-  // The packed bytes and the scale of such a group, which begins at (row, column).
+  // Whether pieces are decoded during multiplications. With offsets they are not, which would nearly double what is
+  // compiled.
+  static bool interleaves(const Weight& w) { return kSpareRegisters && aligned(w) && !w.scales.offsets; }
+  // The packed bytes and the block of such a group, which begins at (row, column).
   const uint8_t* packed(int64_t row, int64_t column) const { return w_->packed + (flat(row, column) >> 1); }
-  float scale(int64_t row, int64_t column) const { return scales(row)[block(row, column)]; }
+  template <bool kHasOffsets>
+  auto block_of(int64_t row, int64_t column) const {
+    return block_at<kHasOffsets>(scales(row) + block(row, column), to_offset_);
+  }
 
  private:
+  static int64_t run_room(const Weight& w, int64_t rows) {
+    return ceil_div(rows * w.k, w.scales.block_size) + 2 + kLanes;
+  }
   int64_t block(int64_t row, int64_t column) const { return flat(row, column) >> shift_; }
 
   const Weight* w_ = nullptr;
   int shift_ = 0;
-  int64_t row_scales_ = 0;
+  int64_t row_scales_ = 0, to_offset_ = 0;
   float* scales_ = nullptr;
 };
 
@@ -119,25 +144,37 @@ class RaggedRow {
 
   // Decodes the group at column c: lane i of vector j is element 4i + j.
   void decode(int64_t c, F (&v)[4]) const {
+    if (t_.has_offsets()) {
+      decode_as<true>(c, v);
+    } else {
+      decode_as<false>(c, v);
+    }
+  }
+
+ private:
+  template <bool kHasOffsets>
+  void decode_as(int64_t c, F (&v)[4]) const {
     const Weight& w = t_.weight();
     const int64_t begin = flat_ + c;
     const Codes codes = load_codes(w.packed + (begin >> 1), begin & 1, packed_bytes(w.n * w.k) - (begin >> 1));
     const float* scale = scales_ + (begin >> t_.shift());
     const int block = static_cast<int>(w.scales.block_size);
     int first = block - static_cast<int>(begin & (block - 1));  // of the next block
-    const Table table = scaled(values_, splat(scale[0])), next = scaled(values_, splat(scale[1]));
+    const auto table_at = [&](const float* at) {
+      return decoded_table(values_, block_at<kHasOffsets>(at, t_.to_offset()));
+    };
+    const auto table = table_at(scale), next = table_at(scale + 1);
     unroll<4>([&](auto j) {
       v[j.value] = joined<j.value>(first, lookup<j.value>(table, codes), lookup<j.value>(next, codes));
     });
     while ((first += block) < kGroup) {
-      const Table another = scaled(values_, splat(*(++scale + 1)));
+      const auto another = table_at(++scale + 1);
       unroll<4>([&](auto j) { v[j.value] = joined<j.value>(first, v[j.value], lookup<j.value>(another, codes)); });
     }
     if (columns_ - c >= kGroup) return;
     unroll<4>([&](auto j) { v[j.value] = joined<j.value>(static_cast<int>(columns_ - c), v[j.value], zero()); });
   }
 
- private:
   const ScaledPiece& t_;
   const Table values_;
   int64_t flat_, columns_;
@@ -149,14 +186,14 @@ class RaggedRow {
 // and its depth the rows.
 enum class Becomes { kBroadcast, kLanes };
 
-template <class W>
-void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+template <class W, bool kHasOffsets>
+void decode_broadcast_as(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
   const typename W::Values values = W::values_of(source.weight().table());
   for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
     const RaggedRow ragged(source, row, piece.column, piece.columns);
     for (int64_t c = 0; c < piece.columns; c += kGroup) {
       if (source.aligned()) {
-        W::decode_row(values, source.packed(row, piece.column + c), source.scale(row, piece.column + c),
+        W::decode_row(values, source.packed(row, piece.column + c), source.block_of<kHasOffsets>(row, piece.column + c),
                       panel + c / W::kElements);
       } else {
         F v[4];
@@ -167,8 +204,8 @@ void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W:
   }
 }
 
-template <class W>
-void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+template <class W, bool kHasOffsets>
+void decode_lanes_as(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
   const typename W::Values values = W::values_of(source.weight().table());
   const int64_t depth = ceil_div(piece.rows, W::kElements);
   for (int64_t d = 0; d < depth; ++d, panel += kTileLanes) {
@@ -180,8 +217,8 @@ void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Wor
     for (int64_t c = 0; c < piece.columns; c += kGroup) {
       if (source.aligned() && is_next) {
         const int64_t column = piece.column + c;
-        W::decode_lanes(values, source.packed(row, column), source.packed(next, column), source.scale(row, column),
-                        source.scale(next, column), words);
+        W::decode_lanes(values, source.packed(row, column), source.packed(next, column),
+                        source.block_of<kHasOffsets>(row, column), source.block_of<kHasOffsets>(next, column), words);
       } else if constexpr (W::kElements == 1) {
         ragged.decode(c, words);
       } else {
@@ -192,6 +229,23 @@ void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Wor
       }
       store_whole_group<W>(panel + c * depth, kTileLanes * depth, words);
     }
+  }
+}
+
+template <class W>
+void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  if (source.has_offsets()) {
+    decode_broadcast_as<W, true>(source, piece, panel);
+  } else {
+    decode_broadcast_as<W, false>(source, piece, panel);
+  }
+}
+template <class W>
+void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  if (source.has_offsets()) {
+    decode_lanes_as<W, true>(source, piece, panel);
+  } else {
+    decode_lanes_as<W, false>(source, piece, panel);
   }
 }
 

@@ -27,10 +27,12 @@ struct WordF32 {
   using Values = Table;
   static Values values_of(const CodeTable& table) { return panel::values_of(table); }
 
-  // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
-  static void decode_row(const Values& values, const uint8_t* packed, float scale, Word* out) {
+  // A group of one block, whose scale or scale and offset is `block`, decoded: vector j lane i is element 4i + j, in
+  // this order in memory.
+  template <class Block>
+  static void decode_row(const Values& values, const uint8_t* packed, Block block, Word* out) {
     F v[4];
-    decode_lanes(values, packed, nullptr, scale, 0.0f, v);
+    decode_lanes(values, packed, nullptr, block, {}, v);
     store_decoded_row(v, out);
   }
   static void store_decoded_row(const F (&v)[4], Word* out) {
@@ -38,9 +40,10 @@ struct WordF32 {
   }
   // The words of a group of lanes. A word has an element of one weight row, so the arguments of the next row are
   // unused.
-  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t*, float scale, float,
+  template <class Block>
+  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t*, Block block, Block,
                            Vector (&out)[4]) {
-    const Table table = scaled(values, splat(scale));
+    const auto table = decoded_table(values, block);
     const Codes codes = load_codes(packed);
     unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
   }

@@ -34,7 +34,9 @@ class Dx {
     return min(columns, round_up(rectangle.size, kPair));
   }
 
-  int64_t scale_floats(int64_t columns) const { return ScaledPiece::scale_floats(Slices::kMostAlone, columns + kPair); }
+  int64_t scale_floats(int64_t columns) const {
+    return ScaledPiece::arrays(p_.w) * ScaledPiece::scale_floats(Slices::kMostAlone, columns + kPair);
+  }
   ScaledPiece source(int64_t column, int64_t columns, const Slice& s, float* scales) const {
     const int64_t within = column % Slices::kGroup;
     return ScaledPiece(p_.w, {s.begin, s.size, column - within, columns + within}, scales);

@@ -31,6 +31,7 @@ namespace {
 namespace many_tokens_tiles {
 
 using namespace panel;
+using many_tokens::block_at;
 using many_tokens::Mask;
 using many_tokens::Matrix;
 using many_tokens::Piece;
@@ -160,8 +161,10 @@ class RowsDecoder {
     if (left_ == 0) return;
     const int64_t first = half_ * kTileRows, rows = min(kTileRows, rows_ - first);
     char* out = out_ + half_ * kTileBytes;
-    if (source_->aligned()) {
-      decode_aligned(row_ + first, rows, out);
+    if (source_->aligned() && source_->has_offsets()) {
+      decode_aligned<true>(row_ + first, rows, out);
+    } else if (source_->aligned()) {
+      decode_aligned<false>(row_ + first, rows, out);
     } else {
       for (int64_t r = 0; r < rows; ++r) {
         F v[4];
@@ -180,15 +183,16 @@ class RowsDecoder {
   }
 
  private:
+  template <bool kHasOffsets>
   void decode_aligned(int64_t row, int64_t rows, char* out) const {
-    const int64_t k = source_->weight().k, row_scales = source_->row_scales();
+    const int64_t k = source_->weight().k, row_scales = source_->row_scales(), to_offset = source_->to_offset();
     const int shift = source_->shift();
     int64_t flat = source_->flat(row, begin_ + column_);
     const uint8_t* packed = source_->weight().packed + (flat >> 1);
     const float* scales = source_->scales(row);
     for (int64_t r = 0; r < rows; ++r, packed += k / 2, flat += k, scales += row_scales, out += kRowBytes) {
       Vector words[2];
-      Words::decode_row(values_, packed, scales[flat >> shift], words);
+      Words::decode_row(values_, packed, block_at<kHasOffsets>(scales + (flat >> shift), to_offset), words);
       store_row(out, words[0]);
       store_row(out + 2 * kTileBytes, words[1]);
     }
@@ -221,7 +225,13 @@ class ColumnsDecoder {
   void step() {
     if (left_ == 0) return;
     if (source_->aligned() && columns_ % kPair == 0 && rows_ >= kStep) {
-      with_count<kMostPieces>(columns_ / kPair, [&](auto pieces) { decode_whole<pieces.value>(); });
+      with_count<kMostPieces>(columns_ / kPair, [&](auto pieces) {
+        if (source_->has_offsets()) {
+          decode_whole<pieces.value, true>();
+        } else {
+          decode_whole<pieces.value, false>();
+        }
+      });
     } else {
       decode_ragged();
     }
@@ -229,9 +239,9 @@ class ColumnsDecoder {
   }
 
  private:
-  template <int kPieces>
+  template <int kPieces, bool kHasOffsets>
   void decode_whole() const {
-    const int64_t k = source_->weight().k, row_scales = source_->row_scales();
+    const int64_t k = source_->weight().k, row_scales = source_->row_scales(), to_offset = source_->to_offset();
     const int shift = source_->shift();
     const bool second_half = column_ % Slices::kGroup != 0;  // of a group is the first piece
     int64_t flat = source_->flat(row_, column_);
@@ -242,9 +252,11 @@ class ColumnsDecoder {
       Vector table = {}, words[2];
       unroll<kPieces>([&](auto i) {
         constexpr int64_t c = i.value * kPair;
-        if (i.value == 0 || (i.value % 2 == 0) != second_half)
-          table =
-              Words::row_table(values_, scales[(flat + c) >> shift], scales[row_scales + ((flat + c + k) >> shift)]);
+        if (i.value == 0 || (i.value % 2 == 0) != second_half) {
+          const float* const below = scales + row_scales;
+          table = Words::row_table(values_, block_at<kHasOffsets>(scales + ((flat + c) >> shift), to_offset),
+                                   block_at<kHasOffsets>(below + ((flat + c + k) >> shift), to_offset));
+        }
         Words::decode_columns(packed + c / 2, packed + (c + k) / 2, table, words);
         store_row(to + i.value * piece_bytes_, words[0]);
         store_row(to + i.value * piece_bytes_ + kTileBytes, words[1]);

@@ -12,7 +12,8 @@ namespace qlora::cpu::QLORA_ISA::parts {
 
 template <>
 Outcome run<Kernel::kFewTokensFloat>(const Pool& pool, const LinearDxProblem& p) {
-  return few_tokens::dx_float(pool, p);
+  if (p.w.scales.offsets) return run_with_offsets<Kernel::kFewTokensFloat>(pool, p);
+  return few_tokens::dx_float<false>(pool, p);
 }
 
 }  // namespace qlora::cpu::QLORA_ISA::parts

@@ -13,11 +13,13 @@ namespace qlora::cpu::QLORA_ISA::parts {
 
 template <>
 Outcome run<Kernel::kFewTokensInt>(const Pool& pool, const LinearProblem& p) {
-  return few_tokens::forward_int(pool, p);
+  if (p.w.scales.offsets) return run_with_offsets<Kernel::kFewTokensInt>(pool, p);
+  return few_tokens::forward_int<false>(pool, p);
 }
 template <>
 Outcome run<Kernel::kFewTokensFloat>(const Pool& pool, const LinearProblem& p) {
-  return few_tokens::forward_float(pool, p);
+  if (p.w.scales.offsets) return run_with_offsets<Kernel::kFewTokensFloat>(pool, p);
+  return few_tokens::forward_float<false>(pool, p);
 }
 
 }  // namespace qlora::cpu::QLORA_ISA::parts

@@ -20,6 +20,13 @@ Outcome run(const Pool&, const LinearDxProblem&);
 template <Kernel>
 Outcome run(const Pool&, const LoraGradProblem&);
 
+// Those of few tokens for weights with offsets, which the others call. They are parts of their own because they take
+// the compiler as much memory.
+template <Kernel>
+Outcome run_with_offsets(const Pool&, const LinearProblem&);
+template <Kernel>
+Outcome run_with_offsets(const Pool&, const LinearDxProblem&);
+
 // An operator's kernels of the set: some of its parts, and the float64 kernel, which all sets share.
 template <Kernel... kernels, class Problem>
 constexpr KernelsFor<Problem> kernels_for(Outcome (*float64)(const Pool&, const Problem&)) {

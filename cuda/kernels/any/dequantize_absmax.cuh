@@ -10,13 +10,13 @@ namespace qlora::kernels {
 template <int kThreads>
 __global__ __launch_bounds__(kThreads) void dequantize_absmax_kernel(const __grid_constant__ tile::ScaleView scales,
                                                                      float* __restrict__ absmax) {
-  __shared__ float dynamic8[256];
-  tile::fill_dynamic8<kThreads>(dynamic8);
+  __shared__ float scale_values[256];
+  tile::fill_scale_values<kThreads>(scales, scale_values);
   __syncthreads();
   const float offset = tile::nested_offset(scales);
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t b = int64_t{blockIdx.x} * kThreads + threadIdx.x; b < scales.blocks; b += stride) {
-    absmax[b] = tile::decode_scale(scales, tile::load_scale(scales, b), dynamic8, offset);
+    absmax[b] = tile::read_scale(scales, b, scale_values, offset);
   }
 }
 

@@ -1,5 +1,5 @@
-// dequantize_nf4: decodes packed codes and scales to values, float32(value) * absmax rounded once. The same launch
-// decodes nested scales.
+// dequantize_nf4: decodes packed codes, scales and offsets to values, float32(float32(value * scale) + offset) rounded
+// once. The same launch decodes nested scales.
 //
 // A warp takes one chunk of kSweeps sweeps after another. In a sweep, each of its 32 lanes decodes 16 bytes of output.
 // A chunk touches at most 32 quantization blocks, so lane i loads and decodes the scale of block i, and the other lanes
@@ -44,7 +44,7 @@ __device__ __forceinline__ uint4 round_lane(const float (&v)[tile::LaneValues<T>
 // chunk.
 struct DequantizeState {
   const float* values;
-  const float* dynamic8;
+  const float* scale_values;
   float offset;
   tile::RawScale raw;
 };
@@ -56,7 +56,7 @@ __device__ __forceinline__ bool a_lane_a_block(const tile::ScaleView& scales, in
 }
 
 // Decodes the kChunk elements from `first` on into `out`. Requires alignment for vector accesses, and a_lane_a_block.
-template <class T, int kChunk, bool kReadSoon>
+template <class T, int kChunk, bool kReadSoon, bool kHasOffsets>
 __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
                                                  T* out, DequantizeState& state) {
   using Tile = DequantizeTile<T, kChunk>;
@@ -73,16 +73,28 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
   });
 
   const int64_t block = (first >> scales.block_shift) + lane;
-  if (block <= (first + kChunk - 1) >> scales.block_shift) tile::reload_scale(scales, block, state.raw);
-  const float own = tile::decode_scale(scales, state.raw, state.dynamic8, state.offset);
+  tile::RawOffset raw_offset;
+  if (block <= (first + kChunk - 1) >> scales.block_shift) {
+    tile::reload_scale(scales, block, state.raw);
+    if constexpr (kHasOffsets) raw_offset = tile::load_offset(scales, block);
+  }
+  const float own = tile::decode_scale(scales, state.raw, state.scale_values, state.offset);
+  float own_offset = 0.0f;
+  if constexpr (kHasOffsets) own_offset = tile::decode_offset(scales, raw_offset, own);
 
   const uint32_t table = ptx::shared_address(state.values);
   T* const to = out + lane * Tile::kPerLane;
   const int in_block = static_cast<int>(first & ((int64_t{1} << scales.block_shift) - 1)) + lane * Tile::kPerLane;
   tile::unroll<Tile::kSweeps>([&](auto r) {
-    const float scale = __shfl_sync(0xFFFFFFFFu, own, (in_block + r * Tile::kSweep) >> scales.block_shift);
+    const int owner = (in_block + r * Tile::kSweep) >> scales.block_shift;
+    const float scale = __shfl_sync(0xFFFFFFFFu, own, owner);
     float value[Tile::kPerLane];
     tile::decode_nf4(value, word[r], scale, table);
+    if constexpr (kHasOffsets) {
+      const float offset = __shfl_sync(0xFFFFFFFFu, own_offset, owner);
+#pragma unroll
+      for (int i = 0; i < Tile::kPerLane; ++i) value[i] = __fadd_rn(value[i], offset);
+    }
     if constexpr (kReadSoon)
       reinterpret_cast<uint4*>(to)[r * tile::kWarp] = round_lane<T>(value);
     else
@@ -97,9 +109,11 @@ __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const
                                                     int64_t end, T* out, const DequantizeState& state) {
 #pragma unroll 1
   for (int64_t i = first + threadIdx.x % tile::kWarp; i < end; i += tile::kWarp) {
-    const tile::RawScale raw = tile::load_scale(scales, i >> scales.block_shift);
-    const float scale = tile::decode_scale(scales, raw, state.dynamic8, state.offset);
-    out[i - first] = tile::narrow<T>(__fmul_rn(state.values[code_at(packed, i)], scale));
+    const int64_t block = i >> scales.block_shift;
+    const float scale = tile::read_scale(scales, block, state.scale_values, state.offset);
+    float value = __fmul_rn(state.values[code_at(packed, i)], scale);
+    if (scales.scales.offsets) value = __fadd_rn(value, tile::read_offset(scales, block, scale));
+    out[i - first] = tile::narrow<T>(value);
   }
 }
 
@@ -118,33 +132,36 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
                                                                   const __grid_constant__ DequantizePieces pieces,
                                                                   T* __restrict__ out) {
   __shared__ __align__(tile::kNf4DecodeAlign) float values[kCodes];
-  __shared__ float dynamic8[256];
+  __shared__ float scale_values[256];
   __shared__ float shared_offset;
-  tile::stage_table(values, code.table().value);
-  tile::stage_table(dynamic8, tile::c_dynamic8.value);
+  tile::stage_values(values, code);
+  tile::fill_scale_values<kThreads>(scales, scale_values);
   if (threadIdx.x == 0) shared_offset = tile::nested_offset(scales);
   __syncthreads();
 
   constexpr int kPerVector = DequantizeTile<T, kChunk>::kPerLane;
-  DequantizeState state{values, dynamic8, shared_offset, {}};
+  DequantizeState state{values, scale_values, shared_offset, {}};
   const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out) && pieces.first % 8 == 0 &&
                        (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0));
   const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);
   const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / tile::kWarp;
+  tile::with_offsets(scales, [&](auto has_offsets) {
 #pragma unroll 1
-  for (int64_t chunk = warp * kDequantizeRun; chunk < pieces.rows * pieces.chunks;) {
-    const int64_t row = pieces.rows == 1 ? 0 : chunk / pieces.chunks;
-    const int64_t column = (chunk - row * pieces.chunks) * kChunk, first = pieces.first + row * pieces.stride + column;
-    T* const to = out + row * pieces.columns + column;
-    if (aligned && column + kChunk <= pieces.columns && a_lane_a_block<kChunk>(scales, first)) {
-      dequantize_chunk<T, kChunk, kReadSoon>(packed, scales, first, to, state);
-    } else {
-      const int64_t count = min(pieces.columns - column, int64_t{kChunk});
-      dequantize_elements<T>(packed, scales, first, first + count, to, state);
+    for (int64_t chunk = warp * kDequantizeRun; chunk < pieces.rows * pieces.chunks;) {
+      const int64_t row = pieces.rows == 1 ? 0 : chunk / pieces.chunks;
+      const int64_t column = (chunk - row * pieces.chunks) * kChunk;
+      const int64_t first = pieces.first + row * pieces.stride + column;
+      T* const to = out + row * pieces.columns + column;
+      if (aligned && column + kChunk <= pieces.columns && a_lane_a_block<kChunk>(scales, first)) {
+        dequantize_chunk<T, kChunk, kReadSoon, has_offsets>(packed, scales, first, to, state);
+      } else {
+        const int64_t count = min(pieces.columns - column, int64_t{kChunk});
+        dequantize_elements<T>(packed, scales, first, first + count, to, state);
+      }
+      ++chunk;
+      if (chunk % kDequantizeRun == 0) chunk += (warps - 1) * kDequantizeRun;
     }
-    ++chunk;
-    if (chunk % kDequantizeRun == 0) chunk += (warps - 1) * kDequantizeRun;
-  }
+  });
 }
 
 }  // namespace qlora::kernels

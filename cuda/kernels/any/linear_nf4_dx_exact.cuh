@@ -32,11 +32,11 @@ __device__ __forceinline__ float dx_lora_exact(const DxArgs& args, int64_t m, in
 // Computes the tile of tokens token0.. and columns column0.. over split blockIdx.y of the rows. This is the work of a
 // whole CTA.
 __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int64_t token0, int64_t column0) {
-  __shared__ float values[kCodes], dynamic8[256];
+  __shared__ float values[kCodes], scale_values[256];
   __shared__ float dy[kDxExactStageRows][kDxExactTokens];
   __shared__ float sums[kDxExactTokens][kDxExactColumns];
-  if (threadIdx.x < kCodes) values[threadIdx.x] = args.code.table().value[threadIdx.x];
-  tile::fill_dynamic8<kDxExactThreads>(dynamic8);
+  tile::stage_values(values, args.code);
+  tile::fill_scale_values<kDxExactThreads>(args.scales, scale_values);
 
   const int64_t row0 = blockIdx.y * args.rows_per_split, row_end = min(args.n, row0 + args.rows_per_split);
   const int column_in_tile = threadIdx.x % kDxExactColumns, half = threadIdx.x / kDxExactColumns;
@@ -55,14 +55,17 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
     if (column >= args.k) continue;
     const int rows = static_cast<int>(min(row_end - stage, int64_t{kDxExactStageRows}));
     float part[kDxExactTokens] = {};  // summed per stage, because rounding errors grow with the length of a sum
+    tile::with_offsets(args.scales, [&](auto has_offsets) {
 #pragma unroll 4
-    for (int row = half; row < rows; row += 2) {
-      const int64_t element = (stage + row) * args.k + column;
-      const tile::RawScale raw = tile::load_scale(args.scales, element >> args.scales.block_shift);
-      const float w = values[code_at(args.packed, element)] * tile::decode_scale(args.scales, raw, dynamic8, offset);
+      for (int row = half; row < rows; row += 2) {
+        const int64_t element = (stage + row) * args.k + column, block = element >> args.scales.block_shift;
+        const float scale = tile::read_scale(args.scales, block, scale_values, offset);
+        float w = __fmul_rn(values[code_at(args.packed, element)], scale);
+        if constexpr (has_offsets) w = __fadd_rn(w, tile::read_offset(args.scales, block, scale));
 #pragma unroll
-      for (int i = 0; i < kDxExactTokens; ++i) part[i] = fmaf(dy[row][i], w, part[i]);
-    }
+        for (int i = 0; i < kDxExactTokens; ++i) part[i] = fmaf(dy[row][i], w, part[i]);
+      }
+    });
 #pragma unroll
     for (int i = 0; i < kDxExactTokens; ++i) acc[i] += part[i];
   }

@@ -1,6 +1,6 @@
 // y = x · wᵀ + h · lora_bᵀ + bias for everything that the tensor-core kernel does not accept: quantization blocks and
-// bytes that span rows, blocks of fewer than 64 weights, odd k, any alignment. The kernel finds each element of w by
-// its flat index. All arithmetic is float32, so this is also the exact kernel for float32 x.
+// bytes that span rows, NF4 in blocks of fewer than 64 weights, odd k, any alignment. The kernel finds each element of
+// w by its flat index. All arithmetic is float32, so this is also the exact kernel for float32 x.
 //
 // A CTA computes kRaggedRows rows of w times kTokens tokens. Both operands are widened to float32 in shared memory, 32
 // k at a time. A thread multiplies 4 rows by 4 tokens. With few tokens, 64 / kTokens threads divide the 32 k of the
@@ -40,21 +40,30 @@ inline constexpr int kRaggedRun = 8;  // consecutive weights that a thread decod
 // A complete run that begins at a multiple of its length lies in one word and one block. Otherwise each weight is
 // decoded separately.
 __device__ __forceinline__ void decode_run(const uint8_t* packed, const tile::ScaleView& view, int64_t i0, int count,
-                                           const float* code, const float* dynamic8, float offset,
+                                           const float* code, const float* scale_values, float offset,
                                            float (&w)[kRaggedRun]) {
   static_assert(kRaggedRun == 8, "a word");
-  const auto scale_of = [&](int64_t i) {
-    return tile::decode_scale(view, tile::load_scale(view, i >> view.block_shift), dynamic8, offset);
-  };
+  const auto scale_of = [&](int64_t i) { return tile::read_scale(view, i >> view.block_shift, scale_values, offset); };
+  const auto offset_of = [&](int64_t i, float scale) { return tile::read_offset(view, i >> view.block_shift, scale); };
   const uint8_t* const bytes = packed + i0 / 2;
   if (count == kRaggedRun && i0 % kRaggedRun == 0 && (reinterpret_cast<uintptr_t>(bytes) & 3) == 0) {
     const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(bytes));
     const float scale = scale_of(i0);
 #pragma unroll
-    for (int i = 0; i < kRaggedRun; ++i) w[i] = code[word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15] * scale;
+    for (int i = 0; i < kRaggedRun; ++i) w[i] = __fmul_rn(code[word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15], scale);
+    if (!view.scales.offsets) return;
+    const float add = offset_of(i0, scale);
+#pragma unroll
+    for (int i = 0; i < kRaggedRun; ++i) w[i] = __fadd_rn(w[i], add);
   } else {
 #pragma unroll
-    for (int i = 0; i < kRaggedRun; ++i) w[i] = i < count ? code[code_at(packed, i0 + i)] * scale_of(i0 + i) : 0.0f;
+    for (int i = 0; i < kRaggedRun; ++i) {
+      w[i] = 0.0f;
+      if (i >= count) continue;
+      const float scale = scale_of(i0 + i);
+      w[i] = __fmul_rn(code[code_at(packed, i0 + i)], scale);
+      if (view.scales.offsets) w[i] = __fadd_rn(w[i], offset_of(i0 + i, scale));
+    }
   }
 }
 
@@ -65,14 +74,14 @@ __device__ __forceinline__ void linear_nf4_ragged_tile(const RaggedLinearArgs<T>
   constexpr int kSlices = kRaggedThreads / (kRowThreads * kTokenThreads);    // threads that divide a stage's k
   constexpr int kSliceK = kRaggedStageK / kSlices, kRunsPerRow = kRaggedStageK / kRaggedRun;
   static_assert(kRaggedRows * kRunsPerRow == kRaggedThreads);
-  __shared__ float dynamic8[256], code[kCodes];
+  __shared__ float scale_values[256], code[kCodes];
   __shared__ float w_stage[kRaggedStageK][kRaggedRows + 1], x_stage[kRaggedStageK][kTokens + 1];
   __shared__ float sums[kSlices][kTokens][kRaggedRows];
   const int row_thread = threadIdx.x % kRowThreads, token_thread = threadIdx.x / kRowThreads % kTokenThreads;
   const int slice = threadIdx.x / (kRowThreads * kTokenThreads);
 
-  tile::fill_dynamic8<kRaggedThreads>(dynamic8);
-  if (threadIdx.x < kCodes) code[threadIdx.x] = p.code.table().value[threadIdx.x];
+  tile::fill_scale_values<kRaggedThreads>(p.scales, scale_values);
+  tile::stage_values(code, p.code);
   const float offset = tile::nested_offset(p.scales);
 
   float acc[4][4] = {};  // [i][j]: row row_thread + kRowThreads i, token token_thread + kTokenThreads j
@@ -111,7 +120,7 @@ __device__ __forceinline__ void linear_nf4_ragged_tile(const RaggedLinearArgs<T>
     }
   };
   accumulate(p.k, p.x, [&](int64_t n, int64_t k, int count, float (&w)[kRaggedRun]) {
-    decode_run(p.packed, p.scales, n * p.k + k, count, code, dynamic8, offset, w);
+    decode_run(p.packed, p.scales, n * p.k + k, count, code, scale_values, offset, w);
   });
   accumulate(p.rank, p.h, [&](int64_t n, int64_t k, int count, float (&w)[kRaggedRun]) {
 #pragma unroll

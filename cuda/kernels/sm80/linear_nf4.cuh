@@ -2,16 +2,18 @@
 // packed bytes, the pair table decodes them to registers, and the accumulators are float32.
 // cuda/tile/sm80/linear_tile.cuh describes the tile shapes and layouts.
 //
-// The scale of a quantization block is never applied to a weight: each segment is summed from zero, and then acc +=
-// scale · sum.
+// The scale of a large quantization block is not applied to its weights: each segment is summed from zero, and then acc
+// += scale · sum. Tiles for small blocks and for offsets decode each weight, rounded once.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/ptx/address.cuh"
+#include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/tile/any/lora_step.cuh"
+#include "cuda/tile/any/nf4_pairs_f32.cuh"
 #include "cuda/tile/any/unroll.cuh"
 #include "cuda/tile/sm80/linear_copy.cuh"
 #include "cuda/tile/sm80/linear_sum.cuh"
@@ -51,6 +53,34 @@ struct LaneAddresses {
 };
 
 template <class Tile>
+using WeightOperands = uint32_t[Tile::kRowTiles][4][4];  // [tile][step][mma operand register]
+
+// Decodes one segment of a warp's rows with scales and offsets. Its first group of columns has index `scale_group`
+// among those staged.
+template <class Tile>
+__device__ __forceinline__ void decode_scaled_segment(const LaneAddresses<Tile>& lane, int slot, int segment,
+                                                      int scale_group, WeightOperands<Tile>& w) {
+  const int t = threadIdx.x % 4;
+  const uint32_t copy = threadIdx.x % 16 * 8;
+  const uint32_t packed = lane.packed + slot * Tile::kStagePackedBytes + Tile::packed_offset(lane.g, segment);
+  const uint32_t scales = lane.scales + Tile::scale_offset(lane.g, scale_group + 16 * t / Tile::kScaleColumns);
+  tile::unroll<2 * Tile::kRowTiles>([&](auto half) {  // rows g, then rows g + 8 of each tile
+    constexpr int i = half / 2, upper = half % 2, row = 8 * half;
+    const uint2 bytes = ptx::load_shared_v2<row * Tile::kStageSegments * tile::kSegmentPackedBytes>(packed);
+    const float2 scale = ptx::load_shared_v2_f32<row * tile::kPairTableEntryBytes>(scales);
+    tile::unroll<4>([&](auto byte) {
+      constexpr int step = byte / 2, a = upper + 2 * (byte % 2);
+      const auto decode = [&](uint32_t codes) {
+        const float2 value = tile::lookup_pair_f32<byte>(lane.table, copy, codes);
+        return ptx::pack2<typename Tile::T>(fmaf(value.x, scale.x, scale.y), fmaf(value.y, scale.x, scale.y));
+      };
+      w[i][step][a] = decode(bytes.x);
+      w[i][step + 2][a] = decode(bytes.y);
+    });
+  });
+}
+
+template <class Tile>
 using Accumulators = float[Tile::kRowTiles][Tile::kTokenTiles][4];
 
 // Adds one segment's product to acc: segment `segment` of the stage in buffer `slot`. Its scales have index
@@ -59,7 +89,7 @@ template <class Tile>
 __device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane, int slot, int segment,
                                                  int scale_segment, Accumulators<Tile>& acc) {
   using T = typename Tile::T;
-  uint32_t w[Tile::kRowTiles][4][4];  // [tile][step][mma operand register]
+  WeightOperands<Tile> w;
   float scale[Tile::kRowTiles][2];
   const uint32_t packed = lane.packed + slot * Tile::kStagePackedBytes + Tile::packed_offset(lane.g, segment);
   const uint32_t scales = lane.scales + Tile::scale_offset(lane.g, scale_segment);
@@ -95,6 +125,28 @@ __device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane
   });
 }
 
+// The same, with weights that are decoded with scales and offsets.
+template <class Tile>
+__device__ __forceinline__ void multiply_scaled_segment(const LaneAddresses<Tile>& lane, int slot, int segment,
+                                                        int scale_segment, Accumulators<Tile>& acc) {
+  using T = typename Tile::T;
+  WeightOperands<Tile> w;
+  decode_scaled_segment(lane, slot, segment, scale_segment * (tile::kSegment / Tile::kScaleColumns), w);
+  const uint32_t x = slot * Tile::kStageXBytes + segment * Tile::kTokens * Tile::kXLineStride;
+  const uint32_t x_low = lane.x_low + x, x_high = lane.x_high + x;
+  tile::unroll<Tile::kTokenTiles>([&](auto j) {
+    const uint4 low = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_low);
+    const uint4 high = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_high);
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles; ++i) {
+      ptx::mma_m16n8k16<T>(acc[i][j], w[i][0][0], w[i][0][1], w[i][0][2], w[i][0][3], low.x, low.y);
+      ptx::mma_m16n8k16<T>(acc[i][j], w[i][1][0], w[i][1][1], w[i][1][2], w[i][1][3], low.z, low.w);
+      ptx::mma_m16n8k16<T>(acc[i][j], w[i][2][0], w[i][2][1], w[i][2][2], w[i][2][3], high.x, high.y);
+      ptx::mma_m16n8k16<T>(acc[i][j], w[i][3][0], w[i][3][1], w[i][3][2], w[i][3][3], high.z, high.w);
+    }
+  });
+}
+
 // The splits and warp groups take turns at the LoRA steps.
 template <class Tile, class T>
 __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, int64_t row0, int64_t token0, int group,
@@ -110,12 +162,13 @@ __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, int6
 }
 
 // Computes the tile of rows n0.. of w and tokens token0.. of x, over split blockIdx.y of k. This is the work of a whole
-// CTA. Requires k % 64 == 0, a block size of at least 64, and x and packed aligned to 16 bytes.
+// CTA. Requires k % 64 == 0, a block size of at least kScaleColumns, no offsets if that is 64, and x and packed aligned
+// to 16 bytes.
 template <class Tile>
 __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::T>& p, int64_t n0, int64_t token0) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
-  float* const dynamic8 = reinterpret_cast<float*>(shared_memory + Tile::kDynamic8);
+  float* const scale_values = reinterpret_cast<float*>(shared_memory + Tile::kScaleValues);
   const int warp = threadIdx.x / 32, group = warp / Tile::kWarpsN;
   const int warp_row = warp % Tile::kWarpsN * (16 * Tile::kRowTiles);
   const int64_t segment0 = blockIdx.y * p.segments_per_split;
@@ -126,10 +179,13 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) source.fetch(stage, stage);
-  tile::ScaleStage<Tile, tile::kScaleSegments> scales(p.scales, p.code.unfactor, n0, p.n, p.k);
+  tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns> scales(p.scales, p.code.unfactor, n0, p.n, p.k);
   scales.load(segment0, segments);
-  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
-  tile::fill_dynamic8<Tile::kThreads>(dynamic8);
+  if constexpr (Tile::kScalesWeights)
+    tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + Tile::kTable, p.code);
+  else
+    tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
+  tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
   Accumulators<Tile> acc = {};
   add_lora<Tile>(p.lora, n0 + warp_row, token0, group, acc);
 
@@ -138,8 +194,8 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   for (int stage = 0; stage < stages; ++stage) {
     if (stage % Tile::kStagesPerScales == 0) {
       __syncthreads();  // the tables are complete, and the previous scales no longer in use
-      scales.store(shared + Tile::kScales, dynamic8);
-      const int after = stage * Tile::kStageSegments + tile::kScaleSegments;
+      scales.store(shared + Tile::kScales, scale_values);
+      const int after = stage * Tile::kStageSegments + Tile::kScaleSegments;
       if (after < segments) scales.load(segment0 + after, segments - after);
     }
     ptx::cp_async_wait<Tile::kStages - 2>();
@@ -148,7 +204,11 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
 #pragma unroll
     for (int i = 0; i < Tile::kStageSegments / Tile::kWarpsK; ++i) {
       const int segment = i * Tile::kWarpsK + group, number = stage * Tile::kStageSegments + segment;
-      if (number < segments) multiply_segment(lane, slot, segment, number % tile::kScaleSegments, acc);
+      if (number >= segments) continue;
+      if constexpr (Tile::kScalesWeights)
+        multiply_scaled_segment(lane, slot, segment, number % Tile::kScaleSegments, acc);
+      else
+        multiply_segment(lane, slot, segment, number % Tile::kScaleSegments, acc);
     }
     slot = slot == Tile::kStages - 1 ? 0 : slot + 1;
   }

@@ -22,22 +22,25 @@
 
 namespace qlora::kernels {
 
+// The ragged kernel takes weights with and without offsets, the others only those that they are compiled for.
+//
 // Computes the tile of tokens token0.. and columns column0.. over split blockIdx.y of the rows. This is the work of a
 // whole CTA.
-template <class T, int kTokenTiles, bool kRagged>
+template <class T, int kTokenTiles, bool kRagged, bool kHasOffsets>
 __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t token0, int64_t column0) {
-  using Layout = tile::DxLayout<kTokenTiles, kRagged>;
+  using Layout = tile::DxLayout<kTokenTiles, kRagged, kHasOffsets>;
   constexpr int kAhead = Layout::kStages - 1;
   extern __shared__ __align__(256) char shared[];
   const DxTile tile = make_dx_tile(args, token0, column0);
-  std::conditional_t<kRagged, DxRaggedLoader<T, kTokenTiles>, DxLoader<T, kTokenTiles>> loader(args, tile, shared);
+  std::conditional_t<kRagged, DxRaggedLoader<T, kTokenTiles>, DxLoader<T, kTokenTiles, kHasOffsets>> loader(args, tile,
+                                                                                                            shared);
 
   for (int stage = 0; stage < kAhead; ++stage) {
     if (stage < tile.stages) loader.start_copies(stage);
     ptx::cp_async_commit();
   }
   tile::fill_pairs_f32<tile::kDxThreads>(shared, args.code);
-  tile::fill_dynamic8<tile::kDxThreads>(reinterpret_cast<float*>(shared + Layout::kDynamic8));
+  tile::fill_scale_values<tile::kDxThreads>(args.scales, reinterpret_cast<float*>(shared + Layout::kScaleValues));
   __syncthreads();
   for (int stage = 0; stage < kAhead && stage < tile.stages; ++stage) {
     loader.load_scales();
@@ -57,7 +60,7 @@ __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t t
       loader.load_scales();
     }
     ptx::cp_async_commit();
-    if (has_columns) acc.template add_stage<kRagged>(args, tile, shared, stage, slot);
+    if (has_columns) acc.template add_stage<kRagged, kHasOffsets>(args, tile, shared, stage, slot);
     if (more) loader.store_scales(free);
     slot = slot + 1 == Layout::kStages ? 0 : slot + 1;
     free = free + 1 == Layout::kStages ? 0 : free + 1;
@@ -70,11 +73,12 @@ __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t t
 constexpr int dx_ctas_per_sm(int token_tiles) { return token_tiles <= 2 ? 2 : 1; }
 
 // Grid: x = column tile * token_tiles + token tile, so neighbouring CTAs share W in the cache; y = split.
-template <class T, int kTokenTiles, bool kRagged>
+template <class T, int kTokenTiles, bool kRagged, bool kHasOffsets>
 __global__ void __launch_bounds__(tile::kDxThreads, dx_ctas_per_sm(kTokenTiles))
     linear_nf4_dx_kernel(const DxArgs args) {
-  linear_nf4_dx_tile<T, kTokenTiles, kRagged>(args, int64_t{blockIdx.x % args.token_tiles} * (8 * kTokenTiles),
-                                              int64_t{blockIdx.x / args.token_tiles} * tile::kDxColumns);
+  linear_nf4_dx_tile<T, kTokenTiles, kRagged, kHasOffsets>(args,
+                                                           int64_t{blockIdx.x % args.token_tiles} * (8 * kTokenTiles),
+                                                           int64_t{blockIdx.x / args.token_tiles} * tile::kDxColumns);
 }
 
 }  // namespace qlora::kernels

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/kernels/sm80/linear_nf4_dx_parts.cuh"
 #include "cuda/ptx/address.cuh"
@@ -12,45 +13,81 @@
 #include "cuda/ptx/store.cuh"
 #include "cuda/tile/any/dropout.cuh"
 #include "cuda/tile/any/split.cuh"
+#include "cuda/tile/any/unroll.cuh"
 
 namespace qlora::kernels {
 
-// The scales of rows 4t..4t+3 of a step. In the regular case, a lane's eight columns lie in one quantization block.
-template <class Layout, bool kRagged>
+// Applies the scales and offsets of rows 4t..4t+3 of a step. In the regular case, a lane's eight columns lie in one
+// quantization block.
+template <class Layout, bool kRagged, bool kHasOffsets>
 struct DxScales {
-  float4 row;
+  float4 row, offset;
   __device__ __forceinline__ DxScales(const DxArgs& args, const DxTile& tile, char* shared, int64_t row0, int slot,
                                       int first_row) {
     const int group =
         (tile::kDxSlabColumns * tile.slab + 8 * tile.g) >> tile::dx_scale_group_shift(args.scales, args.k);
     row = *reinterpret_cast<const float4*>(shared + Layout::scale(slot, group, first_row));
+    if constexpr (kHasOffsets)
+      offset = *reinterpret_cast<const float4*>(shared + Layout::offset(slot, group, first_row));
   }
   template <int kColumn, int kRow>
-  __device__ __forceinline__ float get() const {
-    return kRow == 0 ? row.x : kRow == 1 ? row.y : kRow == 2 ? row.z : row.w;
+  __device__ __forceinline__ float apply(float value) const {
+    if constexpr (kHasOffsets)
+      return fmaf(value, part<kRow>(row), part<kRow>(offset));
+    else
+      return value * part<kRow>(row);
+  }
+
+ private:
+  template <int kRow>
+  __device__ __forceinline__ static float part(float4 of) {
+    return kRow == 0 ? of.x : kRow == 1 ? of.y : kRow == 2 ? of.z : of.w;
   }
 };
 
-template <class Layout>
-struct DxScales<Layout, true> {
+// Offsets are read straight from global memory, because shared memory has no room for those of blocks of 16.
+template <class Layout, bool kHasOffsets>
+struct DxScales<Layout, true, kHasOffsets> {
   const char* shared;
   int slot, first_row, shift;
-  uint32_t first[4];  // the lane's first column, counted from the start of the first block that its row touches
+  uint32_t first[4];   // the lane's first column, counted from the start of the first block that its row touches
+  float offset[4][2];  // of the block that holds the lane's first column, and of the next block
 
   __device__ __forceinline__ DxScales(const DxArgs& args, const DxTile& tile, char* shared, int64_t row0, int slot,
                                       int first_row)
       : shared(shared), slot(slot), first_row(first_row), shift(args.scales.block_shift) {
     const uint32_t in_block = (1u << shift) - 1;
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t n = row0 + first_row + i;
       const uint32_t phase = static_cast<uint32_t>(n * args.k + tile.column0) & in_block;
       first[i] = phase + static_cast<uint32_t>(tile.column - tile.column0);
+      if constexpr (kHasOffsets) load_offsets(args, tile, n, i);
     }
   }
   template <int kColumn, int kRow>
-  __device__ __forceinline__ float get() const {
+  __device__ __forceinline__ float apply(float value) const {
     const int group = static_cast<int>((first[kRow] + kColumn) >> shift);
-    return *reinterpret_cast<const float*>(shared + Layout::scale(slot, group, first_row + kRow));
+    value *= scale(group, kRow);
+    if constexpr (kHasOffsets)
+      value += group == static_cast<int>(first[kRow] >> shift) ? offset[kRow][0] : offset[kRow][1];
+    return value;
+  }
+
+ private:
+  __device__ __forceinline__ float scale(int group, int row) const {
+    return *reinterpret_cast<const float*>(shared + Layout::scale(slot, group, first_row + row));
+  }
+
+  // The offsets of rows and blocks that do not exist are 0.
+  __device__ __forceinline__ void load_offsets(const DxArgs& args, const DxTile& tile, int64_t n, int row) {
+    const int group = static_cast<int>(first[row] >> shift), groups = static_cast<int>((first[row] + 7) >> shift);
+    const int64_t block0 = (n * args.k + tile.column0) >> shift;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool exists = n < args.n && group + i <= groups && block0 + group + i < args.scales.blocks;
+      offset[row][i] = exists ? tile::read_offset(args.scales, block0 + group + i, scale(group + i, row)) : 0.0f;
+    }
   }
 };
 
@@ -91,9 +128,9 @@ class DxAccumulators {
   }
 
   // acc += [dy | w] for this warp's steps of the stage.
-  template <bool kRagged>
+  template <bool kRagged, bool kHasOffsets>
   __device__ __forceinline__ void add_stage(const DxArgs& args, const DxTile& tile, char* shared, int stage, int slot) {
-    using Layout = tile::DxLayout<kTokenTiles, kRagged>;
+    using Layout = tile::DxLayout<kTokenTiles, kRagged, kHasOffsets>;
     constexpr int kSteps = tile::kDxStageRows / tile::kDxStepRows / 2;
     const int64_t row0 = tile.row0 + int64_t{stage} * tile::kDxStageRows;
     const uint32_t table = ptx::shared_address(shared);
@@ -124,11 +161,17 @@ class DxAccumulators {
         b[j][1] = pair.y;
       }
 
-      const DxScales<Layout, kRagged> scales(args, tile, shared, row0, slot, row + 4 * tile.t);
-      add_pair_of_columns<0>(table, copy, even01, odd01, even23, odd23, scales, b);
-      add_pair_of_columns<1>(table, copy, even01, odd01, even23, odd23, scales, b);
-      add_pair_of_columns<2>(table, copy, even01, odd01, even23, odd23, scales, b);
-      add_pair_of_columns<3>(table, copy, even01, odd01, even23, odd23, scales, b);
+      const auto add = [&](auto has_offsets) {
+        const DxScales<Layout, kRagged, has_offsets> scales(args, tile, shared, row0, slot, row + 4 * tile.t);
+        add_pair_of_columns<0>(table, copy, even01, odd01, even23, odd23, scales, b);
+        add_pair_of_columns<1>(table, copy, even01, odd01, even23, odd23, scales, b);
+        add_pair_of_columns<2>(table, copy, even01, odd01, even23, odd23, scales, b);
+        add_pair_of_columns<3>(table, copy, even01, odd01, even23, odd23, scales, b);
+      };
+      if constexpr (kRagged)
+        tile::with_offsets(args.scales, add);
+      else
+        add(std::bool_constant<kHasOffsets>{});
     }
   }
 
@@ -172,14 +215,14 @@ class DxAccumulators {
                                                       uint32_t even23, uint32_t odd23, const S& s,
                                                       const uint32_t (&b)[kTokenTiles][2]) {
     constexpr int kEven = 2 * kPair, kOdd = kEven + 1;
-    const uint32_t a0 =
-        tile::decode_pair_f32<T, kPair>(table, copy, even01, s.template get<kEven, 0>(), s.template get<kEven, 1>());
-    const uint32_t a1 =
-        tile::decode_pair_f32<T, kPair>(table, copy, odd01, s.template get<kOdd, 0>(), s.template get<kOdd, 1>());
-    const uint32_t a2 =
-        tile::decode_pair_f32<T, kPair>(table, copy, even23, s.template get<kEven, 2>(), s.template get<kEven, 3>());
-    const uint32_t a3 =
-        tile::decode_pair_f32<T, kPair>(table, copy, odd23, s.template get<kOdd, 2>(), s.template get<kOdd, 3>());
+    const auto decode = [&](uint32_t codes, auto column, auto row) {  // of rows `row` and `row` + 1
+      const float2 value = tile::lookup_pair_f32<kPair>(table, copy, codes);
+      return ptx::pack2<T>(s.template apply<column, row>(value.x), s.template apply<column, row + 1>(value.y));
+    };
+    const uint32_t a0 = decode(even01, tile::Index<kEven>{}, tile::Index<0>{});
+    const uint32_t a1 = decode(odd01, tile::Index<kOdd>{}, tile::Index<0>{});
+    const uint32_t a2 = decode(even23, tile::Index<kEven>{}, tile::Index<2>{});
+    const uint32_t a3 = decode(odd23, tile::Index<kOdd>{}, tile::Index<2>{});
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) ptx::mma_m16n8k16<T>(acc_[kPair][j], a0, a1, a2, a3, b[j][0], b[j][1]);
   }

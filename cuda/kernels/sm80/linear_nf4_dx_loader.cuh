@@ -14,9 +14,9 @@ namespace qlora::kernels {
 // For k % 32 == 0, blocks of at least 32 weights, n % 8 == 0 and tensors aligned to 16 bytes: everything is copied by
 // cp.async, except the scales. A thread always copies the same rows of a stage, so it reaches the next stage by adding
 // constants.
-template <class T, int kTokenTiles>
+template <class T, int kTokenTiles, bool kHasOffsets>
 class DxLoader {
-  using Layout = tile::DxLayout<kTokenTiles, false>;
+  using Layout = tile::DxLayout<kTokenTiles, false, kHasOffsets>;
   static constexpr int kWRows = tile::kDxThreads / 8;  // rows of W, or tokens of dy, that the CTA copies at a time
   static constexpr int kWCopies = tile::kDxStageRows / kWRows;
   static constexpr int kDyCopies = (Layout::kTokens + kWRows - 1) / kWRows;
@@ -70,21 +70,26 @@ class DxLoader {
     for (int i = 0; i < kScalesPerThread; ++i) {
       const int step = i * scale_step_;
       if (step >= tile::kDxStageRows) break;
-      const int64_t block = (scale_element_ + step * args_.k) >> args_.scales.block_shift;
-      raw_[i] = tile::load_scale(args_.scales, min(block, args_.scales.blocks - 1));
+      const int64_t block = min((scale_element_ + step * args_.k) >> args_.scales.block_shift, args_.scales.blocks - 1);
+      raw_[i] = tile::load_scale(args_.scales, block);
+      if constexpr (kHasOffsets) raw_offset_[i] = tile::load_offset(args_.scales, block);
     }
     scale_element_ += tile::kDxStageRows * args_.k;
   }
 
   __device__ __forceinline__ void store_scales(int slot) {
-    const float* dynamic8 = reinterpret_cast<const float*>(shared_ + Layout::kDynamic8);
+    const float* scale_values = reinterpret_cast<const float*>(shared_ + Layout::kScaleValues);
     float* to = reinterpret_cast<float*>(scale_target_ + slot * Layout::kScaleStageBytes);
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
       const int step = i * scale_step_;
       if (step >= tile::kDxStageRows) break;
-      const float scale = tile::decode_scale(args_.scales, raw_[i], dynamic8, offset_);
+      const float scale = tile::decode_scale(args_.scales, raw_[i], scale_values, offset_);
       to[step] = step < scale_rows_ ? scale : 0.0f;
+      if constexpr (kHasOffsets) {
+        const float offset = tile::decode_offset(args_.scales, raw_offset_[i], scale);
+        to[step + (Layout::kOffsets - Layout::kScales) / 4] = step < scale_rows_ ? offset : 0.0f;
+      }
     }
     scale_rows_ -= tile::kDxStageRows;
   }
@@ -101,6 +106,7 @@ class DxLoader {
   int scale_step_;                              // rows from one of this thread's scales to the next
   float offset_;
   tile::RawScale raw_[kScalesPerThread];
+  tile::RawOffset raw_offset_[kScalesPerThread];
 };
 
 // For any k, n and alignment, one element at a time.
@@ -132,7 +138,7 @@ class DxRaggedLoader {
 
   // Column group j of a row is the j-th block, counted from the block in which the row's part of the tile begins.
   __device__ __forceinline__ void store_scales(int slot) {
-    const float* dynamic8 = reinterpret_cast<const float*>(shared_ + Layout::kDynamic8);
+    const float* scale_values = reinterpret_cast<const float*>(shared_ + Layout::kScaleValues);
     const int64_t row0 = tile_.row0 + int64_t{scaled_++} * tile::kDxStageRows;
     for (int i = threadIdx.x; i < tile::kDxStageRows * Layout::kScaleGroups; i += tile::kDxThreads) {
       const int row = i % tile::kDxStageRows, group = i / tile::kDxStageRows;
@@ -140,7 +146,7 @@ class DxRaggedLoader {
       const int64_t block = ((n * args_.k + tile_.column0) >> args_.scales.block_shift) + group;
       float scale = 0.0f;
       if (n < args_.n && block < args_.scales.blocks) {
-        scale = tile::decode_scale(args_.scales, tile::load_scale(args_.scales, block), dynamic8, offset_);
+        scale = tile::read_scale(args_.scales, block, scale_values, offset_);
       }
       *reinterpret_cast<float*>(shared_ + Layout::scale(slot, group, row)) = scale;
     }

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
-  const float* const dynamic8 = reinterpret_cast<const float*>(shared_memory + Tile::kDynamic8);
+  float* const scale_values = reinterpret_cast<float*>(shared_memory + Tile::kScaleValues);
   const int warp = threadIdx.x / 32, group = warp / Tile::kWarpsN, part = warp % Tile::kWarpsN;
   const int warp_row = part * Tile::kWarpRows, tokens = static_cast<int>(p.m);
   const int64_t n0 = int64_t{blockIdx.x} * Tile::kRows, segment0 = blockIdx.y * p.segments_per_split;
@@ -191,9 +191,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   scales.load(segment0, segments);
   tile::prefetch_lora_b(p.lora, n0, p.n);
   tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
-  tile::fill_dynamic8<Tile::kThreads>(reinterpret_cast<float*>(shared_memory + Tile::kDynamic8));
+  tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
   __syncthreads();
-  scales.store(shared + Tile::kScales, dynamic8);
+  scales.store(shared + Tile::kScales, scale_values);
 
   FewTokensAccumulators<Tile> acc = {};
   XUnit<Tile> x(tokens);
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       });
       h.multiply(unit_x, first + unit + part);
     }
-    if (after < segments) scales.store(shared + Tile::kScales + (buffer ^ 1) * Tile::kStageScaleBytes, dynamic8);
+    if (after < segments) scales.store(shared + Tile::kScales + (buffer ^ 1) * Tile::kStageScaleBytes, scale_values);
   }
   __syncthreads();  // the sums may now overwrite the tables and the stages
 

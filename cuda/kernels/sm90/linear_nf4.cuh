@@ -37,10 +37,11 @@ struct LinearSm90Args {
 // The scales of a producer thread's row: two per stage, loaded one round of stages ahead of their use. Blocks are
 // counted from the row's first block, in 32 bits. Past the row's end, and in rows that do not exist, the thread stores
 // some finite scale, because it is multiplied by 0.
-template <class Tile, ScaleForm kForm>
+template <class Tile, int kScaleBytes>
 class LinearSm90Scales {
   static constexpr int kStageSegments = Tile::kStageK / tile::kSegment;
   static_assert(kStageSegments == 2);
+  static constexpr int kCodeBits = 8 * kScaleBytes % 32;
 
  public:
   __device__ __forceinline__ LinearSm90Scales(const tile::ScaleView& view, float unfactor, int64_t row, int64_t n,
@@ -61,11 +62,14 @@ class LinearSm90Scales {
   // Stores the scales of the stage in `slot`, then loads the scales of the slot's next stage.
   __device__ __forceinline__ void store_and_load(int slot, uint32_t lane_table, float offset, uint32_t address) {
     float2 scale = absmax_[slot];
-    if constexpr (kForm == ScaleForm::kNested8) {
-      const auto first = [&](uint32_t codes) { return tile::lookup_dynamic8<0>(lane_table, codes); };
-      const auto second = [&](uint32_t codes) { return tile::lookup_dynamic8<1>(lane_table, codes); };
-      scale.x = tile::decode_nested_scale(scale.x, codes_[slot], first, offset);
-      scale.y = tile::decode_nested_scale(scale.y, codes_[slot], second, offset);
+    if constexpr (kScaleBytes == 1) {
+      const auto first = [&](uint32_t codes) { return tile::lookup_scale_value<0>(lane_table, codes); };
+      const auto second = [&](uint32_t codes) { return tile::lookup_scale_value<1>(lane_table, codes); };
+      scale.x = tile::decode_scale_code(scale.x, codes_[slot], first, offset);
+      scale.y = tile::decode_scale_code(scale.y, codes_[slot], second, offset);
+    } else if constexpr (kScaleBytes == 2) {
+      scale.x = tile::decode_scale_half(view_, codes_[slot] & 0xFFFFu);
+      scale.y = tile::decode_scale_half(view_, codes_[slot] >> 16);
     }
     ptx::store_shared_v2_f32(address, make_float2(scale.x * unfactor_, scale.y * unfactor_));
     load(slot);
@@ -78,7 +82,7 @@ class LinearSm90Scales {
       absmax_[slot] = make_float2(nested_absmax_, nested_absmax_);
     } else {
       codes_[slot] = load_any(segment_, absmax_[slot].x);
-      codes_[slot] |= load_any(segment_ + 1, absmax_[slot].y) << 8;
+      codes_[slot] |= load_any(segment_ + 1, absmax_[slot].y) << kCodeBits;
     }
     segment_ += kStageSegments;
     plain_codes_ += kStageSegments;
@@ -87,15 +91,25 @@ class LinearSm90Scales {
   // Loads the scale of any segment. Returns its code.
   __device__ __forceinline__ uint32_t load_any(int segment, float& absmax) {
     absmax = 0.0f;
-    if (segment >= end_) return kDynamic8ZeroCode;
+    if (segment >= end_) {
+      // The values of a table may be NaN, except that of the row's own code.
+      if (view_.scales.table == nullptr || end_ == 0) return kDynamic8ZeroCode;
+      segment = end_ - 1;
+    }
     const int64_t block = block0_ + ((before_ + segment) >> shift_);
-    if constexpr (kForm == ScaleForm::kFloat32) {
+    if constexpr (kScaleBytes == 4) {
       absmax = __ldg(view_.scales.floats() + block);
       return 0;
+    } else if constexpr (kScaleBytes == 2) {
+      return __ldg(tile::scale_halves(view_) + block);
     } else {
-      const int64_t nested = tile::nested_block(view_, block);
-      absmax = nested_absmax_ = __ldg(view_.scales.nested_absmax + nested);
-      const int64_t left = (nested + 1) * view_.scales.nested_block_size - block0_;
+      int64_t left = end_;
+      absmax = nested_absmax_ = 1.0f;
+      if (view_.scales.nested_absmax != nullptr) {
+        const int64_t nested = tile::nested_block(view_, block);
+        absmax = nested_absmax_ = __ldg(view_.scales.nested_absmax + nested);
+        left = (nested + 1) * view_.scales.nested_block_size - block0_;
+      }
       const bool plain = shift_ == 0 && (reinterpret_cast<uintptr_t>(plain_codes_) & 1) == 0;
       plain_end_ = !plain ? 0 : static_cast<int>(left < end_ ? left : end_);
       return __ldg(view_.scales.codes() + block);
@@ -114,7 +128,7 @@ class LinearSm90Scales {
   const uint8_t* plain_codes_;
   float nested_absmax_ = 0.0f;
   float2 absmax_[Tile::kStages];
-  uint32_t codes_[Tile::kStages];  // one byte per scale
+  uint32_t codes_[Tile::kStages];  // kCodeBits bits per scale: its code, or itself if it has 16 bits
 };
 
 template <class T>
@@ -122,7 +136,7 @@ __device__ __forceinline__ bool lora_is_vector(const tile::LoraOperands<T>& lora
   return lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
 }
 
-template <class Tile, ScaleForm kForm>
+template <class Tile, int kScaleBytes>
 __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
                                         const CUtensorMap& x_map, const CUtensorMap& packed_map, uint32_t base) {
   const float offset = tile::nested_offset(p.scales);
@@ -131,7 +145,7 @@ __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& 
   tile::Sm90Producer<Tile> ring{base};
   const auto pass = [&](auto slot) { ring.pass(slot); };
   work.for_tiles([&](int64_t token0, int64_t n0) {
-    LinearSm90Scales<Tile, kForm> scales(p.scales, p.code.unfactor, n0 + threadIdx.x, p.n, p.k, work.stage0);
+    LinearSm90Scales<Tile, kScaleBytes> scales(p.scales, p.code.unfactor, n0 + threadIdx.x, p.n, p.k, work.stage0);
     const auto token = static_cast<int32_t>(token0), row = static_cast<int32_t>(n0);
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
       ring.wait(slot);
@@ -266,7 +280,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const uint32_t base = Tile::base_address(ptx::shared_address(shared_memory));
   if (threadIdx.x == 0) tile::start_ring<Tile>(base, x_map, packed_map);
   tile::fill_pair_table<typename Tile::T, Tile::kThreads>(base + Tile::kTable, p.code);
-  tile::fill_lane_dynamic8<Tile::kThreads>(base + Tile::kDynamic8);
+  tile::fill_lane_scale_values<Tile::kThreads>(p.scales, base + Tile::kScaleValues);
   __syncthreads();
   const tile::Sm90Work<Tile> work(p.plan);
   if (threadIdx.x >= Tile::kProducers) {
@@ -274,7 +288,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     consume<Tile>(p, work, base);
   } else {
     ptx::give_registers<Tile::kProducerRegisters>();
-    tile::with_scale_form(p.scales, [&](auto form) { produce<Tile, form.value>(p, work, x_map, packed_map, base); });
+    tile::with_scale_bytes(p.scales, [&](auto bytes) { produce<Tile, bytes>(p, work, x_map, packed_map, base); });
   }
 }
 

@@ -42,27 +42,33 @@ class DxSm90Scales {
  public:
   __device__ __forceinline__ DxSm90Scales(const tile::ScaleView& view, int64_t row, int64_t column, int64_t n,
                                           int64_t k)
-      : view_(view), element_(row * k + column), step_(Tile::kStageRows * k), end_(column < k ? n * k : 0) {
+      : view_(view),
+        element_(row * k + column),
+        step_(Tile::kStageRows * k),
+        end_(column < k ? n * k : 0),
+        last_(view.scales.table != nullptr && column < k ? (n - 1) * k + column : -1) {
 #pragma unroll
     for (int slot = 0; slot < Tile::kStages; ++slot) load(slot);
   }
 
   // Stores the scale of the stage in `slot`, then loads the scale of the slot's next stage.
   __device__ __forceinline__ void store_and_load(int slot, uint32_t lane_table, float offset, uint32_t address) {
-    const auto dynamic8 = [&](uint32_t code) { return tile::lookup_dynamic8<0>(lane_table, code); };
-    const float scale = tile::decode_scale_by(view_, raw_[slot].value, raw_[slot].code, dynamic8, offset);
+    const auto value_of = [&](uint32_t code) { return tile::lookup_scale_value<0>(lane_table, code); };
+    const float scale = tile::decode_scale_by(view_, raw_[slot].value, raw_[slot].code, value_of, offset);
     ptx::store_shared_f32(address, scale);
     load(slot);
   }
 
  private:
   __device__ __forceinline__ void load(int slot) {
-    raw_[slot] = element_ < end_ ? tile::load_scale(view_, element_ >> view_.block_shift) : tile::RawScale{};
+    const int64_t element = element_ < end_ ? element_ : last_;
+    raw_[slot] = element >= 0 ? tile::load_scale(view_, element >> view_.block_shift) : tile::RawScale{};
     element_ += step_;
   }
 
   const tile::ScaleView& view_;
   int64_t element_, step_, end_;
+  int64_t last_;  // what rows that do not exist read, or -1: the values of a table may be NaN
   tile::RawScale raw_[Tile::kStages];
 };
 
@@ -228,7 +234,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   constexpr int kFill = 256;  // threads that fill_pairs_f32 can use
   if (threadIdx.x < kFill)
     tile::fill_pairs_f32<kFill>(reinterpret_cast<char*>(shared_memory) + (base + Tile::kTable - shared), p.code);
-  tile::fill_lane_dynamic8<Tile::kThreads>(base + Tile::kDynamic8);
+  tile::fill_lane_scale_values<Tile::kThreads>(p.scales, base + Tile::kScaleValues);
   __syncthreads();
   const tile::Sm90Work<Tile> work(p.plan);
   if (threadIdx.x >= Tile::kProducers) {

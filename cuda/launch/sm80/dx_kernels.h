@@ -9,19 +9,25 @@ namespace qlora::cuda::sm80 {
 
 static_assert(tile::kDxColumns == kDxColumns && tile::kDxStageRows == kDxStageRows);
 
-// Family: Args, and kKernel<T, kTokenTiles, kRagged>.
+// Family: Args, and kKernel<T, kTokenTiles, kRagged, kHasOffsets>.
 template <class Family>
 struct DxKernels {
   using Kernel = DxKernel<typename Family::Args>;
 
-  template <class T, int kTokens, bool kRagged>
+  template <class T, int kTokens, bool kRagged, bool kHasOffsets = false>
   static Kernel kernel() {
-    constexpr auto kKernel = Family::template kKernel<T, kTokens / 8, kRagged>;
-    return {kKernel, ctas_per_sm<kKernel>, tile::kDxThreads, tile::DxLayout<kTokens / 8, kRagged>::kBytes};
+    constexpr auto kKernel = Family::template kKernel<T, kTokens / 8, kRagged, kHasOffsets>;
+    return {kKernel, ctas_per_sm<kKernel>, tile::kDxThreads, tile::DxLayout<kTokens / 8, kRagged, kHasOffsets>::kBytes};
   }
 
   template <class T>
-  static Kernel regular(int64_t tokens) {
+  static Kernel regular(int64_t tokens, bool offsets) {
+    if (offsets) {
+      static_assert(tile::DxLayout<8, false, true>::kBytes <= kSharedDxOffsets64);
+      return tokens == 16   ? kernel<T, 16, false, true>()
+             : tokens == 32 ? kernel<T, 32, false, true>()
+                            : kernel<T, 64, false, true>();
+    }
     switch (tokens) {
       case 8:
         return kernel<T, 8, false>();
@@ -40,8 +46,9 @@ struct DxKernels {
   }
 
   // float32 has kernels of its own (launch/any).
-  static Kernel regular(DType dtype, int64_t tokens) {
-    return dtype == DType::kBFloat16 ? regular<bfloat16>(tokens) : regular<float16>(tokens);
+  static Kernel regular(const LinearDxProblem& p, int64_t tokens) {
+    const bool offsets = has_offsets(p.w);
+    return p.dtype == DType::kBFloat16 ? regular<bfloat16>(tokens, offsets) : regular<float16>(tokens, offsets);
   }
   static Kernel ragged(DType dtype, int64_t tokens) {
     return dtype == DType::kBFloat16 ? ragged<bfloat16>(tokens) : ragged<float16>(tokens);

@@ -10,9 +10,10 @@ namespace qlora::cuda::sm80 {
 namespace {
 
 template <class Use>
-cudaError_t with_tile(DType dtype, int64_t tokens, const Use& use) {
-  return with_16_bit_type(dtype, [&](auto element) {
+cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
+  return with_16_bit_type(p.dtype, [&](auto element) {
     using T = decltype(element);
+    if (scales_weights(p)) return with_scaled_tile<T>(p.w, tokens, use);
     switch (tokens) {
       case 8:
         return use(Tile8<T>());
@@ -30,7 +31,7 @@ cudaError_t with_tile(DType dtype, int64_t tokens, const Use& use) {
 
 cudaError_t launch(const Grouped<LinearProblem>& problem, const Config& config, const Context& context) {
   const LinearProblem& p = problem.stack;
-  return with_tile(p.dtype, config.tokens, [&](auto tile) {
+  return with_tile(p, config.tokens, [&](auto tile) {
     using Tile = decltype(tile);
     using T = typename Tile::T;
     return launch_experts<kernels::grouped_linear_nf4_kernel<Tile>>(

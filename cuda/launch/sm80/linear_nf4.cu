@@ -10,9 +10,10 @@ namespace qlora::cuda::sm80 {
 namespace {
 
 template <class Use>
-cudaError_t with_tile(DType dtype, int64_t tokens, const Use& use) {
-  return with_16_bit_type(dtype, [&](auto element) {
+cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
+  return with_16_bit_type(p.dtype, [&](auto element) {
     using T = decltype(element);
+    if (scales_weights(p)) return with_scaled_tile<T>(p.w, tokens, use);
     return tokens == 32 ? use(Tile32<T>()) : use(Tile64<T>());
   });
 }
@@ -20,14 +21,14 @@ cudaError_t with_tile(DType dtype, int64_t tokens, const Use& use) {
 }  // namespace
 
 cudaError_t plan(const LinearProblem& p, const Device& device, Config* config) {
-  return with_tile(p.dtype, config->tokens, [&](auto tile) {
+  return with_tile(p, config->tokens, [&](auto tile) {
     using Tile = decltype(tile);
     return plan_splits<kernels::linear_nf4_kernel<Tile>, Tile, Tile::kStageSegments>(p, device, config);
   });
 }
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {
-  return with_tile(p.dtype, config.tokens, [&](auto tile) {
+  return with_tile(p, config.tokens, [&](auto tile) {
     using Tile = decltype(tile);
     SplitForward<kernels::linear_nf4_kernel<Tile>, Tile, Tile::kStageSegments> split(p, config, context);
     const cudaError_t error = split.prepare(true);

@@ -10,17 +10,31 @@
 
 namespace qlora::cuda::sm80 {
 
-template <class T, int kTokens, int kStages>
-using LinearTile = tile::LinearTile<T, 2, kTokens / 8, 4, 2, 2, kStages>;
+template <class T, int kTokens, int kStages, int kScaleColumns>
+using LinearTile = tile::LinearTile<T, 2, kTokens / 8, 4, 2, 2, kStages, kScaleColumns>;
 
-template <class T>
-using Tile8 = LinearTile<T, 8, 4>;
-template <class T>
-using Tile16 = LinearTile<T, 16, 4>;
-template <class T>
-using Tile32 = LinearTile<T, 32, 2>;
-template <class T>
-using Tile64 = LinearTile<T, 64, 3>;
+template <class T, int kScaleColumns = kSegment>
+using Tile8 = LinearTile<T, 8, 4, kScaleColumns>;
+template <class T, int kScaleColumns = kSegment>
+using Tile16 = LinearTile<T, 16, 4, kScaleColumns>;
+template <class T, int kScaleColumns = kSegment>
+using Tile32 = LinearTile<T, 32, 2, kScaleColumns>;
+template <class T, int kScaleColumns = kSegment>
+using Tile64 = LinearTile<T, 64, 3, kScaleColumns>;
+
+// Calls use(tile) for a weight that scales_weights() accepts. Blocks of 16 have no tile of 64 tokens.
+template <class T, class Use>
+cudaError_t with_scaled_tile(const Weight& w, int64_t tokens, const Use& use) {
+  if (w.scales.block_size < 32) return tokens == 16 ? use(Tile16<T, 16>()) : use(Tile32<T, 16>());
+  switch (tokens) {
+    case 16:
+      return use(Tile16<T, 32>());
+    case 32:
+      return use(Tile32<T, 32>());
+    default:
+      return use(Tile64<T, 32>());
+  }
+}
 static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64 && Tile64<bfloat16>::kRows == kForwardRows);
 
 template <class Tile, class T = typename Tile::T>
@@ -29,7 +43,7 @@ kernels::LinearArgs<T> make_linear_args(const LinearProblem& p, const T* h, cons
   return {.x = static_cast<const T*>(p.x),
           .packed = p.w.packed,
           .scales = tile::make_scale_view(p.w),
-          .code = tile::make_pair_view<T>(p.w.code),
+          .code = Tile::kScalesWeights ? tile::make_code_view(p.w.code) : tile::make_pair_view<T>(p.w.code),
           .m = p.m,
           .n = p.w.n,
           .k = p.w.k,

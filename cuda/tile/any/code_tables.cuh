@@ -33,13 +33,43 @@ static __constant__ Dynamic8Table c_dynamic8{};
 // The code that a kernel decodes. Kernels that store its values as 16-bit numbers (pair_table.cuh) store round(value *
 // factor), and multiply scales by `unfactor`.
 struct CodeView {
-  int index = 0;
+  int index = 0;  // in kCodeTables, or kCodeTableCount: the code has no name, and its values are `custom`
   float factor = 1.0f, unfactor = 1.0f;
+  float custom[kCodes] = {};
 
-  __device__ __forceinline__ const DeviceCode& table() const { return c_codes.of[index]; }
+  // Calls use(value_of), where value_of(code) looks up a value. The lanes of a warp may ask for different codes. An
+  // array of parameters must not be indexed by a variable, because the compiler would copy it to local memory.
+  template <class Use>
+  __device__ __forceinline__ void with_values(const Use& use) const {
+    if (index < kCodeTableCount) {
+      const auto& value = c_codes.of[index].value;
+      use([&](int code) { return value[code]; });
+    } else {
+      use([&](int code) {
+        float found = custom[0];
+#pragma unroll
+        for (int i = 1; i < kCodes; ++i) found = code == i ? custom[i] : found;
+        return found;
+      });
+    }
+  }
 };
 
-inline CodeView make_code_view(Code code) { return {static_cast<int>(code)}; }
+inline CodeView make_code_view(Code code) {
+  CodeView view;
+  view.index = static_cast<int>(code);
+  if (view.index < kCodeTableCount) return view;
+  view.index = kCodeTableCount;
+  const CodeTable& table = table_of(code);
+  for (int i = 0; i < kCodes; ++i) view.custom[i] = table.value[i];
+  return view;
+}
+
+// Copies the 16 values to shared memory. The CTA needs at least 16 threads, and must synchronize afterwards.
+__device__ __forceinline__ void stage_values(float (&shared)[kCodes], const CodeView& code) {
+  if (threadIdx.x >= kCodes) return;
+  code.with_values([&](const auto& value_of) { shared[threadIdx.x] = value_of(static_cast<int>(threadIdx.x)); });
+}
 
 // Tables for encoding by lookup. q in [-1, 1] falls into one of 32 cells, and each cell holds at most one decision
 // boundary, so

@@ -29,24 +29,21 @@ __device__ __forceinline__ void fill_pairs_f32(char* table, const CodeView& code
   constexpr int kAtOnce = kThreads / kStores;        // entries that the CTA fills at once
   static_assert(kThreads % kStores == 0 && kAtOnce % kCodes == 0 && kPairF32Entries % kAtOnce == 0);
   const int entry = threadIdx.x / kStores;
-  const auto& value = code.table().value;
-  const float low = value[entry % kCodes];
   float4* to = reinterpret_cast<float4*>(table + entry * kPairF32EntryBytes) + threadIdx.x % kStores;
+  code.with_values([&](const auto& value_of) {
+    const float low = value_of(entry % kCodes);
 #pragma unroll
-  for (int i = 0; i < kPairF32Entries / kAtOnce; ++i) {
-    const float high = value[entry / kCodes + i * (kAtOnce / kCodes)];
-    to[i * kAtOnce * (kPairF32EntryBytes / 16)] = make_float4(high, low, high, low);
-  }
+    for (int i = 0; i < kPairF32Entries / kAtOnce; ++i) {
+      const float high = value_of(entry / kCodes + i * (kAtOnce / kCodes));
+      to[i * kAtOnce * (kPairF32EntryBytes / 16)] = make_float4(high, low, high, low);
+    }
+  });
 }
 
-// Decodes the pair of byte kByte of `codes`: each value times its scale, rounded once to T. `table` is the shared
-// address, and `copy` is 8 * (lane % 16).
-template <class T, int kByte>
-__device__ __forceinline__ uint32_t decode_pair_f32(uint32_t table, uint32_t copy, uint32_t codes, float scale_first,
-                                                    float scale_second) {
-  const uint32_t offset = ptx::prmt<0x3200u | (4 + kByte) << 4>(copy, codes);
-  const float2 value = ptx::load_shared_v2_f32(table + offset);
-  return ptx::pack2<T>(value.x * scale_first, value.y * scale_second);
+// Looks up the pair of byte kByte of `codes`. `table` is the shared address, and `copy` is 8 * (lane % 16).
+template <int kByte>
+__device__ __forceinline__ float2 lookup_pair_f32(uint32_t table, uint32_t copy, uint32_t codes) {
+  return ptx::load_shared_v2_f32(table + ptx::prmt<0x3200u | (4 + kByte) << 4>(copy, codes));
 }
 
 }  // namespace qlora::tile

@@ -13,6 +13,8 @@
 
 #include <cstdint>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <type_traits>
 
 #include "cpp/format/codes.h"
@@ -59,24 +61,38 @@ struct PairFactors {
 };
 
 template <class T>
+PairFactors<T> pair_factors(Code code) {
+  static const PerCode<PairFactors<T>> kNamed;
+  if (static_cast<int>(code) < kCodeTableCount) return kNamed[code];
+  static std::mutex mutex;
+  static std::map<Code, PairFactors<T>> custom;
+  const std::lock_guard lock(mutex);
+  const auto known = custom.find(code);
+  return known != custom.end() ? known->second : custom.emplace(code, PairFactors<T>(table_of(code))).first->second;
+}
+
+template <class T>
 CodeView make_pair_view(Code code) {
-  static const PerCode<PairFactors<T>> kFactors;
-  return {static_cast<int>(code), kFactors[code].factor, kFactors[code].unfactor};
+  CodeView view = make_code_view(code);
+  const PairFactors<T> factors = pair_factors<T>(code);
+  view.factor = factors.factor, view.unfactor = factors.unfactor;
+  return view;
 }
 
 // Fills the table at shared address `table`, a multiple of 128. Call from all kThreads threads of the CTA, and
 // synchronize afterwards.
 template <class T, int kThreads>
 __device__ __forceinline__ void fill_pair_table(uint32_t table, const CodeView& code) {
-  const auto& value = code.table().value;
-  for (int entry = threadIdx.x; entry < 256; entry += kThreads) {
-    const uint32_t pair = ptx::pack2<T>(value[entry >> 4] * code.factor, value[entry & 15] * code.factor);
-    // Neighbouring threads write different 16-byte pieces of their entries at a time, which avoids bank conflicts.
-    const uint32_t first = table + entry * kPairTableEntryBytes + (entry & 7) * 16;
+  code.with_values([&](const auto& value_of) {
+    for (int entry = threadIdx.x; entry < 256; entry += kThreads) {
+      const uint32_t pair = ptx::pack2<T>(value_of(entry >> 4) * code.factor, value_of(entry & 15) * code.factor);
+      // Neighbouring threads write different 16-byte pieces of their entries at a time, which avoids bank conflicts.
+      const uint32_t first = table + entry * kPairTableEntryBytes + (entry & 7) * 16;
 #pragma unroll
-    for (int piece = 0; piece < 8; ++piece)
-      ptx::store_shared_v4(first ^ (piece * 16), make_uint4(pair, pair, pair, pair));
-  }
+      for (int piece = 0; piece < 8; ++piece)
+        ptx::store_shared_v4(first ^ (piece * 16), make_uint4(pair, pair, pair, pair));
+    }
+  });
 }
 
 // Looks up the pair of byte `kByte` of `word`. `lane_offset` is 4 * (thread's lane), with zeros in its upper bytes.

@@ -16,7 +16,8 @@
 //
 //   kDy          stages of dy:      [slot][token][64 rows of W], 16 bits each
 //   kScales      stages of scales:  [slot][column group][64 rows of W, padded to 72], float32
-//   kDynamic8    the 8-bit map:     [256], float32
+//   kScaleValues the values of 8-bit scale codes: [256], float32
+//   kOffsets     stages of offsets, laid out as the scales, in the kernel for regular shapes with offsets
 //
 // Two swizzles keep the kernel's fragment reads and the 16-byte writes of the copies free of bank conflicts. They
 // permute the 128 bytes that a row of W, or a token of dy, has in a slot. The tables show which slab or chunk lies at
@@ -54,23 +55,25 @@ __device__ __forceinline__ int dx_scale_group_shift(const ScaleView& view, int64
   return view.block_shift == 5 || k % 64 != 0 ? 5 : 6;
 }
 
-template <int kTokenTiles, bool kRagged>
+template <int kTokenTiles, bool kRagged, bool kHasOffsets = false>
 struct DxLayout {
   static constexpr int kTokens = 8 * kTokenTiles;
-  // 64 tokens take only three stages, so that a CTA fits the 99 KB of the smallest devices.
+  // 64 tokens take only three stages, so that a CTA without offsets fits the 99 KB of the smallest devices.
   static constexpr int kStages = kTokenTiles == 8 ? 3 : 4;
   // The most quantization blocks that 256 columns can touch. Blocks hold at least 32 columns, or 16 in the ragged
   // kernel for 16 tokens.
-  static constexpr int kScaleGroups = kRagged && kTokenTiles == 2 ? 17 : 9;
+  static constexpr int kScaleGroups = kRagged && kTokenTiles == 2 ? 17 : kHasOffsets ? 8 : 9;
   static constexpr int kScaleStride = kDxStageRows + 8;  // floats from a column group to the next: no bank conflicts
   static constexpr int kScaleStageBytes = kScaleGroups * kScaleStride * 4;
   static constexpr int kDyStageBytes = kTokens * kDxDyTokenBytes;
 
   static constexpr int kDy = kPairF32Bytes;
   static constexpr int kScales = kDy + kStages * kDyStageBytes;
-  static constexpr int kDynamic8 = kScales + kStages * kScaleStageBytes;
-  static constexpr int kBytes = kDynamic8 + 1024;
-  static_assert(kStages * kDxStageRows <= kPairF32Entries && kBytes <= 99 * 1024);
+  static constexpr int kScaleValues = kScales + kStages * kScaleStageBytes;
+  static constexpr int kOffsets = kScaleValues + 1024;
+  static constexpr int kBytes = kOffsets + (kHasOffsets ? kStages * kScaleStageBytes : 0);
+  static_assert(kStages * kDxStageRows <= kPairF32Entries &&
+                (kBytes <= 99 * 1024 || (kHasOffsets && kTokenTiles == 8)));
 
   // Offsets in bytes. `row` counts within the stage, `chunk` counts 16-byte chunks, `group` counts groups of columns
   // that share a scale.
@@ -86,6 +89,7 @@ struct DxLayout {
   __device__ static int scale(int slot, int group, int row) {
     return kScales + slot * kScaleStageBytes + (group * kScaleStride + row) * 4;
   }
+  __device__ static int offset(int slot, int group, int row) { return scale(slot, group, row) + kOffsets - kScales; }
 };
 
 }  // namespace qlora::tile

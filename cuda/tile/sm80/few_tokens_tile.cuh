@@ -57,8 +57,8 @@ struct FewTokensTile {
 
   static constexpr int kTable = 0;
   static constexpr int kX = kTable + kLineBytes;
-  static constexpr int kDynamic8 = kTable + kPairTableBytes;
-  static constexpr int kScales = kDynamic8 + 1024;
+  static constexpr int kScaleValues = kTable + kPairTableBytes;
+  static constexpr int kScales = kScaleValues + 1024;
   static constexpr int kSharedBytes = kScales + 2 * kStageScaleBytes;
 
   // At the end, the sums of the kWarpsK groups overwrite all of this as [group][token][row]. The sums of h follow as

@@ -8,6 +8,10 @@
 // In a segment, lane (g = lane/4, t = lane%4) takes k = 16t..16t+15 of rows g and g+8 (8 packed bytes of each) and of
 // token g (32 bytes). Step s = 0..3 feeds its values 4s..4s+3 to the mma as k = 2t, 2t+1, 2t+8, 2t+9. This permutes k,
 // which leaves the sum unchanged because both operands are permuted alike.
+//
+// If a segment lies within one block, its sum is multiplied by the block's scale, which costs next to nothing. Smaller
+// blocks, and blocks with offsets, have a tile with kScaleColumns = 16 or 32: the largest power of two of columns that
+// share a scale. Scale and offset are then applied to each weight (nf4_pairs_f32.cuh). A lane's 16 k lie in one block.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +23,10 @@ namespace qlora::tile {
 inline constexpr int kSegment = 64;
 inline constexpr int kSegmentPackedBytes = kSegment / 2;
 inline constexpr int kSegmentXBytes = kSegment * 2;
-inline constexpr int kScaleSegments = 32;  // segments whose scales are staged at a time
-inline constexpr int kLineBytes = 128;     // bytes per line: 64 values of x of one token, or 32 scales of one row
+inline constexpr int kLineBytes = 128;  // bytes per line: 64 values of x of one token, or 32 scales of one row
 
-template <class T_, int kRowTiles_, int kTokenTiles_, int kWarpsN_, int kWarpsK_, int kStageSegments_, int kStages_>
+template <class T_, int kRowTiles_, int kTokenTiles_, int kWarpsN_, int kWarpsK_, int kStageSegments_, int kStages_,
+          int kScaleColumns_ = kSegment>
 struct LinearTile {
   using T = T_;
   static constexpr int kRowTiles = kRowTiles_;      // of 16 rows, per warp
@@ -31,6 +35,11 @@ struct LinearTile {
   static constexpr int kWarpsK = kWarpsK_;          // groups of kWarpsN warps that divide its segments
   static constexpr int kStageSegments = kStageSegments_;
   static constexpr int kStages = kStages_;  // buffers, all but one of which are being filled
+  static constexpr int kScaleColumns = kScaleColumns_;
+  static constexpr bool kScalesWeights = kScaleColumns < kSegment;
+  static constexpr int kScaleBytes = kScalesWeights ? 8 : 4;  // with or without an offset
+  // Segments whose scales are staged at a time: a line per row.
+  static constexpr int kScaleSegments = kLineBytes / kScaleBytes * kScaleColumns / kSegment;
 
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kRows = 16 * kRowTiles * kWarpsN;
@@ -49,8 +58,8 @@ struct LinearTile {
 
   static constexpr int kTable = 0;
   static constexpr int kScales = kTable + kLineBytes;
-  static constexpr int kDynamic8 = kTable + kPairTableBytes;
-  static constexpr int kPacked = kDynamic8 + 1024;
+  static constexpr int kScaleValues = kTable + kPairTableBytes;
+  static constexpr int kPacked = kScaleValues + 1024;
   static constexpr int kPackedEnd = kPacked + kStages * kStagePackedBytes;
   static constexpr int kX = kXInTable ? kScales + kRows * kPairTableEntryBytes : kPackedEnd;
   static constexpr int kSharedBytes = kXInTable ? kPackedEnd : kX + kStages * kStageXBytes;
@@ -74,9 +83,11 @@ struct LinearTile {
     return (segment * kTokens + token) * kXLineStride + (chunk ^ (token & 1)) * 16;
   }
 
-  // The offset of the scale of a row and segment. The 8 rows g that are read together fall into different banks.
-  __device__ static constexpr int scale_offset(int row, int segment) {
-    return row * kPairTableEntryBytes + (segment ^ ((row & 7) << 2)) * 4;
+  // The offset of the scale of a row and a group of columns. The rows g that are read together fall into different
+  // banks: 8 rows of one group, or 4 rows of a segment's 2 or 4 groups.
+  __device__ static constexpr int scale_offset(int row, int group) {
+    const int swizzle = !kScalesWeights ? (row & 7) << 2 : kScaleColumns == 32 ? (row & 7) << 1 : (row & 3) << 2;
+    return row * kPairTableEntryBytes + (group ^ swizzle) * kScaleBytes;
   }
 };
 

@@ -21,13 +21,16 @@ template <class T>
 class PairRegisters {
  public:
   __device__ __forceinline__ explicit PairRegisters(const CodeView& code) {
-    const auto& value = code.table().value;
-    const auto pair = [&](int at) { return ptx::pack2<T>(value[at] * code.factor, value[at + 1] * code.factor); };
-    unroll<4>([&](auto i) {
-      const uint32_t even = pair(4 * i), odd = pair(4 * i + 2);
-      low_[i] = ptx::prmt<0x6420>(even, odd), high_[i] = ptx::prmt<0x7531>(even, odd);
-      ptx::hold(low_[i]), ptx::hold(high_[i]);
+    code.with_values([&](const auto& value_of) {
+      const auto pair = [&](int at) {
+        return ptx::pack2<T>(value_of(at) * code.factor, value_of(at + 1) * code.factor);
+      };
+      unroll<4>([&](auto i) {
+        const uint32_t even = pair(4 * i), odd = pair(4 * i + 2);
+        low_[i] = ptx::prmt<0x6420>(even, odd), high_[i] = ptx::prmt<0x7531>(even, odd);
+      });
     });
+    unroll<4>([&](auto i) { ptx::hold(low_[i]), ptx::hold(high_[i]); });
   }
 
   // The pairs of the four bytes of `word`.

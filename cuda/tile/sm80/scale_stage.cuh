@@ -1,4 +1,5 @@
-// Decodes the scales of a CTA's rows, for some segments at a time, once to float32 in shared memory. `load` only issues
+// Decodes the scales of a CTA's rows, and their offsets if a tile has any, for some segments at a time, once to float32
+// in shared memory. `load` only issues
 // loads, and none of them depends on another. `store` decodes what has arrived.
 #pragma once
 
@@ -10,9 +11,10 @@
 
 namespace qlora::tile {
 
-// Neighbouring threads take neighbouring segments, so each sector of a row's codes is read once. Rows and segments
-// beyond the last repeat the last one, which costs no branch here: their results are multiplied by zeros or not stored.
-template <class Tile, int kSegments>
+// Neighbouring threads take neighbouring groups of kColumns columns, so each sector of a row's codes is read once. Rows
+// and groups beyond the last repeat the last one, which costs no branch here: their results are multiplied by zeros or
+// not stored.
+template <class Tile, int kSegments, int kColumns = kSegment>
 class ScaleStage {
  public:
   __device__ __forceinline__ ScaleStage(const ScaleView& view, float unfactor, int64_t n0, int64_t n, int64_t k)
@@ -23,26 +25,41 @@ class ScaleStage {
 
   // Loads for the segments from segment0 of k on, of which `count` exist.
   __device__ __forceinline__ void load(int64_t segment0, int count) {
-    const int64_t element = row_element_ + (segment0 + min(segment(), count - 1)) * kSegment;
+    const int64_t element = row_element_ + segment0 * kSegment + min(group(), count * kPerSegment - 1) * kColumns;
     with_scale_loader(view_, [&](const auto& load) {
       load_each(element, [&](int i, int64_t block) { load(block, absmax_[i], code_[i]); });
     });
-  }
-
-  __device__ __forceinline__ void store(uint32_t scales, const float* dynamic8) const {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const float scale = decode_scale(view_, {absmax_[i], code_[i]}, dynamic8, offset_);
-      ptx::store_shared_f32(scales + Tile::scale_offset(row(i), segment()), scale * unfactor_);
+    if constexpr (kHasOffsets) {
+      if (view_.scales.offsets)
+        load_each(element, [&](int i, int64_t block) { raw_offset_[i] = load_offset(view_, block); });
     }
   }
 
+  __device__ __forceinline__ void store(uint32_t scales, const float* scale_values) const {
+    const auto value_of = [&](uint32_t code) { return scale_values[code]; };
+    with_scale_decoder(view_, value_of, offset_, [&](const auto& decode) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const uint32_t to = scales + Tile::scale_offset(row(i), group());
+        const float scale = decode(absmax_[i], code_[i]);
+        if constexpr (kHasOffsets) {
+          const float offset = view_.scales.offsets ? decode_offset(view_, raw_offset_[i], scale) : -0.0f;
+          ptx::store_shared_v2_f32(to, make_float2(scale, offset));
+        } else {
+          ptx::store_shared_f32(to, scale * unfactor_);
+        }
+      }
+    });
+  }
+
  private:
-  static constexpr int kRowStep = Tile::kThreads / kSegments;
+  static constexpr bool kHasOffsets = kColumns < kSegment;
+  static constexpr int kPerSegment = kSegment / kColumns;
+  static constexpr int kRowStep = Tile::kThreads / (kSegments * kPerSegment);
   static constexpr int kEach = Tile::kRows / kRowStep;
 
-  __device__ __forceinline__ static int segment() { return threadIdx.x % kSegments; }
-  __device__ __forceinline__ static int row(int i) { return threadIdx.x / kSegments + i * kRowStep; }
+  __device__ __forceinline__ static int group() { return threadIdx.x % (kSegments * kPerSegment); }
+  __device__ __forceinline__ static int row(int i) { return threadIdx.x / (kSegments * kPerSegment) + i * kRowStep; }
 
   template <class Load>
   __device__ __forceinline__ void load_each(int64_t element, const Load& load_one) {
@@ -61,6 +78,7 @@ class ScaleStage {
   int64_t row_step_, row_element_;
   float absmax_[kEach];
   uint32_t code_[kEach] = {};
+  RawOffset raw_offset_[kHasOffsets ? kEach : 1];
 };
 
 }  // namespace qlora::tile

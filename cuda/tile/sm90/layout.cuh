@@ -7,8 +7,8 @@
 //
 // Addresses are relative to a base that puts the table of pairs at a multiple of 64 KB. A byte of w and the lane are
 // then the lower half of an entry's address, and computing the address takes no addition. The space before the table
-// holds whatever fits there. The pairs leave the second half of each entry free. It holds the map of nested scale
-// codes, with one copy per lane.
+// holds whatever fits there. The pairs leave the second half of each entry free. It holds the values of 8-bit
+// scale codes, with one copy per lane.
 //
 //     0     packed bytes, scales, sums, barriers        61 KB    table: 256 entries of 256 bytes        125 KB tokens
 //           [slot] [slot]                                        [pairs 128 bytes][map 128 bytes] [slot]
@@ -18,6 +18,7 @@
 
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/code_tables.cuh"
 #include "cuda/tile/any/pair_table.cuh"
 
@@ -53,7 +54,7 @@ struct Sm90Layout {
   static constexpr int kSums = kScales + kStages * kStageScaleBytes;
   static constexpr int kBarriers = kSums + kPartTokens * kSumStride * 4;
   static constexpr int kTable = 61 * 1024;
-  static constexpr int kDynamic8 = kTable + kPairTableEntryBytes / 2;
+  static constexpr int kScaleValues = kTable + kPairTableEntryBytes / 2;
   static constexpr int kTokenLines = kTable + kPairTableBytes;
   static constexpr int kEnd = kTokenLines + kStages * kStageTokenBytes;
   static constexpr int kTableAlignment = 64 * 1024;
@@ -80,23 +81,23 @@ struct Sm90Layout {
 // The offset of 16-byte chunk `chunk` in a line of 64 packed bytes, as TMA swizzles them.
 __device__ constexpr int sm90_packed_offset(int line, int chunk) { return line * 64 + (chunk ^ (line >> 1 & 3)) * 16; }
 
-// Fills the free halves of the table's entries with the map of nested scale codes. Call from all threads of the CTA,
+// Fills the free halves of the table's entries with the values of 8-bit scale codes. Call from all threads of the CTA,
 // and synchronize afterwards.
 template <int kThreads>
-__device__ __forceinline__ void fill_lane_dynamic8(uint32_t dynamic8) {
+__device__ __forceinline__ void fill_lane_scale_values(const ScaleView& view, uint32_t scale_values) {
   for (int entry = threadIdx.x; entry < 256; entry += kThreads) {
-    const uint32_t value = __float_as_uint(c_dynamic8.value[entry]);
-    const uint32_t first = dynamic8 + entry * kPairTableEntryBytes + (entry & 7) * 16;
+    const uint32_t value = __float_as_uint(scale_value(view, entry));
+    const uint32_t first = scale_values + entry * kPairTableEntryBytes + (entry & 7) * 16;
 #pragma unroll
     for (int piece = 0; piece < 8; ++piece)
       ptx::store_shared_v4(first ^ (piece * 16), make_uint4(value, value, value, value));
   }
 }
 
-// Looks up the value of the nested scale code in byte kByte of `codes`. `lane_table` is the table's address plus 4 ·
+// Looks up the value of the 8-bit scale code in byte kByte of `codes`. `lane_table` is the table's address plus 4 ·
 // lane.
 template <int kByte>
-__device__ __forceinline__ float lookup_dynamic8(uint32_t lane_table, uint32_t codes) {
+__device__ __forceinline__ float lookup_scale_value(uint32_t lane_table, uint32_t codes) {
   constexpr int kHalf = kPairTableEntryBytes / 2;
   return ptx::load_shared_f32<kHalf>(ptx::prmt<0x7604 | kByte << 4>(codes, lane_table));
 }

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._internal import scale_tables
 from .._internal.untrusted import FileError
-from ..checkpoints import scales
 from ..form import Form
 from ..formats import FLOAT16, NESTED_TABLE8, SCALED8, TABLE8
 from ..weight import Weight4bit, weight_of
@@ -111,8 +111,8 @@ def _write_affine(w4: Weight4bit) -> Tensor:
 
 def _read_e8m0(header: Tensor) -> _Fields:
     exponents = header.reshape(-1)
-    if (exponents == scales.E8M0_NAN).any():
-        at = int((exponents == scales.E8M0_NAN).nonzero()[0])
+    if (exponents == scale_tables.E8M0_NAN).any():
+        at = int((exponents == scale_tables.E8M0_NAN).nonzero()[0])
         raise ValueError(f"expected finite scales, got 0xFF (NaN) in block {at}")
     return {"absmax": exponents.contiguous(), "scale_table": _E8M0}
 
@@ -161,12 +161,12 @@ def _write_nested(w4: Weight4bit) -> Tensor:
 
 def _ue4m3_table() -> Tensor:
     """The values of ggml's unsigned E4M3, which ignores the sign, and whose code 0x7F, NaN elsewhere, is zero."""
-    table = scales.e4m3_table(torch.device("cpu")).abs()
+    table = scale_tables.e4m3_table(torch.device("cpu")).abs()
     table[0x7F], table[0xFF] = 0.0, 480.0
     return table
 
 
-_E8M0 = scales.e8m0_table(torch.device("cpu"))
+_E8M0 = scale_tables.e8m0_table(torch.device("cpu"))
 _UE4M3 = _ue4m3_table()
 _INTEGERS = torch.arange(256, dtype=torch.float32, device="cpu")
 

@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ from ..weight import Weight4bit
 from . import blocks
 from .file import TensorInfo, read_header
 from .rows import Rows, find_rows
+
+if TYPE_CHECKING:
+    from ..form import Form
+    from ..integrations.transformers import QLoRAConfig
+    from .source import GGUFSource
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20  # elements that are read at a time
@@ -98,6 +103,13 @@ class GGUFWeights:
         processor = reading.TENSOR_PROCESSORS.get(header.architecture, reading.TensorProcessor)
         self._processor = processor(config=model.config.to_dict())
         self._names = self._names_of(header.architecture)
+        # NVFP4 tensors may have one more scale, or one per expert.
+        named = {tensor.name: tensor for tensor in header.tensors}
+        self._scales = {
+            tensor.name: named[scale]
+            for tensor in header.tensors
+            if tensor.type_name == "NVFP4" and (scale := tensor.name.removesuffix("weight") + "scale") in named
+        }
         self._parts: dict[str, list[_Part]] = {}  # a many-to-many relation
         self.unknown: list[str] = []
         self.summary = ""
@@ -105,7 +117,7 @@ class GGUFWeights:
             found = self._places_of(tensor)
             for name, rows in found.items():
                 self._parts.setdefault(name, []).append(_Part(tensor, rows))
-            if not found:
+            if not found and tensor not in self._scales.values():
                 self.unknown.append(tensor.name)
 
     def load(self, **options: Any) -> Any:
@@ -117,15 +129,13 @@ class GGUFWeights:
         quantized to NF4 like any dense model.
         """
         from ..integrations.transformers import QLoRAConfig
-        from .source import GGUFSource
 
         if options.get("dtype", "auto") == "auto":  # transformers would search it in the tensors
             options["dtype"] = self._model.dtype
         config = options.get("quantization_config")
         kept: set[str] = set()
         if isinstance(config, QLoRAConfig):
-            source = GGUFSource(self.stored_kind, config)
-            source.forms(self._model)
+            source = self._source(config)
             if source.kept:
                 options["quantization_config"] = config = copy.copy(config)
                 config._source, kept = source, source.kept
@@ -139,6 +149,19 @@ class GGUFWeights:
         _log.info(self.summary)
         return loaded
 
+    def forms(self) -> dict[str, Form]:
+        """The forms of the weights that stay 4-bit with ``QLoRAConfig()``, by name; empty if none does."""
+        from ..integrations.transformers import QLoRAConfig
+
+        return self._source(QLoRAConfig()).forms(self._model)
+
+    def _source(self, config: QLoRAConfig) -> GGUFSource:
+        from .source import GGUFSource
+
+        source = GGUFSource(self.stored_kind, config)
+        source.forms(self._model)
+        return source
+
     def decode(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight ``name`` of the model, rounded once to ``dtype``.
 
@@ -149,14 +172,14 @@ class GGUFWeights:
         if layout is None:
             found: dict[str, Tensor] = {}
             for part in parts:
-                values = self._values(part, self._read(part, 0, part.count)).reshape(part.tensor.shape)
+                values = self._values(part, 0, self._read(part, 0, part.count)).reshape(part.tensor.shape)
                 found = self._process(part.tensor, values, found)
             return found[name].to(dtype)
         width = parts[0].tensor.shape[-1]
         out = torch.empty((math.prod(layout.stack), width), dtype=dtype, device="cpu")
         for part in parts:
-            for where, data in self._chunks(part):
-                out[where] = torch.from_numpy(self._values(part, data)).to(dtype)
+            for begin, where, data in self._chunks(part):
+                out[where] = torch.from_numpy(self._values(part, begin, data)).to(dtype)
         return out.T.contiguous() if layout.transposed else out.view(*layout.stack, width)
 
     def stored(self, name: str) -> Weight4bit:
@@ -175,9 +198,14 @@ class GGUFWeights:
         assert layout is not None
         data = np.empty((math.prod(layout.stack), parts[0].tensor.nbytes // parts[0].count), np.uint8)
         for part in parts:
-            for where, chunk in self._chunks(part):
+            for _, where, chunk in self._chunks(part):
                 data[where] = chunk
-        return blocks.read(kind, data, (*layout.stack, parts[0].tensor.shape[-1]), self._where(parts[0].tensor))
+        w4 = blocks.read(kind, data, (*layout.stack, parts[0].tensor.shape[-1]), self._where(parts[0].tensor))
+        factors = self._factors(parts[0])
+        if factors is None or w4.scale_table is None:
+            return w4
+        table = w4.scale_table * torch.from_numpy(factors).view(-1, 1)
+        return dataclasses.replace(w4, scale_table=table.view(w4.scale_table.shape))
 
     def stored_kind(
         self, name: str, shape: tuple[int, ...] | None = None, transposed: bool | None = None
@@ -192,6 +220,8 @@ class GGUFWeights:
             return None
         parts = self._parts[name]
         kinds = {part.tensor.type_name for part in parts}
+        if len(parts) > 1 and any(part.tensor.name in self._scales for part in parts):
+            return None  # its rows have different factors
         fits = shape in (None, (*layout.stack, parts[0].tensor.shape[-1])) and transposed in (None, layout.transposed)
         return kinds.pop() if fits and len(kinds) == 1 and kinds <= {*blocks.KINDS} else None
 
@@ -233,13 +263,13 @@ class GGUFWeights:
     def _where(self, tensor: TensorInfo) -> str:
         return f"{printable(self._path)}: {excerpt(tensor.name)}"
 
-    def _chunks(self, part: _Part) -> Iterator[tuple[slice | Tensor, Any]]:
-        """Where a few rows are in the weight, and their bytes."""
+    def _chunks(self, part: _Part) -> Iterator[tuple[int, slice | Tensor, Any]]:
+        """A few rows at a time: the number of the first, where they are in the weight, and their bytes."""
         assert part.rows is not None
         step = max(1, _CHUNK // part.tensor.shape[-1])
         for begin in range(0, part.count, step):
             end = min(begin + step, part.count)
-            yield part.rows.of(begin, end), self._read(part, begin, end)
+            yield begin, part.rows.of(begin, end), self._read(part, begin, end)
 
     def _read(self, part: _Part, begin: int, end: int) -> Any:
         """The bytes of rows ``begin`` to ``end - 1`` of a tensor [rows, bytes per row]."""
@@ -252,16 +282,32 @@ class GGUFWeights:
             raise FileError(f"{self._where(tensor)}: truncated while it was read")
         return data.reshape(end - begin, size)
 
-    def _values(self, part: _Part, data: Any) -> Any:
-        """The float32 values of rows that were read from a tensor."""
+    def _values(self, part: _Part, begin: int, data: Any) -> Any:
+        """The float32 values of rows from ``begin`` on, which have these bytes."""
         import gguf
 
         try:
-            return gguf.dequantize(data, gguf.GGMLQuantizationType(part.tensor.kind))
+            values = gguf.dequantize(data, gguf.GGMLQuantizationType(part.tensor.kind))
         except NotImplementedError as error:
             raise FileError(
                 f"{self._where(part.tensor)}: the gguf package cannot decode {part.tensor.type_name}"
             ) from error
+        factors = self._factors(part)
+        if factors is None:
+            return values
+        rows = np.arange(begin, begin + len(values)) // (part.count // len(factors))
+        return values * factors[rows, None]
+
+    def _factors(self, part: _Part) -> Any:
+        """The factors of an NVFP4 tensor, float32 [matrices]; None if it has none."""
+        if part.tensor.name not in self._scales:
+            return None
+        scale = _Part(self._scales[part.tensor.name], None)
+        factors = self._values(scale, 0, self._read(scale, 0, scale.count)).reshape(-1)
+        count = math.prod(part.tensor.shape[:-2])
+        if len(factors) != count or not np.isfinite(factors).all():
+            raise FileError(f"{self._where(scale.tensor)}: expected {count} finite factors, got {excerpt(factors)}")
+        return factors
 
     def _places_of(self, tensor: TensorInfo) -> dict[str, Rows | None]:
         """The weights that come from ``tensor``, and its rows in them; None if transformers changes its values."""

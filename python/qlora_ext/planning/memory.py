@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from .._internal.dtype_names import AUTO
 from ..dtypes import computing_dtype_named
 from ..form import Form
 from ..integrations.peft.lora_config import lora_config
-from ..nn import Packed4bit, quantize_model, scale_names
+from ..integrations.transformers.modules import empty_layer, packed_weights
+from ..nn import Packed4bit, places_in, quantize_model, scale_names
 from ..streaming import chunk_mlp, dense_mlps
 from ..streaming.loss import head_loss
 
@@ -53,6 +55,8 @@ class Job:
         stream: where the frozen layers are stored: none, ram or disk.
         host: whether the run is on the CPU.
         form: of the 4-bit weights, if the checkpoint has them in another format; None for NF4 with ``block_size``.
+        forms: instead of ``form``, the forms of those weights that a GGUF file stores in 4 bits, by their names; other
+            layers stay dense.
 
     The other fields are the options of ``finetune`` with the same names.
 
@@ -77,6 +81,7 @@ class Job:
     stream: str = "none"
     host: bool = False
     form: Form | None = None
+    forms: Mapping[str, Form] | None = None
 
     @property
     def compute(self) -> torch.dtype:
@@ -158,7 +163,10 @@ def build(job: Job, layers: int) -> Any:
     config.use_cache = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=job.compute)
-        quantize_model(model, **(job.form or Form(block_size=job.block_size)).keywords)
+        if job.forms is not None:
+            _take_forms(model, job.forms, job.compute)
+        else:
+            quantize_model(model, **(job.form or Form(block_size=job.block_size)).keywords)
         config = lora_config(model, job.rank, job.target_modules, list(job.modules_to_save))
         model = get_peft_model(model, config)
     if job.grad_checkpointing:
@@ -166,6 +174,17 @@ def build(job: Job, layers: int) -> Any:
     if job.mlp_chunk and dense_mlps(model):
         chunk_mlp(model, job.mlp_chunk)
     return model.train()
+
+
+def _take_forms(model: Any, forms: Mapping[str, Form], compute_dtype: torch.dtype) -> None:
+    """Replaces the modules whose weights have one of ``forms`` by empty 4-bit ones."""
+    for module, places in places_in(model).items():
+        name = places[0][2]
+        found = {forms.get(f"{name}.{weight}") for weight in packed_weights(module)}
+        if (form := next(iter(found), None)) is not None:
+            layer = empty_layer(module, compute_dtype, form)
+            for parent, child, _ in places:
+                setattr(parent, child, layer)
 
 
 def trains_head(job: Job) -> bool:
@@ -229,7 +248,7 @@ def _line(few: dict[str, float], more: dict[str, float], layers: int) -> dict[st
 def static_split(job: Job) -> dict[str, float]:
     """The split before the first step: weights, adapters and optimizer state."""
     layers = job.config.get_text_config().num_hidden_layers
-    if layers <= MORE:
+    if layers <= MORE or job.forms is not None:
         return split(job, [_static(build(job, layers))])
     return split(job, [_line(_static(build(job, FEW)), _static(build(job, MORE)), layers)])
 
@@ -239,7 +258,11 @@ def peaks(job: Job) -> list[dict[str, float]]:
     layers = job.config.get_text_config().num_hidden_layers
     if layers <= MORE:
         return _measure(job, layers)
-    return [_line(*pair, layers) for pair in zip(_measure(job, FEW), _measure(job, MORE), strict=True)]
+    found = [_line(*pair, layers) for pair in zip(_measure(job, FEW), _measure(job, MORE), strict=True)]
+    if job.forms is None:
+        return found
+    static = _static(build(job, layers))  # the layers of a file may differ in form
+    return [{**top, **static} for top in found]
 
 
 def checkpoint_bytes(job: Job) -> float:

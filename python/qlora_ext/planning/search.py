@@ -157,7 +157,7 @@ def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]] | N
     changes = changes_of(job) if changes is None else changes
     candidates = []
     for name in families.names():
-        other = dataclasses.replace(job, config=families.config(name), target_modules="all-linear")
+        other = dataclasses.replace(job, config=families.config(name), forms=None, target_modules="all-linear")
         found = switched(other, changes)
         assert found.blocks is not None
         candidates.append((found.blocks.total, name, found))

@@ -104,6 +104,7 @@ struct Shape {
   bool nested, bias;
   double dropout;
   Code code = Code::kNf4;
+  bool has_offsets = false;
 };
 
 // Whether each row and each column of `got` is within 2% of `want`, or of the average row or column. Roundings to
@@ -165,6 +166,9 @@ const char* wrong(const Shape& s) {
   w.packed = packed.data(), w.n = s.n, w.k = s.k, w.code = s.code;
   w.scales = s.nested ? nested_scales(codes.data(), nested_absmax.data(), &offset, s.block, 256)
                       : float_scales(absmax.data(), s.block);
+  std::vector<float> offsets(static_cast<size_t>(blocks));
+  for (float& e : offsets) e = static_cast<float>(random_bits() % 100) * 0.001f - 0.6f;
+  if (s.has_offsets) w.scales.offsets = {OffsetForm::kFloat32, offsets.data(), nullptr};
   const Bf16 x = normal(s.m * s.k, 1.0f), dy = normal(s.m * s.n, 1.0f), bias = normal(s.n, 1.0f);
   const Bf16 a = normal(s.rank * s.k, 0.1f), b = normal(s.n * s.rank, 0.1f);
   const Doubles x64 = widened(x), dy64 = widened(dy), bias64 = widened(bias), a64 = widened(a), b64 = widened(b);
@@ -257,12 +261,15 @@ int run_all(unsigned seed, int64_t most) {
       {33, 96, 320, 8, 64, true, true, 0.1, Code::kShuffled},
       {40, 70, 176, 1, 16, false, true, 0.0, Code::kShuffled},
       {33, 33, 333, 5, 16, true, true, 0.2},
+      {33, 96, 320, 8, 64, false, true, 0.1, Code::kUint4, true},
+      {70, 130, 192, 4, 128, true, true, 0.0, Code::kUint4, true},
+      {40, 70, 333, 3, 32, false, false, 0.0, Code::kUint4, true},
   };
   const auto some = [](int64_t most) { return 1 + static_cast<int64_t>(random_bits() % static_cast<unsigned>(most)); };
   for (int i = 0; i < 24; ++i) {
     shapes.push_back({some(80), some(150), some(300), static_cast<int64_t>(random_bits() % 70),
                       32LL << random_bits() % 4, random_bits() % 2 == 0, random_bits() % 2 == 0,
-                      random_bits() % 3 == 0 ? 0.25 : 0.0, Code::kNf4});
+                      random_bits() % 3 == 0 ? 0.25 : 0.0, Code::kNf4, random_bits() % 4 == 0});
     if (i % 3 == 0) shapes.back().k = 64 * some(20);
   }
   std::erase_if(shapes, [most](const Shape& s) { return s.m * s.n * s.k > most; });

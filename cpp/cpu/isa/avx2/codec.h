@@ -97,7 +97,8 @@ template <bool kInOrder>
 class SearchEncoder {
  public:
   static constexpr bool serves(Code code) { return table_of(code).is_ascending || !kInOrder; }
-  explicit SearchEncoder(Code code) : SearchEncoder(table_of(code), kSearch[code]) {}
+  explicit SearchEncoder(Code code)
+      : SearchEncoder(table_of(code), is_custom(code) ? Search(table_of(code)) : kSearch[code]) {}
   SearchEncoder(const CodeTable& table, const Search& search)
       : first_(_mm256_set1_ps(search.first)),
         second_(_mm256_loadu_ps(search.second)),
@@ -285,6 +286,12 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
 inline void finish_streaming() { _mm_sfence(); }
 
 inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
+inline int64_t widen_many_scales(const float16* scales, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + i))));
+  return i;
+}
 
 }  // namespace codec
 }  // namespace

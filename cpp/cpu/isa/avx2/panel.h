@@ -135,7 +135,7 @@ inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
       _mm_or_si128(_mm_slli_epi16(_mm_and_si128(here, low), 4), _mm_and_si128(_mm_srli_epi16(next, 4), low)));
 }
 
-// The scaled values of a code. lookup<j> decodes code j of each lane.
+// The scaled values of a code, and with an offset. lookup<j> decodes code j of each lane.
 struct Table {
   F low, high;  // codes 0..7 and 8..15
 };
@@ -143,6 +143,7 @@ inline Table values_of(const CodeTable& table) {
   return {_mm256_loadu_ps(table.value), _mm256_loadu_ps(table.value + 8)};
 }
 inline Table scaled(const Table& t, F scale) { return {mul(t.low, scale), mul(t.high, scale)}; }
+inline Table add_offset(const Table& t, F offset) { return {add(t.low, offset), add(t.high, offset)}; }
 template <int j>
 inline F lookup(const Table& t, Codes c) {
   constexpr int kShift[4] = {4, 0, 12, 8};

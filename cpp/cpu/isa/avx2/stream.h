@@ -38,6 +38,7 @@ inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats absolute(Floats x) { return _mm256_andnot_ps(splat(-0.0f), x); }
 inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 inline Ints round_to_ints(Floats x) { return _mm256_cvtps_epi32(x); }
 inline float sum(Floats x) {
@@ -49,9 +50,8 @@ inline Ints max_bits(Ints seen, Floats x) {
   return _mm256_max_epu32(seen, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7FFFFFFF)));
 }
 inline int count_at_least(Floats x, float bound) {
-  const Floats magnitude = _mm256_andnot_ps(splat(-0.0f), x);
   return __builtin_popcount(
-      static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(magnitude, splat(bound), _CMP_GE_OQ))));
+      static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(absolute(x), splat(bound), _CMP_GE_OQ))));
 }
 inline bool all_finite(Floats x) {
   return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_sub_ps(x, x), zero(), _CMP_EQ_OQ)) == 0xFF;

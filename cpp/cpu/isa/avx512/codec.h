@@ -99,7 +99,7 @@ static_assert(kCells[Code::kNf4].serve);
 // For tables that cells serve.
 class FastEncoder {
  public:
-  static constexpr bool serves(Code code) { return kCells[code].serve; }
+  static constexpr bool serves(Code code) { return !is_custom(code) && kCells[code].serve; }
   explicit FastEncoder(Code code)
       : low_(_mm512_loadu_si512(kCells[code].entry)),
         high_(_mm512_loadu_si512(kCells[code].entry + kLanes)),
@@ -232,6 +232,14 @@ inline int64_t decode_many_scales(const uint8_t* codes, int64_t count, float nes
   int64_t i = 0;
   for (; count - i >= ScaleDecoder::kWorthwhile; i += ScaleDecoder::kCodes) decoder(codes + i, count - i, out + i);
   return i;
+}
+
+inline int64_t widen_many_scales(const float16* scales, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 these = count - i >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (count - i)) - 1);
+    _mm512_mask_storeu_ps(out + i, these, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(these, scales + i)));
+  }
+  return count;
 }
 
 template <class T>

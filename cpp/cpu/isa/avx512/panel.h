@@ -140,12 +140,13 @@ inline U nibble(Codes c) {
   return kShift[j] ? _mm512_srli_epi32(c, kShift[j]) : c;
 }
 
-// The scaled values of a code. lookup<j> decodes code j of each lane.
+// The scaled values of a code, and with an offset. lookup<j> decodes code j of each lane.
 struct Table {
   F value;
 };
 inline Table values_of(const CodeTable& table) { return {_mm512_loadu_ps(table.value)}; }
 inline Table scaled(const Table& t, F scale) { return {mul(t.value, scale)}; }
+inline Table add_offset(const Table& t, F offset) { return {add(t.value, offset)}; }
 template <int j>
 inline F lookup(const Table& t, Codes c) {
   return _mm512_permutexvar_ps(nibble<j>(c), t.value);

@@ -38,6 +38,7 @@ inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats absolute(Floats x) { return _mm512_abs_ps(x); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 inline Ints round_to_ints(Floats x) { return _mm512_cvtps_epi32(x); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
@@ -45,7 +46,7 @@ inline Ints max_bits(Ints seen, Floats x) {
   return _mm512_max_epu32(seen, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
 }
 inline int count_at_least(Floats x, float bound) {
-  return __builtin_popcount(_mm512_cmp_ps_mask(_mm512_abs_ps(x), splat(bound), _CMP_GE_OQ));
+  return __builtin_popcount(_mm512_cmp_ps_mask(absolute(x), splat(bound), _CMP_GE_OQ));
 }
 inline bool all_finite(Floats x) {
   return _mm512_cmp_ps_mask(_mm512_sub_ps(x, x), zero(), _CMP_EQ_OQ) == 0xFFFF;  // inf - inf is NaN

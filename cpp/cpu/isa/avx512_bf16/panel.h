@@ -55,17 +55,20 @@ struct WordBf16 {
   using Values = Table;
   static Values values_of(const CodeTable& table) { return panel::values_of(table); }
 
-  // Decodes a group of a row to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors.
-  static void decode_row(const Values& values, const uint8_t* packed, float scale, Vector (&out)[2]) {
-    const F products = scaled(values, splat(scale)).value;
+  // A group's `block` is its scale, or its scale and offset. Decodes a group of a row to words of elements (4i, 4i + 2)
+  // and (4i + 1, 4i + 3) in lane i of two vectors.
+  template <class Block>
+  static void decode_row(const Values& values, const uint8_t* packed, Block block, Vector (&out)[2]) {
+    const F products = decoded_table(values, block).value;
     const U table = (U)_mm512_cvtne2ps_pbh(products, products);  // twice, so that bit 4 of an index does not matter
     const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
     out[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
     out[1] = _mm512_permutexvar_epi16(bytes, table);
   }
-  static void decode_row(const Values& values, const uint8_t* packed, float scale, Word* out) {
+  template <class Block>
+  static void decode_row(const Values& values, const uint8_t* packed, Block block, Word* out) {
     Vector words[2];
-    decode_row(values, packed, scale, words);
+    decode_row(values, packed, block, words);
     store(out, words[0]);
     store(out + 16, words[1]);
   }
@@ -76,8 +79,9 @@ struct WordBf16 {
 
   // The decoded values of the codes of a row and of the next row, and their words (row, next row). Codes lie in the low
   // four bits of each half of a lane.
-  static U row_table(const Values& values, float scale, float next_scale) {
-    return (U)_mm512_cvtne2ps_pbh(scaled(values, splat(next_scale)).value, scaled(values, splat(scale)).value);
+  template <class Block>
+  static U row_table(const Values& values, Block block, Block next_block) {
+    return (U)_mm512_cvtne2ps_pbh(decoded_table(values, next_block).value, decoded_table(values, block).value);
   }
   static U row_words(U codes, U table) {  // 0xEA: (a & b) | c
     const U index =
@@ -86,9 +90,10 @@ struct WordBf16 {
   }
 
   // The words of a group of lanes, (row, next row). Vector j has element 4i + j in lane i.
-  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, float scale,
-                           float next_scale, Vector (&out)[4]) {
-    const U table = row_table(values, scale, next_scale);
+  template <class Block>
+  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, Block block,
+                           Block next_block, Vector (&out)[4]) {
+    const U table = row_table(values, block, next_block);
     const U codes = _mm512_or_si512(load_codes(packed), _mm512_slli_epi32(load_codes(next), 16));
     out[0] = row_words(_mm512_srli_epi16(codes, 4), table);
     out[1] = row_words(codes, table);

@@ -122,7 +122,7 @@ static_assert(kCells[Code::kNf4].serve);
 // For tables that cells serve.
 class FastEncoder {
  public:
-  static constexpr bool serves(Code code) { return kCells[code].serve; }
+  static constexpr bool serves(Code code) { return !is_custom(code) && kCells[code].serve; }
   explicit FastEncoder(Code code) : cells_(&kCells[code]), values_(float_table(table_of(code).value)) {}
   Codes encode_within(const Floats& q) const {
     const auto cell_of = [](float32x4_t x) {
@@ -283,6 +283,15 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
 inline void finish_streaming() {}
 
 inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
+inline int64_t widen_many_scales(const float16* scales, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const float16x8_t eight = vreinterpretq_f16_u16(vld1q_u16(words(scales + i)));
+    vst1q_f32(out + i, vcvt_f32_f16(vget_low_f16(eight)));
+    vst1q_f32(out + i + 4, vcvt_high_f32_f16(eight));
+  }
+  return i;
+}
 
 }  // namespace codec
 }  // namespace

@@ -157,6 +157,17 @@ inline F lookup(const Table& t, Codes c) {
   constexpr int kFirst = j / 2 * 2;
   return {vmulq_f32(x.q[kFirst], t.scale), vmulq_f32(x.q[kFirst + 1], t.scale)};
 }
+// The same with an offset.
+struct OffsetTable {
+  Table scaled;
+  float32x4_t offset;
+};
+inline OffsetTable add_offset(const Table& t, F offset) { return {t, offset.low}; }
+template <int j>
+inline F lookup(const OffsetTable& t, Codes c) {
+  const F x = lookup<j>(t.scaled, c);
+  return {vaddq_f32(x.low, t.offset), vaddq_f32(x.high, t.offset)};
+}
 
 inline U iota() {
   static constexpr uint32_t kLane[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};

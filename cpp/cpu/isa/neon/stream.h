@@ -46,6 +46,7 @@ inline Floats fma(Floats a, Floats b, Floats c) {
   return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
 }
 inline Floats min(Floats a, Floats b) { return {vminq_f32(a.low, b.low), vminq_f32(a.high, b.high)}; }
+inline Floats absolute(Floats x) { return {vabsq_f32(x.low), vabsq_f32(x.high)}; }
 inline Floats to_floats(Ints x) { return {vcvtq_f32_s32(x.low), vcvtq_f32_s32(x.high)}; }
 inline Ints round_to_ints(Floats x) { return {vcvtnq_s32_f32(x.low), vcvtnq_s32_f32(x.high)}; }
 inline float sum(Floats x) { return vaddvq_f32(vaddq_f32(x.low, x.high)); }

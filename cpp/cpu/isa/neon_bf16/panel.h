@@ -70,16 +70,23 @@ struct WordBf16 {
     return {{load(0), load(4), load(8), load(12)}};
   }
 
-  // The decoded values of the codes of a row.
+  // The decoded values of the codes of a row under a block's scale, or its scale and offset.
   static WordTable row_table(const Values& values, float scale) {
     const auto scaled = [&](int i) { return vmulq_n_f32(values.q[i], scale); };
     return word_table(round_to_bfloat16(scaled(0), scaled(1)), round_to_bfloat16(scaled(2), scaled(3)));
   }
+  static WordTable row_table(const Values& values, ScaleAndOffset block) {
+    const auto decoded = [&](int i) {
+      return vaddq_f32(vmulq_n_f32(values.q[i], block.scale), vdupq_n_f32(block.offset));
+    };
+    return word_table(round_to_bfloat16(decoded(0), decoded(1)), round_to_bfloat16(decoded(2), decoded(3)));
+  }
 
   // Decodes a group of a row to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors: the high
   // nibbles of two bytes, and the low ones.
-  static void decode_row(const Values& values, const uint8_t* packed, float scale, Vector (&out)[2]) {
-    const WordTable table = row_table(values, scale);
+  template <class Block>
+  static void decode_row(const Values& values, const uint8_t* packed, Block block, Vector (&out)[2]) {
+    const WordTable table = row_table(values, block);
     const uint8x16_t bytes = vld1q_u8(packed);
     const auto words = [&](uint8x16_t codes) -> Vector {
       const Words w = look_up(table, codes);
@@ -88,9 +95,10 @@ struct WordBf16 {
     out[0] = words(high_nibbles(bytes));
     out[1] = words(low_nibbles(bytes));
   }
-  static void decode_row(const Values& values, const uint8_t* packed, float scale, Word* out) {
+  template <class Block>
+  static void decode_row(const Values& values, const uint8_t* packed, Block block, Word* out) {
     Vector words[2];
-    decode_row(values, packed, scale, words);
+    decode_row(values, packed, block, words);
     store(out, words[0]);
     store(out + kLanes, words[1]);
   }
@@ -100,9 +108,10 @@ struct WordBf16 {
   }
 
   // The words of a group of lanes, (row, next row). Vector j has element 4i + j in lane i.
-  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, float scale,
-                           float next_scale, Vector (&out)[4]) {
-    const WordTable table = row_table(values, scale), next_table = row_table(values, next_scale);
+  template <class Block>
+  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, Block block,
+                           Block next_block, Vector (&out)[4]) {
+    const WordTable table = row_table(values, block), next_table = row_table(values, next_block);
     const Codes codes = load_codes(packed), next_codes = load_codes(next);
     const auto pairs = [](uint16x8_t a, uint16x8_t b) -> Vector {
       return {vreinterpretq_u32_u16(vzip1q_u16(a, b)), vreinterpretq_u32_u16(vzip2q_u16(a, b))};

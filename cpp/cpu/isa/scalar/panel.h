@@ -114,7 +114,7 @@ inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
 }
 inline Codes load_codes(const uint8_t* packed) { return load_codes(packed, false, 2 * kLanes); }
 
-// The scaled values of a code. lookup<j> decodes code j of each lane.
+// The scaled values of a code, and with an offset. lookup<j> decodes code j of each lane.
 struct Table {
   float value[kCodes];
 };
@@ -122,6 +122,10 @@ inline Table scaled(const Table& t, F scale) {
   Table out;
   for (int i = 0; i < kCodes; ++i) out.value[i] = t.value[i] * scale.lane[0];
   return out;
+}
+inline Table add_offset(Table t, F offset) {
+  for (float& value : t.value) value += offset.lane[0];
+  return t;
 }
 inline Table values_of(const CodeTable& table) {
   Table t;

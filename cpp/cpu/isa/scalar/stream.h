@@ -78,6 +78,9 @@ inline Result each_lane(const Function& function) {
 [[gnu::noinline]] inline Floats min(const Floats& a, const Floats& b) {
   return each_lane<Floats>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+[[gnu::noinline]] inline Floats absolute(const Floats& x) {
+  return each_lane<Floats>([&](int i) { return __builtin_fabsf(x.lane[i]); });
+}
 [[gnu::noinline]] inline Floats to_floats(const Ints& x) {
   return each_lane<Floats>([&](int i) { return static_cast<float>(x.lane[i]); });
 }

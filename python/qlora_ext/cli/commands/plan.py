@@ -15,7 +15,7 @@ from ..._internal.untrusted import excerpt, printable
 from ..errors import UserError, path_named, reading
 from ..models.devices import check_dtype
 from ..models.pretrained import load_config
-from ..models.sources import DEFAULT_MODEL, resolve
+from ..models.sources import DEFAULT_MODEL, ModelSource, resolve
 from ..options import add_dtype_option, add_trust_option
 from ..outputs.directory import output_file
 from ..outputs.files import staged_file
@@ -122,24 +122,26 @@ def _memory(text: str | None, device: str) -> tuple[float, str]:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), "this machine's memory"
 
 
-def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
+def _config(arguments: argparse.Namespace) -> tuple[str, Any, ModelSource | None]:
+    """The name, the configuration, and the files of the model, if it has some."""
     from ...planning import families
 
     if arguments.sizes is not None:
         try:
-            return arguments.sizes, families.config_of_sizes(arguments.sizes)
+            return arguments.sizes, families.config_of_sizes(arguments.sizes), None
         except ValueError as error:
             raise UserError(f"--{error}") from None
     name = str(arguments.model)
     path = path_named(name, "--model")
     if path.name == "config.json" and path.is_file():
-        return name, load_config(resolve(str(path.parent), arguments.trust_remote_code))
+        return name, load_config(resolve(str(path.parent), arguments.trust_remote_code)), None
     if not path.exists() and families.known(name):
-        return name, families.config(name)
-    return name, load_config(resolve(name, arguments.trust_remote_code))
+        return name, families.config(name), None
+    source = resolve(name, arguments.trust_remote_code)
+    return name, load_config(source), source
 
 
-def _job(arguments: argparse.Namespace, config: Any) -> Job:
+def _job(arguments: argparse.Namespace, config: Any, source: ModelSource | None) -> Job:
     from ...planning.memory import FEW, OPTIMIZERS, build, trains_head
     from ..training import adapting
     from ..training.fitting import job_of
@@ -155,7 +157,7 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
     if arguments.optimizer not in OPTIMIZERS:
         raise UserError(f"--optimizer {arguments.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     check_dtype(arguments.dtype)
-    job = dataclasses.replace(job_of(arguments, config), host=arguments.device == "cpu")
+    job = dataclasses.replace(job_of(arguments, config, source), host=arguments.device == "cpu")
     if job.modules_to_save:
         with reading("configuration", str(arguments.model)):
             plain = build(dataclasses.replace(job, modules_to_save=()), FEW).get_base_model()
@@ -247,8 +249,8 @@ def run(arguments: argparse.Namespace) -> int:
     resident = None if arguments.resident is None else _size("--resident", arguments.resident)
     link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
     memory, whose = _memory(arguments.memory, arguments.device)
-    name, config = _config(arguments)
-    job = _job(arguments, config)
+    name, config, source = _config(arguments)
+    job = _job(arguments, config, source)
     from ...planning.advice import savings
     from ...planning.blocks import place, streamed
     from ...planning.memory import peaks, process_bytes, split

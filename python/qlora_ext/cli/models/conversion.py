@@ -133,6 +133,8 @@ def four_bit_directory(loader: Loader, run: Output) -> ModelSource:
     """
     import torch
 
+    from ...integrations.transformers import save_in_our_format
+
     origin, source = json.loads(json.dumps(_origin_of(loader))), loader.source
     on_cpu = dataclasses.replace(loader, device=torch.device("cpu"), compute=None)
     directory = run.path.with_name(f"{run.path.name}-base")
@@ -144,6 +146,7 @@ def four_bit_directory(loader: Loader, run: Output) -> ModelSource:
             tokenizer = load_tokenizer(source)
             with spilled(loader, output) as spill:
                 model = on_cpu.while_loading(spill=spill)
+                save_in_our_format(model)
                 restore_use_cache(model, source)
                 with output.written("quantize") as partial:
                     model.save_pretrained(partial, max_shard_size=SHARD_SIZE)

@@ -40,6 +40,12 @@ def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
             return None
 
 
+def stored_forms(source: ModelSource, config: Any) -> dict[str, Form] | None:
+    """The forms of the weights that stay 4-bit as a GGUF file stores them, by name; None if the model becomes NF4."""
+    weights = _gguf_weights(source, config) if has_4bit_blocks(source) else None
+    return (weights.forms() or None) if weights is not None else None
+
+
 def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
     """Makes a model with weights in ``dtype`` compute in ``compute``.
 

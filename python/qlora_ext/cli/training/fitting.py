@@ -13,6 +13,8 @@ from ...planning.memory import FEW, OPTIMIZERS, Job, build, process_bytes, stati
 from ...streaming import dense_mlps
 from ...streaming.loss import changes_logits
 from ..errors import UserError
+from ..models.loading import stored_forms
+from ..models.sources import ModelSource
 from .settings import Settings, named_modules, options_of
 
 if TYPE_CHECKING:
@@ -22,14 +24,19 @@ _CONTEXT = 0.5e9  # bytes of a CUDA context
 _SPARE = 0.8  # the largest share of the host's free memory that may be pinned
 
 
-def job_of(options: Any, config: Any) -> Job:
-    """The job for a model with ``config`` and the ``options`` of a command, whose names are those of its fields."""
+def job_of(options: Any, config: Any, source: ModelSource | None = None) -> Job:
+    """The job for a model with ``config`` and the ``options`` of a command, whose names are those of its fields.
+
+    Args:
+        source: of the model, if it has files.
+    """
     named = {field.name for field in dataclasses.fields(Job)} & set(vars(options))
     values = {name: getattr(options, name) for name in named}
     values["modules_to_save"] = tuple(named_modules(options.modules_to_save))
     if options.target_modules != "all-linear":
         values["target_modules"] = [name.strip() for name in options.target_modules.split(",")]
-    return Job(**{**values, "config": config})
+    forms = None if source is None else stored_forms(source, config)
+    return Job(**{**values, "config": config, "forms": forms})
 
 
 def _overhead(device: torch.device) -> float:
@@ -54,13 +61,13 @@ def _possible(job: Job) -> list[dict[str, Any]]:
     return [{"stream": "disk"} if "stream" in change else change for change in changes]
 
 
-def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings, str]:
+def fit(settings: Settings, config: Any, source: ModelSource, device: torch.device) -> tuple[Settings, str]:
     """The settings with which the run fits into ``--max-memory``, and a line that reports the changes.
 
     If layers are streamed, the ring gets the remaining memory.
 
     Args:
-        config: of the model.
+        config, source: of the model.
         device: of the run. On the CPU, the limit applies to the process.
 
     Raises:
@@ -74,7 +81,7 @@ def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings
     allowed = float(parse_size("--max-memory", settings.max_memory))
     config = copy.deepcopy(config)
     config.quantization_config = None  # the planner quantizes what it plans
-    job = dataclasses.replace(job_of(settings, config), host=device.type == "cpu")
+    job = dataclasses.replace(job_of(settings, config, source), host=device.type == "cpu")
     changes = _possible(job)
     overhead = _overhead(device)  # measured after the planner's libraries are loaded
     memory = allowed - overhead

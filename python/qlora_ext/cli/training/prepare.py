@@ -138,7 +138,7 @@ def _fit(run: Run, config: Any) -> None:
     from .fitting import fit
 
     if run.settings.max_memory and not run.resumes:
-        run.settings, chosen = fit(run.settings, config, run.device)
+        run.settings, chosen = fit(run.settings, config, run.source, run.device)
         run.report(chosen)
 
 

@@ -88,8 +88,9 @@ class BitsandbytesQuantizer(QLoRAQuantizer):
 def announce(model: nn.Module) -> None:
     """Prints how many layers of ``model`` are ours, in the first process on the machine only."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        count = sum(1 for _ in layers_of(model))
-        print(f"qlora_ext: {count} linear layers in NF4 instead of bitsandbytes'", file=sys.stderr, flush=True)
+        codes = [layer.form.code.upper() for _, layer in layers_of(model)]
+        kinds = " and ".join(sorted({*codes})) or "NF4"
+        print(f"qlora_ext: {len(codes)} linear layers in {kinds} instead of bitsandbytes'", file=sys.stderr, flush=True)
 
 
 def stand_in_all(model: Any) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,78 @@ class _Matrix:
     where: str
     tensors: dict[str, str]
     retained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _Scaled:
+    """A weight of the model that the checkpoint stores in FP8 with a scale. It is decoded, and stays dense.
+
+    Attributes:
+        where, tensors, retained: as in ``_Matrix``.
+    """
+
+    where: str
+    tensors: dict[str, str]
+    retained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
+        return sorted(self.tensors.values(), key=core_model_loading.dot_natural_key)
+
+    def read(self, by_key: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The decoded weight.
+
+        Raises:
+            ValueError: it has another shape, or scales of an unknown kind.
+        """
+        given = {name: by_key[key] for name, key in self.tensors.items()}
+        weight, scale = given["weight"], given["weight_scale"]
+        if weight.shape != torch.Size(shape):
+            raise ValueError(f"{self.where}: expected weight to be {list(shape)}, got {list(weight.shape)}")
+        if not scale.is_floating_point() or scale.numel() not in (1, shape[0]):
+            raise ValueError(
+                f"{self.where}: expected weight_scale to be one floating-point number, or one per row, got "
+                f"{scale.dtype} {list(scale.shape)}"
+            )
+        self.retained = {
+            key: t.to("cpu", copy=True) for name, key in self.tensors.items() if (t := given[name]) is not weight
+        }
+        return (weight.float() * self._factor(scale)).to(dtype)
+
+    def write(self, values: Tensor) -> dict[str, Tensor]:
+        """The tensors for ``values``, the stored ones unless they were trained."""
+        factor = self._factor(self.retained[self.tensors["weight_scale"]]).to(values.device)
+        return {self.tensors["weight"]: (values.float() / factor).to(torch.float8_e4m3fn), **self.retained}
+
+    def _factor(self, scale: Tensor) -> Tensor:
+        return scale.float().reshape(-1, 1)
+
+
+class _Names:
+    """transformers' names in ``model`` for the tensors of its checkpoints."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        entries: Any = get_model_conversion_mapping(model)
+        self._renamings = [e for e in entries if isinstance(e, core_model_loading.WeightRenaming)]
+        self._converters = [e for e in entries if isinstance(e, core_model_loading.WeightConverter)]
+        self._state, self._prefix = model.state_dict(), model.base_model_prefix
+
+    def place(self, key: str) -> tuple[str | None, str | None]:
+        """The name of a tensor in the model, None if it has none, and the pattern of a converter that makes it."""
+        target, pattern = core_model_loading.rename_source_key(
+            key, self._renamings, self._converters, self._prefix, self._state
+        )
+        if target not in self._state and key in self._state:
+            target, pattern = key, None
+        return target if target in self._state else None, pattern
+
+    def converter(self, pattern: str | None) -> tuple[list[Any], list[str]]:
+        """The operations of the converter with that pattern, and all its patterns, in order."""
+        found = next((c for c in self._converters if pattern in c.source_patterns), None)
+        return ([], []) if found is None else (found.operations, found.source_patterns)
 
 
 @dataclasses.dataclass
@@ -105,16 +178,22 @@ class CheckpointSource(Source):
         self.name = self.format.name
         self._config = copy.deepcopy(dict(config))
         self._weights: dict[str, _Weight] = {}
+        self._scaled: dict[str, _Scaled] = {}
         self._saved_names: dict[str, str] = {}
+
+    def __deepcopy__(self, memo: Any) -> CheckpointSource:
+        return self  # transformers copies configurations; the copy must have the same source
 
     # Before the weights are read
 
     def forms(self, model: nn.Module, files: Sequence[str]) -> dict[str, Form]:
-        headers = _headers(files)
+        headers, names = _headers(files), _Names(model)
         found = self._stored(headers)
-        self._weights = self._placed(model, found, headers)
+        self._weights = self._placed(model, names, found, headers)
+        self._scaled = self._placed_scaled(names, headers)
+        self._check_surplus(found, headers, names)
         forms = {name: self._form(weight) for name, weight in self._weights.items()}
-        self._check_modules(model, headers)
+        self._check_modules(model)
         for name in forms:  # a module has one block size
             siblings = [form.block_size for other, form in forms.items() if _module(other) == _module(name)]
             self._weights[name].block_size = min(siblings)
@@ -130,13 +209,8 @@ class CheckpointSource(Source):
         """
         names = self.format.tensors(self.settings)
         codes = next(name for name in _CODES if name in names)
-        groups: dict[str, dict[str, str]] = {}
-        for key in headers:
-            dense, tensor = self._parse(key)
-            if tensor in names:
-                groups.setdefault(dense, {})[tensor] = key
         found: dict[str, _Matrix] = {}
-        for dense, tensors in groups.items():
+        for dense, tensors in self._groups(headers).items():
             where = f"{printable(headers[next(iter(tensors.values()))].file)}: {excerpt(dense, 200)}"
             if codes in tensors:
                 if headers[tensors[codes]].dtype in _CODE_DTYPES:
@@ -150,6 +224,36 @@ class CheckpointSource(Source):
             raise ValueError(f"{printable(file)}: expected 4-bit weights of the format {self.name}, found none")
         return found
 
+    def _groups(self, headers: Mapping[str, _Header]) -> dict[str, dict[str, str]]:
+        """The tensors that have a name of the format, by that name, for each name of a dense weight."""
+        names = self.format.tensors(self.settings)
+        groups: dict[str, dict[str, str]] = {}
+        for key in headers:
+            dense, tensor = self._parse(key)
+            if tensor in names:
+                groups.setdefault(dense, {})[tensor] = key
+        return groups
+
+    def _placed_scaled(self, names: _Names, headers: Mapping[str, _Header]) -> dict[str, _Scaled]:
+        """The weights in FP8, by their names in the model.
+
+        Raises:
+            ValueError: transformers joins such a weight with others.
+        """
+        found: dict[str, _Scaled] = {}
+        for dense, tensors in self._groups(headers).items():
+            if dense not in headers or headers[dense].dtype != "F8_E4M3" or "weight_scale" not in tensors:
+                continue
+            target, pattern = names.place(dense)
+            where = f"{printable(headers[dense].file)}: {excerpt(dense, 200)}"
+            if target is not None and pattern is not None:
+                raise ValueError(f"{where}: expected a weight in 4 bits or of a linear layer, got FP8, not supported")
+            if target is not None:
+                found[target] = _Scaled(where, tensors)
+        if found:
+            warnings.warn(f"{len(found)} weights that the checkpoint stores in FP8 are decoded and dense", stacklevel=2)
+        return found
+
     def _parse(self, key: str) -> tuple[str, str]:
         """The name of the dense weight to which a tensor belongs, and the tensor's name in the format."""
         if isinstance(self.format, mxfp4.MXFP4):
@@ -158,72 +262,60 @@ class CheckpointSource(Source):
         return f"{module}.weight", tensor
 
     def _placed(
-        self, model: nn.Module, stored: Mapping[str, _Matrix], headers: Mapping[str, _Header]
+        self, model: nn.Module, names: _Names, stored: Mapping[str, _Matrix], headers: Mapping[str, _Header]
     ) -> dict[str, _Weight]:
-        """The 4-bit weights, by their names in the model. Those for which it has no place are left to transformers."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
+        """The 4-bit weights, by their names in the model. Those for which it has no place are left to transformers.
 
-        entries: Any = get_model_conversion_mapping(model)
-        renamings = [e for e in entries if isinstance(e, core_model_loading.WeightRenaming)]
-        converters = [e for e in entries if isinstance(e, core_model_loading.WeightConverter)]
-        operations = {pattern: c.operations for c in converters for pattern in c.source_patterns}
-        order = {pattern: c.source_patterns.index(pattern) for c in converters for pattern in c.source_patterns}
-        state, prefix = model.state_dict(), model.base_model_prefix
-
-        def renamed(key: str) -> tuple[str | None, str | None]:
-            target, pattern = core_model_loading.rename_source_key(key, renamings, converters, prefix, state)
-            if target not in state and key in state:
-                target, pattern = key, None
-            return target if target in state else None, pattern
-
+        Raises:
+            ValueError: a weight cannot be put into the model as it is.
+        """
         groups: dict[str, dict[str | None, list[tuple[str, _Matrix]]]] = {}
         for dense, matrix in stored.items():
-            target, pattern = renamed(dense)
+            target, pattern = names.place(dense)
             if target is not None:
                 groups.setdefault(target, {}).setdefault(pattern, []).append((dense, matrix))
-        self._check_surplus(stored, headers, lambda key: renamed(key)[0] is not None)
-        found: dict[str, _Weight] = {}
-        for target, by_pattern in groups.items():
-            module, name = get_module_from_name(model, target)
-            where = next(iter(by_pattern.values()))[0][1].where
-            if not is_dense(module) or name not in (shapes := empty_layer(module, torch.float32, Form()).packed_shapes):
-                raise ValueError(
-                    f"{where}: expected dense values, because no 4-bit layer can replace {_module(target)}"
-                )
-            shape = shapes[name]
-            patterns = sorted(by_pattern, key=lambda p: order.get(p, 0) if p else 0)
-            is_split = any(_stacks(operations.get(pattern or "", [])) for pattern in patterns)
-            expected: list[str] = next((c.source_patterns for c in converters if patterns[0] in c.source_patterns), [])
-            if absent := [pattern for pattern in expected if pattern not in patterns]:
-                raise ValueError(
-                    f"{where}: expected 4-bit weights with names like {', '.join(absent)} beside it, found none"
-                )
-            for pattern in patterns:
-                if not _is_lossless(operations.get(pattern or "", []), len(patterns)):
-                    raise ValueError(
-                        f"{where}: expected a weight that the model takes as it is, or in a stack of experts; "
-                        f"transformers applies {operations[pattern or '']} to it, which is not supported in 4 bits"
-                    )
-            columns = [
-                [m for _, m in sorted(by_pattern[p], key=lambda entry: core_model_loading.dot_natural_key(entry[0]))]
-                for p in patterns
-            ]
-            count = shape[0] if is_split else 1
-            for pattern, column in zip(patterns, columns, strict=True):
-                if len(column) != count:
-                    raise ValueError(
-                        f"{column[0].where}: expected {count} weights of {self.name} with names like {pattern}, "
-                        f"found {len(column)}"
-                    )
-            if shape[-2] % len(patterns) or len(patterns) > 2:
-                raise ValueError(f"{where}: expected at most two weights to be joined, got {len(patterns)}")
-            matrices = [list(parts) for parts in zip(*columns, strict=True)]
-            found[target] = _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
-        return found
+        return {
+            target: self._placed_weight(model, names, target, by_pattern, headers)
+            for target, by_pattern in groups.items()
+        }
 
-    def _check_surplus(
-        self, stored: Mapping[str, _Matrix], headers: Mapping[str, _Header], is_known: Callable[[str], bool]
-    ) -> None:
+    def _placed_weight(
+        self,
+        model: nn.Module,
+        names: _Names,
+        target: str,
+        by_pattern: Mapping[str | None, list[tuple[str, _Matrix]]],
+        headers: Mapping[str, _Header],
+    ) -> _Weight:
+        """The weight ``target`` of the model, from the names and matrices that a converter's patterns match."""
+        module, name = get_module_from_name(model, target)
+        where = next(iter(by_pattern.values()))[0][1].where
+        shapes = empty_layer(module, torch.float32, Form()).packed_shapes if is_dense(module) else {}
+        if name not in shapes:
+            raise ValueError(f"{where}: expected dense values, because no 4-bit layer can replace {_module(target)}")
+        operations, expected = names.converter(next(iter(by_pattern)))
+        if absent := [pattern for pattern in expected if pattern not in by_pattern]:
+            raise ValueError(f"{where}: expected 4-bit weights with names like {', '.join(absent)} too, found none")
+        patterns: list[str | None] = [*expected] or [*by_pattern]
+        if not _is_lossless(operations, len(patterns)):
+            raise ValueError(
+                f"{where}: expected a weight that the model takes as it is, or in a stack of experts; transformers "
+                f"applies {operations} to it, which is not supported in 4 bits"
+            )
+        shape, is_split = shapes[name], bool(operations)
+        count = shape[0] if is_split else 1
+        columns: list[list[_Matrix]] = []
+        for pattern in patterns:
+            entries = sorted(by_pattern[pattern], key=lambda entry: core_model_loading.dot_natural_key(entry[0]))
+            columns.append([matrix for _, matrix in entries])
+            if len(entries) != count:
+                raise ValueError(
+                    f"{where}: expected {count} weights of {self.name} with names like {pattern}, found {len(entries)}"
+                )
+        matrices = [list(parts) for parts in zip(*columns, strict=True)]
+        return _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
+
+    def _check_surplus(self, stored: Mapping[str, _Matrix], headers: Mapping[str, _Header], names: _Names) -> None:
         """Rejects tensors of modules with 4-bit weights that belong to neither the format nor the model.
 
         GPTQ's writers give every module a bias of zeros, which are ignored.
@@ -235,7 +327,7 @@ class CheckpointSource(Source):
         modules = {_module(dense) for dense in stored}
         for key, header in headers.items():
             module, _, tensor = key.rpartition(".")
-            if module in modules and key not in used and tensor != "bias" and not is_known(key):
+            if module in modules and key not in used and tensor != "bias" and names.place(key)[0] is None:
                 expected = ", ".join(self.format.tensors(self.settings))
                 raise ValueError(
                     f"{printable(header.file)}: expected only the tensors {expected} of {self.name} for "
@@ -262,7 +354,7 @@ class CheckpointSource(Source):
         except ValueError as error:
             raise ValueError(f"{weight.where}: {error}") from error
 
-    def _check_modules(self, model: nn.Module, headers: Mapping[str, _Header]) -> None:
+    def _check_modules(self, model: nn.Module) -> None:
         """Rejects modules that cannot take their 4-bit weights, or whose weights are missing.
 
         Raises:
@@ -290,19 +382,28 @@ class CheckpointSource(Source):
         renamings = [c for c in conversions if isinstance(c, core_model_loading.WeightRenaming)]
         targets = {
             core_model_loading.apply_renamings(key, renamings): name
-            for name, weight in self._weights.items()
+            for name, weight in self._all.items()
             for key in weight.names
         }
         return [_PackedTensors(self, targets), *conversions]
 
-    def read(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> Weight4bit:
-        """The weight ``name`` of the model, from its tensors in the order of their natural names.
+    @property
+    def _all(self) -> dict[str, _Weight | _Scaled]:
+        """The weights that this source reads."""
+        return {**self._weights, **self._scaled}
+
+    def read(self, name: str, tensors: Sequence[Tensor], module: nn.Module) -> Weight4bit | Tensor:
+        """The weight ``name`` of the model, which ``module`` has, from its tensors in the order of their names.
 
         Raises:
             ValueError: a tensor is invalid.
         """
-        weight = self._weights[name]
-        by_key = dict(zip(weight.names, tensors, strict=True))
+        by_key = dict(zip(self._all[name].names, tensors, strict=True))
+        if name in self._scaled:
+            dense: Tensor = getattr(module, name.rpartition(".")[2])
+            return self._scaled[name].read(by_key, dense.shape, dense.dtype)
+        assert isinstance(module, Packed4bit)
+        weight, dtype = self._weights[name], module.weight_dtype
         stack = joined.Stack(len(weight.matrices))
         for e, parts in enumerate(weight.matrices):
             w4 = joined.join_rows([self._read(weight, matrix, by_key, dtype) for matrix in parts], parts[0].where)
@@ -328,7 +429,7 @@ class CheckpointSource(Source):
         """The ``conversions`` that transformers reverses when it saves the model, and which restore our names."""
         remaining = [c for c in conversions if not isinstance(c, _PackedTensors)]
         renamings = [c for c in remaining if isinstance(c, core_model_loading.WeightRenaming)]
-        keys = [key for weight in self._weights.values() for key in weight.names]
+        keys = [key for weight in self._all.values() for key in weight.names]
         self._saved_names = {key: core_model_loading.apply_renamings(key, renamings) for key in keys}
         backwards = [renaming.reverse_transform() for renaming in reversed(renamings)]
         if any(core_model_loading.apply_renamings(name, backwards) != key for key, name in self._saved_names.items()):
@@ -346,6 +447,9 @@ class CheckpointSource(Source):
                 del state[f"{_module(name)}.{part}".removeprefix(".")]
             for key, tensor in self._written(weight, module.packed_weight(attribute)):
                 state[self._saved_names[key]] = tensor
+        for name, scaled in self._scaled.items():
+            if name in state:  # not under an adapter
+                state |= {self._saved_names[key]: t for key, t in scaled.write(state.pop(name)).items()}
         return state
 
     def _written(self, weight: _Weight, w4: Weight4bit) -> Iterator[tuple[str, Tensor]]:
@@ -375,15 +479,20 @@ class _Fill(core_model_loading.ConversionOps):
         tensors, missing = input_dict.pop(_PATTERN), kwargs.get("missing_keys")
         try:
             if source.error is None:
-                w4 = source.read(full_layer_name, tensors, module.weight_dtype)
-                return fill(module, full_layer_name, w4, missing)
+                read = source.read(full_layer_name, tensors, module)
+                return (
+                    {full_layer_name: read}
+                    if isinstance(read, Tensor)
+                    else fill(module, full_layer_name, read, missing)
+                )
         except ValueError as error:
             # transformers would hide the message, so the quantizer raises the error after all weights are read.
             source.error = error
         finally:
             source.release(*tensors)
+        parts = module.packed_parts(name) if isinstance(module, Packed4bit) else (name,)
         if missing is not None:
-            missing.difference_update(f"{_module(full_layer_name)}.{part}" for part in module.packed_parts(name))
+            missing.difference_update(f"{_module(full_layer_name)}.{part}" for part in parts)
         return {}
 
 
@@ -411,11 +520,6 @@ class _PackedTensors(core_model_loading.WeightConverter):
 def _module(name: str) -> str:
     """The name of the module that has the weight ``name``."""
     return name.rpartition(".")[0]
-
-
-def _stacks(operations: Sequence[Any]) -> bool:
-    """Whether transformers' ``operations`` stack the matrices of experts."""
-    return any(isinstance(operation, core_model_loading.MergeModulelist) for operation in operations)
 
 
 def _is_lossless(operations: Sequence[Any], parts: int) -> bool:

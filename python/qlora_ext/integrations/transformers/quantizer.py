@@ -100,10 +100,13 @@ class QLoRAQuantizer(HfQuantizer):
         if self.qlora_config.stream is None:
             return
         if self.qlora_config.stream == "disk" and not self.reads_our_format:
-            raise ValueError(
-                "stream: 'disk' needs a 4-bit model saved by qlora_ext; "
-                "run `qlora-ext quantize` first, or use stream='ram'"
-            )
+            advice = "run `qlora-ext quantize` first, or use stream='ram'"
+            if self._saves_source:
+                assert self.source is not None
+                advice = (
+                    f"load the {self.source.name} checkpoint, call save_in_our_format and save it, or use stream='ram'"
+                )
+            raise ValueError(f"stream: 'disk' needs a 4-bit model saved by qlora_ext; {advice}")
 
     def update_device_map(self, device_map: Any) -> Any:
         if self.qlora_config.stream is not None:
@@ -340,6 +343,28 @@ def attach(model: Any) -> None:
     model.quantization_method = METHOD
     model.config.quantization_config = config
     model.config._is_quantized = True
+
+
+def save_in_our_format(model: Any) -> None:
+    """Makes ``save_pretrained`` write the format of this package, also if the checkpoint of ``model`` has another one.
+
+    Example:
+        >>> def convert(path, directory):
+        ...     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=qlora_ext.QLoRAConfig())
+        ...     qlora_ext.integrations.transformers.save_in_our_format(model)
+        ...     model.save_pretrained(directory)  # which can be streamed from disk
+
+    Raises:
+        TypeError: ``model`` has not been loaded with ``QLoRAConfig``.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, QLoRAQuantizer):
+        raise TypeError(f"model: expected a transformers model with 4-bit layers, got {type(model).__name__}")
+    if not quantizer._saves_source:
+        return
+    quantizer.source = quantizer.qlora_config._source = None
+    quantizer.qlora_config.record(forms_of(model))
+    quantizer.save_packed_state(model)
 
 
 @extend("transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs")

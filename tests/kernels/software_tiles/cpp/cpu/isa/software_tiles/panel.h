@@ -42,17 +42,20 @@ struct WordBf16 {
   }
   using Values = Table;
   static Values values_of(const CodeTable& table) { return panel::values_of(table); }
-  static void decode_row(const Values& values, const uint8_t* packed, float scale, Vector (&out)[2]) {
-    const auto value = [&](int e) { return rounded(values.value[code_at(packed, e)] * scale); };
+  template <class Block>
+  static void decode_row(const Values& values, const uint8_t* packed, Block block, Vector (&out)[2]) {
+    const Table table = decoded_table(values, block);
+    const auto value = [&](int e) { return rounded(table.value[code_at(packed, e)]); };
     for (int i = 0; i < kLanes; ++i) {
       out[0].lane[i] = word(value(4 * i), value(4 * i + 2));
       out[1].lane[i] = word(value(4 * i + 1), value(4 * i + 3));
     }
   }
-  static Vector row_table(const Values& values, float scale, float next_scale) {
+  template <class Block>
+  static Vector row_table(const Values& values, Block block, Block next_block) {
+    const Table table = decoded_table(values, block), next_table = decoded_table(values, next_block);
     Vector out;
-    for (int i = 0; i < kCodes; ++i)
-      out.lane[i] = word(rounded(values.value[i] * scale), rounded(values.value[i] * next_scale));
+    for (int i = 0; i < kCodes; ++i) out.lane[i] = word(rounded(table.value[i]), rounded(next_table.value[i]));
     return out;
   }
   static void decode_columns(const uint8_t* packed, const uint8_t* next, Vector table, Vector (&out)[2]) {

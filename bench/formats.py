@@ -1,0 +1,139 @@
+"""linear_nf4 and its input gradient on weights of every format, on the CPU.
+
+    python bench/formats.py [--seconds 1] [--threads 2] [--dtype bfloat16] [--shapes 4096x4096]
+
+Each row has two ratios, round by round, where lower is better: our time over that of dequantizing the weight and
+`F.linear` (dX: `dy @ w`), which is what users have today; and our time over ours of NF4 with float32 scales in blocks
+of the same size. No LoRA. Operands are rotated out of the caches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lib import harness
+from qlora_ext import formats
+from qlora_ext.form import Form
+from qlora_ext.weight import Weight4bit, weight_of
+
+FORMATS = {
+    "FP4": Form("fp4", "nested8", 64),
+    "MXFP4": Form("e2m1", "table8", 32),
+    "NVFP4": Form("e2m1", "table8", 16),
+    "INT4, groups of 32": Form("int4", "bfloat16", 32),
+    "INT4, groups of 128": Form("int4", "bfloat16", 128),
+    "AWQ and GPTQ": Form("uint4", "float16", 128, offsets="zero_point8"),
+    "GGUF Q4_0": Form("int4", "float16", 32),
+    "GGUF Q4_1": Form("uint4", "float16", 32, offsets="float16"),
+    "GGUF IQ4_NL": Form("iq4_nl", "float16", 32),
+    "GGUF Q4_K": Form("uint4", "nested_table8", 32, 8, "scaled8"),
+}
+Run = Callable[[str, Tensor, Weight4bit], Tensor]
+TOKENS = {"forward": (1, 8, 512), "dX": (512,)}
+
+
+def random_weight(form: Form, n: int, k: int) -> Weight4bit:
+    """Random codes, and scales and offsets that make the values about as large as those of a model."""
+    largest = max(abs(value) for value in formats.code_values(form.code))
+    tensors: dict[str, Tensor | None] = dict.fromkeys(("nested_absmax", "nested_offset"))
+    for name, spec in form.tensors((n, k)).items():
+        if name == "packed":
+            t = torch.randint(256, spec.shape)
+        elif name == "block_offsets" and spec.dtype == torch.uint8:
+            t = torch.randint(6, 10, spec.shape)
+        elif spec.dtype == torch.uint8:
+            t = torch.randint(20, 60, spec.shape)
+        elif name == "scale_table":
+            t = torch.linspace(0.0, 4.0, 256) * 0.05 / largest
+        else:
+            t = (0.5 + torch.rand(spec.shape)) * (-0.4 if name == "block_offsets" else 0.05 / largest)
+        tensors[name] = t.to(spec.dtype)
+    return weight_of(form, **tensors, shape=torch.Size((n, k)), dtype=torch.float32)
+
+
+def copies(w4: Weight4bit) -> harness.Ring[Weight4bit]:
+    def copy() -> Weight4bit:
+        tensors: dict[str, Any] = {name: t.clone() for name, t in w4.tensors.items()}
+        return dataclasses.replace(w4, **tensors)
+
+    return harness.cold(copy, w4.nbytes)
+
+
+def ours(op: str, x: Tensor, w4: Weight4bit) -> Tensor:
+    last = None, *w4.last_args()
+    if op == "forward":
+        none = None, None, None, 1.0, 0.0, 0
+        y: Tensor = torch.ops.qlora.linear_nf4(x, *w4.packed_args(), w4.shape[0], *none, *last)
+        return y
+    dx: Tensor = torch.ops.qlora.linear_nf4_dx(x, *w4.packed_args(), w4.shape[1], None, None, 1.0, 0.0, 0, *last)
+    return dx
+
+
+def theirs(op: str, x: Tensor, w4: Weight4bit) -> Tensor:
+    dense = w4.dequantize(x.dtype)
+    return functional.linear(x, dense) if op == "forward" else x @ dense
+
+
+def measure(
+    report: harness.Report, name: str, form: Form, shape: tuple[int, int], dtype: torch.dtype, seconds: float
+) -> None:
+    n, k = shape
+    weights = copies(random_weight(form, n, k))
+    nf4 = copies(random_weight(Form("nf4", "float32", form.block_size), n, k))
+    clock = harness.thread_clock if torch.get_num_threads() == 1 else harness.wall_clock
+    for op, tokens in TOKENS.items():
+        for m in tokens:
+            x = torch.randn(m, k if op == "forward" else n).to(dtype)
+            harness.check_equal(ours(op, x, weights[0]), theirs(op, x.float(), weights[0]), name, 1e-2)
+
+            def call(run: Run, of: harness.Ring[Weight4bit], op: str = op, x: Tensor = x) -> harness.Call:
+                return lambda i: run(op, x, of.at(i))
+
+            times = harness.interleave(
+                {"ours": call(ours, weights), "dequantize": call(theirs, weights), "NF4": call(ours, nf4)},
+                seconds=seconds,
+                clock=clock,
+            )
+            report.add(
+                format=name,
+                shape=f"{n}x{k}",
+                operator=op,
+                M=m,
+                us=round(times.median("ours") * 1e6, 1),
+                dequantize=times.ratio("ours", "dequantize"),
+                NF4=times.ratio("ours", "NF4"),
+            )
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, seconds=1.0)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    parser.add_argument("--shapes", default="4096x4096", help="N x K of the weights (default %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    harness.keep_freed_memory()
+    report = harness.Report(
+        f"formats_{arguments.dtype}_{arguments.threads}_threads",
+        f"Formats on the CPU, {arguments.dtype}",
+        [
+            "us: our time. dequantize: our time over that of dequantizing and torch's matmul. NF4: our time over ours "
+            "of NF4 with float32 scales in blocks of the same size.",
+        ],
+    )
+    for shape in arguments.shapes.split(","):
+        n, k = map(int, shape.split("x"))
+        for name, form in FORMATS.items():
+            measure(report, name, form, (n, k), getattr(torch, arguments.dtype), arguments.seconds)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

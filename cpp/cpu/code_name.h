@@ -1,0 +1,57 @@
+// The names of codes: those of kCodeTables, and of a code that a caller has made up "0x" and the bits of its 16 float32
+// values, eight hexadecimal digits each, code 0 first.
+#pragma once
+
+#include <cstring>
+#include <string>
+
+#include "cpp/cpu/custom_codes.h"
+#include "cpp/format/codes.h"
+
+namespace qlora {
+
+// Reads the values of a name that begins with "0x". Returns false unless 128 hexadecimal digits follow.
+inline bool values_of_name(const char* name, float (&values)[kCodes]) {
+  constexpr size_t kDigits = 8;
+  name += 2;
+  if (std::strlen(name) != kCodes * kDigits || std::strspn(name, "0123456789abcdefABCDEF") != kCodes * kDigits)
+    return false;
+  for (float& value : values) {
+    uint32_t bits = 0;
+    for (size_t i = 0; i < kDigits; ++i) {
+      const char digit = *name++;
+      bits = bits << 4 | static_cast<uint32_t>(digit <= '9' ? digit - '0' : (digit | 32) - 'a' + 10);
+    }
+    std::memcpy(&value, &bits, sizeof value);
+  }
+  return true;
+}
+
+// Sets `code` to the code of that name and returns an empty text, or returns what is wrong with the name. Names of
+// codes that exist for tests only are found, but not listed.
+inline std::string find_code(const char* name, Code* code) {
+  for (const CodeTable& t : kCodeTables) {
+    if (std::strcmp(t.name, name) != 0) continue;
+    *code = static_cast<Code>(&t - kCodeTables);
+    return {};
+  }
+  float values[kCodes];
+  if (std::strncmp(name, "0x", 2) != 0 || !values_of_name(name, values)) {
+    std::string names;
+    for (const CodeTable& t : kCodeTables)
+      if (!t.is_test) names += std::string(t.name) + ", ";
+    return "code: expected " + names + "or 0x and the 128 hexadecimal digits of 16 float32 values, got " + name;
+  }
+  bool any = false;
+  for (const float value : values) {
+    if (!(value - value == 0.0f)) return "code: expected 16 finite float32 values, got " + std::to_string(value);
+    any |= value != 0.0f;
+  }
+  if (!any) return "code: expected a value other than 0, got 16 zeros";
+  if (!cpu::intern_code(values, code))
+    return "code: expected at most " + std::to_string(cpu::kMaxCustomCodes) +
+           " made-up codes in a process, got another";
+  return {};
+}
+
+}  // namespace qlora

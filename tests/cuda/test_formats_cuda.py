@@ -1,0 +1,219 @@
+"""Weights of every code, with scales and offsets in every form, on CUDA: decoded to the CPU's bits, and multiplied.
+
+The CPU's decoders are compared with an oracle of their own (tests/kernels)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import accuracy
+from accuracy import assert_accurate
+from qlora_ext import _C
+from qlora_ext.weight import Weight4bit
+from samples import DTYPES, rows, to_f64
+from test_codec_cuda import assert_bits
+
+pytestmark = pytest.mark.cuda
+OPS = torch.ops.qlora
+CODES = (*_C.codes(), "shuffled")
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def floats(count: int, g: torch.Generator) -> Tensor:
+    """Scales for weights of about 0.05, if the code's largest value is 1."""
+    return torch.rand(count, generator=g) * 0.05 + 0.02
+
+
+def codes(count: int, g: torch.Generator) -> Tensor:
+    return torch.randint(64, 256, (count,), generator=g, dtype=torch.uint8)
+
+
+def table() -> Tensor:
+    """Values of codes from 64 on. Those of all others are NaN, as two are of FP8."""
+    values = torch.full((256,), float("nan"))
+    values[64:] = torch.linspace(0.02, 0.07, 192)
+    return values
+
+
+def nibbles(count: int, g: torch.Generator) -> Tensor:
+    return torch.randint(0, 16, (count,), generator=g, dtype=torch.uint8)
+
+
+# The tensors of `blocks` blocks in `nested` nested blocks.
+Make = Callable[[int, int, torch.Generator], dict[str, Tensor]]
+SCALES: dict[str, Make] = {
+    "float32": lambda b, n, g: {"absmax": floats(b, g)},
+    "float16": lambda b, n, g: {"absmax": floats(b, g).to(FP16)},
+    "bfloat16": lambda b, n, g: {"absmax": floats(b, g).to(BF16)},
+    "nested8": lambda b, n, g: {
+        "absmax": torch.randint(0, 256, (b,), generator=g, dtype=torch.uint8),
+        "nested_absmax": torch.rand(n, generator=g) * 0.02,
+        "nested_offset": torch.tensor(0.05),
+    },
+    "table8": lambda b, n, g: {"absmax": codes(b, g), "scale_table": table()},
+    "nested_table8": lambda b, n, g: {
+        "absmax": codes(b, g),
+        "scale_table": table(),
+        "nested_absmax": torch.rand(n, generator=g) + 0.5,
+    },
+}
+OFFSETS: dict[str, Make] = {
+    "no": lambda b, n, g: {},
+    "float32": lambda b, n, g: {"block_offsets": floats(b, g) - 0.1},
+    "float16": lambda b, n, g: {"block_offsets": (floats(b, g) - 0.1).to(FP16)},
+    "bfloat16": lambda b, n, g: {"block_offsets": (floats(b, g) - 0.1).to(BF16)},
+    "zero_point8": lambda b, n, g: {"block_offsets": nibbles(b, g)},
+    "scaled8": lambda b, n, g: {"block_offsets": nibbles(b, g), "offset_scale": torch.rand(n, generator=g) * 0.01},
+}
+# Each form once, and the pairs that checkpoints have: Q4_1, GPTQ and AWQ, and Q4_K.
+FORMS = [(scales, "no") for scales in SCALES] + [("float32", offsets) for offsets in OFFSETS if offsets != "no"]
+FORMS += [("float16", "float16"), ("float16", "zero_point8"), ("nested_table8", "scaled8"), ("nested8", "bfloat16")]
+
+
+def weight(
+    shape: tuple[int, ...],
+    code: str,
+    scales: str,
+    offsets: str = "no",
+    block: int = 64,
+    nested_block: int = 256,
+    seed: int = 0,
+) -> Weight4bit:
+    """Random codes under random scales, on the CPU."""
+    g = torch.Generator().manual_seed(seed)
+    numel = torch.Size(shape).numel()
+    blocks = -(-numel // block)
+    nested = -(-blocks // nested_block)
+    tensors = SCALES[scales](blocks, nested, g) | OFFSETS[offsets](blocks, nested, g)
+    packed = torch.randint(0, 256, (-(-numel // 2),), generator=g, dtype=torch.uint8)
+    fields = {"nested_absmax": None, "nested_offset": None} | tensors
+    return Weight4bit(
+        packed=packed,
+        shape=torch.Size(shape),
+        dtype=torch.float32,
+        block_size=block,
+        nested_block_size=nested_block,
+        code=code,
+        **fields,
+    )
+
+
+def decoded(w4: Weight4bit) -> Tensor:
+    return w4.to("cpu").dequantize(torch.float32)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize(("scales", "offsets"), FORMS)
+def test_decoded_bits(scales: str, offsets: str, code: str) -> None:
+    for block, nested_block, numel in [(16, 8, 5003), (32, 7, 4096), (64, 256, 20_000), (512, 4, 6000), (4096, 1, 33)]:
+        w4 = weight((numel,), code, scales, offsets, block, nested_block)
+        on_card = w4.to("cuda")
+        for dtype in DTYPES:
+            assert_bits(on_card.dequantize(dtype), w4.dequantize(dtype), f"blocks of {block} to {dtype}")
+
+
+def lora(n: int, k: int, dtype: torch.dtype, rank: int = 4) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    a = torch.randn(rank, k, generator=g) * k**-0.5
+    b = torch.randn(n, rank, generator=g) * 0.2
+    return a.to("cuda", dtype), b.to("cuda", dtype)
+
+
+def normal(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to("cuda", dtype)
+
+
+def scaled_to(w4: Weight4bit) -> float:
+    """The factor for operands of LoRA that makes its product as large as the weight's."""
+    return float(decoded(w4).square().mean().sqrt()) / 0.05
+
+
+def check_forward(w4: Weight4bit, m: int, dtype: torch.dtype) -> None:
+    n, k = w4.shape
+    x, (a, b), scaling = normal((m, k), dtype), lora(n, k, dtype), scaled_to(w4)
+    on_card = w4.to("cuda")
+    y = OPS.linear_nf4(x, *on_card.packed_args(), n, None, a, b, scaling, 0.0, 0, None, *on_card.last_args())
+    w = to_f64(decoded(w4))
+    assert_accurate(y, accuracy.forward(rows(x), w, None, to_f64(a), to_f64(b), scaling, 0.0, 0, dtype))
+
+
+def check_dx(w4: Weight4bit, m: int, dtype: torch.dtype) -> None:
+    n, k = w4.shape
+    dy, (a, b), scaling = normal((m, n), dtype), lora(n, k, dtype), scaled_to(w4)
+    on_card = w4.to("cuda")
+    dx = OPS.linear_nf4_dx(dy, *on_card.packed_args(), k, a, b, scaling, 0.0, 0, None, *on_card.last_args())
+    w = to_f64(decoded(w4))
+    assert_accurate(dx, accuracy.dx(rows(dy), w, to_f64(a), to_f64(b), scaling, 0.0, 0, dtype))
+
+
+# (m, n, k, block): few tokens, many, tails of every size, blocks that span rows, small blocks, shapes without tensor
+# cores, and the library.
+SHAPES = [(3, 200, 320, 64), (9, 136, 192, 128), (40, 152, 320, 64), (20, 72, 128, 32), (5, 72, 192, 16)]
+SHAPES += [(5, 72, 96, 32), (7, 33, 48, 16), (4, 31, 45, 32), (70, 40, 64, 64)]
+
+
+@pytest.mark.parametrize(("m", "n", "k", "block"), SHAPES)
+@pytest.mark.parametrize(("scales", "offsets"), FORMS)
+def test_forms(scales: str, offsets: str, m: int, n: int, k: int, block: int) -> None:
+    for dtype in (BF16, torch.float32):
+        w4 = weight((n, k), "fp4", scales, offsets, block, nested_block=8)
+        check_forward(w4, m, dtype)
+        check_dx(w4, m, dtype)
+
+
+@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize("code", CODES)
+def test_codes(code: str, m: int) -> None:
+    for dtype in (BF16, FP16):
+        for block, scales, offsets in [(64, "float16", "no"), (32, "table8", "no"), (32, "float16", "zero_point8")]:
+            w4 = weight((136, 256), code, scales, offsets, block)
+            check_forward(w4, m, dtype)
+            check_dx(w4, m, dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("code", ["e2m1", "int4", "uint4", "iq4_nl"])
+@pytest.mark.parametrize("m", [16, 64])
+def test_exact_values_stay_exact(m: int, code: str, dtype: torch.dtype) -> None:
+    """Every value of these codes times a power of two is a number of the 16-bit types, and so is a product with 1."""
+    n = 128
+    packed = torch.arange(16, dtype=torch.uint8).repeat(n * 64 // 16)
+    packed = (packed[0::2] << 4 | packed[1::2]).contiguous()
+    w4 = Weight4bit(packed, torch.full((n,), 2.0**-9), None, None, torch.Size((n, 64)), torch.float32, 64, 256, code)
+    on_card, w = w4.to("cuda"), decoded(w4)
+    x = torch.eye(64).to("cuda", dtype)[:m]
+    y = OPS.linear_nf4(x, *on_card.packed_args(), n, None, None, None, 1.0, 0.0, 0, None, *on_card.last_args())
+    assert torch.equal(y.float().cpu(), w.T[:m])
+    dy = torch.eye(n).to("cuda", dtype)[:m]
+    dx = OPS.linear_nf4_dx(dy, *on_card.packed_args(), 64, None, None, 1.0, 0.0, 0, None, *on_card.last_args())
+    assert torch.equal(dx.float().cpu(), w[:m])
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(("block", "scales", "offsets"), [(64, s, o) for s, o in FORMS] + [(16, "table8", "float16")])
+def test_experts(block: int, scales: str, offsets: str, dtype: torch.dtype) -> None:
+    """Each expert has its own tables. Rows after the last offset are zeros."""
+    n, k, counts = 72, 128, [0, 5, 0, 17, 2]
+    weights = [weight((n, k), "int4", scales, offsets, block, 8, seed) for seed in range(len(counts))]
+    if scales.endswith("table8"):
+        for e, w4 in enumerate(weights):
+            w4.scale_table.mul_(e + 1)
+    stack = Weight4bit.stack(weights).to("cuda")
+    ends = torch.tensor(counts).cumsum(0).cuda()
+    x, dy = normal((sum(counts) + 3, k), dtype), normal((sum(counts) + 3, n), dtype)
+    no_lora = (None, None, 1.0, 0.0, 0, None)
+    y = OPS.grouped_linear_nf4(x, ends, *stack.packed_args(), n, None, *no_lora, *stack.last_args())
+    dx = OPS.grouped_linear_nf4_dx(dy, ends, *stack.packed_args(), k, *no_lora, *stack.last_args())
+    begin = 0
+    for w4, count in zip(weights, counts, strict=True):
+        own, w = slice(begin, begin + count), to_f64(decoded(w4))
+        if count:
+            assert_accurate(y[own], accuracy.forward(rows(x[own]), w, None, None, None, 1.0, 0.0, 0, dtype))
+            assert_accurate(dx[own], accuracy.dx(rows(dy[own]), w, None, None, 1.0, 0.0, 0, dtype))
+        begin += count
+    assert not y[begin:].any()
+    assert not dx[begin:].any()

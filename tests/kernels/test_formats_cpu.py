@@ -1,0 +1,234 @@
+"""Weights of every form on the CPU, on every instruction set: decoding bit for bit, products by the accuracy rules."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+import forms
+import isas
+import reference
+from grouped_samples import grouped_sample
+from qlora_ext import _C, formats
+from qlora_ext.form import Form
+from qlora_ext.merged import with_update
+from qlora_ext.weight import Weight4bit, weight_of
+from samples import LinearSample, linear_sample
+from test_codec_cpu import DTYPES, assert_bits
+from test_linear_cpu import check_samples, dx, forward
+
+OPS = torch.ops.qlora
+test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
+
+MADE_UP = formats.code_name([0.3, -1.7, 2.0, 0.0, 5.5, -0.01, 1e-3, 4.0, -3.0, 0.7, 1.1, -5.0, 2.2, 3.3, -0.4, -2.5])
+CODES = [*reference.CODES, MADE_UP]
+# Of each format, and codes that are not integers.
+FORMS = {
+    **forms.FORMS,
+    "made up": Form(MADE_UP, "float16", 32),
+    "made up, offsets": Form(MADE_UP, "float16", 32, offsets="float16"),
+}
+TENSORS = ("nested_absmax", "nested_offset", "scale_table", "block_offsets", "offset_scale")
+
+
+def any_weight(form: Form, n: int, k: int, seed: int = 0) -> Weight4bit:
+    """Random codes, and scales and offsets of any sign and of very different sizes, also 0."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor | None] = dict.fromkeys(TENSORS)
+    for name, spec in form.tensors((n, k)).items():
+        if spec.dtype == torch.uint8:
+            t = torch.randint(256, spec.shape, generator=generator)
+        else:
+            t = torch.randn(spec.shape, generator=generator) * 2.0 ** torch.randint(
+                -9, 9, spec.shape, generator=generator
+            )
+            t *= torch.rand(spec.shape, generator=generator) > 0.1
+        tensors[name] = t.to(spec.dtype)
+    return weight_of(form, **tensors, shape=torch.Size((n, k)), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("scales", formats.SCALE_FORMS)
+@pytest.mark.parametrize("block", reference.BLOCK_SIZES)
+def test_every_form_decodes_to_the_oracles_bits(block: int, scales: str) -> None:
+    for code in CODES:
+        for offsets in (None, *formats.OFFSET_FORMS):
+            # Nested blocks of 5 blocks: one begins within every run of scales that is decoded together.
+            w4 = any_weight(Form(code, scales, block, 5, offsets), 3, 11 * min(block, 256) + 37)
+            decoded = forms.oracle(w4).reshape(-1)
+            for dtype, expected in zip(
+                DTYPES, (decoded, reference.bfloat16_bits(decoded), reference.float16_bits(decoded)), strict=True
+            ):
+                assert_bits(w4.dequantize(dtype), expected, f"{code[:20]} with {offsets} offsets, to {dtype}")
+
+
+def sample(form: Form, m: int, n: int, k: int, dtype: torch.dtype, seed: int = 0, rank: int | None = 3) -> LinearSample:
+    s = linear_sample(m, n, k, rank, dtype, block_size=form.block_size, seed=seed)
+    s.w4 = forms.random_weight(form, (n, k), seed, dtype)
+    return s
+
+
+def check(form: Form, case: tuple[int, int, int], dtype: torch.dtype, results: Callable) -> None:
+    def make(seed: int) -> tuple[LinearSample, torch.Tensor]:
+        s = sample(form, *case, dtype, seed)
+        dy = torch.randn(case[0], case[1], generator=torch.Generator().manual_seed(seed + 1000)).to(dtype)
+        return s, dy
+
+    check_samples(results, make)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_products_of_every_format(name: str, dtype: torch.dtype) -> None:
+    for case in ((1, 512, 320), (3, 150, 333), (17, 40, 192), (65, 130, 100)):
+        check(FORMS[name], case, dtype, forward)
+        check(FORMS[name], case, dtype, dx)
+
+
+def kernels(op: str) -> list[tuple[str, str]]:
+    return [(op, kernel) for kernel, dtypes in _C.kernels(op).items() if dtypes and kernel != "float64"]
+
+
+@pytest.mark.parametrize(("op", "kernel"), [*kernels("linear_nf4"), *kernels("linear_nf4_dx")])
+@pytest.mark.parametrize("name", FORMS)
+def test_products_of_every_kernel(name: str, op: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CPU_KERNEL", kernel)
+    form, served = FORMS[name], 0
+    for dtype in DTYPES:
+        if str(dtype)[6:] not in _C.kernels(op)[kernel]:
+            continue
+        for case in ((2, 300, 256), (5, 135, 328)):
+            with contextlib.suppress(ValueError):  # the kernel does not take the form
+                check(form, case, dtype, forward if op == "linear_nf4" else dx)
+                served += 1
+    integers = kernel == "few_tokens_int"
+    refuses = (
+        (form.offsets is not None and kernel == "few_tokens_bf16")
+        or (integers and form.code == MADE_UP)
+        or (integers and op == "linear_nf4_dx" and (form.offsets is not None or form.block_size < 64))
+    )
+    assert bool(served) != refuses
+
+
+def test_float64_is_exact() -> None:
+    for form in FORMS.values():
+        s = sample(form, 3, 5, 64, torch.float64, rank=None)
+        s.x, s.bias = s.x.double(), None
+        np.testing.assert_allclose(OPS.linear_nf4(*s.args).numpy(), s.expected(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 4, 40])
+@pytest.mark.parametrize("name", ["zero points", "offsets", "e2m1", "negative scales"])
+def test_an_identity_weight_returns_its_input(name: str, m: int, dtype: torch.dtype) -> None:
+    """Weights of 0 add nothing, also where they are the difference of a value and an offset."""
+    k, block = 256, 32
+    form, zero, one, scale = {
+        "zero points": (Form("uint4", "float16", block, offsets="zero_point8"), 7, 8, 1.0),
+        "offsets": (Form("uint4", "float16", block, offsets="float16"), 11, 12, 1.0),
+        "e2m1": (Form("e2m1", "float16", block), 0, 2, 1.0),
+        "negative scales": (Form("int4", "float16", block), 8, 7, -1.0),
+    }[name]
+    codes = torch.full((k, k), zero).fill_diagonal_(one)
+    packed = (codes[:, 0::2] * 16 + codes[:, 1::2]).to(torch.uint8)
+    blocks = k * k // block
+    tensors: dict[str, torch.Tensor | None] = dict.fromkeys(TENSORS)
+    tensors |= {"packed": packed, "absmax": torch.full((blocks,), scale, dtype=torch.float16)}
+    if form.offsets == "zero_point8":
+        tensors["block_offsets"] = torch.full((blocks,), zero, dtype=torch.uint8)
+    elif form.offsets:
+        tensors["block_offsets"] = torch.full((blocks,), -float(zero), dtype=torch.float16)
+    w4 = weight_of(form, **tensors, shape=torch.Size((k, k)), dtype=dtype)
+    assert torch.equal(w4.dequantize(torch.float32), torch.eye(k))
+    x = (torch.randn(m, k) * 10.0 ** torch.randint(-3, 3, (m, k))).to(dtype)
+    x[:, 5] = 0
+    y = OPS.linear_nf4(x, *w4.packed_args(), k, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+    assert torch.equal(y, x)
+    zeros = torch.full_like(packed, 17 * zero)
+    y = OPS.linear_nf4(x, zeros, *w4.packed_args()[1:], k, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+    assert not y.any()
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "q4_k", "awq", "made up"])
+def test_experts_of_every_form(name: str) -> None:
+    g = grouped_sample([2, 0, 3], k=256, dtype=torch.bfloat16, form=FORMS[name])
+    y, dy = g.forward(), g.dy()
+    dx = g.dx(dy)
+    for e, rows in g.parts():
+        one = g.of_expert(e, g.x[rows])
+        expected = OPS.linear_nf4_dx(dy[rows], *one.w4.packed_args(), g.k, *one.lora_args, *one.last_args)
+        torch.testing.assert_close(y[rows], OPS.linear_nf4(*one.args))
+        torch.testing.assert_close(dx[rows], expected)
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.offsets is not None])
+def test_an_update_is_merged_under_scales_and_offsets(name: str) -> None:
+    """Codes move to a neighbouring value, on the average by the update; the scales and offsets stay."""
+    w4 = forms.random_weight(FORMS[name], (48, 256))
+    w, update = w4.dequantize(torch.float32), torch.full((48, 256), 1e-3)
+    merged = with_update(w4, w + update)
+    for tensor in ("absmax", "block_offsets"):
+        assert torch.equal(merged.tensors[tensor], w4.tensors[tensor])
+    moved = merged.dequantize(torch.float32) - w
+    blocks = w.reshape(-1, w4.block_size)
+    inside = (blocks + 1e-3 <= blocks.amax(1, keepdim=True)).reshape(w.shape)  # what its block can hold
+    assert moved[inside].mean() == pytest.approx(1e-3, rel=0.2)
+    # Rounding w - offset may move a code where the scale is far smaller than the offset.
+    assert (with_update(w4, w).packed == w4.packed).double().mean() > 0.999
+
+
+def test_names_of_made_up_codes() -> None:
+    digits = MADE_UP[2:]
+    values = reference.F32([0.3, -1.7, 2.0])
+    assert np.array_equal(_C.code_values(MADE_UP)[:3], values)
+    assert np.array_equal(_C.code_values("0x" + digits.upper()), _C.code_values(MADE_UP))
+    for name in ("0x", "0x" + digits[1:], "0x" + digits + "0", "0X" + digits, "0x" + "g" + digits[1:], digits):
+        with pytest.raises(ValueError, match="^code: expected nf4, .*, or 0x and the 128 hexadecimal digits of 16 flo"):
+            _C.code_values(name)
+    for word in ("7f800000", "ff800000", "7fc00000"):
+        with pytest.raises(ValueError, match="^code: expected 16 finite float32 values, got"):
+            _C.code_values("0x" + word + digits[8:])
+    with pytest.raises(ValueError, match="^code: expected a value other than 0, got 16 zeros"):
+        _C.code_values("0x" + "00000000" * 15 + "80000000")
+    packed, absmax = torch.zeros(32, dtype=torch.uint8), torch.ones(1)
+    with pytest.raises(ValueError, match="^code: expected 16 finite"):
+        OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [64], torch.float32, "0x" + "7f800000" * 16)
+
+
+def test_a_name_with_the_values_of_a_listed_code_is_that_code() -> None:
+    w, x = torch.randn(48, 128), torch.randn(3, 128).bfloat16()
+    for code, values in reference.CODES.items():
+        name = "0x" + values.astype(">f4").tobytes().hex()
+        packed, absmax = OPS.quantize_nf4(w, 64, code)
+        assert torch.equal(OPS.quantize_nf4(w, 64, name)[0], packed)
+        y, by_name = (
+            OPS.linear_nf4(x, packed, absmax, None, None, 64, 256, 48, None, None, None, 1.0, 0.0, 0, None, c)
+            for c in (code, name)
+        )
+        assert torch.equal(y, by_name)
+
+
+def test_made_up_codes_are_limited_and_interned_once_by_any_thread() -> None:
+    program = """
+import struct, threading
+from qlora_ext import _C
+name = lambda i: "0x" + struct.pack(">16f", *([1.0] * 15), 2.0 + i).hex()
+def intern():
+    for i in range(4096):
+        assert _C.code_values(name(i))[15] == 2.0 + i
+threads = [threading.Thread(target=intern) for _ in range(4)]
+[t.start() for t in threads], [t.join() for t in threads]
+try:
+    _C.code_values(name(4096))
+except ValueError as error:
+    print(error)
+assert _C.code_values(name(7))[15] == 9.0
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
+    assert run.stdout.strip() == "code: expected at most 4096 made-up codes in a process, got another"
