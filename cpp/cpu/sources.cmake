@@ -31,6 +31,8 @@ if(QLORA_CPU_ISAS)
     endif()
   endforeach()
 endif()
+# few_tokens/code_tables.h searches its multipliers at compile time, for longer than Clang lets a constant take by default.
+add_compile_options($<$<COMPILE_LANG_AND_ID:CXX,Clang,AppleClang>:-fconstexpr-steps=33554432>)
 # Of the tables of instruction sets, those of the sets that are compiled.
 list(FILTER QLORA_CPU_SOURCES EXCLUDE REGEX "/isa_[^/]*\\.cpp$")
 set(_sets "")
