@@ -254,11 +254,11 @@ IMPORTED_BY = {
     "decoding/": ("cli/", "__init__.py"),
     "gguf/": ("cli/", "__init__.py"),
     "checkpoints/": ("integrations/", "gguf/", "cli/"),
-    "integrations/": ("planning/", "decoding/", "cli/", "__init__.py"),
+    "integrations/": ("planning/", "decoding/", "gguf/", "cli/", "__init__.py"),
     "fidelity/": ("cli/", "__init__.py"),
     "calibration/": ("nn/", "streaming/", "fidelity/", "integrations/", "cli/", "__init__.py"),
     "streaming/": ("integrations/", "planning/", "cli/", "__init__.py"),
-    "nn/": ("streaming/", "fingerprint.py", "fidelity/", "integrations/", "planning/", "cli/", "__init__.py"),
+    "nn/": ("streaming/", "fingerprint.py", "fidelity/", "integrations/", "gguf/", "planning/", "cli/", "__init__.py"),
 }
 
 
