@@ -345,7 +345,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         codes = bitsandbytes_format.CODES if stored else (NF4,)
         kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
         if kind not in codes:
-            expected, shown = " or ".join(codes).upper(), str(kind).upper()[:20]
+            expected, shown = " or ".join(code.upper() for code in codes), str(kind).upper()[:20]
             raise ValueError(f"quantization_config: expected a bitsandbytes {expected} checkpoint, got {shown}")
         storage = _dtype_named("bnb_4bit_quant_storage", config.get("bnb_4bit_quant_storage"))
         ours = cls(
