@@ -90,20 +90,7 @@ def test_the_weights_are_the_files(family: str, kind: str, tmp_path: pathlib.Pat
     assert torch.equal(dense(IDS).logits, checkpoint.dense(IDS).logits)
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [
-        pytest.param(
-            *case,
-            marks=pytest.mark.xfail(
-                raises=ValueError, reason="the kernels do not multiply by weights with offsets yet", strict=False
-            )
-            if case[1] in ("awq", "pack-quantized-zero-points", "gptq-v2-zero-points")
-            else (),
-        )
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize(("family", "kind"), CASES)
 def test_the_outputs_are_those_of_the_dense_model(family: str, kind: str, tmp_path: pathlib.Path) -> None:
     checkpoint = packed_models.save(tmp_path, family, kind)
     y, expected = load(checkpoint.path)(IDS).logits, checkpoint.dense(IDS).logits
