@@ -12,14 +12,15 @@ from torch import Tensor
 
 import accuracy
 from accuracy import assert_accurate
-from qlora_ext import _C
+from qlora_ext import _C, formats
 from qlora_ext.weight import Weight4bit
 from samples import DTYPES, rows, to_f64
 from test_codec_cuda import assert_bits
 
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
-CODES = (*_C.codes(), "shuffled")
+MADE_UP = formats.code_name([0.375 * i * (-1) ** i for i in range(16)])
+CODES = (*_C.codes(), "shuffled", MADE_UP)
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -106,7 +107,7 @@ def decoded(w4: Weight4bit) -> Tensor:
     return w4.to("cpu").dequantize(torch.float32)
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", CODES, ids=lambda code: code[:8])
 @pytest.mark.parametrize(("scales", "offsets"), FORMS)
 def test_decoded_bits(scales: str, offsets: str, code: str) -> None:
     for block, nested_block, numel in [(16, 8, 5003), (32, 7, 4096), (64, 256, 20_000), (512, 4, 6000), (4096, 1, 33)]:
@@ -166,13 +167,18 @@ def test_forms(scales: str, offsets: str, m: int, n: int, k: int, block: int) ->
 
 
 @pytest.mark.parametrize("m", [3, 40])
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", CODES, ids=lambda code: code[:8])
 def test_codes(code: str, m: int) -> None:
     for dtype in (BF16, FP16):
         for block, scales, offsets in [(64, "float16", "no"), (32, "table8", "no"), (32, "float16", "zero_point8")]:
             w4 = weight((136, 256), code, scales, offsets, block)
             check_forward(w4, m, dtype)
             check_dx(w4, m, dtype)
+
+
+def test_encoding_with_a_made_up_code_is_rejected() -> None:
+    with pytest.raises(ValueError, match="code: .*CPU"):
+        OPS.quantize_nf4(torch.ones(64).cuda(), 64, MADE_UP)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
