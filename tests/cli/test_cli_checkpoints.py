@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import shutil
 
@@ -11,12 +12,14 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from safetensors.torch import load_file
-from transformers import GptOssConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
 
 import packed_models
+import qlora_ext
 import tiny_models
 from commands import command
 from packed_models import SIZES
+from qlora_ext.nn import layers_of
 
 BYTES = {**SIZES, "vocab_size": 257, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 256}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}
@@ -40,6 +43,13 @@ def test_the_commands(family: str, kind: str, tmp_path: pathlib.Path, monkeypatc
     for arguments in (("generate", "--adapter", tmp_path / "run" / "adapter", *prompt), ("plan", *model)):
         run = command(*arguments)
         assert run.returncode == 0, run.stderr
+    planned = command("plan", *model, "--json")
+    assert planned.returncode == 0, planned.stderr
+    planned_bytes = json.loads(planned.stdout)["bytes"]
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint.path, quantization_config=qlora_ext.QLoRAConfig())
+    weights = [layer.packed_weight(name) for _, layer in layers_of(loaded) for name in layer.packed_shapes]
+    assert planned_bytes["base weights"] == sum(w4.packed.nbytes for w4 in weights)
+    assert planned_bytes["scales"] == sum(w4.nbytes - w4.packed.nbytes for w4 in weights)
     run = command("quantize", *model, "--output", tmp_path / "copy")
     assert run.returncode == 0, run.stderr
     assert "is 4-bit already; its 4-bit weights are copied as they are" in run.stdout

@@ -55,7 +55,7 @@ class Job:
         stream: where the frozen layers are stored: none, ram or disk.
         host: whether the run is on the CPU.
         form: of the 4-bit weights, if the checkpoint has them in another format; None for NF4 with ``block_size``.
-        forms: instead of ``form``, the forms of those weights that a GGUF file stores in 4 bits, by their names; other
+        forms: instead of ``form``, the forms of those weights that the files store in 4 bits, by their names; other
             layers stay dense.
 
     The other fields are the options of ``finetune`` with the same names.

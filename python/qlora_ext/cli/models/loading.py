@@ -41,9 +41,29 @@ def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
 
 
 def stored_forms(source: ModelSource, config: Any) -> dict[str, Form] | None:
-    """The forms of the weights that stay 4-bit as a GGUF file stores them, by name; None if the model becomes NF4."""
-    weights = _gguf_weights(source, config) if has_4bit_blocks(source) else None
-    return (weights.forms() or None) if weights is not None else None
+    """The forms of the weights that stay 4-bit as the model's files store them, by name.
+
+    None if the files have no such weights, are in our format or bitsandbytes', or cannot be read as they are.
+
+    Raises:
+        UserError: the files are damaged, or their 4-bit format is not supported.
+    """
+    from ...integrations.transformers import METHOD
+    from ...integrations.transformers.checkpoint import CheckpointSource
+
+    if source.gguf_file is not None:
+        weights = _gguf_weights(source, config) if has_4bit_blocks(source) else None
+        return (weights.forms() or None) if weights is not None else None
+    saved = getattr(config, "quantization_config", None)
+    if (
+        saved is None
+        or source.directory is None
+        or saved.get("quant_method", "bitsandbytes") in (METHOD, "bitsandbytes")
+    ):
+        return None
+    files = [str(file) for file in validate_model.weight_files(source.directory)]
+    with loading("model", source, False):
+        return CheckpointSource(saved).forms(validate_model.skeleton(source, config), files)
 
 
 def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
