@@ -167,8 +167,13 @@ class Weight4bit(NoArithmetic):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded tensor of shape ``shape`` in ``dtype`` (default: the original's), rounded once from float32."""
-        args = *self.packed_args(), self.shape, dtype or self.dtype, *self.last_args()
-        out: Tensor = torch.ops.qlora.dequantize_nf4(*args)
+        dtype = dtype or self.dtype
+        if self.absmax.ndim > 1:  # a stack, whose matrices have tables and nested scales of their own
+            stack = torch.empty(self.shape, dtype=dtype, device=self.device)
+            for e, matrix in enumerate(stack):
+                matrix.copy_(self.matrix(e).dequantize(dtype))
+            return stack
+        out: Tensor = torch.ops.qlora.dequantize_nf4(*self.packed_args(), self.shape, dtype, *self.last_args())
         return out
 
     def to(self: Self, device: torch.device | str | int) -> Self:

@@ -238,6 +238,46 @@ def test_bad_tensors(case: str, tmp_path: pathlib.Path) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_layer_without_a_weight_is_an_error(tmp_path: pathlib.Path) -> None:
+    """transformers would draw the weight at random, and go on."""
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    tensors = {name: t for name, t in checkpoint.tensors.items() if not name.startswith(f"{Q}.")}
+    renamed = {name.replace(Q, Q + "s"): t for name, t in checkpoint.tensors.items()}
+    for changed, message in (
+        (tensors, "found none$"),
+        (renamed, f"found none; the model has no place for {Q}s.weight"),
+    ):
+        save_file(changed, checkpoint.path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"model.safetensors: expected the weights {Q}.weight too, {message}"):
+            load(checkpoint.path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float8_e4m3fn, None), (torch.float8_e4m3fn, (8, 8)), (torch.int8, (64, 1))]
+)
+def test_codes_that_are_not_read_are_an_error(
+    dtype: torch.dtype, scale: tuple[int, int] | None, tmp_path: pathlib.Path
+) -> None:
+    checkpoint = packed_models.save(tmp_path, "llama", "nvfp4-pack-quantized", keep="self_attn")
+    tensors = {**checkpoint.tensors, f"{Q}.weight": checkpoint.tensors[f"{Q}.weight"].to(dtype)}
+    if scale is not None:
+        tensors[f"{Q}.weight_scale"] = torch.ones(scale)
+    save_file(tensors, checkpoint.path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{Q}.weight: expected values, 4-bit codes, or FP8 values"):
+        load(checkpoint.path)
+
+
+@pytest.mark.parametrize("key", ["transform_config", "sparsity_config"])
+def test_configurations_that_change_the_product(key: str, tmp_path: pathlib.Path) -> None:
+    for i, value in enumerate((None, {}, {"config_groups": {}, "format": "dense"})):
+        checkpoint = packed_models.save(tmp_path / str(i), *NVFP4, changed={key: value})
+        load(checkpoint.path)
+    changed = {key: {"config_groups": {"R4": {}}, "format": "sparse-24-bitmask"}}
+    checkpoint = packed_models.save(tmp_path / "refused", *NVFP4, changed=changed)
+    with pytest.raises(ValueError, match="not supported"):
+        load(checkpoint.path)
+
+
 def test_a_truncated_file(tmp_path: pathlib.Path) -> None:
     checkpoint = packed_models.save(tmp_path, *NVFP4)
     file = checkpoint.path / "model.safetensors"

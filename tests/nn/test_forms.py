@@ -64,6 +64,7 @@ def test_it_decodes_as_specified(name: str) -> None:
     offsets = w4.decoded_offsets()
     assert np.array_equal((values if offsets is None else values + offsets[blocks]).numpy(), expected.reshape(-1))
     stack = Weight4bit.stack([w4, random_weight(FORMS[name], SHAPE, seed=1)])
+    assert torch.equal(stack.dequantize(), torch.stack([stack.matrix(e).dequantize() for e in range(2)]))
     assert torch.equal(stack.decoded_scales()[0], w4.decoded_scales())
     if offsets is not None:
         assert torch.equal(stack.decoded_offsets()[0], offsets)

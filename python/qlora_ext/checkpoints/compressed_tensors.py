@@ -35,6 +35,8 @@ _SCHEMA = {
     "config_groups": dict,
     "ignore?": [str],
     "format?": str,
+    "transform_config?": dict,
+    "sparsity_config?": dict,
 }
 _GROUP = {"targets": [str], "weights?": dict, "format?": str}
 _WEIGHTS = {
@@ -59,6 +61,13 @@ class _CompressedTensors(Format):
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         check(config, _SCHEMA, _SOURCE)
+        if (config.get("transform_config") or {}).get("config_groups"):
+            raise ValueError(
+                f"{_SOURCE}: expected no transform_config, got rotations of inputs, which are not supported"
+            )
+        sparsity = (config.get("sparsity_config") or {}).get("format") or "dense"
+        if sparsity != "dense":
+            raise ValueError(f"{_SOURCE}: expected no sparsity, got {excerpt(sparsity)}, which is not supported")
         ignored = patterns([_pattern_of(text) for text in config.get("ignore") or ()], f"{_SOURCE}: ignore")
         found: list[Settings] = []
         for name, group in config["config_groups"].items():

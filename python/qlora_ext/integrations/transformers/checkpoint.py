@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,9 @@ from ...form import Form
 from ...nn import Packed4bit, dense_modules, is_dense, paths_to
 from ...weight import Weight4bit
 from .checkpoint_files import Header, Names, read_headers
+from .checkpoint_fp8 import ScaledWeight, scaled_weights
 from .loading import fill
-from .modules import empty_layer
+from .modules import check_complete, empty_layer
 from .source import Source
 
 # The tensor with the codes is the first of these that a format has.
@@ -45,52 +45,6 @@ class _Matrix:
     where: str
     tensors: dict[str, str]
     retained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class _Scaled:
-    """A weight of the model that the checkpoint stores in FP8 with a scale. It is decoded, and stays dense.
-
-    Attributes:
-        where, tensors, retained: as in ``_Matrix``.
-    """
-
-    where: str
-    tensors: dict[str, str]
-    retained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
-        return sorted(self.tensors.values(), key=core_model_loading.dot_natural_key)
-
-    def read(self, by_key: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The decoded weight.
-
-        Raises:
-            ValueError: it has another shape, or scales of an unknown kind.
-        """
-        given = {name: by_key[key] for name, key in self.tensors.items()}
-        weight, scale = given["weight"], given["weight_scale"]
-        if weight.shape != torch.Size(shape):
-            raise ValueError(f"{self.where}: expected weight to be {list(shape)}, got {list(weight.shape)}")
-        if not scale.is_floating_point() or scale.numel() not in (1, shape[0]):
-            raise ValueError(
-                f"{self.where}: expected weight_scale to be one floating-point number, or one per row, got "
-                f"{scale.dtype} {list(scale.shape)}"
-            )
-        self.retained = {
-            key: t.to("cpu", copy=True) for name, key in self.tensors.items() if (t := given[name]) is not weight
-        }
-        return (weight.float() * self._factor(scale)).to(dtype)
-
-    def write(self, values: Tensor) -> dict[str, Tensor]:
-        """The tensors for ``values``, the stored ones unless they were trained."""
-        factor = self._factor(self.retained[self.tensors["weight_scale"]]).to(values.device)
-        return {self.tensors["weight"]: (values.float() / factor).to(torch.float8_e4m3fn), **self.retained}
-
-    def _factor(self, scale: Tensor) -> Tensor:
-        return scale.float().reshape(-1, 1)
 
 
 @dataclasses.dataclass
@@ -144,7 +98,7 @@ class CheckpointSource(Source):
         self.name = self.format.name
         self._config = copy.deepcopy(dict(config))
         self._weights: dict[str, _Weight] = {}
-        self._scaled: dict[str, _Scaled] = {}
+        self._scaled: dict[str, ScaledWeight] = {}
         self._saved_names: dict[str, str] = {}
 
     def __deepcopy__(self, memo: Any) -> CheckpointSource:
@@ -156,10 +110,12 @@ class CheckpointSource(Source):
         headers, names = read_headers(files), Names(model)
         found = self._stored(headers)
         self._weights = self._placed(model, names, found, headers)
-        self._scaled = self._placed_scaled(names, headers)
+        read = {key for matrix in found.values() for key in matrix.tensors.values()}
+        self._scaled = scaled_weights(names, {key: header for key, header in headers.items() if key not in read})
         self._check_surplus(found, headers, names)
         forms = {name: self._form(weight) for name, weight in self._weights.items()}
         self._check_modules(model)
+        check_complete(model, {*self._all, *(names.place(key)[0] or "" for key in headers)}, [*found], files)
         for name in forms:  # a module has one block size
             siblings = [form.block_size for other, form in forms.items() if _module(other) == _module(name)]
             self._weights[name].block_size = min(siblings)
@@ -199,26 +155,6 @@ class CheckpointSource(Source):
             if tensor in names:
                 groups.setdefault(dense, {})[tensor] = key
         return groups
-
-    def _placed_scaled(self, names: Names, headers: Mapping[str, Header]) -> dict[str, _Scaled]:
-        """The weights in FP8, by their names in the model.
-
-        Raises:
-            ValueError: transformers joins such a weight with others.
-        """
-        found: dict[str, _Scaled] = {}
-        for dense, tensors in self._groups(headers).items():
-            if dense not in headers or headers[dense].dtype != "F8_E4M3" or "weight_scale" not in tensors:
-                continue
-            target, pattern = names.place(dense)
-            where = f"{printable(headers[dense].file)}: {excerpt(dense, 200)}"
-            if target is not None and pattern is not None:
-                raise ValueError(f"{where}: expected a weight in 4 bits or of a linear layer, got FP8, not supported")
-            if target is not None:
-                found[target] = _Scaled(where, tensors)
-        if found:
-            warnings.warn(f"{len(found)} weights that the checkpoint stores in FP8 are decoded and dense", stacklevel=2)
-        return found
 
     def _parse(self, key: str) -> tuple[str, str]:
         """The name of the dense weight to which a tensor belongs, and the tensor's name in the format."""
@@ -354,7 +290,7 @@ class CheckpointSource(Source):
         return [_PackedTensors(self, targets), *conversions]
 
     @property
-    def _all(self) -> dict[str, _Weight | _Scaled]:
+    def _all(self) -> dict[str, _Weight | ScaledWeight]:
         """The weights that this source reads."""
         return {**self._weights, **self._scaled}
 

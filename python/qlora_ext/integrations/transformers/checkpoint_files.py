@@ -60,6 +60,10 @@ class Names:
             target, pattern = key, None
         return target if target in self._state else None, pattern
 
+    def has_values(self, target: str) -> bool:
+        """Whether the tensor ``target`` of the model is floating-point."""
+        return bool(self._state[target].is_floating_point())
+
     def converter(self, pattern: str | None) -> tuple[list[Any], list[str]]:
         """The operations of the converter with that pattern, and all its patterns, in order."""
         found = next((c for c in self._converters if pattern in c.source_patterns), None)

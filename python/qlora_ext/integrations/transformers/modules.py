@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..._internal.untrusted import excerpt, printable
 from ...form import Form
 from ...nn import (
     DENSE_RULES,
@@ -95,6 +96,29 @@ def empty_layer(module: nn.Module, compute_dtype: torch.dtype, form: Form) -> Pa
     if isinstance(module, nn.Linear):
         layer.stand_for(module)
     return layer
+
+
+def check_complete(model: Any, found: Collection[str], stored: Sequence[str], files: Sequence[str]) -> None:
+    """Rejects 4-bit checkpoints without the weight of a layer: transformers would draw it at random.
+
+    Output heads may be new, and tied layers follow their tables.
+
+    Args:
+        found: the names of the weights of ``model`` that the checkpoint has, in 4 bits or dense.
+        stored: the names of its 4-bit weights in the checkpoint.
+
+    Raises:
+        ValueError: there is such a layer.
+    """
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    exempt = {*dense_modules(model).heads}
+    for name, module in model.named_modules():
+        weights = (f"{name}.{weight}".removeprefix(".") for weight in packed_weights(module))
+        absent = [weight for weight in weights if weight not in found and weight not in tied]
+        if absent and exempt.isdisjoint(paths_to(name)):
+            where, others = printable(files[0]), [key for key in stored if key not in found]
+            unknown = f"; the model has no place for {', '.join(map(excerpt, others[:3]))}" if others else ""
+            raise ValueError(f"{where}: expected the weights {', '.join(absent)} too, found none{unknown}")
 
 
 def check_loaded(model: nn.Module) -> None:

@@ -1,0 +1,99 @@
+"""Weights in FP8 beside 4-bit ones: they are decoded, stay dense, and are saved as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import core_model_loading
+
+from ..._internal.untrusted import excerpt, printable
+from .checkpoint_files import Header, Names
+
+# Dtypes of safetensors that hold codes, not values.
+_CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U8", "I8", "I16", "I32")
+_TENSORS = ("weight", "weight_scale", "input_scale")
+
+
+@dataclasses.dataclass
+class ScaledWeight:
+    """A weight of the model that the checkpoint stores in FP8 with a scale. It is decoded, and stays dense.
+
+    Attributes:
+        where: the file and the name of the weight in it, for messages.
+        tensors: the names of its tensors in the checkpoint, by their names in the format.
+        retained: the tensors that are saved as they were read.
+    """
+
+    where: str
+    tensors: dict[str, str]
+    retained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
+        return sorted(self.tensors.values(), key=core_model_loading.dot_natural_key)
+
+    def read(self, by_key: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The decoded weight.
+
+        Raises:
+            ValueError: it has another shape, or scales of an unknown kind.
+        """
+        given = {name: by_key[key] for name, key in self.tensors.items()}
+        weight, scale = given["weight"], given["weight_scale"]
+        if weight.shape != torch.Size(shape):
+            raise ValueError(f"{self.where}: expected weight to be {list(shape)}, got {list(weight.shape)}")
+        if not scale.is_floating_point() or scale.numel() not in (1, shape[0]):
+            raise ValueError(
+                f"{self.where}: expected weight_scale to be one floating-point number, or one per row, got "
+                f"{scale.dtype} {list(scale.shape)}"
+            )
+        self.retained = {
+            key: t.to("cpu", copy=True) for name, key in self.tensors.items() if (t := given[name]) is not weight
+        }
+        return (weight.float() * self._factor(scale)).to(dtype)
+
+    def write(self, values: Tensor) -> dict[str, Tensor]:
+        """The tensors for ``values``, the stored ones unless they were trained."""
+        factor = self._factor(self.retained[self.tensors["weight_scale"]]).to(values.device)
+        return {self.tensors["weight"]: (values.float() / factor).to(torch.float8_e4m3fn), **self.retained}
+
+    def _factor(self, scale: Tensor) -> Tensor:
+        return scale.float().reshape(-1, 1)
+
+
+def scaled_weights(names: Names, headers: Mapping[str, Header]) -> dict[str, ScaledWeight]:
+    """The weights in FP8 with one scale, or one per row, by their names in the model.
+
+    Args:
+        headers: of the tensors that belong to no 4-bit weight.
+
+    Raises:
+        ValueError: another tensor holds codes where the model has values, or transformers joins a weight in FP8 with
+            others.
+    """
+    found: dict[str, ScaledWeight] = {}
+    for key, header in headers.items():
+        target, pattern = names.place(key)
+        if header.dtype not in _CODES or target is None or not names.has_values(target):
+            continue
+        module, _, name = key.rpartition(".")
+        tensors = {part: f"{module}.{part}" for part in _TENSORS if f"{module}.{part}" in headers}
+        where = f"{printable(header.file)}: {excerpt(key, 200)}"
+        scale = headers[tensors["weight_scale"]] if "weight_scale" in tensors else None
+        rows = header.shape[:1]
+        has_factors = scale is not None and scale.shape in ((), (1,), rows, (*rows, 1))
+        if (name, header.dtype) != ("weight", "F8_E4M3") or pattern is not None or not has_factors:
+            raise ValueError(
+                f"{where}: expected values, 4-bit codes, or FP8 values of a linear layer with a weight_scale for the "
+                f"tensor or for each row, got {header.dtype} {list(header.shape)}"
+                + ("" if scale is None else f" with weight_scale {list(scale.shape)}")
+            )
+        found[target] = ScaledWeight(where, tensors)
+    if found:
+        warnings.warn(f"{len(found)} weights that the checkpoint stores in FP8 are decoded and dense", stacklevel=2)
+    return found
