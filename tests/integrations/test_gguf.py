@@ -168,6 +168,13 @@ def test_half_of_a_matrix_is_missing(tmp_path: pathlib.Path) -> None:
         weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
 
 
+def test_a_layer_without_a_weight_is_an_error(four_bit_file: pathlib.Path) -> None:
+    weights = reader(four_bit_file)
+    del weights._parts["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ValueError, match=r"gguf: expected the weights model\.layers\.1\.mlp\.up_proj\.weight too"):
+        weights.load(quantization_config=QLoRAConfig())
+
+
 def test_damaged_scales(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "damaged.gguf"
     data = bytearray(four_bit_file.read_bytes())

@@ -127,9 +127,14 @@ class GGUFWeights:
         other layers stay dense. With ``skip_modules``, the layers that it names stay dense, and others are quantized to
         NF4. With ``embeddings``, embeddings are 4-bit too. If the file has no 4-bit weight for a layer, the model is
         quantized to NF4 like any dense model.
+
+        Raises:
+            ValueError: the file lacks the weight of a layer.
         """
         from ..integrations.transformers import QLoRAConfig
+        from ..integrations.transformers.modules import check_complete
 
+        check_complete(self._model, self._parts, self.unknown, [str(self._path)])
         if options.get("dtype", "auto") == "auto":  # transformers would search it in the tensors
             options["dtype"] = self._model.dtype
         config = options.get("quantization_config")
