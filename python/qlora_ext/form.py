@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import reprlib
 from collections.abc import Sequence
@@ -110,7 +109,7 @@ class Form:
         """Whether the scales are stored as codes of a table."""
         return self.scales in (formats.TABLE8, formats.NESTED_TABLE8)
 
-    @functools.cached_property  # read at each call of a layer
+    @property
     def has_more_tensors(self) -> bool:
         """Whether a weight has more tensors than its codes, ``absmax``, ``nested_absmax`` and ``nested_offset``."""
         return self.has_table or self.offsets is not None

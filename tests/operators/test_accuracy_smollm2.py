@@ -20,6 +20,7 @@ from torch import Tensor
 import accuracy
 import isas
 import qlora_ext
+from qlora_ext.weight import Weight4bit
 from samples import rows, to_f64
 
 pytest.importorskip("transformers")
@@ -39,7 +40,7 @@ PROJECTIONS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.dow
 RECORDED = (
     "QLORA_TEST_RECORDED"  # in the environment of another instruction set's process: the file of the recorded tensors
 )
-Recorded = dict[str, tuple[qlora_ext.NF4Weight, Tensor, Tensor]]
+Recorded = dict[str, tuple[Weight4bit, Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def recorded() -> Recorded:
 class Problem:
     """A layer's weight, x and dy, the operators' arguments without LoRA, and the expected results."""
 
-    w4: qlora_ext.NF4Weight
+    w4: Weight4bit
     x: Tensor
     dy: Tensor
     y: accuracy.Expected
@@ -79,8 +80,10 @@ LORA = None, None, 1.0, 0.0, 0
 @pytest.fixture(scope="module")
 def problem(recorded: Recorded) -> Callable[[str, torch.dtype], Problem]:
     @functools.lru_cache(1)  # tests that differ only in the tokens are adjacent
-    def made(name: str, dtype: torch.dtype) -> Problem:
+    def made(name: str, form: str, dtype: torch.dtype) -> Problem:
         w4, x, dy = recorded[name]
+        if form == "NF4":
+            w4 = qlora_ext.quantize_nf4(w4.dequantize(torch.float32))
         w = to_f64(w4.dequantize(torch.float32))
         x, dy = x.to(dtype), dy.to(dtype)
         y = accuracy.forward(rows(x), w, None, *LORA, dtype)
@@ -97,12 +100,16 @@ def test_on(isa: str, recorded: Recorded, request: pytest.FixtureRequest, tmp_pa
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["Q4_1", "NF4"])
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_every_token(problem: Callable, layer: int, projection: str, dtype: torch.dtype, tokens: int) -> None:
-    p = problem(f"{layer}.{projection}", dtype)
+def test_every_token(
+    problem: Callable, layer: int, projection: str, form: str, dtype: torch.dtype, tokens: int
+) -> None:
+    p = problem(f"{layer}.{projection}", form, dtype)
     n, k = p.w4.shape
-    y = [torch.ops.qlora.linear_nf4(part, *p.w4.packed_args(), n, None, *LORA) for part in p.x.split(tokens)]
+    last = None, *p.w4.last_args()  # after the seed
+    y = [torch.ops.qlora.linear_nf4(part, *p.w4.packed_args(), n, None, *LORA, *last) for part in p.x.split(tokens)]
     accuracy.assert_accurate(torch.cat(y), p.y)
-    dx = [torch.ops.qlora.linear_nf4_dx(part, *p.w4.packed_args(), k, *LORA) for part in p.dy.split(tokens)]
+    dx = [torch.ops.qlora.linear_nf4_dx(part, *p.w4.packed_args(), k, *LORA, *last) for part in p.dy.split(tokens)]
     accuracy.assert_accurate(torch.cat(dx), p.dx)

@@ -141,7 +141,7 @@ class FloatDx {
           const Floats offset = offsets_of(t);
           unroll<kVectors>([&](auto s) {
             Floats& weight = codes.v[pass * kVectors + s];
-            weight = fma(weight, scale, offset);
+            weight = add(mul(weight, scale), offset);
           });
         }
         unroll<kTokens>([&](auto i) {

@@ -37,7 +37,7 @@ struct FloatProducts {
   Codes codes(Chunk chunk) const { return decode(chunk, book); }
   Codes codes(Chunk chunk, Floats scale, Floats offset) const {
     Codes weights = codes(chunk);
-    unroll<kLaneWeights>([&](auto s) { weights.v[s] = fma(weights.v[s], scale, offset); });
+    unroll<kLaneWeights>([&](auto s) { weights.v[s] = add(mul(weights.v[s], scale), offset); });
     return weights;
   }
 

@@ -12,6 +12,7 @@
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/lora_step.cuh"
 #include "cuda/tile/any/nf4_pairs_f32.cuh"
 #include "cuda/tile/any/unroll.cuh"
@@ -72,7 +73,8 @@ __device__ __forceinline__ void decode_scaled_segment(const LaneAddresses<Tile>&
       constexpr int step = byte / 2, a = upper + 2 * (byte % 2);
       const auto decode = [&](uint32_t codes) {
         const float2 value = tile::lookup_pair_f32<byte>(lane.table, copy, codes);
-        return ptx::pack2<typename Tile::T>(fmaf(value.x, scale.x, scale.y), fmaf(value.y, scale.x, scale.y));
+        return ptx::pack2<typename Tile::T>(tile::scale_and_add(value.x, scale.x, scale.y),
+                                            tile::scale_and_add(value.y, scale.x, scale.y));
       };
       w[i][step][a] = decode(bytes.x);
       w[i][step + 2][a] = decode(bytes.y);

@@ -11,6 +11,7 @@
 #include "cuda/ptx/lop3.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/store.cuh"
+#include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/dropout.cuh"
 #include "cuda/tile/any/split.cuh"
 #include "cuda/tile/any/unroll.cuh"
@@ -33,7 +34,7 @@ struct DxScales {
   template <int kColumn, int kRow>
   __device__ __forceinline__ float apply(float value) const {
     if constexpr (kHasOffsets)
-      return fmaf(value, part<kRow>(row), part<kRow>(offset));
+      return tile::scale_and_add(value, part<kRow>(row), part<kRow>(offset));
     else
       return value * part<kRow>(row);
   }
@@ -68,10 +69,13 @@ struct DxScales<Layout, true, kHasOffsets> {
   template <int kColumn, int kRow>
   __device__ __forceinline__ float apply(float value) const {
     const int group = static_cast<int>((first[kRow] + kColumn) >> shift);
-    value *= scale(group, kRow);
-    if constexpr (kHasOffsets)
-      value += group == static_cast<int>(first[kRow] >> shift) ? offset[kRow][0] : offset[kRow][1];
-    return value;
+    const float factor = scale(group, kRow);
+    if constexpr (kHasOffsets) {
+      const bool is_first = group == static_cast<int>(first[kRow] >> shift);
+      return tile::scale_and_add(value, factor, is_first ? offset[kRow][0] : offset[kRow][1]);  // no local memory
+    } else {
+      return value * factor;
+    }
   }
 
  private:

@@ -173,6 +173,11 @@ __device__ __forceinline__ float read_scale(const ScaleView& view, int64_t block
 }
 
 // Where there is no nested offset, this returns -0, because adding it changes no number.
+// Scales a value and adds the offset. The format prescribes the two roundings, which nvcc would contract into one.
+__device__ __forceinline__ float scale_and_add(float value, float scale, float offset) {
+  return __fadd_rn(__fmul_rn(value, scale), offset);
+}
+
 __device__ __forceinline__ float nested_offset(const ScaleView& view) {
   return view.scales.nested_offset == nullptr ? -0.0f : __ldg(view.scales.nested_offset);
 }
