@@ -6,8 +6,9 @@ import pathlib
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 from forms import FORMS, random_weight
 from qlora_ext.nn import Experts4bit, ExpertsLora, Linear4bit
@@ -42,8 +43,8 @@ class Layered(nn.Module):
 
 def from_disk(model: nn.Module, path: pathlib.Path) -> nn.Module:
     """``model`` with its state mapped from a file, and streamed from there."""
-    save_file(model.state_dict(), path)
-    model.load_state_dict(load_file(path), assign=True)
+    safetensors.save_file(model.state_dict(), path)
+    model.load_state_dict(safetensors.load_file(path), assign=True)
     return stream(model, source="disk")
 
 
