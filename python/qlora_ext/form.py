@@ -39,6 +39,14 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
 
 
+# The dtypes of the scale and offset forms that are stored as floating-point numbers.
+FLOAT_DTYPES = {
+    formats.FLOAT32: torch.float32,
+    formats.FLOAT16: torch.float16,
+    formats.BFLOAT16: torch.bfloat16,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """How a 4-bit weight is stored, checked on construction.
@@ -129,7 +137,7 @@ class Form:
         blocks = -(-math.prod(shape) // self.block_size)
         nested = (-(-blocks // self.nested_block_size),)
         found = {"packed": TensorSpec(packed_shape((*shape,)), torch.uint8)}
-        found["absmax"] = TensorSpec((blocks,), formats.FLOAT_DTYPES.get(self.scales, torch.uint8))
+        found["absmax"] = TensorSpec((blocks,), FLOAT_DTYPES.get(self.scales, torch.uint8))
         if self.scales in (formats.NESTED8, formats.NESTED_TABLE8):
             found["nested_absmax"] = TensorSpec(nested, torch.float32)
         if self.double_quant:
@@ -137,7 +145,7 @@ class Form:
         if self.has_table:
             found["scale_table"] = TensorSpec((256,), torch.float32)
         if self.offsets is not None:
-            found["block_offsets"] = TensorSpec((blocks,), formats.FLOAT_DTYPES.get(self.offsets, torch.uint8))
+            found["block_offsets"] = TensorSpec((blocks,), FLOAT_DTYPES.get(self.offsets, torch.uint8))
         if self.offsets == formats.SCALED8:
             found["offset_scale"] = TensorSpec(nested, torch.float32)
         return {name: TensorSpec((*stack, *spec.shape), spec.dtype) for name, spec in found.items()}

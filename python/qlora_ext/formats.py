@@ -6,12 +6,12 @@ import math
 import reprlib
 import struct
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from . import _C
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CODES: tuple[str, ...] = tuple(_C.codes())
 NF4 = "nf4"
@@ -25,9 +25,8 @@ TABLE8 = "table8"  # codes of a table
 NESTED_TABLE8 = "nested_table8"  # codes of a table, times a nested scale
 ZERO_POINT8 = "zero_point8"  # integers, whose unit is minus the block's scale
 SCALED8 = "scaled8"  # integers, whose unit is minus a nested scale
-FLOAT_DTYPES = {FLOAT32: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
-SCALE_FORMS = (*FLOAT_DTYPES, NESTED8, TABLE8, NESTED_TABLE8)
-OFFSET_FORMS = (*FLOAT_DTYPES, ZERO_POINT8, SCALED8)
+SCALE_FORMS = (FLOAT32, FLOAT16, BFLOAT16, NESTED8, TABLE8, NESTED_TABLE8)
+OFFSET_FORMS = (FLOAT32, FLOAT16, BFLOAT16, ZERO_POINT8, SCALED8)
 BLOCK_SIZES: tuple[int, ...] = tuple(_C.block_sizes())
 MAX_NESTED_BLOCK_SIZE: int = _C.MAX_NESTED_BLOCK_SIZE
 MAX_ELEMENTS: int = _C.MAX_ELEMENTS  # cpp/format/packing.h has the reason
@@ -117,6 +116,8 @@ def code_name(values: Sequence[float] | Tensor) -> str:
         '0xbf800000bf5dddde'
     """
     try:
+        import torch  # not at the top, because the command answers without it
+
         exact = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"code: expected a name or 16 numbers, got {reprlib.repr(values)}") from None

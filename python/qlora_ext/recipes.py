@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import formats
 from ._internal.scale_tables import E4M3_MAX, e4m3_table, e8m0_table
-from .form import Form
+from .form import FLOAT_DTYPES, Form
 from .ops import packed_shape
 
 Tensors = dict[str, Tensor]
@@ -44,15 +44,15 @@ def tensors_of(w: Tensor, form: Form) -> Tensors:
         return own(w, form)
     if form.offsets is None and form.scales in (formats.FLOAT32, formats.NESTED8):
         return _by_largest_magnitude(w, form)
-    if form.offsets is None and form.scales in formats.FLOAT_DTYPES:
+    if form.offsets is None and form.scales in FLOAT_DTYPES:
         largest = max(map(abs, formats.code_values(form.code)))
-        scales = (_blocks(w, form).abs().amax(1) / largest).to(formats.FLOAT_DTYPES[form.scales])
+        scales = (_blocks(w, form).abs().amax(1) / largest).to(FLOAT_DTYPES[form.scales])
         return {"packed": _nearest(w, scales.float(), form), "absmax": scales}
     if form.offsets is None and form.scales == formats.TABLE8:
         return _by_table(w, form)
-    if form.scales in formats.FLOAT_DTYPES and form.offsets in formats.FLOAT_DTYPES:
+    if form.scales in FLOAT_DTYPES and form.offsets in FLOAT_DTYPES:
         return _by_least_and_largest(w, form)
-    if form.scales in formats.FLOAT_DTYPES and (form.code, form.offsets) == ("uint4", formats.ZERO_POINT8):
+    if form.scales in FLOAT_DTYPES and (form.code, form.offsets) == ("uint4", formats.ZERO_POINT8):
         return _by_zero_points(w, form)
     raise ValueError(
         f"form: there is no recipe to quantize to {form}; expected a format that qlora_ext.quantize names. Weights of "
@@ -103,8 +103,8 @@ def _by_least_and_largest(w: Tensor, form: Form) -> Tensors:
     assert form.offsets is not None
     least, largest = torch.aminmax(_blocks(w, form), dim=1)
     values = formats.code_values(form.code)
-    scales = ((largest - least) / (max(values) - min(values))).to(formats.FLOAT_DTYPES[form.scales])
-    offsets = (least - scales.float() * min(values)).to(formats.FLOAT_DTYPES[form.offsets])
+    scales = ((largest - least) / (max(values) - min(values))).to(FLOAT_DTYPES[form.scales])
+    offsets = (least - scales.float() * min(values)).to(FLOAT_DTYPES[form.offsets])
     above = _blocks(w, form) - offsets.float()[:, None]
     packed = _nearest(above.view(-1)[: w.numel()].view(w.shape), scales.float(), form)
     return {"packed": packed, "absmax": scales, "block_offsets": offsets}
@@ -114,7 +114,7 @@ def _by_zero_points(w: Tensor, form: Form) -> Tensors:
     """The zero point is the code of 0, which is always exact (compressed-tensors, GPTQ)."""
     blocks = _blocks(w, form)
     least, largest = blocks.amin(1).clamp_max(0), blocks.amax(1).clamp_min(0)
-    scales = ((largest - least) / 15).to(formats.FLOAT_DTYPES[form.scales])
+    scales = ((largest - least) / 15).to(FLOAT_DTYPES[form.scales])
     zero_points = (-least * _inverse(scales.float())).round().clamp(0, 15)
     packed = _packed(blocks, w, form, _rounded(0, 15), scales.float(), zero_points)
     return {"packed": packed, "absmax": scales, "block_offsets": zero_points.to(torch.uint8)}
@@ -132,7 +132,7 @@ def _rounded(low: int, high: int) -> Callable[..., Tensor]:
 
 def _int4(w: Tensor, form: Form) -> Tensors:
     blocks = _blocks(w, form)
-    scales = (blocks.abs().amax(1) / 7.5).to(formats.FLOAT_DTYPES[form.scales])
+    scales = (blocks.abs().amax(1) / 7.5).to(FLOAT_DTYPES[form.scales])
     return {"packed": _packed(blocks, w, form, _rounded(-8, 7), scales.float()), "absmax": scales}
 
 

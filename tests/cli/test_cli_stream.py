@@ -318,7 +318,7 @@ def test_the_ring_uses_the_remaining_memory(monkeypatch: pytest.MonkeyPatch) -> 
     layer = streamed(job_of(settings, config)).largest
     for memory, stream in ((resident + 1, "none"), (resident - 3 * layer, "disk")):
         asked = dataclasses.replace(settings, max_memory=str(int(memory + 1e6)))
-        fitted, line = fitting.fit(asked, config, torch.device("cpu"))
+        fitted, line = fitting.fit(asked, config, None, torch.device("cpu"))
         assert fitted.stream == stream
         assert ("--stream disk" in line) == (stream == "disk")
     job = dataclasses.replace(job_of(fitted, config), host=True)

@@ -61,7 +61,7 @@ def _possible(job: Job) -> list[dict[str, Any]]:
     return [{"stream": "disk"} if "stream" in change else change for change in changes]
 
 
-def fit(settings: Settings, config: Any, source: ModelSource, device: torch.device) -> tuple[Settings, str]:
+def fit(settings: Settings, config: Any, source: ModelSource | None, device: torch.device) -> tuple[Settings, str]:
     """The settings with which the run fits into ``--max-memory``, and a line that reports the changes.
 
     If layers are streamed, the ring gets the remaining memory.
