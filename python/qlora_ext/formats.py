@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import reprlib
 import struct
@@ -65,7 +66,11 @@ def check_offsets(offsets: Any) -> None:
 # A code that a caller makes up has no entry in a table: its name contains the bits of its 16 float32 values.
 _MADE_UP = "0x"
 _VALUES = struct.Struct(">16f")
-_NAMED: dict[str, tuple[float, ...]] = {name: tuple(_C.code_values(name).tolist()) for name in CODES}
+
+
+@functools.cache  # not at the import, because it imports numpy, which the command answers without
+def _named() -> dict[str, tuple[float, ...]]:
+    return {name: tuple(_C.code_values(name).tolist()) for name in CODES}
 
 
 def code_values(code: str) -> tuple[float, ...]:
@@ -74,8 +79,8 @@ def code_values(code: str) -> tuple[float, ...]:
     Raises:
         ValueError: there is no such code.
     """
-    if code in _NAMED:  # Dynamo cannot trace a call of _C
-        return _NAMED[code]
+    if code in _named():  # Dynamo cannot trace a call of _C
+        return _named()[code]
     if not code.startswith(_MADE_UP):
         return tuple(_C.code_values(code).tolist())
     try:
@@ -125,7 +130,7 @@ def code_name(values: Sequence[float] | Tensor) -> str:
         raise ValueError(f"code: expected 16 values, got shape {list(exact.shape)}")
     _check_values(exact.tolist())
     bits = _VALUES.pack(*exact.tolist())
-    for name, named in _NAMED.items():
+    for name, named in _named().items():
         if bits == _VALUES.pack(*named):
             return name
     return _MADE_UP + bits.hex()
