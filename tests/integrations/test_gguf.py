@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import subprocess
 import sys
 import warnings
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 
 import qlora_ext
 from gguf_files import WIDE, four_bit_file, write
+from load_memory import peak_of_loading
 from qlora_ext import QLoRAConfig
 from qlora_ext.gguf import GGUFWeights, blocks, read_header
 from qlora_ext.gguf.rows import find_rows
@@ -318,47 +318,13 @@ def test_training_leaves_the_bits_of_the_file(four_bit_file: pathlib.Path) -> No
         assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
-PEAK = """
-import pathlib, sys, threading
-import torch, qlora_ext
-from transformers import AutoConfig, AutoModelForCausalLM
-from qlora_ext.gguf import GGUFWeights
-
-def resident():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
-
-def load(path):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-    weights = GGUFWeights(path, model)
-    return weights.load(quantization_config=qlora_ext.QLoRAConfig(), dtype=torch.bfloat16)
-
-load(pathlib.Path(sys.argv[2]))  # one-time loads and allocations
-before, peak, done = resident(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, resident())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = load(pathlib.Path(sys.argv[1]))
-done.set()
-watcher.join()
-print(max(peak, resident()) - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_memory_at_load_is_that_of_the_file(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = LlamaConfig(**{**WIDE, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6})
     path = tmp_path / "big.gguf"
     write(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), path, "llama", kinds=["Q4_K"])
-    command = [sys.executable, "-c", PEAK, str(path), str(four_bit_file)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, _ = peak_of_loading(path, four_bit_file)
     size, slack = path.stat().st_size, 8 << 20  # for the allocator and the weight that is being read
     assert size > 50e6
-    assert int(run.stdout) < 1.1 * size + slack, f"peak {int(run.stdout) >> 20} MiB, file {size >> 20} MiB"
+    assert peak < 1.1 * size + slack, f"peak {peak >> 20} MiB, file {size >> 20} MiB"

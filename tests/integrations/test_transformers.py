@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from transformers import AutoModelForCausalLM
 
+from load_memory import peak_of_loading
 from qlora_ext import QLoRAConfig
 from qlora_ext.nn import Linear4bit, quantize_model
 from tiny_models import FAMILIES, make, same_state, token_ids
@@ -246,36 +247,6 @@ def test_import_qlora_ext_is_enough(saved: Path, tmp_path: Path, imports: str, e
     assert run.stdout.split() == ["14"]
 
 
-PEAK = """
-import sys, threading
-import torch, qlora_ext
-from transformers import AutoModelForCausalLM
-
-def resident():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
-
-def load(path):
-    config = qlora_ext.QLoRAConfig()
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.bfloat16)
-
-load(sys.argv[2])  # one-time loads and allocations
-before, peak, done = resident(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, resident())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = load(sys.argv[1])
-done.set()
-watcher.join()
-print(max(peak, resident()) - before, model.get_memory_footprint())
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_loading_peaks_near_the_4bit_size(saved: Path, tmp_path: Path, stored: torch.dtype) -> None:
@@ -285,10 +256,7 @@ def test_loading_peaks_near_the_4bit_size(saved: Path, tmp_path: Path, stored: t
     AutoModelForCausalLM.from_config(config, dtype=stored).save_pretrained(tmp_path / "big")
     dense = sum(f.stat().st_size for f in (tmp_path / "big").glob("*.safetensors"))
     largest_layer = 1024 * 4096 * stored.itemsize
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path / "big"), str(saved)], capture_output=True, text=True, check=True
-    )
-    peak, footprint = map(int, run.stdout.split())
+    peak, footprint = peak_of_loading(tmp_path / "big", saved)
     assert footprint < dense / 3
     slack = 8 << 20  # for the allocator and the file's header
     assert peak < footprint + 2 * largest_layer + slack, f"peak {peak >> 20} MiB, 4-bit {footprint >> 20} MiB"

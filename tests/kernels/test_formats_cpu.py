@@ -15,7 +15,7 @@ import torch
 import forms
 import isas
 import reference
-from grouped_samples import grouped_sample
+from grouped_samples import assert_like_single_experts, grouped_sample
 from qlora_ext import _C, formats
 from qlora_ext.form import Form
 from qlora_ext.merged import with_update
@@ -157,14 +157,7 @@ def test_an_identity_weight_returns_its_input(name: str, m: int, dtype: torch.dt
 
 @pytest.mark.parametrize("name", ["mxfp4", "q4_k", "awq", "made up"])
 def test_experts_of_every_form(name: str) -> None:
-    g = grouped_sample([2, 0, 3], k=256, dtype=torch.bfloat16, form=FORMS[name])
-    y, dy = g.forward(), g.dy()
-    dx = g.dx(dy)
-    for e, rows in g.parts():
-        one = g.of_expert(e, g.x[rows])
-        expected = OPS.linear_nf4_dx(dy[rows], *one.w4.packed_args(), g.k, *one.lora_args, *one.last_args)
-        torch.testing.assert_close(y[rows], OPS.linear_nf4(*one.args))
-        torch.testing.assert_close(dx[rows], expected)
+    assert_like_single_experts(grouped_sample([2, 0, 3], k=256, dtype=torch.bfloat16, form=FORMS[name]))
 
 
 @pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.offsets is not None])

@@ -108,6 +108,17 @@ class GroupedSample:
         return own
 
 
+def assert_like_single_experts(g: GroupedSample) -> None:
+    """The forward and dx of all experts are those of each expert alone."""
+    y, dy = g.forward(), g.dy()
+    dx = g.dx(dy)
+    for e, rows in g.parts():
+        one = g.of_expert(e, g.x[rows])
+        expected = OPS.linear_nf4_dx(dy[rows], *one.w4.packed_args(), g.k, *one.lora_args, *one.last_args)
+        torch.testing.assert_close(y[rows], OPS.linear_nf4(*one.args))
+        torch.testing.assert_close(dx[rows], expected)
+
+
 def grouped_sample(
     counts: Sequence[int],
     n: int = 48,

@@ -14,7 +14,6 @@ as they are.
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from .._internal.untrusted import check, excerpt
 from ..form import Form
 from ..weight import Weight4bit
 from . import e2m1, integers, nibbles
-from .format import Format, Given, Settings, matrix_of, patterns
+from .format import Format, Given, Settings, patterns
 from .integers import Groups
 
 _SOURCE = "quantization_config of compressed-tensors"
@@ -126,32 +125,12 @@ class _CompressedTensors(Format):
         return {"weight_packed": True, "weight_scale": True, **dict.fromkeys(self.retained, False)}
 
 
-class _E2M1(_CompressedTensors):
+class _E2M1(_CompressedTensors, e2m1.E2M1Format):
     """E2M1 codes with scales of 8 bits."""
 
     kind = "float"
+    codes = "weight_packed"
     block_size: int
-    scale_dtype: torch.dtype
-
-    def form(self, settings: Settings, shape: Sequence[int]) -> Form:
-        return e2m1.form_of(self.name, matrix_of(self.name, shape), self.block_size)
-
-    def read(
-        self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
-    ) -> Weight4bit:
-        form = self.form(settings, shape)
-        rows, columns = shape
-        given = Given(tensors, self.tensors(settings), self.name, where)
-        packed = given.take("weight_packed", (rows, columns // 2), torch.uint8)
-        codes = given.take("weight_scale", (rows, columns // self.block_size), self.scale_dtype)
-        return e2m1.weight(form, packed, self._scales(given, codes), shape, dtype)
-
-    def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        codes = w4.absmax.reshape(w4.shape[0], -1).view(self.scale_dtype)
-        return {"weight_packed": nibbles.swap(w4.packed), "weight_scale": codes, **retained}
-
-    @abc.abstractmethod
-    def _scales(self, given: Given, codes: Tensor) -> e2m1.Scales: ...
 
 
 class MXFP4(_E2M1):
@@ -162,8 +141,8 @@ class MXFP4(_E2M1):
     block_size = e2m1.MX_BLOCK_SIZE
     scale_dtype = torch.uint8
 
-    def _scales(self, given: Given, codes: Tensor) -> e2m1.Scales:
-        return e2m1.e8m0(given, "weight_scale", codes)
+    def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
+        return e2m1.e8m0(given, "weight_scale", stored)
 
 
 class NVFP4(_E2M1):
@@ -177,8 +156,8 @@ class NVFP4(_E2M1):
     def tensors(self, settings: Settings) -> dict[str, bool]:
         return super().tensors(settings) | {"weight_global_scale": True}
 
-    def _scales(self, given: Given, codes: Tensor) -> e2m1.Scales:
-        return e2m1.e4m3(given, "weight_scale", codes, "weight_global_scale", divides=True)
+    def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
+        return e2m1.e4m3(given, "weight_scale", stored, "weight_global_scale", divides=True)
 
 
 class Packed(_CompressedTensors):

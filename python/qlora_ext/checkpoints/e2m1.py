@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import abc
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import torch
@@ -12,7 +13,7 @@ from ..form import Form
 from ..ops import check_shape
 from ..weight import Weight4bit, weight_of
 from . import nibbles, scales
-from .format import Given
+from .format import Format, Given, Settings, matrix_of
 
 MX_BLOCK_SIZE = 32
 NV_BLOCK_SIZE = 16
@@ -70,3 +71,36 @@ def e4m3(given: Given, name: str, codes: Tensor, factor_name: str, divides: bool
     if not bool(table[: scales.E4M3_NAN].isfinite().all()):
         given.refuse(factor_name, "such that all scales are finite in float32", str(factor.item()))
     return {"codes": codes, "table": table}
+
+
+class E2M1Format(Format):
+    """A format of matrices [N, K] with the codes uint8 [N, K/2], lo first, and the scales ``weight_scale``.
+
+    Attributes:
+        codes: the name of the tensor with the codes.
+        scale_dtype: of ``weight_scale`` [N, K / block_size].
+    """
+
+    codes: str
+    block_size: int
+    scale_dtype: torch.dtype
+
+    def form(self, settings: Settings, shape: Sequence[int]) -> Form:
+        return form_of(self.name, matrix_of(self.name, shape), self.block_size)
+
+    def read(
+        self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
+    ) -> Weight4bit:
+        form = self.form(settings, shape)
+        rows, columns = shape
+        given = Given(tensors, self.tensors(settings), self.name, where)
+        packed = given.take(self.codes, (rows, columns // 2), torch.uint8)
+        stored = given.take("weight_scale", (rows, columns // self.block_size), self.scale_dtype)
+        return weight(form, packed, self._scales(given, stored), shape, dtype)
+
+    def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        stored = w4.absmax.reshape(w4.shape[0], -1).view(self.scale_dtype)
+        return {self.codes: nibbles.swap(w4.packed), "weight_scale": stored, **retained}
+
+    @abc.abstractmethod
+    def _scales(self, given: Given, stored: Tensor) -> Scales: ...

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._internal.untrusted import check, excerpt
-from ..form import Form
-from ..weight import Weight4bit
-from . import e2m1, nibbles
+from . import e2m1
 from .e2m1 import NV_BLOCK_SIZE
-from .format import Format, Given, Settings, matrix_of, patterns
+from .format import Given, Settings, patterns
 
 _SOURCE = "quantization_config of modelopt"
 _SCHEMA = {
@@ -34,10 +32,13 @@ _SERVED = ("NVFP4", "W4A16_NVFP4")
 _MIXED = "MIXED_PRECISION"
 
 
-class ModelOptNVFP4(Format):
+class ModelOptNVFP4(e2m1.E2M1Format):
     """The format ``modelopt``; see the module's docstring."""
 
     name = "modelopt"
+    codes = "weight"
+    block_size = NV_BLOCK_SIZE
+    scale_dtype = torch.float8_e4m3fn
     retained = ("weight_scale_2", "input_scale", "k_scale", "v_scale")
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
@@ -72,23 +73,8 @@ class ModelOptNVFP4(Format):
         required = dict.fromkeys(("weight", "weight_scale", "weight_scale_2"), True)
         return dict.fromkeys(self.retained, False) | required
 
-    def form(self, settings: Settings, shape: Sequence[int]) -> Form:
-        return e2m1.form_of(self.name, matrix_of(self.name, shape), NV_BLOCK_SIZE)
-
-    def read(
-        self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
-    ) -> Weight4bit:
-        form = self.form(settings, shape)
-        rows, columns = shape
-        given = Given(tensors, self.tensors(settings), self.name, where)
-        packed = given.take("weight", (rows, columns // 2), torch.uint8)
-        codes = given.take("weight_scale", (rows, columns // NV_BLOCK_SIZE), torch.float8_e4m3fn)
-        found = e2m1.e4m3(given, "weight_scale", codes, "weight_scale_2", divides=False)
-        return e2m1.weight(form, packed, found, shape, dtype)
-
-    def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        codes = w4.absmax.reshape(w4.shape[0], -1).view(torch.float8_e4m3fn)
-        return {"weight": nibbles.swap(w4.packed), "weight_scale": codes, **retained}
+    def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
+        return e2m1.e4m3(given, "weight_scale", stored, "weight_scale_2", divides=False)
 
 
 def _check_group_size(config: Mapping[str, Any], source: str) -> None:
