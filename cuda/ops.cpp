@@ -134,9 +134,8 @@ Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t bloc
 
 // The contents of order and feedback are not checked, unlike on the CPU, because the host would have to wait for them.
 Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, OptionalTensor feedback,
-                  OptionalTensor order, const CodeName& code, OptionalTensor block_offsets) {
-  checks::require(!block_offsets, "block_offsets: expected None on CUDA, which cannot encode under offsets yet");
-  const EncodeCall call(w, absmax, block_size, feedback, order, code, block_offsets);
+                  OptionalTensor order, const CodeName& code) {
+  const EncodeCall call(w, absmax, block_size, feedback, order, code);
   OnDevice on(call.w);
   require_named(call.code);
   auto* const packed = call.packed.mutable_data_ptr<uint8_t>();
@@ -161,9 +160,8 @@ Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, Opt
 }
 
 Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed,
-                             const CodeName& code, OptionalTensor block_offsets) {
-  checks::require(!block_offsets, "block_offsets: expected None on CUDA, which cannot encode under offsets yet");
-  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt, code, block_offsets);
+                             const CodeName& code) {
+  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt, code);
   const OnDevice on(call.w);
   require_named(call.code);
   check_launch("encode_nf4_stochastic",

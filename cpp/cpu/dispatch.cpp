@@ -108,21 +108,21 @@ Error search_absmax_nf4(const Pool& pool, Code code, DType dtype, const void* w,
   return guarded(
       [&] { table().codec->search_absmax_nf4(pool, code, dtype, w, importance, numel, k, block_size, absmax); });
 }
-Error encode_nf4(const Pool& pool, Code code, DType dtype, const void* w, GivenScales scales, int64_t numel,
+Error encode_nf4(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                  int64_t block_size, uint8_t* packed) {
-  return guarded([&] { table().codec->encode_nf4(pool, code, dtype, w, scales, numel, block_size, packed); });
+  return guarded([&] { table().codec->encode_nf4(pool, code, dtype, w, absmax, numel, block_size, packed); });
 }
-Error encode_nf4_with_feedback(const Pool& pool, Code code, DType dtype, const void* w, GivenScales scales, int64_t n,
+Error encode_nf4_with_feedback(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t n,
                                int64_t k, int64_t block_size, const float* feedback, const int64_t* order,
                                uint8_t* packed) {
   return guarded([&] {
-    table().codec->encode_nf4_with_feedback(pool, code, dtype, w, scales, n, k, block_size, feedback, order, packed);
+    table().codec->encode_nf4_with_feedback(pool, code, dtype, w, absmax, n, k, block_size, feedback, order, packed);
   });
 }
-Error encode_nf4_stochastic(const Pool& pool, Code code, DType dtype, const void* w, GivenScales scales, int64_t numel,
+Error encode_nf4_stochastic(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                             int64_t block_size, uint64_t seed, uint8_t* packed) {
   return guarded(
-      [&] { table().codec->encode_nf4_stochastic(pool, code, dtype, w, scales, numel, block_size, seed, packed); });
+      [&] { table().codec->encode_nf4_stochastic(pool, code, dtype, w, absmax, numel, block_size, seed, packed); });
 }
 Error quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
                       float* nested_absmax, float* nested_offset) {

@@ -62,17 +62,17 @@ QLORA_EXPORT Error search_absmax_nf4(const Pool&, Code code, DType dtype, const 
                                      int64_t numel, int64_t k, int64_t block_size, float* absmax);
 
 // Codes under given scales: w [numel], absmax [ceil(numel / block_size)] -> packed [ceil(numel / 2)].
-QLORA_EXPORT Error encode_nf4(const Pool&, Code code, DType dtype, const void* w, GivenScales scales, int64_t numel,
+QLORA_EXPORT Error encode_nf4(const Pool&, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                               int64_t block_size, uint8_t* packed);
 
 // The same by stochastic rounding: a code's value is w over its scale on the average, the same for the same `seed`.
-QLORA_EXPORT Error encode_nf4_stochastic(const Pool&, Code code, DType dtype, const void* w, GivenScales scales,
+QLORA_EXPORT Error encode_nf4_stochastic(const Pool&, Code code, DType dtype, const void* w, const float* absmax,
                                          int64_t numel, int64_t block_size, uint64_t seed, uint8_t* packed);
 
 // Codes for w [n, k], where each rounding error is made good by the columns that are rounded later: GPTQ (Frantar et
 // al., 2022). Columns are rounded in `order` [k]; `feedback` [k, k] is the upper Cholesky factor of the inverse of the
 // inputs' second moments, rows and columns in that order.
-QLORA_EXPORT Error encode_nf4_with_feedback(const Pool&, Code code, DType dtype, const void* w, GivenScales scales,
+QLORA_EXPORT Error encode_nf4_with_feedback(const Pool&, Code code, DType dtype, const void* w, const float* absmax,
                                             int64_t n, int64_t k, int64_t block_size, const float* feedback,
                                             const int64_t* order, uint8_t* packed);
 

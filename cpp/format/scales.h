@@ -60,12 +60,6 @@ QLORA_INLINE Scales nested_scales(const uint8_t* codes, const float* nested_absm
   return {ScaleForm::kNested8, codes, nested_absmax, nested_offset, block_size, nested_block_size, nullptr, {}};
 }
 
-// Decoded scales that weights are encoded under, one per block, and offsets, or null.
-struct GivenScales {
-  const float* scale = nullptr;
-  const float* offset = nullptr;
-};
-
 // Of a block with an offset.
 struct ScaleAndOffset {
   float scale, offset;

@@ -29,16 +29,15 @@ struct SearchAbsmaxCall {
   }
 };
 
-// w of any shape; with feedback [N, K]. Scales and offsets are float32, one per block.
+// w of any shape; with feedback [N, K].
 struct EncodeCall {
   Code code;
   DType dtype;
-  Tensor w, absmax, offsets, feedback, order, packed;
-  GivenScales scales;
+  Tensor w, absmax, feedback, order, packed;
   int64_t numel, n = 0, k = 0;
 
   EncodeCall(const Tensor& w_arg, const Tensor& absmax_arg, int64_t block_size, const OptionalTensor& feedback_arg,
-             const OptionalTensor& order_arg, const CodeName& name, const OptionalTensor& offsets_arg) {
+             const OptionalTensor& order_arg, const CodeName& name) {
     code = checks::code(name);
     dtype = checks::storage_dtype("w", w_arg.scalar_type());
     checks::block_size("block_size", block_size);
@@ -63,14 +62,6 @@ struct EncodeCall {
     }
     w = w_arg.is_contiguous() ? w_arg : stable::contiguous(w_arg);
     absmax = absmax_arg.is_contiguous() ? absmax_arg : stable::contiguous(absmax_arg);
-    scales.scale = absmax.const_data_ptr<float>();
-    if (offsets_arg) {
-      checks::same_device("block_offsets", *offsets_arg, "w", w_arg);
-      checks::has_dtype("block_offsets", *offsets_arg, ScalarType::Float);
-      checks::has_numel("block_offsets", *offsets_arg, ceil_div(numel, block_size), "one per block");
-      offsets = offsets_arg->is_contiguous() ? *offsets_arg : stable::contiguous(*offsets_arg);
-      scales.offset = offsets.const_data_ptr<float>();
-    }
     packed = empty(w_arg, checks::packed_shape(w_arg), ScalarType::Byte);
   }
 };

@@ -47,27 +47,28 @@ void check_feedback(const EncodeCall& call) {
 }
 
 Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, OptionalTensor feedback,
-                  OptionalTensor order, const CodeName& code, OptionalTensor block_offsets) {
-  const EncodeCall call(w, absmax, block_size, feedback, order, code, block_offsets);
+                  OptionalTensor order, const CodeName& code) {
+  const EncodeCall call(w, absmax, block_size, feedback, order, code);
   auto* const packed = call.packed.mutable_data_ptr<uint8_t>();
+  const auto* const scales = call.absmax.const_data_ptr<float>();
   if (!feedback) {
-    cpu::check(cpu::encode_nf4(pool(), call.code, call.dtype, call.w.const_data_ptr(), call.scales, call.numel,
-                               block_size, packed));
+    cpu::check(cpu::encode_nf4(pool(), call.code, call.dtype, call.w.const_data_ptr(), scales, call.numel, block_size,
+                               packed));
     return call.packed;
   }
   check_feedback(call);
-  cpu::check(cpu::encode_nf4_with_feedback(pool(), call.code, call.dtype, call.w.const_data_ptr(), call.scales, call.n,
+  cpu::check(cpu::encode_nf4_with_feedback(pool(), call.code, call.dtype, call.w.const_data_ptr(), scales, call.n,
                                            call.k, block_size, call.feedback.const_data_ptr<float>(),
                                            call.order.const_data_ptr<int64_t>(), packed));
   return call.packed;
 }
 
 Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed,
-                             const CodeName& code, OptionalTensor block_offsets) {
-  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt, code, block_offsets);
-  cpu::check(cpu::encode_nf4_stochastic(pool(), call.code, call.dtype, call.w.const_data_ptr(), call.scales, call.numel,
-                                        block_size, static_cast<uint64_t>(seed),
-                                        call.packed.mutable_data_ptr<uint8_t>()));
+                             const CodeName& code) {
+  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt, code);
+  cpu::check(cpu::encode_nf4_stochastic(pool(), call.code, call.dtype, call.w.const_data_ptr(),
+                                        call.absmax.const_data_ptr<float>(), call.numel, block_size,
+                                        static_cast<uint64_t>(seed), call.packed.mutable_data_ptr<uint8_t>()));
   return call.packed;
 }
 

@@ -27,9 +27,9 @@ STABLE_TORCH_LIBRARY(qlora, m) {
   const std::string code = std::string("str code=") + kDefaultCode;
   define("quantize_nf4(Tensor w, int block_size, " + code + ") -> (Tensor packed, Tensor absmax)");
   define("search_absmax_nf4(Tensor w, Tensor importance, int block_size, " + code + ") -> Tensor absmax");
-  const std::string encoded = code + ", Tensor? block_offsets=None) -> Tensor packed";
-  define("encode_nf4(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None, " + encoded);
-  define("encode_nf4_stochastic(Tensor w, Tensor absmax, int block_size, int seed, " + encoded);
+  define("encode_nf4(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None, " + code +
+         ") -> Tensor packed");
+  define("encode_nf4_stochastic(Tensor w, Tensor absmax, int block_size, int seed, " + code + ") -> Tensor packed");
   define(
       "quantize_absmax(Tensor absmax, int nested_block_size) -> "
       "(Tensor codes, Tensor nested_absmax, Tensor nested_offset)");

@@ -102,21 +102,18 @@ def _(
     feedback: Tensor | None = None,
     order: Tensor | None = None,
     code: str = NF4,
-    block_offsets: Tensor | None = None,
 ) -> Tensor:
     check_block_sizes(block_size)
     check_code(code)
-    check_one_device("encode_nf4", w, absmax, block_size, feedback, order, code, block_offsets)
+    check_one_device("encode_nf4", w, absmax, block_size, feedback, order)
     return w.new_empty(packed_shape(w.shape), dtype=torch.uint8)
 
 
 @torch.library.register_fake("qlora::encode_nf4_stochastic")
-def _(
-    w: Tensor, absmax: Tensor, block_size: int, seed: int, code: str = NF4, block_offsets: Tensor | None = None
-) -> Tensor:
+def _(w: Tensor, absmax: Tensor, block_size: int, seed: int, code: str = NF4) -> Tensor:
     check_block_sizes(block_size)
     check_code(code)
-    check_one_device("encode_nf4_stochastic", w, absmax, block_size, seed, code, block_offsets)
+    check_one_device("encode_nf4_stochastic", w, absmax)
     return w.new_empty(packed_shape(w.shape), dtype=torch.uint8)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import qlora_ext  # noqa: F401  (its operators)
-from cuda_profiles import Launch, Recorder, cases_printed, needs_counters, simulated
+from cuda_profiles import Launch, Recorder, launches_of_cases, needs_counters
 
 pytestmark = needs_counters
 
@@ -44,10 +44,9 @@ def run_cases(profile: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=["80", "90"])
 def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launch]:
-    profile = tmp_path_factory.mktemp("profile") / "launches.jsonl"
-    found = cases_printed(simulated(__file__, request.param, profile))
+    found = launches_of_cases(__file__, request.param, tmp_path_factory.mktemp("profile"))
     assert all(len(launches) == 1 for launches in found.values())
-    return {name: Launch(launches[0]) for name, launches in found.items()}
+    return {name: launches[0] for name, launches in found.items()}
 
 
 @pytest.mark.parametrize("name", ["search", "encode", "stochastic", "feedback"])

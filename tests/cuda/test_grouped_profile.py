@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cuda_profiles import Launch, Recorder, cases_printed, needs_counters, simulated
+from cuda_profiles import Launch, Recorder, launches_of_cases, needs_counters
 
 pytestmark = needs_counters
 
@@ -39,9 +39,7 @@ def run_cases(profile: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=["80", "90"])
 def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Launch]]:
-    profile = tmp_path_factory.mktemp("profile") / "launches.jsonl"
-    found = cases_printed(simulated(__file__, request.param, profile))
-    return {name: [Launch(launch) for launch in launches] for name, launches in found.items()}
+    return launches_of_cases(__file__, request.param, tmp_path_factory.mktemp("profile"))
 
 
 @pytest.mark.parametrize("name", OPERATORS)

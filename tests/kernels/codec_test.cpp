@@ -97,18 +97,17 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
   // Scales that do not belong to these values: of either sign, and zeros.
   std::vector<float> scales = decoded_absmax;
   for (int64_t b = 0; b < blocks; ++b) scales[b] *= b % 5 == 3 ? -1.0f : b % 5 == 4 ? 0.0f : 1.0f;
-  for (const GivenScales given : {GivenScales{scales.data()}, GivenScales{scales.data(), offsets.data()}}) {
-    set.codec->encode_nf4(pool, code, dtype, w.data(), given, numel, s.block_size, packed.data());
+  set.codec->encode_nf4(pool, code, dtype, w.data(), scales.data(), numel, s.block_size, packed.data());
+  keep(packed);
+  set.codec->encode_nf4_stochastic(pool, code, dtype, w.data(), scales.data(), numel, s.block_size, 1234,
+                                   packed.data());
+  keep(packed);
+  if (!feedback.empty()) {
+    std::vector<int64_t> order(s.columns);
+    std::iota(order.rbegin(), order.rend(), 0);
+    set.codec->encode_nf4_with_feedback(pool, code, dtype, w.data(), scales.data(), s.rows, s.columns, s.block_size,
+                                        feedback.data(), order.data(), packed.data());
     keep(packed);
-    set.codec->encode_nf4_stochastic(pool, code, dtype, w.data(), given, numel, s.block_size, 1234, packed.data());
-    keep(packed);
-    if (!feedback.empty()) {
-      std::vector<int64_t> order(s.columns);
-      std::iota(order.rbegin(), order.rend(), 0);
-      set.codec->encode_nf4_with_feedback(pool, code, dtype, w.data(), given, s.rows, s.columns, s.block_size,
-                                          feedback.data(), order.data(), packed.data());
-      keep(packed);
-    }
   }
   return all;
 }

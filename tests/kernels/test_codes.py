@@ -42,7 +42,7 @@ def test_every_operator_with_a_packed_weight_takes_the_form_last() -> None:
         if "packed" in names:
             assert names[-4:] == last, name
         elif encodes:
-            assert [n for n in names if n in last] in (["code"], ["code", "block_offsets"]), name
+            assert [n for n in names if n in last] == ["code"], name
         else:
             assert not set(last) & set(names), name
 

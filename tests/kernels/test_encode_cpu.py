@@ -85,35 +85,26 @@ def test_codes_of_weights_that_are_not_finite(scale: float, code: str) -> None:
 @pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize(("n", "k"), [(17, 96), (5, 100), (33, 31), (2, 1)])
-def test_codes_under_offsets(n: int, k: int, block: int, code: str) -> None:
-    """Each way to encode rounds (w - offset) / scale, and feeds back the errors of whole weights."""
+def test_every_way_to_encode_takes_every_code(n: int, k: int, block: int, code: str) -> None:
     w, blocks, table = weight(n, k), -(-n * k // block), reference.CODES[code]
     absmax = OPS.quantize_nf4(w, block, code)[1] * torch.linspace(0.3, 1.3, blocks)
-    offsets = torch.randn(blocks) * 0.05
-    offsets[::3] = 0
     given = w.numpy(), absmax.numpy(), block
-    expected = reference.encode_nf4(*given, table, offsets.numpy())
-    assert_bits(OPS.encode_nf4(w, absmax, block, None, None, code, offsets), expected, "codes")
-    expected = reference.encode_nf4_stochastic(*given, 7, table=table, offsets=offsets.numpy())
-    assert_bits(OPS.encode_nf4_stochastic(w, absmax, block, 7, code, offsets), expected, "stochastic codes")
+    expected = reference.encode_nf4(*given, table)
+    assert_bits(OPS.encode_nf4(w, absmax, block, None, None, code), expected, "codes")
+    expected = reference.encode_nf4_stochastic(*given, 7, table=table)
+    assert_bits(OPS.encode_nf4_stochastic(w, absmax, block, 7, code), expected, "stochastic codes")
     feedback, order = feedback_of(moments(k))
-    packed = OPS.encode_nf4(w, absmax, block, feedback, order, code, offsets)
-    expected = reference.encode_with_feedback(
-        given[0], given[1], feedback.numpy(), order.numpy(), block, table, offsets.numpy()
-    )
+    packed = OPS.encode_nf4(w, absmax, block, feedback, order, code)
+    expected = reference.encode_with_feedback(*given[:2], feedback.numpy(), order.numpy(), block, table)
     assert np.array_equal(reference.unpack(packed.numpy(), n * k).reshape(n, k), expected)
 
 
 def test_the_padding_of_an_odd_number_is_the_code_of_zero() -> None:
     w = torch.full((1, 33), -3.0)
     for scale in (1.0, float("nan")):
-        for offset in (None, torch.full((3,), -2.0)):
-            absmax = torch.full((3,), scale)
-            for packed in (
-                OPS.encode_nf4(w, absmax, 16, None, None, "int4", offset),
-                OPS.encode_nf4_stochastic(w, absmax, 16, 0, "int4", offset),
-            ):
-                assert packed[-1] & 15 == 8
+        absmax = torch.full((3,), scale)
+        assert OPS.encode_nf4(w, absmax, 16, None, None, "int4")[-1] & 15 == 8
+        assert OPS.encode_nf4_stochastic(w, absmax, 16, 0, "int4")[-1] & 15 == 8
 
 
 @pytest.mark.parametrize("code", reference.CODES)
@@ -184,8 +175,6 @@ def test_invalid_arguments_are_rejected() -> None:
         (lambda: OPS.encode_nf4(w, absmax, 64, feedback, order * 0), "order: expected each column"),
         (lambda: OPS.encode_nf4(w, absmax, 64, -feedback, order), "feedback: expected a positive diagonal"),
         (lambda: OPS.encode_nf4(w.reshape(-1), absmax, 64, feedback, order), "w: expected shape"),
-        (lambda: OPS.encode_nf4(w, absmax, 64, block_offsets=absmax[:3]), "block_offsets: expected 4 elements"),
-        (lambda: OPS.encode_nf4(w, absmax, 64, block_offsets=absmax.half()), "block_offsets: expected Float, got Half"),
     ]
     for call, text in refused:
         with pytest.raises(ValueError, match=text):

@@ -79,3 +79,9 @@ def cases_printed(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     """The cases that a ``Recorder`` printed last in the process."""
     cases: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return cases
+
+
+def launches_of_cases(script: str, arch: str, directory: Path) -> dict[str, list[Launch]]:
+    """The launches of every case of ``script``, which is run simulating an architecture; ``directory`` is for files."""
+    found = cases_printed(simulated(script, arch, directory / "launches.jsonl"))
+    return {name: [Launch(launch) for launch in launches] for name, launches in found.items()}

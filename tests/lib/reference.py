@@ -190,15 +190,9 @@ def search_absmax_nf4(w: np.ndarray, importance: np.ndarray, block: int = 64, ta
     return np.where(absmax > 0, best, absmax).astype(F32)
 
 
-def _less_offsets(flat: np.ndarray, offsets: np.ndarray | None, block: int) -> np.ndarray:
-    return flat if offsets is None else flat - np.repeat(offsets.astype(F32), block)[: flat.size]
-
-
-def encode_nf4(
-    w: np.ndarray, absmax: np.ndarray, block: int = 64, table: np.ndarray = NF4, offsets: np.ndarray | None = None
-) -> np.ndarray:
-    """Packed bytes (flat) of w under given scales and offsets."""
-    flat = _less_offsets(w.astype(F32).reshape(-1), offsets, block)
+def encode_nf4(w: np.ndarray, absmax: np.ndarray, block: int = 64, table: np.ndarray = NF4) -> np.ndarray:
+    """Packed bytes (flat) of w under given scales."""
+    flat = w.astype(F32).reshape(-1)
     with np.errstate(over="ignore"):
         return pack(encode(flat * np.repeat(inverse_scale(absmax), block)[: flat.size], table), table)
 
@@ -224,38 +218,29 @@ def stochastic_bounds(first: int, count: int, seed: int, table: np.ndarray = NF4
 
 
 def encode_nf4_stochastic(
-    w: np.ndarray,
-    absmax: np.ndarray,
-    block: int,
-    seed: int,
-    first: int = 0,
-    table: np.ndarray = NF4,
-    offsets: np.ndarray | None = None,
+    w: np.ndarray, absmax: np.ndarray, block: int, seed: int, first: int = 0, table: np.ndarray = NF4
 ) -> np.ndarray:
-    """Packed bytes (flat) of w under given scales and offsets, each weight rounded with a random number of its own.
+    """Packed bytes (flat) of w under given scales, each weight rounded stochastically with its own random number.
 
     ``first`` is the index of w's first element in a larger tensor.
     """
-    flat = _less_offsets(w.astype(F32).reshape(-1), offsets, block)
+    flat = w.astype(F32).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         q = flat * np.repeat(inverse_scale(absmax), block)[: flat.size]
     ranks = (q[:, None] > stochastic_bounds(first, flat.size, seed, table)).sum(1)
     return pack(ranked(table)[1][ranks].astype(np.uint8), table)
 
 
-def encode_with_feedback(
-    w, absmax, feedback, order, block: int = 64, table: np.ndarray = NF4, offsets: np.ndarray | None = None
-) -> np.ndarray:
+def encode_with_feedback(w, absmax, feedback, order, block: int = 64, table: np.ndarray = NF4) -> np.ndarray:
     """Codes [N, K] of w by GPTQ (Frantar et al., 2022, algorithm 1), column by column, in float32."""
     n, k = w.shape
     scales = np.repeat(absmax.astype(F32), block)[: n * k].reshape(n, k)
-    added = np.zeros((n, k), F32) if offsets is None else np.repeat(offsets, block)[: n * k].reshape(n, k)
     left = w.astype(F32)[:, order].copy()
     codes = np.zeros((n, k), np.uint8)
     for place, column in enumerate(order):
         scale = scales[:, column]
-        codes[:, column] = encode((left[:, place] - added[:, column]) * inverse_scale(scale), table)
-        rounded = table[codes[:, column]] * scale + added[:, column]
+        codes[:, column] = encode(left[:, place] * inverse_scale(scale), table)
+        rounded = table[codes[:, column]] * scale
         error = (left[:, place] - rounded) * (F32(1) / feedback[place, place])
         left[:, place + 1 :] -= error[:, None] * feedback[place, place + 1 :]
     return codes

@@ -63,6 +63,9 @@ def test_it_decodes_as_specified(name: str) -> None:
     values = table[codes] * w4.decoded_scales()[blocks]
     offsets = w4.decoded_offsets()
     assert np.array_equal((values if offsets is None else values + offsets[blocks]).numpy(), expected.reshape(-1))
+    w = torch.randn(w4.shape)
+    less = w if offsets is None else w - offsets[blocks].view(w.shape)
+    assert torch.equal(w4.without_offsets(w), less)
     stack = Weight4bit.stack([w4, random_weight(FORMS[name], SHAPE, seed=1)])
     assert torch.equal(stack.dequantize(), torch.stack([stack.matrix(e).dequantize() for e in range(2)]))
     assert torch.equal(stack.decoded_scales()[0], w4.decoded_scales())

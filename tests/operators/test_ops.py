@@ -80,13 +80,13 @@ def test_schemas_are_those_of_the_design() -> None:
     grouped = f"Tensor offsets, {packed}"
     code = 'str code="nf4"'
     form = f"{code}, Tensor? scale_table=None, Tensor? block_offsets=None, Tensor? offset_scale=None"
-    encoded = f"{code}, Tensor? block_offsets=None) -> Tensor packed"
     defaults = lora.replace("dropout_p,", "dropout_p=0.,").replace("SymInt seed,", "SymInt seed=0,")
     expected = {
         "quantize_nf4": f"(Tensor w, int block_size, {code}) -> (Tensor packed, Tensor absmax)",
         "search_absmax_nf4": f"(Tensor w, Tensor importance, int block_size, {code}) -> Tensor absmax",
-        "encode_nf4": f"(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None, {encoded}",
-        "encode_nf4_stochastic": f"(Tensor w, Tensor absmax, int block_size, int seed, {encoded}",
+        "encode_nf4": f"(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None, "
+        f"{code}) -> Tensor packed",
+        "encode_nf4_stochastic": f"(Tensor w, Tensor absmax, int block_size, int seed, {code}) -> Tensor packed",
         "quantize_absmax": "(Tensor absmax, int nested_block_size) -> "
         "(Tensor codes, Tensor nested_absmax, Tensor nested_offset)",
         "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset, int nested_block_size) "

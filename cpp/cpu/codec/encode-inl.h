@@ -14,67 +14,48 @@
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 
-// The scale of a block and, of weights that have them, its offset. A weight is encoded as (w - offset) / scale.
-template <bool kHasOffsets>
-struct GivenBlock {
-  float inverse;  // inverse_scale
-  float offset;
-
-  codec::Floats quotient(const codec::Floats& w) const {
-    if constexpr (kHasOffsets) {
-      return codec::mul(codec::sub(w, codec::splat(offset)), codec::splat(inverse));
-    } else {
-      return codec::mul(w, codec::splat(inverse));
-    }
-  }
-};
-
-template <class Encoder, class T, class Block>
-inline void encode_group(const Encoder& encoder, const T* group, const Block& block, uint8_t* packed) {
+template <class Encoder, class T>
+inline void encode_group(const Encoder& encoder, const T* group, float inverse, uint8_t* packed) {
   const codec::Pairs pairs = codec::load_pairs(group);
-  codec::store_packed(packed, encoder.encode(block.quotient(pairs.even)), encoder.encode(block.quotient(pairs.odd)));
+  const codec::Floats scale = codec::splat(inverse);
+  codec::store_packed(packed, encoder.encode(codec::mul(pairs.even, scale)),
+                      encoder.encode(codec::mul(pairs.odd, scale)));
 }
 
 // Encodes whole groups straight from w. The rest goes through a buffer, and an odd number of codes is padded with the
 // code of 0.
-template <class Encoder, class T, class Block>
-inline void encode_block_under(const Encoder& encoder, const T* w, int64_t count, const Block& block, uint8_t zero_code,
+template <class Encoder, class T>
+inline void encode_block_under(const Encoder& encoder, const T* w, int64_t count, float scale, uint8_t zero_code,
                                uint8_t* packed) {
+  const float inverse = inverse_scale(scale);
   const int64_t whole = count / codec::kGroup * codec::kGroup, rest = count - whole;
-  for (int64_t i = 0; i < whole; i += codec::kGroup) encode_group(encoder, w + i, block, packed + i / 2);
+  for (int64_t i = 0; i < whole; i += codec::kGroup) encode_group(encoder, w + i, inverse, packed + i / 2);
   if (rest == 0) return;
   T filled[codec::kGroup] = {};
   uint8_t bytes[codec::kGroup / 2];
   for (int64_t i = 0; i < rest; ++i) filled[i] = w[whole + i];
-  encode_group(encoder, filled, block, bytes);
+  encode_group(encoder, filled, inverse, bytes);
   if (rest % 2) bytes[rest / 2] = static_cast<uint8_t>((bytes[rest / 2] & 0xF0) | zero_code);
   for (int64_t i = 0; i < packed_bytes(rest); ++i) packed[whole / 2 + i] = bytes[i];
 }
 
-template <bool kHasOffsets, class T, class Encoder>
-void encode_as(const Pool& pool, const Encoder& encoder, const T* w, GivenScales scales, int64_t numel,
+template <class T, class Encoder>
+void encode_as(const Pool& pool, const Encoder& encoder, const T* w, const float* absmax, int64_t numel,
                int64_t block_size, uint8_t zero_code, uint8_t* packed) {
   auto body = [=](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block_size;
-      const GivenBlock<kHasOffsets> block = {inverse_scale(scales.scale[b]), kHasOffsets ? scales.offset[b] : 0.0f};
-      encode_block_under(encoder, w + first, min(block_size, numel - first), block, zero_code, packed + first / 2);
+      encode_block_under(encoder, w + first, min(block_size, numel - first), absmax[b], zero_code, packed + first / 2);
     }
   };
   pool(ceil_div(numel, block_size), ceil_div(int64_t{16384}, block_size), body);
 }
 
-void encode_nf4(const Pool& pool, Code code, DType dtype, const void* w, GivenScales scales, int64_t numel,
+void encode_nf4(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                 int64_t block_size, uint8_t* packed) {
-  const uint8_t zero_code = table_of(code).zero_code;
   codec::with_encoder(code, [&](const auto& encoder) {
     with_type(dtype, [&]<class T>() {
-      const T* const from = static_cast<const T*>(w);
-      if (scales.offset) {
-        encode_as<true>(pool, encoder, from, scales, numel, block_size, zero_code, packed);
-      } else {
-        encode_as<false>(pool, encoder, from, scales, numel, block_size, zero_code, packed);
-      }
+      encode_as(pool, encoder, static_cast<const T*>(w), absmax, numel, block_size, table_of(code).zero_code, packed);
     });
   });
 }
@@ -99,23 +80,19 @@ struct Stripe {
 };
 
 // Rounds the places [first, last), and applies each place's error to the later ones among them.
-template <bool kHasOffsets, class Encoder>
-inline void round_batch(const Encoder& encoder, const Stripe& stripe, int64_t row, int64_t rows, GivenScales scales,
+template <class Encoder>
+inline void round_batch(const Encoder& encoder, const Stripe& stripe, int64_t row, int64_t rows, const float* absmax,
                         int64_t k, int shift, int64_t first, int64_t last, const float* feedback,
                         const int64_t* order) {
   for (int64_t place = first; place < last; ++place) {
     const int64_t column = order[place];
-    float scale[kStripeRows], inverse[kStripeRows], offset[kStripeRows];
-    const auto block = [&](int64_t r) { return ((row + r) * k + column) >> shift; };
-    for (int64_t r = 0; r < kStripeRows; ++r) scale[r] = r < rows ? scales.scale[block(r)] : 1.0f;
+    float scale[kStripeRows], inverse[kStripeRows];
+    for (int64_t r = 0; r < kStripeRows; ++r) scale[r] = r < rows ? absmax[((row + r) * k + column) >> shift] : 1.0f;
     for (int64_t r = 0; r < kStripeRows; ++r) inverse[r] = inverse_scale(scale[r]);
-    for (int64_t r = 0; r < kStripeRows; ++r) offset[r] = kHasOffsets && r < rows ? scales.offset[block(r)] : 0.0f;
     const codec::Floats w = codec::load(stripe.weights + place * kStripeRows);
-    const codec::Floats scaled = kHasOffsets ? codec::sub(w, codec::load(offset)) : w;
-    const codec::Codes codes = encoder.encode(codec::mul(scaled, codec::load(inverse)));
+    const codec::Codes codes = encoder.encode(codec::mul(w, codec::load(inverse)));
     codec::store_codes(stripe.codes + column * kStripeRows, codes);
-    codec::Floats rounded = codec::mul(encoder.values(codes), codec::load(scale));
-    if constexpr (kHasOffsets) rounded = codec::add(rounded, codec::load(offset));
+    const codec::Floats rounded = codec::mul(encoder.values(codes), codec::load(scale));
     const float* const factors = feedback + place * k;
     const codec::Floats error = codec::mul(codec::sub(w, rounded), codec::splat(1.0f / factors[place]));
     codec::store(stripe.errors + (place - first) * kStripeRows, error);
@@ -160,8 +137,8 @@ inline void pack_stripe(const Stripe& stripe, int64_t row, int64_t rows, int64_t
   if (element % 2) *out = high | pad;
 }
 
-template <bool kHasOffsets, class T, class Encoder>
-void encode_with_feedback_as(const Pool& pool, const Encoder& encoder, const T* w, GivenScales scales, int64_t n,
+template <class T, class Encoder>
+void encode_with_feedback_as(const Pool& pool, const Encoder& encoder, const T* w, const float* absmax, int64_t n,
                              int64_t k, int64_t block_size, const float* feedback, const int64_t* order, uint8_t pad,
                              uint8_t* packed) {
   const int shift = __builtin_ctzll(static_cast<uint64_t>(block_size));
@@ -179,8 +156,7 @@ void encode_with_feedback_as(const Pool& pool, const Encoder& encoder, const T* 
       }
       for (int64_t first = 0; first < k; first += kFeedbackBatch) {
         const int64_t last = min(first + kFeedbackBatch, k);
-        round_batch<kHasOffsets>(encoder, stripe, s * kStripeRows, rows, scales, k, shift, first, last, feedback,
-                                 order);
+        round_batch(encoder, stripe, s * kStripeRows, rows, absmax, k, shift, first, last, feedback, order);
         int64_t later = last;
         for (; later + kPlacesAtOnce <= k; later += kPlacesAtOnce) {
           feed_back<kPlacesAtOnce>(stripe, k, first, last, later, feedback);
@@ -193,18 +169,14 @@ void encode_with_feedback_as(const Pool& pool, const Encoder& encoder, const T* 
   pool(ceil_div(n, kStripeRows), 1, body);
 }
 
-void encode_nf4_with_feedback(const Pool& pool, Code code, DType dtype, const void* w, GivenScales scales, int64_t n,
+void encode_nf4_with_feedback(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t n,
                               int64_t k, int64_t block_size, const float* feedback, const int64_t* order,
                               uint8_t* packed) {
-  const uint8_t pad = table_of(code).zero_code;
+  const CodeTable& table = table_of(code);
   codec::with_encoder(code, [&](const auto& encoder) {
     with_type(dtype, [&]<class T>() {
-      const T* const from = static_cast<const T*>(w);
-      if (scales.offset) {
-        encode_with_feedback_as<true>(pool, encoder, from, scales, n, k, block_size, feedback, order, pad, packed);
-      } else {
-        encode_with_feedback_as<false>(pool, encoder, from, scales, n, k, block_size, feedback, order, pad, packed);
-      }
+      encode_with_feedback_as(pool, encoder, static_cast<const T*>(w), absmax, n, k, block_size, feedback, order,
+                              table.zero_code, packed);
     });
   });
 }

@@ -19,11 +19,11 @@ inline constexpr int kStochasticGroup = 32;
 // Encodes the `count` weights from element `first` of the tensor on. `first` is even, and so is `count` except at the
 // tensor's end.
 template <class T>
-inline void encode_group_stochastically(const CodeTable& table, const T* w, int64_t count, float inverse, float offset,
-                                        uint64_t seed, int64_t first, uint8_t* packed) {
+inline void encode_group_stochastically(const CodeTable& table, const T* w, int64_t count, float inverse, uint64_t seed,
+                                        int64_t first, uint8_t* packed) {
   float q[kStochasticGroup] = {}, threshold[kStochasticGroup];
   int32_t code[kStochasticGroup] = {};  // first ranks, then codes
-  for (int64_t i = 0; i < count; ++i) q[i] = (to_float(w[i]) - offset) * inverse;
+  for (int64_t i = 0; i < count; ++i) q[i] = to_float(w[i]) * inverse;
   for (int i = 0; i < kStochasticGroup; ++i) {
     threshold[i] = rounding_threshold(seed, static_cast<uint64_t>(first) + static_cast<uint64_t>(i));
   }
@@ -42,25 +42,25 @@ inline void encode_group_stochastically(const CodeTable& table, const T* w, int6
 }
 
 template <class T>
-void encode_stochastically_as(const Pool& pool, const CodeTable& table, const T* w, GivenScales scales, int64_t numel,
+void encode_stochastically_as(const Pool& pool, const CodeTable& table, const T* w, const float* absmax, int64_t numel,
                               int64_t block_size, uint64_t seed, uint8_t* packed) {
   auto body = [=, &table](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const float inverse = inverse_scale(scales.scale[b]), offset = scales.offset ? scales.offset[b] : 0.0f;
+      const float inverse = inverse_scale(absmax[b]);
       const int64_t last = min((b + 1) * block_size, numel);
       for (int64_t first = b * block_size; first < last; first += kStochasticGroup) {
         const int64_t count = min(int64_t{kStochasticGroup}, last - first);
-        encode_group_stochastically(table, w + first, count, inverse, offset, seed, first, packed + first / 2);
+        encode_group_stochastically(table, w + first, count, inverse, seed, first, packed + first / 2);
       }
     }
   };
   pool(ceil_div(numel, block_size), ceil_div(int64_t{16384}, block_size), body);
 }
 
-void encode_nf4_stochastic(const Pool& pool, Code code, DType dtype, const void* w, GivenScales scales, int64_t numel,
+void encode_nf4_stochastic(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                            int64_t block_size, uint64_t seed, uint8_t* packed) {
   with_type(dtype, [&]<class T>() {
-    encode_stochastically_as(pool, table_of(code), static_cast<const T*>(w), scales, numel, block_size, seed, packed);
+    encode_stochastically_as(pool, table_of(code), static_cast<const T*>(w), absmax, numel, block_size, seed, packed);
   });
 }
 
