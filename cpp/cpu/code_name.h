@@ -2,6 +2,9 @@
 // values, eight hexadecimal digits each, code 0 first.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <string>
 
@@ -42,12 +45,19 @@ inline std::string find_code(const char* name, Code* code) {
       if (!t.is_test) names += std::string(t.name) + ", ";
     return "code: expected " + names + "or 0x and the 128 hexadecimal digits of 16 float32 values, got " + name;
   }
-  bool any = false;
+  float largest = 0.0f;
   for (const float value : values) {
     if (!(value - value == 0.0f)) return "code: expected 16 finite float32 values, got " + std::to_string(value);
-    any |= value != 0.0f;
+    largest = std::max(largest, std::abs(value));
   }
-  if (!any) return "code: expected a value other than 0, got 16 zeros";
+  if (largest == 0.0f) return "code: expected a value other than 0, got 16 zeros";
+  // Kernels multiply values by inputs before scales, and sum the products in float32.
+  if (largest < 0x1p-60f || largest > 0x1p60f) {
+    char text[96];
+    std::snprintf(text, sizeof text, "code: expected values with a largest magnitude from 2^-60 to 2^60, got %g",
+                  largest);
+    return text;
+  }
   if (!cpu::intern_code(values, code))
     return "code: expected at most " + std::to_string(cpu::kMaxCustomCodes) +
            " made-up codes in a process, got another";

@@ -123,6 +123,62 @@ def test_float64_is_exact() -> None:
         np.testing.assert_allclose(OPS.linear_nf4(*s.args).numpy(), s.expected(), rtol=1e-12, atol=1e-12)
 
 
+def error(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float:
+    """The error of a product of float16, over that of rounding the exact result."""
+    exact = x.double() @ w.double().T
+    return float((y.double() - exact).norm() / (exact.half().double() - exact).norm())
+
+
+@pytest.mark.parametrize("largest", [1, 5, 7, 9, 12, 15])
+@pytest.mark.parametrize("form", [Form("int4", "bfloat16", 32), Form("uint4", "float16", 32, offsets="zero_point8")])
+def test_exact_weights_and_one_large_input(form: Form, largest: float) -> None:
+    """Products of float16 with weights that are exact in it leave only the rounding of the output."""
+    g = torch.Generator().manual_seed(0)
+    shape = torch.Size((512, 1024))
+    blocks = shape.numel() // 32
+    tensors = {"absmax": torch.full((blocks,), 2.0**-7).to(form.tensors(shape)["absmax"].dtype)}
+    if form.offsets:
+        tensors["block_offsets"] = torch.full((blocks,), 8, dtype=torch.uint8)
+    packed = torch.randint(256, (512, 512), generator=g, dtype=torch.uint8)
+    fields = {name: tensors.get(name) for name in TENSORS} | {"packed": packed, "absmax": tensors["absmax"]}
+    w4 = weight_of(form, **fields, shape=shape, dtype=torch.float32)
+    x = torch.randn(4, 1024, generator=g).sign() * (1 + torch.rand(4, 1024, generator=g) / 10)
+    x[:, 5] = largest
+    x = x.half()
+    y = OPS.linear_nf4(x, *w4.packed_args(), 512, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+    assert error(y, x, w4.dequantize(torch.float32)) <= 1.05
+
+
+def test_offsets_that_cancel_values_far_from_zero() -> None:
+    code, g = formats.code_name([8176.0 + i for i in range(16)]), torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 2, (64, 512), generator=g, dtype=torch.uint8) * 17
+    scales, offsets = torch.full((2048,), 2.0**-8).half(), torch.full((2048,), -8176 * 2.0**-8)
+    w4 = Weight4bit(packed, scales, None, None, torch.Size((64, 1024)), torch.float32, 32, 256, code, None, offsets)
+    x = torch.randn(4, 1024, generator=g).half()
+    y = OPS.linear_nf4(x, *w4.packed_args(), 64, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+    assert error(y, x, w4.dequantize(torch.float32)) <= 1.05
+
+
+@pytest.mark.parametrize("m", [1, 5, 70])
+def test_a_weight_that_decodes_to_zero_is_zero_in_a_product(m: int) -> None:
+    """Scaling and adding the offset are two roundings in products too, so that they cancel where they do decoded."""
+    for code in (7, 11, 13):
+        packed = torch.full((8, 16), 17 * code, dtype=torch.uint8)
+        scales, zero_points = torch.full((8,), 0.1), torch.full((8,), code, dtype=torch.uint8)
+        w4 = Weight4bit(
+            packed, scales, None, None, torch.Size((8, 32)), torch.float32, 32, 256, "uint4", None, zero_points
+        )
+        assert not w4.dequantize().any()
+        for dtype in DTYPES:
+            x = torch.full((m, 32), 1e4, dtype=dtype)
+            y = OPS.linear_nf4(x, *w4.packed_args(), 8, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+            dx = OPS.linear_nf4_dx(
+                x[:, :8].contiguous(), *w4.packed_args(), 32, None, None, 1.0, 0.0, 0, None, *w4.last_args()
+            )
+            assert not y.any()
+            assert not dx.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 4, 40])
 @pytest.mark.parametrize("name", ["zero points", "offsets", "e2m1", "negative scales"])
@@ -189,6 +245,11 @@ def test_names_of_made_up_codes() -> None:
             _C.code_values("0x" + word + digits[8:])
     with pytest.raises(ValueError, match="^code: expected a value other than 0, got 16 zeros"):
         _C.code_values("0x" + "00000000" * 15 + "80000000")
+    for value in (2.0**-61, 2.0**61):
+        with pytest.raises(
+            ValueError, match=r"^code: expected values with a largest magnitude from 2\^-60 to 2\^60, got"
+        ):
+            _C.code_values(formats.code_name([value] * 16))
     packed, absmax = torch.zeros(32, dtype=torch.uint8), torch.ones(1)
     with pytest.raises(ValueError, match="^code: expected 16 finite"):
         OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [64], torch.float32, "0x" + "7f800000" * 16)

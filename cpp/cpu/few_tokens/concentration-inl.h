@@ -181,17 +181,14 @@ class RowConcentration {
     return is_concentrated_exactly(begin, end, bound);
   }
 
-  // A bound of the weights begin .. end - 1: the largest that a code of their blocks may decode to, or what it is the
-  // sum of.
+  // A bound of what the weights begin .. end - 1 are sums of, up to a factor of 2: the largest scaled value or offset.
   float largest_possible(int64_t begin, int64_t end) const {
     const int64_t first = (begin >> reader_.log2_granule()) - scales_.first;
     const int64_t count = ((end - 1) >> reader_.log2_granule()) - scales_.first + 1 - first;
     Ints seen = round_to_ints(zero());
     for (int64_t i = first; i < first + count; i += kLanes) {
-      const Floats offset = load(scales_.offset + i, first + count - i);
-      const Floats scale = load(scales_.scale + i, first + count - i);
-      seen = max_bits(seen, fma(scale, splat(w_.table().ranked[0]), offset));
-      seen = max_bits(seen, fma(scale, splat(w_.table().ranked[w_.table().ranks - 1]), offset));
+      seen = max_bits(seen, mul(load(scales_.scale + i, first + count - i), splat(w_.table().largest)));
+      seen = max_bits(seen, load(scales_.offset + i, first + count - i));
     }
     return bits_float(largest_lane(seen));
   }

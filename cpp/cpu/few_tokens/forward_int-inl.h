@@ -34,6 +34,9 @@ using namespace stream;
 // which is 3 to 5, are far from that. A segment with an outlier is refused, and so is one whose values are so small or
 // large that factors would leave float32's range.
 //
+// Where the integers are the values exactly, products of float16 have next to no rounding of w to hide behind: only y
+// is rounded, by 0.42 units of 2^-11. There the steps of x must be small beside its root mean square too (kMaxPeak).
+//
 // These are sums over many products. If a few weights decide the sum of a row, these may meet small x, so such rows are
 // summed in float32 (concentration-inl.h). README.md has what is promised of a single entry.
 //
@@ -49,9 +52,16 @@ struct IntProducts {
   static constexpr bool kMayOverflow = true;
   static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
 
-  explicit IntProducts(const Weight& w) : book(int_codes(w.code).value), per_one(int_codes(w.code).per_one) {}
+  // The most that largest / rms of x may be for exact weights: the error then is 1.04 times that of rounding y.
+  static constexpr float kMaxPeak = 6.0f;
+
+  explicit IntProducts(const Weight& w)
+      : book(int_codes(w.code).value),
+        per_one(int_codes(w.code).per_one),
+        limits_peak(kMantissaBits<T> > 7 && int_codes(w.code).exact) {}
   IntCodebook book;
   double per_one;  // of the codes
+  bool limits_peak;
   using Codes = IntCodes;
   Codes codes(Chunk chunk) const { return decode(chunk, book, Order{}); }
 
@@ -84,6 +94,8 @@ struct IntProducts {
       if (!is_even(x, chunks * kChunk, segment.count, bits_float(token_bits), kSpread)) return false;
       *scale = static_cast<float>(bits_float(bits) / (32767.0 * per_one));
     }
+    if (bits && limits_peak && !is_below_peak(x, chunks * kChunk, segment.count, bits_float(bits), kMaxPeak))
+      return false;
     const Floats inverse = splat(bits ? 32767.0f / bits_float(bits) : 0.0f);
     for (int64_t c = 0; c < chunks; ++c) {
       Ints rounded_x[kLaneWeights];

@@ -76,6 +76,18 @@ bool is_even(const T* x, int64_t padded_count, int64_t count, float largest, flo
   return 8 * large >= 5 * nonzero && 8 * not_tiny >= 7 * nonzero && 4 * nonzero >= 3 * count;
 }
 
+// Whether the root mean square of the `count` values of x is at least largest / peak. From `count` to padded_count, x
+// is zero.
+inline bool is_below_peak(const float* x, int64_t padded_count, int64_t count, float largest, float peak) {
+  const Floats inverse = splat(1.0f / largest);
+  Floats squares = zero();
+  for (int64_t c = 0; c < padded_count; c += kLanes) {
+    const Floats relative = mul(load(x + c), inverse);
+    squares = fma(relative, relative, squares);
+  }
+  return sum(squares) * (peak * peak) >= static_cast<float>(count);
+}
+
 // Up to 1024 consecutive values of a token.
 struct Segment {
   const float* x;
