@@ -82,6 +82,18 @@ __device__ __forceinline__ void decode_scaled_segment(const LaneAddresses<Tile>&
   });
 }
 
+// Calls use(j, low, high) for each tile j of 8 tokens, with the lane's operands of its segment of x.
+template <class Tile, class Use>
+__device__ __forceinline__ void for_each_token_tile(const LaneAddresses<Tile>& lane, int slot, int segment,
+                                                    const Use& use) {
+  const uint32_t x = slot * Tile::kStageXBytes + segment * Tile::kTokens * Tile::kXLineStride;
+  const uint32_t x_low = lane.x_low + x, x_high = lane.x_high + x;
+  tile::unroll<Tile::kTokenTiles>([&](auto j) {
+    use(j, ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_low),
+        ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_high));
+  });
+}
+
 template <class Tile>
 using Accumulators = float[Tile::kRowTiles][Tile::kTokenTiles][4];
 
@@ -109,11 +121,7 @@ __device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane
     w[i][3][upper + 2] = tile::lookup_pair<3>(lane.table, lane.lane_offset, bytes.y);
   });
 
-  const uint32_t x = slot * Tile::kStageXBytes + segment * Tile::kTokens * Tile::kXLineStride;
-  const uint32_t x_low = lane.x_low + x, x_high = lane.x_high + x;
-  tile::unroll<Tile::kTokenTiles>([&](auto j) {
-    const uint4 low = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_low);
-    const uint4 high = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_high);
+  for_each_token_tile(lane, slot, segment, [&](auto j, uint4 low, uint4 high) {
 #pragma unroll
     for (int i = 0; i < Tile::kRowTiles; ++i) {
       float sum[4];
@@ -134,11 +142,7 @@ __device__ __forceinline__ void multiply_scaled_segment(const LaneAddresses<Tile
   using T = typename Tile::T;
   WeightOperands<Tile> w;
   decode_scaled_segment(lane, slot, segment, scale_segment * (tile::kSegment / Tile::kScaleColumns), w);
-  const uint32_t x = slot * Tile::kStageXBytes + segment * Tile::kTokens * Tile::kXLineStride;
-  const uint32_t x_low = lane.x_low + x, x_high = lane.x_high + x;
-  tile::unroll<Tile::kTokenTiles>([&](auto j) {
-    const uint4 low = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_low);
-    const uint4 high = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_high);
+  for_each_token_tile(lane, slot, segment, [&](auto j, uint4 low, uint4 high) {
 #pragma unroll
     for (int i = 0; i < Tile::kRowTiles; ++i) {
       ptx::mma_m16n8k16<T>(acc[i][j], w[i][0][0], w[i][0][1], w[i][0][2], w[i][0][3], low.x, low.y);
