@@ -46,7 +46,7 @@ def load_nt_copy() -> NtCopy | None:
 
 
 def decode_in_torch(packed: Tensor, absmax: Tensor, numel: int) -> Tensor:
-    code = torch.from_numpy(qlora_ext._C.code_values("nf4"))
+    code = torch.tensor(qlora_ext._C.code_values("nf4"))
     nibbles = torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], dim=1).reshape(-1)[:numel]
     return code[nibbles.long()] * absmax.repeat_interleave(BLOCK)[:numel]
 

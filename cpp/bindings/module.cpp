@@ -288,8 +288,14 @@ PYBIND11_MODULE(_C, m) {
       },
       "Names of the 4-bit codes.");
   m.def(
-      "code_values", [](const std::string& code) { return table(table_of(code_of(code)).value, kCodes); },
-      py::arg("code") = "nf4", "The 16 values of a code, float32.");
+      "code_values",
+      [](const std::string& code) {
+        const float* values = table_of(code_of(code)).value;
+        py::tuple tuple(kCodes);
+        for (int i = 0; i < kCodes; ++i) tuple[i] = values[i];
+        return tuple;
+      },
+      py::arg("code") = "nf4", "The 16 values of a code. They are float32 numbers.");
   m.def(
       "block_sizes",
       [] {

@@ -52,7 +52,7 @@ class Fields(TypedDict):
 
 def _code_values(code: str) -> Tensor:
     """The 16 values of a code, float32 on the CPU, whatever torch's default dtype and device."""
-    return torch.from_numpy(_C.code_values(code))
+    return torch.tensor(formats.code_values(code), dtype=torch.float32, device="cpu")
 
 
 def _nested_code_values() -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import reprlib
 import struct
@@ -68,9 +67,7 @@ _MADE_UP = "0x"
 _VALUES = struct.Struct(">16f")
 
 
-@functools.cache  # not at the import, because it imports numpy, which the command answers without
-def _named() -> dict[str, tuple[float, ...]]:
-    return {name: tuple(_C.code_values(name).tolist()) for name in CODES}
+_NAMED = {name: _C.code_values(name) for name in CODES}  # at the import, because Dynamo cannot trace a call of _C
 
 
 def code_values(code: str) -> tuple[float, ...]:
@@ -79,10 +76,10 @@ def code_values(code: str) -> tuple[float, ...]:
     Raises:
         ValueError: there is no such code.
     """
-    if code in _named():  # Dynamo cannot trace a call of _C
-        return _named()[code]
+    if code in _NAMED:
+        return _NAMED[code]
     if not code.startswith(_MADE_UP):
-        return tuple(_C.code_values(code).tolist())
+        return _C.code_values(code)
     try:
         values = _VALUES.unpack(bytes.fromhex(code.removeprefix(_MADE_UP)))
     except (ValueError, struct.error):
@@ -130,7 +127,7 @@ def code_name(values: Sequence[float] | Tensor) -> str:
         raise ValueError(f"code: expected 16 values, got shape {list(exact.shape)}")
     _check_values(exact.tolist())
     bits = _VALUES.pack(*exact.tolist())
-    for name, named in _named().items():
+    for name, named in _NAMED.items():
         if bits == _VALUES.pack(*named):
             return name
     return _MADE_UP + bits.hex()

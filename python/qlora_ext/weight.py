@@ -122,8 +122,8 @@ class Weight4bit(NoArithmetic):
 
     def decoded_scales(self) -> Tensor:
         """The decoded scales, float32 [blocks]; of a stack [E, blocks]."""
-        if self.double_quant and self.absmax.ndim > 1:
-            return torch.stack([self.matrix(e).decoded_scales() for e in range(len(self.absmax))])
+        if self.double_quant and self._is_stack:
+            return torch.stack([self.matrix(e).decoded_scales() for e in range(self.shape[0])])
         if self.double_quant:
             nested = self.nested_absmax, self.nested_offset
             scales: Tensor = torch.ops.qlora.dequantize_absmax(self.absmax, *nested, self.nested_block_size)
@@ -161,6 +161,11 @@ class Weight4bit(NoArithmetic):
         per_element = offsets.repeat_interleave(self.block_size, -1)[..., : math.prod(self.shape[offsets.ndim - 1 :])]
         return w.float() - per_element.view(self.shape)
 
+    @property
+    def _is_stack(self) -> bool:
+        """Whether each matrix has its own scales. Operators take the matrices of a stack one by one."""
+        return len(self.shape) == 3 and self.absmax.ndim == 2
+
     def _per_block(self, nested: Tensor) -> Tensor:
         """For each block, the value of its nested block."""
         return nested.repeat_interleave(self.nested_block_size, -1)[..., : self.absmax.shape[-1]]
@@ -168,7 +173,7 @@ class Weight4bit(NoArithmetic):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded tensor of shape ``shape`` in ``dtype`` (default: the original's), rounded once from float32."""
         dtype = dtype or self.dtype
-        if self.absmax.ndim > 1:  # a stack, whose matrices have tables and nested scales of their own
+        if self._is_stack:
             stack = torch.empty(self.shape, dtype=dtype, device=self.device)
             for e, matrix in enumerate(stack):
                 matrix.copy_(self.matrix(e).dequantize(dtype))
@@ -189,6 +194,9 @@ class Weight4bit(NoArithmetic):
 
     def matrix(self: Self, e: int) -> Self:
         """Matrix ``e`` [N, K] of a stack [E, N, K], as a view. The matrices of a stack are quantized separately."""
+        for name, t in self.tensors.items():
+            if t.shape[:1] != self.shape[:1]:
+                raise ValueError(f"{name}: expected a stack of {self.shape[0]}, got the shape {list(t.shape)}")
         parts: dict[str, Any] = {name: t[e] for name, t in self.tensors.items()}
         return dataclasses.replace(self, **parts, shape=self.shape[1:])
 

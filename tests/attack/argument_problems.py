@@ -6,6 +6,7 @@ if there is one, or raise an exception of an expected kind that names an argumen
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 import random
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import forms
 import qlora_ext
 from campaign import Problem, serve
 from oracle import disagreement
 from qlora_ext.nn import Embedding4bit, Linear4bit
+from qlora_ext.weight import TENSORS
 
 OPS = torch.ops.qlora
 EXPECTED = (ValueError, TypeError, RuntimeError, MemoryError)
@@ -141,13 +144,13 @@ def odd(rng: random.Random, name: str, good: Any) -> Any:
         return rng.choice([*FLOATS, *FLOATS, *NUMBERS, *THINGS])
     if isinstance(good, torch.dtype):
         return rng.choice([*DTYPES, *DTYPES, *THINGS, *range(-2, 60)])
-    if isinstance(good, qlora_ext.NF4Weight):
+    if isinstance(good, qlora_ext.Weight4bit):
         field = rng.choice(list(good.__dataclass_fields__))
         value = getattr(good, field)
         value = odd(rng, field, list(value) if field == "shape" else value)
         if field == "shape" and not isinstance(value, list):
             return good
-        return qlora_ext.NF4Weight(**{**vars(good), field: value})
+        return qlora_ext.Weight4bit(**{**vars(good), field: value})
     return rng.choice([*THINGS, *NUMBERS])
 
 
@@ -161,14 +164,19 @@ def good_arguments(rng: random.Random) -> dict[str, Any]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape).to(dtype)
 
-    w4 = qlora_ext.quantize_nf4(torch.randn(n, k), block, double_quant, nested_block)
+    if rng.random() < 0.5:
+        w4 = qlora_ext.quantize_nf4(torch.randn(n, k), block, double_quant, nested_block)
+    else:
+        form = rng.choice(list(forms.FORMS.values()))
+        form = dataclasses.replace(form, block_size=block, nested_block_size=nested_block)
+        w4 = forms.random_weight(form, (n, k), rng.getrandbits(60))
     codes = qlora_ext.quantize_nf4(torch.randn(n, k), block, True, nested_block)
-    good = dict(zip(("packed", "absmax", "nested_absmax", "nested_offset"), w4.packed_args()[:4], strict=True))
+    good = {name: getattr(w4, name) for name in (*TENSORS, "code")}
     good |= {"block_size": block, "nested_block_size": nested_block, "out_features": n, "in_features": k}
     good |= {"w": randn(n, k), "x": randn(m, k), "dy": randn(m, n), "bias": randn(n), "shape": [n, k], "dtype": dtype}
     good |= {"lora_a": randn(rank, k), "lora_b": randn(n, rank), "scaling": 0.5, "seed": 12}
     good |= {"h": None, "g": None, "importance": torch.rand(k)}
-    good |= {"feedback": torch.eye(k), "order": torch.randperm(k), "code": "nf4"}
+    good |= {"feedback": torch.eye(k), "order": torch.randperm(k)}
     good["seed_tensor"] = rng.choice([None, torch.tensor(-12)])
     good |= {"dropout_p": rng.choice([0.0, 0.3]), "w4": w4, "codes": codes.absmax, "_codes": codes}
     good |= {"offsets": torch.tensor(sorted(rng.randint(0, m) for _ in range(experts)))}
@@ -192,6 +200,8 @@ def operator_call(rng: random.Random, name: str) -> tuple[Callable[..., Any], di
     names = [a.name for a in operator._schema.arguments]
     if name == "quantize_absmax":
         good["absmax"] = torch.rand(rng.choice([1, 48, 300]))
+    if name in ("quantize_nf4", "search_absmax_nf4", "encode_nf4"):
+        good["code"] = "nf4"
     if name == "encode_nf4":
         good["absmax"] = torch.rand(math.ceil(good["w"].numel() / good["block_size"]))
     if name == "dequantize_absmax":
@@ -211,7 +221,7 @@ def embedding4bit(ids: Tensor, **arguments: Any) -> Tensor:
     return Embedding4bit(**arguments)(ids)
 
 
-def dequantize(w4: qlora_ext.NF4Weight, dtype: torch.dtype) -> Tensor:
+def dequantize(w4: qlora_ext.Weight4bit, dtype: torch.dtype) -> Tensor:
     return w4.dequantize(dtype)
 
 
@@ -221,7 +231,7 @@ ALWAYS_GOOD = {("Linear4bit", "x"), ("Embedding4bit", "ids")}
 PYTHON: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "qlora_ext.quantize_nf4": (qlora_ext.quantize_nf4, ["w", *FORM]),
     "qlora_ext.dequantize_nf4": (qlora_ext.dequantize_nf4, ["w4", "dtype"]),
-    "NF4Weight.dequantize": (dequantize, ["w4", "dtype"]),
+    "Weight4bit.dequantize": (dequantize, ["w4", "dtype"]),
     "qlora_ext.linear_nf4": (
         qlora_ext.linear_nf4,
         ["x", "w4", "bias", "lora_a", "lora_b", "scaling", "dropout_p", "seed"],
@@ -247,8 +257,8 @@ def python_call(rng: random.Random, name: str) -> tuple[Callable[..., Any], dict
 
 
 def described(value: Any) -> str:
-    if isinstance(value, qlora_ext.NF4Weight):
-        return "NF4Weight(" + ", ".join(f"{k}={described(v)}" for k, v in vars(value).items()) + ")"
+    if isinstance(value, qlora_ext.Weight4bit):
+        return "Weight4bit(" + ", ".join(f"{k}={described(v)}" for k, v in vars(value).items()) + ")"
     if isinstance(value, Tensor):
         strides = list(value.stride()) if value.layout == torch.strided and not value.is_nested else value.layout
         shape = "nested" if value.is_nested else list(value.shape)
@@ -285,7 +295,7 @@ def calls(make: Callable[[random.Random, str], tuple[Callable[..., Any], dict[st
             try:
                 out = function(**arguments)
             except Exception as error:
-                fields = qlora_ext.NF4Weight.__dataclass_fields__ if "w4" in arguments else ()
+                fields = qlora_ext.Weight4bit.__dataclass_fields__ if "w4" in arguments else ()
                 return wrong_exception(error, [*arguments, *fields, "weight", "dtype"])
             return disagreement(name, arguments, out)
 

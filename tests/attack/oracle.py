@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import forms
 import reference
+from qlora_ext.weight import TENSORS
 
 # Relative to the terms' magnitudes: four roundings of a 16-bit dtype, or float32's of a sum of up to 200 terms.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
@@ -28,18 +30,8 @@ def rows(t: Tensor) -> np.ndarray:
     return floats(t.reshape(t.shape[:-1].numel(), t.shape[-1]))
 
 
-def scales(a: dict[str, Any]) -> np.ndarray:
-    if a["nested_absmax"] is None:
-        return flat(a["absmax"])
-    nested = flat(a["nested_absmax"])
-    offset = np.float32(a["nested_offset"].item())
-    return reference.dequantize_absmax(
-        flat(a["absmax"]), nested, offset, min(a["nested_block_size"], a["absmax"].numel() + 1)
-    )
-
-
 def decoded(a: dict[str, Any], n: int, k: int) -> np.ndarray:
-    return reference.dequantize_nf4(flat(a["packed"]), scales(a), n * k, a["block_size"]).reshape(n, k)
+    return forms.decoded(a, n * k).reshape(n, k)
 
 
 # The result of a linear operator or, if ``of`` is np.abs, the sum of its terms' magnitudes, which bounds its error.
@@ -99,7 +91,7 @@ def linear_dlora(a: dict[str, Any], of: Of = identity) -> list[np.ndarray]:
     return [g.T @ (x * reference.dropout_mask(x.shape, dropout_p, seed)), dy.T @ h]
 
 
-PER_EXPERT = ("packed", "absmax", "nested_absmax", "nested_offset", "bias", "lora_a", "lora_b")
+PER_EXPERT = (*TENSORS, "bias", "lora_a", "lora_b")
 
 
 def grouped(one: Callable[..., list[np.ndarray]], a: dict[str, Any], out: Sequence[Tensor], *of: Of) -> list:
@@ -134,7 +126,9 @@ def quantize_absmax(a: dict[str, Any]) -> list[np.ndarray]:
 
 
 def dequantize_absmax(a: dict[str, Any]) -> list[np.ndarray]:
-    return [scales({**a, "absmax": a["codes"]})]
+    codes, nested_block = flat(a["codes"]), min(a["nested_block_size"], a["codes"].numel() + 1)
+    mean = np.float32(a["nested_offset"].item())
+    return [reference.dequantize_absmax(codes, flat(a["nested_absmax"]), mean, nested_block)]
 
 
 def dequantize_nf4(a: dict[str, Any]) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import forms
 import qlora_ext
 
 assert qlora_ext  # the operators must be registered
@@ -24,6 +26,7 @@ CUDA_KERNELS = ["few_tokens", "tensor_cores", "sm90", "ragged", "exact", "librar
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_SIZES = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 NESTED_BLOCK_SIZES = [256, 256, 1, 2, 3, 64, 100, 255, 1000, 4096, 1 << 20]
+FORM_ARGUMENTS = ["code", "scale_table", "block_offsets", "offset_scale"]
 RANKS = [None, None, 0, 1, 2, 3, 5, 8, 15, 16, 16, 17, 32, 33, 64, 100, 256]
 MOST_PRODUCTS = 3_000_000  # of one problem; one problem in sixteen may have sixteen times as many
 ROWS = [(0, 4), (1, 16), (5, 48), (17, 64), (49, 300), (301, 3000)]
@@ -40,6 +43,7 @@ class Draw:
         self.dtypes = [*DTYPES, *DTYPES, torch.float64]
         self.generator = torch.Generator().manual_seed(rng.getrandbits(60))
         self.said: list[str] = []
+        self.form: dict[str, Any] = {}  # the last arguments of an operator on the weight that was drawn
 
     def say(self, **values: object) -> None:
         self.said += [f"{name}={value}" for name, value in values.items()]
@@ -76,7 +80,14 @@ class Draw:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=self.generator)
 
     def packed_args(self, n: int, k: int, stack: tuple[int, ...] = ()) -> list[Any]:
+        """The first six arguments of a weight. Those of a format other than NF4 are completed by ``form``."""
         block, nested_block = self.choose("block", BLOCK_SIZES), self.rng.choice(NESTED_BLOCK_SIZES)
+        if self.rng.random() < 0.5:
+            form = forms.FORMS[self.choose("form", list(forms.FORMS))]
+            form = dataclasses.replace(form, block_size=block, nested_block_size=nested_block)
+            w4 = forms.random_weight(form, (*stack, n, k), self.rng.getrandbits(60))
+            self.form = dict(zip(FORM_ARGUMENTS, w4.last_args(), strict=True))
+            return list(w4.packed_args())
         blocks = -(-n * k // block)
         packed = self.bytes(*stack, (n * k + 1) // 2)
         if self.rng.random() < 0.4:
@@ -205,7 +216,8 @@ OFTEN = ["linear_nf4", "linear_nf4_dx"] * 3
 def draw(d: Draw, rng: random.Random) -> tuple[str, list[Any]]:
     """An operator's name and its arguments, in the order of its schema."""
     name = rng.choice([*OPERATORS, *OFTEN])
-    return name, OPERATORS[name](d, name)
+    arguments = OPERATORS[name](d, name)
+    return name, in_order(name, by_name(name, arguments) | d.form) if d.form else arguments
 
 
 def call_by_kernel(operator: Callable[..., Any], arguments: Sequence[Any], variable: str, kernel: str) -> Any:

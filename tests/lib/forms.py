@@ -4,6 +4,7 @@ package."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import reference
 from qlora_ext.form import Form
-from qlora_ext.weight import Weight4bit, weight_of
+from qlora_ext.weight import TENSORS, Weight4bit, weight_of
 
 # A form per format, and one for each way to store scales and offsets that no format here uses.
 FORMS = {
@@ -78,20 +79,27 @@ def _values(code: str) -> np.ndarray:
 
 def oracle(w4: Weight4bit) -> np.ndarray:
     """The values of a weight [N, K], float32."""
-    blocks = w4.absmax.numel()
-    nested = np.arange(blocks) // w4.nested_block_size
-    scales = _array(w4.absmax)
-    if w4.scale_table is not None:
-        scales = _array(w4.scale_table)[scales]
-        scales = scales if w4.nested_absmax is None else scales * _array(w4.nested_absmax)[nested]
-    elif w4.nested_offset is not None:
-        mean = np.float32(w4.nested_offset.item())
-        scales = reference.dequantize_absmax(scales, _array(w4.nested_absmax), mean, w4.nested_block_size)
-    flat = reference.dequantize_nf4(_array(w4.packed), scales, w4.shape.numel(), w4.block_size, _values(w4.code))
-    if w4.block_offsets is not None:
-        offsets = _array(w4.block_offsets)
+    return decoded(vars(w4), w4.shape.numel()).reshape(w4.shape)
+
+
+def decoded(weight: dict[str, Any], numel: int) -> np.ndarray:
+    """The first ``numel`` values of a weight, float32, from an operator's arguments by name."""
+    arrays = {name: _array(weight[name]).reshape(-1) for name in TENSORS if weight.get(name) is not None}
+    nested_block = min(weight["nested_block_size"], arrays["absmax"].size + 1)
+    nested = np.arange(arrays["absmax"].size) // nested_block
+    scales = arrays["absmax"]
+    if "scale_table" in arrays:
+        scales = arrays["scale_table"][scales]
+        scales = scales * arrays["nested_absmax"][nested] if "nested_absmax" in arrays else scales
+    elif "nested_offset" in arrays:
+        scales = reference.dequantize_absmax(scales, arrays["nested_absmax"], arrays["nested_offset"][0], nested_block)
+    flat = reference.dequantize_nf4(
+        arrays["packed"], scales, numel, weight["block_size"], _values(weight.get("code", "nf4"))
+    )
+    if "block_offsets" in arrays:
+        offsets = arrays["block_offsets"]
         if offsets.dtype == np.uint8:
-            unit = scales if w4.offset_scale is None else _array(w4.offset_scale)[nested]
+            unit = arrays["offset_scale"][nested] if "offset_scale" in arrays else scales
             offsets = -(offsets.astype(np.float32) * unit)
-        flat = flat + np.repeat(offsets, w4.block_size)[: flat.size]
-    return flat.reshape(w4.shape)
+        flat = flat + np.repeat(offsets, weight["block_size"])[: flat.size]
+    return flat

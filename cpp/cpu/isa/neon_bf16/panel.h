@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpp/cpu/isa/neon/panel.h"
+#include "cpp/format/scales.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
