@@ -98,8 +98,11 @@ def decoded(weight: dict[str, Any], numel: int) -> np.ndarray:
     )
     if "block_offsets" in arrays:
         offsets = arrays["block_offsets"]
+        per_element = np.arange(flat.size) // weight["block_size"]
+        if offsets.dtype == np.uint8 and "offset_scale" not in arrays:
+            codes = reference.unpack(arrays["packed"], numel)
+            return (_values(weight.get("code", "nf4"))[codes] - offsets[per_element]) * scales[per_element]
         if offsets.dtype == np.uint8:
-            unit = arrays["offset_scale"][nested] if "offset_scale" in arrays else scales
-            offsets = -(offsets.astype(np.float32) * unit)
-        flat = flat + np.repeat(offsets, weight["block_size"])[: flat.size]
+            offsets = -(offsets.astype(np.float32) * arrays["offset_scale"][nested])
+        flat = flat + offsets[per_element]
     return flat
