@@ -1,5 +1,5 @@
-"""Layers with the weights of 4-bit checkpoints on CUDA: decoded by the formats' own formulas, forward and gradients by a
-float64 oracle, at sizes that fill no tile.
+"""Layers with the weights of 4-bit checkpoints on CUDA, at sizes that fill no tile: decoded to the bits of the formats'
+own formulas, with outputs and gradients that meet the bounds of a float64 oracle.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights of every code, with scales and offsets in every form, on CUDA: decoded to the oracle's bits, and multiplied."""
+"""Weights of every code, with scales and offsets in every form, on CUDA, decoded to an oracle's bits and multiplied."""
 
 from __future__ import annotations
 
