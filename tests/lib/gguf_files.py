@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from packed_models import Checkpoint
@@ -20,6 +21,8 @@ from tiny_models import SIZES, make
 
 # Sizes of which every matrix has whole blocks of every type.
 WIDE = {**SIZES, "hidden_size": 256, "intermediate_size": 512}
+# Sizes of a model whose file can have a tokenizer of all bytes.
+WITH_BYTES = {"vocab_size": 258, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 257}
 
 SHORT = {
     "model.layers.": "blk.",
@@ -90,8 +93,7 @@ def tensors_of(model: Any) -> dict[str, Any]:
 
 
 def writer_of(config: Any, path: pathlib.Path, architecture: str) -> gguf.GGUFWriter:
-    """A writer of a file with that configuration and 128 tokens."""
-    tokens = 128
+    """A writer of a file with that configuration. With the sizes ``WITH_BYTES`` it can read any text."""
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -109,10 +111,15 @@ def writer_of(config: Any, path: pathlib.Path, architecture: str) -> gguf.GGUFWr
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["t", "1", "t1", *(f"<{i}>" for i in range(3, tokens))])
-    writer.add_token_types([1] * tokens)
-    writer.add_token_merges(["t 1"])
-    writer.add_eos_token_id(2)
+    letters, merged, end = (["t", "1"], "t1", 2)
+    if config.vocab_size == WITH_BYTES["vocab_size"]:
+        letters, merged, end = sorted(pre_tokenizers.ByteLevel.alphabet()), "th", WITH_BYTES["eos_token_id"]
+    tokens = [*letters, merged]
+    tokens += [f"<{i}>" for i in range(len(tokens), config.vocab_size)]
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if i == end else gguf.TokenType.NORMAL for i in range(len(tokens))])
+    writer.add_token_merges([" ".join(merged)])
+    writer.add_eos_token_id(end)
     return writer
 
 
