@@ -54,7 +54,7 @@ _LIST = (
     Patch(
         "transformers.modeling_utils:get_hf_quantizer",
         "transformers >= 5.0",
-        "ignores a checkpoint's configuration if its method is unknown, such as modelopt, but ours reads it",
+        "ignores a configuration of an unknown method, such as modelopt, and refuses to quantize GGUF files",
     ),
     Patch(
         "diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs",

@@ -14,10 +14,12 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..._internal.untrusted import excerpt, printable
 from ...checkpoints import Settings, format_of, joined, mxfp4, retained_of
+from ...checkpoints.rows import alternating_rows, grouped_rows, select_rows
 from ...form import Form
 from ...nn import Packed4bit, dense_modules, is_dense, paths_to
 from ...weight import Weight4bit
-from .checkpoint_files import Header, Names, read_headers
+from .checkpoint_experts import DenseExperts, alternates, dense_experts
+from .checkpoint_files import Header, Names, patterns_of, read_headers
 from .checkpoint_fp8 import ScaledWeight, scaled_weights
 from .loading import fill
 from .modules import check_complete, empty_layer
@@ -57,6 +59,7 @@ class _Weight:
             the experts one by one, there is one entry.
         is_split: whether the checkpoint stores the experts one by one.
         settings: of the format.
+        alternates: whether the model alternates between the rows of an expert's two matrices.
         block_size: elements per scale in the model.
     """
 
@@ -64,6 +67,7 @@ class _Weight:
     matrices: list[list[_Matrix]]
     is_split: bool
     settings: Settings
+    alternates: bool = False
     block_size: int = 0
 
     @property
@@ -98,7 +102,7 @@ class CheckpointSource(Source):
         self.name = self.format.name
         self._config = copy.deepcopy(dict(config))
         self._weights: dict[str, _Weight] = {}
-        self._scaled: dict[str, ScaledWeight] = {}
+        self._dense: dict[str, ScaledWeight | DenseExperts] = {}
         self._saved_names: dict[str, str] = {}
 
     def __deepcopy__(self, memo: Any) -> CheckpointSource:
@@ -111,7 +115,8 @@ class CheckpointSource(Source):
         found = self._stored(headers)
         self._weights = self._placed(model, names, found, headers)
         read = {key for matrix in found.values() for key in matrix.tensors.values()}
-        self._scaled = scaled_weights(names, {key: header for key, header in headers.items() if key not in read})
+        rest = {key: header for key, header in headers.items() if key not in read}
+        self._dense = {**scaled_weights(names, rest), **dense_experts(model, names, rest)}
         self._check_surplus(found, headers, names)
         forms = {name: self._form(weight) for name, weight in self._weights.items()}
         self._check_modules(model)
@@ -215,7 +220,9 @@ class CheckpointSource(Source):
                     f"{where}: expected {count} weights of {self.name} with names like {pattern}, found {len(entries)}"
                 )
         matrices = [list(parts) for parts in zip(*columns, strict=True)]
-        return _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
+        found = _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
+        found.alternates = len(columns) > 1 and patterns_of(patterns[0] or "") is not None and alternates(module)
+        return found
 
     def _check_surplus(self, stored: Mapping[str, _Matrix], headers: Mapping[str, Header], names: Names) -> None:
         """Rejects tensors of modules with 4-bit weights that belong to neither the format nor the model.
@@ -290,9 +297,9 @@ class CheckpointSource(Source):
         return [_PackedTensors(self, targets), *conversions]
 
     @property
-    def _all(self) -> dict[str, _Weight | ScaledWeight]:
+    def _all(self) -> dict[str, _Weight | ScaledWeight | DenseExperts]:
         """The weights that this source reads."""
-        return {**self._weights, **self._scaled}
+        return {**self._weights, **self._dense}
 
     def read(self, name: str, tensors: Sequence[Tensor], module: nn.Module) -> Weight4bit | Tensor:
         """The weight ``name`` of the model, which ``module`` has, from its tensors in the order of their names.
@@ -301,15 +308,17 @@ class CheckpointSource(Source):
             ValueError: a tensor is invalid.
         """
         by_key = dict(zip(self._all[name].names, tensors, strict=True))
-        if name in self._scaled:
+        if name in self._dense:
             dense: Tensor = getattr(module, name.rpartition(".")[2])
-            return self._scaled[name].read(by_key, dense.shape, dense.dtype)
+            return self._dense[name].read(by_key, dense.shape, dense.dtype)
         assert isinstance(module, Packed4bit)
         weight, dtype = self._weights[name], module.weight_dtype
         stack = joined.Stack(len(weight.matrices))
         for e, parts in enumerate(weight.matrices):
             w4 = joined.join_rows([self._read(weight, matrix, by_key, dtype) for matrix in parts], parts[0].where)
             w4 = joined.in_blocks_of(w4, weight.block_size)
+            if weight.alternates:
+                w4 = select_rows(w4, alternating_rows(w4.shape[0]))
             if not weight.is_split:
                 return w4
             stack.put(e, w4, parts[0].where)
@@ -349,14 +358,17 @@ class CheckpointSource(Source):
                 del state[f"{_module(name)}.{part}".removeprefix(".")]
             for key, tensor in self._written(weight, module.packed_weight(attribute)):
                 state[self._saved_names[key]] = tensor
-        for name, scaled in self._scaled.items():
+        for name, stored in self._dense.items():
             if name in state:  # not under an adapter
-                state |= {self._saved_names[key]: t for key, t in scaled.write(state.pop(name)).items()}
+                state |= {self._saved_names[key]: t for key, t in stored.write(state.pop(name)).items()}
         return state
 
     def _written(self, weight: _Weight, w4: Weight4bit) -> Iterator[tuple[str, Tensor]]:
         for e, parts in enumerate(weight.matrices):
-            matrices = joined.split_rows(w4.matrix(e) if weight.is_split else w4, len(parts))
+            whole = w4.matrix(e) if weight.is_split else w4
+            if weight.alternates:
+                whole = select_rows(whole, grouped_rows(whole.shape[0]))
+            matrices = joined.split_rows(whole, len(parts))
             for matrix, part in zip(parts, matrices, strict=True):
                 form = self.format.form(weight.settings, weight.stored_shape)
                 tensors = self.format.write(
@@ -392,7 +404,8 @@ class _Fill(core_model_loading.ConversionOps):
             source.error = error
         finally:
             source.release(*tensors)
-        parts = module.packed_parts(name) if isinstance(module, Packed4bit) else (name,)
+        is_packed = isinstance(module, Packed4bit) and name in module.packed_shapes
+        parts = module.packed_parts(name) if is_packed else (name,)
         if missing is not None:
             missing.difference_update(f"{_module(full_layer_name)}.{part}" for part in parts)
         return {}

@@ -1,7 +1,11 @@
-"""Makes ``from_pretrained`` read checkpoints whose ``quant_method`` transformers does not know, such as modelopt."""
+"""Makes ``from_pretrained`` read what transformers does not give to our quantizer.
+
+These are checkpoints whose ``quant_method`` it does not know, such as modelopt, and GGUF files.
+"""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -13,8 +17,14 @@ from .quantizer import ORIGINAL
 
 @extend("transformers.modeling_utils:get_hf_quantizer")
 def get_hf_quantizer(original: Any, config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(quantization_config, QLoRAConfig):
+        return original(config, quantization_config, *args, **kwargs)
     saved = getattr(config, "quantization_config", None)
-    known = not isinstance(saved, dict) or saved.get("quant_method", METHOD) in AUTO_QUANTIZATION_CONFIG_MAPPING
-    if isinstance(quantization_config, QLoRAConfig) and not known:
+    if isinstance(saved, dict) and saved.get("quant_method", METHOD) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         config.quantization_config = {"quant_method": METHOD, ORIGINAL: saved}
+    if kwargs.pop("gguf_file", None) is not None:  # the original accepts only its own quantizer for a GGUF file
+        from ...gguf.source import GGUFSource
+
+        quantization_config = copy.copy(quantization_config)
+        quantization_config._source = GGUFSource(quantization_config)
     return original(config, quantization_config, *args, **kwargs)
