@@ -104,10 +104,7 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
   tile::RawOffset raw_offset;
   if (block <= (first + kChunk - 1) >> scales.block_shift) {
     tile::reload_scale(scales, block, state.raw);
-    if constexpr (kSteps == DequantizeSteps::kSubtractInteger)
-      raw_offset.bits = __ldg(static_cast<const uint8_t*>(scales.scales.offsets.stored) + block);
-    else if constexpr (kHasOffsets)
-      raw_offset = tile::load_offset(scales, block);
+    if constexpr (kHasOffsets) raw_offset = tile::load_offset(scales, block);
   }
   const float own = tile::decode_scale(scales, state.raw, state.scale_values, state.offset);
   float own_offset = 0.0f;

@@ -142,17 +142,24 @@ class DxAccumulators {
   __device__ __forceinline__ void add_stage(const DxArgs& args, const DxTile& tile, char* shared, int stage, int slot,
                                             bool fused) {
     using Layout = tile::DxLayout<kTokenTiles, kRagged, kHasOffsets>;
+    // Calls use with the type that applies scales and offsets.
+    const auto with_one = [](auto scales) { return [scales](const auto& use) { use(scales); }; };
     if constexpr (kRagged) {
-      tile::with_offsets(args.scales, [&](auto has_offsets) {
-        add_steps<Layout, DxScales<Layout, true, has_offsets, false>>(args, tile, shared, stage, slot);
+      add_steps<Layout>(args, tile, shared, stage, slot, [&](const auto& use) {
+        tile::with_offsets(args.scales, [&](auto has_offsets) {
+          use(std::type_identity<DxScales<Layout, true, has_offsets, false>>{});
+        });
       });
     } else if constexpr (kHasOffsets) {
       if (fused)
-        add_steps<Layout, DxScales<Layout, false, true, true>>(args, tile, shared, stage, slot);
+        add_steps<Layout>(args, tile, shared, stage, slot,
+                          with_one(std::type_identity<DxScales<Layout, false, true, true>>{}));
       else
-        add_steps<Layout, DxScales<Layout, false, true, false>>(args, tile, shared, stage, slot);
+        add_steps<Layout>(args, tile, shared, stage, slot,
+                          with_one(std::type_identity<DxScales<Layout, false, true, false>>{}));
     } else {
-      add_steps<Layout, DxScales<Layout, false, false, false>>(args, tile, shared, stage, slot);
+      add_steps<Layout>(args, tile, shared, stage, slot,
+                        with_one(std::type_identity<DxScales<Layout, false, false, false>>{}));
     }
   }
 
@@ -190,8 +197,10 @@ class DxAccumulators {
   }
 
  private:
-  template <class Layout, class Scales>
-  __device__ __forceinline__ void add_steps(const DxArgs& args, const DxTile& tile, char* shared, int stage, int slot) {
+  // Calls with_scales(use) for each step, which calls use with the type of DxScales.
+  template <class Layout, class WithScales>
+  __device__ __forceinline__ void add_steps(const DxArgs& args, const DxTile& tile, char* shared, int stage, int slot,
+                                            const WithScales& with_scales) {
     constexpr int kSteps = tile::kDxStageRows / tile::kDxStepRows / 2;
     const int64_t row0 = tile.row0 + int64_t{stage} * tile::kDxStageRows;
     const uint32_t table = ptx::shared_address(shared);
@@ -222,11 +231,13 @@ class DxAccumulators {
         b[j][1] = pair.y;
       }
 
-      const Scales scales(args, tile, shared, row0, slot, row + 4 * tile.t);
-      add_pair_of_columns<0>(table, copy, even01, odd01, even23, odd23, scales, b);
-      add_pair_of_columns<1>(table, copy, even01, odd01, even23, odd23, scales, b);
-      add_pair_of_columns<2>(table, copy, even01, odd01, even23, odd23, scales, b);
-      add_pair_of_columns<3>(table, copy, even01, odd01, even23, odd23, scales, b);
+      with_scales([&](auto type) {
+        const typename decltype(type)::type scales(args, tile, shared, row0, slot, row + 4 * tile.t);
+        add_pair_of_columns<0>(table, copy, even01, odd01, even23, odd23, scales, b);
+        add_pair_of_columns<1>(table, copy, even01, odd01, even23, odd23, scales, b);
+        add_pair_of_columns<2>(table, copy, even01, odd01, even23, odd23, scales, b);
+        add_pair_of_columns<3>(table, copy, even01, odd01, even23, odd23, scales, b);
+      });
     }
   }
 
