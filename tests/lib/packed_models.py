@@ -81,7 +81,7 @@ FORMATS: dict[str, Callable[[Any], Sample]] = {
     "gptq-v2-zero-points": lambda shape: _moderate(samples.gptq(shape, 32, symmetric=False, version=2)),
 }
 # The names of the weights that are 4-bit in the checkpoints.
-_LINEAR = re.compile(r"(proj|w[123])\.weight$")
+_LINEAR = r"(proj|w[123])\.weight$"
 _STACKS = re.compile(r"experts\.(gate_up|down)_proj$")
 
 
@@ -106,13 +106,19 @@ class Checkpoint:
 
 
 def save(
-    directory: pathlib.Path, family: str, kind: str, keep: str = "$^", changed: Mapping[str, Any] | None = None
+    directory: pathlib.Path,
+    family: str,
+    kind: str,
+    keep: str = "$^",
+    changed: Mapping[str, Any] | None = None,
+    packed: str = _LINEAR,
 ) -> Checkpoint:
     """Saves a tiny model in the format ``kind``.
 
     Args:
         keep: a regular expression of names in the files; weights that it matches stay dense.
         changed: fields of the quantization_config.
+        packed: a regular expression of names in the files; weights that it matches become 4-bit.
     """
     model = build(family)
     plain = directory / "dense"
@@ -123,7 +129,7 @@ def save(
     torch.manual_seed(1)
     for name, t in safetensors.load_file(plain / "model.safetensors").items():
         is_stack = bool(_STACKS.search(name))
-        if re.search(keep, name) or not (is_stack or _LINEAR.search(name)) or (kind == "mxfp4") != is_stack:
+        if re.search(keep, name) or not (is_stack or re.search(packed, name)) or (kind == "mxfp4") != is_stack:
             tensors[name] = decoded[name] = t.to(torch.bfloat16).float()
             continue
         if is_stack:  # the rows of the file's matrices are the columns of the model's
@@ -139,13 +145,11 @@ def save(
     safetensors.save_file(
         {k: t.contiguous() for k, t in decoded.items()}, plain / "model.safetensors", {"format": "pt"}
     )
-    packed = directory / "packed"
-    packed.mkdir()
-    safetensors.save_file(
-        {k: t.contiguous() for k, t in tensors.items()}, packed / "model.safetensors", {"format": "pt"}
-    )
+    path = directory / "packed"
+    path.mkdir()
+    safetensors.save_file({k: t.contiguous() for k, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
     fields = json.loads((plain / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
-    (packed / "generation_config.json").write_text((plain / "generation_config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
+    (path / "generation_config.json").write_text((plain / "generation_config.json").read_text())
     dense = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
-    return Checkpoint(packed, tensors, config, dense)
+    return Checkpoint(path, tensors, config, dense)

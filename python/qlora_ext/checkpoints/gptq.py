@@ -107,6 +107,9 @@ class GPTQ(Format):
             zero_points = (stored + bias).t()
         return integers.weight(groups, nibbles.from_gptq(words), scale.t(), zero_points, dtype)
 
+    def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
+        integers.check_scales(self._groups(settings, w4.shape), w4)
+
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         groups = self._groups(settings, w4.shape)
         scale = groups.from_blocks(w4.absmax).t().contiguous()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import core_model_loading
 
 from ..._internal.untrusted import FileError, excerpt, printable
@@ -40,6 +41,18 @@ def read_headers(files: Sequence[str]) -> dict[str, Header]:
     return found
 
 
+def map_tensors(headers: Mapping[str, Header]) -> dict[str, Tensor]:
+    """The tensors with those names, mapped from their files: they take no memory until they are read."""
+    by_file: dict[str, list[str]] = {}
+    for key, header in headers.items():
+        by_file.setdefault(header.file, []).append(key)
+    found: dict[str, Tensor] = {}
+    for file, keys in by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            found |= {key: opened.get_tensor(key) for key in keys}
+    return found
+
+
 class Names:
     """transformers' names in ``model`` for the tensors of its checkpoints."""
 
@@ -50,9 +63,15 @@ class Names:
         self._renamings = [e for e in entries if isinstance(e, core_model_loading.WeightRenaming)]
         self._converters = [e for e in entries if isinstance(e, core_model_loading.WeightConverter)]
         self._state, self._prefix = model.state_dict(), model.base_model_prefix
+        self._places: dict[str, tuple[str | None, str | None]] = {}
 
     def place(self, key: str) -> tuple[str | None, str | None]:
         """The name of a tensor in the model, None if it has none, and the pattern of a converter that makes it."""
+        if key not in self._places:
+            self._places[key] = self._place(key)
+        return self._places[key]
+
+    def _place(self, key: str) -> tuple[str | None, str | None]:
         target, pattern = core_model_loading.rename_source_key(
             key, self._renamings, self._converters, self._prefix, self._state
         )

@@ -41,6 +41,7 @@ from .config import METHOD, QLoRAConfig
 from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
 from .modules import (
+    BaseNames,
     check_loaded,
     compute_dtype_of,
     dense_names,
@@ -294,7 +295,13 @@ class QLoRAQuantizer(HfQuantizer):
         return self.source is not None and self.source.saved_config is not None
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        return (self.source.state_dict(model) if self.source is not None else None), {}
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapter alone
+            return None, {}
+        if self._saves_source:
+            assert self.source is not None
+            return self.source.state_dict(model), {}
+        names = BaseNames(model)
+        return (names.select(model.state_dict()) if names else None), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
