@@ -6,6 +6,7 @@ import copy
 import json
 import pathlib
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -18,10 +19,11 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import packed_models
-from packed_models import FORMATS, IDS
+from load_memory import peaks_of_loading_and_saving
+from packed_models import CONFIGS, FORMATS, IDS
 from qlora_ext import Form, QLoRAConfig, quantize
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.integrations.transformers import save_in_our_format
@@ -473,3 +475,24 @@ def new_weight(dense: torch.Tensor, form: Form) -> Weight4bit:
     """The matrix, or the stack of matrices, in that form."""
     matrices = [quantize(matrix, form) for matrix in dense.view(-1, *dense.shape[-2:])]
     return matrices[0] if dense.ndim == 2 else Weight4bit.stack(matrices)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq"])
+def test_memory(kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading takes the file and a tenth of it, and saving a part of one layer, though experts are a layer's half."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 32, "num_hidden_layers": 2}
+    config = CONFIGS["qwen3_moe"]().to_dict() | sizes
+    monkeypatch.setitem(CONFIGS, "large", lambda: Qwen3MoeConfig(**config))
+    (tmp_path / "small").mkdir()
+    small = packed_models.save(tmp_path / "small", "qwen3_moe", kind)
+    large = packed_models.save(tmp_path, "large", kind)
+    size = (large.path / "model.safetensors").stat().st_size
+    peak, footprint, saving = peaks_of_loading_and_saving(large.path, small.path, tmp_path / "saved")
+    assert footprint < 1.1 * size
+    slack = 6 << 20  # for the allocator, and the files' pages that hold parts of two tensors
+    assert peak < 1.1 * size + slack, f"peak {peak >> 20} MiB, file {size >> 20} MiB"
+    assert saving < size / 4 + slack, f"peak {saving >> 20} MiB, file {size >> 20} MiB"
+    found = load_file(tmp_path / "saved" / "model.safetensors")
+    assert found.keys() == large.tensors.keys()
+    assert all(torch.equal(found[name], t) for name, t in large.tensors.items() if not t.is_floating_point())

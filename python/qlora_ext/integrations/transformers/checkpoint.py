@@ -33,6 +33,8 @@ _CACHE_SCALES = ("q_scale", "k_scale", "v_scale")  # of 8-bit keys and values, w
 _SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The name under which transformers collects the tensors of a weight.
 _PATTERN = "tensors of a 4-bit weight"
+# Bytes of experts that are read before their pages are released, which takes a few milliseconds.
+_RELEASED_AT_ONCE = 4 << 20
 _ADVICE = "call qlora_ext.integrations.transformers.save_in_our_format(model) before saving it"
 
 
@@ -330,13 +332,18 @@ class CheckpointSource(Source):
             return self._scaled[name].read(by_key, dense.shape, dense.dtype)
         assert isinstance(module, Packed4bit)
         weight, dtype = self._weights[name], module.weight_dtype
-        stack = joined.Stack(len(weight.matrices))
+        stack, done = joined.Stack(len(weight.matrices)), list[Tensor]()
+        limit = max(sum(t.nbytes for t in tensors) // 16, _RELEASED_AT_ONCE)
         for e, parts in enumerate(weight.matrices):
             w4 = joined.join_rows([self._read(weight, matrix, by_key, dtype) for matrix in parts], parts[0].where)
             w4 = joined.in_blocks_of(w4, weight.block_size)
             if not weight.is_split:
                 return w4
             stack.put(e, w4, parts[0].where)
+            done += [by_key[key] for matrix in parts for key in matrix.tensors.values()]
+            if sum(t.nbytes for t in done) > limit:
+                self.release(*done)
+                done = []
         return stack.weight
 
     def _read(self, weight: _Weight, matrix: _Matrix, by_key: Mapping[str, Tensor], dtype: torch.dtype) -> Weight4bit:
