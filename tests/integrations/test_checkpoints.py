@@ -496,3 +496,45 @@ def test_memory(kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
     found = load_file(tmp_path / "saved" / "model.safetensors")
     assert found.keys() == large.tensors.keys()
     assert all(torch.equal(found[name], t) for name, t in large.tensors.items() if not t.is_floating_point())
+
+
+QUANTIZE = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "damp_percent": 0.01}
+ELSEWHERE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "modelopt": (
+        "modelopt",
+        "hf_quant_config.json",
+        {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}},
+    ),
+    "gptq": ("gptq", "quantize_config.json", QUANTIZE),
+    "gptqmodel": ("gptq-v2-zero-points", "quantize_config.json", QUANTIZE | {"sym": False, "format": "gptq_v2"}),
+    "awq": ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_configurations_in_files_of_their_own(case: str, tmp_path: pathlib.Path) -> None:
+    kind, name, fields = ELSEWHERE[case]
+    checkpoint = packed_models.save(tmp_path, "llama", kind)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    del config["quantization_config"]
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    (checkpoint.path / name).write_text(json.dumps(fields))
+    model = load(checkpoint.path)
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+    assert same_state(load(tmp_path / "saved"), model)
+    (checkpoint.path / name).write_text("{")
+    with pytest.raises(ValueError, match=rf"{name}: not JSON"):
+        load(checkpoint.path)
+
+
+def test_an_older_name_of_the_configuration(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    model = load(checkpoint.path)
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert same_state(load(tmp_path / "saved"), model)
