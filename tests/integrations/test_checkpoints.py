@@ -218,6 +218,24 @@ BAD: dict[str, tuple[tuple[str, str], str, Any, str]] = {
     ),
     "extra": (NVFP4, f"{Q}.weight_zero_point", lambda t: torch.zeros(1), "weight_zero_point"),
     "NaN": (MXFP4, f"{E}.down_proj_scales", lambda t: t | 255, "expected scales to be E8M0 codes of numbers, got 0xFF"),
+    "no codes' dtype": (
+        NVFP4,
+        f"{Q}.weight_packed",
+        lambda t: t.float(),
+        "expected weight_packed to be 4-bit codes, got F32",
+    ),
+    "dense too": (
+        NVFP4,
+        f"{Q}.weight",
+        lambda t: torch.zeros(64, 64),
+        "expected a dense weight or the tensor weight_packed of nvfp4-pack-quantized, got both",
+    ),
+    "GPTQ's dense too": (
+        ("llama", "gptq"),
+        f"{Q}.weight",
+        lambda t: torch.zeros(64, 64),
+        "expected a dense weight or the tensor qweight of gptq, got both",
+    ),
     "no blocks": (MXFP4, f"{E}.down_proj_blocks", lambda t: None, "expected the tensor blocks of mxfp4 too"),
     "experts": (
         MXFP4,
@@ -236,7 +254,7 @@ def test_bad_tensors(case: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         load(checkpoint.path)
     assert "model.safetensors" in str(raised.value)
-    weight = re.sub(r"(\.weight_\w+|_blocks|_scales)$", "", name)
+    weight = re.sub(r"(\.weight(_\w+)?|_blocks|_scales)$", "", name)
     assert weight in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -538,3 +556,38 @@ def test_an_older_name_of_the_configuration(tmp_path: pathlib.Path) -> None:
     torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
     model.save_pretrained(tmp_path / "saved")
     assert same_state(load(tmp_path / "saved"), model)
+
+
+def test_layers_that_are_4bit_in_the_checkpoint_are_not_skipped(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    load(checkpoint.path, skip_modules=["lm_head"])
+    message = (
+        r"^skip_modules: expected layers that are dense in this nvfp4-pack-quantized checkpoint, got .*_proj \(6 in"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint.path, skip_modules=["mlp"])
+    with pytest.raises(ValueError, match="^embeddings: expected False for a nvfp4-pack-quantized checkpoint"):
+        load(checkpoint.path, embeddings=True)
+
+
+def test_a_missing_file_is_named(tmp_path: pathlib.Path) -> None:
+    model = load(packed_models.save(tmp_path, *NVFP4).path)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    file = sorted((tmp_path / "saved").glob("*.safetensors"))[1]
+    assert same_state(load(tmp_path / "saved"), model)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file.name}: expected this file of the checkpoint, found none"):
+        load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq", "modelopt"])
+def test_codes_without_a_configuration(kind: str, tmp_path: pathlib.Path) -> None:
+    """transformers reports mismatched or missing weights, and may go on with random ones."""
+    checkpoint = packed_models.save(tmp_path, "llama", kind)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    del config["quantization_config"]
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: expected dense weights, .* the 4-bit codes model\.layers"
+    ):
+        load(checkpoint.path)

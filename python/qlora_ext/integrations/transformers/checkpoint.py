@@ -152,8 +152,13 @@ class CheckpointSource(Source):
         for dense, tensors in self._groups(headers).items():
             where = f"{printable(headers[next(iter(tensors.values()))].file)}: {excerpt(dense, 200)}"
             if codes in tensors:
-                if headers[tensors[codes]].dtype in _CODE_DTYPES:
+                key, is_dense_too = tensors[codes], dense in headers and dense not in tensors.values()
+                if is_dense_too:
+                    raise ValueError(f"{where}: expected a dense weight or the tensor {codes} of {self.name}, got both")
+                if headers[key].dtype in _CODE_DTYPES:
                     found[dense] = _Matrix(where, tensors)
+                elif key != dense:
+                    raise ValueError(f"{where}: expected {codes} to be 4-bit codes, got {headers[key].dtype}")
             elif dense not in headers and any(names[tensor] for tensor in tensors):
                 raise ValueError(
                     f"{where}: expected the tensor {codes} of {self.name} too, found {', '.join(sorted(tensors))}"

@@ -11,6 +11,9 @@ from transformers import core_model_loading
 
 from ..._internal.untrusted import FileError, excerpt, printable
 
+# The ends of names that only 4-bit codes have.
+_CODES = (".weight_packed", ".qweight", "_blocks")
+
 
 class Header(NamedTuple):
     """What a file says about a tensor."""
@@ -36,9 +39,27 @@ def read_headers(files: Sequence[str]) -> dict[str, Header]:
                 for key in opened.keys():  # noqa: SIM118  # no mapping
                     part = opened.get_slice(key)
                     found[key] = Header(file, part.get_dtype(), tuple(part.get_shape()))
+        except FileNotFoundError:
+            message = "expected this file of the checkpoint, found none; is the download complete?"
+            raise FileError(f"{printable(file)}: {message}") from None
         except (OSError, SafetensorError) as error:
             raise FileError(f"{printable(file)}: truncated or damaged: {excerpt(str(error))}") from error
     return found
+
+
+def check_dense(files: Sequence[str]) -> None:
+    """Rejects files with 4-bit codes of other libraries for a model whose configuration does not mention them.
+
+    Raises:
+        ValueError: there is such a tensor, or a file is damaged.
+    """
+    for key, header in read_headers(files).items():
+        if key.endswith(_CODES) or (key.endswith(".weight") and header.dtype == "U8"):
+            raise ValueError(
+                f"{printable(header.file)}: expected dense weights, because the model's configuration has no "
+                f"quantization_config, got the 4-bit codes {excerpt(key, 200)}; load the model with the config.json "
+                "and the class that belong to its files"
+            )
 
 
 def map_tensors(headers: Mapping[str, Header]) -> dict[str, Tensor]:
