@@ -17,7 +17,8 @@ enum class ScaleForm : int {
   kBFloat16,
 };
 
-// A weight with offsets is round(round(value[code] * scale) + offset) in float32.
+// A weight with offsets is round(round(value[code] * scale) + offset) in float32. Where scales are float32, that differs
+// by a rounding from the (value[code] - zero point) * scale to which dequantize_nf4 decodes zero points.
 enum class OffsetForm : int {
   kNone,
   kFloat32,

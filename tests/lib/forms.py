@@ -27,6 +27,7 @@ FORMS = {
     "q4_1": Form("uint4", "float16", 32, offsets="float16"),
     "q4_k": Form("uint4", "nested_table8", 32, 8, "scaled8"),
     "awq": Form("uint4", "float16", 128, offsets="zero_point8"),
+    "float32 zero points": Form("uint4", "float32", 64, offsets="zero_point8"),
     "float32 offsets": Form("uint4", "float32", 64, offsets="float32"),
     "bfloat16 offsets": Form("uint4", "bfloat16", 64, offsets="bfloat16"),
     "made up": Form.of(
@@ -93,13 +94,16 @@ def decoded(weight: dict[str, Any], numel: int) -> np.ndarray:
         scales = scales * arrays["nested_absmax"][nested] if "nested_absmax" in arrays else scales
     elif "nested_offset" in arrays:
         scales = reference.dequantize_absmax(scales, arrays["nested_absmax"], arrays["nested_offset"][0], nested_block)
-    flat = reference.dequantize_nf4(
-        arrays["packed"], scales, numel, weight["block_size"], _values(weight.get("code", "nf4"))
-    )
-    if "block_offsets" in arrays:
-        offsets = arrays["block_offsets"]
-        if offsets.dtype == np.uint8:
-            unit = arrays["offset_scale"][nested] if "offset_scale" in arrays else scales
-            offsets = -(offsets.astype(np.float32) * unit)
-        flat = flat + np.repeat(offsets, weight["block_size"])[: flat.size]
-    return flat
+
+    def per_element(of_blocks: np.ndarray) -> np.ndarray:
+        return np.repeat(of_blocks.astype(np.float32), weight["block_size"])[:numel]
+
+    values = _values(weight.get("code", "nf4"))[reference.unpack(arrays["packed"], numel)]
+    offsets = arrays.get("block_offsets")
+    if offsets is None:
+        return values * per_element(scales)
+    if offsets.dtype != np.uint8:
+        return values * per_element(scales) + per_element(offsets)
+    if "offset_scale" not in arrays:  # zero points
+        return (values - per_element(offsets)) * per_element(scales)
+    return values * per_element(scales) - per_element(offsets) * per_element(arrays["offset_scale"][nested])

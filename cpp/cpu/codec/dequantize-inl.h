@@ -21,16 +21,22 @@ void dequantize_absmax(const Pool& pool, const Scales& scales, int64_t count, fl
   pool(count, 4096, body);
 }
 
-// The decoded values of each block's codes. Whether there are offsets is a template parameter, so weights without
-// offsets have no overhead.
-template <class T, bool kHasOffsets>
+// Zero points are subtracted before the scale multiplies, with one rounding, as in the libraries that store them. Where
+// a scale has at most 19 significant bits, that is the same as adding an offset.
+enum class BlockOffsets { kNone, kAdded, kZeroPoints };
+
+// The decoded values of each block's codes. The kind of offsets is a template parameter, so weights without offsets
+// have no overhead.
+template <class T, BlockOffsets kOffsets>
 class BlockTables {
  public:
   BlockTables(const codec::Values& values, const float* scales, const float* offsets)
       : values_(values), scales_(scales), offsets_(offsets) {}
   codec::Table<T> operator[](int64_t block) const {
-    if constexpr (kHasOffsets)
+    if constexpr (kOffsets == BlockOffsets::kAdded)
       return codec::make_table<T>(values_, scales_[block], offsets_[block]);
+    else if constexpr (kOffsets == BlockOffsets::kZeroPoints)
+      return codec::make_shifted_table<T>(values_, scales_[block], offsets_[block]);
     else
       return codec::make_table<T>(values_, scales_[block]);
   }
@@ -67,7 +73,7 @@ void dequantize_ragged_block(const codec::Table<T>& table, const uint8_t* packed
   for (int64_t i = 0; i < rest; ++i) out[whole + i] = decoded[i];
 }
 
-template <bool kStream, bool kHasOffsets, class T>
+template <bool kStream, BlockOffsets kOffsets, class T>
 void dequantize_all(const Pool& pool, const Weight& w, int64_t numel, T* out) {
   const int64_t block_size = w.scales.block_size;
   const int64_t blocks = ceil_div(numel, block_size);
@@ -77,10 +83,11 @@ void dequantize_all(const Pool& pool, const Weight& w, int64_t numel, T* out) {
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kDecodedBlocks, count = min(blocks - first, kDecodedBlocks);
       float decoded[kDecodedBlocks];
-      float offsets[kHasOffsets ? kDecodedBlocks : 1];
+      float offsets[kOffsets != BlockOffsets::kNone ? kDecodedBlocks : 1];
       const float* const scales = scales_at(w.scales, first, count, decoded);
-      if constexpr (kHasOffsets) read_offsets(w.scales, first, count, scales, offsets);
-      const BlockTables<T, kHasOffsets> tables(values, scales, offsets);
+      if constexpr (kOffsets == BlockOffsets::kAdded) read_offsets(w.scales, first, count, scales, offsets);
+      if constexpr (kOffsets == BlockOffsets::kZeroPoints) read_zero_points(w.scales, first, count, offsets);
+      const BlockTables<T, kOffsets> tables(values, scales, offsets);
       const int64_t whole = max(min(count, whole_blocks - first), 0);
       dequantize_blocks<kStream>(tables, w.packed + first * block_size / 2, whole, block_size,
                                  out + first * block_size);
@@ -97,23 +104,25 @@ void dequantize_all(const Pool& pool, const Weight& w, int64_t numel, T* out) {
 // Outputs of this size and more do not fit in the caches, and are written with stores that bypass them: a line that
 // would be evicted before it is read again need not be fetched first.
 inline constexpr int64_t kStreamBytes = 16 << 20;
-template <bool kHasOffsets, class T>
+template <BlockOffsets kOffsets, class T>
 void dequantize_as(const Pool& pool, const Weight& w, T* out) {
   const int64_t numel = w.n * w.k;
   const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
   if (aligned && numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes) {
-    dequantize_all<true, kHasOffsets>(pool, w, numel, out);
+    dequantize_all<true, kOffsets>(pool, w, numel, out);
   } else {
-    dequantize_all<false, kHasOffsets>(pool, w, numel, out);
+    dequantize_all<false, kOffsets>(pool, w, numel, out);
   }
 }
 
 void dequantize_nf4(const Pool& pool, const Weight& w, DType dtype, void* out) {
   with_type(dtype, [&]<class T>() {
-    if (w.scales.offsets) {
-      dequantize_as<true>(pool, w, static_cast<T*>(out));
+    if (w.scales.offsets.form == OffsetForm::kZeroPoint8) {
+      dequantize_as<BlockOffsets::kZeroPoints>(pool, w, static_cast<T*>(out));
+    } else if (w.scales.offsets) {
+      dequantize_as<BlockOffsets::kAdded>(pool, w, static_cast<T*>(out));
     } else {
-      dequantize_as<false>(pool, w, static_cast<T*>(out));
+      dequantize_as<BlockOffsets::kNone>(pool, w, static_cast<T*>(out));
     }
   });
 }

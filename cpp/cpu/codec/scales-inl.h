@@ -124,6 +124,12 @@ inline void read_offsets(const Scales& scales, int64_t first, int64_t count, con
   }
 }
 
+// out[i] = minus the zero point of block first + i. The weight's offsets are zero points.
+inline void read_zero_points(const Scales& scales, int64_t first, int64_t count, float* out) {
+  const auto* const zero_points = static_cast<const uint8_t*>(scales.offsets.stored) + first;
+  for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<float>(zero_points[i]);
+}
+
 // Prefetches the stored scales of blocks first .. first + count - 1.
 inline void prefetch_scales(const Scales& scales, int64_t first, int64_t count) {
   const int64_t bytes = stored_bytes(scales.form);

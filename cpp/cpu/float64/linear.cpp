@@ -10,13 +10,18 @@
 namespace qlora::cpu::float64 {
 namespace {
 
+// As dequantize_nf4 decodes it.
 double weight_at(const Weight& w, int64_t i) {
   const int64_t block = i / w.scales.block_size;
+  const float value = w.table().value[code_at(w.packed, i)];
   float scale = 0.0f, offset = 0.0f;
   scalar::read_scales(w.scales, block, 1, &scale);
+  if (w.scales.offsets.form == OffsetForm::kZeroPoint8) {
+    scalar::read_zero_points(w.scales, block, 1, &offset);
+    return double{(value + offset) * scale};
+  }
   scalar::read_offsets(w.scales, block, 1, &scale, &offset);
-  const float scaled = w.table().value[code_at(w.packed, i)] * scale;
-  return double{w.scales.offsets ? scaled + offset : scaled};
+  return double{w.scales.offsets ? value * scale + offset : value * scale};
 }
 
 // out [m, r] = factor · dropout(in) · aᵀ, element (j, c) of a at a[j * a_row + c * a_column]. `memory` is made to hold

@@ -28,6 +28,12 @@ inline Table<T> make_table(const Values& values, float scale, float offset) {
   return round_table<T>(add(values.times(scale), splat(offset)));
 }
 
+// The same with (value + shift) * scale, where value + shift is exact.
+template <class T>
+inline Table<T> make_shifted_table(const Values& values, float scale, float shift) {
+  return round_table<T>(mul(add(values.times(1.0f), splat(shift)), splat(scale)));
+}
+
 }  // namespace codec
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA
