@@ -25,6 +25,8 @@ import packed_models
 from load_memory import peaks_of_loading_and_saving
 from packed_models import CONFIGS, FORMATS, IDS
 from qlora_ext import Form, QLoRAConfig, quantize
+from qlora_ext.cli.models.pretrained import is_4bit
+from qlora_ext.cli.models.sources import ModelSource
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.integrations.transformers import save_in_our_format
 from qlora_ext.nn import Embedding4bit, Experts4bit, TiedLinear4bit, layers_of
@@ -537,6 +539,7 @@ def test_configurations_in_files_of_their_own(case: str, tmp_path: pathlib.Path)
     del config["quantization_config"]
     (checkpoint.path / "config.json").write_text(json.dumps(config))
     (checkpoint.path / name).write_text(json.dumps(fields))
+    assert is_4bit(ModelSource("model", str(checkpoint.path)))  # as the commands find it
     model = load(checkpoint.path)
     torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
     model.save_pretrained(tmp_path / "saved")
