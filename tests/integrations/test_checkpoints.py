@@ -39,6 +39,11 @@ CASES = [
     ("mixtral", "nvfp4-pack-quantized"),
     ("mixtral", "pack-quantized"),
     ("gpt_oss", "mxfp4"),
+    ("gpt_oss", "mxfp4-pack-quantized"),
+    ("gpt_oss", "nvfp4-pack-quantized"),
+    ("gpt_oss", "modelopt"),
+    ("gpt_oss", "pack-quantized-zero-points"),
+    ("gpt_oss", "awq"),
 ]
 
 
@@ -120,7 +125,50 @@ def test_a_model_without_our_configuration_is_transformers_own(tmp_path: pathlib
     assert torch.equal(model(IDS).logits, checkpoint.dense(IDS).logits)
 
 
-TRAINED = [("llama", "pack-quantized"), ("qwen3_moe", "nvfp4-pack-quantized"), ("gpt_oss", "mxfp4")]
+@pytest.mark.parametrize("old_names", [False, True])
+def test_experts_of_gpt_oss_that_are_stored_one_by_one(old_names: bool, tmp_path: pathlib.Path) -> None:
+    """Some experts are dense, and some checkpoints call the list of experts ``experts``, too."""
+    checkpoint = packed_models.save(tmp_path, "gpt_oss", "modelopt", keep=r"layers\.0\.mlp")
+    if old_names:
+        for name in [name for name in checkpoint.tensors if ".mlp.experts." in name]:
+            renamed = re.sub(r"experts\.(\d)", r"experts.experts.\1", name)
+            checkpoint.tensors[renamed] = checkpoint.tensors.pop(name)
+        change(checkpoint, "", lambda t: None)
+    model = load(checkpoint.path)
+    names = [name for name, _ in layers_of(model)]
+    assert "model.layers.1.mlp.experts" in names
+    assert "model.layers.0.mlp.experts" not in names
+    state = model.state_dict()
+    for name, t in checkpoint.dense.state_dict().items():
+        if "layers.0.mlp" in name or name.endswith("_bias"):
+            assert torch.equal(state[name], t), name
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+
+
+def test_an_expert_that_is_missing(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, "gpt_oss", "modelopt")
+    complete = dict(checkpoint.tensors)
+    for absent, message in (
+        (r"experts\.2\.up_proj\.w", r"expected 4 weights of modelopt with names like \S*up_proj\.weight, found 3"),
+        (r"experts\.2\.up_proj\.b", r"expected 4 tensors with names like \S*up_proj\.bias, found 3"),
+        (r"experts\.\d\.up_proj\.w", r"expected 4-bit weights with names like \S*up_proj\.weight too, found none"),
+        (r"experts\.\d\.up_proj\.b", r"expected 4 tensors with names like \S*up_proj\.bias, found 0"),
+        (r"experts\.\d\.(gate|up)_proj\.b", r"layers.0.mlp.experts: the checkpoint has no gate_up_proj_bias"),
+    ):
+        checkpoint.tensors = {name: t for name, t in complete.items() if not re.search(absent, name)}
+        change(checkpoint, "", lambda t: None)
+        with pytest.raises(ValueError, match=message):
+            load(checkpoint.path)
+
+
+TRAINED = [
+    ("llama", "pack-quantized"),
+    ("qwen3_moe", "nvfp4-pack-quantized"),
+    ("gpt_oss", "mxfp4"),
+    ("gpt_oss", "modelopt"),
+]
 
 
 def adapted(model: Any) -> Any:

@@ -83,6 +83,8 @@ FORMATS: dict[str, Callable[[Any], Sample]] = {
 # The names of the weights that are 4-bit in the checkpoints.
 _LINEAR = r"(proj|w[123])\.weight$"
 _STACKS = re.compile(r"experts\.(gate_up|down)_proj$")
+# gpt-oss' experts. In formats other than its own MXFP4, checkpoints store them one by one.
+_IN_STACKS = re.compile(r"experts\.(gate_up|down)_proj(_bias)?$")
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -103,6 +105,28 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     dense: Any
+
+
+def _one_by_one(name: str, t: Tensor, made: Callable[[Any], Sample] | None) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of the experts in gpt-oss' stack ``name``, and the stack of their values.
+
+    Args:
+        made: makes a sample of a shape; None: the weights are dense.
+    """
+    prefix, _, stack = name.rpartition(".")
+    is_bias, parts = stack.endswith("_bias"), ("gate", "up") if stack.startswith("gate_up") else ("down",)
+    rows = (t if is_bias else t.transpose(1, 2)).to(torch.bfloat16).float().contiguous()
+    found = {}
+    for e, matrix in enumerate(rows):
+        for i, part in enumerate(parts):  # rows of gate and up alternate
+            own, to = matrix[i :: len(parts)], f"{prefix}.{e}.{part}_proj."
+            if is_bias or made is None:
+                found[to + ("bias" if is_bias else "weight")] = own.clone()
+                continue
+            sample = made(tuple(own.shape))
+            found |= {to + tensor: value for tensor, value in sample.tensors.items()}
+            own.copy_(torch.from_numpy(sample.values))
+    return found, rows if is_bias else rows.transpose(1, 2).contiguous()
 
 
 def save(
@@ -129,6 +153,10 @@ def save(
     torch.manual_seed(1)
     for name, t in safetensors.load_file(plain / "model.safetensors").items():
         is_stack = bool(_STACKS.search(name))
+        if kind != "mxfp4" and _IN_STACKS.search(name):
+            of_experts, decoded[name] = _one_by_one(name, t, None if re.search(keep, name) else FORMATS[kind])
+            tensors |= of_experts
+            continue
         if re.search(keep, name) or not (is_stack or re.search(packed, name)) or (kind == "mxfp4") != is_stack:
             tensors[name] = decoded[name] = t.to(torch.bfloat16).float()
             continue

@@ -59,7 +59,7 @@ _LIST = (
     Patch(
         "transformers.modeling_utils:get_hf_quantizer",
         "transformers >= 5.0",
-        "ignores a checkpoint's configuration if it is in a file of its own, or names a method such as modelopt",
+        "ignores configurations in other files and of unknown methods, and refuses to quantize GGUF files",
     ),
     Patch(
         "diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs",

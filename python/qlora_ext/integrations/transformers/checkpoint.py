@@ -15,10 +15,12 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..._internal.untrusted import excerpt, printable
 from ...checkpoints import Settings, format_of, joined, mxfp4, retained_of
+from ...checkpoints.rows import alternating_rows, grouped_rows, select_rows
 from ...form import Form
 from ...nn import Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
 from ...weight import Weight4bit
-from .checkpoint_files import Header, Names, map_tensors, read_headers
+from .checkpoint_experts import DenseExperts, alternates, dense_experts
+from .checkpoint_files import Header, Names, map_tensors, patterns_of, read_headers
 from .checkpoint_fp8 import ScaledWeight, scaled_weights
 from .deferred import deferred, dtype_of
 from .loading import fill
@@ -63,6 +65,7 @@ class _Weight:
             the experts one by one, there is one entry.
         is_split: whether the checkpoint stores the experts one by one.
         settings: of the format.
+        alternates: whether the model alternates between the rows of an expert's two matrices.
         block_size: elements per scale in the model.
     """
 
@@ -70,6 +73,7 @@ class _Weight:
     matrices: list[list[_Matrix]]
     is_split: bool
     settings: Settings
+    alternates: bool = False
     block_size: int = 0
 
     @property
@@ -104,7 +108,7 @@ class CheckpointSource(Source):
         self.name = self.format.name
         self._config = copy.deepcopy(dict(config))
         self._weights: dict[str, _Weight] = {}
-        self._scaled: dict[str, ScaledWeight] = {}
+        self._dense: dict[str, ScaledWeight | DenseExperts] = {}
         self._headers: dict[str, Header] = {}
         self._places: dict[str, str] = {}  # of tensors that transformers loads as they are: their names in the model
         self._others: dict[str, Tensor] = {}  # tensors for which the model has no place
@@ -119,7 +123,8 @@ class CheckpointSource(Source):
         found = self._stored(headers)
         self._weights = self._placed(model, names, found, headers)
         read = {key for matrix in found.values() for key in matrix.tensors.values()}
-        self._scaled = scaled_weights(names, {key: header for key, header in headers.items() if key not in read})
+        rest = {key: header for key, header in headers.items() if key not in read}
+        self._dense = {**scaled_weights(names, rest), **dense_experts(model, names, rest)}
         self._check_surplus(found, headers, names)
         self._headers, self._places, others = headers, {}, {}
         read = {key for weight in self._all.values() for key in weight.names}
@@ -237,7 +242,9 @@ class CheckpointSource(Source):
                     f"{where}: expected {count} weights of {self.name} with names like {pattern}, found {len(entries)}"
                 )
         matrices = [list(parts) for parts in zip(*columns, strict=True)]
-        return _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
+        found = _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
+        found.alternates = len(columns) > 1 and patterns_of(patterns[0] or "") is not None and alternates(module)
+        return found
 
     def _check_surplus(self, stored: Mapping[str, _Matrix], headers: Mapping[str, Header], names: Names) -> None:
         """Rejects tensors of modules with 4-bit weights that belong to neither the format nor the model.
@@ -321,9 +328,9 @@ class CheckpointSource(Source):
         return [_PackedTensors(self, targets), *conversions]
 
     @property
-    def _all(self) -> dict[str, _Weight | ScaledWeight]:
+    def _all(self) -> dict[str, _Weight | ScaledWeight | DenseExperts]:
         """The weights that this source reads."""
-        return {**self._weights, **self._scaled}
+        return {**self._weights, **self._dense}
 
     def read(self, name: str, tensors: Sequence[Tensor], module: nn.Module) -> Weight4bit | Tensor:
         """The weight ``name`` of the model, which ``module`` has, from its tensors in the order of their names.
@@ -332,9 +339,9 @@ class CheckpointSource(Source):
             ValueError: a tensor is invalid.
         """
         by_key = dict(zip(self._all[name].names, tensors, strict=True))
-        if name in self._scaled:
+        if name in self._dense:
             dense: Tensor = getattr(module, name.rpartition(".")[2])
-            return self._scaled[name].read(by_key, dense.shape, dense.dtype)
+            return self._dense[name].read(by_key, dense.shape, dense.dtype)
         assert isinstance(module, Packed4bit)
         weight, dtype = self._weights[name], module.weight_dtype
         stack, done = joined.Stack(len(weight.matrices)), list[Tensor]()
@@ -342,6 +349,8 @@ class CheckpointSource(Source):
         for e, parts in enumerate(weight.matrices):
             w4 = joined.join_rows([self._read(weight, matrix, by_key, dtype) for matrix in parts], parts[0].where)
             w4 = joined.in_blocks_of(w4, weight.block_size)
+            if weight.alternates:
+                w4 = select_rows(w4, alternating_rows(w4.shape[0]))
             if not weight.is_split:
                 return w4
             stack.put(e, w4, parts[0].where)
@@ -392,9 +401,13 @@ class CheckpointSource(Source):
         for name, weight in self._weights.items():
             if _module(name) in layers:  # else it has been decoded
                 state |= self._saved(name, weight, layers[_module(name)])
-        for name, scaled in self._scaled.items():
-            write = functools.partial(_items, scaled.write, state.pop(name))
-            state |= deferred(self._specs(scaled.names), write)
+        for name, stored in self._dense.items():
+            values = state.pop(name)
+            if isinstance(stored, ScaledWeight):
+                state |= deferred(self._specs(stored.names), functools.partial(_items, stored.write, values))
+            else:
+                parts = stored.write(values)
+                state |= {key: self._as_stored(key, t, self._headers[key]) for key, t in parts.items()}
         return state | self._others
 
     def _specs(self, keys: Iterable[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -433,7 +446,10 @@ class CheckpointSource(Source):
         if w4.form != expected:
             raise ValueError(f"{name}: expected {expected}, as {self.name} stores it, got {w4.form}; {_ADVICE}")
         for e, parts in enumerate(weight.matrices):
-            matrices = joined.split_rows(w4.matrix(e) if weight.is_split else w4, len(parts))
+            whole = w4.matrix(e) if weight.is_split else w4
+            if weight.alternates:
+                whole = select_rows(whole, grouped_rows(whole.shape[0]))
+            matrices = joined.split_rows(whole, len(parts))
             for matrix, part in zip(parts, matrices, strict=True):
                 try:
                     yield matrix, joined.in_larger_blocks(part, form.block_size)
@@ -474,7 +490,8 @@ class _Fill(core_model_loading.ConversionOps):
             source.error = error
         finally:
             source.release(*tensors)
-        parts = module.packed_parts(name) if isinstance(module, Packed4bit) else (name,)
+        is_packed = isinstance(module, Packed4bit) and name in module.packed_shapes
+        parts = module.packed_parts(name) if is_packed else (name,)
         if missing is not None:
             missing.difference_update(f"{_module(full_layer_name)}.{part}" for part in parts)
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,33 @@ from ..._internal.untrusted import FileError, excerpt, printable
 
 # The ends of names that only 4-bit codes have.
 _CODES = (".weight_packed", ".qweight", "_blocks")
+# Experts that a checkpoint stores one by one, though transformers expects stacks in it. Libraries that quantize gpt-oss
+# make linear layers of its experts; for such names of other models, transformers has conversions.
+_EXPERT = re.compile(r"(?P<module>.*?\bexperts)(?:\.experts)?\.(?P<number>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)")
+_GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
+_PARTS = {"gate_up_proj": (_GATE, _UP), "down_proj": (_DOWN,)}
+
+
+def stack_of(key: str) -> tuple[str, str] | None:
+    """The name of the stack that contains an expert's weight or bias, and a pattern of the names of its parts."""
+    if (match := _EXPERT.fullmatch(key)) is None:
+        return None
+    module, layer, kind = match["module"], match["layer"], match["kind"]
+    stack = next((name for name, parts in _PARTS.items() if any(layer in names for names in parts)), None)
+    if stack is None:
+        return None
+    return f"{module}.{stack}{'_bias' if kind == 'bias' else ''}", f"experts.*.{layer}.{kind}"
+
+
+def patterns_of(pattern: str) -> list[str] | None:
+    """The patterns of all parts of a stack, gate before up, by the pattern of one; None if it is not from here."""
+    match = re.fullmatch(r"experts\.\*\.(\w+)\.(weight|bias)", pattern)
+    if match is None:
+        return None
+    layer, kind = match.groups()
+    parts = next(parts for parts in _PARTS.values() if any(layer in names for names in parts))
+    column = next(names.index(layer) for names in parts if layer in names)
+    return [f"experts.*.{names[column]}.{kind}" for names in parts]
 
 
 class Header(NamedTuple):
@@ -98,7 +126,9 @@ class Names:
         )
         if target not in self._state and key in self._state:
             target, pattern = key, None
-        return target if target in self._state else None, pattern
+        if target not in self._state and (stack := stack_of(key)) is not None:
+            target, pattern = self.place(stack[0])[0], stack[1]
+        return (target, pattern) if target in self._state else (None, None)
 
     def has_values(self, target: str) -> bool:
         """Whether the tensor ``target`` of the model is floating-point."""
@@ -106,5 +136,7 @@ class Names:
 
     def converter(self, pattern: str | None) -> tuple[list[Any], list[str]]:
         """The operations of the converter with that pattern, and all its patterns, in order."""
+        if pattern is not None and (parts := patterns_of(pattern)) is not None:
+            return [core_model_loading.MergeModulelist(0), core_model_loading.Concatenate(1)][: len(parts)], parts
         found = next((c for c in self._converters if pattern in c.source_patterns), None)
         return ([], []) if found is None else (found.operations, found.source_patterns)

@@ -8,7 +8,6 @@ it, other than the function that writes files, gets undefined values.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..._internal.atomic import staged_file
-from .._patches import extend
 
 _DTYPES = {
     "F64": torch.float64,
@@ -80,7 +78,17 @@ def _computed(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield from ((names[own_name], t) for own_name, t in compute() if own_name in names)
 
 
-def _write(tensors: Mapping[str, Tensor], path: pathlib.Path, metadata: Mapping[str, str] | None) -> None:
+def has_deferred(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether one of the tensors is deferred."""
+    return any(hasattr(t, _SOURCE) for t in tensors.values())
+
+
+def write_file(tensors: Mapping[str, Tensor], path: pathlib.Path, metadata: Mapping[str, str] | None) -> None:
+    """Writes a safetensors file, in which each deferred tensor is computed.
+
+    Raises:
+        ValueError: safetensors has no such dtype. OSError: the file cannot be written.
+    """
     # Readers view the file's bytes in the tensor's dtype, so tensors with larger elements come first.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {} if not metadata else {"__metadata__": dict(metadata)}
@@ -102,10 +110,3 @@ def _write(tensors: Mapping[str, Tensor], path: pathlib.Path, metadata: Mapping[
             assert (t.dtype, t.shape) == (expected.dtype, expected.shape), name
             file.seek(begin + header[name]["data_offsets"][0])
             file.write(_bytes_of(t))
-
-
-@extend("transformers.modeling_utils:safe_save_file")
-def _save_file(original: Any, tensors: Any, filename: Any, metadata: Any = None) -> Any:
-    if not any(hasattr(t, _SOURCE) for t in tensors.values()):
-        return original(tensors, filename, metadata=metadata)
-    return _write(tensors, pathlib.Path(os.fspath(filename)), metadata)

@@ -125,6 +125,17 @@ class QLoRAQuantizer(HfQuantizer):
             return {"": torch.cuda.current_device()}
         return device_map
 
+    def read_header(self, gguf_file: str) -> None:
+        """Called by transformers with the path of a GGUF file, which the source opens when the model exists."""
+
+    def get_state_dict(self, gguf_file: str, model: nn.Module) -> dict[str, Any]:
+        """The values of a GGUF file's weights, for transformers."""
+        assert self.source is not None
+        return self.source.values()
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        return torch.get_default_dtype() if dtype is None else dtype  # None: "auto" for a GGUF file
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, Packed4bit) and name in module.packed_shapes
@@ -275,6 +286,10 @@ class QLoRAQuantizer(HfQuantizer):
             more = f" ({len(self.not_finite)} weights have NaN or infinity)" if len(self.not_finite) > 1 else ""
             raise ValueError(f"{name}: {where.removeprefix('w: ')}{more}")
         check_loaded(model)
+        if self.source is not None:
+            self.source.loaded(model)
+            if not self._saves_source:
+                self.source = self.qlora_config._source = None
         for _, layer in layers_of(model):
             layer.freeze_packed()  # transformers makes every floating-point parameter trainable
         if self.bitsandbytes_storage is not None:
