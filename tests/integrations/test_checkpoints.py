@@ -165,6 +165,7 @@ def test_an_expert_that_is_missing(tmp_path: pathlib.Path) -> None:
 
 TRAINED = [
     ("llama", "pack-quantized"),
+    ("llama", "awq"),
     ("qwen3_moe", "nvfp4-pack-quantized"),
     ("gpt_oss", "mxfp4"),
     ("gpt_oss", "modelopt"),
@@ -212,6 +213,19 @@ def test_training(family: str, kind: str, tmp_path: pathlib.Path) -> None:
     assert torch.equal(again(IDS).logits, y)
     on_dense = PeftModel.from_pretrained(checkpoint.dense, tmp_path / "adapter")
     torch.testing.assert_close(on_dense(IDS).logits, y, rtol=1e-3, atol=1e-3)
+
+
+def test_merging_an_adapter_on_dense_layers_decodes_the_others(tmp_path: pathlib.Path) -> None:
+    """An adapter on all linear layers of gpt-oss leaves the experts out, and these are its only 4-bit layers."""
+    checkpoint = packed_models.save(tmp_path, "gpt_oss", "mxfp4")
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(load(checkpoint.path), config)
+    y = model(IDS).logits
+    merged = model.merge_and_unload()
+    assert not [*layers_of(merged)]
+    torch.testing.assert_close(merged(IDS).logits, y, rtol=1e-3, atol=1e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
 def change(checkpoint: Any, name: str, made: Any) -> None:
