@@ -21,6 +21,8 @@ safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is no
 
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
+from qlora_ext import QLoRAConfig
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -181,3 +183,32 @@ def save(
     (path / "generation_config.json").write_text((plain / "generation_config.json").read_text())
     dense = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     return Checkpoint(path, tensors, config, dense)
+
+
+def load(path: pathlib.Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, quantization_config=QLoRAConfig(**options), device_map="cpu"
+    )
+
+
+def same_tensors(path: pathlib.Path, expected: dict[str, Tensor]) -> bool:
+    found = safetensors.load_file(path / "model.safetensors")
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    bits = torch.uint8
+    return all(
+        t.dtype == found[name].dtype
+        and t.shape == found[name].shape
+        and torch.equal(t.contiguous().reshape(-1).view(bits), found[name].reshape(-1).view(bits))
+        for name, t in expected.items()
+    )
+
+
+def change(checkpoint: Checkpoint, name: str, made: Any) -> None:
+    """Saves the checkpoint again with a tensor replaced by ``made`` of it; without it if that is None."""
+    tensors = dict(checkpoint.tensors)
+    value = made(tensors.pop(name, None))
+    if value is not None:
+        tensors[name] = value
+    safetensors.save_file(
+        {k: t.contiguous() for k, t in tensors.items()}, checkpoint.path / "model.safetensors", {"format": "pt"}
+    )

@@ -22,8 +22,8 @@ from ...weight import Weight4bit
 from .checkpoint_experts import DenseExperts, alternates, dense_experts
 from .checkpoint_files import Header, Names, map_tensors, patterns_of, read_headers
 from .checkpoint_fp8 import ScaledWeight, scaled_weights
+from .checkpoint_operations import OriginalNames, PackedTensors, module_of
 from .deferred import deferred, dtype_of
-from .loading import fill
 from .modules import BaseNames, check_complete, empty_layer
 from .source import Source
 
@@ -33,8 +33,6 @@ _CODE_DTYPES = ("U8", "I8", "I32")
 _SCALES = ("weight_scale", "scales")
 _CACHE_SCALES = ("q_scale", "k_scale", "v_scale")  # of 8-bit keys and values, which are not applied
 _SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# The name under which transformers collects the tensors of a weight.
-_PATTERN = "tensors of a 4-bit weight"
 # Bytes of experts that are read before their pages are released, which takes a few milliseconds.
 _RELEASED_AT_ONCE = 4 << 20
 _ADVICE = "call qlora_ext.integrations.transformers.save_in_our_format(model) before saving it"
@@ -139,7 +137,7 @@ class CheckpointSource(Source):
         self._check_modules(model)
         check_complete(model, {*self._all, *(names.place(key)[0] or "" for key in headers)}, [*found], files)
         for name in forms:  # a module has one block size
-            siblings = [form.block_size for other, form in forms.items() if _module(other) == _module(name)]
+            siblings = [form.block_size for other, form in forms.items() if module_of(other) == module_of(name)]
             self._weights[name].block_size = min(siblings)
         return {
             name: dataclasses.replace(form, block_size=self._weights[name].block_size) for name, form in forms.items()
@@ -221,7 +219,7 @@ class CheckpointSource(Source):
         where = next(iter(by_pattern.values()))[0][1].where
         shapes = empty_layer(module, torch.float32, Form()).packed_shapes if is_dense(module) else {}
         if name not in shapes:
-            raise ValueError(f"{where}: expected dense values, because no 4-bit layer can replace {_module(target)}")
+            raise ValueError(f"{where}: expected dense values, because no 4-bit layer can replace {module_of(target)}")
         operations, expected = names.converter(next(iter(by_pattern)))
         if absent := [pattern for pattern in expected if pattern not in by_pattern]:
             raise ValueError(f"{where}: expected 4-bit weights with names like {', '.join(absent)} too, found none")
@@ -255,7 +253,7 @@ class CheckpointSource(Source):
             ValueError: there is such a tensor.
         """
         used = {key for matrix in stored.values() for key in matrix.tensors.values()}
-        modules = {_module(dense) for dense in stored}
+        modules = {module_of(dense) for dense in stored}
         biases: dict[str, Header] = {}
         for key, header in headers.items():
             module, _, tensor = key.rpartition(".")
@@ -303,7 +301,7 @@ class CheckpointSource(Source):
         always = {*dense_modules(model).always}
         modules: dict[str, list[str]] = {}
         for name, weight in self._weights.items():
-            module = _module(name)
+            module = module_of(name)
             modules.setdefault(module, []).append(name)
             if not always.isdisjoint(paths_to(module)):
                 raise ValueError(
@@ -325,7 +323,7 @@ class CheckpointSource(Source):
             for name, weight in self._all.items()
             for key in weight.names
         }
-        return [_PackedTensors(self, targets), *conversions]
+        return [PackedTensors(self, targets), *conversions]
 
     @property
     def _all(self) -> dict[str, _Weight | ScaledWeight | DenseExperts]:
@@ -374,12 +372,12 @@ class CheckpointSource(Source):
 
     def prepare_saving(self, conversions: list[Any]) -> list[Any]:
         """The ``conversions`` that transformers reverses when it saves the model, and which restore our names."""
-        remaining = [c for c in conversions if not isinstance(c, _PackedTensors | _OriginalNames)]
+        remaining = [c for c in conversions if not isinstance(c, PackedTensors | OriginalNames)]
         renamings = [c for c in remaining if isinstance(c, core_model_loading.WeightRenaming)]
         backwards = [renaming.reverse_transform() for renaming in reversed(renamings)]
         keys = [*self._others, *(key for weight in self._all.values() for key in weight.names)]
         changed = {core_model_loading.apply_renamings(key, backwards): key for key in sorted(keys)}
-        return [_OriginalNames({name: key for name, key in changed.items() if name != key}), *remaining]
+        return [OriginalNames({name: key for name, key in changed.items() if name != key}), *remaining]
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """As ``Source.state_dict``. The tensors that are not the model's own are deferred.
@@ -390,7 +388,7 @@ class CheckpointSource(Source):
         names = BaseNames(model)
         state = names.select(model.state_dict())
         layers = {names[name]: module for name, module in layers_of(model)}
-        own = {layer for name in self._weights if (layer := layers.get(_module(name))) is not None}
+        own = {layer for name in self._weights if (layer := layers.get(module_of(name))) is not None}
         for name, module in layers.items():
             if module in own or (isinstance(module, TiedLinear4bit) and module.embedding in own):
                 for part in module.packed_state():
@@ -399,8 +397,8 @@ class CheckpointSource(Source):
             if name in state:
                 state[name] = self._as_stored(name, state[name], self._headers[place])
         for name, weight in self._weights.items():
-            if _module(name) in layers:  # else it has been decoded
-                state |= self._saved(name, weight, layers[_module(name)])
+            if module_of(name) in layers:  # else it has been decoded
+                state |= self._saved(name, weight, layers[module_of(name)])
         for name, stored in self._dense.items():
             values = state.pop(name)
             if isinstance(stored, ScaledWeight):
@@ -463,96 +461,12 @@ class CheckpointSource(Source):
             yield from ((key, tensors[tensor]) for tensor, key in matrix.tensors.items())
 
 
-class _Fill(core_model_loading.ConversionOps):
-    """Reads the tensors of a 4-bit weight into its module.
-
-    transformers passes the file's tensors uncast to operations that have the attribute ``hf_quantizer``.
-    """
-
-    def __init__(self, source: CheckpointSource) -> None:
-        self.hf_quantizer = source
-
-    def convert(
-        self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        source, (module, name) = self.hf_quantizer, get_module_from_name(model, full_layer_name)
-        tensors, missing = input_dict.pop(_PATTERN), kwargs.get("missing_keys")
-        try:
-            if source.error is None:
-                read = source.read(full_layer_name, tensors, module)
-                return (
-                    {full_layer_name: read}
-                    if isinstance(read, Tensor)
-                    else fill(module, full_layer_name, read, missing)
-                )
-        except ValueError as error:
-            # transformers would hide the message, so the quantizer raises the error after all weights are read.
-            source.error = error
-        finally:
-            source.release(*tensors)
-        is_packed = isinstance(module, Packed4bit) and name in module.packed_shapes
-        parts = module.packed_parts(name) if is_packed else (name,)
-        if missing is not None:
-            missing.difference_update(f"{_module(full_layer_name)}.{part}" for part in parts)
-        return {}
-
-
-class _PackedTensors(core_model_loading.WeightConverter):
-    """Collects the tensors of each 4-bit weight, whatever their names.
-
-    Args:
-        targets: the names of the weights in the model, by the names of their tensors after transformers' renamings.
-    """
-
-    __slots__ = ("source", "targets")
-
-    def __init__(self, source: CheckpointSource, targets: Mapping[str, str]) -> None:
-        super().__init__([_PATTERN], [_PATTERN], [_Fill(source)])
-        self.source, self.targets = source, targets
-
-    def __deepcopy__(self, memo: Any) -> _PackedTensors:
-        return type(self)(self.source, self.targets)  # transformers makes a copy for each weight
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        target = self.targets.get(source_key)
-        return (source_key, None) if target is None else (target, _PATTERN)
-
-
-class _OriginalNames(core_model_loading.WeightRenaming):
-    """Restores, when a model is saved, the names that tensors have in the checkpoint; it changes no name on loading.
-
-    Args:
-        names: the original names of tensors, by the names that transformers' own renamings give them on saving.
-    """
-
-    __slots__ = ("is_reversed", "names")
-
-    def __init__(self, names: Mapping[str, str], is_reversed: bool = False) -> None:
-        super().__init__([_PATTERN], [_PATTERN])
-        self.names, self.is_reversed = names, is_reversed
-
-    def __deepcopy__(self, memo: Any) -> _OriginalNames:
-        return type(self)(self.names, self.is_reversed)
-
-    def reverse_transform(self) -> _OriginalNames:
-        return type(self)(self.names, not self.is_reversed)
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        renamed = self.names.get(source_key) if self.is_reversed else None
-        return (source_key, None) if renamed is None else (renamed, source_key)
-
-
 def _items(write: Callable[[Tensor], dict[str, Tensor]], t: Tensor) -> Iterable[tuple[str, Tensor]]:
     return write(t).items()
 
 
 def _is_sharded(t: Tensor) -> bool:
     return hasattr(t, "full_tensor")
-
-
-def _module(name: str) -> str:
-    """The name of the module that has the weight ``name``."""
-    return name.rpartition(".")[0]
 
 
 def _is_lossless(operations: Sequence[Any], parts: int) -> bool:

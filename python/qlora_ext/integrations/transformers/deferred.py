@@ -104,7 +104,6 @@ def write_file(tensors: Mapping[str, Tensor], path: pathlib.Path, metadata: Mapp
     with staged_file(path) as partial, open(partial, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         begin = file.tell()
-        file.truncate(begin + size)
         for name, t in _computed(tensors):
             expected = tensors[name]
             assert (t.dtype, t.shape) == (expected.dtype, expected.shape), name

@@ -6,6 +6,7 @@ These are checkpoints whose ``quantization_config`` transformers does not know o
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -13,7 +14,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from .._patches import extend
 from .config import METHOD, QLoRAConfig
 from .quantizer import ORIGINAL
+from .source import Source
 from .stored_config import find_config
+
+# Makes the source of a GGUF file, which is in ``qlora_ext.gguf``, for a configuration.
+GGUF_SOURCES: list[Callable[[QLoRAConfig], Source]] = []
 
 
 @extend("transformers.modeling_utils:get_hf_quantizer")
@@ -28,8 +33,6 @@ def get_hf_quantizer(original: Any, config: Any, quantization_config: Any, *args
     if isinstance(saved, dict) and saved.get("quant_method", METHOD) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         config.quantization_config = {"quant_method": METHOD, ORIGINAL: saved}
     if kwargs.pop("gguf_file", None) is not None:  # the original accepts only its own quantizer for a GGUF file
-        from ...gguf.source import GGUFSource
-
         quantization_config = copy.copy(quantization_config)
-        quantization_config._source = GGUFSource(quantization_config)
+        quantization_config._source = GGUF_SOURCES[0](quantization_config)
     return original(config, quantization_config, *args, **kwargs)
