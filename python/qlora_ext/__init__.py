@@ -57,9 +57,9 @@ _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.tran
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.counting")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.methods")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.model_card")
-_hooks.after_import(
-    "transformers.integrations.gguf.gguf_config_mapping", "qlora_ext.integrations.transformers.gguf_configs"
-)
+_hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.saving")
+_hooks.after_import("transformers.modeling_utils", "qlora_ext.gguf.from_pretrained")
+_hooks.after_import("transformers.integrations.gguf.gguf_config_mapping", "qlora_ext.gguf.configs")
 _hooks.after_import("diffusers.quantizers.auto", "qlora_ext.integrations.diffusers.quantizer")
 _hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.models")
 _hooks.after_import("diffusers.loaders.lora_pipeline", "qlora_ext.integrations.diffusers.lora")

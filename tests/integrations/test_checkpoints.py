@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import packed_models
-from packed_models import FORMATS, IDS
-from qlora_ext import QLoRAConfig
+from packed_models import FORMATS, IDS, change, load, same_tensors
+from qlora_ext.cli.models.pretrained import is_4bit
+from qlora_ext.cli.models.sources import ModelSource
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.integrations.transformers import save_in_our_format
 from qlora_ext.nn import Embedding4bit, Experts4bit, layers_of
@@ -42,12 +43,6 @@ CASES = [
 ]
 
 
-def load(path: pathlib.Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, quantization_config=QLoRAConfig(**options), device_map="cpu"
-    )
-
-
 def decoded(model: Any) -> dict[str, torch.Tensor]:
     """The values of all 4-bit weights, in the layout of dense modules."""
     found = {}
@@ -56,18 +51,6 @@ def decoded(model: Any) -> dict[str, torch.Tensor]:
             name_of_weight = [weight] if isinstance(layer, Experts4bit) else []
             found[f"{name}.{weight}"] = layer.dequantize(*name_of_weight, torch.float32)
     return found
-
-
-def same_tensors(path: pathlib.Path, expected: dict[str, torch.Tensor]) -> bool:
-    found = load_file(path / "model.safetensors")
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    bits = torch.uint8
-    return all(
-        t.dtype == found[name].dtype
-        and t.shape == found[name].shape
-        and torch.equal(t.contiguous().reshape(-1).view(bits), found[name].reshape(-1).view(bits))
-        for name, t in expected.items()
-    )
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -223,15 +206,6 @@ def test_merging_an_adapter_on_dense_layers_decodes_the_others(tmp_path: pathlib
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
-def change(checkpoint: Any, name: str, made: Any) -> None:
-    """Saves the checkpoint again with a tensor replaced by ``made`` of it; without it if that is None."""
-    tensors = dict(checkpoint.tensors)
-    value = made(tensors.pop(name, None))
-    if value is not None:
-        tensors[name] = value
-    save_file({k: t.contiguous() for k, t in tensors.items()}, checkpoint.path / "model.safetensors", {"format": "pt"})
-
-
 NVFP4 = ("llama", "nvfp4-pack-quantized")
 MOE = ("qwen3_moe", "nvfp4-pack-quantized")
 MXFP4 = ("gpt_oss", "mxfp4")
@@ -277,6 +251,24 @@ BAD: dict[str, tuple[tuple[str, str], str, Any, str]] = {
     ),
     "extra": (NVFP4, f"{Q}.weight_zero_point", lambda t: torch.zeros(1), "weight_zero_point"),
     "NaN": (MXFP4, f"{E}.down_proj_scales", lambda t: t | 255, "expected scales to be E8M0 codes of numbers, got 0xFF"),
+    "no codes' dtype": (
+        NVFP4,
+        f"{Q}.weight_packed",
+        lambda t: t.float(),
+        "expected weight_packed to be 4-bit codes, got F32",
+    ),
+    "dense too": (
+        NVFP4,
+        f"{Q}.weight",
+        lambda t: torch.zeros(64, 64),
+        "expected a dense weight or the tensor weight_packed of nvfp4-pack-quantized, got both",
+    ),
+    "GPTQ's dense too": (
+        ("llama", "gptq"),
+        f"{Q}.weight",
+        lambda t: torch.zeros(64, 64),
+        "expected a dense weight or the tensor qweight of gptq, got both",
+    ),
     "no blocks": (MXFP4, f"{E}.down_proj_blocks", lambda t: None, "expected the tensor blocks of mxfp4 too"),
     "experts": (
         MXFP4,
@@ -295,7 +287,7 @@ def test_bad_tensors(case: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         load(checkpoint.path)
     assert "model.safetensors" in str(raised.value)
-    weight = re.sub(r"(\.weight_\w+|_blocks|_scales)$", "", name)
+    weight = re.sub(r"(\.weight(_\w+)?|_blocks|_scales)$", "", name)
     assert weight in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -424,3 +416,81 @@ def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
             elif "proj" in name:
                 assert found[name].dtype == t.dtype
                 assert torch.equal(found[name].float(), t.float())
+
+
+QUANTIZE = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "damp_percent": 0.01}
+ELSEWHERE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "modelopt": (
+        "modelopt",
+        "hf_quant_config.json",
+        {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}},
+    ),
+    "gptq": ("gptq", "quantize_config.json", QUANTIZE),
+    "gptqmodel": ("gptq-v2-zero-points", "quantize_config.json", QUANTIZE | {"sym": False, "format": "gptq_v2"}),
+    "awq": ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_configurations_in_files_of_their_own(case: str, tmp_path: pathlib.Path) -> None:
+    kind, name, fields = ELSEWHERE[case]
+    checkpoint = packed_models.save(tmp_path, "llama", kind)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    del config["quantization_config"]
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    (checkpoint.path / name).write_text(json.dumps(fields))
+    assert is_4bit(ModelSource("model", str(checkpoint.path)))  # as the commands find it
+    model = load(checkpoint.path)
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+    assert same_state(load(tmp_path / "saved"), model)
+    (checkpoint.path / name).write_text("{")
+    with pytest.raises(ValueError, match=rf"{name}: not JSON"):
+        load(checkpoint.path)
+
+
+def test_an_older_name_of_the_configuration(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    model = load(checkpoint.path)
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert same_state(load(tmp_path / "saved"), model)
+
+
+def test_layers_that_are_4bit_in_the_checkpoint_are_not_skipped(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    load(checkpoint.path, skip_modules=["lm_head"])
+    message = (
+        r"^skip_modules: expected layers that are dense in this nvfp4-pack-quantized checkpoint, got .*_proj \(6 in"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint.path, skip_modules=["mlp"])
+    with pytest.raises(ValueError, match="^embeddings: expected False for a nvfp4-pack-quantized checkpoint"):
+        load(checkpoint.path, embeddings=True)
+
+
+def test_a_missing_file_is_named(tmp_path: pathlib.Path) -> None:
+    model = load(packed_models.save(tmp_path, *NVFP4).path)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    file = sorted((tmp_path / "saved").glob("*.safetensors"))[1]
+    assert same_state(load(tmp_path / "saved"), model)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file.name}: expected this file of the checkpoint, found none"):
+        load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq", "modelopt"])
+def test_codes_without_a_configuration(kind: str, tmp_path: pathlib.Path) -> None:
+    """transformers reports mismatched or missing weights, and may go on with random ones."""
+    checkpoint = packed_models.save(tmp_path, "llama", kind)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    del config["quantization_config"]
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: expected dense weights, .* the 4-bit codes model\.layers"
+    ):
+        load(checkpoint.path)

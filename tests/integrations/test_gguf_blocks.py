@@ -28,11 +28,20 @@ def decoded(w4: Any) -> torch.Tensor:
     return torch.stack([w4.matrix(e).dequantize(torch.float32) for e in range(w4.shape[0])])
 
 
-def assert_same_bits(found: torch.Tensor, wanted: torch.Tensor, signed_zeros: bool) -> None:
-    if signed_zeros:  # adding 0 makes both zeros alike
-        found, wanted = found + 0.0, wanted + 0.0
+def assert_same_bits(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert found.dtype == wanted.dtype == torch.float32
     assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+
+
+def without_signed_zeros(kind: str, data: np.ndarray) -> np.ndarray:
+    """The blocks with the code 0 for each 8 of E2M1: both stand for 0 in ggml's table, which has no -0."""
+    if kind not in ("MXFP4", "NVFP4"):
+        return data
+    header = blocks._LAYOUTS[kind].header
+    codes = data[:, header:]
+    low, high = codes & 0x0F, codes & 0xF0
+    codes = np.where(low == 0x08, 0, low) | np.where(high == 0x80, 0, high)
+    return np.concatenate((data[:, :header], codes), axis=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -40,8 +49,8 @@ def assert_same_bits(found: torch.Tensor, wanted: torch.Tensor, signed_zeros: bo
 def test_random_blocks_have_the_packages_values(kind: str, shape: tuple[int, ...]) -> None:
     data = random_blocks(kind, shape, seed=0)
     w4 = blocks.read(kind, data, shape, "file: tensor")
-    assert_same_bits(decoded(w4), expected(kind, data, shape), signed_zeros=kind in ("MXFP4", "NVFP4"))
-    assert blocks.write(kind, w4) == data.tobytes()
+    assert_same_bits(decoded(w4), expected(kind, data, shape))
+    assert blocks.write(kind, w4) == without_signed_zeros(kind, data).tobytes()
 
 
 @pytest.mark.parametrize("kind", blocks.KINDS)
@@ -57,8 +66,8 @@ def test_scales_of_every_size(kind: str) -> None:
     if kind == "MXFP4":
         data[data[:, 0] == 0xFF, 0] = 0xFE
     w4 = blocks.read(kind, data, shape, "file: tensor")
-    assert_same_bits(decoded(w4), expected(kind, data, shape), signed_zeros=kind in ("MXFP4", "NVFP4"))
-    assert blocks.write(kind, w4) == data.tobytes()
+    assert_same_bits(decoded(w4), expected(kind, data, shape))
+    assert blocks.write(kind, w4) == without_signed_zeros(kind, data).tobytes()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in blocks.KINDS if kind not in ("MXFP4", "NVFP4")])

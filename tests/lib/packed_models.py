@@ -21,6 +21,8 @@ safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is no
 
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
+from qlora_ext import QLoRAConfig
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -81,7 +83,7 @@ FORMATS: dict[str, Callable[[Any], Sample]] = {
     "gptq-v2-zero-points": lambda shape: _moderate(samples.gptq(shape, 32, symmetric=False, version=2)),
 }
 # The names of the weights that are 4-bit in the checkpoints.
-_LINEAR = re.compile(r"(proj|w[123])\.weight$")
+_LINEAR = r"(proj|w[123])\.weight$"
 _STACKS = re.compile(r"experts\.(gate_up|down)_proj$")
 # gpt-oss' experts. In formats other than its own MXFP4, checkpoints store them one by one.
 _IN_STACKS = re.compile(r"experts\.(gate_up|down)_proj(_bias)?$")
@@ -130,13 +132,19 @@ def _one_by_one(name: str, t: Tensor, made: Callable[[Any], Sample] | None) -> t
 
 
 def save(
-    directory: pathlib.Path, family: str, kind: str, keep: str = "$^", changed: Mapping[str, Any] | None = None
+    directory: pathlib.Path,
+    family: str,
+    kind: str,
+    keep: str = "$^",
+    changed: Mapping[str, Any] | None = None,
+    packed: str = _LINEAR,
 ) -> Checkpoint:
     """Saves a tiny model in the format ``kind``.
 
     Args:
         keep: a regular expression of names in the files; weights that it matches stay dense.
         changed: fields of the quantization_config.
+        packed: a regular expression of names in the files; weights that it matches become 4-bit.
     """
     model = build(family)
     plain = directory / "dense"
@@ -151,7 +159,7 @@ def save(
             of_experts, decoded[name] = _one_by_one(name, t, None if re.search(keep, name) else FORMATS[kind])
             tensors |= of_experts
             continue
-        if re.search(keep, name) or not (is_stack or _LINEAR.search(name)) or (kind == "mxfp4") != is_stack:
+        if re.search(keep, name) or not (is_stack or re.search(packed, name)) or (kind == "mxfp4") != is_stack:
             tensors[name] = decoded[name] = t.to(torch.bfloat16).float()
             continue
         if is_stack:  # the rows of the file's matrices are the columns of the model's
@@ -167,13 +175,40 @@ def save(
     safetensors.save_file(
         {k: t.contiguous() for k, t in decoded.items()}, plain / "model.safetensors", {"format": "pt"}
     )
-    packed = directory / "packed"
-    packed.mkdir()
-    safetensors.save_file(
-        {k: t.contiguous() for k, t in tensors.items()}, packed / "model.safetensors", {"format": "pt"}
-    )
+    path = directory / "packed"
+    path.mkdir()
+    safetensors.save_file({k: t.contiguous() for k, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
     fields = json.loads((plain / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
-    (packed / "generation_config.json").write_text((plain / "generation_config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
+    (path / "generation_config.json").write_text((plain / "generation_config.json").read_text())
     dense = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
-    return Checkpoint(packed, tensors, config, dense)
+    return Checkpoint(path, tensors, config, dense)
+
+
+def load(path: pathlib.Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, quantization_config=QLoRAConfig(**options), device_map="cpu"
+    )
+
+
+def same_tensors(path: pathlib.Path, expected: dict[str, Tensor]) -> bool:
+    found = safetensors.load_file(path / "model.safetensors")
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    bits = torch.uint8
+    return all(
+        t.dtype == found[name].dtype
+        and t.shape == found[name].shape
+        and torch.equal(t.contiguous().reshape(-1).view(bits), found[name].reshape(-1).view(bits))
+        for name, t in expected.items()
+    )
+
+
+def change(checkpoint: Checkpoint, name: str, made: Any) -> None:
+    """Saves the checkpoint again with a tensor replaced by ``made`` of it; without it if that is None."""
+    tensors = dict(checkpoint.tensors)
+    value = made(tensors.pop(name, None))
+    if value is not None:
+        tensors[name] = value
+    safetensors.save_file(
+        {k: t.contiguous() for k, t in tensors.items()}, checkpoint.path / "model.safetensors", {"format": "pt"}
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,15 +16,20 @@ from ..integrations.transformers.source import Source
 from ..nn import is_dense, paths_to, tied_heads
 from . import blocks
 
-if TYPE_CHECKING:
-    from .weights import GGUFWeights
+
+class Weights(Protocol):
+    """What a source needs of ``GGUFWeights``."""
+
+    def stored_kind(self, name: str, shape: tuple[int, ...], transposed: bool) -> str | None: ...
+    def values(self, kept: set[str]) -> dict[str, Any]: ...
+    def summarize(self, model: nn.Module, kept: set[str]) -> None: ...
 
 
 class GGUFSource(Source):
     """The weights of a GGUF file, for a model that is loaded with ``config``.
 
     Args:
-        weights: of the file. None: ``forms`` opens the file that transformers has found.
+        open_file: returns the weights for a model. Its first argument has the path of the file that transformers opens.
 
     Attributes:
         kept: after ``forms``, the names of the weights that stay 4-bit as they are stored.
@@ -32,19 +37,17 @@ class GGUFSource(Source):
 
     name = "GGUF"
 
-    def __init__(self, config: QLoRAConfig, weights: GGUFWeights | None = None) -> None:
-        self._config, self._weights = config, weights
+    def __init__(self, config: QLoRAConfig, open_file: Callable[[Sequence[str], nn.Module], Weights]) -> None:
+        self._config, self._open_file = config, open_file
+        self._weights: Weights | None = None
         self.kept: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> GGUFSource:
         return self  # transformers copies configurations; the copy must have the same source
 
     def forms(self, model: nn.Module, files: Sequence[str] = ()) -> dict[str, Form]:
-        from .weights import GGUFWeights
-
         if self._weights is None:
-            self._weights = GGUFWeights(files[0], model)
-            self._weights.check_complete()
+            self._weights = self._open_file(files, model)
         found: dict[str, Form] = {}
         self.kept.clear()
         for name, module in self._candidates(model):

@@ -172,7 +172,7 @@ class GGUFWeights:
     def _source(self, config: QLoRAConfig) -> GGUFSource:
         from .source import GGUFSource
 
-        source = GGUFSource(config, self)
+        source = GGUFSource(config, lambda files, model: self)
         source.forms(self._model)
         return source
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
-from ...gguf import gpt_oss
+from . import gpt_oss
 
 GGUF_CONFIG_ARCHS.setdefault(gpt_oss.ARCHITECTURE, gpt_oss.config_of)
