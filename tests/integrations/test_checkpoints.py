@@ -158,6 +158,19 @@ def test_an_expert_that_is_missing(tmp_path: pathlib.Path) -> None:
             load(checkpoint.path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("weight", "expected one name for each weight"), ("bias", "expected one name for each tensor")],
+)
+def test_an_expert_that_has_two_names(kind: str, message: str, tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, "gpt_oss", "modelopt")
+    for name in [name for name in checkpoint.tensors if f".down_proj.{kind}" in name]:
+        checkpoint.tensors[name.replace("down_proj", "w2")] = checkpoint.tensors[name].clone()
+    change(checkpoint, "", lambda t: None)
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint.path)
+
+
 TRAINED = [
     ("llama", "pack-quantized"),
     ("llama", "awq"),
