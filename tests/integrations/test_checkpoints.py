@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 import packed_models
 from packed_models import FORMATS, IDS, change, load, same_tensors
@@ -139,6 +139,29 @@ def test_an_expert_that_is_missing(tmp_path: pathlib.Path) -> None:
         change(checkpoint, "", lambda t: None)
         with pytest.raises(ValueError, match=message):
             load(checkpoint.path)
+
+
+def test_experts_without_a_4bit_layer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 computes its experts by code of its own, so a checkpoint with 4-bit experts is rejected by name."""
+    sizes = {**packed_models.SIZES, "intermediate_size_mlp": 96, "head_dim": 16, "num_local_experts": 4}
+    config = Llama4TextConfig(**sizes, num_experts_per_tok=1, interleave_moe_layer_step=1)
+    monkeypatch.setitem(packed_models.CONFIGS, "llama4_text", lambda: config)
+    checkpoint = packed_models.save(tmp_path, "llama4_text", "modelopt")
+    with pytest.raises(ValueError, match=r"no 4-bit layer can replace model\.layers\.\d\.feed_forward\.experts"):
+        load(checkpoint.path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("weight", "expected one name for each weight"), ("bias", "expected one name for each tensor")],
+)
+def test_an_expert_that_has_two_names(kind: str, message: str, tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, "gpt_oss", "modelopt")
+    for name in [name for name in checkpoint.tensors if f".down_proj.{kind}" in name]:
+        checkpoint.tensors[name.replace("down_proj", "w2")] = checkpoint.tensors[name].clone()
+    change(checkpoint, "", lambda t: None)
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint.path)
 
 
 TRAINED = [

@@ -224,6 +224,10 @@ class CheckpointSource(Source):
         if absent := [pattern for pattern in expected if pattern not in by_pattern]:
             raise ValueError(f"{where}: expected 4-bit weights with names like {', '.join(absent)} too, found none")
         patterns: list[str | None] = [*expected] or [*by_pattern]
+        if surplus := [pattern for pattern in by_pattern if pattern not in patterns]:
+            raise ValueError(
+                f"{where}: expected one name for each weight, found names like {', '.join(map(str, surplus))} too"
+            )
         if not _is_lossless(operations, len(patterns)):
             raise ValueError(
                 f"{where}: expected a weight that the model takes as it is, or in a stack of experts; transformers "

@@ -96,7 +96,10 @@ def _joined(
         module, first = model.get_submodule(module_name), min(min(keys) for keys in by_pattern.values())
         where = f"{printable(headers[first].file)}: {excerpt(first, 200)}"
         count, columns = len(getattr(module, name)), []
-        for pattern in patterns_of(next(iter(by_pattern))) or ():
+        patterns = patterns_of(next(iter(by_pattern))) or []
+        if surplus := [pattern for pattern in by_pattern if pattern not in patterns]:
+            raise ValueError(f"{where}: expected one name for each tensor, found names like {', '.join(surplus)} too")
+        for pattern in patterns:
             keys = sorted(by_pattern.get(pattern, ()), key=core_model_loading.dot_natural_key)
             if len(keys) != count:
                 raise ValueError(f"{where}: expected {count} tensors with names like {pattern}, found {len(keys)}")
