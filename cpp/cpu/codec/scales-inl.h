@@ -140,6 +140,11 @@ inline uint32_t largest_finite_bits(const float* x, int64_t count) {
   return largest;
 }
 
+// The largest finite magnitude, where `bits` are those of the largest magnitude.
+inline float largest_finite(const float* x, int64_t count, uint32_t bits) {
+  return bits_float(bits < kInfinityBits ? bits : largest_finite_bits(x, count));
+}
+
 inline constexpr int64_t kScalesAtOnce = 64;
 
 // Calls use(scale, count) for each part of blocks first .. first + count - 1, with their scales as float32.
@@ -163,12 +168,12 @@ inline float scale_bound(const Scales& scales, int64_t first, int64_t last, cons
     const uint32_t bits = largest_finite_bits(scales.nested_absmax + nested, last_nested + 1 - nested);
     return bits_float(bits) + bits_float(float_bits(*scales.nested_offset) & kMagnitudeBits);
   }
-  uint32_t most = 0;
+  float most = 0.0f;
   for_each_scales(scales, first, last + 1 - first, [&](const float* scale, int64_t count) {
-    const uint32_t bits = largest_bits(scale, count);
-    most = max(most, bits < kInfinityBits ? bits : largest_finite_bits(scale, count));
+    const float of_part = largest_finite(scale, count, largest_bits(scale, count));
+    most = of_part > most ? of_part : most;
   });
-  return bits_float(most);
+  return most;
 }
 
 // Returns whether each of the first `count` scales has a magnitude of at least `least`, a normal number of at most
