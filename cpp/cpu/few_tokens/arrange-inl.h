@@ -11,7 +11,7 @@
 //   one group           [ chunk 0                 | chunk 1 ..     | .. ]
 //   one chunk           [ token 0 | token 1 | ..  ]                                kChunk values each, in code order
 //
-//   sums, for offsets   [ vector of units 0: token 0 | token 1 | .. | vector of units 1 .. ]    of one group
+//   sums, for offsets   [ first kLanes runs: token 0 | token 1 | .. | next runs .. ]  of a group's x (OffsetRuns)
 //
 //   values of a token   shift 0   [ x0 x1 x2 x3 x4 x5 x6 x7 | x8 ..                K = 12: two shifts,
 //                       shift 4   [  0  0  0  0 x0 x1 x2 x3 | x4 ..                two arrangements
@@ -42,15 +42,15 @@ struct TokenGroups {
 
 // The runs of a row's weights over which x is summed for offsets (OffsetsEnter::kSums): granules if a row is a number
 // of them, and lanes otherwise.
-struct OffsetUnits {
+struct OffsetRuns {
   bool are_granules;
-  int64_t lanes;  // of a unit
-  OffsetUnits(const Weight& w) {
+  int64_t lanes;  // of a run
+  OffsetRuns(const Weight& w) {
     const int64_t granule = ScaleReader(w.scales).granule();
     are_granules = w.k % granule == 0;
     lanes = are_granules ? granule / kLaneWeights : 1;
   }
-  // Vectors of kLanes units.
+  // How many vectors hold the sums of a row's runs.
   int64_t vectors(int64_t chunks) const { return ceil_div(chunks, lanes); }
 };
 
@@ -58,7 +58,7 @@ template <class Products>
 struct ForwardPlan {
   WeightRows rows;
   TokenGroups groups;
-  OffsetUnits units;
+  OffsetRuns runs;
   int64_t chunks;          // of a row with the largest shift
   int64_t segment_chunks;  // with all tokens of a group, a segment of x takes a third of the first-level cache
   int64_t segments;
@@ -66,7 +66,7 @@ struct ForwardPlan {
   ForwardPlan(int64_t m, const Weight& w)
       : rows(w.k),
         groups(m, Products::kMaxTokens),
-        units(w),
+        runs(w),
         chunks(ceil_div(w.k + rows.max_shift(), kChunk)) {
     const int64_t most_tokens = ceil_div(m, groups.count);
     int64_t weights = 1024;
@@ -81,7 +81,7 @@ struct ForwardPlan {
   int64_t arrangement_values() const { return groups.m * chunks * kChunk; }
   int64_t arrangement_scales() const { return groups.m * segments; }
   int64_t arrangement_sums() const {
-    return Products::kOffsets == OffsetsEnter::kSums ? groups.m * units.vectors(chunks) * kLanes : 0;
+    return Products::kOffsets == OffsetsEnter::kSums ? groups.m * runs.vectors(chunks) * kLanes : 0;
   }
   int arrangement(int shift) const { return shift * rows.period / 8; }
   int shift(int arrangement) const { return arrangement * (8 / rows.period); }
@@ -112,17 +112,17 @@ struct ArrangedX {
   FallbackTokens* fallback_tokens;
 };
 
-// Writes the sums of x over the units of a chunk to the token's vectors, which are `stride` apart. The sums of lanes
-// are integers, and so are those of units: float32 holds them exactly.
-inline void store_unit_sums(const OffsetUnits& units, int64_t chunk, Floats lane_sums, float scale, int64_t stride,
+// Writes the sums of x over the runs of a chunk to the token's vectors, which are `stride` apart. The sums of lanes are
+// integers, and so are those of runs: float32 holds them exactly.
+inline void store_run_sums(const OffsetRuns& runs, int64_t chunk, Floats lane_sums, float scale, int64_t stride,
                             float* sums) {
   float lane[kLanes];
   store(lane, lane_sums);
-  for (int64_t l = 0; l < kLanes; l += units.lanes) {
+  for (int64_t l = 0; l < kLanes; l += runs.lanes) {
     float sum = lane[l];
-    for (int64_t other = 1; other < units.lanes; ++other) sum += lane[l + other];
-    const int64_t unit = (chunk * kLanes + l) / units.lanes;
-    sums[unit / kLanes * stride + unit % kLanes] = sum * scale;
+    for (int64_t other = 1; other < runs.lanes; ++other) sum += lane[l + other];
+    const int64_t run = (chunk * kLanes + l) / runs.lanes;
+    sums[run / kLanes * stride + run % kLanes] = sum * scale;
   }
 }
 
@@ -138,9 +138,9 @@ void arrange_token(const Products& products, const ForwardPlan<Products>& plan, 
   const int shift = plan.shift(arrangement);
   const uint32_t largest = plan.segments > 1 ? largest_bits_within(x + i * k, k) : 0;
   float* const sums = out.sums + arrangement * plan.arrangement_sums() +
-                      (first * plan.units.vectors(plan.chunks) + i - first) * kLanes;
+                      (first * plan.runs.vectors(plan.chunks) + i - first) * kLanes;
   if constexpr (Products::kOffsets == OffsetsEnter::kSums) {
-    for (int64_t v = 0; v < plan.units.vectors(plan.chunks); ++v) store(sums + v * tokens * kLanes, zero());
+    for (int64_t v = 0; v < plan.runs.vectors(plan.chunks); ++v) store(sums + v * tokens * kLanes, zero());
   }
   for (int64_t s = 0; s < plan.segments; ++s) {
     const int64_t chunk = s * plan.segment_chunks;
@@ -161,7 +161,7 @@ void arrange_token(const Products& products, const ForwardPlan<Products>& plan, 
       return out.fallback_tokens->add(first_token + i);
     if constexpr (Products::kOffsets == OffsetsEnter::kSums) {
       for (int64_t c = 0; c < chunks; ++c)
-        store_unit_sums(plan.units, chunk + c, Products::lane_sums(to + c * tokens * kChunk),
+        store_run_sums(plan.runs, chunk + c, Products::lane_sums(to + c * tokens * kChunk),
                         *scale * products.one_of_code(), tokens * kLanes, sums);
     }
   }

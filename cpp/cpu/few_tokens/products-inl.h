@@ -36,7 +36,7 @@ inline constexpr float kHugeScale = 0x1p90f;
 enum class OffsetsEnter {
   kNothing,  // the weight has none
   kCodes,    // codes(chunk, scale, offset) decodes to weights, and multiply sums weight * x
-  kSums,     // the sums begin with each offset times the sum of x over the weights that share it (OffsetUnits)
+  kSums,     // the sums begin with each offset times the sum of x over the weights that share it (OffsetRuns)
 };
 
 // The largest lane of the maxima from max_bits.
