@@ -64,10 +64,7 @@ struct ForwardPlan {
   int64_t segments;
 
   ForwardPlan(int64_t m, const Weight& w)
-      : rows(w.k),
-        groups(m, Products::kMaxTokens),
-        runs(w),
-        chunks(ceil_div(w.k + rows.max_shift(), kChunk)) {
+      : rows(w.k), groups(m, Products::kMaxTokens), runs(w), chunks(ceil_div(w.k + rows.max_shift(), kChunk)) {
     const int64_t most_tokens = ceil_div(m, groups.count);
     int64_t weights = 1024;
     while (weights > 256 && weights * most_tokens * static_cast<int64_t>(sizeof(typename Products::X)) > 16384)
@@ -115,7 +112,7 @@ struct ArrangedX {
 // Writes the sums of x over the runs of a chunk to the token's vectors, which are `stride` apart. The sums of lanes are
 // integers, and so are those of runs: float32 holds them exactly.
 inline void store_run_sums(const OffsetRuns& runs, int64_t chunk, Floats lane_sums, float scale, int64_t stride,
-                            float* sums) {
+                           float* sums) {
   float lane[kLanes];
   store(lane, lane_sums);
   for (int64_t l = 0; l < kLanes; l += runs.lanes) {
@@ -137,8 +134,8 @@ void arrange_token(const Products& products, const ForwardPlan<Products>& plan, 
   alignas(64) float segment[1024 + kLanes];
   const int shift = plan.shift(arrangement);
   const uint32_t largest = plan.segments > 1 ? largest_bits_within(x + i * k, k) : 0;
-  float* const sums = out.sums + arrangement * plan.arrangement_sums() +
-                      (first * plan.runs.vectors(plan.chunks) + i - first) * kLanes;
+  float* const sums =
+      out.sums + arrangement * plan.arrangement_sums() + (first * plan.runs.vectors(plan.chunks) + i - first) * kLanes;
   if constexpr (Products::kOffsets == OffsetsEnter::kSums) {
     for (int64_t v = 0; v < plan.runs.vectors(plan.chunks); ++v) store(sums + v * tokens * kLanes, zero());
   }
@@ -162,7 +159,7 @@ void arrange_token(const Products& products, const ForwardPlan<Products>& plan, 
     if constexpr (Products::kOffsets == OffsetsEnter::kSums) {
       for (int64_t c = 0; c < chunks; ++c)
         store_run_sums(plan.runs, chunk + c, Products::lane_sums(to + c * tokens * kChunk),
-                        *scale * products.one_of_code(), tokens * kLanes, sums);
+                       *scale * products.one_of_code(), tokens * kLanes, sums);
     }
   }
 }

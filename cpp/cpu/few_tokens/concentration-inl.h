@@ -51,8 +51,7 @@ struct GranuleScales {
 // A bound of the weights of some granules, and of the values and offsets of which they are sums. It is not finite if
 // one of these is not.
 inline float weight_bound(const CodeTable& table, const float* scale, const float* offset, int64_t count) {
-  return table.largest * bits_float(largest_bits_within(scale, count)) +
-         bits_float(largest_bits_within(offset, count));
+  return table.largest * bits_float(largest_bits_within(scale, count)) + bits_float(largest_bits_within(offset, count));
 }
 
 // Yields the weights of W piece by piece, as float32 in memory order.

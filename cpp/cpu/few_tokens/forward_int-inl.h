@@ -40,8 +40,8 @@ using namespace stream;
 // These are sums over many products. If a few weights decide the sum of a row, these may meet small x, so such rows are
 // summed in float32 (concentration-inl.h). README.md has what is promised of a single entry.
 //
-// With offsets, an offset is multiplied by the sum of the same rounded x. As both products have the same roundings of x,
-// their error is that of x times the whole weight, also where value and offset nearly cancel.
+// With offsets, an offset is multiplied by the sum of the same rounded x. As both products have the same roundings of
+// x, their error is that of x times the whole weight, also where value and offset nearly cancel.
 template <class T, class Order, bool kHasOffsets>
 struct IntProducts {
   using X = int16_t;

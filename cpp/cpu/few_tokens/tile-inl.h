@@ -90,8 +90,7 @@ class ForwardTile {
                                            float* sums) const {
     const int64_t period = plan_.rows.period, k = p_.w.k;
     const int shift = plan_.rows.shift(n), arrangement = plan_.arrangement(shift);
-    const typename Products::X* x =
-        x_.values + arrangement * plan_.arrangement_values() + m0 * plan_.chunks * kChunk;
+    const typename Products::X* x = x_.values + arrangement * plan_.arrangement_values() + m0 * plan_.chunks * kChunk;
     const float* scale_of_x = x_.scales + arrangement * plan_.arrangement_scales() + m0 * plan_.segments;
     const int64_t segment_bytes =
         kTokens * plan_.segment_chunks * kChunk * static_cast<int64_t>(sizeof(typename Products::X));
