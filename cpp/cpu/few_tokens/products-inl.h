@@ -10,9 +10,8 @@
 //   kServesEveryRow                   whether it serves concentrated rows (concentration-inl.h)
 //   kMayOverflow                      whether sums may overflow although y is finite: with scales of W above kHugeScale
 //   kOffsets                          how the offsets of W's blocks enter the sums (OffsetsEnter)
-//   lane_sums(chunk), one_of_code     kSums only: the sums of each lane's x in an arranged chunk, and the factor by
-//   which
-//                                     a multiplier becomes that of these sums
+//   lane_sums(chunk)                  kSums only: the sums of each lane's x in an arranged chunk
+//   one_of_code()                     kSums only: the factor by which a segment's multiplier becomes that of these sums
 //
 // The mean square error of the products must not exceed that of rounding w to the dtype of x. If x alone shows that it
 // would, arrange returns false and the token falls back to other products. If it depends on w, the weight row is summed
