@@ -67,7 +67,7 @@ class ScaleReader {
     });
   }
 
-  // Prefetches the stored scales of weights begin .. end - 1.
+  // Prefetches the stored scales and offsets of weights begin .. end - 1.
   void prefetch_blocks(int64_t begin, int64_t end) const {
     const int64_t first = begin / scales_.block_size, count = ceil_div(end, scales_.block_size) - first;
     prefetch_scales(scales_, first, count);
@@ -77,6 +77,11 @@ class ScaleReader {
   float largest(int64_t first, int64_t count) const {
     return scale_bound(scales_, first >> log2_split_, (first + count - 1) >> log2_split_,
                        [](const float* x, int64_t n) { return largest_bits_within(x, n); });
+  }
+  // The same from `scale`, which `read` has written.
+  float largest(int64_t first, int64_t count, const float* scale) const {
+    if (scales_.form == ScaleForm::kNested8) return largest(first, count);
+    return largest_finite(scale, count, largest_bits_within(scale, count));
   }
 
  private:
