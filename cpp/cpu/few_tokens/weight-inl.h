@@ -67,7 +67,7 @@ class ScaleReader {
     });
   }
 
-  // Prefetches the stored scales and offsets of weights begin .. end - 1.
+  // Prefetches the stored scales of weights begin .. end - 1.
   void prefetch_blocks(int64_t begin, int64_t end) const {
     const int64_t first = begin / scales_.block_size, count = ceil_div(end, scales_.block_size) - first;
     prefetch_scales(scales_, first, count);
