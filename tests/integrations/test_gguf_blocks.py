@@ -10,7 +10,7 @@ import torch
 
 gguf = pytest.importorskip("gguf", reason="the command's libraries are not installed")
 
-from gguf_files import random_blocks
+from gguf_files import random_blocks, without_signed_zeros
 from qlora_ext.gguf import blocks
 
 SHAPES = [(256,), (1, 256), (3, 512), (5, 1024), (2, 3, 256)]
@@ -31,17 +31,6 @@ def decoded(w4: Any) -> torch.Tensor:
 def assert_same_bits(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert found.dtype == wanted.dtype == torch.float32
     assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
-
-
-def without_signed_zeros(kind: str, data: np.ndarray) -> np.ndarray:
-    """The blocks with the code 0 for each 8 of E2M1: both stand for 0 in ggml's table, which has no -0."""
-    if kind not in ("MXFP4", "NVFP4"):
-        return data
-    header = blocks._LAYOUTS[kind].header
-    codes = data[:, header:]
-    low, high = codes & 0x0F, codes & 0xF0
-    codes = np.where(low == 0x08, 0, low) | np.where(high == 0x80, 0, high)
-    return np.concatenate((data[:, :header], codes), axis=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -64,6 +64,17 @@ def random_blocks(kind: str, shape: tuple[int, ...], seed: int) -> Any:
     return data
 
 
+def without_signed_zeros(kind: str, data: np.ndarray) -> np.ndarray:
+    """The blocks with the code 0 for each 8 of E2M1: both stand for 0 in ggml's table, which has no -0."""
+    if kind not in ("MXFP4", "NVFP4"):
+        return data
+    header = blocks._LAYOUTS[kind].header
+    codes = data[:, header:]
+    low, high = codes & 0x0F, codes & 0xF0
+    codes = np.where(low == 0x08, 0, low) | np.where(high == 0x80, 0, high)
+    return np.concatenate((data[:, :header], codes), axis=1)
+
+
 def small_blocks(kind: str, shape: tuple[int, ...], seed: int) -> Any:
     """Random blocks of a 4-bit type whose values are about as large as those of a model's weights."""
     data = random_blocks(kind, shape, seed)
