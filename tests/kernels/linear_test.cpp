@@ -273,7 +273,9 @@ void test_linear(const Kernels& set, Report* report) {
       test.run(s, Code::kNf4, dtype);
       test.run(s, Code::kShuffled, dtype);
       test.run(s, static_cast<Code>(++turn % kCodeTableCount), dtype);
-      test.run(s, turn % 2 ? Code::kUint4 : Code::kNf4, dtype, true);
+      // The offset of a block with an outlier is as large as the outlier, and sums of such weights exceed float16.
+      if (dtype != DType::kFloat16 || s.weights != Weights::kOutliers)
+        test.run(s, turn % 2 ? Code::kUint4 : Code::kNf4, dtype, true);
     }
     test.run_non_finite(dtype);
   }

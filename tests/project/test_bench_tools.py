@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -91,9 +90,10 @@ def test_formats_are_shown_once_they_are_measured(tmp_path: pathlib.Path, monkey
 
 def test_reordering_changes_the_weights_and_not_the_outputs() -> None:
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 32}
-    config = LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=2)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=2)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).double().eval()
+    model = transformers.LlamaForCausalLM(config).double().eval()
     ids = torch.randint(0, 32, (2, 9))
     before = {name: p.clone() for name, p in model.named_parameters()}
     with torch.no_grad():
