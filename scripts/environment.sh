@@ -75,10 +75,13 @@ show_ninja() {
 
 # install_qlora_ext EXTRA [PIP ARGUMENT...]: into $venv, from this tree.
 install_qlora_ext() {
-  local extra=$1
+  local extra=$1 cuda=""
   shift
   make_environment
-  build_with_progress "$venv/bin/python" -m pip install --verbose --no-build-isolation "$@" ".[$extra]"
+  # A PyTorch for the CPU cannot use what nvcc would compile for a quarter of an hour.
+  "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null || cuda=-DQLORA_CUDA=OFF
+  CMAKE_ARGS="$cuda ${CMAKE_ARGS:-}" \
+    build_with_progress "$venv/bin/python" -m pip install --verbose --no-build-isolation "$@" ".[$extra]"
 }
 
 # Makes $venv with a CUDA build of PyTorch and what the CUDA tests import, and puts nvcc on PATH: the system's where it is of
