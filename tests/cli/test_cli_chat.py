@@ -100,6 +100,7 @@ def test_invalid_arguments_are_rejected(refused: Any, paths: Paths, monkeypatch:
     monkeypatch.setattr(
         "qlora_ext.cli.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read")
     )
+    monkeypatch.chdir(paths["root"])  # where no ./qlora-run is the default adapter
     assert "--adapter" in refused("chat")
     assert "no such directory" in refused("chat", "--adapter", paths["root"] / "nowhere")
     assert "no chat template" in refused("chat", "--model", paths["model"], "--system", "be brief")
