@@ -10,7 +10,7 @@ from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ...nn import Packed4bit
-from .loading import fill
+from .loading import UncastOperation, fill
 
 # The name under which transformers collects the tensors of a weight.
 PATTERN = "tensors of a 4-bit weight"
@@ -21,14 +21,8 @@ def module_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-class Fill(core_model_loading.ConversionOps):
-    """Reads the tensors of a 4-bit weight into its module.
-
-    transformers passes the file's tensors uncast to operations that have the attribute ``hf_quantizer``.
-    """
-
-    def __init__(self, source: Any) -> None:
-        self.hf_quantizer = source
+class Fill(UncastOperation):
+    """Reads the tensors of a 4-bit weight into its module, by the source that takes the place of the quantizer."""
 
     def convert(
         self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str, **kwargs: Any

@@ -81,14 +81,15 @@ class Quantize(ConversionOps):
             return self._quantize(module, torch.zeros_like(dense))
 
 
-class LoadBitsandbytes(ConversionOps):
-    """Reads the tensors that bitsandbytes saved for one weight into its layer, bit for bit.
-
-    transformers passes the file's tensors uncast to operations that have the attribute ``hf_quantizer``.
-    """
+class UncastOperation(ConversionOps):
+    """An operation that gets the file's tensors uncast: transformers looks for the attribute ``hf_quantizer``."""
 
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
+
+
+class LoadBitsandbytes(UncastOperation):
+    """Reads the tensors that bitsandbytes saved for one weight into its layer, bit for bit."""
 
     def convert(
         self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str, **kwargs: Any
