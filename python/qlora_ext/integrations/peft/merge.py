@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...form import Form
@@ -209,6 +209,8 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
     error = norm = retained = total = 0.0
     for name, layer in model.named_modules():
         if not isinstance(layer, Over4bit):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()  # an adapter on a dense layer, such as the output head
             continue
         if layer.merged_adapters:
             layer.unmerge()
