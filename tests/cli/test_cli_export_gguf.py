@@ -173,12 +173,12 @@ def test_float16(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Pat
 
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "has DoRA, which that format cannot hold; use --to dense"),
+    "dora": ({"use_dora": True}, "has DoRA, which that target cannot hold; use --to dense"),
     "modules_to_save": (
         {"modules_to_save": ["lm_head"]},
         r"has modules saved in full \(modules_to_save\), .* use --to dense",
     ),
-    "bias": ({"lora_bias": True}, r"has biases \(lora_bias\), which that format cannot hold; use --to dense"),
+    "bias": ({"lora_bias": True}, r"has biases \(lora_bias\), which that target cannot hold; use --to dense"),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A.*use --to dense"),
     "rank": ({"lora_alpha": 0}, "got one whose scaling is 0 in every layer; use --to dense"),
     "alora": ({"alora_invocation_tokens": [5]}, "is activated LoRA, which only PEFT runs"),

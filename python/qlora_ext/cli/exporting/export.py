@@ -74,7 +74,8 @@ def export(
     It prints what the command prints. ``docs/deploy.md`` explains the targets.
 
     Args:
-        to: the target: ``dense``, ``bitsandbytes``, ``gguf-adapter`` or ``gguf-adapter:f16``.
+        to: the target: ``dense``, ``bitsandbytes``, ``compressed-tensors:int4``, ``compressed-tensors:nvfp4``,
+            ``compressed-tensors:mxfp4``, ``gguf-adapter`` or ``gguf-adapter:f16``.
         output: the directory, or the .gguf file, that is written. It appears complete or not at all.
         adapter: the adapter, or the run that made it.
         model: the base of the adapter (default: the one that it names), or without an adapter, the model to export.

@@ -16,7 +16,8 @@ from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_confi
 from ..models.size import model_size
 from ..models.sources import PROVENANCE
 from ..outputs.files import write_json
-from .job import Job, check_tied
+from .job import Job
+from .lora import check_tied
 
 _BYTES_PER_TOKEN = 64  # of a tokenizer's files, with its merges
 _OTHER_FILES = 1 << 16  # bytes

@@ -38,6 +38,12 @@ def _bitsandbytes(arguments: argparse.Namespace) -> Job:
     return model_directories.bitsandbytes(arguments)
 
 
+def _compressed_tensors(arguments: argparse.Namespace) -> Job:
+    from . import compressed_tensors
+
+    return compressed_tensors.prepare(arguments, arguments.to.partition(":")[2])
+
+
 def _gguf_adapter(arguments: argparse.Namespace) -> Job:
     from . import gguf_adapter
 
@@ -47,6 +53,9 @@ def _gguf_adapter(arguments: argparse.Namespace) -> Job:
 TARGETS = {
     "dense": Target("a model directory in --dtype, for programs that read no 4-bit format", _dense),
     "bitsandbytes": Target("a model directory in NF4 that loads with bitsandbytes", _bitsandbytes),
+    "compressed-tensors:int4": Target("a model directory in INT4 for vLLM and SGLang", _compressed_tensors),
+    "compressed-tensors:nvfp4": Target("the same in NVFP4", _compressed_tensors),
+    "compressed-tensors:mxfp4": Target("the same in MXFP4", _compressed_tensors),
     "gguf-adapter": Target(
         "the LoRA adapter alone, in float32, as a .gguf file for llama.cpp and Ollama", _gguf_adapter, ".gguf"
     ),
