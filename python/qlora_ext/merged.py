@@ -20,9 +20,9 @@ from .weight import Weight4bit, quantize
 
 # If rounding to the nearest codes retains this share of an update, it is used. Stochastic rounding has larger errors.
 RETAINED_BY_NEAREST = 0.95
-# The same where W does not lie on the codes. At the end of training, the loss is flat along the update: losing 15% of
-# the update costs about 2% of its gain. Stochastic rounding of a large update has a 1.5 times larger error.
-_RETAINED_ELSEWHERE = 0.85
+# The same for ``encode_like``. At the end of training, the loss is flat along the update: losing 15% of the update
+# costs about 2% of its gain. Stochastic rounding of a large update has a 1.5 times larger error.
+_RETAINED = 0.85
 
 _kernels = LinearKernels("linear_nf4")
 _NO_LORA = None, None, 1.0, 0.0, 0, None  # seed_tensor comes last
@@ -94,27 +94,29 @@ class Encoded:
     total: float
 
 
-def encode_like(base: Weight4bit, before: Tensor, moved: Tensor, seed: int = 0, keep_scales: bool = True) -> Encoded:
+def encode_like(base: Weight4bit, before: Tensor, moved: Tensor, seed: int = 0) -> Encoded:
     """Encodes ``moved``, the sum of W and an adapter's update, in the form of ``base``.
 
-    Rounding to the nearest codes has the smaller error, but may lose the update: always if W lies on the codes, and
-    otherwise if the update is small compared with the distance between two codes. Then the update is added to the
-    values of ``base``, and the sum is rounded stochastically under the scales of ``base``.
+    Of three roundings, the result is the one with the smallest error among those that retain the update:
+
+    - to the nearest codes under the scales of ``base``, which loses a small update if W lies on the codes;
+    - to the nearest codes under new scales, for updates that exceed the old ones;
+    - the update added to the values of ``base``, and rounded stochastically under its scales.
 
     Args:
         base: W, rounded to the nearest codes of that form.
         before: W, float32 [N, K].
         moved: float32, the same shape.
         seed: of the stochastic rounding, from ``seed_of``.
-        keep_scales: also round to the nearest codes under the scales of ``base``, because W lies on its codes.
     """
     old, update = base.dequantize(torch.float32), moved - before
-    nearest = with_nearest_codes(base, moved) if keep_scales else quantize(moved, base.form)
-    retained, total = retained_update(update, old, nearest.dequantize(torch.float32))
-    if abs(retained - total) <= (1 - (RETAINED_BY_NEAREST if keep_scales else _RETAINED_ELSEWHERE)) * total:
-        return Encoded(nearest, retained, total)
-    rounded = with_update(base, old + update, seed)
-    return Encoded(rounded, *retained_update(update, old, rounded.dequantize(torch.float32)))
+    found: list[tuple[float, Encoded]] = []
+    for w4 in (with_update(base, old + update, seed), with_nearest_codes(base, moved), quantize(moved, base.form)):
+        values = w4.dequantize(torch.float32)
+        encoded = Encoded(w4, *retained_update(update, old, values))
+        if not found or abs(encoded.retained - encoded.total) <= (1 - _RETAINED) * encoded.total:
+            found.append(((values - moved).norm().item(), encoded))
+    return min(found, key=lambda candidate: candidate[0])[1]
 
 
 @torch.no_grad()

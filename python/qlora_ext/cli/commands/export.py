@@ -11,13 +11,16 @@ from ..options import add_base_options
 
 
 def add_parser(commands: Any) -> None:
-    targets = "; ".join(f"{name}: {target.help}" for name, target in TARGETS.items())
+    names: dict[str, list[str]] = {}
+    for name, target in TARGETS.items():
+        names.setdefault(target.help, []).append(name)
+    targets = "; ".join(f"{', '.join(alike)}: {text}" for text, alike in names.items())
     parser = commands.add_parser(
         "export",
         help="write a trained model for the program that serves it",
         description=f"Writes an adapter with its base, or a model alone, in the format of another program. {targets}. "
         "What a target cannot hold is rejected before anything is written.",
-        epilog=f"Families of gguf-adapter: {', '.join(ARCHITECTURES)}.",
+        epilog=f"Families of the GGUF targets: {', '.join(ARCHITECTURES)}.",
     )
     parser.add_argument("--to", required=True, choices=[*TARGETS], metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--adapter", metavar="DIR", help="the adapter, or the run that made it")

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...checkpoints.compressed_tensors_files import Kind
-    from ...weight import Weight4bit
 
 # Layers whose rows servers join into one weight, which has one factor.
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -97,50 +96,25 @@ def _groups(names: list[str]) -> Iterator[list[str]]:
             yield group
 
 
-def _before_and_after(layer: Any) -> tuple[Tensor, Tensor]:
-    """The weight of a layer, and its sum with the adapters, float32 [N, K]."""
-    from ...integrations.peft.merge import Over4bit
-    from ...nn import Linear4bit
-
-    if isinstance(layer, Over4bit):
-        return layer.before_and_after()
-    weight = layer.dequantize(torch.float32) if isinstance(layer, Linear4bit) else layer.weight.detach().float()
-    return weight, weight
-
-
-def _stored(layer: Any, kind: Kind) -> Weight4bit | None:
-    """The 4-bit weight of a layer, if it is in the form of ``kind`` already."""
-    from ...integrations.peft.merge import Over4bit
-    from ...nn import Linear4bit
-
-    packed = layer.layer4bit if isinstance(layer, Over4bit) else layer
-    return packed.weight4bit if isinstance(packed, Linear4bit) and packed.form == kind.form else None
-
-
 def _encoded(model: Any, kind: Kind, names: list[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The tensors of each layer that is 4-bit in the result, by its name.
 
     Layers that are dense in a 4-bit base stay dense. A base in the same form keeps its codes where there is no adapter.
     """
     from ...integrations.peft.merge import Over4bit
-    from ...merged import encode_like, seed_of
+    from ...merged import seed_of
     from ...nn import Linear4bit, layers_of
-    from ...weight import quantize
+    from .weights import Encoder, before_and_after, layers_by_name, stored_in
 
     kinds = (Over4bit, Linear4bit) if any(layers_of(model)) else (torch.nn.Linear,)
-    modules = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    modules = layers_by_name(model)
     layers = {name: modules[name] for name in names if isinstance(modules.get(name), kinds)}
-    retained = total = 0.0
+    encode = Encoder(kind.form)
     for group in _groups([*layers]) if kind.has_factor else [[name] for name in layers]:
-        parts = [_before_and_after(layers[name]) for name in group]
+        parts = [before_and_after(layers[name]) for name in group]
         before, after = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        stored = None if kind.has_factor else _stored(layers[group[0]], kind)
-        w4 = quantize(before, kind.form) if stored is None else stored
-        if not torch.equal(before, after):
-            seed = seed_of(f"{group[0]}.weight")
-            found = encode_like(w4, before, after, seed, keep_scales=stored is not None)
-            w4, retained, total = found.w4, retained + found.retained, total + found.total
+        stored = None if kind.has_factor else stored_in(kind.form, layers[group[0]])
+        w4 = encode(before, after, stored, seed_of(f"{group[0]}.weight"))
         rows = [len(weight) for weight, _ in parts]
         yield from zip(group, kind.tensors(w4.to("cpu"), rows), strict=True)
-    if total:
-        print(f"the codes retain {retained / total:.1%} of the adapter's update")
+    encode.report()

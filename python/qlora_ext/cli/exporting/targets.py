@@ -50,6 +50,12 @@ def _gguf_adapter(arguments: argparse.Namespace) -> Job:
     return gguf_adapter.prepare(arguments, "float16" if arguments.to.endswith(":f16") else "float32")
 
 
+def _gguf_model(arguments: argparse.Namespace) -> Job:
+    from . import gguf_model
+
+    return gguf_model.prepare(arguments, arguments.to.partition(":")[2].upper())
+
+
 TARGETS = {
     "dense": Target("a model directory in --dtype, for programs that read no 4-bit format", _dense),
     "bitsandbytes": Target("a model directory in NF4 that loads with bitsandbytes", _bitsandbytes),
@@ -60,4 +66,8 @@ TARGETS = {
         "the LoRA adapter alone, in float32, as a .gguf file for llama.cpp and Ollama", _gguf_adapter, ".gguf"
     ),
     "gguf-adapter:f16": Target("the same in float16", _gguf_adapter, ".gguf"),
+    **dict.fromkeys(
+        ("gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_0", "gguf:q4_1", "gguf:iq4_nl", "gguf:mxfp4"),
+        Target("the adapter merged into its base, if that is a .gguf file, in that type", _gguf_model, ".gguf"),
+    ),
 }
