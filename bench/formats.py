@@ -18,22 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from lib import harness
+from lib.forms import FORMS
 from qlora_ext import formats
 from qlora_ext.form import Form
 from qlora_ext.weight import Weight4bit, weight_of
 
-FORMATS = {
-    "FP4": Form("fp4", "nested8", 64),
-    "MXFP4": Form("e2m1", "table8", 32),
-    "NVFP4": Form("e2m1", "table8", 16),
-    "INT4, groups of 32": Form("int4", "bfloat16", 32),
-    "INT4, groups of 128": Form("int4", "bfloat16", 128),
-    "AWQ and GPTQ": Form("uint4", "float16", 128, offsets="zero_point8"),
-    "GGUF Q4_0": Form("int4", "float16", 32),
-    "GGUF Q4_1": Form("uint4", "float16", 32, offsets="float16"),
-    "GGUF IQ4_NL": Form("iq4_nl", "float16", 32),
-    "GGUF Q4_K": Form("uint4", "nested_table8", 32, 8, "scaled8"),
-}
+FORMATS = {**FORMS, "AWQ and GPTQ": Form("uint4", "float16", 128, offsets="zero_point8")}
 Run = Callable[[str, Tensor, Weight4bit], Tensor]
 TOKENS = {"forward": (1, 8, 512), "dX": (512,)}
 

@@ -25,6 +25,7 @@ THEMED = {
 FONTS = "DejaVu Sans, Verdana, sans-serif"
 # One colour per contender, in all pictures; readable on both pages and by the colour-blind (Okabe and Ito, 2008).
 COLOURS = {
+    "qlora_ext, the file's": "#e69f00",  # before the name that it begins with
     "qlora_ext": "#d55e00",
     "bitsandbytes": "#0072b2",
     "dense LoRA": "#009e73",

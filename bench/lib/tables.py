@@ -8,6 +8,7 @@ Each table is between two marks with its name. `--check` changes nothing, and fa
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from .pictures import STEPS
 ROOT = Path(__file__).parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 THEIRS = "bitsandbytes 0.50.2"
+FORMATS = "formats_bfloat16_2_threads"  # of bench/formats.py
 SHOWN = (
     *(("4096x4096", tokens) for tokens in (1, 4, 16, 64, 256)),
     ("14336x4096", 1),
@@ -108,9 +110,9 @@ def counters() -> str:
     return table(["4096x4096", "tokens", "scales", *headings], rows)
 
 
-def runs(part: str) -> str:
+def runs(part: str, machine: str = "amd_26_2") -> str:
     """Of bench/troubleshooting.py."""
-    found = files.sections("amd_26_2")[f"troubleshooting_{part}"]["rows"]
+    found = files.sections(machine)[f"troubleshooting_{part}"]["rows"]
     return "\n".join([*files.table(found), ""])
 
 
@@ -137,7 +139,41 @@ def encodings() -> str:
     return table(["encoding", *texts, "recovered of plain NF4's loss"], rows)
 
 
+def increases(name: str) -> str:
+    """Of bench/fidelity.py: what each format costs on both texts, by its own recipe and calibrated."""
+    dense, *found = files.sections("amd_25_17")[name]["rows"]
+    texts = [key.removesuffix(": loss") for key in dense if key.endswith(": loss")]
+    orders = ("error, as stored", "error, reordered")
+    rows = [["dense", "", "", "", *(cell for text in texts for cell in (f"{dense[f'{text}: loss']:.3f}", ""))]]
+    for row in found:
+        cells = [row["format"], f"{row['bits per weight']:.4g}", *(f"{row[order]:.1%}" for order in orders)]
+        costs = [row.get(f"{text}: {what}", "") for text in texts for what in ("increase", "increase, calibrated")]
+        rows.append([*cells, *(cost if cost.startswith("-") or not cost else f"+{cost}" for cost in costs)])
+    headings = ["format", "bits per weight", *orders]
+    return table([*headings, *(heading for text in texts for heading in (f"{text}: recipe", "calibrated"))], rows)
+
+
+def times_of_formats(machine: str) -> str:
+    """Of bench/formats.py: time over that of NF4, and in brackets over that of dequantizing and torch's matmul."""
+    rows = [row for row in files.sections(machine)[FORMATS]["rows"] if row["shape"] == "4096x4096"]
+    problems = list(dict.fromkeys((row["operator"], row["M"]) for row in rows))
+    found: dict[str, dict[tuple[str, int], str]] = {}
+    for row in rows:
+        cell = f"{files.median(row['NF4']):.2f} ({files.median(row['dequantize']):.2f})"
+        found.setdefault(row["format"], {})[row["operator"], row["M"]] = cell
+    headings = [f"{operator}, {tokens} token{'s' if tokens > 1 else ''}" for operator, tokens in problems]
+    return table(["format", *headings], [[name, *(of[p] for p in problems)] for name, of in found.items()])
+
+
 Tables = dict[str, Callable[[], str]]
+
+
+def formats_by_machine() -> Tables:
+    """A table ``formats on MACHINE`` for each machine that has run bench/formats.py."""
+    measured = [machine for machine in files.machines() if FORMATS in files.sections(machine)]
+    return {f"formats on {machine}": functools.partial(times_of_formats, machine) for machine in measured}
+
+
 PAGES: dict[Path, Tables] = {
     README: {"steps": steps},
     DOCS / "benchmarks.md": {
@@ -148,12 +184,14 @@ PAGES: dict[Path, Tables] = {
         "answers": lambda: answers("decode_smollm2_2_threads", 512, (8, 512)),
         "answers 1b": lambda: answers("decode_1b_2_threads", 8, (8,)),
         "counters": counters,
+        **formats_by_machine(),
     },
-    DOCS / "quality.md": {"encodings": encodings},
+    DOCS / "quality.md": {"encodings": encodings, "formats": lambda: increases("fidelity_formats")},
     DOCS / "troubleshooting.md": {
         part: lambda part=part: runs(part)  # type: ignore[misc]
         for part in ("memory", "stability", "rank", "overfitting")
     },
+    DOCS / "finetune.md": {"default job": lambda: runs("default", "amd_25_17")},
 }
 
 

@@ -113,6 +113,9 @@ inline constexpr CodeTable kCodeTables[] = {
 };
 inline constexpr int kCodeTableCount = sizeof(kCodeTables) / sizeof(kCodeTables[0]);
 
+// Whether each value is the previous one plus 1.
+QLORA_HD constexpr bool is_consecutive(Code code) { return code == Code::kInt4 || code == Code::kUint4; }
+
 // A code that a caller has made up is a number from kCodeTableCount on. The kernels' library keeps its table, forever
 // (cpp/cpu/custom_codes.h).
 QLORA_INLINE constexpr bool is_custom(Code code) { return static_cast<int>(code) >= kCodeTableCount; }

@@ -17,8 +17,9 @@ enum class ScaleForm : int {
   kBFloat16,
 };
 
-// A weight with offsets is round(round(value[code] * scale) + offset) in float32. Where scales are float32, that differs
-// by a rounding from the (value[code] - zero point) * scale to which dequantize_nf4 decodes zero points.
+// A weight with offsets is round(round(value[code] * scale) + offset) in float32, and a weight with zero points
+// round((value[code] - zero point) * scale). The CPU's linear kernels add -round(zero point * scale) instead, which
+// differs by a rounding where scales are float32.
 enum class OffsetForm : int {
   kNone,
   kFloat32,

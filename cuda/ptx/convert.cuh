@@ -44,4 +44,11 @@ __device__ __forceinline__ float2 unpack2<float16>(uint32_t pair) {
   return v;
 }
 
+// Widens the float16 in the lower half of a register.
+__device__ __forceinline__ float widen_float16(uint32_t bits) {
+  float v;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(static_cast<uint16_t>(bits)));
+  return v;
+}
+
 }  // namespace qlora::ptx

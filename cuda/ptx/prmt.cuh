@@ -13,6 +13,14 @@ __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high) {
   return d;
 }
 
+// The same for the bits of a float.
+template <uint32_t kSelector>
+__device__ __forceinline__ float prmt_f32(uint32_t low, uint32_t high) {
+  float d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=f"(d) : "r"(low), "r"(high), "n"(kSelector));
+  return d;
+}
+
 // The same with a selector that differs from lane to lane.
 __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t d;

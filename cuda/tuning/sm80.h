@@ -16,13 +16,18 @@ namespace qlora::cuda::sm80 {
 //
 // Every operand begins at a multiple of 16 bytes, because cuda/ops.cpp copies those that do not.
 
-// The forward reads w in segments of 64 k with one scale per row.
-constexpr bool is_regular(const LinearProblem& p) {
-  return p.w.k > 0 && has_one_scale_per(64, p.w) && !has_offsets(p.w);
+// Whether the only offsets are zero points of integers, which the forward subtracts from the codes.
+constexpr bool subtracts_zero_points(const Weight& w) {
+  return w.scales.offsets.form == OffsetForm::kZeroPoint8 && is_consecutive(w.code);
 }
 
-// The forward's tiles for blocks of 16 and 32 and for offsets, whose weights are decoded with scale and offset and then
-// rounded. NF4 in such blocks keeps the kernel for any shape, which does not round weights.
+// The forward reads w in segments of 64 k with one scale per row.
+constexpr bool is_regular(const LinearProblem& p) {
+  return p.w.k > 0 && has_one_scale_per(64, p.w) && (!has_offsets(p.w) || subtracts_zero_points(p.w));
+}
+
+// The forward's tiles for blocks of 16 and 32 and for other offsets, whose weights are decoded with scale and offset
+// and then rounded. NF4 in such blocks keeps the kernel for any shape, which does not round weights.
 constexpr bool scales_weights(const LinearProblem& p) {
   return p.w.k > 0 && p.w.k % 64 == 0 && !is_regular(p) && (p.w.code != Code::kNf4 || has_offsets(p.w));
 }
@@ -81,9 +86,11 @@ constexpr int64_t wished_tokens(const Config& wish, int64_t tokens, const Device
   return wish.tokens == 64 && device.shared_per_cta < kShared64 ? tokens : or_wish(wish.tokens, tokens);
 }
 
+// The tiles that scale weights have at least 16 tokens.
 constexpr int64_t scaled_tokens(const Weight& w, int64_t m, const Device& device, const Config& wish) {
   const int64_t tokens = m <= 16 ? 16 : w.scales.block_size < 32 ? 32 : forward_tokens(m, device);
-  return wish.tokens == 64 && w.scales.block_size < 32 ? tokens : wished_tokens(wish, tokens, device);
+  if (wish.tokens == 64 && w.scales.block_size < 32) return tokens;
+  return std::max<int64_t>(wished_tokens(wish, tokens, device), 16);
 }
 
 constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {

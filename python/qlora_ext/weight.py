@@ -138,6 +138,9 @@ class Weight4bit(NoArithmetic):
     def decoded_offsets(self, scales: Tensor | None = None) -> Tensor | None:
         """The decoded offsets, float32, of the shape of ``decoded_scales()``; None if there are none.
 
+        A zero point becomes -(zero point · scale), rounded. ``dequantize`` subtracts it before scaling, which gives the
+        same values if scales have 16 bits.
+
         Args:
             scales: the result of ``decoded_scales()``, if it is known.
         """

@@ -146,9 +146,6 @@ def test_an_activation_order_is_rejected() -> None:
 
 
 def test_zero_points_out_of_range_are_rejected() -> None:
-    sample = gptq(symmetric=False)
-    stored = with_value(sample.tensors["qzeros"], -1)
-    assert "zero points of at most 15, stored as 14, got 15" in rejected("qzeros", sample, qzeros=stored)
     sample = SAMPLES["packed-zero-points-unpacked"]()
     for value in (8, -9, 127, -128):
         zero_points = with_value(sample.tensors["weight_zero_point"], value)

@@ -59,6 +59,18 @@ def test_zero_points_with_scales_of_any_sign() -> None:
     np.testing.assert_array_equal(read(sample).dequantize(torch.float32).numpy(), sample.values)
 
 
+def test_a_zero_point_of_gptq_below_its_smallest() -> None:
+    """Version 1 stores zero points minus 1, so that 0 wraps around to 15, which AutoGPTQ decodes modulo 16."""
+    sample = SAMPLES["gptq-zero-points"]()
+    sample.tensors["qzeros"] = torch.full_like(sample.tensors["qzeros"], -1)
+    w4 = read(sample)
+    assert w4.block_offsets is not None
+    assert not w4.block_offsets.any()
+    np.testing.assert_array_equal(w4.dequantize(torch.float32).numpy(), sample.values)
+    kind, settings = format_of(sample.config)
+    assert same_bytes(kind.write(w4, settings, retained_of(kind, sample.tensors)), sample.tensors)
+
+
 def test_zero_points_with_float32_scales() -> None:
     """The only weights that are not decoded bit for bit: the products of 28 bits are rounded to 24."""
     sample = packed(symmetric=False, dtype=torch.float32)

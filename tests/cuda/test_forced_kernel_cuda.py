@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from accuracy import assert_accurate
+from forms import random_weight
 from grouped_samples import grouped_sample
+from qlora_ext.form import Form
 from samples import DTYPES, LinearSample, linear_sample
 
 pytestmark = pytest.mark.cuda
@@ -126,6 +128,17 @@ def test_what_a_kernel_cannot_run_is_refused(
     monkeypatch.setenv(VARIABLE, kernel)
     with pytest.raises(ValueError, match=f"^QLORA_CUDA_KERNEL: .*{text}"):
         OPS.linear_nf4(*sample(dtype).args)
+
+
+def test_experts_whose_weights_are_scaled_one_by_one_have_no_tile_of_8_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k = 72, 128
+    stack = random_weight(Form("e2m1", "table8", 32), (2, n, k), device="cuda")
+    x, ends = torch.ones(3, k, dtype=BF16, device="cuda"), torch.tensor([1, 3], device="cuda")
+    monkeypatch.setenv(VARIABLE, "tensor_cores:tokens=8")
+    with pytest.raises(ValueError, match="^QLORA_CUDA_KERNEL: .* with tokens=8: expected tokens=16"):
+        OPS.grouped_linear_nf4(
+            x, ends, *stack.packed_args(), n, None, None, None, 1.0, 0.0, 0, None, *stack.last_args()
+        )
 
 
 @pytest.mark.skipif(CAPABILITY == (9, 0), reason="this device has the kernel")

@@ -1,6 +1,4 @@
-"""Weights of every code, with scales and offsets in every form, on CUDA: decoded to the CPU's bits, and multiplied.
-
-The CPU's decoders are compared with an oracle of their own (tests/kernels)."""
+"""Weights of every code, with scales and offsets in every form, on CUDA, decoded to an oracle's bits and multiplied."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 import accuracy
 from accuracy import assert_accurate
+from forms import oracle
 from qlora_ext import _C, formats
 from qlora_ext.weight import Weight4bit
 from samples import DTYPES, rows, to_f64
@@ -104,7 +103,7 @@ def weight(
 
 
 def decoded(w4: Weight4bit) -> Tensor:
-    return w4.to("cpu").dequantize(torch.float32)
+    return torch.from_numpy(oracle(w4))
 
 
 @pytest.mark.parametrize("code", CODES, ids=lambda code: code[:8])
@@ -112,9 +111,22 @@ def decoded(w4: Weight4bit) -> Tensor:
 def test_decoded_bits(scales: str, offsets: str, code: str) -> None:
     for block, nested_block, numel in [(16, 8, 5003), (32, 7, 4096), (64, 256, 20_000), (512, 4, 6000), (4096, 1, 33)]:
         w4 = weight((numel,), code, scales, offsets, block, nested_block)
-        on_card = w4.to("cuda")
+        on_card, expected = w4.to("cuda"), decoded(w4)
         for dtype in DTYPES:
-            assert_bits(on_card.dequantize(dtype), w4.dequantize(dtype), f"blocks of {block} to {dtype}")
+            assert_bits(on_card.dequantize(dtype), expected.to(dtype), f"blocks of {block} to {dtype}")
+
+
+@pytest.mark.parametrize("code", ["uint4", "int4", "e2m1", MADE_UP], ids=lambda code: code[:8])
+@pytest.mark.parametrize("scales", SCALES)
+def test_zero_points_are_subtracted_before_scaling(scales: str, code: str) -> None:
+    """The difference is multiplied by the scale in one rounding, also by a negative one, which gives -0."""
+    for block, numel, largest in [(16, 5003, 15), (64, 20_000, 255), (512, 6000, 15)]:
+        w4 = weight((numel,), code, scales, "zero_point8", block)
+        w4.block_offsets.copy_(torch.randint(0, largest + 1, w4.block_offsets.shape))
+        if w4.absmax.is_floating_point():
+            w4.absmax[::2].neg_()
+        for dtype in DTYPES:
+            assert_bits(w4.to("cuda").dequantize(dtype), decoded(w4).to(dtype), f"blocks of {block} to {dtype}")
 
 
 def lora(n: int, k: int, dtype: torch.dtype, rank: int = 4) -> tuple[Tensor, Tensor]:
@@ -174,6 +186,41 @@ def test_codes(code: str, m: int) -> None:
             w4 = weight((136, 256), code, scales, offsets, block)
             check_forward(w4, m, dtype)
             check_dx(w4, m, dtype)
+
+
+@pytest.mark.parametrize("m", [1, 4, 7, 16, 33, 70])
+@pytest.mark.parametrize("scales", ["float16", "float32", "nested8"])
+@pytest.mark.parametrize("code", ["uint4", "int4"])
+def test_zero_points(code: str, scales: str, m: int) -> None:
+    """Ragged tiles of rows, tokens and splits, and zero points beyond those of any format."""
+    for dtype in (BF16, FP16):
+        for n, k, block in [(136, 640, 64), (72, 1088, 64), (200, 256, 128)]:
+            w4 = weight((n, k), code, scales, "zero_point8", block)
+            if n == 72:
+                w4.block_offsets.copy_(torch.randint(0, 256, w4.block_offsets.shape))
+            check_forward(w4, m, dtype)
+            check_dx(w4, m, dtype)
+
+
+@pytest.mark.parametrize("m", [1, 6, 16, 40, 70])
+@pytest.mark.parametrize("block", [32, 64])
+def test_weights_whose_value_is_the_zero_point_are_zero(block: int, m: int) -> None:
+    n, k = 72, 192
+    for code, lowest in (("uint4", 0), ("int4", 8)):
+        for value in (1, 5, 7):
+            w4 = weight((n, k), code, "float32", "zero_point8", block)
+            w4.absmax.fill_(0.1)
+            w4.packed.fill_(17 * (value + lowest))
+            w4.block_offsets.fill_(value)
+            on_card = w4.to("cuda")
+            assert not on_card.dequantize().any()
+            no_lora = (None, None, 1.0, 0.0, 0, None)
+            for dtype in DTYPES:
+                x, dy = (torch.full((m, size), 1e4, dtype=dtype, device="cuda") for size in (k, n))
+                y = OPS.linear_nf4(x, *on_card.packed_args(), n, None, *no_lora, *on_card.last_args())
+                dx = OPS.linear_nf4_dx(dy, *on_card.packed_args(), k, *no_lora, *on_card.last_args())
+                assert not y.any()
+                assert not dx.any()
 
 
 def test_encoding_with_a_made_up_code_is_rejected() -> None:

@@ -17,12 +17,13 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 import packed_models
-from packed_models import FORMATS, IDS
-from qlora_ext import QLoRAConfig
+from packed_models import FORMATS, IDS, change, load, same_tensors
+from qlora_ext.cli.models.pretrained import is_4bit
+from qlora_ext.cli.models.sources import ModelSource
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.integrations.transformers import save_in_our_format
 from qlora_ext.nn import Embedding4bit, Experts4bit, layers_of
@@ -34,13 +35,12 @@ CASES = [
     ("mixtral", "nvfp4-pack-quantized"),
     ("mixtral", "pack-quantized"),
     ("gpt_oss", "mxfp4"),
+    ("gpt_oss", "mxfp4-pack-quantized"),
+    ("gpt_oss", "nvfp4-pack-quantized"),
+    ("gpt_oss", "modelopt"),
+    ("gpt_oss", "pack-quantized-zero-points"),
+    ("gpt_oss", "awq"),
 ]
-
-
-def load(path: pathlib.Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, quantization_config=QLoRAConfig(**options), device_map="cpu"
-    )
 
 
 def decoded(model: Any) -> dict[str, torch.Tensor]:
@@ -51,18 +51,6 @@ def decoded(model: Any) -> dict[str, torch.Tensor]:
             name_of_weight = [weight] if isinstance(layer, Experts4bit) else []
             found[f"{name}.{weight}"] = layer.dequantize(*name_of_weight, torch.float32)
     return found
-
-
-def same_tensors(path: pathlib.Path, expected: dict[str, torch.Tensor]) -> bool:
-    found = load_file(path / "model.safetensors")
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    bits = torch.uint8
-    return all(
-        t.dtype == found[name].dtype
-        and t.shape == found[name].shape
-        and torch.equal(t.contiguous().reshape(-1).view(bits), found[name].reshape(-1).view(bits))
-        for name, t in expected.items()
-    )
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -115,7 +103,74 @@ def test_a_model_without_our_configuration_is_transformers_own(tmp_path: pathlib
     assert torch.equal(model(IDS).logits, checkpoint.dense(IDS).logits)
 
 
-TRAINED = [("llama", "pack-quantized"), ("qwen3_moe", "nvfp4-pack-quantized"), ("gpt_oss", "mxfp4")]
+@pytest.mark.parametrize("old_names", [False, True])
+def test_experts_of_gpt_oss_that_are_stored_one_by_one(old_names: bool, tmp_path: pathlib.Path) -> None:
+    """Some experts are dense, and some checkpoints call the list of experts ``experts``, too."""
+    checkpoint = packed_models.save(tmp_path, "gpt_oss", "modelopt", keep=r"layers\.0\.mlp")
+    if old_names:
+        for name in [name for name in checkpoint.tensors if ".mlp.experts." in name]:
+            renamed = re.sub(r"experts\.(\d)", r"experts.experts.\1", name)
+            checkpoint.tensors[renamed] = checkpoint.tensors.pop(name)
+        change(checkpoint, "", lambda t: None)
+    model = load(checkpoint.path)
+    names = [name for name, _ in layers_of(model)]
+    assert "model.layers.1.mlp.experts" in names
+    assert "model.layers.0.mlp.experts" not in names
+    state = model.state_dict()
+    for name, t in checkpoint.dense.state_dict().items():
+        if "layers.0.mlp" in name or name.endswith("_bias"):
+            assert torch.equal(state[name], t), name
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+
+
+def test_an_expert_that_is_missing(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, "gpt_oss", "modelopt")
+    complete = dict(checkpoint.tensors)
+    for absent, message in (
+        (r"experts\.2\.up_proj\.w", r"expected 4 weights of modelopt with names like \S*up_proj\.weight, found 3"),
+        (r"experts\.2\.up_proj\.b", r"expected 4 tensors with names like \S*up_proj\.bias, found 3"),
+        (r"experts\.\d\.up_proj\.w", r"expected 4-bit weights with names like \S*up_proj\.weight too, found none"),
+        (r"experts\.\d\.up_proj\.b", r"expected 4 tensors with names like \S*up_proj\.bias, found 0"),
+        (r"experts\.\d\.(gate|up)_proj\.b", r"layers.0.mlp.experts: the checkpoint has no gate_up_proj_bias"),
+    ):
+        checkpoint.tensors = {name: t for name, t in complete.items() if not re.search(absent, name)}
+        change(checkpoint, "", lambda t: None)
+        with pytest.raises(ValueError, match=message):
+            load(checkpoint.path)
+
+
+def test_experts_without_a_4bit_layer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 computes its experts by code of its own, so a checkpoint with 4-bit experts is rejected by name."""
+    sizes = {**packed_models.SIZES, "intermediate_size_mlp": 96, "head_dim": 16, "num_local_experts": 4}
+    config = Llama4TextConfig(**sizes, num_experts_per_tok=1, interleave_moe_layer_step=1)
+    monkeypatch.setitem(packed_models.CONFIGS, "llama4_text", lambda: config)
+    checkpoint = packed_models.save(tmp_path, "llama4_text", "modelopt")
+    with pytest.raises(ValueError, match=r"no 4-bit layer can replace model\.layers\.\d\.feed_forward\.experts"):
+        load(checkpoint.path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("weight", "expected one name for each weight"), ("bias", "expected one name for each tensor")],
+)
+def test_an_expert_that_has_two_names(kind: str, message: str, tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, "gpt_oss", "modelopt")
+    for name in [name for name in checkpoint.tensors if f".down_proj.{kind}" in name]:
+        checkpoint.tensors[name.replace("down_proj", "w2")] = checkpoint.tensors[name].clone()
+    change(checkpoint, "", lambda t: None)
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint.path)
+
+
+TRAINED = [
+    ("llama", "pack-quantized"),
+    ("llama", "awq"),
+    ("qwen3_moe", "nvfp4-pack-quantized"),
+    ("gpt_oss", "mxfp4"),
+    ("gpt_oss", "modelopt"),
+]
 
 
 def adapted(model: Any) -> Any:
@@ -161,149 +216,22 @@ def test_training(family: str, kind: str, tmp_path: pathlib.Path) -> None:
     torch.testing.assert_close(on_dense(IDS).logits, y, rtol=1e-3, atol=1e-3)
 
 
-def change(checkpoint: Any, name: str, made: Any) -> None:
-    """Saves the checkpoint again with a tensor replaced by ``made`` of it; without it if that is None."""
-    tensors = dict(checkpoint.tensors)
-    value = made(tensors.pop(name, None))
-    if value is not None:
-        tensors[name] = value
-    save_file({k: t.contiguous() for k, t in tensors.items()}, checkpoint.path / "model.safetensors", {"format": "pt"})
+def test_merging_an_adapter_on_dense_layers_decodes_the_others(tmp_path: pathlib.Path) -> None:
+    """An adapter on all linear layers of gpt-oss leaves the experts out, and these are its only 4-bit layers."""
+    checkpoint = packed_models.save(tmp_path, "gpt_oss", "mxfp4")
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(load(checkpoint.path), config)
+    y = model(IDS).logits
+    merged = model.merge_and_unload()
+    assert not [*layers_of(merged)]
+    torch.testing.assert_close(merged(IDS).logits, y, rtol=1e-3, atol=1e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
 NVFP4 = ("llama", "nvfp4-pack-quantized")
 MOE = ("qwen3_moe", "nvfp4-pack-quantized")
 MXFP4 = ("gpt_oss", "mxfp4")
-Q = "model.layers.1.self_attn.q_proj"
-E = "model.layers.1.mlp.experts"
-BAD: dict[str, tuple[tuple[str, str], str, Any, str]] = {
-    "no scale": (
-        NVFP4,
-        f"{Q}.weight_scale",
-        lambda t: None,
-        "expected the tensor weight_scale of nvfp4-pack-quantized too",
-    ),
-    "no codes": (
-        NVFP4,
-        f"{Q}.weight_packed",
-        lambda t: None,
-        "expected the tensor weight_packed of nvfp4-pack-quantized",
-    ),
-    "no expert": (MOE, f"{E}.2.up_proj.weight_packed", lambda t: None, "expected the tensor weight_packed of nvfp4"),
-    "no scale of an expert": (
-        MOE,
-        f"{E}.2.up_proj.weight_scale",
-        lambda t: None,
-        "expected the tensor weight_scale of",
-    ),
-    "shape": (
-        NVFP4,
-        f"{Q}.weight_scale",
-        lambda t: t[:-1],
-        r"expected weight_scale to be float8_e4m3fn \[64, 4\], got",
-    ),
-    "dtype": (
-        NVFP4,
-        f"{Q}.weight_scale",
-        lambda t: t.float(),
-        r"expected weight_scale to be float8_e4m3fn \[64, 4\], got",
-    ),
-    "factor": (
-        NVFP4,
-        f"{Q}.weight_global_scale",
-        lambda t: t * 0,
-        "expected weight_global_scale to be finite and above 0",
-    ),
-    "extra": (NVFP4, f"{Q}.weight_zero_point", lambda t: torch.zeros(1), "weight_zero_point"),
-    "NaN": (MXFP4, f"{E}.down_proj_scales", lambda t: t | 255, "expected scales to be E8M0 codes of numbers, got 0xFF"),
-    "no blocks": (MXFP4, f"{E}.down_proj_blocks", lambda t: None, "expected the tensor blocks of mxfp4 too"),
-    "experts": (
-        MXFP4,
-        f"{E}.gate_up_proj_blocks",
-        lambda t: t[:3],
-        r"expected blocks to be uint8 \[4, 192, 2, 16\], got",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_tensors(case: str, tmp_path: pathlib.Path) -> None:
-    (family, kind), name, made, message = BAD[case]
-    checkpoint = packed_models.save(tmp_path, family, kind)
-    change(checkpoint, name, made)
-    with pytest.raises(ValueError, match=message) as raised:
-        load(checkpoint.path)
-    assert "model.safetensors" in str(raised.value)
-    weight = re.sub(r"(\.weight_\w+|_blocks|_scales)$", "", name)
-    assert weight in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_a_layer_without_a_weight_is_an_error(tmp_path: pathlib.Path) -> None:
-    """transformers would draw the weight at random, and go on."""
-    checkpoint = packed_models.save(tmp_path, *NVFP4)
-    tensors = {name: t for name, t in checkpoint.tensors.items() if not name.startswith(f"{Q}.")}
-    renamed = {name.replace(Q, Q + "s"): t for name, t in checkpoint.tensors.items()}
-    for changed, message in (
-        (tensors, "found none$"),
-        (renamed, f"found none; the model has no place for {Q}s.weight"),
-    ):
-        save_file(changed, checkpoint.path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(ValueError, match=f"model.safetensors: expected the weights {Q}.weight too, {message}"):
-            load(checkpoint.path)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "scale"), [(torch.float8_e4m3fn, None), (torch.float8_e4m3fn, (8, 8)), (torch.int8, (64, 1))]
-)
-def test_codes_that_are_not_read_are_an_error(
-    dtype: torch.dtype, scale: tuple[int, int] | None, tmp_path: pathlib.Path
-) -> None:
-    checkpoint = packed_models.save(tmp_path, "llama", "nvfp4-pack-quantized", keep="self_attn")
-    tensors = {**checkpoint.tensors, f"{Q}.weight": checkpoint.tensors[f"{Q}.weight"].to(dtype)}
-    if scale is not None:
-        tensors[f"{Q}.weight_scale"] = torch.ones(scale)
-    save_file(tensors, checkpoint.path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{Q}.weight: expected values, 4-bit codes, or FP8 values"):
-        load(checkpoint.path)
-
-
-@pytest.mark.parametrize("key", ["transform_config", "sparsity_config"])
-def test_configurations_that_change_the_product(key: str, tmp_path: pathlib.Path) -> None:
-    for i, value in enumerate((None, {}, {"config_groups": {}, "format": "dense"})):
-        checkpoint = packed_models.save(tmp_path / str(i), *NVFP4, changed={key: value})
-        load(checkpoint.path)
-    changed = {key: {"config_groups": {"R4": {}}, "format": "sparse-24-bitmask"}}
-    checkpoint = packed_models.save(tmp_path / "refused", *NVFP4, changed=changed)
-    with pytest.raises(ValueError, match="not supported"):
-        load(checkpoint.path)
-
-
-def test_a_truncated_file(tmp_path: pathlib.Path) -> None:
-    checkpoint = packed_models.save(tmp_path, *NVFP4)
-    file = checkpoint.path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors: truncated or damaged"):
-        load(checkpoint.path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "changed", "message"),
-    [
-        ("gptq", {"desc_act": True}, "desc_act false"),
-        ("gptq", {"bits": 3}, "4 bits"),
-        ("gptq", {"bits": 8}, "4 bits"),
-        ("awq", {"version": "gemv"}, "gemm"),
-        ("awq", {"quant_method": "aqlm"}, "not supported"),
-        ("modelopt", {"quant_algo": "FP8"}, "FP8"),
-        ("awq", {"quant_method": "fp8"}, "fp8"),
-        ("awq", {"quant_method": "unheard-of"}, "unheard-of"),
-    ],
-)
-def test_formats_that_are_not_served(kind: str, changed: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
-    checkpoint = packed_models.save(tmp_path, "llama", kind, changed=changed)
-    (checkpoint.path / "model.safetensors").write_bytes(b"not read")
-    with pytest.raises(ValueError, match=message):
-        load(checkpoint.path)
 
 
 def test_streaming(tmp_path: pathlib.Path) -> None:
@@ -362,3 +290,46 @@ def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
             elif "proj" in name:
                 assert found[name].dtype == t.dtype
                 assert torch.equal(found[name].float(), t.float())
+
+
+QUANTIZE = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "damp_percent": 0.01}
+ELSEWHERE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "modelopt": (
+        "modelopt",
+        "hf_quant_config.json",
+        {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}},
+    ),
+    "gptq": ("gptq", "quantize_config.json", QUANTIZE),
+    "gptqmodel": ("gptq-v2-zero-points", "quantize_config.json", QUANTIZE | {"sym": False, "format": "gptq_v2"}),
+    "awq": ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_configurations_in_files_of_their_own(case: str, tmp_path: pathlib.Path) -> None:
+    kind, name, fields = ELSEWHERE[case]
+    checkpoint = packed_models.save(tmp_path, "llama", kind)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    del config["quantization_config"]
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    (checkpoint.path / name).write_text(json.dumps(fields))
+    assert is_4bit(ModelSource("model", str(checkpoint.path)))  # as the commands find it
+    model = load(checkpoint.path)
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+    assert same_state(load(tmp_path / "saved"), model)
+    (checkpoint.path / name).write_text("{")
+    with pytest.raises(ValueError, match=rf"{name}: not JSON"):
+        load(checkpoint.path)
+
+
+def test_an_older_name_of_the_configuration(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config")
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    model = load(checkpoint.path)
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    model.save_pretrained(tmp_path / "saved")
+    assert same_state(load(tmp_path / "saved"), model)

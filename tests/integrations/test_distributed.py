@@ -22,9 +22,10 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import distributed_tasks as tasks
+import packed_models
 import qlora_ext
 from distributed_tasks import Setup
 from forms import FORMS
@@ -99,6 +100,33 @@ def test_fsdp2_trains_as_one_process(name: str, world: int, workers: Callable[[i
         # One more row and scale per layer if not divisible; nested scales (under 1%) are replicated.
         assert result["held"] < 1.06 * result["total"] / world
     assert len({result["adapters"] for result in results}) == 1
+
+
+CHECKPOINTS = ("gpt_oss mxfp4", "gpt_oss modelopt", "llama awq", "llama nvfp4-pack-quantized", "llama gguf")
+
+
+def save_checkpoint(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """A checkpoint in a 4-bit format of another library."""
+    family, kind = name.split()
+    if kind != "gguf":
+        return packed_models.save(directory, family, kind).path
+    gguf_files = pytest.importorskip("gguf_files", reason="the command's libraries are not installed")
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**gguf_files.WIDE), dtype=torch.float32)
+    gguf_files.write(model, directory / "model.gguf", "llama", kinds=["Q4_1"])
+    return directory / "model.gguf"
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_fsdp2_trains_checkpoints(name: str, tmp_path: pathlib.Path, workers: Callable[[int], Workers]) -> None:
+    setup = Setup(checkpoint=save_checkpoint(tmp_path, name))
+    expected = tasks.alone(setup)
+    results = workers(2).run(tasks.fsdp2, setup)
+    for result in results:
+        close(result["losses"], expected, FLOAT32)
+        assert len(result["packed"]) == 1
+        assert result["held"] < 0.7 * result["total"]  # the table of a tiny weight's scales is replicated
+    assert len({result["adapters"] for result in results}) == 1
+    workers(2).run(tasks.save_adapter, setup, str(tmp_path / "adapter"))
 
 
 def test_hsdp_shards_in_one_dimension_of_the_mesh(workers: Callable[[int], Workers]) -> None:

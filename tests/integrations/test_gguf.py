@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
+import pickle
 import sys
 import warnings
 from typing import Any
@@ -16,9 +18,10 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
+from transformers.quantizers.auto import get_hf_quantizer
 
 import qlora_ext
-from gguf_files import WIDE, four_bit_file, write
+from gguf_files import WIDE, four_bit_file, llama_file, write
 from load_memory import peak_of_loading
 from qlora_ext import QLoRAConfig
 from qlora_ext.gguf import GGUFWeights, blocks, read_header
@@ -26,13 +29,18 @@ from qlora_ext.gguf.rows import find_rows
 from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, layers_of
 from tiny_models import same_state, token_ids
 
-__all__ = ["four_bit_file"]  # a fixture
+__all__ = ["four_bit_file", "llama_file"]  # fixtures
 
 EXPERTS = {"head_dim": 64, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 768}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**WIDE),
     "qwen3moe": lambda: Qwen3MoeConfig(**{**WIDE, "num_hidden_layers": 1}, **EXPERTS),
 }
+
+needs_quantizers = pytest.mark.skipif(
+    "gguf_file" not in inspect.signature(get_hf_quantizer).parameters,
+    reason="transformers hands GGUF files to no quantizer",
+)
 
 
 def reader(path: pathlib.Path) -> GGUFWeights:
@@ -175,16 +183,61 @@ def test_a_layer_without_a_weight_is_an_error(four_bit_file: pathlib.Path) -> No
         weights.load(quantization_config=QLoRAConfig())
 
 
-def test_damaged_scales(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "damaged.gguf"
-    data = bytearray(four_bit_file.read_bytes())
-    tensor = next(t for t in read_header(four_bit_file).tensors if t.name == "blk.0.ffn_gate.weight")
+DAMAGED = r"a.gguf: blk.0.ffn_gate.weight: expected finite scales, got d = inf in block 1$"
+
+
+def with_infinite_scale(path: pathlib.Path) -> bytes:
+    data = bytearray(path.read_bytes())
+    tensor = next(t for t in read_header(path).tensors if t.name == "blk.0.ffn_gate.weight")
     assert tensor.kind == gguf.GGMLQuantizationType.Q4_K
     data[tensor.begin + 144 : tensor.begin + 146] = b"\x00\x7c"
-    path.write_bytes(data)
-    where = r"damaged.gguf: blk.0.ffn_gate.weight: expected finite scales, got d = inf in block 1$"
-    with pytest.raises(ValueError, match=where):
+    return bytes(data)
+
+
+def test_damaged_scales(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(with_infinite_scale(four_bit_file))
+    with pytest.raises(ValueError, match=DAMAGED):
         reader(path).load(quantization_config=QLoRAConfig())
+
+
+@needs_quantizers
+@pytest.mark.parametrize("options", [{}, {"skip_modules": ["lm_head", "q_proj"]}, {"embeddings": True}], ids=str)
+@pytest.mark.parametrize("file", ["four_bit_file", "llama_file"])
+def test_from_pretrained(
+    file: str,
+    options: dict[str, Any],
+    tmp_path: pathlib.Path,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = request.getfixturevalue(file)
+    weights = reader(path)
+    expected = weights.load(quantization_config=QLoRAConfig(**options), dtype=torch.bfloat16)
+    given = {"gguf_file": path.name, "quantization_config": QLoRAConfig(**options)}
+    with caplog.at_level("INFO", "qlora_ext"):
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **given)
+    assert caplog.messages == [weights.summary]
+    assert same_state(model, expected)
+    assert model.name_or_path == expected.name_or_path == str(path.parent)
+    assert [name for name, _ in layers_of(model)] == [name for name, _ in layers_of(expected)]
+    model.save_pretrained(tmp_path)
+    assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    assert AutoModelForCausalLM.from_pretrained(path.parent, **given).dtype == torch.float32
+    pickle.dumps(model.config)  # as for another process: it does not hold the file's reader
+
+
+@needs_quantizers
+def test_from_pretrained_checks_the_file(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    data = four_bit_file.read_bytes()
+    options = {"gguf_file": "a.gguf", "quantization_config": QLoRAConfig()}
+    for damaged, message in (
+        (with_infinite_scale(four_bit_file), DAMAGED),
+        (data.replace(b"blk.1.ffn_up.", b"blk.1.ffn_uq."), r"a\.gguf: expected the weights .*layers\.1\.mlp\.up_proj"),
+    ):
+        (tmp_path / "a.gguf").write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **options)
 
 
 def test_saved_and_loaded_again(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:

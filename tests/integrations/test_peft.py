@@ -399,3 +399,19 @@ def test_trainer_runs_unchanged(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     checkpoint = tmp_path / "run" / "checkpoint-4"
     assert integration.check_base(model, checkpoint, "refuse") is True
+
+
+def test_a_base_is_saved_under_its_adapter(tmp_path: Path) -> None:
+    """Under the names that it has without the adapter, and without the adapter's tensors."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    make("llama").save_pretrained(tmp_path / "dense")
+    config = QLoRAConfig(skip_modules=[])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, device_map="cpu")
+    model.save_pretrained(tmp_path / "plain")
+    adapter = LoraConfig(target_modules=["q_proj", "down_proj"], modules_to_save=["norm"])
+    get_peft_model(model, adapter).get_base_model().save_pretrained(tmp_path / "adapted")
+    plain, adapted = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "adapted"))
+    assert plain.keys() == adapted.keys()
+    assert all(torch.equal(t, adapted[name]) for name, t in plain.items())

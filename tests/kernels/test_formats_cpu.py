@@ -68,6 +68,23 @@ def test_every_form_decodes_to_the_oracles_bits(block: int, scales: str) -> None
                 assert_bits(w4.dequantize(dtype), expected, f"{code[:20]} with {offsets} offsets, to {dtype}")
 
 
+@pytest.mark.parametrize("nested_block", [5, 8])
+@pytest.mark.parametrize("scales", formats.SCALE_FORMS)
+def test_many_scales_at_once_decode_to_the_same_bits(
+    scales: str, nested_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of unit vectors are columns of the weight. Their kernel reads the scales of 16 rows at once."""
+    monkeypatch.setenv("QLORA_CPU_KERNEL", "few_tokens_float")
+    n, k = 60, 33 * 32
+    columns = torch.arange(0, k, 7)
+    x = torch.zeros(len(columns), k)
+    x[torch.arange(len(columns)), columns] = 1.0
+    for offsets in (None, *formats.OFFSET_FORMS):
+        w4 = any_weight(Form("uint4", scales, 32, nested_block, offsets), n, k)
+        y = OPS.linear_nf4(x, *w4.packed_args(), n, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+        assert torch.equal(y, w4.dequantize(torch.float32)[:, columns].T), offsets
+
+
 def sample(form: Form, m: int, n: int, k: int, dtype: torch.dtype, seed: int = 0, rank: int | None = 3) -> LinearSample:
     s = linear_sample(m, n, k, rank, dtype, block_size=form.block_size, seed=seed)
     s.w4 = forms.random_weight(form, (n, k), seed, dtype)
@@ -89,6 +106,15 @@ def test_products_of_every_format(name: str, dtype: torch.dtype) -> None:
     for case in ((1, 512, 320), (3, 150, 333), (17, 40, 192), (65, 130, 100)):
         check(FORMS[name], case, dtype, forward)
         check(FORMS[name], case, dtype, dx)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.offsets is not None])
+def test_products_of_long_rows_with_offsets(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several segments of x, of whole blocks (K = 2176) and of parts of blocks."""
+    monkeypatch.setenv("QLORA_CPU_KERNEL", "few_tokens_int" if "made up" not in name else "")
+    for case in ((1, 300, 2176), (19, 70, 2176), (5, 90, 1100), (3, 90, 1101)):
+        check(FORMS[name], case, dtype, forward)
 
 
 def kernels(op: str) -> list[tuple[str, str]]:

@@ -100,7 +100,7 @@ AWQ_WORDS = ("qweight", "qzeros")
 def decode_gptq(tensors: dict[str, Tensor], group: int, version: int) -> np.ndarray:
     words = nibbles(tensors["qweight"])  # [K/8, N, 8]
     codes = words.transpose(0, 2, 1).reshape(-1, words.shape[1])
-    zero_points = nibbles(tensors["qzeros"]).reshape(len(tensors["qzeros"]), -1) + (1 if version == 1 else 0)
+    zero_points = nibbles(tensors["qzeros"]).reshape(len(tensors["qzeros"]), -1) + (1 if version == 1 else 0) & 15
     return decode_integers(codes.T, array(tensors["scales"]).T, zero_points.T.astype(F32), group)
 
 
@@ -283,7 +283,7 @@ def gptq(
     size = columns if group == -1 else group
     groups = -(-columns // size)
     bias = 1 if version == 1 else 0
-    stored = np.full((groups, rows), 8 - bias) if symmetric else random_bytes(groups, rows, most=15 - bias).numpy()
+    stored = np.full((groups, rows), 8 - bias) if symmetric else random_bytes(groups, rows, most=15).numpy()
     tensors = {
         "qweight": random_words(columns // 8, rows),
         "qzeros": words_along_rows(stored),

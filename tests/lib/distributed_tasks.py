@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
+from qlora_ext import QLoRAConfig
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.form import Form
 from qlora_ext.integrations.peft import check_base, write_base
@@ -44,7 +45,11 @@ BATCH = 4  # total rows, for any number of processes
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A model and the options of its training."""
+    """A model and the options of its training.
+
+    Attributes:
+        checkpoint: of the model, in a 4-bit format of another library: a directory, or a GGUF file.
+    """
 
     dtype: torch.dtype = torch.float32
     double_quant: bool = True
@@ -59,9 +64,26 @@ class Setup:
     mesh: tuple[int, ...] | None = None
     dropout: float = 0.0
     seed: int = 0
+    checkpoint: pathlib.Path | None = None
 
 
-def make_model(setup: Setup) -> Any:
+def read_model(setup: Setup) -> Any:
+    """The model of ``setup.checkpoint``."""
+    assert setup.checkpoint is not None
+    is_file = setup.checkpoint.is_file()
+    where = setup.checkpoint.parent if is_file else setup.checkpoint
+    model = AutoModelForCausalLM.from_pretrained(
+        where,
+        gguf_file=setup.checkpoint.name if is_file else None,
+        quantization_config=QLoRAConfig(),
+        dtype=setup.dtype,
+        device_map="cpu",
+    )
+    model.config.use_cache = False
+    return model
+
+
+def build_model(setup: Setup) -> Any:
     torch.manual_seed(setup.seed)
     sizes = {
         "hidden_size": 64,
@@ -78,11 +100,21 @@ def make_model(setup: Setup) -> Any:
     model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype)
     skip = () if setup.quantized_head else ("lm_head",)
     quantize_model(model, skip, double_quant=setup.double_quant, embeddings=setup.embeddings)
+    return model
+
+
+def make_model(setup: Setup) -> Any:
+    model = build_model(setup) if setup.checkpoint is None else read_model(setup)
+    experts = [
+        name for name, _ in model.named_parameters() if name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    ]
+    torch.manual_seed(setup.seed)
     lora = LoraConfig(
         r=4,
         lora_alpha=8,
         lora_dropout=setup.dropout,
         target_modules="all-linear",
+        target_parameters=experts if setup.checkpoint is not None else None,
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )

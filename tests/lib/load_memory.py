@@ -1,4 +1,4 @@
-"""The memory that loading a model takes: run as a program, it loads one and prints its peak."""
+"""The memory that loading and saving a model take: run as a program, it loads one, saves it, and prints the peaks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 
@@ -16,9 +17,19 @@ def peak_of_loading(path: pathlib.Path, first: pathlib.Path) -> tuple[int, int]:
         path: a model directory, or a GGUF file.
         first: another one, which is loaded first, so that imports and allocations that happen once are not counted.
     """
-    command = [sys.executable, __file__, str(path), str(first)]
-    peak, footprint = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return int(peak), int(footprint)
+    peak, footprint = _run(path, first)
+    return peak, footprint
+
+
+def peaks_of_loading_and_saving(path: pathlib.Path, first: pathlib.Path, saved: pathlib.Path) -> tuple[int, int, int]:
+    """``peak_of_loading``, and the bytes by which the process then grows at most while it saves the model."""
+    peak, footprint, saving = _run(path, first, saved)
+    return peak, footprint, saving
+
+
+def _run(*paths: pathlib.Path) -> list[int]:
+    command = [sys.executable, __file__, *map(str, paths)]
+    return [*map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())]
 
 
 def _resident() -> int:
@@ -40,8 +51,8 @@ def _load(path: pathlib.Path) -> Any:
     return qlora_ext.gguf.GGUFWeights(path, model).load(**options)
 
 
-def _main(path: pathlib.Path, first: pathlib.Path) -> None:
-    _load(first)
+def _peak_of(function: Callable[[], Any]) -> tuple[int, Any]:
+    """The bytes by which the process grows at most during a call, and its result."""
     before, peak, done = _resident(), 0, threading.Event()
 
     def watch() -> None:
@@ -51,10 +62,21 @@ def _main(path: pathlib.Path, first: pathlib.Path) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = _load(path)
+    result = function()
     done.set()
     watcher.join()
-    print(max(peak, _resident()) - before, model.get_memory_footprint())
+    return max(peak, _resident()) - before, result
+
+
+def _main(path: pathlib.Path, first: pathlib.Path, saved: pathlib.Path | None = None) -> None:
+    small = _load(first)
+    if saved is not None:
+        small.save_pretrained(saved)
+    peak, model = _peak_of(lambda: _load(path))
+    numbers = [peak, model.get_memory_footprint()]
+    if saved is not None:
+        numbers.append(_peak_of(lambda: model.save_pretrained(saved))[0])
+    print(*numbers)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is no
 
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
+from qlora_ext import QLoRAConfig
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -81,8 +83,10 @@ FORMATS: dict[str, Callable[[Any], Sample]] = {
     "gptq-v2-zero-points": lambda shape: _moderate(samples.gptq(shape, 32, symmetric=False, version=2)),
 }
 # The names of the weights that are 4-bit in the checkpoints.
-_LINEAR = re.compile(r"(proj|w[123])\.weight$")
+_LINEAR = r"(proj|w[123])\.weight$"
 _STACKS = re.compile(r"experts\.(gate_up|down)_proj$")
+# gpt-oss' experts. In formats other than its own MXFP4, checkpoints store them one by one.
+_IN_STACKS = re.compile(r"experts\.(gate_up|down)_proj(_bias)?$")
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -105,14 +109,42 @@ class Checkpoint:
     dense: Any
 
 
+def _one_by_one(name: str, t: Tensor, made: Callable[[Any], Sample] | None) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of the experts in gpt-oss' stack ``name``, and the stack of their values.
+
+    Args:
+        made: makes a sample of a shape; None: the weights are dense.
+    """
+    prefix, _, stack = name.rpartition(".")
+    is_bias, parts = stack.endswith("_bias"), ("gate", "up") if stack.startswith("gate_up") else ("down",)
+    rows = (t if is_bias else t.transpose(1, 2)).to(torch.bfloat16).float().contiguous()
+    found = {}
+    for e, matrix in enumerate(rows):
+        for i, part in enumerate(parts):  # rows of gate and up alternate
+            own, to = matrix[i :: len(parts)], f"{prefix}.{e}.{part}_proj."
+            if is_bias or made is None:
+                found[to + ("bias" if is_bias else "weight")] = own.clone()
+                continue
+            sample = made(tuple(own.shape))
+            found |= {to + tensor: value for tensor, value in sample.tensors.items()}
+            own.copy_(torch.from_numpy(sample.values))
+    return found, rows if is_bias else rows.transpose(1, 2).contiguous()
+
+
 def save(
-    directory: pathlib.Path, family: str, kind: str, keep: str = "$^", changed: Mapping[str, Any] | None = None
+    directory: pathlib.Path,
+    family: str,
+    kind: str,
+    keep: str = "$^",
+    changed: Mapping[str, Any] | None = None,
+    packed: str = _LINEAR,
 ) -> Checkpoint:
     """Saves a tiny model in the format ``kind``.
 
     Args:
         keep: a regular expression of names in the files; weights that it matches stay dense.
         changed: fields of the quantization_config.
+        packed: a regular expression of names in the files; weights that it matches become 4-bit.
     """
     model = build(family)
     plain = directory / "dense"
@@ -123,7 +155,11 @@ def save(
     torch.manual_seed(1)
     for name, t in safetensors.load_file(plain / "model.safetensors").items():
         is_stack = bool(_STACKS.search(name))
-        if re.search(keep, name) or not (is_stack or _LINEAR.search(name)) or (kind == "mxfp4") != is_stack:
+        if kind != "mxfp4" and _IN_STACKS.search(name):
+            of_experts, decoded[name] = _one_by_one(name, t, None if re.search(keep, name) else FORMATS[kind])
+            tensors |= of_experts
+            continue
+        if re.search(keep, name) or not (is_stack or re.search(packed, name)) or (kind == "mxfp4") != is_stack:
             tensors[name] = decoded[name] = t.to(torch.bfloat16).float()
             continue
         if is_stack:  # the rows of the file's matrices are the columns of the model's
@@ -139,13 +175,40 @@ def save(
     safetensors.save_file(
         {k: t.contiguous() for k, t in decoded.items()}, plain / "model.safetensors", {"format": "pt"}
     )
-    packed = directory / "packed"
-    packed.mkdir()
-    safetensors.save_file(
-        {k: t.contiguous() for k, t in tensors.items()}, packed / "model.safetensors", {"format": "pt"}
-    )
+    path = directory / "packed"
+    path.mkdir()
+    safetensors.save_file({k: t.contiguous() for k, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
     fields = json.loads((plain / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
-    (packed / "generation_config.json").write_text((plain / "generation_config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
+    (path / "generation_config.json").write_text((plain / "generation_config.json").read_text())
     dense = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
-    return Checkpoint(packed, tensors, config, dense)
+    return Checkpoint(path, tensors, config, dense)
+
+
+def load(path: pathlib.Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, quantization_config=QLoRAConfig(**options), device_map="cpu"
+    )
+
+
+def same_tensors(path: pathlib.Path, expected: dict[str, Tensor]) -> bool:
+    found = safetensors.load_file(path / "model.safetensors")
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    bits = torch.uint8
+    return all(
+        t.dtype == found[name].dtype
+        and t.shape == found[name].shape
+        and torch.equal(t.contiguous().reshape(-1).view(bits), found[name].reshape(-1).view(bits))
+        for name, t in expected.items()
+    )
+
+
+def change(checkpoint: Checkpoint, name: str, made: Any) -> None:
+    """Saves the checkpoint again with a tensor replaced by ``made`` of it; without it if that is None."""
+    tensors = dict(checkpoint.tensors)
+    value = made(tensors.pop(name, None))
+    if value is not None:
+        tensors[name] = value
+    safetensors.save_file(
+        {k: t.contiguous() for k, t in tensors.items()}, checkpoint.path / "model.safetensors", {"format": "pt"}
+    )

@@ -10,11 +10,13 @@ import sys
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.lib import pictures, report, results_files, tables
+from bench.lib import pictures, reordering, report, results_files, tables
 
 
 def spread(median: float, width: float = 0.02) -> dict[str, float]:
@@ -73,6 +75,37 @@ def test_a_table_without_its_marks_is_an_error() -> None:
         tables.written("no marks here", tables.PAGES[tables.README])
 
 
+def test_formats_are_shown_once_they_are_measured(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_files, "RESULTS", tmp_path)
+    assert tables.formats_by_machine() == {}
+    row = {"format": "MXFP4", "shape": "4096x4096", "operator": "forward", "M": 1, "us": 1.0}
+    rows = [{**row, "M": m, "dequantize": spread(0.3), "NF4": spread(1.05)} for m in (1, 8)]
+    content = {**section(spread(0.5)), "rows": rows}
+    results_files.write_section(tmp_path / "amd_26_2.json", tables.FORMATS, content)
+    ((name, make),) = tables.formats_by_machine().items()
+    assert name == "formats on amd_26_2"
+    heading, _, line = make().splitlines()
+    assert heading == "| format | forward, 1 token | forward, 8 tokens |"
+    assert line == "| MXFP4 | 1.05 (0.30) | 1.05 (0.30) |"
+
+
+def test_reordering_changes_the_weights_and_not_the_outputs() -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 32}
+    config = LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=2)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).double().eval()
+    ids = torch.randint(0, 32, (2, 9))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        expected = model(ids).logits
+        reordered = reordering.reorder(model)(ids).logits
+    torch.testing.assert_close(reordered, expected, atol=1e-6, rtol=1e-4)  # transformers' norms round to float32
+    assert expected.std() > 1e-3
+    layers = {name: p for name, p in model.named_parameters() if "proj" in name}
+    assert len(layers) == 14
+    assert not [name for name, p in layers.items() if torch.equal(p, before[name])]
+
+
 def texts_of(svg: str) -> list[str]:
     return re.findall(r"<text [^>]*>([^<]*)</text>", svg)
 
@@ -97,6 +130,12 @@ def test_the_picture_in_readme_has_the_figures_of_its_table() -> None:
     assert len(figures) == 3 * len(pictures.STEPS)
     assert not set(figures) - set(shown)
     assert re.findall(r"\]\((docs/pictures/\S+)\)", readme) == ["docs/pictures/steps.svg"]
+
+
+def test_readme_has_the_losses_of_the_default_job() -> None:
+    (row,) = results_files.sections("amd_25_17")["troubleshooting_default"]["rows"]
+    expected = f"held-out loss falls from {row['held-out loss before']:.2f} to {row['held-out loss after']:.2f}"
+    assert expected in tables.README.read_text().replace("\n", " ")
 
 
 def test_no_picture_is_left_over() -> None:

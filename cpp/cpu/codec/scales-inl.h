@@ -52,8 +52,9 @@ inline void widen_many(const void* stored, int64_t first, int64_t count, float* 
 
 // The codes' type is volatile for the reason that decode_scales gives.
 inline void look_up_scales(const volatile uint8_t* codes, int64_t count, const float* table, float* out) {
+  int64_t i = codec::look_up_many_scales(const_cast<const uint8_t*>(codes), count, table, out);
 #pragma GCC unroll 8
-  for (int64_t i = 0; i < count; ++i) out[i] = table[codes[i]];
+  for (; i < count; ++i) out[i] = table[codes[i]];
 }
 
 // Calls use(begin, count, nested block) for each part of blocks first .. first + count - 1 in one nested block; `begin`
@@ -69,6 +70,25 @@ inline void for_each_nested_block(const Scales& scales, int64_t first, int64_t c
   }
 }
 
+// Multiplies each x[i] by the unit of the nested block of block first + i. Nested blocks of 8, those of GGUF's Q4_K,
+// have a loop of their own, because the other one is set up anew for each of them.
+inline void multiply_by_units(const Scales& scales, const float* unit, int64_t first, int64_t count, float* x) {
+  constexpr int kSmall = 8;
+  const auto multiply = [](float* part, int64_t parts, float by) {
+    for (int64_t i = 0; i < parts; ++i) part[i] *= by;
+  };
+  int64_t i = 0;
+  if (scales.nested_block_size == kSmall) {
+    i = min(round_up(first, kSmall) - first, count);
+    multiply(x, i, unit[first / kSmall]);
+    for (const float* of_block = unit + (first + i) / kSmall; i + kSmall <= count; i += kSmall)
+      multiply(x + i, kSmall, *of_block++);
+  }
+  for_each_nested_block(scales, first + i, count - i, [&](int64_t begin, int64_t here, int64_t nested_block) {
+    multiply(x + i + begin, here, unit[nested_block]);
+  });
+}
+
 // out[i] = the scale of block first + i
 inline void read_scales(const Scales& scales, int64_t first, int64_t count, float* out) {
   switch (scales.form) {
@@ -82,9 +102,7 @@ inline void read_scales(const Scales& scales, int64_t first, int64_t count, floa
     case ScaleForm::kTable8:
       look_up_scales(scales.codes() + first, count, scales.table, out);
       if (!scales.nested_absmax) return;
-      return for_each_nested_block(scales, first, count, [&](int64_t begin, int64_t here, int64_t nested_block) {
-        for (int64_t i = begin; i < begin + here; ++i) out[i] *= scales.nested_absmax[nested_block];
-      });
+      return multiply_by_units(scales, scales.nested_absmax, first, count, out);
     case ScaleForm::kNested8:
       for_each_nested_block(scales, first, count, [&](int64_t begin, int64_t here, int64_t nested_block) {
         decode_scales(scales.codes() + first + begin, here, scales.nested_absmax[nested_block], *scales.nested_offset,
@@ -117,10 +135,8 @@ inline void read_offsets(const Scales& scales, int64_t first, int64_t count, con
       for (int64_t i = 0; i < count; ++i) out[i] = -(static_cast<float>(bytes[i]) * scale[i]);
       return;
     case OffsetForm::kScaled8:
-      for_each_nested_block(scales, first, count, [&](int64_t begin, int64_t here, int64_t nested_block) {
-        const float unit = offsets.unit[nested_block];
-        for (int64_t i = begin; i < begin + here; ++i) out[i] = -(static_cast<float>(bytes[i]) * unit);
-      });
+      for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<float>(bytes[i]);
+      multiply_by_units(scales, offsets.unit, first, count, out);
   }
 }
 
@@ -146,6 +162,11 @@ inline uint32_t largest_finite_bits(const float* x, int64_t count) {
   return largest;
 }
 
+// The largest finite magnitude, where `bits` are those of the largest magnitude.
+inline float largest_finite(const float* x, int64_t count, uint32_t bits) {
+  return bits_float(bits < kInfinityBits ? bits : largest_finite_bits(x, count));
+}
+
 inline constexpr int64_t kScalesAtOnce = 64;
 
 // Calls use(scale, count) for each part of blocks first .. first + count - 1, with their scales as float32.
@@ -169,12 +190,12 @@ inline float scale_bound(const Scales& scales, int64_t first, int64_t last, cons
     const uint32_t bits = largest_finite_bits(scales.nested_absmax + nested, last_nested + 1 - nested);
     return bits_float(bits) + bits_float(float_bits(*scales.nested_offset) & kMagnitudeBits);
   }
-  uint32_t most = 0;
+  float most = 0.0f;
   for_each_scales(scales, first, last + 1 - first, [&](const float* scale, int64_t count) {
-    const uint32_t bits = largest_bits(scale, count);
-    most = max(most, bits < kInfinityBits ? bits : largest_finite_bits(scale, count));
+    const float of_part = largest_finite(scale, count, largest_bits(scale, count));
+    most = of_part > most ? of_part : most;
   });
-  return bits_float(most);
+  return most;
 }
 
 // Returns whether each of the first `count` scales has a magnitude of at least `least`, a normal number of at most

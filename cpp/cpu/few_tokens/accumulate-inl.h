@@ -29,7 +29,7 @@ inline constexpr int64_t kChunkBytes = kChunk / 2;
 struct RowSegments {
   const uint8_t* packed;   // of the first row
   const float* scales;     // one per granule
-  const float* offsets;    // the same, where the weight has offsets
+  const float* offsets;    // the same, for OffsetsEnter::kCodes
   int64_t first_weight;    // of the first row, counted from the first granule of `scales`
   int64_t row_weights;     // from a row to the next: whole bytes
   int log2_granule;        // weights
@@ -67,7 +67,7 @@ template <int kTokens, int kRows, class Products>
     unroll<kRows>([&](auto w) {
       const int64_t weight = first_weight + w * segments.row_weights, granule = weight >> segments.log2_granule;
       scales[w] = segments.scales + granule;
-      if constexpr (Products::kOffsets != OffsetsEnter::kNothing) offsets[w] = segments.offsets + granule;
+      if constexpr (Products::kOffsets == OffsetsEnter::kCodes) offsets[w] = segments.offsets + granule;
       if (t == 0 || !alike)
         granules[w] =
             granule_of_lanes(static_cast<int>(weight - (granule << segments.log2_granule)), segments.log2_granule);
@@ -96,12 +96,11 @@ template <int kTokens, int kRows, class Products>
             codes[w] = products.codes(whole ? load_chunk(at) : load_chunk(at, last_bytes));
           scale[w] = whole ? lane_scales(scales[w], granules[w]) : lane_scales(scales[w], granules[w], last_lanes);
           scales[w] += granules_per_chunk;
-          if constexpr (Products::kOffsets != OffsetsEnter::kNothing) {
+          if constexpr (Products::kOffsets == OffsetsEnter::kCodes) {
             offset[w] = whole ? lane_scales(offsets[w], granules[w]) : lane_scales(offsets[w], granules[w], last_lanes);
             offsets[w] += granules_per_chunk;
-          }
-          if constexpr (Products::kOffsets == OffsetsEnter::kCodes)
             codes[w] = products.codes(whole ? load_chunk(at) : load_chunk(at, last_bytes), scale[w], offset[w]);
+          }
           // The prefetch comes last, because it may delay the loads behind it.
           if (to_second_level) {
             __builtin_prefetch(at + prefetch_ahead, 0, 2);
@@ -111,19 +110,16 @@ template <int kTokens, int kRows, class Products>
         });
         unroll<kTokens>([&](auto i) {
           Floats product[kRows];
-          const typename Products::X* const token = segment_of_x + i * Products::kTokenValues;
-          Products::multiply(codes, token, product);
+          Products::multiply(codes, segment_of_x + i * kChunk, product);
           unroll<kRows>([&](auto w) {
             if constexpr (Products::kOffsets == OffsetsEnter::kCodes) {
               acc[i][w] = add(acc[i][w], product[w]);
             } else {
-              if constexpr (Products::kOffsets == OffsetsEnter::kSums)
-                acc[i][w] = fma(load(reinterpret_cast<const float*>(token + kChunk)), offset[w], acc[i][w]);
               acc[i][w] = fma(product[w], scale[w], acc[i][w]);
             }
           });
         });
-        packed += kChunkBytes, segment_of_x += kTokens * Products::kTokenValues;
+        packed += kChunkBytes, segment_of_x += kTokens * kChunk;
       }
       // Without the fence GCC keeps the sums of all segments in registers, and runs out of registers.
       __atomic_signal_fence(__ATOMIC_SEQ_CST);

@@ -12,6 +12,10 @@
 // For most tiles, the first chunks of the rows prove that no row is concentrated, by counting *large* codes
 // (LargeCodes), whose weights are at least a known fraction of their scale. In other tiles each row is examined
 // separately, and is decoded if counting all its codes proves nothing.
+//
+// With offsets, a code alone says nothing about the size of a weight, so first chunks are decoded. Rows of zeros, and
+// those whose weights are all far smaller than the values and the offsets of which they are sums, count as
+// concentrated, because the integer sums of both cancel only to float32's precision.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +45,14 @@ inline constexpr float kMinOfAll = 2.0f;
 struct GranuleScales {
   const float *scale, *offset;
   int64_t first, count;
+  float bound;  // no finite scale is above it; with offsets, no weight is (weight_bound)
 };
+
+// A bound of the weights of some granules, and of the values and offsets of which they are sums. It is not finite if
+// one of these is not.
+inline float weight_bound(const CodeTable& table, const float* scale, const float* offset, int64_t count) {
+  return table.largest * bits_float(largest_bits_within(scale, count)) + bits_float(largest_bits_within(offset, count));
+}
 
 // Yields the weights of W piece by piece, as float32 in memory order.
 class WeightPieces {
@@ -131,6 +142,41 @@ class FirstChunks {
   int least_count_;
 };
 
+// The same for weights with offsets, row by row.
+class FirstWeights {
+ public:
+  // No weight of the tile is above `bound`, which is finite. The first lane of a chunk is left out if it `is_shared`
+  // with the previous row.
+  FirstWeights(const CodeTable& table, float bound, bool is_shared) : book_(table.value), bound_(bound) {
+    for (float& most : most_) most = bound * kMaxOfOne;
+    if (is_shared) most_[0] = 0.0f;
+    for (int64_t i = 0; i < kLanes * kLanes; i += kLanes) store(sums_ + i, splat(bits_float(kInfinityBits)));
+  }
+  void see(int64_t row, Chunk chunk, Floats scale, Floats offset) {
+    const FloatCodes codes = decode(chunk, book_);
+    const Floats most = load(most_);
+    Floats sum = zero();
+    unroll<kLaneWeights>([&](auto s) { sum = add(sum, min(absolute(fma(codes.v[s], scale, offset)), most)); });
+    store(sums_ + row * kLanes, sum);
+  }
+  // One bit for each row that may be concentrated, as far as its first chunk proves.
+  uint32_t rows_left() const {
+    const Floats sums = sums_of(sums_);
+    if (count_at_least(sums, kMinOfAll * bound_) == kLanes) return 0;
+    float of_row[kLanes];
+    store(of_row, sums);
+    uint32_t rows = 0;
+    for (int t = 0; t < kLanes; ++t) rows |= uint32_t{!(of_row[t] >= kMinOfAll * bound_)} << t;
+    return rows;
+  }
+
+ private:
+  const FloatCodebook book_;
+  const float bound_;
+  alignas(64) float most_[kLanes];
+  alignas(64) float sums_[kLanes * kLanes];
+};
+
 class RowConcentration {
  public:
   RowConcentration(const Weight& w, const ScaleReader& reader, const GranuleScales& scales)
@@ -159,14 +205,12 @@ class RowConcentration {
     return largest != 0.0f && is_concentrated_exactly(begin, end);
   }
 
-  // With offsets, a code alone says nothing about the size of a weight, so weights are decoded until they prove that
-  // the row is not concentrated; the first ones nearly always do.
-  //
-  // Rows of zeros, and those whose weights are all far smaller than the values and the offsets of which they are sums,
-  // count as concentrated, because the integer sums of both cancel only to float32's precision.
+  // Weights are decoded until they prove that the row is not concentrated.
   [[gnu::noinline]] bool is_concentrated_with_offsets(int64_t begin, int64_t end) const {
-    constexpr int64_t kPart = codec::kGroup;  // mostly one suffices
-    const float bound = largest_possible(begin, end);
+    constexpr int64_t kPart = codec::kGroup;  // mostly a few suffice
+    const int64_t first = (begin >> reader_.log2_granule()) - scales_.first;
+    const int64_t count = ((end - 1) >> reader_.log2_granule()) - scales_.first + 1 - first;
+    const float bound = weight_bound(w_.table(), scales_.scale + first, scales_.offset + first, count);
     WeightPieces pieces(w_, reader_, scales_);
     float total = 0.0f;
     for (int64_t i = begin; i < end && bound < bits_float(kInfinityBits); i += kPart) {
@@ -181,20 +225,8 @@ class RowConcentration {
     return is_concentrated_exactly(begin, end, bound);
   }
 
-  // A bound of what the weights begin .. end - 1 are sums of, up to a factor of 2: the largest scaled value or offset.
-  float largest_possible(int64_t begin, int64_t end) const {
-    const int64_t first = (begin >> reader_.log2_granule()) - scales_.first;
-    const int64_t count = ((end - 1) >> reader_.log2_granule()) - scales_.first + 1 - first;
-    Ints seen = round_to_ints(zero());
-    for (int64_t i = first; i < first + count; i += kLanes) {
-      seen = max_bits(seen, mul(load(scales_.scale + i, first + count - i), splat(w_.table().largest)));
-      seen = max_bits(seen, load(scales_.offset + i, first + count - i));
-    }
-    return bits_float(largest_lane(seen));
-  }
-
-  // `possible`: with offsets, the largest that the row's weights could be.
-  [[gnu::noinline]] bool is_concentrated_exactly(int64_t begin, int64_t end, float possible = 0.0f) const {
+  // `bound`: with offsets, weight_bound of the row.
+  [[gnu::noinline]] bool is_concentrated_exactly(int64_t begin, int64_t end, float bound = 0.0f) const {
     WeightPieces pieces(w_, reader_, scales_);
     const auto each_vector = [&](const auto& see) {
       for (int64_t i = begin; i < end; i += WeightPieces::kWeights) {
@@ -206,7 +238,7 @@ class RowConcentration {
     Ints seen = round_to_ints(zero());
     each_vector([&](Floats w) { seen = max_bits(seen, w); });
     const uint32_t most = largest_lane(seen);
-    if (scales_.offset && bits_float(most) * 64.0f < possible) return true;
+    if (scales_.offset && bits_float(most) * 64.0f < bound) return true;
     if (most == 0) return scales_.offset != nullptr;
     // A lower bound of min(|w|, m / 8): a weight of at least m / 8 counts as m / 8, one of at least m / 16 as m / 16,
     // one of at least m / 64 as m / 64.

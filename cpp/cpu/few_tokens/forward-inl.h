@@ -121,9 +121,13 @@ class ForwardWalk {
     const int64_t period = plan_.rows.period;
     const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
     const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
-    const GranuleScales of_rows{scales, offsets, first_granule, end_granule - first_granule};
+    GranuleScales of_rows{scales, offsets, first_granule, end_granule - first_granule, 0.0f};
     reader.read(of_rows.first, of_rows.count, scales);
     if constexpr (kHasOffsets) reader.read_offsets(of_rows.first, of_rows.count, scales, offsets);
+    if constexpr (!Products::kServesEveryRow) {
+      of_rows.bound = kHasOffsets ? weight_bound(p_.w.table(), scales, offsets, of_rows.count)
+                                  : reader.largest(of_rows.first, of_rows.count, scales);
+    }
     RowBits concentrated[8];  // of the tile of each shift
     for (int64_t group = 0; group < plan_.groups.count; ++group) {
       with_count<Products::kMaxTokens>(plan_.groups.tokens(group), [&](auto tokens) {
@@ -186,7 +190,7 @@ void prepare(const Pool& pool, const LinearProblem& p, const Products& products,
 template <class T, class Products>
 Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, FallbackTokens* fallback_tokens) {
   const Products products(p.w);
-  const ForwardPlan<Products> plan(p.m, p.w.k);
+  const ForwardPlan<Products> plan(p.m, p.w);
   const SuperTiles super_tiles(p.w, plan.rows);
   const int64_t k = p.w.k;
   ArrangedX<Products> x{};
@@ -196,6 +200,7 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, F
     Carver memory(base);
     x.values = memory.take<typename Products::X>(plan.arrangement_values() * plan.rows.period);
     x.scales = memory.take<float>(plan.arrangement_scales() * plan.rows.period);
+    x.sums = memory.take<float>(plan.arrangement_sums() * plan.rows.period);
     x.h = memory.take<float>(p.m * padded_rank(p.lora.rank));
     dropped = memory.take<T>(p.lora.rank && p.lora.dropout.active() ? p.m * k : 0);
     return memory.used();

@@ -29,7 +29,6 @@ struct Bf16Products {
   using X = int16_t;  // the bits
   static constexpr int kMaxTokens = kMaxBf16Tokens, kMaxPairedTokens = 0;
   static constexpr OffsetsEnter kOffsets = OffsetsEnter::kNothing;
-  static constexpr int64_t kTokenValues = kChunk;
   static constexpr bool kServesEveryRow = true;
   static constexpr bool kMayOverflow = true;
 

@@ -26,7 +26,6 @@ template <bool kHasOffsets>
 struct FloatProducts {
   using X = float;
   static constexpr OffsetsEnter kOffsets = kHasOffsets ? OffsetsEnter::kCodes : OffsetsEnter::kNothing;
-  static constexpr int64_t kTokenValues = kChunk;
   static constexpr int kMaxTokens = kMaxFloatTokens, kMaxPairedTokens = 0;
   static constexpr bool kServesEveryRow = true;
   static constexpr bool kMayOverflow = false;

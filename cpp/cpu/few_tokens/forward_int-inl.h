@@ -40,13 +40,12 @@ using namespace stream;
 // These are sums over many products. If a few weights decide the sum of a row, these may meet small x, so such rows are
 // summed in float32 (concentration-inl.h). README.md has what is promised of a single entry.
 //
-// With offsets, the sum of a lane's eight rounded x is multiplied by the offset. As both sums have the same roundings
-// of x, their error is that of x times the whole weight, also where value and offset nearly cancel.
+// With offsets, an offset is multiplied by the sum of the same rounded x. As both products have the same roundings of
+// x, their error is that of x times the whole weight, also where value and offset nearly cancel.
 template <class T, class Order, bool kHasOffsets>
 struct IntProducts {
   using X = int16_t;
   static constexpr OffsetsEnter kOffsets = kHasOffsets ? OffsetsEnter::kSums : OffsetsEnter::kNothing;
-  static constexpr int64_t kTokenValues = kChunk + (kHasOffsets ? 2 * kLanes : 0);
   static constexpr int kMaxTokens = kMaxIntTokens, kMaxPairedTokens = kMaxPairedIntTokens;
   static constexpr bool kServesEveryRow = false;
   static constexpr bool kMayOverflow = true;
@@ -102,30 +101,25 @@ struct IntProducts {
       for (int i = 0; i < kLaneWeights; ++i)
         rounded_x[i] = round_to_ints(mul(load(x + c * kChunk + i * kLanes), inverse));
       store_in_code_order(rounded_x, out + c * stride, Order{});
-      if constexpr (kHasOffsets) store_lane_sums(out + c * stride);
     }
     return true;
   }
 
-  // Stores the sums of the lanes' x after a chunk, in units in which a code of 1 is an integer of 1.
-  void store_lane_sums(X* chunk) const {
+  // The sums of the lanes' x of an arranged chunk. In HalfOrder, a lane has eight of the 32 values around it, which
+  // meet the same offset.
+  static Floats lane_sums(const X* chunk) {
     int16_t one[2 * kLanes];
     for (int16_t& o : one) o = 1;
     Ints sum = dot(load_pairs(one), load_pairs(chunk));
     for (int s = 1; s < 4; ++s) sum = dot(sum, load_pairs(one), load_pairs(chunk + s * 2 * kLanes));
-    const Floats sums = mul(to_floats(sum), splat(static_cast<float>(per_one)));
-    float values[kLanes];
-    store(values, sums);
-    __builtin_memcpy(chunk + kChunk, values, sizeof(values));
+    return to_floats(sum);
   }
+  float one_of_code() const { return static_cast<float>(per_one); }
 };
 
 template <bool kHasOffsets, class T>
 Outcome forward_int_as(const Pool& pool, const LinearProblem& p) {
-  // With offsets there is one order only, so that less is compiled.
-  if constexpr (!kHasOffsets) {
-    if (has_one_scale_per(32, p.w)) return forward_else_float<T, IntProducts<T, HalfOrder, false>>(pool, p);
-  }
+  if (has_one_scale_per(32, p.w)) return forward_else_float<T, IntProducts<T, HalfOrder, kHasOffsets>>(pool, p);
   return forward_else_float<T, IntProducts<T, LaneOrder, kHasOffsets>>(pool, p);
 }
 template <bool kHasOffsets>

@@ -10,7 +10,8 @@
 //   kServesEveryRow                   whether it serves concentrated rows (concentration-inl.h)
 //   kMayOverflow                      whether sums may overflow although y is finite: with scales of W above kHugeScale
 //   kOffsets                          how the offsets of W's blocks enter the sums (OffsetsEnter)
-//   kTokenValues                      values of X per chunk of a token
+//   lane_sums(chunk)                  kSums only: the sums of each lane's x in an arranged chunk
+//   one_of_code()                     kSums only: the factor by which a segment's multiplier becomes that of these sums
 //
 // The mean square error of the products must not exceed that of rounding w to the dtype of x. If x alone shows that it
 // would, arrange returns false and the token falls back to other products. If it depends on w, the weight row is summed
@@ -35,7 +36,7 @@ inline constexpr float kHugeScale = 0x1p90f;
 enum class OffsetsEnter {
   kNothing,  // the weight has none
   kCodes,    // codes(chunk, scale, offset) decodes to weights, and multiply sums weight * x
-  kSums,     // o times the sum of x over a lane is added; the lanes' sums follow each chunk of x, as float32
+  kSums,     // the sums begin with each offset times the sum of x over the weights that share it (OffsetRuns)
 };
 
 // The largest lane of the maxima from max_bits.

@@ -1,8 +1,9 @@
 // One tile of the forward: the outputs of kTileRows weight rows of one shift (rows n, n + period, ...) and the tokens
 // of a group.
 //
-// Each row and token has a vector of partial sums, which starts with the row's part of h · bᵀ. accumulate-inl.h adds
-// the products with x. At the end, the vectors of a token become kTileRows outputs at once:
+// Each row and token has a vector of partial sums, which starts with the row's part of h · bᵀ and, for integers, the
+// products of its offsets and sums of x. accumulate-inl.h adds the products with x. At the end, the vectors of a token
+// become kTileRows outputs at once:
 //
 // clang-format off
 //   sums of a token   row 0   [ lane 0 .. lane kLanes - 1 ]  ->  y[n]              + bias
@@ -35,7 +36,7 @@ namespace few_tokens {
 using namespace stream;
 
 using RowBits = uint32_t;  // one bit per row of a tile
-static_assert(kTileRows <= 32);
+static_assert(kTileRows < 32);
 
 template <class T, class Products>
 class ForwardTile {
@@ -55,17 +56,21 @@ class ForwardTile {
                RowBits* concentrated, float* sums) const {
     const int64_t m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n);
-    const bool start_at_zero = p_.lora.rank == 0 && count == kTileRows;
-    if (!start_at_zero) start<kTokens>(n, count, m0, sums);
+    const bool start_at_zero = p_.lora.rank == 0 && !kSumsOffsets && count == kTileRows;
+    if (!start_at_zero) start<kTokens>(n, count, m0, reader, scales, sums);
     FirstChunks first_chunks(large_codes(p_.w.code));
     first_chunks.start();
-    constexpr bool kHasOffsets = Products::kOffsets != OffsetsEnter::kNothing;
-    const bool looks = !Products::kServesEveryRow && !kHasOffsets && group == 0 && shift + p_.w.k >= kChunk;
-    add_products<kTokens>(n, count, m0, reader, scales, start_at_zero, looks ? &first_chunks : nullptr, sums);
+    const bool looks = !Products::kServesEveryRow && group == 0 && shift + p_.w.k >= kChunk;
+    // Not a constant, or GCC compiles a copy of accumulate() without `first_chunks`. The copy has fewer registers for
+    // sums: 8 tokens took 1.25 times as long.
+    const bool counts = looks && scales.offset == nullptr;
+    add_products<kTokens>(n, count, m0, reader, scales, start_at_zero, counts ? &first_chunks : nullptr, sums);
     if (!Products::kServesEveryRow && group == 0) {
-      *concentrated = 0;
-      const bool none = looks && first_chunks.suffice(reader.largest(scales.first, scales.count), ceil_div(shift, 2));
-      if (!none) *concentrated = concentrated_rows(n, count, reader, scales);
+      RowBits left = (RowBits{1} << count) - 1;
+      if (counts && first_chunks.suffice(scales.bound, ceil_div(shift, 2))) left = 0;
+      if (looks && kSumsOffsets && scales.bound < bits_float(kInfinityBits))
+        left &= rows_left_by_first_weights(n, count, reader, scales);
+      *concentrated = left ? concentrated_rows(n, left, reader, scales) : 0;
     }
     for (RowBits left = Products::kServesEveryRow ? 0 : *concentrated; left; left &= left - 1) {
       const int64_t t = __builtin_ctz(left);
@@ -75,6 +80,8 @@ class ForwardTile {
   }
 
  private:
+  static constexpr bool kSumsOffsets = Products::kOffsets == OffsetsEnter::kSums;
+
   // Adds the products of the tile's rows and x, some segments at a time: as many as stay in the first-level cache are
   // multiplied with a weight row before the next row. `first_chunks`, if any, sees the first chunk of every row.
   template <int kTokens>
@@ -83,11 +90,10 @@ class ForwardTile {
                                            float* sums) const {
     const int64_t period = plan_.rows.period, k = p_.w.k;
     const int shift = plan_.rows.shift(n), arrangement = plan_.arrangement(shift);
-    const typename Products::X* x =
-        x_.values + arrangement * plan_.arrangement_values() + m0 * plan_.chunks * Products::kTokenValues;
+    const typename Products::X* x = x_.values + arrangement * plan_.arrangement_values() + m0 * plan_.chunks * kChunk;
     const float* scale_of_x = x_.scales + arrangement * plan_.arrangement_scales() + m0 * plan_.segments;
     const int64_t segment_bytes =
-        kTokens * plan_.segment_chunks * Products::kTokenValues * static_cast<int64_t>(sizeof(typename Products::X));
+        kTokens * plan_.segment_chunks * kChunk * static_cast<int64_t>(sizeof(typename Products::X));
     const int64_t most = segment_bytes < 12288 ? 24576 / segment_bytes : 1;
     const int64_t weights = shift + k, chunks = ceil_div(weights, kChunk);
     const int64_t first_weight = plan_.rows.first_weight(n);
@@ -108,7 +114,7 @@ class ForwardTile {
       const bool is_last = chunks - chunk <= most * plan_.segment_chunks;
       segments.chunks = is_last ? chunks - chunk : most * plan_.segment_chunks;
       segments.last_weights = is_last ? weights - (chunks - 1) * kChunk : kChunk;
-      const typename Products::X* x_at = x + chunk * kTokens * Products::kTokenValues;
+      const typename Products::X* x_at = x + chunk * kTokens * kChunk;
       segments.starts_sums = start_at_zero && s == 0;
       FirstChunks* const look = s == 0 ? first_chunks : nullptr;
       int64_t t = 0;
@@ -123,14 +129,43 @@ class ForwardTile {
     }
   }
 
-  // One bit for each of the `count` weight rows n, n + period, ..., set if the row is concentrated.
-  [[gnu::noinline]] RowBits concentrated_rows(int64_t n, int64_t count, const ScaleReader& reader,
+  // One bit for each of the `rows` of the tile that is concentrated.
+  [[gnu::noinline]] RowBits concentrated_rows(int64_t n, RowBits rows, const ScaleReader& reader,
                                               const GranuleScales& scales) const {
     const RowConcentration concentration(p_.w, reader, scales);
-    RowBits rows = 0;
-    for (int64_t t = 0; t < count; ++t) rows |= RowBits{concentration.is_concentrated(n + t * plan_.rows.period)} << t;
-    return rows;
+    RowBits concentrated = 0;
+    for (; rows; rows &= rows - 1) {
+      const int64_t t = __builtin_ctz(rows);
+      concentrated |= RowBits{concentration.is_concentrated(n + t * plan_.rows.period)} << t;
+    }
+    return concentrated;
   }
+
+  // One bit for each of the rows n, n + period, .. that may be concentrated. Each holds a chunk, whose weights have
+  // offsets.
+  [[gnu::noinline]] RowBits rows_left_by_first_weights(int64_t n, int64_t count, const ScaleReader& reader,
+                                                       const GranuleScales& scales) const {
+    FirstWeights first_weights(p_.w.table(), scales.bound, plan_.rows.shift(n) != 0);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t weight = plan_.rows.first_weight(n + t * plan_.rows.period);
+      const RowGranules row(weight, reader, scales);
+      first_weights.see(t, load_chunk(p_.w.packed + weight / 2), lane_scales(row.scale, row.lanes),
+                        lane_scales(row.offset, row.lanes));
+    }
+    return first_weights.rows_left();
+  }
+
+  // The granules from a weight on.
+  struct RowGranules {
+    RowGranules(int64_t weight, const ScaleReader& reader, const GranuleScales& scales) {
+      const int64_t granule = weight >> reader.log2_granule();
+      scale = scales.scale + (granule - scales.first);
+      offset = scales.offset + (granule - scales.first);
+      lanes = granule_of_lanes(static_cast<int>(weight - (granule << reader.log2_granule())), reader.log2_granule());
+    }
+    const float *scale, *offset;
+    LaneGranules lanes;
+  };
 
   // Replaces the sums of the concentrated weight row n by sums of float32 products.
   [[gnu::noinline]] void sum_in_float(int64_t n, int64_t m0, int64_t tokens, const ScaleReader& reader,
@@ -157,9 +192,10 @@ class ForwardTile {
     }
   }
 
-  // Sets the sums to the lanes of h · bᵀ.
+  // Sets the sums to the lanes of h · bᵀ, and adds the products of offsets.
   template <int kTokens>
-  [[gnu::noinline]] void start(int64_t n, int64_t count, int64_t m0, float* sums) const {
+  [[gnu::noinline]] void start(int64_t n, int64_t count, int64_t m0, const ScaleReader& reader,
+                               const GranuleScales& scales, float* sums) const {
     const int64_t rank = p_.lora.rank, row_stride = plan_.rows.period * rank;
     const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
     for (int64_t t = 0; t < kTileRows; ++t, b += row_stride, sums += kLanes) {
@@ -170,7 +206,28 @@ class ForwardTile {
         const Floats row = load(b + j, rank - j);
         unroll<kTokens>([&](auto i) { acc[i] = fma(row, load(h + i * kLanes), acc[i]); });
       }
+      if constexpr (kSumsOffsets) {
+        if (t < count) add_offsets<kTokens>(n + t * plan_.rows.period, m0, reader, scales, acc);
+      }
       unroll<kTokens>([&](auto i) { store(sums + i * kTileRows * kLanes, acc[i]); });
+    }
+  }
+
+  // Adds the products of a row's offsets and the sums of x over its runs.
+  template <int kTokens>
+  [[gnu::always_inline]] void add_offsets(int64_t row, int64_t m0, const ScaleReader& reader,
+                                          const GranuleScales& scales, Floats (&acc)[kTokens]) const {
+    const OffsetRuns& runs = plan_.runs;
+    const int shift = plan_.rows.shift(row);
+    const RowGranules granules(plan_.rows.first_weight(row), reader, scales);
+    const int64_t granules_per_vector = runs.are_granules ? kLanes : kChunk >> reader.log2_granule();
+    const float* sum =
+        x_.sums + plan_.arrangement(shift) * plan_.arrangement_sums() + m0 * runs.vectors(plan_.chunks) * kLanes;
+    const float* offset = granules.offset;
+    for (int64_t left = ceil_div(shift + p_.w.k, runs.lanes * kLaneWeights); left > 0; left -= kLanes) {
+      const Floats of_runs = runs.are_granules ? load(offset, left) : lane_scales(offset, granules.lanes, left);
+      unroll<kTokens>([&](auto i) { acc[i] = fma(load(sum + i * kLanes), of_runs, acc[i]); });
+      offset += granules_per_vector, sum += kTokens * kLanes;
     }
   }
 

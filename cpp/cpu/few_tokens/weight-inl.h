@@ -78,6 +78,11 @@ class ScaleReader {
     return scale_bound(scales_, first >> log2_split_, (first + count - 1) >> log2_split_,
                        [](const float* x, int64_t n) { return largest_bits_within(x, n); });
   }
+  // The same from `scale`, which `read` has written.
+  float largest(int64_t first, int64_t count, const float* scale) const {
+    if (scales_.form == ScaleForm::kNested8) return largest(first, count);
+    return largest_finite(scale, count, largest_bits_within(scale, count));
+  }
 
  private:
   // Scales or offsets of blocks are read into the end of `out` and copied to their granules from the first to the last.

@@ -1,5 +1,5 @@
-// dequantize_nf4: decodes packed codes, scales and offsets to values, float32(float32(value * scale) + offset) rounded
-// once. The same launch decodes nested scales.
+// dequantize_nf4: decodes packed codes, scales and offsets to values, float32(float32(value * scale) + offset) or
+// (value - zero point) * scale, rounded once. The same launch decodes nested scales.
 //
 // A warp takes one chunk of kSweeps sweeps after another. In a sweep, each of its 32 lanes decodes 16 bytes of output.
 // A chunk touches at most 32 quantization blocks, so lane i loads and decodes the scale of block i, and the other lanes
@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/convert.cuh"
@@ -45,7 +46,7 @@ __device__ __forceinline__ uint4 round_lane(const float (&v)[tile::LaneValues<T>
 struct DequantizeState {
   const float* values;
   const float* scale_values;
-  float offset;
+  float offset, first_integer;
   tile::RawScale raw;
 };
 
@@ -55,10 +56,37 @@ __device__ __forceinline__ bool a_lane_a_block(const tile::ScaleView& scales, in
   return (first + kChunk - 1 >> scales.block_shift) - (first >> scales.block_shift) < tile::kWarp;
 }
 
+// What a value goes through. All of these give the bits of BlockDecoder.
+enum class DequantizeSteps {
+  kScale,            // value * scale
+  kScaleThenAdd,     // value * scale + offset
+  kScaleAndAdd,      // the same, where the product is exact: one instruction
+  kSubtractInteger,  // (q - zero point) * scale for integers q, without a table
+};
+
+// Calls use(steps) with a constant. Returns false, and calls nothing, for zero points of any other code.
+template <class Use>
+__device__ __forceinline__ bool with_dequantize_steps(const tile::ScaleView& scales, const tile::CodeView& code,
+                                                      const Use& use) {
+  using enum DequantizeSteps;
+  if (!scales.scales.offsets)
+    use(std::integral_constant<DequantizeSteps, kScale>{});
+  else if (!tile::has_zero_points(scales) && scales.exact_products)
+    use(std::integral_constant<DequantizeSteps, kScaleAndAdd>{});
+  else if (!tile::has_zero_points(scales))
+    use(std::integral_constant<DequantizeSteps, kScaleThenAdd>{});
+  else if (code.is_integer())
+    use(std::integral_constant<DequantizeSteps, kSubtractInteger>{});
+  else
+    return false;
+  return true;
+}
+
 // Decodes the kChunk elements from `first` on into `out`. Requires alignment for vector accesses, and a_lane_a_block.
-template <class T, int kChunk, bool kReadSoon, bool kHasOffsets>
+template <class T, int kChunk, bool kReadSoon, DequantizeSteps kSteps>
 __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
                                                  T* out, DequantizeState& state) {
+  constexpr bool kHasOffsets = kSteps != DequantizeSteps::kScale;
   using Tile = DequantizeTile<T, kChunk>;
   const int lane = threadIdx.x % tile::kWarp;
   const uint8_t* const in = packed + ((first + lane * Tile::kPerLane) >> 1);
@@ -80,7 +108,10 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
   }
   const float own = tile::decode_scale(scales, state.raw, state.scale_values, state.offset);
   float own_offset = 0.0f;
-  if constexpr (kHasOffsets) own_offset = tile::decode_offset(scales, raw_offset, own);
+  if constexpr (kSteps == DequantizeSteps::kSubtractInteger)
+    own_offset = 0x1p23f - state.first_integer + static_cast<float>(raw_offset.bits);  // subtracted from 2^23 + q
+  else if constexpr (kHasOffsets)
+    own_offset = tile::decode_offset(scales, raw_offset);
 
   const uint32_t table = ptx::shared_address(state.values);
   T* const to = out + lane * Tile::kPerLane;
@@ -89,12 +120,16 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
     const int owner = (in_block + r * Tile::kSweep) >> scales.block_shift;
     const float scale = __shfl_sync(0xFFFFFFFFu, own, owner);
     float value[Tile::kPerLane];
-    tile::decode_nf4(value, word[r], scale, table);
-    if constexpr (kHasOffsets) {
-      const float offset = __shfl_sync(0xFFFFFFFFu, own_offset, owner);
-#pragma unroll
-      for (int i = 0; i < Tile::kPerLane; ++i) value[i] = __fadd_rn(value[i], offset);
-    }
+    [[maybe_unused]] float offset = 0.0f;
+    if constexpr (kHasOffsets) offset = __shfl_sync(0xFFFFFFFFu, own_offset, owner);
+    if constexpr (kSteps == DequantizeSteps::kSubtractInteger)
+      tile::decode_integers(value, word[r], [&](float v) { return __fmul_rn(v - offset, scale); });
+    else if constexpr (kSteps == DequantizeSteps::kScale)
+      tile::decode_nf4(value, word[r], table, [&](float v) { return __fmul_rn(v, scale); });
+    else
+      tile::decode_nf4(value, word[r], table, [&](float v) {
+        return tile::scale_and_add<kSteps == DequantizeSteps::kScaleAndAdd>(v, scale, offset);
+      });
     if constexpr (kReadSoon)
       reinterpret_cast<uint4*>(to)[r * tile::kWarp] = round_lane<T>(value);
     else
@@ -111,9 +146,9 @@ __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const
   for (int64_t i = first + threadIdx.x % tile::kWarp; i < end; i += tile::kWarp) {
     const int64_t block = i >> scales.block_shift;
     const float scale = tile::read_scale(scales, block, state.scale_values, state.offset);
-    float value = __fmul_rn(state.values[code_at(packed, i)], scale);
-    if (scales.scales.offsets) value = __fadd_rn(value, tile::read_offset(scales, block, scale));
-    out[i - first] = tile::narrow<T>(value);
+    const float value = state.values[code_at(packed, i)];
+    out[i - first] = tile::narrow<T>(scales.scales.offsets ? tile::BlockDecoder(scales, block, scale)(value)
+                                                           : __fmul_rn(value, scale));
   }
 }
 
@@ -140,20 +175,20 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   __syncthreads();
 
   constexpr int kPerVector = DequantizeTile<T, kChunk>::kPerLane;
-  DequantizeState state{values, scale_values, shared_offset, {}};
+  DequantizeState state{values, scale_values, shared_offset, code.first_integer(), {}};
   const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out) && pieces.first % 8 == 0 &&
                        (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0));
   const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);
   const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / tile::kWarp;
-  tile::with_offsets(scales, [&](auto has_offsets) {
+  const auto decode_all = [&](bool in_chunks, auto steps) {
 #pragma unroll 1
     for (int64_t chunk = warp * kDequantizeRun; chunk < pieces.rows * pieces.chunks;) {
       const int64_t row = pieces.rows == 1 ? 0 : chunk / pieces.chunks;
       const int64_t column = (chunk - row * pieces.chunks) * kChunk;
       const int64_t first = pieces.first + row * pieces.stride + column;
       T* const to = out + row * pieces.columns + column;
-      if (aligned && column + kChunk <= pieces.columns && a_lane_a_block<kChunk>(scales, first)) {
-        dequantize_chunk<T, kChunk, kReadSoon, has_offsets>(packed, scales, first, to, state);
+      if (in_chunks && column + kChunk <= pieces.columns && a_lane_a_block<kChunk>(scales, first)) {
+        dequantize_chunk<T, kChunk, kReadSoon, steps>(packed, scales, first, to, state);
       } else {
         const int64_t count = min(pieces.columns - column, int64_t{kChunk});
         dequantize_elements<T>(packed, scales, first, first + count, to, state);
@@ -161,7 +196,9 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
       ++chunk;
       if (chunk % kDequantizeRun == 0) chunk += (warps - 1) * kDequantizeRun;
     }
-  });
+  };
+  if (!with_dequantize_steps(scales, code, [&](auto steps) { decode_all(aligned, steps); }))
+    decode_all(false, std::integral_constant<DequantizeSteps, DequantizeSteps::kScale>{});
 }
 
 }  // namespace qlora::kernels

@@ -60,8 +60,11 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
       for (int row = half; row < rows; row += 2) {
         const int64_t element = (stage + row) * args.k + column, block = element >> args.scales.block_shift;
         const float scale = tile::read_scale(args.scales, block, scale_values, offset);
-        float w = __fmul_rn(values[code_at(args.packed, element)], scale);
-        if constexpr (has_offsets) w = __fadd_rn(w, tile::read_offset(args.scales, block, scale));
+        float w = values[code_at(args.packed, element)];
+        if constexpr (has_offsets)
+          w = tile::BlockDecoder(args.scales, block, scale)(w);
+        else
+          w = __fmul_rn(w, scale);
 #pragma unroll
         for (int i = 0; i < kDxExactTokens; ++i) part[i] = fmaf(dy[row][i], w, part[i]);
       }

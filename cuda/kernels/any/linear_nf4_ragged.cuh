@@ -44,25 +44,27 @@ __device__ __forceinline__ void decode_run(const uint8_t* packed, const tile::Sc
                                            float (&w)[kRaggedRun]) {
   static_assert(kRaggedRun == 8, "a word");
   const auto scale_of = [&](int64_t i) { return tile::read_scale(view, i >> view.block_shift, scale_values, offset); };
-  const auto offset_of = [&](int64_t i, float scale) { return tile::read_offset(view, i >> view.block_shift, scale); };
+  const auto block_of = [&](int64_t i, float scale) { return tile::BlockDecoder(view, i >> view.block_shift, scale); };
   const uint8_t* const bytes = packed + i0 / 2;
   if (count == kRaggedRun && i0 % kRaggedRun == 0 && (reinterpret_cast<uintptr_t>(bytes) & 3) == 0) {
     const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(bytes));
     const float scale = scale_of(i0);
+    const auto value = [&](int i) { return code[word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15]; };
+    if (view.scales.offsets) {
+      const tile::BlockDecoder decode = block_of(i0, scale);
 #pragma unroll
-    for (int i = 0; i < kRaggedRun; ++i) w[i] = __fmul_rn(code[word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15], scale);
-    if (!view.scales.offsets) return;
-    const float add = offset_of(i0, scale);
+      for (int i = 0; i < kRaggedRun; ++i) w[i] = decode(value(i));
+    } else {
 #pragma unroll
-    for (int i = 0; i < kRaggedRun; ++i) w[i] = __fadd_rn(w[i], add);
+      for (int i = 0; i < kRaggedRun; ++i) w[i] = __fmul_rn(value(i), scale);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kRaggedRun; ++i) {
       w[i] = 0.0f;
       if (i >= count) continue;
-      const float scale = scale_of(i0 + i);
-      w[i] = __fmul_rn(code[code_at(packed, i0 + i)], scale);
-      if (view.scales.offsets) w[i] = __fadd_rn(w[i], offset_of(i0 + i, scale));
+      const float scale = scale_of(i0 + i), value = code[code_at(packed, i0 + i)];
+      w[i] = view.scales.offsets ? block_of(i0 + i, scale)(value) : __fmul_rn(value, scale);
     }
   }
 }

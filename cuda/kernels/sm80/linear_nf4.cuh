@@ -3,7 +3,8 @@
 // cuda/tile/sm80/linear_tile.cuh describes the tile shapes and layouts.
 //
 // The scale of a large quantization block is not applied to its weights: each segment is summed from zero, and then acc
-// += scale · sum. Tiles for small blocks and for offsets decode each weight, rounded once.
+// += scale · sum. Zero points of integer codes are subtracted from the codes, which is exact. Tiles for small blocks
+// and for other offsets decode each weight, rounded once.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include "cuda/tile/any/lora_step.cuh"
 #include "cuda/tile/any/nf4_pairs_f32.cuh"
 #include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/sm80/integer_pairs.cuh"
 #include "cuda/tile/sm80/linear_copy.cuh"
 #include "cuda/tile/sm80/linear_sum.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
@@ -58,7 +60,7 @@ using WeightOperands = uint32_t[Tile::kRowTiles][4][4];  // [tile][step][mma ope
 
 // Decodes one segment of a warp's rows with scales and offsets. Its first group of columns has index `scale_group`
 // among those staged.
-template <class Tile>
+template <class Tile, bool kFused>
 __device__ __forceinline__ void decode_scaled_segment(const LaneAddresses<Tile>& lane, int slot, int segment,
                                                       int scale_group, WeightOperands<Tile>& w) {
   const int t = threadIdx.x % 4;
@@ -73,8 +75,8 @@ __device__ __forceinline__ void decode_scaled_segment(const LaneAddresses<Tile>&
       constexpr int step = byte / 2, a = upper + 2 * (byte % 2);
       const auto decode = [&](uint32_t codes) {
         const float2 value = tile::lookup_pair_f32<byte>(lane.table, copy, codes);
-        return ptx::pack2<typename Tile::T>(tile::scale_and_add(value.x, scale.x, scale.y),
-                                            tile::scale_and_add(value.y, scale.x, scale.y));
+        return ptx::pack2<typename Tile::T>(tile::scale_and_add<kFused>(value.x, scale.x, scale.y),
+                                            tile::scale_and_add<kFused>(value.y, scale.x, scale.y));
       };
       w[i][step][a] = decode(bytes.x);
       w[i][step + 2][a] = decode(bytes.y);
@@ -110,6 +112,17 @@ __device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane
   tile::unroll<2 * Tile::kRowTiles>([&](auto half) {  // rows g, then rows g + 8 of each tile
     constexpr int i = half / 2, upper = half % 2, row = 8 * half;
     const uint2 bytes = ptx::load_shared_v2<row * Tile::kStageSegments * tile::kSegmentPackedBytes>(packed);
+    if constexpr (Tile::kZeroPoints) {
+      const float2 block = ptx::load_shared_v2_f32<row * tile::kPairTableEntryBytes>(scales);
+      scale[i][upper] = block.x;
+      tile::unroll<2>([&](auto word) {
+        uint32_t pairs[4];
+        tile::IntegerPairs<T>::decode(word == 0 ? bytes.x : bytes.y, __float_as_uint(block.y), pairs);
+        w[i][2 * word][upper] = pairs[0], w[i][2 * word][upper + 2] = pairs[1];
+        w[i][2 * word + 1][upper] = pairs[2], w[i][2 * word + 1][upper + 2] = pairs[3];
+      });
+      return;
+    }
     scale[i][upper] = ptx::load_shared_f32<row * tile::kPairTableEntryBytes>(scales);
     w[i][0][upper] = tile::lookup_pair<0>(lane.table, lane.lane_offset, bytes.x);
     w[i][0][upper + 2] = tile::lookup_pair<1>(lane.table, lane.lane_offset, bytes.x);
@@ -137,11 +150,15 @@ __device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane
 
 // The same, with weights that are decoded with scales and offsets.
 template <class Tile>
-__device__ __forceinline__ void multiply_scaled_segment(const LaneAddresses<Tile>& lane, int slot, int segment,
-                                                        int scale_segment, Accumulators<Tile>& acc) {
+__device__ __forceinline__ void multiply_scaled_segment(const LaneAddresses<Tile>& lane, bool fused, int slot,
+                                                        int segment, int scale_segment, Accumulators<Tile>& acc) {
   using T = typename Tile::T;
   WeightOperands<Tile> w;
-  decode_scaled_segment(lane, slot, segment, scale_segment * (tile::kSegment / Tile::kScaleColumns), w);
+  const int scale_group = scale_segment * (tile::kSegment / Tile::kScaleColumns);
+  if (fused)
+    decode_scaled_segment<Tile, true>(lane, slot, segment, scale_group, w);
+  else
+    decode_scaled_segment<Tile, false>(lane, slot, segment, scale_group, w);
   for_each_token_tile(lane, slot, segment, [&](auto j, uint4 low, uint4 high) {
 #pragma unroll
     for (int i = 0; i < Tile::kRowTiles; ++i) {
@@ -168,8 +185,8 @@ __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, int6
 }
 
 // Computes the tile of rows n0.. of w and tokens token0.. of x, over split blockIdx.y of k. This is the work of a whole
-// CTA. Requires k % 64 == 0, a block size of at least kScaleColumns, no offsets if that is 64, and x and packed aligned
-// to 16 bytes.
+// CTA. Requires k % 64 == 0, a block size of at least kScaleColumns, no offsets if that is 64, except zero points of an
+// integer code with kZeroPoints, and x and packed aligned to 16 bytes.
 template <class Tile>
 __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::T>& p, int64_t n0, int64_t token0) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -185,17 +202,18 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) source.fetch(stage, stage);
-  tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns> scales(p.scales, p.code.unfactor, n0, p.n, p.k);
+  tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns> scales(p.scales, p.code, n0, p.n, p.k);
   scales.load(segment0, segments);
   if constexpr (Tile::kScalesWeights)
     tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + Tile::kTable, p.code);
-  else
+  else if constexpr (!Tile::kZeroPoints)
     tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
   tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
   Accumulators<Tile> acc = {};
   add_lora<Tile>(p.lora, n0 + warp_row, token0, group, acc);
 
   const LaneAddresses<Tile> lane(shared, warp_row, threadIdx.x % 32);
+  [[maybe_unused]] const bool fused = Tile::kScalesWeights && tile::fuses_offset(p.scales);
   int slot = 0;
   for (int stage = 0; stage < stages; ++stage) {
     if (stage % Tile::kStagesPerScales == 0) {
@@ -212,7 +230,7 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
       const int segment = i * Tile::kWarpsK + group, number = stage * Tile::kStageSegments + segment;
       if (number >= segments) continue;
       if constexpr (Tile::kScalesWeights)
-        multiply_scaled_segment(lane, slot, segment, number % Tile::kScaleSegments, acc);
+        multiply_scaled_segment(lane, fused, slot, segment, number % Tile::kScaleSegments, acc);
       else
         multiply_segment(lane, slot, segment, number % Tile::kScaleSegments, acc);
     }

@@ -51,6 +51,7 @@ __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t t
   const bool has_columns = tile.column0 + tile.slab * tile::kDxSlabColumns < args.k;  // otherwise this warp only copies
   acc.template add_lora<kRagged>(args, tile, has_columns && blockIdx.y == 0 && tile.group == 0 ? args.rank : 0);
 
+  const bool fused = kHasOffsets && tile::fuses_offset(args.scales);
   for (int stage = 0, slot = 0, free = kAhead; stage < tile.stages; ++stage) {
     ptx::cp_async_wait<kAhead - 1>();
     __syncthreads();  // the stage is complete, and `free` is no longer being read
@@ -60,7 +61,7 @@ __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t t
       loader.load_scales();
     }
     ptx::cp_async_commit();
-    if (has_columns) acc.template add_stage<kRagged, kHasOffsets>(args, tile, shared, stage, slot);
+    if (has_columns) acc.template add_stage<kRagged, kHasOffsets>(args, tile, shared, stage, slot, fused);
     if (more) loader.store_scales(free);
     slot = slot + 1 == Layout::kStages ? 0 : slot + 1;
     free = free + 1 == Layout::kStages ? 0 : free + 1;

@@ -20,7 +20,7 @@ namespace qlora::kernels {
 
 // Applies the scales and offsets of rows 4t..4t+3 of a step. In the regular case, a lane's eight columns lie in one
 // quantization block.
-template <class Layout, bool kRagged, bool kHasOffsets>
+template <class Layout, bool kRagged, bool kHasOffsets, bool kFused>
 struct DxScales {
   float4 row, offset;
   __device__ __forceinline__ DxScales(const DxArgs& args, const DxTile& tile, char* shared, int64_t row0, int slot,
@@ -34,7 +34,7 @@ struct DxScales {
   template <int kColumn, int kRow>
   __device__ __forceinline__ float apply(float value) const {
     if constexpr (kHasOffsets)
-      return tile::scale_and_add(value, part<kRow>(row), part<kRow>(offset));
+      return tile::scale_and_add<kFused>(value, part<kRow>(row), part<kRow>(offset));
     else
       return value * part<kRow>(row);
   }
@@ -47,8 +47,10 @@ struct DxScales {
 };
 
 // Offsets are read straight from global memory, because shared memory has no room for those of blocks of 16.
-template <class Layout, bool kHasOffsets>
-struct DxScales<Layout, true, kHasOffsets> {
+template <class Layout, bool kHasOffsets, bool kFused>
+struct DxScales<Layout, true, kHasOffsets, kFused> {
+  static_assert(!kFused);
+
   const char* shared;
   int slot, first_row, shift;
   uint32_t first[4];   // the lane's first column, counted from the start of the first block that its row touches
@@ -72,7 +74,8 @@ struct DxScales<Layout, true, kHasOffsets> {
     const float factor = scale(group, kRow);
     if constexpr (kHasOffsets) {
       const bool is_first = group == static_cast<int>(first[kRow] >> shift);
-      return tile::scale_and_add(value, factor, is_first ? offset[kRow][0] : offset[kRow][1]);  // no local memory
+      return tile::scale_and_add<false>(value, factor,
+                                        is_first ? offset[kRow][0] : offset[kRow][1]);  // no local memory
     } else {
       return value * factor;
     }
@@ -89,8 +92,11 @@ struct DxScales<Layout, true, kHasOffsets> {
     const int64_t block0 = (n * args.k + tile.column0) >> shift;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const bool exists = n < args.n && group + i <= groups && block0 + group + i < args.scales.blocks;
-      offset[row][i] = exists ? tile::read_offset(args.scales, block0 + group + i, scale(group + i, row)) : 0.0f;
+      const int64_t block = block0 + group + i;
+      offset[row][i] = 0.0f;
+      if (n < args.n && group + i <= groups && block < args.scales.blocks)
+        offset[row][i] =
+            tile::product_offset(args.scales, tile::load_offset(args.scales, block), scale(group + i, row));
     }
   }
 };
@@ -131,51 +137,29 @@ class DxAccumulators {
     if (rank > 0 && args.dropout.active()) apply_dropout(args, tile);
   }
 
-  // acc += [dy | w] for this warp's steps of the stage.
+  // acc += [dy | w] for this warp's steps of the stage. `fused`: tile::fuses_offset.
   template <bool kRagged, bool kHasOffsets>
-  __device__ __forceinline__ void add_stage(const DxArgs& args, const DxTile& tile, char* shared, int stage, int slot) {
+  __device__ __forceinline__ void add_stage(const DxArgs& args, const DxTile& tile, char* shared, int stage, int slot,
+                                            bool fused) {
     using Layout = tile::DxLayout<kTokenTiles, kRagged, kHasOffsets>;
-    constexpr int kSteps = tile::kDxStageRows / tile::kDxStepRows / 2;
-    const int64_t row0 = tile.row0 + int64_t{stage} * tile::kDxStageRows;
-    const uint32_t table = ptx::shared_address(shared);
-    const uint32_t copy = 8 * (tile.lane % 16);
-    const uint32_t w_lane = table + Layout::w_row(slot, 4 * tile.t) + ((tile.slab ^ tile.t) << 5) + 4 * tile.g;
-    const char* dy_lane = shared + Layout::dy_chunk(slot, tile.g, 0) - ((tile.g & 3) << 5) + 8 * tile.t;
-#pragma unroll
-    for (int u = 0; u < kSteps; ++u) {
-      const int step = kSteps * tile.group + u, row = tile::kDxStepRows * step;
-      const uint32_t w_step = w_lane + row * tile::kPairF32EntryBytes;
-      const uint32_t w[4] = {ptx::load_shared_u32<0>(w_step), ptx::load_shared_u32<tile::kPairF32EntryBytes>(w_step),
-                             ptx::load_shared_u32<2 * tile::kPairF32EntryBytes>(w_step),
-                             ptx::load_shared_u32<3 * tile::kPairF32EntryBytes>(w_step)};
-      constexpr uint32_t kHigh = 0xF0F0F0F0u;
-      // Byte c of even01 joins the nibbles of column 2c in rows 4t and 4t + 1, and byte c of odd01 those of column 2c +
-      // 1.
-      const uint32_t even01 = ptx::select_bits(kHigh, w[0], w[1] >> 4);
-      const uint32_t odd01 = ptx::select_bits(kHigh, w[0] << 4, w[1]);
-      const uint32_t even23 = ptx::select_bits(kHigh, w[2], w[3] >> 4);
-      const uint32_t odd23 = ptx::select_bits(kHigh, w[2] << 4, w[3]);
-
-      uint32_t b[kTokenTiles][2];
-      const char* dy_step = dy_lane + ((step ^ (tile.g & 3)) << 5);
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        const uint2 pair = *reinterpret_cast<const uint2*>(dy_step + j * 8 * tile::kDxDyTokenBytes);
-        b[j][0] = pair.x;
-        b[j][1] = pair.y;
-      }
-
-      const auto add = [&](auto has_offsets) {
-        const DxScales<Layout, kRagged, has_offsets> scales(args, tile, shared, row0, slot, row + 4 * tile.t);
-        add_pair_of_columns<0>(table, copy, even01, odd01, even23, odd23, scales, b);
-        add_pair_of_columns<1>(table, copy, even01, odd01, even23, odd23, scales, b);
-        add_pair_of_columns<2>(table, copy, even01, odd01, even23, odd23, scales, b);
-        add_pair_of_columns<3>(table, copy, even01, odd01, even23, odd23, scales, b);
-      };
-      if constexpr (kRagged)
-        tile::with_offsets(args.scales, add);
+    // Calls use with the type that applies scales and offsets.
+    const auto with_one = [](auto scales) { return [scales](const auto& use) { use(scales); }; };
+    if constexpr (kRagged) {
+      add_steps<Layout>(args, tile, shared, stage, slot, [&](const auto& use) {
+        tile::with_offsets(args.scales, [&](auto has_offsets) {
+          use(std::type_identity<DxScales<Layout, true, has_offsets, false>>{});
+        });
+      });
+    } else if constexpr (kHasOffsets) {
+      if (fused)
+        add_steps<Layout>(args, tile, shared, stage, slot,
+                          with_one(std::type_identity<DxScales<Layout, false, true, true>>{}));
       else
-        add(std::bool_constant<kHasOffsets>{});
+        add_steps<Layout>(args, tile, shared, stage, slot,
+                          with_one(std::type_identity<DxScales<Layout, false, true, false>>{}));
+    } else {
+      add_steps<Layout>(args, tile, shared, stage, slot,
+                        with_one(std::type_identity<DxScales<Layout, false, false, false>>{}));
     }
   }
 
@@ -213,6 +197,50 @@ class DxAccumulators {
   }
 
  private:
+  // Calls with_scales(use) for each step, which calls use with the type of DxScales.
+  template <class Layout, class WithScales>
+  __device__ __forceinline__ void add_steps(const DxArgs& args, const DxTile& tile, char* shared, int stage, int slot,
+                                            const WithScales& with_scales) {
+    constexpr int kSteps = tile::kDxStageRows / tile::kDxStepRows / 2;
+    const int64_t row0 = tile.row0 + int64_t{stage} * tile::kDxStageRows;
+    const uint32_t table = ptx::shared_address(shared);
+    const uint32_t copy = 8 * (tile.lane % 16);
+    const uint32_t w_lane = table + Layout::w_row(slot, 4 * tile.t) + ((tile.slab ^ tile.t) << 5) + 4 * tile.g;
+    const char* dy_lane = shared + Layout::dy_chunk(slot, tile.g, 0) - ((tile.g & 3) << 5) + 8 * tile.t;
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      const int step = kSteps * tile.group + u, row = tile::kDxStepRows * step;
+      const uint32_t w_step = w_lane + row * tile::kPairF32EntryBytes;
+      const uint32_t w[4] = {ptx::load_shared_u32<0>(w_step), ptx::load_shared_u32<tile::kPairF32EntryBytes>(w_step),
+                             ptx::load_shared_u32<2 * tile::kPairF32EntryBytes>(w_step),
+                             ptx::load_shared_u32<3 * tile::kPairF32EntryBytes>(w_step)};
+      constexpr uint32_t kHigh = 0xF0F0F0F0u;
+      // Byte c of even01 joins the nibbles of column 2c in rows 4t and 4t + 1, and byte c of odd01 those of column 2c +
+      // 1.
+      const uint32_t even01 = ptx::select_bits(kHigh, w[0], w[1] >> 4);
+      const uint32_t odd01 = ptx::select_bits(kHigh, w[0] << 4, w[1]);
+      const uint32_t even23 = ptx::select_bits(kHigh, w[2], w[3] >> 4);
+      const uint32_t odd23 = ptx::select_bits(kHigh, w[2] << 4, w[3]);
+
+      uint32_t b[kTokenTiles][2];
+      const char* dy_step = dy_lane + ((step ^ (tile.g & 3)) << 5);
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        const uint2 pair = *reinterpret_cast<const uint2*>(dy_step + j * 8 * tile::kDxDyTokenBytes);
+        b[j][0] = pair.x;
+        b[j][1] = pair.y;
+      }
+
+      with_scales([&](auto type) {
+        const typename decltype(type)::type scales(args, tile, shared, row0, slot, row + 4 * tile.t);
+        add_pair_of_columns<0>(table, copy, even01, odd01, even23, odd23, scales, b);
+        add_pair_of_columns<1>(table, copy, even01, odd01, even23, odd23, scales, b);
+        add_pair_of_columns<2>(table, copy, even01, odd01, even23, odd23, scales, b);
+        add_pair_of_columns<3>(table, copy, even01, odd01, even23, odd23, scales, b);
+      });
+    }
+  }
+
   // acc += mma kPair of a step's four. Its A operand has columns 2 kPair and 2 kPair + 1 of the lane's eight.
   template <int kPair, class S>
   __device__ __forceinline__ void add_pair_of_columns(uint32_t table, uint32_t copy, uint32_t even01, uint32_t odd01,

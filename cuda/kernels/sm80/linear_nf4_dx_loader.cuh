@@ -24,7 +24,10 @@ class DxLoader {
 
  public:
   __device__ __forceinline__ DxLoader(const DxArgs& args, const DxTile& tile, char* shared)
-      : args_(args), shared_(shared), offset_(tile::nested_offset(args.scales)) {
+      : args_(args),
+        is_short_(args.scales.scale_bytes == 2 && tile::has_zero_points(args.scales)),
+        shared_(shared),
+        offset_(tile::nested_offset(args.scales)) {
     const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
     const uint32_t address = ptx::shared_address(shared);
     w_target_ = address + Layout::w_chunk(0, row, chunk);
@@ -71,6 +74,11 @@ class DxLoader {
       const int step = i * scale_step_;
       if (step >= tile::kDxStageRows) break;
       const int64_t block = min((scale_element_ + step * args_.k) >> args_.scales.block_shift, args_.scales.blocks - 1);
+      if (kHasOffsets && is_short_) {
+        raw_[i].code = __ldg(tile::scale_halves(args_.scales) + block);
+        raw_offset_[i].bits = __ldg(static_cast<const uint8_t*>(args_.scales.scales.offsets.stored) + block);
+        continue;
+      }
       raw_[i] = tile::load_scale(args_.scales, block);
       if constexpr (kHasOffsets) raw_offset_[i] = tile::load_offset(args_.scales, block);
     }
@@ -84,18 +92,26 @@ class DxLoader {
     for (int i = 0; i < kScalesPerThread; ++i) {
       const int step = i * scale_step_;
       if (step >= tile::kDxStageRows) break;
-      const float scale = tile::decode_scale(args_.scales, raw_[i], scale_values, offset_);
-      to[step] = step < scale_rows_ ? scale : 0.0f;
-      if constexpr (kHasOffsets) {
-        const float offset = tile::decode_offset(args_.scales, raw_offset_[i], scale);
-        to[step + (Layout::kOffsets - Layout::kScales) / 4] = step < scale_rows_ ? offset : 0.0f;
+      ScaleAndOffset both{};
+      if (kHasOffsets && is_short_) {
+        both.scale = tile::decode_scale_half(args_.scales, raw_[i].code);
+        both.offset = -__fmul_rn(static_cast<float>(raw_offset_[i].bits), both.scale);
+      } else {
+        both.scale = tile::decode_scale(args_.scales, raw_[i], scale_values, offset_);
+        if constexpr (kHasOffsets) both = tile::decode_scale_and_offset(args_.scales, both.scale, raw_offset_[i]);
       }
+      to[step] = step < scale_rows_ ? both.scale : 0.0f;
+      if constexpr (kHasOffsets)
+        to[step + (Layout::kOffsets - Layout::kScales) / 4] = step < scale_rows_ ? both.offset : 0.0f;
     }
     scale_rows_ -= tile::kDxStageRows;
   }
 
  private:
   const DxArgs& args_;
+  // Scales have 16 bits and offsets are zero points. Most checkpoints whose weights have offsets store them so, and
+  // these take fewer instructions to load and decode.
+  const bool is_short_;
   char* shared_;
   const uint8_t* w_;
   const T* dy_;

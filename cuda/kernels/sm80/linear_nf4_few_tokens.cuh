@@ -3,10 +3,11 @@
 // the tile shapes and layouts.
 //
 // The scale of a quantization block is never applied to a weight: each segment is summed from zero, and then acc +=
-// scale · sum.
+// scale · sum. Zero points of integer codes are subtracted from the codes, which is exact.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/mma.cuh"
@@ -15,6 +16,7 @@
 #include "cuda/tile/sm80/few_tokens_copy.cuh"
 #include "cuda/tile/sm80/few_tokens_lora.cuh"
 #include "cuda/tile/sm80/few_tokens_tile.cuh"
+#include "cuda/tile/sm80/integer_pairs.cuh"
 #include "cuda/tile/sm80/linear_sum.cuh"
 #include "cuda/tile/sm80/pair_registers.cuh"
 #include "cuda/tile/sm80/scale_stage.cuh"
@@ -72,35 +74,61 @@ class XUnit {
 // Decodes packed bytes to weights. Most words go through the table in shared memory. One word in eight is decoded in
 // registers, which lowers the time for shared memory to that of an H100's other limits.
 template <class T>
-struct Decoder {
-  uint32_t table, lane_offset;
-  tile::PairRegisters<T> registers;
+class TableDecoder {
+ public:
+  __device__ __forceinline__ TableDecoder(uint32_t table, const tile::CodeView& code)
+      : table_(table), lane_offset_(4 * (threadIdx.x % 32)), registers_(code) {
+    ptx::hold(lane_offset_);
+  }
 
   template <bool kInRegisters>
-  __device__ __forceinline__ void decode(uint32_t word, uint32_t (&pairs)[4]) const {
+  __device__ __forceinline__ void decode(uint32_t word, uint32_t, uint32_t (&pairs)[4]) const {
     if constexpr (kInRegisters)
-      registers.decode(word, pairs);
+      registers_.decode(word, pairs);
     else
-      tile::unroll<4>([&](auto i) { pairs[i] = tile::lookup_pair<i>(table, lane_offset, word); });
+      tile::unroll<4>([&](auto i) { pairs[i] = tile::lookup_pair<i>(table_, lane_offset_, word); });
+  }
+
+ private:
+  uint32_t table_, lane_offset_;
+  tile::PairRegisters<T> registers_;
+};
+
+// The same for integers less a zero point.
+template <class T>
+struct IntegerDecoder {
+  __device__ __forceinline__ IntegerDecoder(uint32_t, const tile::CodeView&) {}
+
+  template <bool>
+  __device__ __forceinline__ void decode(uint32_t word, uint32_t minuend, uint32_t (&pairs)[4]) const {
+    tile::IntegerPairs<T>::decode(word, minuend, pairs);
   }
 };
 
+template <class Tile>
+using Decoder = std::conditional_t<Tile::kZeroPoints, IntegerDecoder<typename Tile::T>, TableDecoder<typename Tile::T>>;
+
 // Adds the unit's product to acc, for tile `kTile` of 16 rows. `scales` is the address of row g's first scale.
 template <class Tile, int kTile>
-__device__ __forceinline__ void multiply_rows(const Decoder<typename Tile::T>& decoder, const uint4 (&w)[2],
-                                              const XUnit<Tile>& x, uint32_t scales, FewTokensAccumulators<Tile>& acc) {
+__device__ __forceinline__ void multiply_rows(const Decoder<Tile>& decoder, const uint4 (&w)[2], const XUnit<Tile>& x,
+                                              uint32_t scales, FewTokensAccumulators<Tile>& acc) {
   using T = typename Tile::T;
-  constexpr int kRowBytes = Tile::kStageSegments * 4;
-  const float2 low = ptx::load_shared_v2_f32<16 * kTile * kRowBytes>(scales);
-  const float2 high = ptx::load_shared_v2_f32<(16 * kTile + 8) * kRowBytes>(scales);
+  constexpr int kRowBytes = Tile::kStageSegments * 4, kLow = 16 * kTile * kRowBytes, kHigh = kLow + 8 * kRowBytes;
+  const float2 low = ptx::load_shared_v2_f32<kLow>(scales);
+  const float2 high = ptx::load_shared_v2_f32<kHigh>(scales);
+  uint32_t minuend0 = 0, minuend1 = 0;
+  if constexpr (Tile::kZeroPoints) {  // of the lane's segment
+    const uint32_t minuends = scales + Tile::kMinuends + threadIdx.x % 4 / 2 * 4;
+    minuend0 = ptx::load_shared_u32<kLow>(minuends), minuend1 = ptx::load_shared_u32<kHigh>(minuends);
+  }
   float sum[Tile::kTokenTiles][4];
   tile::unroll<4>([&](auto q) {
     const uint4 &w0 = w[0], &w1 = w[1];
     const uint32_t bytes0 = q == 0 ? w0.x : q == 1 ? w0.y : q == 2 ? w0.z : w0.w;
     const uint32_t bytes1 = q == 0 ? w1.x : q == 1 ? w1.y : q == 2 ? w1.z : w1.w;
     uint32_t row0[4], row1[4];  // the pairs of rows g and g + 8
-    decoder.template decode<false>(bytes0, row0);
-    decoder.template decode<q == 3>(bytes1, row1);
+    decoder.template decode<false>(bytes0, minuend0, row0);
+    decoder.template decode<q == 3>(bytes1, minuend1, row1);
     tile::unroll<Tile::kTokenTiles>([&](auto j) {
       const uint4& v = x.value[j][q];
       if constexpr (q == 0)
@@ -164,8 +192,9 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
   });
 }
 
-// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, and x,
-// packed and, unless it is null, lora_a aligned to 16 bytes.
+// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, no
+// offsets, except zero points of an integer code with kZeroPoints, and x, packed and, unless it is null, lora_a aligned
+// to 16 bytes.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
@@ -187,10 +216,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   tile::unroll<Tile::kRowTiles>([&](auto i) { units.template load<i>(w[i]); });
   tile::fetch_x<Tile>(shared + Tile::kX, p.x, tokens, p.k, segment0, segments);
   ptx::cp_async_commit();
-  tile::ScaleStage<Tile, Tile::kStageSegments> scales(p.scales, p.code.unfactor, n0, p.n, p.k);
+  tile::ScaleStage<Tile, Tile::kStageSegments> scales(p.scales, p.code, n0, p.n, p.k);
   scales.load(segment0, segments);
   tile::prefetch_lora_b(p.lora, n0, p.n);
-  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
+  if constexpr (!Tile::kZeroPoints)
+    tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
   tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
   __syncthreads();
   scales.store(shared + Tile::kScales, scale_values);
@@ -198,10 +228,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   FewTokensAccumulators<Tile> acc = {};
   XUnit<Tile> x(tokens);
   tile::HSums<Tile> h(p.lora, p.k, segment0, segments, tokens, part);
-  Decoder<typename Tile::T> decoder{shared + Tile::kTable, 4 * (threadIdx.x % 32),
-                                    tile::PairRegisters<typename Tile::T>(p.code)};
+  const Decoder<Tile> decoder(shared + Tile::kTable, p.code);
   uint32_t lane_scales = shared + Tile::kScales + Tile::scale_offset(warp_row + threadIdx.x % 32 / 4, unit0);
-  ptx::hold(decoder.lane_offset), ptx::hold(lane_scales);
+  ptx::hold(lane_scales);
   int buffer = 0;
   for (int first = 0; first < segments; first += Tile::kStageSegments, buffer ^= 1) {
     const int after = first + Tile::kStageSegments;

@@ -50,7 +50,7 @@ cudaError_t launch_dequantize_nf4(const Weight& w, const PackedPart& part, DType
   if (part.rows == 0 || part.columns == 0) return cudaSuccess;
   const int64_t end = part.first + (part.rows - 1) * part.stride + part.columns;
   const Call call{w.packed,
-                  tile::make_scale_view(w.scales, ceil_div(end, w.scales.block_size)),
+                  tile::make_scale_view(w.scales, ceil_div(end, w.scales.block_size), w.code),
                   tile::make_code_view(w.code),
                   part,
                   out,

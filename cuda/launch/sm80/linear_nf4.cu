@@ -14,7 +14,9 @@ cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
   return with_16_bit_type(p.dtype, [&](auto element) {
     using T = decltype(element);
     if (scales_weights(p)) return with_scaled_tile<T>(p.w, tokens, use);
-    return tokens == 32 ? use(Tile32<T>()) : use(Tile64<T>());
+    return with_zero_points(p.w, [&](auto zero_points) {
+      return tokens == 32 ? use(Tile32<T, kSegment, zero_points>()) : use(Tile64<T, kSegment, zero_points>());
+    });
   });
 }
 

@@ -2,6 +2,7 @@
 #include "cuda/kernels/sm80/linear_nf4_few_tokens.cuh"
 
 #include "cuda/launch/sm80/launchers.h"
+#include "cuda/launch/sm80/linear_tiles.h"
 #include "cuda/launch/sm80/split_forward.h"
 #include "cuda/launch/types.h"
 
@@ -9,24 +10,26 @@ namespace qlora::cuda::sm80 {
 namespace {
 
 template <class Use>
-cudaError_t with_tile(DType dtype, int64_t tokens, const Use& use) {
-  return with_16_bit_type(dtype, [&](auto element) {
+cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
+  return with_16_bit_type(p.dtype, [&](auto element) {
     using T = decltype(element);
-    switch (tokens) {
-      case 4:
-        return use(tile::FewTokensTile<T, 1>());
-      case 8:
-        return use(tile::FewTokensTile<T, 2>());
-      default:
-        return use(tile::FewTokensTile<T, 4>());
-    }
+    return with_zero_points(p.w, [&](auto zero_points) {
+      switch (tokens) {
+        case 4:
+          return use(tile::FewTokensTile<T, 1, zero_points>());
+        case 8:
+          return use(tile::FewTokensTile<T, 2, zero_points>());
+        default:
+          return use(tile::FewTokensTile<T, 4, zero_points>());
+      }
+    });
   });
 }
 
 }  // namespace
 
 cudaError_t plan_few_tokens(const LinearProblem& p, const Device& device, Config* config) {
-  return with_tile(p.dtype, config->tokens, [&](auto tile) {
+  return with_tile(p, config->tokens, [&](auto tile) {
     using Tile = decltype(tile);
     return plan_splits<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments>(p, device, config);
   });
@@ -34,7 +37,7 @@ cudaError_t plan_few_tokens(const LinearProblem& p, const Device& device, Config
 
 // One launch, unless h needs its own launch, or the device has no clusters for the splits.
 cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, const Context& context) {
-  return with_tile(p.dtype, config.tokens, [&](auto tile) {
+  return with_tile(p, config.tokens, [&](auto tile) {
     using Tile = decltype(tile);
     using T = typename Tile::T;
     const Lora& lora = p.lora;
@@ -47,7 +50,7 @@ cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, cons
         .x = static_cast<const T*>(p.x),
         .packed = p.w.packed,
         .scales = tile::make_scale_view(p.w),
-        .code = tile::make_pair_view<T>(p.w.code),
+        .code = Tile::kZeroPoints ? tile::make_code_view(p.w.code) : tile::make_pair_view<T>(p.w.code),
         .m = p.m,
         .n = p.w.n,
         .k = p.w.k,

@@ -17,9 +17,10 @@ struct ScaleView {
   Scales scales;
   int64_t blocks = 0;
   int block_shift = 0;
-  int nested_shift = -1;  // -1: there is no nested absmax, or nested_block_size is not a power of two
-  int scale_bytes = 4;    // of a stored scale: 1 (a code), 2 or 4
-  int offset_bytes = 0;   // of a stored offset, or 0
+  int nested_shift = -1;        // -1: there is no nested absmax, or nested_block_size is not a power of two
+  int scale_bytes = 4;          // of a stored scale: 1 (a code), 2 or 4
+  int offset_bytes = 0;         // of a stored offset, or 0
+  bool exact_products = false;  // value * scale is a float32 for every value of the code
 };
 
 inline ScaleView make_scale_view(const Scales& scales, int64_t blocks) {
@@ -34,8 +35,21 @@ inline ScaleView make_scale_view(const Scales& scales, int64_t blocks) {
   return view;
 }
 
+// Returns whether a product with a float16 is exact in float32.
+inline bool has_short_values(const CodeTable& table) {
+  constexpr uint32_t kLower = (1u << 11) - 1;  // mantissa bits below the first 13 significant ones
+  uint32_t lower = 0;
+  for (const float value : table.value) lower |= __builtin_bit_cast(uint32_t, value) & kLower;
+  return lower == 0;
+}
+
+inline ScaleView make_scale_view(const Scales& scales, int64_t blocks, Code code) {
+  ScaleView view = make_scale_view(scales, blocks);
+  view.exact_products = view.scale_bytes == 2 && has_short_values(table_of(code));
+  return view;
+}
 inline ScaleView make_scale_view(const Weight& w) {
-  return make_scale_view(w.scales, ceil_div(w.n * w.k, w.scales.block_size));
+  return make_scale_view(w.scales, ceil_div(w.n * w.k, w.scales.block_size), w.code);
 }
 
 // Returns the nested block that holds `block`.
@@ -47,7 +61,7 @@ __device__ __forceinline__ const uint16_t* scale_halves(const ScaleView& view) {
   return static_cast<const uint16_t*>(view.scales.stored);
 }
 __device__ __forceinline__ float widen_half(bool is_bfloat16, uint32_t bits) {
-  return is_bfloat16 ? __uint_as_float(bits << 16) : ptx::unpack2<float16>(bits).x;
+  return is_bfloat16 ? __uint_as_float(bits << 16) : ptx::widen_float16(bits);
 }
 
 struct RawScale {
@@ -66,11 +80,14 @@ __device__ __forceinline__ void reload_scale(const ScaleView& view, int64_t bloc
   int64_t nested;
   if (view.nested_shift >= 0) {
     nested = block >> view.nested_shift;
+  } else if (view.scale_bytes == 2) {
+    raw.code = __ldg(scale_halves(view) + block);
+    return;
   } else if (view.scales.nested_absmax != nullptr) {
     nested = block / view.scales.nested_block_size;
   } else {
     raw.value = 1.0f;
-    raw.code = view.scale_bytes == 1 ? __ldg(view.scales.codes() + block) : __ldg(scale_halves(view) + block);
+    raw.code = __ldg(view.scales.codes() + block);
     return;
   }
   raw.code = __ldg(view.scales.codes() + block);
@@ -173,11 +190,6 @@ __device__ __forceinline__ float read_scale(const ScaleView& view, int64_t block
 }
 
 // Where there is no nested offset, this returns -0, because adding it changes no number.
-// Scales a value and adds the offset. The format prescribes the two roundings, which nvcc would contract into one.
-__device__ __forceinline__ float scale_and_add(float value, float scale, float offset) {
-  return __fadd_rn(__fmul_rn(value, scale), offset);
-}
-
 __device__ __forceinline__ float nested_offset(const ScaleView& view) {
   return view.scales.nested_offset == nullptr ? -0.0f : __ldg(view.scales.nested_offset);
 }
@@ -203,31 +215,75 @@ struct RawOffset {
 __device__ __forceinline__ RawOffset load_offset(const ScaleView& view, int64_t block) {
   const Offsets& offsets = view.scales.offsets;
   RawOffset raw;
-  raw.bits = view.offset_bytes == 1   ? __ldg(static_cast<const uint8_t*>(offsets.stored) + block)
-             : view.offset_bytes == 2 ? __ldg(static_cast<const uint16_t*>(offsets.stored) + block)
-                                      : __ldg(static_cast<const uint32_t*>(offsets.stored) + block);
-  if (offsets.unit != nullptr) raw.unit = __ldg(offsets.unit + nested_block(view, block));
+  if (view.offset_bytes == 1) {
+    raw.bits = __ldg(static_cast<const uint8_t*>(offsets.stored) + block);
+    if (offsets.unit != nullptr) raw.unit = __ldg(offsets.unit + nested_block(view, block));
+  } else if (view.offset_bytes == 2) {
+    raw.bits = __ldg(static_cast<const uint16_t*>(offsets.stored) + block);
+  } else {
+    raw.bits = __ldg(static_cast<const uint32_t*>(offsets.stored) + block);
+  }
   return raw;
 }
 
-// Decodes the offset of a block whose scale is `scale`.
-__device__ __forceinline__ float decode_offset(const ScaleView& view, RawOffset raw, float scale) {
+// Decodes the offset that is added after scaling. Zero points are subtracted before scaling, and for them this is -0,
+// because adding it changes no number.
+__device__ __forceinline__ float decode_offset(const ScaleView& view, RawOffset raw) {
   switch (view.scales.offsets.form) {
     case OffsetForm::kFloat32:
       return __uint_as_float(raw.bits);
     case OffsetForm::kFloat16:
     case OffsetForm::kBFloat16:
       return widen_half(view.scales.offsets.form == OffsetForm::kBFloat16, raw.bits);
-    case OffsetForm::kZeroPoint8:
-      return -__fmul_rn(static_cast<float>(raw.bits), scale);
-    default:
+    case OffsetForm::kScaled8:
       return -__fmul_rn(static_cast<float>(raw.bits), raw.unit);
+    default:
+      return -0.0f;
   }
 }
 
-// Reads the offset of a block whose scale is `scale`, in one step.
-__device__ __forceinline__ float read_offset(const ScaleView& view, int64_t block, float scale) {
-  return decode_offset(view, load_offset(view, block), scale);
+__device__ __forceinline__ bool has_zero_points(const ScaleView& view) {
+  return view.scales.offsets.form == OffsetForm::kZeroPoint8;
+}
+
+// Decodes the weights of a block with an offset or a zero point of any form, to the bits that the format prescribes.
+struct BlockDecoder {
+  float scale, zero_point, offset;
+
+  __device__ __forceinline__ BlockDecoder(const ScaleView& view, int64_t block, float scale) : scale(scale) {
+    const RawOffset raw = load_offset(view, block);
+    zero_point = has_zero_points(view) ? static_cast<float>(raw.bits) : 0.0f;
+    offset = decode_offset(view, raw);
+  }
+  __device__ __forceinline__ float operator()(float value) const {
+    return __fadd_rn(__fmul_rn(__fsub_rn(value, zero_point), scale), offset);
+  }
+};
+
+// Kernels that round weights to 16 bits compute value * scale + offset also for zero points. Returns that offset.
+__device__ __forceinline__ float product_offset(const ScaleView& view, RawOffset raw, float scale) {
+  return has_zero_points(view) ? -__fmul_rn(static_cast<float>(raw.bits), scale) : decode_offset(view, raw);
+}
+
+// Returns the scale and the offset for such kernels. With a zero point, the scale keeps 20 significant bits. Its
+// products with integers up to 15 are then exact, so that weights whose value is the zero point are 0 in one rounding,
+// too.
+__device__ __forceinline__ ScaleAndOffset decode_scale_and_offset(const ScaleView& view, float scale, RawOffset raw) {
+  if (!has_zero_points(view)) return {scale, decode_offset(view, raw)};
+  scale = __uint_as_float(__float_as_uint(scale) & 0xFFFFFFF0u);
+  return {scale, -__fmul_rn(static_cast<float>(raw.bits), scale)};
+}
+
+// Computes value * scale + offset, in one rounding if it has the bits of two (fuses_offset).
+template <bool kFused>
+__device__ __forceinline__ float scale_and_add(float value, float scale, float offset) {
+  return kFused ? fmaf(value, scale, offset) : __fadd_rn(__fmul_rn(value, scale), offset);
+}
+
+// Whether value * scale is exact, or nothing but -0 is added to it. Of Q4_K (kScaled8) it is, because the scales of
+// files are products of 6 and 11 bits. Scales of other origin make the float32 result differ in its last bits.
+__device__ __forceinline__ bool fuses_offset(const ScaleView& view) {
+  return view.exact_products || view.offset_bytes <= 1;
 }
 
 // Calls use(has_offsets) with a constant, for kernels that are compiled with and without offsets.

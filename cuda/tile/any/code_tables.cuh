@@ -37,6 +37,12 @@ struct CodeView {
   float factor = 1.0f, unfactor = 1.0f;
   float custom[kCodes] = {};
 
+  // Whether the values ascend by 1 from first_integer() on.
+  __device__ __forceinline__ bool is_integer() const { return is_consecutive(static_cast<Code>(index)); }
+  __device__ __forceinline__ float first_integer() const {
+    return index == static_cast<int>(Code::kInt4) ? -8.0f : 0.0f;
+  }
+
   // Calls use(value_of), where value_of(code) looks up a value. The lanes of a warp may ask for different codes. An
   // array of parameters must not be indexed by a variable, because the compiler would copy it to local memory.
   template <class Use>

@@ -58,8 +58,9 @@ __device__ __forceinline__ int dx_scale_group_shift(const ScaleView& view, int64
 template <int kTokenTiles, bool kRagged, bool kHasOffsets = false>
 struct DxLayout {
   static constexpr int kTokens = 8 * kTokenTiles;
-  // 64 tokens take only three stages, so that a CTA without offsets fits the 99 KB of the smallest devices.
-  static constexpr int kStages = kTokenTiles == 8 ? 3 : 4;
+  // Large tiles take only three stages, so that a CTA fits the 99 KB of the smallest devices, except that of 64 tokens
+  // with offsets.
+  static constexpr int kStages = kTokenTiles == 8 || (kTokenTiles == 4 && kHasOffsets) ? 3 : 4;
   // The most quantization blocks that 256 columns can touch. Blocks hold at least 32 columns, or 16 in the ragged
   // kernel for 16 tokens.
   static constexpr int kScaleGroups = kRagged && kTokenTiles == 2 ? 17 : kHasOffsets ? 8 : 9;
@@ -73,7 +74,7 @@ struct DxLayout {
   static constexpr int kOffsets = kScaleValues + 1024;
   static constexpr int kBytes = kOffsets + (kHasOffsets ? kStages * kScaleStageBytes : 0);
   static_assert(kStages * kDxStageRows <= kPairF32Entries &&
-                (kBytes <= 99 * 1024 || (kHasOffsets && kTokenTiles == 8)));
+                (kBytes + 4 <= 99 * 1024 || (kHasOffsets && kTokenTiles == 8)));  // 4: arrives_last
 
   // Offsets in bytes. `row` counts within the stage, `chunk` counts 16-byte chunks, `group` counts groups of columns
   // that share a scale.

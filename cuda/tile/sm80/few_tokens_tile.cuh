@@ -27,13 +27,14 @@
 
 namespace qlora::tile {
 
-template <class T_, int kTokenTiles_>
+template <class T_, int kTokenTiles_, bool kZeroPoints_ = false>
 struct FewTokensTile {
   using T = T_;
-  static constexpr int kTokenTiles = kTokenTiles_;  // of 4 tokens, per CTA
-  static constexpr int kRowTiles = 4;               // of 16 rows, per warp
-  static constexpr int kWarpsN = 2;                 // warps that divide a CTA's rows
-  static constexpr int kWarpsK = 4;                 // groups of kWarpsN warps that divide its units
+  static constexpr bool kZeroPoints = kZeroPoints_;  // the weight has them, and its codes are integers
+  static constexpr int kTokenTiles = kTokenTiles_;   // of 4 tokens, per CTA
+  static constexpr int kRowTiles = 4;                // of 16 rows, per warp
+  static constexpr int kWarpsN = 2;                  // warps that divide a CTA's rows
+  static constexpr int kWarpsK = 4;                  // groups of kWarpsN warps that divide its units
 
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kWarpRows = 16 * kRowTiles;
@@ -53,7 +54,8 @@ struct FewTokensTile {
   static constexpr int kStageXLines = kTokens * kStageSegments;
   static constexpr int kStageXBytes = kStageXLines * kPairTableEntryBytes;
   static_assert(2 * kStageXLines <= 256);
-  static constexpr int kStageScaleBytes = kRows * kStageSegments * 4;
+  static constexpr int kMinuends = kRows * kStageSegments * 4;  // from a scale to the block's IntegerPairs::minuend
+  static constexpr int kStageScaleBytes = kMinuends * (kZeroPoints ? 2 : 1);
 
   static constexpr int kTable = 0;
   static constexpr int kX = kTable + kLineBytes;

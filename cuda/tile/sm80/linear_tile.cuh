@@ -12,6 +12,8 @@
 // If a segment lies within one block, its sum is multiplied by the block's scale, which costs next to nothing. Smaller
 // blocks, and blocks with offsets, have a tile with kScaleColumns = 16 or 32: the largest power of two of columns that
 // share a scale. Scale and offset are then applied to each weight (nf4_pairs_f32.cuh). A lane's 16 k lie in one block.
+// Zero points of integer codes need no such tile: with kZeroPoints, they are subtracted from the codes
+// (integer_pairs.cuh).
 #pragma once
 
 #include <cstdint>
@@ -26,7 +28,7 @@ inline constexpr int kSegmentXBytes = kSegment * 2;
 inline constexpr int kLineBytes = 128;  // bytes per line: 64 values of x of one token, or 32 scales of one row
 
 template <class T_, int kRowTiles_, int kTokenTiles_, int kWarpsN_, int kWarpsK_, int kStageSegments_, int kStages_,
-          int kScaleColumns_ = kSegment>
+          int kScaleColumns_ = kSegment, bool kZeroPoints_ = false>
 struct LinearTile {
   using T = T_;
   static constexpr int kRowTiles = kRowTiles_;      // of 16 rows, per warp
@@ -37,7 +39,10 @@ struct LinearTile {
   static constexpr int kStages = kStages_;  // buffers, all but one of which are being filled
   static constexpr int kScaleColumns = kScaleColumns_;
   static constexpr bool kScalesWeights = kScaleColumns < kSegment;
-  static constexpr int kScaleBytes = kScalesWeights ? 8 : 4;  // with or without an offset
+  static constexpr bool kZeroPoints = kZeroPoints_;
+  static_assert(!kZeroPoints || !kScalesWeights);
+  static constexpr int kScaleBytes = kScalesWeights || kZeroPoints ? 8 : 4;  // with an offset or a minuend, or alone
+  static constexpr int kMinuends = 4;  // from a scale to the block's IntegerPairs::minuend
   // Segments whose scales are staged at a time: a line per row.
   static constexpr int kScaleSegments = kLineBytes / kScaleBytes * kScaleColumns / kSegment;
 
@@ -86,7 +91,7 @@ struct LinearTile {
   // The offset of the scale of a row and a group of columns. The rows g that are read together fall into different
   // banks: 8 rows of one group, or 4 rows of a segment's 2 or 4 groups.
   __device__ static constexpr int scale_offset(int row, int group) {
-    const int swizzle = !kScalesWeights ? (row & 7) << 2 : kScaleColumns == 32 ? (row & 7) << 1 : (row & 3) << 2;
+    const int swizzle = kScaleBytes == 4 ? (row & 7) << 2 : kScaleColumns > 16 ? (row & 7) << 1 : (row & 3) << 2;
     return row * kPairTableEntryBytes + (group ^ swizzle) * kScaleBytes;
   }
 };

@@ -1,12 +1,13 @@
-// Decodes the scales of a CTA's rows, and their offsets if a tile has any, for some segments at a time, once to float32
-// in shared memory. `load` only issues
-// loads, and none of them depends on another. `store` decodes what has arrived.
+// Decodes the scales of a CTA's rows, and their offsets or zero points if a tile has any, for some segments at a time,
+// once to shared memory. `load` only issues loads, and none of them depends on another. `store` decodes what has
+// arrived.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/ptx/shared.cuh"
 #include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/sm80/integer_pairs.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
 
 namespace qlora::tile {
@@ -17,8 +18,12 @@ namespace qlora::tile {
 template <class Tile, int kSegments, int kColumns = kSegment>
 class ScaleStage {
  public:
-  __device__ __forceinline__ ScaleStage(const ScaleView& view, float unfactor, int64_t n0, int64_t n, int64_t k)
-      : view_(view), unfactor_(unfactor), offset_(nested_offset(view)), row_step_(kRowStep * k) {
+  __device__ __forceinline__ ScaleStage(const ScaleView& view, const CodeView& code, int64_t n0, int64_t n, int64_t k)
+      : view_(view),
+        unfactor_(code.unfactor),
+        first_integer_(code.first_integer()),
+        offset_(nested_offset(view)),
+        row_step_(kRowStep * k) {
     last_row_ = n - n0 < Tile::kRows ? static_cast<int>(n - n0) - 1 : Tile::kRows - 1;
     row_element_ = (n0 + min(row(0), last_row_)) * k;
   }
@@ -32,6 +37,9 @@ class ScaleStage {
     if constexpr (kHasOffsets) {
       if (view_.scales.offsets)
         load_each(element, [&](int i, int64_t block) { raw_offset_[i] = load_offset(view_, block); });
+    } else if constexpr (Tile::kZeroPoints) {
+      const auto* zero_points = static_cast<const uint8_t*>(view_.scales.offsets.stored);
+      load_each(element, [&](int i, int64_t block) { raw_offset_[i].bits = __ldg(zero_points + block); });
     }
   }
 
@@ -43,8 +51,12 @@ class ScaleStage {
         const uint32_t to = scales + Tile::scale_offset(row(i), group());
         const float scale = decode(absmax_[i], code_[i]);
         if constexpr (kHasOffsets) {
-          const float offset = view_.scales.offsets ? decode_offset(view_, raw_offset_[i], scale) : -0.0f;
-          ptx::store_shared_v2_f32(to, make_float2(scale, offset));
+          const auto [kept, offset] = decode_scale_and_offset(view_, scale, raw_offset_[i]);
+          ptx::store_shared_v2_f32(to, make_float2(kept, offset));
+        } else if constexpr (Tile::kZeroPoints) {
+          const float zero_point = static_cast<float>(raw_offset_[i].bits) - first_integer_;
+          ptx::store_shared_f32(to, scale);
+          ptx::store_shared_u32<Tile::kMinuends>(to, IntegerPairs<typename Tile::T>::minuend(zero_point));
         } else {
           ptx::store_shared_f32(to, scale * unfactor_);
         }
@@ -71,14 +83,14 @@ class ScaleStage {
   }
 
   const ScaleView view_;
-  const float unfactor_;  // CodeView::unfactor of the weight's code
+  const float unfactor_, first_integer_;  // of the weight's code
   float offset_;
   int last_row_;
   // In elements: from one row of this thread to its next, and where its first row begins.
   int64_t row_step_, row_element_;
   float absmax_[kEach];
   uint32_t code_[kEach] = {};
-  RawOffset raw_offset_[kHasOffsets ? kEach : 1];
+  RawOffset raw_offset_[kHasOffsets || Tile::kZeroPoints ? kEach : 1];
 };
 
 }  // namespace qlora::tile

@@ -75,6 +75,9 @@ class AWQ(Format):
             groups, nibbles.from_awq(words), scale.t(), nibbles.awq_values_of(zero_points).t(), dtype
         )
 
+    def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
+        integers.check_scales(self._groups(settings, w4.shape), w4)
+
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         groups = self._groups(settings, w4.shape)
         assert w4.block_offsets is not None

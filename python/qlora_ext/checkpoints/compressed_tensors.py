@@ -25,7 +25,7 @@ from torch import Tensor
 from .._internal.untrusted import check, excerpt
 from ..form import Form
 from ..weight import Weight4bit
-from . import e2m1, integers, nibbles
+from . import e2m1, integers, nibbles, scales
 from .format import Format, Given, Settings, patterns
 from .integers import Groups
 
@@ -144,6 +144,9 @@ class MXFP4(_E2M1):
     def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
         return e2m1.e8m0(given, "weight_scale", stored)
 
+    def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
+        return scales.e8m0_table(torch.device("cpu"))
+
 
 class NVFP4(_E2M1):
     """``nvfp4-pack-quantized``; see the module's docstring."""
@@ -158,6 +161,9 @@ class NVFP4(_E2M1):
 
     def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
         return e2m1.e4m3(given, "weight_scale", stored, "weight_global_scale", divides=True)
+
+    def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
+        return scales.e4m3_table(torch.device("cpu")) / retained["weight_global_scale"].reshape(())
 
 
 class Packed(_CompressedTensors):
@@ -195,6 +201,15 @@ class Packed(_CompressedTensors):
             integers.check_range(given, "weight_scale", scale)
             zero_points = _zero_points(given, rows, groups.count)
         return integers.weight(groups, nibbles.from_words(words), scale, zero_points, dtype)
+
+    def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
+        groups = Groups.of(self.name, settings, w4.shape)
+        integers.check_scales(groups, w4)
+        if _ZERO_POINT in retained:
+            assert w4.block_offsets is not None
+            stored = groups.to_blocks((retained[_ZERO_POINT] + 8).to(torch.uint8)).to(w4.device)
+            if not torch.equal(stored, w4.block_offsets):
+                raise ValueError("expected the zero points of the checkpoint, got others")
 
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         groups = Groups.of(self.name, settings, w4.shape)

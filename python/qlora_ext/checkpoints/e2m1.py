@@ -73,6 +73,17 @@ def e4m3(given: Given, name: str, codes: Tensor, factor_name: str, divides: bool
     return {"codes": codes, "table": table}
 
 
+def check_table(w4: Weight4bit, expected: Tensor) -> None:
+    """Rejects a weight, or a stack of weights, whose scale codes do not stand for the values ``expected``.
+
+    Raises:
+        ValueError: the tables differ.
+    """
+    assert w4.scale_table is not None
+    if not torch.equal(w4.scale_table.cpu(), expected.expand_as(w4.scale_table)):
+        raise ValueError("expected the table of scales of the checkpoint, got another")
+
+
 class E2M1Format(Format):
     """A format of matrices [N, K] with the codes uint8 [N, K/2], lo first, and the scales ``weight_scale``.
 
@@ -98,9 +109,16 @@ class E2M1Format(Format):
         stored = given.take("weight_scale", (rows, columns // self.block_size), self.scale_dtype)
         return weight(form, packed, self._scales(given, stored), shape, dtype)
 
+    def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
+        check_table(w4, self._table(retained))
+
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stored = w4.absmax.reshape(w4.shape[0], -1).view(self.scale_dtype)
         return {self.codes: nibbles.swap(w4.packed), "weight_scale": stored, **retained}
 
     @abc.abstractmethod
     def _scales(self, given: Given, stored: Tensor) -> Scales: ...
+
+    @abc.abstractmethod
+    def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
+        """The values of the scales' 256 codes in the checkpoint."""

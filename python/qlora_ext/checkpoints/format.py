@@ -102,6 +102,14 @@ class Format(abc.ABC):
         """
 
     @abc.abstractmethod
+    def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
+        """Checks that ``write`` can store the scales of ``w4``, a weight of ``form``.
+
+        Raises:
+            ValueError: ``read`` would not give them back.
+        """
+
+    @abc.abstractmethod
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, bit for bit, from which ``read`` made ``w4``, with those in ``retained``."""
 
@@ -185,6 +193,16 @@ class Given:
         if not 0 < t.item() < float("inf"):
             self.refuse(name, "finite and above 0", str(t.item()))
         return t.reshape(())
+
+
+def check_repeats(name: str, stored: Tensor, found: Tensor) -> None:
+    """Rejects ``found``, with an entry per block, if the entries per group in the checkpoint give ``stored`` instead.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if not torch.equal(stored, found):
+        raise ValueError(f"expected the same {name} in all blocks of a group, which the checkpoint stores once")
 
 
 def retained_of(kind: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 The tensors of a weight [N, K], with G = ceil(K / group_size), are transposed::
 
     qweight int32 [K/8, N]    packed along K
-    qzeros  int32 [G, N/8]    packed along N; version 1 stores zero points minus 1
+    qzeros  int32 [G, N/8]    packed along N; version 1 stores zero points minus 1, in 4 bits, so that 15 stands for 0
     scales  float16 [G, N]
     g_idx   int32 [K]         the group of each column; only groups in order are supported
 """
@@ -100,12 +100,12 @@ class GPTQ(Format):
             if not bool((stored == _MIDDLE - bias).all()):
                 given.refuse("qzeros", f"{_MIDDLE - bias} throughout, because sym is true", "other values")
         else:
-            # Decoders disagree on a stored 15 of version 1: it is 16 for some, 0 for others.
-            if bool((stored > 15 - bias).any()):
-                given.refuse("qzeros", f"zero points of at most 15, stored as {15 - bias}", "15, which is out of range")
             integers.check_range(given, "scales", scale)
-            zero_points = (stored + bias).t()
+            zero_points = ((stored + bias) & 15).t()
         return integers.weight(groups, nibbles.from_gptq(words), scale.t(), zero_points, dtype)
+
+    def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
+        integers.check_scales(self._groups(settings, w4.shape), w4)
 
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         groups = self._groups(settings, w4.shape)
@@ -115,7 +115,7 @@ class GPTQ(Format):
             zero_points = groups.from_blocks(w4.block_offsets).t()
         return {
             "qweight": nibbles.to_gptq(w4.packed),
-            "qzeros": nibbles.words_of(zero_points - settings.zero_point_bias),
+            "qzeros": nibbles.words_of((zero_points - settings.zero_point_bias) & 15),
             "scales": scale,
             **retained,
         }

@@ -17,7 +17,7 @@ from .._internal.dtype_names import name_of
 from ..form import Form
 from ..formats import BLOCK_SIZES
 from ..weight import Weight4bit, weight_of
-from .format import Given, Settings, matrix_of
+from .format import Given, Settings, check_repeats, matrix_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -94,6 +94,20 @@ def weight(groups: Groups, packed: Tensor, scale: Tensor, zero_points: Tensor | 
         shape=torch.Size((len(packed), groups.columns)),
         dtype=dtype,
     )
+
+
+def check_scales(groups: Groups, w4: Weight4bit) -> None:
+    """Rejects a weight whose blocks of a group differ in scale or zero point, or with zero points above 15.
+
+    Raises:
+        ValueError: the groups cannot store them.
+    """
+    check_repeats("absmax", groups.to_blocks(groups.from_blocks(w4.absmax)), w4.absmax)
+    zero_points = w4.block_offsets
+    if zero_points is not None:
+        check_repeats("zero point", groups.to_blocks(groups.from_blocks(zero_points)), zero_points)
+        if bool((zero_points > 15).any()):
+            raise ValueError(f"expected zero points of at most 15, got {zero_points.max().item()}")
 
 
 def check_order(given: Given, name: str, groups: Groups) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..weight import Weight4bit
+from .format import check_repeats
 
 # Scales of float8_e4m3fn are not negative, so their codes need half of a table.
 _HALF = 128
@@ -28,13 +29,18 @@ def in_blocks_of(w4: Weight4bit, block_size: int) -> Weight4bit:
 
 
 def in_larger_blocks(w4: Weight4bit, block_size: int) -> Weight4bit:
-    """The inverse of ``in_blocks_of``."""
+    """The inverse of ``in_blocks_of``.
+
+    Raises:
+        ValueError: blocks that would become one have different scales.
+    """
     factor = block_size // w4.block_size
     if factor == 1:
         return w4
-    parts: dict[str, Any] = {
-        name: t[..., ::factor].contiguous() for name in _PER_BLOCK if (t := getattr(w4, name)) is not None
-    }
+    found = {name: t for name in _PER_BLOCK if (t := getattr(w4, name)) is not None}
+    parts: dict[str, Any] = {name: t[..., ::factor].contiguous() for name, t in found.items()}
+    for name, t in found.items():
+        check_repeats(name, parts[name].repeat_interleave(factor, -1), t)
     return dataclasses.replace(w4, **parts, block_size=block_size)
 
 
@@ -68,13 +74,15 @@ def join_rows(matrices: Sequence[Weight4bit], where: str) -> Weight4bit:
 
 
 def split_rows(w4: Weight4bit, count: int) -> list[Weight4bit]:
-    """The ``count`` matrices of equally many rows that ``join_rows`` joined. They have no tables of their own."""
+    """The ``count`` matrices of equally many rows that ``join_rows`` joined."""
     if count == 1:
         return [w4]
     names = ("packed", *_PER_BLOCK)
     parts: dict[str, Sequence[Tensor]] = {name: t.chunk(count) for name, t in w4.tensors.items() if name in names}
     if _has_two_tables(w4):
+        assert w4.scale_table is not None
         parts["absmax"] = [parts["absmax"][0], parts["absmax"][1] - _HALF]
+        parts["scale_table"] = [torch.cat([half, -half]) for half in w4.scale_table.chunk(count)]
     shape = torch.Size((w4.shape[0] // count, *w4.shape[1:]))
     return [
         dataclasses.replace(w4, **{name: chunks[i] for name, chunks in parts.items()}, shape=shape)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._internal.untrusted import check, excerpt
-from . import e2m1
+from . import e2m1, scales
 from .e2m1 import NV_BLOCK_SIZE
 from .format import Given, Settings, patterns
 
@@ -75,6 +75,9 @@ class ModelOptNVFP4(e2m1.E2M1Format):
 
     def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
         return e2m1.e4m3(given, "weight_scale", stored, "weight_scale_2", divides=False)
+
+    def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
+        return scales.e4m3_table(torch.device("cpu")) * retained["weight_scale_2"].reshape(())
 
 
 def _check_group_size(config: Mapping[str, Any], source: str) -> None:

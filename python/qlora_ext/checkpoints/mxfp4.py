@@ -16,7 +16,7 @@ from torch import Tensor
 from .._internal.untrusted import check
 from ..form import Form
 from ..weight import Weight4bit
-from . import e2m1, nibbles
+from . import e2m1, nibbles, scales
 from .e2m1 import MX_BLOCK_SIZE
 from .format import Format, Given, Settings, excluded
 
@@ -47,6 +47,9 @@ class MXFP4(Format):
         packed = given.take("blocks", (*groups, MX_BLOCK_SIZE // 2), torch.uint8)
         codes = given.take("scales", groups, torch.uint8)
         return e2m1.weight(form, packed, e2m1.e8m0(given, "scales", codes), shape, dtype)
+
+    def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
+        e2m1.check_table(w4, scales.e8m0_table(torch.device("cpu")))
 
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         groups = (*w4.shape[:-1], w4.shape[-1] // MX_BLOCK_SIZE)

@@ -91,6 +91,13 @@ def _repacked(codes: Tensor, group: int, repack: Callable[[Tensor], Tensor]) -> 
     return out
 
 
+def _drop_signs_of_zeros(packed: Tensor) -> None:
+    """Replaces E2M1's code of -0, which is 8, by that of 0, in place."""
+    for part in packed.view(-1).split(_CHUNK):
+        for nibble, negative in ((0x0F, 0x08), (0xF0, 0x80)):
+            part &= ~(((part & nibble) == negative).to(torch.uint8) * nibble)
+
+
 def _float16(header: Tensor, name: str) -> Tensor:
     """Two bytes of each header as a float16.
 
@@ -218,8 +225,8 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
         where: the file and the tensor, for error messages.
 
     Returns:
-        The weight, with float32 as its ``dtype``. A zero that MXFP4 or NVFP4 stores with a sign keeps the sign, which
-        ggml drops; all other values have ggml's bits.
+        The weight, with float32 as its ``dtype``. All values have ggml's bits. ggml has no negative zero, so the code
+        that is one in our table becomes the code of zero.
 
     Raises:
         FileError: the rows do not consist of whole blocks, the data have another size, or a scale is NaN or infinity.
@@ -238,6 +245,9 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
         fields = layout.read(header)
     except ValueError as error:
         raise FileError(f"{where}: {error}") from error
+    packed = _from_halves(codes, layout.group)
+    if layout.form.code == "e2m1":
+        _drop_signs_of_zeros(packed)
     stack = leading[:-1]
     tensors: _Fields = {"nested_absmax": None, "nested_offset": None}
     tensors |= {name: t.reshape(*stack, -1) for name, t in fields.items() if name != "scale_table"}
@@ -246,14 +256,14 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
     return weight_of(
         layout.form,
         **tensors,
-        packed=_from_halves(codes, layout.group).reshape(*leading, width // 2),
+        packed=packed.reshape(*leading, width // 2),
         shape=torch.Size(shape),
         dtype=torch.float32,
     )
 
 
 def write(kind: str, w4: Weight4bit) -> bytes:
-    """The bytes of a weight that ``read`` returned for this ``kind``."""
+    """The bytes of a weight that ``read`` returned for this ``kind``; zeros have the code without a sign."""
     layout = _LAYOUTS[kind]
     codes = _to_halves(w4.packed.reshape(-1, layout.elements // 2), layout.group)
     data: bytes = torch.cat((layout.write(w4), codes), dim=1).numpy().tobytes()

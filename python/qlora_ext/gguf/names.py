@@ -38,9 +38,11 @@ class Names:
             from transformers import modeling_gguf_pytorch_utils as reading
         except ImportError as error:
             raise NotImplementedError(str(error)) from error
+        from . import gpt_oss
+
         self._model = model
-        converted_as = _CONVERTED_AS.get(architecture, architecture)
-        processor = reading.TENSOR_PROCESSORS.get(converted_as, reading.TensorProcessor)
+        processors = {**reading.TENSOR_PROCESSORS, gpt_oss.ARCHITECTURE: gpt_oss.Processor}
+        processor = processors.get(_CONVERTED_AS.get(architecture, architecture), reading.TensorProcessor)
         self._processor = processor(config=model.config.to_dict())
         self.of_model = self._names_of(architecture)
 

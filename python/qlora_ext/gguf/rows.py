@@ -8,7 +8,7 @@ of the weight, so that quantized rows can be moved without decoding them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class Rows:
     Attributes:
         numbers: where row i of the file's tensor is in the weight; a slice if these numbers are consecutive.
         stack: the shape of the weight without its last dimension, which is that of the rows.
-        transposed: whether the weight in the model is the transpose of that.
+        transposed: whether the model transposes the weight, or each matrix of the stack.
     """
 
     numbers: slice | Tensor
@@ -64,7 +64,7 @@ def find_rows(process: Process, shape: tuple[int, ...], columns: int = _COLUMNS)
 
 
 def _rows(values: Tensor, count: int, columns: int) -> Rows | None:
-    candidates: Iterable[tuple[bool, Tensor]] = [(False, values)] + ([(True, values.T)] if values.ndim == 2 else [])
+    candidates = [(False, values)] + ([(True, values.transpose(-1, -2))] if values.ndim > 1 else [])
     for transposed, candidate in candidates:
         if candidate.shape[-1] != columns or candidate.dtype != torch.int64:
             continue

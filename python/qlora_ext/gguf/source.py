@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,17 +17,19 @@ from ..nn import is_dense, paths_to, tied_heads
 from . import blocks
 
 
-class StoredKind(Protocol):
-    """``GGUFWeights.stored_kind``."""
+class Weights(Protocol):
+    """What a source needs of ``GGUFWeights``."""
 
-    def __call__(self, name: str, shape: tuple[int, ...], transposed: bool) -> str | None: ...
+    def stored_kind(self, name: str, shape: tuple[int, ...], transposed: bool) -> str | None: ...
+    def values(self, kept: set[str]) -> dict[str, Any]: ...
+    def summarize(self, model: nn.Module, kept: set[str]) -> None: ...
 
 
 class GGUFSource(Source):
     """The weights of a GGUF file, for a model that is loaded with ``config``.
 
     Args:
-        stored_kind: the type in which the file stores a weight in 4 bits, if it does.
+        open_file: returns the weights for a model. Its first argument has the path of the file that transformers opens.
 
     Attributes:
         kept: after ``forms``, the names of the weights that stay 4-bit as they are stored.
@@ -35,29 +37,40 @@ class GGUFSource(Source):
 
     name = "GGUF"
 
-    def __init__(self, stored_kind: StoredKind, config: QLoRAConfig) -> None:
-        self._stored_kind, self._config = stored_kind, config
-        self.quantizes_rest = config.skip_modules is not None
+    def __init__(self, config: QLoRAConfig, open_file: Callable[[Sequence[str], nn.Module], Weights]) -> None:
+        self._config, self._open_file = config, open_file
+        self._weights: Weights | None = None
         self.kept: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> GGUFSource:
         return self  # transformers copies configurations; the copy must have the same source
 
     def forms(self, model: nn.Module, files: Sequence[str] = ()) -> dict[str, Form]:
+        if self._weights is None:
+            self._weights = self._open_file(files, model)
         found: dict[str, Form] = {}
-        self.kept = set()
+        self.kept.clear()
         for name, module in self._candidates(model):
             layer = empty_layer(module, torch.float32, Form())
             shapes = {f"{name}.{weight}": shape for weight, shape in layer.packed_shapes.items()}
             transposed = isinstance(layer, Conv1D4bit) or getattr(layer, "is_transposed", False)
-            kinds = {self._stored_kind(weight, shape, transposed) for weight, shape in shapes.items()}
+            kinds = {self._weights.stored_kind(weight, shape, transposed) for weight, shape in shapes.items()}
             kind = kinds.pop() if len(kinds) == 1 else None  # the weights of a module have one form
             if kind is not None:
                 found |= dict.fromkeys(shapes, blocks.form_of(kind))
                 self.kept |= {*shapes}
             elif isinstance(module, nn.Embedding):
                 found |= dict.fromkeys(shapes, self._config.form)
-        return found
+        self.quantizes_rest = not self.kept or self._config.skip_modules is not None
+        return found if self.kept else {}
+
+    def values(self) -> dict[str, Any]:
+        assert self._weights is not None
+        return self._weights.values(self.kept)
+
+    def loaded(self, model: nn.Module) -> None:
+        assert self._weights is not None
+        self._weights.summarize(model, self.kept)
 
     def _candidates(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The modules that may be 4-bit, by the configuration, and their names."""

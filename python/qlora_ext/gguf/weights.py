@@ -126,27 +126,33 @@ class GGUFWeights:
             ValueError: the file lacks the weight of a layer.
         """
         from ..integrations.transformers import QLoRAConfig
-        from ..integrations.transformers.modules import check_complete
 
-        check_complete(self._model, self._parts, self.unknown, [str(self._path)])
+        self.check_complete()
         if options.get("dtype", "auto") == "auto":  # transformers would search it in the tensors
             options["dtype"] = self._model.dtype
-        config = options.get("quantization_config")
-        kept: set[str] = set()
+        config, source = options.get("quantization_config"), None
         if isinstance(config, QLoRAConfig):
-            source = self._source(config)
-            if source.kept:
-                options["quantization_config"] = config = copy.copy(config)
-                config._source, kept = source, source.kept
-        weights = {name: _Weight(self, name, kept) for name in self._parts}
+            options["quantization_config"] = config = copy.copy(config)
+            config._source = source = self._source(config)
+        weights = self.values(set()) if source is None else source.values()
         loaded = type(self._model).from_pretrained(None, config=self._model.config, state_dict=weights, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = str(
             self._path.parent
         )  # as from_pretrained sets it for a GGUF file
-        self.summary = self._summarize(model, kept)
-        _log.info(self.summary)
+        if source is None:
+            self.summarize(model, set())
         return loaded
+
+    def check_complete(self) -> None:
+        """Raises a ValueError if the file lacks the weight of a layer."""
+        from ..integrations.transformers.modules import check_complete
+
+        check_complete(self._model, self._parts, self.unknown, [str(self._path)])
+
+    def values(self, kept: set[str]) -> dict[str, _Weight]:
+        """All weights, to be passed to transformers, which reads one at a time; those in ``kept`` stay 4-bit."""
+        return {name: _Weight(self, name, kept) for name in self._parts}
 
     def forms(self) -> dict[str, Form]:
         """The forms of the weights that stay 4-bit with ``QLoRAConfig()``, by name; empty if none does."""
@@ -157,7 +163,7 @@ class GGUFWeights:
     def _source(self, config: QLoRAConfig) -> GGUFSource:
         from .source import GGUFSource
 
-        source = GGUFSource(self.stored_kind, config)
+        source = GGUFSource(config, lambda files, model: self)
         source.forms(self._model)
         return source
 
@@ -173,13 +179,17 @@ class GGUFWeights:
             for part in parts:
                 values = self._values(part, 0, self._read(part, 0, part.count)).reshape(part.tensor.shape)
                 found = self._names.process(part.tensor.name, values, found)
+            expected, count = found[name].numel(), sum(math.prod(part.tensor.shape) for part in parts)
+            if count != expected:
+                raise self._incomplete(name, f"{expected} values", count)
             return found[name].to(dtype)
         width = parts[0].tensor.shape[-1]
         out = torch.empty((math.prod(layout.stack), width), dtype=dtype, device="cpu")
         for part in parts:
             for begin, where, data in self._chunks(part):
                 out[where] = torch.from_numpy(self._values(part, begin, data)).to(dtype)
-        return out.T.contiguous() if layout.transposed else out.view(*layout.stack, width)
+        out = out.view(*layout.stack, width)
+        return out.transpose(-1, -2).contiguous() if layout.transposed else out
 
     def stored(self, name: str) -> Weight4bit:
         """The weight ``name`` of the model as the file stores it, with its rows in the model's order.
@@ -224,8 +234,8 @@ class GGUFWeights:
         fits = shape in (None, (*layout.stack, parts[0].tensor.shape[-1])) and transposed in (None, layout.transposed)
         return kinds.pop() if fits and len(kinds) == 1 and kinds <= {*blocks.KINDS} else None
 
-    def _summarize(self, model: Any, kept: set[str]) -> str:
-        """How many tensors of each type are 4-bit as they are stored, NF4, or dense in ``model``."""
+    def summarize(self, model: Any, kept: set[str]) -> None:
+        """Sets and logs ``summary``: how many tensors of each type are 4-bit as stored, NF4, or dense in ``model``."""
         from ..nn import Packed4bit
 
         def fate(name: str) -> str:
@@ -239,7 +249,8 @@ class GGUFWeights:
             (part.tensor.type_name, fate(name)) for name, parts in self._parts.items() for part in parts
         )
         found = ", ".join(f"{count} {kind} {fate}" for (kind, fate), count in counts.most_common())
-        return f"{printable(self._path.name)}: {found}"
+        self.summary = f"{printable(self._path.name)}: {found}"
+        _log.info(self.summary)
 
     def _layout(self, name: str) -> Rows | None:
         """How rows of the file make up the weight ``name``; None if transformers computes it.
@@ -254,10 +265,12 @@ class GGUFWeights:
             return None
         expected, found = math.prod(rows[0].stack), sum(part.count for part in parts)
         if found != expected:
-            raise FileError(
-                f"{self._where(parts[0].tensor)}: incomplete: expected {expected} rows for {excerpt(name)}, got {found}"
-            )
+            raise self._incomplete(name, f"{expected} rows", found)
         return rows[0]
+
+    def _incomplete(self, name: str, expected: str, found: int) -> FileError:
+        where = self._where(self._parts[name][0].tensor)
+        return FileError(f"{where}: incomplete: expected {expected} for {excerpt(name)}, got {found}")
 
     def _where(self, tensor: TensorInfo) -> str:
         return f"{printable(self._path)}: {excerpt(tensor.name)}"

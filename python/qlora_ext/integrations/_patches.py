@@ -47,6 +47,11 @@ _LIST = (
         "writes no model card that says what a 4-bit model needs to load",
     ),
     Patch(
+        "transformers.modeling_utils:safe_save_file",
+        "transformers >= 5.0",
+        "needs all tensors of a file in memory, but those of a 4-bit checkpoint are converted one by one",
+    ),
+    Patch(
         "transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs",
         "transformers >= 5.0",
         "rejects a configuration of another class than the checkpoint's, but ours also reads bitsandbytes'",
@@ -54,7 +59,7 @@ _LIST = (
     Patch(
         "transformers.modeling_utils:get_hf_quantizer",
         "transformers >= 5.0",
-        "ignores a checkpoint's configuration if its method is unknown, such as modelopt, but ours reads it",
+        "ignores configurations in other files and of unknown methods, and refuses to quantize GGUF files",
     ),
     Patch(
         "diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs",

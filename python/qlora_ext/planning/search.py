@@ -67,6 +67,11 @@ def _totals(job: Job, blocks: Streamed | None) -> list[float]:
     return [_placed(split(job, [top]), blocks) for top in peaks(job)]
 
 
+def _before_the_step(job: Job, blocks: Streamed | None) -> float:
+    """Bytes on the device that the weights, adapters and optimizer need: much faster to compute than ``total``."""
+    return _placed(static_split(job), blocks)
+
+
 def _placed(parts: dict[str, float], blocks: Streamed | None) -> float:
     return sum((parts if blocks is None else place(parts, blocks, None)[0]).values())
 
@@ -87,6 +92,8 @@ def longest_context(job: Job, blocks: Streamed | None, memory: float) -> int:
         True
     """
     found = 0
+    if _before_the_step(job, blocks) > memory:
+        return found
     for sizes in _MEASURED:
         totals = zip(*(_totals(dataclasses.replace(job, seq_len=n), blocks) for n in sizes), strict=True)
         found = min(_largest_within(sizes, top, memory) for top in totals)
@@ -162,7 +169,6 @@ def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]] | N
         assert found.blocks is not None
         candidates.append((found.blocks.total, name, found))
     for _, name, found in sorted(candidates, key=lambda candidate: -candidate[0]):
-        # The memory before the step comes first, because it is much faster to compute.
-        if _placed(static_split(found.job), found.blocks) <= memory >= total(found.job, found.blocks):
+        if _before_the_step(found.job, found.blocks) <= memory >= total(found.job, found.blocks):
             return name
     return None

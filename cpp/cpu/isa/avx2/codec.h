@@ -286,6 +286,7 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
 inline void finish_streaming() { _mm_sfence(); }
 
 inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
+inline int64_t look_up_many_scales(const uint8_t*, int64_t, const float*, float*) { return 0; }
 inline int64_t widen_many_scales(const float16* scales, int64_t count, float* out) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)

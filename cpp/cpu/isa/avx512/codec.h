@@ -174,36 +174,45 @@ inline void store_dynamic8(uint8_t* codes, Floats q) {
                    _mm512_cvtepi32_epi8(_mm512_srli_epi32(_mm512_add_epi32(entry, low), Cells::kLowBits)));
 }
 
-// Byte p of every value of the dynamic map, in the order of the codes.
-struct Dynamic8Planes {
-  alignas(64) uint8_t byte[4][256] = {};
-
-  constexpr Dynamic8Planes() {
-    for (int code = 0; code < 256; ++code) {
-      const uint32_t bits = __builtin_bit_cast(uint32_t, kDynamic8.value[code]);
-      for (int p = 0; p < 4; ++p) byte[p][code] = static_cast<uint8_t>(bits >> (8 * p));
-    }
-  }
+// Byte p of each of 256 values, in the order of their codes.
+struct BytePlanes {
+  alignas(64) uint8_t byte[4][256];
 };
-inline constexpr Dynamic8Planes kDynamic8Planes{};
+constexpr BytePlanes dynamic8_planes() {
+  BytePlanes planes = {};
+  for (int code = 0; code < 256; ++code) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, kDynamic8.value[code]);
+    for (int p = 0; p < 4; ++p) planes.byte[p][code] = static_cast<uint8_t>(bits >> (8 * p));
+  }
+  return planes;
+}
+inline constexpr BytePlanes kDynamic8Planes = dynamic8_planes();
 
-// Decodes up to 64 nested scales at a time. The four bytes of each value are looked up separately, in tables that
-// vpermi2b holds in registers, because a gather costs a cycle per code.
+// Decodes up to 64 scales at a time: out[i] = scale_of(values of 16 codes). The four bytes of each value are looked up
+// separately, in tables that vpermi2b holds in registers, because a gather costs a cycle per code.
+template <class ScaleOf>
 class ScaleDecoder {
  public:
   static constexpr int kCodes = 64;
   static constexpr int kWorthwhile = 16;  // fewer are faster one by one
-  ScaleDecoder(float nested_absmax, float nested_offset)
-      : nested_absmax_(_mm512_set1_ps(nested_absmax)), nested_offset_(_mm512_set1_ps(nested_offset)) {}
+  ScaleDecoder(const BytePlanes& planes, const ScaleOf& scale_of) : planes_(planes), scale_of_(scale_of) {}
 
-  void operator()(const uint8_t* codes, int64_t count, float* out) const {
+  // Returns how many of the scales it has decoded: all but a few.
+  int64_t decode(const uint8_t* codes, int64_t count, float* out) const {
+    int64_t i = 0;
+    for (; count - i >= kWorthwhile; i += kCodes) decode_some(codes + i, count - i, out + i);
+    return i;
+  }
+
+ private:
+  void decode_some(const uint8_t* codes, int64_t count, float* out) const {
     // Zipping bytes to words and words to dwords leaves part L of vector j with codes 16L + 4j .. + 3 of its operand.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i code = _mm512_permutexvar_epi32(order, _mm512_maskz_loadu_epi8(first_bits(count), codes));
     const __mmask64 upper = _mm512_movepi8_mask(code);
     __m512i byte[4];
     for (int p = 0; p < 4; ++p) {
-      const auto part = [&](int quarter) { return _mm512_load_si512(kDynamic8Planes.byte[p] + 64 * quarter); };
+      const auto part = [&](int quarter) { return _mm512_load_si512(planes_.byte[p] + 64 * quarter); };
       byte[p] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(part(0), code, part(1)),
                                        _mm512_permutex2var_epi8(part(2), code, part(3)));
     }
@@ -215,23 +224,36 @@ class ScaleDecoder {
     store_scales(_mm512_unpackhi_epi16(low1, high1), out + 48, count - 48);
   }
 
- private:
   static uint64_t first_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
   void store_scales(__m512i value, float* out, int64_t count) const {
     if (count <= 0) return;
-    const __m512 scale = _mm512_add_ps(_mm512_mul_ps(_mm512_castsi512_ps(value), nested_absmax_), nested_offset_);
-    _mm512_mask_storeu_ps(out, static_cast<__mmask16>(first_bits(count)), scale);
+    _mm512_mask_storeu_ps(out, static_cast<__mmask16>(first_bits(count)), scale_of_(_mm512_castsi512_ps(value)));
   }
 
-  __m512 nested_absmax_, nested_offset_;
+  const BytePlanes& planes_;
+  const ScaleOf scale_of_;
 };
 
 inline int64_t decode_many_scales(const uint8_t* codes, int64_t count, float nested_absmax, float nested_offset,
                                   float* out) {
-  const ScaleDecoder decoder(nested_absmax, nested_offset);
-  int64_t i = 0;
-  for (; count - i >= ScaleDecoder::kWorthwhile; i += ScaleDecoder::kCodes) decoder(codes + i, count - i, out + i);
-  return i;
+  const __m512 factor = _mm512_set1_ps(nested_absmax), offset = _mm512_set1_ps(nested_offset);
+  const ScaleDecoder decoder(kDynamic8Planes,
+                             [=](__m512 value) { return _mm512_add_ps(_mm512_mul_ps(value, factor), offset); });
+  return decoder.decode(codes, count, out);
+}
+
+inline int64_t look_up_many_scales(const uint8_t* codes, int64_t count, const float* table, float* out) {
+  constexpr int64_t kWorthwhile = 256;  // since the planes have to be made first
+  if (count < kWorthwhile) return 0;
+  BytePlanes planes;
+  for (int i = 0; i < 256; i += 16) {
+    const __m512i bits = _mm512_loadu_si512(table + i);
+    for (int p = 0; p < 4; ++p)
+      _mm_store_si128(reinterpret_cast<__m128i*>(planes.byte[p] + i),
+                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(bits, 8 * p)));
+  }
+  const ScaleDecoder decoder(planes, [](__m512 value) { return value; });
+  return decoder.decode(codes, count, out);
 }
 
 inline int64_t widen_many_scales(const float16* scales, int64_t count, float* out) {

@@ -181,6 +181,8 @@ inline void finish_streaming() {}
 
 // Decodes the first nested scales, as many as the set decodes faster together than one by one. Returns their number.
 inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
+// The same for out[i] = table[codes[i]], with 256 values in `table`.
+inline int64_t look_up_many_scales(const uint8_t*, int64_t, const float*, float*) { return 0; }
 // The same for scales that are stored as float16.
 inline int64_t widen_many_scales(const float16*, int64_t, float*) { return 0; }
 

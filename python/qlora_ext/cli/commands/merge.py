@@ -141,7 +141,9 @@ def _merge(
     print(f"{output.path}: {model_size(merged).bytes / 1e6:.1f} MB in {kind}")
     for line in calibrate.summary(report):
         print(line)
-    if error is not None:
+    if error is not None and not error.by_layer:
+        print("the adapter is on dense layers only, so no code has changed")
+    elif error is not None:
         worst = max(error.by_layer, key=error.by_layer.__getitem__)
         print(
             f"the codes retain {error.retained:.1%} of the adapter's update; quantization error: {error.total:.2%} of "

@@ -18,7 +18,7 @@ from ..outputs.files import contents, write_json
 from ..outputs.waiting import waiting
 from . import validate_model
 from .devices import name_of
-from .pretrained import load_tokenizer, restore_use_cache
+from .pretrained import has_4bit_blocks, is_4bit, load_tokenizer, restore_use_cache
 from .sources import ModelSource
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def four_bit_directory(loader: Loader, run: Output) -> ModelSource:
         if (found := _read_origin(output.path)) != origin:
             output.protect("--model", source.name, source.on_disk)
             _check_base(output, found)
-            print(f"quantizing {printable(source.name)} to {printable(output.path)}, from where it is streamed")
+            verb = "converting" if is_4bit(source) or has_4bit_blocks(source) else "quantizing"
+            print(f"{verb} {printable(source.name)} to {printable(output.path)}, from where it is streamed")
             tokenizer = load_tokenizer(source)
             with spilled(loader, output) as spill:
                 model = on_cpu.while_loading(spill=spill)

@@ -107,9 +107,17 @@ def load_config(source: ModelSource) -> Any:
     """
     from transformers import AutoConfig
 
+    from ...integrations.transformers.stored_config import find_config
+
     if source.directory is not None:
         _check_config(read_json(source.directory / "config.json", dict), printable(source.name))
-    return load_pretrained("configuration", source, AutoConfig)
+    config = load_pretrained("configuration", source, AutoConfig)
+    if source.gguf_file is None:
+        with loading("configuration", source, False):
+            saved = find_config(config)
+        if saved is not None:
+            config.quantization_config = saved
+    return config
 
 
 def _check_config(config: dict[str, Any], name: str) -> None:

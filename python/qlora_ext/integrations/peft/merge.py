@@ -292,11 +292,11 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
 
 @extend("peft.tuners.tuners_utils:BaseTuner.merge_and_unload")
 def _merge_and_unload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    has_4bit = any(isinstance(m, Over4bit) for m in self.model.modules())
+    has_4bit = any(isinstance(m, Packed4bit) for m in self.model.modules())
     model = original(self, *args, **kwargs)
     if not has_4bit:
         return model
-    # The merged layers are dense, so the layers without an adapter become dense too.
+    # The merged layers are dense, so the others become dense too, even if no 4-bit layer has an adapter.
     if getattr(model, "hf_quantizer", None) is not None:
         return model.dequantize()
     return dequantize_modules(model)

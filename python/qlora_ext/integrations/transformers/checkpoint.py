@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,22 +15,27 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..._internal.untrusted import excerpt, printable
 from ...checkpoints import Settings, format_of, joined, mxfp4, retained_of
+from ...checkpoints.rows import alternating_rows, grouped_rows, select_rows
 from ...form import Form
-from ...nn import Packed4bit, dense_modules, is_dense, paths_to
+from ...nn import Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
 from ...weight import Weight4bit
-from .checkpoint_files import Header, Names, read_headers
+from .checkpoint_experts import DenseExperts, alternates, dense_experts
+from .checkpoint_files import Header, Names, map_tensors, patterns_of, read_headers
 from .checkpoint_fp8 import ScaledWeight, scaled_weights
-from .loading import fill
-from .modules import check_complete, empty_layer
+from .checkpoint_operations import OriginalNames, PackedTensors, module_of
+from .deferred import deferred, dtype_of
+from .modules import BaseNames, check_complete, empty_layer
 from .source import Source
 
 # The tensor with the codes is the first of these that a format has.
 _CODES = ("weight_packed", "qweight", "blocks", "weight")
 _CODE_DTYPES = ("U8", "I8", "I32")
 _SCALES = ("weight_scale", "scales")
+_CACHE_SCALES = ("q_scale", "k_scale", "v_scale")  # of 8-bit keys and values, which are not applied
 _SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# The name under which transformers collects the tensors of a weight.
-_PATTERN = "tensors of a 4-bit weight"
+# Bytes of experts that are read before their pages are released, which takes a few milliseconds.
+_RELEASED_AT_ONCE = 4 << 20
+_ADVICE = "call qlora_ext.integrations.transformers.save_in_our_format(model) before saving it"
 
 
 @dataclasses.dataclass
@@ -57,6 +63,7 @@ class _Weight:
             the experts one by one, there is one entry.
         is_split: whether the checkpoint stores the experts one by one.
         settings: of the format.
+        alternates: whether the model alternates between the rows of an expert's two matrices.
         block_size: elements per scale in the model.
     """
 
@@ -64,6 +71,7 @@ class _Weight:
     matrices: list[list[_Matrix]]
     is_split: bool
     settings: Settings
+    alternates: bool = False
     block_size: int = 0
 
     @property
@@ -98,8 +106,10 @@ class CheckpointSource(Source):
         self.name = self.format.name
         self._config = copy.deepcopy(dict(config))
         self._weights: dict[str, _Weight] = {}
-        self._scaled: dict[str, ScaledWeight] = {}
-        self._saved_names: dict[str, str] = {}
+        self._dense: dict[str, ScaledWeight | DenseExperts] = {}
+        self._headers: dict[str, Header] = {}
+        self._places: dict[str, str] = {}  # of tensors that transformers loads as they are: their names in the model
+        self._others: dict[str, Tensor] = {}  # tensors for which the model has no place
 
     def __deepcopy__(self, memo: Any) -> CheckpointSource:
         return self  # transformers copies configurations; the copy must have the same source
@@ -111,13 +121,23 @@ class CheckpointSource(Source):
         found = self._stored(headers)
         self._weights = self._placed(model, names, found, headers)
         read = {key for matrix in found.values() for key in matrix.tensors.values()}
-        self._scaled = scaled_weights(names, {key: header for key, header in headers.items() if key not in read})
+        rest = {key: header for key, header in headers.items() if key not in read}
+        self._dense = {**scaled_weights(names, rest), **dense_experts(model, names, rest)}
         self._check_surplus(found, headers, names)
+        self._headers, self._places, others = headers, {}, {}
+        read = {key for weight in self._all.values() for key in weight.names}
+        for key in headers.keys() - read:
+            target, pattern = names.place(key)
+            if target is None:
+                others[key] = headers[key]
+            elif pattern is None:
+                self._places[target] = key
+        self._others = map_tensors(others)
         forms = {name: self._form(weight) for name, weight in self._weights.items()}
         self._check_modules(model)
         check_complete(model, {*self._all, *(names.place(key)[0] or "" for key in headers)}, [*found], files)
         for name in forms:  # a module has one block size
-            siblings = [form.block_size for other, form in forms.items() if _module(other) == _module(name)]
+            siblings = [form.block_size for other, form in forms.items() if module_of(other) == module_of(name)]
             self._weights[name].block_size = min(siblings)
         return {
             name: dataclasses.replace(form, block_size=self._weights[name].block_size) for name, form in forms.items()
@@ -135,8 +155,13 @@ class CheckpointSource(Source):
         for dense, tensors in self._groups(headers).items():
             where = f"{printable(headers[next(iter(tensors.values()))].file)}: {excerpt(dense, 200)}"
             if codes in tensors:
-                if headers[tensors[codes]].dtype in _CODE_DTYPES:
+                key, is_dense_too = tensors[codes], dense in headers and dense not in tensors.values()
+                if is_dense_too:
+                    raise ValueError(f"{where}: expected a dense weight or the tensor {codes} of {self.name}, got both")
+                if headers[key].dtype in _CODE_DTYPES:
                     found[dense] = _Matrix(where, tensors)
+                elif key != dense:
+                    raise ValueError(f"{where}: expected {codes} to be 4-bit codes, got {headers[key].dtype}")
             elif dense not in headers and any(names[tensor] for tensor in tensors):
                 raise ValueError(
                     f"{where}: expected the tensor {codes} of {self.name} too, found {', '.join(sorted(tensors))}"
@@ -194,11 +219,15 @@ class CheckpointSource(Source):
         where = next(iter(by_pattern.values()))[0][1].where
         shapes = empty_layer(module, torch.float32, Form()).packed_shapes if is_dense(module) else {}
         if name not in shapes:
-            raise ValueError(f"{where}: expected dense values, because no 4-bit layer can replace {_module(target)}")
+            raise ValueError(f"{where}: expected dense values, because no 4-bit layer can replace {module_of(target)}")
         operations, expected = names.converter(next(iter(by_pattern)))
         if absent := [pattern for pattern in expected if pattern not in by_pattern]:
             raise ValueError(f"{where}: expected 4-bit weights with names like {', '.join(absent)} too, found none")
         patterns: list[str | None] = [*expected] or [*by_pattern]
+        if surplus := [pattern for pattern in by_pattern if pattern not in patterns]:
+            raise ValueError(
+                f"{where}: expected one name for each weight, found names like {', '.join(map(str, surplus))} too"
+            )
         if not _is_lossless(operations, len(patterns)):
             raise ValueError(
                 f"{where}: expected a weight that the model takes as it is, or in a stack of experts; transformers "
@@ -215,26 +244,37 @@ class CheckpointSource(Source):
                     f"{where}: expected {count} weights of {self.name} with names like {pattern}, found {len(entries)}"
                 )
         matrices = [list(parts) for parts in zip(*columns, strict=True)]
-        return _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
+        found = _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
+        found.alternates = len(columns) > 1 and patterns_of(patterns[0] or "") is not None and alternates(module)
+        return found
 
     def _check_surplus(self, stored: Mapping[str, _Matrix], headers: Mapping[str, Header], names: Names) -> None:
         """Rejects tensors of modules with 4-bit weights that belong to neither the format nor the model.
 
-        GPTQ's writers give every module a bias of zeros, which are ignored.
+        GPTQ's writers give every module a bias of zeros, which are saved again.
 
         Raises:
             ValueError: there is such a tensor.
         """
         used = {key for matrix in stored.values() for key in matrix.tensors.values()}
-        modules = {_module(dense) for dense in stored}
+        modules = {module_of(dense) for dense in stored}
+        biases: dict[str, Header] = {}
         for key, header in headers.items():
             module, _, tensor = key.rpartition(".")
-            if module in modules and key not in used and tensor != "bias" and names.place(key)[0] is None:
+            if module not in modules or key in used or tensor in _CACHE_SCALES or names.place(key)[0] is not None:
+                continue
+            if tensor == "bias":
+                biases[key] = header
+            else:
                 expected = ", ".join(self.format.tensors(self.settings))
                 raise ValueError(
                     f"{printable(header.file)}: expected only the tensors {expected} of {self.name} for "
                     f"{excerpt(module, 200)}, got {excerpt(key, 200)} too"
                 )
+        for key, bias in map_tensors(biases).items():
+            if bool((bias != 0).any()):
+                where = f"{printable(headers[key].file)}: {excerpt(key, 200)}"
+                raise ValueError(f"{where}: expected zeros, because the model's layer has no bias, got other values")
 
     def _settings_of(self, matrices: list[list[_Matrix]], headers: Mapping[str, Header]) -> Settings:
         """The settings with the dtype of the scales in the files."""
@@ -265,7 +305,7 @@ class CheckpointSource(Source):
         always = {*dense_modules(model).always}
         modules: dict[str, list[str]] = {}
         for name, weight in self._weights.items():
-            module = _module(name)
+            module = module_of(name)
             modules.setdefault(module, []).append(name)
             if not always.isdisjoint(paths_to(module)):
                 raise ValueError(
@@ -287,12 +327,12 @@ class CheckpointSource(Source):
             for name, weight in self._all.items()
             for key in weight.names
         }
-        return [_PackedTensors(self, targets), *conversions]
+        return [PackedTensors(self, targets), *conversions]
 
     @property
-    def _all(self) -> dict[str, _Weight | ScaledWeight]:
+    def _all(self) -> dict[str, _Weight | ScaledWeight | DenseExperts]:
         """The weights that this source reads."""
-        return {**self._weights, **self._scaled}
+        return {**self._weights, **self._dense}
 
     def read(self, name: str, tensors: Sequence[Tensor], module: nn.Module) -> Weight4bit | Tensor:
         """The weight ``name`` of the model, which ``module`` has, from its tensors in the order of their names.
@@ -301,18 +341,25 @@ class CheckpointSource(Source):
             ValueError: a tensor is invalid.
         """
         by_key = dict(zip(self._all[name].names, tensors, strict=True))
-        if name in self._scaled:
+        if name in self._dense:
             dense: Tensor = getattr(module, name.rpartition(".")[2])
-            return self._scaled[name].read(by_key, dense.shape, dense.dtype)
+            return self._dense[name].read(by_key, dense.shape, dense.dtype)
         assert isinstance(module, Packed4bit)
         weight, dtype = self._weights[name], module.weight_dtype
-        stack = joined.Stack(len(weight.matrices))
+        stack, done = joined.Stack(len(weight.matrices)), list[Tensor]()
+        limit = max(sum(t.nbytes for t in tensors) // 16, _RELEASED_AT_ONCE)
         for e, parts in enumerate(weight.matrices):
             w4 = joined.join_rows([self._read(weight, matrix, by_key, dtype) for matrix in parts], parts[0].where)
             w4 = joined.in_blocks_of(w4, weight.block_size)
+            if weight.alternates:
+                w4 = select_rows(w4, alternating_rows(w4.shape[0]))
             if not weight.is_split:
                 return w4
             stack.put(e, w4, parts[0].where)
+            done += [by_key[key] for matrix in parts for key in matrix.tensors.values()]
+            if sum(t.nbytes for t in done) > limit:
+                self.release(*done)
+                done = []
         return stack.weight
 
     def _read(self, weight: _Weight, matrix: _Matrix, by_key: Mapping[str, Tensor], dtype: torch.dtype) -> Weight4bit:
@@ -329,99 +376,101 @@ class CheckpointSource(Source):
 
     def prepare_saving(self, conversions: list[Any]) -> list[Any]:
         """The ``conversions`` that transformers reverses when it saves the model, and which restore our names."""
-        remaining = [c for c in conversions if not isinstance(c, _PackedTensors)]
+        remaining = [c for c in conversions if not isinstance(c, PackedTensors | OriginalNames)]
         renamings = [c for c in remaining if isinstance(c, core_model_loading.WeightRenaming)]
-        keys = [key for weight in self._all.values() for key in weight.names]
-        self._saved_names = {key: core_model_loading.apply_renamings(key, renamings) for key in keys}
         backwards = [renaming.reverse_transform() for renaming in reversed(renamings)]
-        if any(core_model_loading.apply_renamings(name, backwards) != key for key, name in self._saved_names.items()):
-            remaining = [c for c in remaining if c not in renamings]
-            self._saved_names = {key: key for key in keys}
-        return remaining
+        keys = [*self._others, *(key for weight in self._all.values() for key in weight.names)]
+        changed = {core_model_loading.apply_renamings(key, backwards): key for key in sorted(keys)}
+        return [OriginalNames({name: key for name, key in changed.items() if name != key}), *remaining]
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = model.state_dict()
+        """As ``Source.state_dict``. The tensors that are not the model's own are deferred.
+
+        Raises:
+            ValueError: the model has a weight that the format cannot store.
+        """
+        names = BaseNames(model)
+        state = names.select(model.state_dict())
+        layers = {names[name]: module for name, module in layers_of(model)}
+        own = {layer for name in self._weights if (layer := layers.get(module_of(name))) is not None}
+        for name, module in layers.items():
+            if module in own or (isinstance(module, TiedLinear4bit) and module.embedding in own):
+                for part in module.packed_state():
+                    state.pop(f"{name}.{part}".removeprefix("."), None)  # a tied head's scales are the table's
+        for name, place in self._places.items():
+            if name in state:
+                state[name] = self._as_stored(name, state[name], self._headers[place])
         for name, weight in self._weights.items():
-            module, attribute = get_module_from_name(model, name)
-            if not isinstance(module, Packed4bit):
-                continue  # it has been decoded
-            for part in module.packed_parts(attribute):
-                del state[f"{_module(name)}.{part}".removeprefix(".")]
-            for key, tensor in self._written(weight, module.packed_weight(attribute)):
-                state[self._saved_names[key]] = tensor
-        for name, scaled in self._scaled.items():
-            if name in state:  # not under an adapter
-                state |= {self._saved_names[key]: t for key, t in scaled.write(state.pop(name)).items()}
-        return state
+            if module_of(name) in layers:  # else it has been decoded
+                state |= self._saved(name, weight, layers[module_of(name)])
+        for name, stored in self._dense.items():
+            values = state.pop(name)
+            if isinstance(stored, ScaledWeight):
+                state |= deferred(self._specs(stored.names), functools.partial(_items, stored.write, values))
+            else:
+                parts = stored.write(values)
+                state |= {key: self._as_stored(key, t, self._headers[key]) for key, t in parts.items()}
+        return state | self._others
 
-    def _written(self, weight: _Weight, w4: Weight4bit) -> Iterator[tuple[str, Tensor]]:
+    def _specs(self, keys: Iterable[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The dtypes and shapes of tensors in the checkpoint."""
+        headers = {key: self._headers[key] for key in keys}
+        return {key: (dtype, h.shape) for key, h in headers.items() if (dtype := dtype_of(h.dtype)) is not None}
+
+    def _as_stored(self, name: str, t: Tensor, header: Header) -> Tensor:
+        """A dense tensor in the narrower dtype that it has in the checkpoint, if that has the same values."""
+        dtype = dtype_of(header.dtype)
+        if dtype in (None, t.dtype) or not t.is_floating_point() or t.itemsize < dtype.itemsize or _is_sharded(t):
+            return t
+        if not torch.equal(t.to(dtype).to(t.dtype), t):
+            return t
+        return deferred({name: (dtype, t.shape)}, lambda: [(name, t.to(dtype))])[name]
+
+    def _saved(self, name: str, weight: _Weight, module: Packed4bit) -> dict[str, Tensor]:
+        """The tensors of a weight, which are deferred unless all ranks have to gather it."""
+        attribute = name.rpartition(".")[2]
+        for matrix, part in self._parts(name, weight, module.packed_weight(attribute)):
+            try:
+                self.format.check_scales(part, weight.settings, matrix.retained)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; {_ADVICE}") from error
+        write = functools.partial(self._written, name, weight, module)
+        return dict(write()) if module.is_sharded else deferred(self._specs(weight.names), write)
+
+    def _parts(self, name: str, weight: _Weight, w4: Weight4bit) -> Iterator[tuple[_Matrix, Weight4bit]]:
+        """The matrices of the checkpoint, each with its values in ``w4``.
+
+        Raises:
+            ValueError: the weight has another form than the checkpoint's.
+        """
+        form = self.format.form(weight.settings, weight.stored_shape)
+        expected = dataclasses.replace(form, block_size=weight.block_size)
+        if w4.form != expected:
+            raise ValueError(f"{name}: expected {expected}, as {self.name} stores it, got {w4.form}; {_ADVICE}")
         for e, parts in enumerate(weight.matrices):
-            matrices = joined.split_rows(w4.matrix(e) if weight.is_split else w4, len(parts))
+            whole = w4.matrix(e) if weight.is_split else w4
+            if weight.alternates:
+                whole = select_rows(whole, grouped_rows(whole.shape[0]))
+            matrices = joined.split_rows(whole, len(parts))
             for matrix, part in zip(parts, matrices, strict=True):
-                form = self.format.form(weight.settings, weight.stored_shape)
-                tensors = self.format.write(
-                    joined.in_larger_blocks(part, form.block_size), weight.settings, matrix.retained
-                )
-                yield from ((key, tensors[tensor]) for tensor, key in matrix.tensors.items())
+                try:
+                    yield matrix, joined.in_larger_blocks(part, form.block_size)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}; {_ADVICE}") from error
+
+    def _written(self, name: str, weight: _Weight, module: Packed4bit) -> Iterator[tuple[str, Tensor]]:
+        w4 = module.packed_weight(name.rpartition(".")[2])
+        for matrix, part in self._parts(name, weight, w4):
+            tensors = self.format.write(part, weight.settings, matrix.retained)
+            yield from ((key, tensors[tensor]) for tensor, key in matrix.tensors.items())
 
 
-class _Fill(core_model_loading.ConversionOps):
-    """Reads the tensors of a 4-bit weight into its module.
-
-    transformers passes the file's tensors uncast to operations that have the attribute ``hf_quantizer``.
-    """
-
-    def __init__(self, source: CheckpointSource) -> None:
-        self.hf_quantizer = source
-
-    def convert(
-        self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        source, (module, name) = self.hf_quantizer, get_module_from_name(model, full_layer_name)
-        tensors, missing = input_dict.pop(_PATTERN), kwargs.get("missing_keys")
-        try:
-            if source.error is None:
-                read = source.read(full_layer_name, tensors, module)
-                return (
-                    {full_layer_name: read}
-                    if isinstance(read, Tensor)
-                    else fill(module, full_layer_name, read, missing)
-                )
-        except ValueError as error:
-            # transformers would hide the message, so the quantizer raises the error after all weights are read.
-            source.error = error
-        finally:
-            source.release(*tensors)
-        parts = module.packed_parts(name) if isinstance(module, Packed4bit) else (name,)
-        if missing is not None:
-            missing.difference_update(f"{_module(full_layer_name)}.{part}" for part in parts)
-        return {}
+def _items(write: Callable[[Tensor], dict[str, Tensor]], t: Tensor) -> Iterable[tuple[str, Tensor]]:
+    return write(t).items()
 
 
-class _PackedTensors(core_model_loading.WeightConverter):
-    """Collects the tensors of each 4-bit weight, whatever their names.
-
-    Args:
-        targets: the names of the weights in the model, by the names of their tensors after transformers' renamings.
-    """
-
-    __slots__ = ("source", "targets")
-
-    def __init__(self, source: CheckpointSource, targets: Mapping[str, str]) -> None:
-        super().__init__([_PATTERN], [_PATTERN], [_Fill(source)])
-        self.source, self.targets = source, targets
-
-    def __deepcopy__(self, memo: Any) -> _PackedTensors:
-        return type(self)(self.source, self.targets)  # transformers makes a copy for each weight
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        target = self.targets.get(source_key)
-        return (source_key, None) if target is None else (target, _PATTERN)
-
-
-def _module(name: str) -> str:
-    """The name of the module that has the weight ``name``."""
-    return name.rpartition(".")[0]
+def _is_sharded(t: Tensor) -> bool:
+    return hasattr(t, "full_tensor")
 
 
 def _is_lossless(operations: Sequence[Any], parts: int) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._internal.untrusted import excerpt, printable
 from ...form import Form
@@ -96,6 +96,42 @@ def empty_layer(module: nn.Module, compute_dtype: torch.dtype, form: Form) -> Pa
     if isinstance(module, nn.Linear):
         layer.stand_for(module)
     return layer
+
+
+# The attributes under which PEFT's layers have the module that they adapt.
+_ADAPTED = ("base_layer", "original_module")
+
+
+class BaseNames:
+    """The names that the tensors and modules of a model have without PEFT's adapters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._adapted = {
+            name: child
+            for name, module in model.named_modules(remove_duplicate=False)
+            for child in _ADAPTED
+            if isinstance(getattr(module, child, None), nn.Module)
+        }
+
+    def __bool__(self) -> bool:
+        """Whether the model has adapters."""
+        return bool(self._adapted)
+
+    def __getitem__(self, name: str) -> str | None:
+        """The name without adapters; None for a tensor or module of an adapter."""
+        path, base = "", list[str]()
+        for part in name.split("."):
+            adapted = self._adapted.get(path)
+            if adapted is None:
+                base.append(part)
+            elif part != adapted:
+                return None
+            path = f"{path}.{part}" if path else part
+        return ".".join(base)
+
+    def select(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of ``state`` that belong to no adapter, by their names without adapters."""
+        return {base: t for name, t in state.items() if (base := self[name]) is not None}
 
 
 def check_complete(model: Any, found: Collection[str], stored: Sequence[str], files: Sequence[str]) -> None:

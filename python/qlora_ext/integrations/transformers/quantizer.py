@@ -37,10 +37,12 @@ from ...weight import Weight4bit
 from .._patches import extend
 from . import conversions
 from .checkpoint import CheckpointSource
+from .checkpoint_files import check_dense
 from .config import METHOD, QLoRAConfig
 from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
 from .modules import (
+    BaseNames,
     check_loaded,
     compute_dtype_of,
     dense_names,
@@ -123,6 +125,17 @@ class QLoRAQuantizer(HfQuantizer):
             return {"": torch.cuda.current_device()}
         return device_map
 
+    def read_header(self, gguf_file: str) -> None:
+        """Called by transformers with the path of a GGUF file, which the source opens when the model exists."""
+
+    def get_state_dict(self, gguf_file: str, model: nn.Module) -> dict[str, Any]:
+        """The values of a GGUF file's weights, for transformers."""
+        assert self.source is not None
+        return self.source.values()
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        return torch.get_default_dtype() if dtype is None else dtype  # None: "auto" for a GGUF file
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, Packed4bit) and name in module.packed_shapes
@@ -186,6 +199,21 @@ class QLoRAQuantizer(HfQuantizer):
         named = self.qlora_config.skip_modules
         return [name for name, _ in model.named_modules() if named and not should_convert_module(name, named)]
 
+    def _check_skipped(self, model: nn.Module) -> None:
+        """Rejects names of ``skip_modules`` whose weights are 4-bit in the checkpoint.
+
+        Raises:
+            ValueError: there is such a name.
+        """
+        assert self.source is not None
+        asked, packed = {*self._asked(model)}, {name.rpartition(".")[0]: None for name in self.forms}
+        refused = [name for name in packed if not asked.isdisjoint(paths_to(name))]
+        if refused:
+            raise ValueError(
+                f"skip_modules: expected layers that are dense in this {self.source.name} checkpoint, got "
+                f"{', '.join(refused[:3])} ({len(refused)} in all); load them, and replace them by their to_dense()"
+            )
+
     def _linear_layers(self, model: nn.Module, skipped: list[str]) -> Iterator[tuple[str, nn.Module]]:
         """The layers that bitsandbytes would quantize, selected by transformers' own rule."""
         for name, module in list(model.named_modules()):
@@ -193,7 +221,7 @@ class QLoRAQuantizer(HfQuantizer):
                 yield name, module
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        checkpoint_files = list(kwargs.get("checkpoint_files") or [])
+        checkpoint_files = [str(file) for file in kwargs.get("checkpoint_files") or []]
         self.mapped_files = MappedFiles(checkpoint_files)
         if self.bitsandbytes_storage is not None and any(is_fused_experts(m) for m in model.modules()):
             refuse_split_experts(checkpoint_files)
@@ -201,6 +229,10 @@ class QLoRAQuantizer(HfQuantizer):
         if self.source is not None:
             self.forms = self.source.forms(model, checkpoint_files)
             self.source.release = self.mapped_files.release
+            if not self.source.quantizes_rest:
+                self._check_skipped(model)
+        elif not self.pre_quantized and checkpoint_files and all(f.endswith(".safetensors") for f in checkpoint_files):
+            check_dense(checkpoint_files)
         # transformers < 5.20 casts the tensors that it reads to the dtype of these placeholders.
         as_read = self.bitsandbytes_storage or (None if self.reads_our_format else model_dtype)
         places, heads = places_in(model), tied_heads(model, _tied_names(model))
@@ -254,6 +286,10 @@ class QLoRAQuantizer(HfQuantizer):
             more = f" ({len(self.not_finite)} weights have NaN or infinity)" if len(self.not_finite) > 1 else ""
             raise ValueError(f"{name}: {where.removeprefix('w: ')}{more}")
         check_loaded(model)
+        if self.source is not None:
+            self.source.loaded(model)
+            if not self._saves_source:
+                self.source = self.qlora_config._source = None
         for _, layer in layers_of(model):
             layer.freeze_packed()  # transformers makes every floating-point parameter trainable
         if self.bitsandbytes_storage is not None:
@@ -294,7 +330,13 @@ class QLoRAQuantizer(HfQuantizer):
         return self.source is not None and self.source.saved_config is not None
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        return (self.source.state_dict(model) if self.source is not None else None), {}
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapter alone
+            return None, {}
+        if self._saves_source:
+            assert self.source is not None
+            return self.source.state_dict(model), {}
+        names = BaseNames(model)
+        return (names.select(model.state_dict()) if names else None), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
@@ -381,7 +423,11 @@ def merge_quantization_configs(original: Any, quantization_config: Any, quantiza
             config = original(quantization_config, quantization_config_from_args)
         else:
             config = copy.copy(quantization_config_from_args)
-            config._source, config.embeddings = CheckpointSource(saved), False
+            config._source = CheckpointSource(saved)
+            if config.embeddings:
+                raise ValueError(
+                    f"embeddings: expected False for a {config._source.name} checkpoint, whose dense weights stay dense"
+                )
         config.stream = quantization_config_from_args.stream
         config.resident = quantization_config_from_args.resident
         return config

@@ -27,9 +27,12 @@ class Source(abc.ABC):
     A weight then reaches its module in one of two ways. A source whose checkpoint transformers opens itself puts an
     operation into ``conversions`` that fills the module (``loading.fill``). A source that passes a ``state_dict`` to
     ``from_pretrained`` puts values there that are ``Weight4bit`` once they are read, and ``Quantize`` takes them as
-    they are; its model is not ``pre_quantized``, so that transformers reads one weight at a time.
+    they are; its model is not ``pre_quantized``, so that transformers reads one weight at a time. For a GGUF file,
+    transformers asks the quantizer for such values (``values``).
 
-    3. ``saved_config``, ``prepare_saving`` and ``state_dict`` when the model is saved. The defaults save it in the
+    3. ``loaded``, when all weights have been read. A source whose model is saved in the format of this package is then
+       dropped.
+    4. ``saved_config``, ``prepare_saving`` and ``state_dict`` when the model is saved. The defaults save it in the
        format of this package.
 
     Attributes:
@@ -59,6 +62,13 @@ class Source(abc.ABC):
     def conversions(self, conversions: list[Any]) -> list[Any]:
         """``conversions`` with those that read this source's weights."""
         return conversions
+
+    def values(self) -> dict[str, Any]:
+        """The values that transformers reads instead of those of the GGUF file, by their names in the model."""
+        raise NotImplementedError(f"{self.name} checkpoints are not read from GGUF files")
+
+    def loaded(self, model: nn.Module) -> None:  # noqa: B027  # does nothing by default
+        """Called with the model when all weights have been read."""
 
     @property
     def saved_config(self) -> Mapping[str, Any] | None:

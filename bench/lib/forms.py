@@ -1,0 +1,17 @@
+"""The 4-bit formats besides NF4 that benches measure, by their names in tables."""
+
+from __future__ import annotations
+
+from qlora_ext.form import Form
+
+FORMS: dict[str, Form] = {
+    "FP4": Form("fp4"),
+    "MXFP4": Form("e2m1", "table8", 32),
+    "NVFP4": Form("e2m1", "table8", 16),
+    "INT4, groups of 32": Form("int4", "bfloat16", 32),
+    "INT4, groups of 128": Form("int4", "bfloat16", 128),
+    "GGUF Q4_0": Form("int4", "float16", 32),
+    "GGUF Q4_1": Form("uint4", "float16", 32, offsets="float16"),
+    "GGUF Q4_K": Form("uint4", "nested_table8", 32, 8, "scaled8"),
+    "GGUF IQ4_NL": Form("iq4_nl", "float16", 32),
+}

@@ -1,0 +1,9 @@
+"""Makes transformers build the configuration of GGUF files whose metadata it misreads."""
+
+from __future__ import annotations
+
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+
+from . import gpt_oss
+
+GGUF_CONFIG_ARCHS.setdefault(gpt_oss.ARCHITECTURE, gpt_oss.config_of)

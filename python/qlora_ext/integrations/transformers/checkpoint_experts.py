@@ -1,0 +1,115 @@
+"""Dense weights and biases of experts that a checkpoint stores one by one, though transformers expects stacks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import core_model_loading
+
+from ..._internal.untrusted import excerpt, printable
+from ...checkpoints.rows import alternating_rows, grouped_rows
+from .checkpoint_files import Header, Names, patterns_of
+
+
+def alternates(experts: nn.Module) -> bool:
+    """Whether rows of gate and up alternate in the module's gate_up_proj."""
+    return not getattr(experts, "is_concatenated", True)
+
+
+@dataclasses.dataclass
+class DenseExperts:
+    """A stack of dense weights or biases of the model, which the checkpoint stores expert by expert.
+
+    Attributes:
+        parts: the names of an expert's tensors in the checkpoint, gate before up, for each expert.
+        alternates: whether the rows of gate and up alternate in the model.
+        is_transposed: whether the model stores the transpose of each matrix.
+        where: the file and the name of the first tensor, for messages.
+    """
+
+    parts: list[list[str]]
+    alternates: bool
+    is_transposed: bool
+    where: str
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
+        return sorted((key for keys in self.parts for key in keys), key=core_model_loading.dot_natural_key)
+
+    def read(self, by_key: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The stack.
+
+        Raises:
+            ValueError: a tensor has another shape than the model expects.
+        """
+        experts, *rest = shape
+        rows, *columns = reversed(rest) if self.is_transposed else rest
+        expected = torch.Size((rows // len(self.parts[0]), *columns))
+        for key, t in by_key.items():
+            if t.shape != expected:
+                raise ValueError(
+                    f"{self.where}: expected {excerpt(key, 200)} to be {list(expected)}, got {list(t.shape)}"
+                )
+        out = torch.empty((experts, rows, *columns), dtype=dtype, device=next(iter(by_key.values())).device)
+        order = alternating_rows(rows, out.device) if self.alternates else slice(None)
+        for e, keys in enumerate(self.parts):
+            out[e] = torch.cat([by_key[key] for key in keys])[order].to(dtype)
+        return out.transpose(1, 2).contiguous() if self.is_transposed else out
+
+    def write(self, values: Tensor) -> dict[str, Tensor]:
+        """The tensors of the checkpoint."""
+        stack = values.transpose(1, 2) if self.is_transposed else values
+        order = grouped_rows(stack.shape[1], stack.device) if self.alternates else slice(None)
+        return {
+            key: t.contiguous()
+            for matrix, keys in zip(stack, self.parts, strict=True)
+            for key, t in zip(keys, matrix[order].chunk(len(keys)), strict=True)
+        }
+
+
+def dense_experts(model: nn.Module, names: Names, headers: Mapping[str, Header]) -> dict[str, DenseExperts]:
+    """The dense stacks of ``model`` whose experts the checkpoint stores one by one, by their names in it.
+
+    Args:
+        headers: of the tensors that belong to no 4-bit weight.
+
+    Raises:
+        ValueError: an expert is missing.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for key in headers:
+        target, pattern = names.place(key)
+        if target is not None and pattern is not None and patterns_of(pattern) is not None:
+            found.setdefault(target, {}).setdefault(pattern, []).append(key)
+    return dict(_joined(model, found, headers))
+
+
+def _joined(
+    model: nn.Module, found: Mapping[str, Mapping[str, Collection[str]]], headers: Mapping[str, Header]
+) -> Iterator[tuple[str, DenseExperts]]:
+    for target, by_pattern in found.items():
+        module_name, _, name = target.rpartition(".")
+        module, first = model.get_submodule(module_name), min(min(keys) for keys in by_pattern.values())
+        where = f"{printable(headers[first].file)}: {excerpt(first, 200)}"
+        count, columns = len(getattr(module, name)), []
+        patterns = patterns_of(next(iter(by_pattern))) or []
+        if surplus := [pattern for pattern in by_pattern if pattern not in patterns]:
+            raise ValueError(f"{where}: expected one name for each tensor, found names like {', '.join(surplus)} too")
+        for pattern in patterns:
+            keys = sorted(by_pattern.get(pattern, ()), key=core_model_loading.dot_natural_key)
+            if len(keys) != count:
+                raise ValueError(f"{where}: expected {count} tensors with names like {pattern}, found {len(keys)}")
+            columns.append(keys)
+        yield (
+            target,
+            DenseExperts(
+                parts=[list(keys) for keys in zip(*columns, strict=True)],
+                alternates=len(columns) > 1 and alternates(module),
+                is_transposed=not name.endswith("_bias") and bool(getattr(module, "is_transposed", False)),
+                where=where,
+            ),
+        )

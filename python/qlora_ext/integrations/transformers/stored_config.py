@@ -1,0 +1,58 @@
+"""Finds the ``quantization_config`` of checkpoints that do not have it in the field of their ``config.json``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils import cached_file
+
+from ..._internal.untrusted import check, read_json
+
+_AWQ = {"w_bit": "bits", "q_group_size": "group_size"}
+
+
+def find_config(config: Any) -> dict[str, Any] | None:
+    """The quantization_config of the checkpoint to which a model's ``config`` belongs; None if there is none.
+
+    Libraries write it into ``quantization_config`` of ``config.json``, which transformers reads. Older versions of
+    compressed-tensors name it ``compression_config``. ModelOpt, AutoGPTQ and AutoAWQ write a file of their own, which
+    may be the only place that has it.
+
+    Raises:
+        ValueError: such a file is damaged.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        saved: dict[str, Any] | None = getattr(part, "quantization_config", None)
+        if saved is not None:
+            return saved
+    older = getattr(config, "compression_config", None)
+    if older is not None:
+        check(older, {}, "compression_config")
+        return {**older, "quant_method": "compressed-tensors"}
+    fields = _read(config, "hf_quant_config.json", {"quantization": {"quant_algo?": str}})
+    if fields is not None and fields["quantization"].get("quant_algo"):
+        return {**fields, "quant_method": "modelopt"}
+    fields = _read(config, "quantize_config.json", {"quant_method?": str, "bits": int})
+    if fields is not None:
+        return {**fields, "quant_method": fields.get("quant_method") or "gptq"}
+    fields = _read(config, "quant_config.json", {"w_bit": int})
+    if fields is not None:
+        return {_AWQ.get(name, name): value for name, value in fields.items()} | {"quant_method": "awq"}
+    return None
+
+
+def _read(config: Any, name: str, schema: Any) -> dict[str, Any] | None:
+    """The file ``name`` beside ``config.json``, in a directory or on the hub; None if there is none."""
+    path = getattr(config, "_name_or_path", "")
+    if not path:
+        return None
+    file = cached_file(
+        path,
+        name,
+        revision=getattr(config, "_commit_hash", None),
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    fields: dict[str, Any] | None = None if file is None else read_json(file, schema)
+    return fields

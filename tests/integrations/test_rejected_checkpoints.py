@@ -1,0 +1,207 @@
+"""Checkpoints in 4-bit formats that are damaged, incomplete or not supported are rejected in one sentence."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from safetensors.torch import save_file
+
+import packed_models
+from packed_models import change, load
+from tiny_models import same_state
+
+NVFP4 = ("llama", "nvfp4-pack-quantized")
+MOE = ("qwen3_moe", "nvfp4-pack-quantized")
+MXFP4 = ("gpt_oss", "mxfp4")
+Q = "model.layers.1.self_attn.q_proj"
+E = "model.layers.1.mlp.experts"
+BAD: dict[str, tuple[tuple[str, str], str, Any, str]] = {
+    "no scale": (
+        NVFP4,
+        f"{Q}.weight_scale",
+        lambda t: None,
+        "expected the tensor weight_scale of nvfp4-pack-quantized too",
+    ),
+    "no codes": (
+        NVFP4,
+        f"{Q}.weight_packed",
+        lambda t: None,
+        "expected the tensor weight_packed of nvfp4-pack-quantized",
+    ),
+    "no expert": (MOE, f"{E}.2.up_proj.weight_packed", lambda t: None, "expected the tensor weight_packed of nvfp4"),
+    "no scale of an expert": (
+        MOE,
+        f"{E}.2.up_proj.weight_scale",
+        lambda t: None,
+        "expected the tensor weight_scale of",
+    ),
+    "shape": (
+        NVFP4,
+        f"{Q}.weight_scale",
+        lambda t: t[:-1],
+        r"expected weight_scale to be float8_e4m3fn \[64, 4\], got",
+    ),
+    "dtype": (
+        NVFP4,
+        f"{Q}.weight_scale",
+        lambda t: t.float(),
+        r"expected weight_scale to be float8_e4m3fn \[64, 4\], got",
+    ),
+    "factor": (
+        NVFP4,
+        f"{Q}.weight_global_scale",
+        lambda t: t * 0,
+        "expected weight_global_scale to be finite and above 0",
+    ),
+    "extra": (NVFP4, f"{Q}.weight_zero_point", lambda t: torch.zeros(1), "weight_zero_point"),
+    "NaN": (MXFP4, f"{E}.down_proj_scales", lambda t: t | 255, "expected scales to be E8M0 codes of numbers, got 0xFF"),
+    "no codes' dtype": (
+        NVFP4,
+        f"{Q}.weight_packed",
+        lambda t: t.float(),
+        "expected weight_packed to be 4-bit codes, got F32",
+    ),
+    "dense too": (
+        NVFP4,
+        f"{Q}.weight",
+        lambda t: torch.zeros(64, 64),
+        "expected a dense weight or the tensor weight_packed of nvfp4-pack-quantized, got both",
+    ),
+    "GPTQ's dense too": (
+        ("llama", "gptq"),
+        f"{Q}.weight",
+        lambda t: torch.zeros(64, 64),
+        "expected a dense weight or the tensor qweight of gptq, got both",
+    ),
+    "no blocks": (MXFP4, f"{E}.down_proj_blocks", lambda t: None, "expected the tensor blocks of mxfp4 too"),
+    "experts": (
+        MXFP4,
+        f"{E}.gate_up_proj_blocks",
+        lambda t: t[:3],
+        r"expected blocks to be uint8 \[4, 192, 2, 16\], got",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_tensors(case: str, tmp_path: pathlib.Path) -> None:
+    (family, kind), name, made, message = BAD[case]
+    checkpoint = packed_models.save(tmp_path, family, kind)
+    change(checkpoint, name, made)
+    with pytest.raises(ValueError, match=message) as raised:
+        load(checkpoint.path)
+    assert "model.safetensors" in str(raised.value)
+    weight = re.sub(r"(\.weight(_\w+)?|_blocks|_scales)$", "", name)
+    assert weight in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_layer_without_a_weight_is_an_error(tmp_path: pathlib.Path) -> None:
+    """transformers would draw the weight at random, and go on."""
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    tensors = {name: t for name, t in checkpoint.tensors.items() if not name.startswith(f"{Q}.")}
+    renamed = {name.replace(Q, Q + "s"): t for name, t in checkpoint.tensors.items()}
+    for changed, message in (
+        (tensors, "found none$"),
+        (renamed, f"found none; the model has no place for {Q}s.weight"),
+    ):
+        save_file(changed, checkpoint.path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"model.safetensors: expected the weights {Q}.weight too, {message}"):
+            load(checkpoint.path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float8_e4m3fn, None), (torch.float8_e4m3fn, (8, 8)), (torch.int8, (64, 1))]
+)
+def test_codes_that_are_not_read_are_an_error(
+    dtype: torch.dtype, scale: tuple[int, int] | None, tmp_path: pathlib.Path
+) -> None:
+    checkpoint = packed_models.save(tmp_path, "llama", "nvfp4-pack-quantized", keep="self_attn")
+    tensors = {**checkpoint.tensors, f"{Q}.weight": checkpoint.tensors[f"{Q}.weight"].to(dtype)}
+    if scale is not None:
+        tensors[f"{Q}.weight_scale"] = torch.ones(scale)
+    save_file(tensors, checkpoint.path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{Q}.weight: expected values, 4-bit codes, or FP8 values"):
+        load(checkpoint.path)
+
+
+@pytest.mark.parametrize("key", ["transform_config", "sparsity_config"])
+def test_configurations_that_change_the_product(key: str, tmp_path: pathlib.Path) -> None:
+    for i, value in enumerate((None, {}, {"config_groups": {}, "format": "dense"})):
+        checkpoint = packed_models.save(tmp_path / str(i), *NVFP4, changed={key: value})
+        load(checkpoint.path)
+    changed = {key: {"config_groups": {"R4": {}}, "format": "sparse-24-bitmask"}}
+    checkpoint = packed_models.save(tmp_path / "refused", *NVFP4, changed=changed)
+    with pytest.raises(ValueError, match="not supported"):
+        load(checkpoint.path)
+
+
+def test_a_truncated_file(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    file = checkpoint.path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors: truncated or damaged"):
+        load(checkpoint.path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "message"),
+    [
+        ("gptq", {"desc_act": True}, "desc_act false"),
+        ("gptq", {"bits": 3}, "4 bits"),
+        ("gptq", {"bits": 8}, "4 bits"),
+        ("awq", {"version": "gemv"}, "gemm"),
+        ("awq", {"quant_method": "aqlm"}, "not supported"),
+        ("modelopt", {"quant_algo": "FP8"}, "FP8"),
+        ("awq", {"quant_method": "fp8"}, "fp8"),
+        ("awq", {"quant_method": "unheard-of"}, "unheard-of"),
+    ],
+)
+def test_formats_that_are_not_served(kind: str, changed: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, "llama", kind, changed=changed)
+    (checkpoint.path / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint.path)
+
+
+def test_layers_that_are_4bit_in_the_checkpoint_are_not_skipped(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    load(checkpoint.path, skip_modules=["lm_head"])
+    message = (
+        r"^skip_modules: expected layers that are dense in this nvfp4-pack-quantized checkpoint, got .*_proj \(6 in"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint.path, skip_modules=["mlp"])
+    with pytest.raises(ValueError, match="^embeddings: expected False for a nvfp4-pack-quantized checkpoint"):
+        load(checkpoint.path, embeddings=True)
+
+
+def test_a_missing_file_is_named(tmp_path: pathlib.Path) -> None:
+    model = load(packed_models.save(tmp_path, *NVFP4).path)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    file = sorted((tmp_path / "saved").glob("*.safetensors"))[1]
+    assert same_state(load(tmp_path / "saved"), model)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file.name}: expected this file of the checkpoint, found none"):
+        load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq", "modelopt"])
+def test_codes_without_a_configuration(kind: str, tmp_path: pathlib.Path) -> None:
+    """transformers reports mismatched or missing weights, and may go on with random ones."""
+    checkpoint = packed_models.save(tmp_path, "llama", kind)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    del config["quantization_config"]
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: expected dense weights, .* the 4-bit codes model\.layers"
+    ):
+        load(checkpoint.path)
