@@ -18,6 +18,7 @@ from .weight import NF4Weight, Weight4bit, dequantize_nf4, quantize, quantize_nf
 
 if TYPE_CHECKING:
     from . import decoding, gguf, planning
+    from .cli.exporting.export import export
     from .cli.training.finetuning import finetune
     from .integrations.bitsandbytes.adoption import adopt
     from .integrations.transformers import QLoRAConfig
@@ -36,6 +37,7 @@ __all__ = [
     "check_model",
     "decoding",
     "dequantize_nf4",
+    "export",
     "fidelity",
     "finetune",
     "gguf",
@@ -99,6 +101,7 @@ _DEFINED_IN = {
     "QLoRAConfig": ".integrations.transformers",
     "adopt": ".integrations.bitsandbytes.adoption",
     "decoding": ".",
+    "export": ".cli.exporting.export",
     "finetune": ".cli.training.finetuning",
     "gguf": ".",
     "planning": ".",

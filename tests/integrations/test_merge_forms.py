@@ -9,10 +9,11 @@ import torch
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
+import qlora_ext
 from forms import FORMS, random_weight
 from qlora_ext.formats import code_values
 from qlora_ext.integrations import peft as integration
-from qlora_ext.merged import merged_linear_nf4, merged_weight, with_nearest_codes, with_update
+from qlora_ext.merged import encode_like, merged_linear_nf4, merged_weight, with_nearest_codes, with_update
 from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, layers_of
 from qlora_ext.weight import Weight4bit
 from tiny_experts import Experts, routing
@@ -52,6 +53,31 @@ def test_codes_hold_an_update_below_their_distance(name: str) -> None:
     assert 0.75 < retained < 1.25
     nearest = with_nearest_codes(w4, w + update).dequantize() - w
     assert ((nearest * update).sum() / update.square().sum()).item() < 0.2
+
+
+@EVERY
+def test_a_weight_on_its_codes_is_rounded_stochastically(name: str) -> None:
+    w4 = random_weight(FORMS[name], SHAPE)
+    a, b = small_update(w4)
+    before = w4.dequantize(torch.float32)
+    moved = before + 2.0 * (b @ a)
+    found = encode_like(w4, before, moved, seed=7)
+    assert same_but_codes(found.w4, w4)
+    assert torch.equal(found.w4.packed, with_update(w4, moved, 7).packed)
+    assert found.total == pytest.approx((moved - before).square().sum().item())
+
+
+@pytest.mark.parametrize("size", [0.002, 0.02])
+@pytest.mark.parametrize("name", ["int4", "nvfp4", "mxfp4", "q4_0", "q4_1", "iq4_nl"])
+def test_a_weight_of_another_format_keeps_its_update(name: str, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = qlora_ext.quantize_nf4(torch.randn(512, 512, generator=generator)).dequantize()
+    update = size * torch.randn(512, 8, generator=generator) @ torch.randn(8, 512, generator=generator)
+    base = qlora_ext.quantize(w, name)
+    found = encode_like(base, w, w + update)
+    assert 0.85 < found.retained / found.total < 1.15
+    error, unavoidable = ((w4 - w).norm() for w4 in (found.w4.dequantize() - update, base.dequantize()))
+    assert error < 1.15 * unavoidable
 
 
 @EVERY

@@ -285,6 +285,15 @@ def test_merge_to_4bit_reports_its_error() -> None:
     assert (logits(merged) - expected).norm() < 0.5 * expected.norm()
 
 
+def test_merge_to_4bit_keeps_adapters_on_dense_layers() -> None:
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    head = model.base_model.model.lm_head
+    expected = head.base_layer.weight + head.get_delta_weight("default")
+    merged, error = integration.merge_to_4bit(model)
+    assert len(error.by_layer) == 2
+    torch.testing.assert_close(merged.lm_head.weight, expected)
+
+
 def test_dora_is_correct_and_trains() -> None:
     plain = logits(base())
     model = adapted(use_dora=True, init_lora_weights=True)

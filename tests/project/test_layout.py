@@ -235,14 +235,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Subpackage -> the only other subpackages or files that may import from it.
 IMPORTED_BY = {
     "cli/commands/": ("cli/main.py",),
+    "cli/exporting/": ("cli/commands/", "__init__.py"),
     "cli/training/": ("cli/commands/", "__init__.py"),
     "cli/quantization/": ("cli/commands/",),
     "cli/generation/": ("cli/commands/", "cli/training/"),
     "cli/data/": ("cli/commands/", "cli/training/", "cli/quantization/", "cli/generation/"),
-    "cli/models/": ("cli/commands/", "cli/training/", "cli/generation/", "cli/data/"),
+    "cli/models/": ("cli/commands/", "cli/exporting/", "cli/training/", "cli/generation/", "cli/data/"),
     "cli/terminal/": ("cli/commands/", "cli/training/", "cli/quantization/"),
     "cli/outputs/": (
         "cli/commands/",
+        "cli/exporting/",
         "cli/training/",
         "cli/quantization/",
         "cli/data/",

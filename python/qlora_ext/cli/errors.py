@@ -17,6 +17,12 @@ from .._internal.untrusted import first_line as first_line
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # at the end of messages of Rust libraries
+_OPTION = re.compile(r"(?<![\w/.-])--([a-z][a-z0-9-]*)")
+
+
+def as_arguments(text: str) -> str:
+    """A message of the command, with options replaced by argument names: ``--max-steps`` by ``max_steps``."""
+    return _OPTION.sub(lambda option: option[1].replace("-", "_"), text)
 
 
 def is_panic(error: BaseException) -> bool:

@@ -79,6 +79,7 @@ _COMMANDS = {
     "generate": "infer inference predict complete completion ask answer",
     "chat": "talk interactive repl",
     "merge": "fuse merge-lora merge-adapter merge-and-unload",
+    "export": "deploy gguf ollama save-pretrained-gguf",
     "quantize": "quant quantise convert compress bnb",
     "adapters": "list ls loras checkpoints",
     "plan": "estimate estimate-memory memory vram",

@@ -12,6 +12,24 @@ from typing import Any
 
 from .._internal.untrusted import FileError, excerpt, printable
 
+# llama.cpp's architectures, by transformers' ``model_type``: those for which files are written.
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "gpt_oss": "gpt-oss",
+}
+# In the metadata of files that qlora_ext wrote, after the architecture.
+VERSION_KEY = "qlora_ext.version"
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_DIMENSIONS = 4

@@ -1,8 +1,7 @@
 """Reads the weights of a GGUF file one at a time, so that the model is never in memory twice.
 
-transformers decodes a whole GGUF file, and quantizes nothing. Here, its tensor processors, which undo what the
-conversion to GGUF did to some weights, and the gguf package's name tables are applied to one tensor at a time. Weights
-that the file stores in 4 bits stay as they are, even if their rows have to be moved.
+transformers decodes a whole GGUF file, and quantizes nothing. Here, weights that the file stores in 4 bits stay as they
+are, even if their rows have to be moved.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from .._internal.untrusted import FileError, excerpt, printable
 from ..weight import Weight4bit
 from . import blocks
 from .file import TensorInfo, read_header
-from .rows import Rows, find_rows
+from .names import Names
+from .rows import Rows
 
 if TYPE_CHECKING:
     from ..form import Form
@@ -94,18 +94,9 @@ class GGUFWeights:
 
     def __init__(self, path: str | os.PathLike[str], model: Any) -> None:
         path = pathlib.Path(path)
-        try:
-            from transformers import modeling_gguf_pytorch_utils as reading
-        except ImportError as error:
-            raise NotImplementedError(str(error)) from error
         self._path, self._model = path, model
         header = read_header(path)
-        from . import gpt_oss
-
-        processors = {**reading.TENSOR_PROCESSORS, gpt_oss.ARCHITECTURE: gpt_oss.Processor}
-        processor = processors.get(header.architecture, reading.TensorProcessor)
-        self._processor = processor(config=model.config.to_dict())
-        self._names = self._names_of(header.architecture)
+        self._names = Names(header.architecture, model)
         # NVFP4 tensors may have one more scale, or one per expert.
         named = {tensor.name: tensor for tensor in header.tensors}
         self._scales = {
@@ -117,7 +108,7 @@ class GGUFWeights:
         self.unknown: list[str] = []
         self.summary = ""
         for tensor in header.tensors:
-            found = self._places_of(tensor)
+            found = self._names.places_of(tensor.name, tensor.shape)
             for name, rows in found.items():
                 self._parts.setdefault(name, []).append(_Part(tensor, rows))
             if not found and tensor not in self._scales.values():
@@ -187,7 +178,7 @@ class GGUFWeights:
             found: dict[str, Tensor] = {}
             for part in parts:
                 values = self._values(part, 0, self._read(part, 0, part.count)).reshape(part.tensor.shape)
-                found = self._process(part.tensor, values, found)
+                found = self._names.process(part.tensor.name, values, found)
             expected, count = found[name].numel(), sum(math.prod(part.tensor.shape) for part in parts)
             if count != expected:
                 raise self._incomplete(name, f"{expected} values", count)
@@ -329,56 +320,3 @@ class GGUFWeights:
         if len(factors) != count or not np.isfinite(factors).all():
             raise FileError(f"{self._where(scale.tensor)}: expected {count} finite factors, got {excerpt(factors)}")
         return factors
-
-    def _places_of(self, tensor: TensorInfo) -> dict[str, Rows | None]:
-        """The weights that come from ``tensor``, and its rows in them; None if transformers changes its values."""
-        if len(tensor.shape) < 2:
-            return dict.fromkeys(self._process(tensor, np.ones(tensor.shape, np.int8), {}))
-        return find_rows(lambda values: self._process(tensor, values, {}), tensor.shape)
-
-    def _process(self, tensor: TensorInfo, values: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds the model's weights that come from ``tensor``, which has these ``values``, to ``found``."""
-        with np.errstate(all="ignore"):  # the values may be placeholders
-            processed = self._processor.process(
-                weights=values,
-                name=tensor.name,
-                tensor_key_mapping=self._names,
-                parsed_parameters={"tensors": found},
-            )
-        if processed.name in self._names:
-            found[self._names[processed.name]] = torch.from_numpy(np.array(processed.weights))
-        return found
-
-    def _names_of(self, architecture: str) -> dict[str, str]:
-        """The model's names, by the names in the file."""
-        import gguf
-
-        number = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
-        if number is None:
-            raise NotImplementedError(f"the gguf package has no tensor names for {architecture}")
-        table = gguf.get_tensor_name_map(number, self._model.config.get_text_config().num_hidden_layers)
-        found: dict[str, str] = {}
-        for prefix, name in self._candidates():
-            name = self._processor.preprocess_name(name)
-            stem, dot, kind = name.rpartition(".")
-            if kind not in ("weight", "bias"):
-                stem, dot, kind = name, "", ""
-            in_file = table.get_name(stem)
-            here: dict[str, str] = {} if in_file is None else {f"{in_file}{dot}{kind}": prefix + name}
-            if in_file is None:  # the processor may know the name
-                self._processor.perform_fallback_tensor_mapping(here, dot + kind, prefix, name)
-            for known in here:
-                found.setdefault(known, here[known])
-        return found
-
-    def _candidates(self) -> Iterator[tuple[str, str]]:
-        """Pairs of prefix and rest of each weight's name, first without a prefix, then with ever longer ones.
-
-        Some models were converted as the decoder inside them, whose weights lack the prefix.
-        """
-        names = list(self._model.state_dict())
-        for depth in range(max(name.count(".") for name in names)):
-            for name in names:
-                rest = name.split(".", depth)[-1]
-                if name.count(".") >= depth:
-                    yield name.removesuffix(rest), rest

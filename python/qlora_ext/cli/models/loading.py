@@ -86,6 +86,8 @@ def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
     options = {"dtype": dtype, "output_loading_info": True}
     model, report = load_pretrained("model", source, AutoModelForCausalLM, shown, **options)
     validate_model.check_report(source, model, report)
+    if source.gguf_file is not None and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # transformers has decoded it, and would not save it
     return model
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from typing import Any
 
 from ..._internal.untrusted import FileError, check
-from ..errors import UserError
+from ..errors import UserError, as_arguments
 from .recipe import Finetuned, Recipe
 from .run import Request
 from .settings import Settings, schema
@@ -31,11 +30,6 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
     except FileError as error:
         raise TypeError(str(error)) from None
     return given
-
-
-def _as_arguments(text: str) -> str:
-    """A message of the command, with options replaced by argument names: ``--max-steps`` by ``max_steps``."""
-    return re.sub(r"(?<![\w/.-])--([a-z][a-z0-9-]*)", lambda option: option[1].replace("-", "_"), text)
 
 
 def finetune(
@@ -89,4 +83,4 @@ def finetune(
     try:
         return Recipe(Request(given, os.fspath(output), resume, overwrite, force, trust_remote_code)).run()
     except UserError as error:
-        raise ValueError(_as_arguments(str(error))) from error
+        raise ValueError(as_arguments(str(error))) from error

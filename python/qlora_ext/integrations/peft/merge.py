@@ -8,19 +8,16 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...form import Form
 from ...formats import FP4, NF4
-from ...merged import retained_update, seed_of, with_nearest_codes, with_update
+from ...merged import RETAINED_BY_NEAREST, retained_update, seed_of, with_nearest_codes, with_update
 from ...nn import Packed4bit, computing_in, is_dense, quantize_model
 from ...weight import Weight4bit
 from .._patches import extend
 from ..transformers.modules import dequantize_modules
-
-# If rounding to the nearest codes retains this share of an update, it is used. Stochastic rounding has larger errors.
-_RETAINED_BY_NEAREST = 0.95
 
 
 class Over4bit:
@@ -92,6 +89,17 @@ class Over4bit:
         here = self._get_available_adapters()  # type: ignore[attr-defined]
         return [name for name in check_adapters_to_merge(self, adapter_names) if name in here]
 
+    def before_and_after(self) -> tuple[Tensor, Tensor]:
+        """The decoded weight, and its sum with the active adapters. The layer does not change."""
+        if self.merged_adapters:
+            self.unmerge()
+        before, names = self.decoded(), self.names_to_merge(None)
+        if not names:
+            return before, before
+        after, _ = self.merged_weights(names)
+        self.merged_adapters.clear()
+        return before, after
+
     def merged_weights(self, names: list[str], safe_merge: bool = False) -> tuple[Tensor, Tensor | None]:
         """The decoded weight and bias in float32 with the named adapters, which count as merged from now on."""
         if self.layer4bit.is_sharded:
@@ -125,7 +133,7 @@ class Over4bit:
             before = self.decoded()
             self.requantize(weight)
             retained, total = retained_update(weight - before, before, self.decoded())
-            if retained >= _RETAINED_BY_NEAREST * total:
+            if retained >= RETAINED_BY_NEAREST * total:
                 return
         layer.set_packed(self.parameter_name, with_update(w4, layer.as_quantized(weight), self.rounding_seed))
 
@@ -209,6 +217,8 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
     error = norm = retained = total = 0.0
     for name, layer in model.named_modules():
         if not isinstance(layer, Over4bit):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()  # an adapter on a dense layer, such as the output head
             continue
         if layer.merged_adapters:
             layer.unmerge()

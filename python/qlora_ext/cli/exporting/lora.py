@@ -1,0 +1,114 @@
+"""Checks of LoRA adapters and their bases that several targets share. They read no weights."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+from ...gguf.file import ARCHITECTURES, read_header
+from ..errors import UserError
+from ..models import validate_model
+from ..models.adapter_files import check_files, config_of
+from ..models.sources import ModelSource
+
+_MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# Settings of PEFT with which an adapter is more than B · A, and what they are called.
+_MORE = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules saved in full (modules_to_save)",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+    "lora_bias": "biases (lora_bias)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "use_qalora": "QA-LoRA",
+    "kasa_config": "KaSA",
+    "use_bdlora": "BD-LoRA",
+    "monteclora_config": "MonteCLoRA",
+}
+# Those that no merged model has either.
+_CONDITIONAL = {"alora_invocation_tokens": "activated LoRA", "arrow_config": "Arrow"}
+
+
+def check_plain(target: str, adapter: pathlib.Path) -> None:
+    """Rejects an adapter that is not plain LoRA.
+
+    Raises:
+        UserError: it is of another kind, which the message names.
+    """
+    config = config_of(adapter)
+    kind = config.get("peft_type")
+    found = [words for name, words in _MORE.items() if config.get(name)]
+    if kind != "LORA" or found:
+        has = found[0] if found else kind
+        raise UserError(f"{target}: the adapter {adapter} has {has}, which that target cannot hold; use --to dense")
+    conditional = [words for name, words in _CONDITIONAL.items() if config.get(name)]
+    if conditional:
+        raise UserError(f"{target}: the adapter {adapter} is {conditional[0]}, which only PEFT runs")
+
+
+def architecture_of(target: str, source: ModelSource, config: Any) -> str:
+    """llama.cpp's name of the architecture.
+
+    Raises:
+        UserError: it is not one of those for which files are written.
+    """
+    if source.gguf_file is not None:
+        found = read_header(pathlib.Path(source.path) / source.gguf_file).architecture
+        if found in ARCHITECTURES.values():
+            return found
+    else:
+        found = config.model_type
+        if found in ARCHITECTURES:
+            return ARCHITECTURES[found]
+    raise UserError(
+        f"{target}: {source.name} is a {found} model, expected one of {', '.join(ARCHITECTURES)}; use --to dense, and "
+        "the converter of llama.cpp"
+    )
+
+
+def ranks_of(target: str, adapter: pathlib.Path, model: Any) -> dict[str, int]:
+    """The layers with an adapter, and their ranks.
+
+    Raises:
+        UserError: the adapter has other weights than pairs of A and B, or their shapes do not fit ``model``.
+    """
+    found = validate_model.shapes(adapter / "adapter_model.safetensors")
+    matches = {name: _MATRIX.fullmatch(name) for name in found}
+    others = [name for name, match in matches.items() if match is None or match[1].endswith(".base_layer")]
+    others += [name for name, match in matches.items() if match and match[1].endswith(".experts")]
+    if others:
+        raise UserError(
+            f"{target}: the adapter {adapter} has weights other than those of LoRA on linear layers, which that "
+            f"target cannot hold: {validate_model.named(others)}; use --to dense"
+        )
+    state, ranks = model.state_dict(), {}
+    for layer in {match[1]: None for match in matches.values() if match}:
+        a, b = (found.get(f"base_model.model.{layer}.lora_{side}.weight", []) for side in "AB")
+        weight = state.get(f"{layer}.weight")
+        expected = [] if weight is None else list(weight.shape)
+        if len(a) != 2 or len(b) != 2 or [b[0], a[1]] != expected or a[0] != b[1]:
+            raise UserError(f"the adapter {adapter} does not fit its base: {layer} has A {a} and B {b} on {expected}")
+        ranks[layer] = a[0]
+    return ranks
+
+
+def check_tied(target: str, adapter: pathlib.Path, model: Any) -> None:
+    """Rejects an adapter on an output head that is tied to the embeddings, because merging it changes both.
+
+    Args:
+        target: the option and its value, for the error message.
+        model: the dense base; it may be on the meta device.
+
+    Raises:
+        UserError: the adapter is on the head or on the embeddings.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not table.weight:
+        return
+    names = check_files(adapter)
+    for layer, module in model.named_modules():
+        if module in (head, table) and any(name.startswith(f"base_model.model.{layer}.") for name in names):
+            raise UserError(
+                f"{target}: the adapter {adapter} is on {layer}, and the model ties its output head to its embeddings, "
+                "so that merging would change both; load the adapter with PEFT instead"
+            )

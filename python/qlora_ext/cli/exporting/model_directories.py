@@ -1,0 +1,134 @@
+"""The targets that are model directories of transformers: ``dense`` and ``bitsandbytes``."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import UserError
+from ..models import validate_model
+from ..models.adapted import Adapted, find_adapted
+from ..models.adapter_files import config_of
+from ..models.loading import load_dense, stored_forms
+from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_config, restore_use_cache
+from ..models.size import model_size
+from ..models.sources import PROVENANCE
+from ..outputs.files import write_json
+from .job import Job
+from .lora import check_tied
+
+_BYTES_PER_TOKEN = 64  # of a tokenizer's files, with its merges
+_OTHER_FILES = 1 << 16  # bytes
+
+
+def find_model(arguments: argparse.Namespace) -> tuple[Adapted, Any]:
+    """The model and its adapter, and the dense model without memory for its weights."""
+    adapted = find_adapted(arguments)
+    if adapted.adapter is not None and "target_modules" not in config_of(adapted.adapter):
+        kind = config_of(adapted.adapter).get("peft_type")
+        raise UserError(
+            f"--adapter {adapted.adapter}: expected an adapter of weights, got {kind}, which cannot be merged into a "
+            "model; load it with PEFT instead"
+        )
+    config = load_config(adapted.source)
+    validate_model.check_room(adapted.source, config)
+    skeleton = validate_model.skeleton(adapted.source, config)
+    if adapted.adapter is not None:
+        check_tied(f"--to {arguments.to}", adapted.adapter, skeleton)
+    return adapted, skeleton
+
+
+def size_of(weights: int, adapted: Adapted) -> int:
+    """The estimated size of a directory with that many bytes of weights."""
+    return weights + _BYTES_PER_TOKEN * len(adapted.tokenizer) + _OTHER_FILES
+
+
+def writer(model: Any, adapted: Adapted, save: Callable[[Any, pathlib.Path], None]) -> Callable[[pathlib.Path], None]:
+    restore_use_cache(model, adapted.source)
+
+    def write(partial: pathlib.Path) -> None:
+        save(model, partial)
+        adapted.tokenizer.save_pretrained(partial)
+
+    return write
+
+
+def dense(arguments: argparse.Namespace) -> Job:
+    """The merged, or decoded, model in ``--dtype``."""
+    adapted, skeleton = find_model(arguments)
+    loader = adapted.loader
+
+    def build() -> Callable[[pathlib.Path], None]:
+        if adapted.adapter is not None:
+            model = adapted.load().merge_and_unload()
+        elif is_4bit(adapted.source):
+            model = loader.while_loading().dequantize()
+        else:
+            model = load_dense(adapted.source, loader.dtype, loader.device)
+        return writer(model, adapted, lambda model, partial: model.save_pretrained(partial))
+
+    return Job(size_of(model_size(skeleton.to(loader.dtype)).bytes, adapted), build)
+
+
+def check_linear(target: str, adapted: Adapted, quantized: Any) -> None:
+    """Rejects a model with other 4-bit layers than linear ones, given without memory for its weights.
+
+    Args:
+        target: the value of ``--to``, for the error message.
+    """
+    from torch import nn
+
+    from ...nn import Linear4bit, layers_of
+
+    for name, layer in layers_of(quantized):
+        if not isinstance(layer, Linear4bit) or layer.dense_class is not nn.Linear:
+            raise UserError(
+                f"--to {target}: {name} of {adapted.source.name} is not a linear layer, and that format has no other "
+                "4-bit layers; use --to dense"
+            )
+
+
+def _check_codes(adapted: Adapted) -> None:
+    """Rejects an adapter on a base whose codes bitsandbytes does not have."""
+    forms = stored_forms(adapted.source, load_config(adapted.source))
+    if adapted.adapter is not None and forms is not None:
+        codes = ", ".join(sorted({form.code for form in forms.values()}))
+        raise UserError(
+            f"--to bitsandbytes: the adapter was trained on weights in {codes}, which bitsandbytes does not have, and "
+            "rounding them to NF4 would lose what was learnt; use --to dense"
+        )
+
+
+def bitsandbytes(arguments: argparse.Namespace) -> Job:
+    """The model in NF4, into whose codes the adapter is merged by the rounding of ``merge --4bit``."""
+    import torch
+
+    from ...integrations.bitsandbytes import save_pretrained
+    from ...integrations.peft import merge_to_4bit
+    from ...nn import quantize_model
+
+    adapted, skeleton = find_model(arguments)
+    loader = adapted.loader
+    with torch.device("meta"):
+        quantized = quantize_model(skeleton.to(loader.dtype), **loader.form.keywords)
+    check_linear("bitsandbytes", adapted, quantized)
+    _check_codes(adapted)
+
+    def build() -> Callable[[pathlib.Path], None]:
+        if adapted.adapter is not None:
+            model, error = merge_to_4bit(adapted.load())
+            print(f"the codes retain {error.retained:.1%} of the adapter's update")
+        elif has_4bit_blocks(adapted.source):
+            model = loader.dense_first()
+        else:
+            model = loader.while_loading()
+        return writer(model, adapted, save)
+
+    def save(model: Any, partial: pathlib.Path) -> None:
+        save_pretrained(model, partial)
+        if adapted.adapter is None:
+            write_json(partial / PROVENANCE, {"model": dense_name(adapted.source), "kept": None})
+
+    return Job(size_of(model_size(quantized).bytes, adapted), build)

@@ -1,0 +1,159 @@
+"""``qlora-ext export --to gguf:...``: the base's GGUF file with the adapter in its weights."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+for library in ("transformers", "peft", "gguf"):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+
+import gguf
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import qlora_ext
+from commands import here
+from gguf_files import WIDE, write
+from qlora_ext.gguf import blocks
+from tiny_models import token_ids
+
+Refused = Callable[..., str]
+IDS = token_ids()
+TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4")
+
+
+def read(path: pathlib.Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS).logits.float()
+    return found
+
+
+def make_base(path: pathlib.Path, *kinds: str) -> None:
+    torch.manual_seed(0)
+    write(AutoModelForCausalLM.from_config(LlamaConfig(**WIDE), dtype=torch.float32), path, "llama", kinds=kinds)
+
+
+def adapt(directory: pathlib.Path, base: pathlib.Path, size: float = 1.0, **options: Any) -> None:
+    torch.manual_seed(5)
+    config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options}
+    model = get_peft_model(read(base), LoraConfig(task_type="CAUSAL_LM", **config))
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.mul_(size)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(directory)
+
+
+def contents(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, tuple[str, bytes]]]:
+    reader = gguf.GGUFReader(path)
+    values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return values, {t.name: (t.tensor_type.name, t.data.tobytes()) for t in reader.tensors}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_merged_file_has_the_trained_model(tmp_path: pathlib.Path, kind: str) -> None:
+    """A base with 4-bit and dense matrices, and an adapter on all of them."""
+    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
+    make_base(base, "Q4_0", "Q4_1", "F16", "MXFP4", "Q8_0")
+    adapt(tmp_path / "adapter", base)
+    here("export", "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", out)
+    values, tensors = contents(out)
+    assert values.pop("qlora_ext.version")
+    old_values, old_tensors = contents(base)
+    assert values == old_values
+    assert tensors.keys() == old_tensors.keys()
+    changed = {name for name in tensors if tensors[name] != old_tensors[name]}
+    assert changed == {
+        name for name in tensors if re.fullmatch(r"blk\.\d\.(attn|ffn)_\w+\.weight", name) and "norm" not in name
+    }
+    assert {tensors[name][0] for name in changed} == {kind.upper()}
+    here(
+        "export",
+        "--adapter",
+        tmp_path / "adapter",
+        "--to",
+        "dense",
+        "--dtype",
+        "float32",
+        "--output",
+        tmp_path / "dense",
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    expected = logits(model)
+    assert (logits(read(base)) - expected).norm() > 0.5 * expected.norm()
+    for name, parameter in model.named_parameters():  # what the type costs
+        if name.endswith("_proj.weight"):
+            parameter.data = rounded(parameter.data, kind)
+    error, unavoidable = (logits(read(out)) - expected).norm(), (logits(model) - expected).norm()
+    assert error < 1.5 * unavoidable < 0.9 * expected.norm()
+    if kind in ("f16", "bf16", "q8_0"):
+        assert error < 0.02 * expected.norm()
+
+
+def rounded(w: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind.upper() in blocks.KINDS:
+        return qlora_ext.quantize(w, kind).dequantize()
+    number = gguf.GGMLQuantizationType[kind.upper()]
+    return torch.from_numpy(gguf.dequantize(gguf.quantize(w.numpy(), number), number))
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "iq4_nl", "mxfp4"])
+def test_a_base_of_that_type_keeps_its_scales(
+    tmp_path: pathlib.Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
+    make_base(base, kind.upper())
+    adapt(tmp_path / "adapter", base, 0.02, target_modules=["q_proj", "down_proj"])
+    here("export", "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", out)
+    printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
+    assert printed
+    assert 85 < float(printed[1]) < 115
+    (_, before), (_, after) = contents(base), contents(out)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {f"blk.{i}.{name}.weight" for i in range(2) for name in ("attn_q", "ffn_down")}
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+    for name in changed:
+        old, new = (np.frombuffer(tensors[name][1], np.uint8).reshape(-1, size) for tensors in (before, after))
+        assert (old[:, : size - elements // 2] == new[:, : size - elements // 2]).all()
+        assert 0 < (old != new).mean() < 0.5
+
+
+def test_a_dense_base_was_trained_in_nf4(tmp_path: pathlib.Path) -> None:
+    """Without 4-bit weights in the file, training quantizes them to NF4, which the result has to contain."""
+    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
+    make_base(base, "F16")
+    adapt(tmp_path / "adapter", base, target_modules=["q_proj"])
+    export = ["export", "--adapter", tmp_path / "adapter", "--dtype", "float32", "--to"]
+    here(*export, "gguf:f16", "--output", out)
+    here(*export, "dense", "--output", tmp_path / "dense")
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval())
+    assert (logits(read(out)) - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_what_is_rejected(
+    refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.gguf"
+    make_base(base, "Q4_0")
+    to = ["--to", "gguf:q4_0", "--output", tmp_path / "no.gguf"]
+    message = refused("export", "--adapter", finished_run, *to)
+    assert "expected an adapter whose base is a GGUF file" in message
+    assert "use --to dense" in message
+    assert "expected an adapter (--adapter), got a model" in refused("export", "--model", base, *to)
+    adapt(tmp_path / "adapter", base, use_dora=True)
+    capfd.readouterr()
+    assert "has DoRA, which that target cannot hold; use --to dense" in refused(
+        "export", "--adapter", tmp_path / "adapter", *to
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base.gguf"]
