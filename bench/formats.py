@@ -39,10 +39,14 @@ def random_weight(form: Form, n: int, k: int) -> Weight4bit:
             t = torch.randint(6, 10, spec.shape)
         elif spec.dtype == torch.uint8:
             t = torch.randint(20, 60, spec.shape)
+        elif name == "scale_table" and form.scales == "nested_table8":
+            t = torch.arange(256)  # as in GGUF's Q4_K
         elif name == "scale_table":
             t = torch.linspace(0.0, 4.0, 256) * 0.05 / largest
+        elif name == "nested_absmax" and form.scales == "nested_table8":
+            t = (0.5 + torch.rand(spec.shape)) * 0.05 / largest / 40
         else:
-            t = (0.5 + torch.rand(spec.shape)) * (-0.4 if name == "block_offsets" else 0.05 / largest)
+            t = (0.5 + torch.rand(spec.shape)) * (-0.025 if name == "block_offsets" else 0.05 / largest)
         tensors[name] = t.to(spec.dtype)
     return weight_of(form, **tensors, shape=torch.Size((n, k)), dtype=torch.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -79,8 +80,11 @@ def test_many_scales_at_once_decode_to_the_same_bits(
     columns = torch.arange(0, k, 7)
     x = torch.zeros(len(columns), k)
     x[torch.arange(len(columns)), columns] = 1.0
-    for offsets in (None, *formats.OFFSET_FORMS):
-        w4 = any_weight(Form("uint4", scales, 32, nested_block, offsets), n, k)
+    linear = ["linear table"] if scales == "nested_table8" else []
+    for offsets in (None, *formats.OFFSET_FORMS, *linear):
+        w4 = any_weight(Form("uint4", scales, 32, nested_block, None if offsets in linear else offsets), n, k)
+        if offsets in linear:
+            w4.scale_table.copy_(torch.arange(256) * torch.tensor(-0.3))
         y = OPS.linear_nf4(x, *w4.packed_args(), n, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
         expected = w4.dequantize(torch.float32)
         if offsets == formats.ZERO_POINT8:  # the kernel adds -round(zero point * scale)
@@ -144,6 +148,58 @@ def test_products_of_every_kernel(name: str, op: str, kernel: str, monkeypatch: 
         or (integers and op == "linear_nf4_dx" and (form.offsets is not None or form.block_size < 64))
     )
     assert bool(served) != refuses
+
+
+INFINITE = {  # what is infinite -> formats
+    "scale": ["nf4 alone", "int4", "q4_1", "float32 offsets"],
+    "offset": ["q4_1", "bfloat16 offsets"],
+    "end of a row": ["float32 offsets"],
+    "begin of a row": ["float32 offsets"],
+}
+
+
+def infinite_weight(form: Form, what: str, n: int, k: int) -> Weight4bit:
+    """Positive weights. The block with the end of the third and the beginning of the fourth row has an infinite scale
+    or offset, or a scale that is too large for the weights of one of these rows."""
+    w4 = forms.random_weight(form, (n, k))
+    codes = torch.randint(9, 16, (n * k + 1,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes[n * k] = 0
+    row, block = 3 * k, (3 * k - 1) // form.block_size
+    if what in ("scale", "offset"):
+        w4.tensors["absmax" if what == "scale" else "block_offsets"][block] = torch.inf
+    else:
+        w4.absmax[block] = 1e38
+        codes[block * form.block_size : row] = 15 if what == "end of a row" else 2
+        codes[row : (block + 1) * form.block_size] = 15 if what == "begin of a row" else 2
+    w4.packed.view(-1).copy_((codes[:-1:2] * 16 + codes[1::2])[: w4.packed.numel()])
+    return w4
+
+
+@pytest.mark.parametrize(("op", "kernel"), [*kernels("linear_nf4"), *kernels("linear_nf4_dx")])
+@pytest.mark.parametrize("k", [131, 132, 134, 136])
+@pytest.mark.parametrize("what", INFINITE)
+def test_padding_is_not_multiplied_by_infinite_weights(
+    what: str, k: int, op: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_CPU_KERNEL", kernel)
+    n, g = 21, torch.Generator().manual_seed(1)
+    for name in INFINITE[what]:
+        w4 = infinite_weight(FORMS[name], what, n, k)
+        w, last = w4.dequantize(torch.float32).double(), (None, *w4.last_args())
+        assert w.isinf().any()
+        assert (w > 0).all()
+        for dtype, m in itertools.product(DTYPES, (1, 6, 40)):
+            x = (torch.rand(m, k if op == "linear_nf4" else n, generator=g) * 0.01 + 0.005).to(dtype)
+            with contextlib.suppress(ValueError):  # the kernel does not take the type, the form or the shape
+                if op == "linear_nf4":
+                    y = OPS.linear_nf4(x, *w4.packed_args(), n, None, None, None, 1.0, 0.0, 0, *last)
+                    expected = (x.double() @ w.T).to(dtype)
+                else:
+                    y = OPS.linear_nf4_dx(x, *w4.packed_args(), k, None, None, 1.0, 0.0, 0, *last)
+                    expected = (x.double() @ w).to(dtype)
+                # A product of an infinite weight may be finite where its scale is.
+                exempt = expected.isinf() & torch.tensor("of a row" in what)
+                assert torch.allclose(y[~exempt], expected[~exempt], rtol=0.02), f"{name}, {dtype}, {m} tokens"
 
 
 def test_float64_is_exact() -> None:

@@ -70,22 +70,53 @@ inline void for_each_nested_block(const Scales& scales, int64_t first, int64_t c
   }
 }
 
-// Multiplies each x[i] by the unit of the nested block of block first + i. Nested blocks of 8, those of GGUF's Q4_K,
-// have a loop of their own, because the other one is set up anew for each of them.
-inline void multiply_by_units(const Scales& scales, const float* unit, int64_t first, int64_t count, float* x) {
-  constexpr int kSmall = 8;
-  const auto multiply = [](float* part, int64_t parts, float by) {
-    for (int64_t i = 0; i < parts; ++i) part[i] *= by;
-  };
+// Calls use(begin, count, unit) for each part of blocks first .. first + count - 1 in one nested block. `begin` counts
+// from `first`, and `unit` is that of the nested block. Nested blocks of 8, those of GGUF's Q4_K, have a loop of their
+// own with a constant count, because the other one is set up anew for each of them.
+template <class Use>
+inline void for_each_unit(const Scales& scales, const float* unit, int64_t first, int64_t count, const Use& use) {
+  constexpr int64_t kSmall = 8;
   int64_t i = 0;
   if (scales.nested_block_size == kSmall) {
     i = min(round_up(first, kSmall) - first, count);
-    multiply(x, i, unit[first / kSmall]);
+    if (i) use(0, i, unit[first / kSmall]);
     for (const float* of_block = unit + (first + i) / kSmall; i + kSmall <= count; i += kSmall)
-      multiply(x + i, kSmall, *of_block++);
+      use(i, kSmall, *of_block++);
   }
   for_each_nested_block(scales, first + i, count - i, [&](int64_t begin, int64_t here, int64_t nested_block) {
-    multiply(x + i + begin, here, unit[nested_block]);
+    use(i + begin, here, unit[nested_block]);
+  });
+}
+
+// out[i] = codes[i] * step * the unit of the nested block of block first + i, rounded after each product
+inline void multiply_codes(const Scales& scales, const uint8_t* codes, float step, const float* unit, int64_t first,
+                           int64_t count, float* out) {
+  for_each_unit(scales, unit, first, count, [=](int64_t begin, int64_t here, float by) __attribute__((always_inline)) {
+    int64_t i = begin;
+    for (; i + 8 <= begin + here; i += 8) codec::multiply_eight(codes + i, step, by, out + i);
+    for (; i < begin + here; ++i) out[i] = static_cast<float>(codes[i]) * step * by;
+  });
+}
+
+// Whether table[code] is code * table[1], to the bit. Q4_K's is: its scales are integers times the nested block's unit.
+inline bool is_linear(const float* table) {
+  uint32_t difference = 0;
+  for (int code = 0; code < 256; ++code)
+    difference |= float_bits(static_cast<float>(code) * table[1]) ^ float_bits(table[code]);
+  return difference == 0;
+}
+
+// out[i] = the scale of block first + i, of a weight whose scales are in a table
+inline void read_table_scales(const Scales& scales, int64_t first, int64_t count, float* out) {
+  const uint8_t* const codes = scales.codes() + first;
+  const float* const unit = scales.nested_absmax;
+  constexpr int64_t kWorthwhile = 64;  // to look at the whole table
+  if (unit && count >= kWorthwhile && is_linear(scales.table))
+    return multiply_codes(scales, codes, scales.table[1], unit, first, count, out);
+  look_up_scales(codes, count, scales.table, out);
+  if (!unit) return;
+  for_each_unit(scales, unit, first, count, [=](int64_t begin, int64_t here, float by) __attribute__((always_inline)) {
+    for (int64_t i = begin; i < begin + here; ++i) out[i] *= by;
   });
 }
 
@@ -100,9 +131,7 @@ inline void read_scales(const Scales& scales, int64_t first, int64_t count, floa
     case ScaleForm::kBFloat16:
       return widen_many<bfloat16>(scales.stored, first, count, out);
     case ScaleForm::kTable8:
-      look_up_scales(scales.codes() + first, count, scales.table, out);
-      if (!scales.nested_absmax) return;
-      return multiply_by_units(scales, scales.nested_absmax, first, count, out);
+      return read_table_scales(scales, first, count, out);
     case ScaleForm::kNested8:
       for_each_nested_block(scales, first, count, [&](int64_t begin, int64_t here, int64_t nested_block) {
         decode_scales(scales.codes() + first + begin, here, scales.nested_absmax[nested_block], *scales.nested_offset,
@@ -132,11 +161,12 @@ inline void read_offsets(const Scales& scales, int64_t first, int64_t count, con
     case OffsetForm::kBFloat16:
       return widen_many<bfloat16>(offsets.stored, first, count, out);
     case OffsetForm::kZeroPoint8:
+      // `scale` may be `out`, which GCC need not know to vectorize the loop.
+#pragma GCC ivdep
       for (int64_t i = 0; i < count; ++i) out[i] = -(static_cast<float>(bytes[i]) * scale[i]);
       return;
     case OffsetForm::kScaled8:
-      for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<float>(bytes[i]);
-      multiply_by_units(scales, offsets.unit, first, count, out);
+      return multiply_codes(scales, bytes, -1.0f, offsets.unit, first, count, out);
   }
 }
 
@@ -146,10 +176,19 @@ inline void read_zero_points(const Scales& scales, int64_t first, int64_t count,
   for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<float>(zero_points[i]);
 }
 
-// Prefetches the stored scales of blocks first .. first + count - 1.
+// Prefetches the stored scales of blocks first .. first + count - 1, and their offsets.
 inline void prefetch_scales(const Scales& scales, int64_t first, int64_t count) {
   const int64_t bytes = stored_bytes(scales.form);
   prefetch(static_cast<const char*>(scales.stored) + first * bytes, count * bytes);
+  if (const Offsets& offsets = scales.offsets) {
+    const int64_t offset_bytes = stored_bytes(offsets.form);
+    prefetch(static_cast<const char*>(offsets.stored) + first * offset_bytes, count * offset_bytes);
+    if (offsets.form != OffsetForm::kScaled8) return;
+    const int64_t nested = nested_block_of(scales, first);
+    const int64_t nested_count = nested_block_of(scales, first + count - 1) + 1 - nested;
+    prefetch(offsets.unit + nested, nested_count * 4);
+    if (scales.nested_absmax) prefetch(scales.nested_absmax + nested, nested_count * 4);
+  }
 }
 
 // The bits of the largest magnitude among finite numbers; 0 if there are none.

@@ -142,25 +142,33 @@ class FirstChunks {
   int least_count_;
 };
 
-// The same for weights with offsets, row by row.
+// The same for weights with offsets, row by row. A round decodes 32 weights of each first chunk, which mostly suffice.
 class FirstWeights {
  public:
-  // No weight of the tile is above `bound`, which is finite. The first lane of a chunk is left out if it `is_shared`
-  // with the previous row.
-  FirstWeights(const CodeTable& table, float bound, bool is_shared) : book_(table.value), bound_(bound) {
+  static constexpr int kRounds = kChunk / 32;
+
+  // `book` decodes the weight's codes. No weight of the tile is above `bound`, which is finite. The first lane of a
+  // chunk is left out if it `is_shared` with the previous row.
+  FirstWeights(const FloatCodebook& book, float bound, bool is_shared) : book_(book), bound_(bound) {
     for (float& most : most_) most = bound * kMaxOfOne;
     if (is_shared) most_[0] = 0.0f;
-    for (int64_t i = 0; i < kLanes * kLanes; i += kLanes) store(sums_ + i, splat(bits_float(kInfinityBits)));
   }
+  template <int kRound>
   void see(int64_t row, Chunk chunk, Floats scale, Floats offset) {
+    constexpr int kVectors = kLaneWeights / kRounds;
     const FloatCodes codes = decode(chunk, book_);
     const Floats most = load(most_);
-    Floats sum = zero();
-    unroll<kLaneWeights>([&](auto s) { sum = add(sum, min(absolute(fma(codes.v[s], scale, offset)), most)); });
+    Floats sum = kRound ? load(sums_ + row * kLanes) : zero();
+    unroll<kVectors>([&](auto i) {
+      constexpr int kNumber = 2 * (kRound * kVectors + i.value);  // even vectors first, which AVX2 decodes together
+      constexpr int kVector = kNumber < kLaneWeights ? kNumber : kNumber - kLaneWeights + 1;
+      sum = add(sum, min(absolute(fma(codes.v[kVector], scale, offset)), most));
+    });
     store(sums_ + row * kLanes, sum);
   }
-  // One bit for each row that may be concentrated, as far as its first chunk proves.
-  uint32_t rows_left() const {
+  // One bit for each row that may be concentrated, as far as its weights seen prove. Rows from `count` on do not exist.
+  uint32_t rows_left(int64_t count) {
+    for (int64_t t = count; t < kLanes; ++t) store(sums_ + t * kLanes, splat(bits_float(kInfinityBits)));
     const Floats sums = sums_of(sums_);
     if (count_at_least(sums, kMinOfAll * bound_) == kLanes) return 0;
     float of_row[kLanes];
@@ -171,7 +179,7 @@ class FirstWeights {
   }
 
  private:
-  const FloatCodebook book_;
+  const FloatCodebook& book_;
   const float bound_;
   alignas(64) float most_[kLanes];
   alignas(64) float sums_[kLanes * kLanes];

@@ -124,16 +124,18 @@ class ForwardWalk {
     GranuleScales of_rows{scales, offsets, first_granule, end_granule - first_granule, 0.0f};
     reader.read(of_rows.first, of_rows.count, scales);
     if constexpr (kHasOffsets) reader.read_offsets(of_rows.first, of_rows.count, scales, offsets);
-    if constexpr (!Products::kServesEveryRow) {
-      of_rows.bound = kHasOffsets ? weight_bound(p_.w.table(), scales, offsets, of_rows.count)
-                                  : reader.largest(of_rows.first, of_rows.count, scales);
+    if constexpr (kHasOffsets) {
+      if (!Products::kServesEveryRow || period > 1)
+        of_rows.bound = weight_bound(p_.w.table(), scales, offsets, of_rows.count);
+    } else if constexpr (!Products::kServesEveryRow) {
+      of_rows.bound = reader.largest(of_rows.first, of_rows.count, scales);
     }
-    RowBits concentrated[8];  // of the tile of each shift
+    RowBits apart[8];  // of the tile of each shift
     for (int64_t group = 0; group < plan_.groups.count; ++group) {
       with_count<Products::kMaxTokens>(plan_.groups.tokens(group), [&](auto tokens) {
         for (int64_t n = first; n < last && n < first + period; ++n)
-          tile_.template compute<tokens>(n, ceil_div(last - n, period), group, reader, of_rows,
-                                         concentrated + (n - first), sums);
+          tile_.template compute<tokens>(n, ceil_div(last - n, period), group, reader, of_rows, apart + (n - first),
+                                         sums);
       });
     }
   }

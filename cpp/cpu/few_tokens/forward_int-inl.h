@@ -20,6 +20,17 @@ namespace few_tokens {
 
 using namespace stream;
 
+// What decodes first weights (FirstWeights) to float32. Only weights with offsets need it.
+template <bool kHasOffsets>
+struct FirstWeightsBook {
+  explicit FirstWeightsBook(const float*) {}
+};
+template <>
+struct FirstWeightsBook<true> {
+  explicit FirstWeightsBook(const float* value) : float_book(value) {}
+  FloatCodebook float_book;
+};
+
 // x is rounded to 15 bits of the largest value of its segment and multiplied by 13-bit integer codes. A lane's eight
 // products are summed exactly in int32, which is an eighth of the work of decoding to float32.
 //
@@ -43,7 +54,7 @@ using namespace stream;
 // With offsets, an offset is multiplied by the sum of the same rounded x. As both products have the same roundings of
 // x, their error is that of x times the whole weight, also where value and offset nearly cancel.
 template <class T, class Order, bool kHasOffsets>
-struct IntProducts {
+struct IntProducts : FirstWeightsBook<kHasOffsets> {
   using X = int16_t;
   static constexpr OffsetsEnter kOffsets = kHasOffsets ? OffsetsEnter::kSums : OffsetsEnter::kNothing;
   static constexpr int kMaxTokens = kMaxIntTokens, kMaxPairedTokens = kMaxPairedIntTokens;
@@ -55,7 +66,8 @@ struct IntProducts {
   static constexpr float kMaxPeak = 6.0f;
 
   explicit IntProducts(const Weight& w)
-      : book(int_codes(w.code).value),
+      : FirstWeightsBook<kHasOffsets>(w.table().value),
+        book(int_codes(w.code).value),
         per_one(int_codes(w.code).per_one),
         limits_peak(kMantissaBits<T> > 7 && int_codes(w.code).exact) {}
   IntCodebook book;

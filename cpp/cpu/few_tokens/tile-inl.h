@@ -11,7 +11,8 @@
 //                     ..                                         ..
 // clang-format on
 //
-// Rows that integer products cannot serve (concentration-inl.h) are summed again in float32.
+// Rows that integer products cannot serve (concentration-inl.h) are summed again in float32, and so are rows with
+// weights that are not finite, where decoded weights are multiplied by padding.
 #pragma once
 
 #include <cstdint>
@@ -49,11 +50,11 @@ class ForwardTile {
   // What `sums` points to: [token][row][kLanes].
   static constexpr int64_t kSumFloats = int64_t{Products::kMaxTokens} * kTileRows * kLanes;
 
-  // Computes `count` weight rows n, n + period, ... for a group of kTokens tokens. The first group finds the tile's
-  // concentrated rows, and `concentrated` keeps them for the other groups.
+  // Computes `count` weight rows n, n + period, ... for a group of kTokens tokens. The first group finds the rows that
+  // its Products do not serve, and `apart` keeps them for the other groups.
   template <int kTokens>
   void compute(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const GranuleScales& scales,
-               RowBits* concentrated, float* sums) const {
+               RowBits* apart, float* sums) const {
     const int64_t m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n);
     const bool start_at_zero = p_.lora.rank == 0 && !kSumsOffsets && count == kTileRows;
@@ -68,11 +69,14 @@ class ForwardTile {
     if (!Products::kServesEveryRow && group == 0) {
       RowBits left = (RowBits{1} << count) - 1;
       if (counts && first_chunks.suffice(scales.bound, ceil_div(shift, 2))) left = 0;
-      if (looks && kSumsOffsets && scales.bound < bits_float(kInfinityBits))
-        left &= rows_left_by_first_weights(n, count, reader, scales);
-      *concentrated = left ? concentrated_rows(n, left, reader, scales) : 0;
+      if constexpr (kSumsOffsets) {
+        if (looks && scales.bound < bits_float(kInfinityBits))
+          left &= rows_left_by_first_weights(n, count, reader, scales);
+      }
+      *apart = left ? concentrated_rows(n, left, reader, scales) : 0;
     }
-    for (RowBits left = Products::kServesEveryRow ? 0 : *concentrated; left; left &= left - 1) {
+    if (kDecodesOffsets && group == 0) *apart = padding_may_be_nan(scales) ? (RowBits{1} << count) - 1 : 0;
+    for (RowBits left = Products::kServesEveryRow && !kDecodesOffsets ? 0 : *apart; left; left &= left - 1) {
       const int64_t t = __builtin_ctz(left);
       sum_in_float(n + t * plan_.rows.period, m0, kTokens, reader, scales, sums + t * kLanes);
     }
@@ -81,6 +85,13 @@ class ForwardTile {
 
  private:
   static constexpr bool kSumsOffsets = Products::kOffsets == OffsetsEnter::kSums;
+  static constexpr bool kDecodesOffsets = Products::kOffsets == OffsetsEnter::kCodes;
+
+  // Where rows share lanes, decoded weights of other rows are multiplied by the zeros around a token. The products are
+  // NaN if these weights are not finite.
+  bool padding_may_be_nan(const GranuleScales& scales) const {
+    return plan_.rows.period > 1 && !(scales.bound < bits_float(kInfinityBits));
+  }
 
   // Adds the products of the tile's rows and x, some segments at a time: as many as stay in the first-level cache are
   // multiplied with a weight row before the next row. `first_chunks`, if any, sees the first chunk of every row.
@@ -145,29 +156,32 @@ class ForwardTile {
   // offsets.
   [[gnu::noinline]] RowBits rows_left_by_first_weights(int64_t n, int64_t count, const ScaleReader& reader,
                                                        const GranuleScales& scales) const {
-    FirstWeights first_weights(p_.w.table(), scales.bound, plan_.rows.shift(n) != 0);
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t weight = plan_.rows.first_weight(n + t * plan_.rows.period);
-      const RowGranules row(weight, reader, scales);
-      first_weights.see(t, load_chunk(p_.w.packed + weight / 2), lane_scales(row.scale, row.lanes),
-                        lane_scales(row.offset, row.lanes));
-    }
-    return first_weights.rows_left();
+    FirstWeights first_weights(products_.float_book, scales.bound, plan_.rows.shift(n) != 0);
+    // If rows are whole granules apart, the lanes have the same position in all of them.
+    const bool alike = (plan_.rows.period * p_.w.k & (reader.granule() - 1)) == 0;
+    RowBits left = (RowBits{1} << count) - 1;
+    unroll<FirstWeights::kRounds>([&](auto round) {
+      LaneGranules lanes = lane_granules(plan_.rows.first_weight(n), reader);
+      for (RowBits rows = left; rows; rows &= rows - 1) {
+        const int64_t t = __builtin_ctz(rows);
+        const int64_t weight = plan_.rows.first_weight(n + t * plan_.rows.period);
+        if (!alike) lanes = lane_granules(weight, reader);
+        const int64_t granule = (weight >> reader.log2_granule()) - scales.first;
+        first_weights.see<round.value>(t, load_chunk(p_.w.packed + weight / 2),
+                                       lane_scales(scales.scale + granule, lanes),
+                                       lane_scales(scales.offset + granule, lanes));
+      }
+      if (left) left = first_weights.rows_left(count);
+    });
+    return left;
   }
 
-  // The granules from a weight on.
-  struct RowGranules {
-    RowGranules(int64_t weight, const ScaleReader& reader, const GranuleScales& scales) {
-      const int64_t granule = weight >> reader.log2_granule();
-      scale = scales.scale + (granule - scales.first);
-      offset = scales.offset + (granule - scales.first);
-      lanes = granule_of_lanes(static_cast<int>(weight - (granule << reader.log2_granule())), reader.log2_granule());
-    }
-    const float *scale, *offset;
-    LaneGranules lanes;
-  };
+  // The granules of the lanes of a chunk that starts at a weight, counted from that of the weight.
+  static LaneGranules lane_granules(int64_t weight, const ScaleReader& reader) {
+    return granule_of_lanes(static_cast<int>(weight & (reader.granule() - 1)), reader.log2_granule());
+  }
 
-  // Replaces the sums of the concentrated weight row n by sums of float32 products.
+  // Replaces the sums of weight row n by sums of float32 products of its own weights.
   [[gnu::noinline]] void sum_in_float(int64_t n, int64_t m0, int64_t tokens, const ScaleReader& reader,
                                       const GranuleScales& scales, float* sums) const {
     const int64_t rank = p_.lora.rank, k = p_.w.k;
@@ -219,15 +233,21 @@ class ForwardTile {
                                           const GranuleScales& scales, Floats (&acc)[kTokens]) const {
     const OffsetRuns& runs = plan_.runs;
     const int shift = plan_.rows.shift(row);
-    const RowGranules granules(plan_.rows.first_weight(row), reader, scales);
-    const int64_t granules_per_vector = runs.are_granules ? kLanes : kChunk >> reader.log2_granule();
+    const int64_t weight = plan_.rows.first_weight(row), log2_granule = reader.log2_granule();
+    const float* offset = scales.offset + ((weight >> log2_granule) - scales.first);
     const float* sum =
         x_.sums + plan_.arrangement(shift) * plan_.arrangement_sums() + m0 * runs.vectors(plan_.chunks) * kLanes;
-    const float* offset = granules.offset;
-    for (int64_t left = ceil_div(shift + p_.w.k, runs.lanes * kLaneWeights); left > 0; left -= kLanes) {
-      const Floats of_runs = runs.are_granules ? load(offset, left) : lane_scales(offset, granules.lanes, left);
+    const auto add_runs = [&](Floats of_runs) {
       unroll<kTokens>([&](auto i) { acc[i] = fma(load(sum + i * kLanes), of_runs, acc[i]); });
-      offset += granules_per_vector, sum += kTokens * kLanes;
+      sum += kTokens * kLanes;
+    };
+    int64_t left = ceil_div(shift + p_.w.k, runs.lanes * kLaneWeights);
+    if (runs.are_granules) {
+      for (; left >= kLanes; left -= kLanes, offset += kLanes) add_runs(load(offset));
+      if (left > 0) add_runs(load(offset, left));
+    } else {
+      const LaneGranules lanes = lane_granules(weight, reader);
+      for (; left > 0; left -= kLanes, offset += kChunk >> log2_granule) add_runs(lane_scales(offset, lanes, left));
     }
   }
 

@@ -85,6 +85,8 @@ class ScaleReader {
   }
 
  private:
+  static constexpr int kLog2LaneWeights = __builtin_ctz(kLaneWeights);
+
   // Scales or offsets of blocks are read into the end of `out` and copied to their granules from the first to the last.
   // So none is overwritten before it has been copied.
   template <class ReadBlocks>
@@ -95,7 +97,15 @@ class ScaleReader {
       const int64_t first_block = first >> log2_split_, blocks = ((first + count - 1) >> log2_split_) + 1 - first_block;
       float* const of_block = out + (count - blocks);
       if (count) read_blocks(first_block, blocks, of_block);
-      for (int64_t i = 0; i < count; ++i) out[i] = of_block[((first + i) >> log2_split_) - first_block];
+      int64_t i = 0;
+      if (first % 2 && count) out[i++] = of_block[0];  // from an even one on, kLanes granules lie in kLanes / 2 blocks
+      for (; i < count; i += kLanes) {
+        const int64_t block = (first + i) >> log2_split_, phase = first + i - (block << log2_split_);
+        // What lane_scales takes for a lane, kLaneWeights weights, is a granule here.
+        const LaneGranules of_lanes =
+            granule_of_lanes(static_cast<int>(phase * kLaneWeights), log2_split_ + kLog2LaneWeights);
+        store(out + i, lane_scales(of_block + (block - first_block), of_lanes));
+      }
     }
     store(out + count, zero());
   }

@@ -294,6 +294,12 @@ inline int64_t widen_many_scales(const float16* scales, int64_t count, float* ou
   return i;
 }
 
+inline void multiply_eight(const uint8_t* bytes, float step, float by, float* out) {
+  const __m256i integers = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(integers), _mm256_set1_ps(step));
+  _mm256_storeu_ps(out, _mm256_mul_ps(product, _mm256_set1_ps(by)));
+}
+
 }  // namespace codec
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA

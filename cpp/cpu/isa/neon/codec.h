@@ -294,6 +294,14 @@ inline int64_t widen_many_scales(const float16* scales, int64_t count, float* ou
   return i;
 }
 
+inline void multiply_eight(const uint8_t* bytes, float step, float by, float* out) {
+  const uint16x8_t integers = vmovl_u8(vld1_u8(bytes));
+  const float32x4_t low = vcvtq_f32_u32(vmovl_u16(vget_low_u16(integers)));
+  const float32x4_t high = vcvtq_f32_u32(vmovl_u16(vget_high_u16(integers)));
+  vst1q_f32(out, vmulq_n_f32(vmulq_n_f32(low, step), by));
+  vst1q_f32(out + 4, vmulq_n_f32(vmulq_n_f32(high, step), by));
+}
+
 }  // namespace codec
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA

@@ -186,6 +186,11 @@ inline int64_t look_up_many_scales(const uint8_t*, int64_t, const float*, float*
 // The same for scales that are stored as float16.
 inline int64_t widen_many_scales(const float16*, int64_t, float*) { return 0; }
 
+// out[i] = bytes[i] * step * by, rounded after each product, for eight bytes
+inline void multiply_eight(const uint8_t* bytes, float step, float by, float* out) {
+  for (int i = 0; i < 8; ++i) out[i] = static_cast<float>(bytes[i]) * step * by;
+}
+
 }  // namespace codec
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA
