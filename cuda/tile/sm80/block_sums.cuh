@@ -1,0 +1,70 @@
+// Adds what zero points leave of offsets (IntegerPairs::split): a row's residual of a block times a token's sum of x
+// over the block. Tensor cores do both.
+//
+// For the sums, x is the mma's row operand, and its column operand is 1 in the columns of the block and 0 elsewhere.
+// The result is the column operand of the product with the residuals. Both factors of that product are split into two
+// bfloat16, so that its errors are about 2^-16, and one mma takes four blocks:
+//
+//   k            2t        2t + 1    2t + 8    2t + 9
+//   residuals    low       high      low       high        of block t, row g or g + 8
+//   sums         high      high      low       low         of block t, token g
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpp/format/dtypes.h"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/float_bits.cuh"
+#include "cuda/ptx/mma.cuh"
+
+namespace qlora::tile {
+
+__device__ __forceinline__ float upper_half(float v) { return ptx::mask_bits(v, 0xFFFF0000u); }
+
+// The residual's word in the row operand.
+__device__ __forceinline__ uint32_t split_residual(float residual) {
+  const float high = upper_half(residual);
+  return ptx::pack2<bfloat16>(residual - high, high);
+}
+
+// The sums of x over four blocks, for 8 rows of the row operand (tokens). Lane (g, t) ends up with that of row g and
+// block t.
+class BlockSums {
+ public:
+  // The column operand for block `block` of four, in lanes that hold k of the block.
+  template <class T>
+  __device__ __forceinline__ static uint32_t ones(int block) {
+    return static_cast<int>(threadIdx.x % 32 / 8) == block ? (std::is_same_v<T, bfloat16> ? 0x3F803F80u : 0x3C003C00u)
+                                                           : 0u;
+  }
+
+  // Adds two steps' operands of x. The second step is the row operand's rows 8 to 15.
+  template <class T>
+  __device__ __forceinline__ void add(const uint4& x, uint32_t ones) {
+    ptx::mma_m16n8k16<T>(sum_, x.x, x.z, x.y, x.w, ones, ones);
+  }
+
+  // Returns the lane's sum and begins anew.
+  __device__ __forceinline__ float take() {
+    const float sum = sum_[0] + sum_[2];
+    sum_[0] = sum_[1] = sum_[2] = sum_[3] = 0.0f;
+    return sum;
+  }
+
+  // The column operand of the product with the residuals.
+  __device__ __forceinline__ static uint2 operand(float sum) {
+    const float high = upper_half(sum), low = sum - high;
+    return make_uint2(ptx::pack2<bfloat16>(high, high), ptx::pack2<bfloat16>(low, low));
+  }
+
+ private:
+  float sum_[4] = {};
+};
+
+// acc += residuals * sums, for residuals of rows g and g + 8.
+__device__ __forceinline__ void add_residuals(float (&acc)[4], uint32_t residual0, uint32_t residual1, uint2 sums) {
+  ptx::mma_m16n8k16<bfloat16>(acc, residual0, residual1, residual0, residual1, sums.x, sums.y);
+}
+
+}  // namespace qlora::tile
