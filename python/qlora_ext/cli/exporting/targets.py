@@ -19,11 +19,13 @@ class Target:
         help: what comes out, for ``export --help``.
         prepare: checks that the target can hold what the arguments name, without reading weights.
         suffix: of the file that it is; None for a directory.
+        max_loss_increase: by which the loss may exceed that of the trained model, in nats per token.
     """
 
     help: str
     prepare: Callable[[argparse.Namespace], Job]
     suffix: str | None = None
+    max_loss_increase: float = 0.3
 
 
 def _dense(arguments: argparse.Namespace) -> Job:
@@ -56,18 +58,27 @@ def _gguf_model(arguments: argparse.Namespace) -> Job:
     return gguf_model.prepare(arguments, arguments.to.partition(":")[2].upper())
 
 
+# The values of --check, and on how many tokens they measure the losses at most.
+CHECKS = {"none": 0, "short": 2048, "full": 1 << 16}
+# The limit for targets without 4-bit weights, which only round to 8 bits or more.
+_DENSE = 0.02
+_IN_GGUF = "the adapter merged into its base, if that is a .gguf file, in that type"
+
 TARGETS = {
-    "dense": Target("a model directory in --dtype, for programs that read no 4-bit format", _dense),
+    "dense": Target(
+        "a model directory in --dtype, for programs that read no 4-bit format", _dense, max_loss_increase=_DENSE
+    ),
     "bitsandbytes": Target("a model directory in NF4 that loads with bitsandbytes", _bitsandbytes),
     "compressed-tensors:int4": Target("a model directory in INT4 for vLLM and SGLang", _compressed_tensors),
     "compressed-tensors:nvfp4": Target("the same in NVFP4", _compressed_tensors),
     "compressed-tensors:mxfp4": Target("the same in MXFP4", _compressed_tensors),
     "gguf-adapter": Target(
-        "the LoRA adapter alone, in float32, as a .gguf file for llama.cpp and Ollama", _gguf_adapter, ".gguf"
+        "the LoRA adapter alone, in float32, as a .gguf file for llama.cpp and Ollama",
+        _gguf_adapter,
+        ".gguf",
+        _DENSE,
     ),
-    "gguf-adapter:f16": Target("the same in float16", _gguf_adapter, ".gguf"),
-    **dict.fromkeys(
-        ("gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_0", "gguf:q4_1", "gguf:iq4_nl", "gguf:mxfp4"),
-        Target("the adapter merged into its base, if that is a .gguf file, in that type", _gguf_model, ".gguf"),
-    ),
+    "gguf-adapter:f16": Target("the same in float16", _gguf_adapter, ".gguf", _DENSE),
+    **dict.fromkeys(("gguf:f16", "gguf:bf16", "gguf:q8_0"), Target(_IN_GGUF, _gguf_model, ".gguf", _DENSE)),
+    **dict.fromkeys(("gguf:q4_0", "gguf:q4_1", "gguf:iq4_nl", "gguf:mxfp4"), Target(_IN_GGUF, _gguf_model, ".gguf")),
 }
