@@ -8,7 +8,7 @@ from typing import Any
 
 from ..._internal.untrusted import printable
 from ...gguf.file import ARCHITECTURES
-from ..exporting.targets import CHECKS, TARGETS
+from ..exporting.targets import CHECKS, DENSE_LIMIT, FOUR_BIT_LIMIT, TARGETS
 from ..options import add_base_options
 from .check import EXIT_FAILED
 
@@ -43,7 +43,8 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--max-loss-increase", type=float, metavar="X",
-        help="the limit for exit code 0, in nats per token (default: 0.3 with 4-bit weights, 0.02 without)",
+        help=f"the limit for exit code 0, in nats per token (default: {FOUR_BIT_LIMIT} with 4-bit weights, "
+        f"{DENSE_LIMIT} without)",
     )  # fmt: skip
     add_base_options(parser)
     parser.add_argument(

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .job import Job
 
+# The values of --check, and on how many tokens they measure the losses at most.
+CHECKS = {"none": 0, "short": 2048, "full": 1 << 16}
+# By how much 4 bits may raise the loss, in nats per token, and a target with more bits.
+FOUR_BIT_LIMIT, DENSE_LIMIT = 0.3, 0.02
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -25,7 +30,7 @@ class Target:
     help: str
     prepare: Callable[[argparse.Namespace], Job]
     suffix: str | None = None
-    max_loss_increase: float = 0.3
+    max_loss_increase: float = FOUR_BIT_LIMIT
 
 
 def _dense(arguments: argparse.Namespace) -> Job:
@@ -58,15 +63,22 @@ def _gguf_model(arguments: argparse.Namespace) -> Job:
     return gguf_model.prepare(arguments, arguments.to.partition(":")[2].upper())
 
 
-# The values of --check, and on how many tokens they measure the losses at most.
-CHECKS = {"none": 0, "short": 2048, "full": 1 << 16}
-# The limit for targets without 4-bit weights, which only round to 8 bits or more.
-_DENSE = 0.02
+def _ollama(arguments: argparse.Namespace) -> Job:
+    from . import ollama
+
+    return ollama.prepare(arguments, arguments.to.partition(":")[2] or "q8_0")
+
+
+# By the type of the matrices in a .gguf file.
+_GGUF_LIMITS = {
+    **dict.fromkeys(("f16", "bf16", "q8_0"), DENSE_LIMIT),
+    **dict.fromkeys(("q4_0", "q4_1", "iq4_nl", "mxfp4"), FOUR_BIT_LIMIT),
+}
 _IN_GGUF = "the adapter merged into its base, if that is a .gguf file, in that type"
 
 TARGETS = {
     "dense": Target(
-        "a model directory in --dtype, for programs that read no 4-bit format", _dense, max_loss_increase=_DENSE
+        "a model directory in --dtype, for programs that read no 4-bit format", _dense, max_loss_increase=DENSE_LIMIT
     ),
     "bitsandbytes": Target("a model directory in NF4 that loads with bitsandbytes", _bitsandbytes),
     "compressed-tensors:int4": Target("a model directory in INT4 for vLLM and SGLang", _compressed_tensors),
@@ -76,9 +88,16 @@ TARGETS = {
         "the LoRA adapter alone, in float32, as a .gguf file for llama.cpp and Ollama",
         _gguf_adapter,
         ".gguf",
-        _DENSE,
+        DENSE_LIMIT,
     ),
-    "gguf-adapter:f16": Target("the same in float16", _gguf_adapter, ".gguf", _DENSE),
-    **dict.fromkeys(("gguf:f16", "gguf:bf16", "gguf:q8_0"), Target(_IN_GGUF, _gguf_model, ".gguf", _DENSE)),
-    **dict.fromkeys(("gguf:q4_0", "gguf:q4_1", "gguf:iq4_nl", "gguf:mxfp4"), Target(_IN_GGUF, _gguf_model, ".gguf")),
+    "gguf-adapter:f16": Target("the same in float16", _gguf_adapter, ".gguf", DENSE_LIMIT),
+    **{f"gguf:{kind}": Target(_IN_GGUF, _gguf_model, ".gguf", limit) for kind, limit in _GGUF_LIMITS.items()},
+    "ollama": Target("a directory with a .gguf file, as gguf:q8_0, and a Modelfile", _ollama, None, DENSE_LIMIT),
+    **{f"ollama:{kind}": Target("the same in that type", _ollama, None, limit) for kind, limit in _GGUF_LIMITS.items()},
+    "ollama:adapter": Target(
+        "a directory with the adapter as a .gguf file, and a Modelfile for it and its base, if that is a .gguf file",
+        _ollama,
+        None,
+        DENSE_LIMIT,
+    ),
 }
