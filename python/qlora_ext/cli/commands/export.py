@@ -21,30 +21,26 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="write a trained model for the program that serves it",
-        description=f"Writes an adapter with its base, or a model alone, in the format of another program. {targets}. "
-        "What a target cannot hold is rejected before anything is written. Then the result is read back and compared "
-        f"with the trained model. Exit code 0: good; {EXIT_FAILED}: the loss of the result is too high, or NaN; 2: an "
-        "error, and nothing was written.",
+        description=f"Writes a trained model in the format of another program. {targets}. The result is then compared "
+        f"with the trained model. Exit code 0: good; {EXIT_FAILED}: its loss is too high; 2: an error.",
         epilog=f"Families of the GGUF targets: {', '.join(ARCHITECTURES)}.",
     )
-    parser.add_argument("--to", required=True, choices=[*TARGETS], metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("--to", required=True, choices=[*TARGETS], metavar="TARGET", help="one of the targets above")
     parser.add_argument("--adapter", metavar="DIR", help="the adapter, or the run that made it")
     parser.add_argument("--output", required=True, metavar="PATH", help="what is written")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote to --output")
     parser.add_argument(
         "--check", default="short", choices=[*CHECKS],
-        help="compare the result, as its reader decodes it, with the trained model: the losses on a text (short: about "
-        f"{CHECKS['short']:,} tokens, full: all, up to {CHECKS['full']:,}) and the weights (default: %(default)s)",
+        help=f"compare on {CHECKS['short']:,} tokens, all or none (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--data", metavar="DATA|self",
-        help="the text of the check: anything that finetune's --data takes, or self, a text that the model writes "
-        "(default: the examples that the run held out, or self for an adapter without a run)",
+        help="its text: anything that finetune's --data takes, or self: the model writes it (default: what the run "
+        "held out, or self)",
     )  # fmt: skip
     parser.add_argument(
         "--max-loss-increase", type=float, metavar="X",
-        help=f"the limit for exit code 0, in nats per token (default: {FOUR_BIT_LIMIT} with 4-bit weights, "
-        f"{DENSE_LIMIT} without)",
+        help=f"limit for exit code 0, in nats per token (default: {FOUR_BIT_LIMIT} in 4 bits, else {DENSE_LIMIT})",
     )  # fmt: skip
     add_base_options(parser)
     parser.add_argument(

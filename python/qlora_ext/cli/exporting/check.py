@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .weight_errors import WeightError
 
 _BATCH = 4  # rows
+_WRITTEN_TOKENS = 8192  # that a model writes at most, because that takes longer than reading them
 _WRITTEN = "a text that the model wrote"
 
 
@@ -156,7 +157,7 @@ class Check:
         from ...calibration import self_text
 
         length = min(held_out.LENGTH, validate_model.longest_input(model) or held_out.LENGTH)
-        ids = self_text.write(model, max(1, self._tokens // length), length, 0)
+        ids = self_text.write(model, max(1, min(self._tokens, _WRITTEN_TOKENS) // length), length, 0)
         return _Text(_WRITTEN, _rows_of(ids.tolist()))
 
     def _loss(self, model: Any, text: _Text) -> float:

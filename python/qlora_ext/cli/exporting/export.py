@@ -95,7 +95,8 @@ def export(
     Args:
         to: the target: ``dense``, ``bitsandbytes``, ``compressed-tensors:int4``, ``compressed-tensors:nvfp4``,
             ``compressed-tensors:mxfp4``, ``gguf-adapter``, ``gguf-adapter:f16``, ``gguf:f16``, ``gguf:bf16``,
-            ``gguf:q8_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:iq4_nl`` or ``gguf:mxfp4``.
+            ``gguf:q8_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:iq4_nl``, ``gguf:mxfp4``, ``ollama``, ``ollama:`` with
+            one of these types, or ``ollama:adapter``.
         output: the directory, or the .gguf file, that is written. It appears complete or not at all.
         adapter: the adapter, or the run that made it.
         model: the base of the adapter (default: the one that it names), or without an adapter, the model to export.

@@ -74,30 +74,19 @@ _GGUF_LIMITS = {
     **dict.fromkeys(("f16", "bf16", "q8_0"), DENSE_LIMIT),
     **dict.fromkeys(("q4_0", "q4_1", "iq4_nl", "mxfp4"), FOUR_BIT_LIMIT),
 }
-_IN_GGUF = "the adapter merged into its base, if that is a .gguf file, in that type"
+_COMPRESSED = "a directory in 4 bits for vLLM and SGLang"
+_ADAPTER = "the adapter alone as a .gguf file"
+_IN_GGUF = "the merged model as a .gguf file, if the base is one"
+_FOR_OLLAMA = "a directory with such a file (ollama: q8_0) and a Modelfile"
 
 TARGETS = {
-    "dense": Target(
-        "a model directory in --dtype, for programs that read no 4-bit format", _dense, max_loss_increase=DENSE_LIMIT
-    ),
-    "bitsandbytes": Target("a model directory in NF4 that loads with bitsandbytes", _bitsandbytes),
-    "compressed-tensors:int4": Target("a model directory in INT4 for vLLM and SGLang", _compressed_tensors),
-    "compressed-tensors:nvfp4": Target("the same in NVFP4", _compressed_tensors),
-    "compressed-tensors:mxfp4": Target("the same in MXFP4", _compressed_tensors),
-    "gguf-adapter": Target(
-        "the LoRA adapter alone, in float32, as a .gguf file for llama.cpp and Ollama",
-        _gguf_adapter,
-        ".gguf",
-        DENSE_LIMIT,
-    ),
-    "gguf-adapter:f16": Target("the same in float16", _gguf_adapter, ".gguf", DENSE_LIMIT),
+    "dense": Target("a model directory in --dtype", _dense, max_loss_increase=DENSE_LIMIT),
+    "bitsandbytes": Target("a directory in NF4", _bitsandbytes),
+    **{f"compressed-tensors:{kind}": Target(_COMPRESSED, _compressed_tensors) for kind in ("int4", "nvfp4", "mxfp4")},
+    "gguf-adapter": Target(_ADAPTER, _gguf_adapter, ".gguf", DENSE_LIMIT),
+    "gguf-adapter:f16": Target(_ADAPTER, _gguf_adapter, ".gguf", DENSE_LIMIT),
     **{f"gguf:{kind}": Target(_IN_GGUF, _gguf_model, ".gguf", limit) for kind, limit in _GGUF_LIMITS.items()},
-    "ollama": Target("a directory with a .gguf file, as gguf:q8_0, and a Modelfile", _ollama, None, DENSE_LIMIT),
-    **{f"ollama:{kind}": Target("the same in that type", _ollama, None, limit) for kind, limit in _GGUF_LIMITS.items()},
-    "ollama:adapter": Target(
-        "a directory with the adapter as a .gguf file, and a Modelfile for it and its base, if that is a .gguf file",
-        _ollama,
-        None,
-        DENSE_LIMIT,
-    ),
+    "ollama": Target(_FOR_OLLAMA, _ollama, None, DENSE_LIMIT),
+    **{f"ollama:{kind}": Target(_FOR_OLLAMA, _ollama, None, limit) for kind, limit in _GGUF_LIMITS.items()},
+    "ollama:adapter": Target("the same with the adapter alone", _ollama, None, DENSE_LIMIT),
 }
