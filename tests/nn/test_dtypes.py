@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import qlora_ext
 from commands import RUN, Paths, base, command, here
 from qlora_ext import dtypes
+from qlora_ext.gguf import blocks
 from qlora_ext.nn import layers_of
 from tiny_models import make
 
@@ -164,6 +165,17 @@ def test_the_planner_uses_the_automatic_dtype(paths: Paths, laptop: None, capsys
     ratio = other_weights("--device", "cpu") / other_weights("--device", "cpu", "--dtype", "bfloat16")
     assert 1.99 < ratio <= 2  # some buffers are always float32
     assert other_weights("--device", "cuda") == other_weights("--device", "cuda", "--dtype", "bfloat16")
+
+
+def test_computing_in_another_dtype_keeps_float16_scales() -> None:
+    dense = torch.nn.Sequential(torch.nn.Linear(64, 48).bfloat16())
+    model = qlora_ext.quantize_model(dense, **blocks.form_of("Q4_0").keywords)
+    assert model[0].absmax.dtype == torch.float16
+    before = model[0].weight4bit.dequantize(torch.float32)
+    with qlora_ext.nn.computing_in(model, torch.float32), torch.no_grad():
+        assert model[0].absmax.dtype == torch.float16
+        assert model(torch.ones(64)).dtype == torch.float32
+    assert torch.equal(model[0].weight4bit.dequantize(torch.float32), before)
 
 
 def test_computing_in_another_dtype_for_a_while() -> None:

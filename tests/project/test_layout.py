@@ -236,10 +236,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 IMPORTED_BY = {
     "cli/commands/": ("cli/main.py",),
     "cli/exporting/": ("cli/commands/", "__init__.py"),
-    "cli/training/": ("cli/commands/", "__init__.py"),
+    "cli/training/": ("cli/commands/", "cli/exporting/", "__init__.py"),
     "cli/quantization/": ("cli/commands/",),
     "cli/generation/": ("cli/commands/", "cli/training/"),
-    "cli/data/": ("cli/commands/", "cli/training/", "cli/quantization/", "cli/generation/"),
+    "cli/data/": ("cli/commands/", "cli/exporting/", "cli/training/", "cli/quantization/", "cli/generation/"),
     "cli/models/": ("cli/commands/", "cli/exporting/", "cli/training/", "cli/generation/", "cli/data/"),
     "cli/terminal/": ("cli/commands/", "cli/training/", "cli/quantization/"),
     "cli/outputs/": (

@@ -127,8 +127,8 @@ def _is_full(directory: pathlib.Path) -> bool:
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns an error of any library while writing below ``path`` into a ``UserError``.
 
-    For a full disk, torch raises a RuntimeError, safetensors its own error class and tokenizers an Exception, all
-    without an errno.
+    For a full disk, torch raises a RuntimeError, safetensors its own error class, tokenizers an Exception and numpy an
+    OSError, all without an errno.
     """
     path = pathlib.Path(path)
     try:
@@ -136,7 +136,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        if error.errno in NO_SPACE:
+        if error.errno in NO_SPACE or (error.errno is None and _is_full(path)):
             raise UserError(full(path)) from error
         reason = error.strerror or first_line(error)
         raise UserError(f"cannot write {path}: {reason}") from error

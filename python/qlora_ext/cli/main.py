@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None, load_library: Callable[[], object] |
 
     Returns:
         The exit code: 0 for success; 1 for an unexpected error; 2 for an error that the user can fix, with one sentence
-        on stderr; 3 if ``check`` rejects a model; 130 after Ctrl-C.
+        on stderr; 3 if ``check`` or ``export`` rejects a model; 130 after Ctrl-C.
     """
     try:
         parser = _parser()

@@ -63,10 +63,15 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """The header of a GGUF file: llama.cpp's name of the architecture, and the tensors."""
+    """The header of a GGUF file: llama.cpp's name of the architecture, and the tensors.
+
+    Attributes:
+        is_adapter: whether the file is an adapter, not a model.
+    """
 
     architecture: str
     tensors: list[TensorInfo]
+    is_adapter: bool = False
 
 
 class _Reader:
@@ -209,4 +214,4 @@ def _read(reader: _Reader, size: int) -> Header:
             f"to other layers, such as {excerpt(min(beyond))}"
         )
     placed = [dataclasses.replace(tensor, begin=data + tensor.begin) for tensor in found.values()]
-    return Header(str(architecture), placed)
+    return Header(str(architecture), placed, metadata.get("general.type") == "adapter")

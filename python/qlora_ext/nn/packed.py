@@ -397,7 +397,12 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         (torch.float32, torch.bfloat16)
     """
     layers = {layer: layer.compute_dtype for _, layer in layers_of(model)}
-    tensors = {name: t.dtype for name, t in _tensors_of(model) if t.is_floating_point() and t.itemsize < dtype.itemsize}
+    packed = {id(t) for layer in layers for t in layer.packed_state().values()}  # scales may be float16
+    tensors = {
+        name: t.dtype
+        for name, t in _tensors_of(model)
+        if t.is_floating_point() and t.itemsize < dtype.itemsize and id(t) not in packed
+    }
     for layer in layers:
         layer.compute_dtype = dtype
     for name, t in _tensors_of(model):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
+from ..._internal.untrusted import printable
 from ...gguf.file import ARCHITECTURES
-from ..exporting.targets import TARGETS
+from ..exporting.targets import CHECKS, DENSE_LIMIT, FOUR_BIT_LIMIT, TARGETS
 from ..options import add_base_options
+from .check import EXIT_FAILED
 
 
 def add_parser(commands: Any) -> None:
@@ -18,14 +21,27 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="write a trained model for the program that serves it",
-        description=f"Writes an adapter with its base, or a model alone, in the format of another program. {targets}. "
-        "What a target cannot hold is rejected before anything is written.",
+        description=f"Writes a trained model in the format of another program. {targets}. The result is then compared "
+        f"with the trained model. Exit code 0: good; {EXIT_FAILED}: its loss is too high; 2: an error.",
         epilog=f"Families of the GGUF targets: {', '.join(ARCHITECTURES)}.",
     )
-    parser.add_argument("--to", required=True, choices=[*TARGETS], metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("--to", required=True, choices=[*TARGETS], metavar="TARGET", help="one of the targets above")
     parser.add_argument("--adapter", metavar="DIR", help="the adapter, or the run that made it")
     parser.add_argument("--output", required=True, metavar="PATH", help="what is written")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote to --output")
+    parser.add_argument(
+        "--check", default="short", choices=[*CHECKS],
+        help=f"compare on {CHECKS['short']:,} tokens, all or none (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", metavar="DATA|self",
+        help="its text: anything that finetune's --data takes, or self: the model writes it (default: what the run "
+        "held out, or self)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-loss-increase", type=float, metavar="X",
+        help=f"limit for exit code 0, in nats per token (default: {FOUR_BIT_LIMIT} in 4 bits, else {DENSE_LIMIT})",
+    )  # fmt: skip
     add_base_options(parser)
     parser.add_argument(
         "--dtype", default="bfloat16",
@@ -36,7 +52,11 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    from ..exporting import export
+    from ..exporting import check, export
 
-    export.run(arguments)
+    try:
+        export.run(arguments)
+    except check.CheckError as error:
+        print(printable(f"qlora-ext: {error}"), file=sys.stderr)
+        return EXIT_FAILED
     return 0

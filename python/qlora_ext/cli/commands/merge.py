@@ -7,22 +7,18 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..data import is_preference, read_examples, split
 from ..errors import UserError
 from ..models.adapted import find_adapted
-from ..models.adapter_files import RECORD, base_of, find, record_of
+from ..models.adapter_files import base_of, find, record_of
 from ..models.pretrained import restore_use_cache
 from ..models.size import model_size
 from ..options import add_base_options
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
 from ..quantization import calibrate
-from ..training.settings import recorded
-
-if TYPE_CHECKING:
-    import torch
+from ..training.evaluation import held_out_rows, loss_on
 
 ERROR_FILE = "merge_error.json"
 
@@ -50,29 +46,6 @@ def add_parser(commands: Any) -> None:
         help="dtype of the saved weights that are not 4-bit: bfloat16, float16 or float32 (default: %(default)s)",
     )  # fmt: skip
     parser.set_defaults(run=run)
-
-
-def _held_out(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
-    """The held-out rows of the run, and its batch size."""
-    adapter = find(arguments.adapter)
-    values = record_of(adapter).get("settings")
-    if not values:
-        raise UserError("--evaluate: the adapter does not record its held-out data; adapters of qlora-ext finetune do")
-    s = recorded(values, adapter / RECORD)
-    examples = read_examples(s.data, s.split)
-    if is_preference(examples[0]) and s.method != "sft":
-        raise UserError("--evaluate: expected a run that was trained on answers, got one trained on preferences (DPO)")
-    parts = split(tokenizer, examples, s.seq_len, s.first_rows, s.eval_size, s.seed, packing=not s.no_packing)
-    return parts.held_out, s.batch_size
-
-
-def _measured(model: Any, rows: list[dict[str, list[int]]], size: int, compute: torch.dtype) -> float:
-    """The loss of the held-out rows, computed in ``compute``."""
-    from ...nn import computing_in
-    from ..training.trainer import held_out_loss
-
-    with computing_in(model, compute):
-        return held_out_loss(model, rows, size, lambda model, batch: model(**batch, use_cache=False).loss)
 
 
 def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
@@ -113,11 +86,11 @@ def _merge(
     adapted = find_adapted(arguments)
     tokenizer = adapted.tokenizer
     if arguments.evaluate:
-        rows, size = _held_out(arguments, tokenizer)
+        rows, size, _ = held_out_rows(find(arguments.adapter), tokenizer, "--evaluate")
     model = adapted.load()
     compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
     if arguments.evaluate:
-        unmerged = _measured(model, rows, size, compute)
+        unmerged = loss_on(model, rows, size, compute)
     merged: Any
     error, report = None, []
     with calibrate.calibration(arguments, tokenizer, layers) as calibration:
@@ -150,6 +123,6 @@ def _merge(
             f"the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
     if arguments.evaluate:
-        loss = _measured(merged, rows, size, compute)
+        loss = loss_on(merged, rows, size, compute)
         print(f"held-out loss: {unmerged:.4f} unmerged, {loss:.4f} merged ({loss - unmerged:+.4f})")
     return 0

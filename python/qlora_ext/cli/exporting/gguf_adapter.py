@@ -15,6 +15,7 @@ from ..models.adapter_files import base_of, check_files, find
 from ..models.pretrained import load_config
 from .job import Job
 from .lora import architecture_of, check_plain, check_tied, ranks_of
+from .read_adapter import read_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,8 @@ def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
     check_tied(_TARGET, adapter, model)
     ranks = ranks_of(_TARGET, adapter, model)
     try:
-        alpha, factors = fold(_scalings(ranks, adapter))
+        scalings = _scalings(ranks, adapter)
+        alpha, factors = fold(scalings)
         found = places(architecture, model, ranks)
     except ValueError as error:
         raise UserError(f"{_TARGET}: {first_line(error)}; use --to dense") from error
@@ -64,7 +66,11 @@ def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
     state = model.state_dict()
     count = sum(rank * sum(state[f"{layer}.weight"].shape) for layer, rank in ranks.items())
     layers = {layer: (place, factors[layer]) for layer, place in found.items()}
-    return Job(count * kept.itemsize + _HEADER, functools.partial(_build, adapter, architecture, alpha, layers, kept))
+    return Job(
+        count * kept.itemsize + _HEADER,
+        functools.partial(_build, adapter, architecture, alpha, layers, kept),
+        functools.partial(read_adapter, adapter, found, scalings),
+    )
 
 
 def _build(

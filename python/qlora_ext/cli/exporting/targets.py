@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .job import Job
 
+# The values of --check, and on how many tokens they measure the losses at most.
+CHECKS = {"none": 0, "short": 2048, "full": 1 << 16}
+# By how much 4 bits may raise the loss, in nats per token, and a target with more bits.
+FOUR_BIT_LIMIT, DENSE_LIMIT = 0.3, 0.02
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -19,11 +24,13 @@ class Target:
         help: what comes out, for ``export --help``.
         prepare: checks that the target can hold what the arguments name, without reading weights.
         suffix: of the file that it is; None for a directory.
+        max_loss_increase: by which the loss may exceed that of the trained model, in nats per token.
     """
 
     help: str
     prepare: Callable[[argparse.Namespace], Job]
     suffix: str | None = None
+    max_loss_increase: float = FOUR_BIT_LIMIT
 
 
 def _dense(arguments: argparse.Namespace) -> Job:
@@ -56,18 +63,30 @@ def _gguf_model(arguments: argparse.Namespace) -> Job:
     return gguf_model.prepare(arguments, arguments.to.partition(":")[2].upper())
 
 
+def _ollama(arguments: argparse.Namespace) -> Job:
+    from . import ollama
+
+    return ollama.prepare(arguments, arguments.to.partition(":")[2] or "q8_0")
+
+
+# By the type of the matrices in a .gguf file.
+_GGUF_LIMITS = {
+    **dict.fromkeys(("f16", "bf16", "q8_0"), DENSE_LIMIT),
+    **dict.fromkeys(("q4_0", "q4_1", "iq4_nl", "mxfp4"), FOUR_BIT_LIMIT),
+}
+_COMPRESSED = "a directory in 4 bits for vLLM and SGLang"
+_ADAPTER = "the adapter alone as a .gguf file"
+_IN_GGUF = "the merged model as a .gguf file, if the base is one"
+_FOR_OLLAMA = "a directory with such a file (ollama: q8_0) and a Modelfile"
+
 TARGETS = {
-    "dense": Target("a model directory in --dtype, for programs that read no 4-bit format", _dense),
-    "bitsandbytes": Target("a model directory in NF4 that loads with bitsandbytes", _bitsandbytes),
-    "compressed-tensors:int4": Target("a model directory in INT4 for vLLM and SGLang", _compressed_tensors),
-    "compressed-tensors:nvfp4": Target("the same in NVFP4", _compressed_tensors),
-    "compressed-tensors:mxfp4": Target("the same in MXFP4", _compressed_tensors),
-    "gguf-adapter": Target(
-        "the LoRA adapter alone, in float32, as a .gguf file for llama.cpp and Ollama", _gguf_adapter, ".gguf"
-    ),
-    "gguf-adapter:f16": Target("the same in float16", _gguf_adapter, ".gguf"),
-    **dict.fromkeys(
-        ("gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_0", "gguf:q4_1", "gguf:iq4_nl", "gguf:mxfp4"),
-        Target("the adapter merged into its base, if that is a .gguf file, in that type", _gguf_model, ".gguf"),
-    ),
+    "dense": Target("a model directory in --dtype", _dense, max_loss_increase=DENSE_LIMIT),
+    "bitsandbytes": Target("a directory in NF4", _bitsandbytes),
+    **{f"compressed-tensors:{kind}": Target(_COMPRESSED, _compressed_tensors) for kind in ("int4", "nvfp4", "mxfp4")},
+    "gguf-adapter": Target(_ADAPTER, _gguf_adapter, ".gguf", DENSE_LIMIT),
+    "gguf-adapter:f16": Target(_ADAPTER, _gguf_adapter, ".gguf", DENSE_LIMIT),
+    **{f"gguf:{kind}": Target(_IN_GGUF, _gguf_model, ".gguf", limit) for kind, limit in _GGUF_LIMITS.items()},
+    "ollama": Target(_FOR_OLLAMA, _ollama, None, DENSE_LIMIT),
+    **{f"ollama:{kind}": Target(_FOR_OLLAMA, _ollama, None, limit) for kind, limit in _GGUF_LIMITS.items()},
+    "ollama:adapter": Target("the same with the adapter alone", _ollama, None, DENSE_LIMIT),
 }

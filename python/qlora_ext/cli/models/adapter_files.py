@@ -32,6 +32,8 @@ def find(name: str, option: str = "--adapter") -> pathlib.Path:
             if not (path / "adapter_model.safetensors").is_file():
                 raise UserError(f"{option} {name}: there is no adapter_model.safetensors in {path}")
             return path
+    if directory.is_file():
+        raise UserError(f"{option} {name}: expected a directory with an adapter of PEFT, got a file")
     if not directory.is_dir():
         raise UserError(f"{option} {name}: no such directory")
     raise UserError(f"{option} {name}: there is no adapter_config.json in that directory")

@@ -91,9 +91,11 @@ def package_files(package: str, what: str, trusted: bool = True) -> list[pathlib
 
 def _gguf(name: str, path: pathlib.Path, trust_remote_code: bool, option: str) -> ModelSource:
     try:
-        read_header(path)
+        header = read_header(path)
     except FileError as error:
         raise UserError(f"{option} {name}: {error}") from error
+    if header.is_adapter:
+        raise UserError(f"{option} {name}: that file holds an adapter, not a model; qlora-ext reads adapters of PEFT")
     return ModelSource(name, str(path.parent), path.name, trust_remote_code)
 
 

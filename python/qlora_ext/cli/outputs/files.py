@@ -342,14 +342,17 @@ def recover(path: pathlib.Path) -> list[str]:
         return [*siblings, *_recover_in(path, INSIDE)]
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_text(path: pathlib.Path, text: str) -> None:
     with staged_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_json_lines(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-    with staged_file(path) as partial:
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def append_json_line(path: pathlib.Path, record: dict[str, Any]) -> None:

@@ -1,0 +1,43 @@
+"""The loss of a model on the examples that a finished run has held out."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from ..data import Row, is_preference, read_examples, split
+from ..errors import UserError
+from ..models.adapter_files import RECORD, record_of
+from .settings import recorded
+
+if TYPE_CHECKING:
+    import torch
+
+
+def held_out_rows(adapter: pathlib.Path, tokenizer: Any, option: str) -> tuple[list[Row], int, str]:
+    """The rows that the run of ``adapter`` has held out, its batch size, and the name of its data.
+
+    Args:
+        option: the option that needs them, for the error message.
+
+    Raises:
+        UserError: the adapter does not record a run, its data cannot be read, or they are preferences.
+    """
+    values = record_of(adapter).get("settings")
+    if not values:
+        raise UserError(f"{option}: the adapter does not record its held-out data; adapters of qlora-ext finetune do")
+    s = recorded(values, adapter / RECORD)
+    examples = read_examples(s.data, s.split)
+    if is_preference(examples[0]) and s.method != "sft":
+        raise UserError(f"{option}: expected a run that was trained on answers, got one trained on preferences (DPO)")
+    parts = split(tokenizer, examples, s.seq_len, s.first_rows, s.eval_size, s.seed, packing=not s.no_packing)
+    return parts.held_out, s.batch_size, s.data
+
+
+def loss_on(model: Any, rows: list[Row], size: int, compute: torch.dtype) -> float:
+    """The mean loss per learnt token of rows, ``size`` at a time, computed in ``compute``."""
+    from ...nn import computing_in
+    from .trainer import held_out_loss
+
+    with computing_in(model, compute):
+        return held_out_loss(model, rows, size, lambda model, batch: model(**batch, use_cache=False).loss)

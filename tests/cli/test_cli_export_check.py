@@ -1,0 +1,265 @@
+"""The report after ``qlora-ext export``: both losses, the errors of the weights, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+for library in ("transformers", "peft", "gguf"):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+
+import qlora_ext
+from commands import Paths, here, listing
+from gguf_files import write
+from qlora_ext.cli import main
+from tiny_models import make
+
+Refused = Callable[..., str]
+LOSSES = re.compile(r"held-out loss on ([\d,]+) tokens of (.*): ([\d.]+) trained, ([\d.]+) exported \(([+-][\d.]+)\)")
+ERRORS = re.compile(r"relative error of the weights: ([\d.e+-]+) in all (\d+)")
+# The largest error of the weights that a target may cause, and the largest increase of the loss.
+DIRECTORIES = {
+    "dense": (2e-3, 1e-3),
+    "bitsandbytes": (0.2, 0.05),
+    "compressed-tensors:int4": (0.2, 0.05),
+    "compressed-tensors:nvfp4": (0.2, 0.05),
+    "compressed-tensors:mxfp4": (0.25, 0.05),
+}
+
+
+def report(printed: str) -> tuple[int, str, float, float]:
+    """The number of tokens, the text, and both losses."""
+    found = LOSSES.search(printed)
+    assert found, printed
+    assert abs(float(found[4]) - float(found[3]) - float(found[5])) < 1.1e-4
+    return int(found[1].replace(",", "")), found[2], float(found[3]), float(found[4])
+
+
+def weight_error(printed: str) -> float:
+    found = ERRORS.search(printed)
+    assert found, printed
+    return float(found[1])
+
+
+def recorded_loss(run: pathlib.Path) -> float:
+    metrics = json.loads((run / "adapter" / "qlora_run.json").read_text())["metrics"]
+    return math.log(metrics["perplexity_after"])
+
+
+@pytest.mark.parametrize("target", DIRECTORIES)
+def test_directories(
+    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], target: str
+) -> None:
+    if "compressed" in target:
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    here("export", "--adapter", finished_run, "--to", target, "--output", tmp_path / "out")
+    printed = capfd.readouterr().out
+    tokens, text, trained, exported = report(printed)
+    assert tokens > 10
+    assert text == f"{paths['data']} (held out by the run)"
+    assert abs(trained - recorded_loss(finished_run)) < 0.01  # the run's compute dtype, bfloat16
+    largest, increase = DIRECTORIES[target]
+    assert abs(exported - trained) <= increase
+    assert 0.1 * largest < weight_error(printed) < largest
+    assert re.search(r"model\.layers\.\d\.\w+\.\w+_proj", printed)
+
+
+@pytest.mark.parametrize("target", ["gguf-adapter", "gguf-adapter:f16"])
+def test_adapters(
+    finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], target: str
+) -> None:
+    here("export", "--adapter", finished_run, "--to", target, "--output", tmp_path / "out.gguf")
+    printed = capfd.readouterr().out
+    _, _, trained, exported = report(printed)
+    assert abs(trained - recorded_loss(finished_run)) < 0.01
+    assert abs(exported - trained) < 1e-3
+    found = re.search(r"relative error of the update: ([\d.e+-]+) in all (\d+) layers", printed)
+    assert found
+    assert int(found[2]) == 14
+    assert float(found[1]) <= (1e-3 if target.endswith("f16") else 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q4_0"])
+def test_gguf_files(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
+    base, run = tmp_path / "base.gguf", tmp_path / "run"
+    write(make("llama"), base, "llama", kinds=["Q4_0", "F16"])
+    adapter_on(base, run)
+    capfd.readouterr()
+    export = ["export", "--adapter", run, "--data", "self", "--to", f"gguf:{kind}", "--output", tmp_path / "out.gguf"]
+    here(*export)
+    printed = capfd.readouterr().out
+    _, text, trained, exported = report(printed)
+    assert text == "a text that the model wrote"
+    assert abs(exported - trained) < 0.05
+    assert (0.0 if kind == "f16" else 0.01) < weight_error(printed) < (3e-3 if kind == "f16" else 0.2)
+
+
+def adapter_on(base: pathlib.Path, directory: pathlib.Path, **options: Any) -> None:
+    """Saves a random adapter for a GGUF file."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
+    config = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options}
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(directory)
+
+
+def test_the_text(
+    refused: Refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    export = ["export", "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "out"]
+    long = tmp_path / "long.txt"
+    long.write_text("a text that is long enough, " * 400)
+    here(*export, "--data", long)
+    tokens, text, *_ = report(capfd.readouterr().out)
+    assert text == str(long)
+    assert tokens <= 2048
+    here(*export, "--data", long, "--check", "full", "--overwrite")
+    assert report(capfd.readouterr().out)[0] > 4 * tokens
+
+    moved = tmp_path / "moved"
+    shutil.copytree(finished_run, moved)
+    path = moved / "adapter" / "qlora_run.json"
+    record = json.loads(path.read_text())
+    record["settings"]["data"] = str(tmp_path / "deleted.jsonl")
+    path.write_text(json.dumps(record))
+    here("export", "--adapter", moved, *export[3:], "--overwrite")
+    printed = capfd.readouterr().out
+    assert "deleted.jsonl: no such file or directory; the model writes the text instead" in printed
+    assert report(printed)[1] == "a text that the model wrote"
+    # A record that is not in a run's directory may be anybody's, and names no file to read.
+    shutil.copytree(finished_run / "adapter", tmp_path / "alone")
+    here("export", "--adapter", tmp_path / "alone", *export[3:], "--overwrite")
+    assert report(capfd.readouterr().out)[1] == "a text that the model wrote"
+
+    before = listing(tmp_path / "out")
+    short = tmp_path / "short.txt"
+    short.write_text("no")
+    message = refused(*export, "--data", short, "--overwrite")
+    assert "expected a text of at least 32 tokens" in message
+    assert listing(tmp_path / "out") == before
+
+
+def test_a_model_without_an_adapter(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", paths["data"]]
+    here("export", "--model", paths["model"], *data, "--to", "compressed-tensors:int4", "--output", tmp_path / "int4")
+    printed = capfd.readouterr().out
+    _, _, trained, exported = report(printed)
+    assert 0 < abs(exported - trained) < 0.05
+    assert 0.01 < weight_error(printed) < 0.2
+    here("export", "--model", tmp_path / "int4", *data, "--to", "compressed-tensors:int4", "--output", tmp_path / "two")
+    printed = capfd.readouterr().out
+    _, _, trained, again = report(printed)
+    assert trained == again == exported
+    assert weight_error(printed) == 0.0
+
+
+def test_no_check(
+    refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export = ["export", "--adapter", finished_run, "--to", "dense", "--check", "none"]
+    here(*export, "--output", tmp_path / "out")
+    printed = capfd.readouterr().out
+    assert "loss" not in printed
+    assert "error" not in printed
+    for option in (["--max-loss-increase", "0.1"], ["--data", "self"]):
+        message = refused(*export, "--output", tmp_path / "no", *option)
+        assert f"{option[0]} needs a check" in message
+    message = refused(*export[:-2], "--output", tmp_path / "no", "--max-loss-increase", "-1")
+    assert "--max-loss-increase -1.0: expected 0 or more" in message
+    assert not (tmp_path / "no").exists()
+
+
+def write_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that multiplies every B by 100."""
+    from qlora_ext.gguf import adapter
+
+    intact = adapter.write_adapter
+
+    def wrong(path: Any, architecture: str, alpha: float, layers: Any) -> None:
+        intact(path, architecture, alpha, {name: (a, 100 * b) for name, (a, b) in layers.items()})
+
+    monkeypatch.setattr(adapter, "write_adapter", wrong)
+
+
+def test_a_wrong_file_fails(
+    finished_run: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write_too_much(monkeypatch)
+    output = tmp_path / "out.gguf"
+    export = ["export", "--adapter", str(finished_run), "--to", "gguf-adapter", "--output", str(output)]
+    assert main(export) == 3
+    out, err = capfd.readouterr()
+    _, _, trained, exported = report(out)
+    assert exported > trained + 0.02
+    assert "relative error of the update: 99" in out
+    assert err.count("\n") == 1
+    assert f"the loss of {output} is " in err
+    assert "more than --max-loss-increase 0.02" in err
+    assert output.is_file()
+    assert main([*export, "--overwrite", "--max-loss-increase", "1000"]) == 0
+    with pytest.raises(RuntimeError, match=r"the loss of .* more than max_loss_increase 0\.02; do not serve it"):
+        qlora_ext.export(adapter=finished_run, to="gguf-adapter", output=output, overwrite=True)
+    assert (
+        qlora_ext.export(
+            adapter=finished_run, to="gguf-adapter", output=output, overwrite=True, max_loss_increase=1000.0
+        )
+        == output
+    )
+
+
+def test_nan_fails(
+    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from qlora_ext.gguf import adapter
+
+    intact = adapter.write_adapter
+
+    def wrong(path: Any, architecture: str, alpha: float, layers: Any) -> None:
+        intact(path, architecture, math.nan, layers)
+
+    monkeypatch.setattr(adapter, "write_adapter", wrong)
+    export = ["export", "--adapter", finished_run, "--to", "gguf-adapter", "--output", tmp_path / "out.gguf"]
+    assert main([*map(str, export), "--max-loss-increase", "1000"]) == 3
+    assert "is NaN" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["dense", "gguf-adapter"])
+def test_the_adapter_of_another_base_is_rejected_before_writing(
+    refused: Refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, target: str
+) -> None:
+    output = tmp_path / ("out.gguf" if target == "gguf-adapter" else "out")
+    export = ["export", "--adapter", finished_run, "--model", paths["other"], "--to", target, "--output", output]
+    message = refused(*export)
+    assert "was trained on another 4-bit base" in message
+    assert "add --force" in message
+    assert [*tmp_path.iterdir()] == []
+    here(*export, "--force", "--max-loss-increase", "5")
+
+
+def test_a_base_without_weights_leaves_only_the_update(
+    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    shutil.copy(paths["model"] / "config.json", base)
+    here("export", "--adapter", finished_run, "--model", base, "--to", "gguf-adapter", "--output", tmp_path / "a.gguf")
+    printed = capfd.readouterr().out
+    assert f"the losses are not measured, because {base} has no weights" in printed
+    assert "relative error of the update: 0 in all 14 layers" in printed
