@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ...gguf.file import ARCHITECTURES
-from ..exporting.targets import TARGETS
+from ..exporting.targets import EMBEDDINGS, TARGETS
 from ..options import add_base_options
 
 
@@ -30,6 +30,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16",
         help="dtype of the saved weights that are not 4-bit: bfloat16, float16 or float32 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--embeddings", choices=EMBEDDINGS, metavar="TYPE",
+        help=f"type of embeddings and output head in the gguf: targets: {', '.join(EMBEDDINGS)} (default: q8_0 for "
+        "targets of 4 bits, else the target's type; of a GGUF file with an adapter, they stay as they are)",
     )  # fmt: skip
     parser.set_defaults(run=run)
 

@@ -16,7 +16,7 @@ from ..models.sources import resolve
 from ..outputs.directory import Output, claim
 from ..outputs.files import need_space
 from ..outputs.output_file import claim_file
-from .targets import TARGETS, Target
+from .targets import EMBEDDINGS, TARGETS, Target
 
 
 def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
     """
     if arguments.adapter is None and arguments.model is None:
         raise UserError("export: expected an adapter (--adapter) or a model (--model), got neither")
+    if arguments.embeddings is not None and not arguments.to.startswith("gguf:"):
+        raise UserError(f"--embeddings: expected a target gguf:TYPE, got --to {arguments.to}")
     target = TARGETS[arguments.to]
     with _claim(arguments, target) as output:
         _protect_inputs(arguments, output)
@@ -64,6 +66,7 @@ def export(
     adapter: str | os.PathLike[str] | None = None,
     model: str | os.PathLike[str] | None = None,
     dtype: str = "bfloat16",
+    embeddings: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
     force: bool = False,
@@ -81,6 +84,9 @@ def export(
         adapter: the adapter, or the run that made it.
         model: the base of the adapter (default: the one that it names), or without an adapter, the model to export.
         dtype: of the weights that are not 4-bit.
+        embeddings: the type of embeddings and output head in the targets ``gguf:...``: ``f32``, ``f16``, ``bf16``,
+            ``q8_0`` or one of 4 bits. The default is ``q8_0`` for targets of 4 bits and the target's type for others;
+            those of a GGUF file with an adapter stay as they are.
         device: where the model is merged.
         overwrite: replace what an earlier export wrote to ``output``. Other files are never deleted.
         force: accept an adapter that was trained on another 4-bit base.
@@ -103,9 +109,12 @@ def export(
     """
     if to not in TARGETS:
         raise ValueError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
+    if embeddings is not None and embeddings not in EMBEDDINGS:
+        raise ValueError(f"embeddings: expected one of {', '.join(EMBEDDINGS)}, got {embeddings!r}")
     paths: dict[str, Any] = {"output": output, "adapter": adapter, "model": model}
     arguments = argparse.Namespace(
-        to=to, dtype=dtype, device=device, overwrite=overwrite, force=force, trust_remote_code=trust_remote_code,
+        to=to, dtype=dtype, embeddings=embeddings, device=device, overwrite=overwrite, force=force,
+        trust_remote_code=trust_remote_code,
         **{name: None if value is None else os.fspath(value) for name, value in paths.items()},
     )  # fmt: skip
     try:

@@ -56,6 +56,9 @@ def _gguf_model(arguments: argparse.Namespace) -> Job:
     return gguf_model.prepare(arguments, arguments.to.partition(":")[2].upper())
 
 
+# The types of embeddings and output head in the targets ``gguf:...``.
+EMBEDDINGS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4")
+
 TARGETS = {
     "dense": Target("a model directory in --dtype, for programs that read no 4-bit format", _dense),
     "bitsandbytes": Target("a model directory in NF4 that loads with bitsandbytes", _bitsandbytes),
@@ -68,6 +71,6 @@ TARGETS = {
     "gguf-adapter:f16": Target("the same in float16", _gguf_adapter, ".gguf"),
     **dict.fromkeys(
         ("gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_0", "gguf:q4_1", "gguf:iq4_nl", "gguf:mxfp4"),
-        Target("the adapter merged into its base, if that is a .gguf file, in that type", _gguf_model, ".gguf"),
+        Target("the merged model with its tokenizer, as a .gguf file in that type", _gguf_model, ".gguf"),
     ),
 }
