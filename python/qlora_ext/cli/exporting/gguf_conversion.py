@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -123,7 +124,7 @@ def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) 
     writer = gguf.GGUFWriter(os.fspath(path), conversion.architecture)
     writer.add_string(VERSION_KEY, VERSION)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(pathlib.PurePath(conversion.adapted.source.name).name)
+    writer.add_name(_name(conversion))
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{'MXFP4_MOE' if kind == 'MXFP4' else kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     metadata.add_hyperparameters(writer, conversion.config)
@@ -139,6 +140,14 @@ def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) 
     write_tensors(writer, tensors)
     for encode in encoders.values():
         encode.report()
+
+
+def _name(conversion: _Conversion) -> str:
+    """The name of the model in the metadata."""
+    name = pathlib.PurePath(conversion.adapted.source.name).name
+    phi3 = re.search(r"phi-?3", name.lower())
+    # llama.cpp does not load a model whose name has these letters without the special tokens of Phi-3.
+    return "model" if phi3 and "<|endoftext|>" not in conversion.adapted.tokenizer.get_vocab() else name
 
 
 def _data(target: str, weights: MergedWeights, tensor: FileTensor, kind: str, encode: Encoder | None) -> Any:
