@@ -16,7 +16,11 @@ import tempfile
 from typing import Any
 
 import gguf
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+try:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+except ImportError:  # older versions lack the table
+    GGUF_PRE_TOKENIZER_SPLITS = {}
 
 _CONVERTER = "convert_hf_to_gguf.py"
 _PREFIX = "tokenizer."

@@ -79,7 +79,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
         words = tokenizer.convert(adapted.tokenizer, config, rows, source.directory)
     except ValueError as error:
         raise UserError(f"{target}: {source.name}: {first_line(error)}; or use --to dense") from error
-    factors, embeddings = metadata.rope_tensors(architecture, config), embeddings_kind(arguments.embeddings, kind)
+    factors, embeddings = metadata.rope_tensors(config), embeddings_kind(arguments.embeddings, kind)
     kinds, nbytes = [], words.nbytes + _MORE_METADATA + sum(tensor.nbytes for tensor in factors.values())
     for tensor in tensors:
         kinds.append((tensor, _kind_of(tensor, kind, embeddings)))
@@ -87,6 +87,9 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
             nbytes += nbytes_of(kinds[-1][1], tensor.shape)
         except ValueError as error:
             raise UserError(f"{target}: {tensor.weight} has {error}; use --to gguf:f16") from error
+    window = metadata.ignored_window(config)
+    if window is not None:
+        print(f"llama.cpp attends to all tokens of this model, which has a window of {window}; longer texts differ")
     conversion = _Conversion(target, adapted, config, architecture, kind, words, kinds, factors)
     return Job(nbytes, lambda: _build(conversion))
 
