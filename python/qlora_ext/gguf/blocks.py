@@ -273,10 +273,10 @@ def in_form_of(kind: str, w4: Weight4bit) -> Weight4bit | None:
     if w4.block_size % form.block_size or w4.shape[-1] % w4.block_size or w4.form.scales == NESTED8:
         return None
     code = w4.code
-    offsets = fields.get("block_offsets")
-    if (code, form.code) == ("uint4", "int4") and w4.form.offsets == ZERO_POINT8 and bool((offsets == 8).all()):
+    if (code, form.code) == ("uint4", "int4") and w4.form.offsets == ZERO_POINT8:
+        if not bool(fields.pop("block_offsets").eq(8).all()):
+            return None
         code = form.code
-        del fields["block_offsets"]
     if code != form.code or (form.offsets is None) != ("block_offsets" not in fields):
         return None
     if w4.form.scales != form.scales and (w4.form.scales not in FLOAT_DTYPES or form.scales != FLOAT16):

@@ -62,7 +62,7 @@ class FileTensor:
         *stack, width = w4.shape
         count = math.prod(stack)
         rows = torch.arange(count, dtype=torch.int64, device="cpu")[self.place.numbers]
-        parts = {
+        parts: dict[str, Any] = {
             name: tensor.reshape(count, -1)[rows].reshape(math.prod(self.shape[:-2]), -1)
             for name, tensor in w4.tensors.items()
             if name in ("packed", "absmax", "block_offsets")

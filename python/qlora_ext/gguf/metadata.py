@@ -215,9 +215,7 @@ def _hyperparameters(architecture: str, config: Any) -> Iterator[tuple[str, Any]
         yield "rope.scaling.factor", float(rope["factor"])
     if kind == "yarn":
         yield "rope.scaling.original_context_length", _original_length(config, rope)
-        yield from (
-            (f"rope.scaling.yarn_{field}", float(rope[field])) for field in _BETAS if rope.get(field) is not None
-        )
+        yield from ((f"rope.scaling.yarn_{field}", usual) for field, usual in _BETAS)
 
 
 def _original_length(config: Any, rope: dict[str, Any]) -> int:

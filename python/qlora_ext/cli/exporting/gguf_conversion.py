@@ -96,7 +96,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
 
 def _weights(skeleton: Any) -> list[str]:
     """The names of the weights of the language model; of those that are tied, the first."""
-    names = {}
+    names: dict[int, str] = {}
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), name)
     config = skeleton.config

@@ -50,8 +50,9 @@ class MergedWeights:
             return *over.before_and_after(), over.layer4bit.packed_weight(over.parameter_name)
         module = self._module(path)
         if isinstance(module, Packed4bit) and parameter in module.packed_shapes:
-            dequantize = module.dequantize
-            w = dequantize(parameter, torch.float32) if isinstance(module, Experts4bit) else dequantize(torch.float32)
+            dense: Any = module  # experts have several weights
+            which = (parameter,) if isinstance(module, Experts4bit) else ()
+            w = dense.dequantize(*which, torch.float32)
             return w, w, module.packed_weight(parameter)
         value = getattr(module, parameter).detach().float()
         if parameter == "bias" and f"{path}.weight" in self._over:
