@@ -141,16 +141,42 @@ def test_a_dense_base_was_trained_in_nf4(tmp_path: pathlib.Path) -> None:
     assert (logits(read(out)) - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_what_is_rejected(
-    refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_file_without_an_adapter_gets_the_type(tmp_path: pathlib.Path, kind: str) -> None:
+    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
+    make_base(base, "Q4_0", "F16", "Q8_0")
+    here("export", "--model", base, "--to", f"gguf:{kind}", "--output", out)
+    values, tensors = contents(out)
+    old_values, old_tensors = contents(base)
+    assert values.pop("qlora_ext.version")
+    assert values == old_values
+    for name, (found, data) in tensors.items():
+        is_table, is_matrix = name in ("token_embd.weight", "output.weight"), "norm" not in name
+        wanted = "Q8_0" if is_table and "4" in kind else kind.upper()
+        assert found == (wanted if is_matrix else old_tensors[name][0])
+        assert (data == old_tensors[name][1]) == (found == old_tensors[name][0])
+    expected = logits(read(base))
+    limit = {"f16": 0.002, "bf16": 0.02, "q8_0": 0.05}.get(kind, 0.7)
+    assert (logits(read(out)) - expected).norm() < limit * expected.norm()
+
+
+def test_the_embeddings_of_a_base_change_if_their_type_is_named(tmp_path: pathlib.Path) -> None:
+    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
+    make_base(base, "Q4_0")
+    adapt(tmp_path / "adapter", base, target_modules=["q_proj"])
+    export = ["export", "--adapter", tmp_path / "adapter", "--to", "gguf:q4_0", "--output", out]
+    here(*export)
+    assert contents(out)[1]["token_embd.weight"] == contents(base)[1]["token_embd.weight"]
+    here(*export, "--embeddings", "f16", "--overwrite")
+    tensors = contents(out)[1]
+    assert tensors["token_embd.weight"][0] == tensors["output.weight"][0] == "F16"
+    assert tensors["blk.0.attn_k.weight"] == contents(base)[1]["blk.0.attn_k.weight"]
+
+
+def test_what_is_rejected(refused: Refused, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base.gguf"
     make_base(base, "Q4_0")
     to = ["--to", "gguf:q4_0", "--output", tmp_path / "no.gguf"]
-    message = refused("export", "--adapter", finished_run, *to)
-    assert "expected an adapter whose base is a GGUF file" in message
-    assert "use --to dense" in message
-    assert "expected an adapter (--adapter), got a model" in refused("export", "--model", base, *to)
     adapt(tmp_path / "adapter", base, use_dora=True)
     capfd.readouterr()
     assert "has DoRA, which that target cannot hold; use --to dense" in refused(

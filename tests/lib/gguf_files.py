@@ -113,7 +113,7 @@ def writer_of(config: Any, path: pathlib.Path, architecture: str) -> gguf.GGUFWr
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_dimension_count(head_dim)
     writer.add_key_length(head_dim)
     writer.add_vocab_size(config.vocab_size)

@@ -31,6 +31,8 @@ ALLOWED = {
     "python/qlora_ext/cli/outputs/lock.py": {"ftruncate"},
     # Directories for unfinished packages in the user's own cache: recognized by name and content, under their lock.
     "python/qlora_ext/decoding/cache.py": {"mkdtemp", "rmtree"},
+    # A directory of its own among the system's temporary files, for the libraries that read a tokenizer from files.
+    "python/qlora_ext/gguf/tokenizer.py": {"TemporaryDirectory", "write_text"},
     # Builds, in directories with a marker.
     "scripts/packaging/check.py": {"TemporaryDirectory"},
     "scripts/packaging/glibc.py": {"copy", "rmtree", "write_text"},

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .._internal import scale_tables
 from .._internal.untrusted import FileError
-from ..form import Form
-from ..formats import FLOAT16, NESTED_TABLE8, SCALED8, TABLE8
+from ..form import FLOAT_DTYPES, Form
+from ..formats import FLOAT16, NESTED8, NESTED_TABLE8, SCALED8, TABLE8, ZERO_POINT8
 from ..weight import Weight4bit, weight_of
 from .file import TensorInfo
 
@@ -191,6 +191,7 @@ def _ue4m3_table() -> Tensor:
 
 _E8M0 = scale_tables.e8m0_table(torch.device("cpu"))
 _UE4M3 = _ue4m3_table()
+_TABLES = {"MXFP4": _E8M0, "NVFP4": _UE4M3}
 _INTEGERS = torch.arange(256, dtype=torch.float32, device="cpu")
 
 _LAYOUTS = {
@@ -260,6 +261,49 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
         shape=torch.Size(shape),
         dtype=torch.float32,
     )
+
+
+def in_form_of(kind: str, w4: Weight4bit) -> Weight4bit | None:
+    """The same weight on the CPU, with the same codes and values, in the form of a type; None if that cannot hold it.
+
+    Scales for more elements than the type's blocks have are repeated, and scales of another dtype are converted if
+    float16 holds their values. Zero points of 8 are the ones that Q4_0 has.
+    """
+    form, fields = form_of(kind), dict(w4.tensors)
+    if w4.block_size % form.block_size or w4.shape[-1] % w4.block_size or w4.form.scales == NESTED8:
+        return None
+    code = w4.code
+    if (code, form.code) == ("uint4", "int4") and w4.form.offsets == ZERO_POINT8:
+        if not bool(fields.pop("block_offsets").eq(8).all()):
+            return None
+        code = form.code
+    if code != form.code or (form.offsets is None) != ("block_offsets" not in fields):
+        return None
+    if w4.form.scales != form.scales and (w4.form.scales not in FLOAT_DTYPES or form.scales != FLOAT16):
+        return None
+    if w4.form.offsets != form.offsets and form.offsets is not None:
+        return None
+    if form.scales == TABLE8 and not _has_table(kind, fields["scale_table"], fields["absmax"]):
+        return None
+    if form.scales == FLOAT16:
+        scales = fields["absmax"].to(torch.float16)
+        if not torch.equal(scales.float(), fields["absmax"].float()):
+            return None
+        fields["absmax"] = scales
+    repeats = w4.block_size // form.block_size
+    for name in ("absmax", "block_offsets"):
+        if name in fields and repeats > 1:
+            fields[name] = fields[name].repeat_interleave(repeats, -1)
+    if form.scales == TABLE8:
+        fields["scale_table"] = _TABLES[kind].expand(*w4.shape[:-2], 256)
+    given: _Fields = {"nested_absmax": None, "nested_offset": None, **fields}
+    return weight_of(form, **given, shape=w4.shape, dtype=w4.dtype)
+
+
+def _has_table(kind: str, tables: Tensor, codes: Tensor) -> bool:
+    """Whether the scales ``codes`` of a weight have the same values in the table of a type."""
+    values = tables.gather(-1, codes.long())
+    return torch.equal(values, _TABLES[kind][codes.long()]) and bool(values.isfinite().all())
 
 
 def write(kind: str, w4: Weight4bit) -> bytes:

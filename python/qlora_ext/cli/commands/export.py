@@ -8,7 +8,7 @@ from typing import Any
 
 from ..._internal.untrusted import printable
 from ...gguf.file import ARCHITECTURES
-from ..exporting.targets import CHECKS, DENSE_LIMIT, FOUR_BIT_LIMIT, TARGETS
+from ..exporting.targets import CHECKS, DENSE_LIMIT, EMBEDDINGS, FOUR_BIT_LIMIT, TARGETS
 from ..options import add_base_options
 from .check import EXIT_FAILED
 
@@ -46,6 +46,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16",
         help="dtype of the saved weights that are not 4-bit: bfloat16, float16 or float32 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--embeddings", choices=EMBEDDINGS, metavar="TYPE",
+        help=f"type of embeddings and output head in GGUF: {', '.join(EMBEDDINGS)} (default: q8_0 in 4 bits, else the "
+        "target's)",
     )  # fmt: skip
     parser.set_defaults(run=run)
 

@@ -17,7 +17,7 @@ from ..outputs.directory import Output, claim
 from ..outputs.files import need_space
 from ..outputs.output_file import claim_file
 from .check import Check, CheckError, check_options, require, show
-from .targets import CHECKS, TARGETS, Target
+from .targets import CHECKS, EMBEDDINGS, TARGETS, Target
 
 
 def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
         raise UserError("export: expected an adapter (--adapter) or a model (--model), got neither")
     check_options(arguments)
     target = TARGETS[arguments.to]
+    if arguments.embeddings is not None and not target.has_embeddings:
+        raise UserError(f"--embeddings: expected a target gguf:TYPE or ollama:TYPE, got --to {arguments.to}")
     with _claim(arguments, target) as output:
         _protect_inputs(arguments, output)
         output.check()
@@ -83,6 +85,7 @@ def export(
     data: str | os.PathLike[str] | None = None,
     max_loss_increase: float | None = None,
     dtype: str = "bfloat16",
+    embeddings: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
     force: bool = False,
@@ -107,6 +110,9 @@ def export(
         max_loss_increase: the limit of the increase of the loss, in nats per token. The default depends on the target:
             0.3 with 4-bit weights, 0.02 without.
         dtype: of the weights that are not 4-bit.
+        embeddings: the type of embeddings and output head in the targets ``gguf:...`` and ``ollama:...``: ``f32``,
+            ``f16``, ``bf16``, ``q8_0`` or one of 4 bits. The default is ``q8_0`` for targets of 4 bits and the target's type for others;
+            those of a GGUF file with an adapter stay as they are.
         device: where the model is merged.
         overwrite: replace what an earlier export wrote to ``output``. Other files are never deleted.
         force: accept an adapter that was trained on another 4-bit base.
@@ -133,10 +139,12 @@ def export(
         raise ValueError(f"to: expected one of {', '.join(TARGETS)}, got {to!r}")
     if check not in CHECKS:
         raise ValueError(f"check: expected one of {', '.join(CHECKS)}, got {check!r}")
+    if embeddings is not None and embeddings not in EMBEDDINGS:
+        raise ValueError(f"embeddings: expected one of {', '.join(EMBEDDINGS)}, got {embeddings!r}")
     paths: dict[str, Any] = {"output": output, "adapter": adapter, "model": model, "data": data}
     arguments = argparse.Namespace(
-        to=to, check=check, max_loss_increase=max_loss_increase, dtype=dtype, device=device, overwrite=overwrite,
-        force=force, trust_remote_code=trust_remote_code,
+        to=to, check=check, max_loss_increase=max_loss_increase, dtype=dtype,
+        embeddings=embeddings, device=device, overwrite=overwrite, force=force, trust_remote_code=trust_remote_code,
         **{name: None if value is None else os.fspath(value) for name, value in paths.items()},
     )  # fmt: skip
     try:

@@ -1,69 +1,91 @@
-"""The targets ``gguf:...``: the GGUF file that the adapter was trained on, with the adapter merged into its weights."""
+"""The targets ``gguf:...``. Of a base that is a GGUF file, the result is that file with other weights."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import functools
+import math
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from ...gguf.file import read_header
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...checkpoints import select_rows
+from ...gguf import GGUFWeights, blocks
+from ...gguf.adapter import Place, places
+from ...gguf.file import ARCHITECTURES, TensorInfo, read_header
+from ...gguf.rewriting import rewrite
+from ...gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed
+from ...merged import seed_of
+from ...nn import layers_of, to_be_quantized
+from ...weight import quantize
 from ..errors import UserError, first_line
 from ..models import validate_model
 from ..models.adapted import Adapted
 from ..models.loading import stored_forms
 from ..models.pretrained import load_config
+from ..models.sources import ModelSource, resolve
+from . import gguf_conversion
 from .job import Job
 from .lora import architecture_of, check_plain, ranks_of
 from .model_directories import find_model
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ...gguf import GGUFWeights
-    from ...gguf.adapter import Place
-    from ...gguf.rewriting import Replacement
+from .weights import Encoder, before_and_after, layers_by_name, stored_in
 
 _MORE_METADATA = 1 << 16  # bytes
+# Tensors that llama.cpp reads in float32.
+_FLOAT32 = ("ffn_gate_inp.weight", "_norm.weight")
+
+
+def prepare(arguments: argparse.Namespace, kind: str) -> Job:
+    """A file in which the weights have the type ``kind``, or of a GGUF file those that change."""
+    target = f"--to {arguments.to}"
+    if arguments.adapter is None:
+        source = resolve(arguments.model, arguments.trust_remote_code)
+        if source.gguf_file is not None:
+            return _retype(target, source, kind, arguments.embeddings)
+    adapted, skeleton = find_model(arguments)
+    if adapted.source.gguf_file is None:
+        return gguf_conversion.prepare(arguments, kind, adapted, skeleton)
+    return _merge(target, adapted, skeleton, kind, arguments.embeddings)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Merge:
-    """A checked export: the type of the new tensors, and where the layers are whose weights change."""
+    """A checked export: the types of the tensors that change, and where the adapted layers are.
 
+    Attributes:
+        target: the option and its value, for error messages.
+        places: the tensors of the layers whose weights change.
+        kinds: the types of all tensors that change, by name.
+    """
+
+    target: str
     adapted: Adapted
     file: pathlib.Path
-    kind: str
     places: dict[str, Place]
+    kinds: dict[str, str]
 
     @functools.cached_property
     def weights(self) -> GGUFWeights:
         """The weights in the file."""
-        from ...gguf import GGUFWeights
-
         source = self.adapted.source
         return GGUFWeights(self.file, validate_model.skeleton(source, load_config(source)))
 
 
-def prepare(arguments: argparse.Namespace, kind: str) -> Job:
-    """The merged file, in which the changed weights have the type ``kind``."""
-    from ...gguf.adapter import places
-    from ...gguf.rewriting import bytes_per_row
-    from ...nn import to_be_quantized
+def _file_of(source: ModelSource) -> pathlib.Path:
+    assert source.gguf_file is not None
+    return pathlib.Path(source.path) / source.gguf_file
 
-    target = f"--to {arguments.to}"
-    if arguments.adapter is None:
-        raise UserError(f"{target}: expected an adapter (--adapter), got a model; convert it with llama.cpp")
-    adapted, skeleton = find_model(arguments)
+
+def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: str | None) -> Job:
+    """The base's file with the adapter in its weights."""
     source = adapted.source
     assert adapted.adapter is not None
-    if source.gguf_file is None:
-        raise UserError(
-            f"{target}: expected an adapter whose base is a GGUF file, got {source.name}; use --to dense, and "
-            "convert_hf_to_gguf.py of llama.cpp"
-        )
     check_plain(target, adapted.adapter)
     config = load_config(source)
     architecture = architecture_of(target, source, config)
@@ -74,59 +96,111 @@ def prepare(arguments: argparse.Namespace, kind: str) -> Job:
         found = places(architecture, skeleton, changed)
     except ValueError as error:
         raise UserError(f"{target}: {first_line(error)}; use --to dense") from error
-    file = pathlib.Path(source.path) / source.gguf_file
-    old, state = {tensor.name: tensor.nbytes for tensor in read_header(file).tensors}, skeleton.state_dict()
+    file = _file_of(source)
+    kinds = {place.tensor: kind for place in found.values()} | _embeddings(file, embeddings)
+    return Job(_size(target, file, kinds), lambda: _build(_Merge(target, adapted, file, found, kinds)))
+
+
+def _embeddings(file: pathlib.Path, kind: str | None) -> dict[str, str]:
+    """The types of the embeddings and the output head of a file, if they have to change."""
+    tensors = {tensor.name: tensor.type_name for tensor in read_header(file).tensors}
+    if kind is None:
+        return {}
+    return {
+        name: kind.upper() for name in gguf_conversion.EMBEDDINGS if tensors.get(name, kind.upper()) != kind.upper()
+    }
+
+
+def _size(target: str, file: pathlib.Path, kinds: dict[str, str]) -> int:
+    """The size of the file if its tensors have these types."""
     nbytes = file.stat().st_size + _MORE_METADATA
-    for layer, place in found.items():
-        rows, width = state[f"{layer}.weight"].shape
-        size = bytes_per_row(kind, width)
-        if size is None:
-            raise UserError(f"{target}: {layer} has rows of {width} weights, no multiple of a block; use --to gguf:f16")
-        nbytes += rows * size - old[place.tensor]
-    return Job(nbytes, lambda: _build(_Merge(adapted, file, kind, found)))
+    for tensor in read_header(file).tensors:
+        try:
+            nbytes += nbytes_of(kinds.get(tensor.name, tensor.type_name), tensor.shape) - tensor.nbytes
+        except ValueError as error:
+            raise UserError(f"{target}: {tensor.name} has {error}; use --to gguf:f16") from error
+    return nbytes
 
 
 def _build(merge: _Merge) -> Callable[[pathlib.Path], None]:
-    from ...gguf.rewriting import rewrite
-
-    replaced = dict(_replacements(merge))
-    return lambda path: rewrite(merge.file, path, replaced)
-
-
-def _replacements(merge: _Merge) -> Iterator[tuple[str, Replacement]]:
-    """The new tensors, by their names in the file."""
-    import torch
-
-    from ...checkpoints import select_rows
-    from ...form import Form
-    from ...gguf import blocks, rewriting
-    from ...merged import seed_of
-    from .weights import Encoder, layers_by_name, stored_in
-
-    kind, loader = merge.kind, dataclasses.replace(merge.adapted.loader, compute=torch.float32)  # of the adapter too
+    loader = dataclasses.replace(merge.adapted.loader, compute=torch.float32)  # of the adapter too
     model = dataclasses.replace(merge.adapted, loader=loader).load()
-    layers = layers_by_name(model)
-    form = blocks.form_of(kind) if kind in blocks.KINDS else Form()
-    encode = Encoder(form)
+    return functools.partial(_write, merge, layers_by_name(model))
+
+
+def _write(merge: _Merge, layers: dict[str, Any], path: pathlib.Path) -> None:
+    in_file = {tensor.name: tensor for tensor in read_header(merge.file).tensors}
+    encoders = {kind: Encoder(blocks.form_of(kind)) for kind in merge.kinds.values() if kind in blocks.KINDS}
+    replaced = {name: _retyped(merge.target, merge.file, in_file[name], kind) for name, kind in merge.kinds.items()}
     for layer, place in merge.places.items():
-        before, after = (weight.cpu()[place.rows] for weight in _before_and_after(merge, layers[layer], layer))
-        if kind in rewriting.DENSE_KINDS:
-            yield place.tensor, rewriting.converted(kind, after)
-            continue
-        stored = stored_in(form, layers[layer])
-        if stored is not None:
-            stored = stored.to("cpu")
-            stored = stored if isinstance(place.rows, slice) else select_rows(stored, place.rows)
-        yield place.tensor, rewriting.packed(kind, encode(before, after, stored, seed_of(f"{layer}.weight")))
-    encode.report()
+        old = replaced[place.tensor]
+        data = functools.partial(_merged, merge, layers[layer], layer, place, old.kind, encoders.get(old.kind))
+        replaced[place.tensor] = dataclasses.replace(old, data=data)
+    rewrite(merge.file, path, replaced)
+    for encode in encoders.values():
+        encode.report()
+
+
+def _merged(merge: _Merge, layer: Any, name: str, place: Place, kind: str, encode: Encoder | None) -> Any:
+    """The bytes of the weight of a layer with its adapter."""
+    before, after = (weight.cpu()[place.rows] for weight in _before_and_after(merge, layer, name))
+    if encode is None:
+        try:
+            return converted(kind, after)
+        except ValueError as error:
+            raise UserError(f"{merge.target}: {name}: {first_line(error)}; use --to gguf:bf16") from error
+    stored = stored_in(encode.form, layer)
+    if stored is not None:
+        stored = stored.to("cpu")
+        stored = stored if isinstance(place.rows, slice) else select_rows(stored, place.rows)
+    return packed(kind, encode(before, after, stored, seed_of(f"{name}.weight")))
 
 
 def _before_and_after(merge: _Merge, layer: Any, name: str) -> tuple[Tensor, Tensor]:
     """The weight of a layer, and its sum with the adapters. Dense weights are read from the file, in its precision."""
-    from ...nn import layers_of
-    from .weights import before_and_after
-
     if any(layers_of(layer)):
         return before_and_after(layer)
     before = merge.weights.decode(f"{name}.weight")
     return before, before + sum(layer.get_delta_weight(adapter).float().cpu() for adapter in layer.active_adapters)
+
+
+def _retype(target: str, source: ModelSource, kind: str, embeddings: str | None) -> Job:
+    """The file with all its matrices in the type ``kind``."""
+    file = _file_of(source)
+    header = read_header(file)
+    if header.architecture not in ARCHITECTURES.values():
+        raise UserError(
+            f"{target}: {source.name} is a {header.architecture} model, expected one of "
+            f"{', '.join(dict.fromkeys(ARCHITECTURES.values()))}; use llama-quantize of llama.cpp"
+        )
+    kinds = {}
+    for tensor in header.tensors:
+        if len(tensor.shape) < 2 or not tensor.name.endswith(".weight") or tensor.name.endswith(_FLOAT32):
+            continue
+        if tensor.type_name == "NVFP4":  # other tensors have factors of its scales
+            raise UserError(f"{target}: {tensor.name} of {source.name} is in NVFP4; use --to dense")
+        is_table = tensor.name in gguf_conversion.EMBEDDINGS
+        new = gguf_conversion.embeddings_kind(embeddings, kind) if is_table else kind
+        if new != tensor.type_name:
+            kinds[tensor.name] = new
+
+    def write(path: pathlib.Path) -> None:
+        in_file = {tensor.name: tensor for tensor in header.tensors}
+        rewrite(file, path, {name: _retyped(target, file, in_file[name], kind) for name, kind in kinds.items()})
+
+    return Job(_size(target, file, kinds), lambda: write)
+
+
+def _retyped(target: str, file: pathlib.Path, tensor: TensorInfo, kind: str) -> NewTensor:
+    """A tensor of a file in another type."""
+
+    def data() -> Any:
+        rows = math.prod(tensor.shape[:-1])
+        stored = np.memmap(file, np.uint8, "r", tensor.begin, (tensor.nbytes,)).reshape(rows, -1)
+        try:
+            w = torch.from_numpy(gguf.dequantize(stored, gguf.GGMLQuantizationType[tensor.type_name]))
+            return converted(kind, w) if kind in DENSE_KINDS else packed(kind, quantize(w, blocks.form_of(kind)))
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"{target}: {tensor.name}: {first_line(error)}; use --to gguf:bf16") from error
+
+    return NewTensor(tensor.name, tensor.shape, kind, nbytes_of(kind, tensor.shape), data)

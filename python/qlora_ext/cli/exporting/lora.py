@@ -41,6 +41,18 @@ def check_plain(target: str, adapter: pathlib.Path) -> None:
     if kind != "LORA" or found:
         has = found[0] if found else kind
         raise UserError(f"{target}: the adapter {adapter} has {has}, which that target cannot hold; use --to dense")
+    check_mergeable(target, adapter)
+
+
+def check_mergeable(target: str, adapter: pathlib.Path) -> None:
+    """Rejects an adapter that cannot be merged into the weights of its base.
+
+    Raises:
+        UserError: it repeats layers, or depends on the input.
+    """
+    config = config_of(adapter)
+    if config.get("layer_replication"):
+        raise UserError(f"{target}: the adapter {adapter} has {_MORE['layer_replication']}; use --to dense")
     conditional = [words for name, words in _CONDITIONAL.items() if config.get(name)]
     if conditional:
         raise UserError(f"{target}: the adapter {adapter} is {conditional[0]}, which only PEFT runs")

@@ -25,12 +25,14 @@ class Target:
         prepare: checks that the target can hold what the arguments name, without reading weights.
         suffix: of the file that it is; None for a directory.
         max_loss_increase: by which the loss may exceed that of the trained model, in nats per token.
+        has_embeddings: whether --embeddings says how it stores embeddings.
     """
 
     help: str
     prepare: Callable[[argparse.Namespace], Job]
     suffix: str | None = None
     max_loss_increase: float = FOUR_BIT_LIMIT
+    has_embeddings: bool = False
 
 
 def _dense(arguments: argparse.Namespace) -> Job:
@@ -76,8 +78,11 @@ _GGUF_LIMITS = {
 }
 _COMPRESSED = "a directory in 4 bits for vLLM and SGLang"
 _ADAPTER = "the adapter alone as a .gguf file"
-_IN_GGUF = "the merged model as a .gguf file, if the base is one"
+_IN_GGUF = "the merged model with its tokenizer as a .gguf file"
 _FOR_OLLAMA = "a directory with such a file (ollama: q8_0) and a Modelfile"
+
+# The types of embeddings and output head in the targets ``gguf:...`` and ``ollama:...``.
+EMBEDDINGS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4")
 
 TARGETS = {
     "dense": Target("a model directory in --dtype", _dense, max_loss_increase=DENSE_LIMIT),
@@ -85,8 +90,8 @@ TARGETS = {
     **{f"compressed-tensors:{kind}": Target(_COMPRESSED, _compressed_tensors) for kind in ("int4", "nvfp4", "mxfp4")},
     "gguf-adapter": Target(_ADAPTER, _gguf_adapter, ".gguf", DENSE_LIMIT),
     "gguf-adapter:f16": Target(_ADAPTER, _gguf_adapter, ".gguf", DENSE_LIMIT),
-    **{f"gguf:{kind}": Target(_IN_GGUF, _gguf_model, ".gguf", limit) for kind, limit in _GGUF_LIMITS.items()},
-    "ollama": Target(_FOR_OLLAMA, _ollama, None, DENSE_LIMIT),
-    **{f"ollama:{kind}": Target(_FOR_OLLAMA, _ollama, None, limit) for kind, limit in _GGUF_LIMITS.items()},
+    **{f"gguf:{kind}": Target(_IN_GGUF, _gguf_model, ".gguf", limit, True) for kind, limit in _GGUF_LIMITS.items()},
+    "ollama": Target(_FOR_OLLAMA, _ollama, None, DENSE_LIMIT, True),
+    **{f"ollama:{kind}": Target(_FOR_OLLAMA, _ollama, None, limit, True) for kind, limit in _GGUF_LIMITS.items()},
     "ollama:adapter": Target("the same with the adapter alone", _ollama, None, DENSE_LIMIT),
 }

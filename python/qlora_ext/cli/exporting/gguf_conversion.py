@@ -1,0 +1,177 @@
+"""The targets ``gguf:...`` for models that are no GGUF file: their weights, merged with the adapter, as one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from ..._internal.version import VERSION
+from ...gguf import blocks, metadata, tokenizer
+from ...gguf.file import VERSION_KEY
+from ...gguf.layout import FileTensor, file_tensors
+from ...gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed, write_tensors
+from ...merged import seed_of
+from ..errors import UserError, first_line
+from ..models.adapted import Adapted
+from ..models.loading import load_dense
+from ..models.pretrained import is_4bit, load_config
+from .job import Job
+from .lora import architecture_of, check_mergeable
+from .merged_weights import MergedWeights, Read
+from .weights import Encoder
+
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+_ROUTER = "ffn_gate_inp.weight"
+_MORE_METADATA = 1 << 16  # bytes
+
+
+def embeddings_kind(chosen: str | None, kind: str) -> str:
+    """The type of the embeddings and the output head: by default 8 bits where the other weights have 4."""
+    return chosen.upper() if chosen is not None else "Q8_0" if kind in blocks.KINDS else kind
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conversion:
+    """A checked export: what the file has beside the values of the weights.
+
+    Attributes:
+        target: the option and its value, for error messages.
+        kind: the type that the target names.
+        kinds: the tensors that come from weights, and their types.
+        factors: tensors that do not, float32.
+    """
+
+    target: str
+    adapted: Adapted
+    config: Any
+    architecture: str
+    kind: str
+    words: tokenizer.GGUFTokenizer
+    kinds: list[tuple[FileTensor, str]]
+    factors: dict[str, Tensor]
+
+
+def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton: Any) -> Job:
+    """A file with the weights in the type ``kind``.
+
+    Args:
+        skeleton: the dense model, without memory for its weights.
+    """
+    target, source = f"--to {arguments.to}", adapted.source
+    config = load_config(source)
+    architecture = architecture_of(target, source, config)
+    if adapted.adapter is not None:
+        check_mergeable(target, adapted.adapter)
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    try:
+        metadata.check(architecture, config)
+        tensors = file_tensors(architecture, skeleton, _weights(skeleton))
+        words = tokenizer.convert(adapted.tokenizer, config, rows, source.directory)
+    except ValueError as error:
+        raise UserError(f"{target}: {source.name}: {first_line(error)}; or use --to dense") from error
+    factors, embeddings = metadata.rope_tensors(config), embeddings_kind(arguments.embeddings, kind)
+    kinds, nbytes = [], words.nbytes + _MORE_METADATA + sum(tensor.nbytes for tensor in factors.values())
+    for tensor in tensors:
+        kinds.append((tensor, _kind_of(tensor, kind, embeddings)))
+        try:
+            nbytes += nbytes_of(kinds[-1][1], tensor.shape)
+        except ValueError as error:
+            raise UserError(f"{target}: {tensor.weight} has {error}; use --to gguf:f16") from error
+    window = metadata.ignored_window(config)
+    if window is not None:
+        print(f"llama.cpp attends to all tokens of this model, which has a window of {window}; longer texts differ")
+    conversion = _Conversion(target, adapted, config, architecture, kind, words, kinds, factors)
+    return Job(nbytes, lambda: _build(conversion))
+
+
+def _weights(skeleton: Any) -> list[str]:
+    """The names of the weights of the language model; of those that are tied, the first."""
+    names: dict[int, str] = {}
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), name)
+    config = skeleton.config
+    if config.get_text_config() is config:
+        return [*names.values()]
+    return [name for name in names.values() if ".language_model." in name or name.startswith("lm_head.")]
+
+
+def _kind_of(tensor: FileTensor, kind: str, embeddings: str) -> str:
+    if not tensor.is_matrix or tensor.name.endswith(_ROUTER):
+        return "F32"  # llama.cpp requires it
+    return embeddings if tensor.name in EMBEDDINGS else kind
+
+
+def _build(conversion: _Conversion) -> Callable[[pathlib.Path], None]:
+    adapted = conversion.adapted
+    if adapted.adapter is not None or is_4bit(adapted.source):
+        loader = dataclasses.replace(adapted.loader, compute=torch.float32)  # of the adapter too
+        model = dataclasses.replace(adapted, loader=loader).load()
+    else:
+        dtype = getattr(conversion.config, "dtype", None) or adapted.loader.dtype
+        model = load_dense(adapted.source, dtype, adapted.loader.device)
+    return functools.partial(_write, conversion, MergedWeights(model))
+
+
+def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) -> None:
+    kind = conversion.kind
+    writer = gguf.GGUFWriter(os.fspath(path), conversion.architecture)
+    writer.add_string(VERSION_KEY, VERSION)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(_name(conversion))
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{'MXFP4_MOE' if kind == 'MXFP4' else kind}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    metadata.add_hyperparameters(writer, conversion.config)
+    conversion.words.add_to(writer)
+    encoders = {kind: Encoder(blocks.form_of(kind)) for _, kind in conversion.kinds if kind in blocks.KINDS}
+    tensors = [
+        NewTensor(name, tuple(values.shape), "F32", values.nbytes, functools.partial(converted, "F32", values))
+        for name, values in conversion.factors.items()
+    ]
+    for tensor, kind in conversion.kinds:
+        data = functools.partial(_data, conversion.target, weights, tensor, kind, encoders.get(kind))
+        tensors.append(NewTensor(tensor.name, tensor.shape, kind, nbytes_of(kind, tensor.shape), data))
+    write_tensors(writer, tensors)
+    for encode in encoders.values():
+        encode.report()
+
+
+def _name(conversion: _Conversion) -> str:
+    """The name of the model in the metadata."""
+    name = pathlib.PurePath(conversion.adapted.source.name).name
+    phi3 = re.search(r"phi-?3", name.lower())
+    # llama.cpp does not load a model whose name has these letters without the special tokens of Phi-3.
+    return "model" if phi3 and "<|endoftext|>" not in conversion.adapted.tokenizer.get_vocab() else name
+
+
+def _data(target: str, weights: MergedWeights, tensor: FileTensor, kind: str, encode: Encoder | None) -> Any:
+    """The bytes of a tensor of the file."""
+    read = weights.read(tensor.weight)
+    try:
+        if encode is None:
+            assert kind in DENSE_KINDS
+            return converted(kind, tensor.values(read[1]))
+        return torch.cat([*_encoded(tensor, kind, read, encode)]).numpy()
+    except ValueError as error:
+        raise UserError(f"{target}: {tensor.weight}: {first_line(error)}; use --to gguf:bf16") from error
+
+
+def _encoded(tensor: FileTensor, kind: str, read: Read, encode: Encoder) -> Iterator[Tensor]:
+    """The bytes of a 4-bit tensor, matrix by matrix."""
+    *_, rows, width = tensor.shape
+    before, after = (tensor.values(weight).reshape(-1, rows, width) for weight in read[:2])
+    stored = None if read[2] is None else blocks.in_form_of(kind, read[2])
+    matrices = None if stored is None else tensor.packed_rows(stored)
+    for e in range(len(before)):
+        own = None if matrices is None else matrices.matrix(e)
+        w4 = encode(before[e], after[e], own, seed_of(f"{tensor.name}.{e}"))
+        yield torch.from_numpy(packed(kind, w4).copy())

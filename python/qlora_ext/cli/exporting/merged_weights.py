@@ -1,0 +1,83 @@
+"""The weights of a loaded model with its adapters, one at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor
+
+from ...integrations.peft.merge import Over4bit
+from ...nn import Experts4bit, Packed4bit
+from ...weight import Weight4bit
+
+# A weight without and with its adapters, float32, and its 4-bit weight, if it has one.
+Read = tuple[Tensor, Tensor, Weight4bit | None]
+
+
+class MergedWeights:
+    """The weights of a model that may have adapters, by their names in the dense model without adapters.
+
+    Adapters on dense layers are merged at once, those on 4-bit layers when their weight is read.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.base_model.model if isinstance(model, PeftModel) else model
+        self._over: dict[str, Over4bit] = {}
+        for name, layer in self._model.named_modules():
+            if isinstance(layer, Over4bit):
+                self._over[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = layer
+            elif isinstance(layer, BaseTunerLayer):
+                layer.merge()  # an adapter on a dense layer, such as the output head
+        self._last: tuple[str, Read] | None = None
+
+    def read(self, name: str) -> Read:
+        """A weight, on the CPU. The last one is kept, because several tensors of a file may come from it."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            before, after, w4 = self._read(name)
+            before, after = before.cpu(), before.cpu() if after is before else after.cpu()
+            self._last = name, (before, after, None if w4 is None else w4.to("cpu"))
+        return self._last[1]
+
+    def _read(self, name: str) -> Read:
+        path, _, parameter = name.rpartition(".")
+        if name in self._over:
+            over = self._over[name]
+            return *over.before_and_after(), over.layer4bit.packed_weight(over.parameter_name)
+        module = self._module(path)
+        if isinstance(module, Packed4bit) and parameter in module.packed_shapes:
+            dense: Any = module  # experts have several weights
+            which = (parameter,) if isinstance(module, Experts4bit) else ()
+            w = dense.dequantize(*which, torch.float32)
+            return w, w, module.packed_weight(parameter)
+        value = getattr(module, parameter).detach().float()
+        if parameter == "bias" and f"{path}.weight" in self._over:
+            value = self._bias(self._over[f"{path}.weight"], value)
+        return value, value, None
+
+    def _bias(self, over: Over4bit, bias: Tensor) -> Tensor:
+        """The bias of a 4-bit layer with the adapters that change it."""
+        names = over.names_to_merge(None) if over.bias4bit is not None else []
+        if not names:
+            return bias
+        _, merged = over.merged_weights(names)
+        over.merged_adapters.clear()
+        return bias if merged is None else merged.detach().float()
+
+    def _module(self, path: str) -> Any:
+        """A module, without PEFT's layers around it."""
+        module = self._model
+        for part in path.split("."):
+            module = getattr(module, part)
+            while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                if isinstance(module, BaseTunerLayer):
+                    module = module.get_base_layer()
+                elif isinstance(module, ModulesToSaveWrapper):
+                    module = module.modules_to_save[module.active_adapters[0]]
+                else:
+                    module = module.original_module
+        return module

@@ -1,0 +1,157 @@
+"""``qlora-ext export --to gguf:...`` of adapters on models that are a directory, and of 4-bit checkpoints."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+import pytest
+import torch
+
+for library in ("transformers", "peft", "gguf"):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+pytest.importorskip(
+    "transformers.integrations.gguf.gguf_config_mapping", reason="transformers does not build configurations by a table"
+)
+
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import llama_cpp_runs
+import packed_models
+import qlora_ext
+from commands import here
+from tiny_directories import VOCABULARY, byte_level, config_of, make, save
+
+IDS = torch.randint(4, VOCABULARY - 2, (1, 32), generator=torch.Generator().manual_seed(1))
+EXPORT = ["export", "--dtype", "float32"]
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def read(path: pathlib.Path) -> Any:
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    return qlora_ext.gguf.GGUFWeights(path, skeleton).load(dtype=torch.float32).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS).logits[0].float()
+    return found
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def four_bit(directory: pathlib.Path) -> Any:
+    """The model that an adapter is trained on."""
+    return AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=qlora_ext.QLoRAConfig(), dtype=torch.float32
+    )
+
+
+def adapt(directory: pathlib.Path, base: pathlib.Path, size: float = 1.0, **options: Any) -> Any:
+    """Saves an adapter that is not the identity. Returns the PEFT model."""
+    torch.manual_seed(3)
+    config = {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "init_lora_weights": False, **options}
+    model = get_peft_model(four_bit(base), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+    for name, p in model.named_parameters():
+        if p.requires_grad and "lora_" not in name:
+            p.data += 0.02 * torch.randn(p.shape)
+        elif ".lora_B" in name:
+            p.data.mul_(size)
+    model.save_pretrained(directory)
+    return model
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora and patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 20}},
+    "dora": {"use_dora": True},
+    "modules_to_save": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [3, 5]}},
+    "embeddings": {"target_modules": [*LINEAR, "embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_file_has_the_adapted_model(adapter: str, tmp_path: pathlib.Path) -> None:
+    base = save(tmp_path / "base", make(config_of("llama")))
+    model = adapt(tmp_path / "adapter", base, **ADAPTERS[adapter])
+    path = tmp_path / "out.gguf"
+    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", "gguf:f16", "--output", path)
+    expected = logits(model)
+    assert error(logits(four_bit(base)), expected) > 0.02
+    assert error(logits(read(path)), expected) < 3e-3
+    assert error(llama_cpp_runs.logits(path, IDS[0]), expected) < 3e-3
+
+
+@pytest.mark.parametrize("variant", ["gemma2", "phi3", "qwen2", "gpt_oss", "qwen3_moe"])
+def test_adapters_of_other_families(variant: str, tmp_path: pathlib.Path) -> None:
+    base = save(tmp_path / "base", make(config_of(variant)))
+    targets = ["qkv_proj", "gate_up_proj"] if variant == "phi3" else ["q_proj", "v_proj"]
+    experts = {"target_parameters": ["mlp.experts.gate_up_proj"]} if variant in ("gpt_oss", "qwen3_moe") else {}
+    model = adapt(tmp_path / "adapter", base, target_modules=targets, **experts)
+    path = tmp_path / "out.gguf"
+    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", "gguf:f16", "--output", path)
+    expected = logits(model)
+    assert error(logits(read(path)), expected) < 3e-3
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "mxfp4"])
+def test_a_small_update_is_retained(kind: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = save(tmp_path / "base", make(config_of("llama", hidden_size=128)))
+    adapt(tmp_path / "adapter", base, 0.05)
+    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", tmp_path / "out.gguf")
+    printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
+    assert printed
+    assert 90 < float(printed[1]) < 110
+
+
+# Checkpoints, and types that hold their codes and scales.
+CHECKPOINTS = [
+    ("gpt_oss", "mxfp4", "mxfp4"),
+    ("llama", "mxfp4-pack-quantized", "mxfp4"),
+    ("llama", "pack-quantized", "q4_0"),
+    ("llama", "pack-quantized-channel", "q4_0"),
+    ("llama", "gptq", "q4_0"),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "target"), CHECKPOINTS)
+def test_4bit_weights_of_a_checkpoint_keep_their_codes(
+    family: str, kind: str, target: str, tmp_path: pathlib.Path
+) -> None:
+    checkpoint = packed_models.save(tmp_path, family, kind)
+    byte_level().save_pretrained(checkpoint.path)
+    path = tmp_path / "out.gguf"
+    here(*EXPORT, "--model", checkpoint.path, "--to", f"gguf:{target}", "--output", path)
+    expected, found = checkpoint.dense.state_dict(), read(path).state_dict()
+    names = [name for name in expected if name.endswith(("proj.weight", "experts.gate_up_proj", "experts.down_proj"))]
+    names = [name for name in names if ("experts" in name) == (family == "gpt_oss")]
+    assert len(names) == (4 if family == "gpt_oss" else 14)
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+
+
+def test_an_adapter_keeps_the_scales_of_a_checkpoint(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    checkpoint = packed_models.save(tmp_path, "llama", "pack-quantized")
+    byte_level().save_pretrained(checkpoint.path)
+    adapt(tmp_path / "adapter", checkpoint.path, 0.01, target_modules=["q_proj", "down_proj"])
+    path = tmp_path / "out.gguf"
+    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", "gguf:q4_0", "--output", path)
+    printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
+    assert printed
+    assert 80 < float(printed[1]) < 120
+    expected, found = checkpoint.dense.state_dict(), read(path).state_dict()
+    changed = {
+        name for name in expected if name.endswith("proj.weight") and not torch.equal(found[name], expected[name])
+    }
+    assert changed == {name for name in expected if re.search(r"(q|down)_proj", name)}
+    for name in changed:
+        blocks, scales = (expected[name] - found[name]).reshape(-1, 32), checkpoint.tensors
+        scale = scales[name.removesuffix("weight") + "weight_scale"].float().reshape(-1, 1)
+        assert torch.equal((blocks / scale).round() * scale, blocks)
+        assert 0 < (blocks != 0).float().mean() < 0.5
