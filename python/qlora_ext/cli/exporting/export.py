@@ -17,6 +17,7 @@ from ..outputs.directory import Output, claim
 from ..outputs.files import need_space
 from ..outputs.output_file import claim_file
 from .targets import TARGETS, Target
+from .trained_for import warn_of_other_format
 
 
 def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
@@ -46,6 +47,8 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
     with _claim(arguments, target) as output:
         _protect_inputs(arguments, output)
         output.check()
+        if arguments.adapter is not None:
+            warn_of_other_format(arguments.to, arguments.adapter)
         job = target.prepare(arguments)
         print(f"{output.path} needs about {job.nbytes / 1e6:.1f} MB of disk space", flush=True)
         need_space(output.path.parent, job.nbytes, output.path.name)

@@ -18,6 +18,7 @@ from ..models.pretrained import load_config
 from .job import Job
 from .lora import architecture_of, check_plain, ranks_of
 from .model_directories import find_model
+from .trained_for import trained_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,8 +69,10 @@ def prepare(arguments: argparse.Namespace, kind: str) -> Job:
     config = load_config(source)
     architecture = architecture_of(target, source, config)
     changed = dict.fromkeys(ranks_of(target, adapted.adapter, skeleton))
-    if stored_forms(source, config) is None:  # the adapter was trained on layers in NF4
-        changed |= dict.fromkeys(to_be_quantized(skeleton).values())
+    stored = stored_forms(source, config)
+    if stored is None or trained_for(adapted.adapter) is not None:  # training has encoded other layers too
+        names = to_be_quantized(skeleton).values()
+        changed |= dict.fromkeys(name for name in names if stored is None or f"{name}.weight" in stored)
     try:
         found = places(architecture, skeleton, changed)
     except ValueError as error:
@@ -101,7 +104,7 @@ def _replacements(merge: _Merge) -> Iterator[tuple[str, Replacement]]:
     from ...form import Form
     from ...gguf import blocks, rewriting
     from ...merged import seed_of
-    from .weights import Encoder, layers_by_name, stored_in
+    from .weights import Encoder, finished_in, layers_by_name, stored_in
 
     kind, loader = merge.kind, dataclasses.replace(merge.adapted.loader, compute=torch.float32)  # of the adapter too
     model = dataclasses.replace(merge.adapted, loader=loader).load()
@@ -117,7 +120,12 @@ def _replacements(merge: _Merge) -> Iterator[tuple[str, Replacement]]:
         if stored is not None:
             stored = stored.to("cpu")
             stored = stored if isinstance(place.rows, slice) else select_rows(stored, place.rows)
-        yield place.tensor, rewriting.packed(kind, encode(before, after, stored, seed_of(f"{layer}.weight")))
+        w4 = finished_in(form, [layers[layer]])
+        if w4 is None:
+            w4 = encode(before, after, stored, seed_of(f"{layer}.weight"))
+        elif not isinstance(place.rows, slice):
+            w4 = select_rows(w4.to("cpu"), place.rows)
+        yield place.tensor, rewriting.packed(kind, w4.to("cpu"))
     encode.report()
 
 

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from ...formats import NF4
 from ..errors import UserError
 from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
@@ -18,6 +19,7 @@ from ..models.sources import PROVENANCE
 from ..outputs.files import write_json
 from .job import Job
 from .lora import check_tied
+from .trained_for import trained_for
 
 _BYTES_PER_TOKEN = 64  # of a tokenizer's files, with its merges
 _OTHER_FILES = 1 << 16  # bytes
@@ -93,7 +95,7 @@ def check_linear(target: str, adapted: Adapted, quantized: Any) -> None:
 def _check_codes(adapted: Adapted) -> None:
     """Rejects an adapter on a base whose codes bitsandbytes does not have."""
     forms = stored_forms(adapted.source, load_config(adapted.source))
-    if adapted.adapter is not None and forms is not None:
+    if adapted.adapter is not None and forms is not None and trained_for(adapted.adapter) != NF4:
         codes = ", ".join(sorted({form.code for form in forms.values()}))
         raise UserError(
             f"--to bitsandbytes: the adapter was trained on weights in {codes}, which bitsandbytes does not have, and "
