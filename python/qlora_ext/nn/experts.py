@@ -201,9 +201,10 @@ class Experts4bit(Packed4bit):
 
     def _project(self, name: str, x: Tensor, offsets: Tensor, lora: ExpertsLora | None) -> Tensor:
         if lora is not None and lora.merged is not None:
-            bias = self._parameters.get(f"{name}_bias")
-            bias, a, b = (None if t is None else t.to(x.dtype).contiguous() for t in (bias, lora.a, lora.b))
-            return merged_linear_nf4(x, lora.merged, bias, a, b, lora.scaling, offsets)  # type: ignore[arg-type]
+            given = self._parameters.get(f"{name}_bias")
+            bias = None if given is None else given.to(x.dtype).contiguous()
+            a, b = (t.to(x.dtype).contiguous() for t in (lora.a, lora.b))
+            return merged_linear_nf4(x, lora.merged, bias, a, b, lora.scaling, offsets)
         dense = self._parameters.get(f"{name}_bias"), *((None, None) if lora is None else (lora.a, lora.b))
         numbers = (1.0, 0.0) if lora is None else (lora.scaling, lora.dropout_p)
         if self.residency is not None:

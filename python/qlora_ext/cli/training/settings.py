@@ -105,8 +105,8 @@ class Settings:
 
     merge_aware: str = _option(
         "",
-        "train with the 4-bit weights that export writes in this format, so that exporting loses nothing (slower steps; "
-        "no dropout): q4_0, iq4_nl, int4, nvfp4, mxfp4 or nf4; base, or no value: those of merge --4bit",
+        "train with the 4-bit weights that export writes in this format, so that exporting loses nothing (slower "
+        "steps; no dropout): q4_0, iq4_nl, int4, nvfp4, mxfp4 or nf4; base, or no value: those of merge --4bit",
         choices=(BASE_FORMAT, *SERVED_FORMATS), bare=BASE_FORMAT, group="adapter", metavar="FORMAT",
     )  # fmt: skip
 

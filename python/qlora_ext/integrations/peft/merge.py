@@ -120,8 +120,9 @@ class Over4bit:
     def set_merged(self, weight: Tensor, bias: Tensor | None) -> None:
         """Replaces the 4-bit weight by the results of ``merged_weights``.
 
-        An adapter that was trained merge-aware gets its own rounding. Otherwise, if the adapters move the weights far enough for the nearest codes to retain the update, the sum is rounded to
-        those (``requantize``); if not, it is rounded stochastically under the old scales (``qlora_ext.merged``).
+        An adapter that was trained merge-aware gets the weight of its training. Others that move the weights far enough
+        for the nearest codes to retain the update are rounded to those (``requantize``), and the rest is rounded
+        stochastically under the old scales (``qlora_ext.merged``).
         """
         if self.bias4bit is not None and bias is not None:
             self.bias4bit.data = bias.detach().to(self.bias4bit.dtype)

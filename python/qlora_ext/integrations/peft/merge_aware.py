@@ -29,9 +29,9 @@ def set_merge_aware(
         aware: False ends merge-aware training. A base that ``code`` has changed stays in that format.
         adapter_name: the adapter.
         code: the format in which the model will be served: ``"q4_0"``, ``"iq4_nl"``, ``"int4"``, ``"nvfp4"``,
-            ``"mxfp4"`` or ``"nf4"``. The base is encoded in it, in memory: its 4-bit layers, and the linear ones with an
-            adapter. Layers whose rows are no multiple of the format's blocks stay as they are. None keeps the format of
-            each 4-bit layer, as ``merge_to_4bit`` does. Call this before ``fully_shard``.
+            ``"mxfp4"`` or ``"nf4"``. The base is encoded in it, in memory: its 4-bit layers, and the linear ones with
+            an adapter. Layers whose rows are no multiple of the format's blocks stay as they are. None keeps the
+            format of each 4-bit layer, as ``merge_to_4bit`` does. Call this before ``fully_shard``.
 
     Raises:
         ValueError: the adapter has dropout, which merged weights cannot have; it is on no 4-bit layer, or is not plain
