@@ -130,10 +130,13 @@ def test_a_directory_of_bitsandbytes_is_the_trained_model(tmp_path: pathlib.Path
     check(model, theirs.dequantize())
 
 
-def test_a_head_in_other_4_bits_is_rejected(tmp_path: pathlib.Path, refused: Callable[..., str]) -> None:
+def test_a_head_in_other_4_bits_is_rejected(
+    tmp_path: pathlib.Path, refused: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
     base = tmp_path / "base.gguf"
     make_gguf(base, "Q4_0")
     train(base, "nf4", tmp_path / "adapter", target_modules=["q_proj"])
+    capfd.readouterr()
     message = refused("export", "--adapter", tmp_path / "adapter", "--to", "bitsandbytes", "--output", tmp_path / "no")
     assert "base.gguf stores lm_head.weight in int4, which bitsandbytes does not have, and training does" in message
     assert not (tmp_path / "no").exists()
