@@ -119,7 +119,7 @@ class LinearKernels:
             return below_autograd(getattr(torch.ops.qlora, name + suffix).default)
 
         self.alone, self._with_h = kernel(""), kernel("_with_h")
-        self._dx, self._dx_with_g, self._dlora = kernel("_dx"), kernel("_dx_with_g"), kernel("_dlora")
+        self.dx, self._dx_with_g, self.dlora = kernel("_dx"), kernel("_dx_with_g"), kernel("_dlora")
 
     def forward(self, args: tuple[Any, ...], needs: Any) -> tuple[Tensor, Tensor | None]:
         """y, and h if adapters are trained (else None)."""
@@ -135,11 +135,11 @@ class LinearKernels:
         dx = g = da = db = None
         with torch._C.DisableTorchFunctionSubclass():  # skips PackedParameter's checks, which take time
             if needs.x and h is None:
-                dx = self._dx(*dx_args)
+                dx = self.dx(*dx_args)
             elif needs.x:
                 dx, g = self._dx_with_g(*dx_args)
             if h is not None:
-                da, db = self._dlora(*dlora_args, h, g)
+                da, db = self.dlora(*dlora_args, h, g)
         return dx, da if needs.lora_a else None, db if needs.lora_b else None
 
 

@@ -48,7 +48,7 @@ _given_dlora = arguments_of(torch.ops.qlora.grouped_linear_nf4_dlora.default, de
 _kernels = LinearKernels("grouped_linear_nf4")
 
 
-def _sums(dy: Tensor, offsets: Tensor) -> Tensor:
+def expert_sums(dy: Tensor, offsets: Tensor) -> Tensor:
     """The sum of each expert's rows, [E, N]. It equals the gradient of lora_b if x, lora_a and scaling are ones."""
     (s, n), (experts,) = dy.shape, offsets.shape
     ones, lora_a, lora_b = dy.new_ones(s, 1), dy.new_ones(experts, 1, 1), dy.new_zeros(experts, n, 1)
@@ -82,7 +82,7 @@ class _GroupedLinearNF4(torch.autograd.Function):
             sizes = *ctx.block_sizes, ctx.in_features
             dx_args = dy, offsets, *packed[:4], *sizes, *lora, ctx.code, *packed[4:]
             dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, offsets, *lora))
-        dbias = _sums(dy, offsets) if needs.bias else None
+        dbias = expert_sums(dy, offsets) if needs.bias else None
         return (*_GROUPED(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .autograd import LinearKernels, refuse_tangent
+from .grouped import expert_sums
 from .weight import Weight4bit, quantize
 
 # If rounding to the nearest codes retains this share of an update, it is used. Stochastic rounding has larger errors.
@@ -24,7 +25,7 @@ RETAINED_BY_NEAREST = 0.95
 # costs about 2% of its gain. Stochastic rounding of a large update has a 1.5 times larger error.
 _RETAINED = 0.85
 
-_kernels = LinearKernels("linear_nf4")
+_kernels, _grouped_kernels = LinearKernels("linear_nf4"), LinearKernels("grouped_linear_nf4")
 _NO_LORA = None, None, 1.0, 0.0, 0, None  # seed_tensor comes last
 
 
@@ -121,7 +122,10 @@ def encode_like(base: Weight4bit, before: Tensor, moved: Tensor, seed: int = 0) 
 
 @torch.no_grad()
 def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float, seed: int = 0) -> Weight4bit:
-    """W + scaling · B · A in 4 bits, summed in float32 and encoded by ``with_update``."""
+    """W + scaling · B · A in 4 bits, summed in float32 and encoded by ``with_update``; also of stacks."""
+    if len(w4.shape) == 3:
+        matrices = ((w4.matrix(e), lora_a[e], lora_b[e], seed_of(f"{seed}.{e}")) for e in range(len(lora_a)))
+        return Weight4bit.stack([merged_weight(w, a, b, scaling, own) for w, a, b, own in matrices])
     w = w4.dequantize(torch.float32)
     return with_update(w4, w.addmm_(lora_b.float(), lora_a.float(), alpha=scaling), seed)
 
@@ -130,14 +134,16 @@ class MergedLinearNF4Function(torch.autograd.Function):
     """y = x · Ŵᵀ + bias with Ŵ = ``merged_weight``; A and B get the gradients of W + scaling · B · A.
 
     This is the straight-through estimator (Bengio et al., 2013): the backward ignores the rounding. ``apply`` takes
-    x [..., K], bias [N] or None, lora_a [R, K], lora_b [N, R], scaling, the last four arguments of Ŵ (its code first)
-    and its first six.
+    x [..., K], offsets, bias [N] or None, lora_a [R, K], lora_b [N, R], scaling, the last four arguments of Ŵ (its code
+    first) and its first six. If Ŵ is a stack, x is [S, K], offsets are those of ``grouped``, and bias and adapters are
+    stacked too; else offsets is None.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        offsets: Tensor | None,
         bias: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
@@ -145,41 +151,56 @@ class MergedLinearNF4Function(torch.autograd.Function):
         *weight: Any,
     ) -> Tensor:
         (code, *more), (*packed, block_size, nested_block_size) = weight[:4], weight[4:]
-        ctx.save_for_backward(x, lora_a, lora_b, *packed, *more)
+        ctx.save_for_backward(x, offsets, lora_a, lora_b, *packed, *more)
         ctx.numbers, ctx.code = (scaling, block_size, nested_block_size), code
-        y: Tensor = _kernels.alone(x, *weight[4:], lora_b.shape[0], bias, *_NO_LORA, *weight[:4])
+        kernels, rows = _kernels_for(offsets)
+        y: Tensor = kernels.alone(x, *rows, *weight[4:], lora_b.shape[-2], bias, *_NO_LORA, *weight[:4])
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_tangent("the backward of a merge-aware layer", dy)
-        x, lora_a, lora_b, *packed = ctx.saved_tensors
+        x, offsets, lora_a, lora_b, *packed = ctx.saved_tensors
         scaling, *block_sizes = ctx.numbers
-        needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
-        dx = da = db = None
+        needs_x, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        kernels, rows = _kernels_for(offsets)
+        dx = dbias = da = db = None
         if needs_x:
             sizes = *block_sizes, x.shape[-1]
-            dx = torch.ops.qlora.linear_nf4_dx(dy, *packed[:4], *sizes, *_NO_LORA, ctx.code, *packed[4:])
+            dx = kernels.dx(dy, *rows, *packed[:4], *sizes, *_NO_LORA, ctx.code, *packed[4:])
+        if needs_bias:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if offsets is None else expert_sums(dy, offsets)
         if needs_a or needs_b:
-            da, db = torch.ops.qlora.linear_nf4_dlora(dy, x, lora_a, lora_b, scaling, 0.0, 0)
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None
+            da, db = kernels.dlora(dy, x, *rows, lora_a, lora_b, scaling, 0.0, 0)
         nothing = (None,) * (2 + len(packed) + len(block_sizes))  # scaling and the code, and the packed arguments
-        return dx, dbias, da if needs_a else None, db if needs_b else None, *nothing
+        return dx, None, dbias, da if needs_a else None, db if needs_b else None, *nothing
+
+
+def _kernels_for(offsets: Tensor | None) -> tuple[LinearKernels, tuple[Tensor, ...]]:
+    """The kernels of a layer or of experts, and the argument that only those of experts have."""
+    return (_kernels, ()) if offsets is None else (_grouped_kernels, (offsets,))
 
 
 def merged_linear_nf4(
-    x: Tensor, merged: Weight4bit, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+    x: Tensor,
+    merged: Weight4bit,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    """The layer over ``merged``, which is ``merged_weight(w4, lora_a, lora_b, scaling)``.
+    """The layer, or the experts, over ``merged``, which is ``merged_weight(w4, lora_a, lora_b, scaling)``.
 
     Args:
         x: [..., K]; bias [N], lora_a [R, K] and lora_b [N, R] have the same dtype.
+        offsets: of experts, the rows of x at which theirs end; see ``grouped``.
 
     Returns:
         y [..., N], which has first derivatives in x, bias, lora_a and lora_b.
     """
     y: Tensor = MergedLinearNF4Function.apply(  # type: ignore[no-untyped-call]
-        x, bias, lora_a, lora_b, scaling, *merged.last_args(), *merged.packed_args()
+        x, offsets, bias, lora_a, lora_b, scaling, *merged.last_args(), *merged.packed_args()
     )
     return y

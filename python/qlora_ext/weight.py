@@ -292,7 +292,7 @@ def weight_of(form: Form, **fields: Any) -> Weight4bit:
 torch.serialization.add_safe_globals([Weight4bit, NF4Weight])
 
 
-def _has_values(t: Tensor) -> bool:
+def has_values(t: Tensor) -> bool:
     """Whether ``t`` has values to read: not on the meta device, in fake tensor mode or while a graph is traced."""
     return not (t.is_meta or isinstance(t, FakeTensor) or torch.compiler.is_compiling())
 
@@ -395,7 +395,7 @@ def quantize(w: Tensor, form: Form | str) -> Weight4bit:
     w = w.detach()
     tensors: dict[str, Tensor | None] = {"nested_absmax": None, "nested_offset": None, **recipes.tensors_of(w, form)}
     w4 = weight_of(form, **tensors, shape=w.shape, dtype=w.dtype)
-    if _has_values(w4.packed):
+    if has_values(w4.packed):
         _refuse_non_finite(w, w4)
     return w4
 

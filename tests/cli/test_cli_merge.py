@@ -60,7 +60,7 @@ def test_merging_a_merge_aware_adapter_changes_no_loss(
         "--seq-len", "32", "--batch-size", "2", "--eval-size", "4", "--merge-aware", "--dtype", "float32",
     )  # fmt: skip
     settings = json.loads((run / "settings.json").read_text())
-    assert (settings["merge_aware"], settings["dropout"]) == (True, 0.0)
+    assert (settings["merge_aware"], settings["dropout"]) == ("base", 0.0)
     capfd.readouterr()
     here("merge", "--adapter", run, "--output", output, "--4bit", "--dtype", "float32", "--evaluate")
     printed = capfd.readouterr().out

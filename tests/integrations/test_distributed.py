@@ -75,6 +75,9 @@ FSDP2 = {
     "mixed_precision": (Setup(mixed_precision=BF16), BFLOAT16),
     "mixed_precision_float32_scales": (Setup(mixed_precision=BF16, double_quant=False), BFLOAT16),
     "bfloat16": (Setup(dtype=BF16), BFLOAT16),
+    # The order of sums may move a weight to another code.
+    "merge_aware": (Setup(merge_aware="q4_0", reshard_after_forward=True), 1e-3),
+    "merge_aware_checkpointing": (Setup(merge_aware="int4", checkpointing=True), 1e-3),
     "all_at_once": (
         Setup(dtype=BF16, mixed_precision=BF16, cpu_offload=True, checkpointing=True, reshard_after_forward=True),
         BFLOAT16,
@@ -83,7 +86,7 @@ FSDP2 = {
 
 
 # Options of the model, not of its training.
-KINDS = ("dtype", "double_quant", "tied", "quantized_head", "experts", "embeddings")
+KINDS = ("dtype", "double_quant", "tied", "quantized_head", "experts", "embeddings", "merge_aware")
 
 
 @pytest.mark.parametrize("world", [2, 4])

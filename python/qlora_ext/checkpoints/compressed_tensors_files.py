@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,19 @@ from .compressed_tensors import MXFP4, NVFP4, Packed
 from .format import Format
 
 _ONE = 0x38  # the E4M3 code of 1
+# Layers whose rows servers join into one weight, which has one factor.
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def joined_layers(names: Iterable[str]) -> Iterator[list[str]]:
+    """The layers ``names``, those together whose rows servers join."""
+    known = dict.fromkeys(names)
+    for name in known:
+        parent, _, child = name.rpartition(".")
+        joined = next((joined for joined in _JOINED if child in joined), (child,))
+        group = [found for other in joined if (found := f"{parent}.{other}") in known]
+        if name == group[0]:
+            yield group
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,8 @@ def init_dtype_attrs(original: Any, self: Any, mp_policy: Any) -> None:
         )
     original(self, mp_policy)
     is_packed = isinstance(owner.module, Packed4bit) and owner.param_name in owner.module.packed_state()
+    if is_packed:
+        owner.module.is_gathered = True
     if is_packed or not self.orig_dtype.is_floating_point:
         self.param_dtype = None  # gathered in its own dtype
 

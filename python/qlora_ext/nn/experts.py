@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import grouped
 from ..autograd import draw_seed
 from ..form import Form, FormKeywords
+from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
 from .packed import Packed4bit
@@ -33,6 +34,8 @@ class ExpertsLora(NamedTuple):
         scaling: lora_alpha / R.
         dropout_p: probability of dropping an element of x, 0 to 1. Each expert of a token draws its own mask, as if the
             experts were separate layers.
+        merged: the weights with the adapter, by ``qlora_ext.merged``. If given, the experts run with these, without
+            dropout, and ``a`` and ``b`` only get gradients.
 
     Example:
         >>> lora = qlora_ext.nn.ExpertsLora(a=torch.randn(4, 8, 64), b=torch.zeros(4, 32, 8), scaling=2.0)
@@ -44,6 +47,7 @@ class ExpertsLora(NamedTuple):
     b: Tensor
     scaling: float = 1.0
     dropout_p: float = 0.0
+    merged: Weight4bit | None = None
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -196,6 +200,11 @@ class Experts4bit(Packed4bit):
         return self.to_experts(dtype)
 
     def _project(self, name: str, x: Tensor, offsets: Tensor, lora: ExpertsLora | None) -> Tensor:
+        if lora is not None and lora.merged is not None:
+            given = self._parameters.get(f"{name}_bias")
+            bias = None if given is None else given.to(x.dtype).contiguous()
+            a, b = (t.to(x.dtype).contiguous() for t in (lora.a, lora.b))
+            return merged_linear_nf4(x, lora.merged, bias, a, b, lora.scaling, offsets)
         dense = self._parameters.get(f"{name}_bias"), *((None, None) if lora is None else (lora.a, lora.b))
         numbers = (1.0, 0.0) if lora is None else (lora.scaling, lora.dropout_p)
         if self.residency is not None:

@@ -93,6 +93,8 @@ class Packed4bit(nn.Module, abc.ABC):
     residency: Residency | None = None
     # Whether the module shares its packed state with another module.
     packed_is_tied = False
+    # Whether FSDP2 gathers the packed state for each use.
+    is_gathered = False
 
     @property
     @abc.abstractmethod

@@ -11,19 +11,17 @@ import torch
 
 from ..errors import UserError
 from ..models.adapted import Adapted
-from ..models.loading import load_dense
+from ..models.loading import load_dense, stored_forms
 from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
 from ..models.size import model_size
 from .job import Job
 from .model_directories import check_linear, find_model, size_of, writer
+from .trained_for import trained_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ...checkpoints.compressed_tensors_files import Kind
-
-# Layers whose rows servers join into one weight, which has one factor.
-_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def prepare(arguments: argparse.Namespace, name: str) -> Job:
@@ -38,7 +36,7 @@ def prepare(arguments: argparse.Namespace, name: str) -> Job:
         quantized = quantize_model(skeleton.to(loader.dtype), **kind.form.keywords)
     check_linear(arguments.to, adapted, quantized)
     stored = getattr(load_config(adapted.source), "quantization_config", None) or {}
-    if stored.get("quant_method") == "compressed-tensors":
+    if stored.get("quant_method") == "compressed-tensors" and not _is_reencoded(adapted, name):
         if stored.get("format") != kind.format.name:
             raise UserError(
                 f"--to {arguments.to}: {adapted.source.name} is in {stored.get('format')} already, and rounding it to "
@@ -56,6 +54,14 @@ def prepare(arguments: argparse.Namespace, name: str) -> Job:
             f"{kind.form.block_size} weights; use --to dense"
         )
     return Job(size_of(model_size(quantized).bytes, adapted), lambda: _build(adapted, kind, names))
+
+
+def _is_reencoded(adapted: Adapted, name: str) -> bool:
+    """Whether training has encoded the base in the format ``name``."""
+    from ...integrations.peft.served import is_in
+
+    forms = stored_forms(adapted.source, load_config(adapted.source)) or {}
+    return trained_for(adapted.adapter) == name and not all(is_in(form, name) for form in forms.values())
 
 
 def _in_own_format(adapted: Adapted) -> Callable[[pathlib.Path], None]:
@@ -86,35 +92,28 @@ def _build(adapted: Adapted, kind: Kind, names: list[str]) -> Callable[[pathlib.
     return writer(model, adapted, lambda model, partial: model.save_pretrained(partial, state_dict=state))
 
 
-def _groups(names: list[str]) -> Iterator[list[str]]:
-    """The layers ``names``, those together whose rows servers join."""
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        joined = next((joined for joined in _JOINED if child in joined), (child,))
-        group = [found for other in joined if (found := f"{parent}.{other}") in names]
-        if name == group[0]:
-            yield group
-
-
 def _encoded(model: Any, kind: Kind, names: list[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The tensors of each layer that is 4-bit in the result, by its name.
 
     Layers that are dense in a 4-bit base stay dense. A base in the same form keeps its codes where there is no adapter.
     """
+    from ...checkpoints.compressed_tensors_files import joined_layers
     from ...integrations.peft.merge import Over4bit
     from ...merged import seed_of
     from ...nn import Linear4bit, layers_of
-    from .weights import Encoder, before_and_after, layers_by_name, stored_in
+    from .weights import Encoder, before_and_after, finished_in, layers_by_name, stored_in
 
     kinds = (Over4bit, Linear4bit) if any(layers_of(model)) else (torch.nn.Linear,)
     modules = layers_by_name(model)
     layers = {name: modules[name] for name in names if isinstance(modules.get(name), kinds)}
     encode = Encoder(kind.form)
-    for group in _groups([*layers]) if kind.has_factor else [[name] for name in layers]:
+    for group in joined_layers(layers) if kind.has_factor else [[name] for name in layers]:
         parts = [before_and_after(layers[name]) for name in group]
         before, after = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         stored = None if kind.has_factor else stored_in(kind.form, layers[group[0]])
-        w4 = encode(before, after, stored, seed_of(f"{group[0]}.weight"))
+        w4 = finished_in(kind.form, [layers[name] for name in group])
+        if w4 is None:
+            w4 = encode(before, after, stored, seed_of(f"{group[0]}.weight"))
         rows = [len(weight) for weight, _ in parts]
         yield from zip(group, kind.tensors(w4.to("cpu"), rows), strict=True)
     encode.report()

@@ -18,6 +18,7 @@ from ..outputs.files import need_space
 from ..outputs.output_file import claim_file
 from .check import Check, CheckError, check_options, require, show
 from .targets import CHECKS, EMBEDDINGS, TARGETS, Target
+from .trained_for import warn_of_other_format
 
 
 def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
@@ -55,6 +56,8 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
     with _claim(arguments, target) as output:
         _protect_inputs(arguments, output)
         output.check()
+        if arguments.adapter is not None:
+            warn_of_other_format(arguments.to, arguments.adapter)
         job = target.prepare(arguments)
         print(f"{output.path} needs about {job.nbytes / 1e6:.1f} MB of disk space", flush=True)
         need_space(output.path.parent, job.nbytes, output.path.name)
@@ -111,8 +114,8 @@ def export(
             0.3 with 4-bit weights, 0.02 without.
         dtype: of the weights that are not 4-bit.
         embeddings: the type of embeddings and output head in the targets ``gguf:...`` and ``ollama:...``: ``f32``,
-            ``f16``, ``bf16``, ``q8_0`` or one of 4 bits. The default is ``q8_0`` for targets of 4 bits and the target's type for others;
-            those of a GGUF file with an adapter stay as they are.
+            ``f16``, ``bf16``, ``q8_0`` or one of 4 bits. The default is ``q8_0`` for targets of 4 bits and the target's
+            type for others; those of a GGUF file with an adapter stay as they are.
         device: where the model is merged.
         overwrite: replace what an earlier export wrote to ``output``. Other files are never deleted.
         force: accept an adapter that was trained on another 4-bit base.

@@ -34,7 +34,8 @@ from . import gguf_conversion
 from .job import Job
 from .lora import architecture_of, check_plain, ranks_of
 from .model_directories import find_model
-from .weights import Encoder, before_and_after, layers_by_name, stored_in
+from .trained_for import trained_for
+from .weights import Encoder, before_and_after, finished_in, layers_by_name, stored_in
 
 _MORE_METADATA = 1 << 16  # bytes
 # Tensors that llama.cpp reads in float32.
@@ -90,8 +91,10 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
     config = load_config(source)
     architecture = architecture_of(target, source, config)
     changed = dict.fromkeys(ranks_of(target, adapted.adapter, skeleton))
-    if stored_forms(source, config) is None:  # the adapter was trained on layers in NF4
-        changed |= dict.fromkeys(to_be_quantized(skeleton).values())
+    stored = stored_forms(source, config)
+    if stored is None or trained_for(adapted.adapter) is not None:  # training has encoded other layers too
+        names = to_be_quantized(skeleton).values()
+        changed |= dict.fromkeys(name for name in names if stored is None or f"{name}.weight" in stored)
     try:
         found = places(architecture, skeleton, changed)
     except ValueError as error:
@@ -149,11 +152,14 @@ def _merged(merge: _Merge, layer: Any, name: str, place: Place, kind: str, encod
             return converted(kind, after)
         except ValueError as error:
             raise UserError(f"{merge.target}: {name}: {first_line(error)}; use --to gguf:bf16") from error
-    stored = stored_in(encode.form, layer)
-    if stored is not None:
-        stored = stored.to("cpu")
-        stored = stored if isinstance(place.rows, slice) else select_rows(stored, place.rows)
-    return packed(kind, encode(before, after, stored, seed_of(f"{name}.weight")))
+    finished = finished_in(encode.form, [layer])
+    own = stored_in(encode.form, layer) if finished is None else finished
+    if own is not None:
+        own = own.to("cpu")
+        own = own if isinstance(place.rows, slice) else select_rows(own, place.rows)
+    if finished is None or own is None:
+        own = encode(before, after, own, seed_of(f"{name}.weight"))
+    return packed(kind, own)
 
 
 def _before_and_after(merge: _Merge, layer: Any, name: str) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,10 @@ class MergedWeights:
         path, _, parameter = name.rpartition(".")
         if name in self._over:
             over = self._over[name]
+            trained = over.trained_weight(over.names_to_merge(None))
+            if trained is not None:  # merge-aware
+                w = over.layer4bit.as_quantized(trained.dequantize(torch.float32))  # transposing twice changes nothing
+                return w, w, trained
             return *over.before_and_after(), over.layer4bit.packed_weight(over.parameter_name)
         module = self._module(path)
         if isinstance(module, Packed4bit) and parameter in module.packed_shapes:

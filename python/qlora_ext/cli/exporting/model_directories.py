@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from ...formats import NF4
 from ..errors import UserError
 from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
@@ -18,6 +19,7 @@ from ..models.sources import PROVENANCE
 from ..outputs.files import write_json
 from .job import Job
 from .lora import check_tied
+from .trained_for import trained_for
 
 _BYTES_PER_TOKEN = 64  # of a tokenizer's files, with its merges
 _OTHER_FILES = 1 << 16  # bytes
@@ -90,15 +92,26 @@ def check_linear(target: str, adapted: Adapted, quantized: Any) -> None:
             )
 
 
-def _check_codes(adapted: Adapted) -> None:
-    """Rejects an adapter on a base whose codes bitsandbytes does not have."""
+def _check_codes(adapted: Adapted, quantized: Any) -> None:
+    """Rejects an adapter on a base whose codes bitsandbytes does not have, unless it was trained for NF4."""
+    from ...nn import layers_of
+
     forms = stored_forms(adapted.source, load_config(adapted.source))
-    if adapted.adapter is not None and forms is not None:
+    if adapted.adapter is None or forms is None:
+        return
+    if trained_for(adapted.adapter) != NF4:
         codes = ", ".join(sorted({form.code for form in forms.values()}))
         raise UserError(
             f"--to bitsandbytes: the adapter was trained on weights in {codes}, which bitsandbytes does not have, and "
-            "rounding them to NF4 would lose what was learnt; use --to dense"
+            "rounding them to NF4 would lose what was learnt; use --to dense, or train with --merge-aware nf4"
         )
+    encoded = {f"{name}.weight" for name, _ in layers_of(quantized)}
+    for name, form in forms.items():
+        if name not in encoded:
+            raise UserError(
+                f"--to bitsandbytes: {adapted.source.name} stores {name} in {form.code}, which bitsandbytes does not "
+                "have, and training does not change it; use --to dense"
+            )
 
 
 def bitsandbytes(arguments: argparse.Namespace) -> Job:
@@ -114,7 +127,7 @@ def bitsandbytes(arguments: argparse.Namespace) -> Job:
     with torch.device("meta"):
         quantized = quantize_model(skeleton.to(loader.dtype), **loader.form.keywords)
     check_linear("bitsandbytes", adapted, quantized)
-    _check_codes(adapted)
+    _check_codes(adapted, quantized)
 
     def build() -> Callable[[pathlib.Path], None]:
         if adapted.adapter is not None:

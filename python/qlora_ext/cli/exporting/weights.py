@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +33,30 @@ def stored_in(form: Form, layer: Any) -> Weight4bit | None:
     """The 4-bit weight of a layer, without adapters, if it is in that form."""
     packed = layer.layer4bit if isinstance(layer, Over4bit) else layer
     return packed.weight4bit if isinstance(packed, Linear4bit) and packed.form == form else None
+
+
+def finished_in(form: Form, layers: Sequence[Any]) -> Weight4bit | None:
+    """The joined rows of layers whose weights are in that form and need no rounding; else None.
+
+    These are layers without an adapter, or with one that was trained merge-aware.
+    """
+    found = [w4 for layer in layers if (w4 := _finished(layer)) is not None and w4.form == form]
+    if len(found) < len(layers):
+        return None
+    first = found[0]
+    if len(found) == 1:
+        return first
+    if not all(torch.equal(first.tensors["scale_table"], w4.tensors["scale_table"]) for w4 in found):
+        return None
+    packed, absmax = (torch.cat([w4.tensors[name] for w4 in found]) for name in ("packed", "absmax"))
+    return dataclasses.replace(first, packed=packed, absmax=absmax, shape=torch.Size((len(packed), *first.shape[1:])))
+
+
+def _finished(layer: Any) -> Weight4bit | None:
+    if not isinstance(layer, Over4bit):
+        return layer.weight4bit if isinstance(layer, Linear4bit) else None
+    names = layer.names_to_merge(None)
+    return layer.trained_weight(names) if names else layer.layer4bit.packed_weight(layer.parameter_name)
 
 
 class Encoder:

@@ -9,7 +9,7 @@ from ..models import validate_model
 from ..models.adapter_files import find
 from ..models.adapter_files import load as load_adapter
 from ..models.sources import ModelSource
-from .settings import Settings, flag, layer_numbers, named_modules
+from .settings import BASE_FORMAT, Settings, flag, layer_numbers, named_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -155,9 +155,9 @@ def _made_merge_aware(adapted: Any, settings: Settings) -> Any:
 
     if settings.merge_aware:
         try:
-            set_merge_aware(adapted)
+            set_merge_aware(adapted, code=None if settings.merge_aware == BASE_FORMAT else settings.merge_aware)
         except ValueError as error:
-            raise UserError(f"--merge-aware: {first_line(error)}") from error
+            raise UserError(f"--merge-aware {settings.merge_aware}: {first_line(error)}") from error
     return adapted
 
 

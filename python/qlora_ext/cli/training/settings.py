@@ -12,7 +12,7 @@ from typing import Any
 
 from ..._internal.sizes import parse_size
 from ..._internal.untrusted import check, excerpt, printable, read_json
-from ...formats import BLOCK_SIZES
+from ...formats import BLOCK_SIZES, SERVED_FORMATS
 from ..data import DEFAULT_DATA
 from ..errors import UserError
 from ..models.devices import AUTO, check_dtype
@@ -33,6 +33,7 @@ SCHEDULES = (
     "polynomial",
     "inverse_sqrt",
 )
+BASE_FORMAT = "base"  # the value of --merge-aware for the format of each layer of the base
 _INT_LIMIT = 2**31  # the limit of integers that have no other one
 _TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "tuple[int, ...]": [int]}
 
@@ -102,12 +103,12 @@ class Settings:
         group="adapter", free=True,
     )  # fmt: skip
 
-    merge_aware: bool = _option(
-        False,
-        "train with the 4-bit weights that merge --4bit computes, so that merging loses nothing (slower steps; no "
-        "dropout)",
-        group="adapter",
-    )
+    merge_aware: str = _option(
+        "",
+        "train with the 4-bit weights that export writes in this format, so that exporting loses nothing (slower "
+        "steps; no dropout): q4_0, iq4_nl, int4, nvfp4, mxfp4 or nf4; base, or no value: those of merge --4bit",
+        choices=(BASE_FORMAT, *SERVED_FORMATS), bare=BASE_FORMAT, group="adapter", metavar="FORMAT",
+    )  # fmt: skip
 
     method: str = _option(
         "auto",
@@ -239,7 +240,7 @@ class Settings:
             value, minimum, below = getattr(self, field.name), field.metadata["minimum"], field.metadata["below"]
             below = _INT_LIMIT if below is None and field.type == "int" else below
             choices = field.metadata.get("choices")
-            if choices and value not in choices:
+            if choices and value not in (*choices, field.default):
                 raise UserError(f"{flag(field.name)} {value}: expected one of {', '.join(map(str, choices))}")
             if (minimum is not None and not value >= minimum) or (below is not None and not value < below):
                 upper = "" if below is None else f" and below {below}"
@@ -279,7 +280,14 @@ class Settings:
 
 def schema() -> dict[str, Any]:
     """The schema of recorded settings. All fields are optional."""
-    return {f"{field.name}?": _TYPES[str(field.type)] for field in dataclasses.fields(Settings)}
+    kinds: dict[str, Any] = {f"{field.name}?": _TYPES[str(field.type)] for field in dataclasses.fields(Settings)}
+    return {**kinds, "merge_aware?": (bool, str)}
+
+
+def _with_format(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the name of a format as merge_aware, which used to be a bool."""
+    aware = values.get("merge_aware")
+    return {**values, "merge_aware": BASE_FORMAT if aware else ""} if isinstance(aware, bool) else {**values}
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
@@ -288,7 +296,7 @@ def read_settings(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         FileError: the file is damaged.
     """
-    return {name: value for name, value in read_json(path, schema()).items() if value is not None}
+    return _with_format({name: value for name, value in read_json(path, schema()).items() if value is not None})
 
 
 def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
@@ -299,8 +307,9 @@ def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
     """
     check(values, schema(), printable(path), "settings")
     names = {field.name for field in dataclasses.fields(Settings)}
+    known = {name: value for name, value in values.items() if name in names and value is not None}
     try:
-        return Settings(**{name: value for name, value in values.items() if name in names and value is not None})
+        return Settings(**_with_format(known))
     except UserError as error:
         raise UserError(f"{printable(path)}: {error}") from error
 
@@ -340,6 +349,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             type=kind,
             metavar=metavar,
             default=argparse.SUPPRESS,
+            nargs="?" if "bare" in field.metadata else None,
+            const=field.metadata.get("bare"),
             choices=field.metadata.get("choices"),
             help=text if "default:" in text or field.default == "" else f"{text} (default: {field.default})",
         )
@@ -361,7 +372,7 @@ def given(options: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
         UserError: two settings contradict each other, or one is empty.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-    typed = dict(options)
+    typed = _with_format(options)
     for name, value in typed.items():
         # An unset shell variable gives an empty value. For a resumed run, it means to remove the option.
         if value == defaults[name] == "" and not resume:

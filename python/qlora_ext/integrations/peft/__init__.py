@@ -149,8 +149,8 @@ def _load_adapter(original: Any, self: Any, model_id: str, adapter_name: str, *a
         lora_dropout = recorded_dropout(directory)
         if lora_dropout is not None:
             set_dropout(self, adapter_name, lora_dropout)
-        if recorded_merge_aware(directory):
-            set_merge_aware(self, adapter_name=adapter_name)
+        if aware := recorded_merge_aware(directory):
+            set_merge_aware(self, adapter_name=adapter_name, code=aware if isinstance(aware, str) else None)
         for fault in _incomplete(self, adapter_name, result):
             message = f"the adapter {printable(model_id)} is incomplete: {fault}"
             warnings.warn(message, IncompleteAdapterWarning, stacklevel=2)

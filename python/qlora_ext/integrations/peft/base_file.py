@@ -16,13 +16,14 @@ from torch import nn
 from ..._internal.atomic import staged_file
 from ..._internal.untrusted import FileError, Schema, excerpt, read_json
 from ...fingerprint import fingerprint
+from ...formats import SERVED_FORMATS
 from ...nn import Packed4bit, layers_of
 from .._patches import extend
-from .merge_aware import is_merge_aware
+from .merge_aware import merge_aware_format, served_in
 
 BASE_FILE = "qlora_base.json"
 FORMAT_VERSION = 1
-_SCHEMA: Schema = {"fingerprint": str, "format_version": int, "lora_dropout?": float, "merge_aware?": bool}
+_SCHEMA: Schema = {"fingerprint": str, "format_version": int, "lora_dropout?": float, "merge_aware?": (bool, str)}
 
 OnMismatch = Literal["refuse", "warn", "ignore"]
 
@@ -46,12 +47,14 @@ def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str
 
     For a model that FSDP2 has sharded, every rank has to call this, as for ``fingerprint``. The first rank writes.
     """
-    record: dict[str, Any] = {"fingerprint": fingerprint(model), "format_version": FORMAT_VERSION}
+    aware, served = merge_aware_format(model, adapter), served_in(model)
+    base = served.fingerprint if aware and served is not None else fingerprint(model)
+    record: dict[str, Any] = {"fingerprint": base, "format_version": FORMAT_VERSION}
     lora_dropout = _unsaved_dropout(getattr(model, "peft_config", {}).get(adapter))
     if lora_dropout:
         record["lora_dropout"] = lora_dropout
-    if is_merge_aware(model, adapter):
-        record["merge_aware"] = True
+    if aware:
+        record["merge_aware"] = aware
     if _is_sharded(model) and torch.distributed.get_rank() != 0:
         return
     with staged_file(pathlib.Path(directory) / BASE_FILE) as partial:
@@ -81,14 +84,17 @@ def recorded_dropout(directory: str | os.PathLike[str]) -> float | None:
     return p
 
 
-def recorded_merge_aware(directory: str | os.PathLike[str]) -> bool:
-    """Whether the adapter in ``directory`` was trained merge-aware.
+def recorded_merge_aware(directory: str | os.PathLike[str]) -> str | bool:
+    """The format for which the adapter in ``directory`` was trained merge-aware; True for the base's own.
 
     Raises:
-        ValueError: the file is damaged or of a newer version.
+        ValueError: there is no such format, or the file is damaged or of a newer version.
     """
-    _, record = _read(directory)
-    return bool((record or {}).get("merge_aware"))
+    path, record = _read(directory)
+    aware: str | bool = (record or {}).get("merge_aware") or False
+    if isinstance(aware, str) and aware not in SERVED_FORMATS:
+        raise FileError(f"{path}: expected merge_aware to be {', '.join(SERVED_FORMATS)} or true, got {excerpt(aware)}")
+    return aware
 
 
 def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatch: OnMismatch) -> bool | None:
@@ -108,7 +114,9 @@ def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatc
     _, record = _read(directory)
     if record is None:
         return None
-    found = fingerprint(model)
+    served = served_in(model)
+    same_format = served is not None and record.get("merge_aware") == served.code
+    found = served.fingerprint if served is not None and same_format else fingerprint(model)
     if found == record["fingerprint"]:
         return True
     message = (

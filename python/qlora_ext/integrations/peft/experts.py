@@ -11,8 +11,9 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from ...nn import Experts4bit, ExpertsLora
-from .linear import active_dropout, fold_scaling
+from .linear import active_dropout
 from .merge import Over4bit
+from .trained_weight import MergeAware, fold_scaling
 
 
 def without_dropout(config: Any) -> Any:
@@ -22,7 +23,7 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-class LoraExperts4bit(Over4bit, ParamWrapper):
+class LoraExperts4bit(MergeAware, Over4bit, ParamWrapper):
     """PEFT's LoRA on one of the stacked weights of an ``Experts4bit``, fused.
 
     It adds scaling · dropout(x) · A[e]ᵀ · B[e]ᵀ to expert e. As in PEFT, the layers wrap each other if several weights
@@ -73,6 +74,8 @@ class LoraExperts4bit(Over4bit, ParamWrapper):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not names:
             return None
+        if self.merge_aware.intersection(names):
+            return self._merged_lora(names)
         dropout = {active_dropout(self.lora_dropout[name]) for name in names}
         if len(dropout) > 1:
             raise ValueError(
@@ -86,6 +89,14 @@ class LoraExperts4bit(Over4bit, ParamWrapper):
             factors = [(a, b, 1.0)]
         a, b, scaling = factors[0]
         return ExpertsLora(a, *fold_scaling(b, scaling), dropout.pop())
+
+    def _merged_lora(self, names: list[str]) -> ExpertsLora:
+        if len(names) > 1:
+            raise ValueError(f"adapters: merge-aware LoRA runs as the only active adapter, got {', '.join(names)}")
+        if (dropout_p := active_dropout(self.lora_dropout[names[0]])) > 0.0:
+            raise ValueError(f"lora_dropout: expected 0, because a merged adapter has no dropout, got {dropout_p}")
+        a, b, scaling = self.factors(names[0])
+        return ExpertsLora(a, *fold_scaling(b, scaling), merged=self.merged_for(names[0]))
 
     def forward(self, x: Tensor, *args: Any, lora: Mapping[str, ExpertsLora] | None = None, **kwargs: Any) -> Tensor:
         """Like PEFT's own, but passes adapters down to the experts as the argument ``lora``.

@@ -13,11 +13,10 @@ from peft.tuners.lora.layer import Linear as DenseLoraLinear
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
-from ...merged import merged_weight
 from ...nn import Linear4bit
-from ...weight import Weight4bit
 from .merge import Over4bit
 from .reading import stand_in, unwrapped
+from .trained_weight import MergeAware, fold_scaling
 
 
 def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -34,15 +33,6 @@ def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
 def active_dropout(dropout: nn.Module) -> float:
     """The dropout probability of a module in PEFT's ``lora_dropout``; 0 outside of training."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-def fold_scaling(b: Tensor, scaling: float | Tensor) -> tuple[Tensor, float]:
-    """B and the scaling as a number, which the operators require.
-
-    ``prepare_model_for_compiled_hotswap`` of PEFT makes the scaling a tensor, so that one compiled graph serves all
-    adapters. B is then multiplied by it.
-    """
-    return (b * scaling, 1.0) if isinstance(scaling, Tensor) else (b, scaling)
 
 
 class _Decoding(nn.Linear):
@@ -192,18 +182,13 @@ _ADAPTER_MODULES = "lora_A", "lora_B", "lora_dropout"
 _LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
 
 
-class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
+class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
     """PEFT's LoRA layer over a ``Linear4bit``.
 
     A single plain adapter runs as one operator, y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias. Everything else
     (several active adapters, adapters per sample, DoRA and other variants, biases on B, hooks on the base or on the
     adapter's modules) runs PEFT's own code.
     """
-
-    # Adapters that run, and are trained, with the weights that merging will give; set by ``set_merge_aware``.
-    merge_aware: frozenset[str] = frozenset()
-    # For inference, the merged weight and the identity of the tensors from which it was computed.
-    _cached: tuple[tuple[Any, ...], Weight4bit] | None = None
 
     def __init__(self, base_layer: Linear4bit, adapter_name: str, config: Any, **kwargs: Any) -> None:
         if config.fan_in_fan_out:  # in 4 bits, GPT-2's Conv1D is [N, K] like any linear layer
@@ -246,33 +231,15 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
             self.lora_A[adapter.name].to(self.layer4bit.compute_dtype)
             self.lora_B[adapter.name].to(self.layer4bit.compute_dtype)
 
-    @property
-    def trained_as_merged(self) -> bool:
-        return bool(self.merged_adapters) and self.merge_aware.issuperset(self.merged_adapters)
-
-    def _merged_weight(self, adapter: _Adapter) -> Weight4bit:
-        layer, (name, a, b, _) = self.layer4bit, adapter
-        scaling = self.scaling[name]
-        may_change = self.training or torch.is_grad_enabled() or isinstance(scaling, Tensor)
-        if may_change or torch.compiler.is_compiling():
-            self._cached = None
-            return merged_weight(layer.weight4bit, a, *fold_scaling(b, scaling), self.rounding_seed)
-        made_of = (
-            scaling,
-            self.rounding_seed,
-            *((id(t), t.data_ptr(), t.dtype, t._version) for t in (layer.weight, a, b)),
-        )
-        cached = self._cached  # read once, because another thread may replace it
-        if cached is None or cached[0] != made_of:
-            cached = self._cached = made_of, merged_weight(layer.weight4bit, a, b, scaling, self.rounding_seed)
-        return cached[1]
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor, float | Tensor]:
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
 
     def _as_merged(self, x: Tensor, adapter: _Adapter) -> Tensor:
         dropout_p = active_dropout(adapter.dropout)
         if dropout_p > 0.0:
             raise ValueError(f"lora_dropout: expected 0, because a merged adapter has no dropout, got {dropout_p}")
         b, scaling = fold_scaling(adapter.b, self.scaling[adapter.name])
-        return self.layer4bit.merged_forward(x, self._merged_weight(adapter), adapter.a, b, scaling)
+        return self.layer4bit.merged_forward(x, self.merged_for(adapter.name), adapter.a, b, scaling)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = self._fused_adapter(kwargs)

@@ -44,10 +44,9 @@ class Over4bit:
         """Sets the layer's name in the model, from which the rounding seed of its merged weight is derived."""
         self.rounding_seed = seed_of(f"{name}.{self.parameter_name}")
 
-    @property
-    def trained_as_merged(self) -> bool:
-        """Whether the merged adapters were trained merge-aware."""
-        return False
+    def trained_weight(self, names: list[str]) -> Weight4bit | None:
+        """The weight with the adapters ``names``, if it is the one that they were trained with; else None."""
+        return None
 
     @property
     def bias4bit(self) -> Tensor | None:
@@ -121,20 +120,24 @@ class Over4bit:
     def set_merged(self, weight: Tensor, bias: Tensor | None) -> None:
         """Replaces the 4-bit weight by the results of ``merged_weights``.
 
-        If the adapters move the weights far enough for the nearest codes to retain the update, the sum is rounded to
-        those (``requantize``). Otherwise it is rounded stochastically under the old scales (``qlora_ext.merged``).
+        An adapter that was trained merge-aware gets the weight of its training. Others that move the weights far enough
+        for the nearest codes to retain the update are rounded to those (``requantize``), and the rest is rounded
+        stochastically under the old scales (``qlora_ext.merged``).
         """
         if self.bias4bit is not None and bias is not None:
             self.bias4bit.data = bias.detach().to(self.bias4bit.dtype)
         layer = self.layer4bit
         w4 = layer.packed_weight(self.parameter_name)
         layer.unshare(self.parameter_name)  # with PEFT's layer_replication, copies of a layer have separate adapters
-        if not self.trained_as_merged:
-            before = self.decoded()
-            self.requantize(weight)
-            retained, total = retained_update(weight - before, before, self.decoded())
-            if retained >= RETAINED_BY_NEAREST * total:
-                return
+        trained = self.trained_weight(self.merged_adapters)
+        if trained is not None:
+            layer.set_packed(self.parameter_name, trained)
+            return
+        before = self.decoded()
+        self.requantize(weight)
+        retained, total = retained_update(weight - before, before, self.decoded())
+        if retained >= RETAINED_BY_NEAREST * total:
+            return
         layer.set_packed(self.parameter_name, with_update(w4, layer.as_quantized(weight), self.rounding_seed))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -1,0 +1,144 @@
+"""Encodes the base of an adapter in the 4-bit format in which the model will be served."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as DenseLoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ...checkpoints import select_rows
+from ...checkpoints.compressed_tensors_files import joined_layers
+from ...fingerprint import fingerprint
+from ...form import Form
+from ...formats import FLOAT32, NESTED8, NF4, SERVED_FORMATS
+from ...nn import Experts4bit, Linear4bit, TiedLinear4bit, layers_of
+from ...weight import Weight4bit, quantize
+from .linear import LoraLinear4bit
+
+# Layers whose rows servers join are encoded together in it, because they have one factor.
+_WITH_FACTOR = "nvfp4"
+_PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """The format in which the base of a PEFT model was encoded.
+
+    Attributes:
+        code: its name.
+        fingerprint: that of the base before.
+    """
+
+    code: str
+    fingerprint: str
+
+
+def is_in(form: Form, code: str) -> bool:
+    """Whether a form is the format ``code``. NF4 and INT4 may have other blocks than the recipe's."""
+    own = Form.named(code)
+    if own.code == NF4:
+        return form.code == NF4 and form.scales in (FLOAT32, NESTED8) and form.offsets is None
+    return form == (dataclasses.replace(own, block_size=form.block_size) if code == "int4" else own)
+
+
+def _fits(width: int, code: str) -> bool:
+    """Whether files in that format hold rows of ``width`` elements."""
+    form = Form.named(code)
+    return form.code == NF4 or width % form.block_size == 0
+
+
+def _is_dense_lora(module: nn.Module) -> bool:
+    return isinstance(module, DenseLoraLinear) and type(module.base_layer) is nn.Linear
+
+
+def serve_in(peft_model: Any, code: str) -> None:
+    """Encodes the base of ``peft_model`` in the format ``code``, and records that in its attribute ``served``.
+
+    This reaches 4-bit layers, and the dense linear layers with an adapter, except the output head.
+
+    Raises:
+        ValueError: there is no such format; the base is in another one for an earlier adapter, has no 4-bit layer, or
+            is sharded or streamed; or an adapter is on the output head.
+    """
+    if code not in SERVED_FORMATS:
+        raise ValueError(f"code: expected {', '.join(SERVED_FORMATS)}, got {code!r}")
+    served: Served | None = getattr(peft_model, "served", None)
+    if served is not None and served.code != code:
+        raise ValueError(f"code: expected {served.code}, the format of the base for an earlier adapter, got {code}")
+    for name, layer in layers_of(peft_model):
+        if layer.is_sharded or layer.residency is not None:
+            how = "streamed" if layer.residency is not None else "sharded; call set_merge_aware before fully_shard"
+            raise ValueError(f"peft_model: expected layers in memory, got {name}, which is {how}")
+    if served is None:
+        served = Served(code, fingerprint(peft_model))
+    layers = _linear_layers(peft_model, code)
+    for group in joined_layers(layers) if code == _WITH_FACTOR else [[name] for name in layers]:
+        _encode({name: layers[name] for name in group}, code)
+    for layer in peft_model.modules():
+        if isinstance(layer, Experts4bit) and not is_in(layer.form, code):
+            _encode_experts(layer, code)
+    peft_model.served = served
+
+
+def _linear_layers(peft_model: Any, code: str) -> dict[str, Linear4bit | DenseLoraLinear]:
+    """The layers to encode, by their names without adapters: 4-bit ones, and PEFT's layers over dense ones."""
+    head = getattr(peft_model.get_base_model(), "get_output_embeddings", lambda: None)()
+    found: dict[str, Linear4bit | DenseLoraLinear] = {}
+    for name, module in peft_model.named_modules():
+        if module is head and isinstance(module, BaseTunerLayer):
+            raise ValueError(f"adapter_name: expected no adapter on the output head, which files keep as it is: {name}")
+        is_4bit = isinstance(module, Linear4bit) and not isinstance(module, TiedLinear4bit)
+        if module is head or not (is_4bit or _is_dense_lora(module)):
+            continue
+        linear = module if is_4bit else module.base_layer
+        if _fits(linear.in_features, code):
+            found[name.removeprefix(_PREFIX).replace(".base_layer", "")] = module
+    return found
+
+
+def _encode(group: dict[str, Linear4bit | DenseLoraLinear], code: str) -> None:
+    """Encodes layers of the same width as one weight."""
+    if all(isinstance(layer, Linear4bit) and is_in(layer.form, code) for layer in group.values()):
+        return
+    weights = [_weight(layer) for layer in group.values()]
+    joined = quantize(torch.cat(weights), code)
+    first = 0
+    for (name, layer), w in zip(group.items(), weights, strict=True):
+        rows = torch.arange(first, first + len(w), device=w.device)
+        first += len(w)
+        _put(name, layer, joined if len(group) == 1 else select_rows(joined, rows))
+
+
+def _weight(layer: Linear4bit | DenseLoraLinear) -> Tensor:
+    """The weight, float32 [N, K]. A dense one is rounded to bfloat16, so that its codes do not depend on its dtype."""
+    if isinstance(layer, Linear4bit):
+        return layer.dequantize(torch.float32)
+    weight: Tensor = layer.base_layer.weight
+    return weight.detach().bfloat16().float()
+
+
+def _put(name: str, layer: Linear4bit | DenseLoraLinear, w4: Weight4bit) -> None:
+    """Replaces the weight of a layer, and makes a dense layer with an adapter 4-bit."""
+    if isinstance(layer, Linear4bit):
+        layer.unshare("weight")
+        layer.set_packed("weight", dataclasses.replace(w4, dtype=layer.weight_dtype))
+        return
+    dense = layer.base_layer
+    layer.base_layer = Linear4bit.from_linear(dense, **w4.form.keywords)
+    layer.base_layer.set_packed("weight", dataclasses.replace(w4, dtype=dense.weight.dtype))
+    layer.__class__ = LoraLinear4bit
+    layer.set_name(name)
+
+
+def _encode_experts(experts: Experts4bit, code: str) -> None:
+    weights = {name: experts.packed_weight(name) for name in experts.packed_shapes}
+    if not all(_fits(w4.shape[-1], code) for w4 in weights.values()):
+        return
+    for name, w4 in weights.items():
+        stack = Weight4bit.stack([quantize(w, code) for w in w4.dequantize(torch.float32)])
+        experts.unshare(name)
+        experts.set_packed(name, dataclasses.replace(stack, dtype=w4.dtype))

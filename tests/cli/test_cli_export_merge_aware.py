@@ -1,0 +1,190 @@
+"""Merge-aware training for a served format: the exported file, read by its own reader, is the trained model."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+for library in ("transformers", "peft", "gguf", "compressed_tensors"):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import qlora_ext
+from commands import Paths, here
+from gguf_files import WIDE, write
+from qlora_ext.cli.models import Loader, resolve
+from qlora_ext.form import Form
+from qlora_ext.integrations.peft import set_merge_aware
+from qlora_ext.nn import Packed4bit
+from tiny_models import save_tiny_llama, token_ids
+
+LEARNT, HELD_OUT = token_ids(6, 24).split((4, 2))
+
+
+def load(base: pathlib.Path) -> Any:
+    """The base as ``finetune`` loads it."""
+    return Loader(resolve(str(base)), Form(), torch.float32, torch.device("cpu"), torch.float32).while_loading()
+
+
+def train(base: pathlib.Path, code: str, adapter: pathlib.Path, **options: Any) -> Any:
+    """Trains an adapter for the format ``code``, and saves it."""
+    torch.manual_seed(3)
+    config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options}
+    model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **config))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    set_merge_aware(model, code=code)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for _ in range(4):
+        loss = model.train()(input_ids=LEARNT, labels=LEARNT).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.eval().save_pretrained(adapter)
+    return model
+
+
+def held_out_loss(model: Any) -> float:
+    with torch.no_grad():
+        return float(model.eval()(input_ids=HELD_OUT, labels=HELD_OUT).loss)
+
+
+def trained_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The values of all linear layers that the model computes with, by name."""
+    model.merge_adapter()
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name:
+            weight = module.dequantize(torch.float32) if isinstance(module, Packed4bit) else module.weight
+            found[name.removeprefix("base_model.model.").replace(".base_layer", "")] = weight.detach().float()
+    model.unmerge_adapter()
+    return found
+
+
+def check(trained: Any, exported: Any) -> None:
+    """The loss is the same, and so is every weight, bit for bit."""
+    assert held_out_loss(exported) == pytest.approx(held_out_loss(trained), abs=1e-5)
+    weights = trained_weights(trained)
+    assert len(weights) == 15
+    for name, weight in weights.items():
+        assert torch.equal(exported.get_submodule(name).weight.float(), weight), name
+
+
+def make_gguf(path: pathlib.Path, *kinds: str) -> None:
+    torch.manual_seed(0)
+    write(AutoModelForCausalLM.from_config(LlamaConfig(**WIDE), dtype=torch.float32), path, "llama", kinds=kinds)
+
+
+@pytest.mark.parametrize("code", ["q4_0", "iq4_nl", "mxfp4"])
+@pytest.mark.parametrize("kinds", [("Q4_0", "Q4_1", "F16", "MXFP4", "Q8_0"), ("F16",)])
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "down_proj"]])
+def test_a_gguf_file_is_the_trained_model(
+    tmp_path: pathlib.Path, code: str, kinds: tuple[str, ...], targets: Any
+) -> None:
+    """The base has other 4-bit types and dense ones, or only dense ones, which training quantizes to NF4."""
+    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
+    make_gguf(base, *kinds)
+    model = train(base, code, tmp_path / "adapter", target_modules=targets)
+    to = "--to", f"gguf:{code}", "--output", out
+    here("export", "--adapter", tmp_path / "adapter", *to, "--dtype", "float32")
+    check(model, AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("code", ["int4", "nvfp4", "mxfp4"])
+def test_a_directory_of_compressed_tensors_is_the_trained_model(
+    paths: Paths, tmp_path: pathlib.Path, code: str
+) -> None:
+    model = train(paths["model"], code, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"])
+    to = f"compressed-tensors:{code}"
+    here("export", "--adapter", tmp_path / "adapter", "--to", to, "--output", tmp_path / "out", "--dtype", "float32")
+    options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
+    check(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options).dequantize())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert type(theirs.hf_quantizer).__name__ == "CompressedTensorsHfQuantizer"
+    held_out_loss(theirs)  # decodes the weights, to bfloat16
+    assert held_out_loss(torch.nn.Module.float(theirs)) == pytest.approx(held_out_loss(model), abs=1e-3)
+
+
+def test_a_directory_of_bitsandbytes_is_the_trained_model(tmp_path: pathlib.Path) -> None:
+    """The base has other 4-bit types, which no other export to that format takes."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = tmp_path / "base.gguf"
+    make_gguf(base, "Q8_0", "Q4_0", "Q4_1", "MXFP4")
+    model = train(base, "nf4", tmp_path / "adapter")
+    to = "--to", "bitsandbytes", "--output", tmp_path / "out", "--dtype", "float32"
+    here("export", "--adapter", tmp_path / "adapter", *to)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(theirs.hf_quantizer).__name__ == "Bnb4BitHfQuantizer"
+    check(model, theirs.dequantize())
+
+
+def test_a_head_in_other_4_bits_is_rejected(
+    tmp_path: pathlib.Path, refused: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.gguf"
+    make_gguf(base, "Q4_0")
+    train(base, "nf4", tmp_path / "adapter", target_modules=["q_proj"])
+    capfd.readouterr()
+    message = refused("export", "--adapter", tmp_path / "adapter", "--to", "bitsandbytes", "--output", tmp_path / "no")
+    assert "base.gguf stores lm_head.weight in int4, which bitsandbytes does not have, and training does" in message
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_base_in_another_stored_format(paths: Paths, tmp_path: pathlib.Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    here("export", "--model", paths["model"], "--to", "compressed-tensors:int4", "--output", base)
+    model = train(base, "nvfp4", tmp_path / "adapter")
+    to = "--to", "compressed-tensors:nvfp4", "--output", out, "--dtype", "float32"
+    here("export", "--adapter", tmp_path / "adapter", *to)
+    options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
+    check(model, AutoModelForCausalLM.from_pretrained(out, **options).dequantize())
+
+
+def test_layers_that_do_not_fit_stay_dense(tmp_path: pathlib.Path) -> None:
+    """Rows of 80 are no multiple of 32, so down_proj is not encoded, in training as in the file."""
+    save_tiny_llama(tmp_path / "base", 0)
+    config = LlamaConfig.from_pretrained(tmp_path / "base", intermediate_size=80)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    model = train(tmp_path / "base", "int4", tmp_path / "adapter")
+    to = "--to", "compressed-tensors:int4", "--output", tmp_path / "out", "--dtype", "float32"
+    here("export", "--adapter", tmp_path / "adapter", *to)
+    options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+    assert not isinstance(exported.model.layers[0].mlp.down_proj, Packed4bit)
+    assert isinstance(exported.model.layers[0].mlp.up_proj, Packed4bit)
+    assert held_out_loss(exported.dequantize()) == pytest.approx(held_out_loss(model), abs=1e-5)
+
+
+def test_finetune_trains_for_a_format(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    command = (
+        "finetune", "--model", paths["model"], "--data", paths["data"], "--output", run, "--max-steps", "2",
+        "--seq-len", "32", "--batch-size", "2", "--eval-size", "4", "--dtype", "float32", "--merge-aware",
+    )  # fmt: skip
+    here(*command, "int4")
+    settings = json.loads((run / "settings.json").read_text())
+    assert (settings["merge_aware"], settings["dropout"]) == ("int4", 0.0)
+    assert json.loads((run / "adapter" / "qlora_base.json").read_text())["merge_aware"] == "int4"
+    capfd.readouterr()
+    export = "export", "--adapter", run, "--dtype", "float32", "--output", tmp_path / "out", "--overwrite", "--to"
+    here(*export, "compressed-tensors:int4")
+    assert "was trained for" not in capfd.readouterr().err
+    for to in ("compressed-tensors:nvfp4", "dense"):
+        here(*export, to)
+        assert (
+            f"--to {to}: the adapter was trained for int4, so the loss of the result will differ from the trained one; "
+            "use --to compressed-tensors:int4 to keep the weights that were trained"
+        ) in capfd.readouterr().err

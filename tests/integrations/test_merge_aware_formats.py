@@ -1,0 +1,257 @@
+"""Merge-aware training for a served format: in memory, with experts, checkpointing, accumulation and saved adapters."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import qlora_ext
+from qlora_ext import merged
+from qlora_ext.fingerprint import fingerprint
+from qlora_ext.form import Form
+from qlora_ext.formats import SERVED_FORMATS
+from qlora_ext.integrations import peft as integration
+from qlora_ext.integrations.peft import base_file
+from qlora_ext.integrations.peft.experts import LoraExperts4bit
+from qlora_ext.nn import Experts4bit, Linear4bit, layers_of
+from test_merge_aware import adapted, logits
+from test_moe import moe
+from test_peft_experts import adapted as adapted_experts
+from test_peft_experts import gpt_oss
+from tiny_models import make, token_ids
+
+IDS = token_ids(4, 24)
+every_format = pytest.mark.parametrize("code", SERVED_FORMATS)
+
+
+def forms_of(model: Any) -> set[Form]:
+    return {layer.form for _, layer in layers_of(model)}
+
+
+def gradients(model: Any) -> list[Tensor]:
+    model.train().zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds of the weights that were merged."""
+    seeds: list[int] = []
+    with_update = merged.with_update
+
+    def counting(w4: Any, moved: Tensor, seed: int = 0) -> Any:
+        seeds.append(seed)
+        return with_update(w4, moved, seed)
+
+    monkeypatch.setattr(merged, "with_update", counting)
+    return seeds
+
+
+@every_format
+def test_the_merged_model_is_the_one_that_ran(code: str) -> None:
+    model = adapted(size=0.1)
+    integration.set_merge_aware(model, code=code)
+    assert forms_of(model) == {Form.named(code)}
+    expected = logits(model)
+    base, _ = integration.merge_to_4bit(copy.deepcopy(model))
+    assert forms_of(base) == {Form.named(code)}
+    assert torch.equal(logits(base), expected)
+    model.merge_adapter()
+    assert torch.equal(logits(model), expected)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
+@every_format
+def test_without_an_update_the_weights_are_those_of_the_format(code: str) -> None:
+    """Each layer is what the format's recipe gives; those that servers join have one factor in NVFP4."""
+    dense = {name: layer.dequantize(torch.float32) for name, layer in layers_of(adapted().unload())}
+    model = adapted(target_modules=["q_proj", "k_proj"], init_lora_weights=True)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(p)
+    integration.set_merge_aware(model, code=code)
+    base, _ = integration.merge_to_4bit(model)
+    for name, layer in layers_of(base):
+        stem, _, last = name.rpartition(".")
+        joined = next((group for group in ("qkv", ("gate", "up")) if last.split("_")[0] in group), (last[:-5],))
+        names = [f"{stem}.{part}_proj" for part in joined] if code == "nvfp4" else [name]
+        weights = [dense[part] for part in names]
+        joined = torch.cat(weights)
+        values = joined if code == "nf4" else qlora_ext.quantize(joined, code).dequantize()  # the base is in NF4
+        expected = values.split([len(w) for w in weights])
+        assert torch.equal(layer.dequantize(torch.float32), expected[names.index(name)]), name
+
+
+def test_dense_layers_with_an_adapter_become_4bit() -> None:
+    """Their codes do not depend on the dtype in which the model was loaded."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = qlora_ext.quantize_model(make("llama", torch.bfloat16).to(dtype), skip=["lm_head", "up_proj", "o_proj"])
+        config = {"target_modules": ["up_proj", "q_proj"], "init_lora_weights": False}
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+        expected = logits(model)
+        integration.set_merge_aware(model, code="q4_0")
+        layers = model.base_model.model.model.layers
+        assert isinstance(layers[0].mlp.up_proj.base_layer, Linear4bit)
+        assert type(layers[0].self_attn.o_proj) is torch.nn.Linear
+        assert (logits(model) - expected).norm() < 0.5 * expected.norm()
+        found.append(layers[1].mlp.up_proj.base_layer.weight4bit)
+        assert layers[1].mlp.up_proj.rounding_seed == merged.seed_of("model.layers.1.mlp.up_proj.weight")
+    assert all(torch.equal(a, b) for a, b in zip(*(w4.tensors.values() for w4 in found), strict=True))
+
+
+def test_rows_that_do_not_fit_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = qlora_ext.quantize_model(torch.nn.ModuleDict({"a": torch.nn.Linear(80, 48), "b": torch.nn.Linear(64, 48)}))
+    model.dtype = torch.float32
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["a", "b"], init_lora_weights=False))
+    a, b = model.base_model.model["a"], model.base_model.model["b"]
+    x = torch.randn(3, 80)
+    expected = a(x)
+    integration.set_merge_aware(model, code="int4")
+    assert (a.layer4bit.form.code, b.layer4bit.form.code) == ("nf4", "int4")
+    assert (a.merge_aware, b.merge_aware) == (frozenset(), {"default"})
+    assert torch.equal(a(x), expected)
+
+
+@pytest.mark.parametrize("code", [None, "q4_0", "nvfp4"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts(family: str, code: str | None) -> None:
+    """Outputs are those of the merged experts, and gradients about those without rounding."""
+    model = adapted_experts(qlora_ext.quantize_model(gpt_oss() if family == "gpt_oss" else moe(family)))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    plain = gradients(model)
+    integration.set_merge_aware(model, code=code)
+    assert {layer.form for layer in model.modules() if isinstance(layer, Experts4bit)} == {Form.named(code or "nf4")}
+    found = gradients(model)
+    for p, g, q in zip((p for p in model.parameters() if p.requires_grad), found, plain, strict=True):
+        assert (g - q).norm() < 0.8 * q.norm(), p.shape  # other weights, but no other function of A and B
+    expected = logits(model.eval())
+    base, error = integration.merge_to_4bit(copy.deepcopy(model))
+    assert torch.equal(logits(base), expected)
+    assert 0.7 < error.retained < 1.3
+    layer = next(m for m in model.modules() if isinstance(m, LoraExperts4bit))
+    layer.merge()
+    layer.unmerge()
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("code", ["q4_0", "nvfp4"])
+def test_gradients_of_experts_pass_the_rounding(code: str) -> None:
+    torch.manual_seed(0)
+    w4 = qlora_ext.weight.Weight4bit.stack([qlora_ext.quantize(torch.randn(48, 64), code) for _ in range(3)])
+    a, b = torch.randn(3, 4, 64).mul(0.1).requires_grad_(), torch.randn(3, 48, 4).mul(0.1).requires_grad_()
+    x, bias = torch.randn(7, 64, requires_grad=True), torch.randn(3, 48, requires_grad=True)
+    offsets, dy = torch.tensor([2, 2, 7]), torch.randn(7, 48)
+    weight = merged.merged_weight(w4, a, b, 2.0, 5)
+    assert torch.equal(
+        weight.matrix(1).packed, merged.merged_weight(w4.matrix(1), a[1], b[1], 2.0, merged.seed_of("5.1")).packed
+    )
+    y = merged.merged_linear_nf4(x, weight, bias, a, b, 2.0, offsets)
+    found = torch.autograd.grad(y, [x, bias, a, b], dy)
+    update = 2.0 * b @ a
+    dense = weight.dequantize(torch.float32) + update - update.detach()
+    rows = torch.tensor([0, 0, 2, 2, 2, 2, 2])
+    expected = torch.einsum("sk,snk->sn", x, dense[rows]) + bias[rows]
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for g, exact in zip(found, torch.autograd.grad(expected, [x, bias, a, b], dy), strict=True):
+        torch.testing.assert_close(g, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_each_weight_is_encoded_once_per_optimizer_step(encoded: list[int]) -> None:
+    """Not again for a second batch, nor when a checkpointed layer runs again in the backward."""
+    model = adapted()
+    integration.set_merge_aware(model, code="q4_0")
+    encoded.clear()
+    first = gradients(model)
+    assert len(encoded) == len(set(encoded)) == 14
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = gradients(model)
+    assert len(encoded) == 14
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    gradients(model)
+    assert len(encoded) == 28
+
+
+def test_writes_behind_the_back_of_torch_are_noticed(encoded: list[int]) -> None:
+    """An optimizer may write to ``data``, which changes no version."""
+    model = adapted()
+    integration.set_merge_aware(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    before = gradients(model)
+    version = layer.lora_A["default"].weight._version
+    layer.lora_A["default"].weight.data.mul_(2.0)
+    assert layer.lora_A["default"].weight._version == version
+    after = gradients(model)
+    assert len(encoded) == 15
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_saved_adapter_restores_its_format(tmp_path: Path) -> None:
+    model = adapted()
+    base = fingerprint(model)
+    integration.set_merge_aware(model, code="mxfp4")
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / integration.BASE_FILE).read_text())
+    assert (record["merge_aware"], record["fingerprint"]) == ("mxfp4", base)
+    other = peft.PeftModel.from_pretrained(qlora_ext.quantize_model(make("llama", torch.float32)), tmp_path).eval()
+    assert torch.equal(logits(other), expected)
+    assert integration.check_base(other, tmp_path) is True
+    other.load_adapter(tmp_path, adapter_name="second")
+    other.set_adapter("second")
+    assert torch.equal(logits(other), expected)
+
+
+@pytest.mark.parametrize(("recorded", "found"), [(True, True), (False, False), (None, False), ("nf4", "nf4")])
+def test_records_of_other_versions_are_read(tmp_path: Path, recorded: Any, found: Any) -> None:
+    path = tmp_path / integration.BASE_FILE
+    path.write_text(json.dumps({"fingerprint": "0" * 64, "format_version": 1, "merge_aware": recorded}))
+    assert base_file.recorded_merge_aware(tmp_path) == found
+    path.write_text(json.dumps({"fingerprint": "0" * 64, "format_version": 1, "merge_aware": "q9"}))
+    with pytest.raises(ValueError, match=r"expected merge_aware to be q4_0, .*, nf4 or true, got q9"):
+        base_file.recorded_merge_aware(tmp_path)
+
+
+def test_invalid_arguments_are_rejected() -> None:
+    model = adapted()
+    with pytest.raises(ValueError, match=r"code: expected q4_0, .*, got 'q5_0'"):
+        integration.set_merge_aware(model, code="q5_0")
+    integration.set_merge_aware(model, code="q4_0")
+    with pytest.raises(
+        ValueError, match=r"code: expected q4_0, the format of the base for an earlier adapter, got int4"
+    ):
+        integration.set_merge_aware(model, code="int4")
+    head = adapted(target_modules=["lm_head", "q_proj"])
+    with pytest.raises(ValueError, match=r"expected no adapter on the output head"):
+        integration.set_merge_aware(head, code="q4_0")
+    with pytest.raises(ValueError, match=r"lora_dropout: expected 0"):
+        integration.set_merge_aware(adapted(lora_dropout=0.1), code="q4_0")
+
+
+def test_it_can_be_switched_off() -> None:
+    model = adapted()
+    integration.set_merge_aware(model, code="q4_0")
+    aware = logits(model)
+    integration.set_merge_aware(model, False)
+    plain = logits(model)
+    assert not torch.equal(aware, plain)
+    with model.disable_adapter():
+        assert not torch.equal(logits(model), plain)
+    integration.set_merge_aware(model, code="q4_0")
+    assert torch.equal(logits(model), aware)
