@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .source import GGUFSource
 
 _log = logging.getLogger(__name__)
-_CHUNK = 1 << 20  # elements that are read at a time
+_CHUNK = 1 << 18  # elements that are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,35 @@ class _Weight:
         if self._name in self._kept:
             return dataclasses.replace(self._file.stored(self._name).to(device), dtype=dtype)
         return self._file.decode(self._name, dtype).to(device)
+
+
+class _Rows:
+    """A weight that is filled with a few of its rows at a time, so that none of its memory is needed twice."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._tensors = count, dict[str, Tensor]()
+        self._first: Weight4bit | None = None
+
+    def put(self, numbers: slice | Tensor, rows: Weight4bit) -> None:
+        """Stores the matrix ``rows`` as the rows ``numbers``."""
+        self._first = self._first or rows
+        for name, t in rows.tensors.items():
+            if name == "scale_table":
+                continue
+            part = t.reshape(rows.shape[0], -1)
+            if name not in self._tensors:
+                self._tensors[name] = torch.empty((self._count, part.shape[1]), dtype=t.dtype, device=t.device)
+            self._tensors[name][numbers] = part
+
+    def weight(self, shape: tuple[int, ...]) -> Weight4bit:
+        """The matrix or stack of matrices of that shape, when all rows are stored."""
+        assert self._first is not None
+        *stack, rows, _ = shape
+        fields: dict[str, Any] = {name: t.view(*stack, -1) for name, t in self._tensors.items()}
+        fields["packed"] = self._tensors["packed"].view(*stack, rows, -1)
+        if (table := self._first.scale_table) is not None:
+            fields["scale_table"] = table.expand(*stack, -1).clone()
+        return dataclasses.replace(self._first, **fields, shape=torch.Size(shape))
 
 
 class GGUFWeights:
@@ -205,11 +234,14 @@ class GGUFWeights:
             raise ValueError(f"{name}: expected a weight stored in one of the types {', '.join(blocks.KINDS)}")
         layout = self._layout(name)
         assert layout is not None
-        data = np.empty((math.prod(layout.stack), parts[0].tensor.nbytes // parts[0].count), np.uint8)
+        width = parts[0].tensor.shape[-1]
+        found = _Rows(math.prod(layout.stack))
         for part in parts:
-            for _, where, chunk in self._chunks(part):
-                data[where] = chunk
-        w4 = blocks.read(kind, data, (*layout.stack, parts[0].tensor.shape[-1]), self._where(parts[0].tensor))
+            where = self._where(part.tensor)
+            for begin, numbers, data in self._chunks(part):
+                rows = blocks.read(kind, data, (len(data), width), where, begin)
+                found.put(numbers, rows)
+        w4 = found.weight((*layout.stack, width))
         factors = self._factors(parts[0])
         if factors is None or w4.scale_table is None:
             return w4

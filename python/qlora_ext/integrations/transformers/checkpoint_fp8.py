@@ -16,6 +16,7 @@ from .checkpoint_files import Header, Names
 # Dtypes of safetensors that hold codes, not values.
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U8", "I8", "I16", "I32")
 _TENSORS = ("weight", "weight_scale", "input_scale")
+_CHUNK = 1 << 18  # elements that are decoded at a time
 
 
 @dataclasses.dataclass
@@ -55,7 +56,12 @@ class ScaledWeight:
         self.retained = {
             key: t.to("cpu", copy=True) for name, key in self.tensors.items() if (t := given[name]) is not weight
         }
-        return (weight.float() * self._factor(scale)).to(dtype)
+        out = torch.empty_like(weight, dtype=dtype)
+        rows = max(1, _CHUNK // weight[0].numel())
+        factors = self._factor(scale).expand(len(weight), 1)
+        for target, codes, factor in zip(out.split(rows), weight.split(rows), factors.split(rows), strict=True):
+            target.copy_(codes.float() * factor)
+        return out
 
     def write(self, values: Tensor) -> dict[str, Tensor]:
         """The tensors for ``values``, the stored ones unless they were trained."""
