@@ -148,6 +148,21 @@ def test_a_file_without_4bit_weights_is_quantized(tmp_path: pathlib.Path) -> Non
     assert weights.summary == ("a.gguf: 7 Q8_0 quantized to NF4, 7 F16 quantized to NF4, 5 F32 dense, 2 F16 dense")
 
 
+@pytest.mark.parametrize("kind", ["IQ4_XS", "Q3_K", "IQ2_XXS"])
+def test_types_of_few_bits_are_not_quantized_a_second_time(kind: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.gguf"
+    weights = made("llama", path, kinds=[kind], of={"token_embd.weight": "F16", "output.weight": "F16"})
+    message = rf"^\S*a\.gguf: blk\.0\.attn_q\.weight: expected a 4-bit type among Q4_0, .* got {kind}, which is not sup"
+    with pytest.raises(ValueError, match=message):
+        weights.load(quantization_config=QLoRAConfig())
+    asked = weights.load(quantization_config=QLoRAConfig(skip_modules=["lm_head"]), dtype=torch.float32)
+    assert all(layer.form.code == "nf4" for _, layer in layers_of(asked))
+    made("llama", path, kinds=["Q4_0"], of={"blk.0.attn_q.weight": kind})
+    mixed = reader(path).load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+    assert type(mixed.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert type(mixed.model.layers[1].self_attn.q_proj) is Linear4bit
+
+
 def test_experts(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.gguf"
     model = made("qwen3moe", path, kinds=["MXFP4"]).load(quantization_config=QLoRAConfig(), dtype=torch.float32)

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 18  # elements that are read at a time
+_FEW_BITS = 5  # per weight: types with fewer are not quantized to NF4 without being asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +150,11 @@ class GGUFWeights:
         With a ``QLoRAConfig``, layers keep the bits of weights that the file stores in a type of ``blocks.KINDS``, and
         other layers stay dense. With ``skip_modules``, the layers that it names stay dense, and others are quantized to
         NF4. With ``embeddings``, embeddings are 4-bit too. If the file has no 4-bit weight for a layer, the model is
-        quantized to NF4 like any dense model.
+        quantized to NF4 like any dense model. Without ``skip_modules``, such a file must not have other types of less
+        than 5 bits.
 
         Raises:
-            ValueError: the file lacks the weight of a layer.
+            ValueError: the file lacks the weight of a layer, or has it in a type that is not supported.
         """
         from ..integrations.transformers import QLoRAConfig
 
@@ -265,6 +267,22 @@ class GGUFWeights:
             return None  # its rows have different factors
         fits = shape in (None, (*layout.stack, parts[0].tensor.shape[-1])) and transposed in (None, layout.transposed)
         return kinds.pop() if fits and len(kinds) == 1 and kinds <= {*blocks.KINDS} else None
+
+    def check_requantized(self, names: Iterable[str]) -> None:
+        """Rejects weights ``names`` that lost much precision already and would now become NF4, such as IQ4_XS and Q3_K.
+
+        Raises:
+            FileError: a weight has a type of less than 5 bits that is none of ``blocks.KINDS``.
+        """
+        for part in (part for name in names for part in self._parts.get(name, ())):
+            kind, bits = part.tensor.type_name, part.tensor.nbytes * 8 / math.prod(part.tensor.shape)
+            if bits < _FEW_BITS and kind not in blocks.KINDS:
+                raise FileError(
+                    f"{self._where(part.tensor)}: expected a 4-bit type among {', '.join(blocks.KINDS)}, or one of "
+                    f"{_FEW_BITS} bits or more, got {kind}, which is not supported: NF4 would quantize the weight a "
+                    "second time; take a file of the model in another type, or name the layers that stay dense in "
+                    "skip_modules to quantize the others all the same"
+                )
 
     def summarize(self, model: Any, kept: set[str]) -> None:
         """Sets and logs ``summary``: how many tensors of each type are 4-bit as stored, NF4, or dense in ``model``."""

@@ -15,6 +15,7 @@ from .checkpoint_files import Header, Names
 
 # Dtypes of safetensors that hold codes, not values.
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U8", "I8", "I16", "I32")
+_DENSE = ("F32", "F16", "BF16")
 _TENSORS = ("weight", "weight_scale", "input_scale")
 _CHUNK = 1 << 18  # elements that are decoded at a time
 
@@ -101,5 +102,12 @@ def scaled_weights(names: Names, headers: Mapping[str, Header]) -> dict[str, Sca
             )
         found[target] = ScaledWeight(where, tensors)
     if found:
-        warnings.warn(f"{len(found)} weights that the checkpoint stores in FP8 are decoded and dense", stacklevel=2)
+        dense = [
+            key for key, h in headers.items() if h.dtype in _DENSE and len(h.shape) > 1 and key.endswith(".weight")
+        ]
+        warnings.warn(
+            f"{len(found)} weights that the checkpoint stores in FP8 are decoded and dense, and {len(dense)} that it "
+            "does not quantize stay as they are",
+            stacklevel=2,
+        )
     return found
