@@ -62,6 +62,7 @@ _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.trans
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.saving")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.gguf.from_pretrained")
 _hooks.after_import("transformers.integrations.gguf.gguf_config_mapping", "qlora_ext.gguf.configs")
+_hooks.after_import("gguf.gguf_reader", "qlora_ext.gguf.reader_memory")
 _hooks.after_import("diffusers.quantizers.auto", "qlora_ext.integrations.diffusers.quantizer")
 _hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.models")
 _hooks.after_import("diffusers.loaders.lora_pipeline", "qlora_ext.integrations.diffusers.lora")

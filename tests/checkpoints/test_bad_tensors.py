@@ -143,6 +143,8 @@ def test_an_activation_order_is_rejected() -> None:
     order[[3, 200]] = order[[200, 3]]
     assert "activation order (desc_act), which is not supported" in rejected("g_idx", gptq(), g_idx=order)
     rejected("weight_g_idx", packed((12, 256), 128), weight_g_idx=order)
+    other = torch.arange(256, dtype=torch.int32) // 64
+    assert "expected g_idx to be groups of 128 columns" in rejected("g_idx", gptq(), g_idx=other)
 
 
 def test_zero_points_out_of_range_are_rejected() -> None:

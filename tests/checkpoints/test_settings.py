@@ -81,12 +81,17 @@ def test_the_format_of_a_group_goes_before_that_of_the_checkpoint() -> None:
         format_of(changed(KIMI, "format", value="mixed-precision"))
 
 
-@pytest.mark.parametrize("method", ["fp8", "bitnet", "quark", "auto-round", "", "\x1b[2J" * 100])
+@pytest.mark.parametrize("method", ["bitnet", "quark", "auto-round", "", "\x1b[2J" * 100])
 def test_other_methods_are_rejected_by_their_name(method: str) -> None:
     with pytest.raises(ValueError, match="expected a 4-bit format among mxfp4, modelopt, awq, gptq") as error:
         format_of({"quant_method": method})
     assert method[:20].lower().replace("\x1b", "\\x1b") in str(error.value)
     assert "\x1b" not in str(error.value)
+
+
+def test_fp8_is_rejected_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="fp8 is not supported, because its weights have a scale per tile"):
+        format_of({"quant_method": "fp8", "weight_block_size": [128, 128]})
 
 
 def test_kimi() -> None:

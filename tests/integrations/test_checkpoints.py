@@ -6,6 +6,7 @@ import copy
 import json
 import pathlib
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 import packed_models
+from load_memory import peak_of_loading
 from packed_models import FORMATS, IDS, change, load, same_tensors
 from qlora_ext.cli.models.pretrained import is_4bit
 from qlora_ext.cli.models.sources import ModelSource
@@ -147,7 +149,9 @@ def test_experts_without_a_4bit_layer(tmp_path: pathlib.Path, monkeypatch: pytes
     config = Llama4TextConfig(**sizes, num_experts_per_tok=1, interleave_moe_layer_step=1)
     monkeypatch.setitem(packed_models.CONFIGS, "llama4_text", lambda: config)
     checkpoint = packed_models.save(tmp_path, "llama4_text", "modelopt")
-    with pytest.raises(ValueError, match=r"no 4-bit layer can replace model\.layers\.\d\.feed_forward\.experts"):
+    with pytest.raises(
+        ValueError, match=r"no 4-bit layer can replace model\.layers\.\d\.feed_forward\.experts; load the"
+    ):
         load(checkpoint.path)
 
 
@@ -274,7 +278,9 @@ def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
     fields["quantization_config"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "ignore": []}
     (checkpoint.path / "config.json").write_text(json.dumps(fields))
     for dtype in (torch.float32, torch.bfloat16):
-        with pytest.warns(UserWarning, match="8 weights that the checkpoint stores in FP8 are decoded and dense"):
+        with pytest.warns(
+            UserWarning, match="8 weights that the checkpoint stores in FP8 are decoded and dense, and 2 that it"
+        ):
             model = load(checkpoint.path, dtype)
         assert sum(1 for _ in layers_of(model)) == 6
         for name, module in checkpoint.dense.named_modules():
@@ -290,6 +296,38 @@ def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
             elif "proj" in name:
                 assert found[name].dtype == t.dtype
                 assert torch.equal(found[name].float(), t.float())
+
+
+LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 5}
+QWEN3_MOE = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 32, "num_hidden_layers": 3}
+GPT_OSS = {"hidden_size": 1440, "intermediate_size": 1440, "num_local_experts": 24, "num_hidden_layers": 2}
+LARGE: list[tuple[str, dict[str, int], str]] = [
+    ("llama", LLAMA, "pack-quantized"),
+    ("llama", LLAMA, "awq"),
+    ("llama", LLAMA, "gptq"),
+    ("llama", LLAMA, "modelopt"),
+    ("qwen3_moe", QWEN3_MOE, "nvfp4-pack-quantized"),
+    ("qwen3_moe", QWEN3_MOE, "gptq"),
+    ("gpt_oss", GPT_OSS, "mxfp4"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize(("family", "sizes", "kind"), LARGE, ids=lambda value: value if isinstance(value, str) else "")
+def test_loading_takes_the_memory_of_the_model(
+    family: str, sizes: dict[str, int], kind: str, tmp_path: pathlib.Path
+) -> None:
+    """At most a tenth more than the larger one of the file and the model, at any time."""
+    config = packed_models.CONFIGS[family]()
+    packed_models.save_large(tmp_path / "small", config, kind)
+    config.update(sizes)
+    packed_models.save_large(tmp_path / "large", config, kind)
+    peak, footprint = peak_of_loading(tmp_path / "large", tmp_path / "small")
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert size > 90e6
+    assert footprint < 1.05 * size
+    assert peak < 1.1 * max(size, footprint), f"peak {peak >> 20}, file {size >> 20}, model {footprint >> 20} MiB"
 
 
 QUANTIZE = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "damp_percent": 0.01}

@@ -148,6 +148,21 @@ def test_a_file_without_4bit_weights_is_quantized(tmp_path: pathlib.Path) -> Non
     assert weights.summary == ("a.gguf: 7 Q8_0 quantized to NF4, 7 F16 quantized to NF4, 5 F32 dense, 2 F16 dense")
 
 
+@pytest.mark.parametrize("kind", ["IQ4_XS", "Q3_K", "IQ2_XXS"])
+def test_types_of_few_bits_are_not_quantized_a_second_time(kind: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.gguf"
+    weights = made("llama", path, kinds=[kind], of={"token_embd.weight": "F16", "output.weight": "F16"})
+    message = rf"^\S*a\.gguf: blk\.0\.attn_q\.weight: expected a 4-bit type among Q4_0, .* got {kind}, which is not sup"
+    with pytest.raises(ValueError, match=message):
+        weights.load(quantization_config=QLoRAConfig())
+    asked = weights.load(quantization_config=QLoRAConfig(skip_modules=["lm_head"]), dtype=torch.float32)
+    assert all(layer.form.code == "nf4" for _, layer in layers_of(asked))
+    made("llama", path, kinds=["Q4_0"], of={"blk.0.attn_q.weight": kind})
+    mixed = reader(path).load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+    assert type(mixed.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert type(mixed.model.layers[1].self_attn.q_proj) is Linear4bit
+
+
 def test_experts(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.gguf"
     model = made("qwen3moe", path, kinds=["MXFP4"]).load(quantization_config=QLoRAConfig(), dtype=torch.float32)
@@ -225,6 +240,16 @@ def test_from_pretrained(
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path), model)
     assert AutoModelForCausalLM.from_pretrained(path.parent, **given).dtype == torch.float32
     pickle.dumps(model.config)  # as for another process: it does not hold the file's reader
+
+
+@needs_quantizers
+def test_from_pretrained_with_experts(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.gguf"
+    expected = made("qwen3moe", path, kinds=["MXFP4"]).load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+    options = {"gguf_file": path.name, "quantization_config": QLoRAConfig()}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **options)
+    assert same_state(model, expected)
+    assert type(model.model.layers[0].mlp.experts) is Experts4bit
 
 
 @needs_quantizers
@@ -371,13 +396,29 @@ def test_training_leaves_the_bits_of_the_file(four_bit_file: pathlib.Path) -> No
         assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
+LARGE: dict[str, tuple[dict[str, Any], list[str], dict[str, str]]] = {
+    "llama": (
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 8192},
+        ["Q4_K"],
+        {"token_embd.weight": "Q8_0", "output.weight": "F16"},
+    ),
+    "qwen3moe": ({**EXPERTS, "hidden_size": 512, "num_hidden_layers": 4, "num_experts": 32}, ["Q4_0"], {}),
+}
+
+
 @pytest.mark.slow
+@needs_quantizers
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_memory_at_load_is_that_of_the_file(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    config = LlamaConfig(**{**WIDE, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6})
-    path = tmp_path / "big.gguf"
-    write(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), path, "llama", kinds=["Q4_K"])
-    peak, _ = peak_of_loading(path, four_bit_file)
-    size, slack = path.stat().st_size, 8 << 20  # for the allocator and the weight that is being read
-    assert size > 50e6
-    assert peak < 1.1 * size + slack, f"peak {peak >> 20} MiB, file {size >> 20} MiB"
+@pytest.mark.parametrize("family", LARGE)
+def test_loading_takes_the_memory_of_the_model(family: str, tmp_path: pathlib.Path) -> None:
+    """At most a tenth more than the larger one of the file and the model, at any time."""
+    sizes, kinds, of = LARGE[family]
+    config = CONFIGS[family]()
+    config.update({"head_dim": 64, "num_attention_heads": sizes["hidden_size"] // 64, **sizes})
+    path, small = tmp_path / "large.gguf", tmp_path / "small.gguf"
+    write(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), path, family, kinds=kinds, of=of)
+    write(AutoModelForCausalLM.from_config(CONFIGS[family]()), small, family, kinds=kinds, of=of)
+    peak, footprint = peak_of_loading(path, small)
+    size = path.stat().st_size
+    assert size > 60e6
+    assert peak < 1.1 * max(size, footprint), f"peak {peak >> 20}, file {size >> 20}, model {footprint >> 20} MiB"

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import packed_models
 from packed_models import change, load
@@ -156,12 +156,13 @@ def test_a_truncated_file(tmp_path: pathlib.Path) -> None:
     ("kind", "changed", "message"),
     [
         ("gptq", {"desc_act": True}, "desc_act false"),
-        ("gptq", {"bits": 3}, "4 bits"),
+        ("gptq", {"bits": 3}, "4 bits, got 3, .*load the model's original checkpoint"),
+        ("awq", {"bits": 2}, "4 bits, got 2, .*load the model's original checkpoint"),
         ("gptq", {"bits": 8}, "4 bits"),
         ("awq", {"version": "gemv"}, "gemm"),
         ("awq", {"quant_method": "aqlm"}, "not supported"),
         ("modelopt", {"quant_algo": "FP8"}, "FP8"),
-        ("awq", {"quant_method": "fp8"}, "fp8"),
+        ("awq", {"quant_method": "fp8"}, "fp8 is not supported, because .* as in DeepSeek-V4; load a checkpoint"),
         ("awq", {"quant_method": "unheard-of"}, "unheard-of"),
     ],
 )
@@ -192,6 +193,79 @@ def test_a_missing_file_is_named(tmp_path: pathlib.Path) -> None:
     file.unlink()
     with pytest.raises(ValueError, match=f"{file.name}: expected this file of the checkpoint, found none"):
         load(tmp_path / "saved")
+
+
+def sharded(checkpoint: packed_models.Checkpoint) -> tuple[pathlib.Path, pathlib.Path]:
+    """Distributes the tensors to two files and returns these. The index beside them is complete."""
+    names = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
+    keys = [*checkpoint.tensors]
+    parts = keys[: len(keys) // 2], keys[len(keys) // 2 :]
+    for name, part in zip(names, parts, strict=True):
+        save_file({key: checkpoint.tensors[key] for key in part}, checkpoint.path / name, {"format": "pt"})
+    (checkpoint.path / "model.safetensors").unlink()
+    places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (checkpoint.path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return checkpoint.path / names[0], checkpoint.path / names[1]
+
+
+def test_a_tensor_in_two_files(tmp_path: pathlib.Path) -> None:
+    """transformers takes the last one."""
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    first, second = sharded(checkpoint)
+    load(checkpoint.path)
+    tensors = load_file(second)
+    key = next(iter(load_file(first)))
+    save_file({**tensors, key: checkpoint.tensors[key] + 1}, second, {"format": "pt"})
+    message = rf"{second.name}: expected each tensor in one file, found {key}, which \S*{first.name} has too$"
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint.path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected an object"),
+        ("{}", "metadata"),
+        ('{"metadata": {}, "weight_map": 3}', "weight_map"),
+        ('{"metadata": {}, "weight_map": {}}', "expected the names of the checkpoint's tensors, found none"),
+        ('{"metadata": {}, "weight_map": {"a.weight": 3}}', "expected the name of a file for a.weight, got 3"),
+        (
+            '{"metadata": {}, "weight_map": {"a.weight": "absent.safetensors"}}',
+            "absent.safetensors: expected this file of the checkpoint, found none",
+        ),
+    ],
+)
+def test_a_damaged_index(text: str, message: str, tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *NVFP4)
+    sharded(checkpoint)
+    (checkpoint.path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        load(checkpoint.path)
+    assert "safetensors" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_experts_in_one_tensor(tmp_path: pathlib.Path) -> None:
+    """Their layout depends on the program that fused them, so they are rejected by name."""
+    checkpoint = packed_models.save(tmp_path, "qwen3_moe", "modelopt")
+    tensors = {name: t for name, t in checkpoint.tensors.items() if ".experts." not in name}
+    for layer in range(2):
+        for stack, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            for tensor, end in (("weight", ""), ("weight_scale", "_weight_scale")):
+                prefix = f"model.layers.{layer}.mlp.experts"
+                experts = [
+                    torch.cat([checkpoint.tensors[f"{prefix}.{e}.{part}.{tensor}"] for part in parts]) for e in range(4)
+                ]
+                tensors[f"{prefix}.{stack}{end}"] = torch.stack(experts)
+    save_file(tensors, checkpoint.path / "model.safetensors", {"format": "pt"})
+    message = (
+        r"experts\.\w+_proj: expected the modelopt weights of each expert in tensors of their own, .* got those of 4 "
+        r"experts in one tensor, which is not supported; load the model's original checkpoint"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint.path)
 
 
 @pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq", "modelopt"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,40 +31,30 @@ def _run(*paths: pathlib.Path) -> list[int]:
     return [*map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())]
 
 
-def _resident() -> int:
+def _status(field: str) -> int:
+    """A number of bytes in the status of this process."""
     status = pathlib.Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
 
 def _load(path: pathlib.Path) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     import qlora_ext
 
     options = {"quantization_config": qlora_ext.QLoRAConfig(), "dtype": torch.bfloat16}
     if path.suffix != ".gguf":
         return AutoModelForCausalLM.from_pretrained(path, **options)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-    return qlora_ext.gguf.GGUFWeights(path, model).load(**options)
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
 
 
 def _peak_of(function: Callable[[], Any]) -> tuple[int, Any]:
     """The bytes by which the process grows at most during a call, and its result."""
-    before, peak, done = _resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, _resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    before = _status("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, begins anew
     result = function()
-    done.set()
-    watcher.join()
-    return max(peak, _resident()) - before, result
+    return _status("VmHWM") - before, result
 
 
 def _main(path: pathlib.Path, first: pathlib.Path, saved: pathlib.Path | None = None) -> None:

@@ -185,6 +185,36 @@ def save(
     return Checkpoint(path, tensors, config, dense)
 
 
+def save_large(path: pathlib.Path, config: Any, kind: str) -> None:
+    """Saves a checkpoint with 4-bit layers of random codes. No dense form of them is computed."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tensors: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
+    for name, t in model.state_dict().items():
+        if _STACKS.search(name) and kind == "mxfp4":
+            made = {f"{name}_": _moderate(samples.mxfp4((t.shape[0], t.shape[2], t.shape[1])))}
+        elif _STACKS.search(name):
+            module, _, stack = name.rpartition(".")
+            parts = ("gate", "up") if stack.startswith("gate_up") else ("down",)
+            shape = (t.shape[1] // len(parts), t.shape[2])
+            names = [f"{module}.{e}.{part}_proj." for e in range(t.shape[0]) for part in parts]
+            made = {name: FORMATS[kind](shape) for name in names}
+        elif re.search(_LINEAR, name) and kind != "mxfp4":
+            made = {name.removesuffix("weight"): FORMATS[kind](tuple(t.shape))}
+        else:
+            tensors[name] = torch.zeros(t.shape, dtype=t.dtype)
+            continue
+        for prefix, sample in made.items():
+            fields = sample.config
+            tensors |= {prefix + tensor: value for tensor, value in sample.tensors.items()}
+    path.mkdir(parents=True)
+    safetensors.save_file({k: t.contiguous() for k, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+    stored = {**config.to_dict(), "architectures": [type(model).__name__], "quantization_config": fields}
+    (path / "config.json").write_text(json.dumps(stored))
+
+
 def load(path: pathlib.Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, quantization_config=QLoRAConfig(**options), device_map="cpu"

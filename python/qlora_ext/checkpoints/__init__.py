@@ -11,6 +11,7 @@ from typing import Any
 
 from .._internal.untrusted import check, excerpt
 from . import awq, compressed_tensors, gptq, modelopt, mxfp4
+from .format import LOAD_ORIGINAL as LOAD_ORIGINAL
 from .format import Format as Format
 from .format import Settings as Settings
 from .format import retained_of as retained_of
@@ -35,10 +36,16 @@ def format_of(config: Mapping[str, Any]) -> tuple[Format, Settings]:
     name = config["quant_method"].lower()
     if name == "compressed-tensors":
         name = _compressed_tensors_name(config)
+    if name == "fp8":
+        raise ValueError(
+            f"{_SOURCE}: fp8 is not supported, because its weights have a scale per tile of 128 x 128 elements, also "
+            "where the experts beside them are 4-bit, as in DeepSeek-V4; load a checkpoint of the model in 16 bits, or "
+            f"in a 4-bit format among {', '.join(_FORMATS)}"
+        )
     if name not in _FORMATS:
         raise ValueError(
             f"{_SOURCE}: expected a 4-bit format among {', '.join(_FORMATS)}, got {excerpt(name)}, which is not "
-            "supported; load the model's original checkpoint instead, which is quantized while it loads"
+            f"supported; {LOAD_ORIGINAL}"
         )
     return _FORMATS[name], _FORMATS[name].settings_of(config)
 

@@ -18,7 +18,7 @@ from .._internal.untrusted import check, excerpt
 from ..form import Form
 from ..weight import Weight4bit
 from . import integers, nibbles
-from .format import Format, Given, Settings, excluded, group_size_of, matrix_of
+from .format import LOAD_ORIGINAL, Format, Given, Settings, excluded, group_size_of, matrix_of
 from .integers import Groups
 
 _SOURCE = "quantization_config of awq"
@@ -40,7 +40,9 @@ class AWQ(Format):
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         check(config, _SCHEMA, _SOURCE)
         if config["bits"] != 4:
-            raise ValueError(f"{_SOURCE}: expected 4 bits, got {config['bits']}, which are not supported")
+            raise ValueError(
+                f"{_SOURCE}: expected 4 bits, got {config['bits']}, which are not supported; {LOAD_ORIGINAL}"
+            )
         layout = (config.get("version") or config.get("format") or "gemm").lower()
         layout = "llm-awq" if config.get("backend") == "llm-awq" else layout
         if layout != "gemm":

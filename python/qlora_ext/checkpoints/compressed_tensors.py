@@ -26,7 +26,7 @@ from .._internal.untrusted import check, excerpt
 from ..form import Form
 from ..weight import Weight4bit
 from . import e2m1, integers, nibbles, scales
-from .format import Format, Given, Settings, patterns
+from .format import LOAD_ORIGINAL, Format, Given, Settings, patterns
 from .integers import Groups
 
 _SOURCE = "quantization_config of compressed-tensors"
@@ -89,7 +89,7 @@ class _CompressedTensors(Format):
         if weights["num_bits"] != 4 or kind != self.kind:
             raise ValueError(
                 f"{source}: expected {self.kind} weights of 4 bits for {self.name}, got {excerpt(kind)} weights of "
-                f"{weights['num_bits']} bits, which are not supported"
+                f"{weights['num_bits']} bits, which are not supported; {LOAD_ORIGINAL}"
             )
         if weights.get("actorder") not in (None, False, "weight", "static"):
             raise ValueError(

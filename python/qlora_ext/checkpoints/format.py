@@ -18,6 +18,9 @@ from ..form import Form
 from ..ops import check_shape
 from ..weight import Weight4bit
 
+# What to do where a format is not supported.
+LOAD_ORIGINAL = "load the model's original checkpoint instead, which is quantized while it loads"
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

@@ -21,7 +21,7 @@ from .._internal.untrusted import check, excerpt
 from ..form import Form
 from ..weight import Weight4bit
 from . import integers, nibbles
-from .format import Format, Given, Settings, group_size_of, matrix_of, patterns
+from .format import LOAD_ORIGINAL, Format, Given, Settings, group_size_of, matrix_of, patterns
 from .integers import Groups
 
 _SOURCE = "quantization_config of gptq"
@@ -52,7 +52,9 @@ class GPTQ(Format):
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         check(config, _SCHEMA, _SOURCE)
         if config["bits"] != 4:
-            raise ValueError(f"{_SOURCE}: expected 4 bits, got {config['bits']}, which are not supported")
+            raise ValueError(
+                f"{_SOURCE}: expected 4 bits, got {config['bits']}, which are not supported; {LOAD_ORIGINAL}"
+            )
         layout = (config.get("checkpoint_format") or config.get("format") or "gptq").lower()
         layout = "marlin" if config.get("is_marlin_format") else layout
         if layout not in _BIASES or (config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):

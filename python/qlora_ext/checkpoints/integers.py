@@ -17,7 +17,7 @@ from .._internal.dtype_names import name_of
 from ..form import Form
 from ..formats import BLOCK_SIZES
 from ..weight import Weight4bit, weight_of
-from .format import Given, Settings, check_repeats, matrix_of
+from .format import LOAD_ORIGINAL, Given, Settings, check_repeats, matrix_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -46,7 +46,7 @@ class Groups:
         if not block_sizes:
             raise ValueError(
                 f"shape: expected groups and rows of a multiple of {BLOCK_SIZES[0]} elements for {kind}, got groups "
-                f"of {size} in rows of {columns}"
+                f"of {size} in rows of {columns}, which are not supported; {LOAD_ORIGINAL}"
             )
         return cls(columns, size, max(block_sizes))
 
@@ -113,7 +113,11 @@ def check_scales(groups: Groups, w4: Weight4bit) -> None:
 def check_order(given: Given, name: str, groups: Groups) -> None:
     """Rejects an index of the columns' groups that is not in order. compressed-tensors writes -1 for that, too."""
     order = given.take(name, (groups.columns,), torch.int32, torch.int64)
-    if not bool((order == -1).all()) and not torch.equal(order.long(), groups.in_order(order.device)):
+    if bool((order == -1).all()) or torch.equal(order.long(), groups.in_order(order.device)):
+        return
+    if bool((order.diff() >= 0).all()):
+        given.refuse(name, f"groups of {groups.size} columns, as the configuration says", "groups of another size")
+    else:
         given.refuse(
             name,
             "the groups of the columns in order",

@@ -36,6 +36,14 @@ _Fields = dict[str, Any]  # of a Weight4bit
 _CHUNK = 1 << 18  # bytes that are repacked at a time
 
 
+class _NotFiniteError(ValueError):
+    """A scale is NaN or infinity: what was ``found``, and in which ``block``."""
+
+    def __init__(self, found: str, block: int) -> None:
+        super().__init__(found)
+        self.found, self.block = found, block
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     """The layout of a type's blocks.
@@ -45,7 +53,7 @@ class _Layout:
         elements: per block of the file.
         header: bytes before the codes.
         group: bytes whose low nibbles precede their high nibbles.
-        read: the headers [blocks, header], to the fields of a ``Weight4bit``. It raises a ValueError.
+        read: the headers [blocks, header], to the fields of a ``Weight4bit``. It raises a _NotFiniteError.
         write: the inverse of ``read``.
     """
 
@@ -102,12 +110,12 @@ def _float16(header: Tensor, name: str) -> Tensor:
     """Two bytes of each header as a float16.
 
     Raises:
-        ValueError: a value is NaN or infinity.
+        _NotFiniteError: a value is NaN or infinity.
     """
     values = header.contiguous().view(torch.float16).reshape(-1)
     if not values.isfinite().all():
         at = int((~values.isfinite()).nonzero()[0])
-        raise ValueError(f"expected finite scales, got {name} = {values[at].item()} in block {at}")
+        raise _NotFiniteError(f"{name} = {values[at].item()}", at)
     return values
 
 
@@ -136,7 +144,7 @@ def _read_e8m0(header: Tensor) -> _Fields:
     exponents = header.reshape(-1)
     if (exponents == scale_tables.E8M0_NAN).any():
         at = int((exponents == scale_tables.E8M0_NAN).nonzero()[0])
-        raise ValueError(f"expected finite scales, got 0xFF (NaN) in block {at}")
+        raise _NotFiniteError("0xFF (NaN)", at)
     return {"absmax": exponents.contiguous(), "scale_table": _E8M0}
 
 
@@ -216,7 +224,7 @@ def form_of(kind: str) -> Form:
     return _LAYOUTS[kind].form
 
 
-def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
+def read(kind: str, data: Any, shape: Sequence[int], where: str, row: int = 0) -> Weight4bit:
     """The 4-bit weight that a tensor of a GGUF file is.
 
     Args:
@@ -224,6 +232,7 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
         data: its bytes: any object with a buffer.
         shape: [N, K], or [E, N, K] for a stack of E matrices.
         where: the file and the tensor, for error messages.
+        row: the number of the first row in that tensor, for error messages.
 
     Returns:
         The weight, with float32 as its ``dtype``. All values have ggml's bits. ggml has no negative zero, so the code
@@ -244,8 +253,9 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
     header, codes = blocks.split((layout.header, layout.elements // 2), dim=1)
     try:
         fields = layout.read(header)
-    except ValueError as error:
-        raise FileError(f"{where}: {error}") from error
+    except _NotFiniteError as error:
+        block = row * (width // layout.elements) + error.block
+        raise FileError(f"{where}: expected finite scales, got {error.found} in block {block}") from error
     packed = _from_halves(codes, layout.group)
     if layout.form.code == "e2m1":
         _drop_signs_of_zeros(packed)

@@ -57,7 +57,9 @@ class Names:
 
     def process(self, name: str, values: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds the model's weights that come from the tensor ``name``, which has these ``values``, to ``found``."""
-        with np.errstate(all="ignore"):  # the values may be placeholders
+        # The values may be placeholders. Processors create tensors on the default device, which is meta while
+        # transformers creates a model.
+        with np.errstate(all="ignore"), torch.device("cpu"):
             processed = self._processor.process(
                 weights=values,
                 name=name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ class Weights(Protocol):
     """What a source needs of ``GGUFWeights``."""
 
     def stored_kind(self, name: str, shape: tuple[int, ...], transposed: bool) -> str | None: ...
+    def check_requantized(self, names: Iterable[str]) -> None: ...
     def values(self, kept: set[str]) -> dict[str, Any]: ...
     def summarize(self, model: nn.Module, kept: set[str]) -> None: ...
 
@@ -49,6 +50,7 @@ class GGUFSource(Source):
         if self._weights is None:
             self._weights = self._open_file(files, model)
         found: dict[str, Form] = {}
+        others: list[str] = []
         self.kept.clear()
         for name, module in self._candidates(model):
             layer = empty_layer(module, torch.float32, Form())
@@ -61,7 +63,11 @@ class GGUFSource(Source):
                 self.kept |= {*shapes}
             elif isinstance(module, nn.Embedding):
                 found |= dict.fromkeys(shapes, self._config.form)
+            else:
+                others += shapes
         self.quantizes_rest = not self.kept or self._config.skip_modules is not None
+        if not self.kept and self._config.skip_modules is None:
+            self._weights.check_requantized(others)
         return found if self.kept else {}
 
     def values(self) -> dict[str, Any]:

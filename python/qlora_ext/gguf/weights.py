@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from .source import GGUFSource
 
 _log = logging.getLogger(__name__)
-_CHUNK = 1 << 20  # elements that are read at a time
+_CHUNK = 1 << 18  # elements that are read at a time
+_FEW_BITS = 5  # per weight: types with fewer are not quantized to NF4 without being asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,35 @@ class _Weight:
         if self._name in self._kept:
             return dataclasses.replace(self._file.stored(self._name).to(device), dtype=dtype)
         return self._file.decode(self._name, dtype).to(device)
+
+
+class _Rows:
+    """A weight that is filled with a few of its rows at a time, so that none of its memory is needed twice."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._tensors = count, dict[str, Tensor]()
+        self._first: Weight4bit | None = None
+
+    def put(self, numbers: slice | Tensor, rows: Weight4bit) -> None:
+        """Stores the matrix ``rows`` as the rows ``numbers``."""
+        self._first = self._first or rows
+        for name, t in rows.tensors.items():
+            if name == "scale_table":
+                continue
+            part = t.reshape(rows.shape[0], -1)
+            if name not in self._tensors:
+                self._tensors[name] = torch.empty((self._count, part.shape[1]), dtype=t.dtype, device=t.device)
+            self._tensors[name][numbers] = part
+
+    def weight(self, shape: tuple[int, ...]) -> Weight4bit:
+        """The matrix or stack of matrices of that shape, when all rows are stored."""
+        assert self._first is not None
+        *stack, rows, _ = shape
+        fields: dict[str, Any] = {name: t.view(*stack, -1) for name, t in self._tensors.items()}
+        fields["packed"] = self._tensors["packed"].view(*stack, rows, -1)
+        if (table := self._first.scale_table) is not None:
+            fields["scale_table"] = table.expand(*stack, -1).clone()
+        return dataclasses.replace(self._first, **fields, shape=torch.Size(shape))
 
 
 class GGUFWeights:
@@ -120,10 +150,11 @@ class GGUFWeights:
         With a ``QLoRAConfig``, layers keep the bits of weights that the file stores in a type of ``blocks.KINDS``, and
         other layers stay dense. With ``skip_modules``, the layers that it names stay dense, and others are quantized to
         NF4. With ``embeddings``, embeddings are 4-bit too. If the file has no 4-bit weight for a layer, the model is
-        quantized to NF4 like any dense model.
+        quantized to NF4 like any dense model. Without ``skip_modules``, such a file must not have other types of less
+        than 5 bits.
 
         Raises:
-            ValueError: the file lacks the weight of a layer.
+            ValueError: the file lacks the weight of a layer, or has it in a type that is not supported.
         """
         from ..integrations.transformers import QLoRAConfig
 
@@ -205,11 +236,14 @@ class GGUFWeights:
             raise ValueError(f"{name}: expected a weight stored in one of the types {', '.join(blocks.KINDS)}")
         layout = self._layout(name)
         assert layout is not None
-        data = np.empty((math.prod(layout.stack), parts[0].tensor.nbytes // parts[0].count), np.uint8)
+        width = parts[0].tensor.shape[-1]
+        found = _Rows(math.prod(layout.stack))
         for part in parts:
-            for _, where, chunk in self._chunks(part):
-                data[where] = chunk
-        w4 = blocks.read(kind, data, (*layout.stack, parts[0].tensor.shape[-1]), self._where(parts[0].tensor))
+            where = self._where(part.tensor)
+            for begin, numbers, data in self._chunks(part):
+                rows = blocks.read(kind, data, (len(data), width), where, begin)
+                found.put(numbers, rows)
+        w4 = found.weight((*layout.stack, width))
         factors = self._factors(parts[0])
         if factors is None or w4.scale_table is None:
             return w4
@@ -233,6 +267,22 @@ class GGUFWeights:
             return None  # its rows have different factors
         fits = shape in (None, (*layout.stack, parts[0].tensor.shape[-1])) and transposed in (None, layout.transposed)
         return kinds.pop() if fits and len(kinds) == 1 and kinds <= {*blocks.KINDS} else None
+
+    def check_requantized(self, names: Iterable[str]) -> None:
+        """Rejects weights ``names`` that lost much precision already and would now become NF4, such as IQ4_XS and Q3_K.
+
+        Raises:
+            FileError: a weight has a type of less than 5 bits that is none of ``blocks.KINDS``.
+        """
+        for part in (part for name in names for part in self._parts.get(name, ())):
+            kind, bits = part.tensor.type_name, part.tensor.nbytes * 8 / math.prod(part.tensor.shape)
+            if bits < _FEW_BITS and kind not in blocks.KINDS:
+                raise FileError(
+                    f"{self._where(part.tensor)}: expected a 4-bit type among {', '.join(blocks.KINDS)}, or one of "
+                    f"{_FEW_BITS} bits or more, got {kind}, which is not supported: NF4 would quantize the weight a "
+                    "second time; take a file of the model in another type, or name the layers that stay dense in "
+                    "skip_modules to quantize the others all the same"
+                )
 
     def summarize(self, model: Any, kept: set[str]) -> None:
         """Sets and logs ``summary``: how many tensors of each type are 4-bit as stored, NF4, or dense in ``model``."""

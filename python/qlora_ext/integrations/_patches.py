@@ -62,6 +62,11 @@ _LIST = (
         "ignores configurations in other files and of unknown methods, and refuses to quantize GGUF files",
     ),
     Patch(
+        "gguf.gguf_reader:GGUFReader._get",
+        "gguf >= 0.17",
+        "returns a memmap, each of which takes a kilobyte, and the metadata has one per token",
+    ),
+    Patch(
         "diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs",
         "diffusers >= 0.35",
         "uses the checkpoint's configuration, so that a bitsandbytes checkpoint loads bitsandbytes' layers",

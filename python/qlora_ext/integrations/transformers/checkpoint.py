@@ -14,7 +14,7 @@ from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..._internal.untrusted import excerpt, printable
-from ...checkpoints import Settings, format_of, joined, mxfp4, retained_of
+from ...checkpoints import LOAD_ORIGINAL, Settings, format_of, joined, mxfp4, retained_of
 from ...checkpoints.rows import alternating_rows, grouped_rows, select_rows
 from ...form import Form
 from ...nn import Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
@@ -149,6 +149,8 @@ class CheckpointSource(Source):
         Raises:
             ValueError: a weight lacks a tensor.
         """
+        if not isinstance(self.format, mxfp4.MXFP4):
+            self._check_one_by_one(headers)
         names = self.format.tensors(self.settings)
         codes = next(name for name in _CODES if name in names)
         found: dict[str, _Matrix] = {}
@@ -170,6 +172,21 @@ class CheckpointSource(Source):
             file = next((header.file for header in headers.values()), "the checkpoint")
             raise ValueError(f"{printable(file)}: expected 4-bit weights of the format {self.name}, found none")
         return found
+
+    def _check_one_by_one(self, headers: Mapping[str, Header]) -> None:
+        """Rejects experts whose codes are in one tensor, such as ``experts.gate_up_proj``: the format has matrices.
+
+        Raises:
+            ValueError: there is such a tensor.
+        """
+        for key, header in headers.items():
+            if header.dtype in _CODE_DTYPES and len(header.shape) == 3 and ".experts." in key:
+                where = f"{printable(header.file)}: {excerpt(key, 200)}"
+                raise ValueError(
+                    f"{where}: expected the {self.name} weights of each expert in tensors of their own, such as "
+                    f"experts.0.up_proj, got those of {header.shape[0]} experts in one tensor, which is not supported; "
+                    f"{LOAD_ORIGINAL}"
+                )
 
     def _groups(self, headers: Mapping[str, Header]) -> dict[str, dict[str, str]]:
         """The tensors that have a name of the format, by that name, for each name of a dense weight."""
@@ -219,7 +236,10 @@ class CheckpointSource(Source):
         where = next(iter(by_pattern.values()))[0][1].where
         shapes = empty_layer(module, torch.float32, Form()).packed_shapes if is_dense(module) else {}
         if name not in shapes:
-            raise ValueError(f"{where}: expected dense values, because no 4-bit layer can replace {module_of(target)}")
+            raise ValueError(
+                f"{where}: expected dense values, because no 4-bit layer can replace {module_of(target)}; "
+                f"{LOAD_ORIGINAL}"
+            )
         operations, expected = names.converter(next(iter(by_pattern)))
         if absent := [pattern for pattern in expected if pattern not in by_pattern]:
             raise ValueError(f"{where}: expected 4-bit weights with names like {', '.join(absent)} too, found none")
@@ -346,25 +366,33 @@ class CheckpointSource(Source):
             return self._dense[name].read(by_key, dense.shape, dense.dtype)
         assert isinstance(module, Packed4bit)
         weight, dtype = self._weights[name], module.weight_dtype
-        stack, done = joined.Stack(len(weight.matrices)), list[Tensor]()
+        experts = [*_experts(weight, by_key)]
+        stack, done = joined.Stack(len(experts)), list[Tensor]()
         limit = max(sum(t.nbytes for t in tensors) // 16, _RELEASED_AT_ONCE)
-        for e, parts in enumerate(weight.matrices):
-            w4 = joined.join_rows([self._read(weight, matrix, by_key, dtype) for matrix in parts], parts[0].where)
-            w4 = joined.in_blocks_of(w4, weight.block_size)
+        for e, (parts, given, shape) in enumerate(experts):
+            matrices = [self._read(weight, matrix, given, shape, dtype) for matrix in parts]
+            w4 = joined.in_blocks_of(joined.join_rows(matrices, parts[0].where), weight.block_size)
             if weight.alternates:
                 w4 = select_rows(w4, alternating_rows(w4.shape[0]))
-            if not weight.is_split:
+            if w4.shape == weight.shape:
                 return w4
             stack.put(e, w4, parts[0].where)
-            done += [by_key[key] for matrix in parts for key in matrix.tensors.values()]
+            done += [given[key] for matrix in parts for key in matrix.tensors.values()]
             if sum(t.nbytes for t in done) > limit:
                 self.release(*done)
                 done = []
         return stack.weight
 
-    def _read(self, weight: _Weight, matrix: _Matrix, by_key: Mapping[str, Tensor], dtype: torch.dtype) -> Weight4bit:
+    def _read(
+        self,
+        weight: _Weight,
+        matrix: _Matrix,
+        by_key: Mapping[str, Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Weight4bit:
         tensors = {name: by_key[key] for name, key in matrix.tensors.items()}
-        w4 = self.format.read(tensors, weight.stored_shape, dtype, weight.settings, matrix.where)
+        w4 = self.format.read(tensors, shape, dtype, weight.settings, matrix.where)
         matrix.retained = {key: t.to("cpu", copy=True) for key, t in retained_of(self.format, tensors).items()}
         return w4
 
@@ -463,6 +491,21 @@ class CheckpointSource(Source):
         for matrix, part in self._parts(name, weight, w4):
             tensors = self.format.write(part, weight.settings, matrix.retained)
             yield from ((key, tensors[tensor]) for tensor, key in matrix.tensors.items())
+
+
+def _experts(
+    weight: _Weight, by_key: Mapping[str, Tensor]
+) -> Iterator[tuple[list[_Matrix], Mapping[str, Tensor], tuple[int, ...]]]:
+    """For each expert, or for a matrix: the matrices of the checkpoint, their tensors, and the shape of one of them.
+
+    Of a stack that the checkpoint stores as one, the tensors are slices, so that it is read expert by expert. A stack
+    that is damaged is left to ``Format.read``, which rejects it.
+    """
+    is_stack = len(weight.stored_shape) == 3 and all(t.shape[:1] == weight.shape[:1] for t in by_key.values())
+    for e in range(weight.shape[0] if is_stack else 0):
+        yield weight.matrices[0], {key: t[e] for key, t in by_key.items()}, weight.stored_shape[1:]
+    for parts in () if is_stack else weight.matrices:
+        yield parts, by_key, weight.stored_shape
 
 
 def _items(write: Callable[[Tensor], dict[str, Tensor]], t: Tensor) -> Iterable[tuple[str, Tensor]]:

@@ -46,7 +46,7 @@ class DenseExperts:
         Raises:
             ValueError: a tensor has another shape than the model expects.
         """
-        experts, *rest = shape
+        _, *rest = shape
         rows, *columns = reversed(rest) if self.is_transposed else rest
         expected = torch.Size((rows // len(self.parts[0]), *columns))
         for key, t in by_key.items():
@@ -54,11 +54,11 @@ class DenseExperts:
                 raise ValueError(
                     f"{self.where}: expected {excerpt(key, 200)} to be {list(expected)}, got {list(t.shape)}"
                 )
-        out = torch.empty((experts, rows, *columns), dtype=dtype, device=next(iter(by_key.values())).device)
+        out = torch.empty(tuple(shape), dtype=dtype, device=next(iter(by_key.values())).device)
         order = alternating_rows(rows, out.device) if self.alternates else slice(None)
-        for e, keys in enumerate(self.parts):
-            out[e] = torch.cat([by_key[key] for key in keys])[order].to(dtype)
-        return out.transpose(1, 2).contiguous() if self.is_transposed else out
+        for matrix, keys in zip(out.transpose(1, 2) if self.is_transposed else out, self.parts, strict=True):
+            matrix.copy_(torch.cat([by_key[key] for key in keys])[order])
+        return out
 
     def write(self, values: Tensor) -> dict[str, Tensor]:
         """The tensors of the checkpoint."""

@@ -55,7 +55,7 @@ def read_headers(files: Sequence[str]) -> dict[str, Header]:
     """The headers of all tensors in safetensors files, by name.
 
     Raises:
-        ValueError: there are no such files, or one is damaged.
+        ValueError: there are no such files, one is damaged, or two have the same tensor.
     """
     found: dict[str, Header] = {}
     if not files or not all(str(file).endswith(".safetensors") for file in files):
@@ -65,6 +65,11 @@ def read_headers(files: Sequence[str]) -> dict[str, Header]:
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  # no mapping
+                    if key in found:
+                        raise FileError(
+                            f"{printable(file)}: expected each tensor in one file, found {excerpt(key, 200)}, which "
+                            f"{printable(found[key].file)} has too"
+                        )
                     part = opened.get_slice(key)
                     found[key] = Header(file, part.get_dtype(), tuple(part.get_shape()))
         except FileNotFoundError:
@@ -82,7 +87,7 @@ def check_dense(files: Sequence[str]) -> None:
         ValueError: there is such a tensor, or a file is damaged.
     """
     for key, header in read_headers(files).items():
-        if key.endswith(_CODES) or (key.endswith(".weight") and header.dtype == "U8"):
+        if key.endswith(_CODES) or (key.endswith(".weight") and header.dtype in ("U8", "I8")):
             raise ValueError(
                 f"{printable(header.file)}: expected dense weights, because the model's configuration has no "
                 f"quantization_config, got the 4-bit codes {excerpt(key, 200)}; load the model with the config.json "

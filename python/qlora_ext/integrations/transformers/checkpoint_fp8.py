@@ -15,7 +15,9 @@ from .checkpoint_files import Header, Names
 
 # Dtypes of safetensors that hold codes, not values.
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U8", "I8", "I16", "I32")
+_DENSE = ("F32", "F16", "BF16")
 _TENSORS = ("weight", "weight_scale", "input_scale")
+_CHUNK = 1 << 18  # elements that are decoded at a time
 
 
 @dataclasses.dataclass
@@ -55,7 +57,12 @@ class ScaledWeight:
         self.retained = {
             key: t.to("cpu", copy=True) for name, key in self.tensors.items() if (t := given[name]) is not weight
         }
-        return (weight.float() * self._factor(scale)).to(dtype)
+        out = torch.empty_like(weight, dtype=dtype)
+        rows = max(1, _CHUNK // weight[0].numel())
+        factors = self._factor(scale).expand(len(weight), 1)
+        for target, codes, factor in zip(out.split(rows), weight.split(rows), factors.split(rows), strict=True):
+            target.copy_(codes.float() * factor)
+        return out
 
     def write(self, values: Tensor) -> dict[str, Tensor]:
         """The tensors for ``values``, the stored ones unless they were trained."""
@@ -95,5 +102,12 @@ def scaled_weights(names: Names, headers: Mapping[str, Header]) -> dict[str, Sca
             )
         found[target] = ScaledWeight(where, tensors)
     if found:
-        warnings.warn(f"{len(found)} weights that the checkpoint stores in FP8 are decoded and dense", stacklevel=2)
+        dense = [
+            key for key, h in headers.items() if h.dtype in _DENSE and len(h.shape) > 1 and key.endswith(".weight")
+        ]
+        warnings.warn(
+            f"{len(found)} weights that the checkpoint stores in FP8 are decoded and dense, and {len(dense)} that it "
+            "does not quantize stay as they are",
+            stacklevel=2,
+        )
     return found

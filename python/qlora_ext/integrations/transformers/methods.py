@@ -15,7 +15,7 @@ from .._patches import extend
 from .config import METHOD, QLoRAConfig
 from .quantizer import ORIGINAL
 from .source import Source
-from .stored_config import find_config
+from .stored_config import check_index, find_config
 
 # Makes the source of a GGUF file, which is in ``qlora_ext.gguf``, for a configuration.
 GGUF_SOURCES: list[Callable[[QLoRAConfig], Source]] = []
@@ -27,6 +27,7 @@ def get_hf_quantizer(original: Any, config: Any, quantization_config: Any, *args
         return original(config, quantization_config, *args, **kwargs)
     saved = getattr(config, "quantization_config", None)
     if kwargs.get("gguf_file") is None:
+        check_index(config)
         saved = find_config(config)
         if saved is not None:
             config.quantization_config = saved

@@ -1,12 +1,13 @@
-"""Finds the ``quantization_config`` of checkpoints that do not have it in the field of their ``config.json``."""
+"""Finds the ``quantization_config`` of checkpoints that have it elsewhere, and checks the index of their files."""
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from ..._internal.untrusted import check, read_json
+from ..._internal.untrusted import FileError, check, excerpt, printable, read_json
 
 _AWQ = {"w_bit": "bits", "q_group_size": "group_size"}
 
@@ -39,6 +40,25 @@ def find_config(config: Any) -> dict[str, Any] | None:
     if fields is not None:
         return {_AWQ.get(name, name): value for name, value in fields.items()} | {"quant_method": "awq"}
     return None
+
+
+def check_index(config: Any) -> None:
+    """Checks the index of a checkpoint's files in a directory, which transformers trusts.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    directory = pathlib.Path(getattr(config, "_name_or_path", "") or "")
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file() and not (directory / SAFE_WEIGHTS_NAME).is_file():
+        files = read_json(index, {"metadata": dict, "weight_map": dict})["weight_map"]
+        for key, file in files.items():
+            if not isinstance(file, str):
+                raise FileError(
+                    f"{printable(index)}: expected the name of a file for {excerpt(key, 200)}, got {excerpt(file)}"
+                )
+        if not files:
+            raise FileError(f"{printable(index)}: expected the names of the checkpoint's tensors, found none")
 
 
 def _read(config: Any, name: str, schema: Any) -> dict[str, Any] | None:
