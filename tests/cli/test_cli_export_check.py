@@ -263,3 +263,36 @@ def test_a_base_without_weights_leaves_only_the_update(
     printed = capfd.readouterr().out
     assert f"the losses are not measured, because {base} has no weights" in printed
     assert "relative error of the update: 0 in all 14 layers" in printed
+
+
+def test_experts(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tiny_configs import config_of
+
+    config = config_of("qwen3_moe")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    for file in paths["model"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"],
+        init_lora_weights=False,
+    )  # fmt: skip
+    peft = get_peft_model(model, lora)
+    peft.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    peft.save_pretrained(tmp_path / "adapter")
+    capfd.readouterr()
+    export = ["export", "--adapter", tmp_path / "adapter", "--data", "self", "--dtype", "float32", "--to", "dense"]
+    here(*export, "--output", tmp_path / "out")
+    printed = capfd.readouterr().out
+    _, _, trained, exported = report(printed)
+    assert abs(exported - trained) < 1e-3
+    assert weight_error(printed) < 1e-5
+    found = re.search(r"in all (\d+) layers, which hold 100\.0% of the adapter's update", printed)
+    assert found
+    experts = sum(p.ndim == 3 for p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters())
+    assert experts > 0
+    assert int(found[1]) > experts

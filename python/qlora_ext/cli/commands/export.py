@@ -13,11 +13,20 @@ from ..options import add_base_options
 from .check import EXIT_FAILED
 
 
+def _together(names: list[str]) -> list[str]:
+    """The names of targets, with one entry for all types of a format: ``gguf:f16|q8_0``."""
+    types: dict[str, list[str]] = {}
+    for name in names:
+        form, colon, kind = name.partition(":")
+        types.setdefault(form + colon, []).append(kind)
+    return [form + "|".join(kinds) for form, kinds in types.items()]
+
+
 def add_parser(commands: Any) -> None:
     names: dict[str, list[str]] = {}
     for name, target in TARGETS.items():
         names.setdefault(target.help, []).append(name)
-    targets = "; ".join(f"{', '.join(alike)}: {text}" for text, alike in names.items())
+    targets = "; ".join(f"{', '.join(_together(alike))}: {text}" for text, alike in names.items())
     parser = commands.add_parser(
         "export",
         help="write a trained model for the program that serves it",
@@ -31,16 +40,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote to --output")
     parser.add_argument(
         "--check", default="short", choices=[*CHECKS],
-        help=f"compare on {CHECKS['short']:,} tokens, all or none (default: %(default)s)",
+        metavar="LENGTH", help=f"short (default): compare on {CHECKS['short']:,} tokens; full; or none",
     )  # fmt: skip
     parser.add_argument(
         "--data", metavar="DATA|self",
-        help="its text: anything that finetune's --data takes, or self: the model writes it (default: what the run "
-        "held out, or self)",
+        help="text of the check, as in finetune, or self: the model writes it (default: what the run held out)",
     )  # fmt: skip
     parser.add_argument(
         "--max-loss-increase", type=float, metavar="X",
-        help=f"limit for exit code 0, in nats per token (default: {FOUR_BIT_LIMIT} in 4 bits, else {DENSE_LIMIT})",
+        help=f"limit in nats per token ({FOUR_BIT_LIMIT} in 4 bits, else {DENSE_LIMIT})",
     )  # fmt: skip
     add_base_options(parser)
     parser.add_argument(
