@@ -166,6 +166,14 @@ def test_the_embeddings_have_the_type_that_is_named(exported: Callable[..., Any]
     assert error(b, a) < 0.05
 
 
+def test_other_targets_have_no_type_of_embeddings(refused: Refused, tmp_path: pathlib.Path) -> None:
+    to = ["--model", tmp_path, "--output", tmp_path / "out", "--to"]
+    message = "--embeddings: expected a target that is a whole model as GGUF, got --to dense"
+    assert message in refused("export", *to, "dense", "--embeddings", "f16")
+    with pytest.raises(ValueError, match="embeddings: expected one of f32, f16"):
+        qlora_ext.export(to="gguf:f16", model=tmp_path, output=tmp_path / "out.gguf", embeddings="q3")
+
+
 SPLITS = {"llama-bpe": {"ignore_merges": True}, "dbrx": {}, "qwen2": {}, "gpt-4o": {}, "tekken": {}}
 
 

@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
     """
     if arguments.adapter is None and arguments.model is None:
         raise UserError("export: expected an adapter (--adapter) or a model (--model), got neither")
-    if arguments.embeddings is not None and not arguments.to.startswith("gguf:"):
-        raise UserError(f"--embeddings: expected a target gguf:TYPE, got --to {arguments.to}")
+    if arguments.embeddings is not None and not arguments.to.startswith(("gguf:", "ollama")):
+        raise UserError(f"--embeddings: expected a target that is a whole model as GGUF, got --to {arguments.to}")
     target = TARGETS[arguments.to]
     with _claim(arguments, target) as output:
         _protect_inputs(arguments, output)
