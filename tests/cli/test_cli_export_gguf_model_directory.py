@@ -275,10 +275,13 @@ def test_an_unknown_pre_tokenizer_is_rejected(
 
 
 CONVERTER = """#!{python}
-import gguf, sys
-assert sys.argv[2:4] == ["--vocab-only", "--outfile"], sys.argv
+import gguf, json, pathlib, sys
+assert sys.argv[2:-1] == ["--vocab-only", "--outtype", "f16", "--outfile"], sys.argv
+directory = pathlib.Path(sys.argv[1])
+assert json.loads((directory / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+assert (directory / "tokenizer.json").is_file()
 {fails}
-writer = gguf.GGUFWriter(sys.argv[4], "llama")
+writer = gguf.GGUFWriter(sys.argv[-1], "llama")
 writer.add_tokenizer_model("gpt2")
 writer.add_tokenizer_pre("a new one")
 writer.add_token_list([str(i) for i in range({count})])
