@@ -271,9 +271,10 @@ def config_of(metadata: Mapping[str, Any], tensor_names: tuple[str, ...]) -> dic
             config.get(field, 0) for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")
         )
         config["query_pre_attn_scalar"] = _scalar_of_27b(family, *sizes)
-    config["sliding_window"] = config.get("sliding_window") or None
-    if not any(field == "sliding_window" for field in family.more.values()):
-        del config["sliding_window"]
+    if architecture == "llama" and "head_dim" not in config and f"{architecture}.rope.dimension_count" in metadata:
+        config["head_dim"] = metadata[f"{architecture}.rope.dimension_count"]
+    if "sliding_window" in config:
+        config["sliding_window"] = config["sliding_window"] or None
     length = metadata.get(f"{architecture}.rope.scaling.original_context_length")
     if architecture == "phi3" and length is not None:
         config["original_max_position_embeddings"] = length
@@ -294,8 +295,9 @@ def _rope_of(architecture: str, metadata: Mapping[str, Any], config: dict[str, A
     kind, factor = read("scaling.type"), read("scaling.factor")
     if kind in ("linear", "yarn") and factor:
         rope |= {"rope_type": kind, "factor": factor}
-    if rope["rope_type"] == "yarn":
-        rope["original_max_position_embeddings"] = read("scaling.original_context_length")
+    length = read("scaling.original_context_length")
+    if rope["rope_type"] == "yarn" and length:
+        rope["original_max_position_embeddings"] = length
     if architecture == "phi3" and config.get("hidden_size") and config.get("num_attention_heads"):
         head = config["hidden_size"] // config["num_attention_heads"]
         rope["partial_rotary_factor"] = (read("dimension_count") or head) / head

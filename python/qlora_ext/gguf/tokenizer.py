@@ -7,15 +7,18 @@ template. For a pre-tokenizer without a name here, llama.cpp's own converter mak
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 try:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -49,13 +52,29 @@ class GGUFTokenizer:
         return total
 
 
-def convert(tokenizer: Any, config: Any, count: int, directory: pathlib.Path | None) -> GGUFTokenizer:
+@contextlib.contextmanager
+def _saved(tokenizer: Any, config: Any) -> Iterator[pathlib.Path]:
+    """A temporary directory with a tokenizer and a configuration, for libraries that read files.
+
+    The configuration names a class of transformers, so that llama.cpp's converter runs no code of the model.
+    """
+    text = config.get_text_config()
+    fields = json.loads(text.to_json_string(use_diff=False))
+    fields["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
+    for name in ("auto_map", "quantization_config"):
+        fields.pop(name, None)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(fields))
+        yield pathlib.Path(folder)
+
+
+def convert(tokenizer: Any, config: Any, count: int) -> GGUFTokenizer:
     """The tokenizer for a file whose embeddings have ``count`` rows.
 
     Args:
         tokenizer: of transformers.
         config: the model's configuration, which may name special tokens that the tokenizer lacks.
-        directory: the model's, which llama.cpp's converter reads; None if it is not on this machine.
 
     Raises:
         ValueError: llama.cpp has no such tokenizer, or it is not known which one it is.
@@ -68,12 +87,12 @@ def convert(tokenizer: Any, config: Any, count: int, directory: pathlib.Path | N
         if name is not None:
             return _own(tokenizer, config, count, parts, None if sentencepiece else name)
     converter = shutil.which(_CONVERTER)
-    if converter is None or directory is None:
+    if converter is None:
         raise ValueError(
             "expected a tokenizer with BPE and a pre-tokenizer that is known here, got another one; put llama.cpp's "
             f"{_CONVERTER} on PATH, which knows more of them"
         )
-    return _by_converter(converter, directory)
+    return _by_converter(converter, tokenizer, config, count)
 
 
 def _own(tokenizer: Any, config: Any, count: int, parts: dict[str, Any], pre_tokenizer: str | None) -> GGUFTokenizer:
@@ -86,10 +105,7 @@ def _own(tokenizer: Any, config: Any, count: int, parts: dict[str, Any], pre_tok
         writer.add_token_scores(_scores(tokens, parts["model"]["merges"]))
         writer.add_add_space_prefix(_adds_space(parts))
     writer.add_token_types(types)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        special = {name: value for name, value in vars(config.get_text_config()).items() if name.endswith("_token_id")}
-        (pathlib.Path(folder) / "config.json").write_text(json.dumps(special))
+    with _saved(tokenizer, config) as folder:
         vocabulary = gguf.SpecialVocab(folder, load_merges=pre_tokenizer is not None, n_vocab=count)
     vocabulary.add_special_token.update(_adds(tokenizer))
     vocabulary.add_to_gguf(writer, quiet=True)
@@ -177,20 +193,23 @@ def _adds(tokenizer: Any) -> dict[str, bool]:
     }
 
 
-def _by_converter(converter: str, directory: pathlib.Path) -> GGUFTokenizer:
-    """What llama.cpp's converter makes of the tokenizer in a directory."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "tokenizer.gguf"
-        command = [converter, str(directory), "--vocab-only", "--outfile", str(path)]
+def _by_converter(converter: str, tokenizer: Any, config: Any, count: int) -> GGUFTokenizer:
+    """What llama.cpp's converter makes of a tokenizer."""
+    with _saved(tokenizer, config) as folder:
+        path = folder / "tokenizer.gguf"
+        command = [converter, str(folder), "--vocab-only", "--outtype", "f16", "--outfile", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not path.is_file():
             lines = done.stderr.strip().splitlines()
             raise ValueError(f"{converter} cannot convert the tokenizer: {lines[-1] if lines else done.returncode}")
-        reader = gguf.GGUFReader(path)
+        fields = gguf.GGUFReader(path).fields
+        found = len(fields[gguf.Keys.Tokenizer.LIST].data) if gguf.Keys.Tokenizer.LIST in fields else 0
+        if found != count:
+            raise ValueError(f"{converter} made {found} tokens, expected one for each of the {count} embeddings")
         return GGUFTokenizer(
             tuple(
                 (name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
-                for name, field in reader.fields.items()
+                for name, field in fields.items()
                 if name.startswith(_PREFIX)
             )
         )

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
     check_options(arguments)
     target = TARGETS[arguments.to]
     if arguments.embeddings is not None and not target.has_embeddings:
-        raise UserError(f"--embeddings: expected a target gguf:TYPE or ollama:TYPE, got --to {arguments.to}")
+        raise UserError(f"--embeddings: expected a target that is a whole model as GGUF, got --to {arguments.to}")
     with _claim(arguments, target) as output:
         _protect_inputs(arguments, output)
         output.check()

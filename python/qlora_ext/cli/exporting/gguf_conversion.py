@@ -76,7 +76,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     try:
         metadata.check(architecture, config)
         tensors = file_tensors(architecture, skeleton, _weights(skeleton))
-        words = tokenizer.convert(adapted.tokenizer, config, rows, source.directory)
+        words = tokenizer.convert(adapted.tokenizer, config, rows)
     except ValueError as error:
         raise UserError(f"{target}: {source.name}: {first_line(error)}; or use --to dense") from error
     factors, embeddings = metadata.rope_tensors(config), embeddings_kind(arguments.embeddings, kind)
