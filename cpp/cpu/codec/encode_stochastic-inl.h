@@ -15,17 +15,15 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 
 inline constexpr int kStochasticGroup = 32;
-inline constexpr int kLeastBlock = 16;  // a group has at most two blocks
 
-// Encodes the `count` weights from element `first` of the tensor on, the first 16 with inverse[0]. `first` is even, and
-// so is `count` except at the tensor's end.
+// Encodes the `count` weights from element `first` of the tensor on. `first` is even, and so is `count` except at the
+// tensor's end.
 template <class T>
-inline void encode_group_stochastically(const CodeTable& table, const T* w, int64_t count, const float* inverse,
-                                        uint64_t seed, int64_t first, uint8_t* packed) {
+inline void encode_group_stochastically(const CodeTable& table, const T* w, int64_t count, float inverse, uint64_t seed,
+                                        int64_t first, uint8_t* packed) {
   float q[kStochasticGroup] = {}, threshold[kStochasticGroup];
   int32_t code[kStochasticGroup] = {};  // first ranks, then codes
-  for (int64_t i = 0; i < min(count, int64_t{kLeastBlock}); ++i) q[i] = to_float(w[i]) * inverse[0];
-  for (int64_t i = kLeastBlock; i < count; ++i) q[i] = to_float(w[i]) * inverse[1];
+  for (int64_t i = 0; i < count; ++i) q[i] = to_float(w[i]) * inverse;
   for (int i = 0; i < kStochasticGroup; ++i) {
     threshold[i] = rounding_threshold(seed, static_cast<uint64_t>(first) + static_cast<uint64_t>(i));
   }
@@ -46,16 +44,17 @@ inline void encode_group_stochastically(const CodeTable& table, const T* w, int6
 template <class T>
 void encode_stochastically_as(const Pool& pool, const CodeTable& table, const T* w, const float* absmax, int64_t numel,
                               int64_t block_size, uint64_t seed, uint8_t* packed) {
-  const int shift = __builtin_ctzll(static_cast<uint64_t>(block_size));
   auto body = [=, &table](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t first = g * kStochasticGroup, count = min(int64_t{kStochasticGroup}, numel - first);
-      const int64_t second = count > kLeastBlock ? first + kLeastBlock : first;
-      const float inverse[] = {inverse_scale(absmax[first >> shift]), inverse_scale(absmax[second >> shift])};
-      encode_group_stochastically(table, w + first, count, inverse, seed, first, packed + first / 2);
+    for (int64_t b = begin; b < end; ++b) {
+      const float inverse = inverse_scale(absmax[b]);
+      const int64_t last = min((b + 1) * block_size, numel);
+      for (int64_t first = b * block_size; first < last; first += kStochasticGroup) {
+        const int64_t count = min(int64_t{kStochasticGroup}, last - first);
+        encode_group_stochastically(table, w + first, count, inverse, seed, first, packed + first / 2);
+      }
     }
   };
-  pool(ceil_div(numel, kStochasticGroup), 16384 / kStochasticGroup, body);
+  pool(ceil_div(numel, block_size), ceil_div(int64_t{16384}, block_size), body);
 }
 
 void encode_nf4_stochastic(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
