@@ -29,6 +29,7 @@ class DxLoader {
         is_zero_point_(args.scales.scale_bytes == 2 && tile::has_zero_points(args.scales)),
         is_float16_(are(args.scales, ScaleForm::kFloat16, OffsetForm::kFloat16)),
         is_bfloat16_(are(args.scales, ScaleForm::kBFloat16, OffsetForm::kBFloat16)),
+        is_float32_(are(args.scales, ScaleForm::kFloat32, OffsetForm::kZeroPoint8)),
         is_scaled_(args.scales.nested_shift >= 0 && args.scales.scales.offsets.form == OffsetForm::kScaled8),
         shared_(shared),
         offset_(tile::nested_offset(args.scales)) {
@@ -93,6 +94,11 @@ class DxLoader {
         raw_offset_[i].bits = ptx::load_cached_u8(static_cast<const uint8_t*>(offsets.stored) + block);
         raw_offset_[i].unit = __ldg(offsets.unit + nested);
       });
+    } else if (kHasOffsets && is_float32_) {
+      load_each([&](int i, int64_t block) {
+        raw_[i].value = __ldg(view.scales.floats() + block);
+        raw_offset_[i].bits = ptx::load_cached_u8(static_cast<const uint8_t*>(offsets.stored) + block);
+      });
     } else {
       load_each([&](int i, int64_t block) {
         raw_[i] = tile::load_scale(view, block);
@@ -120,6 +126,8 @@ class DxLoader {
         return {tile::decode_scale_code(raw_[i].value, raw_[i].code, value_of, offset_),
                 -__fmul_rn(static_cast<float>(raw_offset_[i].bits), raw_offset_[i].unit)};
       });
+    } else if (kHasOffsets && is_float32_) {
+      store_each(slot, [&](int i) { return tile::zero_point_product(raw_[i].value, raw_offset_[i]); });
     } else if (kHasOffsets && is_bfloat16_) {
       store_each(slot, [&](int i) -> ScaleAndOffset {
         return {tile::widen_half(true, raw_[i].code), tile::widen_half(true, raw_offset_[i].bits)};
@@ -169,8 +177,9 @@ class DxLoader {
 
   const DxArgs& args_;
   // The forms of scales and offsets that take fewer instructions to load and decode, because most checkpoints have
-  // them: AWQ and GPTQ, Q4_1 in both 16-bit types, and Q4_K.
-  const bool is_zero_point_, is_float16_, is_bfloat16_, is_scaled_;
+  // them: zero points with scales of 16 and of 32 bits (AWQ, GPTQ, compressed-tensors), Q4_1 in both 16-bit types, and
+  // Q4_K.
+  const bool is_zero_point_, is_float16_, is_bfloat16_, is_float32_, is_scaled_;
   char* shared_;
   const uint8_t* w_;
   const T* dy_;
