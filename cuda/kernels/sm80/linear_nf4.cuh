@@ -173,71 +173,71 @@ __device__ __forceinline__ void multiply_scaled_segment(const LaneAddresses<Tile
   });
 }
 
-// The sums of x over a group's last four segments, and their product with the residuals of these blocks. The warps of a
-// group divide the token tiles among them and exchange the sums through shared memory.
+// The sums of x over the segments of a group whose scales are staged, and their product with the residuals of these
+// blocks. The warps of a group divide the token tiles among them and exchange the sums through shared memory.
 template <class Tile>
 class GroupSums {
   static constexpr int kOwn = (Tile::kTokenTiles + Tile::kWarpsN - 1) / Tile::kWarpsN;  // token tiles per warp
-  static constexpr int kBlocks = 4, kStagesPerBuffer = Tile::kScaleSegments / Tile::kStageSegments;
+  static constexpr bool kAllHaveTiles = kOwn * Tile::kWarpsN == Tile::kTokenTiles;
 
  public:
-  __device__ __forceinline__ GroupSums(uint32_t shared, int part, int group, int warp_row)
-      : first_(part * kOwn), x_(first_ * 8 * Tile::kXLineStride) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  __device__ __forceinline__ GroupSums(uint32_t shared, const LaneAddresses<Tile>& lane, int part, int group,
+                                       int warp_row)
+      : first_(part * kOwn) {
+    const int id = threadIdx.x % 32, g = id / 4, t = id % 4;
+    x_low_ = lane.x_low + (group * Tile::kTokens + first_ * 8) * Tile::kXLineStride;
+    x_high_ = lane.x_high + (group * Tile::kTokens + first_ * 8) * Tile::kXLineStride;
     residuals_ = shared + Tile::kResidualTable + Tile::residual_offset(warp_row + g, t * Tile::kStageSegments + group);
     sums_address_ = shared + Tile::kBlockSums + group * Tile::kTokenTiles * Tile::kBlockSumBytes +
-                    lane / 16 * tile::kPairTableEntryBytes + lane % 16 * 8;
+                    id / 16 * tile::kPairTableEntryBytes + id % 16 * 8;
   }
 
-  // Adds segment `segment` of the stage in buffer `slot`.
-  __device__ __forceinline__ void add(const LaneAddresses<Tile>& lane, unsigned stage, int slot, int segment) {
+  // Adds the group's segment of the stage in buffer `slot`, which is stage `stage` of those whose scales are staged.
+  __device__ __forceinline__ void add(unsigned stage, int slot) {
     using T = typename Tile::T;
-    if (first_ >= Tile::kTokenTiles) return;
-    const uint32_t ones = tile::BlockSums::ones<T>(stage % kBlocks);
-    const uint32_t x = x_ + slot * Tile::kStageXBytes + segment * Tile::kTokens * Tile::kXLineStride;
-    const uint32_t x_low = lane.x_low + x, x_high = lane.x_high + x;
-    tile::unroll<kOwn>([&](auto j) {
-      sums_[j].template add<T>(ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_low), ones);
-      sums_[j].template add<T>(ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_high), ones);
-    });
+    if (!kAllHaveTiles && first_ >= Tile::kTokenTiles) return;
+    const uint32_t ones = tile::block_ones<T>(stage);
+    const uint32_t offset = slot * Tile::kStageXBytes;
+    uint4 x[kOwn];
+    const auto add_steps = [&](uint32_t from) {
+      tile::unroll<kOwn>([&](auto j) { x[j] = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(from); });
+      sums_.template add<T>(x, ones);
+    };
+    add_steps(x_low_ + offset);
+    add_steps(x_high_ + offset);
   }
 
-  // Whether the sums are of four segments after so many stages.
-  __device__ __forceinline__ static bool are_complete(unsigned stages) { return stages % kBlocks == 0; }
-
-  // Shares the sums. They are there after the next barrier, until the one after that.
+  // Shares the sums with the other warps, which see them after a barrier.
   __device__ __forceinline__ void share() {
-    if (first_ >= Tile::kTokenTiles) return;
+    if (!kAllHaveTiles && first_ >= Tile::kTokenTiles) return;
     const uint32_t to = sums_address_ + first_ * Tile::kBlockSumBytes;
-    tile::unroll<kOwn>(
-        [&](auto j) { ptx::store_shared_v2<j * Tile::kBlockSumBytes>(to, tile::BlockSums::operand(sums_[j].take())); });
+    float sums[kOwn];
+    sums_.take(sums);
+    tile::unroll<kOwn>([&](auto j) { ptx::store_shared_v2<j * Tile::kBlockSumBytes>(to, tile::split_sum(sums[j])); });
   }
 
-  // acc += residuals · sums, for the segments up to that of `stage`.
-  __device__ __forceinline__ void multiply(unsigned stage, Accumulators<Tile>& acc) const {
-    const unsigned buffer = stage / kStagesPerBuffer % 2, quarter = stage % kStagesPerBuffer / kBlocks;
-    // The segments of a quarter are those of the first, plus 8: residual_offset flips that bit.
-    const uint32_t residuals =
-        (residuals_ ^ quarter * (kBlocks * Tile::kStageSegments * 4)) + buffer * Tile::kResidualBufferBytes;
+  // acc += residuals · sums, with the residuals in the current buffer. Then the other one becomes the current one.
+  __device__ __forceinline__ void multiply(Accumulators<Tile>& acc) {
     uint32_t residual[Tile::kRowTiles][2];
     tile::unroll<2 * Tile::kRowTiles>([&](auto half) {
-      residual[half / 2][half % 2] = ptx::load_shared_u32<8 * half * tile::kPairTableEntryBytes>(residuals);
+      residual[half / 2][half % 2] = ptx::load_shared_u32<8 * half * tile::kPairTableEntryBytes>(residuals_);
     });
     tile::unroll<Tile::kTokenTiles>([&](auto j) {
       const uint2 sums = ptx::load_shared_v2<j * Tile::kBlockSumBytes>(sums_address_);
 #pragma unroll
       for (int i = 0; i < Tile::kRowTiles; ++i) tile::add_residuals(acc[i][j], residual[i][0], residual[i][1], sums);
     });
+    residuals_ ^= Tile::kResidualBufferBytes;
   }
 
  private:
   const int first_;  // of this warp's token tiles
-  const uint32_t x_;
-  uint32_t residuals_, sums_address_;
-  tile::BlockSums sums_[kOwn];
+  uint32_t x_low_, x_high_, residuals_, sums_address_;
+  tile::BlockSums<kOwn> sums_;
 };
 struct NoGroupSums {
-  __device__ __forceinline__ NoGroupSums(uint32_t, int, int, int) {}
+  template <class Lane>
+  __device__ __forceinline__ NoGroupSums(uint32_t, const Lane&, int, int, int) {}
 };
 
 // The splits and warp groups take turns at the LoRA steps.
@@ -283,13 +283,16 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   add_lora<Tile>(p.lora, n0 + warp_row, token0, group, acc);
 
   const LaneAddresses<Tile> lane(shared, warp_row, threadIdx.x % 32);
-  std::conditional_t<Tile::kResiduals, GroupSums<Tile>, NoGroupSums> sums(shared, warp % Tile::kWarpsN, group,
+  std::conditional_t<Tile::kResiduals, GroupSums<Tile>, NoGroupSums> sums(shared, lane, warp % Tile::kWarpsN, group,
                                                                           warp_row);
   [[maybe_unused]] const bool fused = Tile::kScalesWeights && tile::fuses_offset(p.scales);
   int slot = 0;
   for (int stage = 0; stage < stages; ++stage) {
     if (stage % Tile::kStagesPerScales == 0) {
+      if constexpr (Tile::kResiduals) sums.share();
       __syncthreads();  // the tables are complete, and the previous scales no longer in use
+      if constexpr (Tile::kResiduals)
+        if (stage > 0) sums.multiply(acc);
       const uint32_t residuals =
           shared + Tile::kResidualTable + stage / Tile::kStagesPerScales % 2 * Tile::kResidualBufferBytes;
       scales.store(shared + Tile::kScales, residuals, scale_values);
@@ -299,32 +302,25 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // this stage is complete, and the previous stage's buffer is free
     source.fetch(stage + Tile::kStages - 1, slot == 0 ? Tile::kStages - 1 : slot - 1);
-    if constexpr (Tile::kResiduals)
-      if (stage > 0 && sums.are_complete(stage)) sums.multiply(stage - 1, acc);
 #pragma unroll
     for (int i = 0; i < Tile::kStageSegments / Tile::kWarpsK; ++i) {
       const int segment = i * Tile::kWarpsK + group, number = stage * Tile::kStageSegments + segment;
       if (number >= segments) continue;
-      if constexpr (Tile::kResiduals) sums.add(lane, stage, slot, segment);
+      if constexpr (Tile::kResiduals) sums.add(stage % Tile::kStagesPerScales, slot);
       if constexpr (Tile::kScalesWeights)
         multiply_scaled_segment(lane, fused, slot, segment, number % Tile::kScaleSegments, acc);
       else
         multiply_segment(lane, slot, segment, number % Tile::kScaleSegments, acc);
     }
-    if constexpr (Tile::kResiduals)
-      if (sums.are_complete(stage + 1)) sums.share();
     slot = slot == Tile::kStages - 1 ? 0 : slot + 1;
   }
   ptx::cp_async_wait<0>();
-  __syncthreads();  // the sums may now overwrite the stages
   if constexpr (Tile::kResiduals) {
-    if (!sums.are_complete(stages)) {
-      sums.share();
-      __syncthreads();
-    }
-    sums.multiply(stages - 1, acc);
-    __syncthreads();  // the sums may also overwrite the residuals
+    sums.share();
+    __syncthreads();
+    sums.multiply(acc);
   }
+  __syncthreads();  // the sums may now overwrite the stages
 
   tile::store_sums<Tile>(shared, warp_row, group, acc);
   __syncthreads();

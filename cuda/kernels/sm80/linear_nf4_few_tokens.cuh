@@ -162,22 +162,25 @@ class UnitSums {
   // Adds unit `unit` of the stage's two.
   __device__ __forceinline__ void add(const XUnit<Tile>& x, int unit) {
     using T = typename Tile::T;
-    const uint32_t ones = tile::BlockSums::ones<T>(2 * unit + threadIdx.x % 4 / 2);
+    const uint32_t ones = tile::block_ones<T>(2 * unit + threadIdx.x % 4 / 2);
 #pragma unroll
-    for (int j = 0; j < Tile::kTokenTiles; ++j)
+    for (int q = 0; q < 4; ++q) {
+      uint4 steps[Tile::kTokenTiles];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) sums_[j].template add<T>(x.value[j][q], ones);
+      for (int j = 0; j < Tile::kTokenTiles; ++j) steps[j] = x.value[j][q];
+      sums_.template add<T>(steps, ones);
+    }
   }
 
   // acc += residuals · sums, with the residuals in buffer `buffer`. A token's two columns of x have the sums of
   // different blocks.
   __device__ __forceinline__ void multiply(int buffer, FewTokensAccumulators<Tile>& acc) {
+    float sums[Tile::kTokenTiles];
     uint2 operand[Tile::kTokenTiles];
+    sums_.take(sums);
 #pragma unroll
-    for (int j = 0; j < Tile::kTokenTiles; ++j) {
-      const float sum = sums_[j].take();
-      operand[j] = tile::BlockSums::operand(sum + __shfl_xor_sync(0xFFFFFFFFu, sum, 4));
-    }
+    for (int j = 0; j < Tile::kTokenTiles; ++j)
+      operand[j] = tile::split_sum(sums[j] + __shfl_xor_sync(0xFFFFFFFFu, sums[j], 4));
     const uint32_t residuals = residuals_ + buffer * Tile::kResidualBufferBytes;
     float unused[2] = {};  // the result's odd columns, which repeat the even ones
     tile::unroll<Tile::kRowTiles>([&](auto i) {
@@ -193,7 +196,7 @@ class UnitSums {
   }
 
  private:
-  tile::BlockSums sums_[Tile::kTokenTiles];
+  tile::BlockSums<Tile::kTokenTiles> sums_;
   uint32_t residuals_;
 };
 struct NoUnitSums {

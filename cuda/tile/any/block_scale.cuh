@@ -296,13 +296,17 @@ __device__ __forceinline__ float product_offset(const ScaleView& view, RawOffset
   return has_zero_points(view) ? -__fmul_rn(static_cast<float>(raw.bits), scale) : decode_offset(view, raw);
 }
 
-// Returns the scale and the offset for such kernels. With a zero point, the scale keeps 20 significant bits. Its
-// products with integers up to 15 are then exact, so that weights whose value is the zero point are 0 in one rounding,
-// too.
-__device__ __forceinline__ ScaleAndOffset decode_scale_and_offset(const ScaleView& view, float scale, RawOffset raw) {
-  if (!has_zero_points(view)) return {scale, decode_offset(view, raw)};
+// Returns the scale and the offset for such kernels of a block with a zero point. The scale keeps 20 significant bits.
+// Its products with integers up to 15 are then exact, so that weights whose value is the zero point are 0 in one
+// rounding, too.
+__device__ __forceinline__ ScaleAndOffset zero_point_product(float scale, RawOffset raw) {
   scale = __uint_as_float(__float_as_uint(scale) & 0xFFFFFFF0u);
   return {scale, -__fmul_rn(static_cast<float>(raw.bits), scale)};
+}
+
+// The same for a block with an offset of any form.
+__device__ __forceinline__ ScaleAndOffset decode_scale_and_offset(const ScaleView& view, float scale, RawOffset raw) {
+  return has_zero_points(view) ? zero_point_product(scale, raw) : ScaleAndOffset{scale, decode_offset(view, raw)};
 }
 
 // Computes value * scale + offset, in one rounding if it has the bits of two (fuses_offset).

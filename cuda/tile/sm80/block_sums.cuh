@@ -28,39 +28,50 @@ __device__ __forceinline__ uint32_t split_residual(float residual) {
   return ptx::pack2<bfloat16>(residual - high, high);
 }
 
-// The sums of x over four blocks, for 8 rows of the row operand (tokens). Lane (g, t) ends up with that of row g and
-// block t.
+// The column operand for block `block` of four, in lanes that hold k of the block.
+template <class T>
+__device__ __forceinline__ uint32_t block_ones(int block) {
+  constexpr uint32_t kOnes = std::is_same_v<T, bfloat16> ? 0x3F803F80u : 0x3C003C00u;
+  return static_cast<int>(threadIdx.x % 32 / 8) == block ? kOnes : 0u;
+}
+
+// The sums of x over four blocks, for one or two token tiles. Lane (g, t) ends up with that of the tile's row g and
+// block t. With two tiles, the second is the row operand's rows 8 to 15. With one, these rows are its every second
+// step.
+template <int kTiles>
 class BlockSums {
  public:
-  // The column operand for block `block` of four, in lanes that hold k of the block.
+  static_assert(kTiles == 1 || kTiles == 2);
+
+  // Adds two steps' operands of x.
   template <class T>
-  __device__ __forceinline__ static uint32_t ones(int block) {
-    return static_cast<int>(threadIdx.x % 32 / 8) == block ? (std::is_same_v<T, bfloat16> ? 0x3F803F80u : 0x3C003C00u)
-                                                           : 0u;
+  __device__ __forceinline__ void add(const uint4 (&x)[kTiles], uint32_t ones) {
+    if constexpr (kTiles == 1) {
+      ptx::mma_m16n8k16<T>(sum_, x[0].x, x[0].z, x[0].y, x[0].w, ones, ones);
+    } else {
+      ptx::mma_m16n8k16<T>(sum_, x[0].x, x[1].x, x[0].y, x[1].y, ones, ones);
+      ptx::mma_m16n8k16<T>(sum_, x[0].z, x[1].z, x[0].w, x[1].w, ones, ones);
+    }
   }
 
-  // Adds two steps' operands of x. The second step is the row operand's rows 8 to 15.
-  template <class T>
-  __device__ __forceinline__ void add(const uint4& x, uint32_t ones) {
-    ptx::mma_m16n8k16<T>(sum_, x.x, x.z, x.y, x.w, ones, ones);
-  }
-
-  // Returns the lane's sum and begins anew.
-  __device__ __forceinline__ float take() {
-    const float sum = sum_[0] + sum_[2];
+  // Returns the lane's sums and begins anew.
+  __device__ __forceinline__ void take(float (&sums)[kTiles]) {
+    if constexpr (kTiles == 1)
+      sums[0] = sum_[0] + sum_[2];
+    else
+      sums[0] = sum_[0], sums[1] = sum_[2];
     sum_[0] = sum_[1] = sum_[2] = sum_[3] = 0.0f;
-    return sum;
-  }
-
-  // The column operand of the product with the residuals.
-  __device__ __forceinline__ static uint2 operand(float sum) {
-    const float high = upper_half(sum), low = sum - high;
-    return make_uint2(ptx::pack2<bfloat16>(high, high), ptx::pack2<bfloat16>(low, low));
   }
 
  private:
   float sum_[4] = {};
 };
+
+// The column operand of the product with the residuals.
+__device__ __forceinline__ uint2 split_sum(float sum) {
+  const float high = upper_half(sum), low = sum - high;
+  return make_uint2(ptx::pack2<bfloat16>(high, high), ptx::pack2<bfloat16>(low, low));
+}
 
 // acc += residuals * sums, for residuals of rows g and g + 8.
 __device__ __forceinline__ void add_residuals(float (&acc)[4], uint32_t residual0, uint32_t residual1, uint2 sums) {

@@ -49,8 +49,10 @@ struct LinearTile {
   static constexpr int kScaleBytes = kScalesWeights || kIntegers ? 8 : 4;  // with an offset or a minuend, or alone
   static constexpr int kScaleRowBytes = kPairTableEntryBytes;
   static constexpr int kMinuends = 4;  // from a scale to the block's IntegerPairs::minuend
-  // Segments whose scales are staged at a time: a line per row.
-  static constexpr int kScaleSegments = kLineBytes / kScaleBytes * kScaleColumns / kSegment;
+  // Segments whose scales are staged at a time: a line per row. Residuals are added for four segments per group of
+  // warps at a time. 64 tokens leave no registers for loading a line of integers' scales ahead.
+  static constexpr int kScaleSegments =
+      kResiduals || (kIntegers && kTokenTiles_ == 8) ? 8 : kLineBytes / kScaleBytes * kScaleColumns / kSegment;
 
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kRows = 16 * kRowTiles * kWarpsN;
@@ -82,7 +84,7 @@ struct LinearTile {
   static constexpr int kResidualBufferBytes = kLineBytes / 2;
   static constexpr int kBlockSums = kTable + kRows * kPairTableEntryBytes;
   static constexpr int kBlockSumBytes = 2 * kPairTableEntryBytes;  // per token tile
-  static_assert(!kResiduals || (kScaleSegments * 4 == kResidualBufferBytes && kStageSegments == kWarpsK &&
+  static_assert(!kResiduals || (kScaleSegments == 4 * kWarpsK && kStageSegments == kWarpsK &&
                                 kRows + 2 * kWarpsK * kTokenTiles <= 256));
 
   // At the end, the sums of the kWarpsK groups overwrite all of this as [group][token][row]. The padding makes the four
@@ -111,9 +113,9 @@ struct LinearTile {
   }
 
   // The offset of the residual of a row and segment in a buffer. A load reads every second segment of 8 rows, of which
-  // two share a bank.
+  // four share a bank.
   __device__ static constexpr int residual_offset(int row, int segment) {
-    return row * kPairTableEntryBytes + (segment ^ (row & 1) << 3 ^ (row >> 1 & 1)) * 4;
+    return row * kPairTableEntryBytes + (segment | (row & 1) << 3) * 4;
   }
 };
 
