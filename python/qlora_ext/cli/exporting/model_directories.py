@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..models import validate_model
@@ -18,6 +18,9 @@ from ..models.sources import PROVENANCE
 from ..outputs.files import write_json
 from .job import Job
 from .lora import check_tied
+
+if TYPE_CHECKING:
+    from ...nn import Experts4bit
 
 _BYTES_PER_TOKEN = 64  # of a tokenizer's files, with its merges
 _OTHER_FILES = 1 << 16  # bytes
@@ -72,22 +75,29 @@ def dense(arguments: argparse.Namespace) -> Job:
     return Job(size_of(model_size(skeleton.to(loader.dtype)).bytes, adapted), build)
 
 
-def check_linear(target: str, adapted: Adapted, quantized: Any) -> None:
-    """Rejects a model with other 4-bit layers than linear ones, given without memory for its weights.
+def check_linear(target: str, adapted: Adapted, quantized: Any) -> dict[str, Experts4bit]:
+    """Rejects a model with other 4-bit layers than linear ones and experts, given without memory for its weights.
 
     Args:
         target: the value of ``--to``, for the error message.
+
+    Returns:
+        The experts, by name.
     """
     from torch import nn
 
-    from ...nn import Linear4bit, layers_of
+    from ...nn import Experts4bit, Linear4bit, layers_of
 
+    experts = {}
     for name, layer in layers_of(quantized):
-        if not isinstance(layer, Linear4bit) or layer.dense_class is not nn.Linear:
+        if isinstance(layer, Experts4bit):
+            experts[name] = layer
+        elif not isinstance(layer, Linear4bit) or layer.dense_class is not nn.Linear:
             raise UserError(
                 f"--to {target}: {name} of {adapted.source.name} is not a linear layer, and that format has no other "
                 "4-bit layers; use --to dense"
             )
+    return experts
 
 
 def _check_codes(adapted: Adapted) -> None:
