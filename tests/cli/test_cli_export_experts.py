@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ for library in ("transformers", "peft", "gguf", "compressed_tensors"):
 
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +25,7 @@ import qlora_ext
 from commands import Paths, here
 from qlora_ext.nn import Experts4bit, layers_of
 
+Refused = Callable[..., str]
 KINDS = ("int4", "nvfp4", "mxfp4")
 FAMILIES = {
     "qwen3_moe": ("mlp.experts", "gate_proj", "up_proj", "down_proj"),
@@ -170,3 +172,37 @@ def test_routers_stay_dense_for_servers(paths: Paths, tmp_path: pathlib.Path) ->
         assert {"lm_head", *(f"model.layers.{i}.{router}" for i in range(2))} <= {*ignored}
         state = load_file(out / "model.safetensors")
         assert state[f"model.layers.0.{router}.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_and_bitsandbytes_hold_merged_experts(paths: Paths, tmp_path: pathlib.Path, family: str) -> None:
+    """Both have the experts of PEFT's merged model, dense; bitsandbytes rounds the linear layers to 4 bits."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = save(tmp_path / "base", family, paths)
+    adapter = adapt(tmp_path / "adapter", base)
+    merged = PeftModel.from_pretrained(ours(base), adapter).merge_and_unload().state_dict()
+    for target in ("dense", "bitsandbytes"):
+        here("export", "--adapter", adapter, "--to", target, "--output", tmp_path / target)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / target, dtype=torch.bfloat16)
+        state = exported.state_dict()
+        stacks = [name for name in state if re.search(r"experts\.(gate_up|down)_proj$", name)]
+        assert len(stacks) == 4
+        assert all(torch.equal(state[name], merged[name]) for name in stacks)
+        q = exported.get_submodule("model.layers.0.self_attn.q_proj")
+        assert type(q).__name__ == {"dense": "Linear", "bitsandbytes": "Linear4bit"}[target]
+
+
+def test_bitsandbytes_without_an_adapter_keeps_dense_experts(paths: Paths, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = save(tmp_path / "base", "qwen3_moe", paths)
+    here("export", "--model", base, "--to", "bitsandbytes", "--output", tmp_path / "out")
+    found, expected = (load_file(d / "model.safetensors") for d in (tmp_path / "out", base))
+    experts = [name for name in expected if ".experts." in name]
+    assert len(experts) == 24
+    assert all(torch.equal(found[name], expected[name]) for name in experts)
+    assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.uint8
+    here("quantize", "--model", base, "--output", tmp_path / "4bit")
+    here("export", "--model", tmp_path / "4bit", "--to", "bitsandbytes", "--output", tmp_path / "decoded")
+    decoded = AutoModelForCausalLM.from_pretrained(tmp_path / "4bit").dequantize().state_dict()
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(state[name], decoded[name]) for name in decoded if ".experts." in name)

@@ -111,8 +111,31 @@ def _check_codes(adapted: Adapted) -> None:
         )
 
 
+def _merge_experts(model: Any) -> None:
+    """Replaces 4-bit experts with adapters by dense ones, into which the adapters are merged."""
+    from ...integrations.peft.experts import LoraExperts4bit
+
+    for parent in [*model.modules()]:
+        for name, child in [*parent.named_children()]:
+            if isinstance(child, LoraExperts4bit) and not isinstance(parent, LoraExperts4bit):
+                setattr(parent, name, child.unload_and_optionally_merge_module(merge=True))
+
+
+def _with_dense_experts(model: Any) -> Any:
+    """The model with its 4-bit experts decoded, because bitsandbytes has no 4-bit experts."""
+    from ...nn import Experts4bit, layers_of
+
+    for name, layer in [*layers_of(model)]:
+        if isinstance(layer, Experts4bit):
+            model.set_submodule(name, layer.to_experts())
+    return model
+
+
 def bitsandbytes(arguments: argparse.Namespace) -> Job:
-    """The model in NF4, into whose codes the adapter is merged by the rounding of ``merge --4bit``."""
+    """The model in NF4, into whose codes the adapter is merged by the rounding of ``merge --4bit``.
+
+    Experts are dense: bitsandbytes has 4-bit linear layers only.
+    """
     import torch
 
     from ...integrations.bitsandbytes import save_pretrained
@@ -122,19 +145,22 @@ def bitsandbytes(arguments: argparse.Namespace) -> Job:
     adapted, skeleton = find_model(arguments)
     loader = adapted.loader
     with torch.device("meta"):
-        quantized = quantize_model(skeleton.to(loader.dtype), **loader.form.keywords)
-    check_linear("bitsandbytes", adapted, quantized)
+        experts = check_linear("bitsandbytes", adapted, quantize_model(skeleton.to(loader.dtype), **loader.form.keywords))
+        dense = validate_model.skeleton(adapted.source, load_config(adapted.source)).to(loader.dtype)
+        quantized = quantize_model(dense, keep=[*experts], **loader.form.keywords)
     _check_codes(adapted)
 
     def build() -> Callable[[pathlib.Path], None]:
         if adapted.adapter is not None:
-            model, error = merge_to_4bit(adapted.load())
+            model = adapted.load()
+            _merge_experts(model)
+            model, error = merge_to_4bit(model)
             print(f"the codes retain {error.retained:.1%} of the adapter's update")
-        elif has_4bit_blocks(adapted.source):
-            model = loader.dense_first()
+        elif has_4bit_blocks(adapted.source) or (experts and not is_4bit(adapted.source)):
+            model = loader.dense_first(keep=lambda model: [*experts])
         else:
             model = loader.while_loading()
-        return writer(model, adapted, save)
+        return writer(_with_dense_experts(model), adapted, save)
 
     def save(model: Any, partial: pathlib.Path) -> None:
         save_pretrained(model, partial)
