@@ -14,6 +14,7 @@ import torch
 for library in ("transformers", "peft", "gguf", "compressed_tensors"):
     pytest.importorskip(library, reason=f"{library} is not installed")
 
+import gguf
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -118,9 +119,7 @@ def test_compressed_tensors_stores_experts_one_by_one(
     for i in range(2):
         layer = model.get_submodule(f"model.layers.{i}.mlp.experts")
         for e in range(4):
-            parts = [
-                decoded_by_the_library(out, f"model.layers.{i}.{experts}.{e}.{name}") for name in (gate, up, down)
-            ]
+            parts = [decoded_by_the_library(out, f"model.layers.{i}.{experts}.{e}.{name}") for name in (gate, up, down)]
             stacks = [layer.packed_weight(name).matrix(e).dequantize(torch.float32) for name in layer.packed_shapes]
             if family == "gpt_oss":
                 halves = [stacks[0][0::2], stacks[0][1::2]]
@@ -206,3 +205,42 @@ def test_bitsandbytes_without_an_adapter_keeps_dense_experts(paths: Paths, tmp_p
     decoded = AutoModelForCausalLM.from_pretrained(tmp_path / "4bit").dequantize().state_dict()
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(state[name], decoded[name]) for name in decoded if ".experts." in name)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_the_gguf_adapter_has_a_matrix_for_each_expert(paths: Paths, tmp_path: pathlib.Path, family: str) -> None:
+    """llama.cpp multiplies the tokens of expert e by A[e] and B[e] of each of its tensors."""
+    base = save(tmp_path / "base", family, paths)
+    adapter = adapt(tmp_path / "adapter", base, rank_pattern={"mlp.experts.down_proj": 2}, lora_alpha=6)
+    here("export", "--adapter", adapter, "--to", "gguf-adapter", "--output", tmp_path / "adapter.gguf")
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    found = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
+    model = PeftModel.from_pretrained(ours(base), adapter)
+    for i in range(2):
+        for stack, tensors in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.items():
+            layer = next(
+                m for name, m in model.named_modules()
+                if f"layers.{i}.mlp.experts" in name and getattr(m, "parameter_name", None) == stack
+            )  # fmt: skip
+            delta = layer.layer4bit.as_quantized(layer.get_delta_weight("default"))
+            parts = [delta]
+            if stack == "gate_up_proj":
+                parts = [delta[:, 0::2], delta[:, 1::2]] if family == "gpt_oss" else [*delta.chunk(2, 1)]
+            for tensor, expected in zip(tensors, parts, strict=True):
+                a, b = (found.pop(f"blk.{i}.ffn_{tensor}_exps.weight.lora_{side}") for side in "ab")
+                assert a.ndim == b.ndim == 3
+                torch.testing.assert_close(alpha / b.shape[2] * (b @ a), expected, rtol=1e-4, atol=1e-5)
+    assert {*found} == {f"blk.{i}.attn_q.weight.lora_{side}" for i in range(2) for side in "ab"}
+
+
+def test_an_adapter_on_other_experts_is_rejected(
+    refused: Refused, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = save(tmp_path / "base", "qwen3_moe", paths)
+    adapter = adapt(tmp_path / "adapter", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_experts": 5, "num_local_experts": 5}))
+    capfd.readouterr()
+    message = refused("export", "--adapter", adapter, "--to", "gguf-adapter", "--output", tmp_path / "no.gguf")
+    assert re.search(r"does not fit its base: model\.layers\.0\.mlp\.experts has A \[\d+, \d+\], expected", message)

@@ -122,7 +122,9 @@ def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
         del state[stack]
         if (bias := state.pop(f"{stack}_bias", None)) is not None:
             names = [[f"{name}.bias" for name in layers] for layers in parts]
-            state |= DenseExperts(names, alternates(model.get_submodule(stack.rpartition(".")[0])), False, "").write(bias)
+            state |= DenseExperts(names, alternates(model.get_submodule(stack.rpartition(".")[0])), False, "").write(
+                bias
+            )
     for layer, of_layer in tensors.items():
         state.pop(f"{layer}.weight", None)
         state |= {f"{layer}.{name}": tensor for name, tensor in of_layer.items()}

@@ -145,7 +145,9 @@ def bitsandbytes(arguments: argparse.Namespace) -> Job:
     adapted, skeleton = find_model(arguments)
     loader = adapted.loader
     with torch.device("meta"):
-        experts = check_linear("bitsandbytes", adapted, quantize_model(skeleton.to(loader.dtype), **loader.form.keywords))
+        experts = check_linear(
+            "bitsandbytes", adapted, quantize_model(skeleton.to(loader.dtype), **loader.form.keywords)
+        )
         dense = validate_model.skeleton(adapted.source, load_config(adapted.source)).to(loader.dtype)
         quantized = quantize_model(dense, keep=[*experts], **loader.form.keywords)
     _check_codes(adapted)

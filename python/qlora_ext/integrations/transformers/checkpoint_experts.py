@@ -51,9 +51,12 @@ def layers_of_experts(model: nn.Module, stack: str, shape: Sequence[int]) -> lis
     at = 0
     for key in sorted(found, key=lambda key: int(found[key].min())):
         match, part = _EXPERT.fullmatch(key), found[key]
-        if match is None or part.ndim != 2 or int(match["number"]) != at // rows or part[:, 0].tolist() != [
-            *range(at, at + len(part))
-        ]:
+        if (
+            match is None
+            or part.ndim != 2
+            or int(match["number"]) != at // rows
+            or part[:, 0].tolist() != [*range(at, at + len(part))]
+        ):
             break
         layers.setdefault(at // rows, []).append(f"{experts}.{match['number']}.{match['layer']}")
         at += len(part)
