@@ -18,6 +18,7 @@ from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
 from ..models.size import model_size
 from .job import Job
 from .model_directories import check_linear, find_model, size_of, writer
+from .tying import tie_if_equal, untie
 from .weights import Encoder, before_and_after, layers_by_name, stacks_in, stored_in
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def prepare(arguments: argparse.Namespace, name: str) -> Job:
     from ...nn import Linear4bit, layers_of, quantize_model
 
     kind = KINDS[name]
-    adapted, skeleton = find_model(arguments)
+    adapted, skeleton = find_model(arguments, unties=True)
     loader = adapted.loader
     with torch.device("meta"):
         quantized = quantize_model(skeleton.to(loader.dtype), **kind.form.keywords)
@@ -97,7 +98,9 @@ def _in_own_format(adapted: Adapted) -> Callable[[pathlib.Path], None]:
 
     model = adapted.load()
     if adapted.adapter is not None:
+        tied = untie(model)
         model, error = merge_to_4bit(model)
+        tie_if_equal(model, tied)
         print(f"the codes retain {error.retained:.1%} of the adapter's update")
     return writer(model, adapted, lambda model, partial: model.save_pretrained(partial))
 
@@ -112,7 +115,9 @@ def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
     tensors = dict([*_linear(model, plan, encode), *_experts(model, plan, encode)])
     encode.report()
     if adapted.adapter is not None:
+        tied = untie(model)
         model = model.merge_and_unload()
+        tie_if_equal(model, tied)
     elif four_bit:
         model = model.dequantize()
     state = model.state_dict()

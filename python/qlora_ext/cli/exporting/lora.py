@@ -119,5 +119,5 @@ def check_tied(target: str, adapter: pathlib.Path, model: Any) -> None:
         if module in (head, table) and any(name.startswith(f"base_model.model.{layer}.") for name in names):
             raise UserError(
                 f"{target}: the adapter {adapter} is on {layer}, and the model ties its output head to its embeddings, "
-                "so that merging would change both; load the adapter with PEFT instead"
+                "so that merging would change both; use --to dense, which unties them"
             )

@@ -18,6 +18,7 @@ from ..models.sources import PROVENANCE
 from ..outputs.files import write_json
 from .job import Job
 from .lora import check_tied
+from .tying import tie_if_equal, untie
 
 if TYPE_CHECKING:
     from ...nn import Experts4bit
@@ -26,8 +27,12 @@ _BYTES_PER_TOKEN = 64  # of a tokenizer's files, with its merges
 _OTHER_FILES = 1 << 16  # bytes
 
 
-def find_model(arguments: argparse.Namespace) -> tuple[Adapted, Any]:
-    """The model and its adapter, and the dense model without memory for its weights."""
+def find_model(arguments: argparse.Namespace, unties: bool = False) -> tuple[Adapted, Any]:
+    """The model and its adapter, and the dense model without memory for its weights.
+
+    Args:
+        unties: whether the target can hold an output head that is no longer tied to the embeddings.
+    """
     adapted = find_adapted(arguments)
     if adapted.adapter is not None and "target_modules" not in config_of(adapted.adapter):
         kind = config_of(adapted.adapter).get("peft_type")
@@ -38,7 +43,7 @@ def find_model(arguments: argparse.Namespace) -> tuple[Adapted, Any]:
     config = load_config(adapted.source)
     validate_model.check_room(adapted.source, config)
     skeleton = validate_model.skeleton(adapted.source, config)
-    if adapted.adapter is not None:
+    if adapted.adapter is not None and not unties:
         check_tied(f"--to {arguments.to}", adapted.adapter, skeleton)
     return adapted, skeleton
 
@@ -60,12 +65,15 @@ def writer(model: Any, adapted: Adapted, save: Callable[[Any, pathlib.Path], Non
 
 def dense(arguments: argparse.Namespace) -> Job:
     """The merged, or decoded, model in ``--dtype``."""
-    adapted, skeleton = find_model(arguments)
+    adapted, skeleton = find_model(arguments, unties=True)
     loader = adapted.loader
 
     def build() -> Callable[[pathlib.Path], None]:
         if adapted.adapter is not None:
-            model = adapted.load().merge_and_unload()
+            model = adapted.load()
+            tied = untie(model)
+            model = model.merge_and_unload()
+            tie_if_equal(model, tied)
         elif is_4bit(adapted.source):
             model = loader.while_loading().dequantize()
         else:
@@ -142,7 +150,7 @@ def bitsandbytes(arguments: argparse.Namespace) -> Job:
     from ...integrations.peft import merge_to_4bit
     from ...nn import quantize_model
 
-    adapted, skeleton = find_model(arguments)
+    adapted, skeleton = find_model(arguments, unties=True)
     loader = adapted.loader
     with torch.device("meta"):
         experts = check_linear(
@@ -155,8 +163,10 @@ def bitsandbytes(arguments: argparse.Namespace) -> Job:
     def build() -> Callable[[pathlib.Path], None]:
         if adapted.adapter is not None:
             model = adapted.load()
+            tied = untie(model)
             _merge_experts(model)
             model, error = merge_to_4bit(model)
+            tie_if_equal(model, tied)
             print(f"the codes retain {error.retained:.1%} of the adapter's update")
         elif has_4bit_blocks(adapted.source) or (experts and not is_4bit(adapted.source)):
             model = loader.dense_first(keep=lambda model: [*experts])
