@@ -61,7 +61,7 @@ def places(architecture: str, model: Any, layers: Iterable[str]) -> dict[str, Pl
     return found
 
 
-def stack_places(architecture: str, model: Any, stacks: Mapping[str, tuple[int, int, int]]) -> dict[str, list[Place]]:
+def stack_places(architecture: str, model: Any, stacks: Mapping[str, tuple[int, ...]]) -> dict[str, list[Place]]:
     """Where stacked weights of experts are in the GGUF file, which has separate stacks for gate and up.
 
     Args:

@@ -44,7 +44,7 @@ def layers_of_experts(model: nn.Module, stack: str, shape: Sequence[int]) -> lis
     numbers = torch.arange(count * rows, dtype=torch.int64, device="cpu").view(count, rows, 1).expand(-1, -1, 2)
     if getattr(model.get_submodule(experts), "is_transposed", False):
         numbers = numbers.transpose(1, 2)
-    found = core_model_loading.revert_weight_conversion(model, {stack: numbers})  # type: ignore[arg-type]
+    found = core_model_loading.revert_weight_conversion(model, {stack: numbers})
     if name in PARTS and [part.shape for part in found.values()] == [numbers.shape]:
         return [[f"{experts}.{e}.{names[0]}" for names in PARTS[name]] for e in range(count)]
     layers: dict[int, list[str]] = {}
