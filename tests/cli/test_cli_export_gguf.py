@@ -207,11 +207,6 @@ def test_bases_without_a_place_for_the_adapter_are_rejected(refused: Refused, tm
             {"target_modules": ["dense"]},
             "is a gpt_neox model, expected one of llama, mistral, .*; use --to dense",
         ),
-        (
-            "qwen3_moe",
-            {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
-            "weights other than",
-        ),
         ("qwen2", {"target_modules": ["q_proj", "lm_head"]}, "ties its output head to its embeddings"),
     ):
         directory = tmp_path / family

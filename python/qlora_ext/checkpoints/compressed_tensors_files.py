@@ -65,8 +65,8 @@ class Kind:
         }
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a weight of that shape consists of whole blocks of rows."""
-        return len(shape) == 2 and 0 not in shape and shape[1] % self.form.block_size == 0
+        """Whether each row of a weight, or of a stack of weights, of that shape consists of whole blocks."""
+        return 0 not in shape and shape[-1] % self.form.block_size == 0
 
     def tensors(self, w4: Weight4bit, rows: Sequence[int]) -> list[dict[str, Tensor]]:
         """The tensors of the weights whose rows ``w4`` has joined.

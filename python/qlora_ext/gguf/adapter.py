@@ -1,7 +1,7 @@
 """Writes a LoRA adapter as a GGUF file, which llama.cpp applies to a model in any of its types.
 
-The file has the matrices A and B of each layer under the names of the base's GGUF file. llama.cpp adds
-alpha / rank · B · A to a weight, with one alpha per file and the rank of that layer.
+The file has the matrices A and B of each layer under the names of the base's GGUF file; of experts, stacks of them.
+llama.cpp adds alpha / rank · B · A to a weight, with one alpha per file and the rank of that layer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._internal.version import VERSION
@@ -25,7 +26,7 @@ class Place:
 
     Attributes:
         tensor: the name of its weight there.
-        rows: row i of that weight is row ``rows[i]`` of the model's.
+        rows: row i of that weight is row ``rows[i]`` of the model's; of a stack, of each matrix.
     """
 
     tensor: str
@@ -60,6 +61,43 @@ def places(architecture: str, model: Any, layers: Iterable[str]) -> dict[str, Pl
     return found
 
 
+def stack_places(architecture: str, model: Any, stacks: Mapping[str, tuple[int, ...]]) -> dict[str, list[Place]]:
+    """Where stacked weights of experts are in the GGUF file, which has separate stacks for gate and up.
+
+    Args:
+        architecture: llama.cpp's name.
+        model: the dense model; it may be on the meta device.
+        stacks: the shapes [E, N, K] of the weights, by their names in the model.
+
+    Raises:
+        ValueError: the matrices of a stack are not in tensors of the file, row by row.
+    """
+    names = Names(architecture, model)
+    found = {}
+    for stack, (experts, rows, width) in stacks.items():
+        tensors = {
+            f"{name.removesuffix('.weight')}.weight" for name, weight in names.of_model.items() if weight == stack
+        }
+        places, taken = [], 0
+        for tensor in sorted(tensors):
+            count = rows // len(tensors)
+            place = names.places_of(tensor, (experts, count, width)).get(stack)
+            if place is None or place.stack != (experts, rows):
+                break
+            numbers = torch.arange(experts * rows, dtype=torch.int64, device="cpu")[place.numbers].view(experts, -1)
+            local = numbers - rows * torch.arange(experts, dtype=torch.int64, device="cpu")[:, None]
+            if numbers.shape[1] != count or not torch.equal(local, local[:1].expand_as(local)):
+                break
+            places.append(Place(tensor, local[0]))
+            taken += count
+        if taken != rows:
+            raise ValueError(
+                f"{stack}: expected experts whose rows are in tensors of {architecture} files of llama.cpp"
+            )
+        found[stack] = places
+    return found
+
+
 def fold(scalings: Mapping[str, tuple[float, int]]) -> tuple[float, dict[str, float]]:
     """The alpha of the file, and the factor of each B, with which every layer keeps its scaling.
 
@@ -89,8 +127,8 @@ def write_adapter(
         path: of the file.
         architecture: llama.cpp's name of the base's architecture.
         alpha: from ``fold``.
-        layers: A [R, K] and B [N, R], float32 or float16, by the name of the weight in the base's file, with B's rows
-            in its order.
+        layers: A [R, K] and B [N, R], or a stack of each, float32 or float16, by the name of the weight in the base's
+            file, with B's rows in its order.
     """
     import gguf
 

@@ -222,14 +222,22 @@ def _rows_of(blocks: Any) -> list[Row]:
 
 def _put(factors: Mapping[str, tuple[Factors, Factors]], model: Any) -> None:
     """Replaces the adapter of a model by the one that was exported."""
+    from ...integrations.peft.experts import LoraExperts4bit
     from .weights import layers_by_name
 
     layers = layers_by_name(model)
+    for name, layer in [*layers.items()]:
+        if isinstance(layer, LoraExperts4bit):
+            layers[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = layer
     for name, (_, (a, b, scaling)) in factors.items():
         layer = layers[name]
         (adapter,) = layer.active_adapters
-        layer.lora_A[adapter].weight.data.copy_(a)
-        layer.lora_B[adapter].weight.data.copy_(scaling * b)
+        if isinstance(layer, LoraExperts4bit):
+            own_a, own_b, _ = layer.factors(adapter)  # views
+        else:
+            own_a, own_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        own_a.data.copy_(a)
+        own_b.data.copy_(scaling * b)
         layer.scaling[adapter] = 1.0
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, first_line
+from ..models import validate_model
 from ..models.adapted import Adapted
 from ..models.loading import load_dense, stored_forms
 from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
@@ -17,24 +19,28 @@ from ..models.size import model_size
 from .job import Job
 from .model_directories import check_linear, find_model, size_of, writer
 from .trained_for import trained_for
+from .tying import tie_if_equal, untie
+from .weights import Encoder, before_and_after, finished_in, layers_by_name, stacks_in, stored_in
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ...checkpoints.compressed_tensors_files import Kind
+    from ...nn import Experts4bit
 
 
 def prepare(arguments: argparse.Namespace, name: str) -> Job:
     """The merged model in that kind of 4-bit weights."""
     from ...checkpoints.compressed_tensors_files import KINDS
+    from ...integrations.transformers.checkpoint_experts import layers_of_experts
     from ...nn import Linear4bit, layers_of, quantize_model
 
     kind = KINDS[name]
-    adapted, skeleton = find_model(arguments)
+    adapted, skeleton = find_model(arguments, unties=True)
     loader = adapted.loader
     with torch.device("meta"):
         quantized = quantize_model(skeleton.to(loader.dtype), **kind.form.keywords)
-    check_linear(arguments.to, adapted, quantized)
+    experts = check_linear(arguments.to, adapted, quantized)
     stored = getattr(load_config(adapted.source), "quantization_config", None) or {}
     if stored.get("quant_method") == "compressed-tensors" and not _is_reencoded(adapted, name):
         if stored.get("format") != kind.format.name:
@@ -48,12 +54,40 @@ def prepare(arguments: argparse.Namespace, name: str) -> Job:
         for name, layer in layers_of(quantized)
         if isinstance(layer, Linear4bit) and kind.fits((layer.out_features, layer.in_features))
     ]
-    if not names:
+    fitting = {name: layer for name, layer in experts.items() if all(map(kind.fits, layer.packed_shapes.values()))}
+    if not names and not fitting:
         raise UserError(
             f"--to {arguments.to}: {adapted.source.name} has no layer with rows of a multiple of "
             f"{kind.form.block_size} weights; use --to dense"
         )
-    return Job(size_of(model_size(quantized).bytes, adapted), lambda: _build(adapted, kind, names))
+    dense = validate_model.skeleton(adapted.source, load_config(adapted.source))  # which has transformers' conversions
+    try:
+        parts = {
+            f"{name}.{parameter}": layers_of_experts(dense, f"{name}.{parameter}", shape)
+            for name, layer in experts.items()
+            for parameter, shape in layer.packed_shapes.items()
+        }
+    except ValueError as error:
+        raise UserError(f"--to {arguments.to}: {first_line(error)}; use --to dense") from error
+    plan = _Plan(adapted, kind, names, fitting, parts)
+    return Job(size_of(model_size(quantized).bytes, adapted), lambda: _build(plan))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A checked export.
+
+    Attributes:
+        names: of the linear layers that are 4-bit in the result.
+        experts: those that are 4-bit in the result, by name, without memory for their weights.
+        parts: for each stack of experts the names of each expert's layers in the result.
+    """
+
+    adapted: Adapted
+    kind: Kind
+    names: list[str]
+    experts: dict[str, Experts4bit]
+    parts: dict[str, list[list[str]]]
 
 
 def _is_reencoded(adapted: Adapted, name: str) -> bool:
@@ -70,30 +104,65 @@ def _in_own_format(adapted: Adapted) -> Callable[[pathlib.Path], None]:
 
     model = adapted.load()
     if adapted.adapter is not None:
+        tied = untie(model)
         model, error = merge_to_4bit(model)
+        tie_if_equal(model, tied)
         print(f"the codes retain {error.retained:.1%} of the adapter's update")
     return writer(model, adapted, lambda model, partial: model.save_pretrained(partial))
 
 
-def _build(adapted: Adapted, kind: Kind, names: list[str]) -> Callable[[pathlib.Path], None]:
+def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
+    from ...integrations.transformers.checkpoint_experts import DenseExperts, alternates
+
+    adapted, kind = plan.adapted, plan.kind
     four_bit = adapted.adapter is not None or is_4bit(adapted.source) or has_4bit_blocks(adapted.source)
     model = adapted.load() if four_bit else load_dense(adapted.source, adapted.loader.dtype, adapted.loader.device)
-    tensors = dict(_encoded(model, kind, names))
+    encode = Encoder(kind.form)
+    tensors = dict([*_linear(model, plan, encode), *_experts(model, plan, encode)])
+    encode.report()
     if adapted.adapter is not None:
+        tied = untie(model)
         model = model.merge_and_unload()
+        tie_if_equal(model, tied)
     elif four_bit:
         model = model.dequantize()
     state = model.state_dict()
-    for layer, parts in tensors.items():
-        del state[f"{layer}.weight"]
-        state |= {f"{layer}.{name}": tensor for name, tensor in parts.items()}
-    linear = [name for name, module in model.named_modules() if type(module).__name__ == "Linear"]
-    model.config.quantization_config = kind.config([name for name in linear if name not in tensors])
+    for stack, parts in plan.parts.items():
+        if parts[0][0] not in tensors:
+            continue
+        del state[stack]
+        if (bias := state.pop(f"{stack}_bias", None)) is not None:
+            names = [[f"{name}.bias" for name in layers] for layers in parts]
+            state |= DenseExperts(names, alternates(model.get_submodule(stack.rpartition(".")[0])), False, "").write(
+                bias
+            )
+    for layer, of_layer in tensors.items():
+        state.pop(f"{layer}.weight", None)
+        state |= {f"{layer}.{name}": tensor for name, tensor in of_layer.items()}
+    model.config.quantization_config = kind.config(_ignored(model, plan, tensors))
     return writer(model, adapted, lambda model, partial: model.save_pretrained(partial, state_dict=state))
 
 
-def _encoded(model: Any, kind: Kind, names: list[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The tensors of each layer that is 4-bit in the result, by its name.
+def _ignored(model: Any, plan: _Plan, tensors: Mapping[str, object]) -> list[str]:
+    """The names of the dense layers that programs may take for linear ones, in the model and in the files.
+
+    Servers make linear layers of routers, and of each expert.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.nn.Embedding) and name not in tensors
+        if isinstance(weight := module._parameters.get("weight"), torch.Tensor) and weight.ndim == 2
+    ]
+    dense += [name for parts in plan.parts.values() for layers in parts for name in layers if name not in tensors]
+    stored = revert_weight_conversion(model, {f"{name}.weight": torch.empty(0, device="cpu") for name in dense})
+    return [*dict.fromkeys([*dense, *(name.removesuffix(".weight") for name in stored)])]
+
+
+def _linear(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors of each linear layer that is 4-bit in the result, by its name.
 
     Layers that are dense in a 4-bit base stay dense. A base in the same form keeps its codes where there is no adapter.
     """
@@ -101,12 +170,11 @@ def _encoded(model: Any, kind: Kind, names: list[str]) -> Iterator[tuple[str, di
     from ...integrations.peft.merge import Over4bit
     from ...merged import seed_of
     from ...nn import Linear4bit, layers_of
-    from .weights import Encoder, before_and_after, finished_in, layers_by_name, stored_in
 
+    kind = plan.kind
     kinds = (Over4bit, Linear4bit) if any(layers_of(model)) else (torch.nn.Linear,)
     modules = layers_by_name(model)
-    layers = {name: modules[name] for name in names if isinstance(modules.get(name), kinds)}
-    encode = Encoder(kind.form)
+    layers = {name: modules[name] for name in plan.names if isinstance(modules.get(name), kinds)}
     for group in joined_layers(layers) if kind.has_factor else [[name] for name in layers]:
         parts = [before_and_after(layers[name]) for name in group]
         before, after = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -116,4 +184,25 @@ def _encoded(model: Any, kind: Kind, names: list[str]) -> Iterator[tuple[str, di
             w4 = encode(before, after, stored, seed_of(f"{group[0]}.weight"))
         rows = [len(weight) for weight, _ in parts]
         yield from zip(group, kind.tensors(w4.to("cpu"), rows), strict=True)
-    encode.report()
+
+
+def _experts(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors of each layer of each expert, like ``_linear``."""
+    from ...checkpoints import select_rows
+    from ...checkpoints.rows import grouped_rows
+    from ...integrations.transformers.checkpoint_experts import alternates
+    from ...merged import seed_of
+    from ...nn import layers_of
+
+    four_bit = any(layers_of(model))
+    for name, stack in stacks_in(model, plan.experts).items():
+        if four_bit and not stack.is_4bit:
+            continue
+        before, after = stack.before_and_after()
+        stored, seed = stack.stored_in(plan.kind.form), seed_of(name)
+        for e, layers in enumerate(plan.parts[name]):
+            w4 = encode(before[e], after[e], None if stored is None else stored.matrix(e), seed_of(f"{seed}.{e}"))
+            if len(layers) > 1 and alternates(stack.layout):
+                w4 = select_rows(w4, grouped_rows(len(before[e])))
+            rows = [len(before[e]) // len(layers)] * len(layers)
+            yield from zip(layers, plan.kind.tensors(w4.to("cpu"), rows), strict=True)

@@ -1,29 +1,34 @@
-"""The target ``gguf-adapter``: LoRA on linear layers, for llama.cpp and Ollama."""
+"""The target ``gguf-adapter``: LoRA on linear layers and experts, for llama.cpp and Ollama."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from ..errors import UserError, first_line, reading
 from ..models import validate_model
 from ..models.adapter_files import base_of, check_files, find
 from ..models.pretrained import load_config
-from .job import Job
+from .job import Factors, Job
 from .lora import architecture_of, check_plain, check_tied, ranks_of
 from .read_adapter import read_adapter
 
 if TYPE_CHECKING:
-    import torch
-
     from ...gguf.adapter import Place
+    from ...integrations.peft.experts import LoraExperts4bit
+    from ...nn import Experts4bit
 
 _TARGET = "--to gguf-adapter"
 _HEADER = 1 << 16  # bytes
+_PREFIX = "base_model.model."
 
 
 def _scalings(ranks: dict[str, int], adapter: pathlib.Path) -> dict[str, tuple[float, int]]:
@@ -40,10 +45,50 @@ def _scalings(ranks: dict[str, int], adapter: pathlib.Path) -> dict[str, tuple[f
     return found
 
 
+def _adapted_experts(
+    adapter: pathlib.Path, quantized: Any, experts: Mapping[str, Experts4bit]
+) -> dict[str, tuple[str, LoraExperts4bit]]:
+    """The layers of the adapter on experts, and their names in its file, by the names of the stacks.
+
+    They have no memory for their weights.
+
+    Only PEFT knows which of a module's weights have which of the nested adapters in the file.
+
+    Args:
+        quantized: the 4-bit model on the meta device, which gets the adapter.
+
+    Raises:
+        UserError: the adapter does not fit its base.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from ...integrations.peft.experts import LoraExperts4bit
+
+    stored = validate_model.shapes(adapter / "adapter_model.safetensors")
+    if not any(name.split(".lora_")[0].replace(".base_layer", "").removeprefix(_PREFIX) in experts for name in stored):
+        return {}
+    with reading("configuration", str(adapter)):
+        config = LoraConfig.from_pretrained(str(adapter))
+        config.inference_mode = True
+        inject_adapter_in_model(config, quantized, low_cpu_mem_usage=True)
+    found: dict[str, tuple[str, LoraExperts4bit]] = {}
+    for name, layer in quantized.named_modules():
+        if isinstance(layer, LoraExperts4bit):
+            for side, module in (("A", layer.lora_A), ("B", layer.lora_B)):
+                expected, given = [*module["default"].weight.shape], stored.get(f"{_PREFIX}{name}.lora_{side}.weight")
+                if given != expected:
+                    raise UserError(
+                        f"the adapter {adapter} does not fit its base: {name} has {side} {given}, expected {expected}"
+                    )
+            found[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = name, layer
+    return found
+
+
 def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
     """The adapter, as float32 or float16."""
     from ..._internal.dtype_names import dtype_named
-    from ...gguf.adapter import fold, places
+    from ...gguf.adapter import fold, places, stack_places
+    from ...nn import Experts4bit, layers_of, quantize_model
 
     if arguments.adapter is None:
         raise UserError(f"{_TARGET}: expected an adapter (--adapter), got a model; use --to dense")
@@ -55,41 +100,94 @@ def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
     architecture = architecture_of(_TARGET, source, base_config)
     model = validate_model.skeleton(source, base_config)
     check_tied(_TARGET, adapter, model)
-    ranks = ranks_of(_TARGET, adapter, model)
+    with torch.device("meta"):
+        quantized = quantize_model(validate_model.skeleton(source, base_config))
+    experts = {name: layer for name, layer in layers_of(quantized) if isinstance(layer, Experts4bit)}
+    ranks = ranks_of(_TARGET, adapter, model, experts)
+    stacks = _adapted_experts(adapter, quantized, experts)
+    scalings = _scalings(ranks, adapter)
+    scalings |= {name: (float(layer.scaling["default"]), layer.r["default"]) for name, (_, layer) in stacks.items()}
+    shapes = {name: layer.layer4bit.packed_shapes[layer.parameter_name] for name, (_, layer) in stacks.items()}
     try:
-        scalings = _scalings(ranks, adapter)
         alpha, factors = fold(scalings)
-        found = places(architecture, model, ranks)
+        found = {layer: [place] for layer, place in places(architecture, model, ranks).items()}
+        found |= stack_places(architecture, model, shapes)
     except ValueError as error:
         raise UserError(f"{_TARGET}: {first_line(error)}; use --to dense") from error
     kept = dtype_named(dtype)
     state = model.state_dict()
     count = sum(rank * sum(state[f"{layer}.weight"].shape) for layer, rank in ranks.items())
-    layers = {layer: (place, factors[layer]) for layer, place in found.items()}
+    for name, (e, n, k) in shapes.items():
+        count += e * stacks[name][1].r["default"] * (n + k * len(found[name]))
+    plan = _Plan(adapter, architecture, alpha, {layer: (found[layer], factors[layer]) for layer in found}, stacks, kept)
     return Job(
-        count * kept.itemsize + _HEADER,
-        functools.partial(_build, adapter, architecture, alpha, layers, kept),
-        functools.partial(read_adapter, adapter, found, scalings),
+        count * kept.itemsize + _HEADER, functools.partial(_build, plan), functools.partial(_read, plan, scalings)
     )
 
 
-def _build(
-    adapter: pathlib.Path, architecture: str, alpha: float, layers: dict[str, tuple[Place, float]], dtype: torch.dtype
-) -> Callable[[pathlib.Path], None]:
-    from safetensors.torch import load_file
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A checked export.
 
+    Attributes:
+        layers: for each layer or stack the tensors in the base's file, and the factor of B.
+        stacks: from ``_adapted_experts``.
+    """
+
+    adapter: pathlib.Path
+    architecture: str
+    alpha: float
+    layers: dict[str, tuple[list[Place], float]]
+    stacks: dict[str, tuple[str, LoraExperts4bit]]
+    dtype: torch.dtype
+
+
+def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
     from ...gguf.adapter import write_adapter
 
-    with reading("weights", str(adapter)):
-        weights = load_file(adapter / "adapter_model.safetensors")
-    matrices = {}
-    for layer, (place, factor) in layers.items():
-        a, b = (weights[f"base_model.model.{layer}.lora_{side}.weight"].float() for side in "AB")
-        a, b = a.to(dtype), (b[place.rows] * factor).to(dtype)
+    matrices = dict(_matrices(plan))
+    return lambda path: write_adapter(path, plan.architecture, plan.alpha, matrices)
+
+
+def _read(
+    plan: _Plan, scalings: Mapping[str, tuple[float, int]], path: pathlib.Path
+) -> dict[str, tuple[Factors, Factors]]:
+    places = {layer: places for layer, (places, _) in plan.layers.items()}
+    return read_adapter({layer: (a, b, scalings[layer][0]) for layer, a, b in _factors(plan)}, places, path)
+
+
+def _factors(plan: _Plan) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The layers, or stacks of them, and their A and B, float32."""
+    from safetensors.torch import load_file
+
+    with reading("weights", str(plan.adapter)):
+        weights = load_file(plan.adapter / "adapter_model.safetensors")
+    for name in plan.layers:
+        if name in plan.stacks:
+            yield name, *_of_experts(*plan.stacks[name], weights)
+        else:
+            a, b = (weights[f"{_PREFIX}{name}.lora_{side}.weight"].float() for side in "AB")
+            yield name, a, b
+
+
+def _matrices(plan: _Plan) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """A and B of each tensor of the base's file."""
+    for name, a, b in _factors(plan):
+        places, factor = plan.layers[name]
+        a, b = a.to(plan.dtype), (b * factor).to(plan.dtype)
         if not (a.isfinite().all() and b.isfinite().all()):
             raise UserError(
-                f"{_TARGET}: the adapter of {layer} has NaN, infinity or a value that {dtype} cannot hold; try "
+                f"{_TARGET}: the adapter of {name} has NaN, infinity or a value that {plan.dtype} cannot hold; try "
                 "--to gguf-adapter, which writes float32"
             )
-        matrices[place.tensor] = a, b
-    return lambda path: write_adapter(path, architecture, alpha, matrices)
+        for place in places:
+            yield place.tensor, (a, b[..., place.rows, :])
+
+
+def _of_experts(path: str, layer: LoraExperts4bit, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A [E, R, K] and B [E, N, R] of the layer that has the name ``path`` in the adapter's file."""
+    for side, modules in (("A", layer.lora_A), ("B", layer.lora_B)):
+        weight = weights[f"{_PREFIX}{path}.lora_{side}.weight"].float()
+        modules["default"].weight = torch.nn.Parameter(weight, requires_grad=False)
+    a, b, _ = layer.factors("default")
+    return a, b

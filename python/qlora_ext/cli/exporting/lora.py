@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from collections.abc import Collection
 from typing import Any
 
 from ...gguf.file import ARCHITECTURES, read_header
@@ -78,8 +79,11 @@ def architecture_of(target: str, source: ModelSource, config: Any) -> str:
     )
 
 
-def ranks_of(target: str, adapter: pathlib.Path, model: Any) -> dict[str, int]:
-    """The layers with an adapter, and their ranks.
+def ranks_of(target: str, adapter: pathlib.Path, model: Any, experts: Collection[str] = ()) -> dict[str, int]:
+    """The linear layers with an adapter, and their ranks.
+
+    Args:
+        experts: names of modules with stacked weights that may have adapters, too.
 
     Raises:
         UserError: the adapter has other weights than pairs of A and B, or their shapes do not fit ``model``.
@@ -88,13 +92,14 @@ def ranks_of(target: str, adapter: pathlib.Path, model: Any) -> dict[str, int]:
     matches = {name: _MATRIX.fullmatch(name) for name in found}
     others = [name for name, match in matches.items() if match is None or match[1].endswith(".base_layer")]
     others += [name for name, match in matches.items() if match and match[1].endswith(".experts")]
+    others = [name for name in others if not _of_experts(matches[name], experts)]
     if others:
         raise UserError(
             f"{target}: the adapter {adapter} has weights other than those of LoRA on linear layers, which that "
             f"target cannot hold: {validate_model.named(others)}; use --to dense"
         )
     state, ranks = model.state_dict(), {}
-    for layer in {match[1]: None for match in matches.values() if match}:
+    for layer in {match[1]: None for match in matches.values() if match and not _of_experts(match, experts)}:
         a, b = (found.get(f"base_model.model.{layer}.lora_{side}.weight", []) for side in "AB")
         weight = state.get(f"{layer}.weight")
         expected = [] if weight is None else list(weight.shape)
@@ -102,6 +107,10 @@ def ranks_of(target: str, adapter: pathlib.Path, model: Any) -> dict[str, int]:
             raise UserError(f"the adapter {adapter} does not fit its base: {layer} has A {a} and B {b} on {expected}")
         ranks[layer] = a[0]
     return ranks
+
+
+def _of_experts(match: re.Match[str] | None, experts: Collection[str]) -> bool:
+    return match is not None and match[1].replace(".base_layer", "") in experts
 
 
 def check_tied(target: str, adapter: pathlib.Path, model: Any) -> None:
@@ -122,5 +131,5 @@ def check_tied(target: str, adapter: pathlib.Path, model: Any) -> None:
         if module in (head, table) and any(name.startswith(f"base_model.model.{layer}.") for name in names):
             raise UserError(
                 f"{target}: the adapter {adapter} is on {layer}, and the model ties its output head to its embeddings, "
-                "so that merging would change both; load the adapter with PEFT instead"
+                "so that merging would change both; use --to dense, which unties them"
             )

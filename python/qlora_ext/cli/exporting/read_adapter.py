@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import reading
+from ..errors import UserError, reading
 from .job import Factors
 
 if TYPE_CHECKING:
@@ -14,29 +14,31 @@ if TYPE_CHECKING:
 
 
 def read_adapter(
-    adapter: pathlib.Path, places: Mapping[str, Place], scalings: Mapping[str, tuple[float, int]], path: pathlib.Path
+    trained: Mapping[str, Factors], places: Mapping[str, Sequence[Place]], path: pathlib.Path
 ) -> dict[str, tuple[Factors, Factors]]:
-    """The factors of each layer in ``adapter`` and in the file ``path``, float32, with the rows in the model's order.
+    """The factors of each layer, or stack of them, that were trained and in the file ``path``, float32.
 
     Args:
+        trained: the factors in the adapter.
         places: where the layers are in the base's GGUF file.
-        scalings: the factor of B · A, and the rank, of each layer.
+
+    Raises:
+        UserError: the file is damaged, or its tensors of one stack have different A.
     """
     import gguf
     import torch
-    from safetensors.torch import load_file
 
-    with reading("weights", str(adapter)):
-        weights = load_file(adapter / "adapter_model.safetensors")
     with reading("weights", str(path)):
         reader = gguf.GGUFReader(path)
         alpha = reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
         matrices = {tensor.name: torch.from_numpy(tensor.data.copy()).float() for tensor in reader.tensors}
         found = {}
-        for layer, place in places.items():
-            a, b = (weights[f"base_model.model.{layer}.lora_{side}.weight"].float() for side in "AB")
-            file_a, rows = (matrices[f"{place.tensor}.lora_{side}"] for side in "ab")
-            file_b = torch.empty_like(rows)
-            file_b[place.rows] = rows
-            found[layer] = (a, b, scalings[layer][0]), (file_a, file_b, alpha / len(file_a))
+        for layer, factors in trained.items():
+            b = torch.empty_like(factors[1])
+            for place in places[layer]:
+                b[..., place.rows, :] = matrices[f"{place.tensor}.lora_b"]
+            a, *others = (matrices[f"{place.tensor}.lora_a"] for place in places[layer])
+            if not all(torch.equal(a, other) for other in others):
+                raise UserError(f"{path}: the tensors of {layer} have different A")
+            found[layer] = factors, (a, b, alpha / a.shape[-2])
     return found

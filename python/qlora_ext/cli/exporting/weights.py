@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...form import Form
 from ...integrations.peft.merge import Over4bit
 from ...merged import encode_like
-from ...nn import Linear4bit
+from ...nn import Experts4bit, Linear4bit, Packed4bit
 from ...weight import Weight4bit, quantize
 
 
@@ -57,6 +57,80 @@ def _finished(layer: Any) -> Weight4bit | None:
         return layer.weight4bit if isinstance(layer, Linear4bit) else None
     names = layer.names_to_merge(None)
     return layer.trained_weight(names) if names else layer.layer4bit.packed_weight(layer.parameter_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The stacked weights [E, N, K] of experts, of one kind.
+
+    Attributes:
+        owner: the layer with the adapter on them, or the 4-bit or dense experts.
+        layout: 4-bit experts of that shape, which may be on the meta device.
+        parameter: the name of the weights in them.
+    """
+
+    owner: Any
+    layout: Experts4bit
+    parameter: str
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether the weights in the model are 4-bit."""
+        return isinstance(self.owner, (Over4bit, Experts4bit))
+
+    @property
+    def _trained(self) -> Weight4bit | None:
+        """The weights with their adapter, if it was trained merge-aware."""
+        return self.owner.trained_weight(self.owner.names_to_merge(None)) if isinstance(self.owner, Over4bit) else None
+
+    def before_and_after(self) -> tuple[Tensor, Tensor]:
+        """The weights, and their sums with the adapters on 4-bit ones, float32 [E, N, K].
+
+        Both are the trained weights after merge-aware training.
+        """
+        trained = self._trained
+        if trained is not None:
+            values = trained.dequantize(torch.float32)
+            return values, values
+        if isinstance(self.owner, Over4bit):
+            before, after = self.owner.before_and_after()
+        elif isinstance(self.owner, Experts4bit):
+            before = after = self.owner.dequantize(self.parameter, torch.float32)
+        else:
+            before = after = getattr(self.owner, self.parameter).detach().float()
+        return self.layout.as_quantized(before), self.layout.as_quantized(after)
+
+    def stored_in(self, form: Form) -> Weight4bit | None:
+        """The 4-bit weights without adapters, or those of merge-aware training, if they are in that form."""
+        trained = self._trained
+        if trained is not None:
+            return trained if trained.form == form else None
+        packed = self.owner.layer4bit if isinstance(self.owner, Over4bit) else self.owner
+        if not isinstance(packed, Packed4bit) or packed.form != form:
+            return None
+        return packed.packed_weight(self.parameter)
+
+
+def stacks_in(model: Any, experts: Mapping[str, Experts4bit]) -> dict[str, Stack]:
+    """The stacks of a loaded model, which may have adapters, by the names of the weights.
+
+    Args:
+        experts: 4-bit modules of the shapes of those in the model, by name.
+    """
+    owners = {}
+    for name, module in layers_by_name(model).items():
+        path = name.replace(".base_layer", "")
+        if isinstance(module, Over4bit):
+            owners[f"{path}.{module.parameter_name}"] = module
+        elif path in experts:
+            for parameter in experts[path].packed_shapes:
+                if hasattr(module, parameter):  # not the adapters around it
+                    owners.setdefault(f"{path}.{parameter}", module)
+    return {
+        f"{path}.{parameter}": Stack(owners[f"{path}.{parameter}"], layout, parameter)
+        for path, layout in experts.items()
+        for parameter in layout.packed_shapes
+    }
 
 
 class Encoder:

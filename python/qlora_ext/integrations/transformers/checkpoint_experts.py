@@ -1,8 +1,9 @@
-"""Dense weights and biases of experts that a checkpoint stores one by one, though transformers expects stacks."""
+"""Experts that a checkpoint stores one by one, though the model has stacks of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -11,12 +12,57 @@ from transformers import core_model_loading
 
 from ..._internal.untrusted import excerpt, printable
 from ...checkpoints.rows import alternating_rows, grouped_rows
-from .checkpoint_files import Header, Names, patterns_of
+from .checkpoint_files import PARTS, Header, Names, patterns_of
 
 
 def alternates(experts: nn.Module) -> bool:
     """Whether rows of gate and up alternate in the module's gate_up_proj."""
     return not getattr(experts, "is_concatenated", True)
+
+
+_EXPERT = re.compile(r".*\bexperts\.(?P<number>\d+)\.(?P<layer>\w+)\.weight")
+
+
+def layers_of_experts(model: nn.Module, stack: str, shape: Sequence[int]) -> list[list[str]]:
+    """The linear layers as which checkpoints store a stack of experts' matrices, by transformers' conversion.
+
+    Without a conversion, they have the names that libraries give to the layers when they quantize the model.
+
+    Args:
+        model: a transformers model.
+        stack: the name of the stack in it.
+        shape: of the stack, [E, N, K].
+
+    Returns:
+        For each expert the names of its layers in the model, gate before up.
+
+    Raises:
+        ValueError: transformers converts the stack to other tensors.
+    """
+    experts, _, name = stack.rpartition(".")
+    count, rows, _ = shape
+    numbers = torch.arange(count * rows, dtype=torch.int64, device="cpu").view(count, rows, 1).expand(-1, -1, 2)
+    if getattr(model.get_submodule(experts), "is_transposed", False):
+        numbers = numbers.transpose(1, 2)
+    found = core_model_loading.revert_weight_conversion(model, {stack: numbers})
+    if name in PARTS and [part.shape for part in found.values()] == [numbers.shape]:
+        return [[f"{experts}.{e}.{names[0]}" for names in PARTS[name]] for e in range(count)]
+    layers: dict[int, list[str]] = {}
+    at = 0
+    for key in sorted(found, key=lambda key: int(found[key].min())):
+        match, part = _EXPERT.fullmatch(key), found[key]
+        if (
+            match is None
+            or part.ndim != 2
+            or int(match["number"]) != at // rows
+            or part[:, 0].tolist() != [*range(at, at + len(part))]
+        ):
+            break
+        layers.setdefault(at // rows, []).append(f"{experts}.{match['number']}.{match['layer']}")
+        at += len(part)
+    if at != count * rows:
+        raise ValueError(f"{stack}: expected experts that checkpoints store one by one, got {', '.join([*found][:3])}")
+    return [*layers.values()]
 
 
 @dataclasses.dataclass

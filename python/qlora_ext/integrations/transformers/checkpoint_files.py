@@ -18,7 +18,8 @@ _CODES = (".weight_packed", ".qweight", "_blocks")
 # make linear layers of its experts; for such names of other models, transformers has conversions.
 _EXPERT = re.compile(r"(?P<module>.*?\bexperts)(?:\.experts)?\.(?P<number>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)")
 _GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
-_PARTS = {"gate_up_proj": (_GATE, _UP), "down_proj": (_DOWN,)}
+# The names of an expert's layers in checkpoints, by the stack that contains their weights, gate before up.
+PARTS = {"gate_up_proj": (_GATE, _UP), "down_proj": (_DOWN,)}
 
 
 def stack_of(key: str) -> tuple[str, str] | None:
@@ -26,7 +27,7 @@ def stack_of(key: str) -> tuple[str, str] | None:
     if (match := _EXPERT.fullmatch(key)) is None:
         return None
     module, layer, kind = match["module"], match["layer"], match["kind"]
-    stack = next((name for name, parts in _PARTS.items() if any(layer in names for names in parts)), None)
+    stack = next((name for name, parts in PARTS.items() if any(layer in names for names in parts)), None)
     if stack is None:
         return None
     return f"{module}.{stack}{'_bias' if kind == 'bias' else ''}", f"experts.*.{layer}.{kind}"
@@ -38,7 +39,7 @@ def patterns_of(pattern: str) -> list[str] | None:
     if match is None:
         return None
     layer, kind = match.groups()
-    parts = next(parts for parts in _PARTS.values() if any(layer in names for names in parts))
+    parts = next(parts for parts in PARTS.values() if any(layer in names for names in parts))
     column = next(names.index(layer) for names in parts if layer in names)
     return [f"experts.*.{names[column]}.{kind}" for names in parts]
 

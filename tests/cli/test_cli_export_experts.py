@@ -1,0 +1,246 @@
+"""``qlora-ext export`` of models whose experts are stacked weights, with and without adapters on the experts."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+for library in ("transformers", "peft", "gguf", "compressed_tensors"):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+
+import gguf
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import packed_models
+import qlora_ext
+from commands import Paths, here
+from qlora_ext.nn import Experts4bit, layers_of
+
+Refused = Callable[..., str]
+KINDS = ("int4", "nvfp4", "mxfp4")
+FAMILIES = {
+    "qwen3_moe": ("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ("block_sparse_moe.experts", "w1", "w3", "w2"),
+    "gpt_oss": ("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+}
+IDS = torch.arange(40, 72).view(2, 16)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(IDS).logits.float()
+    return found
+
+
+def save(directory: pathlib.Path, family: str, paths: Paths) -> pathlib.Path:
+    torch.manual_seed(0)
+    config = packed_models.CONFIGS[family]()
+    config.vocab_size = 257
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, p in model.named_parameters():  # large enough for the experts to matter, and biases that are not zero
+        if ".experts." in name:
+            torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(directory)
+    for file in paths["model"].glob("tokenizer*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def ours(directory: pathlib.Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=qlora_ext.QLoRAConfig(), dtype=torch.bfloat16
+    )
+
+
+def adapt(directory: pathlib.Path, base: pathlib.Path, size: float = 1.0, **options: Any) -> pathlib.Path:
+    torch.manual_seed(4)
+    options = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        **options,
+    }
+    model = get_peft_model(ours(base), LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **options))
+    for key, parameter in model.named_parameters():
+        if ".lora_" in key:
+            parameter.data.mul_(size)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(directory)
+    return directory
+
+
+def decoded_by_the_library(directory: pathlib.Path, name: str) -> torch.Tensor:
+    """The weight of one linear layer, as compressed-tensors decodes it."""
+    config = QuantizationConfig(**json.loads((directory / "config.json").read_text())["quantization_config"])
+    scheme = config.config_groups["group_0"]
+    state = load_file(directory / "model.safetensors")
+    prefix = f"{name}."
+    tensors = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+    weight: torch.Tensor = BaseCompressor.get_value_from_registry(config.format).decompress(tensors, scheme)["weight"]
+    return weight.float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compressed_tensors_stores_experts_one_by_one(
+    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], family: str, kind: str
+) -> None:
+    base, out = save(tmp_path / "base", family, paths), tmp_path / "out"
+    adapter = adapt(tmp_path / "adapter", base)
+    capfd.readouterr()
+    here("export", "--adapter", adapter, "--to", f"compressed-tensors:{kind}", "--output", out)
+    printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
+    assert printed
+    assert 85 < float(printed[1]) < 115
+    model = ours(out)
+    assert sum(isinstance(layer, Experts4bit) for _, layer in layers_of(model)) == 2
+    here("export", "--adapter", adapter, "--to", "dense", "--output", tmp_path / "dense")
+    dense, before = (AutoModelForCausalLM.from_pretrained(d) for d in (tmp_path / "dense", base))
+    for name, layer in layers_of(model):  # logits would compare which experts the routers choose
+        for parameter in layer.packed_shapes:
+            w4 = layer.packed_weight(parameter).dequantize(torch.float32)
+            found = layer.dequantize(parameter, torch.float32) if isinstance(layer, Experts4bit) else w4
+            expected, old = (getattr(m.get_submodule(name), parameter).float() for m in (dense, before))
+            error = (found - expected).norm()
+            assert error < 0.2 * expected.norm(), name
+            if "experts" in name or "q_proj" in name:
+                assert error < 0.6 * (old - expected).norm(), name
+
+    experts, gate, up, down = FAMILIES[family]
+    for i in range(2):
+        layer = model.get_submodule(f"model.layers.{i}.mlp.experts")
+        for e in range(4):
+            parts = [decoded_by_the_library(out, f"model.layers.{i}.{experts}.{e}.{name}") for name in (gate, up, down)]
+            stacks = [layer.packed_weight(name).matrix(e).dequantize(torch.float32) for name in layer.packed_shapes]
+            if family == "gpt_oss":
+                halves = [stacks[0][0::2], stacks[0][1::2]]
+            else:
+                halves = [*stacks[0].chunk(2)]
+            for found, there in zip([*halves, stacks[1]], parts, strict=True):
+                torch.testing.assert_close(there, found, rtol=0.01, atol=1e-6)  # the library decodes to 16 bits
+
+
+@pytest.mark.parametrize("kind", ["int4", "mxfp4"])  # transformers drops the factors of NVFP4 experts
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])  # it has no conversion of single experts of gpt-oss
+def test_transformers_reads_the_experts(paths: Paths, tmp_path: pathlib.Path, family: str, kind: str) -> None:
+    base, out = save(tmp_path / "base", family, paths), tmp_path / "out"
+    here("export", "--model", base, "--to", f"compressed-tensors:{kind}", "--output", out)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    assert type(theirs.hf_quantizer).__name__ == "CompressedTensorsHfQuantizer"
+    expected = logits(theirs)
+    assert (logits(ours(out)) - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_in_the_same_format_keep_their_codes(
+    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    to = ["--to", f"compressed-tensors:{kind}", "--output"]
+    here("export", "--model", save(tmp_path / "dense", "qwen3_moe", paths), *to, base)
+    adapter = adapt(tmp_path / "adapter", base, 0.15, target_parameters=["mlp.experts.down_proj"])
+    capfd.readouterr()
+    here("export", "--adapter", adapter, *to, out)
+    assert re.search(r"the codes retain [\d.]+% of the adapter's update", capfd.readouterr().out)
+    before, after = (load_file(d / "model.safetensors") for d in (base, out))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.{i}.{name}.weight_packed"
+        for i in range(2)
+        for name in ("self_attn.q_proj", *(f"mlp.experts.{e}.down_proj" for e in range(4)))
+    }
+
+
+def test_routers_stay_dense_for_servers(paths: Paths, tmp_path: pathlib.Path) -> None:
+    """Servers make linear layers of routers, so that the configuration has to name them."""
+    for family, router in (("qwen3_moe", "mlp.gate"), ("mixtral", "block_sparse_moe.gate"), ("gpt_oss", "mlp.router")):
+        out = tmp_path / f"{family}-out"
+        base = save(tmp_path / family, family, paths)
+        here("export", "--model", base, "--to", "compressed-tensors:int4", "--output", out)
+        ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+        assert {"lm_head", *(f"model.layers.{i}.{router}" for i in range(2))} <= {*ignored}
+        state = load_file(out / "model.safetensors")
+        assert state[f"model.layers.0.{router}.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_and_bitsandbytes_hold_merged_experts(paths: Paths, tmp_path: pathlib.Path, family: str) -> None:
+    """Both have the experts of PEFT's merged model, dense; bitsandbytes rounds the linear layers to 4 bits."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = save(tmp_path / "base", family, paths)
+    adapter = adapt(tmp_path / "adapter", base)
+    merged = PeftModel.from_pretrained(ours(base), adapter).merge_and_unload().state_dict()
+    for target in ("dense", "bitsandbytes"):
+        here("export", "--adapter", adapter, "--to", target, "--output", tmp_path / target)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / target, dtype=torch.bfloat16)
+        state = exported.state_dict()
+        stacks = [name for name in state if re.search(r"experts\.(gate_up|down)_proj$", name)]
+        assert len(stacks) == 4
+        assert all(torch.equal(state[name], merged[name]) for name in stacks)
+        q = exported.get_submodule("model.layers.0.self_attn.q_proj")
+        assert type(q).__name__ == {"dense": "Linear", "bitsandbytes": "Linear4bit"}[target]
+
+
+def test_bitsandbytes_without_an_adapter_keeps_dense_experts(paths: Paths, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = save(tmp_path / "base", "qwen3_moe", paths)
+    here("export", "--model", base, "--to", "bitsandbytes", "--output", tmp_path / "out")
+    found, expected = (load_file(d / "model.safetensors") for d in (tmp_path / "out", base))
+    experts = [name for name in expected if ".experts." in name]
+    assert len(experts) == 24
+    assert all(torch.equal(found[name], expected[name]) for name in experts)
+    assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.uint8
+    here("quantize", "--model", base, "--output", tmp_path / "4bit")
+    here("export", "--model", tmp_path / "4bit", "--to", "bitsandbytes", "--output", tmp_path / "decoded")
+    decoded = AutoModelForCausalLM.from_pretrained(tmp_path / "4bit").dequantize().state_dict()
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(state[name], decoded[name]) for name in decoded if ".experts." in name)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_the_gguf_adapter_has_a_matrix_for_each_expert(paths: Paths, tmp_path: pathlib.Path, family: str) -> None:
+    """llama.cpp multiplies the tokens of expert e by A[e] and B[e] of each of its tensors."""
+    base = save(tmp_path / "base", family, paths)
+    adapter = adapt(tmp_path / "adapter", base, rank_pattern={"mlp.experts.down_proj": 2}, lora_alpha=6)
+    here("export", "--adapter", adapter, "--to", "gguf-adapter", "--output", tmp_path / "adapter.gguf")
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    found = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
+    model = PeftModel.from_pretrained(ours(base), adapter)
+    for i in range(2):
+        for stack, tensors in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.items():
+            layer = next(
+                m for name, m in model.named_modules()
+                if f"layers.{i}.mlp.experts" in name and getattr(m, "parameter_name", None) == stack
+            )  # fmt: skip
+            delta = layer.layer4bit.as_quantized(layer.get_delta_weight("default"))
+            parts = [delta]
+            if stack == "gate_up_proj":
+                parts = [delta[:, 0::2], delta[:, 1::2]] if family == "gpt_oss" else [*delta.chunk(2, 1)]
+            for tensor, expected in zip(tensors, parts, strict=True):
+                a, b = (found.pop(f"blk.{i}.ffn_{tensor}_exps.weight.lora_{side}") for side in "ab")
+                assert a.ndim == b.ndim == 3
+                torch.testing.assert_close(alpha / b.shape[2] * (b @ a), expected, rtol=1e-4, atol=1e-5)
+    assert {*found} == {f"blk.{i}.attn_q.weight.lora_{side}" for i in range(2) for side in "ab"}
+
+
+def test_an_adapter_on_other_experts_is_rejected(
+    refused: Refused, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = save(tmp_path / "base", "qwen3_moe", paths)
+    adapter = adapt(tmp_path / "adapter", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_experts": 5, "num_local_experts": 5}))
+    capfd.readouterr()
+    message = refused("export", "--adapter", adapter, "--to", "gguf-adapter", "--output", tmp_path / "no.gguf")
+    assert re.search(r"does not fit its base: model\.layers\.0\.mlp\.experts has A \[\d+, \d+\], expected", message)
