@@ -34,7 +34,7 @@ _SCALES = ("weight_scale", "scales")
 _CACHE_SCALES = ("q_scale", "k_scale", "v_scale")  # of 8-bit keys and values, which are not applied
 _SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Bytes of experts that are read before their pages are released, which takes a few milliseconds.
-_RELEASED_AT_ONCE = 4 << 20
+_RELEASED_AT_ONCE = 1 << 20
 _ADVICE = "call qlora_ext.integrations.transformers.save_in_our_format(model) before saving it"
 
 

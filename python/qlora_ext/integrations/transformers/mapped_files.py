@@ -27,6 +27,17 @@ def _advise(begin: int, end: int, advice: int) -> None:
         _libc().madvise(begin, end - begin, advice)  # errors are ignored: they only cost memory
 
 
+def _joined(ranges: Iterable[_Range]) -> list[_Range]:
+    """The ranges, with adjacent ones as one: small tensors, one after the other, may share their pages."""
+    found: list[_Range] = []
+    for begin, end in sorted(ranges):
+        if found and begin <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((begin, end))
+    return found
+
+
 class MappedFiles:
     """The files ``paths`` of a checkpoint that one load is about to map and read. Does nothing except on Linux.
 
@@ -58,20 +69,22 @@ class MappedFiles:
     def release(self, *tensors: Tensor) -> None:
         """Releases the pages of ``tensors``, which the load has read for the last time.
 
-        If a tensor is part of a mapping, the pages that lie entirely within it are discarded. If it is a copy (cast,
+        The pages that lie entirely within tensors of a mapping are discarded. If a tensor is a copy (cast,
         or merged from several tensors), its source is unknown, so the kernel is asked to page out everything that was
         mapped since the load began. That preserves all content, but later reads access the disk. Tensors on other
         devices are not released.
         """
         on_cpu = [tensor for tensor in tensors if tensor.device.type == "cpu"]
         mappings, page = self._new_mappings() if on_cpu else [], mmap.PAGESIZE
-        copied = False
+        copied, mapped = False, list[_Range]()
         for tensor in on_cpu:
             begin = tensor.data_ptr()
             end = begin + tensor.nbytes
             if tensor.is_contiguous() and any(b <= begin and end <= e for b, e in mappings):
-                _advise(-(-begin // page) * page, end // page * page, _MADV_DONTNEED)
+                mapped.append((begin, end))
             else:
                 copied = True
+        for begin, end in _joined(mapped):
+            _advise(-(-begin // page) * page, end // page * page, _MADV_DONTNEED)
         for mapping in mappings if copied else []:
             _advise(*mapping, _MADV_PAGEOUT)
