@@ -6,7 +6,7 @@ import argparse
 import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, first_line, reading
@@ -69,22 +69,33 @@ def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
     return Job(
         count * kept.itemsize + _HEADER,
         functools.partial(_build, adapter, architecture, alpha, layers, kept),
-        functools.partial(read_adapter, adapter, found, scalings),
+        functools.partial(
+            read_adapter,
+            functools.partial(_trained, adapter, found),
+            {layer: [place] for layer, place in found.items()},
+            scalings,
+        ),
     )
+
+
+def _trained(adapter: pathlib.Path, layers: Iterable[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of each layer, float32."""
+    from safetensors.torch import load_file
+
+    with reading("weights", str(adapter)):
+        weights = load_file(adapter / "adapter_model.safetensors")
+    names = {layer: f"base_model.model.{layer}.lora_" for layer in layers}
+    return {layer: (weights[f"{n}A.weight"].float(), weights[f"{n}B.weight"].float()) for layer, n in names.items()}
 
 
 def _build(
     adapter: pathlib.Path, architecture: str, alpha: float, layers: dict[str, tuple[Place, float]], dtype: torch.dtype
 ) -> Callable[[pathlib.Path], None]:
-    from safetensors.torch import load_file
-
     from ...gguf.adapter import write_adapter
 
-    with reading("weights", str(adapter)):
-        weights = load_file(adapter / "adapter_model.safetensors")
-    matrices = {}
+    trained, matrices = _trained(adapter, layers), {}
     for layer, (place, factor) in layers.items():
-        a, b = (weights[f"base_model.model.{layer}.lora_{side}.weight"].float() for side in "AB")
+        a, b = trained[layer]
         a, b = a.to(dtype), (b[place.rows] * factor).to(dtype)
         if not (a.isfinite().all() and b.isfinite().all()):
             raise UserError(
