@@ -222,23 +222,26 @@ def _rows_of(blocks: Any) -> list[Row]:
 
 def _put(factors: Mapping[str, tuple[Factors, Factors]], model: Any) -> None:
     """Replaces the adapter of a model by the one that was exported."""
-    from ...integrations.peft.experts import LoraExperts4bit
-    from .weights import layers_by_name
+    import torch
+    from peft.tuners.lora.layer import LoraLayer
 
-    layers = layers_by_name(model)
-    for name, layer in [*layers.items()]:
-        if isinstance(layer, LoraExperts4bit):
-            layers[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = layer
-    for name, (_, (a, b, scaling)) in factors.items():
-        layer = layers[name]
-        (adapter,) = layer.active_adapters
-        if isinstance(layer, LoraExperts4bit):
-            own_a, own_b, _ = layer.factors(adapter)  # views
-        else:
-            own_a, own_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        own_a.data.copy_(a)
-        own_b.data.copy_(scaling * b)
-        layer.scaling[adapter] = 1.0
+    from ...integrations.peft.experts import LoraExperts4bit
+    from .weight_errors import name_in_model
+
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            path, (adapter,) = name_in_model(name), layer.active_adapters
+            if isinstance(layer, LoraExperts4bit):
+                path = f"{path}.{layer.parameter_name}"
+                lora_a, lora_b, _ = layer.factors(adapter)  # views
+            else:
+                lora_a, lora_b = (module[adapter].weight for module in (layer.lora_A, layer.lora_B))
+            _, (a, b, scaling) = factors[path]
+            lora_a.copy_(a)
+            lora_b.copy_(scaling * b)
+            layer.scaling[adapter] = 1.0
 
 
 _SHOWN = 5

@@ -48,6 +48,11 @@ class WeightError:
         return self.error / self.size if self.size else (math.inf if self.error else 0.0)
 
 
+def name_in_model(name: str) -> str:
+    """The name of a PEFT model's layer in the model without adapters."""
+    return _ADDED.sub("", name.removeprefix("base_model.model."))
+
+
 def weights_of(model: Any) -> dict[str, Pair]:
     """The matrices of a loaded model, which may have adapters, by their names in the dense model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -57,7 +62,7 @@ def weights_of(model: Any) -> dict[str, Pair]:
 
     found: dict[str, Pair] = {}
     for name, module in model.named_modules():
-        path = _ADDED.sub("", name.removeprefix("base_model.model."))
+        path = name_in_model(name)
         if _OF_PEFT.search(name) or isinstance(module, TiedLinear4bit):
             continue
         if isinstance(module, Over4bit):
