@@ -148,7 +148,7 @@ def test_a_file_without_4bit_weights_is_quantized(tmp_path: pathlib.Path) -> Non
     assert weights.summary == ("a.gguf: 7 Q8_0 quantized to NF4, 7 F16 quantized to NF4, 5 F32 dense, 2 F16 dense")
 
 
-@pytest.mark.parametrize("kind", ["IQ4_XS", "Q3_K", "IQ2_XXS"])
+@pytest.mark.parametrize("kind", ["IQ4_XS", "IQ3_XXS", "IQ2_XXS"])
 def test_types_of_few_bits_are_not_quantized_a_second_time(kind: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.gguf"
     weights = made("llama", path, kinds=[kind], of={"token_embd.weight": "F16", "output.weight": "F16"})

@@ -23,6 +23,7 @@ from .checkpoint_experts import DenseExperts, alternates, dense_experts
 from .checkpoint_files import Header, Names, map_tensors, patterns_of, read_headers
 from .checkpoint_fp8 import ScaledWeight, scaled_weights
 from .checkpoint_operations import OriginalNames, PackedTensors, module_of
+from .checkpoint_weights import Matrix, StoredWeight, experts_of
 from .deferred import deferred, dtype_of
 from .modules import BaseNames, check_complete, empty_layer
 from .source import Source
@@ -36,59 +37,6 @@ _SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 # Bytes of experts that are read before their pages are released, which takes a few milliseconds.
 _RELEASED_AT_ONCE = 1 << 20
 _ADVICE = "call qlora_ext.integrations.transformers.save_in_our_format(model) before saving it"
-
-
-@dataclasses.dataclass
-class _Matrix:
-    """A matrix that the checkpoint stores, or a stack of matrices that it stores as one.
-
-    Attributes:
-        where: the file and the name of the dense weight in it, for messages.
-        tensors: the names of its tensors in the checkpoint, by their names in the format.
-        retained: the tensors that are saved as they were read.
-    """
-
-    where: str
-    tensors: dict[str, str]
-    retained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class _Weight:
-    """A 4-bit weight of the model.
-
-    Attributes:
-        shape: as in ``Packed4bit.packed_shapes``.
-        matrices: of the checkpoint: for each expert, those whose rows the model joins. If the checkpoint does not store
-            the experts one by one, there is one entry.
-        is_split: whether the checkpoint stores the experts one by one.
-        settings: of the format.
-        alternates: whether the model alternates between the rows of an expert's two matrices.
-        block_size: elements per scale in the model.
-    """
-
-    shape: tuple[int, ...]
-    matrices: list[list[_Matrix]]
-    is_split: bool
-    settings: Settings
-    alternates: bool = False
-    block_size: int = 0
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape of one of ``matrices``."""
-        *stack, rows, columns = self.shape
-        return (*([] if self.is_split else stack), rows // len(self.matrices[0]), columns)
-
-    @property
-    def where(self) -> str:
-        return self.matrices[0][0].where
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
-        names = (name for parts in self.matrices for matrix in parts for name in matrix.tensors.values())
-        return sorted(names, key=core_model_loading.dot_natural_key)
 
 
 class CheckpointSource(Source):
@@ -105,7 +53,7 @@ class CheckpointSource(Source):
         self.format, self.settings = format_of(config)
         self.name = self.format.name
         self._config = copy.deepcopy(dict(config))
-        self._weights: dict[str, _Weight] = {}
+        self._weights: dict[str, StoredWeight] = {}
         self._dense: dict[str, ScaledWeight | DenseExperts] = {}
         self._headers: dict[str, Header] = {}
         self._places: dict[str, str] = {}  # of tensors that transformers loads as they are: their names in the model
@@ -143,7 +91,7 @@ class CheckpointSource(Source):
             name: dataclasses.replace(form, block_size=self._weights[name].block_size) for name, form in forms.items()
         }
 
-    def _stored(self, headers: Mapping[str, Header]) -> dict[str, _Matrix]:
+    def _stored(self, headers: Mapping[str, Header]) -> dict[str, Matrix]:
         """The 4-bit weights of the files, by the names that dense ones would have.
 
         Raises:
@@ -153,7 +101,7 @@ class CheckpointSource(Source):
             self._check_one_by_one(headers)
         names = self.format.tensors(self.settings)
         codes = next(name for name in _CODES if name in names)
-        found: dict[str, _Matrix] = {}
+        found: dict[str, Matrix] = {}
         for dense, tensors in self._groups(headers).items():
             where = f"{printable(headers[next(iter(tensors.values()))].file)}: {excerpt(dense, 200)}"
             if codes in tensors:
@@ -161,7 +109,7 @@ class CheckpointSource(Source):
                 if is_dense_too:
                     raise ValueError(f"{where}: expected a dense weight or the tensor {codes} of {self.name}, got both")
                 if headers[key].dtype in _CODE_DTYPES:
-                    found[dense] = _Matrix(where, tensors)
+                    found[dense] = Matrix(where, tensors)
                 elif key != dense:
                     raise ValueError(f"{where}: expected {codes} to be 4-bit codes, got {headers[key].dtype}")
             elif dense not in headers and any(names[tensor] for tensor in tensors):
@@ -206,14 +154,14 @@ class CheckpointSource(Source):
         return f"{module}.weight", tensor
 
     def _placed(
-        self, model: nn.Module, names: Names, stored: Mapping[str, _Matrix], headers: Mapping[str, Header]
-    ) -> dict[str, _Weight]:
+        self, model: nn.Module, names: Names, stored: Mapping[str, Matrix], headers: Mapping[str, Header]
+    ) -> dict[str, StoredWeight]:
         """The 4-bit weights, by their names in the model. Those for which it has no place are left to transformers.
 
         Raises:
             ValueError: a weight cannot be put into the model as it is.
         """
-        groups: dict[str, dict[str | None, list[tuple[str, _Matrix]]]] = {}
+        groups: dict[str, dict[str | None, list[tuple[str, Matrix]]]] = {}
         for dense, matrix in stored.items():
             target, pattern = names.place(dense)
             if target is not None:
@@ -228,9 +176,9 @@ class CheckpointSource(Source):
         model: nn.Module,
         names: Names,
         target: str,
-        by_pattern: Mapping[str | None, list[tuple[str, _Matrix]]],
+        by_pattern: Mapping[str | None, list[tuple[str, Matrix]]],
         headers: Mapping[str, Header],
-    ) -> _Weight:
+    ) -> StoredWeight:
         """The weight ``target`` of the model, from the names and matrices that a converter's patterns match."""
         module, name = get_module_from_name(model, target)
         where = next(iter(by_pattern.values()))[0][1].where
@@ -255,7 +203,7 @@ class CheckpointSource(Source):
             )
         shape, is_split = shapes[name], bool(operations)
         count = shape[0] if is_split else 1
-        columns: list[list[_Matrix]] = []
+        columns: list[list[Matrix]] = []
         for pattern in patterns:
             entries = sorted(by_pattern[pattern], key=lambda entry: core_model_loading.dot_natural_key(entry[0]))
             columns.append([matrix for _, matrix in entries])
@@ -264,11 +212,11 @@ class CheckpointSource(Source):
                     f"{where}: expected {count} weights of {self.name} with names like {pattern}, found {len(entries)}"
                 )
         matrices = [list(parts) for parts in zip(*columns, strict=True)]
-        found = _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
+        found = StoredWeight(shape, matrices, is_split, self._settings_of(matrices, headers))
         found.alternates = len(columns) > 1 and patterns_of(patterns[0] or "") is not None and alternates(module)
         return found
 
-    def _check_surplus(self, stored: Mapping[str, _Matrix], headers: Mapping[str, Header], names: Names) -> None:
+    def _check_surplus(self, stored: Mapping[str, Matrix], headers: Mapping[str, Header], names: Names) -> None:
         """Rejects tensors of modules with 4-bit weights that belong to neither the format nor the model.
 
         GPTQ's writers give every module a bias of zeros, which are saved again.
@@ -296,13 +244,13 @@ class CheckpointSource(Source):
                 where = f"{printable(headers[key].file)}: {excerpt(key, 200)}"
                 raise ValueError(f"{where}: expected zeros, because the model's layer has no bias, got other values")
 
-    def _settings_of(self, matrices: list[list[_Matrix]], headers: Mapping[str, Header]) -> Settings:
+    def _settings_of(self, matrices: list[list[Matrix]], headers: Mapping[str, Header]) -> Settings:
         """The settings with the dtype of the scales in the files."""
         tensors = matrices[0][0].tensors
         scale = next((headers[tensors[name]].dtype for name in _SCALES if name in tensors), "")
         return dataclasses.replace(self.settings, scale_dtype=_SCALE_DTYPES.get(scale, self.settings.scale_dtype))
 
-    def _form(self, weight: _Weight) -> Form:
+    def _form(self, weight: StoredWeight) -> Form:
         for parts in weight.matrices:
             for matrix in parts:
                 for name, is_required in self.format.tensors(self.settings).items():
@@ -350,7 +298,7 @@ class CheckpointSource(Source):
         return [PackedTensors(self, targets), *conversions]
 
     @property
-    def _all(self) -> dict[str, _Weight | ScaledWeight | DenseExperts]:
+    def _all(self) -> dict[str, StoredWeight | ScaledWeight | DenseExperts]:
         """The weights that this source reads."""
         return {**self._weights, **self._dense}
 
@@ -366,7 +314,7 @@ class CheckpointSource(Source):
             return self._dense[name].read(by_key, dense.shape, dense.dtype)
         assert isinstance(module, Packed4bit)
         weight, dtype = self._weights[name], module.weight_dtype
-        experts = [*_experts(weight, by_key)]
+        experts = [*experts_of(weight, by_key)]
         stack, done = joined.Stack(len(experts)), list[Tensor]()
         limit = max(sum(t.nbytes for t in tensors) // 16, _RELEASED_AT_ONCE)
         for e, (parts, given, shape) in enumerate(experts):
@@ -385,8 +333,8 @@ class CheckpointSource(Source):
 
     def _read(
         self,
-        weight: _Weight,
-        matrix: _Matrix,
+        weight: StoredWeight,
+        matrix: Matrix,
         by_key: Mapping[str, Tensor],
         shape: tuple[int, ...],
         dtype: torch.dtype,
@@ -454,7 +402,7 @@ class CheckpointSource(Source):
             return t
         return deferred({name: (dtype, t.shape)}, lambda: [(name, t.to(dtype))])[name]
 
-    def _saved(self, name: str, weight: _Weight, module: Packed4bit) -> dict[str, Tensor]:
+    def _saved(self, name: str, weight: StoredWeight, module: Packed4bit) -> dict[str, Tensor]:
         """The tensors of a weight, which are deferred unless all ranks have to gather it."""
         attribute = name.rpartition(".")[2]
         for matrix, part in self._parts(name, weight, module.packed_weight(attribute)):
@@ -465,7 +413,7 @@ class CheckpointSource(Source):
         write = functools.partial(self._written, name, weight, module)
         return dict(write()) if module.is_sharded else deferred(self._specs(weight.names), write)
 
-    def _parts(self, name: str, weight: _Weight, w4: Weight4bit) -> Iterator[tuple[_Matrix, Weight4bit]]:
+    def _parts(self, name: str, weight: StoredWeight, w4: Weight4bit) -> Iterator[tuple[Matrix, Weight4bit]]:
         """The matrices of the checkpoint, each with its values in ``w4``.
 
         Raises:
@@ -486,26 +434,11 @@ class CheckpointSource(Source):
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}; {_ADVICE}") from error
 
-    def _written(self, name: str, weight: _Weight, module: Packed4bit) -> Iterator[tuple[str, Tensor]]:
+    def _written(self, name: str, weight: StoredWeight, module: Packed4bit) -> Iterator[tuple[str, Tensor]]:
         w4 = module.packed_weight(name.rpartition(".")[2])
         for matrix, part in self._parts(name, weight, w4):
             tensors = self.format.write(part, weight.settings, matrix.retained)
             yield from ((key, tensors[tensor]) for tensor, key in matrix.tensors.items())
-
-
-def _experts(
-    weight: _Weight, by_key: Mapping[str, Tensor]
-) -> Iterator[tuple[list[_Matrix], Mapping[str, Tensor], tuple[int, ...]]]:
-    """For each expert, or for a matrix: the matrices of the checkpoint, their tensors, and the shape of one of them.
-
-    Of a stack that the checkpoint stores as one, the tensors are slices, so that it is read expert by expert. A stack
-    that is damaged is left to ``Format.read``, which rejects it.
-    """
-    is_stack = len(weight.stored_shape) == 3 and all(t.shape[:1] == weight.shape[:1] for t in by_key.values())
-    for e in range(weight.shape[0] if is_stack else 0):
-        yield weight.matrices[0], {key: t[e] for key, t in by_key.items()}, weight.stored_shape[1:]
-    for parts in () if is_stack else weight.matrices:
-        yield parts, by_key, weight.stored_shape
 
 
 def _items(write: Callable[[Tensor], dict[str, Tensor]], t: Tensor) -> Iterable[tuple[str, Tensor]]:
