@@ -91,7 +91,7 @@ inline void for_each_unit(const Scales& scales, const float* unit, int64_t first
 // out[i] = codes[i] * step * the unit of the nested block of block first + i, rounded after each product
 inline void multiply_codes(const Scales& scales, const uint8_t* codes, float step, const float* unit, int64_t first,
                            int64_t count, float* out) {
-  for_each_unit(scales, unit, first, count, [=](int64_t begin, int64_t here, float by) __attribute__((always_inline)) {
+  for_each_unit(scales, unit, first, count, [=](int64_t begin, int64_t here, float by) {
     int64_t i = begin;
     for (; i + 8 <= begin + here; i += 8) codec::multiply_eight(codes + i, step, by, out + i);
     for (; i < begin + here; ++i) out[i] = static_cast<float>(codes[i]) * step * by;
@@ -115,7 +115,7 @@ inline void read_table_scales(const Scales& scales, int64_t first, int64_t count
     return multiply_codes(scales, codes, scales.table[1], unit, first, count, out);
   look_up_scales(codes, count, scales.table, out);
   if (!unit) return;
-  for_each_unit(scales, unit, first, count, [=](int64_t begin, int64_t here, float by) __attribute__((always_inline)) {
+  for_each_unit(scales, unit, first, count, [=](int64_t begin, int64_t here, float by) {
     for (int64_t i = begin; i < begin + here; ++i) out[i] *= by;
   });
 }
