@@ -11,7 +11,7 @@ The base is in another format than the file, so that encoding costs loss even wi
 encoded base is given beside. The rows "own" measure the rounding alone: the base is encoded in the format first, and
 the loss before and that of the unmerged adapter are measured over this base.
 
-The gain kept is (before - exported) / (before - trained). `--cache` retains the base and the runs.
+The gain kept is (before - exported) / (before - trained). `--cache` retains the dense base and the runs.
 """
 
 from __future__ import annotations
@@ -24,35 +24,29 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 import qlora_ext
 from lib import harness
-from qlora_ext.cli import main as command
 from qlora_ext.cli.data import DEFAULT_DATA, read_examples, split
-from qlora_ext.cli.exporting.weights import Encoder, before_and_after, layers_by_name
-from qlora_ext.cli.models import DEFAULT_MODEL
-from qlora_ext.cli.models.adapted import find_adapted
-from qlora_ext.cli.training.settings import Settings
-from qlora_ext.cli.training.trainer import held_out_loss
+from qlora_ext.cli.models import DEFAULT_MODEL, Loader, load_tokenizer, resolve
 from qlora_ext.form import Form
 from qlora_ext.integrations.peft.merge import Over4bit
-from qlora_ext.merged import seed_of
+from qlora_ext.merged import encode_like, seed_of
 
-BATCH = 4
+# Of the default job: tokens per row, rows to train on and held-out examples.
+LENGTH, TRAINED, HELD_OUT = 256, 200, 48
 Weights = Mapping[str, tuple[Tensor, Tensor]]  # before and after merging, by layer
 
 
-def trained(base: str, steps: int, cache: pathlib.Path) -> pathlib.Path:
-    """A run over the base in that format."""
-    model, run = DEFAULT_MODEL, cache / f"run-{base}"
-    if base == "NF4":
-        model = str(cache / "NF4")
-        if not (cache / "NF4").exists():
-            assert command(["quantize", "--model", DEFAULT_MODEL, "--output", model]) == 0
-    if not run.exists():
-        qlora_ext.finetune(model=model, output=run, max_steps=steps)
-    return run
+def base_of(name: str, cache: pathlib.Path) -> str:
+    """The model over which `finetune` trains in that format: its file is in Q4_1, and dense models become NF4."""
+    if name == "Q4_1":
+        return DEFAULT_MODEL
+    if not (cache / "dense").exists():
+        qlora_ext.export(model=DEFAULT_MODEL, to="dense", output=cache / "dense")
+    return str(cache / "dense")
 
 
 @dataclasses.dataclass
@@ -64,34 +58,37 @@ class Subject:
     rows: list[Any]
 
     @classmethod
-    def of(cls, run: pathlib.Path, base: str, count: int) -> Subject:
-        arguments = argparse.Namespace(
-            adapter=str(run), model=str(run.parent / "NF4") if base == "NF4" else DEFAULT_MODEL, dtype="float32",
-            device="cpu", force=False, trust_remote_code=False,
-        )  # fmt: skip
-        adapted, s = find_adapted(arguments), Settings()
-        examples = read_examples(DEFAULT_DATA)
-        rows = split(adapted.tokenizer, examples, s.seq_len, s.train_rows, s.eval_size, s.seed).held_out
-        model = adapted.load()
-        weights = {
-            name: tuple(weight.clone() for weight in before_and_after(layer))
-            for name, layer in layers_by_name(model).items()
-            if isinstance(layer, Over4bit)
-        }
-        return cls(model.merge_and_unload().bfloat16(), weights, list(rows)[:count])  # type: ignore[arg-type]
+    def of(cls, adapter: pathlib.Path, base: str, count: int) -> Subject:
+        source, tokenizer = resolve(base), load_tokenizer(resolve(base))
+        rows = split(tokenizer, read_examples(DEFAULT_DATA), LENGTH, TRAINED, HELD_OUT, 0).held_out
+        loader = Loader(source, Form(), torch.float32, torch.device("cpu"))
+        model = PeftModel.from_pretrained(loader.while_loading(), str(adapter))
+        weights = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, Over4bit):
+                before, after = layer.before_and_after()
+                weights[name.removeprefix("base_model.model.")] = before.clone(), after.clone()
+        return cls(model.merge_and_unload().bfloat16().eval(), weights, list(rows)[:count])
 
     def loss(self, weights: Iterator[tuple[str, Tensor]]) -> float:
         """The held-out loss with these weights."""
         for name, weight in weights:
             self.model.get_submodule(name).weight.data = weight.bfloat16()
-        return held_out_loss(
-            self.model, self.rows, BATCH, lambda model, batch: model(**batch, use_cache=False).loss.float()
-        )
+        total = count = 0
+        for row in self.rows:
+            ids, labels = (torch.tensor([list(row[key])]) for key in ("input_ids", "labels"))
+            logits = self.model(ids).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum"))
+            count += int((labels[:, 1:] != -100).sum())
+        return total / count
 
 
-def ours(form: Form) -> Callable[[str, Tensor, Tensor], Tensor]:
-    encode = Encoder(form)
-    return lambda name, before, after: encode(before, after, None, seed_of(f"{name}.weight")).dequantize(torch.float32)
+def ours(form: str) -> Callable[[str, Tensor, Tensor], Tensor]:
+    def encode(name: str, before: Tensor, after: Tensor) -> Tensor:
+        found = encode_like(qlora_ext.quantize(before, form), before, after, seed_of(f"{name}.weight"))
+        return found.w4.dequantize(torch.float32)
+
+    return encode
 
 
 def rows_of(subject: Subject, base: str, form: str, losses: tuple[float, float]) -> Iterator[dict[str, Any]]:
@@ -110,7 +107,7 @@ def rows_of(subject: Subject, base: str, form: str, losses: tuple[float, float])
     for what, weights, (before, best) in ((base, subject.weights, losses), ("own", own, others)):
         found = {
             "nearest": measured(weights, lambda name, before, after: nearest(after)),
-            "ours": measured(weights, ours(Form.named(form))),
+            "ours": measured(weights, ours(form)),
         }
         kept = {f"{name}: gain kept": f"{(before - loss) / (before - best):.0%}" for name, loss in found.items()}
         yield {
@@ -144,9 +141,11 @@ def main() -> None:
         cache = arguments.cache or pathlib.Path(temporary)
         cache.mkdir(exist_ok=True)
         for base in arguments.bases.split(","):
-            with torch.enable_grad():
-                run = trained(base, arguments.steps, cache)
-            subject = Subject.of(run, base, arguments.rows)
+            model, run = base_of(base, cache), cache / f"run-{base}"
+            if not run.exists():
+                with torch.enable_grad():
+                    qlora_ext.finetune(model=model, output=run, max_steps=arguments.steps)
+            subject = Subject.of(run / "adapter", model, arguments.rows)
             before, best = (subject.loss((name, pair[i]) for name, pair in subject.weights.items()) for i in (0, 1))
             for form in arguments.forms.split(","):
                 for row in rows_of(subject, base, form, (before, best)):

@@ -174,6 +174,18 @@ def formats_by_machine() -> Tables:
     return {f"formats on {machine}": functools.partial(times_of_formats, machine) for machine in measured}
 
 
+def exports() -> str:
+    """Of bench/export.py: losses of merged models by format, and the share of the adapter's gain that they retain."""
+    rows = []
+    for row in files.sections("amd_25_17")["export"]["rows"]:
+        losses = [f"{row[key]:.3f}" for key in ("before", "trained", "encoded base", "nearest", "ours")]
+        kept = [row["nearest: gain kept"], f"**{row['ours: gain kept']}**"]
+        base = row["format"] if row["base"] == "own" else row["base"]
+        rows.append([base.upper(), row["format"].upper(), *losses, *kept])
+    headings = ["base", "exported as", "before", "trained", "base encoded", "nearest", "ours"]
+    return table([*headings, "gain kept: nearest", "ours"], rows)
+
+
 PAGES: dict[Path, Tables] = {
     README: {"steps": steps},
     DOCS / "benchmarks.md": {
@@ -191,6 +203,7 @@ PAGES: dict[Path, Tables] = {
         part: lambda part=part: runs(part)  # type: ignore[misc]
         for part in ("memory", "stability", "rank", "overfitting")
     },
+    DOCS / "deploy.md": {"exports": exports},
     DOCS / "finetune.md": {"default job": lambda: runs("default", "amd_25_17")},
 }
 
