@@ -79,13 +79,24 @@ def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
         layer.to(compute)
 
 
-def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
-    """The dense model in ``dtype`` on the CPU. It is complete, but its values are not checked."""
+def _load(source: ModelSource, weights: GGUFWeights | None, shown: bool, **options: Any) -> Any:
+    """Loads the model with transformers, from its files or from the ``weights`` in its GGUF file."""
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": dtype, "output_loading_info": True}
-    model, report = load_pretrained("model", source, AutoModelForCausalLM, shown, **options)
+    options |= {"output_loading_info": True}
+    if weights is None:
+        model, report = load_pretrained("model", source, AutoModelForCausalLM, shown, **options)
+    else:
+        with loading("model", source, shown):
+            model, report = weights.load(**options)
+        report["unexpected_keys"] = {*report["unexpected_keys"], *weights.unknown}
     validate_model.check_report(source, model, report)
+    return model
+
+
+def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
+    """The dense model in ``dtype`` on the CPU. It is complete, but its values are not checked."""
+    model = _load(source, _gguf_weights(source, load_config(source)), shown, dtype=dtype)
     if source.gguf_file is not None and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # transformers has decoded it, and would not save it
     return model
@@ -207,24 +218,11 @@ class Loader:
 
     def _quantized(self, config: Any, weights: GGUFWeights | None, shown: bool) -> Any:
         """Lets transformers quantize the model while it loads it, from its files or from ``weights``."""
-        from transformers import AutoModelForCausalLM
-
-        options = {
-            "dtype": self.dtype,
-            "output_loading_info": True,
-            "device_map": {"": self.device},
-            "quantization_config": config,
-        }
+        options = {"dtype": self.dtype, "device_map": {"": self.device}, "quantization_config": config}
         with warnings.catch_warnings():
             # The warning says that a saved 4-bit model keeps its own form, which is intended.
             warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-            if weights is None:
-                model, report = load_pretrained("model", self.source, AutoModelForCausalLM, shown, **options)
-            else:
-                with loading("model", self.source, shown):
-                    model, report = weights.load(**options)
-                report["unexpected_keys"] = {*report["unexpected_keys"], *weights.unknown}
-        validate_model.check_report(self.source, model, report)
+            model = _load(self.source, weights, shown, **options)
         if weights is not None:
             print(f"qlora-ext: {weights.summary}", file=sys.stderr)
         return model
