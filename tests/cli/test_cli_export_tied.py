@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qlora_ext
 from commands import Paths, here
+from qlora_ext.cli.models import load_dense, resolve
+from qlora_ext.gguf.file import read_header
 
 Refused = Callable[..., str]
 IDS = torch.arange(40, 72).view(2, 16)
@@ -87,6 +89,18 @@ def test_the_merged_model_computes_what_the_adapter_does(
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     error = (logits(model) - expected).norm() / expected.norm()
     assert error < (0.02 if target == "dense" else 0.2)
+
+
+@pytest.mark.parametrize("change", ["LoRA on the head", "LoRA on the embeddings", "both saved, tied", "neither"])
+def test_a_gguf_file_computes_what_the_adapter_does(paths: Paths, tmp_path: pathlib.Path, change: str) -> None:
+    base, out = save_tied(tmp_path / "base", paths), tmp_path / "out.gguf"
+    adapter = adapt(tmp_path / "adapter", base, CHANGES[change][0])
+    expected = logits(PeftModel.from_pretrained(ours(base), adapter))
+    here("export", "--adapter", adapter, "--to", "gguf:f16", "--check", "none", "--output", out)
+    names = {tensor.name for tensor in read_header(out).tensors}
+    assert ("output.weight" in names) == (change != "neither")
+    model = load_dense(resolve(str(out)), torch.float32, torch.device("cpu"))
+    assert (logits(model) - expected).norm() < 0.02 * expected.norm()
 
 
 def test_files_that_tie_both_name_a_target_that_does_not(

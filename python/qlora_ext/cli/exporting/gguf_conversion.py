@@ -26,8 +26,9 @@ from ..models.adapted import Adapted
 from ..models.loading import load_dense
 from ..models.pretrained import is_4bit, load_config
 from .job import Job
-from .lora import architecture_of, check_mergeable
+from .lora import architecture_of, check_mergeable, tied_layer
 from .merged_weights import MergedWeights, Read
+from .tying import untie
 from .weights import Encoder
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
@@ -49,6 +50,7 @@ class _Conversion:
         kind: the type that the target names.
         kinds: the tensors that come from weights, and their types.
         factors: tensors that do not, float32.
+        unties: whether the file has an output head, although the base ties it to the embeddings.
     """
 
     target: str
@@ -59,6 +61,7 @@ class _Conversion:
     words: tokenizer.GGUFTokenizer
     kinds: list[tuple[FileTensor, str]]
     factors: dict[str, Tensor]
+    unties: bool
 
 
 def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton: Any) -> Job:
@@ -72,6 +75,10 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     architecture = architecture_of(target, source, config)
     if adapted.adapter is not None:
         check_mergeable(target, adapted.adapter)
+    unties = adapted.adapter is not None and tied_layer(adapted.adapter, skeleton) is not None
+    if unties:
+        head = skeleton.get_output_embeddings()
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
     rows = skeleton.get_input_embeddings().weight.shape[0]
     try:
         metadata.check(architecture, config)
@@ -90,7 +97,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     window = metadata.ignored_window(config)
     if window is not None:
         print(f"llama.cpp attends to all tokens of this model, which has a window of {window}; longer texts differ")
-    conversion = _Conversion(target, adapted, config, architecture, kind, words, kinds, factors)
+    conversion = _Conversion(target, adapted, config, architecture, kind, words, kinds, factors, unties)
     return Job(nbytes, lambda: _build(conversion))
 
 
@@ -116,6 +123,9 @@ def _build(conversion: _Conversion) -> Callable[[pathlib.Path], None]:
     if adapted.adapter is not None or is_4bit(adapted.source):
         loader = dataclasses.replace(adapted.loader, compute=torch.float32)  # of the adapter too
         model = dataclasses.replace(adapted, loader=loader).load()
+        if conversion.unties:
+            untie(model)
+            print("the adapter changes the output head or the embeddings, which are tied: both are written")
     else:
         dtype = getattr(conversion.config, "dtype", None) or adapted.loader.dtype
         model = load_dense(adapted.source, dtype, adapted.loader.device)

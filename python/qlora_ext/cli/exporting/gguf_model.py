@@ -32,7 +32,7 @@ from ..models.pretrained import load_config
 from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
 from .job import Job
-from .lora import architecture_of, check_plain, ranks_of
+from .lora import architecture_of, check_plain, check_tied, ranks_of
 from .model_directories import find_model
 from .trained_for import trained_for
 from .weights import Encoder, before_and_after, finished_in, layers_by_name, stored_in
@@ -49,7 +49,7 @@ def prepare(arguments: argparse.Namespace, kind: str) -> Job:
         source = resolve(arguments.model, arguments.trust_remote_code)
         if source.gguf_file is not None:
             return _retype(target, source, kind, arguments.embeddings)
-    adapted, skeleton = find_model(arguments)
+    adapted, skeleton = find_model(arguments, unties=True)
     if adapted.source.gguf_file is None:
         return gguf_conversion.prepare(arguments, kind, adapted, skeleton)
     return _merge(target, adapted, skeleton, kind, arguments.embeddings)
@@ -88,6 +88,7 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
     source = adapted.source
     assert adapted.adapter is not None
     check_plain(target, adapted.adapter)
+    check_tied(target, adapted.adapter, skeleton)
     config = load_config(source)
     architecture = architecture_of(target, source, config)
     changed = dict.fromkeys(ranks_of(target, adapted.adapter, skeleton))

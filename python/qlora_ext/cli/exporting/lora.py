@@ -113,6 +113,23 @@ def _of_experts(match: re.Match[str] | None, experts: Collection[str]) -> bool:
     return match is not None and match[1].replace(".base_layer", "") in experts
 
 
+def tied_layer(adapter: pathlib.Path, model: Any) -> str | None:
+    """The output head or the embeddings that an adapter changes, if the model ties the two; else None.
+
+    Args:
+        model: the dense base; it may be on the meta device.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not table.weight:
+        return None
+    names = check_files(adapter)
+    for layer, module in model.named_modules():
+        if module in (head, table) and any(name.startswith(f"base_model.model.{layer}.") for name in names):
+            found: str = layer
+            return found
+    return None
+
+
 def check_tied(target: str, adapter: pathlib.Path, model: Any) -> None:
     """Rejects an adapter on an output head that is tied to the embeddings, because merging it changes both.
 
@@ -123,13 +140,9 @@ def check_tied(target: str, adapter: pathlib.Path, model: Any) -> None:
     Raises:
         UserError: the adapter is on the head or on the embeddings.
     """
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not table.weight:
-        return
-    names = check_files(adapter)
-    for layer, module in model.named_modules():
-        if module in (head, table) and any(name.startswith(f"base_model.model.{layer}.") for name in names):
-            raise UserError(
-                f"{target}: the adapter {adapter} is on {layer}, and the model ties its output head to its embeddings, "
-                "so that merging would change both; use --to dense, which unties them"
-            )
+    layer = tied_layer(adapter, model)
+    if layer is not None:
+        raise UserError(
+            f"{target}: the adapter {adapter} is on {layer}, and the model ties its output head to its embeddings, "
+            "so that merging would change both; use --to dense, which unties them"
+        )
