@@ -91,6 +91,19 @@ def test_the_merged_model_computes_what_the_adapter_does(
     assert error < (0.02 if target == "dense" else 0.2)
 
 
+@pytest.mark.parametrize("change", ["LoRA on the head", "saved embeddings", "neither"])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_merge_unties_too(paths: Paths, tmp_path: pathlib.Path, change: str, four_bit: bool) -> None:
+    options, tied = CHANGES[change]
+    base, out = save_tied(tmp_path / "base", paths), tmp_path / "out"
+    adapter = adapt(tmp_path / "adapter", base, options)
+    expected = logits(PeftModel.from_pretrained(ours(base), adapter))
+    here("merge", "--adapter", adapter, "--output", out, *(["--4bit"] if four_bit else []))
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == tied
+    error = (logits(AutoModelForCausalLM.from_pretrained(out)) - expected).norm() / expected.norm()
+    assert error < (0.2 if four_bit else 0.02)
+
+
 @pytest.mark.parametrize("change", ["LoRA on the head", "LoRA on the embeddings", "both saved, tied", "neither"])
 def test_a_gguf_file_computes_what_the_adapter_does(paths: Paths, tmp_path: pathlib.Path, change: str) -> None:
     base, out = save_tied(tmp_path / "base", paths), tmp_path / "out.gguf"

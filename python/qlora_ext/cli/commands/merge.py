@@ -82,6 +82,7 @@ def _merge(
     from ...calibration import calibration_of
     from ...dtypes import computing_dtype
     from ...integrations.peft import merge_calibrated, merge_to_4bit
+    from ..exporting.tying import tie_if_equal, untie
 
     adapted = find_adapted(arguments)
     tokenizer = adapted.tokenizer
@@ -91,6 +92,7 @@ def _merge(
     compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
     if arguments.evaluate:
         unmerged = loss_on(model, rows, size, compute)
+    tied = untie(model)
     merged: Any
     error, report = None, []
     with calibrate.calibration(arguments, tokenizer, layers) as calibration:
@@ -101,6 +103,7 @@ def _merge(
             merged, error = merge_to_4bit(model)
         else:
             merged = model.merge_and_unload()
+    tie_if_equal(merged, tied)
     restore_use_cache(merged, adapted.source)
     with output.written("merge") as partial:
         merged.save_pretrained(partial)

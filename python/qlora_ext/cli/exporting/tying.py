@@ -25,11 +25,12 @@ def untie(model: Any) -> bool:
     """Gives the output head of a PEFT model its own weight, so that merging changes only what the adapter is on.
 
     Returns:
-        Whether the model ties it to the embeddings.
+        Whether the adapter is on one of both, and the model ties them.
     """
     base = model.get_base_model()
-    head, table = _base_of(base.get_output_embeddings()), _base_of(base.get_input_embeddings())
-    if head is None or not base.config.get_text_config().tie_word_embeddings:
+    wrapped = base.get_output_embeddings(), base.get_input_embeddings()
+    head, table = map(_base_of, wrapped)
+    if head is None or (head, table) == wrapped or not base.config.get_text_config().tie_word_embeddings:
         return False
     if head.weight.data_ptr() == table.weight.data_ptr():
         head.weight = torch.nn.Parameter(table.weight.detach().clone(), requires_grad=False)
