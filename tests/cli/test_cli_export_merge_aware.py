@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import qlora_ext
 from commands import Paths, here
 from gguf_files import WIDE, write
-from qlora_ext.cli.models import Loader, resolve
+from qlora_ext.cli.models import Loader, load_dense, resolve
 from qlora_ext.form import Form
 from qlora_ext.integrations.peft import set_merge_aware
 from qlora_ext.nn import Packed4bit
+from tiny_directories import config_of, make, save
 from tiny_models import save_tiny_llama, token_ids
 
 LEARNT, HELD_OUT = token_ids(6, 24).split((4, 2))
@@ -115,6 +116,30 @@ def test_a_directory_of_compressed_tensors_is_the_trained_model(
     assert type(theirs.hf_quantizer).__name__ == "CompressedTensorsHfQuantizer"
     held_out_loss(theirs)  # decodes the weights, to bfloat16
     assert held_out_loss(torch.nn.Module.float(theirs)) == pytest.approx(held_out_loss(model), abs=1e-3)
+
+
+@pytest.mark.parametrize("code", ["q4_0", "iq4_nl", "mxfp4"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_gguf_file_of_a_directory_is_the_trained_model(tmp_path: pathlib.Path, family: str, code: str) -> None:
+    base, out = save(tmp_path / "base", make(config_of(family))), tmp_path / "out.gguf"
+    experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]} if "moe" in family else {}
+    model = train(base, code, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **experts)
+    to = "--to", f"gguf:{code}", "--embeddings", "f32", "--output", out, "--dtype", "float32"
+    here("export", "--adapter", tmp_path / "adapter", *to)
+    exported = load_dense(resolve(str(out)), torch.float32, torch.device("cpu"))
+    assert held_out_loss(exported) == pytest.approx(held_out_loss(model), abs=1e-5)
+
+
+@pytest.mark.parametrize("code", ["int4", "nvfp4", "mxfp4"])
+def test_experts_in_compressed_tensors_are_the_trained_ones(tmp_path: pathlib.Path, code: str) -> None:
+    base, out = save(tmp_path / "base", make(config_of("qwen3_moe"))), tmp_path / "out"
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = train(base, code, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=experts)
+    to = f"compressed-tensors:{code}"
+    here("export", "--adapter", tmp_path / "adapter", "--to", to, "--output", out, "--dtype", "float32")
+    options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
+    exported = AutoModelForCausalLM.from_pretrained(out, **options).dequantize()
+    assert held_out_loss(exported) == pytest.approx(held_out_loss(model), abs=1e-5)
 
 
 def test_a_directory_of_bitsandbytes_is_the_trained_model(tmp_path: pathlib.Path) -> None:
