@@ -157,7 +157,9 @@ def _ignored(model: Any, plan: _Plan, tensors: Mapping[str, object]) -> list[str
         if isinstance(weight := module._parameters.get("weight"), torch.Tensor) and weight.ndim == 2
     ]
     dense += [name for parts in plan.parts.values() for layers in parts for name in layers if name not in tensors]
-    stored = revert_weight_conversion(model, {f"{name}.weight": torch.empty(0, device="cpu") for name in dense})
+    stored = revert_weight_conversion(
+        model, {f"{name}.weight": torch.empty(0, dtype=torch.float32, device="cpu") for name in dense}
+    )
     return [*dict.fromkeys([*dense, *(name.removesuffix(".weight") for name in stored)])]
 
 

@@ -108,7 +108,7 @@ def _encode(group: dict[str, Linear4bit | DenseLoraLinear], code: str) -> None:
     joined = quantize(torch.cat(weights), code)
     first = 0
     for (name, layer), w in zip(group.items(), weights, strict=True):
-        rows = torch.arange(first, first + len(w), device=w.device)
+        rows = torch.arange(first, first + len(w), dtype=torch.int64, device=w.device)
         first += len(w)
         _put(name, layer, joined if len(group) == 1 else select_rows(joined, rows))
 
