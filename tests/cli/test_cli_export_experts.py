@@ -97,13 +97,13 @@ def test_compressed_tensors_stores_experts_one_by_one(
     base, out = save(tmp_path / "base", family, paths), tmp_path / "out"
     adapter = adapt(tmp_path / "adapter", base)
     capfd.readouterr()
-    here("export", "--adapter", adapter, "--to", f"compressed-tensors:{kind}", "--output", out)
+    here("export", "--check", "none", "--adapter", adapter, "--to", f"compressed-tensors:{kind}", "--output", out)
     printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
     assert printed
     assert 85 < float(printed[1]) < 115
     model = ours(out)
     assert sum(isinstance(layer, Experts4bit) for _, layer in layers_of(model)) == 2
-    here("export", "--adapter", adapter, "--to", "dense", "--output", tmp_path / "dense")
+    here("export", "--check", "none", "--adapter", adapter, "--to", "dense", "--output", tmp_path / "dense")
     dense, before = (AutoModelForCausalLM.from_pretrained(d) for d in (tmp_path / "dense", base))
     for name, layer in layers_of(model):  # logits would compare which experts the routers choose
         for parameter in layer.packed_shapes:
@@ -133,7 +133,7 @@ def test_compressed_tensors_stores_experts_one_by_one(
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])  # it has no conversion of single experts of gpt-oss
 def test_transformers_reads_the_experts(paths: Paths, tmp_path: pathlib.Path, family: str, kind: str) -> None:
     base, out = save(tmp_path / "base", family, paths), tmp_path / "out"
-    here("export", "--model", base, "--to", f"compressed-tensors:{kind}", "--output", out)
+    here("export", "--check", "none", "--model", base, "--to", f"compressed-tensors:{kind}", "--output", out)
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     assert type(theirs.hf_quantizer).__name__ == "CompressedTensorsHfQuantizer"
     expected = logits(theirs)
@@ -146,10 +146,10 @@ def test_experts_in_the_same_format_keep_their_codes(
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     to = ["--to", f"compressed-tensors:{kind}", "--output"]
-    here("export", "--model", save(tmp_path / "dense", "qwen3_moe", paths), *to, base)
+    here("export", "--check", "none", "--model", save(tmp_path / "dense", "qwen3_moe", paths), *to, base)
     adapter = adapt(tmp_path / "adapter", base, 0.15, target_parameters=["mlp.experts.down_proj"])
     capfd.readouterr()
-    here("export", "--adapter", adapter, *to, out)
+    here("export", "--check", "none", "--adapter", adapter, *to, out)
     assert re.search(r"the codes retain [\d.]+% of the adapter's update", capfd.readouterr().out)
     before, after = (load_file(d / "model.safetensors") for d in (base, out))
     assert before.keys() == after.keys()
@@ -166,7 +166,7 @@ def test_routers_stay_dense_for_servers(paths: Paths, tmp_path: pathlib.Path) ->
     for family, router in (("qwen3_moe", "mlp.gate"), ("mixtral", "block_sparse_moe.gate"), ("gpt_oss", "mlp.router")):
         out = tmp_path / f"{family}-out"
         base = save(tmp_path / family, family, paths)
-        here("export", "--model", base, "--to", "compressed-tensors:int4", "--output", out)
+        here("export", "--check", "none", "--model", base, "--to", "compressed-tensors:int4", "--output", out)
         ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
         assert {"lm_head", *(f"model.layers.{i}.{router}" for i in range(2))} <= {*ignored}
         state = load_file(out / "model.safetensors")
@@ -181,7 +181,7 @@ def test_dense_and_bitsandbytes_hold_merged_experts(paths: Paths, tmp_path: path
     adapter = adapt(tmp_path / "adapter", base)
     merged = PeftModel.from_pretrained(ours(base), adapter).merge_and_unload().state_dict()
     for target in ("dense", "bitsandbytes"):
-        here("export", "--adapter", adapter, "--to", target, "--output", tmp_path / target)
+        here("export", "--check", "none", "--adapter", adapter, "--to", target, "--output", tmp_path / target)
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / target, dtype=torch.bfloat16)
         state = exported.state_dict()
         stacks = [name for name in state if re.search(r"experts\.(gate_up|down)_proj$", name)]
@@ -194,14 +194,24 @@ def test_dense_and_bitsandbytes_hold_merged_experts(paths: Paths, tmp_path: path
 def test_bitsandbytes_without_an_adapter_keeps_dense_experts(paths: Paths, tmp_path: pathlib.Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = save(tmp_path / "base", "qwen3_moe", paths)
-    here("export", "--model", base, "--to", "bitsandbytes", "--output", tmp_path / "out")
+    here("export", "--check", "none", "--model", base, "--to", "bitsandbytes", "--output", tmp_path / "out")
     found, expected = (load_file(d / "model.safetensors") for d in (tmp_path / "out", base))
     experts = [name for name in expected if ".experts." in name]
     assert len(experts) == 24
     assert all(torch.equal(found[name], expected[name]) for name in experts)
     assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.uint8
     here("quantize", "--model", base, "--output", tmp_path / "4bit")
-    here("export", "--model", tmp_path / "4bit", "--to", "bitsandbytes", "--output", tmp_path / "decoded")
+    here(
+        "export",
+        "--check",
+        "none",
+        "--model",
+        tmp_path / "4bit",
+        "--to",
+        "bitsandbytes",
+        "--output",
+        tmp_path / "decoded",
+    )
     decoded = AutoModelForCausalLM.from_pretrained(tmp_path / "4bit").dequantize().state_dict()
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(state[name], decoded[name]) for name in decoded if ".experts." in name)
@@ -212,7 +222,9 @@ def test_the_gguf_adapter_has_a_matrix_for_each_expert(paths: Paths, tmp_path: p
     """llama.cpp multiplies the tokens of expert e by A[e] and B[e] of each of its tensors."""
     base = save(tmp_path / "base", family, paths)
     adapter = adapt(tmp_path / "adapter", base, rank_pattern={"mlp.experts.down_proj": 2}, lora_alpha=6)
-    here("export", "--adapter", adapter, "--to", "gguf-adapter", "--output", tmp_path / "adapter.gguf")
+    here(
+        "export", "--check", "none", "--adapter", adapter, "--to", "gguf-adapter", "--output", tmp_path / "adapter.gguf"
+    )
     reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
     alpha = reader.fields["adapter.lora.alpha"].contents()
     found = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}

@@ -67,7 +67,7 @@ def test_the_merged_file_has_the_trained_model(tmp_path: pathlib.Path, kind: str
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
     make_base(base, "Q4_0", "Q4_1", "F16", "MXFP4", "Q8_0")
     adapt(tmp_path / "adapter", base)
-    here("export", "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", out)
+    here("export", "--check", "none", "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", out)
     values, tensors = contents(out)
     assert values.pop("qlora_ext.version")
     old_values, old_tensors = contents(base)
@@ -115,7 +115,7 @@ def test_a_base_of_that_type_keeps_its_scales(
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
     make_base(base, kind.upper())
     adapt(tmp_path / "adapter", base, 0.02, target_modules=["q_proj", "down_proj"])
-    here("export", "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", out)
+    here("export", "--check", "none", "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", out)
     printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
     assert printed
     assert 85 < float(printed[1]) < 115
@@ -145,7 +145,7 @@ def test_a_dense_base_was_trained_in_nf4(tmp_path: pathlib.Path) -> None:
 def test_a_file_without_an_adapter_gets_the_type(tmp_path: pathlib.Path, kind: str) -> None:
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
     make_base(base, "Q4_0", "F16", "Q8_0")
-    here("export", "--model", base, "--to", f"gguf:{kind}", "--output", out)
+    here("export", "--check", "none", "--model", base, "--to", f"gguf:{kind}", "--output", out)
     values, tensors = contents(out)
     old_values, old_tensors = contents(base)
     assert values.pop("qlora_ext.version")

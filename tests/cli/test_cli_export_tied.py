@@ -83,7 +83,7 @@ def test_the_merged_model_computes_what_the_adapter_does(
     adapter = adapt(tmp_path / "adapter", base, options)
     expected = logits(PeftModel.from_pretrained(ours(base), adapter))
     assert (logits(ours(base)) - expected).norm() > 0.02 * expected.norm()
-    here("export", "--adapter", adapter, "--to", target, "--output", out)
+    here("export", "--check", "none", "--adapter", adapter, "--to", target, "--output", out)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == tied
     model = ours(out) if target.startswith("compressed") else AutoModelForCausalLM.from_pretrained(out)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
@@ -109,7 +109,7 @@ def test_a_gguf_file_computes_what_the_adapter_does(paths: Paths, tmp_path: path
     base, out = save_tied(tmp_path / "base", paths), tmp_path / "out.gguf"
     adapter = adapt(tmp_path / "adapter", base, CHANGES[change][0])
     expected = logits(PeftModel.from_pretrained(ours(base), adapter))
-    here("export", "--adapter", adapter, "--to", "gguf:f16", "--check", "none", "--output", out)
+    here("export", "--check", "none", "--adapter", adapter, "--to", "gguf:f16", "--check", "none", "--output", out)
     names = {tensor.name for tensor in read_header(out).tensors}
     assert ("output.weight" in names) == (change != "neither")
     model = load_dense(resolve(str(out)), torch.float32, torch.device("cpu"))
