@@ -99,7 +99,7 @@ def test_a_gguf_file_is_the_trained_model(
     make_gguf(base, *kinds)
     model = train(base, code, tmp_path / "adapter", target_modules=targets)
     to = "--to", f"gguf:{code}", "--output", out
-    here("export", "--adapter", tmp_path / "adapter", *to, "--dtype", "float32")
+    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to, "--dtype", "float32")
     check(model, AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32))
 
 
@@ -109,7 +109,19 @@ def test_a_directory_of_compressed_tensors_is_the_trained_model(
 ) -> None:
     model = train(paths["model"], code, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"])
     to = f"compressed-tensors:{code}"
-    here("export", "--adapter", tmp_path / "adapter", "--to", to, "--output", tmp_path / "out", "--dtype", "float32")
+    here(
+        "export",
+        "--check",
+        "none",
+        "--adapter",
+        tmp_path / "adapter",
+        "--to",
+        to,
+        "--output",
+        tmp_path / "out",
+        "--dtype",
+        "float32",
+    )
     options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
     check(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options).dequantize())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
@@ -125,7 +137,7 @@ def test_a_gguf_file_of_a_directory_is_the_trained_model(tmp_path: pathlib.Path,
     experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]} if "moe" in family else {}
     model = train(base, code, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **experts)
     to = "--to", f"gguf:{code}", "--embeddings", "f32", "--output", out, "--dtype", "float32"
-    here("export", "--adapter", tmp_path / "adapter", *to)
+    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to)
     exported = load_dense(resolve(str(out)), torch.float32, torch.device("cpu"))
     assert held_out_loss(exported) == pytest.approx(held_out_loss(model), abs=1e-5)
 
@@ -136,7 +148,19 @@ def test_experts_in_compressed_tensors_are_the_trained_ones(tmp_path: pathlib.Pa
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = train(base, code, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=experts)
     to = f"compressed-tensors:{code}"
-    here("export", "--adapter", tmp_path / "adapter", "--to", to, "--output", out, "--dtype", "float32")
+    here(
+        "export",
+        "--check",
+        "none",
+        "--adapter",
+        tmp_path / "adapter",
+        "--to",
+        to,
+        "--output",
+        out,
+        "--dtype",
+        "float32",
+    )
     options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
     exported = AutoModelForCausalLM.from_pretrained(out, **options).dequantize()
     assert held_out_loss(exported) == pytest.approx(held_out_loss(model), abs=1e-5)
@@ -149,7 +173,7 @@ def test_a_directory_of_bitsandbytes_is_the_trained_model(tmp_path: pathlib.Path
     make_gguf(base, "Q8_0", "Q4_0", "Q4_1", "MXFP4")
     model = train(base, "nf4", tmp_path / "adapter")
     to = "--to", "bitsandbytes", "--output", tmp_path / "out", "--dtype", "float32"
-    here("export", "--adapter", tmp_path / "adapter", *to)
+    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(theirs.hf_quantizer).__name__ == "Bnb4BitHfQuantizer"
     check(model, theirs.dequantize())
@@ -172,7 +196,7 @@ def test_a_base_in_another_stored_format(paths: Paths, tmp_path: pathlib.Path) -
     here("export", "--model", paths["model"], "--to", "compressed-tensors:int4", "--output", base)
     model = train(base, "nvfp4", tmp_path / "adapter")
     to = "--to", "compressed-tensors:nvfp4", "--output", out, "--dtype", "float32"
-    here("export", "--adapter", tmp_path / "adapter", *to)
+    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to)
     options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
     check(model, AutoModelForCausalLM.from_pretrained(out, **options).dequantize())
 
@@ -185,7 +209,7 @@ def test_layers_that_do_not_fit_stay_dense(tmp_path: pathlib.Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
     model = train(tmp_path / "base", "int4", tmp_path / "adapter")
     to = "--to", "compressed-tensors:int4", "--output", tmp_path / "out", "--dtype", "float32"
-    here("export", "--adapter", tmp_path / "adapter", *to)
+    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to)
     options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
     assert not isinstance(exported.model.layers[0].mlp.down_proj, Packed4bit)
