@@ -57,6 +57,11 @@ def train(base: pathlib.Path, code: str, adapter: pathlib.Path, **options: Any) 
     return model
 
 
+def export(adapter: pathlib.Path, to: str, output: pathlib.Path, *options: str) -> None:
+    none = "--check", "none"
+    here("export", "--adapter", adapter, "--to", to, "--output", output, "--dtype", "float32", *none, *options)
+
+
 def held_out_loss(model: Any) -> float:
     with torch.no_grad():
         return float(model.eval()(input_ids=HELD_OUT, labels=HELD_OUT).loss)
@@ -98,8 +103,7 @@ def test_a_gguf_file_is_the_trained_model(
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
     make_gguf(base, *kinds)
     model = train(base, code, tmp_path / "adapter", target_modules=targets)
-    to = "--to", f"gguf:{code}", "--output", out
-    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to, "--dtype", "float32")
+    export(tmp_path / "adapter", f"gguf:{code}", out)
     check(model, AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32))
 
 
@@ -108,20 +112,7 @@ def test_a_directory_of_compressed_tensors_is_the_trained_model(
     paths: Paths, tmp_path: pathlib.Path, code: str
 ) -> None:
     model = train(paths["model"], code, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"])
-    to = f"compressed-tensors:{code}"
-    here(
-        "export",
-        "--check",
-        "none",
-        "--adapter",
-        tmp_path / "adapter",
-        "--to",
-        to,
-        "--output",
-        tmp_path / "out",
-        "--dtype",
-        "float32",
-    )
+    export(tmp_path / "adapter", f"compressed-tensors:{code}", tmp_path / "out")
     options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
     check(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options).dequantize())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
@@ -136,8 +127,7 @@ def test_a_gguf_file_of_a_directory_is_the_trained_model(tmp_path: pathlib.Path,
     base, out = save(tmp_path / "base", make(config_of(family))), tmp_path / "out.gguf"
     experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]} if "moe" in family else {}
     model = train(base, code, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **experts)
-    to = "--to", f"gguf:{code}", "--embeddings", "f32", "--output", out, "--dtype", "float32"
-    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to)
+    export(tmp_path / "adapter", f"gguf:{code}", out, "--embeddings", "f32")
     exported = load_dense(resolve(str(out)), torch.float32, torch.device("cpu"))
     assert held_out_loss(exported) == pytest.approx(held_out_loss(model), abs=1e-5)
 
@@ -147,20 +137,7 @@ def test_experts_in_compressed_tensors_are_the_trained_ones(tmp_path: pathlib.Pa
     base, out = save(tmp_path / "base", make(config_of("qwen3_moe"))), tmp_path / "out"
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = train(base, code, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=experts)
-    to = f"compressed-tensors:{code}"
-    here(
-        "export",
-        "--check",
-        "none",
-        "--adapter",
-        tmp_path / "adapter",
-        "--to",
-        to,
-        "--output",
-        out,
-        "--dtype",
-        "float32",
-    )
+    export(tmp_path / "adapter", f"compressed-tensors:{code}", out)
     options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
     exported = AutoModelForCausalLM.from_pretrained(out, **options).dequantize()
     assert held_out_loss(exported) == pytest.approx(held_out_loss(model), abs=1e-5)
@@ -172,8 +149,7 @@ def test_a_directory_of_bitsandbytes_is_the_trained_model(tmp_path: pathlib.Path
     base = tmp_path / "base.gguf"
     make_gguf(base, "Q8_0", "Q4_0", "Q4_1", "MXFP4")
     model = train(base, "nf4", tmp_path / "adapter")
-    to = "--to", "bitsandbytes", "--output", tmp_path / "out", "--dtype", "float32"
-    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to)
+    export(tmp_path / "adapter", "bitsandbytes", tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(theirs.hf_quantizer).__name__ == "Bnb4BitHfQuantizer"
     check(model, theirs.dequantize())
@@ -195,8 +171,7 @@ def test_a_base_in_another_stored_format(paths: Paths, tmp_path: pathlib.Path) -
     base, out = tmp_path / "base", tmp_path / "out"
     here("export", "--model", paths["model"], "--to", "compressed-tensors:int4", "--output", base)
     model = train(base, "nvfp4", tmp_path / "adapter")
-    to = "--to", "compressed-tensors:nvfp4", "--output", out, "--dtype", "float32"
-    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to)
+    export(tmp_path / "adapter", "compressed-tensors:nvfp4", out)
     options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
     check(model, AutoModelForCausalLM.from_pretrained(out, **options).dequantize())
 
@@ -208,8 +183,7 @@ def test_layers_that_do_not_fit_stay_dense(tmp_path: pathlib.Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
     model = train(tmp_path / "base", "int4", tmp_path / "adapter")
-    to = "--to", "compressed-tensors:int4", "--output", tmp_path / "out", "--dtype", "float32"
-    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to)
+    export(tmp_path / "adapter", "compressed-tensors:int4", tmp_path / "out")
     options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
     assert not isinstance(exported.model.layers[0].mlp.down_proj, Packed4bit)
