@@ -82,6 +82,7 @@ MAY_INCLUDE = {
         for room in ROOMS
     },
     "cuda/launch/registry.cpp": ("cuda/launch/", "cuda/tuning/"),
+    "cuda/launch/device.cpp": ("cuda/launch/", "cuda/tuning/"),  # asks kernels of an architecture
     "cuda/launch/": ("cpp/format", *CUDA_LAUNCH, "cuda/tuning/"),
     "cuda/tuning/": ("cpp/format", "cuda/tuning/"),
     "cuda/ops.cpp": ("cpp/format", "cpp/ops", "cuda/launch/", "cuda/tuning/"),

@@ -94,6 +94,18 @@ size_t total_memory() {
   return total;
 }
 
+Clusters cluster_support() {
+  static const Clusters found = [] {
+    const char* const what = std::getenv("CUDASIM_CLUSTERS");
+    if (!what || !*what) return Clusters::work;
+    if (std::strcmp(what, "refused") == 0) return Clusters::refused;
+    if (std::strcmp(what, "unknown") != 0)
+      complain("CUDASIM_CLUSTERS=%s is not refused or unknown: taken as unknown", what);
+    return Clusters::unknown;
+  }();
+  return found;
+}
+
 }  // namespace cudasim::runtime
 
 using namespace cudasim::runtime;

@@ -173,6 +173,8 @@ cudaError_t check(const Launch& launch, const Resources& r, const std::string& k
                                              " without a larger cudaFuncAttributeMaxDynamicSharedMemorySize");
   if (volume(c) != 1) {
     if (device().arch < 90) return refuse(cudaErrorNotSupported, "clusters need sm_90");
+    if (cluster_support() != Clusters::work)
+      return refuse(cudaErrorInvalidClusterSize, "CUDASIM_CLUSTERS refuses clusters");
     if (volume(c) == 0 || g.x % c.x || g.y % c.y || g.z % c.z)
       return refuse(cudaErrorInvalidConfiguration, "grid " + text(g) + " is not a multiple of cluster " + text(c));
     if (volume(c) > (r.non_portable_cluster ? 16u : 8u))

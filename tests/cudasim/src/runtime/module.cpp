@@ -390,11 +390,13 @@ CUDASIM_API cudaError_t cudaOccupancyAvailableDynamicSMemPerBlock(size_t* bytes,
 CUDASIM_API cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, const void* host, const cudaLaunchConfig_t*) {
   Function* function = find_function(host);
   if (!function) return report(cudaErrorInvalidDeviceFunction);
+  if (cluster_support() == Clusters::unknown) return report(cudaErrorNotSupported, "CUDASIM_CLUSTERS=unknown");
   *size = device().arch < 90 ? 1 : function->non_portable_cluster ? 16 : 8;
   return cudaSuccess;
 }
 CUDASIM_API cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* host,
                                                        const cudaLaunchConfig_t* config) {
+  if (cluster_support() == Clusters::unknown) return report(cudaErrorNotSupported, "CUDASIM_CLUSTERS=unknown");
   int blocks = 0;
   const dim3 block = config->blockDim;
   if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(

@@ -41,6 +41,10 @@ struct DeviceSpec {
 };
 const DeviceSpec& device();
 size_t total_memory();
+// What the driver does with clusters, set by CUDASIM_CLUSTERS: by default they work. `refused` rejects their launches,
+// but answers queries about them; `unknown` rejects both.
+enum class Clusters { work, refused, unknown };
+Clusters cluster_support();
 
 // ---- memory (memory.cpp)
 enum class Space { device, managed, pinned, registered, symbol };
