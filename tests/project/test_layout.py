@@ -238,7 +238,7 @@ IMPORTED_BY = {
     "cli/commands/": ("cli/main.py",),
     "cli/exporting/": ("cli/commands/", "__init__.py"),
     "cli/training/": ("cli/commands/", "cli/exporting/", "__init__.py"),
-    "cli/quantization/": ("cli/commands/",),
+    "cli/quantization/": ("cli/commands/", "cli/exporting/"),
     "cli/generation/": ("cli/commands/", "cli/training/"),
     "cli/data/": ("cli/commands/", "cli/exporting/", "cli/training/", "cli/quantization/", "cli/generation/"),
     "cli/models/": ("cli/commands/", "cli/exporting/", "cli/training/", "cli/generation/", "cli/data/"),

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gguf
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoints import select_rows
+from ...form import Form
 from ...gguf import GGUFWeights, blocks
 from ...gguf.adapter import Place, places
 from ...gguf.file import ARCHITECTURES, TensorInfo, read_header
@@ -31,6 +32,7 @@ from ..models.loading import stored_forms
 from ..models.pretrained import load_config
 from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
+from .calibrated import CalibratedWeights
 from .job import Job
 from .lora import architecture_of, check_plain, check_tied, ranks_of
 from .model_directories import find_model
@@ -63,6 +65,7 @@ class _Merge:
         target: the option and its value, for error messages.
         places: the tensors of the layers whose weights change.
         kinds: the types of all tensors that change, by name.
+        calibrated: the weights that ``--calibrate`` has encoded; None if the target has no 4-bit weights.
     """
 
     target: str
@@ -70,6 +73,7 @@ class _Merge:
     file: pathlib.Path
     places: dict[str, Place]
     kinds: dict[str, str]
+    calibrated: CalibratedWeights | None
 
     @functools.cached_property
     def weights(self) -> GGUFWeights:
@@ -102,7 +106,19 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
         raise UserError(f"{target}: {first_line(error)}; use --to dense") from error
     file = _file_of(source)
     kinds = {place.tensor: kind for place in found.values()} | _embeddings(file, embeddings)
-    return Job(_size(target, file, kinds), lambda: _build(_Merge(target, adapted, file, found, kinds)))
+    calibrated = None
+    if kind in blocks.KINDS:
+        form = blocks.form_of(kind)
+        calibrated = CalibratedWeights(adapted, form, lambda model: _to_encode(layers_by_name(model), found, form))
+    merge = _Merge(target, adapted, file, found, kinds, calibrated)
+    return Job(_size(target, file, kinds), lambda: _build(merge), calibrated=calibrated)
+
+
+def _to_encode(layers: dict[str, Any], names: Iterable[str], form: Form) -> list[list[str]]:
+    """Those of the layers ``names`` that need new scales to be in that form."""
+    return [
+        [name] for name in names if finished_in(form, [layers[name]]) is None and stored_in(form, layers[name]) is None
+    ]
 
 
 def _embeddings(file: pathlib.Path, kind: str | None) -> dict[str, str]:
@@ -153,7 +169,8 @@ def _merged(merge: _Merge, layer: Any, name: str, place: Place, kind: str, encod
             return converted(kind, after)
         except ValueError as error:
             raise UserError(f"{merge.target}: {name}: {first_line(error)}; use --to gguf:bf16") from error
-    finished = finished_in(encode.form, [layer])
+    calibrated = None if merge.calibrated is None else merge.calibrated.weights.get(name)
+    finished = finished_in(encode.form, [layer]) if calibrated is None else calibrated
     own = stored_in(encode.form, layer) if finished is None else finished
     if own is not None:
         own = own.to("cpu")

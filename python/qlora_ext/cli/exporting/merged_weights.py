@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,9 +23,14 @@ class MergedWeights:
     """The weights of a model that may have adapters, by their names in the dense model without adapters.
 
     Adapters on dense layers are merged at once, those on 4-bit layers when their weight is read.
+
+    Args:
+        model: loaded.
+        calibrated: the merged weights of linear layers that are 4-bit already, by the name of the layer.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, calibrated: Mapping[str, Weight4bit]) -> None:
+        self._calibrated = calibrated
         self._model = model.base_model.model if isinstance(model, PeftModel) else model
         self._over: dict[str, Over4bit] = {}
         for name, layer in self._model.named_modules():
@@ -45,6 +51,10 @@ class MergedWeights:
 
     def _read(self, name: str) -> Read:
         path, _, parameter = name.rpartition(".")
+        if parameter == "weight" and path in self._calibrated:
+            w4 = self._calibrated[path]
+            w = w4.dequantize(torch.float32)
+            return w, w, w4
         if name in self._over:
             over = self._over[name]
             trained = over.trained_weight(over.names_to_merge(None))
