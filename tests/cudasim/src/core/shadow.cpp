@@ -105,6 +105,16 @@ void note_proxy_fence(Warp& w) {
   w.clock++;
 }
 
+// The async proxy is about to access a byte.
+void Shadow::check_proxy(Warp& w, int lane, uint32_t i, const char* access) const {
+  const Write& wr = writes[i];
+  if (wr.clock && wr.kind == plain && wr.clock > w.vc[w.vc.size() / 2 + wr.warp])
+    fault(Fault::shared_race, lane,
+          std::string("the async proxy ") + access + " shared address " + hex(i + kSharedBase) +
+              ", written by an ordinary store of " + thread_name(w, wr.warp, wr.lane) + " at PTX line " +
+              std::to_string(wr.line) + ", without a fence.proxy.async in between");
+}
+
 void Shadow::read(Warp& w, int lane, uint32_t off, uint32_t n, bool is_atomic, bool via_async) {
   uint32_t me = race ? warp_number(w) : 0, line = line_of(w);
   for (uint32_t i = off; i < off + n; ++i) {
@@ -122,10 +132,7 @@ void Shadow::read(Warp& w, int lane, uint32_t off, uint32_t n, bool is_atomic, b
     const Write& wr = writes[i];
     if (wr.clock && !(is_atomic && wr.kind == atomic) && !ordered(w, lane, me, wr.warp, wr.lane, wr.clock))
       race_fault(w, lane, i, "read", wr.kind == async ? "asynchronous copy" : "write", wr.warp, wr.lane, wr.line);
-    if (via_async && wr.clock && wr.kind == plain && wr.clock > w.vc[w.vc.size() / 2 + wr.warp])
-      fault(Fault::shared_race, lane,
-            "the async proxy reads shared address " + hex(i + kSharedBase) + ", written by an ordinary store of " +
-                thread_name(w, wr.warp, wr.lane) + ", without a fence.proxy.async in between");
+    if (via_async) check_proxy(w, lane, i, "reads");
     if (is_atomic) continue;  // an atomic is remembered as a write
     size_t k = size_t(me) * bytes + i;
     if (read_clock[k] != w.clock) {
@@ -169,13 +176,14 @@ void Shadow::write(Warp& w, int lane, uint32_t off, uint32_t n, bool is_atomic, 
   }
 }
 
-void Shadow::issue(Warp& w, int lane, uint32_t off, uint32_t n) {
+void Shadow::issue(Warp& w, int lane, uint32_t off, uint32_t n, bool bulk) {
   uint32_t me = race ? warp_number(w) : 0;
   for (uint32_t i = off; i < off + n; ++i) {
     if (race) {
       const Write& wr = writes[i];
       if (wr.clock && !ordered(w, lane, me, wr.warp, wr.lane, wr.clock))
         race_fault(w, lane, i, "asynchronous write", "write", wr.warp, wr.lane, wr.line);
+      if (bulk) check_proxy(w, lane, i, "writes");
       for (uint32_t k = 0; k < nwarps; ++k) {
         uint32_t c = read_clock[size_t(k) * bytes + i];
         if (!c) continue;

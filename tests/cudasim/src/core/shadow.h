@@ -36,10 +36,12 @@ struct Shadow {
   void read(Warp& w, int lane, uint32_t off, uint32_t n, bool atomic, bool via_async = false);
   // `data` is what will be written (equal values by two writers are not reported), or null.
   void write(Warp& w, int lane, uint32_t off, uint32_t n, bool atomic, const uint8_t* data, const uint8_t* old);
-  // An asynchronous copy: check against earlier accesses when issued, mark when it lands.
-  void issue(Warp& w, int lane, uint32_t off, uint32_t n);
+  // An asynchronous copy: check against earlier accesses when issued, mark when it lands. A bulk copy writes by the
+  // async proxy, which needs a fence.proxy.async after st.shared, too.
+  void issue(Warp& w, int lane, uint32_t off, uint32_t n, bool bulk);
   void land(Warp& w, int lane, uint32_t off, uint32_t n, uint32_t line);
   void land_async(Group& g, uint32_t off, uint32_t n, uint64_t key);  // on behalf of the copy engine
+  void check_proxy(Warp& w, int lane, uint32_t byte, const char* access) const;
   void release(Warp& w, uint64_t key);
   void acquire(Warp& w, uint64_t key);
 };

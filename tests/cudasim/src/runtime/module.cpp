@@ -233,6 +233,12 @@ int active_blocks(const Resources& r, int block_size, size_t dynamic_shared) {
   return std::min({spec.max_threads / (warps * spec.warp), spec.max_blocks, warps_by_registers / warps, by_shared});
 }
 
+int active_clusters(int blocks_per_multiprocessor, int cluster_size) {
+  int clusters = 0;
+  for (const int sms : device().gpcs) clusters += sms * blocks_per_multiprocessor / cluster_size;
+  return clusters;
+}
+
 }  // namespace cudasim::runtime
 
 using namespace cudasim::runtime;
@@ -406,6 +412,6 @@ CUDASIM_API cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void
       const auto& c = config->attrs[i].val.clusterDim;
       size = static_cast<int>(c.x * c.y * c.z);
     }
-  *clusters = blocks * device().multiprocessors / size;
+  *clusters = active_clusters(blocks, size);
   return cudaSuccess;
 }
