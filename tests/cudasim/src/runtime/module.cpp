@@ -148,9 +148,11 @@ void* find_variable(Image& image, const std::string& name, size_t* size) {
   return p;
 }
 
-// ptxas reuses registers, but the interpreter's input does not: without SASS this is a rough estimate.
+// ptxas reuses registers, but the interpreter's input does not: without SASS this is a rough estimate. A block of the
+// largest size has room on an SM.
 int guess_registers(const KernelInfo& info) {
-  return std::clamp(static_cast<int>(info.registers_estimate / 3), 16, 255);
+  const int most = DeviceSpec::registers / static_cast<int>(info.max_threads) / 8 * 8;
+  return std::clamp(static_cast<int>(info.registers_estimate / 3), 16, std::clamp(most, 16, 255));
 }
 
 cudaError_t resolve(const void* symbol, void** address, size_t* size) {
