@@ -28,8 +28,10 @@ Row = dict[str, object]
 
 
 def properties() -> Iterator[Row]:
-    for field in nvidia_smi.FIELDS:
-        yield {"what": f"nvidia-smi {field}", "value": nvidia_smi.query(field)}
+    if nvidia_smi.command() is None:
+        yield {"what": "clocks, power, driver, ECC and MIG", "value": nvidia_smi.MISSING}
+    else:
+        yield from ({"what": f"nvidia-smi {field}", "value": nvidia_smi.query(field)} for field in nvidia_smi.FIELDS)
     device = torch.cuda.get_device_properties(0)
     yield {"what": "compute capability", "value": f"{device.major}.{device.minor}"}
     for name in ATTRIBUTES:
