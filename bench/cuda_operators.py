@@ -34,14 +34,14 @@ EXPERTS, EXPERT_ROWS = ((8, 14336, 4096), (64, 1536, 2048)), (16, 512, 8192)  # 
 TINY_TOKENS, TINY_EXPERTS, TINY_ROWS = (1, 16, 70), ((4, 96, 192),), (20,)
 TOLERANCE = {"quantize": 2e-3, "dequantize": 4e-3}  # bfloat16 rounds to 2^-9; peers break ties of codes their own way
 LINEAR_TOLERANCE = 1e-2
-UNCHECKED = ("bf16", "bitsandbytes, no LoRA", "bf16, no dropout")  # another product, or of the weight before quantizing
+UNCHECKED = ("bitsandbytes, no LoRA", "bf16, no dropout")  # another product
 
 
 def check(case: Case) -> None:
     tolerance = TOLERANCE.get(case.operator, LINEAR_TOLERANCE)
     expected = case.expected(0)
     for name, call in case.calls.items():
-        if name in UNCHECKED and "dlora" not in case.operator:
+        if name in UNCHECKED or (name == "bf16" and "dlora" not in case.operator):  # bf16: before quantizing
             continue
         got = call(0)
         pairs = [(got, expected)] if isinstance(expected, Tensor) else zip(got, expected, strict=True)

@@ -25,7 +25,7 @@ from lib.harness import Report, Spread, spread
 from lib.nvidia_smi import Clocks
 
 STEPS, WARM_UP, BATCHES = 20, 3, 4
-TOKENS, TINY_TOKENS = (4, 1024), (2, 16)  # rows and their length
+TOKENS, TINY_TOKENS = (4, 1024), (2, 8)  # rows and their length
 RATE = 1e-3
 # Both 4-bit bases have the same bits; the dense one lacks the error of 4 bits.
 NEAR = {THEIRS: 1e-2, DENSE: 0.1}
