@@ -65,6 +65,7 @@ def steps(minutes: float, tiny: bool) -> list[Step]:
     tests = [*in_slice(SLICE), "--quick"] if tiny else [str(ROOT / "tests"), f"--ignore={ROOT / 'tests' / 'cudasim'}"]
     nvcc = None if shutil.which("nvcc") else "nvcc is not on PATH (the CUDA toolkit has it)"
     ncu = None if shutil.which("ncu") else "ncu is not on PATH (Nsight Compute has it)"
+    ncu = "ncu counts on a card only" if SIMULATED else ncu
     models = absent("transformers", "peft")
     found = [
         bench("record of the card", "cuda_card", 0.05),
@@ -89,6 +90,7 @@ def sanitizers() -> list[Step]:
     hopper = nvidia_smi.query("compute_cap") == "9.0"
     program = shutil.which("compute-sanitizer")
     missing = None if program else "compute-sanitizer is not on PATH (the CUDA toolkit has it)"
+    missing = "compute-sanitizer checks a card only; the simulator has --check" if SIMULATED else missing
 
     def step(tool: str, title: str, may_fail: bool, *tests: str) -> Step:
         command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]

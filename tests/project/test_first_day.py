@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import shlex
+import signal
 import sys
 import time
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(BENCH))
 import cuda_crossover
 import cuda_micro
 import cuda_ncu
+import run
 from lib import cuda_choices, cuda_steps, nvidia_smi, steps
 from lib.steps import Outcome, Step
 
@@ -157,6 +159,26 @@ def test_clocks_are_unlocked_at_the_end(smi: pathlib.Path, monkeypatch: pytest.M
     assert smi.read_text() == "-i 0 -lgc 1500\n"
 
 
+def test_the_command_reports_failures_and_unlocks_the_clocks(
+    smi: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = Step("broken", python("raise SystemExit(3)"))
+    monkeypatch.setattr(cuda_steps, "steps", lambda minutes, tiny: [bad, Step("good", python("pass"))])
+    options = ["--device", "cuda", "--minutes", "1", "--sanitizer-minutes", "0", "--lock-clocks", "1410"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *options])
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as status:
+            run.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert status.value.code == 1
+    assert smi.read_text() == "-i 0 -lgc 1410\n-i 0 -rgc\n"
+    text = capfd.readouterr().out
+    assert "of 2 steps, 1 passed, 1 failed\n   broken: failed: exit status 3\n" in text
+
+
 def test_clocks_beside_a_row(smi: pathlib.Path) -> None:
     assert nvidia_smi.query("clocks.max.sm") == "1980 MHz"
     assert nvidia_smi.query("unknown") == "unknown to this nvidia-smi"
@@ -260,7 +282,7 @@ def test_decoding_of_every_contender(capsys: pytest.CaptureFixture[str]) -> None
     ours = capsys.readouterr().out.splitlines()[0]
     assert ours.startswith("base: qlora_ext  tokens: ")
     assert ours.endswith("  tokens/s, eager: not measured")
-    assert len(set(ours.split("  ")[1].split()[1:])) > 3  # they follow the prompt
+    assert len(set(ours.split("  ")[1].split()[1:])) > 2  # they follow the prompt
 
 
 def test_contenders_that_learn_different_things_are_an_error() -> None:
