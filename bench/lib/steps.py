@@ -50,10 +50,10 @@ class Result:
         return f"{self.step.name}: {self.outcome.value}" + (f": {self.reason}" if self.reason else "")
 
 
-def kill_group(group: int) -> None:
-    """Ends every process of a group, if there is one left."""
+def signal_group(group: int, number: signal.Signals) -> None:
+    """Sends a signal to every process of a group, if there is one left."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(group, number)
 
 
 def run(step: Step, seconds: float | None = None) -> Result:
@@ -70,11 +70,11 @@ def run(step: Step, seconds: float | None = None) -> Result:
         reason = f"exit status {status}" if status else ""
     except subprocess.TimeoutExpired:
         reason = f"stopped after {seconds:.0f} s"
-        os.killpg(process.pid, signal.SIGINT)
+        signal_group(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
     finally:
-        kill_group(process.pid)
+        signal_group(process.pid, signal.SIGKILL)
         process.wait()
     if not reason:
         return Result(step, Outcome.PASSED)
