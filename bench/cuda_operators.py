@@ -3,10 +3,10 @@
     python bench/cuda_operators.py [--tiny] [--minutes 7.5]
 
 Results are checked before anything is timed. Weights and adapters rotate through five times the L2. Contenders are
-captured into CUDA graphs, so that what is timed is the card and not Python (but for quantizing and training
-steps), and replayed in turn; "x the time" is the
-median over rounds of a peer's time divided by ours, with its 10th and 90th percentile. Writes
-a section of bench/results/CARD.json. Under the kernel simulator everything runs and is checked, and nothing is timed.
+captured into CUDA graphs, except for quantizing and training steps, so that what is timed is the card and not Python.
+They are replayed in turn; "x the time" is the median over rounds of a peer's time divided by ours, with its 10th and
+90th percentile. Writes a section of bench/results/CARD.json. Under the kernel simulator everything runs and is checked,
+and nothing is timed.
 
 Layers have NF4 weights with double quantization and LoRA of rank 16; "variant" names what differs. The low-rank
 products h and g take what `linear_nf4_dlora, h and g computed` takes more than `linear_nf4_dlora`. "SM MHz" is the
