@@ -16,7 +16,7 @@ from qlora_ext import _C
 
 ROOT = pathlib.Path(__file__).parents[2]
 BENCH = ROOT / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path.append(str(BENCH))
 
 import cuda_crossover
 import cuda_micro
@@ -303,7 +303,11 @@ def test_contenders_that_learn_different_things_are_an_error() -> None:
 @pytest.mark.skipif(cuda_steps.shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_the_microbenchmarks_compile_and_run() -> None:
     found = {str(row["what"]): row["value"] for row in cuda_micro.rows("all")}
-    assert {"LDC, 32 addresses per warp", "LDS.128, 4 equal lanes"} <= set(found)
+    loads = [found["LDC, 32 addresses per warp"], found["LDS.128, 4 equal lanes"]]
+    if cuda_steps.SIMULATED:  # the simulator's clocks are no measurement
+        assert loads == ["not measured"] * 2
+    else:
+        assert min(float(str(cycles)) for cycles in loads) > 0
     if "active clusters of 1" in found:  # since compute capability 9.0
         assert int(str(found["active clusters of 1"])) > 0
         assert "TMA from L2, multicast to pairs: bytes that leave L2" in found
