@@ -22,7 +22,7 @@ os.environ["QLORA_PRINT_KERNELS"] = "1"
 import torch
 
 from lib.cuda_cases import BF16, OPS, Layer, Variant, cold_bytes
-from lib.cuda_choices import candidates, printed_choice, to_change
+from lib.cuda_choices import candidates, printed_choice, stderr_of, to_change
 from lib.cuda_timing import NOT_MEASURED, SIMULATED, Failures, captured, card_name, require_cuda
 from lib.harness import Report, check_equal, cuda_clock, interleave
 from lib.nvidia_smi import Clocks
@@ -58,20 +58,21 @@ def call_of(layer: Layer, operator: str, m: int) -> Callable[[int], Any]:
 def sweep(layer: Layer, problem: Problem, seconds: float) -> dict[str, object]:
     operator, _, _, m, _ = problem
     call = call_of(layer, operator, m)
-    expected: list[torch.Tensor] = []
-    chosen = printed_choice(lambda: expected.append(call(0)))
+    results: list[torch.Tensor] = []
+    run = lambda: results.append(call(0))  # noqa: E731
+    chosen = printed_choice(run)
     turns = min(layer.turns, 4)
     calls = {CHOSEN: captured(call, turns)}
     refused = 0
     for forced in candidates(operator):
         os.environ[FORCED] = forced
         try:
-            got = call(0)
+            stderr_of(run)  # not a line for each
         except ValueError:  # another card's kernel, or more splits than the sum has parts
             refused += 1
             continue
         else:
-            check_equal(got, expected[0], f"{operator}, {m} tokens, {forced}", TOLERANCE)
+            check_equal(results.pop(), results[0], f"{operator}, {m} tokens, {forced}", TOLERANCE)
             calls[forced] = captured(call, turns)
         finally:
             os.environ[FORCED] = ""

@@ -70,8 +70,8 @@ def to_change(operator: str, chosen: str, best: str) -> str:
     return ", ".join(f"{name} in {file}" for name, file in dict.fromkeys(places)) or "nothing"
 
 
-def printed_choice(call: Callable[[], object]) -> str:
-    """The kernel and parameters with which `call` runs; QLORA_PRINT_KERNELS must be set, and the problem be new."""
+def stderr_of(call: Callable[[], object]) -> str:
+    """What `call` writes to stderr, also from C++, where QLORA_PRINT_KERNELS prints."""
     with tempfile.TemporaryFile("w+") as file:
         stderr = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -81,7 +81,12 @@ def printed_choice(call: Callable[[], object]) -> str:
             os.dup2(stderr, 2)
             os.close(stderr)
         file.seek(0)
-        found = re.findall(r"^qlora: .* -> (.*)$", file.read(), re.M)
+        return file.read()
+
+
+def printed_choice(call: Callable[[], object]) -> str:
+    """The kernel and parameters with which `call` runs; QLORA_PRINT_KERNELS must be set, and the problem be new."""
+    found = re.findall(r"^qlora: .* -> (.*)$", stderr_of(call), re.M)
     if not found:
         raise RuntimeError("no kernel was printed: is QLORA_PRINT_KERNELS set before the first call?")
     return str(found[-1])
