@@ -80,7 +80,7 @@ def steps(minutes: float, tiny: bool) -> list[Step]:
         bench("ncu", "cuda_ncu", 0.04, missing=ncu),
     ]
     if SIMULATED:
-        shapes = ["--shapes", "256x512"] if tiny else []
+        shapes = ["--shapes", "256x512", "--attempt", "10"] if tiny else []  # one attempt at placing their table
         found.append(Step("work counters", [sys.executable, str(BENCH / "cuda_counters.py"), *shapes]))
     return found
 
