@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 import qlora_ext
-from cuda_operators import LINEAR_TOLERANCE, SIMULATED, TOLERANCE
+from cuda_operators import LINEAR_TOLERANCE, TOLERANCE
 from lib.cuda_cases import BF16, OPS, peer
+from lib.cuda_timing import SIMULATED
 from lib.harness import Report, check_equal
 
 PROFILE = "CUDASIM_PROFILE"  # the simulator appends a line for each launch to the file of this name

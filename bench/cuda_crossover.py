@@ -3,49 +3,55 @@
     python bench/cuda_crossover.py [--minutes 2] [--tiny]
 
 Both ways run on the same cold operands, forward and dX with LoRA, captured into CUDA graphs and replayed in turn.
-Prints the row of this card for kCrossovers in cuda/tuning/library.h: the smallest number of tokens from which the
-library is faster on most shapes in both directions. Writes a section of bench/results/CARD.json. Under the kernel
-simulator everything runs, but nothing is timed or written.
+Prints the constant of this card and its file: the smallest number of tokens from which the library is faster on most
+shapes in both directions. Shapes with few outputs and with a last wave that is nearly empty are among them. Writes a
+section of bench/results/CARD.json. Under the kernel simulator everything runs, but nothing is timed or written.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 os.environ.setdefault("QLORA_CUDA_KERNEL", "")  # there before the first call, so that each call reads it
 
 import torch
 
-import qlora_ext
-from cuda_operators import SHAPES, SIMULATED, TINY, captured, card_name
-from lib.cuda_cases import BF16, RANK, SCALING, Layer, cold_bytes
+from lib.cuda_cases import BF16, OPS, RANK, Layer, cold_bytes
+from lib.cuda_timing import NOT_MEASURED, SIMULATED, TINY, Failures, captured, card_name, require_cuda
 from lib.harness import Report, Spread, cuda_clock, interleave
+from lib.nvidia_smi import Clocks
 
-OPS = torch.ops.qlora
-TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-WAYS = {"fused": "sm90" if HOPPER else "tensor_cores", "library": "library"}  # and their kernels
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (8192, 8192))
+TOKENS = (33, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+
+
+def fused_kernel(capability: tuple[int, int]) -> str:
+    return "sm90" if capability == (9, 0) else "tensor_cores"
+
+
+def setting(capability: tuple[int, int], found: int | None, card: str) -> str:
+    """The constant that this measurement sets, with its file, and the line to write there."""
+    major, minor = capability
+    if capability == (9, 0):
+        most = "std::numeric_limits<int64_t>::max()" if found is None else found - 1
+        where, line = "kMostTokens in cuda/tuning/sm90.h", f"inline constexpr int64_t kMostTokens = {most};"
+    else:
+        tokens = "kNever" if found is None else found
+        where, line = "kCrossovers in cuda/tuning/library.h", f"{{{10 * major + minor}, {tokens}}},"
+    return f"{where}: `{line}  // {card}: measured`"
 
 
 def compare(layer: Layer, operator: str, m: int, seconds: float) -> Spread | None:
     """The library's time over that of the fused kernels; None if nothing is timed."""
-    columns = layer.k if operator == "linear_nf4" else layer.n
-    x = torch.randn(m, columns, device="cuda", dtype=BF16)
+    x = torch.randn(m, layer.k if operator == "linear_nf4" else layer.n, device="cuda", dtype=BF16)
+    args = layer.forward_args if operator == "linear_nf4" else layer.dx_args
+    run = getattr(OPS, operator)
     turns = min(layer.turns, 4)
     calls = {}
-    for way, kernel in WAYS.items():
+    for way, kernel in {"fused": fused_kernel(torch.cuda.get_device_capability()), "library": "library"}.items():
         os.environ["QLORA_CUDA_KERNEL"] = kernel
-        if operator == "linear_nf4":
-            call = lambda i: OPS.linear_nf4(  # noqa: E731
-                x, *layer.ours.at(i).packed_args(), layer.n, None, *layer.lora.at(i), SCALING, 0.0, 0
-            )
-        else:
-            call = lambda i: OPS.linear_nf4_dx(  # noqa: E731
-                x, *layer.ours.at(i).packed_args(), layer.k, *layer.lora.at(i), SCALING, 0.0, 0
-            )
-        calls[way] = captured(call, turns)
+        calls[way] = captured(lambda i: run(*args(i, x)), turns)
     os.environ["QLORA_CUDA_KERNEL"] = ""
     if SIMULATED:
         for replay in calls.values():
@@ -68,30 +74,31 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two small shapes: does it work at all")
     parser.add_argument("--minutes", type=float, default=2.0)
     arguments = parser.parse_args()
-    if not qlora_ext.build_info()["cuda_available"]:
-        sys.exit(f"no CUDA kernels here: {qlora_ext.build_info()['cuda_error'] or 'torch finds no device'}")
+    require_cuda()
     shapes, tokens = (TINY, (70,)) if arguments.tiny else (SHAPES, TOKENS)
     seconds = 0.7 * arguments.minutes * 60 / (len(shapes) * len(tokens) * 2)
     card = card_name()
     report = Report("cuda_crossover", f"Fused kernels or a library's product on {card}", [f"LoRA of rank {RANK}."])
+    clocks, failures = Clocks(), Failures()
     ratios: dict[int, list[float]] = {m: [] for m in tokens}
     for n, k in shapes:
         layer = Layer(n, k, 1 if arguments.tiny else cold_bytes())
         for m in tokens:
             for operator in ("linear_nf4", "linear_nf4_dx"):
-                ratio = compare(layer, operator, m, seconds)
-                if ratio is not None:
-                    ratios[m].append(ratio.median)
-                report.add(operator=operator, N=n, K=k, M=m, **{"library / fused": ratio or "not measured"})
+                clocks.row()
+                with failures.caught(f"{operator} of {n} x {k}, {m} tokens"):
+                    ratio = compare(layer, operator, m, seconds)
+                    row = {"operator": operator, "N": n, "K": k, "M": m, "library / fused": ratio or NOT_MEASURED}
+                    report.add(**row, **clocks.row())
+                    if ratio is not None:
+                        ratios[m].append(ratio.median)
         del layer
         torch.cuda.empty_cache()
-    if SIMULATED:
-        return
-    major, minor = torch.cuda.get_device_capability()
-    found = crossover(ratios)
-    row = f"{{{10 * major + minor}, {'kNever' if found is None else found}}},  // {card}: measured"
-    report.notes.append(f"The row for kCrossovers in cuda/tuning/library.h: `{row}`")
-    report.write()
+    if not SIMULATED:
+        report.notes.append(setting(torch.cuda.get_device_capability(), crossover(ratios), card))
+        print(report.notes[-1])
+        report.write()
+    failures.exit()
 
 
 if __name__ == "__main__":

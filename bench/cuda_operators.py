@@ -3,62 +3,53 @@
     python bench/cuda_operators.py [--tiny] [--minutes 7.5]
 
 Results are checked before anything is timed. Weights and adapters rotate through five times the L2. Contenders are
-captured into CUDA graphs, so that what is timed is the card and not Python, and replayed in turn; "x the time" is the
-median over rounds of a peer's time divided by ours, with its 10th and 90th percentile. Writes
-a section of bench/results/CARD.json. Under the kernel simulator everything runs and is checked, and nothing is timed.
+captured into CUDA graphs, except for quantizing and training steps, so that what is timed is the card and not Python.
+They are replayed in turn; "x the time" is the median over rounds of a peer's time divided by ours, with its 10th and
+90th percentile. Writes a section of bench/results/CARD.json. Under the kernel simulator everything runs and is checked,
+and nothing is timed.
+
+Layers have NF4 weights with double quantization and LoRA of rank 16; "variant" names what differs. The low-rank
+products h and g take what `linear_nf4_dlora, h and g computed` takes more than `linear_nf4_dlora`. "SM MHz" is the
+card's clock while the row was measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
-from lib.cuda_cases import Case, Layer, cold_bytes
+from lib.cuda_cases import PLAIN, VARIANTS, Case, Layer, Variant, cold_bytes
+from lib.cuda_grouped_cases import Experts
+from lib.cuda_timing import NOT_MEASURED, SHAPES, SIMULATED, TINY, Failures, captured, card_name, require_cuda
 from lib.harness import Report, check_equal, cuda_clock, interleave
+from lib.nvidia_smi import Clocks
 
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))  # Llama 3 8B and 70B
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 TRAINING_TOKENS = (512, 1024, 4096)
-TINY = ((256, 512), (96, 192))
-NOT_MEASURED = "not measured"
-SIMULATED = "CUDASIM_TORCH_LIBRARY" in os.environ
+VARIANT_SHAPE, VARIANT_TOKENS = (4096, 4096), (1, 64, 1024)
+EXPERTS, EXPERT_ROWS = ((8, 14336, 4096), (64, 1536, 2048)), (16, 512, 8192)  # Mixtral, and smaller experts
+TINY_TOKENS, TINY_EXPERTS, TINY_ROWS = (1, 16, 70), ((4, 96, 192),), (20,)
 TOLERANCE = {"quantize": 2e-3, "dequantize": 4e-3}  # bfloat16 rounds to 2^-9; peers break ties of codes their own way
 LINEAR_TOLERANCE = 1e-2
-
-
-def card_name() -> str:
-    return "no card, kernel simulator" if SIMULATED else torch.cuda.get_device_name()
-
-
-def captured(call: Callable[[int], object], turns: int) -> Callable[[int], object]:
-    """One replay of a CUDA graph of calls 0 .. turns - 1."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # library handles and workspaces come into being outside of the capture
-        call(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(turns):
-            call(i)
-
-    def replay(_: int) -> object:
-        return graph.replay()
-
-    return replay
+UNCAPTURED = ("training step", "quantize")  # autograd runs as for users; bitsandbytes copies a table from the host
+UNCHECKED = ("bitsandbytes, no LoRA", "bf16, no dropout")  # another product
 
 
 def check(case: Case) -> None:
     tolerance = TOLERANCE.get(case.operator, LINEAR_TOLERANCE)
+    expected = case.expected(0)
     for name, call in case.calls.items():
-        if "no LoRA" not in name and name != "bf16":  # bf16 multiplies the weight before it was quantized
+        if name in UNCHECKED or (name == "bf16" and "dlora" not in case.operator):  # bf16: before quantizing
+            continue
+        got = call(0)
+        pairs = [(got, expected)] if isinstance(expected, Tensor) else zip(got, expected, strict=True)
+        for one, other in pairs:
             what = f"{name}, {case.operator} {case.n} x {case.k}, {case.m} tokens"
-            check_equal(call(0).detach(), case.expected(0), what, tolerance)
+            check_equal(one.detach(), other, what, tolerance)
 
 
 def ceilings() -> dict[str, float]:
@@ -76,11 +67,15 @@ def ceilings() -> dict[str, float]:
 
 
 def measure(case: Case, ceiling: dict[str, float], seconds: float) -> dict[str, object]:
-    if case.operator == "training step":  # autograd runs as it does for users: not captured
+    if case.operator in UNCAPTURED:
         calls, per_call = case.calls, 1
     else:
         calls = {name: captured(call, case.turns) for name, call in case.calls.items()}
         per_call = case.turns
+    if SIMULATED:
+        for call in calls.values():
+            call(0)
+        return {"us": NOT_MEASURED}
     times = interleave(calls, seconds=seconds, clock=cuda_clock)
     ours = times.median("ours") / per_call
     row: dict[str, object] = {
@@ -91,13 +86,41 @@ def measure(case: Case, ceiling: dict[str, float], seconds: float) -> dict[str, 
     return row | {f"{name}, x the time": times.ratio(name, "ours") for name in case.calls if name != "ours"}
 
 
-def cases(layer: Layer, tiny: bool) -> list[Callable[[], Case]]:
-    tokens, training = ((1, 16, 70), (70,)) if tiny else (TOKENS, TRAINING_TOKENS)
-    made: list[Callable[[], Case]] = [layer.quantize, layer.dequantize]
-    made += [lambda m=m: layer.forward(m) for m in tokens]
-    made += [lambda m=m: layer.input_gradient(m) for m in tokens]
-    made += [lambda m=m: layer.training_step(m) for m in training]
-    return made
+Make = Callable[[], Case]
+
+
+def cases(tiny: bool) -> Iterator[tuple[str, Make]]:
+    """Every case with the name of its variant. A case is made when it is its turn; a layer lives for its cases."""
+    cold = 1 if tiny else cold_bytes()
+    tokens, training = (TINY_TOKENS, TINY_TOKENS[-1:]) if tiny else (TOKENS, TRAINING_TOKENS)
+    for n, k in TINY if tiny else SHAPES:
+        layer = Layer(n, k, cold)
+        yield from ((PLAIN.name, make) for make in (layer.quantize, layer.dequantize))
+        for operator in (layer.forward, layer.input_gradient):
+            yield from ((PLAIN.name, lambda o=operator, m=m: o(m)) for m in tokens)
+        for operator in (layer.lora_gradients, layer.low_rank, layer.training_step):
+            yield from ((PLAIN.name, lambda o=operator, m=m: o(m)) for m in training)
+    some = TINY_TOKENS[-1:] if tiny else VARIANT_TOKENS
+    for variant in VARIANTS:
+        layer = Layer(*(TINY[0] if tiny else VARIANT_SHAPE), cold, variant)
+        for operator in operators(layer, variant):
+            yield from ((variant.name, lambda o=operator, m=m: o(m)) for m in some)
+    for experts, n, k in TINY_EXPERTS if tiny else EXPERTS:
+        stack = Experts(experts, n, k)
+        for rows in TINY_ROWS if tiny else EXPERT_ROWS:
+            yield from ((f"{experts} experts", make) for make in stack.cases(rows))
+
+
+def operators(layer: Layer, variant: Variant) -> list[Callable[[int], Case]]:
+    """The operators that a variant changes: the adapters' gradients do not read the weight."""
+    both: list[Callable[[int], Case]] = [layer.forward, layer.input_gradient]
+    return both if variant.form != PLAIN.form else [*both, layer.lora_gradients, layer.low_rank]
+
+
+def count_of_cases() -> int:
+    plain = len(SHAPES) * (2 + 2 * len(TOKENS) + 3 * len(TRAINING_TOKENS))
+    changed = sum(2 if v.form != PLAIN.form else 4 for v in VARIANTS) * len(VARIANT_TOKENS)
+    return plain + changed + 3 * len(EXPERTS) * len(EXPERT_ROWS)
 
 
 def main() -> None:
@@ -105,33 +128,35 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two small shapes: does it work at all")
     parser.add_argument("--minutes", type=float, default=7.5, help="what does not fit is reported as not measured")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device: bench/cpu_codec.py and bench/cpu_linear.py time the CPU")
+    require_cuda()
 
     start = time.perf_counter()
     torch.manual_seed(0)
-    shapes = TINY if arguments.tiny else SHAPES
     card = card_name()
-    report = Report("cuda_operators", f"CUDA operators on {card}", [__doc__.split("\n\n")[2].replace("\n", " ")])
+    notes = [" ".join(paragraph.split()) for paragraph in __doc__.split("\n\n")[2:4]]
+    report = Report("cuda_operators", f"CUDA operators on {card}", notes)
     report.machine["gpu"] = card
     ceiling = {} if SIMULATED else ceilings()
     if ceiling:
         copy, matmul = ceiling["bytes"] / 1e12, ceiling["flops"] / 1e12
         report.notes.append(f"Ceilings measured here: copy {copy:.2f} TB/s, matmul {matmul:.0f} TFLOP/s.")
-    per_layer = len(TOKENS) * 2 + len(TRAINING_TOKENS) + 2
-    seconds = 0.45 * arguments.minutes * 60 / (len(shapes) * per_layer)  # the rest is for checks and captures
-    for n, k in shapes:
-        layer = Layer(n, k, 1 if arguments.tiny else cold_bytes())
-        for make in cases(layer, arguments.tiny):
-            case = make()
-            check(case)
-            late = time.perf_counter() - start > arguments.minutes * 60
-            timed = {"us": NOT_MEASURED} if SIMULATED or late else measure(case, ceiling, seconds)
-            report.add(operator=case.operator, N=n, K=k, M=case.m or "", **timed)
-        del layer
-        torch.cuda.empty_cache()
+    seconds = 0.45 * arguments.minutes * 60 / count_of_cases()  # the rest is for checks and captures
+    clocks, failures = Clocks(), Failures()
+    with failures.caught("making the operands"):
+        for variant, make in cases(arguments.tiny):
+            if not SIMULATED and time.perf_counter() - start > arguments.minutes * 60:
+                report.notes.append(f"Time ran out after {len(report.rows)} rows; the others are not measured.")
+                print(report.notes[-1])
+                break
+            with failures.caught(f"after {len(report.rows)} rows"):
+                case = make()
+                check(case)
+                row = {"operator": case.operator, "variant": variant, "N": case.n, "K": case.k, "M": case.m or ""}
+                clocks.row()  # what came before
+                report.add(**row, **measure(case, ceiling, seconds), **clocks.row())
     if not SIMULATED:
         report.write()
+    failures.exit()
 
 
 if __name__ == "__main__":

@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import qlora_ext
+from qlora_ext.form import Form
 
+from .forms import FORMS
 from .harness import Ring, cold
 
 OPS = torch.ops.qlora
 BF16 = torch.bfloat16
-RANK, SCALING = 16, 2.0
+RANK, SCALING, SEED = 16, 2.0, 5
 
 Call = Callable[[int], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What differs from NF4 with double quantization and LoRA of rank 16 without dropout."""
+
+    name: str = ""
+    rank: int = RANK
+    dropout_p: float = 0.0
+    form: Form = Form()  # noqa: RUF009  # frozen
+
+
+PLAIN = Variant()
+VARIANTS = (
+    Variant("rank 64", rank=64),
+    Variant("dropout 0.1", dropout_p=0.1),
+    Variant("float32 scales", form=Form(scales="float32")),
+    *(Variant(name, form=FORMS[name]) for name in ("NVFP4", "GGUF Q4_0")),
+)
 
 
 def cold_bytes() -> int:
@@ -43,7 +65,7 @@ class Case:
     k: int
     m: int
     calls: Mapping[str, Call]
-    expected: Callable[[int], Tensor]
+    expected: Callable[[int], Tensor | tuple[Tensor, ...]]
     bytes: float
     flops: float
     turns: int  # calls until the operands repeat
@@ -52,24 +74,36 @@ class Case:
 class Layer:
     """The weights and adapters of one linear layer, in enough copies that each is cold when it is used again."""
 
-    def __init__(self, n: int, k: int, cold_bytes: int) -> None:
-        self.n, self.k = n, k
-        self.bnb = peer()
-        self.dense: Ring[Tensor] = cold(lambda: _normal(n, k) * 0.02, 2 * n * k, cold_bytes)
-        self.ours = Ring(qlora_ext.quantize_nf4(w) for w in self.dense)
+    def __init__(self, n: int, k: int, cold_bytes: int, variant: Variant = PLAIN) -> None:
+        self.n, self.k, self.variant = n, k, variant
+        form, rank = variant.form, variant.rank
+        self.bnb = peer() if form.code == "nf4" else None
+        self.dense: Ring[Tensor] = cold(lambda: normal(n, k) * 0.02, 2 * n * k, cold_bytes)
+        self.ours = Ring(qlora_ext.quantize(w, form) for w in self.dense)
         while len(self.ours) * self.ours[0].nbytes < cold_bytes:
-            self.ours.append(qlora_ext.quantize_nf4(_normal(n, k) * 0.02))
+            self.ours.append(qlora_ext.quantize(normal(n, k) * 0.02, form))
         self.theirs: Ring[tuple] = Ring()
         if self.bnb is not None:
             quantize = self.bnb.functional.quantize_4bit
             for w4 in self.ours:
                 w = w4.dequantize(BF16)
-                self.theirs.append(quantize(w, blocksize=64, quant_type="nf4", compress_statistics=True))
-        self.lora = Ring((_normal(RANK, k) * k**-0.5, _normal(n, RANK) * 0.02) for _ in self.ours)
+                self.theirs.append(quantize(w, blocksize=64, quant_type="nf4", compress_statistics=form.double_quant))
+        self.lora = Ring((normal(rank, k) * k**-0.5, normal(n, rank) * 0.02) for _ in self.ours)
 
     @property
     def turns(self) -> int:
         return len(self.ours)
+
+    def lora_args(self, i: int) -> tuple[object, ...]:
+        """The arguments of the linear operators from lora_a on."""
+        dropout = self.variant.dropout_p, SEED if self.variant.dropout_p else 0
+        return *self.lora.at(i), SCALING, *dropout, None, *self.ours.at(i).last_args()
+
+    def forward_args(self, i: int, x: Tensor) -> tuple[object, ...]:
+        return x, *self.ours.at(i).packed_args(), self.n, None, *self.lora_args(i)
+
+    def dx_args(self, i: int, dy: Tensor) -> tuple[object, ...]:
+        return dy, *self.ours.at(i).packed_args(), self.k, *self.lora_args(i)
 
     def add_lora(self, i: int, y: Tensor, x: Tensor) -> Tensor:
         a, b = (t.to(y.dtype) for t in self.lora.at(i))
@@ -80,15 +114,17 @@ class Layer:
         return dx.addmm_(dy @ b, a, alpha=SCALING)
 
     def _bytes(self, m: int) -> float:
-        return self.ours[0].nbytes + 2 * (m * (self.n + self.k) + RANK * (self.n + self.k))
+        return self.ours[0].nbytes + 2 * (m * (self.n + self.k) + self.variant.rank * (self.n + self.k))
 
     def _flops(self, m: int) -> float:
-        return 2.0 * m * (self.n * self.k + RANK * (self.n + self.k))
+        return 2.0 * m * (self.n * self.k + self.variant.rank * (self.n + self.k))
 
     def _operands(self, m: int, columns: int) -> Ring[Tensor]:
-        return Ring(_normal(m, columns) for _ in range(max(2, min(self.turns, (64 << 20) // (2 * m * columns)))))
+        return Ring(normal(m, columns) for _ in range(max(2, min(self.turns, (64 << 20) // (2 * m * columns)))))
 
-    def _case(self, operator: str, m: int, calls: Mapping[str, Call], expected: Callable[[int], Tensor]) -> Case:
+    def _case(self, operator: str, m: int, calls: Mapping[str, Call], expected: Callable[[int], Any]) -> Case:
+        if self.variant.dropout_p:  # only ours applies the mask
+            calls = {"ours": calls["ours"], "bf16, no dropout": calls["bf16"]}
         # Many tokens take long enough for a few calls to be a sample.
         turns = self.turns if m <= 256 else min(self.turns, 4)
         return Case(operator, self.n, self.k, m, calls, expected, self._bytes(m), self._flops(m), turns)
@@ -96,9 +132,7 @@ class Layer:
     def forward(self, m: int) -> Case:
         x = self._operands(m, self.k)
         calls: dict[str, Call] = {
-            "ours": lambda i: OPS.linear_nf4(
-                x.at(i), *self.ours.at(i).packed_args(), self.n, None, *self.lora.at(i), SCALING, 0.0, 0
-            ),
+            "ours": lambda i: OPS.linear_nf4(*self.forward_args(i, x.at(i))),
             "bf16": lambda i: self.add_lora(i, F.linear(x.at(i), self.dense.at(i)), x.at(i)),
             "dequantize + cuBLAS": lambda i: self.add_lora(
                 i, F.linear(x.at(i), self.ours.at(i).dequantize(BF16)), x.at(i)
@@ -110,6 +144,8 @@ class Layer:
             calls["bitsandbytes, no LoRA"] = base
 
         def expected(i: int) -> Tensor:
+            if self.variant.dropout_p:  # the mask is the same on the CPU
+                return on_cpu(OPS.linear_nf4, *self.forward_args(i, x.at(i)))
             return self.add_lora(i, x.at(i).float() @ self.ours.at(i).dequantize(torch.float32).T, x.at(i).float())
 
         return self._case("linear_nf4", m, calls, expected)
@@ -120,9 +156,7 @@ class Layer:
     def input_gradient(self, m: int) -> Case:
         dy = self._operands(m, self.n)
         calls: dict[str, Call] = {
-            "ours": lambda i: OPS.linear_nf4_dx(
-                dy.at(i), *self.ours.at(i).packed_args(), self.k, *self.lora.at(i), SCALING, 0.0, 0
-            ),
+            "ours": lambda i: OPS.linear_nf4_dx(*self.dx_args(i, dy.at(i))),
             "bf16": lambda i: self.add_lora_dx(i, dy.at(i) @ self.dense.at(i), dy.at(i)),
             "dequantize + cuBLAS": lambda i: self.add_lora_dx(i, dy.at(i) @ self.ours.at(i).dequantize(BF16), dy.at(i)),
         }
@@ -131,14 +165,55 @@ class Layer:
             calls["bitsandbytes"] = lambda i: self.add_lora_dx(i, dy.at(i) @ decode(*self.theirs.at(i)), dy.at(i))
 
         def expected(i: int) -> Tensor:
+            if self.variant.dropout_p:
+                return on_cpu(OPS.linear_nf4_dx, *self.dx_args(i, dy.at(i)))
             return self.add_lora_dx(i, dy.at(i).float() @ self.ours.at(i).dequantize(torch.float32), dy.at(i).float())
 
         return self._case("linear_nf4_dx", m, calls, expected)
 
+    def lora_gradients(self, m: int) -> Case:
+        """The gradients of lora_a and lora_b from the low-rank products h and g that forward and dX have saved."""
+        return self._lora_gradients("linear_nf4_dlora", m, given=True)
+
+    def low_rank(self, m: int) -> Case:
+        """The same with the low-rank products: what it takes more than `lora_gradients` is the time of h and g."""
+        return self._lora_gradients("linear_nf4_dlora, h and g computed", m, given=False)
+
+    def _lora_gradients(self, operator: str, m: int, given: bool) -> Case:
+        x, dy = self._operands(m, self.k), self._operands(m, self.n)
+
+        def args(i: int) -> tuple[object, ...]:
+            return dy.at(i), x.at(i), *self.lora_args(i)[:6]
+
+        saved: Ring[tuple[Tensor, ...]] = Ring([()])
+        if given:
+            turns = range(max(len(x), self.turns))
+            h = (OPS.linear_nf4_with_h(*self.forward_args(i, x.at(i)))[1] for i in turns)
+            g = (OPS.linear_nf4_dx_with_g(*self.dx_args(i, dy.at(i)))[1] for i in turns)
+            saved = Ring(zip(h, g, strict=True))
+
+        def by_torch(i: int) -> tuple[Tensor, Tensor]:
+            a, b = self.lora.at(i)
+            h, g = saved.at(i) or (SCALING * (x.at(i) @ a.T), SCALING * (dy.at(i) @ b))
+            return g.T @ x.at(i), dy.at(i).T @ h
+
+        def expected(i: int) -> tuple[Tensor, ...]:
+            if self.variant.dropout_p:
+                return on_cpu(OPS.linear_nf4_dlora, *args(i))
+            a, b = (t.float() for t in self.lora.at(i))
+            xf, dyf = x.at(i).float(), dy.at(i).float()
+            return SCALING * (dyf @ b).T @ xf, SCALING * dyf.T @ (xf @ a.T)
+
+        calls: dict[str, Call] = {"ours": lambda i: OPS.linear_nf4_dlora(*args(i), *saved.at(i)), "bf16": by_torch}
+        case = self._case(operator, m, calls, expected)
+        width = self.variant.rank * (self.n + self.k)
+        moved = 2 * (m * (self.n + self.k) + width + (2 * m * self.variant.rank if given else width))
+        return dataclasses.replace(case, bytes=moved, flops=(2.0 if given else 4.0) * m * width)
+
     def training_step(self, m: int) -> Case:
         """Forward, and backward to x, lora_a and lora_b. A call returns the gradient of x."""
         x = Ring(t.requires_grad_() for t in self._operands(m, self.k))
-        dy = _normal(m, self.n)
+        dy = normal(m, self.n)
         adapters = Ring(tuple(t.detach().requires_grad_() for t in pair) for pair in self.lora)
 
         def step(y: Callable[[int], Tensor]) -> Call:
@@ -161,7 +236,7 @@ class Layer:
 
         case = self._case("training step", m, calls, expected)
         return dataclasses.replace(
-            case, bytes=3 * case.bytes, flops=2 * case.flops + 8.0 * m * RANK * (self.n + self.k)
+            case, bytes=3 * case.bytes, flops=2 * case.flops + 8.0 * m * self.variant.rank * (self.n + self.k)
         )
 
     def quantize(self) -> Case:
@@ -190,5 +265,11 @@ class Layer:
         return Case("dequantize", self.n, self.k, 0, calls, expected, moved, 0.0, self.turns)
 
 
-def _normal(*shape: int) -> Tensor:
+def on_cpu(operator: Callable[..., Any], *args: object) -> Any:
+    """The operator's results on the CPU, moved back."""
+    results = operator(*(a.cpu() if isinstance(a, Tensor) else a for a in args))
+    return results.cuda() if isinstance(results, Tensor) else tuple(t.cuda() for t in results)
+
+
+def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=BF16)

@@ -58,6 +58,7 @@ LONG = {
     "tests/kernels/test_linear_cpu.py::test_on",
     "tests/kernels/test_linear_few_tokens_cpu.py::test_on",
     "tests/nn/test_dtypes.py::test_a_run_without_bfloat16",
+    "tests/project/test_first_day.py::test_a_training_step_of_every_contender",
     "tests/operators/test_accuracy_extremes.py::test_on",
     "tests/streaming/test_streaming.py::test_a_compiled_layer",
 }

@@ -1,0 +1,92 @@
+"""The kernels that QLORA_CUDA_KERNEL can force on bfloat16 problems, and what in cuda/tuning decides between them."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+
+SPLITS = (1, 2, 3, 4, 6, 8)
+TILES = {  # operator -> kernel -> its parameter of tiles, with the values to try
+    "linear_nf4": {
+        "few_tokens": ("tokens", (4, 8, 16)),
+        "tensor_cores": ("tokens", (32, 64)),
+        "sm90": ("tokens", (64, 128)),
+    },
+    "linear_nf4_dx": {"tensor_cores": ("tokens", (8, 16, 32, 64)), "sm90": ("tokens", (64, 128, 256))},
+    "linear_nf4_dlora": {"tensor_cores": ("ranks", (16, 32, 64))},
+}
+PANELS = (1024, 2048, 4096)
+
+SM80, SM90, ANY, LIBRARY = (f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "any", "library"))
+BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
+    frozenset({"sm90", "library"}): ("is_ahead", SM90),
+    frozenset({"sm90", "tensor_cores"}): ("is_ahead", SM90),
+    frozenset({"sm90", "few_tokens"}): ("is_ahead", SM90),
+    frozenset({"few_tokens", "tensor_cores"}): ("kMostFewTokens", SM80),
+    frozenset({"tensor_cores", "library"}): ("kCrossovers", LIBRARY),
+    frozenset({"few_tokens", "library"}): ("kCrossovers", LIBRARY),
+}
+WITHIN = {  # kernel, operator and parameter -> what chooses it
+    ("sm90", "linear_nf4", "tokens"): ("kTileCycles", SM90),
+    ("sm90", "linear_nf4", "splits"): ("kSplitCycles", SM90),
+    ("sm90", "linear_nf4_dx", "tokens"): ("kTileCycles", SM90),
+    ("sm90", "linear_nf4_dx", "splits"): ("kSplitCycles", SM90),
+    ("few_tokens", "linear_nf4", "tokens"): ("few_tokens_config", SM80),
+    ("few_tokens", "linear_nf4", "splits"): ("forward_splits", SM80),
+    ("tensor_cores", "linear_nf4", "tokens"): ("forward_tokens", SM80),
+    ("tensor_cores", "linear_nf4", "splits"): ("forward_splits", SM80),
+    ("tensor_cores", "linear_nf4_dx", "tokens"): ("dx_tokens", SM80),
+    ("tensor_cores", "linear_nf4_dx", "splits"): ("dx_splits", ANY),
+    ("tensor_cores", "linear_nf4_dlora", "ranks"): ("dlora_tile", SM80),
+    ("tensor_cores", "linear_nf4_dlora", "splits"): ("dlora_splits", ANY),
+    ("library", "linear_nf4", "panel"): ("library_panel_columns", LIBRARY),
+    ("library", "linear_nf4_dx", "panel"): ("library_panel_columns", LIBRARY),
+}
+
+
+def candidates(operator: str) -> Iterator[str]:
+    """Values of QLORA_CUDA_KERNEL to try. A card or a problem may refuse some of them, with a ValueError."""
+    for kernel, (tile, values) in TILES[operator].items():
+        yield from (f"{kernel}:{tile}={value},splits={splits}" for value in values for splits in SPLITS)
+    if operator != "linear_nf4_dlora":
+        yield from ("library", *(f"library:panel={panel}" for panel in PANELS))
+
+
+def parse(choice: str) -> tuple[str, dict[str, int]]:
+    """A kernel's name and parameters, from what QLORA_PRINT_KERNELS prints or QLORA_CUDA_KERNEL takes."""
+    name, *pairs = re.split("[ :,]", choice)
+    return name, {key: int(value) for key, value in (pair.split("=") for pair in pairs)}
+
+
+def to_change(operator: str, chosen: str, best: str) -> str:
+    """Where cuda/tuning would have to choose differently, so that `best` runs instead of `chosen`."""
+    (one, has), (other, wants) = parse(chosen), parse(best)
+    if one != other:
+        places = [BETWEEN[frozenset({one, other})]]
+    else:
+        places = [WITHIN[one, operator, key] for key, value in wants.items() if has.get(key, value) != value]
+    return ", ".join(f"{name} in {file}" for name, file in dict.fromkeys(places)) or "nothing"
+
+
+def stderr_of(call: Callable[[], object]) -> str:
+    """What `call` writes to stderr, also from C++, where QLORA_PRINT_KERNELS prints."""
+    with tempfile.TemporaryFile("w+") as file:
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            call()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        file.seek(0)
+        return file.read()
+
+
+def printed_choice(call: Callable[[], object]) -> str:
+    """The kernel and parameters with which `call` runs; QLORA_PRINT_KERNELS must be set, and the problem be new."""
+    found = re.findall(r"^qlora: .* -> (.*)$", stderr_of(call), re.M)
+    if not found:
+        raise RuntimeError("no kernel was printed: is QLORA_PRINT_KERNELS set before the first call?")
+    return str(found[-1])

@@ -1,0 +1,103 @@
+"""The steps of `bench/run.py --device cuda`, with the reason of each that cannot run here. No torch here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+
+from . import nvidia_smi
+from .steps import ROOT, Step
+
+BENCH, TESTS = ROOT / "bench", ROOT / "tests" / "cuda"
+SIMULATED = "CUDASIM_TORCH_LIBRARY" in os.environ
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SECONDS_PER_TEST = 120
+
+# A test of each kernel: few tokens, tiles, dX, LoRA's gradients, experts, the codec and its encoders.
+SLICE = (
+    "test_linear_few_tokens_cuda.py::test_rows_end_anywhere",
+    "test_linear_cuda.py::test_dropout_in_every_tile",
+    "test_linear_cuda.py::test_a_long_sum_is_split_and_deterministic",
+    "test_linear_dx_cuda.py::test_dx_dropout_in_every_tile",
+    "test_linear_dx_cuda.py::test_dx_splits_its_sum",
+    "test_linear_dx_cuda.py::test_dlora_splits_its_sum",
+    "test_grouped_cuda.py::test_a_step_of_training_is_that_of_the_dense_layer",
+    "test_codec_cuda.py::test_data_at_any_address",
+    "test_encode_cuda.py::test_feedback",
+)
+SLICE_SM90 = (
+    "test_linear_sm90_cuda.py::test_any_rank_with_dropout",
+    "test_linear_dx_sm90_cuda.py::test_any_rank_with_dropout",
+)
+
+
+def pytest(*arguments: str) -> list[str]:
+    """All failures are reported, up to 50. A test that hangs is ended where pytest-timeout is installed."""
+    limit = [f"--timeout={SECONDS_PER_TEST}"] if importlib.util.find_spec("pytest_timeout") and not SIMULATED else []
+    plain = ["-p", "no:cacheprovider", "-p", "no:randomly"]
+    return [sys.executable, "-m", "pytest", "-q", "--maxfail=50", *limit, *plain, "-m", "cuda", *arguments]
+
+
+def in_slice(names: Sequence[str]) -> list[str]:
+    return [str(TESTS / name) for name in names]
+
+
+def absent(*modules: str) -> str | None:
+    """Why a step that needs these modules cannot run; None if it can."""
+    names = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(names)}" if names else None
+
+
+def steps(minutes: float, tiny: bool) -> list[Step]:
+    """All steps but the sanitizers. A bench gets somewhat less time than the step, for imports and checks."""
+    small = ["--tiny"] if tiny else []
+
+    def bench(name: str, program: str, share: float, *arguments: str, missing: str | None = None) -> Step:
+        command = [sys.executable, str(BENCH / f"{program}.py"), *arguments, *small]
+        return Step(name, command, share, missing)
+
+    def timed(name: str, program: str, share: float, *arguments: str, missing: str | None = None) -> Step:
+        return bench(name, program, share, *arguments, "--minutes", f"{0.7 * share * minutes:.2f}", missing=missing)
+
+    tests = [*in_slice(SLICE), "--quick"] if tiny else [str(ROOT / "tests"), f"--ignore={ROOT / 'tests' / 'cudasim'}"]
+    nvcc = None if shutil.which("nvcc") else "nvcc is not on PATH (the CUDA toolkit has it)"
+    ncu = None if shutil.which("ncu") else "ncu is not on PATH (Nsight Compute has it)"
+    ncu = "ncu counts on a card only" if SIMULATED else ncu
+    models = absent("transformers", "peft")
+    found = [
+        bench("record of the card", "cuda_card", 0.05),
+        bench("microbenchmarks", "cuda_micro", 0.05, missing=nvcc),
+        Step("tests", pytest(*tests), 0.3),
+        timed("operators and peers", "cuda_operators", 0.2),
+        timed("crossover", "cuda_crossover", 0.1),
+        timed("forced kernels", "cuda_sweep", 0.1),
+        timed("training, Llama", "cuda_step", 0.08, "llama", missing=models),
+        timed("training, experts", "cuda_step", 0.04, "experts", missing=models),
+        timed("decoding", "cuda_decode", 0.04, missing=models),
+        bench("ncu", "cuda_ncu", 0.04, missing=ncu),
+    ]
+    if SIMULATED:
+        shapes = ["--shapes", "256x512", "--attempt", "10"] if tiny else []  # one attempt at placing their table
+        found.append(Step("work counters", [sys.executable, str(BENCH / "cuda_counters.py"), *shapes]))
+    return found
+
+
+def sanitizers() -> list[Step]:
+    """On Hopper, 64 tokens run Hopper's kernels, so those cases are left to steps of their own, which may fail."""
+    hopper = nvidia_smi.query("compute_cap") == "9.0"
+    program = shutil.which("compute-sanitizer")
+    missing = None if program else "compute-sanitizer is not on PATH (the CUDA toolkit has it)"
+    missing = "compute-sanitizer checks a card only; the simulator has --check" if SIMULATED else missing
+
+    def step(tool: str, title: str, may_fail: bool, *tests: str) -> Step:
+        command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        return Step(f"compute-sanitizer {tool}{title}", [*command, *pytest(*tests)], 1.0, missing, may_fail)
+
+    others = [*in_slice(SLICE), *(["-k", "not 64"] if hopper else [])]
+    found = [step(tool, "", False, *others) for tool in SANITIZERS]
+    if hopper:
+        found += [step(tool, ", Hopper's kernels", True, *in_slice(SLICE_SM90)) for tool in SANITIZERS]
+    return found
