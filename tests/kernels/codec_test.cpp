@@ -112,8 +112,13 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
   with_zero_points.offsets = {OffsetForm::kZeroPoint8, zero_points.data(), nullptr};
   Bytes merged(packed_bytes(numel));
   for (const Scales& of : {float_scales(scales.data(), s.block_size), nested_with_offsets, with_zero_points}) {
-    set.codec->merge_lora_nf4(pool, {{packed.data(), code, of, s.rows, s.columns}, a.data(), b.data(), kRank, 0.5f,
-                                     uint64_t{1} << 33 | 5, merged.data()});
+    set.codec->merge_lora_nf4(pool, {{packed.data(), code, of, s.rows, s.columns},
+                                     a.data(),
+                                     b.data(),
+                                     kRank,
+                                     0.5f,
+                                     uint64_t{1} << 33 | 5,
+                                     merged.data()});
     keep(merged);
   }
   if (!feedback.empty()) {

@@ -121,7 +121,13 @@ def test_no_operator_drops_a_tangent(call: str, way: str) -> None:
     f(x)
 
 
-WITHOUT_A_GRADIENT = ("grouped_linear_nf4", "linear_nf4: lora_a", "encode_nf4", "encode_nf4_stochastic")
+WITHOUT_A_GRADIENT = (
+    "grouped_linear_nf4",
+    "linear_nf4: lora_a",
+    "encode_nf4",
+    "encode_nf4_stochastic",
+    "merge_lora_nf4",
+)
 
 
 @pytest.mark.parametrize("call", [name for name in REFUSING if name not in WITHOUT_A_GRADIENT])
