@@ -17,16 +17,6 @@ test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instr
 
 ZERO_POINTS = Form("int4", "float16", 64, 256, "zero_point8")
 FORMS = ["nf4", "fp4", "mxfp4", "nvfp4", "int4", "q4_1", "q4_k", "iq4_nl", ZERO_POINTS]
-    "nf4",
-    "fp4",
-    "mxfp4",
-    "nvfp4",
-    "int4",
-    "q4_1",
-    "q4_k",
-    "iq4_nl",
-    Form("int4", "float16", 64, 256, "zero_point8"),
-]
 SHAPES = [(7, 96), (37, 512), (5, 90), (33, 31), (1, 7), (3, 0)]
 
 
