@@ -50,7 +50,9 @@ def _unsaved_dropout(config: Any) -> float:
 
 def _read_in(model: nn.Module) -> str | None:
     """``QLoRAConfig.served`` of the base."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(base, "get_base_model"):  # PEFT's model
+        base = base.get_base_model()
     read_in: str | None = getattr(getattr(getattr(base, "config", None), "quantization_config", None), "served", None)
     return read_in
 
