@@ -124,6 +124,9 @@ Error encode_nf4_stochastic(const Pool& pool, Code code, DType dtype, const void
   return guarded(
       [&] { table().codec->encode_nf4_stochastic(pool, code, dtype, w, absmax, numel, block_size, seed, packed); });
 }
+Error merge_lora_nf4(const Pool& pool, const MergeProblem& problem) {
+  return guarded([&] { table().codec->merge_lora_nf4(pool, problem); });
+}
 Error quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
                       float* nested_absmax, float* nested_offset) {
   return guarded([&] {

@@ -36,6 +36,7 @@ struct Codec {
   decltype(throwing(&cpu::encode_nf4)) encode_nf4;
   decltype(throwing(&cpu::encode_nf4_with_feedback)) encode_nf4_with_feedback;
   decltype(throwing(&cpu::encode_nf4_stochastic)) encode_nf4_stochastic;
+  decltype(throwing(&cpu::merge_lora_nf4)) merge_lora_nf4;
   decltype(throwing(&cpu::quantize_absmax)) quantize_absmax;
   decltype(throwing(&cpu::dequantize_absmax)) dequantize_absmax;
   decltype(throwing(&cpu::dequantize_nf4)) dequantize_nf4;

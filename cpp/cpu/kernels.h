@@ -69,6 +69,10 @@ QLORA_EXPORT Error encode_nf4(const Pool&, Code code, DType dtype, const void* w
 QLORA_EXPORT Error encode_nf4_stochastic(const Pool&, Code code, DType dtype, const void* w, const float* absmax,
                                          int64_t numel, int64_t block_size, uint64_t seed, uint8_t* packed);
 
+// The codes of a weight with its adapter, rounded as by encode_nf4_stochastic. The update of a weight is a chain of
+// fused multiply-adds from the first rank to the last.
+QLORA_EXPORT Error merge_lora_nf4(const Pool&, const MergeProblem&);
+
 // Codes for w [n, k], where each rounding error is made good by the columns that are rounded later: GPTQ (Frantar et
 // al., 2022). Columns are rounded in `order` [k]; `feedback` [k, k] is the upper Cholesky factor of the inverse of the
 // inputs' second moments, rows and columns in that order.

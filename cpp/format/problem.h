@@ -73,4 +73,15 @@ struct LoraGradProblem {
   void* db = nullptr;
 };
 
+// packed = the codes of w + (scaling · b) · a, rounded stochastically under w's scales and offsets
+struct MergeProblem {
+  Weight w;
+  const float* a = nullptr;  // [rank, k]
+  const float* b = nullptr;  // [n, rank]
+  int64_t rank = 0;
+  float scaling = 1.0f;
+  uint64_t seed = 0;
+  uint8_t* packed = nullptr;
+};
+
 }  // namespace qlora

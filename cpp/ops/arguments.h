@@ -120,6 +120,17 @@ inline auto fields_of(DequantizeArgs& a) {
   return std::tuple_cat(a.w.fields(), field("shape", a.shape), field("dtype", a.dtype), a.w.last_fields());
 }
 
+struct MergeArgs {
+  PackedArgs w;
+  Tensor lora_a, lora_b;
+  double scaling = 1.0;
+  int64_t seed = 0;
+};
+inline auto fields_of(MergeArgs& a) {
+  return std::tuple_cat(a.w.fields(), field("lora_a", a.lora_a), field("lora_b", a.lora_b), field("scaling", a.scaling),
+                        field("seed", a.seed), a.w.last_fields());
+}
+
 // A linear operator's arguments are `inputs`, whose rows are tokens, and `others`.
 struct LinearArgs {
   Tensor x;

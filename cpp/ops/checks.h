@@ -317,6 +317,11 @@ inline const void* operand(const char* name, const Tensor& t, const char* like_n
   return keep->const_data_ptr();
 }
 
+inline void scaling(double number) {
+  require(std::abs(number) <= std::numeric_limits<float>::max(),
+          "scaling: expected a finite number within float32's range, got ", number);
+}
+
 // LoRA's operands for m tokens, and the tensors that own their data. lora_a [r, k] and lora_b [n, r] must be given
 // together. r may be 0.
 struct LoraOperands {
@@ -328,8 +333,7 @@ inline LoraOperands lora(const OptionalTensor& a, const OptionalTensor& b, int64
                          const LoraNumbers& numbers, const char* like_name, const Tensor& like, int64_t m) {
   LoraOperands out;
   out.lora.dropout = dropout(numbers, like_name, like);
-  require(std::abs(numbers.scaling) <= std::numeric_limits<float>::max(),
-          "scaling: expected a finite number within float32's range, got ", numbers.scaling);
+  scaling(numbers.scaling);
   out.lora.scaling = numbers.scaling;
   require(a.has_value() || !b, "lora_a: expected with lora_b, got None");
   require(b.has_value() || !a, "lora_b: expected with lora_a, got None");

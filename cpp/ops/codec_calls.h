@@ -65,4 +65,33 @@ struct DequantizeCall {
   }
 };
 
+// w [N, K]; lora_a [R, K] and lora_b [N, R] in float32.
+struct MergeCall {
+  MergeProblem problem;
+  Tensor a, b, merged;
+
+  explicit MergeCall(const MergeArgs& args) {
+    for (const auto& [name, t] : {std::pair("lora_a", &args.lora_a), std::pair("lora_b", &args.lora_b)}) {
+      checks::same_device(name, *t, "packed", args.w.packed);
+      checks::has_dtype(name, *t, ScalarType::Float);
+      checks::require(t->dim() == 2, name, ": expected a matrix, got shape ", checks::shape_text(*t));
+    }
+    problem.rank = args.lora_a.size(0);
+    const int64_t n = args.lora_b.size(0), k = args.lora_a.size(1);
+    checks::is_matrix("lora_b", args.lora_b, n, problem.rank, "out_features, rank");
+    for (const int64_t size : {n, k}) checks::area("lora_a", problem.rank, size);
+    checks::scaling(args.scaling);
+    problem.w = checks::weight(args.w, n, k);
+    a = args.lora_a.is_contiguous() ? args.lora_a : stable::contiguous(args.lora_a);
+    b = args.lora_b.is_contiguous() ? args.lora_b : stable::contiguous(args.lora_b);
+    const auto sizes = args.w.packed.sizes();
+    merged = empty(args.w.packed, std::vector<int64_t>(sizes.begin(), sizes.end()), ScalarType::Byte);
+    problem.a = a.const_data_ptr<float>();
+    problem.b = b.const_data_ptr<float>();
+    problem.scaling = static_cast<float>(args.scaling);
+    problem.seed = static_cast<uint64_t>(args.seed);
+    problem.packed = merged.mutable_data_ptr<uint8_t>();
+  }
+};
+
 }  // namespace qlora

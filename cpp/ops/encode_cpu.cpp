@@ -1,8 +1,10 @@
-// The operators that search scales, and those that encode under given scales, on the CPU.
+// The operators that search scales, those that encode under given scales, and the one that merges an adapter, on the
+// CPU.
 #include <vector>
 
 #include "cpp/cpu/check.h"
 #include "cpp/cpu/kernels.h"
+#include "cpp/ops/codec_calls.h"
 #include "cpp/ops/encode_calls.h"
 #include "cpp/ops/pool.h"
 #include "cpp/ops/value_error.h"
@@ -72,6 +74,12 @@ Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t bloc
   return call.packed;
 }
 
+Tensor merge_lora_nf4(MergeArgs args) {
+  const MergeCall call(args);
+  cpu::check(cpu::merge_lora_nf4(pool(), call.problem));
+  return call.merged;
+}
+
 }  // namespace
 }  // namespace qlora
 
@@ -79,4 +87,5 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
   m.impl("search_absmax_nf4", QLORA_BOX(&qlora::search_absmax_nf4));
   m.impl("encode_nf4", QLORA_BOX(&qlora::encode_nf4));
   m.impl("encode_nf4_stochastic", QLORA_BOX(&qlora::encode_nf4_stochastic));
+  m.impl("merge_lora_nf4", QLORA_BOX_ARGS(&qlora::merge_lora_nf4));
 }

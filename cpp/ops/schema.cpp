@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY(qlora, m) {
   define("encode_nf4(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None, " + code +
          ") -> Tensor packed");
   define("encode_nf4_stochastic(Tensor w, Tensor absmax, int block_size, int seed, " + code + ") -> Tensor packed");
+  define("merge_lora_nf4" + arguments<MergeArgs>() + " -> Tensor merged");
   define(
       "quantize_absmax(Tensor absmax, int nested_block_size) -> "
       "(Tensor codes, Tensor nested_absmax, Tensor nested_offset)");

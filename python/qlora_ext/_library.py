@@ -17,6 +17,7 @@ OPERATORS = (
     "search_absmax_nf4",
     "encode_nf4",
     "encode_nf4_stochastic",
+    "merge_lora_nf4",
     "quantize_absmax",
     "dequantize_absmax",
     "dequantize_nf4",

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._library import LIBRARY, cuda_error
 from .autograd import LinearKernels, refuse_tangent
 from .grouped import expert_sums
-from .weight import Weight4bit, quantize
+from .ops import MERGE_LORA_NF4
+from .weight import TENSORS, Weight4bit, quantize
 
 # If rounding to the nearest codes retains this share of an update, it is used. Stochastic rounding has larger errors.
 RETAINED_BY_NEAREST = 0.95
@@ -126,8 +128,23 @@ def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float
     if len(w4.shape) == 3:
         matrices = ((w4.matrix(e), lora_a[e], lora_b[e], seed_of(f"{seed}.{e}")) for e in range(len(lora_a)))
         return Weight4bit.stack([merged_weight(w, a, b, scaling, own) for w, a, b, own in matrices])
-    w = w4.dequantize(torch.float32)
-    return with_update(w4, w.addmm_(lora_b.float(), lora_a.float(), alpha=scaling), seed)
+    arguments = *w4.packed_args(), lora_a.float(), lora_b.float(), scaling, seed, *w4.last_args()
+    return dataclasses.replace(w4, packed=torch.ops.qlora.merge_lora_nf4(*arguments))
+
+
+def _merge_on_cuda(*args: Any) -> Tensor:
+    """``merge_lora_nf4`` on CUDA, where it is a sequence of other operators."""
+    a = MERGE_LORA_NF4(*args)
+    tensors = {name: getattr(a, name) for name in TENSORS}
+    form = {name: getattr(a, name) for name in ("block_size", "nested_block_size", "code")}
+    shape = torch.Size((a.lora_b.shape[0], a.lora_a.shape[1]))
+    w4 = Weight4bit(**tensors, **form, shape=shape, dtype=torch.float32)
+    moved = w4.dequantize(torch.float32).addmm_(a.lora_b, a.lora_a, alpha=a.scaling)
+    return with_update(w4, moved, a.seed).packed
+
+
+if cuda_error is None:
+    LIBRARY.impl("merge_lora_nf4", _merge_on_cuda, "CUDA")
 
 
 class MergedLinearNF4Function(torch.autograd.Function):

@@ -24,6 +24,7 @@ from .formats import MAX_ELEMENTS, NF4, check_block_sizes, check_code, is_intege
 LINEAR_NF4 = arguments_of(torch.ops.qlora.linear_nf4.default)
 given_linear_nf4 = arguments_of(torch.ops.qlora.linear_nf4.default, defaults=True)
 given_linear_nf4_dx = arguments_of(torch.ops.qlora.linear_nf4_dx.default, defaults=True)
+MERGE_LORA_NF4 = arguments_of(torch.ops.qlora.merge_lora_nf4.default, defaults=True)
 LINEAR_NF4_DLORA = arguments_of(torch.ops.qlora.linear_nf4_dlora.default)
 
 
@@ -115,6 +116,17 @@ def _(w: Tensor, absmax: Tensor, block_size: int, seed: int, code: str = NF4) ->
     check_code(code)
     check_one_device("encode_nf4_stochastic", w, absmax)
     return w.new_empty(packed_shape(w.shape), dtype=torch.uint8)
+
+
+@torch.library.register_fake("qlora::merge_lora_nf4")
+def _(*args: Any) -> Tensor:
+    a = MERGE_LORA_NF4(*args)
+    check_block_sizes(a.block_size, a.nested_block_size)
+    check_code(a.code)
+    check_lora_numbers(a.scaling, 0.0)
+    check_one_device("merge_lora_nf4", *args)
+    merged: Tensor = a.packed.new_empty(a.packed.shape)
+    return merged
 
 
 @torch.library.register_fake("qlora::quantize_absmax")

@@ -23,22 +23,24 @@ from qlora_ext.cli.models import Loader, load_dense, resolve
 from qlora_ext.form import Form
 from qlora_ext.integrations.peft import set_merge_aware
 from qlora_ext.nn import Packed4bit
+from qlora_ext.weight import quantize
 from tiny_directories import config_of, make, save
 from tiny_models import save_tiny_llama, token_ids
 
 LEARNT, HELD_OUT = token_ids(6, 24).split((4, 2))
 
 
-def load(base: pathlib.Path) -> Any:
+def load(base: pathlib.Path, code: str) -> Any:
     """The base as ``finetune`` loads it."""
-    return Loader(resolve(str(base)), Form(), torch.float32, torch.device("cpu"), torch.float32).while_loading()
+    cpu = torch.device("cpu")
+    return Loader(resolve(str(base)), Form(), torch.float32, cpu, torch.float32, served=code).while_loading()
 
 
 def train(base: pathlib.Path, code: str, adapter: pathlib.Path, **options: Any) -> Any:
     """Trains an adapter for the format ``code``, and saves it."""
     torch.manual_seed(3)
     config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options}
-    model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **config))
+    model = get_peft_model(load(base, code), LoraConfig(task_type="CAUSAL_LM", **config))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -99,7 +101,7 @@ def make_gguf(path: pathlib.Path, *kinds: str) -> None:
 def test_a_gguf_file_is_the_trained_model(
     tmp_path: pathlib.Path, code: str, kinds: tuple[str, ...], targets: Any
 ) -> None:
-    """The base has other 4-bit types and dense ones, or only dense ones, which training quantizes to NF4."""
+    """The base has other 4-bit types and dense ones, or only dense ones, which are quantized when they are read."""
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
     make_gguf(base, *kinds)
     model = train(base, code, tmp_path / "adapter", target_modules=targets)
@@ -191,6 +193,21 @@ def test_layers_that_do_not_fit_stay_dense(tmp_path: pathlib.Path) -> None:
     assert held_out_loss(exported.dequantize()) == pytest.approx(held_out_loss(model), abs=1e-5)
 
 
+@pytest.mark.parametrize("code", ["int4", "nvfp4"])
+def test_a_dense_base_is_quantized_once(paths: Paths, tmp_path: pathlib.Path, code: str) -> None:
+    """In NVFP4, whose factor is that of several layers, the base is first quantized to NF4."""
+    dense = AutoModelForCausalLM.from_pretrained(paths["model"], dtype=torch.float32)
+    model = train(paths["model"], code, tmp_path / "adapter")
+    base = model.unload()
+    found = base.model.layers[0].mlp.down_proj.weight4bit
+    expected = quantize(dense.model.layers[0].mlp.down_proj.weight, Form.named(code if code == "int4" else "nf4"))
+    if code == "nvfp4":
+        expected = quantize(expected.dequantize(torch.float32), code)
+    assert torch.equal(found.dequantize(torch.float32), expected.dequantize(torch.float32))
+    record = json.loads((tmp_path / "adapter" / "qlora_base.json").read_text())
+    assert record.get("base_format") == ("int4" if code == "int4" else None)
+
+
 def test_finetune_trains_for_a_format(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     command = (
@@ -201,6 +218,7 @@ def test_finetune_trains_for_a_format(paths: Paths, tmp_path: pathlib.Path, capf
     settings = json.loads((run / "settings.json").read_text())
     assert (settings["merge_aware"], settings["dropout"]) == ("int4", 0.0)
     assert json.loads((run / "adapter" / "qlora_base.json").read_text())["merge_aware"] == "int4"
+    assert json.loads((run / "adapter" / "qlora_base.json").read_text())["base_format"] == "int4"
     capfd.readouterr()
     export = "export", "--adapter", run, "--dtype", "float32", "--output", tmp_path / "out", "--overwrite", "--to"
     here(*export, "compressed-tensors:int4")

@@ -20,7 +20,7 @@ from qlora_ext.fingerprint import fingerprint
 from qlora_ext.form import Form
 from qlora_ext.formats import SERVED_FORMATS
 from qlora_ext.integrations import peft as integration
-from qlora_ext.integrations.peft import base_file
+from qlora_ext.integrations.peft import base_file, trained_weight
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
 from qlora_ext.nn import Experts4bit, Linear4bit, layers_of
 from test_merge_aware import adapted, logits
@@ -47,13 +47,12 @@ def gradients(model: Any) -> list[Tensor]:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The seeds of the weights that were merged."""
     seeds: list[int] = []
-    with_update = merged.with_update
 
-    def counting(w4: Any, moved: Tensor, seed: int = 0) -> Any:
+    def counting(w4: Any, a: Tensor, b: Tensor, scaling: float, seed: int = 0) -> Any:
         seeds.append(seed)
-        return with_update(w4, moved, seed)
+        return merged.merged_weight(w4, a, b, scaling, seed)
 
-    monkeypatch.setattr(merged, "with_update", counting)
+    monkeypatch.setattr(trained_weight, "merged_weight", counting)
     return seeds
 
 

@@ -102,6 +102,25 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
   set.codec->encode_nf4_stochastic(pool, code, dtype, w.data(), scales.data(), numel, s.block_size, 1234,
                                    packed.data());
   keep(packed);
+  constexpr int64_t kRank = 3;
+  std::vector<float> a(kRank * s.columns), b(s.rows * kRank);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = 0.01f * static_cast<float>(i * 37 % 29) - 0.14f;
+  for (size_t i = 0; i < b.size(); ++i) b[i] = 0.02f * static_cast<float>(i * 23 % 31) - 0.3f;
+  std::vector<uint8_t> zero_points(blocks);
+  for (int64_t i = 0; i < blocks; ++i) zero_points[i] = static_cast<uint8_t>(i * 7 % 16);
+  Scales with_zero_points = plain;
+  with_zero_points.offsets = {OffsetForm::kZeroPoint8, zero_points.data(), nullptr};
+  Bytes merged(packed_bytes(numel));
+  for (const Scales& of : {float_scales(scales.data(), s.block_size), nested_with_offsets, with_zero_points}) {
+    set.codec->merge_lora_nf4(pool, {{packed.data(), code, of, s.rows, s.columns},
+                                     a.data(),
+                                     b.data(),
+                                     kRank,
+                                     0.5f,
+                                     uint64_t{1} << 33 | 5,
+                                     merged.data()});
+    keep(merged);
+  }
   if (!feedback.empty()) {
     std::vector<int64_t> order(s.columns);
     std::iota(order.rbegin(), order.rend(), 0);

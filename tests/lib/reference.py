@@ -231,6 +231,36 @@ def encode_nf4_stochastic(
     return pack(ranked(table)[1][ranks].astype(np.uint8), table)
 
 
+def merge_lora_nf4(
+    w: np.ndarray,
+    offsets: np.ndarray,
+    absmax: np.ndarray,
+    block: int,
+    lora_a: np.ndarray,
+    lora_b: np.ndarray,
+    scaling: float,
+    seed: int,
+    table: np.ndarray = NF4,
+) -> np.ndarray:
+    """Packed bytes (flat) of w + (scaling · B) · A, less each element's offset, rounded stochastically.
+
+    The products are summed in the order of the ranks, each rounded once with the sum, as a fused multiply-add does.
+    """
+    update = np.zeros_like(w)
+    scaled = lora_b * F32(scaling)
+    for b, a in zip(scaled.T, lora_a, strict=True):
+        # The product of two float32 is exact in float64. The sum is rounded to odd first, so that the second rounding,
+        # to float32, is right.
+        product, before = np.multiply.outer(b.astype(np.float64), a.astype(np.float64)), update.astype(np.float64)
+        total = product + before
+        part = total - product
+        error = (product - (total - part)) + (before - part)
+        bits, away = total.view(np.int64), (error > 0) == (total > 0)
+        odd = np.where((error != 0) & (bits % 2 == 0), bits + np.where(away, 1, -1), bits)
+        update = odd.view(np.float64).astype(F32)
+    return encode_nf4_stochastic((w + update) - offsets, absmax, block, seed, table=table)
+
+
 def encode_with_feedback(w, absmax, feedback, order, block: int = 64, table: np.ndarray = NF4) -> np.ndarray:
     """Codes [N, K] of w by GPTQ (Frantar et al., 2022, algorithm 1), column by column, in float32."""
     n, k = w.shape

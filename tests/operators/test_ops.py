@@ -22,6 +22,7 @@ def op_calls(device: str) -> dict[str, tuple]:
     codes = OPS.quantize_absmax(absmax, 256)
     dy = torch.randn(2, 3, 48, device=device)
     g = grouped_sample([2, 0, 3], device=device, dropout_p=0.3)
+    lora_a, lora_b = torch.randn(4, 64, device=device), torch.randn(48, 4, device=device)
     h, h_of_experts = torch.randn(2, 3, 4, device=device), torch.randn(len(g.x), 4, device=device)
     return {
         "quantize_nf4": (w, 64),
@@ -34,6 +35,7 @@ def op_calls(device: str) -> dict[str, tuple]:
             torch.arange(64, device=device),
         ),
         "encode_nf4_stochastic": (w, OPS.quantize_nf4(w, 64)[1], 64, 5),
+        "merge_lora_nf4": (*s.w4.packed_args(), lora_a, lora_b, 2.0, 5),
         "quantize_absmax": (absmax, 256),
         "dequantize_absmax": (*codes, 256),
         "dequantize_nf4": (*s.w4.packed_args(), [48, 64], torch.bfloat16),
@@ -87,6 +89,7 @@ def test_schemas_are_those_of_the_design() -> None:
         "encode_nf4": f"(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None, "
         f"{code}) -> Tensor packed",
         "encode_nf4_stochastic": f"(Tensor w, Tensor absmax, int block_size, int seed, {code}) -> Tensor packed",
+        "merge_lora_nf4": f"({packed}, Tensor lora_a, Tensor lora_b, float scaling, int seed, {form}) -> Tensor merged",
         "quantize_absmax": "(Tensor absmax, int nested_block_size) -> "
         "(Tensor codes, Tensor nested_absmax, Tensor nested_offset)",
         "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset, int nested_block_size) "

@@ -105,6 +105,7 @@ REFUSING: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "search_absmax_nf4": (lambda w: OPS.search_absmax_nf4(w, torch.ones(64), 64), W),
     "encode_nf4": (lambda w: OPS.encode_nf4(w, torch.ones(w.numel() // 64), 64), W),
     "encode_nf4_stochastic": (lambda w: OPS.encode_nf4_stochastic(w, torch.ones(w.numel() // 64), 64, 0), W),
+    "merge_lora_nf4": (lambda a: OPS.merge_lora_nf4(*PACKED, a, torch.ones(48, 4), 1.0, 0), torch.randn(4, 64)),
     "grouped_linear_nf4": (lambda x: OPS.grouped_linear_nf4(x, OFFSETS, *STACK, 48, None, A2, B2, 1.0), S.x),
     "grouped_linear_nf4_dx": (lambda dy: OPS.grouped_linear_nf4_dx(dy, OFFSETS, *STACK, 64, A2, B2, 1.0), DY),
     "grouped_linear_nf4_dlora": (lambda x: OPS.grouped_linear_nf4_dlora(DY, x, OFFSETS, A2, B2, 1.0), S.x),
@@ -120,7 +121,13 @@ def test_no_operator_drops_a_tangent(call: str, way: str) -> None:
     f(x)
 
 
-WITHOUT_A_GRADIENT = ("grouped_linear_nf4", "linear_nf4: lora_a", "encode_nf4", "encode_nf4_stochastic")
+WITHOUT_A_GRADIENT = (
+    "grouped_linear_nf4",
+    "linear_nf4: lora_a",
+    "encode_nf4",
+    "encode_nf4_stochastic",
+    "merge_lora_nf4",
+)
 
 
 @pytest.mark.parametrize("call", [name for name in REFUSING if name not in WITHOUT_A_GRADIENT])

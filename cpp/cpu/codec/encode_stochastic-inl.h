@@ -1,66 +1,86 @@
-// Encodes under given scales with stochastic rounding. These are plain loops over a group, which the compiler
-// vectorizes.
+// Encodes under given scales with stochastic rounding, written with the operations of codec::.
 #pragma once
 
 #include <cstdint>
 
+#include "cpp/cpu/isa/codec.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/with_type-inl.h"
 #include "cpp/format/codes.h"
-#include "cpp/format/stochastic.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 
-inline constexpr int kStochasticGroup = 32;
+// What encodes groups of 32 elements.
+template <class Encoder>
+struct StochasticGroups {
+  const Encoder& encoder;
+  codec::Thresholds thresholds;
+  uint8_t zero_code;
 
-// Encodes the `count` weights from element `first` of the tensor on. `first` is even, and so is `count` except at the
-// tensor's end.
-template <class T>
-inline void encode_group_stochastically(const CodeTable& table, const T* w, int64_t count, float inverse, uint64_t seed,
-                                        int64_t first, uint8_t* packed) {
-  float q[kStochasticGroup] = {}, threshold[kStochasticGroup];
-  int32_t code[kStochasticGroup] = {};  // first ranks, then codes
-  for (int64_t i = 0; i < count; ++i) q[i] = to_float(w[i]) * inverse;
-  for (int i = 0; i < kStochasticGroup; ++i) {
-    threshold[i] = rounding_threshold(seed, static_cast<uint64_t>(first) + static_cast<uint64_t>(i));
+  // The group from element `first` of the tensor on, whose weights over their scales are `q`.
+  void encode(const codec::Pairs& q, int64_t first, uint8_t* packed) const {
+    const codec::Pairs threshold = thresholds.at(static_cast<uint64_t>(first));
+    encoder.store(packed, encoder.encode(q.even, threshold.even), encoder.encode(q.odd, threshold.odd));
   }
-  for (int c = 0; c + 1 < kCodes; ++c) {
-    for (int i = 0; i < kStochasticGroup; ++i) {
-      code[i] += q[i] > table.ranked[c] + threshold[i] * table.gap[c];
-    }
+
+  // Writes the codes of the first `count` elements of a group. If their number is odd, the code of 0 fills the last
+  // byte.
+  void keep(const uint8_t* group, int64_t count, uint8_t* packed) const {
+    const int64_t whole = count / 2;
+    for (int64_t i = 0; i < whole; ++i) packed[i] = group[i];
+    if (count % 2) packed[whole] = static_cast<uint8_t>((group[whole] & 0xF0) | zero_code);
   }
-  if (!table.is_ascending) {
-    for (int32_t& c : code) c = table.code_of_rank[c];
-  }
-  if (count % 2) code[count] = table.zero_code;
-  for (int64_t i = 0; i < packed_bytes(count); ++i) {
-    packed[i] = static_cast<uint8_t>(code[2 * i] << 4 | code[2 * i + 1]);
-  }
+};
+
+// The numbers of a group's blocks, the first of which is given, for its even or odd elements: a block of 16 elements is
+// half a group.
+inline codec::Floats per_element(const float* of_block, int64_t block_size) {
+  return block_size < codec::kGroup ? codec::halves(of_block[0], of_block[1]) : codec::splat(of_block[0]);
 }
 
-template <class T>
-void encode_stochastically_as(const Pool& pool, const CodeTable& table, const T* w, const float* absmax, int64_t numel,
-                              int64_t block_size, uint64_t seed, uint8_t* packed) {
-  auto body = [=, &table](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const float inverse = inverse_scale(absmax[b]);
-      const int64_t last = min((b + 1) * block_size, numel);
-      for (int64_t first = b * block_size; first < last; first += kStochasticGroup) {
-        const int64_t count = min(int64_t{kStochasticGroup}, last - first);
-        encode_group_stochastically(table, w + first, count, inverse, seed, first, packed + first / 2);
-      }
+// Calls use(first, count, block, blocks) for each group of a tensor, in parallel: its elements and its blocks.
+template <class Use>
+inline void for_each_group(const Pool& pool, int64_t numel, int64_t block_size, const Use& use) {
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(block_size));
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * codec::kGroup; first < end * codec::kGroup; first += codec::kGroup) {
+      const int64_t count = min(numel - first, codec::kGroup), block = first >> shift;
+      use(first, count, block, ((first + count - 1) >> shift) + 1 - block);
     }
   };
-  pool(ceil_div(numel, block_size), ceil_div(int64_t{16384}, block_size), body);
+  pool(ceil_div(numel, codec::kGroup), 16384 / codec::kGroup, body);
+}
+
+template <class T, class Encoder>
+void encode_stochastically_as(const Pool& pool, const StochasticGroups<Encoder>& groups, const T* w,
+                              const float* absmax, int64_t numel, int64_t block_size, uint8_t* packed) {
+  for_each_group(pool, numel, block_size, [&](int64_t first, int64_t count, int64_t block, int64_t blocks) {
+    float inverse[2] = {};
+    for (int64_t i = 0; i < blocks; ++i) inverse[i] = inverse_scale(absmax[block + i]);
+    const codec::Floats factor = per_element(inverse, block_size);
+    const auto encode = [&](const T* group, uint8_t* codes) {
+      const codec::Pairs pairs = codec::load_pairs(group);
+      groups.encode({codec::mul(pairs.even, factor), codec::mul(pairs.odd, factor)}, first, codes);
+    };
+    if (count == codec::kGroup) return encode(w + first, packed + first / 2);
+    T filled[codec::kGroup] = {};
+    uint8_t codes[codec::kGroup / 2];
+    for (int64_t i = 0; i < count; ++i) filled[i] = w[first + i];
+    encode(filled, codes);
+    groups.keep(codes, count, packed + first / 2);
+  });
 }
 
 void encode_nf4_stochastic(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                            int64_t block_size, uint64_t seed, uint8_t* packed) {
-  with_type(dtype, [&]<class T>() {
-    encode_stochastically_as(pool, table_of(code), static_cast<const T*>(w), absmax, numel, block_size, seed, packed);
+  codec::with_stochastic_encoder(code, [&]<class Encoder>(const Encoder& encoder) {
+    const StochasticGroups<Encoder> groups{encoder, codec::Thresholds(seed), table_of(code).zero_code};
+    with_type(dtype, [&]<class T>() {
+      encode_stochastically_as(pool, groups, static_cast<const T*>(w), absmax, numel, block_size, packed);
+    });
   });
 }
 

@@ -21,6 +21,16 @@ inline void with_encoder(Code code, const Use& use) {
   }
 }
 
+// The same for stochastic rounding.
+template <class Use>
+inline void with_stochastic_encoder(Code code, const Use& use) {
+  if (is_consecutive(code)) {
+    use(ConsecutiveEncoder(table_of(code)));
+  } else {
+    use(StochasticEncoder(table_of(code)));
+  }
+}
+
 // What the codes decode to under a scale and an offset: round(round(value * scale) + offset) in float32, then rounded
 // to T.
 template <class T>

@@ -4,6 +4,7 @@
 #include "cpp/cpu/codec/dequantize-inl.h"
 #include "cpp/cpu/codec/encode-inl.h"
 #include "cpp/cpu/codec/encode_stochastic-inl.h"
+#include "cpp/cpu/codec/merge_lora-inl.h"
 #include "cpp/cpu/codec/quantize-inl.h"
 #include "cpp/cpu/codec/search_absmax-inl.h"
 #include "cpp/cpu/dispatch.h"
@@ -20,6 +21,7 @@ const Codec codec = {
     .encode_nf4 = QLORA_ISA::encode_nf4,
     .encode_nf4_with_feedback = QLORA_ISA::encode_nf4_with_feedback,
     .encode_nf4_stochastic = QLORA_ISA::encode_nf4_stochastic,
+    .merge_lora_nf4 = QLORA_ISA::merge_lora_nf4,
     .quantize_absmax = QLORA_ISA::quantize_absmax,
     .dequantize_absmax = QLORA_ISA::dequantize_absmax,
     .dequantize_nf4 = QLORA_ISA::dequantize_nf4,

@@ -10,6 +10,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
+#include "cpp/format/stochastic.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -31,6 +32,10 @@ inline void store(float* p, Floats x) {
 inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 inline Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Floats fma(Floats a, Floats b, Floats c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Floats halves(float low, float high) { return {_mm256_set1_ps(low), _mm256_set1_ps(high)}; }
 
 inline void accumulate(double* sums, Floats x) {
   const __m128 quarter[4] = {_mm256_castps256_ps128(x.low), _mm256_extractf128_ps(x.low, 1),
@@ -149,6 +154,126 @@ inline void store_packed(uint8_t* packed, Codes even, Codes odd) {
   store_bytes(packed, _mm256_or_si256(_mm256_slli_epi32(even.low, 4), odd.low),
               _mm256_or_si256(_mm256_slli_epi32(even.high, 4), odd.high));
 }
+
+class Thresholds {
+ public:
+  explicit Thresholds(uint64_t seed)
+      : before_(_mm256_set1_epi32(static_cast<int>(seed_words(seed).before))),
+        behind_(_mm256_set1_epi32(static_cast<int>(seed_words(seed).behind))) {}
+  Pairs at(uint64_t first) const {
+    const __m256i word = _mm256_set1_epi32(static_cast<int>(element_word(first)));
+    return {{every_other<0>(word), every_other<16>(word)}, {every_other<1>(word), every_other<17>(word)}};
+  }
+
+ private:
+  // Those of the elements kFirst, kFirst + 2, .. of a group, the word of whose first element is given.
+  template <int kFirst>
+  __m256 every_other(__m256i word) const {
+    const __m256i element = _mm256_setr_epi32(kFirst, kFirst + 2, kFirst + 4, kFirst + 6, kFirst + 8, kFirst + 10,
+                                              kFirst + 12, kFirst + 14);
+    const __m256i steps = _mm256_mullo_epi32(element, _mm256_set1_epi32(static_cast<int>(kElementStep)));
+    __m256i x = _mm256_xor_si256(_mm256_add_epi32(word, steps), before_);
+    x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)),
+                           _mm256_set1_epi32(static_cast<int>(0x85EBCA6Bu)));
+    x = _mm256_add_epi32(x, behind_);
+    x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 13)),
+                           _mm256_set1_epi32(static_cast<int>(0xC2B2AE35u)));
+    const __m256 number = _mm256_cvtepi32_ps(_mm256_srli_epi32(x, 16));
+    return _mm256_mul_ps(_mm256_add_ps(number, _mm256_set1_ps(0.5f)), _mm256_set1_ps(1.0f / 65536.0f));
+  }
+
+  __m256i before_, behind_;
+};
+
+// Negated ranks of 16 lanes.
+struct Ranks {
+  __m256i low, high;
+};
+class RankPacker {
+ public:
+  explicit RankPacker(const CodeTable& table)
+      : code_of_rank_(
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table.code_of_rank)))) {}
+  void store(uint8_t* packed, Ranks even, Ranks odd) const {
+    // Elements 0-3, 8-11 | 4-7, 12-15, the even ones and then the odd ones.
+    const __m256i negated =
+        _mm256_packs_epi16(_mm256_packs_epi32(even.low, even.high), _mm256_packs_epi32(odd.low, odd.high));
+    const __m256i codes = _mm256_shuffle_epi8(code_of_rank_, _mm256_abs_epi8(negated));
+    const __m256i pairs = _mm256_shuffle_epi8(
+        codes, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)));
+    const __m256i words = _mm256_maddubs_epi16(pairs, _mm256_set1_epi16(0x0110));  // 16 * even + odd
+    const __m256i bytes = _mm256_packus_epi16(words, words);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed),
+                     _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+  }
+
+ private:
+  __m256i code_of_rank_;
+};
+
+// Three steps of binary search find the even rank 2i with ranked[2i] < q <= ranked[2i + 2], as in SearchEncoder. Then q
+// is compared with the random boundaries above ranked[2i] and ranked[2i + 1]. Lookups within 128 bits and differences
+// are cheaper than lookups in all eight lanes.
+class StochasticEncoder : public RankPacker {
+ public:
+  explicit StochasticEncoder(const CodeTable& table)
+      : RankPacker(table),
+        first_(_mm256_set1_ps(table.ranked[8])),
+        low_second_(_mm256_set1_ps(table.ranked[4])),
+        high_second_(_mm256_set1_ps(table.ranked[12])) {
+    float third[8] = {}, even[8] = {}, odd[8] = {}, odd_gap[8] = {};
+    for (int i = 0; i < 8; ++i) {
+      const int lane = -i & 7;
+      third[lane] = table.ranked[4 * (i % 4) + 2];
+      even[lane] = table.ranked[2 * i];
+      odd[lane] = table.ranked[2 * i + 1];
+      odd_gap[lane] = i < 7 ? table.gap[2 * i + 1] : __builtin_inff();
+    }
+    third_ = _mm256_loadu_ps(third);
+    even_ = _mm256_loadu_ps(even);
+    odd_ = _mm256_loadu_ps(odd);
+    odd_gap_ = _mm256_loadu_ps(odd_gap);
+  }
+  Ranks encode(Floats q, Floats threshold) const {
+    return {encode(q.low, threshold.low), encode(q.high, threshold.high)};
+  }
+
+ private:
+  __m256i encode(__m256 q, __m256 threshold) const {
+    const auto above = [q](__m256 value) { return _mm256_castps_si256(_mm256_cmp_ps(q, value, _CMP_GT_OQ)); };
+    const auto twice = [](__m256i x) { return _mm256_add_epi32(x, x); };
+    const __m256 in_high = _mm256_cmp_ps(q, first_, _CMP_GT_OQ);
+    __m256i rank = _mm256_add_epi32(twice(_mm256_castps_si256(in_high)),
+                                    above(_mm256_blendv_ps(low_second_, high_second_, in_high)));
+    rank = _mm256_add_epi32(twice(rank), above(_mm256_permutevar_ps(third_, rank)));
+    const __m256 even = _mm256_permutevar8x32_ps(even_, rank), odd = _mm256_permutevar8x32_ps(odd_, rank);
+    const __m256 even_gap = _mm256_sub_ps(odd, even), odd_gap = _mm256_permutevar8x32_ps(odd_gap_, rank);
+    const __m256i even_above = above(_mm256_add_ps(even, _mm256_mul_ps(threshold, even_gap)));
+    const __m256i odd_above = above(_mm256_add_ps(odd, _mm256_mul_ps(threshold, odd_gap)));
+    return _mm256_add_epi32(twice(rank), _mm256_add_epi32(even_above, odd_above));
+  }
+
+  __m256 first_, low_second_, high_second_, third_, even_, odd_, odd_gap_;
+};
+
+class ConsecutiveEncoder : public RankPacker {
+ public:
+  explicit ConsecutiveEncoder(const CodeTable& table) : RankPacker(table), least_(_mm256_set1_ps(table.ranked[0])) {}
+  Ranks encode(Floats q, Floats threshold) const {
+    return {encode(q.low, threshold.low), encode(q.high, threshold.high)};
+  }
+
+ private:
+  __m256i encode(__m256 q, __m256 threshold) const {
+    // The maximum with NaN is the second operand.
+    const __m256 at_least = _mm256_max_ps(_mm256_floor_ps(q), least_);
+    const __m256 below = _mm256_min_ps(at_least, _mm256_add_ps(least_, _mm256_set1_ps(kCodes - 2)));
+    const __m256 above = _mm256_cmp_ps(q, _mm256_add_ps(below, threshold), _CMP_GT_OQ);
+    return _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_sub_ps(least_, below)), _mm256_castps_si256(above));
+  }
+
+  __m256 least_;
+};
 
 // Codes of eight lanes, as 32-bit integers.
 inline __m256i encode_dynamic8(__m256 q) {
@@ -284,6 +409,14 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
   store_vector<kStream>(out + 16, _mm256_unpackhi_epi8(low, high));
 }
 inline void finish_streaming() { _mm_sfence(); }
+inline Pairs decode_pairs(const Table<float>& table, const uint8_t* packed) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+  const __m256i low = _mm256_cvtepu8_epi32(bytes), high = _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8));
+  const auto values = [&table](__m256i codes) {  // in the low four bits
+    return _mm256_castsi256_ps(look_up(_mm256_castsi256_ps(table.low), _mm256_castsi256_ps(table.high), codes));
+  };
+  return {{values(_mm256_srli_epi32(low, 4)), values(_mm256_srli_epi32(high, 4))}, {values(low), values(high)}};
+}
 
 inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
 inline int64_t look_up_many_scales(const uint8_t*, int64_t, const float*, float*) { return 0; }

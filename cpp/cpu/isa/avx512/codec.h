@@ -11,6 +11,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
+#include "cpp/format/stochastic.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -29,6 +30,10 @@ inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
 inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats halves(float low, float high) {
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(low), 0xFF00, _mm512_set1_ps(high))};
+}
 
 inline void accumulate(double* sums, Floats x) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
@@ -158,6 +163,92 @@ inline void store_packed(uint8_t* packed, Codes even, Codes odd) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(packed),
                    _mm512_castsi512_si128(_mm512_permutexvar_epi8(top_bytes, byte_on_top)));
 }
+
+class Thresholds {
+ public:
+  explicit Thresholds(uint64_t seed)
+      : before_(_mm512_set1_epi32(static_cast<int>(seed_words(seed).before))),
+        behind_(_mm512_set1_epi32(static_cast<int>(seed_words(seed).behind))) {}
+  Pairs at(uint64_t first) const {
+    const __m512i word = _mm512_set1_epi32(static_cast<int>(element_word(first)));
+    return {{every_other<0>(word)}, {every_other<1>(word)}};
+  }
+
+ private:
+  // Those of the elements kFirst, kFirst + 2, .. of a group, the word of whose first element is given.
+  template <int kFirst>
+  __m512 every_other(__m512i word) const {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i element = _mm512_add_epi32(even, _mm512_set1_epi32(kFirst));
+    const __m512i steps = _mm512_mullo_epi32(element, _mm512_set1_epi32(static_cast<int>(kElementStep)));
+    __m512i x = _mm512_xor_si512(_mm512_add_epi32(word, steps), before_);
+    x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)),
+                           _mm512_set1_epi32(static_cast<int>(0x85EBCA6Bu)));
+    x = _mm512_add_epi32(x, behind_);
+    x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 13)),
+                           _mm512_set1_epi32(static_cast<int>(0xC2B2AE35u)));
+    const __m512 number = _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 16));
+    return _mm512_mul_ps(_mm512_add_ps(number, _mm512_set1_ps(0.5f)), _mm512_set1_ps(1.0f / 65536.0f));
+  }
+
+  __m512i before_, behind_;
+};
+
+struct Ranks {
+  __m512i v;
+};
+class RankPacker {
+ public:
+  explicit RankPacker(const CodeTable& table)
+      : code_of_rank_(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table.code_of_rank))) {}
+  void store(uint8_t* packed, Ranks even, Ranks odd) const {
+    const auto codes = [this](Ranks ranks) { return _mm_shuffle_epi8(code_of_rank_, _mm512_cvtepi32_epi8(ranks.v)); };
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm_or_si128(_mm_slli_epi16(codes(even), 4), codes(odd)));
+  }
+
+ private:
+  __m128i code_of_rank_;
+};
+
+// Binary search finds the last value below q. Then q is compared with the random boundary above that.
+class StochasticEncoder : public RankPacker {
+ public:
+  explicit StochasticEncoder(const CodeTable& table)
+      : RankPacker(table),
+        values_(_mm512_loadu_ps(table.ranked)),
+        gaps_(_mm512_mask_loadu_ps(_mm512_set1_ps(__builtin_inff()), 0x7FFF, table.gap)) {}
+  Ranks encode(Floats q, Floats threshold) const {
+    __m512i rank = _mm512_setzero_si512();
+    for (int step = 8; step; step /= 2) {
+      const __m512i next = _mm512_add_epi32(rank, _mm512_set1_epi32(step));
+      const __m512 value = _mm512_permutexvar_ps(next, values_);
+      rank = _mm512_mask_mov_epi32(rank, _mm512_cmp_ps_mask(q.v, value, _CMP_GT_OQ), next);
+    }
+    const __m512 boundary = _mm512_add_ps(_mm512_permutexvar_ps(rank, values_),
+                                          _mm512_mul_ps(threshold.v, _mm512_permutexvar_ps(rank, gaps_)));
+    const __mmask16 above = _mm512_cmp_ps_mask(q.v, boundary, _CMP_GT_OQ);
+    return {_mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(1))};
+  }
+
+ private:
+  __m512 values_, gaps_;
+};
+
+class ConsecutiveEncoder : public RankPacker {
+ public:
+  explicit ConsecutiveEncoder(const CodeTable& table) : RankPacker(table), least_(_mm512_set1_ps(table.ranked[0])) {}
+  Ranks encode(Floats q, Floats threshold) const {
+    // The maximum with NaN is the second operand.
+    const __m512 at_least = _mm512_max_ps(_mm512_floor_ps(q.v), least_);
+    const __m512 below = _mm512_min_ps(at_least, _mm512_add_ps(least_, _mm512_set1_ps(kCodes - 2)));
+    const __mmask16 above = _mm512_cmp_ps_mask(q.v, _mm512_add_ps(below, threshold.v), _CMP_GT_OQ);
+    const __m512i rank = _mm512_cvtps_epi32(_mm512_sub_ps(below, least_));
+    return {_mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(1))};
+  }
+
+ private:
+  __m512 least_;
+};
 
 inline void store_dynamic8(uint8_t* codes, Floats q) {
   using Cells = Dynamic8Cells;
@@ -381,6 +472,13 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
   }
 }
 inline void finish_streaming() { _mm_sfence(); }
+inline Pairs decode_pairs(const Table<float>& table, const uint8_t* packed) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  const auto values = [&table](__m512i codes) {  // in the low four bits
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi32(codes, table.v));
+  };
+  return {{values(_mm512_srli_epi32(bytes, 4))}, {values(bytes)}};
+}
 
 }  // namespace codec
 }  // namespace

@@ -11,6 +11,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
+#include "cpp/format/stochastic.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -40,6 +41,13 @@ inline Floats sub(const Floats& a, const Floats& b) {
 }
 inline Floats mul(const Floats& a, const Floats& b) {
   return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vmulq_f32(x, y); });
+}
+inline Floats fma(const Floats& a, const Floats& b, Floats c) {
+  for (int i = 0; i < 4; ++i) c.q[i] = vfmaq_f32(c.q[i], a.q[i], b.q[i]);
+  return c;
+}
+inline Floats halves(float low, float high) {
+  return {{vdupq_n_f32(low), vdupq_n_f32(low), vdupq_n_f32(high), vdupq_n_f32(high)}};
 }
 
 inline void accumulate(double* sums, const Floats& x) {
@@ -181,6 +189,80 @@ class Encoder {
 inline void store_codes(uint8_t* codes, Codes c) { vst1q_u8(codes, c); }
 inline void store_packed(uint8_t* packed, Codes even, Codes odd) { vst1q_u8(packed, vsliq_n_u8(odd, even, 4)); }
 
+class Thresholds {
+ public:
+  explicit Thresholds(uint64_t seed) : words_(seed_words(seed)) {}
+  Pairs at(uint64_t first) const {
+    Pairs r;
+    for (uint64_t i = 0; i < 4; ++i) {
+      r.even.q[i] = every_other(element_word(first + 8 * i));
+      r.odd.q[i] = every_other(element_word(first + 8 * i + 1));
+    }
+    return r;
+  }
+
+ private:
+  // Those of four elements, each the next but one, the word of the first of which is given.
+  float32x4_t every_other(uint32_t word) const {
+    const uint32_t step[] = {0, 2 * kElementStep, 4 * kElementStep, 6 * kElementStep};
+    uint32x4_t x = veorq_u32(vaddq_u32(vdupq_n_u32(word), vld1q_u32(step)), vdupq_n_u32(words_.before));
+    x = vmulq_u32(veorq_u32(x, vshrq_n_u32(x, 16)), vdupq_n_u32(0x85EBCA6Bu));
+    x = vaddq_u32(x, vdupq_n_u32(words_.behind));
+    x = vmulq_u32(veorq_u32(x, vshrq_n_u32(x, 13)), vdupq_n_u32(0xC2B2AE35u));
+    const float32x4_t number = vcvtq_f32_u32(vshrq_n_u32(x, 16));
+    return vmulq_f32(vaddq_f32(number, vdupq_n_f32(0.5f)), vdupq_n_f32(1.0f / 65536.0f));
+  }
+
+  SeedWords words_;
+};
+
+// The values below q are counted. Then q is compared with the random boundary above the last of them.
+class StochasticEncoder {
+ public:
+  explicit StochasticEncoder(const CodeTable& table)
+      : table_(&table), code_of_rank_(vld1q_u8(table.code_of_rank)), values_(float_table(table.ranked)) {
+    float gap[kCodes];
+    for (int rank = 0; rank < kCodes; ++rank) gap[rank] = rank + 1 < kCodes ? table.gap[rank] : __builtin_inff();
+    gaps_ = float_table(gap);
+  }
+  Codes encode(const Floats& q, const Floats& threshold) const {
+    uint32x4_t below[4] = {vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0)};
+    for (int rank = 1; rank < kCodes; ++rank) {
+      for (int i = 0; i < 4; ++i) below[i] = vsubq_u32(below[i], vcgtq_f32(q.q[i], vdupq_n_f32(table_->ranked[rank])));
+    }
+    const uint8x16_t rank = low_bytes(below[0], below[1], below[2], below[3]);
+    const Floats boundary = add(look_up(values_, rank), mul(threshold, look_up(gaps_, rank)));
+    const uint8x16_t above = low_bytes(vcgtq_f32(q.q[0], boundary.q[0]), vcgtq_f32(q.q[1], boundary.q[1]),
+                                       vcgtq_f32(q.q[2], boundary.q[2]), vcgtq_f32(q.q[3], boundary.q[3]));
+    return vqtbl1q_u8(code_of_rank_, vsubq_u8(rank, above));  // true is -1
+  }
+  void store(uint8_t* packed, Codes even, Codes odd) const { store_packed(packed, even, odd); }
+
+ private:
+  const CodeTable* table_;
+  uint8x16_t code_of_rank_;
+  FloatTable values_, gaps_;
+};
+
+class ConsecutiveEncoder {
+ public:
+  explicit ConsecutiveEncoder(const CodeTable& table) : least_(table.ranked[0]) {}
+  Codes encode(const Floats& q, const Floats& threshold) const {
+    const float32x4_t least = vdupq_n_f32(least_), most = vdupq_n_f32(least_ + (kCodes - 2));
+    uint32x4_t rank[4];
+    for (int i = 0; i < 4; ++i) {
+      const float32x4_t below = vminnmq_f32(vmaxnmq_f32(vrndmq_f32(q.q[i]), least), most);  // of NaN: `least`
+      const uint32x4_t above = vcgtq_f32(q.q[i], vaddq_f32(below, threshold.q[i]));
+      rank[i] = vsubq_u32(vcvtq_u32_f32(vsubq_f32(below, least)), above);
+    }
+    return low_bytes(rank[0], rank[1], rank[2], rank[3]);
+  }
+  void store(uint8_t* packed, Codes even, Codes odd) const { store_packed(packed, even, odd); }
+
+ private:
+  float least_;
+};
+
 inline void store_dynamic8(uint8_t* codes, const Floats& q) {
   using Cells = Dynamic8Cells;
   uint32x4_t code[4];
@@ -281,6 +363,10 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
   }
 }
 inline void finish_streaming() {}
+inline Pairs decode_pairs(const Table<float>& table, const uint8_t* packed) {
+  const uint8x16_t bytes = vld1q_u8(packed);
+  return {look_up(table.floats, high_nibbles(bytes)), look_up(table.floats, low_nibbles(bytes))};
+}
 
 inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
 inline int64_t look_up_many_scales(const uint8_t*, int64_t, const float*, float*) { return 0; }

@@ -9,6 +9,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
+#include "cpp/format/stochastic.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -43,6 +44,17 @@ inline Floats sub(Floats a, const Floats& b) {
 inline Floats mul(Floats a, const Floats& b) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
   return a;
+}
+// a * b + c, rounded once.
+inline Floats fma(const Floats& a, const Floats& b, Floats c) {
+  for (int i = 0; i < kLanes; ++i) c.lane[i] = __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]);
+  return c;
+}
+// `low` in lanes 0 to 7, `high` in lanes 8 to 15.
+inline Floats halves(float low, float high) {
+  Floats r;
+  for (int i = 0; i < kLanes; ++i) r.lane[i] = i < kLanes / 2 ? low : high;
+  return r;
 }
 
 // sums[0..16) += x, widened.
@@ -96,6 +108,49 @@ inline void store_codes(uint8_t* codes, const Codes& c) { std::memcpy(codes, c.l
 inline void store_packed(uint8_t* packed, const Codes& even, const Codes& odd) {
   for (int i = 0; i < kLanes; ++i) packed[i] = static_cast<uint8_t>(even.lane[i] << 4 | odd.lane[i]);
 }
+
+// The random numbers of stochastic rounding (cpp/format/stochastic.h).
+class Thresholds {
+ public:
+  explicit Thresholds(uint64_t seed) : seed_(seed) {}
+  // Those of the group from element `first` on, a multiple of kGroup.
+  Pairs at(uint64_t first) const {
+    Pairs r;
+    for (int i = 0; i < kLanes; ++i) {
+      r.even.lane[i] = rounding_threshold(seed_, first + 2 * static_cast<uint64_t>(i));
+      r.odd.lane[i] = rounding_threshold(seed_, first + 2 * static_cast<uint64_t>(i) + 1);
+    }
+    return r;
+  }
+
+ private:
+  uint64_t seed_;
+};
+
+// Stochastic rounding. The rank of q is the number of ranked[c] + threshold * gap[c] below it. Each of these lies
+// between ranked[c] and the next value, so only those of the values around q need to be compared.
+class StochasticEncoder {
+ public:
+  explicit StochasticEncoder(const CodeTable& table) : table_(&table) {}
+  Codes encode(const Floats& q, const Floats& threshold) const {
+    Codes r;
+    for (int i = 0; i < kLanes; ++i) {
+      int rank = 0;
+      for (int c = 0; c + 1 < kCodes; ++c) {
+        rank += q.lane[i] > table_->ranked[c] + threshold.lane[i] * table_->gap[c];
+      }
+      r.lane[i] = table_->code_of_rank[rank];
+    }
+    return r;
+  }
+  // Packs what `encode` returns.
+  void store(uint8_t* packed, const Codes& even, const Codes& odd) const { store_packed(packed, even, odd); }
+
+ private:
+  const CodeTable* table_;
+};
+// The same for codes that are consecutive integers.
+using ConsecutiveEncoder = StochasticEncoder;
 
 // dynamic8_encode of each lane. No lane is NaN.
 inline void store_dynamic8(uint8_t* codes, const Floats& q) {
@@ -178,6 +233,15 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
   }
 }
 inline void finish_streaming() {}
+// The same, with even and odd elements apart.
+inline Pairs decode_pairs(const Table<float>& table, const uint8_t* packed) {
+  Pairs r;
+  for (int i = 0; i < kLanes; ++i) {
+    r.even.lane[i] = table.value[packed[i] >> 4];
+    r.odd.lane[i] = table.value[packed[i] & 15];
+  }
+  return r;
+}
 
 // Decodes the first nested scales, as many as the set decodes faster together than one by one. Returns their number.
 inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }

@@ -70,5 +70,10 @@ def find_adapted(arguments: argparse.Namespace) -> Adapted:
         if block_size not in BLOCK_SIZES:
             raise UserError(f"{path / RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
         check_files(path)
-    loader = Loader(source, Form(block_size=block_size), dtype, device, compute)
+    served = None
+    if path is not None:
+        from ...integrations.peft.base_file import recorded_base_format
+
+        served = recorded_base_format(path)
+    loader = Loader(source, Form(block_size=block_size), dtype, device, compute, served=served)
     return Adapted(path, loader, arguments.force, load_tokenizer(source))

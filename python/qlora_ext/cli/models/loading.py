@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..._internal.untrusted import printable
+from ...formats import READ_IN
 from ..errors import UserError, first_line
 from . import validate_model
 from .pretrained import has_4bit_blocks, load_config, load_pretrained, loading
@@ -134,6 +135,7 @@ class Loader:
             4-bit weights stay those of ``dtype``.
         embeddings: quantize embeddings too, each with the output head that is tied to it.
         rest: quantize also the layers whose weights a GGUF file does not store in 4 bits.
+        served: the format for which an adapter is trained merge-aware. Dense weights are quantized to it, if possible.
 
     Both methods raise a UserError if a weight is missing, has another shape, is NaN, or is in the files but not in the
     model.
@@ -146,6 +148,7 @@ class Loader:
     compute: torch.dtype | None = None
     embeddings: bool = False
     rest: bool = False
+    served: str | None = None
 
     def while_loading(self, stream: str | None = None, resident: str | None = None, spill: Spill | None = None) -> Any:
         """Loads the model, quantizing each weight when it is read, if transformers supports that for the source.
@@ -168,6 +171,7 @@ class Loader:
             block_size=self.form.block_size, double_quant=self.form.double_quant,
             nested_block_size=self.form.nested_block_size, embeddings=self.embeddings, stream=stream, resident=resident,
             skip_modules=self._heads(model_config) if self.rest else None,
+            served=self.served if self.served in READ_IN else None,
         )  # fmt: skip
         if spill is not None:
             config = spilling(config, spill)

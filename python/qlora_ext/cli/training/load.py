@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from ...form import Form
+from ...formats import SERVED_FORMATS
 from ...streaming import chunk_mlp, dense_mlps
 from ..data import Parts
 from ..errors import UserError
+from ..models.adapter_files import find
 from ..models.conversion import four_bit_directory, is_quantized
 from ..models.devices import name_of, parse_computing_dtype, parse_dtype
 from ..models.loading import Loader
@@ -71,12 +73,23 @@ def _computing_dtype(run: Run) -> torch.dtype:
 def _base(run: Run, compute: torch.dtype) -> Any:
     """The model in 4 bits. To stream from disk, it is converted to a 4-bit directory first."""
     s = run.settings
-    loader = Loader(run.source, Form(block_size=s.block_size), parse_dtype(s.dtype), run.device, compute)
+    form, dtype = Form(block_size=s.block_size), parse_dtype(s.dtype)
+    loader = Loader(run.source, form, dtype, run.device, compute, served=_served(run))
     if s.stream == "none":
         return loader.while_loading()
     if s.stream == "disk" and not is_quantized(load_config(run.source)):
         loader = dataclasses.replace(loader, source=four_bit_directory(loader, run.output))
     return loader.while_loading(s.stream, s.resident or None)
+
+
+def _served(run: Run) -> str | None:
+    """The format to which the base is quantized when it is read. An initial adapter has its own base."""
+    from ...integrations.peft.base_file import recorded_base_format
+
+    s = run.settings
+    if s.init_adapter:
+        return recorded_base_format(find(s.init_adapter, "--init-adapter"))
+    return s.merge_aware if s.merge_aware in SERVED_FORMATS else None
 
 
 def _token_ids(parts: Parts) -> Iterator[list[int]]:

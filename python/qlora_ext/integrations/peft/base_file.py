@@ -16,14 +16,20 @@ from torch import nn
 from ..._internal.atomic import staged_file
 from ..._internal.untrusted import FileError, Schema, excerpt, read_json
 from ...fingerprint import fingerprint
-from ...formats import SERVED_FORMATS
+from ...formats import READ_IN, SERVED_FORMATS
 from ...nn import Packed4bit, layers_of
 from .._patches import extend
 from .merge_aware import merge_aware_format, served_in
 
 BASE_FILE = "qlora_base.json"
 FORMAT_VERSION = 1
-_SCHEMA: Schema = {"fingerprint": str, "format_version": int, "lora_dropout?": float, "merge_aware?": (bool, str)}
+_SCHEMA: Schema = {
+    "fingerprint": str,
+    "format_version": int,
+    "lora_dropout?": float,
+    "merge_aware?": (bool, str),
+    "base_format?": str,
+}
 
 OnMismatch = Literal["refuse", "warn", "ignore"]
 
@@ -42,6 +48,15 @@ def _unsaved_dropout(config: Any) -> float:
     return getattr(config, "lora_dropout", 0.0) if getattr(config, "target_parameters", None) else 0.0
 
 
+def _read_in(model: nn.Module) -> str | None:
+    """``QLoRAConfig.served`` of the base."""
+    base: Any = model
+    if hasattr(base, "get_base_model"):  # PEFT's model
+        base = base.get_base_model()
+    read_in: str | None = getattr(getattr(getattr(base, "config", None), "quantization_config", None), "served", None)
+    return read_in
+
+
 def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str = "default") -> None:
     """Writes ``qlora_base.json`` next to an adapter: the fingerprint of its 4-bit base, and settings PEFT cannot save.
 
@@ -55,6 +70,8 @@ def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str
         record["lora_dropout"] = lora_dropout
     if aware:
         record["merge_aware"] = aware
+    if read_in := _read_in(model):
+        record["base_format"] = read_in
     if _is_sharded(model) and torch.distributed.get_rank() != 0:
         return
     with staged_file(pathlib.Path(directory) / BASE_FILE) as partial:
@@ -95,6 +112,19 @@ def recorded_merge_aware(directory: str | os.PathLike[str]) -> str | bool:
     if isinstance(aware, str) and aware not in SERVED_FORMATS:
         raise FileError(f"{path}: expected merge_aware to be {', '.join(SERVED_FORMATS)} or true, got {excerpt(aware)}")
     return aware
+
+
+def recorded_base_format(directory: str | os.PathLike[str]) -> str | None:
+    """``QLoRAConfig.served`` of the base on which the adapter in ``directory`` was trained; None for NF4.
+
+    Raises:
+        ValueError: there is no such format, or the file is damaged or of a newer version.
+    """
+    path, record = _read(directory)
+    read_in: str | None = (record or {}).get("base_format")
+    if read_in not in (None, *READ_IN):
+        raise FileError(f"{path}: expected base_format to be {', '.join(READ_IN)}, got {excerpt(str(read_in))}")
+    return read_in
 
 
 def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatch: OnMismatch) -> bool | None:

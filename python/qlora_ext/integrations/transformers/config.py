@@ -17,7 +17,7 @@ from ... import _library, bitsandbytes_format
 from ..._internal.sizes import parse_size
 from ...dtypes import computing_dtype
 from ...form import Form
-from ...formats import NF4
+from ...formats import NF4, READ_IN
 from ...streaming import SOURCES
 
 METHOD = "qlora_ext"
@@ -155,6 +155,7 @@ if TYPE_CHECKING:
         format_version: int
         needs: str
         forms: list[dict[str, Any]]
+        served: str | None
 
 
 class QLoRAConfig(QuantizationConfigMixin):
@@ -181,6 +182,9 @@ class QLoRAConfig(QuantizationConfigMixin):
             device; see ``qlora_ext.streaming.stream``. "disk" needs a checkpoint that is already 4-bit. Threads that
             use such a model concurrently take turns at each layer.
         resident: with ``stream``, the memory that the weights may use on that device, such as "6GB".
+        served: for adapters that are trained merge-aware for ``"q4_0"``, ``"iq4_nl"``, ``"int4"``, ``"mxfp4"`` or
+            ``"nf4"``: quantize dense linear layers and experts to that format instead of NF4, except where a row is no
+            multiple of its blocks.
 
     ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit,
     in our format or in MXFP4, NVFP4, INT4, AWQ, GPTQ or bitsandbytes' formats, keeps its codes, block sizes and scales.
@@ -247,6 +251,9 @@ class QLoRAConfig(QuantizationConfigMixin):
             raise ValueError("format_version: this checkpoint needs a newer version of qlora_ext")
         saved.pop("needs", None)
         self.forms = _forms_of_layers(saved.pop("forms", []))
+        self.served: str | None = saved.pop("served", None)
+        if self.served not in (None, *READ_IN):
+            raise ValueError(f"served: expected {', '.join(READ_IN)} or None, got {reprlib.repr(self.served)}")
         if saved:
             raise TypeError(f"QLoRAConfig has no argument {', '.join(map(repr, saved))}{_meant(next(iter(saved)))}")
         self.quant_method = _QuantMethod.QLORA_EXT
@@ -272,6 +279,11 @@ class QLoRAConfig(QuantizationConfigMixin):
     def form_of(self, layer: str) -> Form:
         """The form of the 4-bit weights of that layer."""
         return self.forms.get(layer, self.form)
+
+    @property
+    def served_form(self) -> Form | None:
+        """The form of ``served``; None without one, or if it is NF4, which ``form`` describes."""
+        return None if self.served in (None, NF4) else Form.named(self.served)
 
     def computing_dtype(self, model_dtype: torch.dtype, device: torch.device | str | int | None = None) -> torch.dtype:
         """The dtype in which the 4-bit modules of a model that has the given dtype compute.
@@ -303,7 +315,7 @@ class QLoRAConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         if self._source is not None and self._source.saved_config is not None:
             return copy.deepcopy(dict(self._source.saved_config))
-        unsaved = ("forms", "stream", "resident")
+        unsaved = ("forms", "stream", "resident", "served")
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in unsaved}
         fields |= {"quant_method": METHOD, "needs": NEEDS}
         fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")

@@ -194,6 +194,14 @@ class QLoRAQuantizer(HfQuantizer):
         forms = [self.forms.get(f"{name}.{weight}".removeprefix(".")) for weight in weights]
         return forms[0] if forms and all(forms) else None
 
+    def _empty_layer(self, name: str, module: nn.Module, compute_dtype: torch.dtype) -> Packed4bit:
+        stored, served = self._form(name, module), self.qlora_config.served_form
+        layer = empty_layer(module, compute_dtype, stored or self.qlora_config.form_of(name))
+        if stored is not None or served is None or isinstance(module, nn.Embedding):
+            return layer
+        fits = all(shape[-1] % served.block_size == 0 for shape in layer.packed_shapes.values())
+        return empty_layer(module, compute_dtype, served) if fits else layer
+
     def _asked(self, model: nn.Module) -> list[str]:
         """The modules of ``model`` that the configuration requests to be dense."""
         named = self.qlora_config.skip_modules
@@ -241,8 +249,7 @@ class QLoRAQuantizer(HfQuantizer):
             check_something_is_4bit(model, bool(chosen), self._asked(model))
         compute_dtype = self.qlora_config.computing_dtype(model_dtype, self.streaming_device)
         for name, module in chosen:
-            form = self._form(name, module) or self.qlora_config.form_of(name)
-            layer = empty_layer(module, compute_dtype, form)
+            layer = self._empty_layer(name, module, compute_dtype)
             layer.weight_dtype = model_dtype
             # Conversions read the shape of the weight that they create. A tied head shares the table's weight.
             shaped = module if self.bitsandbytes_storage is None and not isinstance(module, nn.Embedding) else layer
