@@ -19,11 +19,13 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import packed_models
 import qlora_ext
 from commands import Paths, here
+from gguf_files import WIDE, WITH_BYTES, write
+from qlora_ext.cli import main
 from qlora_ext.nn import Experts4bit, layers_of
 
 Refused = Callable[..., str]
@@ -244,6 +246,53 @@ def test_the_gguf_adapter_has_a_matrix_for_each_expert(paths: Paths, tmp_path: p
                 assert a.ndim == b.ndim == 3
                 torch.testing.assert_close(alpha / b.shape[2] * (b @ a), expected, rtol=1e-4, atol=1e-5)
     assert {*found} == {f"blk.{i}.attn_q.weight.lora_{side}" for i in range(2) for side in "ab"}
+
+
+def mixed(path: pathlib.Path, down: str) -> pathlib.Path:
+    """A GGUF file with 4-bit attention, and experts in two types, which stay dense if one of them has more bits."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **{**WIDE, **WITH_BYTES}, head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kinds = {f"blk.{i}.ffn_{name}_exps.weight": kind for i in range(2) for name, kind in
+             {"gate": "Q4_0", "up": "Q4_0", "down": down}.items()}  # fmt: skip
+    write(model, path, "qwen3moe", kinds=["Q4_0"], of=kinds | {"token_embd.weight": "F16", "output.weight": "F16"})
+    return path
+
+
+TARGETS = ("gguf-adapter", "gguf:q4_0", "gguf:f16", "dense", "bitsandbytes", "compressed-tensors:int4")
+
+
+@pytest.mark.parametrize("down", ["Q4_0", "Q8_0"])
+def test_experts_of_a_gguf_file(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], down: str) -> None:
+    """Every target has the trained model, as its report says."""
+    base = mixed(tmp_path / "base.gguf", down)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=base.name, dtype=torch.float32)
+    experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["q_proj"], **experts)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.mul_(0.3)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for to in TARGETS:
+        if to == "bitsandbytes":
+            pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        export = ["export", "--adapter", tmp_path / "adapter", "--to", to, "--dtype", "float32", "--data", "self"]
+        output = tmp_path / f"{to.replace(':', '-')}{'.gguf' if to.startswith('gguf') else ''}"
+        capfd.readouterr()
+        if to == "bitsandbytes":  # it does not have the codes of the base
+            assert main([str(argument) for argument in [*export, "--output", output]]) == 2
+            assert "rounding them to NF4 would lose what was learnt" in capfd.readouterr().err
+            continue
+        here(*export, "--output", output)
+        printed = capfd.readouterr().out
+        held = re.search(r"in all (\d+) layers, which hold ([\d.]+)% of the adapter's update", printed)
+        assert held, printed
+        exact = to in ("gguf-adapter", "gguf:f16", "dense")
+        assert abs(float(held[2]) - 100) < (0.5 if exact else 15), printed
 
 
 def test_an_adapter_on_other_experts_is_rejected(

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +24,8 @@ from ..errors import UserError, first_line
 from ..models.adapted import Adapted
 from ..models.loading import load_dense
 from ..models.pretrained import is_4bit, load_config
+from . import modelfile
+from .gguf_description import add_description
 from .job import Job
 from .lora import architecture_of, check_mergeable, tied_layer
 from .merged_weights import MergedWeights, Read
@@ -48,6 +49,7 @@ class _Conversion:
     Attributes:
         target: the option and its value, for error messages.
         kind: the type that the target names.
+        sampling: from ``modelfile.sampling``.
         kinds: the tensors that come from weights, and their types.
         factors: tensors that do not, float32.
         unties: whether the file has an output head, although the base ties it to the embeddings.
@@ -59,6 +61,7 @@ class _Conversion:
     architecture: str
     kind: str
     words: tokenizer.GGUFTokenizer
+    sampling: dict[str, int | float]
     kinds: list[tuple[FileTensor, str]]
     factors: dict[str, Tensor]
     unties: bool
@@ -79,6 +82,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     if unties:
         head = skeleton.get_output_embeddings()
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+    sampling = modelfile.sampling(modelfile.generation_config(source))
     rows = skeleton.get_input_embeddings().weight.shape[0]
     try:
         metadata.check(architecture, config)
@@ -97,7 +101,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     window = metadata.ignored_window(config)
     if window is not None:
         print(f"llama.cpp attends to all tokens of this model, which has a window of {window}; longer texts differ")
-    conversion = _Conversion(target, adapted, config, architecture, kind, words, kinds, factors, unties)
+    conversion = _Conversion(target, adapted, config, architecture, kind, words, sampling, kinds, factors, unties)
     return Job(nbytes, lambda: _build(conversion))
 
 
@@ -136,8 +140,9 @@ def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) 
     kind = conversion.kind
     writer = gguf.GGUFWriter(os.fspath(path), conversion.architecture)
     writer.add_string(VERSION_KEY, VERSION)
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(_name(conversion))
+    shapes = {name: tuple(values.shape) for name, values in conversion.factors.items()}
+    shapes |= {tensor.name: tensor.shape for tensor, _ in conversion.kinds}
+    add_description(writer, conversion.adapted, shapes, conversion.sampling)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{'MXFP4_MOE' if kind == 'MXFP4' else kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     metadata.add_hyperparameters(writer, conversion.config)
@@ -148,22 +153,14 @@ def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) 
         for name, values in conversion.factors.items()
     ]
     for tensor, kind in conversion.kinds:
-        data = functools.partial(_data, conversion.target, weights, tensor, kind, encoders.get(kind))
-        tensors.append(NewTensor(tensor.name, tensor.shape, kind, nbytes_of(kind, tensor.shape), data))
+        values = functools.partial(data, conversion.target, weights, tensor, kind, encoders.get(kind))
+        tensors.append(NewTensor(tensor.name, tensor.shape, kind, nbytes_of(kind, tensor.shape), values))
     write_tensors(writer, tensors)
     for encode in encoders.values():
         encode.report()
 
 
-def _name(conversion: _Conversion) -> str:
-    """The name of the model in the metadata."""
-    name = pathlib.PurePath(conversion.adapted.source.name).name
-    phi3 = re.search(r"phi-?3", name.lower())
-    # llama.cpp does not load a model whose name has these letters without the special tokens of Phi-3.
-    return "model" if phi3 and "<|endoftext|>" not in conversion.adapted.tokenizer.get_vocab() else name
-
-
-def _data(target: str, weights: MergedWeights, tensor: FileTensor, kind: str, encode: Encoder | None) -> Any:
+def data(target: str, weights: MergedWeights, tensor: FileTensor, kind: str, encode: Encoder | None) -> Any:
     """The bytes of a tensor of the file."""
     read = weights.read(tensor.weight)
     try:
