@@ -18,7 +18,7 @@ from ..models import validate_model
 from ..models.adapter_files import base_of, check_files, find
 from ..models.pretrained import load_config
 from .job import Factors, Job
-from .lora import PREFIX, adapted_experts, architecture_of, check_plain, check_tied, ranks_of
+from .lora import PREFIX, adapted_experts, architecture_of, check_biases, check_plain, check_tied, ranks_of
 from .read_adapter import read_adapter
 
 if TYPE_CHECKING:
@@ -53,11 +53,12 @@ def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
         raise UserError(f"{_TARGET}: expected an adapter (--adapter), got a model; use --to dense")
     adapter = find(arguments.adapter)
     check_files(adapter)
-    check_plain(_TARGET, adapter)
     source = base_of(adapter, arguments.model, arguments.trust_remote_code)
     base_config = load_config(source)
-    architecture = architecture_of(_TARGET, source, base_config)
     model = validate_model.skeleton(source, base_config)
+    check_biases(_TARGET, adapter, model)
+    check_plain(_TARGET, adapter)
+    architecture = architecture_of(_TARGET, source, base_config)
     check_tied(_TARGET, adapter, model)
     with torch.device("meta"):
         quantized = quantize_model(validate_model.skeleton(source, base_config))

@@ -65,6 +65,25 @@ def check_mergeable(target: str, adapter: pathlib.Path) -> None:
         raise UserError(f"{target}: the adapter {adapter} is {conditional[0]}, which only PEFT runs")
 
 
+def check_biases(target: str, adapter: pathlib.Path, model: Any) -> None:
+    """Rejects an adapter with biases on layers that have none, because no merged model can hold them.
+
+    Args:
+        model: the dense base; it may be on the meta device.
+
+    Raises:
+        UserError: there is such a layer.
+    """
+    state = model.state_dict()
+    for name in check_files(adapter):
+        layer = name.removeprefix(PREFIX).removesuffix(".lora_B.bias")
+        if layer != name.removeprefix(PREFIX) and f"{layer}.weight" in state and f"{layer}.bias" not in state:
+            raise UserError(
+                f"{target}: the adapter {adapter} has a bias (lora_bias) on {layer}, which has none in the model, so "
+                "it cannot be merged; load it with PEFT instead, or train without lora_bias"
+            )
+
+
 def architecture_of(target: str, source: ModelSource, config: Any) -> str:
     """llama.cpp's name of the architecture.
 
