@@ -269,7 +269,7 @@ def test_experts_of_a_gguf_file(tmp_path: pathlib.Path, capfd: pytest.CaptureFix
     """Every target has the trained model, as its report says."""
     base = mixed(tmp_path / "base.gguf", down)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=base.name, dtype=torch.float32)
-    experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]}
     config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["q_proj"], **experts)
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():

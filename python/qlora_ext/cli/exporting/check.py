@@ -233,7 +233,7 @@ def _put(factors: Mapping[str, tuple[Factors, Factors]], model: Any) -> None:
             if not isinstance(layer, LoraLayer):
                 continue
             path, (adapter,) = name_in_model(name), layer.active_adapters
-            if isinstance(layer, ParamWrapper):  # on experts
+            if isinstance(layer, ParamWrapper) and layer.parameter_name != "weight":  # on experts, not their router
                 path = f"{path}.{layer.parameter_name}"
                 lora_a, lora_b = expert_factors(layer, adapter)
             else:

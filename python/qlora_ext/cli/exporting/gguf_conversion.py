@@ -93,7 +93,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     factors, embeddings = metadata.rope_tensors(config), embeddings_kind(arguments.embeddings, kind)
     kinds, nbytes = [], words.nbytes + _MORE_METADATA + sum(tensor.nbytes for tensor in factors.values())
     for tensor in tensors:
-        kinds.append((tensor, _kind_of(tensor, kind, embeddings)))
+        kinds.append((tensor, kind_of(tensor, kind, embeddings)))
         try:
             nbytes += nbytes_of(kinds[-1][1], tensor.shape)
         except ValueError as error:
@@ -116,7 +116,8 @@ def _weights(skeleton: Any) -> list[str]:
     return [name for name in names.values() if ".language_model." in name or name.startswith("lm_head.")]
 
 
-def _kind_of(tensor: FileTensor, kind: str, embeddings: str) -> str:
+def kind_of(tensor: FileTensor, kind: str, embeddings: str) -> str:
+    """The type of a tensor, if ``kind`` is that of the layers, and ``embeddings`` that of the embeddings."""
     if not tensor.is_matrix or tensor.name.endswith(_ROUTER):
         return "F32"  # llama.cpp requires it
     return embeddings if tensor.name in EMBEDDINGS else kind

@@ -97,8 +97,8 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
                 f"{target}: {tensor.weight}: expected a tensor {tensor.name} of shape {list(tensor.shape)} in "
                 f"{source.name}, got {'none' if shape is None else list(shape)}; use --to dense"
             )
-    tables = dict.fromkeys(gguf_conversion.EMBEDDINGS, gguf_conversion.embeddings_kind(embeddings, kind))
-    kinds = {tensor.name: tables.get(tensor.name, kind) for tensor in tensors}
+    of_tables = gguf_conversion.embeddings_kind(embeddings, kind)
+    kinds = {tensor.name: gguf_conversion.kind_of(tensor, kind, of_tables) for tensor in tensors}
     # The values of NVFP4 weights contain the factors that the file has beside them.
     factors = {f"{name.removesuffix('weight')}scale" for name in kinds if in_file[name].type_name == "NVFP4"}
     kinds = _embeddings(file, embeddings) | kinds
