@@ -129,7 +129,7 @@ def test_the_base_is_a_gguf_file(variant: str, tmp_path: pathlib.Path) -> None:
     before, after = merged(base, tmp_path / "adapter")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in before if name.endswith(STACKS)} <= changed
-    for to in ("f16", kind):
+    for to in ("f16", kind) if variant in ("llama", "phi3", *ROUTERS) else ("f16",):
         out = tmp_path / f"{to}.gguf"
         here(*EXPORT, "--check", "none", "--adapter", tmp_path / "adapter", "--to", f"gguf:{to}", "--output", out)
         found = read(out).state_dict()
