@@ -4,8 +4,9 @@
 
 Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is the
 kernel simulator's list of launches, one JSON object per line, with the sizes of dynamic shared memory. Writes
-bench/results/compiler.json, and fails if a kernel spills or uses local memory, or if one of the forward on
-tensor cores waits for memory more often before its first product than it must.
+bench/results/compiler.json, and fails if a kernel spills or uses local memory, if one of the forward on
+tensor cores waits for memory more often before its first product than it must, if one reads tables in constant memory
+more often than it must, or if warpgroups that hand registers over start with another number of them.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ NOTES = [
 ]
 # Times that a warp may wait for global loads, one after another, before the main loop's first product.
 WAITS = {"linear_nf4_few_tokens_kernel<": 2}
+# Reads of constant memory at addresses that differ between lanes, in a kernel's code. They take a cycle per address,
+# and ptxas sometimes repeats one for each use of its value.
+CONSTANT_READS = 16
+# Registers per thread at launch where setmaxnreg redistributes them (Sm90Layout::kLaunchRegisters). With fewer, warps
+# would wait forever.
+MOVED_REGISTERS = 168
 
 
 @dataclasses.dataclass
@@ -65,6 +72,7 @@ class Kernel:
     spills: int = 0
     instructions: int = 0
     waits: int = 0
+    constant_reads: int = 0  # of tables, at addresses that differ between lanes
     loop: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -130,6 +138,7 @@ def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
             first, last = main_loop(body)
             kernels[name].loop = count_classes([i for i in body if first <= i.address <= last])
             kernels[name].waits = loads_in_a_row(before_work(body, first, last))
+            kernels[name].constant_reads = sum(i.opcode == "LDC" and "c[0x3][R" in i.operands for i in body)
     return kernels
 
 
@@ -275,6 +284,13 @@ def main() -> None:
         waiting = [f"{names[k.name]} (sm_{k.arch}): {k.waits}" for k in kernels if re.match(pattern, names[k.name])]
         if late := [text for text in waiting if int(text.rsplit(" ", 1)[1]) > most]:
             sys.exit(f"more than {most} global loads in a row before the first product: " + ", ".join(late))
+    if many := [
+        f"{names[k.name]} (sm_{k.arch}): {k.constant_reads}" for k in kernels if k.constant_reads > CONSTANT_READS
+    ]:
+        sys.exit(f"more than {CONSTANT_READS} reads of tables in constant memory: " + ", ".join(many))
+    moving = [k for k in kernels if k.moved_registers and k.registers != MOVED_REGISTERS]
+    if other := [f"{names[k.name]} (sm_{k.arch}): {k.registers}" for k in moving]:
+        sys.exit(f"other than {MOVED_REGISTERS} registers at launch, before setmaxnreg: " + ", ".join(other))
     print(f"{len(kernels)} kernels, none spills or uses local memory: {path}")
 
 

@@ -46,6 +46,12 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
   const cuda::Device& device() const { return *device_; }
+  // Whether a launch has given up the device's clusters. device() then has none.
+  bool gave_up_clusters() {
+    const cuda::Device* const before = device_;
+    check_launch("device", cuda::device_at(before->index, &device_));
+    return device_ != before;
+  }
   cudaStream_t stream() const { return stream_; }
 
   // The workspace comes from torch's allocator, which keeps it alive until the stream has finished the launches. The
@@ -82,17 +88,25 @@ std::string forced_kernel() {
 
 // Chooses a kernel for a nonempty problem, prints the choice if QLORA_PRINT_KERNELS is set, and launches it.
 template <class Problem>
-void run(const char* op, const Problem& p, OnDevice& on) {
+cudaError_t run_once(const char* op, const Problem& p, OnDevice& on) {
   const std::string forced = forced_kernel();
   cuda::Choice choice = forced.empty() ? cuda::choose(p, on.device()) : cuda::choose_forced(forced, op, p, on.device());
   const cuda::Launcher<Problem>& launcher = cuda::launcher<Problem>(choice.kernel);
   if (launcher.plan) {
     const cuda::Config wish = choice.config;
-    check_launch(op, launcher.plan(p, on.device(), &choice.config));
+    if (const cudaError_t error = launcher.plan(p, on.device(), &choice.config); error != cudaSuccess) return error;
     cuda::check_granted(op, p, wish, choice);
   }
   print_kernel(op, "cuda", p, [&] { return cuda::describe(choice); });
-  check_launch(op, launcher.launch(p, choice.config, on.context()));
+  return launcher.launch(p, choice.config, on.context());
+}
+
+// Runs a nonempty problem. The first call whose clusters the driver refuses runs a second time, without clusters.
+template <class Problem>
+void run(const char* op, const Problem& p, OnDevice& on) {
+  cudaError_t error = run_once(op, p, on);
+  if (error != cudaSuccess && on.gave_up_clusters()) error = run_once(op, p, on);
+  check_launch(op, error);
 }
 
 // Tensor-core kernels copy 16 bytes at a time. A view with another alignment is copied first, which reads it once more:

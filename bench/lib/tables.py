@@ -176,14 +176,17 @@ def formats_by_machine() -> Tables:
 
 def exports() -> str:
     """Of bench/export.py: losses of merged models by format, and the share of the adapter's gain that they retain."""
+    found = files.sections("amd_25_17")["export"]["rows"]
+    ways = ["nearest", "ours", *(["calibrated"] if any("calibrated" in row for row in found) else [])]
     rows = []
-    for row in files.sections("amd_25_17")["export"]["rows"]:
-        losses = [f"{row[key]:.3f}" for key in ("before", "trained", "encoded base", "nearest", "ours")]
-        kept = [row["nearest: gain kept"], f"**{row['ours: gain kept']}**"]
+    for row in found:
+        losses = [f"{row[key]:.3f}" if key in row else "" for key in ("before", "trained", "encoded base", *ways)]
+        kept = [row.get(f"{way}: gain kept", "") for way in ways]
+        kept[1] = f"**{kept[1]}**"
         base = row["format"] if row["base"] == "own" else row["base"]
         rows.append([base.upper(), row["format"].upper(), *losses, *kept])
-    headings = ["base", "exported as", "before", "trained", "base encoded", "nearest", "ours"]
-    return table([*headings, "gain kept: nearest", "ours"], rows)
+    headings = ["base", "exported as", "before", "trained", "base encoded", *ways]
+    return table([*headings, "gain kept: nearest", *ways[1:]], rows)
 
 
 PAGES: dict[Path, Tables] = {

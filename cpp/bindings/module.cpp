@@ -201,6 +201,8 @@ std::optional<cuda::Device> cuda_device_of(const DeviceArg& arg) {
   }
   require(attributes.empty(), "device: expected arch, sm_count, shared_per_cta and l2_bytes, got " +
                                   (attributes.empty() ? "" : attributes.begin()->first));
+  device.has_clusters = device.arch >= 90;
+  if (device.arch == 90) device.resident_clusters = cuda::estimated_clusters(device.sm_count);
   return device;
 }
 

@@ -1,6 +1,7 @@
 # What the CPU kernels are compiled from, for whoever compiles them: QLORA_CPU_SOURCES, each part of an instruction set with
 # the set's flags, and QLORA_CPU_DEFINITIONS.
 set(QLORA_CPU_ISAS "" CACHE STRING "instruction sets to compile for besides scalar, such as avx2;avx512; empty: all")
+set(QLORA_CPU_ISAS_NOT_RUN "" CACHE STRING "instruction sets to compile with -O1, which is faster: this machine lacks them")
 set(_cpu "${CMAKE_CURRENT_LIST_DIR}")
 file(GLOB QLORA_CPU_SOURCES CONFIGURE_DEPENDS "${_cpu}/*.cpp" "${_cpu}/*/*.cpp")
 set(_x86 0)
@@ -57,6 +58,9 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND _neon -fno-schedule-insns)
   list(APPEND _neon_bf16 -fno-schedule-insns)
 endif()
+foreach(_isa IN LISTS QLORA_CPU_ISAS_NOT_RUN)
+  list(APPEND _${_isa} -O1)
+endforeach()
 
 # The parts of each instruction set (parts/parts.h). They are compiled as three files, the many-token parts and those of
 # offsets apart from the others, so that the compiler needs less than 3 GB for a file. Where QLORA_CPU_PARTS_APART is set each part is a file:

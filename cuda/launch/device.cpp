@@ -2,7 +2,10 @@
 #include "cuda/launch/device.h"
 
 #include <array>
+#include <atomic>
 #include <mutex>
+
+#include "cuda/launch/sm90/launchers.h"
 
 namespace qlora::cuda {
 namespace {
@@ -24,20 +27,38 @@ cudaError_t query(int index, Device* device) {
   }
   device->index = index;
   device->arch = 10 * major + minor;
+  device->has_clusters = device->arch >= 90;
+  if (device->arch == 90) device->resident_clusters = sm90::query_clusters(*device);
   return cudaSuccess;
 }
+
+struct Known {
+  std::once_flag asked;
+  Device device, without_clusters;
+  std::atomic<bool> gave_up_clusters = false;
+};
+std::array<Known, kMaxDevices> g_known;
 
 }  // namespace
 
 cudaError_t device_at(int index, const Device** device) {
-  static std::array<Device, kMaxDevices> known;
-  static std::array<std::once_flag, kMaxDevices> asked;
   if (index < 0 || index >= kMaxDevices) return cudaErrorInvalidDevice;
-  const auto i = static_cast<size_t>(index);
+  Known& known = g_known[static_cast<size_t>(index)];
   cudaError_t error = cudaSuccess;
-  std::call_once(asked[i], [&] { error = query(index, &known[i]); });
-  *device = &known[i];
-  return known[i].arch == 0 && error == cudaSuccess ? cudaErrorInvalidDevice : error;
+  std::call_once(known.asked, [&] {
+    error = query(index, &known.device);
+    known.without_clusters = known.device;
+    known.without_clusters.has_clusters = false;
+    known.without_clusters.resident_clusters = {known.device.resident_clusters[0]};
+  });
+  *device = known.gave_up_clusters.load(std::memory_order_acquire) ? &known.without_clusters : &known.device;
+  return known.device.arch == 0 && error == cudaSuccess ? cudaErrorInvalidDevice : error;
+}
+
+void give_up_clusters() {
+  int index = 0;
+  if (cudaGetDevice(&index) == cudaSuccess && index < kMaxDevices)
+    g_known[static_cast<size_t>(index)].gave_up_clusters.store(true, std::memory_order_release);
 }
 
 }  // namespace qlora::cuda

@@ -72,8 +72,11 @@ def _load_cuda() -> str | None:
         return "qlora_ext was built without nvcc"
     try:
         torch.ops.load_library(library)
-    except OSError as error:  # libcudart.so.NN of the CUDA major version that we were built for is missing
-        return str(error.__cause__ or error)
+    except OSError as error:  # libcudart.so.13 is missing
+        return (
+            f"{error.__cause__ or error}: expected a torch built for CUDA 13, which needs an NVIDIA driver of version "
+            f"580 or newer; this torch is built for CUDA {torch.version.cuda}"
+        )
     return None
 
 

@@ -20,6 +20,7 @@ from commands import Paths, here, listing
 from gguf_files import llama_file as llama_file
 
 Refused = Callable[..., str]
+EXPORT = ("export", "--check", "none")
 
 
 def tensors(directory: pathlib.Path) -> dict[str, torch.Tensor]:
@@ -42,7 +43,7 @@ def test_dense_is_what_merge_writes(
 ) -> None:
     here("merge", "--adapter", finished_run, "--output", tmp_path / "merged")
     capfd.readouterr()
-    here("export", "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "exported")
+    here(*EXPORT, "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "exported")
     out = capfd.readouterr().out
     assert f"{tmp_path / 'exported'} needs about " in out
     assert "MB in dense" in out
@@ -51,7 +52,7 @@ def test_dense_is_what_merge_writes(
     assert {n: c for n, c in one.items() if n != "qlora_output.json"} == {
         n: c for n, c in other.items() if n != "qlora_output.json"
     }
-    here("export", "--model", paths["model"], "--to", "dense", "--output", tmp_path / "copy")
+    here(*EXPORT, "--model", paths["model"], "--to", "dense", "--output", tmp_path / "copy")
     assert same(tensors(tmp_path / "copy"), tensors(paths["model"]))
 
 
@@ -61,12 +62,12 @@ def test_dense_decodes_4bit_models(
     from transformers import AutoModelForCausalLM
 
     here("quantize", "--model", paths["model"], "--output", tmp_path / "4bit")
-    here("export", "--model", tmp_path / "4bit", "--to", "dense", "--output", tmp_path / "decoded")
+    here(*EXPORT, "--model", tmp_path / "4bit", "--to", "dense", "--output", tmp_path / "decoded")
     decoded = AutoModelForCausalLM.from_pretrained(tmp_path / "decoded")
     assert getattr(decoded.config, "quantization_config", None) is None
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "4bit").dequantize()
     assert same(decoded.state_dict(), expected.state_dict())
-    here("export", "--model", llama_file, "--to", "dense", "--dtype", "float32", "--output", tmp_path / "from_gguf")
+    here(*EXPORT, "--model", llama_file, "--to", "dense", "--dtype", "float32", "--output", tmp_path / "from_gguf")
     read = AutoModelForCausalLM.from_pretrained(llama_file.parent, gguf_file=llama_file.name, dtype=torch.float32)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "from_gguf").state_dict(), read.state_dict())
 
@@ -79,7 +80,7 @@ def test_bitsandbytes_holds_the_merged_codes(
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     here("merge", "--adapter", finished_run, "--output", tmp_path / "merged", "--4bit")
     capfd.readouterr()
-    here("export", "--adapter", finished_run, "--to", "bitsandbytes", "--output", tmp_path / "exported")
+    here(*EXPORT, "--adapter", finished_run, "--to", "bitsandbytes", "--output", tmp_path / "exported")
     assert "of the adapter's update" in capfd.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dequantize()
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
@@ -90,7 +91,7 @@ def test_bitsandbytes_holds_the_merged_codes(
 
 def test_bitsandbytes_without_an_adapter_is_what_quantize_writes(paths: Paths, tmp_path: pathlib.Path) -> None:
     here("quantize", "--model", paths["model"], "--output", tmp_path / "one", "--format", "bitsandbytes")
-    here("export", "--model", paths["model"], "--to", "bitsandbytes", "--output", tmp_path / "other")
+    here(*EXPORT, "--model", paths["model"], "--to", "bitsandbytes", "--output", tmp_path / "other")
     assert same(tensors(tmp_path / "one"), tensors(tmp_path / "other"))
     assert listing(tmp_path / "one").keys() == listing(tmp_path / "other").keys()
 
@@ -98,7 +99,7 @@ def test_bitsandbytes_without_an_adapter_is_what_quantize_writes(paths: Paths, t
 def test_python_does_what_the_command_does(
     paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    here("export", "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "one")
+    here(*EXPORT, "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "one")
     found = qlora_ext.export(adapter=finished_run, to="dense", output=tmp_path / "other")
     assert found == tmp_path / "other"
     assert listing(tmp_path / "one") == listing(tmp_path / "other")
@@ -166,7 +167,7 @@ def test_bitsandbytes_rejects_codes_that_it_does_not_have(
     assert "the adapter was trained on weights in int4, which bitsandbytes does not have" in message
     assert "use --to dense" in message
     monkeypatch.undo()
-    here("export", "--adapter", run, "--to", "dense", "--output", tmp_path / "out")
+    here(*EXPORT, "--adapter", run, "--to", "dense", "--output", tmp_path / "out")
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from qlora_ext.nn import layers_of
 from tiny_models import make
 
 Refused = Callable[..., str]
+EXPORT = ("export", "--check", "none")
 KINDS = ("int4", "nvfp4", "mxfp4")
 IDS = torch.arange(40, 72).view(2, 16)
 
@@ -56,7 +57,7 @@ def test_compressed_tensors_decodes_the_same_model(
     finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:
     output = tmp_path / kind
-    here("export", "--adapter", finished_run, "--to", f"compressed-tensors:{kind}", "--output", output)
+    here(*EXPORT, "--adapter", finished_run, "--to", f"compressed-tensors:{kind}", "--output", output)
     printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
     assert printed
     assert 85 < float(printed[1]) < 115
@@ -68,13 +69,13 @@ def test_compressed_tensors_decodes_the_same_model(
     assert (logits(model) - expected).norm() < 0.02 * expected.norm()
     decoded = ours(output).dequantize()
     assert (logits(decoded) - expected).norm() < 0.02 * expected.norm()
-    here("export", "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "dense")
+    here(*EXPORT, "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "dense")
     dense = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
     assert (expected - dense).norm() < 0.3 * dense.norm()
 
 
 def test_joined_layers_share_the_factor_of_nvfp4(paths: Paths, tmp_path: pathlib.Path) -> None:
-    here("export", "--model", paths["model"], "--to", "compressed-tensors:nvfp4", "--output", tmp_path / "out")
+    here(*EXPORT, "--model", paths["model"], "--to", "compressed-tensors:nvfp4", "--output", tmp_path / "out")
     state = load_file(tmp_path / "out" / "model.safetensors")
     dense = AutoModelForCausalLM.from_pretrained(paths["model"])
     model = ours(tmp_path / "out")
@@ -94,10 +95,10 @@ def test_a_base_in_the_same_format_keeps_its_codes(
     refused: Refused, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
-    here("export", "--model", paths["model"], "--to", f"compressed-tensors:{kind}", "--output", base)
+    here(*EXPORT, "--model", paths["model"], "--to", f"compressed-tensors:{kind}", "--output", base)
     adapt(tmp_path / "adapter", ours(base), base, ["q_proj"], 0.15)
     capfd.readouterr()
-    here("export", "--adapter", tmp_path / "adapter", "--to", f"compressed-tensors:{kind}", "--output", out)
+    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", f"compressed-tensors:{kind}", "--output", out)
     printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
     assert printed
     assert 80 < float(printed[1]) < 120
@@ -116,7 +117,7 @@ def test_a_gguf_file_in_the_same_form_keeps_its_codes(
     tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write(make("llama"), tmp_path / "base.gguf", "llama", kinds=["MXFP4"])
-    here("export", "--model", tmp_path / "base.gguf", "--to", "compressed-tensors:mxfp4", "--output", tmp_path / "out")
+    here(*EXPORT, "--model", tmp_path / "base.gguf", "--to", "compressed-tensors:mxfp4", "--output", tmp_path / "out")
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="base.gguf", dtype=torch.float32)
     exported = dict(layers_of(ours(tmp_path / "out")))
     assert len(exported) == 14
@@ -126,7 +127,7 @@ def test_a_gguf_file_in_the_same_form_keeps_its_codes(
     adapt(tmp_path / "adapter", read, tmp_path / "base.gguf", ["down_proj"], 0.15)
     capfd.readouterr()
     to = ["--adapter", tmp_path / "adapter", "--model", tmp_path / "base.gguf", "--to", "compressed-tensors:mxfp4"]
-    here("export", *to, "--output", tmp_path / "merged")
+    here(*EXPORT, *to, "--output", tmp_path / "merged")
     printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
     assert printed
     assert 80 < float(printed[1]) < 120
@@ -150,7 +151,7 @@ def test_layers_that_do_not_fit_stay_dense(refused: Refused, paths: Paths, tmp_p
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
         for file in paths["model"].glob("tokenizer*"):
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
-    here("export", "--model", tmp_path / "some", "--to", "compressed-tensors:int4", "--output", tmp_path / "out")
+    here(*EXPORT, "--model", tmp_path / "some", "--to", "compressed-tensors:int4", "--output", tmp_path / "out")
     assert [name for name, _ in layers_of(ours(tmp_path / "out"))] == ["model.layers.0.mlp.down_proj"]
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert len(ignored) == 7

@@ -77,7 +77,8 @@ def test_the_merged_file_computes_what_the_adapter_does(
         return AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name, dtype=torch.float32).eval()
 
     model = adapt(tmp_path / "adapter", load("base.gguf"), str(tmp_path / "base.gguf"), **options)
-    here("export", "--adapter", tmp_path / "adapter", "--to", "gguf-adapter", "--output", tmp_path / "adapter.gguf")
+    to = ["--to", "gguf-adapter", "--output", tmp_path / "adapter.gguf"]
+    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to)
     values, matrices = read(tmp_path / "adapter.gguf")
     assert values["general.type"] == "adapter"
     assert values["adapter.type"] == "lora"

@@ -61,13 +61,21 @@ def contents(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, tuple[str, b
     return values, {t.name: (t.tensor_type.name, t.data.tobytes()) for t in reader.tensors}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A directory with a base that has 4-bit and dense matrices, an adapter on all of them, and the dense export."""
+    root = tmp_path_factory.mktemp("trained")
+    make_base(root / "base.gguf", "Q4_0", "Q4_1", "F16", "MXFP4", "Q8_0")
+    adapt(root / "adapter", root / "base.gguf")
+    to = ["--to", "dense", "--dtype", "float32", "--output", root / "dense"]
+    here("export", "--check", "none", "--adapter", root / "adapter", *to)
+    return root
+
+
 @pytest.mark.parametrize("kind", TYPES)
-def test_the_merged_file_has_the_trained_model(tmp_path: pathlib.Path, kind: str) -> None:
-    """A base with 4-bit and dense matrices, and an adapter on all of them."""
-    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
-    make_base(base, "Q4_0", "Q4_1", "F16", "MXFP4", "Q8_0")
-    adapt(tmp_path / "adapter", base)
-    here("export", "--check", "none", "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", out)
+def test_the_merged_file_has_the_trained_model(trained: pathlib.Path, tmp_path: pathlib.Path, kind: str) -> None:
+    base, out = trained / "base.gguf", tmp_path / "out.gguf"
+    here("export", "--check", "none", "--adapter", trained / "adapter", "--to", f"gguf:{kind}", "--output", out)
     values, tensors = contents(out)
     assert values.pop("qlora_ext.version")
     old_values, old_tensors = contents(base)
@@ -78,18 +86,7 @@ def test_the_merged_file_has_the_trained_model(tmp_path: pathlib.Path, kind: str
         name for name in tensors if re.fullmatch(r"blk\.\d\.(attn|ffn)_\w+\.weight", name) and "norm" not in name
     }
     assert {tensors[name][0] for name in changed} == {kind.upper()}
-    here(
-        "export",
-        "--adapter",
-        tmp_path / "adapter",
-        "--to",
-        "dense",
-        "--dtype",
-        "float32",
-        "--output",
-        tmp_path / "dense",
-    )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    model = AutoModelForCausalLM.from_pretrained(trained / "dense").eval()
     expected = logits(model)
     assert (logits(read(base)) - expected).norm() > 0.5 * expected.norm()
     for name, parameter in model.named_parameters():  # what the type costs
@@ -134,7 +131,7 @@ def test_a_dense_base_was_trained_in_nf4(tmp_path: pathlib.Path) -> None:
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
     make_base(base, "F16")
     adapt(tmp_path / "adapter", base, target_modules=["q_proj"])
-    export = ["export", "--adapter", tmp_path / "adapter", "--dtype", "float32", "--to"]
+    export = ["export", "--check", "none", "--adapter", tmp_path / "adapter", "--dtype", "float32", "--to"]
     here(*export, "gguf:f16", "--output", out)
     here(*export, "dense", "--output", tmp_path / "dense")
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval())
@@ -164,7 +161,7 @@ def test_the_embeddings_of_a_base_change_if_their_type_is_named(tmp_path: pathli
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
     make_base(base, "Q4_0")
     adapt(tmp_path / "adapter", base, target_modules=["q_proj"])
-    export = ["export", "--adapter", tmp_path / "adapter", "--to", "gguf:q4_0", "--output", out]
+    export = ["export", "--check", "none", "--adapter", tmp_path / "adapter", "--to", "gguf:q4_0", "--output", out]
     here(*export)
     assert contents(out)[1]["token_embd.weight"] == contents(base)[1]["token_embd.weight"]
     here(*export, "--embeddings", "f16", "--overwrite")

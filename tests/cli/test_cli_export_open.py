@@ -47,14 +47,28 @@ def gguf_adapter(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return directory / "adapter"
 
 
-def exported(to: str, finished_run: pathlib.Path, gguf_adapter: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
-    if "compressed" in to or to == "bitsandbytes":
-        library = "bitsandbytes" if to == "bitsandbytes" else "compressed_tensors"
-        pytest.importorskip(library, reason=f"{library} is not installed")
-    output = directory / ("out.gguf" if to.startswith("gguf") else "out")
-    adapter = gguf_adapter if to.startswith("gguf:") else finished_run
-    here("export", "--adapter", adapter, "--to", to, "--output", output, "--check", "none")
-    return output
+Exported = Callable[[str], pathlib.Path]
+
+
+@pytest.fixture(scope="module")
+def exported(
+    finished_run: pathlib.Path, gguf_adapter: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    """What ``export --to`` writes. "gguf:dense" is the dense model of the adapter whose base is a GGUF file."""
+    made: dict[str, pathlib.Path] = {}
+
+    def of(to: str) -> pathlib.Path:
+        if "compressed" in to or to == "bitsandbytes":
+            library = "bitsandbytes" if to == "bitsandbytes" else "compressed_tensors"
+            pytest.importorskip(library, reason=f"{library} is not installed")
+        if to not in made:
+            adapter = gguf_adapter if to.startswith("gguf:") else finished_run
+            target = to.removeprefix("gguf:") if to == "gguf:dense" else to
+            made[to] = tmp_path_factory.mktemp("exported") / ("out.gguf" if target.startswith("gguf") else "out")
+            here("export", "--adapter", adapter, "--to", target, "--output", made[to], "--check", "none")
+        return made[to]
+
+    return of
 
 
 def greedy(output: pathlib.Path) -> str:
@@ -75,14 +89,9 @@ def greedy(output: pathlib.Path) -> str:
 
 @pytest.mark.parametrize("to", [*DIRECTORIES, *FILES])
 def test_exported_models_answer(
-    finished_run: pathlib.Path,
-    gguf_adapter: pathlib.Path,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    to: str,
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], to: str
 ) -> None:
-    output = exported(to, finished_run, gguf_adapter, tmp_path)
+    output = exported(to)
     capfd.readouterr()
     here("generate", "--model", output, "--raw", "--max-new-tokens", "6", "--prompt", "count 3", "--dtype", "float32")
     answer = capfd.readouterr().out
@@ -95,18 +104,11 @@ def test_exported_models_answer(
 
 @pytest.mark.parametrize("to", [*DIRECTORIES, *FILES])
 def test_exported_models_are_checked(
-    finished_run: pathlib.Path,
-    gguf_adapter: pathlib.Path,
-    tmp_path: pathlib.Path,
-    capfd: pytest.CaptureFixture[str],
-    to: str,
+    exported: Exported, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], to: str
 ) -> None:
-    output = exported(to, finished_run, gguf_adapter, tmp_path)
+    output, base = exported(to), exported("gguf:dense" if to.startswith("gguf:") else "dense")
     text = tmp_path / "text.txt"
     text.write_text("some text that is long enough for a check. " * 30)
-    base = tmp_path / "merged"
-    adapter = gguf_adapter if to.startswith("gguf") else finished_run
-    here("export", "--adapter", adapter, "--to", "dense", "--output", base, "--check", "none")
     capfd.readouterr()
     check = ["check", "--model", output, "--data", text, "--tokens", "512", "--max-increase", "2"]
     here(*check, "--base", base)

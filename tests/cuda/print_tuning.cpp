@@ -11,8 +11,20 @@ using namespace qlora::cuda;
 Device card(int arch, int sms, int l2_mb) {
   Device d;
   d.arch = arch, d.sm_count = sms, d.l2_bytes = l2_mb << 20;
+  d.resident_clusters = estimated_clusters(sms);
   return d;
 }
+
+// Hopper cards: the estimates for three, GPCs of a usual H100, GPCs of another with fewer clusters, and one without
+// clusters.
+const Device kHoppers[] = {
+    card(90, 78, 50),
+    card(90, 114, 50),
+    card(90, 132, 50),
+    {0, 90, 132, 227 << 10, 50 << 20, true, {132, 66, 42, 31, 23, 19, 16, 15}},
+    {0, 90, 132, 227 << 10, 50 << 20, true, {132, 64, 42, 31, 22, 18, 15, 15}},
+    {0, 90, 132, 227 << 10, 50 << 20, false, {132}},
+};
 
 int main() {
   const char* comma = "";
@@ -68,23 +80,25 @@ int main() {
     }
   std::printf("], \"sm90\": [");
   comma = "";
-  for (int sms : {78, 114, 132})
+  for (const Device& hopper : kHoppers)
     for (int m : {33, 64, 100, 256, 1000, 4096})
-      for (int outputs : {1, 128, 4096, 11008, 128256})
+      for (int outputs : {1, 128, 1920, 2048, 3968, 4096, 11008, 128256})
         for (int inner : {64, 1024, 4096, 14336}) {
           const auto print = [&](const char* what, int stage, const Config& c) {
             const auto stages = ceil_div(inner, stage);
-            std::printf("%s[\"%s\", %d, %d, %d, %ld, %ld, %ld, %ld, %ld]", comma, what, sms, m, outputs, long(stages),
-                        long(c.tokens), long(c.splits), long(ceil_div(stages, c.splits)),
-                        long(sm90::clusters(m, outputs, c, card(90, sms, 50))));
+            std::printf("%s[\"%s\", [", comma, what);
+            for (const int& fit : hopper.resident_clusters)
+              std::printf("%d%s", fit, &fit == &hopper.resident_clusters.back() ? "" : ", ");
+            std::printf("], %d, %d, %ld, %ld, %ld, %ld, %ld]", m, outputs, long(stages), long(c.tokens), long(c.splits),
+                        long(ceil_div(stages, c.splits)), long(sm90::clusters(m, outputs, c, hopper)));
             comma = ", ";
           };
           LinearProblem forward;
           forward.m = m, forward.w.n = outputs, forward.w.k = inner;
-          print("forward", 128, sm90::config(forward, card(90, sms, 50), {}));
+          print("forward", 128, sm90::config(forward, hopper, {}));
           LinearDxProblem dx;
           dx.m = m, dx.w.n = inner, dx.w.k = outputs;
-          print("dx", 64, sm90::config(dx, card(90, sms, 50), {}));
+          print("dx", 64, sm90::config(dx, hopper, {}));
         }
   std::printf("]}\n");
 }

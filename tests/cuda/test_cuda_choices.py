@@ -23,7 +23,7 @@ CHOICES = {
     (FORWARD, "bfloat16", 17, 4096, 4096, 64, 0): "tensor_cores tokens=32 rows=128",
     (FORWARD, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 rows=128",
-        "sm90 tokens=64 rows=128 splits=4",
+        "sm90 tokens=64 rows=128 splits=3",
         "library panel=4096",
         "tensor_cores tokens=32 rows=128",
     ),
@@ -55,7 +55,7 @@ CHOICES = {
     (DX, "bfloat16", 1, 4096, 4096, 64, 0): "tensor_cores tokens=8 columns=256",
     (DX, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 columns=256",
-        "sm90 tokens=64 columns=128 splits=4",
+        "sm90 tokens=64 columns=128 splits=3",
         "library panel=4096",
         "tensor_cores tokens=64 columns=256",
     ),
@@ -91,7 +91,7 @@ FORCED = {
     ("sm90", FORWARD, 64, 4096, 0, "tensor_cores"): "tensor_cores tokens=64 rows=128",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=128,splits=2"): "sm90 tokens=128 rows=128 splits=2",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=3"): "sm90 tokens=64 rows=128 splits=3",
-    ("sm90", FORWARD, 3, 4096, 0, "sm90"): "sm90 tokens=64 rows=128 splits=4",
+    ("sm90", FORWARD, 3, 4096, 0, "sm90"): "sm90 tokens=64 rows=128 splits=3",
     ("sm90", FORWARD, 3, 4096, 0, "few_tokens:tokens=16"): "few_tokens tokens=16 rows=128",
     ("sm90", FORWARD, 3, 4096, 0, "ragged:tokens=64"): "ragged tokens=64 rows=64",
     ("sm80", FORWARD, 3, 4096, 0, "library:panel=512"): "library panel=512",

@@ -15,9 +15,9 @@ from cuda_profiles import Launch, launches_in, needs_counters, simulated
 pytestmark = needs_counters
 
 FORWARD = [(256, 8192, 1024), (256, 8192, 2048)]  # 2 x 64 tiles, one CTA each
-DX = [(256, 1024, 4224), (256, 2048, 4224)]  # 33 tiles, three CTAs each
+DX = [(256, 1024, 4352), (256, 2048, 4352)]  # 34 tiles, three CTAs each
 FORWARD_BLOCKS = 128 * (2048 - 1024) // 64
-DX_BLOCKS = 33 * (2048 - 1024) // 64
+DX_BLOCKS = 34 * (2048 - 1024) // 64
 
 
 def run_cases() -> None:

@@ -106,7 +106,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
 def finished_run(paths: Paths) -> pathlib.Path:
     """The directory of an uninterrupted run. Tests copy it before they change it."""
     run = paths["root"] / "whole"
-    result = as_process("finetune", *base(paths), "--output", run, *RUN)
+    result = command("finetune", *base(paths), "--output", run, *RUN)
     assert result.returncode == 0, result.stderr
     (run / "stdout.txt").write_text(result.stdout)
     return run

@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import dataclasses
-import multiprocessing
 import os
 import pathlib
 import re
@@ -25,6 +24,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
+import forks
 from qlora_ext import QLoRAConfig
 from qlora_ext.nn import Linear4bit, coverage
 from tiny_configs import config_of, inputs_of
@@ -322,7 +322,8 @@ def start_worker() -> None:
 def rows(names: Iterable[str]) -> list[Row]:
     """Runs the families ``names`` on all cores, in their order."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), start_worker) as pool:
+    forks.ensure_running()
+    with concurrent.futures.ProcessPoolExecutor(cores, forks.CONTEXT, start_worker) as pool:
         return list(pool.map(row, names))
 
 

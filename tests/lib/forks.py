@@ -41,14 +41,19 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def start(target: Callable[..., None], *args: Any, daemon: bool = False) -> Any:
-    """Starts ``target(*args)`` in a fork of the server.
+def ensure_running() -> None:
+    """Starts the server, unless it runs.
 
-    The server keeps the standard output and error with which it is started. With those of a test, the test would
-    receive what libraries print when the server imports them.
+    It keeps the standard output and error with which it is started. With those of a test, the test would receive what
+    libraries print when the server imports them.
     """
     with _silent():
         multiprocessing.forkserver.ensure_running()
+
+
+def start(target: Callable[..., None], *args: Any, daemon: bool = False) -> Any:
+    """Starts ``target(*args)`` in a fork of the server."""
+    ensure_running()
     process = CONTEXT.Process(target=target, args=args, daemon=daemon)
     process.start()
     return process

@@ -1,11 +1,15 @@
-"""Runs a test file again for each other instruction set of the CPU, in a separate process that forces it."""
+"""Runs test files again for each other instruction set of the CPU, in a separate process that forces it."""
 
 from __future__ import annotations
 
+import functools
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,17 +18,39 @@ from qlora_ext import _C
 FORCED = os.environ.get("QLORA_CPU_ISA")
 
 
-def run_on(isa: str, request: pytest.FixtureRequest, **environment: str) -> None:
-    """The tests of the requesting file."""
-    selection = request.config.getoption("markexpr")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", selection, "-p", "no:cacheprovider", str(request.path)],
+def _run(isa: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)],
         env={**os.environ, "QLORA_CPU_ISA": isa, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def run_on(isa: str, request: pytest.FixtureRequest, **environment: str) -> None:
+    """The tests of the requesting file."""
+    run = _run(isa, "-x", "-m", request.config.getoption("markexpr"), request.path, **environment)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+@functools.cache
+def _tests(isa: str, selection: str, files: tuple[pathlib.Path, ...]) -> list[ElementTree.Element]:
+    """Runs the tests of the files. Returns what JUnit's format says of each."""
+    with tempfile.TemporaryDirectory() as directory:
+        report = pathlib.Path(directory, "report.xml")
+        run = _run(isa, "-m", selection, f"--junit-xml={report}", *files)
+        assert run.returncode in (0, 1), run.stdout[-4000:] + run.stderr[-2000:]
+        return [*ElementTree.parse(report).iter("testcase")]
+
+
+def _files(request: pytest.FixtureRequest, isa: str) -> tuple[pathlib.Path, ...]:
+    """The files of this run that are tested on ``isa``: one process imports torch for all of them. The workers of
+    pytest-xdist each have other files, so they start a process for a file."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return (request.path,)
+    tests = (item for item in request.session.items if getattr(item, "function", None) is test_on)
+    return tuple(sorted({test.path for test in tests if test.callspec.params["isa"] == isa}))
 
 
 def on_the_others(test: Callable[..., None]) -> Callable[..., None]:
@@ -36,7 +62,11 @@ def on_the_others(test: Callable[..., None]) -> Callable[..., None]:
 @on_the_others
 def test_on(isa: str, request: pytest.FixtureRequest) -> None:
     """A file opts in with `test_on = isas.test_on`. In this process, its tests use the default instruction set."""
-    run_on(isa, request)
+    tests = _tests(isa, request.config.getoption("markexpr"), _files(request, isa))
+    own = [test for test in tests if test.get("classname", "").endswith(f".{request.path.stem}")]
+    assert own, f"{request.path.name} has no tests on {isa}"
+    failures = [outcome for test in own for outcome in test if outcome.tag in ("failure", "error")]
+    assert not failures, f"{len(failures)} tests failed, the first with:\n{(failures[0].text or '')[-4000:]}"
 
 
 @pytest.mark.skipif(FORCED is None, reason="no instruction set is forced: nothing to confirm")

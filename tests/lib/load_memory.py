@@ -1,12 +1,14 @@
-"""The memory that loading and saving a model take: run as a program, it loads one, saves it, and prints the peaks."""
+"""The memory that loading and saving a model take, measured in a separate process."""
 
 from __future__ import annotations
 
 import pathlib
-import subprocess
-import sys
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
+
+from forks import CONTEXT, start
 
 
 def peak_of_loading(path: pathlib.Path, first: pathlib.Path) -> tuple[int, int]:
@@ -27,8 +29,13 @@ def peaks_of_loading_and_saving(path: pathlib.Path, first: pathlib.Path, saved: 
 
 
 def _run(*paths: pathlib.Path) -> list[int]:
-    command = [sys.executable, __file__, *map(str, paths)]
-    return [*map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())]
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = start(_measure, sender, *paths)
+    sender.close()
+    found = receiver.recv()
+    process.join()
+    assert isinstance(found, list), found
+    return found
 
 
 def _status(field: str) -> int:
@@ -57,7 +64,15 @@ def _peak_of(function: Callable[[], Any]) -> tuple[int, Any]:
     return _status("VmHWM") - before, result
 
 
-def _main(path: pathlib.Path, first: pathlib.Path, saved: pathlib.Path | None = None) -> None:
+def _measure(pipe: Connection, *paths: pathlib.Path) -> None:
+    """Sends the numbers, or the traceback of an exception."""
+    try:
+        pipe.send(_numbers(*paths))
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
+def _numbers(path: pathlib.Path, first: pathlib.Path, saved: pathlib.Path | None = None) -> list[int]:
     small = _load(first)
     if saved is not None:
         small.save_pretrained(saved)
@@ -65,8 +80,4 @@ def _main(path: pathlib.Path, first: pathlib.Path, saved: pathlib.Path | None = 
     numbers = [peak, model.get_memory_footprint()]
     if saved is not None:
         numbers.append(_peak_of(lambda: model.save_pretrained(saved))[0])
-    print(*numbers)
-
-
-if __name__ == "__main__":
-    _main(*map(pathlib.Path, sys.argv[1:]))
+    return numbers

@@ -98,6 +98,17 @@ def test_the_bindings_share_nothing_with_other_modules_of_pybind11() -> None:
     assert [name for name in names if b"_qlora_ext" not in name] == []
 
 
+def test_a_torch_of_another_cuda_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_library(path: str) -> None:
+        raise OSError(f"Could not load {path}") from OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.ops, "load_library", load_library)
+    monkeypatch.setattr(_library, "_find", lambda name: f"{name}.so")
+    expected = r"^libcudart.so.13: .*: expected a torch built for CUDA 13, .* version 580 or newer; .* CUDA 12.8$"
+    assert re.match(expected, _library._load_cuda() or "")
+
+
 # The patterns of requirements in each file: pip's arguments, and requirements of build, checks and formatting.
 PLACES = {
     "pyproject.toml": r"^(?:requires|dev) = \[((?:.|\n)*?)\]$",

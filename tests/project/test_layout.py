@@ -82,6 +82,7 @@ MAY_INCLUDE = {
         for room in ROOMS
     },
     "cuda/launch/registry.cpp": ("cuda/launch/", "cuda/tuning/"),
+    "cuda/launch/device.cpp": ("cuda/launch/", "cuda/tuning/"),  # asks kernels of an architecture
     "cuda/launch/": ("cpp/format", *CUDA_LAUNCH, "cuda/tuning/"),
     "cuda/tuning/": ("cpp/format", "cuda/tuning/"),
     "cuda/ops.cpp": ("cpp/format", "cpp/ops", "cuda/launch/", "cuda/tuning/"),
@@ -237,7 +238,7 @@ IMPORTED_BY = {
     "cli/commands/": ("cli/main.py",),
     "cli/exporting/": ("cli/commands/", "__init__.py"),
     "cli/training/": ("cli/commands/", "cli/exporting/", "__init__.py"),
-    "cli/quantization/": ("cli/commands/",),
+    "cli/quantization/": ("cli/commands/", "cli/exporting/"),
     "cli/generation/": ("cli/commands/", "cli/training/"),
     "cli/data/": ("cli/commands/", "cli/exporting/", "cli/training/", "cli/quantization/", "cli/generation/"),
     "cli/models/": ("cli/commands/", "cli/exporting/", "cli/training/", "cli/generation/", "cli/data/"),

@@ -39,25 +39,26 @@ struct IntCodeTable {
   }
 
  private:
+  // Every file that includes this evaluates it, so it is written for the compiler's interpreter: without calls, and a
+  // candidate is given up as soon as its sum, which only grows, is no better than the best.
   static constexpr double best_multiplier(const CodeTable& table) {
-    double best = 1e9, multiplier = 0.0;
+    double unit[kCodes] = {}, best = 1e9, multiplier = 0.0;
+    for (int code = 0; code < kCodes; ++code) unit[code] = table.value[code] / double{table.largest};
     for (int i = 0; i < 3600; ++i) {
       const double candidate = kLargest - 0.25 * i;
-      const double error = squared_error(table, candidate) / (candidate * candidate);
+      double sum = 0.0, error = 0.0;
+      for (int code = 0; code < kCodes && error < best; ++code) {
+        const double exact = unit[code] * candidate;
+        const double rounding = exact - static_cast<int>(exact < 0 ? exact - 0.5 : exact + 0.5);
+        sum += rounding * rounding;
+        error = sum / (candidate * candidate);
+      }
       if (error < best) best = error, multiplier = candidate;
     }
     return multiplier;
   }
   static constexpr double magnitude(double x) { return x < 0 ? -x : x; }
   static constexpr int nearest(double x) { return static_cast<int>(x < 0 ? x - 0.5 : x + 0.5); }
-  static constexpr double squared_error(const CodeTable& table, double multiplier) {
-    double sum = 0.0;
-    for (int i = 0; i < kCodes; ++i) {
-      const double exact = table.value[i] / double{table.largest} * multiplier, error = exact - nearest(exact);
-      sum += error * error;
-    }
-    return sum;
-  }
 };
 inline constexpr PerCode<IntCodeTable> kIntCodes;
 static_assert(kIntCodes[Code::kNf4].serves);

@@ -231,9 +231,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   extern __shared__ uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory), base = Tile::base_address(shared);
   if (threadIdx.x == 0) tile::start_ring<Tile>(base, dy_map, packed_map);
-  constexpr int kFill = 256;  // threads that fill_pairs_f32 can use
-  if (threadIdx.x < kFill)
-    tile::fill_pairs_f32<kFill>(reinterpret_cast<char*>(shared_memory) + (base + Tile::kTable - shared), p.code);
+  tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + (base + Tile::kTable - shared), p.code);
   tile::fill_lane_scale_values<Tile::kThreads>(p.scales, base + Tile::kScaleValues);
   __syncthreads();
   const tile::Sm90Work<Tile> work(p.plan);

@@ -13,6 +13,8 @@
 
 namespace qlora::cuda::sm90 {
 
+inline constexpr int kSharedPerSm = 228 * 1024;
+
 // The TMA map of x or dy [rows, columns], with boxes of a line of 64 values for kTokens tokens.
 template <class Tile>
 cudaError_t make_token_map(const void* data, int64_t rows, int64_t columns, CUtensorMap* map) {
@@ -56,7 +58,8 @@ template <auto kKernel, class Tile, class Args>
 cudaError_t launch_clusters(int64_t clusters, const Config& c, const CUtensorMap& tokens, const CUtensorMap& packed,
                             const Args& args, const Context& context) {
   static_assert(Tile::kOutputs == kOutputs);
-  int ctas = 0;  // one per SM, by design; the query also allows the kernel its shared memory
+  static_assert(2 * Tile::kSharedBytes > kSharedPerSm);  // ResidentClusters counts one CTA per SM
+  int ctas = 0;                                          // the query also allows the kernel its shared memory
   const cudaError_t error = ctas_per_sm<kKernel>(context.device, Tile::kThreads, Tile::kSharedBytes, &ctas);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(clusters * c.splits)), cluster(static_cast<unsigned>(c.splits));

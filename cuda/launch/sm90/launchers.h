@@ -10,6 +10,10 @@
 
 namespace qlora::cuda::sm90 {
 
+// Asks the driver about clusters of these kernels, which all need an SM per CTA. If it cannot tell, the answer has no
+// clusters of several CTAs.
+ResidentClusters query_clusters(const Device& device);
+
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context);
 cudaError_t launch(const LinearDxProblem& p, const Config& config, const Context& context);
 

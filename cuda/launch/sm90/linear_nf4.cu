@@ -32,6 +32,23 @@ cudaError_t launch_tile(const LinearProblem& p, const Config& c, const void* h, 
 
 }  // namespace
 
+ResidentClusters query_clusters(const Device& device) {
+  using Tile = tile::LinearSm90Tile<bfloat16, 64>;
+  constexpr auto kKernel = kernels::linear_nf4_sm90_kernel<Tile>;
+  ResidentClusters found{device.sm_count};
+  int ctas = 0;
+  bool answers = ctas_per_sm<kKernel>(device, Tile::kThreads, Tile::kSharedBytes, &ctas) == cudaSuccess;
+  for (int size = 2; size <= kMostClusterCtas && answers; ++size) {
+    int& clusters = found[static_cast<size_t>(size - 1)];
+    answers = count_clusters(kKernel, size, Tile::kThreads, Tile::kSharedBytes, &clusters) == cudaSuccess;
+  }
+  if (!answers) {
+    cudaGetLastError();
+    found = {device.sm_count};
+  }
+  return found;
+}
+
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {
   void* h = p.h;
   if (!h && p.lora.rank > 0) h = context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));

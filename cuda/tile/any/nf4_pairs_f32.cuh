@@ -22,22 +22,20 @@ inline constexpr int kPairF32EntryBytes = 256;
 inline constexpr int kPairF32CopiesBytes = 128;
 inline constexpr int kPairF32Bytes = kPairF32Entries * kPairF32EntryBytes;
 
-// Fills the table. Call from all threads of the CTA, and synchronize afterwards.
+// Fills the table. Call from all threads of the CTA, and synchronize afterwards. The values are read before the stores,
+// outside of the branch on the code: within it, ptxas would read the constants again for every store.
 template <int kThreads>
 __device__ __forceinline__ void fill_pairs_f32(char* table, const CodeView& code) {
-  constexpr int kStores = kPairF32CopiesBytes / 16;  // 16-byte stores per entry, of two copies each
-  constexpr int kAtOnce = kThreads / kStores;        // entries that the CTA fills at once
-  static_assert(kThreads % kStores == 0 && kAtOnce % kCodes == 0 && kPairF32Entries % kAtOnce == 0);
-  const int entry = threadIdx.x / kStores;
-  float4* to = reinterpret_cast<float4*>(table + entry * kPairF32EntryBytes) + threadIdx.x % kStores;
-  code.with_values([&](const auto& value_of) {
-    const float low = value_of(entry % kCodes);
+  static_assert(kThreads >= kPairF32Entries);
+  const int entry = threadIdx.x;
+  if (kThreads > kPairF32Entries && entry >= kPairF32Entries) return;
+  float high, low;
+  code.with_values([&](const auto& value_of) { high = value_of(entry / kCodes), low = value_of(entry % kCodes); });
+  float4* const to = reinterpret_cast<float4*>(table + entry * kPairF32EntryBytes);
+  // Neighbouring threads write different 16-byte pieces of their entries at a time, which avoids bank conflicts.
 #pragma unroll
-    for (int i = 0; i < kPairF32Entries / kAtOnce; ++i) {
-      const float high = value_of(entry / kCodes + i * (kAtOnce / kCodes));
-      to[i * kAtOnce * (kPairF32EntryBytes / 16)] = make_float4(high, low, high, low);
-    }
-  });
+  for (int piece = 0; piece < kPairF32CopiesBytes / 16; ++piece)
+    to[piece ^ (entry & 7)] = make_float4(high, low, high, low);
 }
 
 // Looks up the pair of byte kByte of `codes`. `table` is the shared address, and `copy` is 8 * (lane % 16).

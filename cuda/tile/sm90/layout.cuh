@@ -34,8 +34,10 @@ struct Sm90Layout {
   static constexpr int kStages = 3;
   static constexpr int kProducers = 128, kConsumers = 256;  // threads
   static constexpr int kThreads = kProducers + kConsumers;
-  // The CTA starts with 168 registers per thread. setmaxnreg redistributes them.
-  static constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
+  // The CTA starts with kLaunchRegisters per thread, which bench/cuda_static.py compares with what ptxas allocates.
+  // setmaxnreg redistributes them. With a smaller pool, the consumers would wait for registers forever.
+  static constexpr int kLaunchRegisters = 168, kProducerRegisters = 88, kConsumerRegisters = 208;
+  static_assert(kLaunchRegisters * kThreads == kProducerRegisters * kProducers + kConsumerRegisters * kConsumers);
 
   static constexpr int kLineBytes =
       kTokens * 128;  // one line of all tokens: the part that one wgmma descriptor describes
@@ -85,13 +87,14 @@ __device__ constexpr int sm90_packed_offset(int line, int chunk) { return line *
 // and synchronize afterwards.
 template <int kThreads>
 __device__ __forceinline__ void fill_lane_scale_values(const ScaleView& view, uint32_t scale_values) {
-  for (int entry = threadIdx.x; entry < 256; entry += kThreads) {
-    const uint32_t value = __float_as_uint(scale_value(view, entry));
-    const uint32_t first = scale_values + entry * kPairTableEntryBytes + (entry & 7) * 16;
+  static_assert(kThreads >= 256);
+  const int entry = threadIdx.x;
+  if (entry >= 256) return;
+  const uint32_t value = __float_as_uint(scale_value(view, entry));
+  const uint32_t first = scale_values + entry * kPairTableEntryBytes + (entry & 7) * 16;
 #pragma unroll
-    for (int piece = 0; piece < 8; ++piece)
-      ptx::store_shared_v4(first ^ (piece * 16), make_uint4(value, value, value, value));
-  }
+  for (int piece = 0; piece < 8; ++piece)
+    ptx::store_shared_v4(first ^ (piece * 16), make_uint4(value, value, value, value));
 }
 
 // Looks up the value of the 8-bit scale code in byte kByte of `codes`. `lane_table` is the table's address plus 4 ·

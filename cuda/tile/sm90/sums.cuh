@@ -80,6 +80,7 @@ __device__ __forceinline__ void finish_tile(const Sm90Work<Layout>& work, const 
 template <class Layout>
 __device__ __forceinline__ void attend_finish(const Sm90Work<Layout>& work) {
   if (work.plan.splits == 1) return;
+  __syncwarp();  // lanes leave the loop of mbarrier_wait one by one, and the barrier needs the whole warp at once
   for (int part = 0; part < Layout::kParts; ++part) {
     ptx::cluster_sync();
     ptx::cluster_sync();

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -40,9 +41,14 @@ KernelInfo kernel_info(const Kernel*);
 // Address and size of a module-scope .global/.const variable, backed by host memory.
 void* find_global(Module*, const char* mangled_name, size_t* size);
 
+// The launches that may still run when a programmatic dependent launch starts.
+struct Unfinished;
+
 struct LaunchConfig {
   Dim3 grid, block, cluster;
   uint32_t dynamic_shared_bytes = 0;
+  uint32_t registers = 0;                   // per thread at launch; 0: unknown, and setmaxnreg is not checked
+  std::shared_ptr<const Unfinished> after;  // null: every earlier launch has finished
   // As cudaLaunchKernel: args[i] points at the i-th parameter's bytes.
   void* const* args = nullptr;
 };
@@ -60,8 +66,12 @@ struct Profile {
   uint64_t global_sectors_read = 0, global_sectors_written = 0;              // 32-byte sectors, summed over requests
   uint64_t global_sectors_read_ideal = 0, global_sectors_written_ideal = 0;  // ceil(bytes asked / 32)
   uint64_t unique_bytes_read = 0, unique_bytes_written = 0;                  // footprint in 32-byte sectors * 32
-  uint64_t shared_wavefronts = 0, shared_wavefronts_ideal = 0;               // conflicts = the difference
-  double seconds = 0;  // host time of the simulation, for its own tuning
+  // Of the sectors read, those that cp.async and bulk copies asked L2 for, and how many arrived in shared memory:
+  // a multicast copy asks once for all blocks.
+  uint64_t async_sectors_read = 0, async_sectors_received = 0;
+  uint64_t constant_wavefronts = 0;                             // distinct addresses of each warp's constant load
+  uint64_t shared_wavefronts = 0, shared_wavefronts_ideal = 0;  // conflicts = the difference
+  double seconds = 0;                                           // host time of the simulation, for its own tuning
 };
 
 enum class Fault {
@@ -78,13 +88,16 @@ enum class Fault {
   internal,
   grid_race,
   grid_same_value,
-  non_coherent
+  non_coherent,
+  registers,       // setmaxnreg or wgmma.fence
+  shared_lifetime  // shared memory of a block that has not begun or has ended
 };
 
 struct LaunchResult {
   Fault fault = Fault::none;
   std::string message;  // kernel, block, thread, PTX line, instruction and address where known
   Profile profile;
+  std::shared_ptr<const Unfinished> unfinished;  // `after` of a programmatic dependent launch; only with CHECK=grid
 };
 
 // Runs the whole grid before it returns. Environment:

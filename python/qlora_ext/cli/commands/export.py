@@ -10,6 +10,7 @@ from ..._internal.untrusted import printable
 from ...gguf.file import ARCHITECTURES
 from ..exporting.targets import CHECKS, DENSE_LIMIT, EMBEDDINGS, FOUR_BIT_LIMIT, TARGETS
 from ..options import add_base_options
+from ..quantization import calibrate
 from .check import EXIT_FAILED
 
 
@@ -59,6 +60,11 @@ def add_parser(commands: Any) -> None:
         "--embeddings", choices=EMBEDDINGS, metavar="TYPE",
         help=f"type of embeddings and output head in GGUF: {', '.join(EMBEDDINGS)} (default: q8_0 in 4 bits, else the "
         "target's)",
+    )  # fmt: skip
+    calibrate.add_options(parser)
+    parser.shorten_help(
+        "--to", "--adapter", "--output", "--overwrite", "--check", "--data", "--max-loss-increase", "--model",
+        "--embeddings", "--calibrate",
     )  # fmt: skip
     parser.set_defaults(run=run)
 

@@ -16,6 +16,7 @@ from ..models.adapted import Adapted
 from ..models.loading import load_dense, stored_forms
 from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
 from ..models.size import model_size
+from .calibrated import CalibratedWeights
 from .job import Job
 from .model_directories import check_linear, find_model, size_of, writer
 from .trained_for import trained_for
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from ...checkpoints.compressed_tensors_files import Kind
     from ...nn import Experts4bit
+    from ...weight import Weight4bit
 
 
 def prepare(arguments: argparse.Namespace, name: str) -> Job:
@@ -69,8 +71,9 @@ def prepare(arguments: argparse.Namespace, name: str) -> Job:
         }
     except ValueError as error:
         raise UserError(f"--to {arguments.to}: {first_line(error)}; use --to dense") from error
-    plan = _Plan(adapted, kind, names, fitting, parts)
-    return Job(size_of(model_size(quantized).bytes, adapted), lambda: _build(plan))
+    calibrated = CalibratedWeights(adapted, kind.form, lambda model: [*_encoded(_layers(model, kind, names), kind)])
+    plan = _Plan(adapted, kind, names, fitting, parts, calibrated)
+    return Job(size_of(model_size(quantized).bytes, adapted), lambda: _build(plan), calibrated=calibrated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ class _Plan:
         names: of the linear layers that are 4-bit in the result.
         experts: those that are 4-bit in the result, by name, without memory for their weights.
         parts: for each stack of experts the names of each expert's layers in the result.
+        calibrated: the weights that ``--calibrate`` has encoded.
     """
 
     adapted: Adapted
@@ -88,6 +92,7 @@ class _Plan:
     names: list[str]
     experts: dict[str, Experts4bit]
     parts: dict[str, list[list[str]]]
+    calibrated: CalibratedWeights
 
 
 def _is_reencoded(adapted: Adapted, name: str) -> bool:
@@ -163,27 +168,57 @@ def _ignored(model: Any, plan: _Plan, tensors: Mapping[str, object]) -> list[str
     return [*dict.fromkeys([*dense, *(name.removesuffix(".weight") for name in stored)])]
 
 
+def _layers(model: Any, kind: Kind, names: list[str]) -> dict[str, Any]:
+    """Those of the linear layers ``names`` that are 4-bit in the result.
+
+    Layers that are dense in a 4-bit base stay dense.
+    """
+    from ...integrations.peft.merge import Over4bit
+    from ...nn import Linear4bit, layers_of
+
+    kinds = (Over4bit, Linear4bit) if any(layers_of(model)) else (torch.nn.Linear,)
+    modules = layers_by_name(model)
+    return {name: modules[name] for name in names if isinstance(modules.get(name), kinds)}
+
+
+def _groups(layers: Mapping[str, Any], kind: Kind) -> Iterator[list[str]]:
+    """The names of the layers, those together that share a factor."""
+    from ...checkpoints.compressed_tensors_files import joined_layers
+
+    return joined_layers(layers) if kind.has_factor else ([name] for name in layers)
+
+
+def _stored(layer: Any, kind: Kind) -> Weight4bit | None:
+    """The 4-bit weight of a layer whose scales the result has."""
+    return None if kind.has_factor else stored_in(kind.form, layer)
+
+
+def _encoded(layers: Mapping[str, Any], kind: Kind) -> Iterator[list[str]]:
+    """The groups of layers that need new scales."""
+    for group in _groups(layers, kind):
+        if finished_in(kind.form, [layers[name] for name in group]) is None and _stored(layers[group[0]], kind) is None:
+            yield group
+
+
 def _linear(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The tensors of each linear layer that is 4-bit in the result, by its name.
 
-    Layers that are dense in a 4-bit base stay dense. A base in the same form keeps its codes where there is no adapter.
+    A base in the same form keeps its codes where there is no adapter.
     """
-    from ...checkpoints.compressed_tensors_files import joined_layers
-    from ...integrations.peft.merge import Over4bit
     from ...merged import seed_of
-    from ...nn import Linear4bit, layers_of
 
-    kind = plan.kind
-    kinds = (Over4bit, Linear4bit) if any(layers_of(model)) else (torch.nn.Linear,)
-    modules = layers_by_name(model)
-    layers = {name: modules[name] for name in plan.names if isinstance(modules.get(name), kinds)}
-    for group in joined_layers(layers) if kind.has_factor else [[name] for name in layers]:
+    kind, calibrated = plan.kind, plan.calibrated.weights
+    layers = _layers(model, kind, plan.names)
+    for group in _groups(layers, kind):
+        if group[0] in calibrated:
+            for name in group:
+                yield name, kind.tensors(calibrated[name], [calibrated[name].shape[0]])[0]
+            continue
         parts = [before_and_after(layers[name]) for name in group]
         before, after = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        stored = None if kind.has_factor else stored_in(kind.form, layers[group[0]])
         w4 = finished_in(kind.form, [layers[name] for name in group])
         if w4 is None:
-            w4 = encode(before, after, stored, seed_of(f"{group[0]}.weight"))
+            w4 = encode(before, after, _stored(layers[group[0]], kind), seed_of(f"{group[0]}.weight"))
         rows = [len(weight) for weight, _ in parts]
         yield from zip(group, kind.tensors(w4.to("cpu"), rows), strict=True)
 

@@ -16,12 +16,15 @@ from ..models.sources import resolve
 from ..outputs.directory import Output, claim
 from ..outputs.files import need_space
 from ..outputs.output_file import claim_file
+from ..quantization import calibrate as calibrating
 from .check import Check, CheckError, check_options, require, show
+from .job import Job
 from .targets import CHECKS, EMBEDDINGS, TARGETS, Target
 from .trained_for import warn_of_other_format
 
 
 def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
+    calibrating.protect(arguments, output)
     trusted = arguments.trust_remote_code
     if arguments.adapter is None:
         output.protect("--model", arguments.model, resolve(arguments.model, trusted).on_disk)
@@ -36,6 +39,14 @@ def _claim(arguments: argparse.Namespace, target: Target) -> contextlib.Abstract
     if target.suffix is None:
         return claim(arguments.output, arguments.overwrite)
     return claim_file(arguments.output, arguments.overwrite, target.suffix, VERSION_KEY)
+
+
+def _calibrate(arguments: argparse.Namespace, job: Job, layers: pathlib.Path | None) -> None:
+    """Encodes the weights that ``--calibrate`` asks for, and retains finished ones in the directory ``layers``."""
+    assert job.calibrated is not None
+    with calibrating.calibration(arguments, job.calibrated.adapted.tokenizer, layers) as calibration:
+        assert calibration is not None
+        job.calibrated.compute(calibration)
 
 
 def run(arguments: argparse.Namespace) -> pathlib.Path:
@@ -59,14 +70,22 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
         if arguments.adapter is not None:
             warn_of_other_format(arguments.to, arguments.adapter)
         job = target.prepare(arguments)
+        if arguments.calibrate != "none" and job.calibrated is None:
+            raise UserError(
+                f"--calibrate {arguments.calibrate}: --to {arguments.to} encodes no weights anew here; without "
+                "--calibrate, the result is the same"
+            )
         print(f"{output.path} needs about {job.nbytes / 1e6:.1f} MB of disk space", flush=True)
         need_space(output.path.parent, job.nbytes, output.path.name)
         check = None if arguments.check == "none" else Check(arguments, job)
         if check is not None:
             check.begin()
-        write = job.build()
-        with output.written("export") as partial:
-            write(partial)
+        with calibrating.stored_layers(arguments, output) as layers:
+            if arguments.calibrate != "none":
+                _calibrate(arguments, job, layers)
+            write = job.build()
+            with output.written("export") as partial:
+                write(partial)
         size = sum(path.stat().st_size for path in (output.path, *output.path.rglob("*")) if path.is_file())
         print(f"{printable(output.path)}: {size / 1e6:.1f} MB in {arguments.to}", flush=True)
         del write
@@ -89,6 +108,9 @@ def export(
     max_loss_increase: float | None = None,
     dtype: str = "bfloat16",
     embeddings: str | None = None,
+    calibrate: str | os.PathLike[str] = "none",
+    calibration_tokens: int = 12288,
+    calibration_seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
     force: bool = False,
@@ -116,6 +138,10 @@ def export(
         embeddings: the type of embeddings and output head in the targets ``gguf:...`` and ``ollama:...``: ``f32``,
             ``f16``, ``bf16``, ``q8_0`` or one of 4 bits. The default is ``q8_0`` for targets of 4 bits and the target's
             type for others; those of a GGUF file with an adapter stay as they are.
+        calibrate: for targets of 4 bits, choose the scales and codes of weights in another format for the layers'
+            inputs on a text: "self", a text that the model writes, or anything that ``finetune`` takes.
+        calibration_tokens: the length of that text.
+        calibration_seed: of the text that the model writes.
         device: where the model is merged.
         overwrite: replace what an earlier export wrote to ``output``. Other files are never deleted.
         force: accept an adapter that was trained on another 4-bit base.
@@ -146,7 +172,8 @@ def export(
         raise ValueError(f"embeddings: expected one of {', '.join(EMBEDDINGS)}, got {embeddings!r}")
     paths: dict[str, Any] = {"output": output, "adapter": adapter, "model": model, "data": data}
     arguments = argparse.Namespace(
-        to=to, check=check, max_loss_increase=max_loss_increase, dtype=dtype,
+        to=to, check=check, max_loss_increase=max_loss_increase, dtype=dtype, calibrate=os.fspath(calibrate),
+        calibration_tokens=calibration_tokens, calibration_seed=calibration_seed,
         embeddings=embeddings, device=device, overwrite=overwrite, force=force, trust_remote_code=trust_remote_code,
         **{name: None if value is None else os.fspath(value) for name, value in paths.items()},
     )  # fmt: skip

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import gguf
@@ -25,12 +25,13 @@ from ..models.adapted import Adapted
 from ..models.loading import load_dense
 from ..models.pretrained import is_4bit, load_config
 from . import modelfile
+from .calibrated import CalibratedWeights
 from .gguf_description import add_description
 from .job import Job
 from .lora import architecture_of, check_mergeable, tied_layer
 from .merged_weights import MergedWeights, Read
 from .tying import untie
-from .weights import Encoder
+from .weights import Encoder, is_linear, layers_by_name, scaled_by
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 _ROUTER = "ffn_gate_inp.weight"
@@ -53,6 +54,7 @@ class _Conversion:
         kinds: the tensors that come from weights, and their types.
         factors: tensors that do not, float32.
         unties: whether the file has an output head, although the base ties it to the embeddings.
+        calibrated: the weights that ``--calibrate`` has encoded; None if the target has no 4-bit weights.
     """
 
     target: str
@@ -65,6 +67,7 @@ class _Conversion:
     kinds: list[tuple[FileTensor, str]]
     factors: dict[str, Tensor]
     unties: bool
+    calibrated: CalibratedWeights | None
 
 
 def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton: Any) -> Job:
@@ -101,8 +104,38 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     window = metadata.ignored_window(config)
     if window is not None:
         print(f"llama.cpp attends to all tokens of this model, which has a window of {window}; longer texts differ")
-    conversion = _Conversion(target, adapted, config, architecture, kind, words, sampling, kinds, factors, unties)
-    return Job(nbytes, lambda: _build(conversion))
+    calibrated = calibrated_weights(adapted, kind, kinds)
+    conversion = _Conversion(
+        target, adapted, config, architecture, kind, words, sampling, kinds, factors, unties, calibrated
+    )
+    return Job(nbytes, lambda: _build(conversion), calibrated=calibrated)
+
+
+def calibrated_weights(
+    adapted: Adapted, kind: str, kinds: Iterable[tuple[FileTensor, str]]
+) -> CalibratedWeights | None:
+    """What ``--calibrate`` encodes for a target of the type ``kind``; None if that has not 4 bits.
+
+    Args:
+        kinds: the tensors that come from weights, and their types.
+    """
+    if kind not in blocks.KINDS:
+        return None
+    named = [tensor.weight.removesuffix(".weight") for tensor, own in kinds if own == kind]
+    return CalibratedWeights(adapted, blocks.form_of(kind), lambda model: _to_encode(model, kind, named))
+
+
+def _to_encode(model: Any, kind: str, names: list[str]) -> list[list[str]]:
+    """Those of the weights ``names`` that are a linear layer's, and need new scales to be in the type ``kind``."""
+    layers, head = layers_by_name(model), model.get_output_embeddings()
+    found = []
+    for name in dict.fromkeys(names):
+        layer = layers.get(name)
+        if is_linear(layer) and layer is not head:
+            w4 = scaled_by(layer)
+            if w4 is None or blocks.in_form_of(kind, w4) is None:
+                found.append([name])
+    return found
 
 
 def _weights(skeleton: Any) -> list[str]:
@@ -134,7 +167,8 @@ def _build(conversion: _Conversion) -> Callable[[pathlib.Path], None]:
     else:
         dtype = getattr(conversion.config, "dtype", None) or adapted.loader.dtype
         model = load_dense(adapted.source, dtype, adapted.loader.device)
-    return functools.partial(_write, conversion, MergedWeights(model))
+    calibrated = {} if conversion.calibrated is None else conversion.calibrated.weights
+    return functools.partial(_write, conversion, MergedWeights(model, calibrated))
 
 
 def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) -> None:

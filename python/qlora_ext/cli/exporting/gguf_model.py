@@ -28,6 +28,7 @@ from ..models.loading import stored_forms
 from ..models.pretrained import load_config
 from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
+from .calibrated import CalibratedWeights
 from .job import Job
 from .lora import adapted_experts, architecture_of, check_plain, check_tied, ranks_of
 from .merged_weights import MergedWeights
@@ -62,6 +63,7 @@ class _Merge:
         tensors: those that hold the weights that change.
         kinds: the types of all tensors that change, by name.
         dropped: the names of tensors that the result does not have.
+        calibrated: the weights that ``--calibrate`` has encoded; None if the target has no 4-bit weights.
     """
 
     target: str
@@ -70,6 +72,7 @@ class _Merge:
     tensors: list[FileTensor]
     kinds: dict[str, str]
     dropped: set[str]
+    calibrated: CalibratedWeights | None
 
 
 def _file_of(source: ModelSource) -> pathlib.Path:
@@ -102,8 +105,9 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
     # The values of NVFP4 weights contain the factors that the file has beside them.
     factors = {f"{name.removesuffix('weight')}scale" for name in kinds if in_file[name].type_name == "NVFP4"}
     kinds = _embeddings(file, embeddings) | kinds
-    merge = _Merge(target, adapted, file, tensors, kinds, factors & in_file.keys())
-    return Job(_size(target, file, kinds), lambda: _build(merge))
+    calibrated = gguf_conversion.calibrated_weights(adapted, kind, [(tensor, kinds[tensor.name]) for tensor in tensors])
+    merge = _Merge(target, adapted, file, tensors, kinds, factors & in_file.keys(), calibrated)
+    return Job(_size(target, file, kinds), lambda: _build(merge), calibrated=calibrated)
 
 
 def _changed(target: str, adapted: Adapted, skeleton: Any) -> list[str]:
@@ -147,7 +151,8 @@ def _build(merge: _Merge) -> Callable[[pathlib.Path], None]:
     model = dataclasses.replace(merge.adapted, loader=loader).load()
     source = merge.adapted.source
     in_file = GGUFWeights(merge.file, validate_model.skeleton(source, load_config(source)))
-    return functools.partial(_write, merge, MergedWeights(model, in_file.decode))
+    calibrated = {} if merge.calibrated is None else merge.calibrated.weights
+    return functools.partial(_write, merge, MergedWeights(model, calibrated, in_file.decode))
 
 
 def _write(merge: _Merge, weights: MergedWeights, path: pathlib.Path) -> None:

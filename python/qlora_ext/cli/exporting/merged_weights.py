@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,10 +25,15 @@ class MergedWeights:
     Adapters on dense layers are merged at once, those on 4-bit layers when their weight is read.
 
     Args:
+        model: loaded.
+        calibrated: the merged weights of linear layers that are 4-bit already, by the name of the layer.
         dense: reads a dense weight more precisely than the model has it. Adapters must then be plain LoRA.
     """
 
-    def __init__(self, model: Any, dense: Callable[[str], Tensor] | None = None) -> None:
+    def __init__(
+        self, model: Any, calibrated: Mapping[str, Weight4bit], dense: Callable[[str], Tensor] | None = None
+    ) -> None:
+        self._calibrated = calibrated
         self._model = model.base_model.model if isinstance(model, PeftModel) else model
         self._dense = dense
         self._over: dict[str, Over4bit] = {}
@@ -54,6 +59,10 @@ class MergedWeights:
 
     def _read(self, name: str) -> Read:
         path, _, parameter = name.rpartition(".")
+        if parameter == "weight" and path in self._calibrated:
+            w4 = self._calibrated[path]
+            w = w4.dequantize(torch.float32)
+            return w, w, w4
         if name in self._over:
             over = self._over[name]
             trained = over.trained_weight(over.names_to_merge(None))

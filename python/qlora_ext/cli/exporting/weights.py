@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ...form import Form
 from ...integrations.peft.merge import Over4bit
 from ...merged import encode_like
-from ...nn import Experts4bit, Linear4bit, Packed4bit
+from ...nn import Experts4bit, Linear4bit, Packed4bit, TiedLinear4bit
 from ...weight import Weight4bit, quantize
 
 
@@ -57,6 +58,19 @@ def _finished(layer: Any) -> Weight4bit | None:
         return layer.weight4bit if isinstance(layer, Linear4bit) else None
     names = layer.names_to_merge(None)
     return layer.trained_weight(names) if names else layer.layer4bit.packed_weight(layer.parameter_name)
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a module, which may have adapters, is a linear layer, but no head that is tied to a 4-bit table."""
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    return isinstance(base, (Linear4bit, torch.nn.Linear)) and not isinstance(base, TiedLinear4bit)
+
+
+def scaled_by(layer: Any) -> Weight4bit | None:
+    """The 4-bit weight that a linear layer has: after merge-aware training that with the adapter, else without one."""
+    if isinstance(layer, Over4bit):
+        return layer.trained_weight(layer.names_to_merge(None)) or layer.layer4bit.packed_weight(layer.parameter_name)
+    return layer.weight4bit if isinstance(layer, Linear4bit) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,12 +192,16 @@ def record(arguments: argparse.Namespace, report: list[LayerReport]) -> dict[str
     }
 
 
-def summary(report: list[LayerReport]) -> list[str]:
-    """The lines that the command prints: how the error of the outputs fell, and which layers stayed plain NF4."""
+def summary(report: list[LayerReport], plain: str = "plain NF4") -> list[str]:
+    """The lines that the command prints: how the error of the outputs fell, and which layers were not calibrated.
+
+    Args:
+        plain: how those are encoded.
+    """
     calibrated = [layer for layer in report if layer.absmax_error > 0]
     lines = []
     if calibrated:
         ratio = sum(layer.error / layer.absmax_error for layer in calibrated) / len(calibrated)
-        lines.append(f"calibrated {len(calibrated)} weights: the error of their outputs is {ratio:.2f} of plain NF4's")
-    plain = collections.Counter(layer.note for layer in report if layer.method == "absmax")
-    return lines + [f"{count} stayed plain NF4: {why}" for why, count in plain.items()]
+        lines.append(f"calibrated {len(calibrated)} weights: the error of their outputs is {ratio:.2f} of {plain}'s")
+    notes = collections.Counter(layer.note for layer in report if layer.method == "absmax")
+    return lines + [f"{count} stayed {plain}: {why}" for why, count in notes.items()]

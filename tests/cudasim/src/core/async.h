@@ -15,8 +15,8 @@ struct Mbar {
 };
 Mbar load_mbar(const uint8_t* p);
 void store_mbar(uint8_t* p, const Mbar& b);
-// Resolves an mbarrier address of one lane.
-uint8_t* mbar_pointer(Warp& w, int lane, uint64_t addr, Block** blk, uint32_t* off);
+// Resolves an mbarrier address of one lane. `synchronous`: the instruction itself accesses the barrier.
+uint8_t* mbar_pointer(Warp& w, int lane, uint64_t addr, Block** blk, uint32_t* off, bool synchronous = true);
 void need_valid(const Mbar& b, int lane, uint32_t off);
 // Begins the next phase if nothing is pending.
 void settle(Group& g, Mbar& b);

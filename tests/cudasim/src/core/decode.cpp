@@ -49,6 +49,7 @@ const SelectorMap& selectors() {
     register_async(m);
     register_mbarrier(m);
     register_wgmma(m);
+    register_registers(m);
     return m;
   }();
   return map;
@@ -88,6 +89,7 @@ void Decoder::decode(Function* f) {
   const_slots_.clear();
   spec_slots_.clear();
   formal_offset_.clear();
+  written.clear();
 
   std::vector<uint32_t> colour = colour_registers(*this, *ast);
   std::map<std::pair<int, uint32_t>, uint32_t> shared_slot;
@@ -185,6 +187,7 @@ void Decoder::decode(Function* f) {
     if (op.ext && !op.ext->table.empty())
       for (auto& t : const_cast<OpExt*>(op.ext)->table) t = instr_pc_[t];
   }
+  track_registers(*this, *fn);
   fn->frame_bytes = align_up(top_, 64);
   fn->decoded = true;
 }

@@ -45,8 +45,9 @@ class Decoder {
   uint32_t src(const AOperand& o, int size, Ty t = Ty::none);
   uint32_t src(const AOperand& o, Ty t) { return src(o, ty_size(t), t); }
   uint32_t dst(const AOperand& o, int size);
-  uint32_t pred(const AOperand& o, bool* neg);  // predicate source
-  uint32_t pred_dst(const AOperand& o);         // predicate destination ('_' allowed)
+  std::vector<std::pair<uint32_t, uint32_t>> written;  // (pc, frame offset) of every register that dst has returned
+  uint32_t pred(const AOperand& o, bool* neg);         // predicate source
+  uint32_t pred_dst(const AOperand& o);                // predicate destination ('_' allowed)
   uint32_t constant(uint64_t v, int size);
   uint32_t special(Special s, int size, int64_t addend = 0);
   uint32_t scratch(int size);
@@ -90,6 +91,7 @@ class Decoder {
 };
 
 std::vector<uint32_t> colour_registers(const Decoder& d, const AFunction& f);  // empty: no sharing
+void track_registers(Decoder& d, Function& f);                                 // ops_registers.cpp
 
 bool has(const AInstr& in, std::string_view mod);
 Ty last_type(const AInstr& in);                 // the last type qualifier
@@ -116,5 +118,6 @@ void register_wmma(SelectorMap&);
 void register_async(SelectorMap&);
 void register_mbarrier(SelectorMap&);
 void register_wgmma(SelectorMap&);
+void register_registers(SelectorMap&);
 
 }  // namespace cudasim

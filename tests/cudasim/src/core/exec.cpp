@@ -49,6 +49,11 @@ void Warp::start(Block* b, uint32_t idx, uint32_t lanes, const Function* fn) {
   arrives.clear();
   mma_groups.clear();
   mma_open.ops.clear();
+  registers = b->ls->registers;
+  fences = 1;
+  register_writes.assign(b->ls->image->tracked_registers, {});
+  waited_at = 0;
+  after_wait = false;
 }
 
 // Chooses the lanes to run: the deepest call first, then the lowest pc, so that groups merge again.
@@ -189,6 +194,9 @@ void Group::start(uint32_t cluster_index) {
     b.shared_bytes = ls.shared_bytes;
     memset(b.shared, 0xff, b.shared_bytes);  // reads of unwritten shared memory give NaN / -1
     for (auto& bar : b.bars) bar = Barrier();
+    b.register_pool = 0;
+    b.triggered = false;
+    b.visits.assign(ls.cluster_size > 1 && ls.check_race ? ls.cluster_size * b.nwarps : 0, {});
     b.warps.resize(b.nwarps);
     for (uint32_t i = 0; i < b.nwarps; ++i) {
       if (!b.warps[i]) b.warps[i] = std::make_unique<Warp>();
@@ -245,7 +253,8 @@ void Group::stuck(std::string s) {
     for (auto& [k, m] : at) {
       if (++shown > 8) break;
       static const char* names[] = {"running",       "warp-wide operation", "bar.warp.sync",
-                                    "block barrier", "cluster barrier",     "mbarrier"};
+                                    "block barrier", "cluster barrier",     "mbarrier",
+                                    "registers"};
       s += "\n  block " + std::to_string(w->blk->linear) + " warp " + std::to_string(w->index) + " lanes " + hex(m) +
            " wait at " + names[k.second] + ", " + op_text(*k.first);
     }

@@ -100,6 +100,8 @@ struct Grid::Access {
 Grid::Grid(const LaunchState& ls, bool same_value_is_fine)
     : orders(ls.image->has_fences),
       ls_(ls),
+      kernel_(ls.kernel->name),
+      grid_(ls.grid.x, ls.grid.y),
       same_value_is_fine_(same_value_is_fine),
       nwarps_((ls.block.x * ls.block.y * ls.block.z + 31) / 32) {}
 Grid::~Grid() = default;
@@ -143,6 +145,7 @@ void Grid::access(Warp& w, uint32_t lanes, const uint64_t* addr, uint32_t bytes,
            line_of(w) << M_LINE | (kind & Strong ? M_STRONG : 0) | (kind & Constant ? M_CONSTANT : 0) |
                (kind & Atomic ? M_ATOMIC : 0),
            bytes};
+  if (ls_.after) check_earlier(a, lanes, addr);
   uint64_t current = ~0ull;
   for (uint32_t t = lanes; t; t &= t - 1) {
     int l = __builtin_ctz(t);
@@ -164,6 +167,39 @@ void Grid::access(Warp& w, uint32_t lanes, const uint64_t* addr, uint32_t bytes,
     }
     if (a.locked) lane_access(a, *a.locked, l, addr[l], bytes, data ? data[l] : nullptr);
   }
+}
+
+// Against the launches that may still run.
+void Grid::check_earlier(Access& a, uint32_t lanes, const uint64_t* addr) const {
+  const bool waited = ordered_after_wait(a.w), writes = a.kind & Write;
+  std::string by;
+  for (const auto& other : waited ? ls_.after->after_wait : ls_.after->before_wait)
+    for (uint32_t t = lanes; t; t &= t - 1) {
+      const int l = __builtin_ctz(t);
+      if (!other->touched(addr[l], a.bytes, writes, &by)) continue;
+      fault(Fault::grid_race, l,
+            std::string("race between launches: ") + (writes ? "write" : "read") + " of " + std::to_string(a.bytes) +
+                " bytes at " + hex(addr[l]) + ", which " + by + " of the earlier kernel " + other->kernel_ +
+                " accesses. " +
+                (waited ? "That kernel may still run, because the one between did not execute griddepcontrol.wait"
+                        : "That kernel may still run before griddepcontrol.wait"));
+    }
+}
+
+bool Grid::touched(uint64_t addr, uint32_t bytes, bool or_read, std::string* by) const {
+  for (const uint64_t end = addr + bytes; addr < end; ++addr) {
+    const auto it = pages_.find(addr >> kPageBits);
+    if (it == pages_.end()) return false;  // accesses are aligned, so it is one page
+    const Page& p = *it->second;
+    const size_t cell = (addr & ((1u << kPageBits) - 1)) >> p.shift;
+    const uint32_t who = !p.written.empty() && p.written[cell].who ? p.written[cell].who
+                         : or_read && !p.seen.empty()              ? p.seen[cell].who
+                                                                   : 0;
+    if (!who) continue;
+    *by = block_name(who);
+    return true;
+  }
+  return false;
 }
 
 void Grid::access_range(Warp& w, int lane, uint64_t addr, uint64_t bytes, uint32_t kind) {
@@ -231,9 +267,9 @@ void Grid::lane_access(Access& a, Page& p, int lane, uint64_t addr, uint32_t byt
 
 std::string Grid::block_name(uint32_t who) const {
   const uint32_t b = (who - 1) / nwarps_;
-  const Dim3& g = ls_.grid;
-  return "block (" + std::to_string(b % g.x) + "," + std::to_string(b / g.x % g.y) + "," +
-         std::to_string(b / g.x / g.y) + ") warp " + std::to_string((who - 1) % nwarps_);
+  const auto [x, y] = grid_;
+  return "block (" + std::to_string(b % x) + "," + std::to_string(b / x % y) + "," + std::to_string(b / x / y) +
+         ") warp " + std::to_string((who - 1) % nwarps_);
 }
 
 void Grid::report(Access& a, int lane, uint64_t addr, const char* before, uint32_t who, uint32_t epoch, uint32_t mark,

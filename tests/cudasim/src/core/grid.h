@@ -10,6 +10,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -63,6 +64,9 @@ class Grid {
   void hand_over(Warp& w, Handover& to);
   void take_over(Warp& w, const Handover& from);
 
+  // Whether this launch, which has ended, wrote the memory or, if `or_read`, read it; `by` names who.
+  bool touched(uint64_t addr, uint32_t bytes, bool or_read, std::string* by) const;
+
   const bool orders;  // whether the kernel has any fence or the like: otherwise nothing orders its CTAs
   std::atomic<bool> any_published{false};
 
@@ -76,13 +80,16 @@ class Grid {
   struct Page;
   struct Access;
   Page* page(Warp& w, uint64_t number);
+  void check_earlier(Access& a, uint32_t lanes, const uint64_t* addr) const;
   void lane_access(Access& a, Page& p, int lane, uint64_t addr, uint32_t bytes, const uint8_t* data);
   bool ordered(const Warp& w, uint32_t who, uint32_t epoch) const;
   void report(Access& a, int lane, uint64_t addr, const char* before, uint32_t who, uint32_t epoch, uint32_t mark,
               bool same);
   std::string block_name(uint32_t who) const;
 
-  const LaunchState& ls_;
+  const LaunchState& ls_;  // not after the launch
+  const std::string kernel_;
+  const std::pair<uint32_t, uint32_t> grid_;  // its first two dimensions
   const bool same_value_is_fine_;
   const uint32_t nwarps_;  // per CTA
   std::mutex pages_mutex_;
@@ -91,5 +98,12 @@ class Grid {
   std::atomic<bool> said_full_{false}, said_same_{false};
   std::unordered_map<uint64_t, Published> published_;
 };
+
+// Programmatic dependent launches start before these have ended: those that the first list names until they execute
+// griddepcontrol.wait, and those of the second, for which the launch before them did not wait, even after it.
+struct Unfinished {
+  std::vector<std::shared_ptr<const Grid>> before_wait, after_wait;
+};
+bool ordered_after_wait(Warp& w);  // ops_barrier.cpp
 
 }  // namespace cudasim

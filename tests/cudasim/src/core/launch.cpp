@@ -60,6 +60,17 @@ static void work(Worker& wk) {
   }
 }
 
+// What may still run when a programmatic dependent launch after this one starts, and when this one has ended.
+static std::shared_ptr<const Unfinished> unfinished_after(const LaunchState& ls) {
+  auto next = std::make_shared<Unfinished>();
+  if (ls.after) {
+    next->before_wait = ls.waited_first ? ls.after->after_wait : ls.after->before_wait;
+    next->after_wait = ls.waited ? ls.after->after_wait : ls.after->before_wait;
+  }
+  next->before_wait.push_back(ls.grid_check);
+  return next;
+}
+
 static uint32_t worker_count() {
   if (const char* e = getenv("CUDASIM_THREADS")) return uint32_t(std::max(1, atoi(e)));
   return std::max(1u, std::thread::hardware_concurrency());
@@ -86,6 +97,8 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
   ls.grid = cfg.grid;
   ls.block = cfg.block;
   ls.cluster = cfg.cluster;
+  ls.registers = cfg.registers;
+  ls.after = cfg.after;
   if (k->ast->cluster[0]) {
     ls.cluster = {k->ast->cluster[0], k->ast->cluster[1], k->ast->cluster[2]};
     ls.explicit_cluster = true;
@@ -129,7 +142,7 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
     std::string s(e);
     ls.check_race = s.find("race") != s.npos;
     ls.check_init = s.find("init") != s.npos;
-    if (s.find("grid") != s.npos) ls.grid_check = std::make_unique<Grid>(ls, s.find("benign") != s.npos);
+    if (s.find("grid") != s.npos) ls.grid_check = std::make_shared<Grid>(ls, s.find("benign") != s.npos);
   }
   ls.started = t0;
   if (const char* e = getenv("CUDASIM_TIMEOUT")) ls.time_limit = atof(e);
@@ -192,6 +205,9 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
     sum.sectors_written_ideal += c.sectors_written_ideal;
     sum.wavefronts += c.wavefronts;
     sum.wavefronts_ideal += c.wavefronts_ideal;
+    sum.async_sectors_read += c.async_sectors_read;
+    sum.async_sectors_received += c.async_sectors_received;
+    sum.constant_wavefronts += c.constant_wavefronts;
     if (w != workers[0]) {
       workers[0]->read.merge_from(w->read);
       workers[0]->written.merge_from(w->written);
@@ -226,6 +242,10 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
   p.unique_bytes_written = workers[0]->written.sectors() * 32;
   p.shared_wavefronts = sum.wavefronts;
   p.shared_wavefronts_ideal = sum.wavefronts_ideal;
+  p.async_sectors_read = sum.async_sectors_read;
+  p.async_sectors_received = sum.async_sectors_received;
+  p.constant_wavefronts = sum.constant_wavefronts;
+  if (ls.grid_check) ls.result.unfinished = unfinished_after(ls);
   p.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();
   return std::move(ls.result);
 }

@@ -45,7 +45,7 @@ struct Frame {
 
 Frame* new_frame(Frame* parent, const Function* fn);
 
-enum class Wait : uint8_t { none, warp, warp_bar, block_bar, cluster_bar, mbar };
+enum class Wait : uint8_t { none, warp, warp_bar, block_bar, cluster_bar, mbar, registers };
 
 // One cp.async per warp instruction: data already read, not yet visible in shared memory.
 struct PendingCopy {
@@ -149,6 +149,18 @@ struct Warp {
   std::vector<PendingStore> bulk[32];
   uint32_t bulk_group[32];
 
+  // registers (ops_registers.cpp)
+  uint32_t registers = 0;  // per thread, as setmaxnreg left it
+  struct RegisterWrite {
+    uint32_t fences = 0, line = 0;
+  };
+  uint32_t fences = 1;                         // 1 + the number of wgmma.fence executed
+  std::vector<RegisterWrite> register_writes;  // the last ordinary write of each register that wgmma uses
+
+  // programmatic dependent launch: the clock at griddepcontrol.wait, and whether the warp is ordered after one
+  uint32_t waited_at = 0;
+  bool after_wait = false;
+
   // race detection (intra-warp knowledge): see shadow.h
   uint32_t clock = 1;
   std::vector<uint32_t> vc;          // knowledge of other warps' clocks, by global warp number
@@ -220,6 +232,12 @@ struct Block {
   uint32_t nwarps = 0, live_warps = 0, nthreads = 0;
   Barrier bars[16];
   std::unique_ptr<Shadow> shadow;
+  uint32_t register_pool = 0;  // free registers per thread, summed over warps
+  bool triggered = false;      // griddepcontrol.launch_dependents
+  struct Visit {
+    uint32_t clock = 0, line = 0;
+  };
+  std::vector<Visit> visits;  // the last access to its shared memory by each warp of the cluster (peers.cpp)
   ~Block();
   void check_barrier(uint32_t id);
   void warp_exited();
@@ -283,7 +301,8 @@ class Footprint {
 struct Counters {
   uint64_t warp[C_count] = {}, threads = 0, mma_flops = 0;
   uint64_t sectors_read = 0, sectors_written = 0, sectors_read_ideal = 0, sectors_written_ideal = 0;
-  uint64_t wavefronts = 0, wavefronts_ideal = 0;
+  uint64_t async_sectors_read = 0, async_sectors_received = 0;
+  uint64_t wavefronts = 0, wavefronts_ideal = 0, constant_wavefronts = 0;
 };
 
 class ParamBuffer {  // kernel parameters, aligned for tensor maps
@@ -307,7 +326,7 @@ struct LaunchState {
   const KernelImage* image = nullptr;
   Dim3 grid, block, cluster;
   uint32_t cluster_size = 1;
-  uint32_t dynamic_shared = 0, shared_bytes = 0;
+  uint32_t dynamic_shared = 0, shared_bytes = 0, registers = 0;
   bool explicit_cluster = false;
   ParamBuffer params;      // followed by the grid barrier's workspace
   uint32_t workspace = 0;  // its offset
@@ -318,8 +337,11 @@ struct LaunchState {
   std::mutex mutex;  // guards result
   LaunchResult result;
   bool check_race = false, check_init = false;
-  std::unique_ptr<Grid> grid_check;  // set if races between CTAs are checked
-  double time_limit = 0;             // seconds; 0: none
+  std::shared_ptr<Grid> grid_check;  // set if races between CTAs are checked
+  std::shared_ptr<const Unfinished> after;
+  // Some warp executed griddepcontrol.wait; and did so before its CTA allowed dependents to start.
+  std::atomic<bool> waited{false}, waited_first{false};
+  double time_limit = 0;  // seconds; 0: none
   std::chrono::steady_clock::time_point started;
   uint64_t seed = 0;
   bool seeded = false;
@@ -354,7 +376,11 @@ void shared_pointers(Warp& w, uint32_t m, const uint64_t* addr, uint32_t bytes, 
 void local_pointers(Warp& w, uint32_t m, const uint64_t* addr, uint32_t bytes, uint8_t** out);
 void count_global(Warp& w, uint32_t m, const uint64_t* addr, uint32_t bytes, bool write);
 void count_shared(Warp& w, uint32_t m, const uint64_t* addr, uint32_t bytes);
+void count_constant(Warp& w, uint32_t m, const uint64_t* addr);
 Block* shared_target(Warp& w, uint32_t addr, uint32_t* offset);  // CTA and offset of a 32-bit shared address
+// Checks that shared memory of another CTA of the cluster exists. `synchronous`: the access ends with the instruction.
+void reach_peer(Warp& w, int lane, Block& peer, bool synchronous);
+void end_block(Block& b);  // its last warp exits
 uint8_t* generic_pointer(Warp& w, int lane, uint64_t addr, uint32_t bytes, Access a);
 std::string generic_string(Warp& w, int lane, uint64_t addr);
 

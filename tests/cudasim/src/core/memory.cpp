@@ -176,6 +176,7 @@ void shared_pointers(Warp& w, uint32_t m, const uint64_t* addr, uint32_t bytes, 
     uint32_t o;
     Block* b = shared_target(w, uint32_t(addr[l]), &o);
     if (!b || uint64_t(o) + bytes > b->shared_bytes) shared_oob(w, l, uint32_t(addr[l]), bytes, a);
+    if (b != w.blk) reach_peer(w, l, *b, true);
     out[l] = b->shared + o;
   }
 }
@@ -315,6 +316,17 @@ void count_shared(Warp& w, uint32_t m, const uint64_t* addr, uint32_t bytes) {
       }
     c.wavefronts += worst;
   }
+}
+
+// The constant cache serves one address at a time.
+void count_constant(Warp& w, uint32_t m, const uint64_t* addr) {
+  uint64_t seen[32];
+  uint32_t n = 0;
+  for (uint32_t t = m; t; t &= t - 1) {
+    uint64_t x = addr[__builtin_ctz(t)];
+    if (std::find(seen, seen + n, x) == seen + n) seen[n++] = x;
+  }
+  w.wk->count.constant_wavefronts += n;
 }
 
 // --- modules ----------------------------------------------------------------------------------------------

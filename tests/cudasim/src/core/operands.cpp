@@ -229,6 +229,7 @@ uint32_t Decoder::dst(const AOperand& o, int size) {
   if (o.kind != AOperand::reg) throw Unsupported{"destination is not a register"};
   Slot s = slots_[o.reg_id];
   if (s.size != (size == 1 ? 2 : size)) throw Unsupported{"destination width does not match the instruction type"};
+  written.emplace_back(uint32_t(fn->code.size()), s.offset);
   return s.offset;
 }
 uint32_t Decoder::pred(const AOperand& o, bool* neg) {

@@ -40,7 +40,10 @@ void cp_async(Warp& w, const Op& o, uint32_t m) {
   }
   if (full) {
     global_pointers(w, full, src, bytes, Access::read, sp);
+    const uint64_t before = w.wk->count.sectors_read;
     count_global(w, full, src, bytes, false);
+    w.wk->count.async_sectors_read += w.wk->count.sectors_read - before;
+    w.wk->count.async_sectors_received += w.wk->count.sectors_read - before;
     if (w.wk->grid) w.wk->grid->access(w, full, src, bytes, Grid::Read, nullptr);
   }
   PendingCopy& c = w.copies.push();
@@ -76,7 +79,7 @@ void cp_async(Warp& w, const Op& o, uint32_t m) {
   if (w.blk->shadow)
     for (uint32_t t = m; t; t &= t - 1) {
       int l = __builtin_ctz(t);
-      w.blk->shadow->issue(w, l, c.dst[l], bytes);
+      w.blk->shadow->issue(w, l, c.dst[l], bytes, false);
     }
   if (w.wk->ls->seeded && !w.blk->shadow && w.wk->random(4) == 0) {
     land_copy(w, c, m);

@@ -1,4 +1,4 @@
-// Barriers of CTAs and clusters.
+// Barriers of CTAs and clusters, and what orders the launches of a stream.
 #include <algorithm>
 
 #include "decode.h"
@@ -152,6 +152,7 @@ void Block::warp_exited() {
   for (uint32_t i = 0; i < 16; ++i)
     if (!bars[i].expected) check_barrier(i);
   if (group->blocks.size() > 1 || group->cluster_arrived) cluster_check(*group);
+  if (!live_warps) end_block(*this);
 }
 
 namespace {
@@ -183,6 +184,26 @@ void cluster_wait(Warp& w, const Op&, uint32_t m) {
   }
   if (w.wk->grid) w.wk->grid->take_over(w, g.cluster_grid);
 }
+
+// --- dependent launches -----------------------------------------------------------------------------------------
+
+// The launches before have ended by now (launch() runs whole grids), so nothing has to wait.
+void grid_wait(Warp& w, const Op&, uint32_t) {
+  LaunchState& ls = *w.blk->ls;
+  ls.waited = true;
+  if (!w.blk->triggered) ls.waited_first = true;
+  if (!w.waited_at) w.waited_at = w.clock;
+  w.after_wait = true;
+}
+void grid_launch_dependents(Warp& w, const Op&, uint32_t) { w.blk->triggered = true; }
+
+bool sel_griddepcontrol(Decoder&, const AInstr& in, Op& op) {
+  op.cls = C_control;
+  if (has(in, "wait")) return done(op, grid_wait);
+  return has(in, "launch_dependents") && done(op, grid_launch_dependents);
+}
+
+// --- selection --------------------------------------------------------------------------------------------------
 
 bool sel_barrier(Decoder& d, const AInstr& in, Op& op) {
   op.cls = C_barrier;
@@ -224,6 +245,20 @@ bool sel_barrier(Decoder& d, const AInstr& in, Op& op) {
 
 }  // namespace
 
-void register_barrier(SelectorMap& m) { m["bar"] = m["barrier"] = sel_barrier; }
+// Has the warp, or one whose past it knows, executed griddepcontrol.wait? Without the race check, which keeps the
+// clocks, any warp of the CTA counts.
+bool ordered_after_wait(Warp& w) {
+  if (w.after_wait) return true;
+  const bool clocks = w.blk->ls->check_race;
+  for (const Warp* other : w.blk->group->order)
+    if (other->waited_at && (clocks ? w.vc[warp_number(*other)] >= other->waited_at : other->blk == w.blk))
+      w.after_wait = true;
+  return w.after_wait;
+}
+
+void register_barrier(SelectorMap& m) {
+  m["bar"] = m["barrier"] = sel_barrier;
+  m["griddepcontrol"] = sel_griddepcontrol;
+}
 
 }  // namespace cudasim

@@ -41,12 +41,17 @@ void check_global(Warp& w, int lane, uint64_t addr, uint64_t bytes, bool write) 
           std::string("bulk copy ") + (write ? "writes " : "reads ") + std::to_string(bytes) + " bytes at " +
               hex(addr) + " outside every allocation");
 }
-void count_bulk(Warp& w, uint64_t addr, uint64_t bytes, bool write) {
+// `copies`: how many blocks receive what is read.
+void count_bulk(Warp& w, uint64_t addr, uint64_t bytes, bool write, uint32_t copies = 0) {
   if (!bytes) return;
   uint64_t s = ((addr + bytes - 1) >> 5) - (addr >> 5) + 1;
   Counters& c = w.wk->count;
   (write ? c.sectors_written : c.sectors_read) += s;
   (write ? c.sectors_written_ideal : c.sectors_read_ideal) += (bytes + 31) / 32;
+  if (!write) {
+    c.async_sectors_read += s;
+    c.async_sectors_received += s * copies;
+  }
   (write ? w.wk->written : w.wk->read).add(addr, uint32_t(bytes));
 }
 
@@ -61,12 +66,13 @@ void issue_bulk(Warp& w, int lane, std::vector<uint8_t> data, uint32_t dst_cta, 
   c.swizzle = swizzle;
   c.data = std::move(data);
   Block& b = *g.blocks[dst_cta];
+  if (&b != w.blk) reach_peer(w, lane, b, false);
   if (b.shadow) {
     if (c.swizzle) {
       for (size_t i = 0; i < c.data.size(); i += 16)
-        b.shadow->issue(w, lane, swizzled(dst + uint32_t(i) + kSharedBase, swizzle) - kSharedBase, 16);
+        b.shadow->issue(w, lane, swizzled(dst + uint32_t(i) + kSharedBase, swizzle) - kSharedBase, 16, true);
     } else
-      b.shadow->issue(w, lane, dst, uint32_t(c.data.size()));
+      b.shadow->issue(w, lane, dst, uint32_t(c.data.size()), true);
   }
   if (w.wk->ls->seeded && w.wk->random(4) == 0)
     land_bulk(g, c);
@@ -75,6 +81,9 @@ void issue_bulk(Warp& w, int lane, std::vector<uint8_t> data, uint32_t dst_cta, 
   g.mbar_events++;  // sleepers check again
 }
 
+uint32_t receivers(Warp& w, const OpExt& e, int lane, bool multicast) {
+  return multicast ? uint32_t(__builtin_popcount(w.r<uint16_t>(e.v[1][0])[lane])) : 1;
+}
 // multicast: one copy per CTA of the mask, at the same offsets
 template <class F>
 void each_target(Warp& w, const OpExt& e, int lane, bool multicast, uint32_t own, F f) {
@@ -101,17 +110,18 @@ void bulk_load(Warp& w, const Op& o, uint32_t m) {
     if (size % 16) fault(Fault::misaligned, l, "bulk copy size " + std::to_string(size) + " is not a multiple of 16");
     Block *b, *mbb;
     uint32_t off = shared_offset(w, l, dst, size, 16, &b), moff;
-    mbar_pointer(w, l, mb, &mbb, &moff);
+    mbar_pointer(w, l, mb, &mbb, &moff, false);
     std::vector<uint8_t> data(size);
     if (o.flags & 2) {
       Block* sb;
       uint32_t so = shared_offset(w, l, src, size, 16, &sb);
+      if (sb != w.blk) reach_peer(w, l, *sb, true);
       if (sb->shadow) sb->shadow->read(w, l, so, size, false, true);
       memcpy(data.data(), sb->shared + so, size);
     } else {
       if (src & 15) fault(Fault::misaligned, l, "bulk copy source " + hex(src) + " is not aligned to 16 bytes");
       check_global(w, l, src, size, false);
-      count_bulk(w, src, size, false);
+      count_bulk(w, src, size, false, receivers(w, e, l, o.flags & 1));
       if (w.wk->grid) w.wk->grid->access_range(w, l, src, size, Grid::Read);
       memcpy(data.data(), reinterpret_cast<void*>(src), size);
     }
@@ -235,12 +245,12 @@ void tensor_load(Warp& w, const Op& o, uint32_t m) {
     uint32_t size = box_bytes(tm);
     Block *b, *mbb;
     uint32_t off = shared_offset(w, l, dst, size, 128, &b), moff;
-    mbar_pointer(w, l, mb, &mbb, &moff);
+    mbar_pointer(w, l, mb, &mbb, &moff, false);
     std::vector<uint8_t> data(size);
     walk_box(tm, c, [&](uint64_t src, uint32_t at, uint32_t n) {
       if (src) {
         check_global(w, l, src, n, false);
-        count_bulk(w, src, n, false);
+        count_bulk(w, src, n, false, receivers(w, e, l, o.flags & 1));
         if (w.wk->grid) w.wk->grid->access_range(w, l, src, n, Grid::Read);
         memcpy(&data[at], reinterpret_cast<void*>(src), n);
       } else if (tm.oob_fill)

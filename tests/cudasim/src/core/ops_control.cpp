@@ -312,11 +312,10 @@ void register_control(SelectorMap& m) {
     op.cls = C_control;
     return done(op, nanosleep);
   };
-  for (auto n : {"griddepcontrol", "setmaxnreg", "pmevent"})
-    m[n] = [](Decoder&, const AInstr&, Op& op) {
-      op.cls = C_control;
-      return done(op, nothing);
-    };
+  m["pmevent"] = [](Decoder&, const AInstr&, Op& op) {
+    op.cls = C_control;
+    return done(op, nothing);
+  };
 }
 
 }  // namespace cudasim

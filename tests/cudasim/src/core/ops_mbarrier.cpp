@@ -32,7 +32,7 @@ void store64(uint8_t* p, uint64_t v) { memcpy(p, &v, 8); }
 
 Mbar load_mbar(const uint8_t* p) { return unpack(load64(p)); }
 void store_mbar(uint8_t* p, const Mbar& b) { store64(p, pack(b)); }
-uint8_t* mbar_pointer(Warp& w, int lane, uint64_t addr, Block** blk, uint32_t* off) {
+uint8_t* mbar_pointer(Warp& w, int lane, uint64_t addr, Block** blk, uint32_t* off, bool synchronous) {
   if (addr & kWindowMask) {
     if ((addr & kWindowMask) != kSharedWindow)
       fault(Fault::shared_out_of_bounds, lane, "mbarrier address " + hex(addr) + " is not in shared memory");
@@ -43,6 +43,7 @@ uint8_t* mbar_pointer(Warp& w, int lane, uint64_t addr, Block** blk, uint32_t* o
     fault(Fault::shared_out_of_bounds, lane,
           "mbarrier at shared address " + hex(a) + " is outside the block's shared memory");
   if (*off & 7) fault(Fault::misaligned, lane, "mbarrier at shared address " + hex(a) + " is not aligned to 8 bytes");
+  if (b != w.blk) reach_peer(w, lane, *b, synchronous);
   *blk = b;
   return b->shared + *off;
 }

@@ -112,6 +112,7 @@ void ld(Warp& w, const Op& o, uint32_t m) {
   fill_addresses(w, o, addr);
   uint32_t n = o.d, bytes = o.size * n;
   resolve(w, m, S, addr, bytes, Access::read, ptr, true);
+  if (S == Space::constant || S == Space::param) count_constant(w, m, addr);
   if (S == Space::generic || S == Space::shared)
     check_shadow(w, m, S, addr, bytes, Access::read, o.flags & M_VOLATILE, ptr, nullptr);
   Grid* grid = S == Space::generic || S == Space::global || S == Space::shared ? w.wk->grid : nullptr;

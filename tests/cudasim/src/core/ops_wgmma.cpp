@@ -73,7 +73,8 @@ int expand(const uint8_t* p, Ty t, T* out) {
   return n;
 }
 
-// ext n: N, K, dtype, atype, btype, A in registers, scale-a, scale-b, trans-a, trans-b, satfinite; v[0] d, v[1] a
+// ext n: N, K, dtype, atype, btype, A in registers, scale-a, scale-b, trans-a, trans-b, satfinite; v[0] d, v[1] a,
+// v[2] the numbers of both (track_registers)
 template <class T>
 void load_operands(Warp& w, const PendingMma& p, const uint8_t* R, std::vector<T>& A, std::vector<T>& B) {
   const OpExt& e = *p.op->ext;
@@ -201,6 +202,16 @@ void run_pending_mma(Warp& w, size_t keep) {
 
 namespace {
 
+// wgmma may not use a register that an ordinary instruction has written since the last wgmma.fence.
+void check_registers(Warp& w, const OpExt& e) {
+  if (w.fences == 1) fault(Fault::registers, 0, "wgmma before the first wgmma.fence of the warp");
+  for (const uint32_t number : e.v[2])
+    if (const Warp::RegisterWrite& x = w.register_writes[number]; x.fences == w.fences)
+      fault(Fault::registers, 0,
+            "wgmma uses a register that was written at PTX line " + std::to_string(x.line) +
+                ", without a wgmma.fence in between");
+}
+
 void wgmma(Warp& w, const Op& o, uint32_t m) {
   if (!whole_warp(w, m)) return;
   const OpExt& e = *o.ext;
@@ -210,6 +221,7 @@ void wgmma(Warp& w, const Op& o, uint32_t m) {
   if (!e.n[5]) p.desc_a = w.r<uint64_t>(o.a)[0];
   p.desc_b = w.r<uint64_t>(o.b)[0];
   p.scale_d = (w.p(o.c) ^ (o.flags & 1 ? FULL : 0)) & 1;
+  check_registers(w, e);
   w.mma_open.ops.push_back(p);
 }
 void wgmma_commit(Warp& w, const Op&, uint32_t m) {
@@ -221,14 +233,15 @@ void wgmma_wait(Warp& w, const Op& o, uint32_t m) {
   if (!whole_warp(w, m)) return;
   run_pending_mma(w, size_t(o.imm));
 }
-void nothing(Warp&, const Op&, uint32_t) {}
-
+void wgmma_fence(Warp& w, const Op&, uint32_t m) {
+  if (whole_warp(w, m)) w.fences++;
+}
 bool sel_wgmma(Decoder& d, const AInstr& in, Op& op) {
   op.cls = C_mma;
   if (in.mods.size() < 2) return false;
   if (in.mods[1] == "fence") {
     op.cls = C_barrier;
-    return done(op, nothing);
+    return done(op, wgmma_fence);
   }
   if (in.mods[1] == "commit_group") {
     op.cls = C_barrier;

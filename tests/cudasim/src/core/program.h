@@ -163,6 +163,14 @@ struct Function {
   std::vector<Spec> specials;
   std::vector<uint32_t> param_offset, return_offset;  // of formal parameters in .param memory
   std::deque<OpExt> exts;
+  // Ops that write registers which wgmma uses, or copy into one: see ops_registers.cpp.
+  struct Tracked {
+    Handler fn = nullptr;
+    std::vector<uint32_t> written;  // numbers among KernelImage::tracked_registers
+    uint32_t copied = NONE;         // the number of the register that a mov copies
+    bool constant = false;          // a mov of a constant
+  };
+  std::vector<Tracked> tracked;  // by pc, empty in functions without wgmma
   bool decoded = false;
 };
 
@@ -175,6 +183,7 @@ struct KernelImage {
   uint32_t dynamic_align = 16;
   std::vector<uint32_t> param_offset;
   uint32_t param_bytes = 0;
+  uint32_t tracked_registers = 0;
   bool has_fences = false;  // or other instructions that order memory between CTAs
 };
 

@@ -62,6 +62,7 @@ void Shadow::reset(uint32_t n, uint32_t warps, bool r, bool i) {
   sync.clear();
   if (race) {
     writes.assign(n, {});
+    readers.assign(n, 0);
     read_clock.assign(size_t(n) * warps, 0);
     read_lanes.assign(size_t(n) * warps, 0);
     read_line.assign(n, 0);
@@ -105,6 +106,14 @@ void note_proxy_fence(Warp& w) {
   w.clock++;
 }
 
+void Shadow::proxy_fault(Warp& w, int lane, uint32_t i, const char* access) const {
+  const Write& wr = writes[i];
+  fault(Fault::shared_race, lane,
+        std::string("the async proxy ") + access + " shared address " + hex(i + kSharedBase) +
+            ", written by an ordinary store of " + thread_name(w, wr.warp, wr.lane) + " at PTX line " +
+            std::to_string(wr.line) + ", without a fence.proxy.async in between");
+}
+
 void Shadow::read(Warp& w, int lane, uint32_t off, uint32_t n, bool is_atomic, bool via_async) {
   uint32_t me = race ? warp_number(w) : 0, line = line_of(w);
   for (uint32_t i = off; i < off + n; ++i) {
@@ -122,13 +131,11 @@ void Shadow::read(Warp& w, int lane, uint32_t off, uint32_t n, bool is_atomic, b
     const Write& wr = writes[i];
     if (wr.clock && !(is_atomic && wr.kind == atomic) && !ordered(w, lane, me, wr.warp, wr.lane, wr.clock))
       race_fault(w, lane, i, "read", wr.kind == async ? "asynchronous copy" : "write", wr.warp, wr.lane, wr.line);
-    if (via_async && wr.clock && wr.kind == plain && wr.clock > w.vc[w.vc.size() / 2 + wr.warp])
-      fault(Fault::shared_race, lane,
-            "the async proxy reads shared address " + hex(i + kSharedBase) + ", written by an ordinary store of " +
-                thread_name(w, wr.warp, wr.lane) + ", without a fence.proxy.async in between");
+    if (via_async && hidden_from_async(w, i)) proxy_fault(w, lane, i, "reads");
     if (is_atomic) continue;  // an atomic is remembered as a write
     size_t k = size_t(me) * bytes + i;
     if (read_clock[k] != w.clock) {
+      readers[i] |= 1ull << (me & 63);
       read_clock[k] = w.clock;
       read_lanes[k] = 0;
     }
@@ -150,9 +157,7 @@ void Shadow::write(Warp& w, int lane, uint32_t off, uint32_t n, bool is_atomic, 
       bool same = data && data[i - off] == old[i - off];
       if (wr.clock && !same && !(is_atomic && wr.kind == atomic) && !ordered(w, lane, me, wr.warp, wr.lane, wr.clock))
         race_fault(w, lane, i, "write", wr.kind == async ? "asynchronous copy" : "write", wr.warp, wr.lane, wr.line);
-      for (uint32_t k = 0; k < nwarps; ++k) {
-        uint32_t c = read_clock[size_t(k) * bytes + i];
-        if (!c) continue;
+      each_read(i, [&](uint32_t k, uint32_t c) {
         uint32_t lanes = read_lanes[size_t(k) * bytes + i];
         if (k != me) {
           if (c > w.vc[k]) race_fault(w, lane, i, "write", "read", k, uint32_t(__builtin_ctz(lanes)), read_line[i]);
@@ -162,33 +167,34 @@ void Shadow::write(Warp& w, int lane, uint32_t off, uint32_t n, bool is_atomic, 
             if (!ordered(w, lane, me, me, l, c)) race_fault(w, lane, i, "write", "read", me, l, read_line[i]);
           }
         }
-      }
+      });
       wr = {w.clock, uint16_t(me), uint8_t(lane), uint8_t(is_atomic ? atomic : plain), line};
     }
     valid[i] = 1;
   }
 }
 
-void Shadow::issue(Warp& w, int lane, uint32_t off, uint32_t n) {
+void Shadow::issue(Warp& w, int lane, uint32_t off, uint32_t n, bool bulk) {
   uint32_t me = race ? warp_number(w) : 0;
   for (uint32_t i = off; i < off + n; ++i) {
     if (race) {
       const Write& wr = writes[i];
       if (wr.clock && !ordered(w, lane, me, wr.warp, wr.lane, wr.clock))
         race_fault(w, lane, i, "asynchronous write", "write", wr.warp, wr.lane, wr.line);
-      for (uint32_t k = 0; k < nwarps; ++k) {
-        uint32_t c = read_clock[size_t(k) * bytes + i];
-        if (!c) continue;
+      if (bulk && hidden_from_async(w, i)) proxy_fault(w, lane, i, "writes");
+      each_read(i, [&](uint32_t k, uint32_t c) {
         uint32_t lanes = read_lanes[size_t(k) * bytes + i];
-        if (k != me ? c > w.vc[k] : false)
-          race_fault(w, lane, i, "asynchronous write", "read", k, uint32_t(__builtin_ctz(lanes)), read_line[i]);
-        if (k == me)
-          for (uint32_t t = lanes & ~(1u << lane); t; t &= t - 1) {
-            uint32_t l = uint32_t(__builtin_ctz(t));
-            if (!ordered(w, lane, me, me, l, c))
-              race_fault(w, lane, i, "asynchronous write", "read", me, l, read_line[i]);
-          }
-      }
+        if (k != me) {
+          if (c > w.vc[k])
+            race_fault(w, lane, i, "asynchronous write", "read", k, uint32_t(__builtin_ctz(lanes)), read_line[i]);
+          return;
+        }
+        for (uint32_t t = lanes & ~(1u << lane); t; t &= t - 1) {
+          uint32_t l = uint32_t(__builtin_ctz(t));
+          if (!ordered(w, lane, me, me, l, c))
+            race_fault(w, lane, i, "asynchronous write", "read", me, l, read_line[i]);
+        }
+      });
     }
     if (flight[i] < 255) flight[i]++;
   }

@@ -30,18 +30,35 @@ struct Shadow {
   std::vector<uint8_t> valid;        // byte was written
   std::vector<uint8_t> flight;       // number of asynchronous copies that will still write the byte
   std::unordered_map<uint64_t, std::vector<uint32_t>> sync;  // clocks released through a mbarrier or atomic
+  std::vector<uint64_t> readers;                             // [byte] bit w % 64 for each warp w with a read_clock
 
   void reset(uint32_t bytes, uint32_t nwarps, bool race, bool init);
   // via_async: read by the async proxy (wgmma, bulk store), which needs a fence.proxy.async after st.shared
   void read(Warp& w, int lane, uint32_t off, uint32_t n, bool atomic, bool via_async = false);
   // `data` is what will be written (equal values by two writers are not reported), or null.
   void write(Warp& w, int lane, uint32_t off, uint32_t n, bool atomic, const uint8_t* data, const uint8_t* old);
-  // An asynchronous copy: check against earlier accesses when issued, mark when it lands.
-  void issue(Warp& w, int lane, uint32_t off, uint32_t n);
+  // An asynchronous copy: check against earlier accesses when issued, mark when it lands. A bulk copy writes by the
+  // async proxy, which needs a fence.proxy.async after st.shared, too.
+  void issue(Warp& w, int lane, uint32_t off, uint32_t n, bool bulk);
   void land(Warp& w, int lane, uint32_t off, uint32_t n, uint32_t line);
   void land_async(Group& g, uint32_t off, uint32_t n, uint64_t key);  // on behalf of the copy engine
   void release(Warp& w, uint64_t key);
   void acquire(Warp& w, uint64_t key);
+
+ private:
+  // Calls f(warp, clock) for the last read of a byte by each warp.
+  template <class F>
+  void each_read(uint32_t byte, F f) const {
+    for (uint64_t t = readers[byte]; t; t &= t - 1)
+      for (uint32_t k = uint32_t(__builtin_ctzll(t)); k < nwarps; k += 64)
+        if (uint32_t clock = read_clock[size_t(k) * bytes + byte]) f(k, clock);
+  }
+  // Whether the last write of a byte was an ordinary store that no fence.proxy.async has followed.
+  bool hidden_from_async(const Warp& w, uint32_t byte) const {
+    const Write& wr = writes[byte];
+    return wr.clock && wr.kind == plain && wr.clock > w.vc[w.vc.size() / 2 + wr.warp];
+  }
+  [[noreturn]] void proxy_fault(Warp& w, int lane, uint32_t byte, const char* access) const;
 };
 
 // Vector clocks have one entry per warp of the cluster and one for the copy engine. A second set of as many entries

@@ -105,7 +105,7 @@ int matrix_vector(void* handle, int op, int64_t m, int64_t n, const T* alpha, co
 // The functions below execute immediately, so they cannot be part of a graph.
 bool refused(void* handle) {
   const cudaStream_t stream = handle ? static_cast<Handle*>(handle)->stream : nullptr;
-  if (!cudasim_is_capturing(stream)) return false;
+  if (!cudasim_begin_work(stream)) return false;
   cudasim_refuse_capture(stream, "a cuBLAS vector function, which is not recorded in graphs");
   return true;
 }

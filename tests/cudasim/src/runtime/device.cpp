@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "graph.h"
 #include "runtime.h"
@@ -13,11 +14,12 @@ namespace {
 
 constexpr size_t KiB = 1024, MiB = 1024 * KiB;
 
-// After A100, H100, B200 and RTX PRO 6000 Blackwell. The first is the default.
+// After A100, H100, B200 and RTX PRO 6000 Blackwell. The first is the default. Which SMs of a GPC work differs from
+// card to card: these are examples, and CUDASIM_GPCS sets others.
 constexpr DeviceSpec kSpecs[] = {
     {.arch = 90,
      .name = "cudasim (sm_90)",
-     .multiprocessors = 132,
+     .gpcs = {18, 18, 18, 16, 16, 16, 16, 14},
      .shared_per_multiprocessor = 228 * KiB,
      .shared_per_block = 48 * KiB,
      .shared_per_block_optin = 227 * KiB,
@@ -29,7 +31,7 @@ constexpr DeviceSpec kSpecs[] = {
      .max_blocks = 32},
     {.arch = 80,
      .name = "cudasim (sm_80)",
-     .multiprocessors = 108,
+     .gpcs = {16, 16, 16, 16, 16, 14, 14},
      .shared_per_multiprocessor = 164 * KiB,
      .shared_per_block = 48 * KiB,
      .shared_per_block_optin = 163 * KiB,
@@ -41,7 +43,7 @@ constexpr DeviceSpec kSpecs[] = {
      .max_blocks = 32},
     {.arch = 100,
      .name = "cudasim (sm_100)",
-     .multiprocessors = 148,
+     .gpcs = {20, 20, 18, 18, 18, 18, 18, 18},
      .shared_per_multiprocessor = 228 * KiB,
      .shared_per_block = 48 * KiB,
      .shared_per_block_optin = 227 * KiB,
@@ -53,7 +55,7 @@ constexpr DeviceSpec kSpecs[] = {
      .max_blocks = 32},
     {.arch = 120,
      .name = "cudasim (sm_120)",
-     .multiprocessors = 188,
+     .gpcs = {16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 14, 14},
      .shared_per_multiprocessor = 100 * KiB,
      .shared_per_block = 48 * KiB,
      .shared_per_block_optin = 99 * KiB,
@@ -68,18 +70,44 @@ constexpr DeviceSpec kSpecs[] = {
 thread_local int current_device = 0;
 unsigned device_flags = 0;
 
+DeviceSpec of_architecture() {
+  const char* arch = std::getenv("CUDASIM_ARCH");
+  if (!arch || !*arch) return kSpecs[0];
+  for (const DeviceSpec& s : kSpecs)
+    if (std::atoi(arch) == s.arch) return s;
+  complain("CUDASIM_ARCH=%s is not one of 80, 90, 100, 120: using 90", arch);
+  return kSpecs[0];
+}
+
+void read_gpcs(DeviceSpec& spec) {
+  const char* list = std::getenv("CUDASIM_GPCS");
+  if (!list || !*list) return;
+  decltype(spec.gpcs) gpcs{};
+  size_t n = 0;
+  for (const char* p = list;; ++p) {
+    char* end = nullptr;
+    const long sms = std::strtol(p, &end, 10);
+    if (end == p || sms < 1 || sms > 1024 || n == gpcs.size() || (*end && *end != ',')) {
+      complain("CUDASIM_GPCS=%s is not a list of at most 16 positive numbers, as in 18,16,16: ignored", list);
+      return;
+    }
+    gpcs[n++] = static_cast<int>(sms);
+    if (!*end) break;
+    p = end;
+  }
+  spec.gpcs = gpcs;
+}
+
 cudaError_t check_device(int index) { return index == 0 ? cudaSuccess : report(cudaErrorInvalidDevice); }
 
 }  // namespace
 
 const DeviceSpec& device() {
-  static const DeviceSpec& spec = []() -> const DeviceSpec& {
-    const char* arch = std::getenv("CUDASIM_ARCH");
-    if (!arch || !*arch) return kSpecs[0];
-    for (const DeviceSpec& s : kSpecs)
-      if (std::atoi(arch) == s.arch) return s;
-    complain("CUDASIM_ARCH=%s is not one of 80, 90, 100, 120: using 90", arch);
-    return kSpecs[0];
+  static const DeviceSpec spec = [] {
+    DeviceSpec s = of_architecture();
+    read_gpcs(s);
+    s.multiprocessors = std::accumulate(s.gpcs.begin(), s.gpcs.end(), 0);
+    return s;
   }();
   return spec;
 }
@@ -92,6 +120,18 @@ size_t total_memory() {
     return (static_cast<size_t>(info.totalram) * info.mem_unit) / 2 & ~(MiB - 1);
   }();
   return total;
+}
+
+Clusters cluster_support() {
+  static const Clusters found = [] {
+    const char* const what = std::getenv("CUDASIM_CLUSTERS");
+    if (!what || !*what) return Clusters::work;
+    if (std::strcmp(what, "refused") == 0) return Clusters::refused;
+    if (std::strcmp(what, "unknown") != 0)
+      complain("CUDASIM_CLUSTERS=%s is not refused or unknown: taken as unknown", what);
+    return Clusters::unknown;
+  }();
+  return found;
 }
 
 }  // namespace cudasim::runtime

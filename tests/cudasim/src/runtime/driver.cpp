@@ -137,6 +137,7 @@ CUDASIM_API CUresult cuGetErrorName(CUresult error, const char** text) {
 }
 CUDASIM_API CUresult cuMemsetD32Async(CUdeviceptr p, unsigned value, size_t n, CUstream stream) {
   const auto run = [=] {
+    finish_launches();
     std::fill_n(reinterpret_cast<unsigned*>(p), n, value);
     return cudaSuccess;
   };

@@ -123,6 +123,7 @@ cudaError_t report_kernel_fault(cudaError_t error, const std::string& detail) {
 }
 
 cudaError_t take_pending_fault() {
+  finish_launches();
   std::string detail;
   cudaError_t error;
   {

@@ -261,7 +261,7 @@ Status run(const Gemm& g) {
 }
 
 Status submit(const Gemm& g) {
-  if (!cudasim_is_capturing(g.stream)) return run(g);
+  if (!cudasim_begin_work(g.stream)) return run(g);
   struct Recorded {
     Gemm g;
     alignas(16) char alpha[16], beta[16];

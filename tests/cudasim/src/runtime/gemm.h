@@ -64,7 +64,7 @@ void store(void* base, int64_t index, cudaDataType, double value);
 }  // namespace cudasim::blas
 
 // From libcudart (graph.cpp).
-extern "C" int cudasim_is_capturing(cudaStream_t);
+extern "C" int cudasim_begin_work(cudaStream_t);
 extern "C" int cudasim_record(cudaStream_t, int (*run)(void*), void* data, void (*drop)(void*));
 extern "C" void cudasim_refuse_capture(cudaStream_t, const char* why);
 

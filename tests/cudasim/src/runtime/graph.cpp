@@ -305,8 +305,12 @@ CUDASIM_API cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t) {
 CUDASIM_API cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   if (!exec) return report(cudaErrorInvalidValue);
   const auto run = [nodes = exec->nodes, memory = exec->memory] {
-    for (const Node& node : nodes)
+    finish_launches();
+    for (const Node& node : nodes) {
+      if (node.type != cudaGraphNodeTypeKernel) finish_launches();
       if (const cudaError_t error = node.run()) return error;
+    }
+    finish_launches();
     return cudaSuccess;
   };
   cudaError_t error;
@@ -332,8 +336,11 @@ extern "C" __attribute__((visibility("default"))) int cudasim_record(cudaStream_
 extern "C" __attribute__((visibility("default"))) void cudasim_fail(const char* why) {
   report_kernel_fault(cudaErrorIllegalAddress, why);
 }
-extern "C" __attribute__((visibility("default"))) int cudasim_is_capturing(cudaStream_t stream) {
-  return capture_of(stream) != nullptr;
+// Before work that is no simulated launch is submitted to `stream`. Returns whether the stream is capturing.
+extern "C" __attribute__((visibility("default"))) int cudasim_begin_work(cudaStream_t stream) {
+  if (capture_of(stream)) return 1;
+  finish_launches();
+  return 0;
 }
 extern "C" __attribute__((visibility("default"))) void cudasim_refuse_capture(cudaStream_t stream, const char* why) {
   if (Capture* c = capture_of(stream)) invalidate(c, cudaErrorStreamCaptureUnsupported, why);

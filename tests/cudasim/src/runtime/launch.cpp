@@ -16,6 +16,8 @@ struct Launch {
   dim3 grid, block, cluster{1, 1, 1};
   size_t shared = 0;
   bool cooperative = false;
+  bool dependent = false;  // a programmatic dependent launch
+  cudaStream_t stream = nullptr;
   void** args = nullptr;
 };
 
@@ -75,8 +77,9 @@ void write_profile(const Profile& p, const char* mangled, const Launch& launch, 
   line += r.registers_exact ? ",\"registers_exact\":true" : ",\"registers_exact\":false";
   add("ptx_instructions", r.info.instructions);
   add("sass_instructions", r.sass_instructions);
-  add("blocks_per_multiprocessor",
-      static_cast<uint64_t>(active_blocks(r, static_cast<int>(volume(launch.block)), launch.shared)));
+  const int blocks = active_blocks(r, static_cast<int>(volume(launch.block)), launch.shared);
+  add("blocks_per_multiprocessor", static_cast<uint64_t>(blocks));
+  add("active_clusters", static_cast<uint64_t>(active_clusters(blocks, static_cast<int>(volume(launch.cluster)))));
 #define ADD(field) add(#field, p.field)
   ADD(warp_instructions);
   ADD(thread_instructions);
@@ -107,6 +110,9 @@ void write_profile(const Profile& p, const char* mangled, const Launch& launch, 
   ADD(unique_bytes_written);
   ADD(shared_wavefronts);
   ADD(shared_wavefronts_ideal);
+  ADD(async_sectors_read);
+  ADD(async_sectors_received);
+  ADD(constant_wavefronts);
 #undef ADD
   char seconds[64];
   std::snprintf(seconds, sizeof seconds, ",\"seconds\":%.6f", p.seconds);
@@ -133,6 +139,8 @@ cudaError_t error_for(const LaunchResult& result) {
     case Fault::grid_race:
     case Fault::grid_same_value:
     case Fault::non_coherent:
+    case Fault::registers:
+    case Fault::shared_lifetime:
       return cudaErrorLaunchFailure;
     case Fault::barrier_deadlock:
       return cudaErrorLaunchTimeout;
@@ -173,10 +181,14 @@ cudaError_t check(const Launch& launch, const Resources& r, const std::string& k
                                              " without a larger cudaFuncAttributeMaxDynamicSharedMemorySize");
   if (volume(c) != 1) {
     if (device().arch < 90) return refuse(cudaErrorNotSupported, "clusters need sm_90");
+    if (cluster_support() != Clusters::work)
+      return refuse(cudaErrorInvalidClusterSize, "CUDASIM_CLUSTERS refuses clusters");
     if (volume(c) == 0 || g.x % c.x || g.y % c.y || g.z % c.z)
       return refuse(cudaErrorInvalidConfiguration, "grid " + text(g) + " is not a multiple of cluster " + text(c));
     if (volume(c) > (r.non_portable_cluster ? 16u : 8u))
       return refuse(cudaErrorInvalidClusterSize, "cluster " + text(c));
+    if (active_clusters(active_blocks(r, static_cast<int>(threads), launch.shared), static_cast<int>(volume(c))) == 0)
+      return refuse(cudaErrorInvalidClusterSize, "no GPC has room for a cluster " + text(c));
   }
   if (launch.cooperative &&
       volume(g) >
@@ -200,7 +212,7 @@ struct Arguments {
 
 cudaError_t execute(Function* function, const Resources& r, const Launch& launch);
 
-cudaError_t run(const void* host, const Launch& launch, cudaStream_t stream) {
+cudaError_t run(const void* host, const Launch& launch) {
   Function* function = find_function(host);
   if (!function) return report(cudaErrorInvalidDeviceFunction);
   Resources r;
@@ -214,9 +226,19 @@ cudaError_t run(const void* host, const Launch& launch, cudaStream_t stream) {
       return execute(function, r, again);
     };
     cudaError_t error;
-    if (captured(stream, cudaGraphNodeTypeKernel, node, &error)) return error;
+    if (captured(launch.stream, cudaGraphNodeTypeKernel, node, &error)) return error;
   }
   return execute(function, r, launch);
+}
+
+std::mutex one_at_a_time;  // for launches
+struct LastLaunch {
+  cudaStream_t stream;
+  std::shared_ptr<const Unfinished> unfinished;
+};
+LastLaunch& last_launch() {
+  static LastLaunch& last = *new LastLaunch{};
+  return last;
 }
 
 cudaError_t execute(Function* function, const Resources& r, const Launch& launch) {
@@ -229,14 +251,16 @@ cudaError_t execute(Function* function, const Resources& r, const Launch& launch
   config.block = {launch.block.x, launch.block.y, launch.block.z};
   config.cluster = {launch.cluster.x, launch.cluster.y, launch.cluster.z};
   config.dynamic_shared_bytes = static_cast<uint32_t>(launch.shared);
+  config.registers = r.registers_exact ? static_cast<uint32_t>(r.registers) : 0;
   config.args = launch.args;
 
-  static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
+  if (launch.dependent && launch.stream == last_launch().stream) config.after = last_launch().unfinished;
   if (logging())
     log("launch %s grid %s block %s shared %zu", demangle(name.c_str()).c_str(), text(launch.grid).c_str(),
         text(launch.block).c_str(), launch.shared);
   LaunchResult result = cudasim::launch(kernel, config);
+  last_launch() = {launch.stream, std::move(result.unfinished)};
   if (const size_t at = result.message.find(name); at != std::string::npos)
     result.message.replace(at, name.size(), demangle(name.c_str()));
   write_profile(result.profile, name.c_str(), launch, r, result);
@@ -252,6 +276,12 @@ struct PendingConfiguration {
 thread_local std::vector<PendingConfiguration> configurations;
 
 }  // namespace
+
+void finish_launches() {
+  const std::lock_guard lock(one_at_a_time);
+  last_launch().unfinished.reset();
+}
+
 }  // namespace cudasim::runtime
 
 using namespace cudasim::runtime;
@@ -277,8 +307,9 @@ CUDASIM_API cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block
   launch.grid = grid;
   launch.block = block;
   launch.shared = shared;
+  launch.stream = stream;
   launch.args = args;
-  return run(host, launch, stream);
+  return run(host, launch);
 }
 CUDASIM_API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared,
                                            cudaStream_t stream) {
@@ -290,15 +321,17 @@ CUDASIM_API cudaError_t cudaLaunchCooperativeKernel(const void* host, dim3 grid,
   launch.grid = grid;
   launch.block = block;
   launch.shared = shared;
+  launch.stream = stream;
   launch.args = args;
   launch.cooperative = true;
-  return run(host, launch, stream);
+  return run(host, launch);
 }
 CUDASIM_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** args) {
   Launch launch;
   launch.grid = config->gridDim;
   launch.block = config->blockDim;
   launch.shared = config->dynamicSmemBytes;
+  launch.stream = config->stream;
   launch.args = args;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& a = config->attrs[i];
@@ -306,6 +339,10 @@ CUDASIM_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, co
       launch.cluster = dim3(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
     else if (a.id == cudaLaunchAttributeCooperative)
       launch.cooperative = a.val.cooperative != 0;
+    else if (a.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      launch.dependent = a.val.programmaticStreamSerializationAllowed != 0;
   }
-  return run(host, launch, config->stream);
+  if (launch.dependent && device().arch < 90)
+    return report(cudaErrorNotSupported, "programmatic dependent launches need sm_90");
+  return run(host, launch);
 }

@@ -75,6 +75,7 @@ template <class Work>
 cudaError_t on_stream(cudaStream_t stream, cudaGraphNodeType type, const Work& work) {
   cudaError_t error;
   if (any_capture() && captured(stream, type, work, &error)) return error;
+  finish_launches();
   return work();
 }
 

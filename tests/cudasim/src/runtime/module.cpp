@@ -148,9 +148,11 @@ void* find_variable(Image& image, const std::string& name, size_t* size) {
   return p;
 }
 
-// ptxas reuses registers, but the interpreter's input does not: without SASS this is a rough estimate.
+// ptxas reuses registers, but the interpreter's input does not: without SASS this is a rough estimate. A block of the
+// largest size has room on an SM.
 int guess_registers(const KernelInfo& info) {
-  return std::clamp(static_cast<int>(info.registers_estimate / 3), 16, 255);
+  const int most = DeviceSpec::registers / static_cast<int>(info.max_threads) / 8 * 8;
+  return std::clamp(static_cast<int>(info.registers_estimate / 3), 16, std::clamp(most, 16, 255));
 }
 
 cudaError_t resolve(const void* symbol, void** address, size_t* size) {
@@ -231,6 +233,12 @@ int active_blocks(const Resources& r, int block_size, size_t dynamic_shared) {
   const size_t shared = round_up(r.info.static_shared_bytes + dynamic_shared + spec.shared_reserved, 128);
   const int by_shared = static_cast<int>(spec.shared_per_multiprocessor / shared);
   return std::min({spec.max_threads / (warps * spec.warp), spec.max_blocks, warps_by_registers / warps, by_shared});
+}
+
+int active_clusters(int blocks_per_multiprocessor, int cluster_size) {
+  int clusters = 0;
+  for (const int sms : device().gpcs) clusters += sms * blocks_per_multiprocessor / cluster_size;
+  return clusters;
 }
 
 }  // namespace cudasim::runtime
@@ -390,11 +398,13 @@ CUDASIM_API cudaError_t cudaOccupancyAvailableDynamicSMemPerBlock(size_t* bytes,
 CUDASIM_API cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, const void* host, const cudaLaunchConfig_t*) {
   Function* function = find_function(host);
   if (!function) return report(cudaErrorInvalidDeviceFunction);
+  if (cluster_support() == Clusters::unknown) return report(cudaErrorNotSupported, "CUDASIM_CLUSTERS=unknown");
   *size = device().arch < 90 ? 1 : function->non_portable_cluster ? 16 : 8;
   return cudaSuccess;
 }
 CUDASIM_API cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* host,
                                                        const cudaLaunchConfig_t* config) {
+  if (cluster_support() == Clusters::unknown) return report(cudaErrorNotSupported, "CUDASIM_CLUSTERS=unknown");
   int blocks = 0;
   const dim3 block = config->blockDim;
   if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
@@ -406,6 +416,6 @@ CUDASIM_API cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void
       const auto& c = config->attrs[i].val.clusterDim;
       size = static_cast<int>(c.x * c.y * c.z);
     }
-  *clusters = blocks * device().multiprocessors / size;
+  *clusters = active_clusters(blocks, size);
   return cudaSuccess;
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstdint>
 #include <mutex>
 #include <string>
@@ -30,7 +31,8 @@ bool logging();
 struct DeviceSpec {
   int arch;  // 90
   const char* name;
-  int multiprocessors;
+  std::array<int, 16> gpcs;  // the SMs of each GPC: a cluster's CTAs run within one
+  int multiprocessors = 0;   // their sum
   size_t shared_per_multiprocessor, shared_per_block, shared_per_block_optin;
   size_t l2_bytes;
   int bus_bits, clock_khz, memory_clock_khz;
@@ -41,6 +43,10 @@ struct DeviceSpec {
 };
 const DeviceSpec& device();
 size_t total_memory();
+// What the driver does with clusters, set by CUDASIM_CLUSTERS: by default they work. `refused` rejects their launches,
+// but answers queries about them; `unknown` rejects both.
+enum class Clusters { work, refused, unknown };
+Clusters cluster_support();
 
 // ---- memory (memory.cpp)
 enum class Space { device, managed, pinned, registered, symbol };
@@ -74,6 +80,13 @@ struct Resources {
 };
 cudaError_t resources(Function&, Resources* out);  // reports its own errors
 int active_blocks(const Resources&, int block_size, size_t dynamic_shared);
+// Clusters that are resident at once, if each SM has room for so many of their CTAs.
+int active_clusters(int blocks_per_multiprocessor, int cluster_size);
+
+// ---- launches (launch.cpp)
+// All launches have finished, so a programmatic dependent launch does not overlap with them: for everything that waits
+// for a stream, or submits other work to it.
+void finish_launches();
 
 // ---- driver entry points (driver.cpp)
 void* driver_function(const std::string& name);  // nullptr if unknown

@@ -122,6 +122,7 @@ CUDASIM_API cudaError_t cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback
 }
 CUDASIM_API cudaError_t cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t function, void* data) {
   const auto run = [=] {
+    finish_launches();
     function(data);
     return cudaSuccess;
   };

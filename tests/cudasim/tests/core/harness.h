@@ -96,7 +96,9 @@ inline const char* fault_name(cudasim::Fault f) {
                             "internal",
                             "grid_race",
                             "grid_same_value",
-                            "non_coherent"};
+                            "non_coherent",
+                            "registers",
+                            "shared_lifetime"};
   return n[int(f)];
 }
 inline void expect_fault(const cudasim::LaunchResult& r, cudasim::Fault f) {

@@ -11,6 +11,7 @@ void library(const std::string& file);
 void bugs(const std::string& file);  // test_library.cpp
 void grid(const std::string& file);
 void handwritten();
+void checks();
 
 static void speed(const std::string& file) {
   current = "speed";
@@ -36,6 +37,7 @@ int main(int argc, char** argv) {
     basic("basic.80.ptx");
   }
   handwritten();
+  checks();
   for (const char* v : {"gemm.80.ptx", "gemm.80g.ptx", "gemm.90a.ptx"}) gemm(v);
   {
     Env seed("CUDASIM_SEED", "99");

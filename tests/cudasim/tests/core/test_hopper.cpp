@@ -122,7 +122,9 @@ void hopper(const std::string& file) {
     Env chk("CUDASIM_CHECK", c);
     Buf<float> in(256), out(2 * 256);
     for (int i = 0; i < 256; ++i) in[i] = float(i);
-    ok(run(p, "multicast", {{2}, {64}, {2}}, in.p, out.p));
+    const auto r = run(p, "multicast", {{2}, {64}, {2}}, in.p, out.p);
+    ok(r);
+    check(r.profile.async_sectors_read == 32 && r.profile.async_sectors_received == 64, "sectors of multicast");
     bool same = true;
     for (int i = 0; i < 512; ++i) same &= out[i] == float(i % 256);
     check(same, "values");

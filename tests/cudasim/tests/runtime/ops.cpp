@@ -88,6 +88,11 @@ Tensor op_cluster(const Tensor& like, int64_t size, int64_t clusters) {
   C10_CUDA_CHECK(cluster(out.mutable_data_ptr<float>(), static_cast<int>(size), static_cast<int>(clusters), stream()));
   return out;
 }
+Tensor op_dependent(const Tensor& in, bool waits) {
+  Tensor out = at::empty_like(in);
+  C10_CUDA_CHECK(dependent(in.const_data_ptr<float>(), out.mutable_data_ptr<float>(), count_of(in), waits, stream()));
+  return out;
+}
 Tensor op_grid(const Tensor& like, int64_t blocks) {
   Tensor out = floats(like, {blocks}), arrived = at::zeros({1}, like.options().dtype(at::kInt));
   C10_CUDA_CHECK(
@@ -105,6 +110,8 @@ Tensor op_tile(const Tensor& in, int64_t x, int64_t y) {
 int64_t op_occupancy(int64_t threads, int64_t shared) {
   return occupancy(static_cast<int>(threads), static_cast<int>(shared));
 }
+
+int64_t op_active_clusters(int64_t size) { return active_clusters(static_cast<int>(size)); }
 
 }  // namespace
 
@@ -124,6 +131,8 @@ TORCH_LIBRARY(cudasim_test, m) {
   m.def("grid(Tensor like, int blocks) -> Tensor");
   m.def("tile(Tensor x, int column, int row) -> Tensor");
   m.def("occupancy(int threads, int shared) -> int", &op_occupancy);
+  m.def("active_clusters(int size) -> int", &op_active_clusters);
+  m.def("dependent(Tensor x, bool waits) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(cudasim_test, CUDA, m) {
   m.impl("add", &op_add);
@@ -140,4 +149,5 @@ TORCH_LIBRARY_IMPL(cudasim_test, CUDA, m) {
   m.impl("cluster", &op_cluster);
   m.impl("grid", &op_grid);
   m.impl("tile", &op_tile);
+  m.impl("dependent", &op_dependent);
 }

@@ -113,6 +113,14 @@ __global__ void cluster_kernel(float* out) {
 #endif
 }
 
+// Starts before the launch before it has ended.
+__global__ void dependent_kernel(const float* in, float* out, int n, bool waits) {
+#if __CUDA_ARCH__ >= 900
+  if (waits) asm volatile("griddepcontrol.wait;" ::: "memory");
+  for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = in[i];
+#endif
+}
+
 __global__ void grid_kernel(int* arrived, float* out) {
   const auto grid = cooperative_groups::this_grid();
   if (threadIdx.x == 0) atomicAdd(arrived, 1);
@@ -201,6 +209,34 @@ cudaError_t cluster(float* out, int size, int clusters, cudaStream_t stream) {
   config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, cluster_kernel, out);
+}
+int active_clusters(int size) {
+  constexpr int kShared = 200 * 1024;  // one block per SM
+  cudaFuncSetAttribute(reverse_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  cudaLaunchConfig_t config{};
+  config.gridDim = size;
+  config.blockDim = 256;
+  config.dynamicSmemBytes = kShared;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = -1;
+  cudaOccupancyMaxActiveClusters(&clusters, reverse_kernel, &config);
+  return clusters;
+}
+cudaError_t dependent(const float* in, float* out, int n, bool waits, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = 1;
+  config.blockDim = 64;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, dependent_kernel, in, out, n, waits);
 }
 cudaError_t grid(int* arrived, float* out, int blocks, cudaStream_t stream) {
   void* args[] = {&arrived, &out};

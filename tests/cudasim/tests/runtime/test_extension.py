@@ -88,11 +88,41 @@ def test_printf_and_assert(ops, capfd):
         ops.check_below_three(torch.tensor([1.0, 5.0], device="cuda"))
 
 
+def test_active_clusters(ops):
+    # As on an H100 of whose GPCs one has 14 SMs. test_launcher.py has another one.
+    assert [ops.active_clusters(size) for size in (1, 4, 8)] == [132, 31, 15]
+
+
 def test_clusters(ops):
     like = torch.zeros(1, device="cuda")
     assert ops.cluster(like, 4, 3).tolist() == [10, 10, 10]
     with pytest.raises(RuntimeError, match="cluster"):
         ops.cluster(like, 16, 1)
+
+
+def test_dependent_launch(ops, monkeypatch):
+    monkeypatch.setenv("CUDASIM_CHECK", "race,grid")  # each launch reads it
+    x = torch.ones(64, device="cuda")
+    assert torch.equal(ops.dependent(ops.add(x, x), waits=True), 2 * x)
+    with pytest.raises(RuntimeError, match="race between launches: read.*add_kernel.*may still run"):
+        ops.dependent(ops.add(x, x), waits=False)
+    # Other work in between is an ordinary operation, which ends before the launch starts.
+    assert torch.equal(ops.dependent(ops.add(x, x).mul_(2), waits=False), 4 * x)
+
+
+def test_dependent_launch_in_a_graph(ops, monkeypatch):
+    monkeypatch.setenv("CUDASIM_CHECK", "race,grid")
+    x = torch.ones(64, device="cuda")
+    for waits in (True, False):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = ops.dependent(ops.add(x, x), waits=waits)
+        if waits:
+            graph.replay()
+            assert torch.equal(out, 2 * x)
+        else:
+            with pytest.raises(RuntimeError, match="race between launches"):
+                graph.replay()
 
 
 def test_cooperative_grid(ops):

@@ -89,6 +89,13 @@ def test_other_device(ops):
     assert result.stdout.strip() == "(8, 0) 10.0", result.stderr
 
 
+def test_gpcs(ops):
+    program = "print(torch.cuda.get_device_properties(0).multi_processor_count, *map(ops.active_clusters, (1, 4, 8)))"
+    for gpcs, answer in (("18,18,16,16,16,16,16,16", "132 132 32 16"), ("4", "4 4 1 0")):
+        result = simulate(["--gpcs", gpcs], program, ops)
+        assert result.stdout.strip() == answer, result.stderr
+
+
 def test_seeds_give_the_same_answer(ops):
     for seed in ("1", "2"):
         result = simulate(["--seed", seed], "print(ops.sum(torch.arange(1000.0).cuda()).item())", ops)

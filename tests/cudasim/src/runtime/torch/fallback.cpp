@@ -57,7 +57,7 @@ class Call {
 
   void run() {
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-    const bool capturing = cudasim_is_capturing(stream);
+    const bool capturing = cudasim_begin_work(stream);
     if (capturing) recorded_ = std::make_unique<Recorded>(op_, stream);
     const size_t count = schema_.arguments().size();
     const size_t first = stack_->size() - count;

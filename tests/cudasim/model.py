@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Estimates the least time of launches on a real card, from the counters of a profile.
+
+    tests/cudasim/cudasim --profile launches.jsonl COMMAND
+    python tests/cudasim/model.py launches.jsonl --gpu h100 [--gpcs 18,18,16,16,16,16,16,16]
+
+For every kernel's last launch, it computes how long each resource of the card is busy; the largest of these times is
+the estimate. A model finds what bounds a kernel and compares variants. It does not measure: the rates are data sheets'
+and microbenchmarks', and overlap, latency chains and the memory system's queues are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Launch = dict[str, Any]
+
+SECTOR = 32
+FIXED_US = 2.0  # a kernel that does nothing
+LOADS_IN_FLIGHT = 4  # per warp
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A card. Rates are per SM and clock unless their comment says otherwise."""
+
+    name: str
+    gpcs: Sequence[int]  # the SMs of each GPC: a cluster's CTAs run within one
+    ghz: float  # under load
+    dram: float  # bytes per ns that a copy reaches, of the whole card
+    l2: float  # bytes per ns, of the whole card
+    l2_port: int  # bytes from L2 to one SM
+    dram_cycles: int  # latency of a load that misses L2
+    threads: int  # resident at most
+    blocks: int
+    shared: int  # bytes, 1 KiB of them reserved per CTA
+    fp32: float  # warp instructions
+    half: float
+    mma_flops: int  # 16-bit operands, float32 sums, mma.sync
+    wgmma_flops: int = 0
+    integer: float = 2
+    convert: float = 2
+    special: float = 0.5
+    exchange: float = 1  # shfl, vote
+    constant: float = 1  # addresses
+    issue: int = 4
+
+    @property
+    def multiprocessors(self) -> int:
+        return sum(self.gpcs)
+
+
+# Clocks, widths and throughputs: NVIDIA's data sheets and the throughput table of the CUDA programming guide. DRAM: 91,
+# 87 and 92% of the peak. L2's rates, the latencies and mma.sync's 5/8 of wgmma's rate on Hopper are rough.
+# Which SMs of a GPC work differs from card to card. The H100's are those of a card with 31 clusters of 4 and 15 of 8;
+# with 18,18,16,16,16,16,16,16 it has 32 and 16.
+GPUS = {
+    "h100": Gpu(
+        name="H100 SXM",
+        gpcs=(18, 18, 18, 16, 16, 16, 16, 14),
+        ghz=1.755,
+        dram=3050,
+        l2=5600,
+        l2_port=64,
+        dram_cycles=479,
+        threads=2048,
+        blocks=32,
+        shared=228 << 10,
+        fp32=4,
+        half=4,
+        mma_flops=2560,
+        wgmma_flops=4096,
+    ),
+    "a100": Gpu(
+        name="A100 SXM 80 GB",
+        gpcs=(16, 16, 16, 16, 16, 14, 14),
+        ghz=1.41,
+        dram=1780,
+        l2=4600,
+        l2_port=64,
+        dram_cycles=466,
+        threads=2048,
+        blocks=32,
+        shared=164 << 10,
+        fp32=2,
+        half=4,
+        mma_flops=2048,
+    ),
+    "4090": Gpu(
+        name="RTX 4090",
+        gpcs=(12, 12, 12, 12, 12, 12, 12, 12, 12, 10, 10),
+        ghz=2.52,
+        dram=930,
+        l2=5000,
+        l2_port=64,
+        dram_cycles=542,
+        threads=1536,
+        blocks=24,
+        shared=100 << 10,
+        fp32=4,
+        half=2,
+        mma_flops=512,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Waves:
+    """How a grid fills the card."""
+
+    resident: int  # CTAs per SM
+    clusters: int  # resident at once
+    waves: int
+    busiest: int  # CTAs that the busiest SM runs, one after the other or beside each other
+    used: int  # SMs that run any
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Microseconds by resource, and how the grid fills the card."""
+
+    bounds: dict[str, float]
+    waves: Waves
+
+    @property
+    def limit(self) -> str:
+        return max(self.bounds, key=lambda name: self.bounds[name])
+
+    @property
+    def us(self) -> float:
+        return self.bounds[self.limit] + FIXED_US
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def warps_of(launch: Launch) -> int:
+    return math.ceil(math.prod(launch["block"]) / 32)
+
+
+def resident_blocks(launch: Launch, gpu: Gpu) -> int:
+    """How many of the launch's CTAs an SM of this card has room for."""
+    warps = warps_of(launch)
+    by_registers = 65536 // 4 // round_up(max(launch["registers"], 16) * 32, 256) * 4 // warps
+    shared = round_up(launch["static_shared_bytes"] + launch["dynamic_shared_bytes"] + 1024, 128)
+    return max(1, min(gpu.threads // (32 * warps), gpu.blocks, by_registers, gpu.shared // shared))
+
+
+def waves_of(launch: Launch, gpu: Gpu) -> Waves:
+    """CTAs are dealt out by clusters, of which a GPC holds a whole number."""
+    size = math.prod(launch.get("cluster", (1, 1, 1)))
+    resident = resident_blocks(launch, gpu)
+    slots = sum(sms * resident // size for sms in gpu.gpcs)
+    if slots == 0:
+        raise ValueError(f"no GPC of {gpu.name} has room for a cluster of {size} CTAs of {launch['kernel']}")
+    blocks = math.prod(launch["grid"])
+    clusters = blocks // size
+    busiest = math.ceil(clusters * resident / slots)
+    return Waves(
+        resident=resident,
+        clusters=slots,
+        waves=math.ceil(clusters / slots),
+        busiest=busiest,
+        used=min(blocks, slots * size // resident),
+    )
+
+
+def estimate(launch: Launch, gpu: Gpu) -> Estimate:
+    blocks, warps, waves = math.prod(launch["grid"]), warps_of(launch), waves_of(launch, gpu)
+    us_per_cycle = 1e-3 / gpu.ghz
+
+    def count(*names: str) -> int:
+        return sum(launch.get(name, 0) for name in names)
+
+    def on_multiprocessor(work: float, rate: float) -> float:
+        return work * waves.busiest / blocks / rate * us_per_cycle
+
+    # ptxas saves integer instructions: the sizes of both codes tell how many.
+    issued, integer = float(count("warp_instructions")), float(count("integer"))
+    if launch.get("sass_instructions") and launch.get("ptx_instructions"):
+        others = issued - integer
+        issued *= min(1, launch["sass_instructions"] / launch["ptx_instructions"])
+        integer = max(issued - others, integer / 4)
+    # L2 serves whatever bypasses L1 (cp.async, bulk copies and writes), and of the other loads at least each byte once.
+    read, copied = count("global_sectors_read"), count("async_sectors_read")
+    through_l2 = count("global_sectors_written") + min(read - copied, count("unique_bytes_read") // SECTOR)
+    flops = count("mma_flops")
+    # An mma.m16n8k32 of 8-bit numbers is 8192 flops per warp; what does more is wgmma.
+    wgmma = gpu.wgmma_flops and flops > 8192 * max(1, count("mma"))
+    sectors = read + count("global_sectors_written")
+    bounds = {
+        "issue": on_multiprocessor(issued, gpu.issue),
+        "integer": on_multiprocessor(integer, gpu.integer),
+        "fp32": on_multiprocessor(count("fp32"), gpu.fp32),
+        "half": on_multiprocessor(count("half"), gpu.half),
+        "convert": on_multiprocessor(count("convert"), gpu.convert),
+        "special": on_multiprocessor(count("special"), gpu.special),
+        "shuffle": on_multiprocessor(count("shuffle"), gpu.exchange),
+        "constant": on_multiprocessor(count("constant_wavefronts"), gpu.constant),
+        "tensor": on_multiprocessor(flops, gpu.wgmma_flops if wgmma else gpu.mma_flops),
+        # One data path of 128 bytes serves shared memory and L1. A load or store takes it at least once.
+        "shared+L1": on_multiprocessor(
+            count("shared_wavefronts") + max(sectors / 4, count("load_global", "store_global")), 1
+        ),
+        "L2 port": on_multiprocessor(SECTOR * (through_l2 + count("async_sectors_received")), gpu.l2_port),
+        "L2": SECTOR * (through_l2 + copied) / gpu.l2 * 1e-3,
+        "DRAM": count("unique_bytes_read", "unique_bytes_written") / gpu.dram * 1e-3,
+    }
+    # Little's law: bytes in flight over latency.
+    loads = count("load_global", "async_copy")
+    if loads and read:
+        at_once = min(blocks, waves.used * min(waves.resident, waves.busiest)) * warps
+        flying = at_once * min(LOADS_IN_FLIGHT, max(1.0, loads / (blocks * warps))) * SECTOR * read / loads
+        bounds["latency"] = SECTOR * read / flying * gpu.dram_cycles * us_per_cycle
+    return Estimate(bounds, waves)
+
+
+def describe(launch: Launch, gpu: Gpu) -> str:
+    result = estimate(launch, gpu)
+    waves, longest = result.waves, result.bounds[result.limit]
+    shown = sorted(((us, name) for name, us in result.bounds.items() if us >= 0.02 * longest), reverse=True)
+    share = math.prod(launch["grid"]) / (waves.busiest * gpu.multiprocessors)
+    return "\n".join(
+        [
+            launch["kernel"].split("(")[0],
+            f"  {gpu.name}: at least {result.us:.1f} us = {longest:.2f} by {result.limit} + {FIXED_US:.0f} fixed",
+            "    " + "  ".join(f"{name} {us:.2f}" for us, name in shown),
+            f"    {waves.used} of {gpu.multiprocessors} SMs, {waves.resident} CTAs on each, {waves.clusters} clusters "
+            f"at once, {waves.waves} wave{'s' * (waves.waves > 1)}; SMs are {100 * share:.0f}% as busy as the busiest",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", type=Path, help="what cudasim --profile wrote")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
+    parser.add_argument("--gpcs", help="the SMs of each GPC, separated by commas")
+    arguments = parser.parse_args()
+    gpu = GPUS[arguments.gpu]
+    if arguments.gpcs:
+        gpu = dataclasses.replace(gpu, gpcs=[int(sms) for sms in arguments.gpcs.split(",")])
+    last = {launch["kernel"]: launch for launch in map(json.loads, arguments.profile.read_text().splitlines())}
+    for launch in last.values():
+        print(describe(launch, gpu))
+
+
+if __name__ == "__main__":
+    main()
