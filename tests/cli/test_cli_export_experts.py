@@ -19,11 +19,12 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import packed_models
 import qlora_ext
 from commands import Paths, here
+from gguf_files import WIDE, WITH_BYTES, write
 from qlora_ext.nn import Experts4bit, layers_of
 
 Refused = Callable[..., str]
@@ -244,6 +245,55 @@ def test_the_gguf_adapter_has_a_matrix_for_each_expert(paths: Paths, tmp_path: p
                 assert a.ndim == b.ndim == 3
                 torch.testing.assert_close(alpha / b.shape[2] * (b @ a), expected, rtol=1e-4, atol=1e-5)
     assert {*found} == {f"blk.{i}.attn_q.weight.lora_{side}" for i in range(2) for side in "ab"}
+
+
+def mixed(path: pathlib.Path, down: str) -> pathlib.Path:
+    """A GGUF file with 4-bit attention, and experts in two types, which stay dense if one of them has more bits."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **{**WIDE, **WITH_BYTES}, head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kinds = {f"blk.{i}.ffn_{name}_exps.weight": kind for i in range(2) for name, kind in
+             {"gate": "Q4_0", "up": "Q4_0", "down": down}.items()}  # fmt: skip
+    write(model, path, "qwen3moe", kinds=["Q4_0"], of=kinds | {"token_embd.weight": "F16", "output.weight": "F16"})
+    return path
+
+
+# Those that a base with all experts in 4 bits, and one with dense experts, is exported to.
+TARGETS = {
+    "Q4_0": ("gguf-adapter", "gguf:q4_0"),
+    "Q8_0": ("gguf-adapter", "gguf:q4_0", "gguf:f16", "dense", "compressed-tensors:int4"),
+}
+
+
+@pytest.mark.parametrize("down", TARGETS)
+def test_experts_of_a_gguf_file(
+    refused: Refused, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], down: str
+) -> None:
+    """Every target has the trained model, as its report says."""
+    base, text = mixed(tmp_path / "base.gguf", down), tmp_path / "text.txt"
+    text.write_text("some text that is long enough for a check. " * 12)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=base.name, dtype=torch.float32)
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+    options = {"target_modules": ["q_proj"], "target_parameters": parameters}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **options))
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.mul_(0.3)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "adapter")
+    export = ["export", "--adapter", tmp_path / "adapter", "--dtype", "float32", "--data", text, "--to"]
+    for to in TARGETS[down]:
+        output = tmp_path / f"{to.replace(':', '-')}{'.gguf' if to.startswith('gguf') else ''}"
+        capfd.readouterr()
+        here(*export, to, "--output", output)
+        printed = capfd.readouterr().out
+        held = re.search(r"layers, which hold ([\d.]+)% of the adapter's update", printed)
+        assert held, printed
+        assert abs(float(held[1]) - 100) < (15 if "4" in to else 0.5), printed
+    told = refused(*export, "bitsandbytes", "--output", tmp_path / "no")
+    assert "rounding them to NF4 would lose what was learnt" in told
 
 
 def test_an_adapter_on_other_experts_is_rejected(

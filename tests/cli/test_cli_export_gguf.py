@@ -179,7 +179,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         {"modules_to_save": ["lm_head"]},
         r"has modules saved in full \(modules_to_save\), .* use --to dense",
     ),
-    "bias": ({"lora_bias": True}, r"has biases \(lora_bias\), which that target cannot hold; use --to dense"),
+    "bias": ({"lora_bias": True}, r"has a bias \(lora_bias\) on .*_proj, which has none .* load it with PEFT"),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A.*use --to dense"),
     "rank": ({"lora_alpha": 0}, "got one whose scaling is 0 in every layer; use --to dense"),
     "alora": ({"alora_invocation_tokens": [5]}, "is activated LoRA, which only PEFT runs"),

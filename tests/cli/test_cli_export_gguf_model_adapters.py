@@ -15,7 +15,7 @@ pytest.importorskip(
     "transformers.integrations.gguf.gguf_config_mapping", reason="transformers does not build configurations by a table"
 )
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llama_cpp_runs
@@ -29,11 +29,11 @@ EXPORT = ["export", "--dtype", "float32"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def read(path: pathlib.Path) -> Any:
+def read(path: pathlib.Path, **options: Any) -> Any:
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
-    return qlora_ext.gguf.GGUFWeights(path, skeleton).load(dtype=torch.float32).eval()
+    return qlora_ext.gguf.GGUFWeights(path, skeleton).load(dtype=torch.float32, **options).eval()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -48,6 +48,8 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def four_bit(directory: pathlib.Path) -> Any:
     """The model that an adapter is trained on."""
+    if directory.is_file():
+        return read(directory, quantization_config=qlora_ext.QLoRAConfig())
     return AutoModelForCausalLM.from_pretrained(
         directory, quantization_config=qlora_ext.QLoRAConfig(), dtype=torch.float32
     )
@@ -63,6 +65,7 @@ def adapt(directory: pathlib.Path, base: pathlib.Path, size: float = 1.0, **opti
             p.data += 0.02 * torch.randn(p.shape)
         elif ".lora_B" in name:
             p.data.mul_(size)
+    model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(directory)
     return model
 
@@ -89,16 +92,57 @@ def test_the_file_has_the_adapted_model(adapter: str, tmp_path: pathlib.Path) ->
     assert error(llama_cpp_runs.logits(path, IDS[0]), expected) < 3e-3
 
 
-@pytest.mark.parametrize("variant", ["gemma2", "phi3", "qwen2", "gpt_oss", "qwen3_moe"])
-def test_adapters_of_other_families(variant: str, tmp_path: pathlib.Path) -> None:
-    base = save(tmp_path / "base", make(config_of(variant)))
-    targets = ["qkv_proj", "gate_up_proj"] if variant == "phi3" else ["q_proj", "v_proj"]
-    experts = {"target_parameters": ["mlp.experts.gate_up_proj"]} if variant in ("gpt_oss", "qwen3_moe") else {}
-    model = adapt(tmp_path / "adapter", base, target_modules=targets, **experts)
-    path = tmp_path / "out.gguf"
-    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", "gguf:f16", "--output", path)
-    expected = logits(model)
-    assert error(logits(read(path)), expected) < 3e-3
+def targets_of(variant: str) -> dict[str, list[str]]:
+    """All linear layers of a family, routers, and all stacks of experts."""
+    if variant == "phi3":
+        return {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
+    if variant in ROUTERS:
+        stacks = [f"mlp.experts.{name}" for name in STACKS]
+        return {"target_modules": LINEAR[:4], "target_parameters": [*stacks, ROUTERS[variant]]}
+    return {"target_modules": LINEAR}
+
+
+STACKS = ("gate_up_proj", "down_proj")
+ROUTERS = {"qwen3_moe": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
+
+
+def merged(base: pathlib.Path, adapter: pathlib.Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights of a GGUF file, decoded, and those into which PEFT has merged an adapter, in float32."""
+    before = read(base).state_dict()
+    return before, PeftModel.from_pretrained(read(base), adapter).merge_and_unload().state_dict()
+
+
+# The families, and the types of the bases' weights.
+FAMILIES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2"), "q4_0"),
+    **{"granite": "iq4_nl", "qwen3_moe": "q4_1", "gpt_oss": "mxfp4"},
+}
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_the_base_is_a_gguf_file(variant: str, tmp_path: pathlib.Path) -> None:
+    """The weights of the result are those of PEFT, which merges into the decoded base: rounded once, or in 4 bits."""
+    kind, base = FAMILIES[variant], tmp_path / "base.gguf"
+    make_base = ["--model", save(tmp_path / "directory", make(config_of(variant))), "--to", f"gguf:{kind}"]
+    here(*EXPORT, "--check", "none", *make_base, "--output", base)
+    adapt(tmp_path / "adapter", base, 0.05, **targets_of(variant))
+    before, after = merged(base, tmp_path / "adapter")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if name.endswith(STACKS)} <= changed
+    for to in ("f16", kind) if variant in ("llama", "phi3", *ROUTERS) else ("f16",):
+        out = tmp_path / f"{to}.gguf"
+        here(*EXPORT, "--check", "none", "--adapter", tmp_path / "adapter", "--to", f"gguf:{to}", "--output", out)
+        found = read(out).state_dict()
+        assert {name for name in found if not torch.equal(found[name], before[name])} == changed
+        for name in changed:
+            update = after[name] - before[name]
+            if to == "f16" or name.endswith((*ROUTERS.values(),)):
+                torch.testing.assert_close(found[name], after[name], rtol=2**-10, atol=2**-24)
+            else:
+                assert ((found[name] - before[name]) * update).sum() / update.square().sum() == pytest.approx(
+                    1, abs=0.3
+                )
+                assert error(found[name], after[name]) < 0.2
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "mxfp4"])

@@ -20,7 +20,7 @@ pytest.importorskip(
 
 import gguf
 import numpy as np
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -150,6 +150,28 @@ def test_types_of_the_tensors(variant: str, kind: str, exported: Callable[..., A
     assert values["general.quantization_version"] == gguf.GGML_QUANT_VERSION
     assert values["general.type"] == "model"
     assert values["general.name"] == "base"
+
+
+def test_the_file_describes_the_model(refused: Refused, tmp_path: pathlib.Path) -> None:
+    base, path = save(tmp_path / "base", make(config_of("qwen3_moe", num_hidden_layers=1))), tmp_path / "out.gguf"
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: [not, a, text]\nlicense_link: LICENSE\n---\n")
+    GenerationConfig(do_sample=True, temperature=0.5, top_k=20, repetition_penalty=1.25).save_pretrained(base)
+    export = ["export", "--check", "none", "--model", base, "--to", "gguf:f16", "--output", path]
+    here(*export)
+    values = fields(path)
+    assert {key: value for key, value in values.items() if key.startswith(("general.license", "general.sampling"))} == {
+        "general.license": "other",
+        "general.license.link": "LICENSE",
+        "general.sampling.temp": 0.5,
+        "general.sampling.top_k": 20,
+        "general.sampling.penalty_repeat": 1.25,
+    }
+    experts = sum(tensor.n_elements for tensor in gguf.GGUFReader(path).tensors if "_exps." in tensor.name)
+    others = sum(tensor.n_elements for tensor in gguf.GGUFReader(path).tensors if "_exps." not in tensor.name)
+    assert values["general.size_label"] == gguf.size_label(0, others, experts // 4, 4)
+    (base / "README.md").write_text("---\nlicense: [\n---\n")
+    (base / "generation_config.json").write_text('{"do_sample": true, "top_k": 1e99}')
+    assert "generation_config.json: expected a number as top_k, got 1e+99" in refused(*export, "--overwrite")
 
 
 def test_the_embeddings_have_the_type_that_is_named(exported: Callable[..., Any], tmp_path: pathlib.Path) -> None:

@@ -153,6 +153,17 @@ def change(adapter: pathlib.Path, edit: Callable[[dict[str, torch.Tensor]], dict
     save_file(edit(load_file(path)), path, {"format": "pt"})
 
 
+def test_a_bias_without_a_place_is_rejected(
+    refused: Refused, bases: dict[str, pathlib.Path], tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for base, to in (("plain", "dense"), ("gguf", "gguf:q4_0")):
+        adapter = adapt(tmp_path / base, bases[base], lora_bias=True)
+        capfd.readouterr()
+        told = refused(*export(adapter, to, tmp_path))
+        assert re.search(r"has a bias \(lora_bias\) on .*_proj, which has none in the model.* load it with PEFT", told)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gguf", "plain"]
+
+
 BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
     "empty": (lambda weights: {}, "has no weights"),
     "half": (

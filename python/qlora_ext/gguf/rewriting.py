@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import gguf
 import numpy as np
@@ -14,8 +14,13 @@ from .file import VERSION_KEY, read_header
 from .writing import NewTensor, write_tensors
 
 
-def rewrite(source: str | os.PathLike[str], path: str | os.PathLike[str], replaced: Mapping[str, NewTensor]) -> None:
-    """Writes the file ``path``: ``source`` with the tensors ``replaced``, by name.
+def rewrite(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    replaced: Mapping[str, NewTensor],
+    dropped: Collection[str] = (),
+) -> None:
+    """Writes the file ``path``: ``source`` with the tensors ``replaced``, by name, and without those ``dropped``.
 
     Raises:
         FileError: ``source`` is damaged.
@@ -34,7 +39,7 @@ def rewrite(source: str | os.PathLike[str], path: str | os.PathLike[str], replac
         elif len(field.types) > 1:  # the gguf package does not write empty arrays
             writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
     tensors = []
-    for tensor in header.tensors:
+    for tensor in (tensor for tensor in header.tensors if tensor.name not in dropped):
         data = functools.partial(np.memmap, source, np.uint8, "r", tensor.begin, (tensor.nbytes,))
         old = NewTensor(tensor.name, tensor.shape, tensor.type_name, tensor.nbytes, data)
         tensors.append(replaced.get(tensor.name, old))

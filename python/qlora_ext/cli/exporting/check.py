@@ -223,9 +223,9 @@ def _rows_of(blocks: Any) -> list[Row]:
 def _put(factors: Mapping[str, tuple[Factors, Factors]], model: Any) -> None:
     """Replaces the adapter of a model by the one that was exported."""
     import torch
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
-    from ...integrations.peft.experts import LoraExperts4bit
+    from ...integrations.peft.experts import expert_factors
     from .weight_errors import name_in_model
 
     with torch.no_grad():
@@ -233,9 +233,9 @@ def _put(factors: Mapping[str, tuple[Factors, Factors]], model: Any) -> None:
             if not isinstance(layer, LoraLayer):
                 continue
             path, (adapter,) = name_in_model(name), layer.active_adapters
-            if isinstance(layer, LoraExperts4bit):
+            if isinstance(layer, ParamWrapper) and layer.parameter_name != "weight":  # on experts, not their router
                 path = f"{path}.{layer.parameter_name}"
-                lora_a, lora_b, _ = layer.factors(adapter)  # views
+                lora_a, lora_b = expert_factors(layer, adapter)
             else:
                 lora_a, lora_b = (module[adapter].weight for module in (layer.lora_A, layer.lora_B))
             _, (a, b, scaling) = factors[path]

@@ -8,7 +8,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,17 +18,15 @@ from ..models import validate_model
 from ..models.adapter_files import base_of, check_files, find
 from ..models.pretrained import load_config
 from .job import Factors, Job
-from .lora import architecture_of, check_plain, check_tied, ranks_of
+from .lora import PREFIX, adapted_experts, architecture_of, check_biases, check_plain, check_tied, ranks_of
 from .read_adapter import read_adapter
 
 if TYPE_CHECKING:
     from ...gguf.adapter import Place
     from ...integrations.peft.experts import LoraExperts4bit
-    from ...nn import Experts4bit
 
 _TARGET = "--to gguf-adapter"
 _HEADER = 1 << 16  # bytes
-_PREFIX = "base_model.model."
 
 
 def _scalings(ranks: dict[str, int], adapter: pathlib.Path) -> dict[str, tuple[float, int]]:
@@ -45,45 +43,6 @@ def _scalings(ranks: dict[str, int], adapter: pathlib.Path) -> dict[str, tuple[f
     return found
 
 
-def _adapted_experts(
-    adapter: pathlib.Path, quantized: Any, experts: Mapping[str, Experts4bit]
-) -> dict[str, tuple[str, LoraExperts4bit]]:
-    """The layers of the adapter on experts, and their names in its file, by the names of the stacks.
-
-    They have no memory for their weights.
-
-    Only PEFT knows which of a module's weights have which of the nested adapters in the file.
-
-    Args:
-        quantized: the 4-bit model on the meta device, which gets the adapter.
-
-    Raises:
-        UserError: the adapter does not fit its base.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    from ...integrations.peft.experts import LoraExperts4bit
-
-    stored = validate_model.shapes(adapter / "adapter_model.safetensors")
-    if not any(name.split(".lora_")[0].replace(".base_layer", "").removeprefix(_PREFIX) in experts for name in stored):
-        return {}
-    with reading("configuration", str(adapter)):
-        config = LoraConfig.from_pretrained(str(adapter))
-        config.inference_mode = True
-        inject_adapter_in_model(config, quantized, low_cpu_mem_usage=True)
-    found: dict[str, tuple[str, LoraExperts4bit]] = {}
-    for name, layer in quantized.named_modules():
-        if isinstance(layer, LoraExperts4bit):
-            for side, module in (("A", layer.lora_A), ("B", layer.lora_B)):
-                expected, given = [*module["default"].weight.shape], stored.get(f"{_PREFIX}{name}.lora_{side}.weight")
-                if given != expected:
-                    raise UserError(
-                        f"the adapter {adapter} does not fit its base: {name} has {side} {given}, expected {expected}"
-                    )
-            found[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = name, layer
-    return found
-
-
 def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
     """The adapter, as float32 or float16."""
     from ..._internal.dtype_names import dtype_named
@@ -94,17 +53,18 @@ def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
         raise UserError(f"{_TARGET}: expected an adapter (--adapter), got a model; use --to dense")
     adapter = find(arguments.adapter)
     check_files(adapter)
-    check_plain(_TARGET, adapter)
     source = base_of(adapter, arguments.model, arguments.trust_remote_code)
     base_config = load_config(source)
-    architecture = architecture_of(_TARGET, source, base_config)
     model = validate_model.skeleton(source, base_config)
+    check_biases(_TARGET, adapter, model)
+    check_plain(_TARGET, adapter)
+    architecture = architecture_of(_TARGET, source, base_config)
     check_tied(_TARGET, adapter, model)
     with torch.device("meta"):
         quantized = quantize_model(validate_model.skeleton(source, base_config))
     experts = {name: layer for name, layer in layers_of(quantized) if isinstance(layer, Experts4bit)}
     ranks = ranks_of(_TARGET, adapter, model, experts)
-    stacks = _adapted_experts(adapter, quantized, experts)
+    stacks = adapted_experts(adapter, quantized, experts)
     scalings = _scalings(ranks, adapter)
     scalings |= {name: (float(layer.scaling["default"]), layer.r["default"]) for name, (_, layer) in stacks.items()}
     shapes = {name: layer.layer4bit.packed_shapes[layer.parameter_name] for name, (_, layer) in stacks.items()}
@@ -131,7 +91,7 @@ class _Plan:
 
     Attributes:
         layers: for each layer or stack the tensors in the base's file, and the factor of B.
-        stacks: from ``_adapted_experts``.
+        stacks: from ``adapted_experts``.
     """
 
     adapter: pathlib.Path
@@ -166,7 +126,7 @@ def _factors(plan: _Plan) -> Iterator[tuple[str, Tensor, Tensor]]:
         if name in plan.stacks:
             yield name, *_of_experts(*plan.stacks[name], weights)
         else:
-            a, b = (weights[f"{_PREFIX}{name}.lora_{side}.weight"].float() for side in "AB")
+            a, b = (weights[f"{PREFIX}{name}.lora_{side}.weight"].float() for side in "AB")
             yield name, a, b
 
 
@@ -187,7 +147,7 @@ def _matrices(plan: _Plan) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
 def _of_experts(path: str, layer: LoraExperts4bit, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """A [E, R, K] and B [E, N, R] of the layer that has the name ``path`` in the adapter's file."""
     for side, modules in (("A", layer.lora_A), ("B", layer.lora_B)):
-        weight = weights[f"{_PREFIX}{path}.lora_{side}.weight"].float()
+        weight = weights[f"{PREFIX}{path}.lora_{side}.weight"].float()
         modules["default"].weight = torch.nn.Parameter(weight, requires_grad=False)
     a, b, _ = layer.factors("default")
     return a, b

@@ -7,8 +7,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import gguf
@@ -25,7 +24,9 @@ from ..errors import UserError, first_line
 from ..models.adapted import Adapted
 from ..models.loading import load_dense
 from ..models.pretrained import is_4bit, load_config
+from . import modelfile
 from .calibrated import CalibratedWeights
+from .gguf_description import add_description
 from .job import Job
 from .lora import architecture_of, check_mergeable, tied_layer
 from .merged_weights import MergedWeights, Read
@@ -49,6 +50,7 @@ class _Conversion:
     Attributes:
         target: the option and its value, for error messages.
         kind: the type that the target names.
+        sampling: from ``modelfile.sampling``.
         kinds: the tensors that come from weights, and their types.
         factors: tensors that do not, float32.
         unties: whether the file has an output head, although the base ties it to the embeddings.
@@ -61,6 +63,7 @@ class _Conversion:
     architecture: str
     kind: str
     words: tokenizer.GGUFTokenizer
+    sampling: dict[str, int | float]
     kinds: list[tuple[FileTensor, str]]
     factors: dict[str, Tensor]
     unties: bool
@@ -82,6 +85,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     if unties:
         head = skeleton.get_output_embeddings()
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+    sampling = modelfile.sampling(modelfile.generation_config(source))
     rows = skeleton.get_input_embeddings().weight.shape[0]
     try:
         metadata.check(architecture, config)
@@ -92,7 +96,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     factors, embeddings = metadata.rope_tensors(config), embeddings_kind(arguments.embeddings, kind)
     kinds, nbytes = [], words.nbytes + _MORE_METADATA + sum(tensor.nbytes for tensor in factors.values())
     for tensor in tensors:
-        kinds.append((tensor, _kind_of(tensor, kind, embeddings)))
+        kinds.append((tensor, kind_of(tensor, kind, embeddings)))
         try:
             nbytes += nbytes_of(kinds[-1][1], tensor.shape)
         except ValueError as error:
@@ -100,12 +104,25 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     window = metadata.ignored_window(config)
     if window is not None:
         print(f"llama.cpp attends to all tokens of this model, which has a window of {window}; longer texts differ")
-    calibrated = None
-    if kind in blocks.KINDS:
-        named = [tensor.weight.removesuffix(".weight") for tensor, own in kinds if own == kind]
-        calibrated = CalibratedWeights(adapted, blocks.form_of(kind), lambda model: _to_encode(model, kind, named))
-    conversion = _Conversion(target, adapted, config, architecture, kind, words, kinds, factors, unties, calibrated)
+    calibrated = calibrated_weights(adapted, kind, kinds)
+    conversion = _Conversion(
+        target, adapted, config, architecture, kind, words, sampling, kinds, factors, unties, calibrated
+    )
     return Job(nbytes, lambda: _build(conversion), calibrated=calibrated)
+
+
+def calibrated_weights(
+    adapted: Adapted, kind: str, kinds: Iterable[tuple[FileTensor, str]]
+) -> CalibratedWeights | None:
+    """What ``--calibrate`` encodes for a target of the type ``kind``; None if that has not 4 bits.
+
+    Args:
+        kinds: the tensors that come from weights, and their types.
+    """
+    if kind not in blocks.KINDS:
+        return None
+    named = [tensor.weight.removesuffix(".weight") for tensor, own in kinds if own == kind]
+    return CalibratedWeights(adapted, blocks.form_of(kind), lambda model: _to_encode(model, kind, named))
 
 
 def _to_encode(model: Any, kind: str, names: list[str]) -> list[list[str]]:
@@ -132,7 +149,8 @@ def _weights(skeleton: Any) -> list[str]:
     return [name for name in names.values() if ".language_model." in name or name.startswith("lm_head.")]
 
 
-def _kind_of(tensor: FileTensor, kind: str, embeddings: str) -> str:
+def kind_of(tensor: FileTensor, kind: str, embeddings: str) -> str:
+    """The type of a tensor, if ``kind`` is that of the layers, and ``embeddings`` that of the embeddings."""
     if not tensor.is_matrix or tensor.name.endswith(_ROUTER):
         return "F32"  # llama.cpp requires it
     return embeddings if tensor.name in EMBEDDINGS else kind
@@ -157,8 +175,9 @@ def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) 
     kind = conversion.kind
     writer = gguf.GGUFWriter(os.fspath(path), conversion.architecture)
     writer.add_string(VERSION_KEY, VERSION)
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(_name(conversion))
+    shapes = {name: tuple(values.shape) for name, values in conversion.factors.items()}
+    shapes |= {tensor.name: tensor.shape for tensor, _ in conversion.kinds}
+    add_description(writer, conversion.adapted, shapes, conversion.sampling)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{'MXFP4_MOE' if kind == 'MXFP4' else kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     metadata.add_hyperparameters(writer, conversion.config)
@@ -169,22 +188,14 @@ def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) 
         for name, values in conversion.factors.items()
     ]
     for tensor, kind in conversion.kinds:
-        data = functools.partial(_data, conversion.target, weights, tensor, kind, encoders.get(kind))
-        tensors.append(NewTensor(tensor.name, tensor.shape, kind, nbytes_of(kind, tensor.shape), data))
+        values = functools.partial(data, conversion.target, weights, tensor, kind, encoders.get(kind))
+        tensors.append(NewTensor(tensor.name, tensor.shape, kind, nbytes_of(kind, tensor.shape), values))
     write_tensors(writer, tensors)
     for encode in encoders.values():
         encode.report()
 
 
-def _name(conversion: _Conversion) -> str:
-    """The name of the model in the metadata."""
-    name = pathlib.PurePath(conversion.adapted.source.name).name
-    phi3 = re.search(r"phi-?3", name.lower())
-    # llama.cpp does not load a model whose name has these letters without the special tokens of Phi-3.
-    return "model" if phi3 and "<|endoftext|>" not in conversion.adapted.tokenizer.get_vocab() else name
-
-
-def _data(target: str, weights: MergedWeights, tensor: FileTensor, kind: str, encode: Encoder | None) -> Any:
+def data(target: str, weights: MergedWeights, tensor: FileTensor, kind: str, encode: Encoder | None) -> Any:
     """The bytes of a tensor of the file."""
     read = weights.read(tensor.weight)
     try:

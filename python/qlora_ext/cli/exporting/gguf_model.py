@@ -7,23 +7,19 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
 
-from ...checkpoints import select_rows
-from ...form import Form
 from ...gguf import GGUFWeights, blocks
-from ...gguf.adapter import Place, places
 from ...gguf.file import ARCHITECTURES, TensorInfo, read_header
+from ...gguf.layout import FileTensor, file_tensors
 from ...gguf.rewriting import rewrite
 from ...gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed
-from ...merged import seed_of
-from ...nn import layers_of, to_be_quantized
+from ...nn import Experts4bit, layers_of, quantize_model
 from ...weight import quantize
 from ..errors import UserError, first_line
 from ..models import validate_model
@@ -34,10 +30,11 @@ from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
 from .calibrated import CalibratedWeights
 from .job import Job
-from .lora import architecture_of, check_plain, check_tied, ranks_of
+from .lora import adapted_experts, architecture_of, check_plain, check_tied, ranks_of
+from .merged_weights import MergedWeights
 from .model_directories import find_model
 from .trained_for import trained_for
-from .weights import Encoder, before_and_after, finished_in, layers_by_name, stored_in
+from .weights import Encoder
 
 _MORE_METADATA = 1 << 16  # bytes
 # Tensors that llama.cpp reads in float32.
@@ -59,27 +56,23 @@ def prepare(arguments: argparse.Namespace, kind: str) -> Job:
 
 @dataclasses.dataclass(frozen=True)
 class _Merge:
-    """A checked export: the types of the tensors that change, and where the adapted layers are.
+    """A checked export: the tensors that change.
 
     Attributes:
         target: the option and its value, for error messages.
-        places: the tensors of the layers whose weights change.
+        tensors: those that hold the weights that change.
         kinds: the types of all tensors that change, by name.
+        dropped: the names of tensors that the result does not have.
         calibrated: the weights that ``--calibrate`` has encoded; None if the target has no 4-bit weights.
     """
 
     target: str
     adapted: Adapted
     file: pathlib.Path
-    places: dict[str, Place]
+    tensors: list[FileTensor]
     kinds: dict[str, str]
+    dropped: set[str]
     calibrated: CalibratedWeights | None
-
-    @functools.cached_property
-    def weights(self) -> GGUFWeights:
-        """The weights in the file."""
-        source = self.adapted.source
-        return GGUFWeights(self.file, validate_model.skeleton(source, load_config(source)))
 
 
 def _file_of(source: ModelSource) -> pathlib.Path:
@@ -93,42 +86,53 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
     assert adapted.adapter is not None
     check_plain(target, adapted.adapter)
     check_tied(target, adapted.adapter, skeleton)
-    config = load_config(source)
-    architecture = architecture_of(target, source, config)
-    changed = dict.fromkeys(ranks_of(target, adapted.adapter, skeleton))
-    stored = stored_forms(source, config)
-    if stored is None or trained_for(adapted.adapter) is not None:  # training has encoded other layers too
-        names = to_be_quantized(skeleton).values()
-        changed |= dict.fromkeys(name for name in names if stored is None or f"{name}.weight" in stored)
+    architecture = architecture_of(target, source, load_config(source))
+    changed, file = _changed(target, adapted, skeleton), _file_of(source)
+    in_file = {tensor.name: tensor for tensor in read_header(file).tensors}
     try:
-        found = places(architecture, skeleton, changed)
+        tensors = file_tensors(architecture, skeleton, changed)
     except ValueError as error:
         raise UserError(f"{target}: {first_line(error)}; use --to dense") from error
-    file = _file_of(source)
-    kinds = {place.tensor: kind for place in found.values()} | _embeddings(file, embeddings)
-    calibrated = None
-    if kind in blocks.KINDS:
-        form = blocks.form_of(kind)
-        calibrated = CalibratedWeights(adapted, form, lambda model: _to_encode(layers_by_name(model), found, form))
-    merge = _Merge(target, adapted, file, found, kinds, calibrated)
+    for tensor in tensors:
+        shape = in_file[tensor.name].shape if tensor.name in in_file else None
+        if shape != tensor.shape or not tensor.is_matrix:
+            raise UserError(
+                f"{target}: {tensor.weight}: expected a tensor {tensor.name} of shape {list(tensor.shape)} in "
+                f"{source.name}, got {'none' if shape is None else list(shape)}; use --to dense"
+            )
+    of_tables = gguf_conversion.embeddings_kind(embeddings, kind)
+    kinds = {tensor.name: gguf_conversion.kind_of(tensor, kind, of_tables) for tensor in tensors}
+    # The values of NVFP4 weights contain the factors that the file has beside them.
+    factors = {f"{name.removesuffix('weight')}scale" for name in kinds if in_file[name].type_name == "NVFP4"}
+    kinds = _embeddings(file, embeddings) | kinds
+    calibrated = gguf_conversion.calibrated_weights(adapted, kind, [(tensor, kinds[tensor.name]) for tensor in tensors])
+    merge = _Merge(target, adapted, file, tensors, kinds, factors & in_file.keys(), calibrated)
     return Job(_size(target, file, kinds), lambda: _build(merge), calibrated=calibrated)
 
 
-def _to_encode(layers: dict[str, Any], names: Iterable[str], form: Form) -> list[list[str]]:
-    """Those of the layers ``names`` that need new scales to be in that form."""
-    return [
-        [name] for name in names if finished_in(form, [layers[name]]) is None and stored_in(form, layers[name]) is None
-    ]
+def _changed(target: str, adapted: Adapted, skeleton: Any) -> list[str]:
+    """The names of the weights that the adapter changes, and of those that training encoded otherwise than the file."""
+    source, adapter = adapted.source, adapted.adapter
+    assert adapter is not None
+    config = load_config(source)
+    with torch.device("meta"):
+        quantized = quantize_model(validate_model.skeleton(source, config))
+    layers = dict(layers_of(quantized))
+    stored, encoded = stored_forms(source, config), []
+    if stored is None or trained_for(adapter) is not None:
+        names = [f"{name}.{weight}" for name, layer in layers.items() for weight in layer.packed_shapes]
+        encoded = [name for name in names if stored is None or name in stored]
+    experts = {name: layer for name, layer in layers.items() if isinstance(layer, Experts4bit)}
+    changed = [f"{layer}.weight" for layer in ranks_of(target, adapter, skeleton, experts)]
+    return [*dict.fromkeys([*changed, *adapted_experts(adapter, quantized, experts), *encoded])]
 
 
 def _embeddings(file: pathlib.Path, kind: str | None) -> dict[str, str]:
     """The types of the embeddings and the output head of a file, if they have to change."""
-    tensors = {tensor.name: tensor.type_name for tensor in read_header(file).tensors}
     if kind is None:
         return {}
-    return {
-        name: kind.upper() for name in gguf_conversion.EMBEDDINGS if tensors.get(name, kind.upper()) != kind.upper()
-    }
+    tensors = [tensor for tensor in read_header(file).tensors if tensor.name in gguf_conversion.EMBEDDINGS]
+    return {tensor.name: kind.upper() for tensor in tensors if tensor.type_name != kind.upper()}
 
 
 def _size(target: str, file: pathlib.Path, kinds: dict[str, str]) -> int:
@@ -145,47 +149,23 @@ def _size(target: str, file: pathlib.Path, kinds: dict[str, str]) -> int:
 def _build(merge: _Merge) -> Callable[[pathlib.Path], None]:
     loader = dataclasses.replace(merge.adapted.loader, compute=torch.float32)  # of the adapter too
     model = dataclasses.replace(merge.adapted, loader=loader).load()
-    return functools.partial(_write, merge, layers_by_name(model))
+    source = merge.adapted.source
+    in_file = GGUFWeights(merge.file, validate_model.skeleton(source, load_config(source)))
+    calibrated = {} if merge.calibrated is None else merge.calibrated.weights
+    return functools.partial(_write, merge, MergedWeights(model, calibrated, in_file.decode))
 
 
-def _write(merge: _Merge, layers: dict[str, Any], path: pathlib.Path) -> None:
+def _write(merge: _Merge, weights: MergedWeights, path: pathlib.Path) -> None:
     in_file = {tensor.name: tensor for tensor in read_header(merge.file).tensors}
     encoders = {kind: Encoder(blocks.form_of(kind)) for kind in merge.kinds.values() if kind in blocks.KINDS}
     replaced = {name: _retyped(merge.target, merge.file, in_file[name], kind) for name, kind in merge.kinds.items()}
-    for layer, place in merge.places.items():
-        old = replaced[place.tensor]
-        data = functools.partial(_merged, merge, layers[layer], layer, place, old.kind, encoders.get(old.kind))
-        replaced[place.tensor] = dataclasses.replace(old, data=data)
-    rewrite(merge.file, path, replaced)
+    for tensor in merge.tensors:
+        new = replaced[tensor.name]
+        data = functools.partial(gguf_conversion.data, merge.target, weights, tensor, new.kind, encoders.get(new.kind))
+        replaced[tensor.name] = dataclasses.replace(new, data=data)
+    rewrite(merge.file, path, replaced, merge.dropped)
     for encode in encoders.values():
         encode.report()
-
-
-def _merged(merge: _Merge, layer: Any, name: str, place: Place, kind: str, encode: Encoder | None) -> Any:
-    """The bytes of the weight of a layer with its adapter."""
-    before, after = (weight.cpu()[place.rows] for weight in _before_and_after(merge, layer, name))
-    if encode is None:
-        try:
-            return converted(kind, after)
-        except ValueError as error:
-            raise UserError(f"{merge.target}: {name}: {first_line(error)}; use --to gguf:bf16") from error
-    calibrated = None if merge.calibrated is None else merge.calibrated.weights.get(name)
-    finished = finished_in(encode.form, [layer]) if calibrated is None else calibrated
-    own = stored_in(encode.form, layer) if finished is None else finished
-    if own is not None:
-        own = own.to("cpu")
-        own = own if isinstance(place.rows, slice) else select_rows(own, place.rows)
-    if finished is None or own is None:
-        own = encode(before, after, own, seed_of(f"{name}.weight"))
-    return packed(kind, own)
-
-
-def _before_and_after(merge: _Merge, layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """The weight of a layer, and its sum with the adapters. Dense weights are read from the file, in its precision."""
-    if any(layers_of(layer)):
-        return before_and_after(layer)
-    before = merge.weights.decode(f"{name}.weight")
-    return before, before + sum(layer.get_delta_weight(adapter).float().cpu() for adapter in layer.active_adapters)
 
 
 def _retype(target: str, source: ModelSource, kind: str, embeddings: str | None) -> Job:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ...gguf.file import ARCHITECTURES, read_header
-from ..errors import UserError
+from ..errors import UserError, reading
 from ..models import validate_model
 from ..models.adapter_files import check_files, config_of
 from ..models.sources import ModelSource
 
+if TYPE_CHECKING:
+    from ...integrations.peft.experts import LoraExperts4bit
+    from ...nn import Experts4bit
+
+# Of the names in an adapter's file.
+PREFIX = "base_model.model."
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Settings of PEFT with which an adapter is more than B · A, and what they are called.
 _MORE = {
@@ -57,6 +63,25 @@ def check_mergeable(target: str, adapter: pathlib.Path) -> None:
     conditional = [words for name, words in _CONDITIONAL.items() if config.get(name)]
     if conditional:
         raise UserError(f"{target}: the adapter {adapter} is {conditional[0]}, which only PEFT runs")
+
+
+def check_biases(target: str, adapter: pathlib.Path, model: Any) -> None:
+    """Rejects an adapter with biases on layers that have none, because no merged model can hold them.
+
+    Args:
+        model: the dense base; it may be on the meta device.
+
+    Raises:
+        UserError: there is such a layer.
+    """
+    state = model.state_dict()
+    for name in check_files(adapter):
+        layer = name.removeprefix(PREFIX).removesuffix(".lora_B.bias")
+        if layer != name.removeprefix(PREFIX) and f"{layer}.weight" in state and f"{layer}.bias" not in state:
+            raise UserError(
+                f"{target}: the adapter {adapter} has a bias (lora_bias) on {layer}, which has none in the model, so "
+                "it cannot be merged; load it with PEFT instead, or train without lora_bias"
+            )
 
 
 def architecture_of(target: str, source: ModelSource, config: Any) -> str:
@@ -111,6 +136,45 @@ def ranks_of(target: str, adapter: pathlib.Path, model: Any, experts: Collection
 
 def _of_experts(match: re.Match[str] | None, experts: Collection[str]) -> bool:
     return match is not None and match[1].replace(".base_layer", "") in experts
+
+
+def adapted_experts(
+    adapter: pathlib.Path, quantized: Any, experts: Mapping[str, Experts4bit]
+) -> dict[str, tuple[str, LoraExperts4bit]]:
+    """The layers of the adapter on experts, and their names in its file, by the names of the stacks.
+
+    They have no memory for their weights.
+
+    Only PEFT knows which of a module's weights have which of the nested adapters in the file.
+
+    Args:
+        quantized: the 4-bit model on the meta device, which gets the adapter.
+
+    Raises:
+        UserError: the adapter does not fit its base.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from ...integrations.peft.experts import LoraExperts4bit
+
+    stored = validate_model.shapes(adapter / "adapter_model.safetensors")
+    if not any(name.split(".lora_")[0].replace(".base_layer", "").removeprefix(PREFIX) in experts for name in stored):
+        return {}
+    with reading("configuration", str(adapter)):
+        config = LoraConfig.from_pretrained(str(adapter))
+        config.inference_mode = True
+        inject_adapter_in_model(config, quantized, low_cpu_mem_usage=True)
+    found: dict[str, tuple[str, LoraExperts4bit]] = {}
+    for name, layer in quantized.named_modules():
+        if isinstance(layer, LoraExperts4bit):
+            for side, module in (("A", layer.lora_A), ("B", layer.lora_B)):
+                expected, given = [*module["default"].weight.shape], stored.get(f"{PREFIX}{name}.lora_{side}.weight")
+                if given != expected:
+                    raise UserError(
+                        f"the adapter {adapter} does not fit its base: {name} has {side} {given}, expected {expected}"
+                    )
+            found[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = name, layer
+    return found
 
 
 def tied_layer(adapter: pathlib.Path, model: Any) -> str | None:

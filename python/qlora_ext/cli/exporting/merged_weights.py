@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,17 +27,25 @@ class MergedWeights:
     Args:
         model: loaded.
         calibrated: the merged weights of linear layers that are 4-bit already, by the name of the layer.
+        dense: reads a dense weight more precisely than the model has it. Adapters must then be plain LoRA.
     """
 
-    def __init__(self, model: Any, calibrated: Mapping[str, Weight4bit]) -> None:
+    def __init__(
+        self, model: Any, calibrated: Mapping[str, Weight4bit], dense: Callable[[str], Tensor] | None = None
+    ) -> None:
         self._calibrated = calibrated
         self._model = model.base_model.model if isinstance(model, PeftModel) else model
+        self._dense = dense
         self._over: dict[str, Over4bit] = {}
+        self._over_dense: dict[str, BaseTunerLayer] = {}
         for name, layer in self._model.named_modules():
+            weight = f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
             if isinstance(layer, Over4bit):
-                self._over[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = layer
+                self._over[weight] = layer
             elif isinstance(layer, BaseTunerLayer):
-                layer.merge()  # an adapter on a dense layer, such as the output head
+                self._over_dense[weight] = layer  # such as the output head
+                if dense is None:
+                    layer.merge()
         self._last: tuple[str, Read] | None = None
 
     def read(self, name: str) -> Read:
@@ -68,6 +76,13 @@ class MergedWeights:
             which = (parameter,) if isinstance(module, Experts4bit) else ()
             w = dense.dequantize(*which, torch.float32)
             return w, w, module.packed_weight(parameter)
+        if self._dense is not None:
+            before = after = self._dense(name)
+            if name in self._over_dense:
+                layer: Any = self._over_dense[name]
+                updates = [layer.get_delta_weight(adapter).float().cpu() for adapter in layer.active_adapters]
+                after = sum(updates, before)
+            return before, after, None
         value = getattr(module, parameter).detach().float()
         if parameter == "bias" and f"{path}.weight" in self._over:
             value = self._bias(self._over[f"{path}.weight"], value)

@@ -18,7 +18,7 @@ from ..models.size import model_size
 from ..models.sources import PROVENANCE
 from ..outputs.files import write_json
 from .job import Job
-from .lora import check_tied
+from .lora import check_biases, check_tied
 from .trained_for import trained_for
 from .tying import tie_if_equal, untie
 
@@ -45,6 +45,8 @@ def find_model(arguments: argparse.Namespace, unties: bool = False) -> tuple[Ada
     config = load_config(adapted.source)
     validate_model.check_room(adapted.source, config)
     skeleton = validate_model.skeleton(adapted.source, config)
+    if adapted.adapter is not None:
+        check_biases(f"--to {arguments.to}", adapted.adapter, skeleton)
     if adapted.adapter is not None and not unties:
         check_tied(f"--to {arguments.to}", adapted.adapter, skeleton)
     return adapted, skeleton

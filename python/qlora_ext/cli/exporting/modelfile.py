@@ -5,8 +5,12 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+from ..._internal.untrusted import excerpt
+from ..errors import UserError
+from ..models.sources import ModelSource
 from . import chat_template
 
+_LIMIT = 2**31  # of the numbers in files
 # Ollama's parameters, by their names in a generation configuration of transformers.
 _SAMPLING = {
     "temperature": "temperature",
@@ -15,6 +19,37 @@ _SAMPLING = {
     "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }
+
+
+def generation_config(source: ModelSource) -> Any:
+    """The model's generation configuration; None for a GGUF file, and for a model without one."""
+    from transformers import GenerationConfig
+
+    if source.gguf_file is not None:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(source.path)
+    except OSError:
+        return None
+
+
+def sampling(generation: Any) -> dict[str, int | float]:
+    """The parameters with which a generation configuration samples, by transformers' names; empty if it does not.
+
+    Raises:
+        UserError: one of them is not a finite number.
+    """
+    if generation is None or not generation.do_sample:
+        return {}
+    found: dict[str, int | float] = {}
+    for name in _SAMPLING:
+        value = getattr(generation, name, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _LIMIT:
+            raise UserError(f"generation_config.json: expected a number as {name}, got {excerpt(value)}")
+        found[name] = int(value) if name == "top_k" else float(value)
+    return found
 
 
 def text(
@@ -43,9 +78,7 @@ def text(
             "if it recognizes the one in the GGUF file; check it with: ollama show NAME --template"
         )
     lines += [f'PARAMETER stop "{stop}"' for stop in _stops(tokenizer, generation, template) if '"' not in stop]
-    if generation is not None and generation.do_sample:
-        values = {ollama: getattr(generation, ours, None) for ours, ollama in _SAMPLING.items()}
-        lines += [f"PARAMETER {key} {value}" for key, value in values.items() if value is not None]
+    lines += [f"PARAMETER {_SAMPLING[key]} {value}" for key, value in sampling(generation).items()]
     return "\n".join(lines) + "\n", notes
 
 

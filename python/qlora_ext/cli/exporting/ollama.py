@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 from ..._internal.untrusted import printable
 from ..errors import UserError
@@ -51,7 +50,7 @@ def _with_modelfile(
     def build() -> Callable[[pathlib.Path], None]:
         write = job.build()
         source = adapted.source
-        text, notes = modelfile.text(base, adapter, adapted.tokenizer, _generation_config(adapted), source.name)
+        text, notes = modelfile.text(base, adapter, adapted.tokenizer, modelfile.generation_config(source), source.name)
 
         def write_both(directory: pathlib.Path) -> None:
             write(directory / (adapter or base.name))
@@ -63,16 +62,3 @@ def _with_modelfile(
         return write_both
 
     return dataclasses.replace(job, build=build)
-
-
-def _generation_config(adapted: Adapted) -> Any:
-    """The model's generation configuration; None for a GGUF file, and for a model without one."""
-    from transformers import GenerationConfig
-
-    source = adapted.source
-    if source.gguf_file is not None:
-        return None
-    try:
-        return GenerationConfig.from_pretrained(source.path)
-    except OSError:
-        return None

@@ -68,7 +68,8 @@ def weights_of(model: Any) -> dict[str, Pair]:
         if isinstance(module, Over4bit):
             found.setdefault(f"{path}.{module.parameter_name}", module.before_and_after)
         elif isinstance(module, BaseTunerLayer):
-            found.setdefault(f"{path}.weight", functools.partial(_merged, module))
+            weight = getattr(module, "parameter_name", "weight")  # dense experts have several
+            found.setdefault(f"{path}.{weight}", functools.partial(_merged, module, weight))
         elif isinstance(module, Packed4bit):
             for weight in module.packed_shapes:
                 found.setdefault(f"{path}.{weight}", functools.partial(_decoded, module, weight))
@@ -90,12 +91,11 @@ def _decoded(layer: Any, weight: str) -> tuple[Tensor, Tensor]:
     return decoded, decoded
 
 
-def _merged(layer: Any) -> tuple[Tensor, Tensor]:
-    """The weight of a dense layer with adapters, into which they are merged."""
-    weight = layer.get_base_layer().weight
-    before = weight.detach().float().clone()
+def _merged(layer: Any, weight: str) -> tuple[Tensor, Tensor]:
+    """A weight of a dense layer with adapters, into which they are merged."""
+    before = getattr(layer.get_base_layer(), weight).detach().float().clone()
     layer.merge()
-    return before, layer.get_base_layer().weight.detach().float()
+    return before, getattr(layer.get_base_layer(), weight).detach().float()
 
 
 def weights_in(source: ModelSource, model: Any) -> dict[str, Callable[[], Tensor]]:

@@ -62,12 +62,7 @@ class LoraExperts4bit(MergeAware, Over4bit, ParamWrapper):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, float | Tensor]:
         """A [E, R, K], B [E, N, R] and the scaling of an adapter."""
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        a = a.reshape(self.num_experts, -1, a.shape[-1])
-        b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
-        if self._did_swap_in_out_features == self.layer4bit.is_transposed:  # PEFT < 0.20: A is over the outputs
-            a, b = b.transpose(1, 2), a.transpose(1, 2)
-        return a, b, self.scaling[adapter]
+        return *expert_factors(self, adapter), self.scaling[adapter]
 
     def _active_lora(self) -> ExpertsLora | None:
         """The active adapters of this weight, combined into one; None if there are none."""
@@ -137,6 +132,17 @@ class LoraExperts4bit(MergeAware, Over4bit, ParamWrapper):
 
     def to_dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return self.layer4bit.to_experts(weights={self.parameter_name: weight})
+
+
+def expert_factors(layer: ParamWrapper, adapter: str) -> tuple[Tensor, Tensor]:
+    """Views of A [E, R, K] and B [E, N, R] of an adapter on experts, 4-bit or dense."""
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    a = a.reshape(layer.num_experts, -1, a.shape[-1])
+    b = b.reshape(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+    is_transposed = getattr(layer.get_base_layer(), "is_transposed", False)
+    if layer._did_swap_in_out_features == is_transposed:  # PEFT < 0.20: A is over the outputs
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    return a, b
 
 
 LoraExperts4bit.__name__ = "ParamWrapper"  # PEFT finds the wrapper for a second adapter by this name
