@@ -62,6 +62,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize(("family", "double_quant"), [*((family, True) for family in FAMILIES), ("llama", False)])
 def test_writes_the_directory_that_bitsandbytes_writes(family: str, double_quant: bool, tmp_path: Path) -> None:
     make(family).save_pretrained(tmp_path / "dense")

@@ -58,6 +58,7 @@ def same_state(a: Any, b: Any) -> bool:
     )
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize(("dtype", "double_quant"), FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_quantized_while_it_loads_and_reloads_to_the_bit(
@@ -198,6 +199,7 @@ def test_embeddings_are_quantized_where_asked(tmp_path: pathlib.Path) -> None:
     assert same_state(model, again)
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 def test_shards_are_read_and_written(tmp_path: pathlib.Path) -> None:
     make("wan", torch.bfloat16).save_pretrained(tmp_path / "dense", max_shard_size="30KB")
     kind = type(make("wan"))

@@ -82,6 +82,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(("kind", "options"), OPTIONS.values(), ids=OPTIONS)
 def test_bitsandbytes_checkpoints_load_and_its_models_are_adopted(

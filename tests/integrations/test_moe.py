@@ -79,6 +79,7 @@ def test_a_model_of_experts_is_that_of_the_decoded_ones(family: str) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @every_family
 @pytest.mark.parametrize("how", ["from_pretrained", "quantize_model"])
 def test_quantizes_saves_and_loads_bit_for_bit(family: str, how: str, tmp_path: Path) -> None:
@@ -135,6 +136,7 @@ def test_generates() -> None:
     assert out.shape == (2, ids.shape[1] + 3)
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "qwen3_moe"])
 @pytest.mark.parametrize("skip", [None, [], ["embed_tokens", "wte", "lm_head"]])
 def test_embeddings_are_quantized_where_asked(family: str, skip: list[str] | None, tmp_path: Path) -> None:

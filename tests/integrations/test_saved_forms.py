@@ -29,6 +29,7 @@ def bits(model: Any) -> dict[str, torch.Tensor]:
     return {key: t.detach().reshape(-1).view(torch.uint8) for key, t in model.state_dict().items()}
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("embeddings", [False, True], ids=["dense", "embeddings"])
 def test_a_saved_model_has_the_same_bits(name: str, embeddings: bool, tmp_path: pathlib.Path) -> None:
