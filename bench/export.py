@@ -34,7 +34,7 @@ from lib import harness
 from qlora_ext.calibration import self_text
 from qlora_ext.checkpoints.compressed_tensors_files import joined_layers
 from qlora_ext.cli.data import DEFAULT_DATA, read_examples, split
-from qlora_ext.cli.exporting import calibrated
+from qlora_ext.cli.exporting.calibrated import encode as encode_calibrated
 from qlora_ext.cli.models import DEFAULT_MODEL, Loader, load_tokenizer, resolve
 from qlora_ext.dtypes import computing_dtype
 from qlora_ext.form import Form
@@ -91,7 +91,7 @@ class Subject:
         """The merged weights as `export --calibrate` encodes them."""
         self.take((name, after) for name, (_, after) in self.weights.items())
         groups = joined_layers(self.weights) if form == "nvfp4" else ([name] for name in self.weights)
-        found, _ = calibrated.encode(self.model, [*groups], Form.named(form), qlora_ext.Calibration(text))
+        found, _ = encode_calibrated(self.model, [*groups], Form.named(form), qlora_ext.Calibration(text))
         return ((name, w4.dequantize(torch.float32)) for name, w4 in found.items())
 
     def text(self, tokens: int) -> Tensor:

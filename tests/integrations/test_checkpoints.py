@@ -299,7 +299,7 @@ def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
 
 
 LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 5}
-QWEN3_MOE = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 32, "num_hidden_layers": 5}
+QWEN3_MOE = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 32, "num_hidden_layers": 6}
 GPT_OSS = {"hidden_size": 1440, "intermediate_size": 1440, "num_local_experts": 24, "num_hidden_layers": 2}
 LARGE: list[tuple[str, dict[str, int], str]] = [
     ("llama", LLAMA, "pack-quantized"),

@@ -312,8 +312,8 @@ def test_internal_modules_import_nothing_else_of_ours() -> None:
 
 
 def test_benches_use_the_faces_of_the_command_only() -> None:
-    """Its entry point, and the names in the ``__init__`` of its subpackages models and data."""
-    faces = {"qlora_ext.cli", "qlora_ext.cli.models", "qlora_ext.cli.data"}
+    """Its entry point, the names in the ``__init__`` of its subpackages models and data, and how exports calibrate."""
+    faces = {"qlora_ext.cli", "qlora_ext.cli.models", "qlora_ext.cli.data", "qlora_ext.cli.exporting.calibrated"}
     for path in sorted((ROOT / "bench").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and re.match(r"qlora_ext\.(cli|_)", node.module or ""):

@@ -149,6 +149,7 @@ def test_keep_takes_names_of_the_model() -> None:
         qlora_ext.quantize_model(make(), keep=[1])
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("form", ["ours", "bitsandbytes"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_layers_in_keep_are_dense_in_the_saved_model(family: str, form: str, tmp_path: pathlib.Path) -> None:
