@@ -95,6 +95,7 @@ def test_choices_that_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert fitting["total"] > 0.9 * 200e6
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 def test_a_run_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "names", lambda: ["smollm2-135m"])
     card, host = plan(capsys, "--grad-checkpointing"), plan(capsys, "--grad-checkpointing", "--device", "cpu")

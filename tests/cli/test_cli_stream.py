@@ -257,6 +257,7 @@ def finetune_trainer() -> Any:
     return RunTrainer
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 def test_a_run_fits_itself_into_the_memory(
     dense: pathlib.Path,
     data: pathlib.Path,

@@ -320,6 +320,7 @@ def test_a_damaged_calibration_is_done_again(stopped, model: pathlib.Path, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 def test_a_calibration_that_cannot_be_resumed_is_an_error(
     refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
