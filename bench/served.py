@@ -22,6 +22,7 @@ import quality
 import step
 from lib import harness
 from qlora_ext.cli.models import DEFAULT_MODEL, load_tokenizer, resolve
+from qlora_ext.dtypes import computing_dtype
 from qlora_ext.formats import SERVED_FORMATS
 from qlora_ext.integrations.peft import LoraLinear4bit, merge_to_4bit, set_merge_aware
 from qlora_ext.merged import encode_like, merged_weight
@@ -36,7 +37,8 @@ def loss_of(model: Any, rows: Tensor) -> float:
 
 
 def adapted(code: str | None) -> Any:
-    model = step.with_lora(step.load_stored(torch.bfloat16))
+    compute_dtype = computing_dtype(torch.bfloat16, torch.device("cpu"))
+    model = step.with_lora(step.load_stored(compute_dtype))
     if code is not None:
         set_merge_aware(model, code=code)
     return model
