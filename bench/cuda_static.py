@@ -1,6 +1,6 @@
 """Static properties of the compiled CUDA kernels: registers, shared memory, occupancy, spills, and loops in SASS.
 
-    python bench/cuda_static.py [--arch 80 90] [--launches PROFILE]
+    python bench/cuda_static.py [--arch 80 90 100 110 120] [--launches PROFILE]
 
 Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is the
 kernel simulator's list of launches, one JSON object per line, with the sizes of dynamic shared memory. Writes
@@ -30,6 +30,7 @@ SM_LIMITS = {
     80: (2048, 32, 164 << 10),
     90: (2048, 32, 228 << 10),
     100: (2048, 32, 228 << 10),
+    110: (1536, 24, 228 << 10),
     120: (1536, 24, 100 << 10),
 }
 CLASSES = {
@@ -99,12 +100,18 @@ def run(*command: str | Path) -> str:
     return done.stdout + done.stderr
 
 
+def sources(arch: int) -> list[Path]:
+    """The .cu files that are compiled for an architecture (CMakeLists.txt): only 9.0 has the instructions of sm90."""
+    found = sorted((ROOT / "cuda" / "launch").glob("*/*.cu"))
+    return [source for source in found if arch == 90 or source.parent.name != "sm90"]
+
+
 def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
     """Mangled name -> kernel, from ptxas' own report, the PTX's launch bounds and the SASS."""
     folder.mkdir(parents=True)
     cubin = folder / "kernels.cubin"
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-I", ROOT]
-    real = f"sm_{arch}a" if arch in (90, 100) else f"sm_{arch}"
+    real = f"sm_{arch}a" if source.parent.name == "sm90" else f"sm_{arch}"
     report = run(
         "nvcc", *flags, f"-arch={real}", "-Xptxas=-v", "-cubin", "-keep", "-keep-dir", folder, source, "-o", cubin
     )
@@ -244,18 +251,17 @@ def dynamic_shared(path: Path | None) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SM_LIMITS))
+    parser.add_argument("--arch", type=int, nargs="+", default=sorted(SM_LIMITS), choices=sorted(SM_LIMITS))
     parser.add_argument("--launches", type=Path, help="the kernel simulator's profile")
     arguments = parser.parse_args()
     dynamic = dynamic_shared(arguments.launches)
     kernels: list[Kernel] = []
     with tempfile.TemporaryDirectory() as scratch:
         for arch in arguments.arch:
-            for source in sorted((ROOT / "cuda" / "launch").glob("*.cu")):
-                if source.stem.endswith("_sm90") and arch != 90:
-                    continue
-                print(f"sm_{arch} {source.name}", flush=True)
-                kernels += compile_kernels(source, arch, Path(scratch) / f"{arch}_{source.stem}").values()
+            for source in sources(arch):
+                name = f"{source.parent.name}/{source.stem}"
+                print(f"sm_{arch} {name}", flush=True)
+                kernels += compile_kernels(source, arch, Path(scratch) / str(arch) / name).values()
     names = demangled(sorted({k.name for k in kernels}))
     for k in kernels:
         k.dynamic_shared = dynamic.get(k.name)
