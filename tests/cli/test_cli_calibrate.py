@@ -70,6 +70,7 @@ def test_a_text_that_is_given(model: pathlib.Path, tmp_path: pathlib.Path, capsy
     assert quantize(model, tmp_path / "other", "--calibrate", str(tmp_path / "short.txt")) == 2
     assert "expected a text of at least 8 tokens, got 3" in capsys.readouterr().err
     assert quantize(model, tmp_path / "other", "--calibrate", str(tmp_path / "none.txt")) == 2
+    assert f"--calibrate {tmp_path / 'none.txt'}: no such file" in capsys.readouterr().err
 
 
 def test_a_killed_calibration_is_resumed(

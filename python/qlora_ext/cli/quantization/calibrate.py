@@ -111,7 +111,10 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
 
     from ..data import encode, read_examples
 
-    rows = encode(tokenizer, read_examples(name), length, preferences=False)
+    try:
+        rows = encode(tokenizer, read_examples(name), length, preferences=False)
+    except UserError as error:
+        raise UserError(str(error).replace("--data", "--calibrate", 1)) from error
     ids = list(itertools.islice((i for row in rows for i in row["input_ids"]), count))
     length = min(length, len(ids))
     if length < 8:
