@@ -113,7 +113,8 @@ def test_an_adapter_on_a_gguf_file(
 def test_what_is_not_calibrated(refused: Refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     options = ["--model", paths["model"], "--output", tmp_path / "out.gguf", "--calibrate"]
     message = refused("export", "--to", "gguf:f16", *options, "self")
-    assert "--calibrate self: --to gguf:f16 encodes no weights anew here; without --calibrate" in message
+    assert "--calibrate self: --to gguf:f16 cannot calibrate this model" in message
+    assert "the target has no 4-bit weights to encode" in message
     message = refused("export", "--to", "gguf:q4_0", *options, "self", "--calibration-tokens", 100)
     assert "--calibration-tokens 100: expected 512 or more" in message
     with pytest.raises(ValueError, match=r"none\.txt: no such file or directory"):

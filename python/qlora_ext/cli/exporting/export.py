@@ -72,8 +72,9 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
         job = target.prepare(arguments)
         if arguments.calibrate != "none" and job.calibrated is None:
             raise UserError(
-                f"--calibrate {arguments.calibrate}: --to {arguments.to} encodes no weights anew here; without "
-                "--calibrate, the result is the same"
+                f"--calibrate {arguments.calibrate}: --to {arguments.to} cannot calibrate this model. Either the "
+                "target has no 4-bit weights to encode, or the model is already quantized "
+                "and has no adapter. Omit --calibrate"
             )
         print(f"{output.path} needs about {job.nbytes / 1e6:.1f} MB of disk space", flush=True)
         need_space(output.path.parent, job.nbytes, output.path.name)
