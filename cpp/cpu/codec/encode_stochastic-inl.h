@@ -35,8 +35,8 @@ struct StochasticGroups {
   }
 };
 
-// The numbers of a group's blocks, the first of which is given, for its even or odd elements: a block of 16 elements is
-// half a group.
+// One number per block, spread over the even (or the odd) elements of a group. `of_block` points to the number of the
+// group's first block. A group has two blocks of 16 elements, or belongs to one larger block.
 inline codec::Floats per_element(const float* of_block, int64_t block_size) {
   return block_size < codec::kGroup ? codec::halves(of_block[0], of_block[1]) : codec::splat(of_block[0]);
 }

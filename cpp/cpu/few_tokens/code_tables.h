@@ -39,8 +39,8 @@ struct IntCodeTable {
   }
 
  private:
-  // Every file that includes this evaluates it, so it is written for the compiler's interpreter: without calls, and a
-  // candidate is given up as soon as its sum, which only grows, is no better than the best.
+  // The compiler evaluates this in every file that includes it. To compile fast, it makes no calls, and it drops a
+  // candidate as soon as its growing sum reaches the best one.
   static constexpr double best_multiplier(const CodeTable& table) {
     double unit[kCodes] = {}, best = 1e9, multiplier = 0.0;
     for (int code = 0; code < kCodes; ++code) unit[code] = table.value[code] / double{table.largest};

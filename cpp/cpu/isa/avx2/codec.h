@@ -166,7 +166,7 @@ class Thresholds {
   }
 
  private:
-  // Those of the elements kFirst, kFirst + 2, .. of a group, the word of whose first element is given.
+  // The thresholds of the elements kFirst, kFirst + 2, .. of a group. `word` is that of the group's first element.
   template <int kFirst>
   __m256 every_other(__m256i word) const {
     const __m256i element = _mm256_setr_epi32(kFirst, kFirst + 2, kFirst + 4, kFirst + 6, kFirst + 8, kFirst + 10,

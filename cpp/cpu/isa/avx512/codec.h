@@ -175,7 +175,7 @@ class Thresholds {
   }
 
  private:
-  // Those of the elements kFirst, kFirst + 2, .. of a group, the word of whose first element is given.
+  // The thresholds of the elements kFirst, kFirst + 2, .. of a group. `word` is that of the group's first element.
   template <int kFirst>
   __m512 every_other(__m512i word) const {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

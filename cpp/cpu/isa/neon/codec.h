@@ -202,7 +202,7 @@ class Thresholds {
   }
 
  private:
-  // Those of four elements, each the next but one, the word of the first of which is given.
+  // The thresholds of the elements i, i + 2, i + 4 and i + 6. `word` is that of element i.
   float32x4_t every_other(uint32_t word) const {
     const uint32_t step[] = {0, 2 * kElementStep, 4 * kElementStep, 6 * kElementStep};
     uint32x4_t x = veorq_u32(vaddq_u32(vdupq_n_u32(word), vld1q_u32(step)), vdupq_n_u32(words_.before));

@@ -113,7 +113,7 @@ inline void store_packed(uint8_t* packed, const Codes& even, const Codes& odd) {
 class Thresholds {
  public:
   explicit Thresholds(uint64_t seed) : seed_(seed) {}
-  // Those of the group from element `first` on, a multiple of kGroup.
+  // The random numbers of the group that starts at element `first`, a multiple of kGroup.
   Pairs at(uint64_t first) const {
     Pairs r;
     for (int i = 0; i < kLanes; ++i) {
