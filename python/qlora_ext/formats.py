@@ -18,7 +18,8 @@ NF4 = "nf4"
 FP4 = "fp4"
 # The names of the formats for which an adapter can be trained merge-aware.
 SERVED_FORMATS = ("q4_0", "iq4_nl", "int4", "nvfp4", "mxfp4", "nf4")
-# Those in which a weight can be quantized when it is read. In NVFP4, layers that servers join share a factor.
+# The formats to which a weight can be quantized when it is read. NVFP4 is missing, because layers that servers join
+# share a factor.
 READ_IN = tuple(name for name in SERVED_FORMATS if name != "nvfp4")
 # The forms in which scales and offsets are stored: ScaleForm and OffsetForm in cpp/format/scales.h.
 FLOAT32 = "float32"

@@ -20,7 +20,7 @@ from .tying import untie
 if TYPE_CHECKING:
     from ...calibration import Calibration, LayerReport
 
-# Names of layers; those of a group have one factor.
+# Names of layers. The layers of a group share a factor.
 Groups: TypeAlias = "Sequence[Sequence[str]]"
 
 

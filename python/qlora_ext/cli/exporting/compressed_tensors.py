@@ -169,7 +169,7 @@ def _ignored(model: Any, plan: _Plan, tensors: Mapping[str, object]) -> list[str
 
 
 def _layers(model: Any, kind: Kind, names: list[str]) -> dict[str, Any]:
-    """Those of the linear layers ``names`` that are 4-bit in the result.
+    """Selects from the linear layers ``names`` those that are 4-bit in the result.
 
     Layers that are dense in a 4-bit base stay dense.
     """
@@ -182,7 +182,7 @@ def _layers(model: Any, kind: Kind, names: list[str]) -> dict[str, Any]:
 
 
 def _groups(layers: Mapping[str, Any], kind: Kind) -> Iterator[list[str]]:
-    """The names of the layers, those together that share a factor."""
+    """The names of the layers. Layers that share a factor form a group."""
     from ...checkpoints.compressed_tensors_files import joined_layers
 
     return joined_layers(layers) if kind.has_factor else ([name] for name in layers)

@@ -114,7 +114,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
 def calibrated_weights(
     adapted: Adapted, kind: str, kinds: Iterable[tuple[FileTensor, str]]
 ) -> CalibratedWeights | None:
-    """What ``--calibrate`` encodes for a target of the type ``kind``; None if that has not 4 bits.
+    """The weights that ``--calibrate`` encodes for a target of the type ``kind``; None if ``kind`` is not a 4-bit type.
 
     Args:
         kinds: the tensors that come from weights, and their types.
@@ -126,7 +126,7 @@ def calibrated_weights(
 
 
 def _to_encode(model: Any, kind: str, names: list[str]) -> list[list[str]]:
-    """Those of the weights ``names`` that are a linear layer's, and need new scales to be in the type ``kind``."""
+    """Selects from the weights ``names`` those of linear layers that need new scales in the type ``kind``."""
     layers, head = layers_by_name(model), model.get_output_embeddings()
     found = []
     for name in dict.fromkeys(names):
@@ -150,7 +150,7 @@ def _weights(skeleton: Any) -> list[str]:
 
 
 def kind_of(tensor: FileTensor, kind: str, embeddings: str) -> str:
-    """The type of a tensor, if ``kind`` is that of the layers, and ``embeddings`` that of the embeddings."""
+    """The type that a tensor gets, where layers get ``kind`` and embeddings get ``embeddings``."""
     if not tensor.is_matrix or tensor.name.endswith(_ROUTER):
         return "F32"  # llama.cpp requires it
     return embeddings if tensor.name in EMBEDDINGS else kind

@@ -61,13 +61,13 @@ def _finished(layer: Any) -> Weight4bit | None:
 
 
 def is_linear(layer: Any) -> bool:
-    """Whether a module, which may have adapters, is a linear layer, but no head that is tied to a 4-bit table."""
+    """Whether a module, with or without adapters, is a linear layer. Heads tied to a 4-bit table do not count."""
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     return isinstance(base, (Linear4bit, torch.nn.Linear)) and not isinstance(base, TiedLinear4bit)
 
 
 def scaled_by(layer: Any) -> Weight4bit | None:
-    """The 4-bit weight that a linear layer has: after merge-aware training that with the adapter, else without one."""
+    """The 4-bit weight of a linear layer. After merge-aware training, it includes the adapter."""
     if isinstance(layer, Over4bit):
         return layer.trained_weight(layer.names_to_merge(None)) or layer.layer4bit.packed_weight(layer.parameter_name)
     return layer.weight4bit if isinstance(layer, Linear4bit) else None
