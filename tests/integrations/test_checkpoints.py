@@ -298,9 +298,9 @@ def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
                 assert torch.equal(found[name].float(), t.float())
 
 
-LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 5}
-QWEN3_MOE = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 32, "num_hidden_layers": 6}
-GPT_OSS = {"hidden_size": 1440, "intermediate_size": 1440, "num_local_experts": 24, "num_hidden_layers": 2}
+LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8}
+QWEN3_MOE = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 32, "num_hidden_layers": 8}
+GPT_OSS = {"hidden_size": 1440, "intermediate_size": 1440, "num_local_experts": 24, "num_hidden_layers": 3}
 LARGE: list[tuple[str, dict[str, int], str]] = [
     ("llama", LLAMA, "pack-quantized"),
     ("llama", LLAMA, "awq"),
@@ -318,7 +318,10 @@ LARGE: list[tuple[str, dict[str, int], str]] = [
 def test_loading_takes_the_memory_of_the_model(
     family: str, sizes: dict[str, int], kind: str, tmp_path: pathlib.Path
 ) -> None:
-    """At most a tenth more than the larger one of the file and the model, at any time."""
+    """At most a tenth more than the larger one of the file and the model, at any time.
+
+    A weight that is being read takes 4 to 7% of that, and the allocator keeps 2 to 4 MiB that are free.
+    """
     config = packed_models.CONFIGS[family]()
     packed_models.save_large(tmp_path / "small", config, kind)
     config.update(sizes)
