@@ -10,6 +10,7 @@
 #include "cpp/format/philox.h"
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -229,6 +230,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                               const __grid_constant__ CUtensorMap packed_map,
                               const __grid_constant__ DxSm90Args<typename Tile::T> p) {
   extern __shared__ uint8_t shared_memory[];
+  ptx::start_next_grid();
   const uint32_t shared = ptx::shared_address(shared_memory), base = Tile::base_address(shared);
   if (threadIdx.x == 0) tile::start_ring<Tile>(base, dy_map, packed_map);
   tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + (base + Tile::kTable - shared), p.code);

@@ -53,7 +53,8 @@ inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int
           .rank = rank};
 }
 
-// Launches a kernel in `clusters` clusters, with one CTA per split.
+// Launches a kernel in `clusters` clusters, with one CTA per split. With LoRA, the previous launch computes its
+// low-rank product, which is all that the kernel waits for.
 template <auto kKernel, class Tile, class Args>
 cudaError_t launch_clusters(int64_t clusters, const Config& c, const CUtensorMap& tokens, const CUtensorMap& packed,
                             const Args& args, const Context& context) {
@@ -63,8 +64,8 @@ cudaError_t launch_clusters(int64_t clusters, const Config& c, const CUtensorMap
   const cudaError_t error = ctas_per_sm<kKernel>(context.device, Tile::kThreads, Tile::kSharedBytes, &ctas);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(clusters * c.splits)), cluster(static_cast<unsigned>(c.splits));
-  return launch_cluster(kKernel, grid, cluster, Tile::kThreads, Tile::kSharedBytes, context.stream, tokens, packed,
-                        args);
+  return launch_cluster(kKernel, grid, cluster, Tile::kThreads, Tile::kSharedBytes, context.stream,
+                        args.plan.rank > 0 ? Start::kEarly : Start::kInOrder, tokens, packed, args);
 }
 
 }  // namespace qlora::cuda::sm90
