@@ -28,10 +28,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier, bool arrives) 
 }
 
 // Arrives, and makes the phase also wait for `bytes` of bulk copies.
-template <int kOffset>
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0 + %2], %1;" ::"r"(barrier), "r"(bytes), "n"(kOffset)
-               : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 // Waits until the phase of this parity is complete. Before the first phase, the phase of parity 1 counts as complete.

@@ -24,6 +24,8 @@
 
 namespace qlora::tile {
 
+inline constexpr int kSm90Line = 64;  // values
+
 template <class T_, int kTokens_, int kLines_, int kStagePackedBytes_, int kStageScaleBytes_>
 struct Sm90Layout {
   using T = T_;
@@ -31,6 +33,7 @@ struct Sm90Layout {
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kOutputs = 128;
   static constexpr int kLines = kLines_;  // lines of 64 values per token in a stage
+  static constexpr int kStageTerms = kLines * kSm90Line;
   static constexpr int kStages = 3;
   static constexpr int kProducers = 128, kConsumers = 256;  // threads
   static constexpr int kThreads = kProducers + kConsumers;

@@ -20,9 +20,13 @@ namespace qlora::tile {
 
 template <class T, int kTokens>
 struct LinearSm90Tile : Sm90Layout<T, kTokens, 2, 128 * 64, 128 * 2 * 4> {
-  static constexpr int kStageK = 2 * kSegment;
+  static constexpr int kStageK = LinearSm90Tile::kStageTerms;
+  static_assert(kStageK == 2 * kSegment);
   static constexpr int kPackedLine = kStageK / 2;
   static constexpr int kRows = LinearSm90Tile::kOutputs;
+
+  // Where the packed bytes of a stage begin: the byte in the row, and the row.
+  __device__ static int2 packed_box(int k, int row) { return {k / 2, row}; }
 };
 
 // The addresses from which a consumer lane reads.

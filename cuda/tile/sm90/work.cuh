@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/sm90/layout.cuh"
 
 namespace qlora::tile {
 
@@ -16,17 +17,17 @@ struct Sm90Plan {
   int64_t rank;  // LoRA's rank, 0 without LoRA
 };
 
-inline constexpr int kSm90Chunk = 64;  // ranks per line
-
 template <class Layout>
 struct Sm90Work {
-  static constexpr int kChunk = Layout::kLines * kSm90Chunk;  // ranks per stage
+  static constexpr int kChunk = Layout::kStageTerms;  // ranks per stage
 
   const Sm90Plan& plan;
+  int64_t tile0;  // the first tile
   int split, stage0, stages, chunks;
 
   __device__ __forceinline__ explicit Sm90Work(const Sm90Plan& p)
       : plan(p),
+        tile0(blockIdx.x / p.splits),
         split(static_cast<int>(blockIdx.x) % p.splits),
         stage0(split * p.stages_per_split),
         stages(min(p.stages - stage0, p.stages_per_split)),
@@ -36,9 +37,17 @@ struct Sm90Work {
   template <class Use>
   __device__ __forceinline__ void for_tiles(const Use& use) const {
     const int64_t step = gridDim.x / plan.splits;
-    for (int64_t tile = blockIdx.x / plan.splits; tile < plan.tiles; tile += step)
-      use(tile % plan.token_tiles * Layout::kTokens, tile / plan.token_tiles * Layout::kOutputs);
+    for (int64_t tile = tile0; tile < plan.tiles; tile += step) use(first_token(tile), first_output(tile));
   }
+  __device__ __forceinline__ int64_t first_token(int64_t tile) const {
+    return tile % plan.token_tiles * Layout::kTokens;
+  }
+  __device__ __forceinline__ int64_t first_output(int64_t tile) const {
+    return tile / plan.token_tiles * Layout::kOutputs;
+  }
+
+  // The number of stages that fit into the empty ring buffer.
+  __device__ __forceinline__ int first_stages() const { return min(stages, Layout::kStages); }
 
   // Calls use(slot, stage) for each stage. Producers and consumers go through the ring buffer's slots in rounds, and
   // all barriers of a round have one `parity`. If the last round is not full, pass(slot) hands on the remaining slots
