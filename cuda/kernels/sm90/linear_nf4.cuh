@@ -138,7 +138,7 @@ __device__ __forceinline__ bool lora_is_vector(const tile::LoraOperands<T>& lora
 
 template <class Tile, int kScaleBytes>
 __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
-                                        const tile::Sm90Copies<Tile>& copies, uint32_t base) {
+                                        tile::Sm90Copies<Tile>& copies, uint32_t base) {
   const float offset = tile::nested_offset(p.scales);
   const uint32_t lane_table = base + Tile::kTable + threadIdx.x % 32 * 4;
   const uint32_t scale_address = base + Tile::kScales + threadIdx.x * 8;
@@ -149,7 +149,7 @@ __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& 
     LinearSm90Scales<Tile, kScaleBytes> scales(p.scales, p.code.unfactor, n0 + threadIdx.x, p.n, p.k, work.stage0);
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
       ring.wait(slot);
-      if (ring.issues && stage >= started) copies.start(slot, work.stage0 + stage, token0, n0);
+      if (ring.issues && stage >= started) copies.start(slot, stage, token0, n0);
       scales.store_and_load(slot, lane_table, offset, scale_address + slot * Tile::kStageScaleBytes);
       ring.publish(slot);
     });
@@ -263,9 +263,9 @@ __device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& 
   });
 }
 
-// Grid: clusters of `splits` CTAs, at most as many as fit on the device and as there are tiles. The maps have boxes of
-// 64 x kTokens values of x (128-byte swizzle) and of 64 x 128 packed bytes (64-byte swizzle). Requires k % 64 == 0 and
-// a block size of at least 64.
+// Grid: clusters of splits · multicast CTAs, at most as many as fit on the device and as there are tiles or pairs. The
+// maps have boxes of 64 x kTokens / multicast values of x (128-byte swizzle) and of 64 x 128 packed bytes (64-byte
+// swizzle). Requires k % 64 == 0 and a block size of at least 64.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_sm90_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap packed_map,
@@ -273,14 +273,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   extern __shared__ uint8_t shared_memory[];
   const uint32_t base = Tile::base_address(ptx::shared_address(shared_memory));
   const tile::Sm90Work<Tile> work(p.plan);
-  const tile::Sm90Copies<Tile> copies{base, x_map, packed_map};
+  tile::Sm90Copies<Tile> copies(work, base, x_map, packed_map);
   if (threadIdx.x == 0) {
     tile::start_ring<Tile>(base, x_map, packed_map);
-    copies.start_early(work, work.first_stages());
+    copies.start_early(work.first_stages());
   }
   tile::fill_pair_table<typename Tile::T, Tile::kThreads>(base + Tile::kTable, p.code);
   tile::fill_lane_scale_values<Tile::kThreads>(p.scales, base + Tile::kScaleValues);
-  __syncthreads();
+  work.sync_begin();
   if (threadIdx.x >= Tile::kProducers) {
     ptx::take_registers<Tile::kConsumerRegisters>();
     consume<Tile>(p, work, base);

@@ -30,7 +30,7 @@ struct DxSm90Tile : Sm90Layout<T, kTokens, 1, 64 * 64, 2 * 64 * 4> {
   static constexpr int kGroupColumns = 64;  // columns that share a scale
 
   // Consumers exchange their dropout masks here: 8 bytes per consumer for every 128 tokens.
-  static constexpr int kMasks = DxSm90Tile::kBarriers + DxSm90Tile::kStages * 16;
+  static constexpr int kMasks = DxSm90Tile::kBarriers + DxSm90Tile::kStages * DxSm90Tile::kSlotBarriers;
   static constexpr int kMaskBytes = (kTokens + 127) / 128 * DxSm90Tile::kConsumers * 8;
   static_assert(kMasks % 8 == 0 && kMasks + kMaskBytes <= DxSm90Tile::kTable);
 

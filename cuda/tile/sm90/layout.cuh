@@ -24,7 +24,7 @@
 
 namespace qlora::tile {
 
-inline constexpr int kSm90Line = 64;  // values
+inline constexpr int kSm90Line = 64, kSm90LineBytes = 128;  // the values of a line, in 16 bits
 
 template <class T_, int kTokens_, int kLines_, int kStagePackedBytes_, int kStageScaleBytes_>
 struct Sm90Layout {
@@ -43,7 +43,7 @@ struct Sm90Layout {
   static_assert(kLaunchRegisters * kThreads == kProducerRegisters * kProducers + kConsumerRegisters * kConsumers);
 
   static constexpr int kLineBytes =
-      kTokens * 128;  // one line of all tokens: the part that one wgmma descriptor describes
+      kTokens * kSm90LineBytes;  // one line of all tokens: the part that one wgmma descriptor describes
   static constexpr int kStageTokenBytes = kLines * kLineBytes;
   static constexpr int kStagePackedBytes = kStagePackedBytes_;
   static constexpr int kStageScaleBytes = kStageScaleBytes_;
@@ -58,6 +58,7 @@ struct Sm90Layout {
   static constexpr int kScales = kPacked + kStages * kStagePackedBytes;
   static constexpr int kSums = kScales + kStages * kStageScaleBytes;
   static constexpr int kBarriers = kSums + kPartTokens * kSumStride * 4;
+  static constexpr int kSlotBarriers = 24;
   static constexpr int kTable = 61 * 1024;
   static constexpr int kScaleValues = kTable + kPairTableEntryBytes / 2;
   static constexpr int kTokenLines = kTable + kPairTableBytes;
@@ -65,21 +66,22 @@ struct Sm90Layout {
   static constexpr int kTableAlignment = 64 * 1024;
   // Enough, wherever within the first 3 KB of shared memory the CTA's own part begins.
   static constexpr int kSharedBytes = kTableAlignment - kTable + kEnd;
-  static_assert(kBarriers + kStages * 16 <= kTable && kTable % 1024 == 0 && kTokenLines % 1024 == 0);
+  static_assert(kBarriers + kStages * kSlotBarriers <= kTable && kTable % 1024 == 0 && kTokenLines % 1024 == 0);
 
   __device__ static constexpr uint32_t base_address(uint32_t shared) {
     return (shared + kTable + kTableAlignment - 1) / kTableAlignment * kTableAlignment - kTable;
   }
 
-  // The barriers of each stage: `full` (arrivals: the thread that starts the copies, and the producers' warps) and
-  // `empty` (the consumers' warps).
-  __device__ static constexpr int full(int slot) { return kBarriers + slot * 16; }
+  // The barriers of each stage: `full` (arrivals: the thread that starts the copies, and the producers' warps), `empty`
+  // (the consumers' warps), and `partner_empty` (the thread of the partner CTA that starts copies, see Sm90Copies).
+  __device__ static constexpr int full(int slot) { return kBarriers + slot * kSlotBarriers; }
   __device__ static constexpr int empty(int slot) { return full(slot) + 8; }
+  __device__ static constexpr int partner_empty(int slot) { return full(slot) + 16; }
   static constexpr int kFullArrivals = 1 + kProducers / 32, kEmptyArrivals = kConsumers / 32;
 
   // The offset of the pair (i, i + 1), i even, in a token's line.
   __device__ static constexpr int line_offset(int token, int i) {
-    return token * 128 + ((i / 8 ^ (token & 7)) * 16 + i % 8 * 2);
+    return token * kSm90LineBytes + ((i / 8 ^ (token & 7)) * 16 + i % 8 * 2);
   }
 };
 

@@ -19,6 +19,7 @@ __device__ __forceinline__ void start_ring(uint32_t base, const CUtensorMap& tok
   for (int slot = 0; slot < Layout::kStages; ++slot) {
     ptx::mbarrier_init(base + Layout::full(slot), Layout::kFullArrivals);
     ptx::mbarrier_init(base + Layout::empty(slot), Layout::kEmptyArrivals);
+    ptx::mbarrier_init(base + Layout::partner_empty(slot), 1);
   }
   ptx::mbarrier_init_fence();
 }
