@@ -77,12 +77,14 @@ template <class StageOf>
 constexpr Config fastest(int64_t m, int64_t outputs, int64_t stages, std::initializer_list<int64_t> tile_tokens,
                          const StageOf& stage_of, const Device& device, const Config& wish) {
   constexpr int64_t kTileCycles = 2500, kSplitCycles = 1000, kMulticastCycles = 1000;
-  constexpr int64_t kL2Bytes = 3200;  // per cycle: 5.6 TB/s at 1.755 GHz
+  constexpr int64_t kL2Bytes = 3200;         // per cycle: 5.6 TB/s at 1.755 GHz
+  constexpr int64_t kMulticastTokens = 128;  // smaller tiles hardly wait for L2
   Config best;
   int64_t fewest = std::numeric_limits<int64_t>::max();
   for (const int64_t tokens : tile_tokens) {
     for (int64_t multicast = 1; multicast <= kMostMulticast; ++multicast) {
       for (int64_t splits = 1; splits <= kMostSplits; ++splits) {
+        if (multicast > 1 && tokens < kMulticastTokens && wish.multicast == 0) continue;
         const Config c{.tokens = tokens, .splits = splits, .multicast = multicast};
         if (or_wish(wish.tokens, tokens) != tokens || or_wish(wish.splits, splits) != splits ||
             or_wish(wish.multicast, multicast) != multicast)
