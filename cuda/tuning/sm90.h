@@ -109,10 +109,10 @@ constexpr Config fastest(int64_t m, int64_t outputs, int64_t stages, std::initia
 }
 
 // A stage of the forward takes as long as its passes over shared memory: x is written once and read by both warpgroups,
-// packed bytes are written and read once, and pairs and scales are looked up. L2 serves x, and packed bytes and scale
-// codes of 128 rows.
+// packed bytes are written and read once, and scales and three quarters of the pairs are looked up. L2 serves x, and
+// packed bytes and scale codes of 128 rows.
 constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
-  const auto stage = [](int64_t tokens) { return Stage{6 * tokens + 540, tokens * 256, 128 * (64 + 2)}; };
+  const auto stage = [](int64_t tokens) { return Stage{6 * tokens + 476, tokens * 256, 128 * (64 + 2)}; };
   Config c = fastest(p.m, p.w.n, ceil_div(p.w.k, kForwardStageK), {64, 128}, stage, device, wish);
   c.rows = kOutputs;
   return c;

@@ -212,7 +212,7 @@ template <class Tile>
 __device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
                                         uint32_t base) {
   const int row = (threadIdx.x - Tile::kProducers) / 32 * 16 + threadIdx.x % 32 / 4;  // and row + 8
-  const tile::LinearSm90Lane<Tile> lane(base, row);
+  const tile::LinearSm90Lane<Tile> lane(base, row, p.code);
   const tile::Sm90Descriptors<Tile> x(base + Tile::kTokenLines);
   tile::Sm90Consumer<Tile> ring{base};
   const auto pass = [&](auto slot) { ring.pass(slot); };

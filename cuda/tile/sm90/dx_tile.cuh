@@ -25,7 +25,7 @@
 namespace qlora::tile {
 
 template <class T, int kTokens>
-struct DxSm90Tile : Sm90Layout<T, kTokens, 1, 64 * 64, 2 * 64 * 4> {
+struct DxSm90Tile : Sm90Layout<T, kTokens, 1, 64 * 64, 2 * 64 * 4, 88> {
   static constexpr int kStageRows = DxSm90Tile::kStageTerms;
   static constexpr int kGroupColumns = 64;  // columns that share a scale
 

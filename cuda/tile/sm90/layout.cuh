@@ -26,7 +26,7 @@ namespace qlora::tile {
 
 inline constexpr int kSm90Line = 64, kSm90LineBytes = 128;  // the values of a line, in 16 bits
 
-template <class T_, int kTokens_, int kLines_, int kStagePackedBytes_, int kStageScaleBytes_>
+template <class T_, int kTokens_, int kLines_, int kStagePackedBytes_, int kStageScaleBytes_, int kProducerRegisters_>
 struct Sm90Layout {
   using T = T_;
   static constexpr int kTokens = kTokens_;
@@ -39,8 +39,10 @@ struct Sm90Layout {
   static constexpr int kThreads = kProducers + kConsumers;
   // The CTA starts with kLaunchRegisters per thread, which bench/cuda_static.py compares with what ptxas allocates.
   // setmaxnreg redistributes them. With a smaller pool, the consumers would wait for registers forever.
-  static constexpr int kLaunchRegisters = 168, kProducerRegisters = 88, kConsumerRegisters = 208;
-  static_assert(kLaunchRegisters * kThreads == kProducerRegisters * kProducers + kConsumerRegisters * kConsumers);
+  static constexpr int kLaunchRegisters = 168, kProducerRegisters = kProducerRegisters_;
+  static constexpr int kConsumerRegisters =
+      (kLaunchRegisters * kThreads - kProducerRegisters * kProducers) / kConsumers;
+  static_assert(kProducerRegisters % 8 == 0 && kConsumerRegisters % 8 == 0 && kConsumerRegisters <= 255);
 
   static constexpr int kLineBytes =
       kTokens * kSm90LineBytes;  // one line of all tokens: the part that one wgmma descriptor describes
