@@ -32,9 +32,9 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at the barrier at the same place in the cluster's CTA `rank`. This tells that thread that asynchronous
-// operations which this thread has seen complete are done with memory. It does not publish ordinary writes to the other
-// CTA: that would take the scope .cluster, which costs a fence of the whole device.
+// Arrives at the barrier at the same place in the cluster's CTA `rank`. It tells the other CTA that wgmma and bulk
+// copies which this CTA has seen complete no longer use its shared memory. It does not make this thread's ordinary
+// writes visible there: that takes .release.cluster, which ptxas implements as a fence for the whole device.
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"

@@ -34,9 +34,9 @@ constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
 
 // Up to kFewestTokens - 1 tokens, the tiles on mma.sync decode each weight only once, too. Up to kMostTokens, these
 // kernels are ahead, also of the library; kCrossovers (library.h) only counts for problems that they do not accept. By
-// the model below, a token costs 1.1 times as much as in a GEMM at 0.75 of the data sheet's rate: 204 us against 185 at
-// 4096 x 4096 and 4096 tokens. But the library also needs 5 to 14 us for its decode and, with LoRA, about 25 us for its
-// float32 sums, so the model has no upper limit. bench/cuda_crossover.py measures it on a card.
+// the model below, a token costs 1.05 times as much as in a GEMM at 0.75 of the data sheet's rate: 194 us against 185
+// at 4096 x 4096 and 4096 tokens. But the library also needs 5 to 14 us for its decode and, with LoRA, about 25 us for
+// its float32 sums, so the model has no upper limit. bench/cuda_crossover.py measures it on a card.
 inline constexpr int64_t kFewestTokens = 33;
 inline constexpr int64_t kMostTokens = std::numeric_limits<int64_t>::max();
 
@@ -70,13 +70,14 @@ struct Stage {
 
 // Chooses the tile, the splits and the multicast with the fewest cycles by a model of an H100, not a measurement. A
 // stage takes as long as its SM needs, or L2 to serve the stages of all SMs. Each tile also takes time to start and to
-// store, adding up splits costs two exchanges, and partners wait for each other when they begin. The CTAs of a cluster
+// store, adding up splits costs two exchanges, and with multicast, partners wait for each other when they
+// begin and do not share their first stages. The CTAs of a cluster
 // split the sum in whole stages, and tiles run in waves of as many clusters as the device holds. Only configurations
 // that match `wish` are considered. If there are none, the result has no tokens.
 template <class StageOf>
 constexpr Config fastest(int64_t m, int64_t outputs, int64_t stages, std::initializer_list<int64_t> tile_tokens,
                          const StageOf& stage_of, const Device& device, const Config& wish) {
-  constexpr int64_t kTileCycles = 2500, kSplitCycles = 1000, kMulticastCycles = 1000;
+  constexpr int64_t kTileCycles = 2500, kSplitCycles = 1000, kMulticastCycles = 1500;
   constexpr int64_t kL2Bytes = 3200;         // per cycle: 5.6 TB/s at 1.755 GHz
   constexpr int64_t kMulticastTokens = 128;  // smaller tiles hardly wait for L2
   Config best;

@@ -55,7 +55,8 @@ __device__ __forceinline__ void finish_part(const Sm90Work<Layout>& work, int64_
 }
 
 // Call from all consumers. With splits, the producers must call attend_finish, because all threads of the cluster take
-// part in its barriers.
+// part in its barriers. The second barrier of a part only protects the sums from being overwritten, but has to release
+// as well: with barrier.cluster.arrive.relaxed, PTX orders no earlier access, not even a read.
 template <class Layout, int kOutputStep>
 __device__ __forceinline__ void finish_tile(const Sm90Work<Layout>& work, const Sm90Sums<Layout>& acc, int output,
                                             const LinearOutput<typename Layout::T>& out, int64_t token0, int64_t m,

@@ -14,6 +14,7 @@
 
 namespace qlora::tile {
 
+// Counts of tiles are int because an output of 2^31 tiles would not fit any memory.
 struct Sm90Plan {
   int token_tiles, tiles;  // tiles along the tokens, and in total; with pairs, pairs in total
   int clusters;            // in the grid
