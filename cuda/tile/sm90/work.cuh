@@ -82,6 +82,7 @@ struct Sm90Work {
 
   // Waits until all threads of the CTA, and those of a partner, have come here.
   __device__ __forceinline__ void sync_begin() const {
+    __syncwarp();  // the cluster's barrier needs the whole warp at once
     if (plan.multicast > 1)
       ptx::cluster_sync();
     else
