@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 SPLITS = (1, 2, 3, 4, 6, 8)
+MULTICAST = (1, 2)  # of sm90
 TILES = {  # operator -> kernel -> its parameter of tiles, with the values to try
     "linear_nf4": {
         "few_tokens": ("tokens", (4, 8, 16)),
@@ -31,8 +32,10 @@ BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
 WITHIN = {  # kernel, operator and parameter -> what chooses it
     ("sm90", "linear_nf4", "tokens"): ("kTileCycles", SM90),
     ("sm90", "linear_nf4", "splits"): ("kSplitCycles", SM90),
+    ("sm90", "linear_nf4", "multicast"): ("kMulticastCycles", SM90),
     ("sm90", "linear_nf4_dx", "tokens"): ("kTileCycles", SM90),
     ("sm90", "linear_nf4_dx", "splits"): ("kSplitCycles", SM90),
+    ("sm90", "linear_nf4_dx", "multicast"): ("kMulticastCycles", SM90),
     ("few_tokens", "linear_nf4", "tokens"): ("few_tokens_config", SM80),
     ("few_tokens", "linear_nf4", "splits"): ("forward_splits", SM80),
     ("tensor_cores", "linear_nf4", "tokens"): ("forward_tokens", SM80),
@@ -49,7 +52,10 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
 def candidates(operator: str) -> Iterator[str]:
     """Values of QLORA_CUDA_KERNEL to try. A card or a problem may refuse some of them, with a ValueError."""
     for kernel, (tile, values) in TILES[operator].items():
-        yield from (f"{kernel}:{tile}={value},splits={splits}" for value in values for splits in SPLITS)
+        ends = [f",multicast={ctas}" for ctas in MULTICAST] if kernel == "sm90" else [""]
+        yield from (
+            f"{kernel}:{tile}={value},splits={splits}{end}" for value in values for splits in SPLITS for end in ends
+        )
     if operator != "linear_nf4_dlora":
         yield from ("library", *(f"library:panel={panel}" for panel in PANELS))
 

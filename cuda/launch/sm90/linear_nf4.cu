@@ -14,7 +14,7 @@ cudaError_t launch_tile(const LinearProblem& p, const Config& c, const void* h, 
   static_assert(Tile::kStageK == kForwardStageK);
   using T = typename Tile::T;
   CUtensorMap x, packed;
-  cudaError_t error = make_token_map<Tile>(p.x, p.m, p.w.k, &x);
+  cudaError_t error = make_token_map<Tile>(c, p.x, p.m, p.w.k, &x);
   if (error == cudaSuccess) error = make_packed_map(p.w, Tile::kRows, &packed);
   if (error != cudaSuccess) return error;
   const kernels::LinearSm90Args<T> args{
@@ -25,9 +25,8 @@ cudaError_t launch_tile(const LinearProblem& p, const Config& c, const void* h, 
       .k = p.w.k,
       .lora = {static_cast<const T*>(h), static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
       .out = {static_cast<T*>(p.y), static_cast<const T*>(p.bias), nullptr, nullptr},
-      .plan = make_plan(c, p.m, p.w.n, ceil_div(p.w.k, Tile::kStageK), p.lora.rank)};
-  return launch_clusters<kernels::linear_nf4_sm90_kernel<Tile>, Tile>(clusters(p.m, p.w.n, c, context.device), c, x,
-                                                                      packed, args, context);
+      .plan = make_plan(c, p.m, p.w.n, ceil_div(p.w.k, Tile::kStageK), p.lora.rank, context.device)};
+  return launch_clusters<kernels::linear_nf4_sm90_kernel<Tile>, Tile>(c, x, packed, args, context);
 }
 
 }  // namespace
