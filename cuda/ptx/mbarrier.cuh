@@ -28,10 +28,19 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier, bool arrives) 
 }
 
 // Arrives, and makes the phase also wait for `bytes` of bulk copies.
-template <int kOffset>
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0 + %2], %1;" ::"r"(barrier), "r"(bytes), "n"(kOffset)
-               : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives at the barrier at the same place in the cluster's CTA `rank`. This tells that thread that asynchronous
+// operations which this thread has seen complete are done with memory. It does not publish ordinary writes to the other
+// CTA: that would take the scope .cluster, which costs a fence of the whole device.
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
 }
 
 // Waits until the phase of this parity is complete. Before the first phase, the phase of parity 1 counts as complete.

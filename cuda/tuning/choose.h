@@ -24,7 +24,7 @@ namespace qlora::cuda {
 
 // The parts of a configuration that QLORA_CUDA_KERNEL may set (forced.h).
 struct Options {
-  int64_t tokens[4] = {}, ranks[3] = {};  // the values that the kernel was compiled for
+  int64_t tokens[4] = {}, ranks[3] = {}, multicast[2] = {};  // the values that the kernel was compiled for
   bool splits = false, panel = false;
 };
 
@@ -44,7 +44,11 @@ struct Kernels;
 template <>
 struct Kernels<LinearProblem> {
   static constexpr KernelRow<LinearProblem> kRows[] = {
-      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128}, .splits = true}},
+      {Kernel::kSm90,
+       sm90::accepts,
+       sm90::is_ahead,
+       sm90::config,
+       {.tokens = {64, 128}, .multicast = {1, 2}, .splits = true}},
       {Kernel::kLibrary, library::accepts, library::is_ahead, library::config, {.panel = true}},
       {Kernel::kFewTokens,
        sm80::few_tokens_accepts,
@@ -60,7 +64,11 @@ struct Kernels<LinearProblem> {
 template <>
 struct Kernels<LinearDxProblem> {
   static constexpr KernelRow<LinearDxProblem> kRows[] = {
-      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128, 256}, .splits = true}},
+      {Kernel::kSm90,
+       sm90::accepts,
+       sm90::is_ahead,
+       sm90::config,
+       {.tokens = {64, 128, 256}, .multicast = {1, 2}, .splits = true}},
       {Kernel::kLibrary, library::accepts, library::is_ahead, library::config, {.panel = true}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}, .splits = true}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {.splits = true}},

@@ -49,14 +49,14 @@ constexpr Config config(const Grouped<LinearProblem>& p, const Device& device, c
   const Weight& w = p.stack.w;
   const int64_t tokens = expert_tokens(
       p, w.n, ceil_div(w.k, kForwardStageK), {64, 128}, [](int64_t tile) { return 6 * tile + 540; }, device);
-  return {.tokens = or_wish(wish.tokens, tokens), .rows = kOutputs, .splits = 1};
+  return {.tokens = or_wish(wish.tokens, tokens), .rows = kOutputs, .splits = 1, .multicast = 1};
 }
 
 constexpr Config config(const Grouped<LinearDxProblem>& p, const Device& device, const Config& wish) {
   const Weight& w = p.stack.w;
   const int64_t tokens = expert_tokens(
       p, w.k, ceil_div(w.n, kDxStageRows), {64, 128, 256}, [](int64_t tile) { return 3 * tile + 440; }, device);
-  return {.tokens = or_wish(wish.tokens, tokens), .columns = kOutputs, .splits = 1};
+  return {.tokens = or_wish(wish.tokens, tokens), .columns = kOutputs, .splits = 1, .multicast = 1};
 }
 
 }  // namespace qlora::cuda::sm90

@@ -89,8 +89,8 @@ int main() {
             std::printf("%s[\"%s\", [", comma, what);
             for (const int& fit : hopper.resident_clusters)
               std::printf("%d%s", fit, &fit == &hopper.resident_clusters.back() ? "" : ", ");
-            std::printf("], %d, %d, %ld, %ld, %ld, %ld, %ld]", m, outputs, long(stages), long(c.tokens), long(c.splits),
-                        long(ceil_div(stages, c.splits)), long(sm90::clusters(m, outputs, c, hopper)));
+            std::printf("], %d, %d, %ld, %ld, %ld, %ld, %ld, %ld]", m, outputs, long(stages), long(c.tokens), long(c.splits),
+                        long(ceil_div(stages, c.splits)), long(sm90::clusters(m, outputs, c, hopper)), long(c.multicast));
             comma = ", ";
           };
           LinearProblem forward;

@@ -23,13 +23,13 @@ CHOICES = {
     (FORWARD, "bfloat16", 17, 4096, 4096, 64, 0): "tensor_cores tokens=32 rows=128",
     (FORWARD, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 rows=128",
-        "sm90 tokens=64 rows=128 splits=3",
+        "sm90 tokens=64 rows=128 splits=3 multicast=1",
         "library panel=4096",
         "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 0): (
         "library panel=1024",
-        "sm90 tokens=128 rows=128 splits=1",
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "library panel=2048",
         "tensor_cores tokens=32 rows=128",
     ),
@@ -55,13 +55,13 @@ CHOICES = {
     (DX, "bfloat16", 1, 4096, 4096, 64, 0): "tensor_cores tokens=8 columns=256",
     (DX, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 columns=256",
-        "sm90 tokens=64 columns=128 splits=3",
+        "sm90 tokens=64 columns=128 splits=3 multicast=1",
         "library panel=4096",
         "tensor_cores tokens=64 columns=256",
     ),
     (DX, "bfloat16", 4096, 4096, 4096, 64, 0): (
         "library panel=1024",
-        "sm90 tokens=256 columns=128 splits=1",
+        "sm90 tokens=256 columns=128 splits=1 multicast=2",
         "library panel=2048",
         "tensor_cores tokens=64 columns=256",
     ),
@@ -76,7 +76,7 @@ CHOICES = {
     (FORWARD, "bfloat16", 64, 4096, 4096, 64, 64): "tensor_cores tokens=8 rows=128",
     (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 8): (
         "tensor_cores tokens=64 rows=128",
-        "sm90 tokens=128 rows=128 splits=1",
+        "sm90 tokens=128 rows=128 splits=1 multicast=1",
         "tensor_cores tokens=64 rows=128",
         "tensor_cores tokens=32 rows=128",
     ),
@@ -85,7 +85,7 @@ CHOICES = {
     (DX, "bfloat16", 64, 4096, 4096, 64, 8): "tensor_cores tokens=16 columns=256",
     (DX, "bfloat16", 4096, 4096, 4096, 64, 8): (
         "tensor_cores tokens=64 columns=256",
-        "sm90 tokens=256 columns=128 splits=1",
+        "sm90 tokens=256 columns=128 splits=1 multicast=1",
         "tensor_cores tokens=64 columns=256",
         "tensor_cores tokens=64 columns=256",
     ),
@@ -95,16 +95,18 @@ CHOICES = {
 # (card, operator, m, k, experts, what QLORA_CUDA_KERNEL says) -> the choice, of bfloat16.
 FORCED = {
     ("sm90", FORWARD, 64, 4096, 0, "tensor_cores"): "tensor_cores tokens=64 rows=128",
-    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=128,splits=2"): "sm90 tokens=128 rows=128 splits=2",
-    ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=3"): "sm90 tokens=64 rows=128 splits=3",
-    ("sm90", FORWARD, 3, 4096, 0, "sm90"): "sm90 tokens=64 rows=128 splits=3",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=128,splits=2"): "sm90 tokens=128 rows=128 splits=2 multicast=1",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=3"): "sm90 tokens=64 rows=128 splits=3 multicast=1",
+    ("sm90", FORWARD, 512, 4096, 0, "sm90:multicast=1"): "sm90 tokens=128 rows=128 splits=1 multicast=1",
+    ("sm90", DX, 64, 4096, 0, "sm90:splits=4,multicast=2"): "sm90 tokens=64 columns=128 splits=4 multicast=2",
+    ("sm90", FORWARD, 3, 4096, 0, "sm90"): "sm90 tokens=64 rows=128 splits=3 multicast=1",
     ("sm90", FORWARD, 3, 4096, 0, "few_tokens:tokens=16"): "few_tokens tokens=16 rows=128",
     ("sm90", FORWARD, 3, 4096, 0, "ragged:tokens=64"): "ragged tokens=64 rows=64",
     ("sm80", FORWARD, 3, 4096, 0, "library:panel=512"): "library panel=512",
     ("sm80", DX, 3, 4096, 0, "tensor_cores:tokens=32,splits=5"): "tensor_cores tokens=32 columns=256 splits=5",
     ("sm80", DLORA, 3, 4096, 0, "ragged:ranks=64"): "ragged ranks=64 columns=64",
     ("sm80", FORWARD, 3, 4096, 8, "tensor_cores:tokens=16"): "tensor_cores tokens=16 rows=128",
-    ("sm90", FORWARD, 3, 4096, 8, "sm90:tokens=128"): "sm90 tokens=128 rows=128 splits=1",
+    ("sm90", FORWARD, 3, 4096, 8, "sm90:tokens=128"): "sm90 tokens=128 rows=128 splits=1 multicast=1",
 }
 
 NAMES = "few_tokens, tensor_cores, sm90, ragged, exact or library"
@@ -121,9 +123,11 @@ REFUSED = {
     ("sm90", DLORA, 64, 4096, 0, "library"): "library does not take linear_nf4_dlora of m=64",
     ("sm80", FORWARD, 64, 4096, 8, "sm90"): "sm90 does not take linear_nf4 of experts=8 m=64",
     ("sm90", FORWARD, 64, 4096, 8, "sm90:splits=2"): "with the key tokens, got splits=2",
-    ("sm90", FORWARD, 64, 4096, 0, "sm90:"): "expected KEY=NUMBER after sm90:, with the key tokens or splits, got ",
-    ("sm90", FORWARD, 64, 4096, 0, "sm90:rows=128"): "with the key tokens or splits, got rows=128",
-    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens"): "with the key tokens or splits, got tokens",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:"): (
+        "expected KEY=NUMBER after sm90:, with the key tokens, splits or multicast, got "
+    ),
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:rows=128"): "with the key tokens, splits or multicast, got rows=128",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens"): "with the key tokens, splits or multicast, got tokens",
     ("sm90", FORWARD, 64, 4096, 8, "exact:tokens=4"): "exact does not take",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=x"): "expected tokens=NUMBER, from 1 to 2147483647, got tokens=x",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=0"): "expected splits=NUMBER, from 1 to 2147483647, got splits=0",
@@ -131,6 +135,8 @@ REFUSED = {
     ("sm90", DX, 64, 4096, 0, "ragged:splits=2147483648"): "from 1 to 2147483647, got splits=2147483648",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64 or 128 of sm90 for linear_nf4, got 32",
     ("sm90", DX, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64, 128 or 256 of sm90 for linear_nf4_dx, got 32",
+    ("sm90", DX, 64, 4096, 0, "sm90:multicast=3"): "expected multicast=1 or 2 of sm90 for linear_nf4_dx, got 3",
+    ("sm90", DX, 64, 4096, 0, "sm90:splits=5,multicast=2"): "sm90 cannot run linear_nf4_dx of m=64",
     ("sm90", FORWARD, 64, 128, 0, "sm90:splits=2"): "sm90 cannot run linear_nf4 of m=64 n=4096 k=128",
     ("sm90", FORWARD, 9, 4096, 0, "few_tokens:tokens=8"): "with tokens=8: expected tokens=16",
     ("sm120", FORWARD, 64, 4096, 0, "tensor_cores:tokens=64"): "with tokens=64: expected tokens=32",

@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   } else {
     ptx::give_registers<Tile::kProducerRegisters>();
     tile::Sm90ExpertWork<Tile, Args, true> work(p, slots, p.stack.n, base);
-    tile::with_scale_bytes(p.stack.scales,
-                           [&](auto bytes) { produce<Tile, bytes>(p.stack, work, x_map, packed_map, base); });
+    tile::Sm90Copies<Tile> copies(work, base, x_map, packed_map);
+    tile::with_scale_bytes(p.stack.scales, [&](auto bytes) { produce<Tile, bytes>(p.stack, work, copies, 0, base); });
   }
 }
 

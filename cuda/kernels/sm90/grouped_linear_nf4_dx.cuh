@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   } else {
     ptx::give_registers<Tile::kProducerRegisters>();
     tile::Sm90ExpertWork<Tile, Args, true> work(p, slots, p.stack.k, base);
-    produce_dx<Tile>(p.stack, work, dy_map, packed_map, base);
+    tile::Sm90Copies<Tile> copies(work, base, dy_map, packed_map);
+    produce_dx<Tile>(p.stack, work, copies, 0, base);
   }
 }
 

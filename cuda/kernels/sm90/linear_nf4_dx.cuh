@@ -12,9 +12,9 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/sm90/copies.cuh"
 #include "cuda/tile/sm90/dx_tile.cuh"
 #include "cuda/tile/sm90/operand.cuh"
 #include "cuda/tile/sm90/roles.cuh"
@@ -44,7 +44,7 @@ class DxSm90Scales {
                                           int64_t k)
       : view_(view),
         element_(row * k + column),
-        step_(Tile::kStageRows * k),
+        k_(k),
         end_(column < k ? n * k : 0),
         last_(view.scales.table != nullptr && column < k ? (n - 1) * k + column : -1) {
 #pragma unroll
@@ -63,18 +63,19 @@ class DxSm90Scales {
   __device__ __forceinline__ void load(int slot) {
     const int64_t element = element_ < end_ ? element_ : last_;
     raw_[slot] = element >= 0 ? tile::load_scale(view_, element >> view_.block_shift) : tile::RawScale{};
-    element_ += step_;
+    element_ += Tile::kStageRows * k_;
   }
 
   const tile::ScaleView& view_;
-  int64_t element_, step_, end_;
+  int64_t element_, k_, end_;
   int64_t last_;  // what rows that do not exist read, or -1: the values of a table may be NaN
   tile::RawScale raw_[Tile::kStages];
 };
 
+// `started`: the stages of the first tile whose copies have been started.
 template <class Tile, class Work>
 __device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& all, Work& work,
-                                           const CUtensorMap& dy_map, const CUtensorMap& packed_map, uint32_t base) {
+                                           tile::Sm90Copies<Tile>& copies, int started, uint32_t base) {
   const uint32_t lane_table = base + Tile::kTable + threadIdx.x % 32 * 4;
   const int stage_row = threadIdx.x % Tile::kStageRows, group = threadIdx.x / Tile::kStageRows;
   tile::Sm90Producer<Tile> ring{base};
@@ -84,7 +85,6 @@ __device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& a
     const float offset = tile::nested_offset(view);
     DxSm90Scales<Tile> scales(view, int64_t{work.stage0} * Tile::kStageRows + stage_row,
                               column0 + group * Tile::kGroupColumns, all.n, all.k);
-    const auto token = static_cast<int32_t>(token0), column_byte = static_cast<int32_t>(column0 / 2);
     work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
       ring.wait(slot);
       ring.arrive_without_copies(slot);
@@ -99,18 +99,12 @@ __device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& a
     });
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
       ring.wait(slot);
-      if (ring.issues) {
-        const int row = (work.stage0 + stage) * Tile::kStageRows;
-        const uint32_t full = base + Tile::full(slot);
-        ptx::mbarrier_arrive_expect<Tile::full(slot)>(base, Tile::kStageTokenBytes + Tile::kStagePackedBytes);
-        ptx::tma_load_2d(base + Tile::kPacked + slot * Tile::kStagePackedBytes, packed_map, full, column_byte,
-                         row + work.first_row(all.n));
-        ptx::tma_load_2d(base + Tile::kTokenLines + slot * Tile::kStageTokenBytes, dy_map, full, row, token);
-      }
+      if (ring.issues && stage >= started) copies.start(slot, stage, token0, column0, work.first_row(all.n));
       scales.store_and_load(slot, lane_table, offset,
                             base + Tile::kScales + slot * Tile::kStageScaleBytes + threadIdx.x * 4);
       ring.publish(slot);
     });
+    started = 0;
     tile::attend_finish(work);
   });
 }
@@ -223,9 +217,9 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& a
   });
 }
 
-// Grid: clusters of `splits` CTAs, at most as many as fit on the device and as there are tiles. The maps have boxes of
-// 64 x kTokens values of dy (128-byte swizzle) and of 64 x 64 packed bytes (64-byte swizzle). Requires k % 64 == 0, a
-// block size of at least 64, and lora_a aligned to 4 bytes.
+// Grid: clusters of splits · multicast CTAs, at most as many as fit on the device and as there are tiles or pairs. The
+// maps have boxes of 64 x kTokens / multicast values of dy (128-byte swizzle) and of 64 x 64 packed bytes (64-byte
+// swizzle). Requires k % 64 == 0, a block size of at least 64, and lora_a aligned to 4 bytes.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_dx_sm90_kernel(const __grid_constant__ CUtensorMap dy_map,
@@ -233,17 +227,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                               const __grid_constant__ DxSm90Args<typename Tile::T> p) {
   extern __shared__ uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory), base = Tile::base_address(shared);
-  if (threadIdx.x == 0) tile::start_ring<Tile>(base, dy_map, packed_map);
+  const tile::Sm90Work<Tile> work(p.plan);
+  tile::Sm90Copies<Tile> copies(work, base, dy_map, packed_map);
+  // Chunks of ranks come first, and would take the slots of stages that were started early.
+  const int early = work.split < work.chunks ? 0 : work.first_stages();
+  if (threadIdx.x == 0) {
+    tile::start_ring<Tile>(base, dy_map, packed_map);
+    copies.start_early(early);
+  }
   tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + (base + Tile::kTable - shared), p.code);
   tile::fill_lane_scale_values<Tile::kThreads>(p.scales, base + Tile::kScaleValues);
-  __syncthreads();
-  const tile::Sm90Work<Tile> work(p.plan);
+  work.sync_begin();
   if (threadIdx.x >= Tile::kProducers) {
     ptx::take_registers<Tile::kConsumerRegisters>();
     consume_dx<Tile>(p, work, base);
   } else {
     ptx::give_registers<Tile::kProducerRegisters>();
-    produce_dx<Tile>(p, work, dy_map, packed_map, base);
+    produce_dx<Tile>(p, work, copies, early, base);
   }
 }
 

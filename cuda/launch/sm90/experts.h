@@ -18,16 +18,15 @@ cudaError_t make_packed_map(const Grouped<Problem>& problem, int box_rows, CUten
   return make_packed_map(all, box_rows, map);
 }
 
-// `args`: of the first expert's weight and all tokens, with the plan of a single weight. Only the device knows how many
-// tiles there are.
+// `args`: of the first expert's weight and all tokens. Only the device knows how many tiles there are.
 template <auto kKernel, class Tile, class Args, class Problem>
 cudaError_t launch_experts(const Grouped<Problem>& problem, const Config& c, int64_t outputs, const CUtensorMap& tokens,
                            const CUtensorMap& packed, const Args& args, const Context& context) {
   const int64_t most = tile::most_group_tiles(problem.stack.m, problem.experts, c.tokens) * ceil_div(outputs, kOutputs);
-  const kernels::GroupedSm90Args<Args> grouped{
+  kernels::GroupedSm90Args<Args> grouped{
       args, {problem.offsets, problem.experts, problem.stack.m}, weight_stride(problem.stack.w)};
-  return launch_clusters<kKernel, Tile>(std::min<int64_t>(context.device.sm_count, most), c, tokens, packed, grouped,
-                                        context);
+  grouped.stack.plan.clusters = static_cast<int>(std::min<int64_t>(context.device.sm_count, most));
+  return launch_clusters<kKernel, Tile>(grouped.stack.plan, c, tokens, packed, grouped, context);
 }
 
 }  // namespace qlora::cuda::sm90

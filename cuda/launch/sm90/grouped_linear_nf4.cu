@@ -13,11 +13,11 @@ template <class Tile>
 cudaError_t launch_tile(const Grouped<LinearProblem>& problem, const Config& c, const void* h, const Context& context) {
   const LinearProblem& p = problem.stack;
   CUtensorMap x, packed;
-  cudaError_t error = make_token_map<Tile>(p.x, p.m, p.w.k, &x);
+  cudaError_t error = make_token_map<Tile>(c, p.x, p.m, p.w.k, &x);
   if (error == cudaSuccess) error = make_packed_map(problem, Tile::kRows, &packed);
   if (error != cudaSuccess) return error;
-  return launch_experts<kernels::grouped_linear_nf4_sm90_kernel<Tile>, Tile>(problem, c, p.w.n, x, packed,
-                                                                             make_args<Tile>(p, c, h), context);
+  return launch_experts<kernels::grouped_linear_nf4_sm90_kernel<Tile>, Tile>(
+      problem, c, p.w.n, x, packed, make_args<Tile>(p, c, h, context.device), context);
 }
 
 }  // namespace

@@ -14,11 +14,11 @@ cudaError_t launch_tile(const Grouped<LinearDxProblem>& problem, const Config& c
                         const Context& context) {
   const LinearDxProblem& p = problem.stack;
   CUtensorMap dy, packed;
-  cudaError_t error = make_token_map<Tile>(p.dy, p.m, p.w.n, &dy);
+  cudaError_t error = make_token_map<Tile>(c, p.dy, p.m, p.w.n, &dy);
   if (error == cudaSuccess) error = make_packed_map(problem, Tile::kStageRows, &packed);
   if (error != cudaSuccess) return error;
-  return launch_experts<kernels::grouped_linear_nf4_dx_sm90_kernel<Tile>, Tile>(problem, c, p.w.k, dy, packed,
-                                                                                make_args<Tile>(p, c, g), context);
+  return launch_experts<kernels::grouped_linear_nf4_dx_sm90_kernel<Tile>, Tile>(
+      problem, c, p.w.k, dy, packed, make_args<Tile>(p, c, g, context.device), context);
 }
 
 }  // namespace

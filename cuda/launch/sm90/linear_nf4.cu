@@ -13,12 +13,11 @@ namespace {
 template <class Tile>
 cudaError_t launch_tile(const LinearProblem& p, const Config& c, const void* h, const Context& context) {
   CUtensorMap x, packed;
-  cudaError_t error = make_token_map<Tile>(p.x, p.m, p.w.k, &x);
+  cudaError_t error = make_token_map<Tile>(c, p.x, p.m, p.w.k, &x);
   if (error == cudaSuccess) error = make_packed_map(p.w, Tile::kRows, &packed);
   if (error != cudaSuccess) return error;
-  const auto args = make_args<Tile>(p, c, h);
-  return launch_clusters<kernels::linear_nf4_sm90_kernel<Tile>, Tile>(clusters(p.m, p.w.n, c, context.device), c, x,
-                                                                      packed, args, context);
+  const auto args = make_args<Tile>(p, c, h, context.device);
+  return launch_clusters<kernels::linear_nf4_sm90_kernel<Tile>, Tile>(args.plan, c, x, packed, args, context);
 }
 
 }  // namespace

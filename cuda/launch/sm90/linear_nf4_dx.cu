@@ -13,12 +13,11 @@ namespace {
 template <class Tile>
 cudaError_t launch_tile(const LinearDxProblem& p, const Config& c, const void* g, const Context& context) {
   CUtensorMap dy, packed;
-  cudaError_t error = make_token_map<Tile>(p.dy, p.m, p.w.n, &dy);
+  cudaError_t error = make_token_map<Tile>(c, p.dy, p.m, p.w.n, &dy);
   if (error == cudaSuccess) error = make_packed_map(p.w, Tile::kStageRows, &packed);
   if (error != cudaSuccess) return error;
-  const auto args = make_args<Tile>(p, c, g);
-  return launch_clusters<kernels::linear_nf4_dx_sm90_kernel<Tile>, Tile>(clusters(p.m, p.w.k, c, context.device), c, dy,
-                                                                         packed, args, context);
+  const auto args = make_args<Tile>(p, c, g, context.device);
+  return launch_clusters<kernels::linear_nf4_dx_sm90_kernel<Tile>, Tile>(args.plan, c, dy, packed, args, context);
 }
 
 }  // namespace

@@ -69,7 +69,11 @@ class Sm90ExpertWork : public Sm90Work<Layout> {
  public:
   // `outputs`: per token.
   __device__ __forceinline__ Sm90ExpertWork(const Args& p, Sm90TileSlots& slots, int64_t outputs, uint32_t base)
-      : Sm90Work<Layout>(p.stack.plan, 0), p_(p), slots_(ptx::shared_address(&slots)), outputs_(outputs), base_(base) {}
+      : Sm90Work<Layout>(p.stack.plan, 0, 0),
+        p_(p),
+        slots_(ptx::shared_address(&slots)),
+        outputs_(outputs),
+        base_(base) {}
 
   // The arguments and the scales of the current tile's expert. They are computed at each use, too.
   __device__ __forceinline__ auto args_of(const typename Args::Stack&) const { return expert_args(p_, tile()); }

@@ -24,23 +24,28 @@
 
 namespace qlora::tile {
 
-template <class T_, int kTokens_, int kLines_, int kStagePackedBytes_, int kStageScaleBytes_>
+inline constexpr int kSm90Line = 64, kSm90LineBytes = 128;  // the values of a line, in 16 bits
+
+template <class T_, int kTokens_, int kLines_, int kStagePackedBytes_, int kStageScaleBytes_, int kProducerRegisters_>
 struct Sm90Layout {
   using T = T_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kOutputs = 128;
   static constexpr int kLines = kLines_;  // lines of 64 values per token in a stage
+  static constexpr int kStageTerms = kLines * kSm90Line;
   static constexpr int kStages = 3;
   static constexpr int kProducers = 128, kConsumers = 256;  // threads
   static constexpr int kThreads = kProducers + kConsumers;
   // The CTA starts with kLaunchRegisters per thread, which bench/cuda_static.py compares with what ptxas allocates.
   // setmaxnreg redistributes them. With a smaller pool, the consumers would wait for registers forever.
-  static constexpr int kLaunchRegisters = 168, kProducerRegisters = 88, kConsumerRegisters = 208;
-  static_assert(kLaunchRegisters * kThreads == kProducerRegisters * kProducers + kConsumerRegisters * kConsumers);
+  static constexpr int kLaunchRegisters = 168, kProducerRegisters = kProducerRegisters_;
+  static constexpr int kConsumerRegisters =
+      (kLaunchRegisters * kThreads - kProducerRegisters * kProducers) / kConsumers;
+  static_assert(kProducerRegisters % 8 == 0 && kConsumerRegisters % 8 == 0 && kConsumerRegisters <= 255);
 
   static constexpr int kLineBytes =
-      kTokens * 128;  // one line of all tokens: the part that one wgmma descriptor describes
+      kTokens * kSm90LineBytes;  // one line of all tokens: the part that one wgmma descriptor describes
   static constexpr int kStageTokenBytes = kLines * kLineBytes;
   static constexpr int kStagePackedBytes = kStagePackedBytes_;
   static constexpr int kStageScaleBytes = kStageScaleBytes_;
@@ -55,6 +60,7 @@ struct Sm90Layout {
   static constexpr int kScales = kPacked + kStages * kStagePackedBytes;
   static constexpr int kSums = kScales + kStages * kStageScaleBytes;
   static constexpr int kBarriers = kSums + kPartTokens * kSumStride * 4;
+  static constexpr int kSlotBarriers = 24;
   static constexpr int kTable = 61 * 1024;
   static constexpr int kScaleValues = kTable + kPairTableEntryBytes / 2;
   static constexpr int kTokenLines = kTable + kPairTableBytes;
@@ -62,21 +68,22 @@ struct Sm90Layout {
   static constexpr int kTableAlignment = 64 * 1024;
   // Enough, wherever within the first 3 KB of shared memory the CTA's own part begins.
   static constexpr int kSharedBytes = kTableAlignment - kTable + kEnd;
-  static_assert(kBarriers + kStages * 16 <= kTable && kTable % 1024 == 0 && kTokenLines % 1024 == 0);
+  static_assert(kBarriers + kStages * kSlotBarriers <= kTable && kTable % 1024 == 0 && kTokenLines % 1024 == 0);
 
   __device__ static constexpr uint32_t base_address(uint32_t shared) {
     return (shared + kTable + kTableAlignment - 1) / kTableAlignment * kTableAlignment - kTable;
   }
 
-  // The barriers of each stage: `full` (arrivals: the thread that starts the copies, and the producers' warps) and
-  // `empty` (the consumers' warps).
-  __device__ static constexpr int full(int slot) { return kBarriers + slot * 16; }
+  // The barriers of each stage: `full` (arrivals: the thread that starts the copies, and the producers' warps), `empty`
+  // (the consumers' warps), and `partner_empty` (the thread of the partner CTA that starts copies, see Sm90Copies).
+  __device__ static constexpr int full(int slot) { return kBarriers + slot * kSlotBarriers; }
   __device__ static constexpr int empty(int slot) { return full(slot) + 8; }
+  __device__ static constexpr int partner_empty(int slot) { return full(slot) + 16; }
   static constexpr int kFullArrivals = 1 + kProducers / 32, kEmptyArrivals = kConsumers / 32;
 
   // The offset of the pair (i, i + 1), i even, in a token's line.
   __device__ static constexpr int line_offset(int token, int i) {
-    return token * 128 + ((i / 8 ^ (token & 7)) * 16 + i % 8 * 2);
+    return token * kSm90LineBytes + ((i / 8 ^ (token & 7)) * 16 + i % 8 * 2);
   }
 };
 

@@ -47,8 +47,9 @@ __device__ __forceinline__ void finish_part(const Sm90Work<Layout>& work, int64_
   const int end = min(first + share, tokens);
   for (int token = first + thread / 32; token < end; token += Layout::kConsumers / 32) {
     const uint32_t sums = base + Layout::kSums + (token * Layout::kSumStride + thread % 32 * 4) * 4;
-    float4 sum = ptx::load_cluster_v4_f32(sums, 0);
-    for (int split = 1; split < splits; ++split) sum = add(sum, ptx::load_cluster_v4_f32(sums, split));
+    float4 sum = ptx::load_cluster_v4_f32(sums, work.partial_rank0());
+    for (int split = 1; split < splits; ++split)
+      sum = add(sum, ptx::load_cluster_v4_f32(sums, work.partial_rank0() + split));
     output.store(token0 + token, sum);
   }
 }
