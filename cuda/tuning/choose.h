@@ -88,7 +88,7 @@ struct Kernels<LoraGradProblem> {
 template <>
 struct Kernels<Grouped<LinearProblem>> {
   static constexpr KernelRow<Grouped<LinearProblem>> kRows[] = {
-      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128}}},
+      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128}, .multicast = {1, 2}}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::config, {.tokens = {16, 64}}},
       {Kernel::kRagged, any::ragged_accepts, nullptr, any::config, {.tokens = {16, 64}}},
@@ -98,7 +98,7 @@ struct Kernels<Grouped<LinearProblem>> {
 template <>
 struct Kernels<Grouped<LinearDxProblem>> {
   static constexpr KernelRow<Grouped<LinearDxProblem>> kRows[] = {
-      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128, 256}}},
+      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128, 256}, .multicast = {1, 2}}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {}},
       {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::ragged_config, {.tokens = {16, 32}}},

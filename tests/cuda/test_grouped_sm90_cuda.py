@@ -30,35 +30,34 @@ CASES = [
 WRONG = [([5, 3, 9, 40], [5, 5, 9, 20]), ([-7, 2**40, -(2**62), 4], [0, 20, 20, 20]), ([9, 8, 7, 6], [9, 9, 9, 9])]
 
 
-def forced(tokens: int) -> None:
-    os.environ["QLORA_CUDA_KERNEL"] = f"sm90:tokens={tokens}"
+def forced(tokens: int, multicast: int = 1) -> None:
+    os.environ["QLORA_CUDA_KERNEL"] = f"sm90:tokens={tokens},multicast={multicast}"
 
 
 def check_forward(s) -> None:
     from accuracy import assert_accurate
 
     ends, results = s.unassigned().start, []
-    for tokens in (64, 128):
-        forced(tokens)
+    for tokens, multicast in ((64, 1), (128, 1), (128, 2)):
+        forced(tokens, multicast)
         y = s.forward()
         assert_accurate(y[:ends], s.forward_accuracy())
         assert not y[ends:].any()
         results.append(y)
-    assert torch.equal(*results)  # a token's sum has the same order in both tiles
+    assert all(torch.equal(results[0], y) for y in results[1:])  # a token's sum has the same order in all tiles
 
 
 def check_dx(s) -> None:
     from accuracy import assert_accurate
 
     ends, dy, results = s.unassigned().start, s.dy(), []
-    for tokens in (64, 128, 256):
-        forced(tokens)
+    for tokens, multicast in ((64, 2), (128, 1), (256, 1), (256, 2)):
+        forced(tokens, multicast)
         dx = s.dx(dy)
         assert_accurate(dx[:ends], s.dx_accuracy(dy))
         assert not dx[ends:].any()
         results.append(dx)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(results[0], dx) for dx in results[1:])
 
 
 def check_all() -> None:

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + (base + Tile::kTable - shared),
                                        p.stack.code);
   tile::fill_lane_scale_values<Tile::kThreads>(p.stack.scales, base + Tile::kScaleValues);
-  __syncthreads();
+  tile::Sm90Work<Tile>(p.stack.plan).sync_begin();
   if (threadIdx.x >= Tile::kProducers) {
     ptx::take_registers<Tile::kConsumerRegisters>();
     tile::Sm90ExpertWork<Tile, Args, false> work(p, slots, p.stack.k, base);

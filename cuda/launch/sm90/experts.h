@@ -22,10 +22,11 @@ cudaError_t make_packed_map(const Grouped<Problem>& problem, int box_rows, CUten
 template <auto kKernel, class Tile, class Args, class Problem>
 cudaError_t launch_experts(const Grouped<Problem>& problem, const Config& c, int64_t outputs, const CUtensorMap& tokens,
                            const CUtensorMap& packed, const Args& args, const Context& context) {
-  const int64_t most = tile::most_group_tiles(problem.stack.m, problem.experts, c.tokens) * ceil_div(outputs, kOutputs);
+  const int64_t token_tiles = tile::most_group_tiles(problem.stack.m, problem.experts, c.tokens);
+  const int64_t most = token_tiles * ceil_div(outputs, kOutputs * c.multicast);
   kernels::GroupedSm90Args<Args> grouped{
       args, {problem.offsets, problem.experts, problem.stack.m}, weight_stride(problem.stack.w)};
-  grouped.stack.plan.clusters = static_cast<int>(std::min<int64_t>(context.device.sm_count, most));
+  grouped.stack.plan.clusters = static_cast<int>(std::min(resident_clusters(c, context.device), most));
   return launch_clusters<kKernel, Tile>(grouped.stack.plan, c, tokens, packed, grouped, context);
 }
 

@@ -28,17 +28,19 @@ struct Sm90ExpertTile {
   int32_t expert, token0, end, output0;
 };
 
-// One warp searches for tile number `tile`. If its rows belong to no expert, `expert` is groups.count.
+// One warp searches for tile number `tile`, whose outputs are counted in steps of kOutputs · multicast: a pair of tiles
+// is one tile here. If its rows belong to no expert, `expert` is groups.count.
 template <class Layout>
-__device__ __forceinline__ Sm90ExpertTile search_expert_tile(const Groups& groups, int64_t outputs, int64_t tile) {
-  const int64_t row_tiles = ceil_div(outputs, Layout::kOutputs), token_tile = tile / row_tiles;
+__device__ __forceinline__ Sm90ExpertTile search_expert_tile(const Groups& groups, int64_t outputs, int multicast,
+                                                             int64_t tile) {
+  const int64_t step = Layout::kOutputs * multicast, row_tiles = ceil_div(outputs, step), token_tile = tile / row_tiles;
   const GroupTile found = search_group_tile<Layout::kTokens>(groups, token_tile);
   if (!found.exists) return {Sm90ExpertTile::kNoExpert, 0, 0, 0};
   const int64_t begin = found.group.begin, token_tiles = ceil_div(found.group.end - begin, Layout::kTokens);
   const int64_t first = token_tile - (found.row0 - begin) / Layout::kTokens;  // the expert's first token tile
   const int64_t index = tile - first * row_tiles;
   return {static_cast<int32_t>(found.group.expert), static_cast<int32_t>(begin + index % token_tiles * Layout::kTokens),
-          static_cast<int32_t>(found.group.end), static_cast<int32_t>(index / token_tiles * Layout::kOutputs)};
+          static_cast<int32_t>(found.group.end), static_cast<int32_t>(index / token_tiles * step)};
 }
 
 // Two places in shared memory where the producers pass tiles to the consumers, which read a tile until they have stored
@@ -69,7 +71,7 @@ class Sm90ExpertWork : public Sm90Work<Layout> {
  public:
   // `outputs`: per token.
   __device__ __forceinline__ Sm90ExpertWork(const Args& p, Sm90TileSlots& slots, int64_t outputs, uint32_t base)
-      : Sm90Work<Layout>(p.stack.plan, 0, 0),
+      : Sm90Work<Layout>(p.stack.plan, static_cast<int>(blockIdx.x) % p.stack.plan.multicast, 0),
         p_(p),
         slots_(ptx::shared_address(&slots)),
         outputs_(outputs),
@@ -96,11 +98,12 @@ class Sm90ExpertWork : public Sm90Work<Layout> {
  private:
   template <class Use>
   __device__ __forceinline__ void produce_tiles(const Use& use) {
-    for (int number = blockIdx.x;; number += gridDim.x) {
+    for (int number = this->tile0();; number += this->plan.clusters) {
       Groups groups = p_.groups;
       int64_t outputs = outputs_;
       ptx::hold(groups.count), ptx::hold(outputs);  // what follows from them is not worth registers
-      tile_ = search_expert_tile<Layout>(groups, outputs, number);
+      tile_ = search_expert_tile<Layout>(groups, outputs, this->plan.multicast, number);
+      tile_.output0 += this->pair_tile * Layout::kOutputs;
       if (tile_.expert == groups.count) {
         store_zeros(outputs);
         continue;
