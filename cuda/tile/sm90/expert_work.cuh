@@ -162,12 +162,15 @@ class Sm90ExpertWork : public Sm90Work<Layout> {
       p_.stack.out.y[token * outputs + output] = typename Layout::T{};
   }
 
-  // Fills the table that is the expert's own. Only the producers read it.
+  // Fills in the values of the expert's own table. Only the producers read them.
   __device__ __forceinline__ void fill_scale_values() const {
+    const float* const table = scales_of(p_.stack.scales).scales.table;
     uint32_t values = base_ + Layout::kScaleValues;
     ptx::hold(values);
     ptx::barrier_sync<2, Layout::kProducers>();
-    fill_lane_scale_values<Layout::kProducers>(scales_of(p_.stack.scales), values);
+#pragma unroll 1
+    for (int entry = threadIdx.x; entry < 256; entry += Layout::kProducers)
+      store_lane_scale_value(values, entry, __ldg(table + entry));
     ptx::barrier_sync<2, Layout::kProducers>();
   }
 
