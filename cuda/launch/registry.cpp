@@ -50,6 +50,7 @@ struct Launchers<LoraGradProblem> {
 template <>
 struct Launchers<Grouped<LinearProblem>> {
   static constexpr Launcher<Grouped<LinearProblem>> kRows[] = {
+      {Kernel::kSm90, nullptr, sm90::launch},
       {Kernel::kTensorCores, nullptr, sm80::launch},
       {Kernel::kExact, nullptr, any::launch},
       {Kernel::kRagged, nullptr, any::launch},
@@ -59,6 +60,7 @@ struct Launchers<Grouped<LinearProblem>> {
 template <>
 struct Launchers<Grouped<LinearDxProblem>> {
   static constexpr Launcher<Grouped<LinearDxProblem>> kRows[] = {
+      {Kernel::kSm90, nullptr, sm90::launch},
       {Kernel::kTensorCores, nullptr, sm80::launch},
       {Kernel::kExact, nullptr, any::launch_exact},
       {Kernel::kRagged, nullptr, sm80::launch_ragged},

@@ -4,8 +4,8 @@
 //
 // A kernel has a row in its operator's table here, which says what it accepts and how it is configured, and a row in
 // launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and expects to be the fastest
-// (is_ahead). Each architecture's functions have their own file: any.h, sm80.h and sm90.h. Those of the library are in
-// library.h.
+// (is_ahead). Each architecture's functions have their own file: any.h, sm80.h, sm90.h and sm90_experts.h. Those of the
+// library are in library.h.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@
 #include "cuda/tuning/library.h"
 #include "cuda/tuning/sm80.h"
 #include "cuda/tuning/sm90.h"
+#include "cuda/tuning/sm90_experts.h"
 
 namespace qlora::cuda {
 
@@ -87,6 +88,7 @@ struct Kernels<LoraGradProblem> {
 template <>
 struct Kernels<Grouped<LinearProblem>> {
   static constexpr KernelRow<Grouped<LinearProblem>> kRows[] = {
+      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128}, .multicast = {1, 2}}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::config, {.tokens = {16, 64}}},
       {Kernel::kRagged, any::ragged_accepts, nullptr, any::config, {.tokens = {16, 64}}},
@@ -96,6 +98,7 @@ struct Kernels<Grouped<LinearProblem>> {
 template <>
 struct Kernels<Grouped<LinearDxProblem>> {
   static constexpr KernelRow<Grouped<LinearDxProblem>> kRows[] = {
+      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128, 256}, .multicast = {1, 2}}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {}},
       {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::ragged_config, {.tokens = {16, 32}}},

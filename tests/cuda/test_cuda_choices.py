@@ -76,13 +76,19 @@ CHOICES = {
     (FORWARD, "bfloat16", 64, 4096, 4096, 64, 64): "tensor_cores tokens=8 rows=128",
     (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 8): (
         "tensor_cores tokens=64 rows=128",
-        "tensor_cores tokens=64 rows=128",
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "tensor_cores tokens=64 rows=128",
         "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "float16", 64, 4096, 4100, 64, 64): "ragged tokens=16 rows=64",
     (FORWARD, "float32", 4096, 4096, 4096, 64, 8): "exact tokens=64 rows=64",
     (DX, "bfloat16", 64, 4096, 4096, 64, 8): "tensor_cores tokens=16 columns=256",
+    (DX, "bfloat16", 4096, 4096, 4096, 64, 8): (
+        "tensor_cores tokens=64 columns=256",
+        "sm90 tokens=256 columns=128 splits=1 multicast=2",
+        "tensor_cores tokens=64 columns=256",
+        "tensor_cores tokens=64 columns=256",
+    ),
     (DLORA, "float32", 64, 4096, 4096, 64, 8): "exact ranks=16 columns=64",
 }
 
@@ -100,6 +106,7 @@ FORCED = {
     ("sm80", DX, 3, 4096, 0, "tensor_cores:tokens=32,splits=5"): "tensor_cores tokens=32 columns=256 splits=5",
     ("sm80", DLORA, 3, 4096, 0, "ragged:ranks=64"): "ragged ranks=64 columns=64",
     ("sm80", FORWARD, 3, 4096, 8, "tensor_cores:tokens=16"): "tensor_cores tokens=16 rows=128",
+    ("sm90", FORWARD, 3, 4096, 8, "sm90:tokens=128,multicast=1"): "sm90 tokens=128 rows=128 splits=1 multicast=1",
 }
 
 NAMES = "few_tokens, tensor_cores, sm90, ragged, exact or library"
@@ -114,7 +121,8 @@ REFUSED = {
     ("sm90", FORWARD, 64, 4100, 0, "sm90"): "sm90 does not take linear_nf4 of m=64 n=4096 k=4100",
     ("sm90", FORWARD, 64, 4096, 0, "exact"): "exact does not take linear_nf4",
     ("sm90", DLORA, 64, 4096, 0, "library"): "library does not take linear_nf4_dlora of m=64",
-    ("sm90", FORWARD, 64, 4096, 8, "sm90"): "sm90 does not take linear_nf4 of experts=8 m=64",
+    ("sm80", FORWARD, 64, 4096, 8, "sm90"): "sm90 does not take linear_nf4 of experts=8 m=64",
+    ("sm90", FORWARD, 64, 4096, 8, "sm90:splits=2"): "with the key tokens or multicast, got splits=2",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:"): (
         "expected KEY=NUMBER after sm90:, with the key tokens, splits or multicast, got "
     ),

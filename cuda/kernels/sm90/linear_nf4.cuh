@@ -136,20 +136,21 @@ __device__ __forceinline__ bool lora_is_vector(const tile::LoraOperands<T>& lora
   return lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
 }
 
-template <class Tile, int kScaleBytes>
-__device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
-                                        tile::Sm90Copies<Tile>& copies, uint32_t base) {
-  const float offset = tile::nested_offset(p.scales);
+// `started`: the stages of the first tile whose copies have been started.
+template <class Tile, int kScaleBytes, class Work>
+__device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& all, Work& work,
+                                        tile::Sm90Copies<Tile>& copies, int started, uint32_t base) {
   const uint32_t lane_table = base + Tile::kTable + threadIdx.x % 32 * 4;
   const uint32_t scale_address = base + Tile::kScales + threadIdx.x * 8;
   tile::Sm90Producer<Tile> ring{base};
   const auto pass = [&](auto slot) { ring.pass(slot); };
-  int started = work.first_stages();  // stages of this tile whose copies have been started
   work.for_tiles([&](int64_t token0, int64_t n0) {
-    LinearSm90Scales<Tile, kScaleBytes> scales(p.scales, p.code.unfactor, n0 + threadIdx.x, p.n, p.k, work.stage0);
+    const auto& view = work.scales_of(all.scales);
+    const float offset = tile::nested_offset(view);
+    LinearSm90Scales<Tile, kScaleBytes> scales(view, all.code.unfactor, n0 + threadIdx.x, all.n, all.k, work.stage0);
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
       ring.wait(slot);
-      if (ring.issues && stage >= started) copies.start(slot, stage, token0, n0);
+      if (ring.issues && stage >= started) copies.start(slot, stage, token0, n0, work.first_row(all.n));
       scales.store_and_load(slot, lane_table, offset, scale_address + slot * Tile::kStageScaleBytes);
       ring.publish(slot);
     });
@@ -158,6 +159,7 @@ __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& 
       ring.arrive_without_copies(slot);
       const uint32_t lines = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes;
       const int64_t rank = int64_t{chunk} * work.kChunk;
+      const auto& p = work.args_of(all);
       if (lora_is_vector(p.lora))
         tile::store_low_rank<Tile, true>(p.lora, token0, rank, work.chunk_steps(chunk), lines);
       else
@@ -208,18 +210,17 @@ __device__ __forceinline__ void load_lora_b(const tile::LoraOperands<typename Ti
   }
 }
 
-template <class Tile>
-__device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
-                                        uint32_t base) {
+template <class Tile, class Work>
+__device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& all, Work& work, uint32_t base) {
   const int row = (threadIdx.x - Tile::kProducers) / 32 * 16 + threadIdx.x % 32 / 4;  // and row + 8
-  const tile::LinearSm90Lane<Tile> lane(base, row, p.code);
+  const tile::LinearSm90Lane<Tile> lane(base, row, all.code);
   const tile::Sm90Descriptors<Tile> x(base + Tile::kTokenLines);
   tile::Sm90Consumer<Tile> ring{base};
   const auto pass = [&](auto slot) { ring.pass(slot); };
   tile::Sm90Sums<Tile> acc, sum = {};
   uint32_t a[2][4][4];
 
-  work.for_tiles([&](int64_t token0, int64_t n0) {
+  work.for_tiles([&](auto token0, auto n0) {
 #pragma unroll
     for (int j = 0; j < Tile::kTokenTiles; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
     ring.wait(tile::Index<0>{});
@@ -241,6 +242,7 @@ __device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& 
       ring.release(slot);
       add_scaled<Tile>(acc, sum, scale.y, scale8.y);
     });
+    const auto& p = work.args_of(all);
     work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
       const int64_t rank = int64_t{chunk} * work.kChunk;
       if (lora_is_vector(p.lora))
@@ -286,7 +288,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     consume<Tile>(p, work, base);
   } else {
     ptx::give_registers<Tile::kProducerRegisters>();
-    tile::with_scale_bytes(p.scales, [&](auto bytes) { produce<Tile, bytes>(p, work, copies, base); });
+    tile::with_scale_bytes(p.scales,
+                           [&](auto bytes) { produce<Tile, bytes>(p, work, copies, work.first_stages(), base); });
   }
 }
 

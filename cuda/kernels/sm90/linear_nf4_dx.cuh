@@ -74,22 +74,24 @@ class DxSm90Scales {
 };
 
 // `started`: the stages of the first tile whose copies have been started.
-template <class Tile>
-__device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
+template <class Tile, class Work>
+__device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& all, Work& work,
                                            tile::Sm90Copies<Tile>& copies, int started, uint32_t base) {
-  const float offset = tile::nested_offset(p.scales);
   const uint32_t lane_table = base + Tile::kTable + threadIdx.x % 32 * 4;
   const int stage_row = threadIdx.x % Tile::kStageRows, group = threadIdx.x / Tile::kStageRows;
   tile::Sm90Producer<Tile> ring{base};
   const auto pass = [&](auto slot) { ring.pass(slot); };
   work.for_tiles([&](int64_t token0, int64_t column0) {
-    DxSm90Scales<Tile> scales(p.scales, int64_t{work.stage0} * Tile::kStageRows + stage_row,
-                              column0 + group * Tile::kGroupColumns, p.n, p.k);
+    const auto& view = work.scales_of(all.scales);
+    const float offset = tile::nested_offset(view);
+    DxSm90Scales<Tile> scales(view, int64_t{work.stage0} * Tile::kStageRows + stage_row,
+                              column0 + group * Tile::kGroupColumns, all.n, all.k);
     work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
       ring.wait(slot);
       ring.arrive_without_copies(slot);
       const uint32_t lines = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes;
       const int64_t rank = int64_t{chunk} * work.kChunk;
+      const auto& p = work.args_of(all);
       if (p.g.rank % 4 == 0)
         tile::store_low_rank<Tile, true>(p.g, token0, rank, work.chunk_steps(chunk), lines);
       else
@@ -98,7 +100,7 @@ __device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& p
     });
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
       ring.wait(slot);
-      if (ring.issues && stage >= started) copies.start(slot, stage, token0, column0);
+      if (ring.issues && stage >= started) copies.start(slot, stage, token0, column0, work.first_row(all.n));
       scales.store_and_load(slot, lane_table, offset,
                             base + Tile::kScales + slot * Tile::kStageScaleBytes + threadIdx.x * 4);
       ring.publish(slot);
@@ -165,9 +167,8 @@ __device__ __forceinline__ void apply_dropout(const Dropout& dropout, bool activ
   }
 }
 
-template <class Tile>
-__device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
-                                           uint32_t base) {
+template <class Tile, class Work>
+__device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& all, Work& work, uint32_t base) {
   constexpr typename Tile::T kType{};
   const tile::DxSm90Lane<Tile> lane(base);
   const tile::Sm90Descriptors<Tile> dy(base + Tile::kTokenLines);
@@ -176,11 +177,11 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p
   tile::Sm90Sums<Tile> acc;
   uint32_t a[4][4];  // [step]
 
-  work.for_tiles([&](int64_t token0, int64_t column0) {
+  work.for_tiles([&](auto token0, auto column0) {
 #pragma unroll
     for (int j = 0; j < Tile::kTokenTiles; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
     work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
-      load_lora_a(p, column0 + lane.column, int64_t{chunk} * work.kChunk, a);
+      load_lora_a(work.args_of(all), column0 + lane.column, int64_t{chunk} * work.kChunk, a);
       const int steps = work.chunk_steps(chunk);
       ring.wait(slot);
 #pragma unroll
@@ -193,8 +194,8 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p
       ptx::wgmma_wait(acc);
       ring.release(slot);
     });
-    apply_dropout<Tile>(p.dropout, work.split < work.chunks && p.dropout.active(), token0 + threadIdx.x % 4 * 2,
-                        column0 + lane.column, p.k, base, acc);
+    apply_dropout<Tile>(all.dropout, work.split < work.chunks && all.dropout.active(), token0 + threadIdx.x % 4 * 2,
+                        column0 + lane.column, all.k, base, acc);
 
     // Decodes a step while the products of the previous three steps run.
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
@@ -212,6 +213,7 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p
     });
     ptx::wgmma_wait(acc);
     ring.release_last(work.stages);
+    const auto& p = work.args_of(all);
     tile::finish_tile<Tile, 1>(work, acc, lane.column, p.out, token0, p.m, column0, p.k, base);
   });
 }

@@ -96,7 +96,7 @@ cudaError_t launch_dlora(const DLoraKernel<kernels::GroupedDLoraArgs>& kernel, c
   const int64_t own_h = workspace.add(p.h ? 0 : low_rank_bytes(p)), own_g = workspace.add(p.g ? 0 : low_rank_bytes(p));
   uint8_t* const memory = context.allocate(workspace.bytes());
   const auto launch = [&](const LowRankProblem& low_rank) {
-    return launch_grouped_low_rank({low_rank, problem.offsets, problem.experts}, context.stream);
+    return launch_grouped_low_rank({low_rank, problem.offsets, problem.experts}, context.device, context.stream);
   };
   cudaError_t error = cudaSuccess;
   if (!p.h) error = launch(h_problem(p.dtype, p.m, p.k, p.x, p.lora, memory + own_h));

@@ -83,7 +83,7 @@ cudaError_t launch_dx(const DxKernel<kernels::GroupedDxArgs>& kernel, const Grou
   if (error != cudaSuccess) return error;
   void* const g = p.g ? p.g : context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
   error = launch_grouped_low_rank({g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, g), problem.offsets, problem.experts},
-                                  context.stream);
+                                  context.device, context.stream);
   if (error != cudaSuccess) return error;
   const int64_t token_tiles = tile::most_group_tiles(p.m, problem.experts, config.tokens);
   const kernels::GroupedDxArgs args{

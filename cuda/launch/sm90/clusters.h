@@ -56,20 +56,22 @@ inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int
           .rank = rank};
 }
 
-// Launches a kernel in the clusters of its plan. With LoRA, the previous launch computes its low-rank product, which is
-// all that the kernel waits for.
+// With LoRA, the previous launch computes its low-rank product, which is all that a kernel over one weight waits for.
+inline Start start_of(const tile::Sm90Plan& plan) { return plan.rank > 0 ? Start::kEarly : Start::kInOrder; }
+
+// Launches a kernel in the clusters of `plan`.
 template <auto kKernel, class Tile, class Args>
-cudaError_t launch_clusters(const Config& c, const CUtensorMap& tokens, const CUtensorMap& packed, const Args& args,
-                            const Context& context) {
+cudaError_t launch_clusters(const tile::Sm90Plan& plan, const Config& c, const CUtensorMap& tokens,
+                            const CUtensorMap& packed, const Args& args, Start start, const Context& context) {
   static_assert(Tile::kOutputs == kOutputs);
   static_assert(2 * Tile::kSharedBytes > kSharedPerSm);  // ResidentClusters counts one CTA per SM
   int ctas = 0;                                          // the query also allows the kernel its shared memory
   const cudaError_t error = ctas_per_sm<kKernel>(context.device, Tile::kThreads, Tile::kSharedBytes, &ctas);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(args.plan.clusters * cluster_ctas(c))),
+  const dim3 grid(static_cast<unsigned>(plan.clusters * cluster_ctas(c))),
       cluster(static_cast<unsigned>(cluster_ctas(c)));
-  return launch_cluster(kKernel, grid, cluster, Tile::kThreads, Tile::kSharedBytes, context.stream,
-                        args.plan.rank > 0 ? Start::kEarly : Start::kInOrder, tokens, packed, args);
+  return launch_cluster(kKernel, grid, cluster, Tile::kThreads, Tile::kSharedBytes, context.stream, start, tokens,
+                        packed, args);
 }
 
 }  // namespace qlora::cuda::sm90

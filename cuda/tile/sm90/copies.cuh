@@ -31,7 +31,7 @@ class Sm90Copies {
     const int64_t token0 = work_.first_token(work_.tile0()), output0 = work_.first_output(work_.tile0());
     const int part_tokens = Tile::kTokens / work_.plan.multicast;
     for (int stage = 0; stage < stages; ++stage) {
-      start_packed(stage, stage, output0);
+      start_packed(stage, stage, output0, 0);
       for (int token = 0; token < Tile::kTokens; token += part_tokens) {
         for_lines(stage, stage, token, [&](uint32_t shared, int term) {
           ptx::tma_load_2d(shared, tokens_, base_ + Tile::full(stage), term, static_cast<int>(token0) + token);
@@ -40,10 +40,10 @@ class Sm90Copies {
     }
   }
 
-  // Starts the copies of a stage into an empty slot.
-  __device__ __forceinline__ void start(int slot, int stage, int64_t token0, int64_t output0) {
+  // Starts the copies of a stage into an empty slot. `first_row` is the weight's first row in the map of packed bytes.
+  __device__ __forceinline__ void start(int slot, int stage, int64_t token0, int64_t output0, int first_row) {
     const bool shares = work_.plan.multicast > 1;
-    start_packed(slot, stage, output0);
+    start_packed(slot, stage, output0, first_row);
     if (shares) {
       ptx::mbarrier_arrive_at(base_ + Tile::partner_empty(slot), work_.partner());
       ptx::mbarrier_wait<0>(base_ + Tile::partner_empty(slot), parities_ >> slot & 1);
@@ -60,11 +60,11 @@ class Sm90Copies {
   }
 
  private:
-  __device__ __forceinline__ void start_packed(int slot, int stage, int64_t output0) const {
+  __device__ __forceinline__ void start_packed(int slot, int stage, int64_t output0, int first_row) const {
     const uint32_t full = base_ + Tile::full(slot);
     ptx::mbarrier_arrive_expect(full, Tile::kStageTokenBytes + Tile::kStagePackedBytes);
     const int2 box = Tile::packed_box(first_term(stage), static_cast<int>(output0));
-    ptx::tma_load_2d(base_ + Tile::kPacked + slot * Tile::kStagePackedBytes, packed_, full, box.x, box.y);
+    ptx::tma_load_2d(base_ + Tile::kPacked + slot * Tile::kStagePackedBytes, packed_, full, box.x, first_row + box.y);
   }
 
   // Calls copy(shared address, first term) for each line of the stage's tokens from `token` on.

@@ -90,18 +90,22 @@ struct Sm90Layout {
 // The offset of 16-byte chunk `chunk` in a line of 64 packed bytes, as TMA swizzles them.
 __device__ constexpr int sm90_packed_offset(int line, int chunk) { return line * 64 + (chunk ^ (line >> 1 & 3)) * 16; }
 
+// Stores the value of an 8-bit scale code in the free half of the table's entry for the code.
+__device__ __forceinline__ void store_lane_scale_value(uint32_t scale_values, int entry, float scale) {
+  const uint32_t value = __float_as_uint(scale);
+  const uint32_t first = scale_values + entry * kPairTableEntryBytes + (entry & 7) * 16;
+#pragma unroll
+  for (int piece = 0; piece < 8; ++piece)
+    ptx::store_shared_v4(first ^ (piece * 16), make_uint4(value, value, value, value));
+}
+
 // Fills the free halves of the table's entries with the values of 8-bit scale codes. Call from all threads of the CTA,
 // and synchronize afterwards.
 template <int kThreads>
 __device__ __forceinline__ void fill_lane_scale_values(const ScaleView& view, uint32_t scale_values) {
   static_assert(kThreads >= 256);
   const int entry = threadIdx.x;
-  if (entry >= 256) return;
-  const uint32_t value = __float_as_uint(scale_value(view, entry));
-  const uint32_t first = scale_values + entry * kPairTableEntryBytes + (entry & 7) * 16;
-#pragma unroll
-  for (int piece = 0; piece < 8; ++piece)
-    ptx::store_shared_v4(first ^ (piece * 16), make_uint4(value, value, value, value));
+  if (entry < 256) store_lane_scale_value(scale_values, entry, scale_value(view, entry));
 }
 
 // Looks up the value of the 8-bit scale code in byte kByte of `codes`. `lane_table` is the table's address plus 4 ·

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/unroll.cuh"
 #include "cuda/tile/sm90/layout.cuh"
 
@@ -33,9 +34,12 @@ struct Sm90Work {
   int split, stage0, stages, chunks;
 
   __device__ __forceinline__ explicit Sm90Work(const Sm90Plan& p)
+      : Sm90Work(p, static_cast<int>(blockIdx.x) % (p.splits * p.multicast) / p.splits,
+                 static_cast<int>(blockIdx.x) % p.splits) {}
+  __device__ __forceinline__ Sm90Work(const Sm90Plan& p, int of_pair, int of_split)
       : plan(p),
-        pair_tile(static_cast<int>(blockIdx.x) % cluster_ctas() / p.splits),
-        split(static_cast<int>(blockIdx.x) % p.splits),
+        pair_tile(of_pair),
+        split(of_split),
         stage0(split * p.stages_per_split),
         stages(min(p.stages - stage0, p.stages_per_split)),
         chunks(static_cast<int>((p.rank + kChunk - 1) / kChunk)) {}
@@ -55,6 +59,14 @@ struct Sm90Work {
 
   // The number of stages that fit into the empty ring buffer.
   __device__ __forceinline__ int first_stages() const { return min(stages, Layout::kStages); }
+
+  // A kernel over experts has arguments per tile, and rows of w in one map for all experts (expert_work.cuh).
+  template <class Args>
+  __device__ __forceinline__ const Args& args_of(const Args& p) const {
+    return p;
+  }
+  __device__ __forceinline__ const ScaleView& scales_of(const ScaleView& view) const { return view; }
+  __device__ __forceinline__ int32_t first_row(int64_t) const { return 0; }
 
   // Calls use(slot, stage) for each stage. Producers and consumers go through the ring buffer's slots in rounds, and
   // all barriers of a round have one `parity`. If the last round is not full, pass(slot) hands on the remaining slots
