@@ -32,10 +32,10 @@ constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
   return accepts_sizes(p.dtype, p.w, device) && p.w.n % 8 == 0;
 }
 
-// The panel with the fewest waves. The fewest panels break ties: a panel's two launches cost as much as kLaunchTerms terms
-// of a tile's sum (model of an A100: 5 us at 0.8 of an SM's tensor cores). A panel is a multiple of `step`, and as large
-// as fits in half of L2, or the next multiple. It has at least kLeastPanel columns, so that small caches do not leave SMs
-// idle.
+// The panel with the fewest waves. The fewest panels break ties: a panel's two launches cost as much as kLaunchTerms
+// terms of a tile's sum (model of an A100: 5 us at 0.8 of an SM's tensor cores). A panel is a multiple of `step`, and
+// as large as fits in half of L2, or the next multiple. It has at least kLeastPanel columns, so that small caches do
+// not leave SMs idle.
 constexpr int64_t panel_columns(int64_t m, int64_t inner, int64_t columns, int64_t step, const Device& device) {
   constexpr int64_t kLaunchTerms = 180, kLeastPanel = 1024;
   const int64_t fit = std::max<int64_t>(device.l2_bytes / 2 / (2 * inner), kLeastPanel);
@@ -62,31 +62,36 @@ constexpr Config config(const LinearDxProblem& p, const Device& device, const Co
   return config(p, p.w.n, p.w.k, device, wish);
 }
 
-// From how many tokens the GEMM is ahead of the fused kernels, and how full its waves must be to be ahead of the library,
-// whose smaller tiles and splits fill a card better. None of these numbers was measured. They come from a model: the GEMM
-// runs at 0.8 of an A100's dense rate and at 0.88 of a GeForce card's, and each panel costs its decode and two launches.
+// When the GEMM is ahead. None of these numbers was measured. They come from a model: the GEMM runs at 0.8 of an A100's
+// dense rate and at 0.88 of a GeForce card's while its waves are full, and each panel costs its decode and two
+// launches.
 struct Ahead {
   int arch;        // for this architecture and later ones, up to the next row
-  int64_t tokens;  // beginning with this number
-  int64_t fill;    // percent
+  int64_t tokens;  // ahead of the fused kernels from this number on,
+  int64_t fill;    // if at least so many percent of the SMs in all waves have a tile
 };
 inline constexpr Ahead kAhead[] = {
-    {80, 256, 60},      // A100: the fused kernels run at 0.6 of the dense rate; the library also writes float32 sums
+    {80, 256, 60},      // A100: the fused kernels run at 0.6 of the dense rate
     {86, 2048, 85},     // RTX 3090, 4090, L40S: 5% ahead of the fused kernels per token; model 1100 for the decode
-    {90, kNever, 100},  // H100, B200: mma.sync is slower than what the library uses
+    {90, kNever, 100},  // H100, B200: the library does not use mma.sync, which is slower there
     {120, 2048, 85},    // RTX 5090: like the 4090; model 1300
 };
 
+// The library has smaller tiles, which fill a card better, but it writes float32 sums of LoRA and bias to memory.
+inline constexpr int64_t kLeastFill = 60;
+
 template <class Problem>
 constexpr bool is_ahead(const Problem& p, int64_t columns, const Device& device) {
-  const Ahead* best = kAhead;
+  Ahead ahead = kAhead[0];
   for (const Ahead& a : kAhead) {
-    if (device.arch >= a.arch) best = &a;
+    if (device.arch >= a.arch) ahead = a;
   }
-  const bool often = decodes_often(p.dtype, p.w.k, p.w.scales.block_size, has_offsets(p.w));
-  if (best->tokens == kNever || p.m < (often ? kTokensPerDecode + 1 : best->tokens)) return false;
+  if (ahead.tokens == kNever) return false;
+  if (decodes_often(p.dtype, p.w.k, p.w.scales.block_size, has_offsets(p.w)))
+    ahead.tokens = kTokensPerDecode + 1, ahead.fill = kLeastFill;
+  if (p.m < ahead.tokens) return false;
   const int64_t slots = waves(p.m, columns, config(p, device, {}).panel, device) * device.sm_count;
-  return 100 * p.m * columns >= best->fill * slots * kTokens * kColumns;
+  return 100 * p.m * columns >= ahead.fill * slots * kTokens * kColumns;
 }
 constexpr bool is_ahead(const LinearProblem& p, const Device& device) { return is_ahead(p, p.w.n, device); }
 constexpr bool is_ahead(const LinearDxProblem& p, const Device& device) { return is_ahead(p, p.w.k, device); }

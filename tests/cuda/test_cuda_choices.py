@@ -43,7 +43,7 @@ CHOICES = {
     (FORWARD, "float16", 4096, 14336, 4096, 64, 0): (
         "gemm panel=2560",
         "sm90 tokens=128 rows=128 splits=1",
-        "library panel=2048",
+        "library panel=2560",
         "gemm panel=5376",
     ),
     # k that is no multiple of 64, and blocks of 32
@@ -59,7 +59,7 @@ CHOICES = {
         "gemm panel=2560",
         "library panel=1024",
         "library panel=2048",
-        "library panel=4096",
+        "gemm panel=4096",
     ),
     # exact float32
     (FORWARD, "float32", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
@@ -115,7 +115,6 @@ FORCED = {
     ("sm90", FORWARD, 3, 4096, 0, "ragged:tokens=64"): "ragged tokens=64 rows=64",
     ("sm80", FORWARD, 3, 4096, 0, "library:panel=512"): "library panel=512",
     ("sm80", FORWARD, 3, 4096, 0, "gemm:panel=512"): "gemm panel=512",
-    ("sm90", DX, 3, 4096, 0, "gemm:panel=9999"): "gemm panel=4096",
     ("sm80", DX, 3, 4096, 0, "tensor_cores:tokens=32,splits=5"): "tensor_cores tokens=32 columns=256 splits=5",
     ("sm80", DLORA, 3, 4096, 0, "ragged:ranks=64"): "ragged ranks=64 columns=64",
     ("sm80", FORWARD, 3, 4096, 8, "tensor_cores:tokens=16"): "tensor_cores tokens=16 rows=128",

@@ -2,9 +2,9 @@
 
 4096 tokens, bfloat16, nested scales, LoRA of rank 16. The Hopper kernels take any number of tokens. On B200 the library
 multiplies; LoRA is added to its float32 sums before they are rounded once. The weight is decoded in as many panels as
-are needed for a panel and its sums to stay in L2. On A100 our own GEMM multiplies by the panels, without sums in memory.
-It runs at a smaller size here, because the simulator would take minutes: one panel, where the size above takes two
-(test_cuda_choices.py).
+are needed for a panel and its sums to stay in L2. On A100 our own GEMM multiplies by the panels, without sums in
+memory. It runs at a smaller size here, because the simulator would take minutes: one panel, where the size above takes
+two (test_cuda_choices.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = needs_counters
 
 RANK = 16
 SIZE = (4096, 4096, 4096)
-SMALL = (4608, 512, 512)  # fills an A100
+SMALL = (8960, 256, 256)  # fills an A100
 
 
 def run_step() -> None:
@@ -67,12 +67,9 @@ def test_a_step_by_our_gemm(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert counts == {"low_rank_kernel": 2, "dequantize": 2, "gemm": 2}, kernels
     assert len(launches) == 7, kernels  # and dlora
     m, n, k = SMALL
-    outputs, weight, low_rank = 2 * (m * n + m * k + RANK * (n + k)), 2 * n * k, 2 * m * RANK
-    assert outputs + 2 * weight <= written(launches) <= outputs + 2 * (weight + low_rank)
-    products = [launch for launch in launches if "gemm" in launch["kernel"]]
-    for launch in products:
-        assert launch["unique_bytes_written"] * 2 == outputs - 2 * RANK * (n + k)
-        assert launch.conflicts == 0.0
+    ours = [launch for launch in launches if "dlora" not in launch["kernel"]]
+    assert written(ours) == 2 * (m * n + m * k) + 2 * 2 * n * k + 2 * 2 * m * RANK
+    assert all(launch.conflicts == 0 for launch in ours if "gemm" in launch["kernel"])
 
 
 @pytest.mark.slow

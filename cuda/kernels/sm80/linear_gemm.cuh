@@ -1,6 +1,6 @@
-// out = round(mask ∘ (lora.left · lora.right) · keep_scale + main.left · main.right + bias), a GEMM of 16-bit operands
-// on tensor cores. It multiplies by a panel of the decoded weight: `main` is x and rows of w for the forward, and dy and
-// columns of w for dX; `lora` is h and lora_b, or g and lora_a. All sums stay in the float32 accumulators.
+// out = round(mask ∘ (lora.left · lora.right) · keep_scale + main.left · main.right + bias): a GEMM of 16-bit operands
+// on tensor cores. It multiplies by a panel of the decoded weight: `main` is x and rows of w for the forward, and dy
+// and columns of w for dX; `lora` is h and lora_b, or g and lora_a. All sums stay in the float32 accumulators.
 // cuda/tile/sm80/gemm_tile.cuh describes the tile.
 //
 // A CTA runs through the stages of `lora` and then through those of `main`. LoRA comes first so that dropout can mask
@@ -100,8 +100,8 @@ __device__ __forceinline__ void add_step(const tile::GemmOperands& of, GemmSums&
   }
 }
 
-// Applies dropout to sums whose first token and column are given. A Philox number serves 4 neighbouring columns, those of
-// two lanes. So each lane draws for one of its two tokens and gets the other mask from its neighbour.
+// Applies dropout to sums whose first token and column are given. A Philox number serves 4 neighbouring columns, those
+// of two lanes. So each lane draws for one of its two tokens and gets the other mask from its neighbour.
 __device__ __forceinline__ void apply_dropout(const Dropout& dropout, int64_t token, int64_t column, int64_t stride,
                                               GemmSums& sums) {
   const float keep_scale = static_cast<float>(dropout.keep_scale);
@@ -125,8 +125,8 @@ __device__ __forceinline__ void apply_dropout(const Dropout& dropout, int64_t to
   }
 }
 
-// Adds the bias, rounds, and writes a warp's outputs in pieces of 16 bytes by way of its 8 KB of shared memory, in which
-// chunk c of token i is stored at chunk c ^ i % 8.
+// Adds the bias, rounds, and writes a warp's outputs in pieces of 16 bytes by way of its 8 KB of shared memory, in
+// which chunk c of token i is stored at chunk c ^ i % 8.
 template <class T>
 __device__ __forceinline__ void store_sums(const GemmArgs<T>& args, int64_t token0, int64_t column0, uint32_t shared,
                                            const GemmSums& sums) {
@@ -174,7 +174,9 @@ __global__ void __launch_bounds__(tile::kGemmThreads, 1) linear_gemm_kernel(cons
   const int64_t token0 = int64_t{blockIdx.x / column_tiles} * tile::kGemmTokens;
   const int64_t column0 = int64_t{blockIdx.x % column_tiles} * tile::kGemmColumns;
   const int warp = threadIdx.x / 32, warp_token = warp / 4 * tile::kGemmWarp, warp_column = warp % 4 * tile::kGemmWarp;
-  const auto stages_of = [](int64_t terms) { return static_cast<int>((terms + tile::kGemmTerms - 1) / tile::kGemmTerms); };
+  const auto stages_of = [](int64_t terms) {
+    return static_cast<int>((terms + tile::kGemmTerms - 1) / tile::kGemmTerms);
+  };
   const int lora_stages = stages_of(args.lora.terms), stages = lora_stages + stages_of(args.main.terms);
 
   GemmStages<T, kRightHasRows> copies(args, token0, column0, lora_stages, stages);
@@ -205,10 +207,12 @@ __global__ void __launch_bounds__(tile::kGemmThreads, 1) linear_gemm_kernel(cons
     }
     if (end == stages) break;
     if (args.dropout.active() && lora_stages > 0)
-      apply_dropout(args.dropout, token0 + warp_token, args.first_column + column0 + warp_column, args.out_stride, sums);
+      apply_dropout(args.dropout, token0 + warp_token, args.first_column + column0 + warp_column, args.out_stride,
+                    sums);
   }
   __syncthreads();
-  store_sums(args, token0 + warp_token, column0 + warp_column, shared + warp * tile::kGemmWarp * tile::kGemmWarp * 2, sums);
+  store_sums(args, token0 + warp_token, column0 + warp_column, shared + warp * tile::kGemmWarp * tile::kGemmWarp * 2,
+             sums);
 }
 
 }  // namespace qlora::kernels

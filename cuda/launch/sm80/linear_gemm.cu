@@ -58,16 +58,15 @@ cudaError_t launch_gemm(const LinearProblem& p, const Config& config, const Cont
     if (error != cudaSuccess) break;
     error = with_16_bit_type(p.dtype, [&](auto element) {
       using T = decltype(element);
-      const kernels::GemmArgs<T> args{
-          .lora = {at<T>(memory.low_rank, 0), at<T>(p.lora.b, first * rank), rank, rank},
-          .main = {at<T>(p.x, 0), at<T>(memory.weight, 0), k, k},
-          .bias = at<T>(p.bias, first),
-          .out = static_cast<T*>(p.y) + first,
-          .out_stride = n,
-          .m = p.m,
-          .columns = columns,
-          .dropout = {},
-          .first_column = first};
+      const kernels::GemmArgs<T> args{.lora = {at<T>(memory.low_rank, 0), at<T>(p.lora.b, first * rank), rank, rank},
+                                      .main = {at<T>(p.x, 0), at<T>(memory.weight, 0), k, k},
+                                      .bias = at<T>(p.bias, first),
+                                      .out = static_cast<T*>(p.y) + first,
+                                      .out_stride = n,
+                                      .m = p.m,
+                                      .columns = columns,
+                                      .dropout = {},
+                                      .first_column = first};
       return launch_panel<T, false>(args, context);
     });
   }

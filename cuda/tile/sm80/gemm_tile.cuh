@@ -6,7 +6,8 @@
 //
 //   lines     a line is a token, or a column of a `right` given as [columns, inner]. It has 32 terms, 4 chunks of 16
 //             bytes. Chunk c of line i is stored at chunk c ^ i / 2 % 4 of line i.
-//   terms     a row is a term of a `right` given as [inner, columns]. It has 256 columns, 32 chunks of 16 bytes. Chunk c
+//   terms     a row is a term of a `right` given as [inner, columns]. It has 256 columns, 32 chunks of 16 bytes. Chunk
+//   c
 //             of row i is stored at chunk c ^ i % 8 of row i. ldmatrix transposes.
 #pragma once
 
@@ -36,8 +37,8 @@ __device__ __forceinline__ uint32_t gemm_row_chunk(int row, int chunk) {
   return row * kGemmRowBytes + ((chunk ^ (row % 8)) << 4);
 }
 
-// Copies this thread's chunks of kLines lines, stage by stage. A matrix whose rows do not begin at multiples of 16 bytes
-// is read element by element.
+// Copies this thread's chunks of kLines lines, stage by stage. A matrix whose rows do not begin at multiples of 16
+// bytes is read element by element.
 template <class T, int kLines>
 class GemmLineCopier {
   static constexpr int kChunks = kGemmLineBytes / 16, kLineStep = kGemmThreads / kChunks, kCopies = kLines / kLineStep;
@@ -89,13 +90,12 @@ class GemmLineCopier {
 // The same for rows of terms. Every row begins at a multiple of 16 bytes.
 template <class T>
 class GemmRowCopier {
-  static constexpr int kChunks = kGemmRowBytes / 16, kRowStep = kGemmThreads / kChunks,
-                       kCopies = kGemmTerms / kRowStep;
+  static constexpr int kChunks = kGemmRowBytes / 16, kRowStep = kGemmThreads / kChunks, kCopies = kGemmTerms / kRowStep;
   static_assert(kRowStep % 8 == 0);
 
  public:
-  // Begins with the first stage of `matrix` [terms, ...], whose rows are `stride` elements apart. The tile's columns begin
-  // at `column0` of `columns`.
+  // Begins with the first stage of `matrix` [terms, ...], whose rows are `stride` elements apart. The tile's columns
+  // begin at `column0` of `columns`.
   __device__ __forceinline__ void begin(const T* matrix, int64_t column0, int64_t columns, int64_t stride,
                                         int64_t terms) {
     const int row = threadIdx.x / kChunks;
