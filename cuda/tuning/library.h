@@ -34,8 +34,8 @@ inline constexpr Crossover kCrossovers[] = {
 };
 
 // Kernels without tensor cores (for float32, or k not a multiple of 64), and those that apply a scale or an offset to
-// each weight (for blocks of 32, or offsets), decode the weight again for every 64 tokens. Decoding it once is faster as
-// soon as they would decode twice.
+// each weight (for blocks of 32, or offsets), decode the weight again for every 64 tokens. Decoding it once is faster
+// as soon as they would decode twice.
 inline constexpr int64_t kTokensPerDecode = 64;
 constexpr bool decodes_often(DType dtype, int64_t k, int64_t block_size, bool offsets) {
   return dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64 || offsets;
