@@ -20,12 +20,16 @@ TILES = {  # operator -> kernel -> its parameter of tiles, with the values to tr
 }
 PANELS = (1024, 2048, 4096)
 
-SM80, SM90, ANY, LIBRARY = (f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "any", "library"))
+SM80, SM90, ANY, GEMM, LIBRARY = (f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "any", "gemm", "library"))
 BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
+    frozenset({"sm90", "gemm"}): ("is_ahead", SM90),
     frozenset({"sm90", "library"}): ("is_ahead", SM90),
     frozenset({"sm90", "tensor_cores"}): ("is_ahead", SM90),
     frozenset({"sm90", "few_tokens"}): ("is_ahead", SM90),
     frozenset({"few_tokens", "tensor_cores"}): ("kMostFewTokens", SM80),
+    frozenset({"tensor_cores", "gemm"}): ("kAhead", GEMM),
+    frozenset({"few_tokens", "gemm"}): ("kAhead", GEMM),
+    frozenset({"library", "gemm"}): ("kAhead", GEMM),
     frozenset({"tensor_cores", "library"}): ("kCrossovers", LIBRARY),
     frozenset({"few_tokens", "library"}): ("kCrossovers", LIBRARY),
 }
@@ -44,6 +48,8 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
     ("tensor_cores", "linear_nf4_dx", "splits"): ("dx_splits", ANY),
     ("tensor_cores", "linear_nf4_dlora", "ranks"): ("dlora_tile", SM80),
     ("tensor_cores", "linear_nf4_dlora", "splits"): ("dlora_splits", ANY),
+    ("gemm", "linear_nf4", "panel"): ("panel_columns", GEMM),
+    ("gemm", "linear_nf4_dx", "panel"): ("panel_columns", GEMM),
     ("library", "linear_nf4", "panel"): ("library_panel_columns", LIBRARY),
     ("library", "linear_nf4_dx", "panel"): ("library_panel_columns", LIBRARY),
 }
@@ -57,7 +63,8 @@ def candidates(operator: str) -> Iterator[str]:
             f"{kernel}:{tile}={value},splits={splits}{end}" for value in values for splits in SPLITS for end in ends
         )
     if operator != "linear_nf4_dlora":
-        yield from ("library", *(f"library:panel={panel}" for panel in PANELS))
+        for kernel in ("gemm", "library"):
+            yield from (kernel, *(f"{kernel}:panel={panel}" for panel in PANELS))
 
 
 def parse(choice: str) -> tuple[str, dict[str, int]]:

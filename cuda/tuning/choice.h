@@ -15,14 +15,15 @@ enum class Kernel {
   kSm90,         // the same, on wgmma and TMA (kernels/sm90)
   kRagged,       // bfloat16 and float16 of any shape: float32 FMA in the forward, mma.sync elsewhere
   kExact,        // float32 of any shape: every product is a float32 FMA (kernels/any)
+  kGemm,         // many tokens: decodes w, and multiplies on mma.sync (launch/sm80/linear_gemm.cu)
   kLibrary,      // many tokens: decodes w, and multiplies with torch's cuBLAS (launch/any/linear_library.h)
 };
 
-inline constexpr Kernel kKernels[] = {Kernel::kFewTokens, Kernel::kTensorCores, Kernel::kSm90,
-                                      Kernel::kRagged,    Kernel::kExact,       Kernel::kLibrary};
+inline constexpr Kernel kKernels[] = {Kernel::kFewTokens, Kernel::kTensorCores, Kernel::kSm90,   Kernel::kRagged,
+                                      Kernel::kExact,     Kernel::kGemm,        Kernel::kLibrary};
 
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"few_tokens", "tensor_cores", "sm90", "ragged", "exact", "library"};
+  constexpr const char* kNames[] = {"few_tokens", "tensor_cores", "sm90", "ragged", "exact", "gemm", "library"};
   return kNames[static_cast<int>(kernel)];
 }
 

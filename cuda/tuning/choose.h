@@ -4,8 +4,8 @@
 //
 // A kernel has a row in its operator's table here, which says what it accepts and how it is configured, and a row in
 // launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and expects to be the fastest
-// (is_ahead). Each architecture's functions have their own file: any.h, sm80.h, sm90.h and sm90_experts.h. Those of the
-// library are in library.h.
+// (is_ahead). Each architecture's functions have their own file: any.h, sm80.h, sm90.h and sm90_experts.h. Those of
+// many tokens, which decode the weight once, are in gemm.h and library.h.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@
 #include "cuda/tuning/any.h"
 #include "cuda/tuning/choice.h"
 #include "cuda/tuning/device.h"
+#include "cuda/tuning/gemm.h"
 #include "cuda/tuning/library.h"
 #include "cuda/tuning/sm80.h"
 #include "cuda/tuning/sm90.h"
@@ -49,6 +50,7 @@ struct Kernels<LinearProblem> {
        sm90::is_ahead,
        sm90::config,
        {.tokens = {64, 128}, .multicast = {1, 2}, .splits = true}},
+      {Kernel::kGemm, gemm::accepts, gemm::is_ahead, gemm::config, {.panel = true}},
       {Kernel::kLibrary, library::accepts, library::is_ahead, library::config, {.panel = true}},
       {Kernel::kFewTokens,
        sm80::few_tokens_accepts,
@@ -69,6 +71,7 @@ struct Kernels<LinearDxProblem> {
        sm90::is_ahead,
        sm90::config,
        {.tokens = {64, 128, 256}, .multicast = {1, 2}, .splits = true}},
+      {Kernel::kGemm, gemm::accepts, gemm::is_ahead, gemm::config, {.panel = true}},
       {Kernel::kLibrary, library::accepts, library::is_ahead, library::config, {.panel = true}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}, .splits = true}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {.splits = true}},

@@ -71,6 +71,18 @@ int main() {
             std::printf("%s[%d, %d, %d, %d, %d, %ld]", comma, l2, m, inner, columns, sums, long(panel));
             comma = ", ";
           }
+  std::printf("], \"gemm\": [");
+  comma = "";
+  for (const auto& [sms, l2] : {std::pair{108, 40}, std::pair{128, 72}, std::pair{82, 6}})
+    for (int m : {1, 1024, 4096, 65536})
+      for (int inner : {64, 4096, 14336})
+        for (int columns : {8, 1024, 4096, 14336}) {
+          const Device device = card(80, sms, l2);
+          const auto panel = gemm::panel_columns(m, inner, columns, 256, device);
+          std::printf("%s[%d, %d, %d, %d, %d, %ld, %ld]", comma, sms, l2, m, inner, columns, long(panel),
+                      long(gemm::waves(m, columns, panel, device)));
+          comma = ", ";
+        }
   std::printf("], \"feedback\": [");
   comma = "";
   for (int sms : {1, 108, 132})

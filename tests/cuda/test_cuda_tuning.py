@@ -74,6 +74,26 @@ def test_panels_stay_in_half_of_l2(chosen: dict) -> None:
             assert panel * a_column <= max(l2 << 19, 512 * a_column) + 256 * a_column, (l2, m, inner, columns, sums)
 
 
+def test_panels_of_the_gemm_have_full_waves(chosen: dict) -> None:
+    """The panels take no more waves of tiles than any others that stay in half of L2, or than those of 1024 columns."""
+    for sms, l2, m, inner, columns, panel, waves in chosen["gemm"]:
+        case = (sms, l2, m, inner, columns)
+
+        def waves_of(of: int, case: tuple[int, ...] = case) -> int:
+            sms, _, m, _, columns = case
+            parts = [of] * (columns // of) + [columns % of]
+            return sum(ceil(ceil(m, 128) * ceil(part, 256), sms) for part in parts)
+
+        assert 1 <= panel <= columns, case
+        assert panel == columns or panel % 256 == 0, case
+        most = max(ceil((l2 << 19) // (2 * inner), 256) * 256, 1024)
+        assert panel <= most, case
+        assert waves == waves_of(panel), case
+        launches = 180 / inner  # the cost of a panel, in waves
+        best = min(waves_of(p) + ceil(columns, p) * launches for p in (*range(256, min(most, columns), 256), panel))
+        assert waves + ceil(columns, panel) * launches <= best * 1.0001, case
+
+
 def test_feedback_shares_factors_where_every_sm_has_rows(chosen: dict) -> None:
     for sms, n, warps in chosen["feedback"]:
         assert warps in (2, 4, 8)  # a stripe of 4 rows per warp fills full words of codes
