@@ -70,10 +70,10 @@ struct Stage {
 
 // Chooses the tile, the splits and the multicast with the fewest cycles by a model of an H100, not a measurement. A
 // stage takes as long as its SM needs, or L2 to serve the stages of all SMs. Each tile also takes time to start and to
-// store, adding up splits costs two exchanges, and with multicast, partners wait for each other when they
-// begin and do not share their first stages. The CTAs of a cluster
-// split the sum in whole stages, and tiles run in waves of as many clusters as the device holds. Only configurations
-// that match `wish` are considered. If there are none, the result has no tokens.
+// store, adding up splits costs two exchanges, and with multicast, partners wait for each other when they begin and do
+// not share their first stages. The CTAs of a cluster split the sum in whole stages, and tiles run in waves of as many
+// clusters as the device holds. Only configurations that match `wish` are considered. If there are none, the result has
+// no tokens.
 template <class StageOf>
 constexpr Config fastest(int64_t m, int64_t outputs, int64_t stages, std::initializer_list<int64_t> tile_tokens,
                          const StageOf& stage_of, const Device& device, const Config& wish) {

@@ -36,13 +36,13 @@ CHOICES = {
     # our own GEMM, where its tiles fill the card
     (FORWARD, "bfloat16", 512, 4096, 4096, 64, 0): (
         "library panel=2048",
-        "sm90 tokens=128 rows=128 splits=1",
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "library panel=4096",
         "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "float16", 4096, 14336, 4096, 64, 0): (
         "gemm panel=2560",
-        "sm90 tokens=128 rows=128 splits=1",
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "library panel=2560",
         "gemm panel=5376",
     ),
