@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(32) bulk_copies(const char* source, int64_t by
       }
       if (i >= chunks) continue;
       if (kCtas > 1 && i >= kStages) qlora::ptx::mbarrier_wait<0>(is_empty + 8 * s, (round - 1) & 1);
-      qlora::ptx::mbarrier_arrive_expect<0>(is_full + 8 * s, kChunk);
+      qlora::ptx::mbarrier_arrive_expect(is_full + 8 * s, kChunk);
       const int64_t from = (static_cast<int64_t>(pair) * 37 + i) * kChunk % bytes + rank * kPart;
       copy<(kCtas > 1)>(base + s * kChunk + rank * kPart, source + from, kPart, is_full + 8 * s, (1 << kCtas) - 1);
     }

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 SPLITS = (1, 2, 3, 4, 6, 8)
+MULTICAST = (1, 2)  # of sm90
 TILES = {  # operator -> kernel -> its parameter of tiles, with the values to try
     "linear_nf4": {
         "few_tokens": ("tokens", (4, 8, 16)),
@@ -19,20 +20,26 @@ TILES = {  # operator -> kernel -> its parameter of tiles, with the values to tr
 }
 PANELS = (1024, 2048, 4096)
 
-SM80, SM90, ANY, LIBRARY = (f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "any", "library"))
+SM80, SM90, ANY, GEMM, LIBRARY = (f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "any", "gemm", "library"))
 BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
+    frozenset({"sm90", "gemm"}): ("is_ahead", SM90),
     frozenset({"sm90", "library"}): ("is_ahead", SM90),
     frozenset({"sm90", "tensor_cores"}): ("is_ahead", SM90),
     frozenset({"sm90", "few_tokens"}): ("is_ahead", SM90),
     frozenset({"few_tokens", "tensor_cores"}): ("kMostFewTokens", SM80),
+    frozenset({"tensor_cores", "gemm"}): ("kAhead", GEMM),
+    frozenset({"few_tokens", "gemm"}): ("kAhead", GEMM),
+    frozenset({"library", "gemm"}): ("kAhead", GEMM),
     frozenset({"tensor_cores", "library"}): ("kCrossovers", LIBRARY),
     frozenset({"few_tokens", "library"}): ("kCrossovers", LIBRARY),
 }
 WITHIN = {  # kernel, operator and parameter -> what chooses it
     ("sm90", "linear_nf4", "tokens"): ("kTileCycles", SM90),
     ("sm90", "linear_nf4", "splits"): ("kSplitCycles", SM90),
+    ("sm90", "linear_nf4", "multicast"): ("kMulticastCycles", SM90),
     ("sm90", "linear_nf4_dx", "tokens"): ("kTileCycles", SM90),
     ("sm90", "linear_nf4_dx", "splits"): ("kSplitCycles", SM90),
+    ("sm90", "linear_nf4_dx", "multicast"): ("kMulticastCycles", SM90),
     ("few_tokens", "linear_nf4", "tokens"): ("few_tokens_config", SM80),
     ("few_tokens", "linear_nf4", "splits"): ("forward_splits", SM80),
     ("tensor_cores", "linear_nf4", "tokens"): ("forward_tokens", SM80),
@@ -41,6 +48,8 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
     ("tensor_cores", "linear_nf4_dx", "splits"): ("dx_splits", ANY),
     ("tensor_cores", "linear_nf4_dlora", "ranks"): ("dlora_tile", SM80),
     ("tensor_cores", "linear_nf4_dlora", "splits"): ("dlora_splits", ANY),
+    ("gemm", "linear_nf4", "panel"): ("panel_columns", GEMM),
+    ("gemm", "linear_nf4_dx", "panel"): ("panel_columns", GEMM),
     ("library", "linear_nf4", "panel"): ("library_panel_columns", LIBRARY),
     ("library", "linear_nf4_dx", "panel"): ("library_panel_columns", LIBRARY),
 }
@@ -49,9 +58,13 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
 def candidates(operator: str) -> Iterator[str]:
     """Values of QLORA_CUDA_KERNEL to try. A card or a problem may refuse some of them, with a ValueError."""
     for kernel, (tile, values) in TILES[operator].items():
-        yield from (f"{kernel}:{tile}={value},splits={splits}" for value in values for splits in SPLITS)
+        ends = [f",multicast={ctas}" for ctas in MULTICAST] if kernel == "sm90" else [""]
+        yield from (
+            f"{kernel}:{tile}={value},splits={splits}{end}" for value in values for splits in SPLITS for end in ends
+        )
     if operator != "linear_nf4_dlora":
-        yield from ("library", *(f"library:panel={panel}" for panel in PANELS))
+        for kernel in ("gemm", "library"):
+            yield from (kernel, *(f"{kernel}:panel={panel}" for panel in PANELS))
 
 
 def parse(choice: str) -> tuple[str, dict[str, int]]:

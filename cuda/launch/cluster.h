@@ -1,4 +1,5 @@
-// Launches in thread block clusters, whose CTAs can access each other's shared memory.
+// Launches in thread block clusters, whose CTAs can access each other's shared memory, and launches that overlap with
+// the launch before them.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,22 +13,63 @@
 
 namespace qlora::cuda {
 
-// The configuration of a launch, which refers to `*attribute`. A cluster of one CTA is an ordinary launch, which every
+// When a launch may start: when the previous launch of its stream has ended, or when that launch's CTAs permit it
+// (cuda/ptx/grid_dependency.cuh). A kernel that starts early has to wait before it reads what that launch writes.
+enum class Start { kInOrder, kEarly };
+
+// The attributes of a launch. Those that `config` does not count are unused.
+struct LaunchAttributes {
+  cudaLaunchAttribute list[2];
+};
+
+// The configuration of a launch, which refers to `*attributes`. A cluster of one CTA is an ordinary launch, which every
 // device supports.
 inline cudaLaunchConfig_t cluster_launch(dim3 grid, dim3 cluster, int threads, int shared_bytes, cudaStream_t stream,
-                                         cudaLaunchAttribute* attribute) {
-  attribute->id = cudaLaunchAttributeClusterDimension;
-  attribute->val.clusterDim.x = cluster.x;
-  attribute->val.clusterDim.y = cluster.y;
-  attribute->val.clusterDim.z = cluster.z;
+                                         Start start, LaunchAttributes* attributes) {
   cudaLaunchConfig_t config = {};
+  if (cluster.x * cluster.y * cluster.z > 1) {
+    cudaLaunchAttribute& attribute = attributes->list[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster.x;
+    attribute.val.clusterDim.y = cluster.y;
+    attribute.val.clusterDim.z = cluster.z;
+  }
+  if (start == Start::kEarly) {
+    cudaLaunchAttribute& attribute = attributes->list[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = attribute;
-  config.numAttrs = cluster.x * cluster.y * cluster.z > 1 ? 1 : 0;
+  config.attrs = attributes->list;
   return config;
+}
+
+// The PTX version that the device's code of kKernel was compiled for, such as 90, queried once per device. A build that
+// lacks the device's own code runs that of an older one.
+template <auto kKernel>
+cudaError_t ptx_version(const Device& device, int* version) {
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  std::atomic<int>& here = known[static_cast<size_t>(device.index)];
+  *version = here.load(std::memory_order_acquire);
+  if (*version != 0) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel));
+  if (error != cudaSuccess) return error;
+  *version = attributes.ptxVersion;
+  here.store(*version, std::memory_order_release);
+  return cudaSuccess;
+}
+
+// When kKernel, which waits for the previous launch itself, may start: early if its code has the instruction for that.
+template <auto kKernel>
+cudaError_t earliest_start(const Device& device, Start* start) {
+  int version = 0;
+  const cudaError_t error = device.arch < 90 ? cudaSuccess : ptx_version<kKernel>(device, &version);
+  *start = version >= 90 ? Start::kEarly : Start::kInOrder;
+  return error;
 }
 
 // The largest cluster of kKernel on the device, queried once per device: up to kMostClusterCtas, fewer if a small
@@ -44,13 +86,13 @@ cudaError_t ctas_per_cluster(const Device& device, int threads, int shared_bytes
     *ctas = found;
     return cudaSuccess;
   }
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel));
+  int version = 0;
+  const cudaError_t error = ptx_version<kKernel>(device, &version);
   if (error != cudaSuccess) return error;
-  if (attributes.ptxVersion >= 90) {
-    cudaLaunchAttribute attribute;
+  if (version >= 90) {
+    LaunchAttributes attributes;
     const cudaLaunchConfig_t config =
-        cluster_launch(dim3(kMostClusterCtas), dim3(1), threads, shared_bytes, nullptr, &attribute);
+        cluster_launch(dim3(kMostClusterCtas), dim3(1), threads, shared_bytes, nullptr, Start::kInOrder, &attributes);
     if (cudaOccupancyMaxPotentialClusterSize(ctas, kKernel, &config) != cudaSuccess) {
       cudaGetLastError();
       *ctas = 1;
@@ -65,9 +107,10 @@ cudaError_t ctas_per_cluster(const Device& device, int threads, int shared_bytes
 // to be called first.
 template <class... Parameters>
 cudaError_t count_clusters(void (*kernel)(Parameters...), int size, int threads, int shared_bytes, int* clusters) {
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = cluster_launch(dim3(static_cast<unsigned>(size)), dim3(static_cast<unsigned>(size)),
-                                                   threads, shared_bytes, nullptr, &attribute);
+  LaunchAttributes attributes;
+  const dim3 cluster(static_cast<unsigned>(size));
+  const cudaLaunchConfig_t config =
+      cluster_launch(cluster, cluster, threads, shared_bytes, nullptr, Start::kInOrder, &attributes);
   return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
 }
 
@@ -81,11 +124,11 @@ constexpr bool refuses_clusters(cudaError_t error) {
 // the device gives up clusters, and the caller of the operator's launcher can launch again.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 cluster, int threads, int shared_bytes,
-                           cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = cluster_launch(grid, cluster, threads, shared_bytes, stream, &attribute);
+                           cudaStream_t stream, Start start, const Arguments&... arguments) {
+  LaunchAttributes attributes;
+  const cudaLaunchConfig_t config = cluster_launch(grid, cluster, threads, shared_bytes, stream, start, &attributes);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-  if (config.numAttrs > 0 && refuses_clusters(error)) {
+  if (cluster.x * cluster.y * cluster.z > 1 && refuses_clusters(error)) {
     cudaGetLastError();
     give_up_clusters();
   }

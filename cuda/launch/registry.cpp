@@ -19,6 +19,7 @@ template <>
 struct Launchers<LinearProblem> {
   static constexpr Launcher<LinearProblem> kRows[] = {
       {Kernel::kSm90, nullptr, sm90::launch},
+      {Kernel::kGemm, nullptr, sm80::launch_gemm},
       {Kernel::kLibrary, nullptr, library::launch},
       {Kernel::kFewTokens, sm80::plan_few_tokens, sm80::launch_few_tokens},
       {Kernel::kTensorCores, sm80::plan, sm80::launch},
@@ -31,6 +32,7 @@ template <>
 struct Launchers<LinearDxProblem> {
   static constexpr Launcher<LinearDxProblem> kRows[] = {
       {Kernel::kSm90, nullptr, sm90::launch},
+      {Kernel::kGemm, nullptr, sm80::launch_gemm},
       {Kernel::kLibrary, nullptr, library::launch},
       {Kernel::kTensorCores, sm80::plan, sm80::launch},
       {Kernel::kExact, any::plan_exact, any::launch_exact},
@@ -50,6 +52,7 @@ struct Launchers<LoraGradProblem> {
 template <>
 struct Launchers<Grouped<LinearProblem>> {
   static constexpr Launcher<Grouped<LinearProblem>> kRows[] = {
+      {Kernel::kSm90, nullptr, sm90::launch},
       {Kernel::kTensorCores, nullptr, sm80::launch},
       {Kernel::kExact, nullptr, any::launch},
       {Kernel::kRagged, nullptr, any::launch},
@@ -59,6 +62,7 @@ struct Launchers<Grouped<LinearProblem>> {
 template <>
 struct Launchers<Grouped<LinearDxProblem>> {
   static constexpr Launcher<Grouped<LinearDxProblem>> kRows[] = {
+      {Kernel::kSm90, nullptr, sm90::launch},
       {Kernel::kTensorCores, nullptr, sm80::launch},
       {Kernel::kExact, nullptr, any::launch_exact},
       {Kernel::kRagged, nullptr, sm80::launch_ragged},

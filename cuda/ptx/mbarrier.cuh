@@ -28,10 +28,19 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier, bool arrives) 
 }
 
 // Arrives, and makes the phase also wait for `bytes` of bulk copies.
-template <int kOffset>
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0 + %2], %1;" ::"r"(barrier), "r"(bytes), "n"(kOffset)
-               : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives at the barrier at the same place in the cluster's CTA `rank`. It tells the other CTA that wgmma and bulk
+// copies which this CTA has seen complete no longer use its shared memory. It does not make this thread's ordinary
+// writes visible there: that takes .release.cluster, which ptxas implements as a fence for the whole device.
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
 }
 
 // Waits until the phase of this parity is complete. Before the first phase, the phase of parity 1 counts as complete.

@@ -22,6 +22,17 @@ __device__ __forceinline__ void tma_load_2d(uint32_t shared, const CUtensorMap& 
       : "memory");
 }
 
+// Loads the box to the same place in each CTA of the cluster whose bit in `ctas` is set. Its bytes count for the
+// barrier at the same place in each of them.
+__device__ __forceinline__ void tma_load_2d_multicast(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
+                                                      int32_t column, int32_t row, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(ctas)
+      : "memory");
+}
+
 // Makes this thread's own writes to shared memory visible to the TMA copies and wgmma that follow the next barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

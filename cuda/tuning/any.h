@@ -31,6 +31,18 @@ constexpr int64_t low_rank_splits(int64_t ctas, int64_t k, int64_t most, const D
   return std::clamp<int64_t>(std::min(ceil_div(k, kTwoTurns), device.sm_count / std::max<int64_t>(ctas, 1)), 1, most);
 }
 
+// The number of tokens, 8 or `most`, per tile of the experts' low-rank products, whose CTAs take `ranks` ranks. A CTA
+// takes the time of reading its rows of x and of `a`, and CTAs run in waves of one per SM. A larger tile reads `a` less
+// often. Half of each expert's last tile is counted as empty. This is a model, not a measurement.
+constexpr int64_t grouped_low_rank_tokens(int64_t m, int64_t experts, int64_t ranks, int64_t most,
+                                          const Device& device) {
+  const auto time = [&](int64_t tokens) {
+    const int64_t ctas = ceil_div(m + experts * tokens / 2, tokens);
+    return ceil_div(ctas, std::max(device.sm_count, 1)) * (tokens + ranks);
+  };
+  return time(most) < time(8) ? most : 8;
+}
+
 // ---- splits of the gradients, in float32 and on mma.sync alike ----
 
 inline constexpr int64_t kDxStageRows = 64;

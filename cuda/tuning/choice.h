@@ -15,35 +15,38 @@ enum class Kernel {
   kSm90,         // the same, on wgmma and TMA (kernels/sm90)
   kRagged,       // bfloat16 and float16 of any shape: float32 FMA in the forward, mma.sync elsewhere
   kExact,        // float32 of any shape: every product is a float32 FMA (kernels/any)
+  kGemm,         // many tokens: decodes w, and multiplies on mma.sync (launch/sm80/linear_gemm.cu)
   kLibrary,      // many tokens: decodes w, and multiplies with torch's cuBLAS (launch/any/linear_library.h)
 };
 
-inline constexpr Kernel kKernels[] = {Kernel::kFewTokens, Kernel::kTensorCores, Kernel::kSm90,
-                                      Kernel::kRagged,    Kernel::kExact,       Kernel::kLibrary};
+inline constexpr Kernel kKernels[] = {Kernel::kFewTokens, Kernel::kTensorCores, Kernel::kSm90,   Kernel::kRagged,
+                                      Kernel::kExact,     Kernel::kGemm,        Kernel::kLibrary};
 
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"few_tokens", "tensor_cores", "sm90", "ragged", "exact", "library"};
+  constexpr const char* kNames[] = {"few_tokens", "tensor_cores", "sm90", "ragged", "exact", "gemm", "library"};
   return kNames[static_cast<int>(kernel)];
 }
 
 // A parameter is 0 if the kernel does not have it. `splits` is also 0 until the launcher's plan sets it: the number of
 // parts of a sum that fill the device depends on how many CTAs of the compiled kernel an SM holds.
 struct Config {
-  int64_t tokens = 0;   // per tile
-  int64_t rows = 0;     // rows of w per tile of the forward
-  int64_t ranks = 0;    // LoRA ranks per tile
-  int64_t columns = 0;  // per tile of the gradients
-  int64_t splits = 0;   // CTAs that divide a tile's sum
-  int64_t panel = 0;    // columns of the output whose weights are decoded at a time
+  int64_t tokens = 0;     // per tile
+  int64_t rows = 0;       // rows of w per tile of the forward
+  int64_t ranks = 0;      // LoRA ranks per tile
+  int64_t columns = 0;    // per tile of the gradients
+  int64_t splits = 0;     // CTAs that divide a tile's sum
+  int64_t panel = 0;      // columns of the output whose weights are decoded at a time
+  int64_t multicast = 0;  // CTAs with neighbouring outputs that receive each copy of the tokens' values
 };
 
 struct Parameter {
   const char* name;
   int64_t Config::* value;
 };
-inline constexpr Parameter kParameters[] = {{"tokens", &Config::tokens}, {"rows", &Config::rows},
-                                            {"ranks", &Config::ranks},   {"columns", &Config::columns},
-                                            {"splits", &Config::splits}, {"panel", &Config::panel}};
+inline constexpr Parameter kParameters[] = {{"tokens", &Config::tokens},      {"rows", &Config::rows},
+                                            {"ranks", &Config::ranks},        {"columns", &Config::columns},
+                                            {"splits", &Config::splits},      {"panel", &Config::panel},
+                                            {"multicast", &Config::multicast}};
 
 struct Choice {
   Kernel kernel = Kernel::kRagged;

@@ -4,8 +4,8 @@
 //
 // A kernel has a row in its operator's table here, which says what it accepts and how it is configured, and a row in
 // launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and expects to be the fastest
-// (is_ahead). Each architecture's functions have their own file: any.h, sm80.h and sm90.h. Those of the library are in
-// library.h.
+// (is_ahead). Each architecture's functions have their own file: any.h, sm80.h, sm90.h and sm90_experts.h. Those of
+// many tokens, which decode the weight once, are in gemm.h and library.h.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +15,17 @@
 #include "cuda/tuning/any.h"
 #include "cuda/tuning/choice.h"
 #include "cuda/tuning/device.h"
+#include "cuda/tuning/gemm.h"
 #include "cuda/tuning/library.h"
 #include "cuda/tuning/sm80.h"
 #include "cuda/tuning/sm90.h"
+#include "cuda/tuning/sm90_experts.h"
 
 namespace qlora::cuda {
 
 // The parts of a configuration that QLORA_CUDA_KERNEL may set (forced.h).
 struct Options {
-  int64_t tokens[4] = {}, ranks[3] = {};  // the values that the kernel was compiled for
+  int64_t tokens[4] = {}, ranks[3] = {}, multicast[2] = {};  // the values that the kernel was compiled for
   bool splits = false, panel = false;
 };
 
@@ -43,7 +45,12 @@ struct Kernels;
 template <>
 struct Kernels<LinearProblem> {
   static constexpr KernelRow<LinearProblem> kRows[] = {
-      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128}, .splits = true}},
+      {Kernel::kSm90,
+       sm90::accepts,
+       sm90::is_ahead,
+       sm90::config,
+       {.tokens = {64, 128}, .multicast = {1, 2}, .splits = true}},
+      {Kernel::kGemm, gemm::accepts, gemm::is_ahead, gemm::config, {.panel = true}},
       {Kernel::kLibrary, library::accepts, library::is_ahead, library::config, {.panel = true}},
       {Kernel::kFewTokens,
        sm80::few_tokens_accepts,
@@ -59,7 +66,12 @@ struct Kernels<LinearProblem> {
 template <>
 struct Kernels<LinearDxProblem> {
   static constexpr KernelRow<LinearDxProblem> kRows[] = {
-      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128, 256}, .splits = true}},
+      {Kernel::kSm90,
+       sm90::accepts,
+       sm90::is_ahead,
+       sm90::config,
+       {.tokens = {64, 128, 256}, .multicast = {1, 2}, .splits = true}},
+      {Kernel::kGemm, gemm::accepts, gemm::is_ahead, gemm::config, {.panel = true}},
       {Kernel::kLibrary, library::accepts, library::is_ahead, library::config, {.panel = true}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}, .splits = true}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {.splits = true}},
@@ -79,6 +91,7 @@ struct Kernels<LoraGradProblem> {
 template <>
 struct Kernels<Grouped<LinearProblem>> {
   static constexpr KernelRow<Grouped<LinearProblem>> kRows[] = {
+      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128}, .multicast = {1, 2}}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::config, {.tokens = {16, 64}}},
       {Kernel::kRagged, any::ragged_accepts, nullptr, any::config, {.tokens = {16, 64}}},
@@ -88,6 +101,7 @@ struct Kernels<Grouped<LinearProblem>> {
 template <>
 struct Kernels<Grouped<LinearDxProblem>> {
   static constexpr KernelRow<Grouped<LinearDxProblem>> kRows[] = {
+      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128, 256}, .multicast = {1, 2}}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {}},
       {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::ragged_config, {.tokens = {16, 32}}},

@@ -41,6 +41,7 @@ inline std::vector<int64_t> compiled_values(const Options& options, const Parame
   };
   if (parameter.value == &Config::tokens) add(options.tokens);
   if (parameter.value == &Config::ranks) add(options.ranks);
+  if (parameter.value == &Config::multicast) add(options.multicast);
   return values;
 }
 

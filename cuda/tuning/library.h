@@ -34,12 +34,16 @@ inline constexpr Crossover kCrossovers[] = {
 };
 
 // Kernels without tensor cores (for float32, or k not a multiple of 64), and those that apply a scale or an offset to
-// each weight (for blocks of 32, or offsets), decode the weight again for every 64 tokens. The library is ahead as soon
-// as they would decode twice.
+// each weight (for blocks of 32, or offsets), decode the weight again for every 64 tokens. Decoding it once is faster
+// as soon as they would decode twice.
+inline constexpr int64_t kTokensPerDecode = 64;
+constexpr bool decodes_often(DType dtype, int64_t k, int64_t block_size, bool offsets) {
+  return dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64 || offsets;
+}
+
 constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, const Device& device,
                                     bool offsets = false) {
-  constexpr int64_t kTokensPerDecode = 64;
-  if (dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64 || offsets) return kTokensPerDecode + 1;
+  if (decodes_often(dtype, k, block_size, offsets)) return kTokensPerDecode + 1;
   const Crossover* best = kCrossovers;
   for (const Crossover& c : kCrossovers) {
     if (device.arch >= c.arch) best = &c;

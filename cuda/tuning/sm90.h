@@ -16,6 +16,7 @@ namespace qlora::cuda::sm90 {
 inline constexpr int64_t kOutputs = 128;                           // outputs per tile, for each of its tokens
 inline constexpr int64_t kForwardStageK = 128, kDxStageRows = 64;  // terms of the sum per stage
 inline constexpr int64_t kMostSplits = kMostClusterCtas;           // the CTAs of a cluster divide a tile's sum
+inline constexpr int64_t kMostMulticast = 2;                       // and share copies of the tokens with a partner
 
 // k has groups of 64 with one scale each and no offset, and the sizes fit TMA's coordinates.
 constexpr bool accepts_weight(DType dtype, int64_t m, const Weight& w, const Device& device) {
@@ -33,9 +34,9 @@ constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
 
 // Up to kFewestTokens - 1 tokens, the tiles on mma.sync decode each weight only once, too. Up to kMostTokens, these
 // kernels are ahead, also of the library; kCrossovers (library.h) only counts for problems that they do not accept. By
-// the model below, a token costs 1.1 times as much as in a GEMM at 0.75 of the data sheet's rate: 204 us against 185 at
-// 4096 x 4096 and 4096 tokens. But the library also needs 5 to 14 us for its decode and, with LoRA, about 25 us for its
-// float32 sums, so the model has no upper limit. bench/cuda_crossover.py measures it on a card.
+// the model below, a token costs 1.05 times as much as in a GEMM at 0.75 of the data sheet's rate: 194 us against 185
+// at 4096 x 4096 and 4096 tokens. But the library also needs 5 to 14 us for its decode and, with LoRA, about 25 us for
+// its float32 sums, so the model has no upper limit. bench/cuda_crossover.py measures it on a card.
 inline constexpr int64_t kFewestTokens = 33;
 inline constexpr int64_t kMostTokens = std::numeric_limits<int64_t>::max();
 
@@ -44,61 +45,84 @@ constexpr bool is_ahead(const Problem& p, const Device&) {
   return p.m >= kFewestTokens && p.m <= kMostTokens;
 }
 
-// The number of clusters of `splits` CTAs that run at once, or 0 if the device cannot launch any.
-constexpr int64_t resident_clusters(int64_t splits, const Device& device) {
-  return device.resident_clusters[static_cast<size_t>(splits - 1)];
+constexpr int64_t cluster_ctas(const Config& c) { return c.splits * c.multicast; }
+
+// The number of clusters that run at once, or 0 if the device cannot launch any.
+constexpr int64_t resident_clusters(const Config& c, const Device& device) {
+  const int64_t ctas = cluster_ctas(c);
+  return ctas > kMostClusterCtas ? 0 : device.resident_clusters[static_cast<size_t>(ctas - 1)];
 }
 
-constexpr int64_t tiles(int64_t m, int64_t outputs, int64_t tokens) {
-  return ceil_div(m, tokens) * ceil_div(outputs, kOutputs);
+// The number of tiles, or of pairs of tiles with the same tokens. A cluster computes one at a time.
+constexpr int64_t cluster_tiles(int64_t m, int64_t outputs, const Config& c) {
+  return ceil_div(m, c.tokens) * ceil_div(outputs, kOutputs * c.multicast);
 }
 
 // The grid: as many clusters as run at once, or fewer if there are fewer tiles.
 constexpr int64_t clusters(int64_t m, int64_t outputs, const Config& c, const Device& device) {
-  return std::min(resident_clusters(c.splits, device), tiles(m, outputs, c.tokens));
+  return std::min(resident_clusters(c, device), cluster_tiles(m, outputs, c));
 }
 
-// Chooses the tile and the splits with the fewest cycles by a model of an H100, not a measurement. A stage takes
-// `stage_cycles(tokens)`. Each tile also takes time to start and to store, and adding up splits costs two exchanges.
-// The CTAs of a cluster split the sum in whole stages, and tiles run in waves of as many clusters as the device holds.
-// Only tiles and splits that match `wish` are considered. If there are none, the result has no tokens.
-template <class StageCycles>
+// What a stage takes: cycles of the SM, and bytes from L2 for the tokens and for everything else.
+struct Stage {
+  int64_t cycles, token_bytes, other_bytes;
+};
+
+// Chooses the tile, the splits and the multicast with the fewest cycles by a model of an H100, not a measurement. A
+// stage takes as long as its SM needs, or L2 to serve the stages of all SMs. Each tile also takes time to start and to
+// store, adding up splits costs two exchanges, and with multicast, partners wait for each other when they begin and do
+// not share their first stages. The CTAs of a cluster split the sum in whole stages, and tiles run in waves of as many
+// clusters as the device holds. Only configurations that match `wish` are considered. If there are none, the result has
+// no tokens.
+template <class StageOf>
 constexpr Config fastest(int64_t m, int64_t outputs, int64_t stages, std::initializer_list<int64_t> tile_tokens,
-                         const StageCycles& stage_cycles, const Device& device, const Config& wish) {
-  constexpr int64_t kTileCycles = 2500, kSplitCycles = 1000;
+                         const StageOf& stage_of, const Device& device, const Config& wish) {
+  constexpr int64_t kTileCycles = 2500, kSplitCycles = 1000, kMulticastCycles = 1500;
+  constexpr int64_t kL2Bytes = 3200;         // per cycle: 5.6 TB/s at 1.755 GHz
+  constexpr int64_t kMulticastTokens = 128;  // smaller tiles hardly wait for L2
   Config best;
   int64_t fewest = std::numeric_limits<int64_t>::max();
   for (const int64_t tokens : tile_tokens) {
-    for (int64_t splits = 1; splits <= kMostSplits; ++splits) {
-      if (or_wish(wish.tokens, tokens) != tokens || or_wish(wish.splits, splits) != splits) continue;
-      const int64_t fit = resident_clusters(splits, device), per_split = ceil_div(stages, splits);
-      if (fit == 0) continue;
-      if (per_split * (splits - 1) >= stages) continue;  // the last CTA would have nothing to do
-      const int64_t tile_cycles = per_split * stage_cycles(tokens) + kTileCycles + (splits > 1 ? kSplitCycles : 0);
-      const int64_t cycles = ceil_div(tiles(m, outputs, tokens), fit) * tile_cycles;
-      if (cycles >= fewest) continue;
-      fewest = cycles;
-      best.tokens = tokens, best.splits = splits;
+    for (int64_t multicast = 1; multicast <= kMostMulticast; ++multicast) {
+      for (int64_t splits = 1; splits <= kMostSplits; ++splits) {
+        if (multicast > 1 && tokens < kMulticastTokens && wish.multicast == 0) continue;
+        const Config c{.tokens = tokens, .splits = splits, .multicast = multicast};
+        if (or_wish(wish.tokens, tokens) != tokens || or_wish(wish.splits, splits) != splits ||
+            or_wish(wish.multicast, multicast) != multicast)
+          continue;
+        const int64_t fit = resident_clusters(c, device), per_split = ceil_div(stages, splits);
+        if (fit == 0) continue;
+        if (per_split * (splits - 1) >= stages) continue;  // the last CTA would have nothing to do
+        const Stage stage = stage_of(tokens);
+        const int64_t bytes = stage.token_bytes / multicast + stage.other_bytes;
+        const int64_t ctas = clusters(m, outputs, c, device) * cluster_ctas(c);
+        const int64_t stage_cycles = std::max(stage.cycles, bytes * ctas / kL2Bytes);
+        const int64_t tile_cycles = per_split * stage_cycles + kTileCycles + (splits > 1 ? kSplitCycles : 0);
+        const int64_t cycles =
+            ceil_div(cluster_tiles(m, outputs, c), fit) * tile_cycles + (multicast > 1 ? kMulticastCycles : 0);
+        if (cycles >= fewest) continue;
+        fewest = cycles;
+        best = c;
+      }
     }
   }
   return best;
 }
 
 // A stage of the forward takes as long as its passes over shared memory: x is written once and read by both warpgroups,
-// packed bytes are written and read once, and pairs and scales are looked up.
+// packed bytes are written and read once, and scales and three quarters of the pairs are looked up. L2 serves x, and
+// packed bytes and scale codes of 128 rows.
 constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
-  Config c = fastest(
-      p.m, p.w.n, ceil_div(p.w.k, kForwardStageK), {64, 128}, [](int64_t tokens) { return 6 * tokens + 540; }, device,
-      wish);
+  const auto stage = [](int64_t tokens) { return Stage{6 * tokens + 476, tokens * 256, 128 * (64 + 2)}; };
+  Config c = fastest(p.m, p.w.n, ceil_div(p.w.k, kForwardStageK), {64, 128}, stage, device, wish);
   c.rows = kOutputs;
   return c;
 }
 
-// The same for dX, with dy in place of x, and lookups of twice the size.
+// The same for dX, with dy in place of x, and lookups of twice the size. Scale codes take a sector of 32 bytes per row.
 constexpr Config config(const LinearDxProblem& p, const Device& device, const Config& wish) {
-  Config c = fastest(
-      p.m, p.w.k, ceil_div(p.w.n, kDxStageRows), {64, 128, 256}, [](int64_t tokens) { return 3 * tokens + 440; },
-      device, wish);
+  const auto stage = [](int64_t tokens) { return Stage{3 * tokens + 440, tokens * 128, 64 * (64 + 32)}; };
+  Config c = fastest(p.m, p.w.k, ceil_div(p.w.n, kDxStageRows), {64, 128, 256}, stage, device, wish);
   c.columns = kOutputs;
   return c;
 }

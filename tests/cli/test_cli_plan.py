@@ -20,7 +20,7 @@ from qlora_ext.planning import families, memory
 SIZES = "hidden=512,intermediate=1536,layers=10,heads=8,kv-heads=4,vocab=16000"
 
 LEVERS = ["none", "chunked_loss", "grad_checkpointing"]
-BATCH = {"batch_size": 2, "seq_len": 512}
+BATCH = {"batch_size": 2, "seq_len": 256}
 
 # Runs a step of the planned job with each option, and prints by how many bytes memory rose above model and optimizer.
 STEP = """

@@ -71,6 +71,18 @@ int main() {
             std::printf("%s[%d, %d, %d, %d, %d, %ld]", comma, l2, m, inner, columns, sums, long(panel));
             comma = ", ";
           }
+  std::printf("], \"gemm\": [");
+  comma = "";
+  for (const auto& [sms, l2] : {std::pair{108, 40}, std::pair{128, 72}, std::pair{82, 6}})
+    for (int m : {1, 1024, 4096, 65536})
+      for (int inner : {64, 4096, 14336})
+        for (int columns : {8, 1024, 4096, 14336}) {
+          const Device device = card(80, sms, l2);
+          const auto panel = gemm::panel_columns(m, inner, columns, 256, device);
+          std::printf("%s[%d, %d, %d, %d, %d, %ld, %ld]", comma, sms, l2, m, inner, columns, long(panel),
+                      long(gemm::waves(m, columns, panel, device)));
+          comma = ", ";
+        }
   std::printf("], \"feedback\": [");
   comma = "";
   for (int sms : {1, 108, 132})
@@ -89,8 +101,9 @@ int main() {
             std::printf("%s[\"%s\", [", comma, what);
             for (const int& fit : hopper.resident_clusters)
               std::printf("%d%s", fit, &fit == &hopper.resident_clusters.back() ? "" : ", ");
-            std::printf("], %d, %d, %ld, %ld, %ld, %ld, %ld]", m, outputs, long(stages), long(c.tokens), long(c.splits),
-                        long(ceil_div(stages, c.splits)), long(sm90::clusters(m, outputs, c, hopper)));
+            std::printf("], %d, %d, %ld, %ld, %ld, %ld, %ld, %ld]", m, outputs, long(stages), long(c.tokens),
+                        long(c.splits), long(ceil_div(stages, c.splits)), long(sm90::clusters(m, outputs, c, hopper)),
+                        long(c.multicast));
             comma = ", ";
           };
           LinearProblem forward;

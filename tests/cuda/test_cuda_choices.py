@@ -23,15 +23,28 @@ CHOICES = {
     (FORWARD, "bfloat16", 17, 4096, 4096, 64, 0): "tensor_cores tokens=32 rows=128",
     (FORWARD, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 rows=128",
-        "sm90 tokens=64 rows=128 splits=3",
+        "sm90 tokens=64 rows=128 splits=3 multicast=1",
         "library panel=4096",
         "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 0): (
-        "library panel=1024",
-        "sm90 tokens=128 rows=128 splits=1",
+        "gemm panel=2560",  # 320 tiles and 192, in 5 waves
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "library panel=2048",
         "tensor_cores tokens=32 rows=128",
+    ),
+    # our own GEMM, where its tiles fill the card
+    (FORWARD, "bfloat16", 512, 4096, 4096, 64, 0): (
+        "library panel=2048",
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
+        "library panel=4096",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    (FORWARD, "float16", 4096, 14336, 4096, 64, 0): (
+        "gemm panel=2560",
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
+        "library panel=2560",
+        "gemm panel=5376",
     ),
     # k that is no multiple of 64, and blocks of 32
     (FORWARD, "bfloat16", 4, 4096, 4100, 64, 0): "ragged tokens=4 rows=64",
@@ -41,6 +54,12 @@ CHOICES = {
         "library panel=2048",
         "library panel=4096",
         "library panel=4096",
+    ),
+    (FORWARD, "bfloat16", 4096, 4096, 4104, 64, 0): (
+        "gemm panel=2560",
+        "library panel=1024",
+        "library panel=2048",
+        "gemm panel=4096",
     ),
     # exact float32
     (FORWARD, "float32", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
@@ -55,13 +74,13 @@ CHOICES = {
     (DX, "bfloat16", 1, 4096, 4096, 64, 0): "tensor_cores tokens=8 columns=256",
     (DX, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 columns=256",
-        "sm90 tokens=64 columns=128 splits=3",
+        "sm90 tokens=64 columns=128 splits=3 multicast=1",
         "library panel=4096",
         "tensor_cores tokens=64 columns=256",
     ),
     (DX, "bfloat16", 4096, 4096, 4096, 64, 0): (
-        "library panel=1024",
-        "sm90 tokens=256 columns=128 splits=1",
+        "gemm panel=2560",
+        "sm90 tokens=256 columns=128 splits=1 multicast=2",
         "library panel=2048",
         "tensor_cores tokens=64 columns=256",
     ),
@@ -76,46 +95,60 @@ CHOICES = {
     (FORWARD, "bfloat16", 64, 4096, 4096, 64, 64): "tensor_cores tokens=8 rows=128",
     (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 8): (
         "tensor_cores tokens=64 rows=128",
-        "tensor_cores tokens=64 rows=128",
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "tensor_cores tokens=64 rows=128",
         "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "float16", 64, 4096, 4100, 64, 64): "ragged tokens=16 rows=64",
     (FORWARD, "float32", 4096, 4096, 4096, 64, 8): "exact tokens=64 rows=64",
     (DX, "bfloat16", 64, 4096, 4096, 64, 8): "tensor_cores tokens=16 columns=256",
+    (DX, "bfloat16", 4096, 4096, 4096, 64, 8): (
+        "tensor_cores tokens=64 columns=256",
+        "sm90 tokens=256 columns=128 splits=1 multicast=2",
+        "tensor_cores tokens=64 columns=256",
+        "tensor_cores tokens=64 columns=256",
+    ),
     (DLORA, "float32", 64, 4096, 4096, 64, 8): "exact ranks=16 columns=64",
 }
 
 # (card, operator, m, k, experts, what QLORA_CUDA_KERNEL says) -> the choice, of bfloat16.
 FORCED = {
     ("sm90", FORWARD, 64, 4096, 0, "tensor_cores"): "tensor_cores tokens=64 rows=128",
-    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=128,splits=2"): "sm90 tokens=128 rows=128 splits=2",
-    ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=3"): "sm90 tokens=64 rows=128 splits=3",
-    ("sm90", FORWARD, 3, 4096, 0, "sm90"): "sm90 tokens=64 rows=128 splits=3",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=128,splits=2"): "sm90 tokens=128 rows=128 splits=2 multicast=1",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=3"): "sm90 tokens=64 rows=128 splits=3 multicast=1",
+    ("sm90", FORWARD, 512, 4096, 0, "sm90:multicast=1"): "sm90 tokens=128 rows=128 splits=1 multicast=1",
+    ("sm90", DX, 64, 4096, 0, "sm90:splits=4,multicast=2"): "sm90 tokens=64 columns=128 splits=4 multicast=2",
+    ("sm90", FORWARD, 3, 4096, 0, "sm90"): "sm90 tokens=64 rows=128 splits=3 multicast=1",
     ("sm90", FORWARD, 3, 4096, 0, "few_tokens:tokens=16"): "few_tokens tokens=16 rows=128",
     ("sm90", FORWARD, 3, 4096, 0, "ragged:tokens=64"): "ragged tokens=64 rows=64",
     ("sm80", FORWARD, 3, 4096, 0, "library:panel=512"): "library panel=512",
+    ("sm80", FORWARD, 3, 4096, 0, "gemm:panel=512"): "gemm panel=512",
     ("sm80", DX, 3, 4096, 0, "tensor_cores:tokens=32,splits=5"): "tensor_cores tokens=32 columns=256 splits=5",
     ("sm80", DLORA, 3, 4096, 0, "ragged:ranks=64"): "ragged ranks=64 columns=64",
     ("sm80", FORWARD, 3, 4096, 8, "tensor_cores:tokens=16"): "tensor_cores tokens=16 rows=128",
+    ("sm90", FORWARD, 3, 4096, 8, "sm90:tokens=128,multicast=1"): "sm90 tokens=128 rows=128 splits=1 multicast=1",
 }
 
-NAMES = "few_tokens, tensor_cores, sm90, ragged, exact or library"
+NAMES = "few_tokens, tensor_cores, sm90, ragged, exact, gemm or library"
 REFUSED = {
     ("sm90", FORWARD, 3, 4096, 0, "fused"): f"expected NAME or NAME:KEY=NUMBER,... with the name {NAMES}, got fused",
     ("sm90", FORWARD, 3, 4096, 0, ":tokens=4"): f"with the name {NAMES}, got :tokens=4",
     ("sm80", FORWARD, 64, 4096, 0, "sm90"): (
         "sm90 does not take linear_nf4 of m=64 n=4096 k=4096 rank=16 bfloat16 on compute capability 8.0: "
-        "expected library, tensor_cores or ragged"
+        "expected gemm, library, tensor_cores or ragged"
     ),
     ("sm90", FORWARD, 17, 4096, 0, "few_tokens"): "few_tokens does not take linear_nf4 of m=17",
     ("sm90", FORWARD, 64, 4100, 0, "sm90"): "sm90 does not take linear_nf4 of m=64 n=4096 k=4100",
     ("sm90", FORWARD, 64, 4096, 0, "exact"): "exact does not take linear_nf4",
+    ("sm80", FORWARD, 64, 4100, 0, "gemm"): "gemm does not take linear_nf4 of m=64 n=4096 k=4100",
     ("sm90", DLORA, 64, 4096, 0, "library"): "library does not take linear_nf4_dlora of m=64",
-    ("sm90", FORWARD, 64, 4096, 8, "sm90"): "sm90 does not take linear_nf4 of experts=8 m=64",
-    ("sm90", FORWARD, 64, 4096, 0, "sm90:"): "expected KEY=NUMBER after sm90:, with the key tokens or splits, got ",
-    ("sm90", FORWARD, 64, 4096, 0, "sm90:rows=128"): "with the key tokens or splits, got rows=128",
-    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens"): "with the key tokens or splits, got tokens",
+    ("sm80", FORWARD, 64, 4096, 8, "sm90"): "sm90 does not take linear_nf4 of experts=8 m=64",
+    ("sm90", FORWARD, 64, 4096, 8, "sm90:splits=2"): "with the key tokens or multicast, got splits=2",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:"): (
+        "expected KEY=NUMBER after sm90:, with the key tokens, splits or multicast, got "
+    ),
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:rows=128"): "with the key tokens, splits or multicast, got rows=128",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens"): "with the key tokens, splits or multicast, got tokens",
     ("sm90", FORWARD, 64, 4096, 8, "exact:tokens=4"): "exact does not take",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=x"): "expected tokens=NUMBER, from 1 to 2147483647, got tokens=x",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=0"): "expected splits=NUMBER, from 1 to 2147483647, got splits=0",
@@ -123,6 +156,8 @@ REFUSED = {
     ("sm90", DX, 64, 4096, 0, "ragged:splits=2147483648"): "from 1 to 2147483647, got splits=2147483648",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64 or 128 of sm90 for linear_nf4, got 32",
     ("sm90", DX, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64, 128 or 256 of sm90 for linear_nf4_dx, got 32",
+    ("sm90", DX, 64, 4096, 0, "sm90:multicast=3"): "expected multicast=1 or 2 of sm90 for linear_nf4_dx, got 3",
+    ("sm90", DX, 64, 4096, 0, "sm90:splits=5,multicast=2"): "sm90 cannot run linear_nf4_dx of m=64",
     ("sm90", FORWARD, 64, 128, 0, "sm90:splits=2"): "sm90 cannot run linear_nf4 of m=64 n=4096 k=128",
     ("sm90", FORWARD, 9, 4096, 0, "few_tokens:tokens=8"): "with tokens=8: expected tokens=16",
     ("sm120", FORWARD, 64, 4096, 0, "tensor_cores:tokens=64"): "with tokens=64: expected tokens=32",

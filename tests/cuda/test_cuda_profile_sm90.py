@@ -1,11 +1,14 @@
 """The cost of one more block in a tile of the Hopper kernels, by the kernel simulator's counters. In the forward, a
-block is 64 k of 128 rows for 128 tokens; in dX, 64 rows of 128 columns for 256 tokens. bfloat16, nested scales.
+block is 64 k of 128 rows for 128 tokens; in dX, 64 rows of 128 columns for 256 tokens. bfloat16, nested scales, and
+pairs of tiles.
 
 The simulator counts the warps' loads and stores of shared memory. The reads of wgmma and the writes of TMA are added:
 tokens are read by both warpgroups and written once, packed bytes are written once, 128 bytes per pass.
 """
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -24,8 +27,10 @@ def run_cases() -> None:
     from samples import linear_sample
     from test_linear_dx_cuda import gradient, run_dx
 
+    os.environ["QLORA_CUDA_KERNEL"] = "sm90:tokens=128,splits=1,multicast=2"
     for m, n, k in FORWARD:
         torch.ops.qlora.linear_nf4(*linear_sample(m, n, k, None, torch.bfloat16, "cuda", bias=False).args)
+    os.environ["QLORA_CUDA_KERNEL"] = "sm90:tokens=256,splits=3,multicast=2"
     for m, n, k in DX:
         s = linear_sample(m, n, k, None, torch.bfloat16, "cuda", bias=False)
         run_dx(s, gradient(s))
@@ -60,24 +65,33 @@ def dx(launches: list[Launch]) -> Launch:
 
 def test_issue(forward: Launch, dx: Launch) -> None:
     """Issue slots of each of a multiprocessor's four schedulers; the tensor cores need 512 and 1024 clocks."""
-    assert forward["warp_instructions"] / 4 <= 252
+    assert forward["warp_instructions"] / 4 <= 292
     assert dx["warp_instructions"] / 4 <= 400
 
 
 def test_shared_memory(forward: Launch, dx: Launch) -> None:
     assert forward.conflicts <= 0.02
-    assert forward["shared_wavefronts"] <= 280
-    assert forward["shared_wavefronts"] + 3 * 128 + 32 <= 700
+    assert forward["shared_wavefronts"] <= 250
+    assert forward["shared_wavefronts"] + 3 * 128 + 32 <= 670
     assert dx.conflicts <= 0.02
     assert dx["shared_wavefronts"] <= 460
     assert dx["shared_wavefronts"] + 3 * 256 + 32 <= 1280
 
 
-def test_each_byte_is_read_once_a_tile(forward: Launch, dx: Launch) -> None:
-    """Tokens and packed bytes by TMA. Each warp reads at most the sectors of its rows' scales again."""
+def test_each_byte_is_read_once_a_pair(forward: Launch, dx: Launch) -> None:
+    """Tokens and packed bytes by TMA; the other CTA of a pair reads half of the tokens. Each warp reads at most the
+    sectors of its rows' scales again."""
     packed = 128 * 64 // 2
-    assert forward.bytes_read <= 128 * 64 * 2 + packed + 128 * 32
-    assert dx.bytes_read <= 1.05 * (256 * 64 * 2 + packed + 128 * (32 + 32))
+    assert forward.bytes_read <= 128 * 64 + packed + 128 * 32
+    assert dx.bytes_read <= 1.05 * (256 * 64 + packed + 128 * (32 + 32))
+
+
+def test_pairs_share_tokens(forward: Launch, dx: Launch) -> None:
+    """Two tiles with the same tokens are computed by a pair of CTAs, each of which copies half of them to both."""
+    packed = 128 * 64 // 2
+    for block, tokens in ((forward, 128), (dx, 256)):
+        assert 32 * block["async_sectors_read"] == tokens * 64 + packed
+        assert 32 * block["async_sectors_received"] == tokens * 64 * 2 + packed
 
 
 def test_outputs_are_written_in_full_sectors(launches: list[Launch]) -> None:

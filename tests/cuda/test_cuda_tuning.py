@@ -74,6 +74,26 @@ def test_panels_stay_in_half_of_l2(chosen: dict) -> None:
             assert panel * a_column <= max(l2 << 19, 512 * a_column) + 256 * a_column, (l2, m, inner, columns, sums)
 
 
+def test_panels_of_the_gemm_have_full_waves(chosen: dict) -> None:
+    """The panels take no more waves of tiles than any others that stay in half of L2, or than those of 1024 columns."""
+    for sms, l2, m, inner, columns, panel, waves in chosen["gemm"]:
+        case = (sms, l2, m, inner, columns)
+
+        def waves_of(of: int, case: tuple[int, ...] = case) -> int:
+            sms, _, m, _, columns = case
+            parts = [of] * (columns // of) + [columns % of]
+            return sum(ceil(ceil(m, 128) * ceil(part, 256), sms) for part in parts)
+
+        assert 1 <= panel <= columns, case
+        assert panel == columns or panel % 256 == 0, case
+        most = max(ceil((l2 << 19) // (2 * inner), 256) * 256, 1024)
+        assert panel <= most, case
+        assert waves == waves_of(panel), case
+        launches = 180 / inner  # the cost of a panel, in waves
+        best = min(waves_of(p) + ceil(columns, p) * launches for p in (*range(256, min(most, columns), 256), panel))
+        assert waves + ceil(columns, panel) * launches <= best * 1.0001, case
+
+
 def test_feedback_shares_factors_where_every_sm_has_rows(chosen: dict) -> None:
     for sms, n, warps in chosen["feedback"]:
         assert warps in (2, 4, 8)  # a stripe of 4 rows per warp fills full words of codes
@@ -82,30 +102,30 @@ def test_feedback_shares_factors_where_every_sm_has_rows(chosen: dict) -> None:
 
 
 def test_splits_of_hopper_cover_the_sum_and_fit_the_device(chosen: dict) -> None:
-    for what, fits, m, outputs, stages, tokens, splits, each, clusters in chosen["sm90"]:
+    for what, fits, m, outputs, stages, tokens, splits, each, clusters, multicast in chosen["sm90"]:
         case = (what, fits, m, outputs, stages)
         assert splits * each >= stages > (splits - 1) * each, case
-        assert 1 <= clusters <= ceil(m, tokens) * ceil(outputs, 128), case
-        assert clusters <= fits[splits - 1], case
+        assert 1 <= clusters <= ceil(m, tokens) * ceil(outputs, 128 * multicast), case
+        assert clusters <= fits[splits * multicast - 1], case
 
 
 def test_hopper_is_full_or_the_sum_short(chosen: dict) -> None:
     """Most multiprocessors have work in every wave but the last, and in one wave, if there is enough."""
-    for what, fits, m, outputs, stages, tokens, splits, _, clusters in chosen["sm90"]:
-        tiles = ceil(m, tokens) * ceil(outputs, 128)
+    for what, fits, m, outputs, stages, tokens, splits, _, clusters, multicast in chosen["sm90"]:
+        tiles = ceil(m, tokens) * ceil(outputs, 128 * multicast)
         if fits[7] and (tiles > clusters or (stages >= 32 and tiles * 8 >= fits[0])):
-            assert clusters * splits >= 0.65 * fits[0], (what, fits, m, outputs, stages, tokens, splits)
+            assert clusters * splits * multicast >= 0.65 * fits[0], (what, fits, m, outputs, stages, tokens, splits)
 
 
 def test_few_tiles_of_hopper_take_no_longer_than_in_one_wave(chosen: dict) -> None:
     """A second wave doubles the time of the same splits. It is only worth it for long sums that more CTAs share. The
     driver says how many clusters fit: a card's GPCs may lack the multiprocessors that their total suggests."""
     second = 0
-    for what, fits, m, outputs, stages, tokens, splits, each, _ in chosen["sm90"]:
+    for what, fits, m, outputs, stages, tokens, splits, each, _, multicast in chosen["sm90"]:
         tiles = ceil(m, tokens) * ceil(outputs, 128)
         if tiles > 32 or fits[0] != 132 or fits[7] == 0:
             continue
-        waves = ceil(tiles, fits[splits - 1])
+        waves = ceil(ceil(m, tokens) * ceil(outputs, 128 * multicast), fits[splits * multicast - 1])
         one_wave = min(ceil(stages, s) for s in range(1, 9) if tiles <= fits[s - 1])
         assert waves == 1 or (stages > 100 and waves * each <= one_wave), (what, fits, m, outputs, stages, splits)
         second += waves > 1
@@ -114,6 +134,23 @@ def test_few_tiles_of_hopper_take_no_longer_than_in_one_wave(chosen: dict) -> No
 
 def test_on_hopper_a_weight_is_decoded_for_as_many_tokens_as_there_are(chosen: dict) -> None:
     most = {"forward": 128, "dx": 256}
-    for what, _, m, outputs, *_, tokens, _, _, _ in chosen["sm90"]:
+    for what, _, m, outputs, *_, tokens, _, _, _, _ in chosen["sm90"]:
         if m >= 1000 and outputs >= 4096:
             assert tokens == most[what]
+
+
+def test_hopper_shares_tokens_where_l2_is_the_bound(chosen: dict) -> None:
+    """Pairs of tiles take no more waves than the same tiles alone, unless there are many, and serve large problems."""
+    shared = 0
+    for what, fits, m, outputs, stages, tokens, splits, _, _, multicast in chosen["sm90"]:
+        case = (what, fits, m, outputs, stages)
+        assert multicast in (1, 2), case
+        if multicast == 2:
+            alone = ceil(ceil(m, tokens) * ceil(outputs, 128), fits[splits - 1])
+            pairs = ceil(ceil(m, tokens) * ceil(outputs, 256), fits[2 * splits - 1])
+            assert pairs <= alone or alone > 4, case
+            assert tokens >= 128, case
+            shared += 1
+        elif fits[1] and m >= 1000 and outputs >= 4096 and stages >= 32:
+            assert fits[1] * 2 < fits[0], case  # pairs would leave SMs idle
+    assert shared > 50

@@ -33,6 +33,7 @@ FORWARD = [
     ("ragged:tokens=64", BF16),
     ("exact", torch.float32),
     ("exact:tokens=64", torch.float32),
+    ("gemm", BF16),
     ("library", BF16),
 ]
 DX = [
@@ -42,6 +43,7 @@ DX = [
     ("ragged", BF16),
     ("ragged:tokens=16,splits=2", BF16),
     ("exact:splits=3", torch.float32),
+    ("gemm:panel=1024", BF16),
     ("library", BF16),
 ]
 DLORA = [
@@ -144,7 +146,7 @@ def test_experts_whose_weights_are_scaled_one_by_one_have_no_tile_of_8_tokens(mo
 @pytest.mark.skipif(CAPABILITY == (9, 0), reason="this device has the kernel")
 def test_another_architectures_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "sm90")
-    with pytest.raises(ValueError, match=r"^QLORA_CUDA_KERNEL: sm90 does not take linear_nf4 .*: expected library, "):
+    with pytest.raises(ValueError, match=r"^QLORA_CUDA_KERNEL: sm90 does not take linear_nf4 .*: expected gemm, "):
         OPS.linear_nf4(*sample(BF16).args)
 
 

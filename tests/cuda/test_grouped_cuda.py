@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grouped_samples import GroupedSample, grouped_sample
+import reference
+from accuracy import assert_accurate, given, sums
+from grouped_samples import OPS, GroupedSample, grouped_sample
 from qlora_ext.nn import Experts4bit, ExpertsLora
+from samples import to_f64
 
 pytestmark = pytest.mark.cuda
 
@@ -36,6 +39,23 @@ def test_wrong_offsets_touch_no_other_memory(
     assert len(s.x) == 20
     a, b = (torch.tensor(offsets, device="cuda") for offsets in (wrong, taken_for))
     assert all(map(torch.equal, results(s, dy, a), results(s, dy, b)))
+
+
+@pytest.mark.parametrize("rank", [6, 34])
+def test_low_rank_products_of_many_rows(rank: int) -> None:
+    """So many rows that the products are computed in tiles of 32 tokens, or of 16 for more than 16 ranks."""
+    n, k = 8, 64
+    s = grouped_sample([1500, 0, 31, 1569], n, k, rank, torch.bfloat16, "cuda", dropout_p=0.2)
+    dy = s.dy()
+    _, h = OPS.grouped_linear_nf4_with_h(s.x, s.offsets, *s.packed, n, s.bias, *s.lora_args)
+    _, g = OPS.grouped_linear_nf4_dx_with_g(dy, s.offsets, *s.packed, k, *s.lora_args)
+    x = to_f64(s.x) * reference.dropout_mask(s.x.shape, s.dropout_p, s.seed)
+    for e, rows in s.parts():
+        for got, of, factor in ((h, x, to_f64(s.lora_a[e]).T), (g, to_f64(dy), to_f64(s.lora_b[e]))):
+            expected = sums([(given(of[rows]), given(s.scaling * factor), 1.0)], 0.0, torch.bfloat16)
+            assert_accurate(got[rows], expected)
+    assert not h[s.unassigned()].any()
+    assert not g[s.unassigned()].any()
 
 
 def test_offsets_are_where_x_is() -> None:

@@ -20,6 +20,7 @@ pytestmark = needs_counters
 EXPERTS = [8, 64, 128]
 ROWS = {1: 5, 3: 12, 6: 40}  # rows of the experts that have any
 N, K, RANK = 384, 512, 16
+MANY_ROWS = [1500, 31, 0, 1569]  # of experts with N = 8
 TABLES = 4096  # bytes of constants
 OPERATORS = {"forward": 2, "dx": 2, "dlora": 3}  # and their launches
 
@@ -34,6 +35,8 @@ def run_cases(profile: Path) -> dict[str, Any]:
         dy = s.dy()
         for name, run, args in (("forward", s.forward, ()), ("dx", s.dx, (dy,)), ("dlora", s.dlora, (dy,))):
             record(f"{name} {experts}", run, *args)
+    many = grouped_sample(MANY_ROWS, 8, K, RANK, torch.bfloat16, "cuda", dropout_p=0.1, unassigned=0)
+    record("many rows", many.forward)
     return record.cases
 
 
@@ -68,6 +71,12 @@ def test_idle_experts_cost_only_the_look_at_their_offsets(cases: dict[str, list[
     few, many = (sum(launch.slots for launch in cases[f"{name} {experts}"]) for experts in EXPERTS[1:])
     zeros = 64 * RANK * (N + K) if name == "dlora" else 0
     assert many <= 1.1 * few + 30 * zeros
+
+
+def test_of_many_rows_a_is_read_once_per_32(cases: dict[str, list[Launch]]) -> None:
+    low_rank, _ = cases["many rows"]
+    tiles = sum(-(-rows // 32) for rows in MANY_ROWS)
+    assert low_rank.bytes_read <= 1.02 * 2 * K * (sum(MANY_ROWS) + RANK * tiles)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,9 @@ def test_the_hopper_kernel_was_used() -> None:
     result = run_file(__file__, environment=environment)
     line = r"^qlora: linear_nf4 cuda m=(\d+) n=(\d+) k=(\d+) .* -> (.*)$"
     ran = [(*map(int, sizes), kernel) for *sizes, kernel in re.findall(line, result.stderr, flags=re.M)]
-    expected = [(*s, f"sm90 tokens={tokens} rows=128 splits={splits}") for s, (tokens, splits) in SHAPES.items()]
+    expected = [
+        (*s, f"sm90 tokens={tokens} rows=128 splits={splits} multicast=1") for s, (tokens, splits) in SHAPES.items()
+    ]
     assert ran[: len(SHAPES)] == expected
     assert [kernel.split()[0] for *_, kernel in ran[len(SHAPES) :]] == ["tensor_cores", "exact", "ragged", "ragged"]
 

@@ -301,14 +301,15 @@ def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
 LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8}
 QWEN3_MOE = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 32, "num_hidden_layers": 8}
 GPT_OSS = {"hidden_size": 1440, "intermediate_size": 1440, "num_local_experts": 24, "num_hidden_layers": 3}
-LARGE: list[tuple[str, dict[str, int], str]] = [
+GPT_OSS_LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LARGE: list[tuple[str, dict[str, Any], str]] = [
     ("llama", LLAMA, "pack-quantized"),
     ("llama", LLAMA, "awq"),
     ("llama", LLAMA, "gptq"),
     ("llama", LLAMA, "modelopt"),
     ("qwen3_moe", QWEN3_MOE, "nvfp4-pack-quantized"),
     ("qwen3_moe", QWEN3_MOE, "gptq"),
-    ("gpt_oss", GPT_OSS, "mxfp4"),
+    ("gpt_oss", GPT_OSS | GPT_OSS_LAYERS, "mxfp4"),
 ]
 
 
@@ -316,7 +317,7 @@ LARGE: list[tuple[str, dict[str, int], str]] = [
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize(("family", "sizes", "kind"), LARGE, ids=lambda value: value if isinstance(value, str) else "")
 def test_loading_takes_the_memory_of_the_model(
-    family: str, sizes: dict[str, int], kind: str, tmp_path: pathlib.Path
+    family: str, sizes: dict[str, Any], kind: str, tmp_path: pathlib.Path
 ) -> None:
     """At most a tenth more than the larger one of the file and the model, at any time.
 

@@ -205,9 +205,10 @@ def test_without_nvidia_smi_everything_says_so(monkeypatch: pytest.MonkeyPatch) 
 def test_a_sweep_names_places_that_exist() -> None:
     for name, file in {*cuda_choices.BETWEEN.values(), *cuda_choices.WITHIN.values()}:
         assert name in (ROOT / file).read_text(), f"{name} is not in {file}"
-    sm90 = "sm90 tokens=64 rows=128 splits=4"
+    sm90 = "sm90 tokens=64 rows=128 splits=4 multicast=1"
     change = cuda_choices.to_change
     assert change("linear_nf4", sm90, "sm90:tokens=64,splits=2") == "kSplitCycles in cuda/tuning/sm90.h"
+    assert change("linear_nf4", sm90, "sm90:tokens=64,splits=4,multicast=2") == "kMulticastCycles in cuda/tuning/sm90.h"
     assert change("linear_nf4", sm90, "library:panel=1024") == "is_ahead in cuda/tuning/sm90.h"
     assert change("linear_nf4", sm90, "sm90:tokens=64,splits=4") == "nothing"
     best = "tensor_cores:tokens=32,splits=1"

@@ -24,22 +24,23 @@ __device__ __forceinline__ LowRankArgs<T> expert_args(const GroupedLowRankArgs<T
   return args;
 }
 
-// Grid: x over tiles of 8 tokens of one expert, up to the largest possible number of tiles, y over 16·kRankTiles ranks.
-// Has the requirements of low_rank_tile, for every expert.
-template <class T, bool kTransposed, int kRankTiles>
+// Grid: x over tiles of 8·kTokenTiles tokens of one expert, up to the largest possible number of tiles, y over
+// 16·kRankTiles ranks. Has the requirements of low_rank_tile, for every expert.
+template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
 __global__ void __launch_bounds__(kLowRankThreads)
     grouped_low_rank_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
-  const tile::GroupTile tile = tile::find_group_tile<8>(p.groups, blockIdx.x);
+  constexpr int kTokens = 8 * kTokenTiles;
+  const tile::GroupTile tile = tile::find_group_tile<kTokens>(p.groups, blockIdx.x);
   if (!tile.exists) return;
   const int64_t rank0 = int64_t{blockIdx.y} * (16 * kRankTiles);
   if (tile.group.expert == p.groups.count) {
-    const int64_t row_end = tile.row0 + 8 < p.groups.rows ? tile.row0 + 8 : p.groups.rows;
+    const int64_t row_end = tile.row0 + kTokens < p.groups.rows ? tile.row0 + kTokens : p.groups.rows;
     return tile::store_zeros<T, kLowRankThreads>(p.stack.out, p.stack.rank, tile.row0, row_end, rank0,
                                                  rank0 + 16 * kRankTiles);
   }
-  // With one rank tile, low_rank_kernel loads 4 pieces at a time. Here an expert's arguments take registers, too.
-  constexpr int kTurns = kRankTiles > 1 ? 1 : 2;
-  low_rank_tile<T, kTransposed, kRankTiles, 1, kTurns>(expert_args(p, tile.group), tile.row0, rank0);
+  // With one tile of each, low_rank_kernel loads 4 pieces at a time. Here an expert's arguments take registers, too.
+  constexpr int kTurns = kRankTiles * kTokenTiles > 1 ? 1 : 2;
+  low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles, kTurns>(expert_args(p, tile.group), tile.row0, rank0);
 }
 
 // Grid: x over tokens, y over 4·kLowRankScalarRanks ranks.

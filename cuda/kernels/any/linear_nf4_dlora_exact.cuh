@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/kernels/any/linear_nf4_dlora_parts.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 
 namespace qlora::kernels {
 
@@ -47,6 +48,7 @@ __device__ __forceinline__ void linear_nf4_dlora_exact_tile(const DLoraArgs& arg
 
 // Grid: x = column tile, y = ranks, z = split.
 inline __global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_exact_kernel(const DLoraArgs args) {
+  ptx::wait_for_previous_grid();
   linear_nf4_dlora_exact_tile(args, blockIdx.x, blockIdx.z * args.tokens_per_split,
                               min(args.m, (blockIdx.z + 1) * args.tokens_per_split));
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/kernels/any/linear_nf4_dx_args.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/dropout.cuh"
 #include "cuda/tile/any/split.cuh"
@@ -109,6 +110,8 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
 
 // The grid is that of linear_nf4_dx_kernel, with the tile above.
 inline __global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(const DxArgs args) {
+  ptx::start_next_grid();
+  ptx::wait_for_previous_grid();
   linear_nf4_dx_exact_tile(args, int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens,
                            int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns);
 }

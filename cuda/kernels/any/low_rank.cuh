@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cpp/format/philox.h"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/tile/any/cluster_sum.cuh"
@@ -192,6 +193,7 @@ __device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t t
 // Grid: x over 8·kTokenTiles tokens, y over 16·kRankTiles ranks, z over k. If z is more than one, it is a cluster.
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
 __global__ void __launch_bounds__(kLowRankThreads) low_rank_kernel(const __grid_constant__ LowRankArgs<T> p) {
+  ptx::start_next_grid();
   clear_words(p.clear, p.clear_count);
   low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles>(p, int64_t{blockIdx.x} * (8 * kTokenTiles),
                                                          int64_t{blockIdx.y} * (16 * kRankTiles));

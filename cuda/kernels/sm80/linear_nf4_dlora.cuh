@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "cuda/kernels/any/linear_nf4_dlora_parts.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/prmt.cuh"
 
@@ -115,6 +116,7 @@ __device__ __forceinline__ void linear_nf4_dlora_tile(const DLoraArgs& args, int
 // Grid: x = column tile, y = ranks, z = split.
 template <class T, int kRankTiles, bool kRagged>
 __global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_kernel(const DLoraArgs args) {
+  ptx::wait_for_previous_grid();  // dX, for example, behind the launch that computes g
   linear_nf4_dlora_tile<T, kRankTiles, kRagged>(args, blockIdx.x, blockIdx.z * args.tokens_per_split,
                                                 min(args.m, (blockIdx.z + 1) * args.tokens_per_split));
 }

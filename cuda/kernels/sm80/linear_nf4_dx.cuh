@@ -19,6 +19,7 @@
 
 #include "cuda/kernels/sm80/linear_nf4_dx_accumulators.cuh"
 #include "cuda/kernels/sm80/linear_nf4_dx_loader.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 
 namespace qlora::kernels {
 
@@ -47,6 +48,7 @@ __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t t
     loader.store_scales(stage);
   }
 
+  ptx::wait_for_previous_grid();  // which computes g, and clears the tickets
   DxAccumulators<T, kTokenTiles> acc;
   const bool has_columns = tile.column0 + tile.slab * tile::kDxSlabColumns < args.k;  // otherwise this warp only copies
   acc.template add_lora<kRagged>(args, tile, has_columns && blockIdx.y == 0 && tile.group == 0 ? args.rank : 0);
@@ -77,6 +79,7 @@ constexpr int dx_ctas_per_sm(int token_tiles) { return token_tiles <= 2 ? 2 : 1;
 template <class T, int kTokenTiles, bool kRagged, bool kHasOffsets>
 __global__ void __launch_bounds__(tile::kDxThreads, dx_ctas_per_sm(kTokenTiles))
     linear_nf4_dx_kernel(const DxArgs args) {
+  ptx::start_next_grid();
   linear_nf4_dx_tile<T, kTokenTiles, kRagged, kHasOffsets>(args,
                                                            int64_t{blockIdx.x % args.token_tiles} * (8 * kTokenTiles),
                                                            int64_t{blockIdx.x / args.token_tiles} * tile::kDxColumns);

@@ -13,9 +13,9 @@
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/load.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
-#include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/sm90/copies.cuh"
 #include "cuda/tile/sm90/linear_tile.cuh"
 #include "cuda/tile/sm90/operand.cuh"
 #include "cuda/tile/sm90/roles.cuh"
@@ -136,27 +136,21 @@ __device__ __forceinline__ bool lora_is_vector(const tile::LoraOperands<T>& lora
   return lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
 }
 
-template <class Tile, int kScaleBytes>
-__device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
-                                        const CUtensorMap& x_map, const CUtensorMap& packed_map, uint32_t base) {
-  const float offset = tile::nested_offset(p.scales);
+// `started`: the stages of the first tile whose copies have been started.
+template <class Tile, int kScaleBytes, class Work>
+__device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& all, Work& work,
+                                        tile::Sm90Copies<Tile>& copies, int started, uint32_t base) {
   const uint32_t lane_table = base + Tile::kTable + threadIdx.x % 32 * 4;
   const uint32_t scale_address = base + Tile::kScales + threadIdx.x * 8;
   tile::Sm90Producer<Tile> ring{base};
   const auto pass = [&](auto slot) { ring.pass(slot); };
   work.for_tiles([&](int64_t token0, int64_t n0) {
-    LinearSm90Scales<Tile, kScaleBytes> scales(p.scales, p.code.unfactor, n0 + threadIdx.x, p.n, p.k, work.stage0);
-    const auto token = static_cast<int32_t>(token0), row = static_cast<int32_t>(n0);
+    const auto& view = work.scales_of(all.scales);
+    const float offset = tile::nested_offset(view);
+    LinearSm90Scales<Tile, kScaleBytes> scales(view, all.code.unfactor, n0 + threadIdx.x, all.n, all.k, work.stage0);
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
       ring.wait(slot);
-      if (ring.issues) {
-        const int k = (work.stage0 + stage) * Tile::kStageK;
-        const uint32_t x = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes, full = base + Tile::full(slot);
-        ptx::mbarrier_arrive_expect<Tile::full(slot)>(base, Tile::kStageTokenBytes + Tile::kStagePackedBytes);
-        ptx::tma_load_2d(base + Tile::kPacked + slot * Tile::kStagePackedBytes, packed_map, full, k / 2, row);
-        ptx::tma_load_2d(x, x_map, full, k, token);
-        ptx::tma_load_2d(x + Tile::kLineBytes, x_map, full, k + tile::kSegment, token);
-      }
+      if (ring.issues && stage >= started) copies.start(slot, stage, token0, n0, work.first_row(all.n));
       scales.store_and_load(slot, lane_table, offset, scale_address + slot * Tile::kStageScaleBytes);
       ring.publish(slot);
     });
@@ -165,12 +159,14 @@ __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& 
       ring.arrive_without_copies(slot);
       const uint32_t lines = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes;
       const int64_t rank = int64_t{chunk} * work.kChunk;
+      const auto& p = work.args_of(all);
       if (lora_is_vector(p.lora))
         tile::store_low_rank<Tile, true>(p.lora, token0, rank, work.chunk_steps(chunk), lines);
       else
         tile::store_low_rank<Tile, false>(p.lora, token0, rank, work.chunk_steps(chunk), lines);
       ring.publish(slot);
     });
+    started = 0;
     tile::attend_finish(work);
   });
 }
@@ -214,18 +210,17 @@ __device__ __forceinline__ void load_lora_b(const tile::LoraOperands<typename Ti
   }
 }
 
-template <class Tile>
-__device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
-                                        uint32_t base) {
+template <class Tile, class Work>
+__device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& all, Work& work, uint32_t base) {
   const int row = (threadIdx.x - Tile::kProducers) / 32 * 16 + threadIdx.x % 32 / 4;  // and row + 8
-  const tile::LinearSm90Lane<Tile> lane(base, row);
+  const tile::LinearSm90Lane<Tile> lane(base, row, all.code);
   const tile::Sm90Descriptors<Tile> x(base + Tile::kTokenLines);
   tile::Sm90Consumer<Tile> ring{base};
   const auto pass = [&](auto slot) { ring.pass(slot); };
   tile::Sm90Sums<Tile> acc, sum = {};
   uint32_t a[2][4][4];
 
-  work.for_tiles([&](int64_t token0, int64_t n0) {
+  work.for_tiles([&](auto token0, auto n0) {
 #pragma unroll
     for (int j = 0; j < Tile::kTokenTiles; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
     ring.wait(tile::Index<0>{});
@@ -247,6 +242,7 @@ __device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& 
       ring.release(slot);
       add_scaled<Tile>(acc, sum, scale.y, scale8.y);
     });
+    const auto& p = work.args_of(all);
     work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
       const int64_t rank = int64_t{chunk} * work.kChunk;
       if (lora_is_vector(p.lora))
@@ -269,26 +265,31 @@ __device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& 
   });
 }
 
-// Grid: clusters of `splits` CTAs, at most as many as fit on the device and as there are tiles. The maps have boxes of
-// 64 x kTokens values of x (128-byte swizzle) and of 64 x 128 packed bytes (64-byte swizzle). Requires k % 64 == 0 and
-// a block size of at least 64.
+// Grid: clusters of splits · multicast CTAs, at most as many as fit on the device and as there are tiles or pairs. The
+// maps have boxes of 64 x kTokens / multicast values of x (128-byte swizzle) and of 64 x 128 packed bytes (64-byte
+// swizzle). Requires k % 64 == 0 and a block size of at least 64.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_sm90_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap packed_map,
                            const __grid_constant__ LinearSm90Args<typename Tile::T> p) {
   extern __shared__ uint8_t shared_memory[];
   const uint32_t base = Tile::base_address(ptx::shared_address(shared_memory));
-  if (threadIdx.x == 0) tile::start_ring<Tile>(base, x_map, packed_map);
+  const tile::Sm90Work<Tile> work(p.plan);
+  tile::Sm90Copies<Tile> copies(work, base, x_map, packed_map);
+  if (threadIdx.x == 0) {
+    tile::start_ring<Tile>(base, x_map, packed_map);
+    copies.start_early(work.first_stages());
+  }
   tile::fill_pair_table<typename Tile::T, Tile::kThreads>(base + Tile::kTable, p.code);
   tile::fill_lane_scale_values<Tile::kThreads>(p.scales, base + Tile::kScaleValues);
-  __syncthreads();
-  const tile::Sm90Work<Tile> work(p.plan);
+  work.sync_begin();
   if (threadIdx.x >= Tile::kProducers) {
     ptx::take_registers<Tile::kConsumerRegisters>();
     consume<Tile>(p, work, base);
   } else {
     ptx::give_registers<Tile::kProducerRegisters>();
-    tile::with_scale_bytes(p.scales, [&](auto bytes) { produce<Tile, bytes>(p, work, x_map, packed_map, base); });
+    tile::with_scale_bytes(p.scales,
+                           [&](auto bytes) { produce<Tile, bytes>(p, work, copies, work.first_stages(), base); });
   }
 }
 

@@ -10,11 +10,12 @@
 #include "cpp/format/philox.h"
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/sm90/copies.cuh"
 #include "cuda/tile/sm90/dx_tile.cuh"
 #include "cuda/tile/sm90/operand.cuh"
 #include "cuda/tile/sm90/roles.cuh"
@@ -44,7 +45,7 @@ class DxSm90Scales {
                                           int64_t k)
       : view_(view),
         element_(row * k + column),
-        step_(Tile::kStageRows * k),
+        k_(k),
         end_(column < k ? n * k : 0),
         last_(view.scales.table != nullptr && column < k ? (n - 1) * k + column : -1) {
 #pragma unroll
@@ -63,32 +64,34 @@ class DxSm90Scales {
   __device__ __forceinline__ void load(int slot) {
     const int64_t element = element_ < end_ ? element_ : last_;
     raw_[slot] = element >= 0 ? tile::load_scale(view_, element >> view_.block_shift) : tile::RawScale{};
-    element_ += step_;
+    element_ += Tile::kStageRows * k_;
   }
 
   const tile::ScaleView& view_;
-  int64_t element_, step_, end_;
+  int64_t element_, k_, end_;
   int64_t last_;  // what rows that do not exist read, or -1: the values of a table may be NaN
   tile::RawScale raw_[Tile::kStages];
 };
 
-template <class Tile>
-__device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
-                                           const CUtensorMap& dy_map, const CUtensorMap& packed_map, uint32_t base) {
-  const float offset = tile::nested_offset(p.scales);
+// `started`: the stages of the first tile whose copies have been started.
+template <class Tile, class Work>
+__device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& all, Work& work,
+                                           tile::Sm90Copies<Tile>& copies, int started, uint32_t base) {
   const uint32_t lane_table = base + Tile::kTable + threadIdx.x % 32 * 4;
   const int stage_row = threadIdx.x % Tile::kStageRows, group = threadIdx.x / Tile::kStageRows;
   tile::Sm90Producer<Tile> ring{base};
   const auto pass = [&](auto slot) { ring.pass(slot); };
   work.for_tiles([&](int64_t token0, int64_t column0) {
-    DxSm90Scales<Tile> scales(p.scales, int64_t{work.stage0} * Tile::kStageRows + stage_row,
-                              column0 + group * Tile::kGroupColumns, p.n, p.k);
-    const auto token = static_cast<int32_t>(token0), column_byte = static_cast<int32_t>(column0 / 2);
+    const auto& view = work.scales_of(all.scales);
+    const float offset = tile::nested_offset(view);
+    DxSm90Scales<Tile> scales(view, int64_t{work.stage0} * Tile::kStageRows + stage_row,
+                              column0 + group * Tile::kGroupColumns, all.n, all.k);
     work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
       ring.wait(slot);
       ring.arrive_without_copies(slot);
       const uint32_t lines = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes;
       const int64_t rank = int64_t{chunk} * work.kChunk;
+      const auto& p = work.args_of(all);
       if (p.g.rank % 4 == 0)
         tile::store_low_rank<Tile, true>(p.g, token0, rank, work.chunk_steps(chunk), lines);
       else
@@ -97,17 +100,12 @@ __device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& p
     });
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
       ring.wait(slot);
-      if (ring.issues) {
-        const int row = (work.stage0 + stage) * Tile::kStageRows;
-        const uint32_t full = base + Tile::full(slot);
-        ptx::mbarrier_arrive_expect<Tile::full(slot)>(base, Tile::kStageTokenBytes + Tile::kStagePackedBytes);
-        ptx::tma_load_2d(base + Tile::kPacked + slot * Tile::kStagePackedBytes, packed_map, full, column_byte, row);
-        ptx::tma_load_2d(base + Tile::kTokenLines + slot * Tile::kStageTokenBytes, dy_map, full, row, token);
-      }
+      if (ring.issues && stage >= started) copies.start(slot, stage, token0, column0, work.first_row(all.n));
       scales.store_and_load(slot, lane_table, offset,
                             base + Tile::kScales + slot * Tile::kStageScaleBytes + threadIdx.x * 4);
       ring.publish(slot);
     });
+    started = 0;
     tile::attend_finish(work);
   });
 }
@@ -169,9 +167,8 @@ __device__ __forceinline__ void apply_dropout(const Dropout& dropout, bool activ
   }
 }
 
-template <class Tile>
-__device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
-                                           uint32_t base) {
+template <class Tile, class Work>
+__device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& all, Work& work, uint32_t base) {
   constexpr typename Tile::T kType{};
   const tile::DxSm90Lane<Tile> lane(base);
   const tile::Sm90Descriptors<Tile> dy(base + Tile::kTokenLines);
@@ -180,11 +177,11 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p
   tile::Sm90Sums<Tile> acc;
   uint32_t a[4][4];  // [step]
 
-  work.for_tiles([&](int64_t token0, int64_t column0) {
+  work.for_tiles([&](auto token0, auto column0) {
 #pragma unroll
     for (int j = 0; j < Tile::kTokenTiles; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
     work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
-      load_lora_a(p, column0 + lane.column, int64_t{chunk} * work.kChunk, a);
+      load_lora_a(work.args_of(all), column0 + lane.column, int64_t{chunk} * work.kChunk, a);
       const int steps = work.chunk_steps(chunk);
       ring.wait(slot);
 #pragma unroll
@@ -197,8 +194,8 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p
       ptx::wgmma_wait(acc);
       ring.release(slot);
     });
-    apply_dropout<Tile>(p.dropout, work.split < work.chunks && p.dropout.active(), token0 + threadIdx.x % 4 * 2,
-                        column0 + lane.column, p.k, base, acc);
+    apply_dropout<Tile>(all.dropout, work.split < work.chunks && all.dropout.active(), token0 + threadIdx.x % 4 * 2,
+                        column0 + lane.column, all.k, base, acc);
 
     // Decodes a step while the products of the previous three steps run.
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
@@ -216,31 +213,39 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p
     });
     ptx::wgmma_wait(acc);
     ring.release_last(work.stages);
+    const auto& p = work.args_of(all);
     tile::finish_tile<Tile, 1>(work, acc, lane.column, p.out, token0, p.m, column0, p.k, base);
   });
 }
 
-// Grid: clusters of `splits` CTAs, at most as many as fit on the device and as there are tiles. The maps have boxes of
-// 64 x kTokens values of dy (128-byte swizzle) and of 64 x 64 packed bytes (64-byte swizzle). Requires k % 64 == 0, a
-// block size of at least 64, and lora_a aligned to 4 bytes.
+// Grid: clusters of splits · multicast CTAs, at most as many as fit on the device and as there are tiles or pairs. The
+// maps have boxes of 64 x kTokens / multicast values of dy (128-byte swizzle) and of 64 x 64 packed bytes (64-byte
+// swizzle). Requires k % 64 == 0, a block size of at least 64, and lora_a aligned to 4 bytes.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_dx_sm90_kernel(const __grid_constant__ CUtensorMap dy_map,
                               const __grid_constant__ CUtensorMap packed_map,
                               const __grid_constant__ DxSm90Args<typename Tile::T> p) {
   extern __shared__ uint8_t shared_memory[];
+  ptx::start_next_grid();
   const uint32_t shared = ptx::shared_address(shared_memory), base = Tile::base_address(shared);
-  if (threadIdx.x == 0) tile::start_ring<Tile>(base, dy_map, packed_map);
+  const tile::Sm90Work<Tile> work(p.plan);
+  tile::Sm90Copies<Tile> copies(work, base, dy_map, packed_map);
+  // Chunks of ranks come first, and would take the slots of stages that were started early.
+  const int early = work.split < work.chunks ? 0 : work.first_stages();
+  if (threadIdx.x == 0) {
+    tile::start_ring<Tile>(base, dy_map, packed_map);
+    copies.start_early(early);
+  }
   tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + (base + Tile::kTable - shared), p.code);
   tile::fill_lane_scale_values<Tile::kThreads>(p.scales, base + Tile::kScaleValues);
-  __syncthreads();
-  const tile::Sm90Work<Tile> work(p.plan);
+  work.sync_begin();
   if (threadIdx.x >= Tile::kProducers) {
     ptx::take_registers<Tile::kConsumerRegisters>();
     consume_dx<Tile>(p, work, base);
   } else {
     ptx::give_registers<Tile::kProducerRegisters>();
-    produce_dx<Tile>(p, work, dy_map, packed_map, base);
+    produce_dx<Tile>(p, work, copies, early, base);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "cpp/format/grouped.h"
 #include "cuda/kernels/any/grouped_linear_nf4_dlora_exact.cuh"
+#include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
 #include "cuda/tuning/choice.h"
 
@@ -16,6 +17,7 @@ template <class Args>
 struct DLoraKernel {
   void (*kernel)(const Args);
   cudaError_t (*ctas_per_sm)(const Device& device, int threads, int shared_bytes, int* ctas);
+  cudaError_t (*earliest_start)(const Device& device, Start* start);
 };
 
 // Splits the sum over tokens over as many CTAs as fill the device, or as the environment forces.
@@ -25,7 +27,7 @@ cudaError_t plan_dlora(const DLoraKernel<kernels::DLoraArgs>& kernel, const Lora
 cudaError_t launch_dlora(const DLoraKernel<kernels::DLoraArgs>& kernel, const LoraGradProblem& p, const Config& config,
                          const Context& context);
 
-// The sum over tokens is not split, because experts fill the device.
+// Starts in order. The sum over tokens is not split, because experts fill the device.
 cudaError_t launch_dlora(const DLoraKernel<kernels::GroupedDLoraArgs>& kernel, const Grouped<LoraGradProblem>& problem,
                          const Config& config, const Context& context);
 

@@ -5,6 +5,7 @@
 
 #include "cpp/format/grouped.h"
 #include "cuda/kernels/any/grouped_linear_nf4_dx_exact.cuh"
+#include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
 #include "cuda/tuning/choice.h"
 
@@ -15,6 +16,7 @@ template <class Args>
 struct DxKernel {
   void (*kernel)(const Args);
   cudaError_t (*ctas_per_sm)(const Device& device, int threads, int shared_bytes, int* ctas);
+  cudaError_t (*earliest_start)(const Device& device, Start* start);
   int threads, shared_bytes;
 };
 
@@ -25,7 +27,7 @@ cudaError_t plan_dx(const DxKernel<kernels::DxArgs>& kernel, const LinearDxProbl
 cudaError_t launch_dx(const DxKernel<kernels::DxArgs>& kernel, const LinearDxProblem& p, const Config& config,
                       const Context& context);
 
-// The sum over rows n is not split, because experts fill the device.
+// Starts in order. The sum over rows n is not split, because experts fill the device.
 cudaError_t launch_dx(const DxKernel<kernels::GroupedDxArgs>& kernel, const Grouped<LinearDxProblem>& problem,
                       const Config& config, const Context& context);
 

@@ -19,7 +19,7 @@ cudaError_t launch_experts(const Grouped<LinearProblem>& problem, const Config& 
   if (error != cudaSuccess) return error;
   void* const h = p.h ? p.h : context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
   error = launch_grouped_low_rank({h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h), problem.offsets, problem.experts},
-                                  context.stream);
+                                  context.device, context.stream);
   if (error != cudaSuccess) return error;
   const int64_t token_tiles = tile::most_group_tiles(p.m, problem.experts, config.tokens);
   const kernels::GroupedLinearArgs args{

@@ -6,10 +6,11 @@
 
 #include "cpp/format/grouped.h"
 #include "cuda/launch/any/low_rank.h"
+#include "cuda/tuning/device.h"
 
 namespace qlora::cuda {
 
 // Unassigned rows become zeros. The kernel clears no tickets.
-cudaError_t launch_grouped_low_rank(const Grouped<LowRankProblem>& problem, cudaStream_t stream);
+cudaError_t launch_grouped_low_rank(const Grouped<LowRankProblem>& problem, const Device& device, cudaStream_t stream);
 
 }  // namespace qlora::cuda

@@ -3,10 +3,10 @@
 
 #include <algorithm>
 
-#include "cuda/launch/any/codec.h"
 #include "cuda/launch/any/cublas.h"
 #include "cuda/launch/any/low_rank.h"
 #include "cuda/launch/any/low_rank_update.h"
+#include "cuda/launch/any/weight_panels.h"
 #include "cuda/launch/workspace.h"
 #include "cuda/tuning/library.h"
 
@@ -60,13 +60,6 @@ class Panels {
   void* low_rank_;
 };
 
-const void* element(const void* base, int64_t index, DType dtype) {
-  return base == nullptr ? nullptr : static_cast<const uint8_t*>(base) + index * dtype_bytes(dtype);
-}
-void* element(void* base, int64_t index, DType dtype) {
-  return static_cast<uint8_t*>(base) + index * dtype_bytes(dtype);
-}
-
 }  // namespace
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {
@@ -76,8 +69,7 @@ cudaError_t launch(const LinearProblem& p, const Config& config, const Context& 
   cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, k, p.x, p.lora, panels.low_rank()), context.stream);
   for (int64_t first = 0; first < n && error == cudaSuccess; first += panel) {
     const int64_t columns = std::min(panel, n - first);
-    error = launch_dequantize_nf4(p.w, {.first = first * k, .columns = columns * k}, p.dtype, panels.weight(), true,
-                                  context.device, context.stream);
+    error = decode_panel(p, first, columns, panels.weight(), context);
     if (error != cudaSuccess) break;
     error = panels.multiply_by_panel(blas, p.x, true,
                                      {.columns = columns,
@@ -101,9 +93,7 @@ cudaError_t launch(const LinearDxProblem& p, const Config& config, const Context
   cudaError_t error = launch_low_rank(g_problem(p.dtype, p.m, n, p.dy, p.lora, panels.low_rank()), context.stream);
   for (int64_t first = 0; first < k && error == cudaSuccess; first += panel) {
     const int64_t columns = std::min(panel, k - first);
-    const PackedPart whole{.columns = n * k}, part{.first = first, .rows = n, .columns = columns, .stride = k};
-    error = launch_dequantize_nf4(p.w, columns == k ? whole : part, p.dtype, panels.weight(), true, context.device,
-                                  context.stream);
+    error = decode_panel(p, first, columns, panels.weight(), context);
     if (error != cudaSuccess) break;
     error = panels.multiply_by_panel(blas, p.dy, false,
                                      {.columns = columns,

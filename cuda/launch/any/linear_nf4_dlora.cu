@@ -75,6 +75,8 @@ cudaError_t launch_dlora(const DLoraKernel<kernels::DLoraArgs>& kernel, const Lo
   if (!p.h) error = launch(h_problem(p.dtype, p.m, p.k, p.x, p.lora, memory + own_h));
   if (!p.g && error == cudaSuccess) error = launch(g_problem(p.dtype, p.m, p.n, p.dy, p.lora, memory + own_g));
   if (error == cudaSuccess) error = to_clear.clear(context.stream);
+  Start start = Start::kInOrder;
+  if (error == cudaSuccess) error = kernel.earliest_start(context.device, &start);
   if (error != cudaSuccess) return error;
 
   kernels::DLoraArgs args = make_args(p, h, g);
@@ -84,7 +86,7 @@ cudaError_t launch_dlora(const DLoraKernel<kernels::DLoraArgs>& kernel, const Lo
   args.partials = sums.partials(memory);
   const dim3 grid(static_cast<unsigned>(column_tiles(p)), static_cast<unsigned>(ceil_div(p.lora.rank, config.ranks)),
                   static_cast<unsigned>(config.splits));
-  return launch_kernel(kernel.kernel, grid, kernels::kDLoraThreads, 0, context.stream, args);
+  return launch_cluster(kernel.kernel, grid, dim3(1), kernels::kDLoraThreads, 0, context.stream, start, args);
 }
 
 cudaError_t launch_dlora(const DLoraKernel<kernels::GroupedDLoraArgs>& kernel, const Grouped<LoraGradProblem>& problem,
@@ -94,7 +96,7 @@ cudaError_t launch_dlora(const DLoraKernel<kernels::GroupedDLoraArgs>& kernel, c
   const int64_t own_h = workspace.add(p.h ? 0 : low_rank_bytes(p)), own_g = workspace.add(p.g ? 0 : low_rank_bytes(p));
   uint8_t* const memory = context.allocate(workspace.bytes());
   const auto launch = [&](const LowRankProblem& low_rank) {
-    return launch_grouped_low_rank({low_rank, problem.offsets, problem.experts}, context.stream);
+    return launch_grouped_low_rank({low_rank, problem.offsets, problem.experts}, context.device, context.stream);
   };
   cudaError_t error = cudaSuccess;
   if (!p.h) error = launch(h_problem(p.dtype, p.m, p.k, p.x, p.lora, memory + own_h));
@@ -116,7 +118,7 @@ namespace {
 static_assert(kernels::kDLoraColumns == kLoraColumns);
 
 template <class Args, auto kKernel>
-constexpr DLoraKernel<Args> kExactKernel = {kKernel, ctas_per_sm<kKernel>};
+constexpr DLoraKernel<Args> kExactKernel = {kKernel, ctas_per_sm<kKernel>, earliest_start<kKernel>};
 constexpr auto kSingle = kExactKernel<kernels::DLoraArgs, kernels::linear_nf4_dlora_exact_kernel>;
 constexpr auto kOfExperts = kExactKernel<kernels::GroupedDLoraArgs, kernels::grouped_linear_nf4_dlora_exact_kernel>;
 

@@ -62,7 +62,9 @@ cudaError_t launch_dx(const DxKernel<kernels::DxArgs>& kernel, const LinearDxPro
   void* const g = p.g ? p.g : memory + own_g;
   LowRankProblem low_rank = g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, g);
   low_rank.clear = sums.tickets(memory);
-  const cudaError_t error = launch_low_rank(low_rank, context.stream);
+  cudaError_t error = launch_low_rank(low_rank, context.stream);
+  Start start = Start::kInOrder;
+  if (error == cudaSuccess && p.lora.rank > 0) error = kernel.earliest_start(context.device, &start);
   if (error != cudaSuccess) return error;
   kernels::DxArgs args = make_args(p, g, ceil_div(p.m, config.tokens));
   args.partials = sums.partials(memory);
@@ -70,7 +72,7 @@ cudaError_t launch_dx(const DxKernel<kernels::DxArgs>& kernel, const LinearDxPro
   args.rows_per_split = dx_split_rows(p.w.n, config.splits);
   args.splits = static_cast<int32_t>(config.splits);
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(config.splits));
-  return launch_kernel(kernel.kernel, grid, kernel.threads, kernel.shared_bytes, context.stream, args);
+  return launch_cluster(kernel.kernel, grid, dim3(1), kernel.threads, kernel.shared_bytes, context.stream, start, args);
 }
 
 cudaError_t launch_dx(const DxKernel<kernels::GroupedDxArgs>& kernel, const Grouped<LinearDxProblem>& problem,
@@ -81,7 +83,7 @@ cudaError_t launch_dx(const DxKernel<kernels::GroupedDxArgs>& kernel, const Grou
   if (error != cudaSuccess) return error;
   void* const g = p.g ? p.g : context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
   error = launch_grouped_low_rank({g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, g), problem.offsets, problem.experts},
-                                  context.stream);
+                                  context.device, context.stream);
   if (error != cudaSuccess) return error;
   const int64_t token_tiles = tile::most_group_tiles(p.m, problem.experts, config.tokens);
   const kernels::GroupedDxArgs args{
@@ -96,7 +98,8 @@ namespace {
 static_assert(kernels::kDxExactTokens == kExactDx.tokens && kernels::kDxExactColumns == kExactDx.columns);
 
 template <class Args, auto kKernel>
-constexpr DxKernel<Args> kExactKernel = {kKernel, ctas_per_sm<kKernel>, kernels::kDxExactThreads, 0};
+constexpr DxKernel<Args> kExactKernel = {kKernel, ctas_per_sm<kKernel>, earliest_start<kKernel>,
+                                         kernels::kDxExactThreads, 0};
 constexpr auto kSingle = kExactKernel<kernels::DxArgs, kernels::linear_nf4_dx_exact_kernel>;
 constexpr auto kOfExperts = kExactKernel<kernels::GroupedDxArgs, kernels::grouped_linear_nf4_dx_exact_kernel>;
 

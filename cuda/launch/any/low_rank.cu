@@ -27,7 +27,7 @@ cudaError_t launch_tiles(const kernels::LowRankArgs<T>& args, cudaStream_t strea
   dim3 grid(static_cast<unsigned>(ceil_div(args.m, 8 * kTokenTiles)),
             static_cast<unsigned>(ceil_div(args.rank, 16 * kRankTiles)));
   grid.z = static_cast<unsigned>(low_rank_splits(int64_t{grid.x} * grid.y, args.k, cluster_ctas, *device));
-  return launch_cluster(kKernel, grid, dim3(1, 1, grid.z), kernels::kLowRankThreads, 0, stream, args);
+  return launch_cluster(kKernel, grid, dim3(1, 1, grid.z), kernels::kLowRankThreads, 0, stream, Start::kInOrder, args);
 }
 
 template <class T, bool kTransposed>

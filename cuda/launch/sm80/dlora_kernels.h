@@ -14,7 +14,7 @@ struct DLoraKernels {
   template <class T, int kRanks, bool kRagged>
   static Kernel kernel() {
     constexpr auto kKernel = Family::template kKernel<T, kRanks / 16, kRagged>;
-    return {kKernel, ctas_per_sm<kKernel>};
+    return {kKernel, ctas_per_sm<kKernel>, earliest_start<kKernel>};
   }
 
   template <class T, bool kRagged>

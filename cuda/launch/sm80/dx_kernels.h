@@ -17,7 +17,8 @@ struct DxKernels {
   template <class T, int kTokens, bool kRagged, bool kHasOffsets = false>
   static Kernel kernel() {
     constexpr auto kKernel = Family::template kKernel<T, kTokens / 8, kRagged, kHasOffsets>;
-    return {kKernel, ctas_per_sm<kKernel>, tile::kDxThreads, tile::DxLayout<kTokens / 8, kRagged, kHasOffsets>::kBytes};
+    return {kKernel, ctas_per_sm<kKernel>, earliest_start<kKernel>, tile::kDxThreads,
+            tile::DxLayout<kTokens / 8, kRagged, kHasOffsets>::kBytes};
   }
 
   template <class T>

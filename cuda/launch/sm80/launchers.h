@@ -5,6 +5,7 @@
 //
 //   LinearProblem     y = x · wᵀ + h · lora_bᵀ + bias with h = round(scaling · dropout(x) · lora_aᵀ): one launch for h
 //                     if there is LoRA, and one for y. few_tokens computes h in the same launch, unless it is retained.
+//                     gemm has two launches per panel of the weight instead of one, also for dx.
 //   LinearDxProblem   dx = dy · w + mask ∘ (g · lora_a) · keep_scale with g = round(scaling · dy · lora_b): one launch
 //                     for g if there is LoRA, and one for dx.
 //   LoraGradProblem   da = gᵀ · dropout(x) and db = dyᵀ · h: one launch for each of h and g that is not given, and one
@@ -23,6 +24,9 @@ namespace qlora::cuda::sm80 {
 
 cudaError_t plan_few_tokens(const LinearProblem& p, const Device& device, Config* config);
 cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, const Context& context);
+
+cudaError_t launch_gemm(const LinearProblem& p, const Config& config, const Context& context);
+cudaError_t launch_gemm(const LinearDxProblem& p, const Config& config, const Context& context);
 
 cudaError_t plan(const LinearProblem& p, const Device& device, Config* config);
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context);

@@ -77,7 +77,7 @@ class SplitForward {
   cudaError_t launch(const Args& args) const {
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits_));
     return launch_cluster(kKernel, grid, dim3(1, cluster_ ? grid.y : 1), Tile::kThreads, Tile::kSharedBytes,
-                          context_.stream, args);
+                          context_.stream, Start::kInOrder, args);
   }
 
  private:

@@ -15,16 +15,16 @@ namespace qlora::cuda::sm90 {
 
 inline constexpr int kSharedPerSm = 228 * 1024;
 
-// The TMA map of x or dy [rows, columns], with boxes of a line of 64 values for kTokens tokens.
+// The TMA map of x or dy [rows, columns], with boxes of a line of 64 values for the tokens that a CTA copies.
 template <class Tile>
-cudaError_t make_token_map(const void* data, int64_t rows, int64_t columns, CUtensorMap* map) {
+cudaError_t make_token_map(const Config& c, const void* data, int64_t rows, int64_t columns, CUtensorMap* map) {
   constexpr bool kBf16 = std::is_same_v<typename Tile::T, bfloat16>;
   return make_tensor_map({.type = kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                           .data = data,
                           .rows = rows,
                           .columns = columns,
                           .row_bytes = columns * 2,
-                          .box_rows = Tile::kTokens,
+                          .box_rows = Tile::kTokens / static_cast<int>(c.multicast),
                           .box_columns = 64,
                           .swizzle = CU_TENSOR_MAP_SWIZZLE_128B},
                          map);
@@ -44,27 +44,34 @@ inline cudaError_t make_packed_map(const Weight& w, int box_rows, CUtensorMap* m
 }
 
 // Splits the sum in whole stages.
-inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int64_t stages, int64_t rank) {
-  return {.token_tiles = ceil_div(m, c.tokens),
-          .tiles = tiles(m, outputs, c.tokens),
+inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int64_t stages, int64_t rank,
+                                const Device& device) {
+  return {.token_tiles = static_cast<int>(ceil_div(m, c.tokens)),
+          .tiles = static_cast<int>(cluster_tiles(m, outputs, c)),
+          .clusters = static_cast<int>(clusters(m, outputs, c, device)),
           .splits = static_cast<int>(c.splits),
+          .multicast = static_cast<int>(c.multicast),
           .stages = static_cast<int>(stages),
           .stages_per_split = static_cast<int>(ceil_div(stages, c.splits)),
           .rank = rank};
 }
 
-// Launches a kernel in `clusters` clusters, with one CTA per split.
+// With LoRA, the previous launch computes its low-rank product, which is all that a kernel over one weight waits for.
+inline Start start_of(const tile::Sm90Plan& plan) { return plan.rank > 0 ? Start::kEarly : Start::kInOrder; }
+
+// Launches a kernel in the clusters of `plan`.
 template <auto kKernel, class Tile, class Args>
-cudaError_t launch_clusters(int64_t clusters, const Config& c, const CUtensorMap& tokens, const CUtensorMap& packed,
-                            const Args& args, const Context& context) {
+cudaError_t launch_clusters(const tile::Sm90Plan& plan, const Config& c, const CUtensorMap& tokens,
+                            const CUtensorMap& packed, const Args& args, Start start, const Context& context) {
   static_assert(Tile::kOutputs == kOutputs);
   static_assert(2 * Tile::kSharedBytes > kSharedPerSm);  // ResidentClusters counts one CTA per SM
   int ctas = 0;                                          // the query also allows the kernel its shared memory
   const cudaError_t error = ctas_per_sm<kKernel>(context.device, Tile::kThreads, Tile::kSharedBytes, &ctas);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(clusters * c.splits)), cluster(static_cast<unsigned>(c.splits));
-  return launch_cluster(kKernel, grid, cluster, Tile::kThreads, Tile::kSharedBytes, context.stream, tokens, packed,
-                        args);
+  const dim3 grid(static_cast<unsigned>(plan.clusters * cluster_ctas(c))),
+      cluster(static_cast<unsigned>(cluster_ctas(c)));
+  return launch_cluster(kKernel, grid, cluster, Tile::kThreads, Tile::kSharedBytes, context.stream, start, tokens,
+                        packed, args);
 }
 
 }  // namespace qlora::cuda::sm90

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cpp/format/problem.h"
+#include "cpp/format/grouped.h"
 #include "cuda/launch/launch.h"
 #include "cuda/tuning/choice.h"
 
@@ -16,5 +16,7 @@ ResidentClusters query_clusters(const Device& device);
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context);
 cudaError_t launch(const LinearDxProblem& p, const Config& config, const Context& context);
+cudaError_t launch(const Grouped<LinearProblem>& problem, const Config& config, const Context& context);
+cudaError_t launch(const Grouped<LinearDxProblem>& problem, const Config& config, const Context& context);
 
 }  // namespace qlora::cuda::sm90

@@ -2,6 +2,7 @@
 #include "cuda/kernels/sm90/linear_nf4.cuh"
 
 #include "cuda/launch/any/low_rank.h"
+#include "cuda/launch/sm90/args.h"
 #include "cuda/launch/sm90/clusters.h"
 #include "cuda/launch/sm90/launchers.h"
 #include "cuda/launch/types.h"
@@ -11,23 +12,13 @@ namespace {
 
 template <class Tile>
 cudaError_t launch_tile(const LinearProblem& p, const Config& c, const void* h, const Context& context) {
-  static_assert(Tile::kStageK == kForwardStageK);
-  using T = typename Tile::T;
   CUtensorMap x, packed;
-  cudaError_t error = make_token_map<Tile>(p.x, p.m, p.w.k, &x);
+  cudaError_t error = make_token_map<Tile>(c, p.x, p.m, p.w.k, &x);
   if (error == cudaSuccess) error = make_packed_map(p.w, Tile::kRows, &packed);
   if (error != cudaSuccess) return error;
-  const kernels::LinearSm90Args<T> args{
-      .scales = tile::make_scale_view(p.w),
-      .code = tile::make_pair_view<T>(p.w.code),
-      .m = p.m,
-      .n = p.w.n,
-      .k = p.w.k,
-      .lora = {static_cast<const T*>(h), static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
-      .out = {static_cast<T*>(p.y), static_cast<const T*>(p.bias), nullptr, nullptr},
-      .plan = make_plan(c, p.m, p.w.n, ceil_div(p.w.k, Tile::kStageK), p.lora.rank)};
-  return launch_clusters<kernels::linear_nf4_sm90_kernel<Tile>, Tile>(clusters(p.m, p.w.n, c, context.device), c, x,
-                                                                      packed, args, context);
+  const auto args = make_args<Tile>(p, c, h, context.device);
+  return launch_clusters<kernels::linear_nf4_sm90_kernel<Tile>, Tile>(args.plan, c, x, packed, args,
+                                                                      start_of(args.plan), context);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "cuda/kernels/sm90/linear_nf4_dx.cuh"
 
 #include "cuda/launch/any/low_rank.h"
+#include "cuda/launch/sm90/args.h"
 #include "cuda/launch/sm90/clusters.h"
 #include "cuda/launch/sm90/launchers.h"
 #include "cuda/launch/types.h"
@@ -11,24 +12,13 @@ namespace {
 
 template <class Tile>
 cudaError_t launch_tile(const LinearDxProblem& p, const Config& c, const void* g, const Context& context) {
-  static_assert(Tile::kStageRows == kDxStageRows);
-  using T = typename Tile::T;
   CUtensorMap dy, packed;
-  cudaError_t error = make_token_map<Tile>(p.dy, p.m, p.w.n, &dy);
+  cudaError_t error = make_token_map<Tile>(c, p.dy, p.m, p.w.n, &dy);
   if (error == cudaSuccess) error = make_packed_map(p.w, Tile::kStageRows, &packed);
   if (error != cudaSuccess) return error;
-  const kernels::DxSm90Args<T> args{.scales = tile::make_scale_view(p.w),
-                                    .code = tile::make_code_view(p.w.code),
-                                    .m = p.m,
-                                    .n = p.w.n,
-                                    .k = p.w.k,
-                                    .g = {static_cast<const T*>(g), nullptr, p.lora.rank, p.m, p.w.n},
-                                    .lora_a = static_cast<const T*>(p.lora.a),
-                                    .dropout = p.lora.dropout,
-                                    .out = {static_cast<T*>(p.dx), nullptr, nullptr, nullptr},
-                                    .plan = make_plan(c, p.m, p.w.k, ceil_div(p.w.n, Tile::kStageRows), p.lora.rank)};
-  return launch_clusters<kernels::linear_nf4_dx_sm90_kernel<Tile>, Tile>(clusters(p.m, p.w.k, c, context.device), c, dy,
-                                                                         packed, args, context);
+  const auto args = make_args<Tile>(p, c, g, context.device);
+  return launch_clusters<kernels::linear_nf4_dx_sm90_kernel<Tile>, Tile>(args.plan, c, dy, packed, args,
+                                                                         start_of(args.plan), context);
 }
 
 }  // namespace

@@ -25,14 +25,17 @@
 namespace qlora::tile {
 
 template <class T, int kTokens>
-struct DxSm90Tile : Sm90Layout<T, kTokens, 1, 64 * 64, 2 * 64 * 4> {
-  static constexpr int kStageRows = 64;
+struct DxSm90Tile : Sm90Layout<T, kTokens, 1, 64 * 64, 2 * 64 * 4, 88> {
+  static constexpr int kStageRows = DxSm90Tile::kStageTerms;
   static constexpr int kGroupColumns = 64;  // columns that share a scale
 
   // Consumers exchange their dropout masks here: 8 bytes per consumer for every 128 tokens.
-  static constexpr int kMasks = DxSm90Tile::kBarriers + DxSm90Tile::kStages * 16;
+  static constexpr int kMasks = DxSm90Tile::kBarriers + DxSm90Tile::kStages * DxSm90Tile::kSlotBarriers;
   static constexpr int kMaskBytes = (kTokens + 127) / 128 * DxSm90Tile::kConsumers * 8;
   static_assert(kMasks % 8 == 0 && kMasks + kMaskBytes <= DxSm90Tile::kTable);
+
+  // Where the packed bytes of a stage begin: the byte in the row, and the row.
+  __device__ static int2 packed_box(int row, int column) { return {column / 2, row}; }
 };
 
 template <class Tile>

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/hold.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -31,11 +32,12 @@ struct Sm90Descriptors {
 
 // Writes ranks [first_rank, first_rank + 16 steps) of the low-rank product to the place of a stage's tokens, with zeros
 // past its end. Of every 16 ranks, 4t..4t+3 become values 2t, 2t+1, 2t+8, 2t+9, so that lane t of the other operand
-// also takes four neighbours. Call from all producers.
+// also takes four neighbours. Call from all producers. The previous launch computes the product, and may still run.
 template <class Layout, bool kVector>
 __device__ __forceinline__ void store_low_rank(const LoraOperands<typename Layout::T>& lora, int64_t token0,
                                                int64_t first_rank, int steps, uint32_t lines) {
   const int t = threadIdx.x % 4;
+  ptx::wait_for_previous_grid();
 #pragma unroll 1
   for (int token = threadIdx.x / 4; token < Layout::kTokens; token += Layout::kProducers / 4) {
     for (int step = 0; step < steps; ++step) {

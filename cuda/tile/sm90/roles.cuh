@@ -10,16 +10,18 @@
 
 namespace qlora::tile {
 
-// Initializes the barriers. Call from one thread, and synchronize the CTA afterwards.
+// Initializes the barriers. Call from the thread that issues copies, which may start some at once, and synchronize the
+// CTA afterwards.
 template <class Layout>
 __device__ __forceinline__ void start_ring(uint32_t base, const CUtensorMap& tokens, const CUtensorMap& packed) {
+  ptx::tma_prefetch(tokens);
+  ptx::tma_prefetch(packed);
   for (int slot = 0; slot < Layout::kStages; ++slot) {
     ptx::mbarrier_init(base + Layout::full(slot), Layout::kFullArrivals);
     ptx::mbarrier_init(base + Layout::empty(slot), Layout::kEmptyArrivals);
+    ptx::mbarrier_init(base + Layout::partner_empty(slot), 1);
   }
   ptx::mbarrier_init_fence();
-  ptx::tma_prefetch(tokens);
-  ptx::tma_prefetch(packed);
 }
 
 // Slots are tile::Index.

@@ -47,14 +47,16 @@ __device__ __forceinline__ void finish_part(const Sm90Work<Layout>& work, int64_
   const int end = min(first + share, tokens);
   for (int token = first + thread / 32; token < end; token += Layout::kConsumers / 32) {
     const uint32_t sums = base + Layout::kSums + (token * Layout::kSumStride + thread % 32 * 4) * 4;
-    float4 sum = ptx::load_cluster_v4_f32(sums, 0);
-    for (int split = 1; split < splits; ++split) sum = add(sum, ptx::load_cluster_v4_f32(sums, split));
+    float4 sum = ptx::load_cluster_v4_f32(sums, work.partial_rank0());
+    for (int split = 1; split < splits; ++split)
+      sum = add(sum, ptx::load_cluster_v4_f32(sums, work.partial_rank0() + split));
     output.store(token0 + token, sum);
   }
 }
 
 // Call from all consumers. With splits, the producers must call attend_finish, because all threads of the cluster take
-// part in its barriers.
+// part in its barriers. The second barrier of a part only protects the sums from being overwritten, but has to release
+// as well: with barrier.cluster.arrive.relaxed, PTX orders no earlier access, not even a read.
 template <class Layout, int kOutputStep>
 __device__ __forceinline__ void finish_tile(const Sm90Work<Layout>& work, const Sm90Sums<Layout>& acc, int output,
                                             const LinearOutput<typename Layout::T>& out, int64_t token0, int64_t m,

@@ -1,33 +1,45 @@
 // The work of a CTA in Hopper's kernels, for producers and consumers alike: its split of every tile of its cluster.
 // CTAs are persistent. They fill the tables once and process tile after tile, and the producers run ahead into the next
-// tile. If there are fewer tiles than SMs, the CTAs of a cluster divide a tile's sum into splits of whole stages.
+// tile. If there are fewer tiles than SMs, the CTAs of a cluster divide a tile's sum into splits of whole stages. If
+// there are many, a cluster may compute a pair of tiles of neighbouring outputs, and each of two partners copies half
+// of the tokens' values for both (Sm90Copies). The second tile of a pair may lie beyond the last output. Its CTAs take
+// part like others, with outputs that do not exist.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/sm90/layout.cuh"
 
 namespace qlora::tile {
 
+// Counts of tiles are int because an output of 2^31 tiles would not fit any memory.
 struct Sm90Plan {
-  int64_t token_tiles, tiles;  // tiles along the tokens, and in total
-  int splits;                  // the size of a cluster
+  int token_tiles, tiles;  // tiles along the tokens, and in total; with pairs, pairs in total
+  int clusters;            // in the grid
+  int splits;
+  int multicast;  // 2 for pairs, or 1; a cluster has splits · multicast CTAs
   int stages, stages_per_split;
   int64_t rank;  // LoRA's rank, 0 without LoRA
 };
 
-inline constexpr int kSm90Chunk = 64;  // ranks per line
-
 template <class Layout>
 struct Sm90Work {
-  static constexpr int kChunk = Layout::kLines * kSm90Chunk;  // ranks per stage
+  static constexpr int kChunk = Layout::kStageTerms;  // ranks per stage
 
   const Sm90Plan& plan;
+  int pair_tile;  // 0, or 1 for the second tile of a pair
   int split, stage0, stages, chunks;
 
   __device__ __forceinline__ explicit Sm90Work(const Sm90Plan& p)
+      : Sm90Work(p, static_cast<int>(blockIdx.x) % (p.splits * p.multicast) / p.splits,
+                 static_cast<int>(blockIdx.x) % p.splits) {}
+  __device__ __forceinline__ Sm90Work(const Sm90Plan& p, int of_pair, int of_split)
       : plan(p),
-        split(static_cast<int>(blockIdx.x) % p.splits),
+        pair_tile(of_pair),
+        split(of_split),
         stage0(split * p.stages_per_split),
         stages(min(p.stages - stage0, p.stages_per_split)),
         chunks(static_cast<int>((p.rank + kChunk - 1) / kChunk)) {}
@@ -35,10 +47,26 @@ struct Sm90Work {
   // Calls use(first token, first output) for each tile.
   template <class Use>
   __device__ __forceinline__ void for_tiles(const Use& use) const {
-    const int64_t step = gridDim.x / plan.splits;
-    for (int64_t tile = blockIdx.x / plan.splits; tile < plan.tiles; tile += step)
-      use(tile % plan.token_tiles * Layout::kTokens, tile / plan.token_tiles * Layout::kOutputs);
+    for (int tile = tile0(); tile < plan.tiles; tile += plan.clusters) use(first_token(tile), first_output(tile));
   }
+  __device__ __forceinline__ int tile0() const { return static_cast<int>(blockIdx.x) / cluster_ctas(); }
+  __device__ __forceinline__ int64_t first_token(int tile) const {
+    return int64_t{tile % plan.token_tiles} * Layout::kTokens;
+  }
+  __device__ __forceinline__ int64_t first_output(int tile) const {
+    return int64_t{tile / plan.token_tiles * plan.multicast + pair_tile} * Layout::kOutputs;
+  }
+
+  // The number of stages that fit into the empty ring buffer.
+  __device__ __forceinline__ int first_stages() const { return min(stages, Layout::kStages); }
+
+  // A kernel over experts has arguments per tile, and rows of w in one map for all experts (expert_work.cuh).
+  template <class Args>
+  __device__ __forceinline__ const Args& args_of(const Args& p) const {
+    return p;
+  }
+  __device__ __forceinline__ const ScaleView& scales_of(const ScaleView& view) const { return view; }
+  __device__ __forceinline__ int32_t first_row(int64_t) const { return 0; }
 
   // Calls use(slot, stage) for each stage. Producers and consumers go through the ring buffer's slots in rounds, and
   // all barriers of a round have one `parity`. If the last round is not full, pass(slot) hands on the remaining slots
@@ -63,6 +91,23 @@ struct Sm90Work {
       unroll<Layout::kStages - 1>([&](auto slot) { pass(Index<slot + 1>{}); });
     }
   }
+
+  // Waits until all threads of the CTA, and those of a partner, have come here.
+  __device__ __forceinline__ void sync_begin() const {
+    __syncwarp();  // the cluster's barrier needs the whole warp at once
+    if (plan.multicast > 1)
+      ptx::cluster_sync();
+    else
+      __syncthreads();
+  }
+
+  __device__ __forceinline__ int cluster_ctas() const { return plan.splits * plan.multicast; }
+
+  // The rank, in the cluster, of the first CTA that has a part of this tile's sum.
+  __device__ __forceinline__ int partial_rank0() const { return pair_tile * plan.splits; }
+
+  // With pairs: the rank of the CTA with the same split of the other tile.
+  __device__ __forceinline__ int partner() const { return (1 - pair_tile) * plan.splits + split; }
 
   // The number of wgmma steps, 16 ranks each, that a chunk takes.
   __device__ __forceinline__ int chunk_steps(int chunk) const {

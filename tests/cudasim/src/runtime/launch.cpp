@@ -70,6 +70,7 @@ void write_profile(const Profile& p, const char* mangled, const Launch& launch, 
   add_dims("grid", launch.grid);
   add_dims("block", launch.block);
   add_dims("cluster", launch.cluster);
+  line += launch.dependent ? ",\"dependent\":true" : ",\"dependent\":false";
   add("dynamic_shared_bytes", launch.shared);
   add("static_shared_bytes", r.info.static_shared_bytes);
   add("local_bytes", r.info.local_bytes);

@@ -1,0 +1,74 @@
+// Chooses and configures the kernels over experts on wgmma and TMA, for compute capability 9.0 only.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+
+#include "cpp/format/grouped.h"
+#include "cuda/tuning/any.h"
+#include "cuda/tuning/choice.h"
+#include "cuda/tuning/device.h"
+#include "cuda/tuning/sm90.h"
+
+namespace qlora::cuda::sm90 {
+
+// The packed bytes of all experts are one matrix for TMA.
+template <class Problem>
+constexpr bool accepts(const Grouped<Problem>& p, const Device& device) {
+  return accepts(p.stack, device) && p.experts > 0 && p.experts <= std::numeric_limits<int32_t>::max() / p.stack.w.n;
+}
+
+// From here on, the kernels on mma.sync have tiles of 64 tokens. By the kernel simulator's counters, a stage of 128 k
+// and 128 rows for 128 tokens takes them 2149 passes over shared memory, and takes 1330 here. For dX, 64 rows and 128
+// columns for 256 tokens take 2108, and 1260 here. This is not a measurement on a card.
+template <class Problem>
+constexpr bool is_ahead(const Grouped<Problem>& p, const Device&) {
+  return tile_tokens(p) >= kFewestTokens;
+}
+
+// Chooses the tile and the multicast with the fewest cycles, by the model for single weights (fastest in sm90.h). Sums
+// are not split, because experts fill the device. Half of each expert's last tile is counted as empty.
+template <class Problem, class StageOf>
+constexpr Config fastest_of_experts(const Grouped<Problem>& p, int64_t outputs, int64_t stages,
+                                    std::initializer_list<int64_t> tile_tokens, const StageOf& stage_of,
+                                    const Device& device, const Config& wish) {
+  constexpr int64_t kTileCycles = 2500, kL2Bytes = 3200;
+  Config best;
+  int64_t fewest = std::numeric_limits<int64_t>::max();
+  for (const int64_t tokens : tile_tokens) {
+    for (int64_t multicast = 1; multicast <= kMostMulticast; ++multicast) {
+      if (or_wish(wish.tokens, tokens) != tokens || or_wish(wish.multicast, multicast) != multicast) continue;
+      const Config c{.tokens = tokens, .splits = 1, .multicast = multicast};
+      const int64_t tiles =
+          ceil_div(p.stack.m + p.experts * tokens / 2, tokens) * ceil_div(outputs, kOutputs * multicast);
+      const int64_t fit = std::min(resident_clusters(c, device), tiles);
+      if (fit == 0) continue;
+      const Stage stage = stage_of(tokens);
+      const int64_t bytes = stage.token_bytes / multicast + stage.other_bytes;
+      const int64_t stage_cycles = std::max(stage.cycles, bytes * fit * multicast / kL2Bytes);
+      const int64_t cycles = ceil_div(tiles, fit) * (stages * stage_cycles + kTileCycles);
+      if (cycles < fewest) best = c, fewest = cycles;
+    }
+  }
+  return best;
+}
+
+constexpr Config config(const Grouped<LinearProblem>& p, const Device& device, const Config& wish) {
+  const Weight& w = p.stack.w;
+  const auto stage = [](int64_t tokens) { return Stage{6 * tokens + 476, tokens * 256, 128 * (64 + 2)}; };
+  Config c = fastest_of_experts(p, w.n, ceil_div(w.k, kForwardStageK), {64, 128}, stage, device, wish);
+  c.rows = kOutputs;
+  return c;
+}
+
+constexpr Config config(const Grouped<LinearDxProblem>& p, const Device& device, const Config& wish) {
+  const Weight& w = p.stack.w;
+  const auto stage = [](int64_t tokens) { return Stage{3 * tokens + 440, tokens * 128, 64 * (64 + 32)}; };
+  Config c = fastest_of_experts(p, w.k, ceil_div(w.n, kDxStageRows), {64, 128, 256}, stage, device, wish);
+  c.columns = kOutputs;
+  return c;
+}
+
+}  // namespace qlora::cuda::sm90
