@@ -8,6 +8,7 @@
 
 #include "cpp/format/problem.h"
 #include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/load.cuh"
 #include "cuda/tile/any/code_tables.cuh"
 
 namespace qlora::tile {
@@ -137,7 +138,7 @@ __device__ __forceinline__ void with_scale_loader(const ScaleView& view, const U
       value = 1.0f;
     });
   else
-    use([&](int64_t block, float&, uint32_t& code) { code = __ldg(scale_halves(view) + block); });
+    use([&](int64_t block, float&, uint32_t& code) { code = ptx::load_cached_u16(scale_halves(view) + block); });
 }
 
 // Decodes a scale from its code. `value_of(code)` looks up the code's value. The format prescribes the two roundings.
@@ -242,6 +243,36 @@ __device__ __forceinline__ float decode_offset(const ScaleView& view, RawOffset 
   }
 }
 
+// Calls use(load). load(block, raw) loads an offset other than a zero point, without a branch on the form.
+template <class Use>
+__device__ __forceinline__ void with_offset_loader(const ScaleView& view, const Use& use) {
+  const Offsets& offsets = view.scales.offsets;
+  if (view.offset_bytes == 2)
+    use([&](int64_t block, RawOffset& raw) {
+      raw.bits = ptx::load_cached_u16(static_cast<const uint16_t*>(offsets.stored) + block);
+    });
+  else if (view.offset_bytes == 4)
+    use([&](int64_t block, RawOffset& raw) { raw.bits = __ldg(static_cast<const uint32_t*>(offsets.stored) + block); });
+  else
+    use([&](int64_t block, RawOffset& raw) {
+      raw.bits = __ldg(static_cast<const uint8_t*>(offsets.stored) + block);
+      raw.unit = __ldg(offsets.unit + nested_block(view, block));
+    });
+}
+
+// Calls use(decode). decode(raw) decodes an offset other than a zero point, without a branch on the form.
+template <class Use>
+__device__ __forceinline__ void with_offset_decoder(const ScaleView& view, const Use& use) {
+  if (view.scales.offsets.form == OffsetForm::kFloat16)
+    use([](RawOffset raw) { return ptx::widen_float16(raw.bits); });
+  else if (view.scales.offsets.form == OffsetForm::kBFloat16)
+    use([](RawOffset raw) { return __uint_as_float(raw.bits << 16); });
+  else if (view.scales.offsets.form == OffsetForm::kScaled8)
+    use([](RawOffset raw) { return -__fmul_rn(static_cast<float>(raw.bits), raw.unit); });
+  else
+    use([](RawOffset raw) { return __uint_as_float(raw.bits); });
+}
+
 __device__ __forceinline__ bool has_zero_points(const ScaleView& view) {
   return view.scales.offsets.form == OffsetForm::kZeroPoint8;
 }
@@ -265,13 +296,17 @@ __device__ __forceinline__ float product_offset(const ScaleView& view, RawOffset
   return has_zero_points(view) ? -__fmul_rn(static_cast<float>(raw.bits), scale) : decode_offset(view, raw);
 }
 
-// Returns the scale and the offset for such kernels. With a zero point, the scale keeps 20 significant bits. Its
-// products with integers up to 15 are then exact, so that weights whose value is the zero point are 0 in one rounding,
-// too.
-__device__ __forceinline__ ScaleAndOffset decode_scale_and_offset(const ScaleView& view, float scale, RawOffset raw) {
-  if (!has_zero_points(view)) return {scale, decode_offset(view, raw)};
+// Returns the scale and the offset for such kernels of a block with a zero point. The scale keeps 20 significant bits.
+// Its products with integers up to 15 are then exact, so that weights whose value is the zero point are 0 in one
+// rounding, too.
+__device__ __forceinline__ ScaleAndOffset zero_point_product(float scale, RawOffset raw) {
   scale = __uint_as_float(__float_as_uint(scale) & 0xFFFFFFF0u);
   return {scale, -__fmul_rn(static_cast<float>(raw.bits), scale)};
+}
+
+// The same for a block with an offset of any form.
+__device__ __forceinline__ ScaleAndOffset decode_scale_and_offset(const ScaleView& view, float scale, RawOffset raw) {
+  return has_zero_points(view) ? zero_point_product(scale, raw) : ScaleAndOffset{scale, decode_offset(view, raw)};
 }
 
 // Computes value * scale + offset, in one rounding if it has the bits of two (fuses_offset).

@@ -7,6 +7,8 @@
 
 #include "cuda/ptx/shared.cuh"
 #include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/sm80/block_sums.cuh"
 #include "cuda/tile/sm80/integer_pairs.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
 
@@ -32,33 +34,59 @@ class ScaleStage {
   __device__ __forceinline__ void load(int64_t segment0, int count) {
     const int64_t element = row_element_ + segment0 * kSegment + min(group(), count * kPerSegment - 1) * kColumns;
     with_scale_loader(view_, [&](const auto& load) {
-      load_each(element, [&](int i, int64_t block) { load(block, absmax_[i], code_[i]); });
+      if constexpr (Tile::kResiduals)
+        with_offset_loader(view_, [&](const auto& load_offset) {
+          load_each(element, [&](int i, int64_t block) {
+            load(block, absmax_[i], code_[i]);
+            load_offset(block, raw_offset_[i]);
+          });
+        });
+      else
+        load_each(element, [&](int i, int64_t block) { load(block, absmax_[i], code_[i]); });
     });
     if constexpr (kHasOffsets) {
       if (view_.scales.offsets)
         load_each(element, [&](int i, int64_t block) { raw_offset_[i] = load_offset(view_, block); });
-    } else if constexpr (Tile::kZeroPoints) {
+    } else if constexpr (Tile::kIntegers && !Tile::kResiduals) {
       const auto* zero_points = static_cast<const uint8_t*>(view_.scales.offsets.stored);
       load_each(element, [&](int i, int64_t block) { raw_offset_[i].bits = __ldg(zero_points + block); });
     }
   }
 
-  __device__ __forceinline__ void store(uint32_t scales, const float* scale_values) const {
+  // `residuals` is the address of the buffer of tiles that have them.
+  __device__ __forceinline__ void store(uint32_t scales, uint32_t residuals, const float* scale_values) const {
+    using Pairs = IntegerPairs<typename Tile::T>;
     const auto value_of = [&](uint32_t code) { return scale_values[code]; };
     with_scale_decoder(view_, value_of, offset_, [&](const auto& decode) {
+      if constexpr (Tile::kResiduals) {
+        static_assert(kRowStep % 8 == 0, "a thread's rows have the same swizzle");
+        const uint32_t to = scales + Tile::scale_offset(row(0), group());
+        const uint32_t to_residual = residuals + Tile::residual_offset(row(0), group());
+        with_offset_decoder(view_, [&](const auto& decode_offset) {
+          unroll<kEach>([&](auto i) {
+            constexpr int kScale = i * kRowStep * Tile::kScaleRowBytes;
+            const float scale = decode(absmax_[i], code_[i]);
+            const auto [minuend, residual] = Pairs::split(scale, decode_offset(raw_offset_[i]), 15.0f + first_integer_);
+            ptx::store_shared_f32<kScale>(to, scale);
+            ptx::store_shared_u32<kScale + Tile::kMinuends>(to, minuend);
+            ptx::store_shared_u32<i * kRowStep * kPairTableEntryBytes>(to_residual, split_residual(residual));
+          });
+        });
+      } else {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const uint32_t to = scales + Tile::scale_offset(row(i), group());
-        const float scale = decode(absmax_[i], code_[i]);
-        if constexpr (kHasOffsets) {
-          const auto [kept, offset] = decode_scale_and_offset(view_, scale, raw_offset_[i]);
-          ptx::store_shared_v2_f32(to, make_float2(kept, offset));
-        } else if constexpr (Tile::kZeroPoints) {
-          const float zero_point = static_cast<float>(raw_offset_[i].bits) - first_integer_;
-          ptx::store_shared_f32(to, scale);
-          ptx::store_shared_u32<Tile::kMinuends>(to, IntegerPairs<typename Tile::T>::minuend(zero_point));
-        } else {
-          ptx::store_shared_f32(to, scale * unfactor_);
+        for (int i = 0; i < kEach; ++i) {
+          const uint32_t to = scales + Tile::scale_offset(row(i), group());
+          const float scale = decode(absmax_[i], code_[i]);
+          if constexpr (kHasOffsets) {
+            const auto [kept, offset] = decode_scale_and_offset(view_, scale, raw_offset_[i]);
+            ptx::store_shared_v2_f32(to, make_float2(kept, offset));
+          } else if constexpr (Tile::kIntegers) {
+            const float zero_point = static_cast<float>(raw_offset_[i].bits) - first_integer_;
+            ptx::store_shared_f32(to, scale);
+            ptx::store_shared_u32<Tile::kMinuends>(to, Pairs::minuend(zero_point));
+          } else {
+            ptx::store_shared_f32(to, scale * unfactor_);
+          }
         }
       }
     });
@@ -90,7 +118,7 @@ class ScaleStage {
   int64_t row_step_, row_element_;
   float absmax_[kEach];
   uint32_t code_[kEach] = {};
-  RawOffset raw_offset_[kHasOffsets || Tile::kZeroPoints ? kEach : 1];
+  RawOffset raw_offset_[kHasOffsets || Tile::kIntegers ? kEach : 1];
 };
 
 }  // namespace qlora::tile
