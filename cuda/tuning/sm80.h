@@ -64,44 +64,56 @@ constexpr bool ragged_accepts(const Grouped<Problem>& p, const Device& device) {
 
 inline constexpr int64_t kSegment = 64, kForwardRows = 128;
 
-// Up to 16 tokens: the kernel has a single tile for all tokens, and computes LoRA's product in the same launch.
-// With residuals of offsets it takes up to 8 tokens, because the registers do not suffice for more.
-inline constexpr int64_t kMostFewTokens = 16, kMostFewTokensSplit = 8;
+// Up to 16 tokens: the kernel has a single tile for all tokens, and computes LoRA's product in the same launch. It
+// takes up to 8 tokens with residuals of offsets, and from 10.0 on, because the registers do not suffice for more. Then
+// the kernel for more tokens has a tile of 16. A GeForce RTX 5090 needs that tile anyway: half of the columns that this
+// kernel multiplies are empty, which by the data sheet would take longer than reading w.
+inline constexpr int64_t kMostFewTokens = 16, kHalfFewTokens = 8;
 
-constexpr int64_t most_few_tokens(const Weight& w) { return splits_offsets(w) ? kMostFewTokensSplit : kMostFewTokens; }
-constexpr bool few_tokens_accepts(const LinearProblem& p, const Device&) {
-  return is_16_bit(p.dtype) && is_regular(p) && p.m <= most_few_tokens(p.w);
+constexpr int64_t most_few_tokens(const Weight& w, const Device& device) {
+  return splits_offsets(w) || device.arch >= 100 ? kHalfFewTokens : kMostFewTokens;
 }
-constexpr Config few_tokens_config(const LinearProblem& p, const Device&, const Config& wish) {
+constexpr bool few_tokens_accepts(const LinearProblem& p, const Device& device) {
+  return is_16_bit(p.dtype) && is_regular(p) && p.m <= most_few_tokens(p.w, device);
+}
+constexpr Config few_tokens_config(const LinearProblem& p, const Device& device, const Config& wish) {
   const int64_t least = p.m <= 4 ? 4 : p.m <= 8 ? 8 : kMostFewTokens;
-  const int64_t tokens = std::min(wish.tokens >= least ? wish.tokens : least, most_few_tokens(p.w));
+  const int64_t tokens = std::min(wish.tokens >= least ? wish.tokens : least, most_few_tokens(p.w, device));
   return {.tokens = tokens, .rows = kForwardRows, .splits = wish.splits};
+}
+constexpr bool has_tile_16(const Weight& w, const Device& device) {
+  return most_few_tokens(w, device) < kMostFewTokens;
 }
 
 // The widest tile needs 137 KB of shared memory. Devices that have it decode w once per 64 tokens.
 inline constexpr int kShared64 = 137 * 1024;
 
-constexpr int64_t forward_tokens(const Weight& w, int64_t m, const Device& device) {
-  if (m <= 16 && splits_offsets(w)) return 16;
-  return m <= 32 || device.shared_per_cta < kShared64 ? 32 : 64;
+constexpr int64_t widest_tile(const Device& device) { return device.shared_per_cta < kShared64 ? 32 : 64; }
+// From 10.0 on, ptxas needs too many registers for 64 tokens with residuals.
+constexpr int64_t widest_tile(const Weight& w, const Device& device) {
+  return splits_offsets(w) && device.arch >= 100 ? 32 : widest_tile(device);
 }
-// A forced tile of 64 tokens is not granted if the device lacks the shared memory.
-constexpr int64_t wished_tokens(const Config& wish, int64_t tokens, const Device& device) {
-  return wish.tokens == 64 && device.shared_per_cta < kShared64 ? tokens : or_wish(wish.tokens, tokens);
+constexpr int64_t forward_tokens(const Weight& w, int64_t m, const Device& device) {
+  if (m <= 16 && has_tile_16(w, device)) return 16;
+  return m <= 32 ? 32 : widest_tile(w, device);
+}
+// A forced tile that is wider than the widest is not granted.
+constexpr int64_t wished_tokens(const Config& wish, int64_t tokens, int64_t widest) {
+  return wish.tokens > widest ? tokens : or_wish(wish.tokens, tokens);
 }
 
 // The tiles that scale weights have at least 16 tokens.
 constexpr int64_t scaled_tokens(const Weight& w, int64_t m, const Device& device, const Config& wish) {
-  const int64_t tokens = m <= 16 ? 16 : w.scales.block_size < 32 ? 32 : forward_tokens(w, m, device);
-  if (wish.tokens == 64 && w.scales.block_size < 32) return tokens;
-  return std::max<int64_t>(wished_tokens(wish, tokens, device), 16);
+  const int64_t widest = w.scales.block_size < 32 ? 32 : widest_tile(device);
+  const int64_t tokens = m <= 16 ? 16 : m <= 32 ? 32 : widest;
+  return std::max<int64_t>(wished_tokens(wish, tokens, widest), 16);
 }
 
 constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
   const int64_t tokens = scales_weights(p) ? scaled_tokens(p.w, p.m, device, wish)
-                         : wish.tokens == 16 && !splits_offsets(p.w)
+                         : wish.tokens == 16 && !has_tile_16(p.w, device)
                              ? forward_tokens(p.w, p.m, device)  // few_tokens has a better tile
-                             : wished_tokens(wish, forward_tokens(p.w, p.m, device), device);
+                             : wished_tokens(wish, forward_tokens(p.w, p.m, device), widest_tile(p.w, device));
   return {.tokens = tokens, .rows = kForwardRows, .splits = wish.splits};
 }
 
@@ -109,7 +121,7 @@ constexpr Config config(const LinearProblem& p, const Device& device, const Conf
 constexpr Config config(const Grouped<LinearProblem>& p, const Device& device, const Config& wish) {
   const int64_t m = tile_tokens(p), tokens = m <= 8 ? 8 : m <= 16 ? 16 : forward_tokens(p.stack.w, m, device);
   if (scales_weights(p.stack)) return {.tokens = scaled_tokens(p.stack.w, m, device, wish), .rows = kForwardRows};
-  return {.tokens = wished_tokens(wish, tokens, device), .rows = kForwardRows};
+  return {.tokens = wished_tokens(wish, tokens, widest_tile(p.stack.w, device)), .rows = kForwardRows};
 }
 
 // Segments of k per CTA, a multiple of `stage_segments`, if `splits` CTAs divide a sum over `segments`.

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         p.stack.out.y, p.stack.n, tile.row0, min(tile.row0 + Tile::kTokens, tile.group.end), n0, n0 + Tile::kRows);
     return;
   }
-  linear_nf4_tile<Tile>(expert_args(p, tile.group), n0, tile.row0);
+  if constexpr (kLinearRuns<Tile>) linear_nf4_tile<Tile>(expert_args(p, tile.group), n0, tile.row0);
 }
 
 }  // namespace qlora::kernels

@@ -15,6 +15,7 @@
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/lora_step.cuh"
 #include "cuda/tile/any/nf4_pairs_f32.cuh"
@@ -272,8 +273,10 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) source.fetch(stage, stage);
-  tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns> scales(p.scales, p.code, n0, p.n, p.k);
-  scales.load(segment0, segments);
+  using Scales = tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns>;
+  Scales scales(p.scales, p.code, n0, p.n, p.k);
+  typename Scales::Raw raw_scales;
+  scales.load(0, segment0, segments, raw_scales);
   if constexpr (Tile::kScalesWeights)
     tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + Tile::kTable, p.code);
   else if constexpr (!Tile::kIntegers)
@@ -295,9 +298,9 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
         if (stage > 0) sums.multiply(acc);
       const uint32_t residuals =
           shared + Tile::kResidualTable + stage / Tile::kStagesPerScales % 2 * Tile::kResidualBufferBytes;
-      scales.store(shared + Tile::kScales, residuals, scale_values);
+      scales.store(0, raw_scales, shared + Tile::kScales, residuals, scale_values);
       const int after = stage * Tile::kStageSegments + Tile::kScaleSegments;
-      if (after < segments) scales.load(segment0 + after, segments - after);
+      if (after < segments) scales.load(0, segment0 + after, segments - after, raw_scales);
     }
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // this stage is complete, and the previous stage's buffer is free
@@ -327,11 +330,16 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::finish<Tile>(p.out, reinterpret_cast<float*>(shared_memory), token0, p.m, n0, p.n);
 }
 
+template <class Tile>
+inline constexpr bool kLinearRuns =
+    Tile::kSharedBytes <= tile::kMostSharedBytes && (!Tile::kResiduals || Tile::kTokens <= tile::kMostResidualTokens);
+
 // Grid: x over token tiles (fastest) and row tiles, y over splits of k.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p) {
-  linear_nf4_tile<Tile>(p, blockIdx.x / p.token_tiles * Tile::kRows, blockIdx.x % p.token_tiles * Tile::kTokens);
+  if constexpr (kLinearRuns<Tile>)
+    linear_nf4_tile<Tile>(p, blockIdx.x / p.token_tiles * Tile::kRows, blockIdx.x % p.token_tiles * Tile::kTokens);
 }
 
 }  // namespace qlora::kernels

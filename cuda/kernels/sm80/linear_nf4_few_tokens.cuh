@@ -13,6 +13,7 @@
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/unroll.cuh"
 #include "cuda/tile/sm80/block_sums.cuh"
 #include "cuda/tile/sm80/few_tokens_copy.cuh"
@@ -250,13 +251,13 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
   });
 }
 
-// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, no
-// offsets, except of an integer code with kIntegers, and x, packed and, unless it is null, lora_a aligned to 16 bytes.
+// Computes the tile of row tile blockIdx.x over split blockIdx.y of k.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
+__device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinearArgs<typename Tile::T>& p) {
   // From one segment of x to the next in its stage.
   constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
+  // The tiles of 16 rows whose packed bytes are on their way or being multiplied.
+  constexpr int kHeld = Tile::kIntegers ? tile::kHeldIntegerTiles : Tile::kRowTiles;
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
   float* const scale_values = reinterpret_cast<float*>(shared_memory + Tile::kScaleValues);
@@ -269,19 +270,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   // Issues all loads of the first stage before it waits for any of them.
   const int unit0 = group * Tile::kUnitSegments;
   tile::UnitLoader<Tile> units(p.packed, n0 + warp_row, p.n, p.k, segment0, segments, unit0);
-  tile::PackedUnit<Tile> w;
-  tile::unroll<Tile::kRowTiles>([&](auto i) { units.template load<i>(w[i]); });
+  tile::PackedRows w[kHeld];
+  tile::unroll<kHeld>([&](auto i) { units.template load<i>(w[i]); });
   tile::fetch_x<Tile>(shared + Tile::kX, p.x, tokens, p.k, segment0, segments);
   ptx::cp_async_commit();
-  tile::ScaleStage<Tile, Tile::kStageSegments> scales(p.scales, p.code, n0, p.n, p.k);
+  using Scales = tile::ScaleStage<Tile, Tile::kStageSegments, tile::kSegment, Tile::kScaleParts>;
+  Scales scales(p.scales, p.code, n0, p.n, p.k);
+  typename Scales::Raw raw_scales[Tile::kScaleParts];
   const uint32_t residuals = shared + Tile::kResidualTable;
-  scales.load(segment0, segments);
+  tile::unroll<Tile::kScaleParts>([&](auto part) { scales.load(part, segment0, segments, raw_scales[part]); });
   tile::prefetch_lora_b(p.lora, n0, p.n);
   if constexpr (!Tile::kIntegers)
     tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
   tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
   __syncthreads();
-  scales.store(shared + Tile::kScales, residuals, scale_values);
+  tile::unroll<Tile::kScaleParts>(
+      [&](auto part) { scales.store(part, raw_scales[part], shared + Tile::kScales, residuals, scale_values); });
 
   FewTokensAccumulators<Tile> acc = {};
   XUnit<Tile> x(tokens);
@@ -299,28 +303,27 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       tile::fetch_x<Tile>(shared + Tile::kX + (buffer ^ 1) * Tile::kStageXBytes, p.x, tokens, p.k, segment0 + after,
                           segments - after);
       ptx::cp_async_commit();
-      scales.load(segment0 + after, segments - after);
     }
     const uint32_t stage_x = shared + Tile::kX + buffer * Tile::kStageXBytes;
     const uint32_t stage_scales = lane_scales + buffer * Tile::kStageScaleBytes;
+    const uint32_t next_scales = shared + Tile::kScales + (buffer ^ 1) * Tile::kStageScaleBytes;
+    const uint32_t next_residuals = residuals + (buffer ^ 1) * Tile::kResidualBufferBytes;
 #pragma unroll 1
     for (int unit = unit0; unit < Tile::kStageSegments && first + unit < segments; unit += Tile::kRoundSegments) {
       const uint32_t unit_x = stage_x + unit * kSegmentBytes;
+      const int scale_part = unit / Tile::kRoundSegments;
+      if (after < segments) scales.load(scale_part, segment0 + after, segments - after, raw_scales[0]);
       h.load(first + unit + part);
       x.load(unit_x);
       if constexpr (Tile::kResiduals) unit_sums.add(x, unit != unit0);
       tile::unroll<Tile::kRowTiles>([&](auto i) {
-        multiply_rows<Tile, i>(decoder, w[i], x, stage_scales + (unit - unit0) * 4, acc);
-        units.template load<i>(w[i]);
+        multiply_rows<Tile, i>(decoder, w[i % kHeld], x, stage_scales + (unit - unit0) * 4, acc);
+        units.template load<(i + kHeld) % Tile::kRowTiles>(w[i % kHeld]);
       });
       h.multiply(unit_x, first + unit + part);
+      if (after < segments) scales.store(scale_part, raw_scales[0], next_scales, next_residuals, scale_values);
     }
     if constexpr (Tile::kResiduals) unit_sums.multiply(buffer, acc);
-    if (after < segments) {
-      const int other = buffer ^ 1;
-      scales.store(shared + Tile::kScales + other * Tile::kStageScaleBytes,
-                   residuals + other * Tile::kResidualBufferBytes, scale_values);
-    }
   }
   __syncthreads();  // the sums may now overwrite the tables and the stages
 
@@ -334,6 +337,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   store_few_sums<Tile>(shared, warp_row, group, acc);
   __syncthreads();
   tile::finish<Tile>(p.out, reinterpret_cast<float*>(shared_memory), 0, p.m, n0, p.n);
+}
+
+// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, no
+// offsets, except of an integer code with kIntegers, and x, packed and, unless it is null, lora_a aligned to 16 bytes.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
+  if constexpr (Tile::kTokens <= tile::kMostFewTokens) linear_nf4_few_tokens_tile<Tile>(p);
 }
 
 }  // namespace qlora::kernels

@@ -17,10 +17,14 @@ cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
   return with_tile_offsets(p.w, [&](auto offsets) {
     return with_16_bit_type(p.dtype, [&](auto element) {
       using T = decltype(element);
-      if constexpr (offsets == TileOffsets::kSplit) {
-        if (tokens == 16) return use(Tile16<T, kSegment, offsets>());
+      switch (tokens) {
+        case 16:
+          return use(Tile16<T, kSegment, offsets>());
+        case 32:
+          return use(Tile32<T, kSegment, offsets>());
+        default:
+          return use(Tile64<T, kSegment, offsets>());
       }
-      return tokens == 32 ? use(Tile32<T, kSegment, offsets>()) : use(Tile64<T, kSegment, offsets>());
     });
   });
 }

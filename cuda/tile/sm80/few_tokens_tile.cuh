@@ -45,11 +45,13 @@ struct FewTokensTile {
   static constexpr int kRoundSegments = kUnitSegments * kWarpsK;  // segments that a CTA takes at a time
   static constexpr int kStageSegments = kTokens <= 8 ? 16 : 8;
   static_assert(kStageSegments % kRoundSegments == 0);
+  // A stage's scales are loaded in parts, one per unit of a warp, because registers do not suffice for all at once.
+  static constexpr int kScaleParts = kStageSegments / kRoundSegments;
 
   // The most LoRA ranks for which the kernel computes h itself. A CTA reads lora_a over its slice from L2, rank / 32
   // times as many bytes as it reads of w. Beyond 32 ranks that costs as much as a separate launch for h. With more
-  // tokens, registers allow fewer ranks.
-  static constexpr int kFoldedRanks = kTokens <= 8 ? 32 : 16;
+  // tokens, or with residuals, registers allow fewer ranks.
+  static constexpr int kFoldedRanks = kTokens <= (kResiduals ? 4 : 8) ? 32 : 16;
 
   // The pair table leaves half of each 256-byte entry free, and two stages of x fit there. A line is 64 k of a token.
   static constexpr int kStageXLines = kTokens * kStageSegments;

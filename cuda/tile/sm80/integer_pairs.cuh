@@ -49,7 +49,7 @@ struct IntegerPairs {
     constexpr float kMagic = 0x1p23f;  // rounds what is added to it to an integer, in its lowest bits
     constexpr uint32_t kMagicBits = 0x4B000000u;
     // Of 15 - zero point. Where scale and offset are 0, the quotient is NaN, and saturates to 0.
-    const float fifteenth = ptx::fma_saturated(__fdividef(offset, scale), 1.0f / 15.0f, last / 15.0f);
+    const float fifteenth = ptx::fma_saturated(__fdividef(offset, scale), 1.0f / 15.0f, last * (1.0f / 15.0f));
     const uint32_t bits = ptx::fma_to_bits(fifteenth, 15.0f, kMagic);
     const float value = ptx::sub_bits(kMagic + last, bits);
     return {ptx::mad<kPerPower>(bits, kPowers - kMagicBits * kPerPower), __fadd_rn(__fmul_rn(value, scale), offset)};

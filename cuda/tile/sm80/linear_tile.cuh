@@ -17,6 +17,7 @@
 
 #include <cstdint>
 
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/pair_table.cuh"
 
 namespace qlora::tile {
@@ -50,9 +51,11 @@ struct LinearTile {
   static constexpr int kScaleRowBytes = kPairTableEntryBytes;
   static constexpr int kMinuends = 4;  // from a scale to the block's IntegerPairs::minuend
   // Segments whose scales are staged at a time: a line per row. Residuals are added for four segments per group of
-  // warps at a time. 64 tokens leave no registers for loading a line of integers' scales ahead.
-  static constexpr int kScaleSegments =
-      kResiduals || (kIntegers && kTokenTiles_ == 8) ? 8 : kLineBytes / kScaleBytes * kScaleColumns / kSegment;
+  // warps at a time. 64 tokens leave no registers for loading a line of integers' scales ahead, and from 10.0 on for
+  // other lines.
+  static constexpr int kLineSegments = kLineBytes / kScaleBytes * kScaleColumns / kSegment;
+  static constexpr int kWideSegments = kArch >= 1000 ? (kIntegers ? 4 : 8) : kIntegers ? 8 : kLineSegments;
+  static constexpr int kScaleSegments = kResiduals ? 8 : kTokenTiles_ == 8 ? kWideSegments : kLineSegments;
 
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kRows = 16 * kRowTiles * kWarpsN;
