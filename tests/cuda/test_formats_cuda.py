@@ -225,7 +225,7 @@ def test_weights_whose_value_is_the_zero_point_are_zero(block: int, m: int) -> N
 
 # The offsets of a block of weights in multiples of its scale: around zero, as of most checkpoints; all weights of one
 # sign; and far beyond the codes, where the weights are nearly equal.
-@pytest.mark.parametrize("steps", [(-16.0, 1.0), (0.0, 4.0), (-40.0, -15.0), (1e4, 2e4)], ids=str)
+@pytest.mark.parametrize("steps", [(-16.0, 1.0), (0.0, 4.0), (-40.0, -15.0), (3e3, 6e3)], ids=str)
 @pytest.mark.parametrize("m", [1, 4, 7, 12, 33, 70])
 def test_offsets_of_integers(m: int, steps: tuple[float, float]) -> None:
     """They are split into zero points and residuals, in ragged tiles of rows, tokens and splits."""
