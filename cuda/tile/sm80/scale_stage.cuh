@@ -124,7 +124,7 @@ class ScaleStage {
     }
   }
 
-  const ScaleView view_;
+  const ScaleView& view_;
   const float unfactor_, first_integer_;  // of the weight's code
   const float offset_;
   const int64_t n0_, k_;
