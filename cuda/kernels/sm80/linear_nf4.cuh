@@ -273,7 +273,7 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) source.fetch(stage, stage);
-  using Scales = tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns>;
+  using Scales = tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns, 1, const tile::ScaleView&>;
   Scales scales(p.scales, p.code, n0, p.n, p.k);
   typename Scales::Raw raw_scales;
   scales.load(0, segment0, segments, raw_scales);

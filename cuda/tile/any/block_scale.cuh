@@ -13,26 +13,43 @@
 
 namespace qlora::tile {
 
-// Scales whose per-block divisions are replaced by shifts and multiplications: ptxas makes a function call of a 64-bit
-// division, and all values that are live there need registers beside those of the called function.
+// Divides by a constant, for kernels with few registers left: ptxas makes a function call of a 64-bit division, and all
+// values that are live there need registers beside those of the called function.
+struct Divisor {
+  int shift = 0;
+  uint64_t reciprocal = 0;  // more than 2^(63 + shift) / divisor, by at most 1
+
+  Divisor() = default;
+  explicit Divisor(uint64_t divisor) {
+    while (uint64_t{1} << shift < divisor) ++shift;
+    using uint128 = unsigned __int128;
+    reciprocal = static_cast<uint64_t>((uint128{1} << (63 + shift)) / divisor) + 1;
+  }
+
+  // Exact for 0 <= number < 2^63: the product with the reciprocal's error is less than 2^(63 + shift) / divisor.
+  __device__ __forceinline__ int64_t quotient(int64_t number) const {
+    return static_cast<int64_t>(__umul64hi(2 * static_cast<uint64_t>(number), reciprocal) >> shift);
+  }
+};
+
+// Scales whose per-block divisions are replaced by shifts and multiplications.
 struct ScaleView {
   Scales scales;
   int64_t blocks = 0;
   int block_shift = 0;
-  int nested_shift = -1;         // -1: there is no nested absmax, or nested_block_size is not a power of two
-  double nested_reciprocal = 0;  // 1 / nested_block_size
-  int scale_bytes = 4;           // of a stored scale: 1 (a code), 2 or 4
-  int offset_bytes = 0;          // of a stored offset, or 0
-  bool exact_products = false;   // value * scale is a float32 for every value of the code
+  int nested_shift = -1;        // -1: there is no nested absmax, or nested_block_size is not a power of two
+  Divisor nested_divisor;       // nested_block_size
+  int scale_bytes = 4;          // of a stored scale: 1 (a code), 2 or 4
+  int offset_bytes = 0;         // of a stored offset, or 0
+  bool exact_products = false;  // value * scale is a float32 for every value of the code
 };
 
 inline ScaleView make_scale_view(const Scales& scales, int64_t blocks) {
   ScaleView view{scales, blocks};
   while (int64_t{1} << view.block_shift < scales.block_size) ++view.block_shift;
-  view.nested_reciprocal = 1.0 / static_cast<double>(scales.nested_block_size);
+  view.nested_divisor = Divisor(scales.nested_block_size);
   if (const int64_t n = scales.nested_block_size; scales.nested_absmax && (n & (n - 1)) == 0) {
-    view.nested_shift = 0;
-    while (int64_t{1} << view.nested_shift < n) ++view.nested_shift;
+    view.nested_shift = view.nested_divisor.shift;
   }
   view.scale_bytes = static_cast<int>(stored_bytes(scales.form));
   if (scales.offsets) view.offset_bytes = static_cast<int>(stored_bytes(scales.offsets.form));
@@ -56,15 +73,9 @@ inline ScaleView make_scale_view(const Weight& w) {
   return make_scale_view(w.scales, ceil_div(w.n * w.k, w.scales.block_size), w.code);
 }
 
-// Returns block / nested_block_size. Exact for fewer than 2^50 blocks: block + 0.5 is at least half a block away from
-// the multiples of nested_block_size, and the two roundings move it by less.
-__device__ __forceinline__ int64_t divided_block(const ScaleView& view, int64_t block) {
-  return __double2ll_rd((static_cast<double>(block) + 0.5) * view.nested_reciprocal);
-}
-
 // Returns the nested block that holds `block`.
 __device__ __forceinline__ int64_t nested_block(const ScaleView& view, int64_t block) {
-  return view.nested_shift >= 0 ? block >> view.nested_shift : divided_block(view, block);
+  return view.nested_shift >= 0 ? block >> view.nested_shift : block / view.scales.nested_block_size;
 }
 
 __device__ __forceinline__ const uint16_t* scale_halves(const ScaleView& view) {
@@ -94,7 +105,7 @@ __device__ __forceinline__ void reload_scale(const ScaleView& view, int64_t bloc
     raw.code = __ldg(scale_halves(view) + block);
     return;
   } else if (view.scales.nested_absmax != nullptr) {
-    nested = divided_block(view, block);
+    nested = block / view.scales.nested_block_size;
   } else {
     raw.value = 1.0f;
     raw.code = __ldg(view.scales.codes() + block);
@@ -139,7 +150,7 @@ __device__ __forceinline__ void with_scale_loader(const ScaleView& view, const U
     });
   else if (view.scales.nested_absmax != nullptr)
     use([&](int64_t block, float& value, uint32_t& code) {
-      load_nested(block, divided_block(view, block), value, code);
+      load_nested(block, view.nested_divisor.quotient(block), value, code);
     });
   else if (view.scale_bytes == 1)
     use([&](int64_t block, float& value, uint32_t& code) {
@@ -192,7 +203,7 @@ __device__ __forceinline__ float read_scale(const ScaleView& view, int64_t block
   if (view.nested_shift >= 0)
     factor = __ldg(view.scales.nested_absmax + (block >> view.nested_shift));
   else if (view.scales.nested_absmax != nullptr)
-    factor = __ldg(view.scales.nested_absmax + divided_block(view, block));
+    factor = __ldg(view.scales.nested_absmax + block / view.scales.nested_block_size);
   else if (view.scale_bytes == 2)
     return decode_scale_half(view, __ldg(scale_halves(view) + block));
   const auto value_of = [&](uint32_t code) { return scale_values[code]; };

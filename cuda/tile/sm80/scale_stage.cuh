@@ -17,7 +17,7 @@ namespace qlora::tile {
 // Neighbouring threads take neighbouring groups of kColumns columns, so each sector of a row's codes is read once. Rows
 // and groups beyond the last repeat the last one, which costs no branch here: their results are multiplied by zeros or
 // not stored.
-template <class Tile, int kSegments, int kColumns = kSegment, int kParts_ = 1>
+template <class Tile, int kSegments, int kColumns = kSegment, int kParts_ = 1, class View = ScaleView>
 class ScaleStage {
   static constexpr bool kHasOffsets = kColumns < kSegment;
   static constexpr int kPerSegment = kSegment / kColumns;
@@ -124,7 +124,7 @@ class ScaleStage {
     }
   }
 
-  const ScaleView& view_;
+  const View view_;
   const float unfactor_, first_integer_;  // of the weight's code
   const float offset_;
   const int64_t n0_, k_;
