@@ -27,8 +27,8 @@ class DxLoader {
   __device__ __forceinline__ DxLoader(const DxArgs& args, const DxTile& tile, char* shared)
       : args_(args),
         is_zero_point_(args.scales.scale_bytes == 2 && tile::has_zero_points(args.scales)),
+        is_float16_(are(args.scales, ScaleForm::kFloat16, OffsetForm::kFloat16)),
         is_bfloat16_(are(args.scales, ScaleForm::kBFloat16, OffsetForm::kBFloat16)),
-        is_16_bit_(is_bfloat16_ || are(args.scales, ScaleForm::kFloat16, OffsetForm::kFloat16)),
         is_float32_(are(args.scales, ScaleForm::kFloat32, OffsetForm::kZeroPoint8)),
         is_scaled_(args.scales.nested_shift >= 0 && args.scales.scales.offsets.form == OffsetForm::kScaled8),
         shared_(shared),
@@ -81,15 +81,10 @@ class DxLoader {
         raw_[i].code = __ldg(tile::scale_halves(view) + block);
         raw_offset_[i].bits = __ldg(static_cast<const uint8_t*>(offsets.stored) + block);
       });
-    } else if (kHasOffsets && is_16_bit_) {
+    } else if (kHasOffsets && (is_float16_ || is_bfloat16_)) {
       load_each([&](int i, int64_t block) {
         raw_[i].code = ptx::load_cached_u16(tile::scale_halves(view) + block);
         raw_offset_[i].bits = ptx::load_cached_u16(static_cast<const uint16_t*>(offsets.stored) + block);
-      });
-    } else if (kHasOffsets && is_float32_) {
-      load_each([&](int i, int64_t block) {
-        raw_[i].value = __ldg(view.scales.floats() + block);
-        raw_offset_[i].bits = ptx::load_cached_u8(static_cast<const uint8_t*>(offsets.stored) + block);
       });
     } else if (kHasOffsets && is_scaled_) {
       load_each([&](int i, int64_t block) {
@@ -98,6 +93,11 @@ class DxLoader {
         raw_[i].value = __ldg(view.scales.nested_absmax + nested);
         raw_offset_[i].bits = ptx::load_cached_u8(static_cast<const uint8_t*>(offsets.stored) + block);
         raw_offset_[i].unit = __ldg(offsets.unit + nested);
+      });
+    } else if (kHasOffsets && is_float32_) {
+      load_each([&](int i, int64_t block) {
+        raw_[i].value = __ldg(view.scales.floats() + block);
+        raw_offset_[i].bits = ptx::load_cached_u8(static_cast<const uint8_t*>(offsets.stored) + block);
       });
     } else {
       load_each([&](int i, int64_t block) {
@@ -116,22 +116,22 @@ class DxLoader {
         const float scale = tile::decode_scale_half(view, raw_[i].code);
         return {scale, -__fmul_rn(static_cast<float>(raw_offset_[i].bits), scale)};
       });
+    } else if (kHasOffsets && is_float16_) {
+      store_each(slot, [&](int i) -> ScaleAndOffset {
+        return {ptx::widen_float16(raw_[i].code), ptx::widen_float16(raw_offset_[i].bits)};
+      });
     } else if (kHasOffsets && is_scaled_) {
       const auto value_of = [&](uint32_t code) { return scale_values[code]; };
       store_each(slot, [&](int i) -> ScaleAndOffset {
         return {tile::decode_scale_code(raw_[i].value, raw_[i].code, value_of, offset_),
                 -__fmul_rn(static_cast<float>(raw_offset_[i].bits), raw_offset_[i].unit)};
       });
-    } else if (kHasOffsets && is_16_bit_) {
-      const auto store_widened = [&](const auto& widen) {
-        store_each(slot, [&](int i) -> ScaleAndOffset { return {widen(raw_[i].code), widen(raw_offset_[i].bits)}; });
-      };
-      if (is_bfloat16_)
-        store_widened([](uint32_t bits) { return tile::widen_half(true, bits); });
-      else
-        store_widened([](uint32_t bits) { return tile::widen_half(false, bits); });
     } else if (kHasOffsets && is_float32_) {
       store_each(slot, [&](int i) { return tile::zero_point_product(raw_[i].value, raw_offset_[i]); });
+    } else if (kHasOffsets && is_bfloat16_) {
+      store_each(slot, [&](int i) -> ScaleAndOffset {
+        return {tile::widen_half(true, raw_[i].code), tile::widen_half(true, raw_offset_[i].bits)};
+      });
     } else {
       store_each(slot, [&](int i) -> ScaleAndOffset {
         const float scale = tile::decode_scale(view, raw_[i], scale_values, offset_);
@@ -179,7 +179,7 @@ class DxLoader {
   // The forms of scales and offsets that take fewer instructions to load and decode, because most checkpoints have
   // them: zero points with scales of 16 and of 32 bits (AWQ, GPTQ, compressed-tensors), Q4_1 in both 16-bit types, and
   // Q4_K.
-  const bool is_zero_point_, is_bfloat16_, is_16_bit_, is_float32_, is_scaled_;
+  const bool is_zero_point_, is_float16_, is_bfloat16_, is_float32_, is_scaled_;
   char* shared_;
   const uint8_t* w_;
   const T* dy_;
