@@ -26,14 +26,15 @@ constexpr const char* kernel_name(Kernel kernel) {
   return kNames[static_cast<int>(kernel)];
 }
 
-// A parameter is 0 if the kernel does not have it. `splits` is also 0 until the launcher's plan sets it: the number of
-// parts of a sum that fill the device depends on how many CTAs of the compiled kernel an SM holds.
+// A parameter is 0 if the kernel does not have it. `splits` and `ctas` are also 0 until the launcher's plan sets one of
+// them: what fills the device depends on how many CTAs of the compiled kernel an SM holds.
 struct Config {
   int64_t tokens = 0;   // per tile
   int64_t rows = 0;     // rows of w per tile of the forward
   int64_t ranks = 0;    // LoRA ranks per tile
   int64_t columns = 0;  // per tile of the gradients
   int64_t splits = 0;   // CTAs that divide a tile's sum
+  int64_t ctas = 0;     // CTAs that divide the sums of all tiles evenly (stream-K)
   int64_t panel = 0;    // columns of the output whose weights are decoded at a time
 };
 
@@ -41,9 +42,9 @@ struct Parameter {
   const char* name;
   int64_t Config::* value;
 };
-inline constexpr Parameter kParameters[] = {{"tokens", &Config::tokens}, {"rows", &Config::rows},
-                                            {"ranks", &Config::ranks},   {"columns", &Config::columns},
-                                            {"splits", &Config::splits}, {"panel", &Config::panel}};
+inline constexpr Parameter kParameters[] = {
+    {"tokens", &Config::tokens}, {"rows", &Config::rows}, {"ranks", &Config::ranks}, {"columns", &Config::columns},
+    {"splits", &Config::splits}, {"ctas", &Config::ctas}, {"panel", &Config::panel}};
 
 struct Choice {
   Kernel kernel = Kernel::kRagged;

@@ -42,7 +42,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __shared__ __align__(alignof(Args)) uint8_t args[sizeof(Args)];
   if (threadIdx.x == 0) *reinterpret_cast<Args*>(args) = expert_args(p, tile.group);
   __syncthreads();
-  if constexpr (kLinearRuns<Tile>) linear_nf4_tile<Tile>(*reinterpret_cast<const Args*>(args), n0, tile.row0);
+  if constexpr (kLinearRuns<Tile>)
+    linear_nf4_tile<Tile>(*reinterpret_cast<const Args*>(args), tile::WholeK(p.stack.k / tile::kSegment), n0,
+                          tile.row0);
 }
 
 }  // namespace qlora::kernels

@@ -39,7 +39,7 @@ cudaError_t launch(const Grouped<LinearProblem>& problem, const Config& config, 
     return launch_experts<kernels::grouped_linear_nf4_kernel<Tile>>(
         problem, config, Tile::kThreads, Tile::kSharedBytes, context, [&](void* h, int64_t token_tiles) {
           const tile::LinearOutput<T> out{static_cast<T*>(p.y), static_cast<const T*>(p.bias), nullptr, nullptr};
-          return make_linear_args<Tile>(p, static_cast<const T*>(h), out, token_tiles, p.w.k / kSegment);
+          return make_linear_args<Tile>(p, static_cast<const T*>(h), out, token_tiles, {});
         });
   });
 }

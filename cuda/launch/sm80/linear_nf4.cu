@@ -34,7 +34,8 @@ cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
 cudaError_t plan(const LinearProblem& p, const Device& device, Config* config) {
   return with_tile(p, config->tokens, [&](auto tile) {
     using Tile = decltype(tile);
-    return plan_splits<kernels::linear_nf4_kernel<Tile>, Tile, Tile::kStageSegments>(p, device, config);
+    return plan_splits<kernels::linear_nf4_kernel<Tile>, Tile, Tile::kStageSegments>(p, p.lora.rank > 0, device,
+                                                                                     config);
   });
 }
 
@@ -44,8 +45,7 @@ cudaError_t launch(const LinearProblem& p, const Config& config, const Context& 
     SplitForward<kernels::linear_nf4_kernel<Tile>, Tile, Tile::kStageSegments> split(p, config, context);
     const cudaError_t error = split.prepare(true);
     if (error != cudaSuccess) return error;
-    return split.launch(
-        make_linear_args<Tile>(p, split.h(), split.output(), split.token_tiles, split.segments_per_split));
+    return split.launch(make_linear_args<Tile>(p, split.h(), split.output(), split.token_tiles, split.division));
   });
 }
 

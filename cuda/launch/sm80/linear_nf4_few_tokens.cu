@@ -23,12 +23,20 @@ cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
   });
 }
 
+// Whether the kernel computes h. If h is retained, it needs its own launch: the parts of all CTAs would have to be
+// summed first.
+template <class Tile>
+bool folds_h(const LinearProblem& p) {
+  return !p.h && p.lora.rank > 0 && p.lora.rank <= Tile::kFoldedRanks && p.w.k < tile::kMostFoldedK;
+}
+
 }  // namespace
 
 cudaError_t plan_few_tokens(const LinearProblem& p, const Device& device, Config* config) {
   return with_tile(p, config->tokens, [&](auto tile) {
     using Tile = decltype(tile);
-    return plan_splits<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments>(p, device, config);
+    return plan_splits<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments>(
+        p, p.lora.rank > 0 && !folds_h<Tile>(p), device, config);
   });
 }
 
@@ -38,8 +46,7 @@ cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, cons
     using Tile = decltype(tile);
     using T = typename Tile::T;
     const Lora& lora = p.lora;
-    // If h is retained, it needs its own launch: the parts of all CTAs would have to be summed first.
-    const bool folds = !p.h && lora.rank > 0 && lora.rank <= Tile::kFoldedRanks && p.w.k < tile::kMostFoldedK;
+    const bool folds = folds_h<Tile>(p);
     SplitForward<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments> split(p, config, context);
     const cudaError_t error = split.prepare(!folds);
     if (error != cudaSuccess) return error;
@@ -54,7 +61,7 @@ cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, cons
         .lora = {folds ? static_cast<const T*>(lora.a) : nullptr, split.h(), static_cast<const T*>(lora.b), lora.rank,
                  static_cast<float>(lora.scaling * lora.dropout.keep_scale), lora.dropout},
         .out = split.output(),
-        .segments_per_split = split.segments_per_split};
+        .division = split.division};
     return split.launch(args);
   });
 }

@@ -51,7 +51,7 @@ static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64 && Tile64<bfloat16>::k
 
 template <class Tile, class T = typename Tile::T>
 kernels::LinearArgs<T> make_linear_args(const LinearProblem& p, const T* h, const tile::LinearOutput<T>& out,
-                                        int64_t token_tiles, int64_t segments_per_split) {
+                                        int64_t token_tiles, const tile::KDivision& division) {
   return {.x = static_cast<const T*>(p.x),
           .packed = p.w.packed,
           .scales = tile::make_scale_view(p.w),
@@ -63,7 +63,7 @@ kernels::LinearArgs<T> make_linear_args(const LinearProblem& p, const T* h, cons
           .lora = {h, static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
           .out = out,
           .token_tiles = token_tiles,
-          .segments_per_split = segments_per_split};
+          .division = division};
 }
 
 }  // namespace qlora::cuda::sm80

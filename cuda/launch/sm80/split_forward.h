@@ -1,8 +1,10 @@
-// What the forward's kernels for regular shapes share: k is split over CTAs, in multiples of kUnit segments.
+// What the forward's kernels for regular shapes share: k is split over CTAs, in multiples of kUnit segments, or CTAs
+// divide the segments of all tiles evenly.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "cpp/format/problem.h"
 #include "cuda/launch/any/low_rank.h"
@@ -10,14 +12,15 @@
 #include "cuda/launch/launch.h"
 #include "cuda/launch/workspace.h"
 #include "cuda/tile/sm80/linear_sum.cuh"
-#include "cuda/tuning/sm80.h"
+#include "cuda/tuning/stream.h"
 
 namespace qlora::cuda::sm80 {
 
-// Splits k over as many CTAs as fill the device, or as the environment forces. They form a cluster if the device has
-// clusters.
+// Divides the sums over as many CTAs as fill the device, or as the environment forces. CTAs that split k form a cluster
+// if the device has clusters.
+// `makes_h` says whether h has a launch of its own.
 template <auto kKernel, class Tile, int kUnit>
-cudaError_t plan_splits(const LinearProblem& p, const Device& device, Config* config) {
+cudaError_t plan_splits(const LinearProblem& p, bool makes_h, const Device& device, Config* config) {
   static_assert(Tile::kRows == kForwardRows && tile::kSegment == kSegment);
   int ctas = 0, cluster_ctas = 1;
   cudaError_t error = ctas_per_sm<kKernel>(device, Tile::kThreads, Tile::kSharedBytes, &ctas);
@@ -26,9 +29,17 @@ cudaError_t plan_splits(const LinearProblem& p, const Device& device, Config* co
   if (error != cudaSuccess) return error;
   const int64_t segments = p.w.k / kSegment, tiles = ceil_div(p.m, Tile::kTokens) * ceil_div(p.w.n, Tile::kRows);
   const int64_t slots = int64_t{device.sm_count} * ctas, most = cluster_ctas > 1 ? cluster_ctas : slots;
-  const int64_t splits = config->splits > 0 ? std::min(config->splits, most)
-                                            : forward_splits(tiles, segments, kUnit, Tile::kTokens, slots, most);
-  config->splits = ceil_div(segments, forward_split_segments(segments, splits, kUnit));
+  const int64_t wished = config->splits, wished_ctas = std::exchange(config->ctas, 0);
+  const int64_t splits =
+      wished > 0 ? std::min(wished, most) : forward_splits(tiles, segments, kUnit, Tile::kTokens, slots, most);
+  const bool clears = !makes_h && (splits == 1 || cluster_ctas > 1);
+  if (wished == 0 &&
+      (wished_ctas > 0 || forward_streams(tiles, segments, kUnit, Tile::kTokens, slots, splits, clears))) {
+    const int64_t all = tiles * segments;
+    config->ctas = ceil_div(all, stream_cta_segments(all, wished_ctas > 0 ? wished_ctas : slots));
+  } else {
+    config->splits = ceil_div(segments, forward_split_segments(segments, splits, kUnit));
+  }
   return cudaSuccess;
 }
 
@@ -39,13 +50,10 @@ class SplitForward {
 
   const LinearProblem& p;
   const int64_t token_tiles = ceil_div(p.m, Tile::kTokens), tiles = token_tiles * ceil_div(p.w.n, Tile::kRows);
-  const int64_t segments_per_split;
+  const tile::KDivision division;
 
   SplitForward(const LinearProblem& problem, const Config& config, const Context& context)
-      : p(problem),
-        segments_per_split(forward_split_segments(p.w.k / kSegment, config.splits, kUnit)),
-        context_(context),
-        splits_(config.splits) {}
+      : p(problem), division(divide(config)), context_(context), grid_(grid(config)) {}
 
   // Allocates the workspace, and does the work before the kernel: it computes h if h has its own launch, and clears the
   // tickets, which h's launch can do.
@@ -53,10 +61,10 @@ class SplitForward {
     int cluster_ctas = 1;
     cudaError_t error = ctas_per_cluster<kKernel>(context_.device, Tile::kThreads, Tile::kSharedBytes, &cluster_ctas);
     if (error != cudaSuccess) return error;
-    cluster_ = splits_ > 1 && cluster_ctas > 1;
+    cluster_ = grid_.y > 1 && cluster_ctas > 1;
     Workspace workspace;
     const int64_t h = workspace.add(p.h ? 0 : p.m * p.lora.rank * dtype_bytes(p.dtype));
-    const SplitSums sums(&workspace, tiles, cluster_ ? 1 : splits_, Tile::kTokens * Tile::kRows);
+    const SplitSums sums(&workspace, tiles, cluster_ ? 1 : division.most_parts, Tile::kTokens * Tile::kRows);
     uint8_t* const memory = context_.allocate(workspace.bytes());
     h_ = static_cast<T*>(p.h ? p.h : memory + h);
     tickets_ = sums.tickets(memory);
@@ -75,14 +83,24 @@ class SplitForward {
 
   template <class Args>
   cudaError_t launch(const Args& args) const {
-    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits_));
-    return launch_cluster(kKernel, grid, dim3(1, cluster_ ? grid.y : 1), Tile::kThreads, Tile::kSharedBytes,
+    return launch_cluster(kKernel, grid_, dim3(1, cluster_ ? grid_.y : 1), Tile::kThreads, Tile::kSharedBytes,
                           context_.stream, args);
   }
 
  private:
+  tile::KDivision divide(const Config& config) const {
+    const int64_t segments = p.w.k / kSegment;
+    if (config.ctas == 0) return {segments, forward_split_segments(segments, config.splits, kUnit), 0, config.splits};
+    const int64_t all = tiles * segments, each = stream_cta_segments(all, config.ctas);
+    return {segments, each, all, stream_parts(segments, each)};
+  }
+  dim3 grid(const Config& config) const {
+    if (config.ctas > 0) return dim3(static_cast<unsigned>(config.ctas));
+    return dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(config.splits));
+  }
+
   const Context& context_;
-  const int64_t splits_;
+  const dim3 grid_;
   bool cluster_ = false;
   T* h_ = nullptr;
   Tickets tickets_;

@@ -1,0 +1,92 @@
+// How the CTAs of a forward divide the sums over k of its output tiles.
+//
+// Either gridDim.y CTAs split the sum of each tile. Or the segments of all tiles, one tile after the other, form a
+// stream, of which each CTA takes an equal run (stream-K). A run may begin and end within a tile. So the number of
+// tiles need not be a multiple of the number of CTAs that run at once.
+//
+//   grid (3, 2)                         stream of 4 CTAs
+//   | tile 0  | tile 1  | tile 2  |     | tile 0  | tile 1  | tile 2  |
+//   |0,0 |0,1 |1,0 |1,1 |2,0 |2,1 |     |   0   |   1   |   2   |  3  |
+//
+// In both cases the parts of a tile's sum are numbered in the order of k.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora::tile {
+
+struct KDivision {
+  int64_t tile_segments;    // of k
+  int64_t cta_segments;     // of k per CTA. Fewer are left for the last CTA of a tile, or of the stream
+  int64_t stream_segments;  // of all tiles, or 0 if gridDim.y CTAs split each tile
+  int64_t most_parts;       // into which the sum of a tile is divided
+};
+
+// The part of a tile's sum that a CTA computes at a time. Registers are scarce while it does, so only the tile's number
+// is held meanwhile, and the rest is computed anew.
+class KSlice {
+ public:
+  int64_t segment0;
+  int segments;
+
+  __device__ __forceinline__ explicit KSlice(const KDivision& of) : of_(of), tile_(blockIdx.x) {
+    if (streams()) {
+      const uint64_t begin = uint64_t{blockIdx.x} * of.cta_segments;
+      tile_ = static_cast<unsigned>(begin / static_cast<uint64_t>(of.tile_segments));
+    }
+    locate();
+  }
+
+  // Goes on to the next tile of the CTA's run, and returns false if there is none.
+  __device__ __forceinline__ bool next() {
+    if (!streams()) return false;
+    ++tile_;
+    locate();
+    return segments > 0;
+  }
+
+  __device__ __forceinline__ int64_t tile() const { return tile_; }
+
+  // The number of this part of the tile's sum, and the number of parts.
+  struct Part {
+    unsigned index, count;
+  };
+  __device__ __forceinline__ Part part() const {
+    if (!streams()) return {blockIdx.y, gridDim.y};
+    const uint64_t begin = tile() * of_.tile_segments, run = of_.cta_segments;
+    const auto first = static_cast<unsigned>(begin / run);
+    return {blockIdx.x - first, static_cast<unsigned>((begin + of_.tile_segments - 1) / run) - first + 1};
+  }
+
+  // The index of the tile's first part among those of all tiles.
+  __device__ __forceinline__ int64_t first_part() const { return tile() * of_.most_parts; }
+
+ private:
+  __device__ __forceinline__ bool streams() const { return of_.stream_segments > 0; }
+
+  __device__ __forceinline__ void locate() {
+    const int64_t run = of_.cta_segments, tile_begin = tile() * of_.tile_segments;
+    // The CTA's run, relative to the tile.
+    const int64_t begin = streams() ? blockIdx.x * run - tile_begin : blockIdx.y * run;
+    const int64_t end = streams() ? min(begin + run, of_.stream_segments - tile_begin) : begin + run;
+    segment0 = max(begin, int64_t{0});
+    segments = static_cast<int>(min(end, of_.tile_segments) - segment0);
+  }
+
+  const KDivision& of_;
+  unsigned tile_;
+};
+
+// A tile whose whole sum one CTA computes.
+struct WholeK {
+  static constexpr int64_t segment0 = 0;
+  int segments;
+
+  __device__ __forceinline__ explicit WholeK(int64_t segments) : segments(static_cast<int>(segments)) {}
+
+  __device__ static constexpr int64_t tile() { return 0; }
+  __device__ static constexpr KSlice::Part part() { return {0, 1}; }
+  __device__ static constexpr int64_t first_part() { return 0; }
+};
+
+}  // namespace qlora::tile
