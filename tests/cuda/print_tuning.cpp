@@ -36,7 +36,8 @@ int main() {
         for (int tokens : {8, 64}) {
           const auto splits = sm80::forward_splits(tiles, segments, 2, tokens, slots);
           const auto each = sm80::forward_split_segments(segments, splits, 2);
-          const bool streams = sm80::forward_streams(tiles, segments, 2, tokens, slots, splits, true);
+          const bool streams =
+              sm80::forward_streams(tiles, segments, 2, tokens, slots, splits, true, card(80, 108, 40));
           const auto run = sm80::stream_cta_segments(int64_t{tiles} * segments, slots);
           std::printf("%s[%d, %d, %d, %d, %ld, %ld]", comma, slots, tiles, segments, tokens, long(each),
                       streams ? long(run) : 0L);
