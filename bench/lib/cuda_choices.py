@@ -19,9 +19,7 @@ TILES = {  # operator -> kernel -> its parameter of tiles, with the values to tr
 }
 PANELS = (1024, 2048, 4096)
 
-SM80, SM90, STREAM, ANY, LIBRARY = (
-    f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "stream", "any", "library")
-)
+SM80, SM90, STREAM, ANY, LIBRARY = (f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "stream", "any", "library"))
 BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
     frozenset({"sm90", "library"}): ("is_ahead", SM90),
     frozenset({"sm90", "tensor_cores"}): ("is_ahead", SM90),

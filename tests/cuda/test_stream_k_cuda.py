@@ -1,6 +1,5 @@
-"""The forward whose CTAs take equal runs of all tiles' segments (stream-K) on CUDA: runs that cross no, one and several
-borders of tiles have the results of the oracle, LoRA and bias come out once per tile, and the bits depend neither on the
-order of the CTAs nor on the run."""
+"""The forward on CUDA whose CTAs take equal runs of the segments of all tiles (stream-K): results of runs that cross no,
+one and several borders of tiles, with LoRA and bias once per tile, and the same bits in every order of the CTAs."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ CASES = [
     ("few_tokens", 1, 389, 640, 2, 16, BF16, "nf4"),  # 4 tiles of 10 segments in runs of 20, which end with a tile
     ("few_tokens", 3, 389, 640, 4, 8, BF16, "nf4"),  # runs of 12: over one border, and a last one of 4
     ("few_tokens", 5, 630, 640, 2, 33, HALF, "nf4"),  # runs of 28: over two borders. h has a launch of its own
-    ("few_tokens", FEW, 257, 576, 7, 16, BF16, "float32 zero points"),  # runs of 4 over tiles of 9: parts end at odd segments
+    ("few_tokens", FEW, 257, 576, 7, 16, BF16, "float32 zero points"),  # runs of 4, tiles of 9: odd parts
     ("few_tokens", 8, 100, 1088, 3, 32, HALF, "bfloat16 offsets"),  # one tile of 17: no border
     ("tensor_cores", 17, 389, 640, 4, 16, BF16, "nf4"),
     ("tensor_cores", 33, 257, 640, 4, 40, HALF, "bfloat16 offsets"),  # more than one tile of tokens on some cards
