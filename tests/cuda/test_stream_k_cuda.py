@@ -1,5 +1,5 @@
-"""The forward on CUDA whose CTAs take equal runs of the segments of all tiles (stream-K): results of runs that cross no,
-one and several borders of tiles, with LoRA and bias once per tile, and the same bits in every order of the CTAs."""
+"""The forward on CUDA whose CTAs take equal runs of the segments of all tiles (stream-K): runs that cross no, one and
+several borders of tiles, LoRA and bias once per tile, and the same bits in every order of the CTAs."""
 
 from __future__ import annotations
 
