@@ -244,7 +244,7 @@ struct NoGroupSums {
 
 // The parts of a tile's sum and the warp groups take turns at the LoRA steps.
 template <class Tile, class T>
-__device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, tile::KSlice::Part part, int64_t row0,
+__device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, tile::KPart part, int64_t row0,
                                          int64_t token0, int group, Accumulators<Tile>& acc) {
   const int64_t steps = (lora.rank + 15) / 16;
   const bool vector = lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
@@ -340,7 +340,7 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p) {
   if constexpr (kLinearRuns<Tile>) {
-    tile::KSlice slice(p.division);
+    tile::KSlice<Tile> slice(p.division);
     while (true) {
       const int64_t tile = slice.tile();
       linear_nf4_tile<Tile>(p, slice, tile / p.token_tiles * Tile::kRows, tile % p.token_tiles * Tile::kTokens);

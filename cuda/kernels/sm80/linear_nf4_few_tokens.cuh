@@ -208,9 +208,8 @@ struct NoUnitSums {
 // acc += h · lora_bᵀ. Each warp group adds one tile of 16 rows, and row0 is the first row of this group's tile. A
 // kernel that computes h itself has its slice's part of h at `h`. If h is given, the parts of the sum divide the ranks.
 template <class Tile>
-__device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile::T>& p, uint32_t h,
-                                         tile::KSlice::Part part, int64_t row0, int group,
-                                         FewTokensAccumulators<Tile>& acc) {
+__device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile::T>& p, uint32_t h, tile::KPart part,
+                                         int64_t row0, int group, FewTokensAccumulators<Tile>& acc) {
   using T = typename Tile::T;
   const auto& lora = p.lora;
   const int tokens = static_cast<int>(p.m);
@@ -256,7 +255,7 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
 // Computes a slice of the sum of a tile of rows.
 template <class Tile>
 __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinearArgs<typename Tile::T>& p,
-                                                           const tile::KSlice& slice) {
+                                                           const tile::KSlice<Tile>& slice) {
   // From one segment of x to the next in its stage.
   constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
   // The tiles of 16 rows whose packed bytes are on their way or being multiplied.
@@ -347,7 +346,7 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
   if constexpr (Tile::kTokens <= tile::kMostFewTokens) {
-    tile::KSlice slice(p.division);
+    tile::KSlice<Tile> slice(p.division);
     while (true) {
       linear_nf4_few_tokens_tile<Tile>(p, slice);
       if (!slice.next()) break;

@@ -22,8 +22,18 @@ struct KDivision {
   int64_t most_parts;       // into which the sum of a tile is divided
 };
 
+// Whether the kernel for a tile can stream. The tile of 64 tokens has no registers for the state of a run.
+template <class Tile>
+inline constexpr bool kStreams = Tile::kTokens <= 32;
+
+// The number of a part of a tile's sum, and the number of parts.
+struct KPart {
+  unsigned index, count;
+};
+
 // The part of a tile's sum that a CTA computes at a time. Registers are scarce while it does, so only the tile's number
 // is held meanwhile, and the rest is computed anew.
+template <class Tile>
 class KSlice {
  public:
   int64_t segment0;
@@ -47,11 +57,7 @@ class KSlice {
 
   __device__ __forceinline__ int64_t tile() const { return tile_; }
 
-  // The number of this part of the tile's sum, and the number of parts.
-  struct Part {
-    unsigned index, count;
-  };
-  __device__ __forceinline__ Part part() const {
+  __device__ __forceinline__ KPart part() const {
     if (!streams()) return {blockIdx.y, gridDim.y};
     const uint64_t begin = tile() * of_.tile_segments, run = of_.cta_segments;
     const auto first = static_cast<unsigned>(begin / run);
@@ -62,7 +68,7 @@ class KSlice {
   __device__ __forceinline__ int64_t first_part() const { return tile() * of_.most_parts; }
 
  private:
-  __device__ __forceinline__ bool streams() const { return of_.stream_segments > 0; }
+  __device__ __forceinline__ bool streams() const { return kStreams<Tile> && of_.stream_segments > 0; }
 
   __device__ __forceinline__ void locate() {
     const int64_t run = of_.cta_segments, tile_begin = tile() * of_.tile_segments;
@@ -85,7 +91,7 @@ struct WholeK {
   __device__ __forceinline__ explicit WholeK(int64_t segments) : segments(static_cast<int>(segments)) {}
 
   __device__ static constexpr int64_t tile() { return 0; }
-  __device__ static constexpr KSlice::Part part() { return {0, 1}; }
+  __device__ static constexpr KPart part() { return {0, 1}; }
   __device__ static constexpr int64_t first_part() { return 0; }
 };
 

@@ -118,7 +118,7 @@ __device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out
     const OutputQuad<typename Tile::T> output(out, n0 + 4 * quad, n);
     for (int token = first; token < tokens; token += kTokenStep) output.store(token0 + token, sum_of(token));
   };
-  const KSlice::Part part = slice.part();
+  const KPart part = slice.part();
   if (part.count == 1) return store_all(group_sum);
   if (out.tickets == nullptr) {
     for (int token = first; token < tokens; token += kTokenStep)
