@@ -33,9 +33,9 @@ cudaError_t plan_splits(const LinearProblem& p, bool makes_h, const Device& devi
   const int64_t splits =
       wished > 0 ? std::min(wished, most) : forward_splits(tiles, segments, kUnit, Tile::kTokens, slots, most);
   const bool clears = !makes_h && (splits == 1 || cluster_ctas > 1);
-  if (wished == 0 && tile::kStreams<Tile> &&
+  const int64_t all = tiles * segments;
+  if (wished == 0 && tile::kStreams<Tile> && all <= tile::kMostStream &&
       (wished_ctas > 0 || forward_streams(tiles, segments, kUnit, Tile::kTokens, slots, splits, clears, device))) {
-    const int64_t all = tiles * segments;
     config->ctas = ceil_div(all, stream_cta_segments(all, wished_ctas > 0 ? wished_ctas : slots));
   } else {
     config->splits = ceil_div(segments, forward_split_segments(segments, splits, kUnit));

@@ -15,10 +15,13 @@
 
 namespace qlora::tile {
 
+// 32-bit indices count a stream's segments, because ptxas makes a function call of a 64-bit division.
+inline constexpr int64_t kMostStream = INT32_MAX;
+
 struct KDivision {
   int64_t tile_segments;    // of k
   int64_t cta_segments;     // of k per CTA. Fewer are left for the last CTA of a tile, or of the stream
-  int64_t stream_segments;  // of all tiles, or 0 if gridDim.y CTAs split each tile
+  int64_t stream_segments;  // of all tiles, at most kMostStream, or 0 if gridDim.y CTAs split each tile
   int64_t most_parts;       // into which the sum of a tile is divided
 };
 
@@ -41,8 +44,7 @@ class KSlice {
 
   __device__ __forceinline__ explicit KSlice(const KDivision& of) : of_(of), tile_(blockIdx.x) {
     if (streams()) {
-      const uint64_t begin = uint64_t{blockIdx.x} * of.cta_segments;
-      tile_ = static_cast<unsigned>(begin / static_cast<uint64_t>(of.tile_segments));
+      tile_ = blockIdx.x * static_cast<unsigned>(of.cta_segments) / static_cast<unsigned>(of.tile_segments);
     }
     locate();
   }
@@ -59,9 +61,9 @@ class KSlice {
 
   __device__ __forceinline__ KPart part() const {
     if (!streams()) return {blockIdx.y, gridDim.y};
-    const uint64_t begin = tile() * of_.tile_segments, run = of_.cta_segments;
-    const auto first = static_cast<unsigned>(begin / run);
-    return {blockIdx.x - first, static_cast<unsigned>((begin + of_.tile_segments - 1) / run) - first + 1};
+    const auto segments = static_cast<unsigned>(of_.tile_segments), run = static_cast<unsigned>(of_.cta_segments);
+    const unsigned begin = tile_ * segments, first = begin / run;
+    return {blockIdx.x - first, (begin + segments - 1) / run - first + 1};
   }
 
   // The index of the tile's first part among those of all tiles.
