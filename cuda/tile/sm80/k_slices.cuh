@@ -43,9 +43,8 @@ class KSlice {
   int segments;
 
   __device__ __forceinline__ explicit KSlice(const KDivision& of) : of_(of), tile_(blockIdx.x) {
-    if (streams()) {
+    if (streams())
       tile_ = blockIdx.x * static_cast<unsigned>(of.cta_segments) / static_cast<unsigned>(of.tile_segments);
-    }
     locate();
   }
 
@@ -73,12 +72,17 @@ class KSlice {
   __device__ __forceinline__ bool streams() const { return kStreams<Tile> && of_.stream_segments > 0; }
 
   __device__ __forceinline__ void locate() {
-    const int64_t run = of_.cta_segments, tile_begin = tile() * of_.tile_segments;
-    // The CTA's run, relative to the tile.
-    const int64_t begin = streams() ? blockIdx.x * run - tile_begin : blockIdx.y * run;
-    const int64_t end = streams() ? min(begin + run, of_.stream_segments - tile_begin) : begin + run;
-    segment0 = max(begin, int64_t{0});
-    segments = static_cast<int>(min(end, of_.tile_segments) - segment0);
+    if (!streams()) {
+      segment0 = blockIdx.y * of_.cta_segments;
+      segments = static_cast<int>(min(of_.cta_segments, of_.tile_segments - segment0));
+      return;
+    }
+    // The ends of the CTA's run and of the stream, relative to the tile.
+    const int tile = static_cast<int>(of_.tile_segments), run = static_cast<int>(of_.cta_segments);
+    const int begin = static_cast<int>(blockIdx.x) * run - static_cast<int>(tile_) * tile;
+    const int end = min(begin + run, static_cast<int>(of_.stream_segments) - static_cast<int>(tile_) * tile);
+    segment0 = max(begin, 0);
+    segments = min(end, tile) - max(begin, 0);
   }
 
   const KDivision& of_;
