@@ -336,11 +336,11 @@ inline constexpr bool kLinearRuns =
     Tile::kSharedBytes <= tile::kMostSharedBytes && (!Tile::kResiduals || Tile::kTokens <= tile::kMostResidualTokens);
 
 // Grid: as KDivision says, over token tiles (fastest) and row tiles.
-template <class Tile>
+template <class Tile, bool kStreams>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p) {
   if constexpr (kLinearRuns<Tile>) {
-    tile::KSlice<Tile> slice(p.division);
+    tile::KSlice<kStreams> slice(p.division);
     while (true) {
       const int64_t tile = slice.tile();
       linear_nf4_tile<Tile>(p, slice, tile / p.token_tiles * Tile::kRows, tile % p.token_tiles * Tile::kTokens);

@@ -253,9 +253,9 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
 }
 
 // Computes a slice of the sum of a tile of rows.
-template <class Tile>
+template <class Tile, class Slice>
 __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinearArgs<typename Tile::T>& p,
-                                                           const tile::KSlice<Tile>& slice) {
+                                                           const Slice& slice) {
   // From one segment of x to the next in its stage.
   constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
   // The tiles of 16 rows whose packed bytes are on their way or being multiplied.
@@ -342,11 +342,11 @@ __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinear
 
 // Grid: as KDivision says, over row tiles. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, no
 // offsets, except of an integer code with kIntegers, and x, packed and, unless it is null, lora_a aligned to 16 bytes.
-template <class Tile>
+template <class Tile, bool kStreams>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
   if constexpr (Tile::kTokens <= tile::kMostFewTokens) {
-    tile::KSlice<Tile> slice(p.division);
+    tile::KSlice<kStreams> slice(p.division);
     while (true) {
       linear_nf4_few_tokens_tile<Tile>(p, slice);
       if (!slice.next()) break;

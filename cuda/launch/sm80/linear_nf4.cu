@@ -32,20 +32,23 @@ cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
 }  // namespace
 
 cudaError_t plan(const LinearProblem& p, const Device& device, Config* config) {
-  return with_tile(p, config->tokens, [&](auto tile) {
-    using Tile = decltype(tile);
-    return plan_splits<kernels::linear_nf4_kernel<Tile>, Tile, Tile::kStageSegments>(p, p.lora.rank > 0, device,
-                                                                                     config);
+  return with_tile(p, config->tokens, [&](auto of) {
+    using Tile = decltype(of);
+    return plan_splits<kernels::linear_nf4_kernel<Tile, false>,
+                       kernels::linear_nf4_kernel<Tile, tile::kCanStream<Tile>>, Tile, Tile::kStageSegments>(
+        p, p.lora.rank > 0, device, config);
   });
 }
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {
   return with_tile(p, config.tokens, [&](auto tile) {
     using Tile = decltype(tile);
-    SplitForward<kernels::linear_nf4_kernel<Tile>, Tile, Tile::kStageSegments> split(p, config, context);
-    const cudaError_t error = split.prepare(true);
-    if (error != cudaSuccess) return error;
-    return split.launch(make_linear_args<Tile>(p, split.h(), split.output(), split.token_tiles, split.division));
+    return with_streaming<Tile>(config, [&](auto streams) {
+      SplitForward<kernels::linear_nf4_kernel<Tile, streams>, Tile, Tile::kStageSegments> split(p, config, context);
+      const cudaError_t error = split.prepare(true);
+      if (error != cudaSuccess) return error;
+      return split.launch(make_linear_args<Tile>(p, split.h(), split.output(), split.token_tiles, split.division));
+    });
   });
 }
 

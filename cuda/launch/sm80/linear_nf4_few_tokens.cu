@@ -35,34 +35,38 @@ bool folds_h(const LinearProblem& p) {
 cudaError_t plan_few_tokens(const LinearProblem& p, const Device& device, Config* config) {
   return with_tile(p, config->tokens, [&](auto tile) {
     using Tile = decltype(tile);
-    return plan_splits<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments>(
+    return plan_splits<kernels::linear_nf4_few_tokens_kernel<Tile, false>,
+                       kernels::linear_nf4_few_tokens_kernel<Tile, true>, Tile, Tile::kRoundSegments>(
         p, p.lora.rank > 0 && !folds_h<Tile>(p), device, config);
   });
 }
 
-// One launch, unless h needs its own launch, or the device has no clusters for the splits.
+// One launch, unless h needs its own launch, or CTAs share sums and the device has no clusters for them.
 cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, const Context& context) {
-  return with_tile(p, config.tokens, [&](auto tile) {
-    using Tile = decltype(tile);
+  return with_tile(p, config.tokens, [&](auto of) {
+    using Tile = decltype(of);
     using T = typename Tile::T;
-    const Lora& lora = p.lora;
-    const bool folds = folds_h<Tile>(p);
-    SplitForward<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments> split(p, config, context);
-    const cudaError_t error = split.prepare(!folds);
-    if (error != cudaSuccess) return error;
-    const kernels::FewTokensLinearArgs<T> args{
-        .x = static_cast<const T*>(p.x),
-        .packed = p.w.packed,
-        .scales = tile::make_scale_view(p.w),
-        .code = Tile::kIntegers ? tile::make_code_view(p.w.code) : tile::make_pair_view<T>(p.w.code),
-        .m = p.m,
-        .n = p.w.n,
-        .k = p.w.k,
-        .lora = {folds ? static_cast<const T*>(lora.a) : nullptr, split.h(), static_cast<const T*>(lora.b), lora.rank,
-                 static_cast<float>(lora.scaling * lora.dropout.keep_scale), lora.dropout},
-        .out = split.output(),
-        .division = split.division};
-    return split.launch(args);
+    return with_streaming<Tile>(config, [&](auto streams) {
+      const Lora& lora = p.lora;
+      const bool folds = folds_h<Tile>(p);
+      SplitForward<kernels::linear_nf4_few_tokens_kernel<Tile, streams>, Tile, Tile::kRoundSegments> split(p, config,
+                                                                                                           context);
+      const cudaError_t error = split.prepare(!folds);
+      if (error != cudaSuccess) return error;
+      const kernels::FewTokensLinearArgs<T> args{
+          .x = static_cast<const T*>(p.x),
+          .packed = p.w.packed,
+          .scales = tile::make_scale_view(p.w),
+          .code = Tile::kIntegers ? tile::make_code_view(p.w.code) : tile::make_pair_view<T>(p.w.code),
+          .m = p.m,
+          .n = p.w.n,
+          .k = p.w.k,
+          .lora = {folds ? static_cast<const T*>(lora.a) : nullptr, split.h(), static_cast<const T*>(lora.b), lora.rank,
+                   static_cast<float>(lora.scaling * lora.dropout.keep_scale), lora.dropout},
+          .out = split.output(),
+          .division = split.division};
+      return split.launch(args);
+    });
   });
 }
 

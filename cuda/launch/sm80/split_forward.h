@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "cpp/format/problem.h"
@@ -19,7 +20,7 @@ namespace qlora::cuda::sm80 {
 // Divides the sums over as many CTAs as fill the device, or as the environment forces. CTAs that split k form a cluster
 // if the device has clusters.
 // `makes_h` says whether h has a launch of its own.
-template <auto kKernel, class Tile, int kUnit>
+template <auto kKernel, auto kStreamKernel, class Tile, int kUnit>
 cudaError_t plan_splits(const LinearProblem& p, bool makes_h, const Device& device, Config* config) {
   static_assert(Tile::kRows == kForwardRows && tile::kSegment == kSegment);
   int ctas = 0, cluster_ctas = 1;
@@ -34,12 +35,12 @@ cudaError_t plan_splits(const LinearProblem& p, bool makes_h, const Device& devi
       wished > 0 ? std::min(wished, most) : forward_splits(tiles, segments, kUnit, Tile::kTokens, slots, most);
   const bool clears = !makes_h && (splits == 1 || cluster_ctas > 1);
   const int64_t all = tiles * segments;
-  if (wished == 0 && tile::kStreams<Tile> && all <= tile::kMostStream &&
+  if (wished == 0 && tile::kCanStream<Tile> && all <= tile::kMostStream &&
       (wished_ctas > 0 || forward_streams(tiles, segments, kUnit, Tile::kTokens, slots, splits, clears, device))) {
     config->ctas = ceil_div(all, stream_cta_segments(all, wished_ctas > 0 ? wished_ctas : slots));
-  } else {
-    config->splits = ceil_div(segments, forward_split_segments(segments, splits, kUnit));
+    return ctas_per_sm<kStreamKernel>(device, Tile::kThreads, Tile::kSharedBytes, &ctas);  // admits its shared memory
   }
+  config->splits = ceil_div(segments, forward_split_segments(segments, splits, kUnit));
   return cudaSuccess;
 }
 
@@ -106,5 +107,12 @@ class SplitForward {
   Tickets tickets_;
   float* partials_ = nullptr;
 };
+
+// Calls use(streams) with a constant that says whether the configuration needs the kernel that streams.
+template <class Tile, class Use>
+cudaError_t with_streaming(const Config& config, const Use& use) {
+  if (config.ctas > 0) return use(std::bool_constant<tile::kCanStream<Tile>>());
+  return use(std::false_type());
+}
 
 }  // namespace qlora::cuda::sm80

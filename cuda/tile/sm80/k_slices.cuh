@@ -21,13 +21,13 @@ inline constexpr int64_t kMostStream = INT32_MAX;
 struct KDivision {
   int64_t tile_segments;    // of k
   int64_t cta_segments;     // of k per CTA. Fewer are left for the last CTA of a tile, or of the stream
-  int64_t stream_segments;  // of all tiles, at most kMostStream, or 0 if gridDim.y CTAs split each tile
+  int64_t stream_segments;  // of all tiles, at most kMostStream; only in kernels that stream
   int64_t most_parts;       // into which the sum of a tile is divided
 };
 
-// Whether the kernel for a tile can stream. The tile of 64 tokens has no registers for the state of a run.
+// Whether a tile has a kernel that streams. The tile of 64 tokens has no registers for the state of a run.
 template <class Tile>
-inline constexpr bool kStreams = Tile::kTokens <= 32;
+inline constexpr bool kCanStream = Tile::kTokens <= 32;
 
 // The number of a part of a tile's sum, and the number of parts.
 struct KPart {
@@ -36,21 +36,20 @@ struct KPart {
 
 // The part of a tile's sum that a CTA computes at a time. Registers are scarce while it does, so only the tile's number
 // is held meanwhile, and the rest is computed anew.
-template <class Tile>
+template <bool kStreams>
 class KSlice {
  public:
   int64_t segment0;
   int segments;
 
   __device__ __forceinline__ explicit KSlice(const KDivision& of) : of_(of), tile_(blockIdx.x) {
-    if (streams())
-      tile_ = blockIdx.x * static_cast<unsigned>(of.cta_segments) / static_cast<unsigned>(of.tile_segments);
+    if (kStreams) tile_ = blockIdx.x * static_cast<unsigned>(of.cta_segments) / static_cast<unsigned>(of.tile_segments);
     locate();
   }
 
   // Goes on to the next tile of the CTA's run, and returns false if there is none.
   __device__ __forceinline__ bool next() {
-    if (!streams()) return false;
+    if (!kStreams) return false;
     ++tile_;
     locate();
     return segments > 0;
@@ -59,7 +58,7 @@ class KSlice {
   __device__ __forceinline__ int64_t tile() const { return tile_; }
 
   __device__ __forceinline__ KPart part() const {
-    if (!streams()) return {blockIdx.y, gridDim.y};
+    if (!kStreams) return {blockIdx.y, gridDim.y};
     const auto segments = static_cast<unsigned>(of_.tile_segments), run = static_cast<unsigned>(of_.cta_segments);
     const unsigned begin = tile_ * segments, first = begin / run;
     return {blockIdx.x - first, (begin + segments - 1) / run - first + 1};
@@ -69,10 +68,8 @@ class KSlice {
   __device__ __forceinline__ int64_t first_part() const { return tile() * of_.most_parts; }
 
  private:
-  __device__ __forceinline__ bool streams() const { return kStreams<Tile> && of_.stream_segments > 0; }
-
   __device__ __forceinline__ void locate() {
-    if (!streams()) {
+    if (!kStreams) {
       segment0 = blockIdx.y * of_.cta_segments;
       segments = static_cast<int>(min(of_.cta_segments, of_.tile_segments - segment0));
       return;
