@@ -63,7 +63,8 @@ cudaError_t ptx_version(const Device& device, int* version) {
   return cudaSuccess;
 }
 
-// When kKernel, which waits for the previous launch itself, may start: early if its code has the instruction for that.
+// The earliest start of kKernel, which waits for the previous launch itself: Start::kEarly if the device's code of the
+// kernel was compiled with that wait.
 template <auto kKernel>
 cudaError_t earliest_start(const Device& device, Start* start) {
   int version = 0;

@@ -68,17 +68,31 @@ struct Stage {
   int64_t cycles, token_bytes, other_bytes;
 };
 
-// Chooses the tile, the splits and the multicast with the fewest cycles by a model of an H100, not a measurement. A
-// stage takes as long as its SM needs, or L2 to serve the stages of all SMs. Each tile also takes time to start and to
-// store, adding up splits costs two exchanges, and with multicast, partners wait for each other when they begin and do
-// not share their first stages. The CTAs of a cluster split the sum in whole stages, and tiles run in waves of as many
+// A stage of the forward takes as long as its passes over shared memory: x is written once and read by both warpgroups,
+// packed bytes are written and read once, and scales and three quarters of the pairs are looked up. L2 serves x, and
+// packed bytes and scale codes of 128 rows.
+constexpr Stage forward_stage(int64_t tokens) { return {6 * tokens + 476, tokens * 256, 128 * (64 + 2)}; }
+
+// The same for dX, with dy in place of x, and lookups of twice the size. Scale codes take a sector of 32 bytes per row.
+constexpr Stage dx_stage(int64_t tokens) { return {3 * tokens + 440, tokens * 128, 64 * (64 + 32)}; }
+
+// The cycles of a stage while `ctas` CTAs run: those of its SM, or those in which L2 serves the stages of all SMs.
+constexpr int64_t stage_cycles(const Stage& stage, int64_t multicast, int64_t ctas) {
+  constexpr int64_t kL2Bytes = 3200;  // per cycle: 5.6 TB/s at 1.755 GHz
+  return std::max(stage.cycles, (stage.token_bytes / multicast + stage.other_bytes) * ctas / kL2Bytes);
+}
+
+inline constexpr int64_t kTileCycles = 2500;  // in which a tile starts and is stored
+
+// Chooses the tile, the splits and the multicast with the fewest cycles by a model of an H100, not a measurement.
+// Adding up splits costs two exchanges, and with multicast, partners wait for each other when they begin and do not
+// share their first stages. The CTAs of a cluster split the sum in whole stages, and tiles run in waves of as many
 // clusters as the device holds. Only configurations that match `wish` are considered. If there are none, the result has
 // no tokens.
 template <class StageOf>
 constexpr Config fastest(int64_t m, int64_t outputs, int64_t stages, std::initializer_list<int64_t> tile_tokens,
                          const StageOf& stage_of, const Device& device, const Config& wish) {
-  constexpr int64_t kTileCycles = 2500, kSplitCycles = 1000, kMulticastCycles = 1500;
-  constexpr int64_t kL2Bytes = 3200;         // per cycle: 5.6 TB/s at 1.755 GHz
+  constexpr int64_t kSplitCycles = 1000, kMulticastCycles = 1500;
   constexpr int64_t kMulticastTokens = 128;  // smaller tiles hardly wait for L2
   Config best;
   int64_t fewest = std::numeric_limits<int64_t>::max();
@@ -93,11 +107,9 @@ constexpr Config fastest(int64_t m, int64_t outputs, int64_t stages, std::initia
         const int64_t fit = resident_clusters(c, device), per_split = ceil_div(stages, splits);
         if (fit == 0) continue;
         if (per_split * (splits - 1) >= stages) continue;  // the last CTA would have nothing to do
-        const Stage stage = stage_of(tokens);
-        const int64_t bytes = stage.token_bytes / multicast + stage.other_bytes;
         const int64_t ctas = clusters(m, outputs, c, device) * cluster_ctas(c);
-        const int64_t stage_cycles = std::max(stage.cycles, bytes * ctas / kL2Bytes);
-        const int64_t tile_cycles = per_split * stage_cycles + kTileCycles + (splits > 1 ? kSplitCycles : 0);
+        const int64_t tile_cycles =
+            per_split * stage_cycles(stage_of(tokens), multicast, ctas) + kTileCycles + (splits > 1 ? kSplitCycles : 0);
         const int64_t cycles =
             ceil_div(cluster_tiles(m, outputs, c), fit) * tile_cycles + (multicast > 1 ? kMulticastCycles : 0);
         if (cycles >= fewest) continue;
@@ -109,20 +121,14 @@ constexpr Config fastest(int64_t m, int64_t outputs, int64_t stages, std::initia
   return best;
 }
 
-// A stage of the forward takes as long as its passes over shared memory: x is written once and read by both warpgroups,
-// packed bytes are written and read once, and scales and three quarters of the pairs are looked up. L2 serves x, and
-// packed bytes and scale codes of 128 rows.
 constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
-  const auto stage = [](int64_t tokens) { return Stage{6 * tokens + 476, tokens * 256, 128 * (64 + 2)}; };
-  Config c = fastest(p.m, p.w.n, ceil_div(p.w.k, kForwardStageK), {64, 128}, stage, device, wish);
+  Config c = fastest(p.m, p.w.n, ceil_div(p.w.k, kForwardStageK), {64, 128}, forward_stage, device, wish);
   c.rows = kOutputs;
   return c;
 }
 
-// The same for dX, with dy in place of x, and lookups of twice the size. Scale codes take a sector of 32 bytes per row.
 constexpr Config config(const LinearDxProblem& p, const Device& device, const Config& wish) {
-  const auto stage = [](int64_t tokens) { return Stage{3 * tokens + 440, tokens * 128, 64 * (64 + 32)}; };
-  Config c = fastest(p.m, p.w.k, ceil_div(p.w.n, kDxStageRows), {64, 128, 256}, stage, device, wish);
+  Config c = fastest(p.m, p.w.k, ceil_div(p.w.n, kDxStageRows), {64, 128, 256}, dx_stage, device, wish);
   c.columns = kOutputs;
   return c;
 }

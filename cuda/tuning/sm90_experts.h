@@ -34,7 +34,6 @@ template <class Problem, class StageOf>
 constexpr Config fastest_of_experts(const Grouped<Problem>& p, int64_t outputs, int64_t stages,
                                     std::initializer_list<int64_t> tile_tokens, const StageOf& stage_of,
                                     const Device& device, const Config& wish) {
-  constexpr int64_t kTileCycles = 2500, kL2Bytes = 3200;
   Config best;
   int64_t fewest = std::numeric_limits<int64_t>::max();
   for (const int64_t tokens : tile_tokens) {
@@ -45,10 +44,8 @@ constexpr Config fastest_of_experts(const Grouped<Problem>& p, int64_t outputs, 
           ceil_div(p.stack.m + p.experts * tokens / 2, tokens) * ceil_div(outputs, kOutputs * multicast);
       const int64_t fit = std::min(resident_clusters(c, device), tiles);
       if (fit == 0) continue;
-      const Stage stage = stage_of(tokens);
-      const int64_t bytes = stage.token_bytes / multicast + stage.other_bytes;
-      const int64_t stage_cycles = std::max(stage.cycles, bytes * fit * multicast / kL2Bytes);
-      const int64_t cycles = ceil_div(tiles, fit) * (stages * stage_cycles + kTileCycles);
+      const int64_t tile_cycles = stages * stage_cycles(stage_of(tokens), multicast, fit * multicast) + kTileCycles;
+      const int64_t cycles = ceil_div(tiles, fit) * tile_cycles;
       if (cycles < fewest) best = c, fewest = cycles;
     }
   }
@@ -57,16 +54,14 @@ constexpr Config fastest_of_experts(const Grouped<Problem>& p, int64_t outputs, 
 
 constexpr Config config(const Grouped<LinearProblem>& p, const Device& device, const Config& wish) {
   const Weight& w = p.stack.w;
-  const auto stage = [](int64_t tokens) { return Stage{6 * tokens + 476, tokens * 256, 128 * (64 + 2)}; };
-  Config c = fastest_of_experts(p, w.n, ceil_div(w.k, kForwardStageK), {64, 128}, stage, device, wish);
+  Config c = fastest_of_experts(p, w.n, ceil_div(w.k, kForwardStageK), {64, 128}, forward_stage, device, wish);
   c.rows = kOutputs;
   return c;
 }
 
 constexpr Config config(const Grouped<LinearDxProblem>& p, const Device& device, const Config& wish) {
   const Weight& w = p.stack.w;
-  const auto stage = [](int64_t tokens) { return Stage{3 * tokens + 440, tokens * 128, 64 * (64 + 32)}; };
-  Config c = fastest_of_experts(p, w.k, ceil_div(w.n, kDxStageRows), {64, 128, 256}, stage, device, wish);
+  Config c = fastest_of_experts(p, w.k, ceil_div(w.n, kDxStageRows), {64, 128, 256}, dx_stage, device, wish);
   c.columns = kOutputs;
   return c;
 }

@@ -60,6 +60,13 @@ class Panels {
   void* low_rank_;
 };
 
+const void* element(const void* base, int64_t index, DType dtype) {
+  return base == nullptr ? nullptr : static_cast<const uint8_t*>(base) + index * dtype_bytes(dtype);
+}
+void* element(void* base, int64_t index, DType dtype) {
+  return static_cast<uint8_t*>(base) + index * dtype_bytes(dtype);
+}
+
 }  // namespace
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {

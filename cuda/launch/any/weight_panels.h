@@ -26,12 +26,4 @@ inline cudaError_t decode_panel(const LinearDxProblem& p, int64_t first, int64_t
                                context.stream);
 }
 
-// The address of an element of a tensor that may be null.
-inline const void* element(const void* base, int64_t index, DType dtype) {
-  return base == nullptr ? nullptr : static_cast<const uint8_t*>(base) + index * dtype_bytes(dtype);
-}
-inline void* element(void* base, int64_t index, DType dtype) {
-  return static_cast<uint8_t*>(base) + index * dtype_bytes(dtype);
-}
-
 }  // namespace qlora::cuda

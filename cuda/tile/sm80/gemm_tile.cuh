@@ -6,9 +6,8 @@
 //
 //   lines     a line is a token, or a column of a `right` given as [columns, inner]. It has 32 terms, 4 chunks of 16
 //             bytes. Chunk c of line i is stored at chunk c ^ i / 2 % 4 of line i.
-//   terms     a row is a term of a `right` given as [inner, columns]. It has 256 columns, 32 chunks of 16 bytes. Chunk
-//   c
-//             of row i is stored at chunk c ^ i % 8 of row i. ldmatrix transposes.
+//   rows      a row is a term of a `right` given as [inner, columns]. It has 256 columns, 32 chunks of 16 bytes.
+//             Chunk c of row i is stored at chunk c ^ i % 8 of row i. ldmatrix transposes.
 #pragma once
 
 #include <cstdint>
