@@ -226,6 +226,7 @@ __device__ __forceinline__ void low_rank_token(const LowRankArgs<T>& p, int64_t 
 template <class T, bool kTransposed>
 __global__ void __launch_bounds__(kLowRankScalarThreads)
     low_rank_scalar_kernel(const __grid_constant__ LowRankArgs<T> p) {
+  ptx::start_next_grid();
   clear_words(p.clear, p.clear_count);
   for (int64_t token = blockIdx.x; token < p.m; token += gridDim.x) low_rank_token<T, kTransposed>(p, token);
 }
