@@ -118,8 +118,11 @@ def test_hopper_is_full_or_the_sum_short(chosen: dict) -> None:
 
 
 def test_few_tiles_of_hopper_take_no_longer_than_in_one_wave(chosen: dict) -> None:
-    """A second wave doubles the time of the same splits. It is only worth it for long sums that more CTAs share. The
-    driver says how many clusters fit: a card's GPCs may lack the multiprocessors that their total suggests."""
+    """Two waves of short parts may end before one wave of long parts: 32 tiles of 112 stages take 2 x 16 stages in 16
+    clusters of 7, but 38 in clusters of 3, of which 42 fit and 10 are idle. Then they have to gain more than the start
+    of a second tile. The driver says how many clusters fit: a card's GPCs may lack the multiprocessors that their total
+    suggests."""
+    start = {"forward": 4, "dx": 5.5}  # stages of 64 tokens in the time in which a tile starts and is stored
     second = 0
     for what, fits, m, outputs, stages, tokens, splits, each, _, multicast in chosen["sm90"]:
         tiles = ceil(m, tokens) * ceil(outputs, 128)
@@ -127,9 +130,10 @@ def test_few_tiles_of_hopper_take_no_longer_than_in_one_wave(chosen: dict) -> No
             continue
         waves = ceil(ceil(m, tokens) * ceil(outputs, 128 * multicast), fits[splits * multicast - 1])
         one_wave = min(ceil(stages, s) for s in range(1, 9) if tiles <= fits[s - 1])
-        assert waves == 1 or (stages > 100 and waves * each <= one_wave), (what, fits, m, outputs, stages, splits)
+        case = (what, fits, m, outputs, stages, splits)
+        assert waves == 1 or waves * (each + start[what]) <= one_wave + start[what], case
         second += waves > 1
-    assert second < 20
+    assert second < 10
 
 
 def test_on_hopper_a_weight_is_decoded_for_as_many_tokens_as_there_are(chosen: dict) -> None:
@@ -149,7 +153,6 @@ def test_hopper_shares_tokens_where_l2_is_the_bound(chosen: dict) -> None:
             alone = ceil(ceil(m, tokens) * ceil(outputs, 128), fits[splits - 1])
             pairs = ceil(ceil(m, tokens) * ceil(outputs, 256), fits[2 * splits - 1])
             assert pairs <= alone or alone > 4, case
-            assert tokens >= 128, case
             shared += 1
         elif fits[1] and m >= 1000 and outputs >= 4096 and stages >= 32:
             assert fits[1] * 2 < fits[0], case  # pairs would leave SMs idle
