@@ -35,7 +35,7 @@ CHOICES = {
     ),
     # our own GEMM, where its tiles fill the card
     (FORWARD, "bfloat16", 512, 4096, 4096, 64, 0): (
-        "library panel=2048",
+        "library panel=1536",  # 96 tiles of 128 x 64 on 108 SMs, and 64
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "library panel=4096",
         "tensor_cores tokens=32 rows=128",
@@ -43,7 +43,7 @@ CHOICES = {
     (FORWARD, "float16", 4096, 14336, 4096, 64, 0): (
         "gemm panel=2560",
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "library panel=2560",
+        "library panel=2304",
         "gemm panel=5376",
     ),
     # k that is no multiple of 64, and blocks of 32
@@ -64,12 +64,7 @@ CHOICES = {
     # exact float32
     (FORWARD, "float32", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
     (FORWARD, "float32", 64, 4096, 4096, 64, 0): "exact tokens=64 rows=64",
-    (FORWARD, "float32", 65, 4096, 4096, 64, 0): (
-        "library panel=1024",
-        "library panel=1536",
-        "library panel=2048",
-        "library panel=2048",
-    ),
+    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library panel=4096",  # smaller ones would leave SMs idle
     # the input's gradient
     (DX, "bfloat16", 1, 4096, 4096, 64, 0): "tensor_cores tokens=8 columns=256",
     (DX, "bfloat16", 64, 4096, 4096, 64, 0): (

@@ -65,13 +65,43 @@ def test_crossovers(chosen: dict) -> None:
         assert exact == ragged == 65
 
 
-def test_panels_stay_in_half_of_l2(chosen: dict) -> None:
-    for l2, m, inner, columns, sums, panel in chosen["panel"]:
-        assert 1 <= panel <= columns
-        if panel < columns:
-            assert panel % 256 == 0
-            a_column = 2 * inner + 4 * m * sums
-            assert panel * a_column <= max(l2 << 19, 512 * a_column) + 256 * a_column, (l2, m, inner, columns, sums)
+# Of each card: SMs, and data sheets' rates per nanosecond in flops of 16 bits and of float32, and in bytes.
+RATES = {
+    "sm80": (108, 312e3, 19.5e3, 2039),
+    "sm86": (82, 71e3, 35.6e3, 936),
+    "sm89": (128, 165e3, 82.6e3, 1008),
+    "sm90": (132, 989e3, 67e3, 3350),
+    "sm100": (148, 2250e3, 80e3, 8000),
+    "sm120": (170, 209e3, 105e3, 1792),
+}
+
+
+def panels_time(card: str, m: int, inner: int, columns: int, sums: int, element: int, l2: int, panel: int) -> float:
+    """Nanoseconds: the waves of each panel's GEMM, the launches, and what panels outside of L2 move in memory."""
+    sms, half_flops, float_flops, bandwidth = RATES[card]
+    tiles = [(64, 77), (128, 128), (256, 256)]  # columns, and what they cost
+    parts = [panel] * (columns // panel) + [columns % panel] * (columns % panel > 0)
+    each = sum(min(ceil(ceil(m, 128) * ceil(part, width), sms) * cost for width, cost in tiles) for part in parts)
+    gemm = each * 128 * 2 * inner * sms / (0.75 * (float_flops if element == 4 else half_flops))
+    a_column = element * inner + 4 * m * sums
+    memory = 2 * columns * a_column / (0.9 * bandwidth) if panel * a_column > l2 // 2 else 0
+    return gemm + memory + len(parts) * 2500 * (2 + sums)
+
+
+def test_panels_of_the_library_take_the_least_time(chosen: dict) -> None:
+    """They fill waves of tiles, and only leave L2 where that costs less than idle SMs."""
+    outside = 0
+    for *case, panel in chosen["panel"]:
+        _, m, inner, columns, sums, element, l2 = case
+        assert 1 <= panel <= columns, case
+        assert panel == columns or panel % 256 == 0, case
+        a_column = element * inner + 4 * m * sums
+        most = min(max(256, max(l2 // 2, 128 << 20) // a_column // 256 * 256), columns)
+        assert panel <= most, case
+        best = min(panels_time(*case, each) for each in (*range(256, most, 256), most))
+        assert panels_time(*case, panel) <= best * 1.0001, case
+        outside += panel * a_column > l2 // 2 and panel > 256
+    assert 0 < outside < len(chosen["panel"]) / 2
 
 
 def test_panels_of_the_gemm_have_full_waves(chosen: dict) -> None:

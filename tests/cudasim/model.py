@@ -199,8 +199,8 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     flops = count("mma_flops")
     # An mma.m16n8k32 of 8-bit numbers is 8192 flops per warp; what does more is wgmma.
     wgmma = gpu.wgmma_flops and flops > 8192 * max(1, count("mma"))
-    # One data path of 128 bytes serves shared memory and L1. A load or store takes it at least once. Copies pass it when
-    # they arrive. For 8192 flops, wgmma reads 128 bytes of its second operand; our kernels hold the first in registers.
+    # One data path of 128 bytes serves shared memory and L1. A load or store takes it at least once, a copy when it
+    # arrives. Per 8192 flops, wgmma reads 128 bytes of its second operand; our kernels hold the first in registers.
     passes = max((read - copied + count("global_sectors_written")) / 4, count("load_global", "store_global"))
     passes += count("shared_wavefronts") + count("async_sectors_received") / 4 + (flops / 8192 if wgmma else 0)
     bounds = {
