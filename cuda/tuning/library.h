@@ -58,6 +58,7 @@ struct Rates {
   double flops, float32_flops, bytes;
 };
 inline constexpr Rates kRates[] = {
+    {75, 65e3, 8.1e3, 320},     // T4
     {80, 312e3, 19.5e3, 2039},  // A100
     {86, 71e3, 35.6e3, 936},    // RTX 3090
     {89, 165e3, 82.6e3, 1008},  // RTX 4090
@@ -75,8 +76,8 @@ constexpr const Rates& rates_of(const Device& device) {
   return *best;
 }
 
-// A product of the library: [m, inner] by the weight's panels, for `columns` outputs of each token.
-struct LibraryProduct {
+// A product on decoded panels of the weight: [m, inner] by the weight, for `columns` outputs of each token.
+struct PanelProduct {
   int64_t m, inner, columns;
   bool float32_sums;  // in memory, of a panel
   DType dtype;
@@ -87,13 +88,37 @@ struct LibraryProduct {
   }
 };
 
+inline constexpr double kLaunchTime = 2500, kMemoryRate = 0.9;  // nanoseconds; of the data sheet's rate
+
+// The nanoseconds in which panels and their sums are written and read in memory. Those that fit in half of L2 stay
+// there.
+constexpr double time_outside_l2(const PanelProduct& p, int64_t panel, const Device& device) {
+  if (panel * p.column_bytes() <= device.l2_bytes / 2) return 0;
+  return static_cast<double>(2 * p.columns * p.column_bytes()) / (kMemoryRate * rates_of(device).bytes);
+}
+
+// The columns of the smallest panel for which `time(panel)` is least, a multiple of `step` or all. A panel and its sums
+// have at most kMostBytes, or what fits in half of L2, or one step.
+template <class Time>
+constexpr int64_t fastest_panel(const PanelProduct& p, int64_t step, const Device& device, const Time& time) {
+  constexpr int64_t kMostBytes = 128 << 20;
+  const int64_t most = std::max<int64_t>(kMostBytes, device.l2_bytes / 2) / p.column_bytes() / step * step;
+  int64_t best = p.columns;
+  double least = std::numeric_limits<double>::max();
+  for (int64_t panel = std::min(std::max(most, step), ceil_div(p.columns, step) * step); panel > 0; panel -= step) {
+    const int64_t part = std::min(panel, p.columns);
+    const double of_part = time(part);
+    if (of_part <= least) least = of_part, best = part;
+  }
+  return best;
+}
+
 // The nanoseconds that panels of `panel` columns take, by a model of the library, not a measurement. A panel is a
 // launch that decodes it, a GEMM, and a launch that adds LoRA and bias to its sums if it has any. A GEMM has tiles of
 // 128 tokens and 64, 128 or 256 columns, whichever take the least time. Its tiles run in waves of one per SM, at 0.75
-// of the data sheet's rate; those of 64 columns read more, at 0.83 of that. A panel and its sums are written and read
-// in L2 if they fit in half of it, and otherwise in memory, at 0.9 of the data sheet's rate.
-constexpr double library_time(const LibraryProduct& p, int64_t panel, const Device& device) {
-  constexpr double kLaunch = 2500;
+// of the data sheet's rate; those of 64 columns read more, at 0.83 of that. From L2, sums are added and rounded in the
+// time of 4 bytes of memory each.
+constexpr double library_time(const PanelProduct& p, int64_t panel, const Device& device) {
   constexpr int64_t kTileTokens = 128;
   constexpr struct {
     int64_t columns;
@@ -112,25 +137,14 @@ constexpr double library_time(const LibraryProduct& p, int64_t panel, const Devi
   const double column_flops = static_cast<double>(2 * kTileTokens * p.inner * sms);
   const double flops = 0.75 * (p.dtype == DType::kFloat32 ? rates.float32_flops : rates.flops);
   const double columns = static_cast<double>(p.columns / panel) * gemm_columns(panel) + gemm_columns(p.columns % panel);
-  const double launches = static_cast<double>(ceil_div(p.columns, panel) * (p.float32_sums ? 3 : 2)) * kLaunch;
-  const bool in_l2 = panel * p.column_bytes() <= device.l2_bytes / 2;
-  const double bytes = in_l2 ? 0 : 2 * static_cast<double>(p.columns * p.column_bytes());
-  return columns * column_flops / flops + launches + bytes / (0.9 * rates.bytes);
+  const double launches = static_cast<double>(ceil_div(p.columns, panel) * (p.float32_sums ? 3 : 2));
+  const double added = static_cast<double>(p.float32_sums ? 4 * p.m * p.columns : 0);
+  return columns * column_flops / flops + launches * kLaunchTime + added / (kMemoryRate * rates.bytes) +
+         time_outside_l2(p, panel, device);
 }
 
-// The columns of the smallest panel that takes the least time, a multiple of `step` or all. A panel and its sums have
-// at most kMostBytes, or what fits in half of L2, or one step.
-constexpr int64_t library_panel_columns(const LibraryProduct& p, int64_t step, const Device& device) {
-  constexpr int64_t kMostBytes = 128 << 20;
-  const int64_t most = std::max<int64_t>(kMostBytes, device.l2_bytes / 2) / p.column_bytes() / step * step;
-  int64_t best = p.columns;
-  double least = std::numeric_limits<double>::max();
-  for (int64_t panel = std::min(std::max(most, step), ceil_div(p.columns, step) * step); panel > 0; panel -= step) {
-    const int64_t part = std::min(panel, p.columns);
-    const double time = library_time(p, part, device);
-    if (time <= least) least = time, best = part;
-  }
-  return best;
+constexpr int64_t library_panel_columns(const PanelProduct& p, int64_t step, const Device& device) {
+  return fastest_panel(p, step, device, [&](int64_t panel) { return library_time(p, panel, device); });
 }
 
 namespace library {
@@ -163,15 +177,13 @@ constexpr Config panels(int64_t columns, int64_t step, int64_t best, const Confi
   return {.panel = wish.panel > 0 ? std::min(columns, ceil_div(wish.panel, step) * step) : best};
 }
 
-constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
+constexpr PanelProduct product(const LinearProblem& p) { return {p.m, p.w.k, p.w.n, has_sums(p), p.dtype}; }
+constexpr PanelProduct product(const LinearDxProblem& p) { return {p.m, p.w.n, p.w.k, has_sums(p), p.dtype}; }
+
+template <class Problem>
+constexpr Config config(const Problem& p, const Device& device, const Config& wish) {
   const int64_t step = panel_step(p);
-  const LibraryProduct product{p.m, p.w.k, p.w.n, has_sums(p), p.dtype};
-  return panels(p.w.n, step, library_panel_columns(product, step, device), wish);
-}
-constexpr Config config(const LinearDxProblem& p, const Device& device, const Config& wish) {
-  const int64_t step = panel_step(p);
-  const LibraryProduct product{p.m, p.w.n, p.w.k, has_sums(p), p.dtype};
-  return panels(p.w.k, step, library_panel_columns(product, step, device), wish);
+  return panels(product(p).columns, step, library_panel_columns(product(p), step, device), wish);
 }
 
 }  // namespace library
