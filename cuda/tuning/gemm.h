@@ -34,14 +34,14 @@ constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
 
 // The nanoseconds that panels of `panel` columns take, by a model, not a measurement: each is two launches, and tiles
 // run at 0.8 of the data sheet's rate.
-constexpr double time(const PanelProduct& p, int64_t panel, const Device& device) {
+constexpr double panels_time(const PanelProduct& p, int64_t panel, const Device& device) {
   const int64_t of_tiles = waves(p.m, p.columns, panel, device) * device.sm_count * kTokens * kColumns;
   return static_cast<double>(2 * of_tiles * p.inner) / (0.8 * rates_of(device).flops) +
          static_cast<double>(2 * ceil_div(p.columns, panel)) * kLaunchTime + time_outside_l2(p, panel, device);
 }
 
 constexpr int64_t panel_columns(const PanelProduct& p, int64_t step, const Device& device) {
-  return fastest_panel(p, step, device, [&](int64_t panel) { return time(p, panel, device); });
+  return fastest_panel(p, step, device, [&](int64_t panel) { return panels_time(p, panel, device); });
 }
 
 // LoRA and bias are added in the accumulators.
@@ -81,14 +81,15 @@ constexpr bool is_ahead(const Problem& p, const Device& device) {
   for (const Ahead& a : kAhead) {
     if (device.arch >= a.arch) ahead = a;
   }
-  if (ahead.tokens == kNever) return false;
+  const bool library_is_next = library::is_ahead(p, device);
+  if (ahead.tokens == kNever || (!library_is_next && p.m < ahead.tokens)) return false;
   const int64_t panel = config(p, device, {}).panel, columns = product(p).columns;
-  if (library::is_ahead(p, device)) {
+  if (library_is_next) {
     const int64_t theirs = library::config(p, device, {}).panel;
-    return time(product(p), panel, device) <= library_time(library::product(p), theirs, device);
+    return panels_time(product(p), panel, device) <= library_time(library::product(p), theirs, device);
   }
   const int64_t slots = waves(p.m, columns, panel, device) * device.sm_count;
-  return p.m >= ahead.tokens && 100 * p.m * columns >= ahead.fill * slots * kTokens * kColumns;
+  return 100 * p.m * columns >= ahead.fill * slots * kTokens * kColumns;
 }
 
 }  // namespace qlora::cuda::gemm
