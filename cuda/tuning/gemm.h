@@ -74,7 +74,8 @@ inline constexpr Ahead kAhead[] = {
 };
 
 // Where the library would be next, the GEMM has to be faster than that. The library has smaller tiles, which fill a
-// card better, but it writes float32 sums of LoRA and bias to memory.
+// card better, but it writes float32 sums of LoRA and bias to memory. They are always counted, so that a layer runs the
+// same kernel without its adapter.
 template <class Problem>
 constexpr bool is_ahead(const Problem& p, const Device& device) {
   Ahead ahead = kAhead[0];
@@ -85,8 +86,10 @@ constexpr bool is_ahead(const Problem& p, const Device& device) {
   if (ahead.tokens == kNever || (!library_is_next && p.m < ahead.tokens)) return false;
   const int64_t panel = config(p, device, {}).panel, columns = product(p).columns;
   if (library_is_next) {
-    const int64_t theirs = library::config(p, device, {}).panel;
-    return panels_time(product(p), panel, device) <= library_time(library::product(p), theirs, device);
+    PanelProduct theirs = library::product(p);
+    theirs.float32_sums = true;
+    const int64_t their_panel = library_panel_columns(theirs, library::panel_step(p), device);
+    return panels_time(product(p), panel, device) <= library_time(theirs, their_panel, device);
   }
   const int64_t slots = waves(p.m, columns, panel, device) * device.sm_count;
   return 100 * p.m * columns >= ahead.fill * slots * kTokens * kColumns;
