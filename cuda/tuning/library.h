@@ -159,9 +159,32 @@ constexpr bool is_ahead(const Problem& p, const Device& device) {
   return p.m >= library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device, has_offsets(p.w));
 }
 
-// Sums are float32 if LoRA or bias are added to them.
-constexpr bool has_sums(const LinearProblem& p) { return p.lora.rank > 0 || p.bias != nullptr; }
-constexpr bool has_sums(const LinearDxProblem& p) { return p.lora.rank > 0; }
+// On B200 and B300, LoRA and bias are further terms of the library's sums: [x | h | 1] · [w | lora_b | bias]ᵀ and
+// [dy | g] · [w; lora_a]. This takes a copy of x or dy, whose rows the low-rank product extends. Cards with slower
+// memory would lose more by the copy than they gain without float32 sums. Dropout of dX masks LoRA's part alone, which
+// terms of a sum cannot express. The terms are padded, so that rows stay aligned to 16 bytes.
+constexpr int64_t padded_terms(int64_t terms) { return ceil_div(terms, int64_t{8}) * 8; }
+constexpr bool extends_sums(DType dtype, int64_t rank, int64_t inner, const Device& device) {
+  return device.arch / 10 == 10 && dtype_bytes(dtype) == 2 && rank > 0 && inner % 8 == 0;
+}
+
+// The number of further terms, or 0.
+constexpr int64_t further_terms(const LinearProblem& p, const Device& device) {
+  if (!extends_sums(p.dtype, p.lora.rank, p.w.k, device)) return 0;
+  return padded_terms(p.lora.rank + (p.bias != nullptr ? 1 : 0));
+}
+constexpr int64_t further_terms(const LinearDxProblem& p, const Device& device) {
+  const bool fits = p.lora.rank % 2 == 0 && !p.lora.dropout.active();
+  return fits && extends_sums(p.dtype, p.lora.rank, p.w.n, device) ? padded_terms(p.lora.rank) : 0;
+}
+
+// Sums are float32 if LoRA or bias are added to them afterwards.
+constexpr bool has_sums(const LinearProblem& p, const Device& device) {
+  return (p.lora.rank > 0 || p.bias != nullptr) && further_terms(p, device) == 0;
+}
+constexpr bool has_sums(const LinearDxProblem& p, const Device& device) {
+  return p.lora.rank > 0 && further_terms(p, device) == 0;
+}
 
 inline constexpr int64_t kPanelStep = 256;  // columns: fits a GEMM's tiles and vector accesses
 
@@ -177,13 +200,23 @@ constexpr Config panels(int64_t columns, int64_t step, int64_t best, const Confi
   return {.panel = wish.panel > 0 ? std::min(columns, ceil_div(wish.panel, step) * step) : best};
 }
 
-constexpr PanelProduct product(const LinearProblem& p) { return {p.m, p.w.k, p.w.n, has_sums(p), p.dtype}; }
-constexpr PanelProduct product(const LinearDxProblem& p) { return {p.m, p.w.n, p.w.k, has_sums(p), p.dtype}; }
+// Without LoRA and bias.
+constexpr PanelProduct product(const LinearProblem& p) { return {p.m, p.w.k, p.w.n, false, p.dtype}; }
+constexpr PanelProduct product(const LinearDxProblem& p) { return {p.m, p.w.n, p.w.k, false, p.dtype}; }
+
+template <class Problem>
+constexpr PanelProduct product(const Problem& p, const Device& device) {
+  PanelProduct result = product(p);
+  result.inner += further_terms(p, device);
+  result.float32_sums = has_sums(p, device);
+  return result;
+}
 
 template <class Problem>
 constexpr Config config(const Problem& p, const Device& device, const Config& wish) {
   const int64_t step = panel_step(p);
-  return panels(product(p).columns, step, library_panel_columns(product(p), step, device), wish);
+  const PanelProduct whole = product(p, device);
+  return panels(whole.columns, step, library_panel_columns(whole, step, device), wish);
 }
 
 }  // namespace library

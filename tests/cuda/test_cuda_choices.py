@@ -30,7 +30,7 @@ CHOICES = {
     (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 0): (
         "gemm panel=2560",  # 320 tiles and 192, in 5 waves
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "library panel=2048",
+        "library panel=4096",
         "tensor_cores tokens=32 rows=128",
     ),
     # clusters that fit the card's GPCs; panels that leave L2, where smaller ones would leave SMs idle
@@ -49,7 +49,7 @@ CHOICES = {
     (DX, "bfloat16", 4096, 14336, 4096, 64, 0): (
         "gemm panel=4096",
         "sm90 tokens=256 columns=128 splits=1 multicast=2",
-        "library panel=1024",
+        "library panel=4096",
         "tensor_cores tokens=64 columns=256",
     ),
     # our own GEMM, where its tiles fill the card
@@ -62,7 +62,7 @@ CHOICES = {
     (FORWARD, "float16", 4096, 14336, 4096, 64, 0): (
         "gemm panel=2560",
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "library panel=2304",
+        "library panel=7424",
         "gemm panel=5376",
     ),
     # k that is no multiple of 64, and blocks of 32
@@ -77,7 +77,7 @@ CHOICES = {
     (FORWARD, "bfloat16", 4096, 4096, 4104, 64, 0): (
         "gemm panel=4096",  # leaves L2, in which panels of 2048 take another wave
         "library panel=1024",
-        "library panel=2048",
+        "library panel=4096",
         "gemm panel=4096",
     ),
     # exact float32
@@ -95,7 +95,7 @@ CHOICES = {
     (DX, "bfloat16", 4096, 4096, 4096, 64, 0): (
         "gemm panel=2560",
         "sm90 tokens=256 columns=128 splits=1 multicast=2",
-        "library panel=2048",
+        "library panel=4096",
         "tensor_cores tokens=64 columns=256",
     ),
     (DX, "bfloat16", 40, 4100, 4096, 64, 0): "ragged tokens=32 columns=256",

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from accuracy import assert_accurate
-from samples import DTYPES, LinearSample, linear_sample
+from accuracy import assert_accurate, given, sums
+from samples import DTYPES, LinearSample, linear_sample, to_f64
 
 pytestmark = pytest.mark.cuda
 
@@ -23,6 +23,7 @@ FORMS = [
     {"rank": 5, "dropout_p": 0.3},
     {"dropout_p": 1.0},
     {"double_quant": False},
+    {"rank": 80},
 ]
 
 
@@ -57,6 +58,21 @@ def test_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two whole panels and a partial one, in the forward and in dX."""
     monkeypatch.setenv("QLORA_CUDA_KERNEL", "library:panel=256")
     check(linear_sample(MANY, 704, 704, 4, torch.bfloat16, "cuda", dropout_p=0.2, block_size=128))
+
+
+@pytest.mark.parametrize("rank", [1, 6, 16])
+def test_small_panels_and_retained_products(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B200's library adds LoRA and bias itself, if dX has no dropout: h and g are also rows of an operand."""
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", "library:panel=256")
+    s = linear_sample(MANY, 300, 320, rank, torch.bfloat16, "cuda")
+    check(s)
+    dy = torch.randn(MANY, 300, generator=torch.Generator().manual_seed(6)).to("cuda", s.x.dtype)
+    y, h = OPS.linear_nf4_with_h(*s.args)
+    dx, g = OPS.linear_nf4_dx_with_g(dy, *s.w4.packed_args(), 320, *s.lora_args)
+    assert_accurate(y, s.forward_accuracy())
+    assert_accurate(dx, s.dx_accuracy(dy))
+    for got, x, factor in ((h, s.x, s.lora_a.T), (g, dy, s.lora_b)):
+        assert_accurate(got, sums([(given(to_f64(x)), given(s.scaling * to_f64(factor)), 1.0)], 0.0, s.x.dtype))
 
 
 @pytest.fixture

@@ -156,7 +156,34 @@ __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const
 // next one `stride` elements later. A piece has `chunks` chunks, and the last of them may be short.
 struct DequantizePieces {
   int64_t first, rows, columns, stride, chunks;
+  int64_t out_stride;  // from piece to piece
 };
+
+// Terms that extend a decoded panel: values, then bias, then zeros.
+template <class T>
+struct DequantizeTerms {
+  int64_t terms, columns;  // columns of the matmul's output
+  const T* values;         // term t < rank of column c at values[t * term_stride + c * column_stride]
+  int64_t rank, term_stride, column_stride;
+  const T* bias;  // term `rank` of each column, or null
+  T* out;         // term t of column c at out[t * out_term_stride + c * out_column_stride]
+  int64_t out_term_stride, out_column_stride;
+};
+
+template <class T, int kThreads>
+__device__ __forceinline__ void append_terms(const DequantizeTerms<T>& p) {
+#pragma unroll 1
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.terms * p.columns; i += gridDim.x * kThreads) {
+    const bool neighbours = p.out_term_stride == 1;  // a column's terms
+    const int64_t term = neighbours ? i % p.terms : i / p.columns, column = neighbours ? i / p.terms : i % p.columns;
+    T value{};
+    if (term < p.rank)
+      value = p.values[term * p.term_stride + column * p.column_stride];
+    else if (term == p.rank && p.bias != nullptr)
+      value = p.bias[column];
+    p.out[term * p.out_term_stride + column * p.out_column_stride] = value;
+  }
+}
 
 // A grid-stride loop, so that each CTA stages the tables only once, however large the tensor is. A warp takes
 // kDequantizeRun neighbouring chunks at a time, because most of them share a nested block.
@@ -165,6 +192,7 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
                                                                   const __grid_constant__ tile::ScaleView scales,
                                                                   const __grid_constant__ tile::CodeView code,
                                                                   const __grid_constant__ DequantizePieces pieces,
+                                                                  const __grid_constant__ DequantizeTerms<T> terms,
                                                                   T* __restrict__ out) {
   __shared__ __align__(tile::kNf4DecodeAlign) float values[kCodes];
   __shared__ float scale_values[256];
@@ -177,7 +205,8 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   constexpr int kPerVector = DequantizeTile<T, kChunk>::kPerLane;
   DequantizeState state{values, scale_values, shared_offset, code.first_integer(), {}};
   const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out) && pieces.first % 8 == 0 &&
-                       (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0));
+                       (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0 &&
+                                             pieces.out_stride % kPerVector == 0));
   const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);
   const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / tile::kWarp;
   const auto decode_all = [&](bool in_chunks, auto steps) {
@@ -186,7 +215,7 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
       const int64_t row = pieces.rows == 1 ? 0 : chunk / pieces.chunks;
       const int64_t column = (chunk - row * pieces.chunks) * kChunk;
       const int64_t first = pieces.first + row * pieces.stride + column;
-      T* const to = out + row * pieces.columns + column;
+      T* const to = out + row * pieces.out_stride + column;
       if (in_chunks && column + kChunk <= pieces.columns && a_lane_a_block<kChunk>(scales, first)) {
         dequantize_chunk<T, kChunk, kReadSoon, steps>(packed, scales, first, to, state);
       } else {
@@ -199,6 +228,7 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   };
   if (!with_dequantize_steps(scales, code, [&](auto steps) { decode_all(aligned, steps); }))
     decode_all(false, std::integral_constant<DequantizeSteps, DequantizeSteps::kScale>{});
+  if constexpr (kReadSoon) append_terms<T, kThreads>(terms);
 }
 
 }  // namespace qlora::kernels

@@ -31,6 +31,7 @@ __device__ __forceinline__ void clear_dlora_tile(const DLoraArgs& args, int64_t 
 // over ranks.
 template <class T, class Body>
 __device__ __forceinline__ void visit_dlora_tile(const GroupedDLoraArgs& p, Body body) {
+  ptx::wait_for_previous_grid();  // dX, for example, behind the launch that computes g
   const uint32_t expert = blockIdx.x / p.column_tiles, column_tile = blockIdx.x % p.column_tiles;
   const tile::Group group = tile::find_group(p.groups, expert);
   DLoraArgs args = p.stack;

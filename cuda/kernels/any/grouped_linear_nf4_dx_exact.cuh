@@ -31,11 +31,13 @@ __device__ __forceinline__ DxArgs expert_args(const GroupedDxArgs& p, const tile
 // (fastest) and column tiles.
 template <class T, int kTokens, int kColumns, int kThreads, class Body>
 __device__ __forceinline__ void visit_dx_tile(const GroupedDxArgs& p, Body body) {
+  ptx::start_next_grid();
   const tile::GroupTile tile =
       tile::find_group_tile<kTokens>(p.groups, static_cast<int64_t>(blockIdx.x % p.stack.token_tiles));
   if (!tile.exists) return;
   const int64_t column0 = int64_t{blockIdx.x / p.stack.token_tiles} * kColumns;
   if (tile.group.expert == p.groups.count) {
+    ptx::wait_for_previous_grid();  // so this grid ends after the previous one
     tile::store_zeros<T, kThreads>(static_cast<T*>(p.stack.dx), p.stack.k, tile.row0,
                                    min(tile.row0 + kTokens, tile.group.end), column0, column0 + kColumns);
   } else {

@@ -29,6 +29,7 @@ __device__ __forceinline__ LowRankArgs<T> expert_args(const GroupedLowRankArgs<T
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
 __global__ void __launch_bounds__(kLowRankThreads)
     grouped_low_rank_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
+  ptx::start_next_grid();
   constexpr int kTokens = 8 * kTokenTiles;
   const tile::GroupTile tile = tile::find_group_tile<kTokens>(p.groups, blockIdx.x);
   if (!tile.exists) return;
@@ -47,6 +48,7 @@ __global__ void __launch_bounds__(kLowRankThreads)
 template <class T, bool kTransposed>
 __global__ void __launch_bounds__(kLowRankScalarThreads)
     grouped_low_rank_scalar_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
+  ptx::start_next_grid();
   for (int64_t token = blockIdx.x; token < p.groups.rows; token += gridDim.x) {
     const tile::GroupTile tile = tile::find_group_tile<1>(p.groups, token);
     if (tile.group.expert == p.groups.count) {

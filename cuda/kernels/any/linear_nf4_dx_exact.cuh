@@ -38,6 +38,7 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
   __shared__ float sums[kDxExactTokens][kDxExactColumns];
   tile::stage_values(values, args.code);
   tile::fill_scale_values<kDxExactThreads>(args.scales, scale_values);
+  ptx::wait_for_previous_grid();  // which computes g, and clears the tickets
 
   const int64_t row0 = blockIdx.y * args.rows_per_split, row_end = min(args.n, row0 + args.rows_per_split);
   const int column_in_tile = threadIdx.x % kDxExactColumns, half = threadIdx.x / kDxExactColumns;
@@ -111,7 +112,6 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
 // The grid is that of linear_nf4_dx_kernel, with the tile above.
 inline __global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(const DxArgs args) {
   ptx::start_next_grid();
-  ptx::wait_for_previous_grid();
   linear_nf4_dx_exact_tile(args, int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens,
                            int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns);
 }

@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (!tile.exists) return;
   const int64_t n0 = blockIdx.x / p.stack.token_tiles * Tile::kRows;
   if (tile.group.expert == p.groups.count) {
+    ptx::wait_for_previous_grid();  // so this grid ends after the previous one
     tile::store_zeros<typename Tile::T, Tile::kThreads>(
         p.stack.out.y, p.stack.n, tile.row0, min(tile.row0 + Tile::kTokens, tile.group.end), n0, n0 + Tile::kRows);
     return;

@@ -11,6 +11,7 @@
 
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/tile/any/block_scale.cuh"
@@ -210,6 +211,7 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
     tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
   tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
   Accumulators<Tile> acc = {};
+  ptx::wait_for_previous_grid();  // which computes h, and clears the tickets
   add_lora<Tile>(p.lora, n0 + warp_row, token0, group, acc);
 
   const LaneAddresses<Tile> lane(shared, warp_row, threadIdx.x % 32);

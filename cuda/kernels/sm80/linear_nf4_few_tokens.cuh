@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cuda/ptx/address.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/tile/any/unroll.cuh"
@@ -264,6 +265,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     __syncthreads();
     tile::sum_h<Tile>(shared + Tile::kHSums, tokens, static_cast<int>(p.lora.rank), p.lora.factor);
     __syncthreads();
+  } else {
+    ptx::wait_for_previous_grid();  // which computes h, and clears the tickets
   }
   if (p.lora.rank > 0) add_lora<Tile>(p, shared + Tile::kHSums, n0 + warp_row + 16 * group, group, acc);
   store_few_sums<Tile>(shared, warp_row, group, acc);

@@ -101,6 +101,8 @@ cudaError_t launch_dlora(const DLoraKernel<kernels::GroupedDLoraArgs>& kernel, c
   cudaError_t error = cudaSuccess;
   if (!p.h) error = launch(h_problem(p.dtype, p.m, p.k, p.x, p.lora, memory + own_h));
   if (!p.g && error == cudaSuccess) error = launch(g_problem(p.dtype, p.m, p.n, p.dy, p.lora, memory + own_g));
+  Start start = Start::kInOrder;
+  if (error == cudaSuccess) error = kernel.earliest_start(context.device, &start);
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = column_tiles(p);
@@ -109,7 +111,7 @@ cudaError_t launch_dlora(const DLoraKernel<kernels::GroupedDLoraArgs>& kernel, c
                                        static_cast<uint32_t>(tiles)};
   const dim3 grid(static_cast<unsigned>(tiles * problem.experts),
                   static_cast<unsigned>(ceil_div(p.lora.rank, config.ranks)));
-  return launch_kernel(kernel.kernel, grid, kernels::kDLoraThreads, 0, context.stream, args);
+  return launch_cluster(kernel.kernel, grid, dim3(1), kernels::kDLoraThreads, 0, context.stream, start, args);
 }
 
 namespace any {

@@ -84,12 +84,14 @@ cudaError_t launch_dx(const DxKernel<kernels::GroupedDxArgs>& kernel, const Grou
   void* const g = p.g ? p.g : context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
   error = launch_grouped_low_rank({g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, g), problem.offsets, problem.experts},
                                   context.device, context.stream);
+  Start start = Start::kInOrder;
+  if (error == cudaSuccess && p.lora.rank > 0) error = kernel.earliest_start(context.device, &start);
   if (error != cudaSuccess) return error;
   const int64_t token_tiles = tile::most_group_tiles(p.m, problem.experts, config.tokens);
   const kernels::GroupedDxArgs args{
       make_args(p, g, token_tiles), {problem.offsets, problem.experts, p.m}, weight_stride(p.w)};
   const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.k, config.columns));
-  return launch_kernel(kernel.kernel, grid, kernel.threads, kernel.shared_bytes, context.stream, args);
+  return launch_cluster(kernel.kernel, grid, dim3(1), kernel.threads, kernel.shared_bytes, context.stream, start, args);
 }
 
 namespace any {

@@ -64,7 +64,9 @@ class SplitForward {
     LowRankProblem low_rank = h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h_);
     if (!makes_h) low_rank.rank = 0;
     low_rank.clear = tickets_;
-    return launch_low_rank(low_rank, context_.stream);
+    error = launch_low_rank(low_rank, context_.stream);
+    if (error == cudaSuccess && low_rank.rank > 0) error = earliest_start<kKernel>(context_.device, &start_);
+    return error;
   }
 
   const T* h() const { return h_; }
@@ -77,13 +79,14 @@ class SplitForward {
   cudaError_t launch(const Args& args) const {
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits_));
     return launch_cluster(kKernel, grid, dim3(1, cluster_ ? grid.y : 1), Tile::kThreads, Tile::kSharedBytes,
-                          context_.stream, Start::kInOrder, args);
+                          context_.stream, start_, args);
   }
 
  private:
   const Context& context_;
   const int64_t splits_;
   bool cluster_ = false;
+  Start start_ = Start::kInOrder;
   T* h_ = nullptr;
   Tickets tickets_;
   float* partials_ = nullptr;
