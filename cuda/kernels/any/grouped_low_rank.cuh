@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(kLowRankThreads)
   low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles, kTurns>(expert_args(p, tile.group), tile.row0, rank0);
 }
 
-// Grid: x over tokens, y over 4·kLowRankScalarRanks ranks.
+// Grid: x over tokens, y over 4·kLowRankScalarRanks ranks. To fit more than 10 CTAs, ptxas would spill registers.
 template <class T, bool kTransposed>
-__global__ void __launch_bounds__(kLowRankScalarThreads)
+__global__ void __launch_bounds__(kLowRankScalarThreads, 10)
     grouped_low_rank_scalar_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
   for (int64_t token = blockIdx.x; token < p.groups.rows; token += gridDim.x) {
     const tile::GroupTile tile = tile::find_group_tile<1>(p.groups, token);
