@@ -12,7 +12,5 @@ inline constexpr int kArch = 0;
 
 inline constexpr int kMostSharedBytes = (kArch >= 1200 ? 99 : 227) * 1024;  // dynamic shared memory of a CTA
 inline constexpr int kMostFewTokens = kArch >= 1000 ? 8 : 16;               // of the forward for few tokens
-inline constexpr int kMostResidualTokens = kArch >= 1000 ? 32 : 64;         // of the forward with residuals
-inline constexpr int kHeldIntegerTiles = kArch >= 1200 ? 2 : 4;             // of 16 rows, per warp, for few tokens
 
 }  // namespace qlora::tile

@@ -48,24 +48,23 @@ class HSums {
                                    int part)
       : lora_(lora),
         k_(k),
-        segment0_(segment0),
-        segments_(segments),
+        k0_(segment0 * kSegment + 8 * t()),
+        last_(segments - 1),
         tokens_left_(tokens - g()),
         x_offset_(Tile::x_offset(g(), part, t())) {
     // Ranks beyond the last repeat the last one. Their sums are only ever multiplied by zeros.
     ranks_ = lora.folded_ranks();
     ptx::hold(ranks_), ptx::hold(x_offset_);
-    const int64_t k0 = segment0 * kSegment + 8 * t();
 #pragma unroll
     for (int i = 0; i < 2 * kRankTiles; ++i) {
-      chunk_[i] = static_cast<uint32_t>((min(8 * i + g(), ranks_ - 1) * k + k0) / 8);
+      chunk_[i] = static_cast<uint32_t>((min(8 * i + g(), ranks_ - 1) * k + k0_) / 8);
       ptx::hold(chunk_[i]);
     }
   }
 
   // Starts loading lora_a for a segment. Past the slice x is zero, so the last segment is loaded again.
   __device__ __forceinline__ void load(int segment) {
-    const uint4* const from = reinterpret_cast<const uint4*>(lora_.a) + min(segment, segments_ - 1) * 8;
+    const uint4* const from = reinterpret_cast<const uint4*>(lora_.a) + min(segment, last_) * 8;
     unroll<2 * kRankTiles>([&](auto i) {
       if (16 * (i / 2) >= ranks_) return;
       a_[i][0] = __ldg(from + chunk_[i]);
@@ -82,7 +81,7 @@ class HSums {
         uint4 v = make_uint4(0, 0, 0, 0);
         if (8 * j < tokens_left_) v = ptx::load_shared_v4<8 * j * kPairTableEntryBytes>(from ^ (i * 64));
         if (lora_.dropout.active()) {
-          const int64_t index = (8 * j + g()) * k_ + (segment0_ + segment) * kSegment + 8 * t() + 32 * i;
+          const int64_t index = (8 * j + g()) * k_ + k0_ + int64_t{segment} * kSegment + 32 * i;
           v = keep_8(v, keep_mask(lora_.dropout, index));
         }
         unroll<kRankTiles>([&](auto r) {
@@ -114,8 +113,8 @@ class HSums {
   __device__ __forceinline__ static int t() { return threadIdx.x % 4; }
 
   const FewTokensLora<T>& lora_;
-  int64_t k_, segment0_;
-  int segments_, tokens_left_, ranks_;  // the slice's segments; the tokens from g on; the ranks
+  int64_t k_, k0_;
+  int last_, tokens_left_, ranks_;  // the last segment; the tokens from g on; the ranks
   uint32_t x_offset_;
   uint32_t chunk_[2 * kRankTiles];  // the index of lora_a's chunk t of the slice's first segment, for ranks 8i + g
   uint4 a_[2 * kRankTiles][2];      // chunks t and t + 4
@@ -129,19 +128,18 @@ template <class Tile>
 __device__ __forceinline__ void sum_h(uint32_t sums, int tokens, int ranks, float factor) {
   // A warp takes 8 ranks of every second token among 8, and those tokens lie 8 banks apart.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int token = warp / 4 * 8 + lane % 4 * 2 + warp / 2 % 2;
+  const int token = warp / 4 * 8 + lane / 8 * 2 + warp / 2 % 2;
   static_assert(Tile::kThreads / 16 >= Tile::kTokens);
   if (token >= tokens) return;
-  unroll<Tile::kFoldedRanks / 16>([&](auto step) {
-    if (16 * step >= ranks) return;
-    const uint32_t at = sums + (token * Tile::kHSumStride + 16 * step + warp % 2 * 8 + lane / 4) * 4;
+  for (int rank = warp % 2 * 8 + lane % 8; rank < (ranks + 15) / 16 * 16; rank += 16) {
+    const uint32_t at = sums + (token * Tile::kHSumStride + rank) * 4;
     float sum = 0.0f;
     unroll<Tile::kThreads / 32>([&](auto warp) { sum += ptx::load_shared_f32<warp * Tile::kHSumBytes>(at); });
     sum *= factor;
     const float high = ptx::truncate_tf32(sum);
     ptx::store_shared_f32(at, high);
     ptx::store_shared_f32<Tile::kHSumBytes>(at, fabsf(sum) < INFINITY ? ptx::truncate_tf32(sum - high) : 0.0f);
-  });
+  }
 }
 
 // Adds h · lora_bᵀ to 16 rows of y, for the ranks 16 step .. 16 step + 15. Column 2 token of the mma is the upper part
