@@ -46,14 +46,14 @@ class XUnit {
  public:
   uint4 value[Tile::kTokenTiles][4] = {};
 
-  __device__ __forceinline__ explicit XUnit(int tokens) : tokens_(tokens) {
-    derive();
+  __device__ __forceinline__ explicit XUnit(int tokens)
+      : offset_(Tile::x_offset(token(), segment(), 4 * (threadIdx.x % 2))),
+        left_(segment() == column() ? tokens - token() : 0) {
     ptx::hold(offset_), ptx::hold(left_);
   }
 
   // `x` is the address of the unit's first segment in its stage.
   __device__ __forceinline__ void load(uint32_t x) {
-    if constexpr (tile::kFewRegisters) derive();
     const uint32_t from = x + offset_;
     tile::unroll<Tile::kTokenTiles>([&](auto j) {
       if (4 * j >= left_) return;
@@ -63,15 +63,11 @@ class XUnit {
   }
 
  private:
-  __device__ __forceinline__ void derive() {
-    const unsigned thread = tile::thread_index();
-    // The segment that the lane holds, and the segment that its column is for.
-    const int token = thread % 32 / 8, segment = thread % 4 / 2, column = thread % 32 / 4 % 2;
-    offset_ = Tile::x_offset(token, segment, 4 * (thread % 2));
-    left_ = segment == column ? tokens_ - token : 0;
-  }
+  __device__ __forceinline__ static int token() { return threadIdx.x % 32 / 8; }
+  // The segment that the lane holds, and the segment that its column is for.
+  __device__ __forceinline__ static int segment() { return threadIdx.x % 4 / 2; }
+  __device__ __forceinline__ static int column() { return threadIdx.x % 32 / 4 % 2; }
 
-  int tokens_;
   uint32_t offset_;
   int left_;  // the number of tokens from this lane's first on
 };
@@ -198,12 +194,9 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
   });
 }
 
-// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, no
-// offsets, except zero points of an integer code with kZeroPoints, and x, packed and, unless it is null, lora_a aligned
-// to 16 bytes.
+// Computes row tile blockIdx.x over split blockIdx.y of k. This is the work of a whole CTA.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
+__device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinearArgs<typename Tile::T>& p) {
   // From one segment of x to the next in its stage.
   constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
   extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -275,6 +268,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   store_few_sums<Tile>(shared, warp_row, group, acc);
   __syncthreads();
   tile::finish<Tile>(p.out, reinterpret_cast<float*>(shared_memory), 0, p.m, n0, p.n);
+}
+
+// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, no
+// offsets, except zero points of an integer code with kZeroPoints, and x, packed and, unless it is null, lora_a aligned
+// to 16 bytes.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
+  if constexpr (Tile::kTokens <= tile::kMostFewTokens) linear_nf4_few_tokens_tile<Tile>(p);
 }
 
 }  // namespace qlora::kernels
