@@ -65,9 +65,9 @@ constexpr bool ragged_accepts(const Grouped<Problem>& p, const Device& device) {
 inline constexpr int64_t kSegment = 64, kForwardRows = 128;
 
 // The kernel for few tokens has a single tile for all tokens, and computes LoRA's product in the same launch. From 10.0
-// on, its tile of 16 tokens would spill registers, so the kernel for more tokens has one of 16 there. A GeForce RTX 5090
-// needs that tile anyway: half of the columns that the kernel for few tokens multiplies are empty, which by the data
-// sheet would take longer than reading w.
+// on, its tile of 16 tokens would spill registers, so the kernel for more tokens has one of 16 there. A GeForce RTX
+// 5090 needs that tile anyway: half of the columns that the kernel for few tokens multiplies are empty, which by the
+// data sheet would take longer than reading w.
 constexpr int64_t most_few_tokens(const Device& device) { return device.arch >= 100 ? 8 : 16; }
 
 constexpr bool few_tokens_accepts(const LinearProblem& p, const Device& device) {
@@ -100,7 +100,7 @@ constexpr int64_t scaled_tokens(const Weight& w, int64_t m, const Device& device
 }
 
 constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
-  const int64_t tokens = scales_weights(p)   ? scaled_tokens(p.w, p.m, device, wish)
+  const int64_t tokens = scales_weights(p) ? scaled_tokens(p.w, p.m, device, wish)
                          : wish.tokens == 16 && !has_tile_16(device)
                              ? forward_tokens(p.m, device)  // few_tokens has a better tile
                              : wished_tokens(wish, forward_tokens(p.m, device), device);

@@ -1,5 +1,5 @@
-// What kernels have to know about the architecture that is being compiled. Kernels of tiles beyond its limits are empty:
-// they are never launched, because cuda/tuning chooses other tiles.
+// What kernels have to know about the architecture that is being compiled. Kernels of tiles beyond its limits are
+// empty: they are never launched, because cuda/tuning chooses other tiles.
 #pragma once
 
 #include "cuda/ptx/hold.cuh"
@@ -14,8 +14,8 @@ inline constexpr int kArch = 0;
 
 inline constexpr int kMostSharedBytes = (kArch >= 1200 ? 99 : 227) * 1024;  // dynamic shared memory of a CTA
 
-// From 10.0 on, ptxas needs more registers for the same code. Kernels that would spill them there have a form that needs
-// fewer.
+// From 10.0 on, ptxas needs more registers for the same code. Kernels that would spill them there have a form that
+// needs fewer.
 inline constexpr bool kFewRegisters = kArch >= 1000;
 inline constexpr int kMostFewTokens = kFewRegisters ? 8 : 16;  // of the forward for few tokens
 
