@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cpp/format/grouped.h"
 #include "cuda/kernels/any/grouped_linear_nf4_ragged.cuh"
@@ -39,11 +38,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         p.stack.out.y, p.stack.n, tile.row0, min(tile.row0 + Tile::kTokens, tile.group.end), n0, n0 + Tile::kRows);
     return;
   }
-  // The widest tile with zero points has no registers for a copy on 8.0.
-  constexpr bool kReference = tile::kArch < 900 && Tile::kZeroPoints && Tile::kTokenTiles == 8;
-  using View = std::conditional_t<kReference, const tile::ScaleView&, tile::StagedView>;
   if constexpr (Tile::kSharedBytes <= tile::kMostSharedBytes)
-    linear_nf4_tile<Tile, View>(expert_args(p, tile.group), n0, tile.row0);
+    linear_nf4_tile<Tile>(expert_args(p, tile.group), n0, tile.row0);
 }
 
 }  // namespace qlora::kernels

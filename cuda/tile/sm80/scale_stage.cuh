@@ -20,7 +20,7 @@ using StagedView = std::conditional_t<kFewRegisters, const ScaleView&, ScaleView
 // Neighbouring threads take neighbouring groups of kColumns columns, so each sector of a row's codes is read once. Rows
 // and groups beyond the last repeat the last one, which costs no branch here: their results are multiplied by zeros or
 // not stored.
-template <class Tile, int kSegments, int kColumns = kSegment, class View = StagedView>
+template <class Tile, int kSegments, int kColumns = kSegment>
 class ScaleStage {
  public:
   __device__ __forceinline__ ScaleStage(const ScaleView& view, const CodeView& code, int64_t n0, int64_t n, int64_t k)
@@ -87,7 +87,7 @@ class ScaleStage {
     }
   }
 
-  const View view_;
+  const StagedView view_;
   const float unfactor_, first_integer_;  // of the weight's code
   float offset_;
   int last_row_;
