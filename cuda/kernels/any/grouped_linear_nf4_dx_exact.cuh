@@ -45,7 +45,7 @@ __device__ __forceinline__ void visit_dx_tile(const GroupedDxArgs& p, Body body)
   }
 }
 
-inline __global__ void __launch_bounds__(kDxExactThreads)
+inline __global__ void __launch_bounds__(kDxExactThreads, 2)
     grouped_linear_nf4_dx_exact_kernel(const __grid_constant__ GroupedDxArgs p) {
   visit_dx_tile<float, kDxExactTokens, kDxExactColumns, kDxExactThreads>(
       p, [](const DxArgs& args, int64_t token0, int64_t column0) { linear_nf4_dx_exact_tile(args, token0, column0); });

@@ -109,8 +109,8 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
   }
 }
 
-// The grid is that of linear_nf4_dx_kernel, with the tile above.
-inline __global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(const DxArgs args) {
+// The grid is that of linear_nf4_dx_kernel, with the tile above. To fit more than 3 CTAs, ptxas would spill registers.
+inline __global__ void __launch_bounds__(kDxExactThreads, 3) linear_nf4_dx_exact_kernel(const DxArgs args) {
   ptx::start_next_grid();
   linear_nf4_dx_exact_tile(args, int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens,
                            int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns);

@@ -14,6 +14,7 @@
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/lora_step.cuh"
 #include "cuda/tile/any/nf4_pairs_f32.cuh"
@@ -250,7 +251,8 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p) {
-  linear_nf4_tile<Tile>(p, blockIdx.x / p.token_tiles * Tile::kRows, blockIdx.x % p.token_tiles * Tile::kTokens);
+  if constexpr (Tile::kSharedBytes <= tile::kMostSharedBytes)
+    linear_nf4_tile<Tile>(p, blockIdx.x / p.token_tiles * Tile::kRows, blockIdx.x % p.token_tiles * Tile::kTokens);
 }
 
 }  // namespace qlora::kernels

@@ -20,6 +20,7 @@
 #include "cuda/kernels/sm80/linear_nf4_dx_accumulators.cuh"
 #include "cuda/kernels/sm80/linear_nf4_dx_loader.cuh"
 #include "cuda/ptx/grid_dependency.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 
 namespace qlora::kernels {
 
@@ -80,9 +81,10 @@ template <class T, int kTokenTiles, bool kRagged, bool kHasOffsets>
 __global__ void __launch_bounds__(tile::kDxThreads, dx_ctas_per_sm(kTokenTiles))
     linear_nf4_dx_kernel(const DxArgs args) {
   ptx::start_next_grid();
-  linear_nf4_dx_tile<T, kTokenTiles, kRagged, kHasOffsets>(args,
-                                                           int64_t{blockIdx.x % args.token_tiles} * (8 * kTokenTiles),
-                                                           int64_t{blockIdx.x / args.token_tiles} * tile::kDxColumns);
+  if constexpr (tile::DxLayout<kTokenTiles, kRagged, kHasOffsets>::kBytes <= tile::kMostSharedBytes)
+    linear_nf4_dx_tile<T, kTokenTiles, kRagged, kHasOffsets>(args,
+                                                             int64_t{blockIdx.x % args.token_tiles} * (8 * kTokenTiles),
+                                                             int64_t{blockIdx.x / args.token_tiles} * tile::kDxColumns);
 }
 
 }  // namespace qlora::kernels

@@ -13,6 +13,7 @@
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/unroll.cuh"
 #include "cuda/tile/sm80/few_tokens_copy.cuh"
 #include "cuda/tile/sm80/few_tokens_lora.cuh"
@@ -183,7 +184,8 @@ __device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile
 template <class Tile>
 __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, int group,
                                                const FewTokensAccumulators<Tile>& acc) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const unsigned thread = tile::thread_index();
+  const int g = thread % 32 / 4, t = thread % 4;
   const uint32_t to = shared + ((group * Tile::kTokens + t) * Tile::kSumStride + warp_row + g) * 4;
   tile::unroll<Tile::kRowTiles>([&](auto i) {
     tile::unroll<Tile::kTokenTiles>([&](auto j) {
@@ -193,12 +195,9 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
   });
 }
 
-// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, no
-// offsets, except zero points of an integer code with kZeroPoints, and x, packed and, unless it is null, lora_a aligned
-// to 16 bytes.
+// Computes row tile blockIdx.x over split blockIdx.y of k. This is the work of a whole CTA.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
+__device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinearArgs<typename Tile::T>& p) {
   // From one segment of x to the next in its stage.
   constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
   extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -272,6 +271,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   store_few_sums<Tile>(shared, warp_row, group, acc);
   __syncthreads();
   tile::finish<Tile>(p.out, reinterpret_cast<float*>(shared_memory), 0, p.m, n0, p.n);
+}
+
+// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, no
+// offsets, except zero points of an integer code with kZeroPoints, and x, packed and, unless it is null, lora_a aligned
+// to 16 bytes.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
+  if constexpr (Tile::kTokens <= tile::kMostFewTokens) linear_nf4_few_tokens_tile<Tile>(p);
 }
 
 }  // namespace qlora::kernels
