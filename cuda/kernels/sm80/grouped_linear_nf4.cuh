@@ -42,7 +42,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __shared__ __align__(alignof(Args)) uint8_t args[sizeof(Args)];
   if (threadIdx.x == 0) *reinterpret_cast<Args*>(args) = expert_args(p, tile.group);
   __syncthreads();
-  if constexpr (kLinearRuns<Tile>) linear_nf4_tile<Tile>(*reinterpret_cast<const Args*>(args), n0, tile.row0);
+  if constexpr (kLinearRuns<Tile>) {
+    const Args& expert = *reinterpret_cast<const Args*>(args);
+    linear_nf4_tile<Tile>(expert, n0, tile.row0, tile::SplitSlice(expert.k, expert.segments_per_split));
+  }
 }
 
 }  // namespace qlora::kernels
