@@ -61,8 +61,8 @@ def test_runs_over_borders(
 @streams
 def test_weights_and_tiles_without_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "tensor_cores:tokens=32,ctas=2")
-    s = linear_sample(20, 128, 256, 8, BF16, "cuda")
+    s = linear_sample(20, 128, 512, 8, BF16, "cuda")
     OPS.linear_nf4(*s.args)
-    s.w4 = random_weight(FORMS["awq"], (128, 256), device="cuda")
+    s.w4 = random_weight(FORMS["awq"], (128, 512), device="cuda")
     with pytest.raises(ValueError, match="tensor_cores cannot run .* with ctas=2"):
         OPS.linear_nf4(*s.args)
