@@ -13,20 +13,6 @@ __device__ __forceinline__ float mul_bits(uint32_t a, float b) {
   return d;
 }
 
-// Returns a less the float whose bits are `b`.
-__device__ __forceinline__ float sub_bits(float a, uint32_t b) {
-  float d;
-  asm("sub.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "r"(b));
-  return d;
-}
-
-// Returns the float whose bits are those of `a` where `mask` is 1.
-__device__ __forceinline__ float mask_bits(float a, uint32_t mask) {
-  float d;
-  asm("and.b32 %0, %1, %2;" : "=f"(d) : "f"(a), "r"(mask));
-  return d;
-}
-
 // The bits of a * b + c, rounded once.
 __device__ __forceinline__ uint32_t fma_to_bits(float a, float b, float c) {
   uint32_t d;

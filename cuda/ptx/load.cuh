@@ -43,12 +43,7 @@ __device__ __forceinline__ uint4 load_stream_line_v4(const void* p) {
 // Prefetches the line of `p` into L2. The address must be valid.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Loads one or two bytes whose neighbours are needed soon: they are cached in L1.
-__device__ __forceinline__ uint32_t load_cached_u8(const void* p) {
-  uint32_t v;
-  asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
-  return v;
-}
+// Loads two bytes whose neighbours are needed soon: they are cached in L1.
 __device__ __forceinline__ uint32_t load_cached_u16(const void* p) {
   uint32_t v;
   asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));

@@ -16,18 +16,18 @@ namespace qlora::cuda::sm80 {
 //
 // Every operand begins at a multiple of 16 bytes, because cuda/ops.cpp copies those that do not.
 
-// Whether the forward splits offsets into zero points, which it subtracts from integer codes, and residuals.
-constexpr bool splits_offsets(const Weight& w) {
-  return has_offsets(w) && w.scales.offsets.form != OffsetForm::kZeroPoint8;
+// Whether the only offsets are zero points of integers, which the forward subtracts from the codes.
+constexpr bool subtracts_zero_points(const Weight& w) {
+  return w.scales.offsets.form == OffsetForm::kZeroPoint8 && is_consecutive(w.code);
 }
 
-// The forward reads w in segments of 64 k with one scale per row. Only integer codes may have offsets.
+// The forward reads w in segments of 64 k with one scale per row.
 constexpr bool is_regular(const LinearProblem& p) {
-  return p.w.k > 0 && has_one_scale_per(64, p.w) && (!has_offsets(p.w) || is_consecutive(p.w.code));
+  return p.w.k > 0 && has_one_scale_per(64, p.w) && (!has_offsets(p.w) || subtracts_zero_points(p.w));
 }
 
-// The forward's tiles for blocks of 16 and 32 and for offsets of other codes, whose weights are decoded with scale and
-// offset and then rounded. NF4 in such blocks keeps the kernel for any shape, which does not round weights.
+// The forward's tiles for blocks of 16 and 32 and for other offsets, whose weights are decoded with scale and offset
+// and then rounded. NF4 in such blocks keeps the kernel for any shape, which does not round weights.
 constexpr bool scales_weights(const LinearProblem& p) {
   return p.w.k > 0 && p.w.k % 64 == 0 && !is_regular(p) && (p.w.code != Code::kNf4 || has_offsets(p.w));
 }
@@ -64,11 +64,8 @@ constexpr bool ragged_accepts(const Grouped<Problem>& p, const Device& device) {
 
 inline constexpr int64_t kSegment = 64, kForwardRows = 128;
 
-// Up to 16 tokens: the kernel has a single tile for all tokens, and computes LoRA's product in the same launch. It
-// takes up to 8 tokens with residuals of offsets, and from 10.0 on, because the registers do not suffice for more. Then
-// the kernel for more tokens has a tile of 16. A GeForce RTX 5090 needs that tile anyway: half of the columns that this
-// kernel multiplies are empty, which by the data sheet would take longer than reading w.
-inline constexpr int64_t kMostFewTokens = 16, kHalfFewTokens = 8;
+// Up to 16 tokens: the kernel has a single tile for all tokens, and computes LoRA's product in the same launch.
+inline constexpr int64_t kMostFewTokens = 16;
 
 // Whether the kernel has a form for streams (stream.h). From 10.0 on they are not compiled. Wider tiles have no
 // registers for them.
@@ -76,53 +73,40 @@ constexpr bool can_stream(const LinearProblem& p, int64_t tokens, const Device& 
   return device.arch < 100 && is_regular(p) && !has_offsets(p.w) && tokens <= 32;
 }
 
-constexpr int64_t most_few_tokens(const Weight& w, const Device& device) {
-  return splits_offsets(w) || device.arch >= 100 ? kHalfFewTokens : kMostFewTokens;
-}
-constexpr bool few_tokens_accepts(const LinearProblem& p, const Device& device) {
-  return is_16_bit(p.dtype) && is_regular(p) && p.m <= most_few_tokens(p.w, device);
+constexpr bool few_tokens_accepts(const LinearProblem& p, const Device&) {
+  return is_16_bit(p.dtype) && is_regular(p) && p.m <= kMostFewTokens;
 }
 constexpr Config few_tokens_config(const LinearProblem& p, const Device& device, const Config& wish) {
   const int64_t least = p.m <= 4 ? 4 : p.m <= 8 ? 8 : kMostFewTokens;
-  const int64_t tokens = std::min(wish.tokens >= least ? wish.tokens : least, most_few_tokens(p.w, device));
+  const int64_t tokens = wish.tokens >= least ? wish.tokens : least;
   return {.tokens = tokens,
           .rows = kForwardRows,
           .splits = wish.splits,
           .ctas = can_stream(p, tokens, device) ? wish.ctas : 0};
 }
-constexpr bool has_tile_16(const Weight& w, const Device& device) {
-  return most_few_tokens(w, device) < kMostFewTokens;
-}
 
 // The widest tile needs 137 KB of shared memory. Devices that have it decode w once per 64 tokens.
 inline constexpr int kShared64 = 137 * 1024;
 
-constexpr int64_t widest_tile(const Device& device) { return device.shared_per_cta < kShared64 ? 32 : 64; }
-// From 10.0 on, ptxas needs too many registers for 64 tokens with residuals.
-constexpr int64_t widest_tile(const Weight& w, const Device& device) {
-  return splits_offsets(w) && device.arch >= 100 ? 32 : widest_tile(device);
+constexpr int64_t forward_tokens(int64_t m, const Device& device) {
+  return m <= 32 || device.shared_per_cta < kShared64 ? 32 : 64;
 }
-constexpr int64_t forward_tokens(const Weight& w, int64_t m, const Device& device) {
-  if (m <= 16 && has_tile_16(w, device)) return 16;
-  return m <= 32 ? 32 : widest_tile(w, device);
-}
-// A forced tile that is wider than the widest is not granted.
-constexpr int64_t wished_tokens(const Config& wish, int64_t tokens, int64_t widest) {
-  return wish.tokens > widest ? tokens : or_wish(wish.tokens, tokens);
+// A forced tile of 64 tokens is not granted if the device lacks the shared memory.
+constexpr int64_t wished_tokens(const Config& wish, int64_t tokens, const Device& device) {
+  return wish.tokens == 64 && device.shared_per_cta < kShared64 ? tokens : or_wish(wish.tokens, tokens);
 }
 
 // The tiles that scale weights have at least 16 tokens.
 constexpr int64_t scaled_tokens(const Weight& w, int64_t m, const Device& device, const Config& wish) {
-  const int64_t widest = w.scales.block_size < 32 ? 32 : widest_tile(device);
-  const int64_t tokens = m <= 16 ? 16 : m <= 32 ? 32 : widest;
-  return std::max<int64_t>(wished_tokens(wish, tokens, widest), 16);
+  const int64_t tokens = m <= 16 ? 16 : w.scales.block_size < 32 ? 32 : forward_tokens(m, device);
+  if (wish.tokens == 64 && w.scales.block_size < 32) return tokens;
+  return std::max<int64_t>(wished_tokens(wish, tokens, device), 16);
 }
 
 constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
-  const int64_t tokens = scales_weights(p) ? scaled_tokens(p.w, p.m, device, wish)
-                         : wish.tokens == 16 && !has_tile_16(p.w, device)
-                             ? forward_tokens(p.w, p.m, device)  // few_tokens has a better tile
-                             : wished_tokens(wish, forward_tokens(p.w, p.m, device), widest_tile(p.w, device));
+  const int64_t tokens = scales_weights(p)   ? scaled_tokens(p.w, p.m, device, wish)
+                         : wish.tokens == 16 ? forward_tokens(p.m, device)  // few_tokens has a better tile
+                                             : wished_tokens(wish, forward_tokens(p.m, device), device);
   return {.tokens = tokens,
           .rows = kForwardRows,
           .splits = wish.splits,
@@ -131,9 +115,9 @@ constexpr Config config(const LinearProblem& p, const Device& device, const Conf
 
 // For experts, k is not split: this would gain nothing with many experts, and little with few.
 constexpr Config config(const Grouped<LinearProblem>& p, const Device& device, const Config& wish) {
-  const int64_t m = tile_tokens(p), tokens = m <= 8 ? 8 : m <= 16 ? 16 : forward_tokens(p.stack.w, m, device);
+  const int64_t m = tile_tokens(p), tokens = m <= 8 ? 8 : m <= 16 ? 16 : forward_tokens(m, device);
   if (scales_weights(p.stack)) return {.tokens = scaled_tokens(p.stack.w, m, device, wish), .rows = kForwardRows};
-  return {.tokens = wished_tokens(wish, tokens, widest_tile(p.stack.w, device)), .rows = kForwardRows};
+  return {.tokens = wished_tokens(wish, tokens, device), .rows = kForwardRows};
 }
 
 // Segments of k per CTA, a multiple of `stage_segments`, if `splits` CTAs divide a sum over `segments`.

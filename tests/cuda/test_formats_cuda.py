@@ -223,60 +223,6 @@ def test_weights_whose_value_is_the_zero_point_are_zero(block: int, m: int) -> N
                 assert not dx.any()
 
 
-# The offsets of a block of weights in multiples of its scale: around zero, as of most checkpoints; all weights of one
-# sign; and far beyond the codes, where the weights are nearly equal.
-@pytest.mark.parametrize("steps", [(-16.0, 1.0), (0.0, 4.0), (-40.0, -15.0), (3e3, 6e3)], ids=str)
-@pytest.mark.parametrize("m", [1, 4, 7, 12, 33, 70])
-def test_offsets_of_integers(m: int, steps: tuple[float, float]) -> None:
-    """They are split into zero points and residuals, in ragged tiles of rows, tokens and splits."""
-    low, high = steps
-    problems = [
-        (136, 640, 64, "uint4", "float16", "float16"),
-        (72, 1088, 64, "int4", "nested_table8", "bfloat16"),
-        (200, 256, 128, "int4", "float32", "float32"),
-    ]
-    for dtype in (BF16, FP16):
-        for n, k, block, code, scales, offsets in problems:
-            w4 = weight((n, k), code, scales, offsets, block)
-            multiples = torch.rand(w4.block_offsets.shape, generator=torch.Generator().manual_seed(3))
-            multiples = low + (high - low) * multiples + 8 * (code == "int4")
-            w4.block_offsets.copy_(0.045 * multiples)
-            check_forward(w4, m, dtype)
-
-
-@pytest.mark.parametrize("m", [1, 6, 16, 40, 70])
-def test_weights_that_offsets_make_zero_are_zero(m: int) -> None:
-    n, k, scale = 72, 192, 13 / 128  # its products with small integers are float16 numbers
-    for code, lowest in (("uint4", 0), ("int4", 8)):
-        for value in (1, 5, 7):
-            w4 = weight((n, k), code, "float16", "float16", 64)
-            w4.absmax.fill_(scale)
-            w4.packed.fill_(17 * (value + lowest))
-            w4.block_offsets.fill_(-value * scale)
-            assert not decoded(w4).any()
-            on_card = w4.to("cuda")
-            for dtype in (BF16, FP16):
-                x = torch.full((m, k), 1e4, dtype=dtype, device="cuda")
-                no_lora = (None, None, 1.0, 0.0, 0, None)
-                assert not OPS.linear_nf4(x, *on_card.packed_args(), n, None, *no_lora, *on_card.last_args()).any()
-
-
-@pytest.mark.parametrize("m", [2, 16, 40])
-def test_offsets_of_integers_for_heavy_tailed_tokens(m: int) -> None:
-    """Elements 10^4 times the rest meet weights near zero, which offsets nearly cancel, and all have one sign."""
-    n, k = 136, 640
-    w4 = weight((n, k), "uint4", "float16", "float16", 64)
-    w4.block_offsets.copy_(-(7 + 0.001 * torch.randn(w4.block_offsets.shape)) * w4.absmax)
-    w4.packed.view(n, k // 2)[:, ::40] = 0x77
-    for dtype in (BF16, FP16):
-        x = normal((m, k), dtype).abs()
-        x[:, ::80] *= 1e4
-        y = OPS.linear_nf4(
-            x, *w4.to("cuda").packed_args(), n, None, None, None, 1.0, 0.0, 0, None, *w4.to("cuda").last_args()
-        )
-        assert_accurate(y, accuracy.forward(rows(x), to_f64(decoded(w4)), None, None, None, 1.0, 0.0, 0, dtype))
-
-
 def test_encoding_with_a_made_up_code_is_rejected() -> None:
     with pytest.raises(ValueError, match="code: .*CPU"):
         OPS.quantize_nf4(torch.ones(64).cuda(), 64, MADE_UP)

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/kernels/any/low_rank.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/groups.cuh"
 
 namespace qlora::kernels {
@@ -40,7 +41,16 @@ __global__ void __launch_bounds__(kLowRankThreads)
   }
   // With one tile of each, low_rank_kernel loads 4 pieces at a time. Here an expert's arguments take registers, too.
   constexpr int kTurns = kRankTiles * kTokenTiles > 1 ? 1 : 2;
-  low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles, kTurns>(expert_args(p, tile.group), tile.row0, rank0);
+  if constexpr (tile::kFewRegisters && kTurns == 1) {  // in shared memory
+    using Args = LowRankArgs<T>;
+    __shared__ __align__(alignof(Args)) uint8_t args[sizeof(Args)];
+    if (threadIdx.x == 0) *reinterpret_cast<Args*>(args) = expert_args(p, tile.group);
+    __syncthreads();
+    low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles, kTurns>(*reinterpret_cast<const Args*>(args), tile.row0,
+                                                                   rank0);
+  } else {
+    low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles, kTurns>(expert_args(p, tile.group), tile.row0, rank0);
+  }
 }
 
 // Grid: x over tokens, y over 4·kLowRankScalarRanks ranks. To fit more than 10 CTAs, ptxas would spill registers.

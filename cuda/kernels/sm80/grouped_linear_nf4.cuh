@@ -37,15 +37,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         p.stack.out.y, p.stack.n, tile.row0, min(tile.row0 + Tile::kTokens, tile.group.end), n0, n0 + Tile::kRows);
     return;
   }
-  // In shared memory, because the widest tiles have no registers for what is different for each expert.
-  using Args = LinearArgs<typename Tile::T>;
-  __shared__ __align__(alignof(Args)) uint8_t args[sizeof(Args)];
-  if (threadIdx.x == 0) *reinterpret_cast<Args*>(args) = expert_args(p, tile.group);
-  __syncthreads();
-  if constexpr (kLinearRuns<Tile>) {
-    const Args& expert = *reinterpret_cast<const Args*>(args);
-    linear_nf4_tile<Tile>(expert, n0, tile.row0, tile::SplitSlice(expert.k, expert.segments_per_split));
-  }
+  if constexpr (Tile::kSharedBytes <= tile::kMostSharedBytes)
+    linear_nf4_tile<Tile>(expert_args(p, tile.group), n0, tile.row0,
+                          tile::SplitSlice(p.stack.k, p.stack.segments_per_split));
 }
 
 }  // namespace qlora::kernels

@@ -3,13 +3,11 @@
 // cuda/tile/sm80/linear_tile.cuh describes the tile shapes and layouts.
 //
 // The scale of a large quantization block is not applied to its weights: each segment is summed from zero, and then acc
-// += scale · sum. Zero points of integer codes are subtracted from the codes, which is exact. Other offsets of integer
-// codes are split into a zero point and a residual (cuda/tile/sm80/block_sums.cuh). Tiles for small blocks and for
-// offsets of other codes decode each weight, rounded once.
+// += scale · sum. Zero points of integer codes are subtracted from the codes, which is exact. Tiles for small blocks
+// and for other offsets decode each weight, rounded once.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/convert.cuh"
@@ -20,7 +18,6 @@
 #include "cuda/tile/any/lora_step.cuh"
 #include "cuda/tile/any/nf4_pairs_f32.cuh"
 #include "cuda/tile/any/unroll.cuh"
-#include "cuda/tile/sm80/block_sums.cuh"
 #include "cuda/tile/sm80/integer_pairs.cuh"
 #include "cuda/tile/sm80/k_slices.cuh"
 #include "cuda/tile/sm80/linear_copy.cuh"
@@ -117,7 +114,7 @@ __device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane
   tile::unroll<2 * Tile::kRowTiles>([&](auto half) {  // rows g, then rows g + 8 of each tile
     constexpr int i = half / 2, upper = half % 2, row = 8 * half;
     const uint2 bytes = ptx::load_shared_v2<row * Tile::kStageSegments * tile::kSegmentPackedBytes>(packed);
-    if constexpr (Tile::kIntegers) {
+    if constexpr (Tile::kZeroPoints) {
       const float2 block = ptx::load_shared_v2_f32<row * tile::kPairTableEntryBytes>(scales);
       scale[i][upper] = block.x;
       tile::unroll<2>([&](auto word) {
@@ -175,73 +172,6 @@ __device__ __forceinline__ void multiply_scaled_segment(const LaneAddresses<Tile
   });
 }
 
-// The sums of x over the segments of a group whose scales are staged, and their product with the residuals of these
-// blocks. The warps of a group divide the token tiles among them and exchange the sums through shared memory.
-template <class Tile>
-class GroupSums {
-  static constexpr int kOwn = (Tile::kTokenTiles + Tile::kWarpsN - 1) / Tile::kWarpsN;  // token tiles per warp
-  static constexpr bool kAllHaveTiles = kOwn * Tile::kWarpsN == Tile::kTokenTiles;
-
- public:
-  __device__ __forceinline__ GroupSums(uint32_t shared, const LaneAddresses<Tile>& lane, int part, int group,
-                                       int warp_row)
-      : first_(part * kOwn) {
-    const int id = threadIdx.x % 32, g = id / 4, t = id % 4;
-    x_low_ = lane.x_low + (group * Tile::kTokens + first_ * 8) * Tile::kXLineStride;
-    x_high_ = lane.x_high + (group * Tile::kTokens + first_ * 8) * Tile::kXLineStride;
-    residuals_ = shared + Tile::kResidualTable + Tile::residual_offset(warp_row + g, t * Tile::kStageSegments + group);
-    sums_address_ = shared + Tile::kBlockSums + group * Tile::kTokenTiles * Tile::kBlockSumBytes +
-                    id / 16 * tile::kPairTableEntryBytes + id % 16 * 8;
-  }
-
-  // Adds the group's segment of the stage in buffer `slot`, which is stage `stage` of those whose scales are staged.
-  __device__ __forceinline__ void add(unsigned stage, int slot) {
-    using T = typename Tile::T;
-    if (!kAllHaveTiles && first_ >= Tile::kTokenTiles) return;
-    const uint32_t ones = tile::block_ones<T>(stage);
-    const uint32_t offset = slot * Tile::kStageXBytes;
-    uint4 x[kOwn];
-    const auto add_steps = [&](uint32_t from) {
-      tile::unroll<kOwn>([&](auto j) { x[j] = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(from); });
-      sums_.template add<T>(x, ones);
-    };
-    add_steps(x_low_ + offset);
-    add_steps(x_high_ + offset);
-  }
-
-  // Shares the sums with the other warps, which see them after a barrier.
-  __device__ __forceinline__ void share() {
-    if (!kAllHaveTiles && first_ >= Tile::kTokenTiles) return;
-    const uint32_t to = sums_address_ + first_ * Tile::kBlockSumBytes;
-    float sums[kOwn];
-    sums_.take(sums);
-    tile::unroll<kOwn>([&](auto j) { ptx::store_shared_v2<j * Tile::kBlockSumBytes>(to, tile::split_sum(sums[j])); });
-  }
-
-  // acc += residuals · sums, with the residuals in the current buffer. Then the other one becomes the current one.
-  __device__ __forceinline__ void multiply(Accumulators<Tile>& acc) {
-    uint32_t residual[Tile::kRowTiles][2];
-    tile::unroll<2 * Tile::kRowTiles>([&](auto half) {
-      residual[half / 2][half % 2] = ptx::load_shared_u32<8 * half * tile::kPairTableEntryBytes>(residuals_);
-    });
-    tile::unroll<Tile::kTokenTiles>([&](auto j) {
-      const uint2 sums = ptx::load_shared_v2<j * Tile::kBlockSumBytes>(sums_address_);
-#pragma unroll
-      for (int i = 0; i < Tile::kRowTiles; ++i) tile::add_residuals(acc[i][j], residual[i][0], residual[i][1], sums);
-    });
-    residuals_ ^= Tile::kResidualBufferBytes;
-  }
-
- private:
-  const int first_;  // of this warp's token tiles
-  uint32_t x_low_, x_high_, residuals_, sums_address_;
-  tile::BlockSums<kOwn> sums_;
-};
-struct NoGroupSums {
-  template <class Lane>
-  __device__ __forceinline__ NoGroupSums(uint32_t, const Lane&, int, int, int) {}
-};
-
 // The parts of a tile's sum and the warp groups take turns at the LoRA steps.
 template <class Tile, class T>
 __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, tile::KPart part, int64_t row0,
@@ -257,8 +187,8 @@ __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, tile
 }
 
 // Computes the tile of rows n0.. of w and tokens token0.. of x, over a slice of k. This is the work of a whole CTA.
-// Requires k % 64 == 0, a block size of at least kScaleColumns, no offsets if that is 64, except of an integer
-// code with kIntegers, and x and packed aligned to 16 bytes.
+// Requires k % 64 == 0, a block size of at least kScaleColumns, no offsets if that is 64, except zero points of an
+// integer code with kZeroPoints, and x and packed aligned to 16 bytes.
 template <class Tile, class Slice>
 __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::T>& p, int64_t n0, int64_t token0,
                                                 const Slice& slice) {
@@ -274,34 +204,25 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) source.fetch(stage, stage);
-  using Scales = tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns, 1, const tile::ScaleView&>;
-  Scales scales(p.scales, p.code, n0, p.n, p.k);
-  typename Scales::Raw raw_scales;
-  scales.load(0, segment0, segments, raw_scales);
+  tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns> scales(p.scales, p.code, n0, p.n, p.k);
+  scales.load(segment0, segments);
   if constexpr (Tile::kScalesWeights)
     tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + Tile::kTable, p.code);
-  else if constexpr (!Tile::kIntegers)
+  else if constexpr (!Tile::kZeroPoints)
     tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
   tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
   Accumulators<Tile> acc = {};
   add_lora<Tile>(p.lora, slice.part(), n0 + warp_row, token0, group, acc);
 
   const LaneAddresses<Tile> lane(shared, warp_row, threadIdx.x % 32);
-  std::conditional_t<Tile::kResiduals, GroupSums<Tile>, NoGroupSums> sums(shared, lane, warp % Tile::kWarpsN, group,
-                                                                          warp_row);
   [[maybe_unused]] const bool fused = Tile::kScalesWeights && tile::fuses_offset(p.scales);
   int slot = 0;
   for (int stage = 0; stage < stages; ++stage) {
     if (stage % Tile::kStagesPerScales == 0) {
-      if constexpr (Tile::kResiduals) sums.share();
       __syncthreads();  // the tables are complete, and the previous scales no longer in use
-      if constexpr (Tile::kResiduals)
-        if (stage > 0) sums.multiply(acc);
-      const uint32_t residuals =
-          shared + Tile::kResidualTable + stage / Tile::kStagesPerScales % 2 * Tile::kResidualBufferBytes;
-      scales.store(0, raw_scales, shared + Tile::kScales, residuals, scale_values);
+      scales.store(shared + Tile::kScales, scale_values);
       const int after = stage * Tile::kStageSegments + Tile::kScaleSegments;
-      if (after < segments) scales.load(0, segment0 + after, segments - after, raw_scales);
+      if (after < segments) scales.load(segment0 + after, segments - after);
     }
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // this stage is complete, and the previous stage's buffer is free
@@ -310,7 +231,6 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
     for (int i = 0; i < Tile::kStageSegments / Tile::kWarpsK; ++i) {
       const int segment = i * Tile::kWarpsK + group, number = stage * Tile::kStageSegments + segment;
       if (number >= segments) continue;
-      if constexpr (Tile::kResiduals) sums.add(stage % Tile::kStagesPerScales, slot);
       if constexpr (Tile::kScalesWeights)
         multiply_scaled_segment(lane, fused, slot, segment, number % Tile::kScaleSegments, acc);
       else
@@ -319,11 +239,6 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
     slot = slot == Tile::kStages - 1 ? 0 : slot + 1;
   }
   ptx::cp_async_wait<0>();
-  if constexpr (Tile::kResiduals) {
-    sums.share();
-    __syncthreads();
-    sums.multiply(acc);
-  }
   __syncthreads();  // the sums may now overwrite the stages
 
   tile::store_sums<Tile>(shared, warp_row, group, acc);
@@ -331,15 +246,11 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::finish<Tile>(p.out, slice, reinterpret_cast<float*>(shared_memory), token0, p.m, n0, p.n);
 }
 
-template <class Tile>
-inline constexpr bool kLinearRuns =
-    Tile::kSharedBytes <= tile::kMostSharedBytes && (!Tile::kResiduals || Tile::kTokens <= tile::kMostResidualTokens);
-
 // Grid: x over token tiles (fastest) and row tiles, y over splits of k.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p) {
-  if constexpr (kLinearRuns<Tile>)
+  if constexpr (Tile::kSharedBytes <= tile::kMostSharedBytes)
     linear_nf4_tile<Tile>(p, blockIdx.x / p.token_tiles * Tile::kRows, blockIdx.x % p.token_tiles * Tile::kTokens,
                           tile::SplitSlice(p.k, p.segments_per_split));
 }

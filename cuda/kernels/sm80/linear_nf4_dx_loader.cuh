@@ -7,7 +7,6 @@
 #include "cuda/kernels/sm80/linear_nf4_dx_parts.cuh"
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/cp_async.cuh"
-#include "cuda/ptx/load.cuh"
 #include "cuda/ptx/prmt.cuh"
 
 namespace qlora::kernels {
@@ -26,11 +25,7 @@ class DxLoader {
  public:
   __device__ __forceinline__ DxLoader(const DxArgs& args, const DxTile& tile, char* shared)
       : args_(args),
-        is_zero_point_(args.scales.scale_bytes == 2 && tile::has_zero_points(args.scales)),
-        is_float16_(are(args.scales, ScaleForm::kFloat16, OffsetForm::kFloat16)),
-        is_bfloat16_(are(args.scales, ScaleForm::kBFloat16, OffsetForm::kBFloat16)),
-        is_float32_(are(args.scales, ScaleForm::kFloat32, OffsetForm::kZeroPoint8)),
-        is_scaled_(args.scales.nested_shift >= 0 && args.scales.scales.offsets.form == OffsetForm::kScaled8),
+        is_short_(args.scales.scale_bytes == 2 && tile::has_zero_points(args.scales)),
         shared_(shared),
         offset_(tile::nested_offset(args.scales)) {
     const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
@@ -74,112 +69,49 @@ class DxLoader {
   // Reads the stage's scales into registers. store_scales later decodes them into shared memory. For elements past the
   // end, load_scales reads the last scale and store_scales stores zero.
   __device__ __forceinline__ void load_scales() {
-    const tile::ScaleView& view = args_.scales;
-    const Offsets& offsets = view.scales.offsets;
-    if (kHasOffsets && is_zero_point_) {
-      load_each([&](int i, int64_t block) {
-        raw_[i].code = __ldg(tile::scale_halves(view) + block);
-        raw_offset_[i].bits = __ldg(static_cast<const uint8_t*>(offsets.stored) + block);
-      });
-    } else if (kHasOffsets && (is_float16_ || is_bfloat16_)) {
-      load_each([&](int i, int64_t block) {
-        raw_[i].code = ptx::load_cached_u16(tile::scale_halves(view) + block);
-        raw_offset_[i].bits = ptx::load_cached_u16(static_cast<const uint16_t*>(offsets.stored) + block);
-      });
-    } else if (kHasOffsets && is_scaled_) {
-      load_each([&](int i, int64_t block) {
-        const int64_t nested = block >> view.nested_shift;
-        raw_[i].code = ptx::load_cached_u8(view.scales.codes() + block);
-        raw_[i].value = __ldg(view.scales.nested_absmax + nested);
-        raw_offset_[i].bits = ptx::load_cached_u8(static_cast<const uint8_t*>(offsets.stored) + block);
-        raw_offset_[i].unit = __ldg(offsets.unit + nested);
-      });
-    } else if (kHasOffsets && is_float32_) {
-      load_each([&](int i, int64_t block) {
-        raw_[i].value = __ldg(view.scales.floats() + block);
-        raw_offset_[i].bits = ptx::load_cached_u8(static_cast<const uint8_t*>(offsets.stored) + block);
-      });
-    } else {
-      load_each([&](int i, int64_t block) {
-        raw_[i] = tile::load_scale(view, block);
-        if constexpr (kHasOffsets) raw_offset_[i] = tile::load_offset(view, block);
-      });
+#pragma unroll
+    for (int i = 0; i < kScalesPerThread; ++i) {
+      const int step = i * scale_step_;
+      if (step >= tile::kDxStageRows) break;
+      const int64_t block = min((scale_element_ + step * args_.k) >> args_.scales.block_shift, args_.scales.blocks - 1);
+      if (kHasOffsets && is_short_) {
+        raw_[i].code = __ldg(tile::scale_halves(args_.scales) + block);
+        raw_offset_[i].bits = __ldg(static_cast<const uint8_t*>(args_.scales.scales.offsets.stored) + block);
+        continue;
+      }
+      raw_[i] = tile::load_scale(args_.scales, block);
+      if constexpr (kHasOffsets) raw_offset_[i] = tile::load_offset(args_.scales, block);
     }
     scale_element_ += tile::kDxStageRows * args_.k;
   }
 
   __device__ __forceinline__ void store_scales(int slot) {
-    const tile::ScaleView& view = args_.scales;
     const float* scale_values = reinterpret_cast<const float*>(shared_ + Layout::kScaleValues);
-    if (kHasOffsets && is_zero_point_) {
-      store_each(slot, [&](int i) -> ScaleAndOffset {
-        const float scale = tile::decode_scale_half(view, raw_[i].code);
-        return {scale, -__fmul_rn(static_cast<float>(raw_offset_[i].bits), scale)};
-      });
-    } else if (kHasOffsets && is_float16_) {
-      store_each(slot, [&](int i) -> ScaleAndOffset {
-        return {ptx::widen_float16(raw_[i].code), ptx::widen_float16(raw_offset_[i].bits)};
-      });
-    } else if (kHasOffsets && is_scaled_) {
-      const auto value_of = [&](uint32_t code) { return scale_values[code]; };
-      store_each(slot, [&](int i) -> ScaleAndOffset {
-        return {tile::decode_scale_code(raw_[i].value, raw_[i].code, value_of, offset_),
-                -__fmul_rn(static_cast<float>(raw_offset_[i].bits), raw_offset_[i].unit)};
-      });
-    } else if (kHasOffsets && is_float32_) {
-      store_each(slot, [&](int i) { return tile::zero_point_product(raw_[i].value, raw_offset_[i]); });
-    } else if (kHasOffsets && is_bfloat16_) {
-      store_each(slot, [&](int i) -> ScaleAndOffset {
-        return {tile::widen_half(true, raw_[i].code), tile::widen_half(true, raw_offset_[i].bits)};
-      });
-    } else {
-      store_each(slot, [&](int i) -> ScaleAndOffset {
-        const float scale = tile::decode_scale(view, raw_[i], scale_values, offset_);
-        if constexpr (kHasOffsets)
-          return tile::decode_scale_and_offset(view, scale, raw_offset_[i]);
-        else
-          return {scale, 0.0f};
-      });
-    }
-    scale_rows_ -= tile::kDxStageRows;
-  }
-
- private:
-  __device__ __forceinline__ static bool are(const tile::ScaleView& view, ScaleForm scales, OffsetForm offsets) {
-    return view.scales.form == scales && view.scales.offsets.form == offsets;
-  }
-
-  // Calls load(i, block) for the thread's scales.
-  template <class Load>
-  __device__ __forceinline__ void load_each(const Load& load) {
-#pragma unroll
-    for (int i = 0; i < kScalesPerThread; ++i) {
-      const int step = i * scale_step_;
-      if (step >= tile::kDxStageRows) break;
-      load(i, min((scale_element_ + step * args_.k) >> args_.scales.block_shift, args_.scales.blocks - 1));
-    }
-  }
-
-  // Stores decode(i) for the thread's scales.
-  template <class Decode>
-  __device__ __forceinline__ void store_each(int slot, const Decode& decode) {
     float* to = reinterpret_cast<float*>(scale_target_ + slot * Layout::kScaleStageBytes);
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
       const int step = i * scale_step_;
       if (step >= tile::kDxStageRows) break;
-      const ScaleAndOffset both = decode(i);
+      ScaleAndOffset both{};
+      if (kHasOffsets && is_short_) {
+        both.scale = tile::decode_scale_half(args_.scales, raw_[i].code);
+        both.offset = -__fmul_rn(static_cast<float>(raw_offset_[i].bits), both.scale);
+      } else {
+        both.scale = tile::decode_scale(args_.scales, raw_[i], scale_values, offset_);
+        if constexpr (kHasOffsets) both = tile::decode_scale_and_offset(args_.scales, both.scale, raw_offset_[i]);
+      }
       to[step] = step < scale_rows_ ? both.scale : 0.0f;
       if constexpr (kHasOffsets)
         to[step + (Layout::kOffsets - Layout::kScales) / 4] = step < scale_rows_ ? both.offset : 0.0f;
     }
+    scale_rows_ -= tile::kDxStageRows;
   }
 
+ private:
   const DxArgs& args_;
-  // The forms of scales and offsets that take fewer instructions to load and decode, because most checkpoints have
-  // them: zero points with scales of 16 and of 32 bits (AWQ, GPTQ, compressed-tensors), Q4_1 in both 16-bit types, and
-  // Q4_K.
-  const bool is_zero_point_, is_float16_, is_bfloat16_, is_float32_, is_scaled_;
+  // Scales have 16 bits and offsets are zero points. Most checkpoints whose weights have offsets store them so, and
+  // these take fewer instructions to load and decode.
+  const bool is_short_;
   char* shared_;
   const uint8_t* w_;
   const T* dy_;

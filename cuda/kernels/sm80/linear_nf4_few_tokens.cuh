@@ -3,8 +3,7 @@
 // the tile shapes and layouts.
 //
 // The scale of a quantization block is never applied to a weight: each segment is summed from zero, and then acc +=
-// scale · sum. Zero points of integer codes are subtracted from the codes, which is exact. Other offsets of integer
-// codes are split into a zero point and a residual (cuda/tile/sm80/block_sums.cuh).
+// scale · sum. Zero points of integer codes are subtracted from the codes, which is exact.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +14,6 @@
 #include "cuda/ptx/shared.cuh"
 #include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/unroll.cuh"
-#include "cuda/tile/sm80/block_sums.cuh"
 #include "cuda/tile/sm80/few_tokens_copy.cuh"
 #include "cuda/tile/sm80/few_tokens_lora.cuh"
 #include "cuda/tile/sm80/few_tokens_tile.cuh"
@@ -49,14 +47,14 @@ class XUnit {
  public:
   uint4 value[Tile::kTokenTiles][4] = {};
 
-  __device__ __forceinline__ explicit XUnit(int tokens)
-      : offset_(Tile::x_offset(token(), segment(), 4 * (threadIdx.x % 2))),
-        left_(segment() == column() ? tokens - token() : 0) {
+  __device__ __forceinline__ explicit XUnit(int tokens) : tokens_(tokens) {
+    derive();
     ptx::hold(offset_), ptx::hold(left_);
   }
 
   // `x` is the address of the unit's first segment in its stage.
   __device__ __forceinline__ void load(uint32_t x) {
+    if constexpr (tile::kFewRegisters) derive();
     const uint32_t from = x + offset_;
     tile::unroll<Tile::kTokenTiles>([&](auto j) {
       if (4 * j >= left_) return;
@@ -66,11 +64,15 @@ class XUnit {
   }
 
  private:
-  __device__ __forceinline__ static int token() { return threadIdx.x % 32 / 8; }
-  // The segment that the lane holds, and the segment that its column is for.
-  __device__ __forceinline__ static int segment() { return threadIdx.x % 4 / 2; }
-  __device__ __forceinline__ static int column() { return threadIdx.x % 32 / 4 % 2; }
+  __device__ __forceinline__ void derive() {
+    const unsigned thread = tile::thread_index();
+    // The segment that the lane holds, and the segment that its column is for.
+    const int token = thread % 32 / 8, segment = thread % 4 / 2, column = thread % 32 / 4 % 2;
+    offset_ = Tile::x_offset(token, segment, 4 * (thread % 2));
+    left_ = segment == column ? tokens_ - token : 0;
+  }
 
+  int tokens_;
   uint32_t offset_;
   int left_;  // the number of tokens from this lane's first on
 };
@@ -110,7 +112,7 @@ struct IntegerDecoder {
 };
 
 template <class Tile>
-using Decoder = std::conditional_t<Tile::kIntegers, IntegerDecoder<typename Tile::T>, TableDecoder<typename Tile::T>>;
+using Decoder = std::conditional_t<Tile::kZeroPoints, IntegerDecoder<typename Tile::T>, TableDecoder<typename Tile::T>>;
 
 // Adds the unit's product to acc, for tile `kTile` of 16 rows. `scales` is the address of row g's first scale.
 template <class Tile, int kTile>
@@ -121,7 +123,7 @@ __device__ __forceinline__ void multiply_rows(const Decoder<Tile>& decoder, cons
   const float2 low = ptx::load_shared_v2_f32<kLow>(scales);
   const float2 high = ptx::load_shared_v2_f32<kHigh>(scales);
   uint32_t minuend0 = 0, minuend1 = 0;
-  if constexpr (Tile::kIntegers) {  // of the lane's segment
+  if constexpr (Tile::kZeroPoints) {  // of the lane's segment
     const uint32_t minuends = scales + Tile::kMinuends + threadIdx.x % 4 / 2 * 4;
     minuend0 = ptx::load_shared_u32<kLow>(minuends), minuend1 = ptx::load_shared_u32<kHigh>(minuends);
   }
@@ -148,62 +150,6 @@ __device__ __forceinline__ void multiply_rows(const Decoder<Tile>& decoder, cons
     acc[kTile][j][1] = fmaf(high.y, sum[j][3], fmaf(high.x, sum[j][2], acc[kTile][j][1]));
   }
 }
-
-// A warp's sums of x over the two units that it takes of a stage, and the product with the residuals of their blocks.
-template <class Tile>
-class UnitSums {
- public:
-  // `warp_row` is the warp's first row, and `unit0` the first segment of its first unit.
-  __device__ __forceinline__ UnitSums(uint32_t shared, int warp_row, int unit0) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int segment = unit0 + t % 2 + t / 2 * Tile::kRoundSegments;
-    residuals_ = shared + Tile::kResidualTable + Tile::residual_offset(warp_row + g, segment);
-    ptx::hold(residuals_);
-  }
-
-  // Adds unit `unit` of the stage's two.
-  __device__ __forceinline__ void add(const XUnit<Tile>& x, int unit) {
-    using T = typename Tile::T;
-    const uint32_t ones = tile::block_ones<T>(2 * unit + threadIdx.x % 4 / 2);
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      uint4 steps[Tile::kTokenTiles];
-#pragma unroll
-      for (int j = 0; j < Tile::kTokenTiles; ++j) steps[j] = x.value[j][q];
-      sums_.template add<T>(steps, ones);
-    }
-  }
-
-  // acc += residuals · sums, with the residuals in buffer `buffer`. A token's two columns of x have the sums of
-  // different blocks.
-  __device__ __forceinline__ void multiply(int buffer, FewTokensAccumulators<Tile>& acc) {
-    float sums[Tile::kTokenTiles];
-    uint2 operand[Tile::kTokenTiles];
-    sums_.take(sums);
-#pragma unroll
-    for (int j = 0; j < Tile::kTokenTiles; ++j)
-      operand[j] = tile::split_sum(sums[j] + __shfl_xor_sync(0xFFFFFFFFu, sums[j], 4));
-    const uint32_t residuals = residuals_ + buffer * Tile::kResidualBufferBytes;
-    float unused[2] = {};  // the result's odd columns, which repeat the even ones
-    tile::unroll<Tile::kRowTiles>([&](auto i) {
-      constexpr int kLow = 16 * i * tile::kPairTableEntryBytes, kHigh = kLow + 8 * tile::kPairTableEntryBytes;
-      const uint32_t low = ptx::load_shared_u32<kLow>(residuals), high = ptx::load_shared_u32<kHigh>(residuals);
-#pragma unroll
-      for (int j = 0; j < Tile::kTokenTiles; ++j) {
-        float sum[4] = {acc[i][j][0], unused[0], acc[i][j][1], unused[1]};
-        tile::add_residuals(sum, low, high, operand[j]);
-        acc[i][j][0] = sum[0], unused[0] = sum[1], acc[i][j][1] = sum[2], unused[1] = sum[3];
-      }
-    });
-  }
-
- private:
-  tile::BlockSums<Tile::kTokenTiles> sums_;
-  uint32_t residuals_;
-};
-struct NoUnitSums {
-  __device__ __forceinline__ NoUnitSums(uint32_t, int, int) {}
-};
 
 // acc += h · lora_bᵀ. Each warp group adds one tile of 16 rows, and row0 is the first row of this group's tile. A
 // kernel that computes h itself has its slice's part of h at `h`. If h is given, the parts of the sum divide the ranks.
@@ -242,7 +188,8 @@ __device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile
 template <class Tile>
 __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, int group,
                                                const FewTokensAccumulators<Tile>& acc) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const unsigned thread = tile::thread_index();
+  const int g = thread % 32 / 4, t = thread % 4;
   const uint32_t to = shared + ((group * Tile::kTokens + t) * Tile::kSumStride + warp_row + g) * 4;
   tile::unroll<Tile::kRowTiles>([&](auto i) {
     tile::unroll<Tile::kTokenTiles>([&](auto j) {
@@ -252,14 +199,14 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
   });
 }
 
-// Computes a slice of the sum of a tile of rows.
+// Computes a slice of the sum of a tile of rows. This is the work of a whole CTA. Requires m <= kTokens, k % 64 == 0, a
+// block size of at least 64, no offsets, except zero points of an integer code with kZeroPoints, and x, packed and,
+// unless it is null, lora_a aligned to 16 bytes.
 template <class Tile, class Slice>
 __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinearArgs<typename Tile::T>& p,
                                                            const Slice& slice) {
   // From one segment of x to the next in its stage.
   constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
-  // The tiles of 16 rows whose packed bytes are on their way or being multiplied.
-  constexpr int kHeld = Tile::kIntegers ? tile::kHeldIntegerTiles : Tile::kRowTiles;
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
   float* const scale_values = reinterpret_cast<float*>(shared_memory + Tile::kScaleValues);
@@ -271,27 +218,22 @@ __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinear
   // Issues all loads of the first stage before it waits for any of them.
   const int unit0 = group * Tile::kUnitSegments;
   tile::UnitLoader<Tile> units(p.packed, n0 + warp_row, p.n, p.k, segment0, segments, unit0);
-  tile::PackedRows w[kHeld];
-  tile::unroll<kHeld>([&](auto i) { units.template load<i>(w[i]); });
+  tile::PackedUnit<Tile> w;
+  tile::unroll<Tile::kRowTiles>([&](auto i) { units.template load<i>(w[i]); });
   tile::fetch_x<Tile>(shared + Tile::kX, p.x, tokens, p.k, segment0, segments);
   ptx::cp_async_commit();
-  using Scales = tile::ScaleStage<Tile, Tile::kStageSegments, tile::kSegment, Tile::kScaleParts>;
-  Scales scales(p.scales, p.code, n0, p.n, p.k);
-  typename Scales::Raw raw_scales[Tile::kScaleParts];
-  const uint32_t residuals = shared + Tile::kResidualTable;
-  tile::unroll<Tile::kScaleParts>([&](auto part) { scales.load(part, segment0, segments, raw_scales[part]); });
+  tile::ScaleStage<Tile, Tile::kStageSegments> scales(p.scales, p.code, n0, p.n, p.k);
+  scales.load(segment0, segments);
   tile::prefetch_lora_b(p.lora, n0, p.n);
-  if constexpr (!Tile::kIntegers)
+  if constexpr (!Tile::kZeroPoints)
     tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
   tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
   __syncthreads();
-  tile::unroll<Tile::kScaleParts>(
-      [&](auto part) { scales.store(part, raw_scales[part], shared + Tile::kScales, residuals, scale_values); });
+  scales.store(shared + Tile::kScales, scale_values);
 
   FewTokensAccumulators<Tile> acc = {};
   XUnit<Tile> x(tokens);
   tile::HSums<Tile> h(p.lora, p.k, segment0, segments, tokens, part);
-  std::conditional_t<Tile::kResiduals, UnitSums<Tile>, NoUnitSums> unit_sums(shared, warp_row, unit0);
   const Decoder<Tile> decoder(shared + Tile::kTable, p.code);
   uint32_t lane_scales = shared + Tile::kScales + Tile::scale_offset(warp_row + threadIdx.x % 32 / 4, unit0);
   ptx::hold(lane_scales);
@@ -304,27 +246,22 @@ __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinear
       tile::fetch_x<Tile>(shared + Tile::kX + (buffer ^ 1) * Tile::kStageXBytes, p.x, tokens, p.k, segment0 + after,
                           segments - after);
       ptx::cp_async_commit();
+      scales.load(segment0 + after, segments - after);
     }
     const uint32_t stage_x = shared + Tile::kX + buffer * Tile::kStageXBytes;
     const uint32_t stage_scales = lane_scales + buffer * Tile::kStageScaleBytes;
-    const uint32_t next_scales = shared + Tile::kScales + (buffer ^ 1) * Tile::kStageScaleBytes;
-    const uint32_t next_residuals = residuals + (buffer ^ 1) * Tile::kResidualBufferBytes;
 #pragma unroll 1
     for (int unit = unit0; unit < Tile::kStageSegments && first + unit < segments; unit += Tile::kRoundSegments) {
       const uint32_t unit_x = stage_x + unit * kSegmentBytes;
-      const int scale_part = unit / Tile::kRoundSegments;
-      if (after < segments) scales.load(scale_part, segment0 + after, segments - after, raw_scales[0]);
       h.load(first + unit + part);
       x.load(unit_x);
-      if constexpr (Tile::kResiduals) unit_sums.add(x, unit != unit0);
       tile::unroll<Tile::kRowTiles>([&](auto i) {
-        multiply_rows<Tile, i>(decoder, w[i % kHeld], x, stage_scales + (unit - unit0) * 4, acc);
-        units.template load<(i + kHeld) % Tile::kRowTiles>(w[i % kHeld]);
+        multiply_rows<Tile, i>(decoder, w[i], x, stage_scales + (unit - unit0) * 4, acc);
+        units.template load<i>(w[i]);
       });
       h.multiply(unit_x, first + unit + part);
-      if (after < segments) scales.store(scale_part, raw_scales[0], next_scales, next_residuals, scale_values);
     }
-    if constexpr (Tile::kResiduals) unit_sums.multiply(buffer, acc);
+    if (after < segments) scales.store(shared + Tile::kScales + (buffer ^ 1) * Tile::kStageScaleBytes, scale_values);
   }
   __syncthreads();  // the sums may now overwrite the tables and the stages
 
@@ -340,16 +277,14 @@ __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinear
   tile::finish<Tile>(p.out, slice, reinterpret_cast<float*>(shared_memory), 0, p.m, n0, p.n);
 }
 
-// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, no
-// offsets, except of an integer code with kIntegers, and x, packed and, unless it is null, lora_a aligned to 16 bytes.
+// Grid: x over row tiles, y over splits of k.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
-  if constexpr (Tile::kTokens <= tile::kMostFewTokens)
-    linear_nf4_few_tokens_tile<Tile>(p, tile::SplitSlice(p.k, p.segments_per_split));
+  linear_nf4_few_tokens_tile<Tile>(p, tile::SplitSlice(p.k, p.segments_per_split));
 }
 
-// Grid: a stream over row tiles. Requires the same.
+// Grid: a stream over row tiles.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_few_tokens_stream_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p,

@@ -14,16 +14,16 @@ cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
   return with_16_bit_type(p.dtype, [&](auto element) {
     using T = decltype(element);
     if (scales_weights(p)) return with_scaled_tile<T>(p.w, tokens, use);
-    return with_tile_offsets(p.w, [&](auto offsets) {
+    return with_zero_points(p.w, [&](auto zero_points) {
       switch (tokens) {
         case 8:
-          return use(Tile8<T, offsets>());
+          return use(Tile8<T, zero_points>());
         case 16:
-          return use(Tile16<T, kSegment, offsets>());
+          return use(Tile16<T, kSegment, zero_points>());
         case 32:
-          return use(Tile32<T, kSegment, offsets>());
+          return use(Tile32<T, kSegment, zero_points>());
         default:
-          return use(Tile64<T, kSegment, offsets>());
+          return use(Tile64<T, kSegment, zero_points>());
       }
     });
   });

@@ -11,27 +11,18 @@ namespace {
 
 template <class Use>
 cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
-  if (scales_weights(p))
-    return with_16_bit_type(p.dtype,
-                            [&](auto element) { return with_scaled_tile<decltype(element)>(p.w, tokens, use); });
-  return with_tile_offsets(p.w, [&](auto offsets) {
-    return with_16_bit_type(p.dtype, [&](auto element) {
-      using T = decltype(element);
-      switch (tokens) {
-        case 16:
-          return use(Tile16<T, kSegment, offsets>());
-        case 32:
-          return use(Tile32<T, kSegment, offsets>());
-        default:
-          return use(Tile64<T, kSegment, offsets>());
-      }
+  return with_16_bit_type(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (scales_weights(p)) return with_scaled_tile<T>(p.w, tokens, use);
+    return with_zero_points(p.w, [&](auto zero_points) {
+      return tokens == 32 ? use(Tile32<T, kSegment, zero_points>()) : use(Tile64<T, kSegment, zero_points>());
     });
   });
 }
 
 template <class Tile>
 constexpr auto stream_kernel() {
-  if constexpr (Tile::kTokens == 32 && !Tile::kIntegers && !Tile::kScalesWeights)
+  if constexpr (Tile::kTokens == 32 && !Tile::kZeroPoints && !Tile::kScalesWeights)
     return kernels::linear_nf4_stream_kernel<Tile>;
   else
     return nullptr;

@@ -11,21 +11,24 @@ namespace {
 
 template <class Use>
 cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
-  return with_tile_offsets(p.w, [&](auto offsets) {
-    return with_16_bit_type(p.dtype, [&](auto element) {
-      using T = decltype(element);
-      if (tokens == 4) return use(tile::FewTokensTile<T, 1, offsets>());
-      if constexpr (offsets != TileOffsets::kSplit) {
-        if (tokens == 16) return use(tile::FewTokensTile<T, 4, offsets>());
+  return with_16_bit_type(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    return with_zero_points(p.w, [&](auto zero_points) {
+      switch (tokens) {
+        case 4:
+          return use(tile::FewTokensTile<T, 1, zero_points>());
+        case 8:
+          return use(tile::FewTokensTile<T, 2, zero_points>());
+        default:
+          return use(tile::FewTokensTile<T, 4, zero_points>());
       }
-      return use(tile::FewTokensTile<T, 2, offsets>());
     });
   });
 }
 
 template <class Tile>
 constexpr auto stream_kernel() {
-  if constexpr (Tile::kIntegers)
+  if constexpr (Tile::kZeroPoints)
     return nullptr;
   else
     return kernels::linear_nf4_few_tokens_stream_kernel<Tile>;
@@ -63,7 +66,7 @@ cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, cons
         .x = static_cast<const T*>(p.x),
         .packed = p.w.packed,
         .scales = tile::make_scale_view(p.w),
-        .code = Tile::kIntegers ? tile::make_code_view(p.w.code) : tile::make_pair_view<T>(p.w.code),
+        .code = Tile::kZeroPoints ? tile::make_code_view(p.w.code) : tile::make_pair_view<T>(p.w.code),
         .m = p.m,
         .n = p.w.n,
         .k = p.w.k,

@@ -12,26 +12,22 @@
 
 namespace qlora::cuda::sm80 {
 
-using tile::TileOffsets;
+template <class T, int kTokens, int kStages, int kScaleColumns, bool kZeroPoints>
+using LinearTile = tile::LinearTile<T, 2, kTokens / 8, 4, 2, 2, kStages, kScaleColumns, kZeroPoints>;
 
-template <class T, int kTokens, int kStages, int kScaleColumns, TileOffsets kOffsets>
-using LinearTile = tile::LinearTile<T, 2, kTokens / 8, 4, 2, 2, kStages, kScaleColumns, kOffsets>;
+template <class T, bool kZeroPoints>
+using Tile8 = LinearTile<T, 8, 4, kSegment, kZeroPoints>;
+template <class T, int kScaleColumns = kSegment, bool kZeroPoints = false>
+using Tile16 = LinearTile<T, 16, 4, kScaleColumns, kZeroPoints>;
+template <class T, int kScaleColumns = kSegment, bool kZeroPoints = false>
+using Tile32 = LinearTile<T, 32, 2, kScaleColumns, kZeroPoints>;
+template <class T, int kScaleColumns = kSegment, bool kZeroPoints = false>
+using Tile64 = LinearTile<T, 64, 3, kScaleColumns, kZeroPoints>;
 
-template <class T, TileOffsets kOffsets>
-using Tile8 = LinearTile<T, 8, 4, kSegment, kOffsets>;
-template <class T, int kScaleColumns = kSegment, TileOffsets kOffsets = TileOffsets::kNone>
-using Tile16 = LinearTile<T, 16, 4, kScaleColumns, kOffsets>;
-template <class T, int kScaleColumns = kSegment, TileOffsets kOffsets = TileOffsets::kNone>
-using Tile32 = LinearTile<T, 32, 2, kScaleColumns, kOffsets>;
-template <class T, int kScaleColumns = kSegment, TileOffsets kOffsets = TileOffsets::kNone>
-using Tile64 = LinearTile<T, 64, 3, kScaleColumns, kOffsets>;
-
-// Calls use(offsets) with a constant TileOffsets, for the weight of a regular problem.
+// Calls use(zero_points) with a constant, for the weight of a regular problem.
 template <class Use>
-cudaError_t with_tile_offsets(const Weight& w, const Use& use) {
-  if (splits_offsets(w)) return use(std::integral_constant<TileOffsets, TileOffsets::kSplit>{});
-  if (has_offsets(w)) return use(std::integral_constant<TileOffsets, TileOffsets::kZeroPoints>{});
-  return use(std::integral_constant<TileOffsets, TileOffsets::kNone>{});
+cudaError_t with_zero_points(const Weight& w, const Use& use) {
+  return has_offsets(w) ? use(std::true_type{}) : use(std::false_type{});
 }
 
 // Calls use(tile) for a weight that scales_weights() accepts. Blocks of 16 have no tile of 64 tokens.
@@ -55,8 +51,8 @@ kernels::LinearArgs<T> make_linear_args(const LinearProblem& p, const T* h, cons
   return {.x = static_cast<const T*>(p.x),
           .packed = p.w.packed,
           .scales = tile::make_scale_view(p.w),
-          .code = Tile::kScalesWeights || Tile::kIntegers ? tile::make_code_view(p.w.code)
-                                                          : tile::make_pair_view<T>(p.w.code),
+          .code = Tile::kScalesWeights || Tile::kZeroPoints ? tile::make_code_view(p.w.code)
+                                                            : tile::make_pair_view<T>(p.w.code),
           .m = p.m,
           .n = p.w.n,
           .k = p.w.k,

@@ -1,6 +1,7 @@
-// The limits of the architecture that is being compiled. Kernels of tiles beyond them are empty there, because they are
-// never launched: cuda/tuning chooses other tiles. From 10.0 on, ptxas needs more registers for the same code.
+// What kernels have to know about the architecture that is being compiled.
 #pragma once
+
+#include "cuda/ptx/hold.cuh"
 
 namespace qlora::tile {
 
@@ -10,9 +11,19 @@ inline constexpr int kArch = __CUDA_ARCH__;
 inline constexpr int kArch = 0;
 #endif
 
-inline constexpr int kMostSharedBytes = (kArch >= 1200 ? 99 : 227) * 1024;  // dynamic shared memory of a CTA
-inline constexpr int kMostFewTokens = kArch >= 1000 ? 8 : 16;               // of the forward for few tokens
-inline constexpr int kMostResidualTokens = kArch >= 1000 ? 32 : 64;         // of the forward with residuals
-inline constexpr int kHeldIntegerTiles = kArch >= 1200 ? 2 : 4;             // of 16 rows, per warp, for few tokens
+// Dynamic shared memory of a CTA. Kernels of tiles that need more are empty: they are never launched.
+inline constexpr int kMostSharedBytes = (kArch >= 1200 ? 99 : 227) * 1024;
+
+// From 10.0 on, ptxas needs more registers for the same code. Kernels that would spill them there have a form that needs
+// fewer and executes more instructions.
+inline constexpr bool kFewRegisters = kArch >= 1000;
+
+// Returns threadIdx.x. Where registers are few, nothing that was derived from it earlier stays in one until this call.
+__device__ __forceinline__ unsigned thread_index() {
+  if constexpr (kFewRegisters)
+    return ptx::reread_thread_index();
+  else
+    return threadIdx.x;
+}
 
 }  // namespace qlora::tile

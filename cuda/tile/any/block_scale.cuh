@@ -8,37 +8,16 @@
 
 #include "cpp/format/problem.h"
 #include "cuda/ptx/convert.cuh"
-#include "cuda/ptx/load.cuh"
 #include "cuda/tile/any/code_tables.cuh"
 
 namespace qlora::tile {
 
-// Divides by a constant, for kernels with few registers left: ptxas makes a function call of a 64-bit division, and all
-// values that are live there need registers beside those of the called function.
-struct Divisor {
-  int shift = 0;
-  uint64_t reciprocal = 0;  // more than 2^(63 + shift) / divisor, by at most 1
-
-  Divisor() = default;
-  explicit Divisor(uint64_t divisor) {
-    while (uint64_t{1} << shift < divisor) ++shift;
-    using uint128 = unsigned __int128;
-    reciprocal = static_cast<uint64_t>((uint128{1} << (63 + shift)) / divisor) + 1;
-  }
-
-  // Exact for 0 <= number < 2^63: the product with the reciprocal's error is less than 2^(63 + shift) / divisor.
-  __device__ __forceinline__ int64_t quotient(int64_t number) const {
-    return static_cast<int64_t>(__umul64hi(2 * static_cast<uint64_t>(number), reciprocal) >> shift);
-  }
-};
-
-// Scales whose per-block divisions are replaced by shifts and multiplications.
+// Scales whose per-block divisions are replaced by shifts.
 struct ScaleView {
   Scales scales;
   int64_t blocks = 0;
   int block_shift = 0;
   int nested_shift = -1;        // -1: there is no nested absmax, or nested_block_size is not a power of two
-  Divisor nested_divisor;       // nested_block_size
   int scale_bytes = 4;          // of a stored scale: 1 (a code), 2 or 4
   int offset_bytes = 0;         // of a stored offset, or 0
   bool exact_products = false;  // value * scale is a float32 for every value of the code
@@ -47,9 +26,9 @@ struct ScaleView {
 inline ScaleView make_scale_view(const Scales& scales, int64_t blocks) {
   ScaleView view{scales, blocks};
   while (int64_t{1} << view.block_shift < scales.block_size) ++view.block_shift;
-  view.nested_divisor = Divisor(scales.nested_block_size);
   if (const int64_t n = scales.nested_block_size; scales.nested_absmax && (n & (n - 1)) == 0) {
-    view.nested_shift = view.nested_divisor.shift;
+    view.nested_shift = 0;
+    while (int64_t{1} << view.nested_shift < n) ++view.nested_shift;
   }
   view.scale_bytes = static_cast<int>(stored_bytes(scales.form));
   if (scales.offsets) view.offset_bytes = static_cast<int>(stored_bytes(scales.offsets.form));
@@ -150,7 +129,7 @@ __device__ __forceinline__ void with_scale_loader(const ScaleView& view, const U
     });
   else if (view.scales.nested_absmax != nullptr)
     use([&](int64_t block, float& value, uint32_t& code) {
-      load_nested(block, view.nested_divisor.quotient(block), value, code);
+      load_nested(block, block / view.scales.nested_block_size, value, code);
     });
   else if (view.scale_bytes == 1)
     use([&](int64_t block, float& value, uint32_t& code) {
@@ -158,7 +137,7 @@ __device__ __forceinline__ void with_scale_loader(const ScaleView& view, const U
       value = 1.0f;
     });
   else
-    use([&](int64_t block, float&, uint32_t& code) { code = ptx::load_cached_u16(scale_halves(view) + block); });
+    use([&](int64_t block, float&, uint32_t& code) { code = __ldg(scale_halves(view) + block); });
 }
 
 // Decodes a scale from its code. `value_of(code)` looks up the code's value. The format prescribes the two roundings.
@@ -263,36 +242,6 @@ __device__ __forceinline__ float decode_offset(const ScaleView& view, RawOffset 
   }
 }
 
-// Calls use(load). load(block, raw) loads an offset other than a zero point, without a branch on the form.
-template <class Use>
-__device__ __forceinline__ void with_offset_loader(const ScaleView& view, const Use& use) {
-  const Offsets& offsets = view.scales.offsets;
-  if (view.offset_bytes == 2)
-    use([&](int64_t block, RawOffset& raw) {
-      raw.bits = ptx::load_cached_u16(static_cast<const uint16_t*>(offsets.stored) + block);
-    });
-  else if (view.offset_bytes == 4)
-    use([&](int64_t block, RawOffset& raw) { raw.bits = __ldg(static_cast<const uint32_t*>(offsets.stored) + block); });
-  else
-    use([&](int64_t block, RawOffset& raw) {
-      raw.bits = __ldg(static_cast<const uint8_t*>(offsets.stored) + block);
-      raw.unit = __ldg(offsets.unit + nested_block(view, block));
-    });
-}
-
-// Calls use(decode). decode(raw) decodes an offset other than a zero point, without a branch on the form.
-template <class Use>
-__device__ __forceinline__ void with_offset_decoder(const ScaleView& view, const Use& use) {
-  if (view.scales.offsets.form == OffsetForm::kFloat16)
-    use([](RawOffset raw) { return ptx::widen_float16(raw.bits); });
-  else if (view.scales.offsets.form == OffsetForm::kBFloat16)
-    use([](RawOffset raw) { return __uint_as_float(raw.bits << 16); });
-  else if (view.scales.offsets.form == OffsetForm::kScaled8)
-    use([](RawOffset raw) { return -__fmul_rn(static_cast<float>(raw.bits), raw.unit); });
-  else
-    use([](RawOffset raw) { return __uint_as_float(raw.bits); });
-}
-
 __device__ __forceinline__ bool has_zero_points(const ScaleView& view) {
   return view.scales.offsets.form == OffsetForm::kZeroPoint8;
 }
@@ -316,17 +265,13 @@ __device__ __forceinline__ float product_offset(const ScaleView& view, RawOffset
   return has_zero_points(view) ? -__fmul_rn(static_cast<float>(raw.bits), scale) : decode_offset(view, raw);
 }
 
-// Returns the scale and the offset for such kernels of a block with a zero point. The scale keeps 20 significant bits.
-// Its products with integers up to 15 are then exact, so that weights whose value is the zero point are 0 in one
-// rounding, too.
-__device__ __forceinline__ ScaleAndOffset zero_point_product(float scale, RawOffset raw) {
+// Returns the scale and the offset for such kernels. With a zero point, the scale keeps 20 significant bits. Its
+// products with integers up to 15 are then exact, so that weights whose value is the zero point are 0 in one rounding,
+// too.
+__device__ __forceinline__ ScaleAndOffset decode_scale_and_offset(const ScaleView& view, float scale, RawOffset raw) {
+  if (!has_zero_points(view)) return {scale, decode_offset(view, raw)};
   scale = __uint_as_float(__float_as_uint(scale) & 0xFFFFFFF0u);
   return {scale, -__fmul_rn(static_cast<float>(raw.bits), scale)};
-}
-
-// The same for a block with an offset of any form.
-__device__ __forceinline__ ScaleAndOffset decode_scale_and_offset(const ScaleView& view, float scale, RawOffset raw) {
-  return has_zero_points(view) ? zero_point_product(scale, raw) : ScaleAndOffset{scale, decode_offset(view, raw)};
 }
 
 // Computes value * scale + offset, in one rounding if it has the bits of two (fuses_offset).

@@ -27,12 +27,12 @@ __device__ __forceinline__ void fetch_x(uint32_t buffer, const typename Tile::T*
   });
 }
 
-// The packed bytes that a lane holds of 16 rows and a unit: those of rows g and g + 8.
-using PackedRows = uint4[2];
+// The packed bytes that a lane holds of a unit: those of rows g and g + 8 of every 16.
+template <class Tile>
+using PackedUnit = uint4[Tile::kRowTiles][2];
 
 // Loads a warp's rows, unit after unit and 16 rows at a time. As soon as 16 rows have been multiplied, their registers
-// receive the same rows of the next unit, or rows of the same unit if the kernel holds only a part of it. All but 16 of
-// the rows that it holds are therefore always in flight.
+// receive the same rows of the next unit. Three quarters of a unit are therefore always in flight.
 template <class Tile>
 class UnitLoader {
  public:
@@ -50,7 +50,7 @@ class UnitLoader {
   // Loads the 16 rows from row 16 kTile of the current unit. Rows and segments that do not exist become zero. After the
   // last rows of a unit, the next unit becomes the current one.
   template <int kTile>
-  __device__ __forceinline__ void load(PackedRows& w) {
+  __device__ __forceinline__ void load(uint4 (&w)[2]) {
     const uint8_t* const from = from_ + 16 * kTile * row_bytes_;
     if (left_ >= Tile::kUnitSegments && rows_ >= 16 * (kTile + 1)) {
       w[0] = ptx::load_stream_line_v4(from);

@@ -13,6 +13,7 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/mma_tf32.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/dropout.cuh"
 #include "cuda/tile/any/element.cuh"
 #include "cuda/tile/any/lora_step.cuh"
@@ -49,23 +50,21 @@ class HSums {
       : lora_(lora),
         k_(k),
         segment0_(segment0),
-        segments_(segments),
-        tokens_left_(tokens - g()),
-        x_offset_(Tile::x_offset(g(), part, t())) {
-    // Ranks beyond the last repeat the last one. Their sums are only ever multiplied by zeros.
-    ranks_ = lora.folded_ranks();
-    ptx::hold(ranks_), ptx::hold(x_offset_);
-    const int64_t k0 = segment0 * kSegment + 8 * t();
+        last_(segments - 1),
+        tokens_(tokens),
+        ranks_(lora.folded_ranks()),
+        part_(part) {
+    ptx::hold(ranks_);
+    derive();
+    ptx::hold(x_offset_);
 #pragma unroll
-    for (int i = 0; i < 2 * kRankTiles; ++i) {
-      chunk_[i] = static_cast<uint32_t>((min(8 * i + g(), ranks_ - 1) * k + k0) / 8);
-      ptx::hold(chunk_[i]);
-    }
+    for (int i = 0; i < 2 * kRankTiles; ++i) ptx::hold(chunk_[i]);
   }
 
   // Starts loading lora_a for a segment. Past the slice x is zero, so the last segment is loaded again.
   __device__ __forceinline__ void load(int segment) {
-    const uint4* const from = reinterpret_cast<const uint4*>(lora_.a) + min(segment, segments_ - 1) * 8;
+    if constexpr (kFewRegisters) derive();
+    const uint4* const from = reinterpret_cast<const uint4*>(lora_.a) + min(segment, last_) * 8;
     unroll<2 * kRankTiles>([&](auto i) {
       if (16 * (i / 2) >= ranks_) return;
       a_[i][0] = __ldg(from + chunk_[i]);
@@ -76,13 +75,14 @@ class HSums {
   // Multiplies the loaded lora_a by x. The segment's unit of x begins at `x`.
   __device__ __forceinline__ void multiply(uint32_t x, int segment) {
     if (ranks_ == 0) return;
+    if constexpr (kFewRegisters) derive();
     const uint32_t from = x + x_offset_;
     unroll<kTokenTiles>([&](auto j) {
       unroll<2>([&](auto i) {  // chunks t and t + 4
         uint4 v = make_uint4(0, 0, 0, 0);
         if (8 * j < tokens_left_) v = ptx::load_shared_v4<8 * j * kPairTableEntryBytes>(from ^ (i * 64));
         if (lora_.dropout.active()) {
-          const int64_t index = (8 * j + g()) * k_ + (segment0_ + segment) * kSegment + 8 * t() + 32 * i;
+          const int64_t index = (8 * j + g_) * k_ + k0_ + int64_t{segment} * kSegment + 32 * i;
           v = keep_8(v, keep_mask(lora_.dropout, index));
         }
         unroll<kRankTiles>([&](auto r) {
@@ -97,7 +97,8 @@ class HSums {
 
   // Stores the sums at `to` as [token][rank].
   __device__ __forceinline__ void store(uint32_t to) const {
-    to += (2 * t() * Tile::kHSumStride + g()) * 4;
+    const unsigned thread = thread_index();
+    to += (2 * (thread % 4) * Tile::kHSumStride + thread % 32 / 4) * 4;
     unroll<kRankTiles>([&](auto i) {
       unroll<kTokenTiles>([&](auto j) {
         unroll<4>([&](auto c) {
@@ -110,12 +111,27 @@ class HSums {
  private:
   static constexpr int kTokenTiles = Tile::kHSumTokens / 8;
 
-  __device__ __forceinline__ static int g() { return threadIdx.x % 32 / 4; }
-  __device__ __forceinline__ static int t() { return threadIdx.x % 4; }
+  __device__ __forceinline__ void derive() {
+    const unsigned thread = thread_index();
+    const int t = thread % 4;
+    g_ = thread % 32 / 4;
+    k0_ = segment0_ * kSegment + 8 * t;
+    tokens_left_ = tokens_ - g_;
+    x_offset_ = Tile::x_offset(g_, part_, t);
+    // Ranks beyond the last repeat the last one. Their sums are only ever multiplied by zeros.
+#pragma unroll
+    for (int i = 0; i < 2 * kRankTiles; ++i)
+      chunk_[i] = static_cast<uint32_t>((min(8 * i + g_, ranks_ - 1) * k_ + k0_) / 8);
+  }
 
   const FewTokensLora<T>& lora_;
-  int64_t k_, segment0_;
-  int segments_, tokens_left_, ranks_;  // the slice's segments; the tokens from g on; the ranks
+  const int64_t k_, segment0_;
+  const int last_, tokens_;  // the slice's last segment; the tokens
+  int ranks_;
+  const int part_;
+  // What follows from the thread index, with g = lane / 4:
+  int g_, tokens_left_;  // the tokens from g on
+  int64_t k0_;
   uint32_t x_offset_;
   uint32_t chunk_[2 * kRankTiles];  // the index of lora_a's chunk t of the slice's first segment, for ranks 8i + g
   uint4 a_[2 * kRankTiles][2];      // chunks t and t + 4
@@ -129,19 +145,18 @@ template <class Tile>
 __device__ __forceinline__ void sum_h(uint32_t sums, int tokens, int ranks, float factor) {
   // A warp takes 8 ranks of every second token among 8, and those tokens lie 8 banks apart.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int token = warp / 4 * 8 + lane % 4 * 2 + warp / 2 % 2;
+  const int token = warp / 4 * 8 + lane / 8 * 2 + warp / 2 % 2;
   static_assert(Tile::kThreads / 16 >= Tile::kTokens);
   if (token >= tokens) return;
-  unroll<Tile::kFoldedRanks / 16>([&](auto step) {
-    if (16 * step >= ranks) return;
-    const uint32_t at = sums + (token * Tile::kHSumStride + 16 * step + warp % 2 * 8 + lane / 4) * 4;
+  for (int rank = warp % 2 * 8 + lane % 8; rank < (ranks + 15) / 16 * 16; rank += 16) {
+    const uint32_t at = sums + (token * Tile::kHSumStride + rank) * 4;
     float sum = 0.0f;
     unroll<Tile::kThreads / 32>([&](auto warp) { sum += ptx::load_shared_f32<warp * Tile::kHSumBytes>(at); });
     sum *= factor;
     const float high = ptx::truncate_tf32(sum);
     ptx::store_shared_f32(at, high);
     ptx::store_shared_f32<Tile::kHSumBytes>(at, fabsf(sum) < INFINITY ? ptx::truncate_tf32(sum - high) : 0.0f);
-  });
+  }
 }
 
 // Adds h · lora_bᵀ to 16 rows of y, for the ranks 16 step .. 16 step + 15. Column 2 token of the mma is the upper part

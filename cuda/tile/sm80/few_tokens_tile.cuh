@@ -27,15 +27,14 @@
 
 namespace qlora::tile {
 
-template <class T_, int kTokenTiles_, TileOffsets kOffsets = TileOffsets::kNone>
+template <class T_, int kTokenTiles_, bool kZeroPoints_ = false>
 struct FewTokensTile {
   using T = T_;
-  static constexpr bool kIntegers = kOffsets != TileOffsets::kNone;
-  static constexpr bool kResiduals = kOffsets == TileOffsets::kSplit;
-  static constexpr int kTokenTiles = kTokenTiles_;  // of 4 tokens, per CTA
-  static constexpr int kRowTiles = 4;               // of 16 rows, per warp
-  static constexpr int kWarpsN = 2;                 // warps that divide a CTA's rows
-  static constexpr int kWarpsK = 4;                 // groups of kWarpsN warps that divide its units
+  static constexpr bool kZeroPoints = kZeroPoints_;  // the weight has them, and its codes are integers
+  static constexpr int kTokenTiles = kTokenTiles_;   // of 4 tokens, per CTA
+  static constexpr int kRowTiles = 4;                // of 16 rows, per warp
+  static constexpr int kWarpsN = 2;                  // warps that divide a CTA's rows
+  static constexpr int kWarpsK = 4;                  // groups of kWarpsN warps that divide its units
 
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kWarpRows = 16 * kRowTiles;
@@ -45,33 +44,24 @@ struct FewTokensTile {
   static constexpr int kRoundSegments = kUnitSegments * kWarpsK;  // segments that a CTA takes at a time
   static constexpr int kStageSegments = kTokens <= 8 ? 16 : 8;
   static_assert(kStageSegments % kRoundSegments == 0);
-  // A stage's scales are loaded in parts, one per unit of a warp, because registers do not suffice for all at once.
-  static constexpr int kScaleParts = kStageSegments / kRoundSegments;
 
   // The most LoRA ranks for which the kernel computes h itself. A CTA reads lora_a over its slice from L2, rank / 32
   // times as many bytes as it reads of w. Beyond 32 ranks that costs as much as a separate launch for h. With more
-  // tokens, or with residuals, registers allow fewer ranks.
-  static constexpr int kFoldedRanks = kTokens <= (kResiduals ? 4 : 8) ? 32 : 16;
+  // tokens, registers allow fewer ranks.
+  static constexpr int kFoldedRanks = kTokens <= 8 ? 32 : 16;
 
   // The pair table leaves half of each 256-byte entry free, and two stages of x fit there. A line is 64 k of a token.
   static constexpr int kStageXLines = kTokens * kStageSegments;
   static constexpr int kStageXBytes = kStageXLines * kPairTableEntryBytes;
   static_assert(2 * kStageXLines <= 256);
-  static constexpr int kScaleRowBytes = kStageSegments * 4;
-  static constexpr int kMinuends = kRows * kScaleRowBytes;  // from a scale to the block's IntegerPairs::minuend
-  static constexpr int kStageScaleBytes = kMinuends * (kIntegers ? 2 : 1);
+  static constexpr int kMinuends = kRows * kStageSegments * 4;  // from a scale to the block's IntegerPairs::minuend
+  static constexpr int kStageScaleBytes = kMinuends * (kZeroPoints ? 2 : 1);
 
   static constexpr int kTable = 0;
   static constexpr int kX = kTable + kLineBytes;
   static constexpr int kScaleValues = kTable + kPairTableBytes;
   static constexpr int kScales = kScaleValues + 1024;
   static constexpr int kSharedBytes = kScales + 2 * kStageScaleBytes;
-
-  // Integers need no pair table, so the other halves of its entries are free for the residuals of two stages. A warp
-  // adds those of a stage's four blocks at once.
-  static constexpr int kResidualTable = kTable;
-  static constexpr int kResidualBufferBytes = kLineBytes / 2;
-  static_assert(!kResiduals || kStageSegments == 2 * kRoundSegments);
 
   // At the end, the sums of the kWarpsK groups overwrite all of this as [group][token][row]. The sums of h follow as
   // [warp][token][rank]. The padding makes the tokens that one store instruction touches start 8 banks apart.
@@ -92,12 +82,6 @@ struct FewTokensTile {
   // The offset of the scale of a row and segment. A load of a unit's two scales for 4 rows has no bank conflicts.
   __device__ static constexpr int scale_offset(int row, int segment) {
     return (row * kStageSegments + (segment ^ (kStageSegments == 16 ? row & 2 : 0))) * 4;
-  }
-
-  // The offset of the residual of a row and segment in a buffer. A load reads two units' segments of 8 rows, of which
-  // two share a bank.
-  __device__ static constexpr int residual_offset(int row, int segment) {
-    return row * kPairTableEntryBytes + (segment ^ (row & 3) << 1) * 4;
   }
 };
 

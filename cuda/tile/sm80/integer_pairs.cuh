@@ -11,11 +11,6 @@
 //
 // Subtracting these from a constant of the block (`minuend`) leaves q - zero point. The minuend is a small number,
 // which both types hold exactly, because q enters as 15 - q: a minuend for q itself would exceed bfloat16's 256.
-//
-// Any other offset is split into -zero point * scale and a residual: a weight is (q - zero point) * scale + residual.
-// The zero point is the integer from 0 to 15 that leaves the smallest residual. So the residual is at most half of the
-// scale, or all of the block's weights have its sign. Either way the two parts of a weight together are at most three
-// times as large as the weight, and a sum of each is as exact as one of weights.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +18,8 @@
 
 #include "cpp/format/dtypes.h"
 #include "cuda/ptx/convert.cuh"
-#include "cuda/ptx/float_bits.cuh"
 #include "cuda/ptx/fma2.cuh"
 #include "cuda/ptx/lop3.cuh"
-#include "cuda/ptx/mad.cuh"
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/tile/any/unroll.cuh"
 
@@ -37,22 +30,6 @@ struct IntegerPairs {
   // `zero_point` is subtracted from q: 0 to 255, and 8 more for codes that begin at -8.
   __device__ __forceinline__ static uint32_t minuend(float zero_point) {
     return ptx::pack2<T>(kLower + 15.0f - zero_point, 8.0f * kLower + 15.0f - zero_point);
-  }
-
-  struct Split {
-    uint32_t minuend;
-    float residual;
-  };
-  // Splits `offset`. The largest code is the integer `last`. The residual is the weight whose code is the zero point,
-  // in the two roundings that the format prescribes.
-  __device__ __forceinline__ static Split split(float scale, float offset, float last) {
-    constexpr float kMagic = 0x1p23f;  // rounds what is added to it to an integer, in its lowest bits
-    constexpr uint32_t kMagicBits = 0x4B000000u;
-    // Of 15 - zero point. Where scale and offset are 0, the quotient is NaN, and saturates to 0.
-    const float fifteenth = ptx::fma_saturated(__fdividef(offset, scale), 1.0f / 15.0f, last * (1.0f / 15.0f));
-    const uint32_t bits = ptx::fma_to_bits(fifteenth, 15.0f, kMagic);
-    const float value = ptx::sub_bits(kMagic + last, bits);
-    return {ptx::mad<kPerPower>(bits, kPowers - kMagicBits * kPerPower), __fadd_rn(__fmul_rn(value, scale), offset)};
   }
 
   // The pairs of the four bytes of `word`.
@@ -68,7 +45,6 @@ struct IntegerPairs {
   static constexpr bool kIsBfloat16 = std::is_same_v<T, bfloat16>;
   static constexpr float kLower = kIsBfloat16 ? 16.0f : 128.0f;
   static constexpr uint32_t kPowers = kIsBfloat16 ? 0x43004180u : 0x64005800u;  // 8 * kLower and kLower
-  static constexpr uint32_t kPerPower = 0x00010008u;                            // adds 1 to both halves of kPowers
   static constexpr uint32_t kMinusOnes = kIsBfloat16 ? 0xBF80BF80u : 0xBC00BC00u;
 };
 

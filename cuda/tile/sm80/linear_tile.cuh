@@ -10,9 +10,10 @@
 // which leaves the sum unchanged because both operands are permuted alike.
 //
 // If a segment lies within one block, its sum is multiplied by the block's scale, which costs next to nothing. Smaller
-// blocks, and blocks of other than integer codes with offsets, have a tile with kScaleColumns = 16 or 32: the largest
-// power of two of columns that share a scale. Scale and offset are then applied to each weight (nf4_pairs_f32.cuh). A
-// lane's 16 k lie in one block. Offsets of integer codes need no such tile (TileOffsets).
+// blocks, and blocks with offsets, have a tile with kScaleColumns = 16 or 32: the largest power of two of columns that
+// share a scale. Scale and offset are then applied to each weight (nf4_pairs_f32.cuh). A lane's 16 k lie in one block.
+// Zero points of integer codes need no such tile: with kZeroPoints, they are subtracted from the codes
+// (integer_pairs.cuh).
 #pragma once
 
 #include <cstdint>
@@ -27,13 +28,8 @@ inline constexpr int kSegmentPackedBytes = kSegment / 2;
 inline constexpr int kSegmentXBytes = kSegment * 2;
 inline constexpr int kLineBytes = 128;  // bytes per line: 64 values of x of one token, or 32 scales of one row
 
-// What a tile for integer codes does with a block's offset. It subtracts zero points from the codes
-// (integer_pairs.cuh). Other offsets are split: into a zero point, and a residual that is multiplied by the block's sum
-// of x (block_sums.cuh).
-enum class TileOffsets { kNone, kZeroPoints, kSplit };
-
 template <class T_, int kRowTiles_, int kTokenTiles_, int kWarpsN_, int kWarpsK_, int kStageSegments_, int kStages_,
-          int kScaleColumns_ = kSegment, TileOffsets kOffsets = TileOffsets::kNone>
+          int kScaleColumns_ = kSegment, bool kZeroPoints_ = false>
 struct LinearTile {
   using T = T_;
   static constexpr int kRowTiles = kRowTiles_;      // of 16 rows, per warp
@@ -44,18 +40,14 @@ struct LinearTile {
   static constexpr int kStages = kStages_;  // buffers, all but one of which are being filled
   static constexpr int kScaleColumns = kScaleColumns_;
   static constexpr bool kScalesWeights = kScaleColumns < kSegment;
-  static constexpr bool kIntegers = kOffsets != TileOffsets::kNone;    // and their zero points are subtracted
-  static constexpr bool kResiduals = kOffsets == TileOffsets::kSplit;  // which are added by BlockSums
-  static_assert(!kIntegers || !kScalesWeights);
-  static constexpr int kScaleBytes = kScalesWeights || kIntegers ? 8 : 4;  // with an offset or a minuend, or alone
-  static constexpr int kScaleRowBytes = kPairTableEntryBytes;
+  static constexpr bool kZeroPoints = kZeroPoints_;
+  static_assert(!kZeroPoints || !kScalesWeights);
+  static constexpr int kScaleBytes = kScalesWeights || kZeroPoints ? 8 : 4;  // with an offset or a minuend, or alone
   static constexpr int kMinuends = 4;  // from a scale to the block's IntegerPairs::minuend
-  // Segments whose scales are staged at a time: a line per row. Residuals are added for four segments per group of
-  // warps at a time. 64 tokens leave no registers for loading a line of integers' scales ahead, and from 10.0 on for
-  // other lines.
+  // Segments whose scales are staged at a time: a line per row. Where registers are few, 64 tokens leave none for loading
+  // a line ahead.
   static constexpr int kLineSegments = kLineBytes / kScaleBytes * kScaleColumns / kSegment;
-  static constexpr int kWideSegments = kArch >= 1000 ? (kIntegers ? 4 : 8) : kIntegers ? 8 : kLineSegments;
-  static constexpr int kScaleSegments = kResiduals ? 8 : kTokenTiles_ == 8 ? kWideSegments : kLineSegments;
+  static constexpr int kScaleSegments = kFewRegisters && kTokenTiles == 8 ? (kZeroPoints ? 4 : 8) : kLineSegments;
 
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kRows = 16 * kRowTiles * kWarpsN;
@@ -81,15 +73,6 @@ struct LinearTile {
   static constexpr int kSharedBytes = kXInTable ? kPackedEnd : kX + kStages * kStageXBytes;
   static_assert(kRows <= 256);
 
-  // Integers need no pair table, so the other halves of its entries are free: for two buffers of residuals, and then
-  // for the sums of x, as [group][token tile][lane] in two entries per token tile.
-  static constexpr int kResidualTable = kTable;
-  static constexpr int kResidualBufferBytes = kLineBytes / 2;
-  static constexpr int kBlockSums = kTable + kRows * kPairTableEntryBytes;
-  static constexpr int kBlockSumBytes = 2 * kPairTableEntryBytes;  // per token tile
-  static_assert(!kResiduals || (kScaleSegments == 4 * kWarpsK && kStageSegments == kWarpsK &&
-                                kRows + 2 * kWarpsK * kTokenTiles <= 256));
-
   // At the end, the sums of the kWarpsK groups overwrite all of this as [group][token][row]. The padding makes the four
   // tokens that one store instruction touches start 8 banks apart.
   static constexpr int kSumStride = kRows + 4;
@@ -113,12 +96,6 @@ struct LinearTile {
   __device__ static constexpr int scale_offset(int row, int group) {
     const int swizzle = kScaleBytes == 4 ? (row & 7) << 2 : kScaleColumns > 16 ? (row & 7) << 1 : (row & 3) << 2;
     return row * kPairTableEntryBytes + (group ^ swizzle) * kScaleBytes;
-  }
-
-  // The offset of the residual of a row and segment in a buffer. A load reads every second segment of 8 rows, of which
-  // four share a bank.
-  __device__ static constexpr int residual_offset(int row, int segment) {
-    return row * kPairTableEntryBytes + (segment | (row & 1) << 3) * 4;
   }
 };
 
