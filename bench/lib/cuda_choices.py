@@ -12,7 +12,7 @@ MULTICAST = (1, 2)  # of sm90
 TILES = {  # operator -> kernel -> its parameter of tiles, with the values to try
     "linear_nf4": {
         "few_tokens": ("tokens", (4, 8, 16)),
-        "tensor_cores": ("tokens", (32, 64)),
+        "tensor_cores": ("tokens", (16, 32, 64)),
         "sm90": ("tokens", (64, 128)),
     },
     "linear_nf4_dx": {"tensor_cores": ("tokens", (8, 16, 32, 64)), "sm90": ("tokens", (64, 128, 256))},
@@ -28,7 +28,7 @@ BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
     frozenset({"sm90", "library"}): ("is_ahead", SM90),
     frozenset({"sm90", "tensor_cores"}): ("is_ahead", SM90),
     frozenset({"sm90", "few_tokens"}): ("is_ahead", SM90),
-    frozenset({"few_tokens", "tensor_cores"}): ("kMostFewTokens", SM80),
+    frozenset({"few_tokens", "tensor_cores"}): ("most_few_tokens", SM80),
     frozenset({"tensor_cores", "gemm"}): ("kAhead", GEMM),
     frozenset({"few_tokens", "gemm"}): ("kAhead", GEMM),
     frozenset({"library", "gemm"}): ("kAhead", GEMM),

@@ -64,8 +64,11 @@ constexpr bool ragged_accepts(const Grouped<Problem>& p, const Device& device) {
 
 inline constexpr int64_t kSegment = 64, kForwardRows = 128;
 
-// Up to 16 tokens: the kernel has a single tile for all tokens, and computes LoRA's product in the same launch.
-inline constexpr int64_t kMostFewTokens = 16;
+// The kernel for few tokens has a single tile for all tokens, and computes LoRA's product in the same launch. From 10.0
+// on, its tile of 16 tokens would spill registers, so the kernel for more tokens has one of 16 there. A GeForce RTX
+// 5090 needs that tile anyway: half of the columns that the kernel for few tokens multiplies are empty, which by the
+// data sheet would take longer than reading w.
+constexpr int64_t most_few_tokens(const Device& device) { return device.arch >= 100 ? 8 : 16; }
 
 // Whether the kernel has a form for streams (stream.h). From 10.0 on they are not compiled. Wider tiles have no
 // registers for them.
@@ -73,22 +76,24 @@ constexpr bool can_stream(const LinearProblem& p, int64_t tokens, const Device& 
   return device.arch < 100 && is_regular(p) && !has_offsets(p.w) && tokens <= 32;
 }
 
-constexpr bool few_tokens_accepts(const LinearProblem& p, const Device&) {
-  return is_16_bit(p.dtype) && is_regular(p) && p.m <= kMostFewTokens;
+constexpr bool few_tokens_accepts(const LinearProblem& p, const Device& device) {
+  return is_16_bit(p.dtype) && is_regular(p) && p.m <= most_few_tokens(device);
 }
 constexpr Config few_tokens_config(const LinearProblem& p, const Device& device, const Config& wish) {
-  const int64_t least = p.m <= 4 ? 4 : p.m <= 8 ? 8 : kMostFewTokens;
-  const int64_t tokens = wish.tokens >= least ? wish.tokens : least;
+  const int64_t least = p.m <= 4 ? 4 : p.m <= 8 ? 8 : 16;
+  const int64_t tokens = std::min(std::max(wish.tokens, least), most_few_tokens(device));
   return {.tokens = tokens,
           .rows = kForwardRows,
           .splits = wish.splits,
           .ctas = can_stream(p, tokens, device) ? wish.ctas : 0};
 }
+constexpr bool has_tile_16(const Device& device) { return most_few_tokens(device) < 16; }
 
 // The widest tile needs 137 KB of shared memory. Devices that have it decode w once per 64 tokens.
 inline constexpr int kShared64 = 137 * 1024;
 
 constexpr int64_t forward_tokens(int64_t m, const Device& device) {
+  if (m <= 16 && has_tile_16(device)) return 16;
   return m <= 32 || device.shared_per_cta < kShared64 ? 32 : 64;
 }
 // A forced tile of 64 tokens is not granted if the device lacks the shared memory.
@@ -104,9 +109,10 @@ constexpr int64_t scaled_tokens(const Weight& w, int64_t m, const Device& device
 }
 
 constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
-  const int64_t tokens = scales_weights(p)   ? scaled_tokens(p.w, p.m, device, wish)
-                         : wish.tokens == 16 ? forward_tokens(p.m, device)  // few_tokens has a better tile
-                                             : wished_tokens(wish, forward_tokens(p.m, device), device);
+  const int64_t tokens = scales_weights(p) ? scaled_tokens(p.w, p.m, device, wish)
+                         : wish.tokens == 16 && !has_tile_16(device)
+                             ? forward_tokens(p.m, device)  // few_tokens has a better tile
+                             : wished_tokens(wish, forward_tokens(p.m, device), device);
   return {.tokens = tokens,
           .rows = kForwardRows,
           .splits = wish.splits,

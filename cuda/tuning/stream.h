@@ -32,9 +32,9 @@ constexpr int64_t forward_stream_cost(int64_t tiles, int64_t segments, int64_t t
 
 // Whether a stream is worth it, instead of `splits` CTAs per tile. `clears` says whether the stream alone needs a
 // launch that clears its tickets. It gains nothing where the splits keep more than 80% of the slots busy: by the time
-// model, 1% where it was 89%, but 18% at 69% (14336 x 4096). As with splits, no CTA takes less time for
-// its segments than for its tables. Only an A100 gains: cards with GDDR wait for DRAM even if a third of their SMs are
-// idle, and splits in clusters fill an H100 by 85% without a launch that clears tickets.
+// model, 1% where it was 89%, but 18% at 69% (14336 x 4096). As with splits, no CTA takes less time for its segments
+// than for its tables. Only an A100 gains: cards with GDDR wait for DRAM even if a third of their SMs are idle, and
+// splits in clusters fill an H100 by 85% without a launch that clears tickets.
 constexpr bool forward_streams(int64_t tiles, int64_t segments, int64_t stage_segments, int64_t tokens, int64_t slots,
                                int64_t splits, bool clears, const Device& device) {
   const int64_t each = forward_split_segments(segments, splits, stage_segments);

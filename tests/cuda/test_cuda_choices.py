@@ -19,7 +19,12 @@ RANK = 16
 CHOICES = {
     # few tokens and many, of regular shape
     (FORWARD, "bfloat16", 1, 4096, 4096, 64, 0): "few_tokens tokens=4 rows=128",
-    (FORWARD, "float16", 16, 4096, 4096, 64, 0): "few_tokens tokens=16 rows=128",
+    (FORWARD, "float16", 16, 4096, 4096, 64, 0): (
+        "few_tokens tokens=16 rows=128",
+        "few_tokens tokens=16 rows=128",
+        "tensor_cores tokens=16 rows=128",
+        "tensor_cores tokens=16 rows=128",
+    ),
     (FORWARD, "bfloat16", 17, 4096, 4096, 64, 0): "tensor_cores tokens=32 rows=128",
     (FORWARD, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 rows=128",
@@ -166,6 +171,8 @@ REFUSED = {
     ("sm90", FORWARD, 64, 128, 0, "sm90:splits=2"): "sm90 cannot run linear_nf4 of m=64 n=4096 k=128",
     ("sm90", FORWARD, 9, 4096, 0, "few_tokens:tokens=8"): "with tokens=8: expected tokens=16",
     ("sm120", FORWARD, 64, 4096, 0, "tensor_cores:tokens=64"): "with tokens=64: expected tokens=32",
+    ("sm120", FORWARD, 3, 4096, 0, "few_tokens:tokens=16"): "with tokens=16: expected tokens=8",
+    ("sm120", FORWARD, 9, 4096, 0, "few_tokens"): "few_tokens does not take linear_nf4 of m=9",
     ("sm80", FORWARD, 64, 4096, 0, "library:panel=300"): "with panel=300: expected panel=512",
 }
 

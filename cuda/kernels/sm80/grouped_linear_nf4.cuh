@@ -4,10 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpp/format/grouped.h"
 #include "cuda/kernels/any/grouped_linear_nf4_ragged.cuh"
 #include "cuda/kernels/sm80/linear_nf4.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/groups.cuh"
 
 namespace qlora::kernels {
@@ -37,9 +39,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         p.stack.out.y, p.stack.n, tile.row0, min(tile.row0 + Tile::kTokens, tile.group.end), n0, n0 + Tile::kRows);
     return;
   }
+  // The widest tile with zero points has no registers for a copy on 8.0.
+  constexpr bool kReference = tile::kArch < 900 && Tile::kZeroPoints && Tile::kTokenTiles == 8;
+  using View = std::conditional_t<kReference, const tile::ScaleView&, tile::StagedView>;
   if constexpr (Tile::kSharedBytes <= tile::kMostSharedBytes)
-    linear_nf4_tile<Tile>(expert_args(p, tile.group), n0, tile.row0,
-                          tile::SplitSlice(p.stack.k, p.stack.segments_per_split));
+    linear_nf4_tile<Tile, View>(expert_args(p, tile.group), n0, tile.row0,
+                                tile::SplitSlice(p.stack.k, p.stack.segments_per_split));
 }
 
 }  // namespace qlora::kernels

@@ -189,7 +189,7 @@ __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, tile
 // Computes the tile of rows n0.. of w and tokens token0.. of x, over a slice of k. This is the work of a whole CTA.
 // Requires k % 64 == 0, a block size of at least kScaleColumns, no offsets if that is 64, except zero points of an
 // integer code with kZeroPoints, and x and packed aligned to 16 bytes.
-template <class Tile, class Slice>
+template <class Tile, class View = tile::StagedView, class Slice>
 __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::T>& p, int64_t n0, int64_t token0,
                                                 const Slice& slice) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -204,7 +204,7 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) source.fetch(stage, stage);
-  tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns> scales(p.scales, p.code, n0, p.n, p.k);
+  tile::ScaleStage<Tile, Tile::kScaleSegments, Tile::kScaleColumns, View> scales(p.scales, p.code, n0, p.n, p.k);
   scales.load(segment0, segments);
   if constexpr (Tile::kScalesWeights)
     tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + Tile::kTable, p.code);

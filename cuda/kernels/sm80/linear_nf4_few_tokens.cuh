@@ -47,14 +47,14 @@ class XUnit {
  public:
   uint4 value[Tile::kTokenTiles][4] = {};
 
-  __device__ __forceinline__ explicit XUnit(int tokens) : tokens_(tokens) {
-    derive();
+  __device__ __forceinline__ explicit XUnit(int tokens)
+      : offset_(Tile::x_offset(token(), segment(), 4 * (threadIdx.x % 2))),
+        left_(segment() == column() ? tokens - token() : 0) {
     ptx::hold(offset_), ptx::hold(left_);
   }
 
   // `x` is the address of the unit's first segment in its stage.
   __device__ __forceinline__ void load(uint32_t x) {
-    if constexpr (tile::kFewRegisters) derive();
     const uint32_t from = x + offset_;
     tile::unroll<Tile::kTokenTiles>([&](auto j) {
       if (4 * j >= left_) return;
@@ -64,15 +64,11 @@ class XUnit {
   }
 
  private:
-  __device__ __forceinline__ void derive() {
-    const unsigned thread = tile::thread_index();
-    // The segment that the lane holds, and the segment that its column is for.
-    const int token = thread % 32 / 8, segment = thread % 4 / 2, column = thread % 32 / 4 % 2;
-    offset_ = Tile::x_offset(token, segment, 4 * (thread % 2));
-    left_ = segment == column ? tokens_ - token : 0;
-  }
+  __device__ __forceinline__ static int token() { return threadIdx.x % 32 / 8; }
+  // The segment that the lane holds, and the segment that its column is for.
+  __device__ __forceinline__ static int segment() { return threadIdx.x % 4 / 2; }
+  __device__ __forceinline__ static int column() { return threadIdx.x % 32 / 4 % 2; }
 
-  int tokens_;
   uint32_t offset_;
   int left_;  // the number of tokens from this lane's first on
 };
@@ -199,9 +195,9 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
   });
 }
 
-// Computes a slice of the sum of a tile of rows. This is the work of a whole CTA. Requires m <= kTokens, k % 64 == 0, a
-// block size of at least 64, no offsets, except zero points of an integer code with kZeroPoints, and x, packed and,
-// unless it is null, lora_a aligned to 16 bytes.
+// Computes a row tile over a slice of k. This is the work of a whole CTA. Requires m <= kTokens, k % 64 == 0, a block
+// size of at least 64, no offsets, except zero points of an integer code with kZeroPoints, and x, packed and, unless it
+// is null, lora_a aligned to 16 bytes.
 template <class Tile, class Slice>
 __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinearArgs<typename Tile::T>& p,
                                                            const Slice& slice) {
@@ -281,7 +277,8 @@ __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinear
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
-  linear_nf4_few_tokens_tile<Tile>(p, tile::SplitSlice(p.k, p.segments_per_split));
+  if constexpr (Tile::kTokens <= tile::kMostFewTokens)
+    linear_nf4_few_tokens_tile<Tile>(p, tile::SplitSlice(p.k, p.segments_per_split));
 }
 
 // Grid: a stream over row tiles.

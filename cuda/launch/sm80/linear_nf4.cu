@@ -15,7 +15,14 @@ cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
     using T = decltype(element);
     if (scales_weights(p)) return with_scaled_tile<T>(p.w, tokens, use);
     return with_zero_points(p.w, [&](auto zero_points) {
-      return tokens == 32 ? use(Tile32<T, kSegment, zero_points>()) : use(Tile64<T, kSegment, zero_points>());
+      switch (tokens) {
+        case 16:
+          return use(Tile16<T, kSegment, zero_points>());
+        case 32:
+          return use(Tile32<T, kSegment, zero_points>());
+        default:
+          return use(Tile64<T, kSegment, zero_points>());
+      }
     });
   });
 }

@@ -1,4 +1,5 @@
-// What kernels have to know about the architecture that is being compiled.
+// What kernels have to know about the architecture that is being compiled. Kernels of tiles beyond its limits are
+// empty: they are never launched, because cuda/tuning chooses other tiles.
 #pragma once
 
 #include "cuda/ptx/hold.cuh"
@@ -11,12 +12,12 @@ inline constexpr int kArch = __CUDA_ARCH__;
 inline constexpr int kArch = 0;
 #endif
 
-// Dynamic shared memory of a CTA. Kernels of tiles that need more are empty: they are never launched.
-inline constexpr int kMostSharedBytes = (kArch >= 1200 ? 99 : 227) * 1024;
+inline constexpr int kMostSharedBytes = (kArch >= 1200 ? 99 : 227) * 1024;  // dynamic shared memory of a CTA
 
-// From 10.0 on, ptxas needs more registers for the same code. Kernels that would spill them there have a form that needs
-// fewer and executes more instructions.
+// From 10.0 on, ptxas needs more registers for the same code. Kernels that would spill them there have a form that
+// needs fewer.
 inline constexpr bool kFewRegisters = kArch >= 1000;
+inline constexpr int kMostFewTokens = kFewRegisters ? 8 : 16;  // of the forward for few tokens
 
 // Returns threadIdx.x. Where registers are few, nothing that was derived from it earlier stays in one until this call.
 __device__ __forceinline__ unsigned thread_index() {

@@ -49,21 +49,22 @@ class HSums {
                                    int part)
       : lora_(lora),
         k_(k),
-        segment0_(segment0),
+        k0_(segment0 * kSegment + 8 * t()),
         last_(segments - 1),
-        tokens_(tokens),
-        ranks_(lora.folded_ranks()),
-        part_(part) {
-    ptx::hold(ranks_);
-    derive();
-    ptx::hold(x_offset_);
+        tokens_left_(tokens - g()),
+        x_offset_(Tile::x_offset(g(), part, t())) {
+    // Ranks beyond the last repeat the last one. Their sums are only ever multiplied by zeros.
+    ranks_ = lora.folded_ranks();
+    ptx::hold(ranks_), ptx::hold(x_offset_);
 #pragma unroll
-    for (int i = 0; i < 2 * kRankTiles; ++i) ptx::hold(chunk_[i]);
+    for (int i = 0; i < 2 * kRankTiles; ++i) {
+      chunk_[i] = static_cast<uint32_t>((min(8 * i + g(), ranks_ - 1) * k + k0_) / 8);
+      ptx::hold(chunk_[i]);
+    }
   }
 
   // Starts loading lora_a for a segment. Past the slice x is zero, so the last segment is loaded again.
   __device__ __forceinline__ void load(int segment) {
-    if constexpr (kFewRegisters) derive();
     const uint4* const from = reinterpret_cast<const uint4*>(lora_.a) + min(segment, last_) * 8;
     unroll<2 * kRankTiles>([&](auto i) {
       if (16 * (i / 2) >= ranks_) return;
@@ -75,14 +76,13 @@ class HSums {
   // Multiplies the loaded lora_a by x. The segment's unit of x begins at `x`.
   __device__ __forceinline__ void multiply(uint32_t x, int segment) {
     if (ranks_ == 0) return;
-    if constexpr (kFewRegisters) derive();
     const uint32_t from = x + x_offset_;
     unroll<kTokenTiles>([&](auto j) {
       unroll<2>([&](auto i) {  // chunks t and t + 4
         uint4 v = make_uint4(0, 0, 0, 0);
         if (8 * j < tokens_left_) v = ptx::load_shared_v4<8 * j * kPairTableEntryBytes>(from ^ (i * 64));
         if (lora_.dropout.active()) {
-          const int64_t index = (8 * j + g_) * k_ + k0_ + int64_t{segment} * kSegment + 32 * i;
+          const int64_t index = (8 * j + g()) * k_ + k0_ + int64_t{segment} * kSegment + 32 * i;
           v = keep_8(v, keep_mask(lora_.dropout, index));
         }
         unroll<kRankTiles>([&](auto r) {
@@ -111,27 +111,12 @@ class HSums {
  private:
   static constexpr int kTokenTiles = Tile::kHSumTokens / 8;
 
-  __device__ __forceinline__ void derive() {
-    const unsigned thread = thread_index();
-    const int t = thread % 4;
-    g_ = thread % 32 / 4;
-    k0_ = segment0_ * kSegment + 8 * t;
-    tokens_left_ = tokens_ - g_;
-    x_offset_ = Tile::x_offset(g_, part_, t);
-    // Ranks beyond the last repeat the last one. Their sums are only ever multiplied by zeros.
-#pragma unroll
-    for (int i = 0; i < 2 * kRankTiles; ++i)
-      chunk_[i] = static_cast<uint32_t>((min(8 * i + g_, ranks_ - 1) * k_ + k0_) / 8);
-  }
+  __device__ __forceinline__ static int g() { return threadIdx.x % 32 / 4; }
+  __device__ __forceinline__ static int t() { return threadIdx.x % 4; }
 
   const FewTokensLora<T>& lora_;
-  const int64_t k_, segment0_;
-  const int last_, tokens_;  // the slice's last segment; the tokens
-  int ranks_;
-  const int part_;
-  // What follows from the thread index, with g = lane / 4:
-  int g_, tokens_left_;  // the tokens from g on
-  int64_t k0_;
+  int64_t k_, k0_;
+  int last_, tokens_left_, ranks_;  // the last segment; the tokens from g on; the ranks
   uint32_t x_offset_;
   uint32_t chunk_[2 * kRankTiles];  // the index of lora_a's chunk t of the slice's first segment, for ranks 8i + g
   uint4 a_[2 * kRankTiles][2];      // chunks t and t + 4

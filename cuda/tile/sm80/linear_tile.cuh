@@ -44,8 +44,8 @@ struct LinearTile {
   static_assert(!kZeroPoints || !kScalesWeights);
   static constexpr int kScaleBytes = kScalesWeights || kZeroPoints ? 8 : 4;  // with an offset or a minuend, or alone
   static constexpr int kMinuends = 4;  // from a scale to the block's IntegerPairs::minuend
-  // Segments whose scales are staged at a time: a line per row. Where registers are few, 64 tokens leave none for loading
-  // a line ahead.
+  // Segments whose scales are staged at a time: a line per row. Where registers are few, 64 tokens leave none for
+  // loading a line ahead.
   static constexpr int kLineSegments = kLineBytes / kScaleBytes * kScaleColumns / kSegment;
   static constexpr int kScaleSegments = kFewRegisters && kTokenTiles == 8 ? (kZeroPoints ? 4 : 8) : kLineSegments;
 
