@@ -41,7 +41,7 @@ class SplitSlice {
   __device__ __forceinline__ int64_t first_part() const { return int64_t{blockIdx.x} * gridDim.y; }
 };
 
-// Where cuda/tuning never chooses a stream, its kernels are empty.
+// From 10.0 on, cuda/tuning refuses streams, so their kernels are empty there.
 inline constexpr bool kArchStreams = kArch < 1000;
 
 // ptxas makes a function call of a 64-bit division, so 32-bit indices count the segments.
