@@ -20,7 +20,9 @@ TILES = {  # operator -> kernel -> its parameter of tiles, with the values to tr
 }
 PANELS = (1024, 2048, 4096)
 
-SM80, SM90, ANY, GEMM, LIBRARY = (f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "any", "gemm", "library"))
+SM80, SM90, STREAM, ANY, GEMM, LIBRARY = (
+    f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "stream", "any", "gemm", "library")
+)
 BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
     frozenset({"sm90", "gemm"}): ("is_ahead", SM90),
     frozenset({"sm90", "library"}): ("is_ahead", SM90),
@@ -42,8 +44,10 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
     ("sm90", "linear_nf4_dx", "multicast"): ("kMulticastCycles", SM90),
     ("few_tokens", "linear_nf4", "tokens"): ("few_tokens_config", SM80),
     ("few_tokens", "linear_nf4", "splits"): ("forward_splits", SM80),
+    ("few_tokens", "linear_nf4", "ctas"): ("forward_streams", STREAM),
     ("tensor_cores", "linear_nf4", "tokens"): ("forward_tokens", SM80),
     ("tensor_cores", "linear_nf4", "splits"): ("forward_splits", SM80),
+    ("tensor_cores", "linear_nf4", "ctas"): ("forward_streams", STREAM),
     ("tensor_cores", "linear_nf4_dx", "tokens"): ("dx_tokens", SM80),
     ("tensor_cores", "linear_nf4_dx", "splits"): ("dx_splits", ANY),
     ("tensor_cores", "linear_nf4_dlora", "ranks"): ("dlora_tile", SM80),
@@ -80,6 +84,8 @@ def to_change(operator: str, chosen: str, best: str) -> str:
         places = [BETWEEN[frozenset({one, other})]]
     else:
         places = [WITHIN[one, operator, key] for key, value in wants.items() if has.get(key, value) != value]
+        if "ctas" in has and "splits" in wants:
+            places.append(WITHIN[one, operator, "ctas"])
     return ", ".join(f"{name} in {file}" for name, file in dict.fromkeys(places)) or "nothing"
 
 

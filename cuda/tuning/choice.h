@@ -27,8 +27,8 @@ constexpr const char* kernel_name(Kernel kernel) {
   return kNames[static_cast<int>(kernel)];
 }
 
-// A parameter is 0 if the kernel does not have it. `splits` is also 0 until the launcher's plan sets it: the number of
-// parts of a sum that fill the device depends on how many CTAs of the compiled kernel an SM holds.
+// A parameter is 0 if the kernel does not have it. `splits` and `ctas` are also 0 until the launcher's plan sets one of
+// them: what fills the device depends on how many CTAs of the compiled kernel an SM holds.
 struct Config {
   int64_t tokens = 0;     // per tile
   int64_t rows = 0;       // rows of w per tile of the forward
@@ -37,16 +37,16 @@ struct Config {
   int64_t splits = 0;     // CTAs that divide a tile's sum
   int64_t panel = 0;      // columns of the output whose weights are decoded at a time
   int64_t multicast = 0;  // CTAs with neighbouring outputs that receive each copy of the tokens' values
+  int64_t ctas = 0;       // CTAs that divide the sums of all tiles evenly (stream-K)
 };
 
 struct Parameter {
   const char* name;
   int64_t Config::* value;
 };
-inline constexpr Parameter kParameters[] = {{"tokens", &Config::tokens},      {"rows", &Config::rows},
-                                            {"ranks", &Config::ranks},        {"columns", &Config::columns},
-                                            {"splits", &Config::splits},      {"panel", &Config::panel},
-                                            {"multicast", &Config::multicast}};
+inline constexpr Parameter kParameters[] = {
+    {"tokens", &Config::tokens}, {"rows", &Config::rows}, {"ranks", &Config::ranks}, {"columns", &Config::columns},
+    {"splits", &Config::splits}, {"ctas", &Config::ctas}, {"panel", &Config::panel}, {"multicast", &Config::multicast}};
 
 struct Choice {
   Kernel kernel = Kernel::kRagged;

@@ -26,7 +26,7 @@ namespace qlora::cuda {
 // The parts of a configuration that QLORA_CUDA_KERNEL may set (forced.h).
 struct Options {
   int64_t tokens[4] = {}, ranks[3] = {}, multicast[2] = {};  // the values that the kernel was compiled for
-  bool splits = false, panel = false;
+  bool splits = false, ctas = false, panel = false;
 };
 
 template <class Problem>
@@ -56,8 +56,12 @@ struct Kernels<LinearProblem> {
        sm80::few_tokens_accepts,
        nullptr,
        sm80::few_tokens_config,
-       {.tokens = {4, 8, 16}, .splits = true}},
-      {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {16, 32, 64}, .splits = true}},
+       {.tokens = {4, 8, 16}, .splits = true, .ctas = true}},
+      {Kernel::kTensorCores,
+       sm80::accepts,
+       nullptr,
+       sm80::config,
+       {.tokens = {16, 32, 64}, .splits = true, .ctas = true}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::config, {.tokens = {4, 16, 64}}},
       {Kernel::kRagged, any::ragged_accepts, nullptr, any::config, {.tokens = {4, 16, 64}}},
   };

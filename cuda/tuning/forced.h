@@ -46,7 +46,7 @@ inline std::vector<int64_t> compiled_values(const Options& options, const Parame
 }
 
 inline bool has_parameter(const Options& options, const Parameter& parameter) {
-  return (parameter.value == &Config::splits && options.splits) ||
+  return (parameter.value == &Config::splits && options.splits) || (parameter.value == &Config::ctas && options.ctas) ||
          (parameter.value == &Config::panel && options.panel) || !compiled_values(options, parameter).empty();
 }
 

@@ -4,6 +4,7 @@
 
 #include "cuda/tuning/choose.h"
 #include "cuda/tuning/codec.h"
+#include "cuda/tuning/stream.h"
 
 using namespace qlora;
 using namespace qlora::cuda;
@@ -35,7 +36,11 @@ int main() {
         for (int tokens : {8, 64}) {
           const auto splits = sm80::forward_splits(tiles, segments, 2, tokens, slots);
           const auto each = sm80::forward_split_segments(segments, splits, 2);
-          std::printf("%s[%d, %d, %d, %d, %ld]", comma, slots, tiles, segments, tokens, long(each));
+          const bool streams =
+              sm80::forward_streams(tiles, segments, 2, tokens, slots, splits, true, card(80, 108, 40));
+          const auto run = sm80::stream_cta_segments(int64_t{tiles} * segments, slots);
+          std::printf("%s[%d, %d, %d, %d, %ld, %ld]", comma, slots, tiles, segments, tokens, long(each),
+                      streams ? long(run) : 0L);
           comma = ", ";
         }
   std::printf("], \"dx\": [");

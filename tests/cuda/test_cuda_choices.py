@@ -139,6 +139,8 @@ FORCED = {
     ("sm90", DX, 64, 4096, 0, "sm90:splits=4,multicast=2"): "sm90 tokens=64 columns=128 splits=4 multicast=2",
     ("sm90", FORWARD, 3, 4096, 0, "sm90"): "sm90 tokens=64 rows=128 splits=3 multicast=1",
     ("sm90", FORWARD, 3, 4096, 0, "few_tokens:tokens=16"): "few_tokens tokens=16 rows=128",
+    ("sm80", FORWARD, 3, 4096, 0, "few_tokens:ctas=7"): "few_tokens tokens=4 rows=128 ctas=7",
+    ("sm90", FORWARD, 64, 4096, 0, "tensor_cores:tokens=32,ctas=7"): "tensor_cores tokens=32 rows=128 ctas=7",
     ("sm90", FORWARD, 3, 4096, 0, "ragged:tokens=64"): "ragged tokens=64 rows=64",
     ("sm80", FORWARD, 3, 4096, 0, "library:panel=512"): "library panel=512",
     ("sm80", FORWARD, 3, 4096, 0, "gemm:panel=512"): "gemm panel=512",
@@ -172,6 +174,9 @@ REFUSED = {
     ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=x"): "expected tokens=NUMBER, from 1 to 2147483647, got tokens=x",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=0"): "expected splits=NUMBER, from 1 to 2147483647, got splits=0",
     ("sm90", DX, 64, 4096, 0, "exact:splits=2"): "exact does not take linear_nf4_dx",
+    ("sm90", DX, 64, 4096, 0, "tensor_cores:ctas=2"): "with the key tokens or splits, got ctas=2",
+    ("sm80", FORWARD, 64, 4096, 0, "tensor_cores:ctas=2"): "tensor_cores cannot run linear_nf4 of m=64",
+    ("sm100", FORWARD, 3, 4096, 0, "few_tokens:ctas=2"): "few_tokens cannot run linear_nf4 of m=3",
     ("sm90", DX, 64, 4096, 0, "ragged:splits=2147483648"): "from 1 to 2147483647, got splits=2147483648",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64 or 128 of sm90 for linear_nf4, got 32",
     ("sm90", DX, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64, 128 or 256 of sm90 for linear_nf4_dx, got 32",
@@ -226,6 +231,7 @@ def test_python_takes_any_card_and_forced_kernel() -> None:
     assert _C.choose(*problem, device=card) == ["sm90"]
     assert _C.choose(*problem, device=card | {"arch": 89}) == ["tensor_cores"]
     assert _C.choose(*problem, device=card, kernel="ragged:tokens=16") == ["ragged"]
+    assert _C.choose(*problem, device="sm80", kernel="tensor_cores:tokens=32,ctas=7") == ["tensor_cores"]
     assert _C.choose(*problem, device="cpu") == _C.choose(*problem)
     for arguments, text in (
         ({"device": "cuda"}, "device: expected cpu, sm80, .* or a dict of a card's attributes, got cuda"),
@@ -234,6 +240,7 @@ def test_python_takes_any_card_and_forced_kernel() -> None:
         ({"device": card | {"sms": 1}}, "device: expected arch, .* got sms"),
         ({"device": "sm90", "isa": "scalar"}, "isa: "),
         ({"device": "cpu", "kernel": "ragged"}, "kernel: expected none for the CPU, got ragged"),
+        ({"device": "sm100", "kernel": "tensor_cores:tokens=32,ctas=7"}, "tensor_cores cannot run .* with ctas=7"),
         ({"device": "sm90", "kernel": "fused"}, f"QLORA_CUDA_KERNEL: expected .*{NAMES}, got fused"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -22,7 +22,7 @@ def ceil(a: int, b: int) -> int:
 
 
 def test_splits_of_the_forward_cover_the_sum(chosen: dict) -> None:
-    for slots, tiles, segments, tokens, each in chosen["forward"]:
+    for slots, tiles, segments, tokens, each, _ in chosen["forward"]:
         assert each >= 1, (slots, tiles, segments, tokens)
         assert each % 2 == 0
         if each < segments:  # split: each part has more work than its tables
@@ -43,9 +43,23 @@ def time_over_ideal(slots: int, tiles: int, segments: int, splits: int, each: in
     ],
 )
 def test_waves_are_counted(chosen: dict, slots: int, tiles: int, limit: float) -> None:
-    for found_slots, found_tiles, segments, _, each in chosen["forward"]:
+    for found_slots, found_tiles, segments, _, each, _ in chosen["forward"]:
         if (found_slots, found_tiles) == (slots, tiles) and segments >= 172:
             assert time_over_ideal(slots, tiles, segments, ceil(segments, each), each) < limit
+
+
+def test_a_stream_fills_the_device_where_tiles_do_not(chosen: dict) -> None:
+    """Runs are equal, up to the segments of a line of w, and no longer than the waves of CTAs that they replace."""
+    streams = set()
+    for slots, tiles, segments, _, each, run in chosen["forward"]:
+        case = (slots, tiles, segments)
+        if run:
+            assert run % 4 == 0, case
+            assert run >= 16, case  # each CTA has more work than its tables
+            assert run * slots >= tiles * segments > (run - 4) * slots, case
+            assert run < ceil(tiles * ceil(segments, each), slots) * each, case
+            streams.add(case)
+    assert (108, 112, 64) in streams  # A100, 14336 x 4096: 69% of its time is useful with two CTAs per tile
 
 
 def test_splits_of_dx_cover_the_sum(chosen: dict) -> None:

@@ -212,6 +212,8 @@ def test_a_sweep_names_places_that_exist() -> None:
     assert change("linear_nf4", sm90, "sm90:tokens=64,splits=4,multicast=2") == "kMulticastCycles in cuda/tuning/sm90.h"
     assert change("linear_nf4", sm90, "library:panel=1024") == "is_ahead in cuda/tuning/sm90.h"
     assert change("linear_nf4", sm90, "sm90:tokens=64,splits=4") == "nothing"
+    stream, best = "few_tokens tokens=4 rows=128 ctas=108", "few_tokens:tokens=4,splits=2"
+    assert change("linear_nf4", stream, best) == "forward_streams in cuda/tuning/stream.h"
     best = "tensor_cores:tokens=32,splits=1"
     assert change("linear_nf4_dx", "tensor_cores tokens=64 columns=256 splits=2", best) == (
         "dx_tokens in cuda/tuning/sm80.h, dx_splits in cuda/tuning/any.h"
