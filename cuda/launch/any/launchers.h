@@ -1,4 +1,4 @@
-// The launchers of the linear operators in float32, and of the forward of ragged shapes. sm80/launchers.h describes
+// The launchers of the linear operators by exact products, and of the forward of ragged shapes. sm80/launchers.h describes
 // their common interface.
 #pragma once
 
