@@ -25,6 +25,7 @@ inline constexpr int64_t kNever = INT64_MAX;
 // tokens from which bitsandbytes 0.50 leaves its own mma.sync kernel, according to its dispatch table calibrated on
 // cards, at many CTAs.
 inline constexpr Crossover kCrossovers[] = {
+    {75, 17},       // T4: model 18 against float32 FMA at half of its 8.1 TFLOP/s; from 17 tokens on, a tile has 64
     {80, 256},      // A100: bnb 128, model 640
     {86, kNever},   // A40, RTX 3090, 4090, L40S: limited by the tensor cores, which hide the decode; bnb 256
     {90, 128},      // H100: bnb 64, model 320
@@ -35,7 +36,7 @@ inline constexpr Crossover kCrossovers[] = {
 
 // Kernels without tensor cores (for float32, or k not a multiple of 64), and those that apply a scale or an offset to
 // each weight (for blocks of 32, or offsets), decode the weight again for every 64 tokens. Decoding it once is faster
-// as soon as they would decode twice.
+// as soon as they would decode twice. The table's row for 7.5 takes this into account for float16.
 inline constexpr int64_t kTokensPerDecode = 64;
 constexpr bool decodes_often(DType dtype, int64_t k, int64_t block_size, bool offsets) {
   return dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64 || offsets;
@@ -43,7 +44,8 @@ constexpr bool decodes_often(DType dtype, int64_t k, int64_t block_size, bool of
 
 constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, const Device& device,
                                     bool offsets = false) {
-  if (decodes_often(dtype, k, block_size, offsets)) return kTokensPerDecode + 1;
+  if ((dtype == DType::kFloat32 || has_tensor_core_kernels(device)) && decodes_often(dtype, k, block_size, offsets))
+    return kTokensPerDecode + 1;
   const Crossover* best = kCrossovers;
   for (const Crossover& c : kCrossovers) {
     if (device.arch >= c.arch) best = &c;
@@ -51,14 +53,18 @@ constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, 
   return best->tokens;
 }
 
+// T4's 4 MB of L2 hold no panel of a large weight, so its panels are sized for waves: 1280 columns are 10 tiles of 128
+// x 128, which fill its 40 SMs for every multiple of 512 tokens.
+constexpr int64_t least_panel(const Device& device) { return has_tensor_core_kernels(device) ? 512 : 1280; }
+
 // The library path decodes the weight panel by panel. A panel is as large as fits in half of L2 together with its
 // float32 sums, if it has any, so only outputs go to memory. `columns` is the number of output columns, and each sums
-// `inner` terms. A panel has at least 512 columns, because with fewer a GEMM's own tiles (128 x 256) no longer fill a
-// device, and a multiple of `step`. Panels have equal sizes, so the last one is not a small remainder.
+// `inner` terms. A panel has at least least_panel columns, because with fewer a GEMM's own tiles (128 x 256) no longer fill
+// a device, and a multiple of `step`. Panels have equal sizes, so the last one is not a small remainder.
 constexpr int64_t library_panel_columns(int64_t m, int64_t inner, int64_t columns, int64_t step, bool float32_sums,
                                         DType dtype, const Device& device) {
   const int64_t a_column = std::max<int64_t>(inner * dtype_bytes(dtype) + (float32_sums ? 4 * m : 0), 1);
-  const int64_t fit = std::max<int64_t>(device.l2_bytes / 2 / a_column, 512);
+  const int64_t fit = std::max<int64_t>(device.l2_bytes / 2 / a_column, least_panel(device));
   const int64_t each = ceil_div(columns, std::max<int64_t>(ceil_div(columns, fit), 1));
   return std::min(columns, ceil_div(each, step) * step);
 }
