@@ -67,8 +67,8 @@ constexpr bool has_offsets(const Weight& w) { return w.scales.offsets.form != Of
 
 constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
-// Whether the device runs the 16-bit kernels on mma.sync. Compute capability 7.5 lacks their instructions: bfloat16, and
-// copies to shared memory that bypass registers.
+// Whether the device runs the 16-bit kernels on mma.sync. Compute capability 7.5 lacks their instructions: bfloat16,
+// and copies to shared memory that bypass registers.
 constexpr bool has_tensor_core_kernels(const Device& device) { return device.arch >= 80; }
 
 // The device's compute capability, for example "8.0".

@@ -59,8 +59,8 @@ constexpr int64_t least_panel(const Device& device) { return has_tensor_core_ker
 
 // The library path decodes the weight panel by panel. A panel is as large as fits in half of L2 together with its
 // float32 sums, if it has any, so only outputs go to memory. `columns` is the number of output columns, and each sums
-// `inner` terms. A panel has at least least_panel columns, because with fewer a GEMM's own tiles (128 x 256) no longer fill
-// a device, and a multiple of `step`. Panels have equal sizes, so the last one is not a small remainder.
+// `inner` terms. A panel has at least least_panel columns, because with fewer a GEMM's own tiles (128 x 256) no longer
+// fill a device, and a multiple of `step`. Panels have equal sizes, so the last one is not a small remainder.
 constexpr int64_t library_panel_columns(int64_t m, int64_t inner, int64_t columns, int64_t step, bool float32_sums,
                                         DType dtype, const Device& device) {
   const int64_t a_column = std::max<int64_t>(inner * dtype_bytes(dtype) + (float32_sums ? 4 * m : 0), 1);

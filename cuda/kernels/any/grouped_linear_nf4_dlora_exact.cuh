@@ -1,5 +1,5 @@
-// The gradients of all experts' LoRA weights in one launch: what all data types share, and the kernel of exact products. Each
-// tile sums over one expert's tokens. An expert without tokens gets zeros.
+// The gradients of all experts' LoRA weights in one launch: what all data types share, and the kernel of exact
+// products. Each tile sums over one expert's tokens. An expert without tokens gets zeros.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// dX of all experts in one launch: what all data types share, and the kernel of exact products. Each tile has one expert's
-// tokens and weight. Tokens keep their row numbers in dy, as in grouped_linear_nf4_ragged_kernel.
+// dX of all experts in one launch: what all data types share, and the kernel of exact products. Each tile has one
+// expert's tokens and weight. Tokens keep their row numbers in dy, as in grouped_linear_nf4_ragged_kernel.
 #pragma once
 
 #include <cstdint>
@@ -47,9 +47,8 @@ template <class T>
 __global__ void __launch_bounds__(kDxExactThreads)
     grouped_linear_nf4_dx_exact_kernel(const __grid_constant__ GroupedDxArgs p) {
   visit_dx_tile<T, kDxExactTokens, kDxExactColumns, kDxExactThreads>(
-      p, [](const DxArgs& args, int64_t token0, int64_t column0) {
-        linear_nf4_dx_exact_tile<T>(args, token0, column0);
-      });
+      p,
+      [](const DxArgs& args, int64_t token0, int64_t column0) { linear_nf4_dx_exact_tile<T>(args, token0, column0); });
 }
 
 }  // namespace qlora::kernels
