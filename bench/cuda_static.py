@@ -26,7 +26,8 @@ from lib import results_files as files
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of an SM: threads, CTAs, bytes of shared memory (CUDA C++ Programming Guide, "Compute Capabilities"); registers are
-# 64 K everywhere, given to warps in units of 256. From 8.0 on, each CTA's shared memory takes 1 KB more than it asks for.
+# 64 K everywhere, given to warps in units of 256, and from 8.0 on, each CTA's shared memory takes 1 KB more than it
+# asks for.
 SM_LIMITS = {
     75: (1024, 16, 64 << 10),
     80: (2048, 32, 164 << 10),
