@@ -260,6 +260,23 @@ def dynamic_shared(path: Path | None) -> dict[str, int]:
     return found
 
 
+def complaints(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
+    """All that is wrong, a sentence for each rule that some kernels break."""
+
+    def rule(text: str, breaking: list[tuple[Kernel, int]]) -> list[str]:
+        listed = ", ".join(f"{names[k.name]} (sm_{k.arch}): {number}" for k, number in breaking)
+        return [f"{text}: {listed}"] if breaking else []
+
+    found = rule("bytes of spills and local memory", [(k, k.spills + k.stack) for k in kernels if k.spills or k.stack])
+    for pattern, most in WAITS.items():
+        late = [(k, k.waits) for k in kernels if re.match(pattern, names[k.name]) and k.waits > most]
+        found += rule(f"more than {most} global loads in a row before the first product", late)
+    many = [(k, k.constant_reads) for k in kernels if k.constant_reads > CONSTANT_READS]
+    found += rule(f"more than {CONSTANT_READS} reads of tables in constant memory", many)
+    other = [(k, k.registers) for k in kernels if k.moved_registers and k.registers != MOVED_REGISTERS]
+    return found + rule(f"other than {MOVED_REGISTERS} registers at launch, before setmaxnreg", other)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(SM_LIMITS), choices=sorted(SM_LIMITS))
@@ -285,20 +302,8 @@ def main() -> None:
         title = f"The CUDA kernels as compiled for sm_{arch}"
         section = {"title": title, "notes": NOTES, "machine": machine, "rows": rows}
         files.write_section(path, f"cuda_static_sm_{arch}", section)
-    bad = [f"{names[k.name]} (sm_{k.arch})" for k in kernels if k.stack or k.spills]
-    if bad:
-        sys.exit("spills or local memory: " + ", ".join(bad))
-    for pattern, most in WAITS.items():
-        waiting = [f"{names[k.name]} (sm_{k.arch}): {k.waits}" for k in kernels if re.match(pattern, names[k.name])]
-        if late := [text for text in waiting if int(text.rsplit(" ", 1)[1]) > most]:
-            sys.exit(f"more than {most} global loads in a row before the first product: " + ", ".join(late))
-    if many := [
-        f"{names[k.name]} (sm_{k.arch}): {k.constant_reads}" for k in kernels if k.constant_reads > CONSTANT_READS
-    ]:
-        sys.exit(f"more than {CONSTANT_READS} reads of tables in constant memory: " + ", ".join(many))
-    moving = [k for k in kernels if k.moved_registers and k.registers != MOVED_REGISTERS]
-    if other := [f"{names[k.name]} (sm_{k.arch}): {k.registers}" for k in moving]:
-        sys.exit(f"other than {MOVED_REGISTERS} registers at launch, before setmaxnreg: " + ", ".join(other))
+    if found := complaints(kernels, names):
+        sys.exit("\n".join(found))
     print(f"{len(kernels)} kernels, none spills or uses local memory: {path}")
 
 

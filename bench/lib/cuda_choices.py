@@ -29,7 +29,7 @@ BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
     frozenset({"few_tokens", "tensor_cores"}): ("kMostFewTokens", SM80),
     frozenset({"tensor_cores", "gemm"}): ("kAhead", GEMM),
     frozenset({"few_tokens", "gemm"}): ("kAhead", GEMM),
-    frozenset({"library", "gemm"}): ("kAhead", GEMM),
+    frozenset({"library", "gemm"}): ("panels_time", GEMM),
     frozenset({"tensor_cores", "library"}): ("kCrossovers", LIBRARY),
     frozenset({"few_tokens", "library"}): ("kCrossovers", LIBRARY),
 }
@@ -48,10 +48,10 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
     ("tensor_cores", "linear_nf4_dx", "splits"): ("dx_splits", ANY),
     ("tensor_cores", "linear_nf4_dlora", "ranks"): ("dlora_tile", SM80),
     ("tensor_cores", "linear_nf4_dlora", "splits"): ("dlora_splits", ANY),
-    ("gemm", "linear_nf4", "panel"): ("panel_columns", GEMM),
-    ("gemm", "linear_nf4_dx", "panel"): ("panel_columns", GEMM),
-    ("library", "linear_nf4", "panel"): ("library_panel_columns", LIBRARY),
-    ("library", "linear_nf4_dx", "panel"): ("library_panel_columns", LIBRARY),
+    ("gemm", "linear_nf4", "panel"): ("panels_time", GEMM),
+    ("gemm", "linear_nf4_dx", "panel"): ("panels_time", GEMM),
+    ("library", "linear_nf4", "panel"): ("library_time", LIBRARY),
+    ("library", "linear_nf4_dx", "panel"): ("library_time", LIBRARY),
 }
 
 

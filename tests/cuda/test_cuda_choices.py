@@ -34,9 +34,28 @@ CHOICES = {
         "library panel=2048",
         "tensor_cores tokens=32 rows=128",
     ),
+    # clusters that fit the card's GPCs; panels that leave L2, where smaller ones would leave SMs idle
+    (FORWARD, "bfloat16", 256, 4096, 4096, 64, 0): (
+        "library panel=2048",
+        "sm90 tokens=128 rows=128 splits=2 multicast=1",
+        "library panel=4096",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    (FORWARD, "bfloat16", 192, 11008, 4096, 64, 0): (
+        "tensor_cores tokens=64 rows=128",
+        "sm90 tokens=64 rows=128 splits=1 multicast=2",
+        "library panel=6400",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    (DX, "bfloat16", 4096, 14336, 4096, 64, 0): (
+        "gemm panel=4096",
+        "sm90 tokens=256 columns=128 splits=1 multicast=2",
+        "library panel=1024",
+        "tensor_cores tokens=64 columns=256",
+    ),
     # our own GEMM, where its tiles fill the card
     (FORWARD, "bfloat16", 512, 4096, 4096, 64, 0): (
-        "library panel=2048",
+        "library panel=1536",  # 96 tiles of 128 x 64 on 108 SMs, and 64
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "library panel=4096",
         "tensor_cores tokens=32 rows=128",
@@ -44,7 +63,7 @@ CHOICES = {
     (FORWARD, "float16", 4096, 14336, 4096, 64, 0): (
         "gemm panel=2560",
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "library panel=2560",
+        "library panel=2304",
         "gemm panel=5376",
     ),
     # k that is no multiple of 64, and blocks of 32
@@ -57,7 +76,7 @@ CHOICES = {
         "library panel=4096",
     ),
     (FORWARD, "bfloat16", 4096, 4096, 4104, 64, 0): (
-        "gemm panel=2560",
+        "gemm panel=4096",  # leaves L2, in which panels of 2048 take another wave
         "library panel=1024",
         "library panel=2048",
         "gemm panel=4096",
@@ -65,12 +84,7 @@ CHOICES = {
     # exact float32
     (FORWARD, "float32", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
     (FORWARD, "float32", 64, 4096, 4096, 64, 0): "exact tokens=64 rows=64",
-    (FORWARD, "float32", 65, 4096, 4096, 64, 0): (
-        "library panel=1024",
-        "library panel=1536",
-        "library panel=2048",
-        "library panel=2048",
-    ),
+    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library panel=4096",  # smaller ones would leave SMs idle
     # the input's gradient
     (DX, "bfloat16", 1, 4096, 4096, 64, 0): "tensor_cores tokens=8 columns=256",
     (DX, "bfloat16", 64, 4096, 4096, 64, 0): (
@@ -116,13 +130,13 @@ CHOICES = {
 ON_T4 = {
     (FORWARD, "float16", 1, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
     (FORWARD, "float16", 16, 4096, 4100, 32, 0): "exact tokens=16 rows=64",
-    (FORWARD, "float16", 17, 4096, 4096, 64, 0): "library panel=1024",
-    (FORWARD, "float16", 17, 4096, 4100, 32, 0): "library panel=1024",
-    (FORWARD, "float16", 4096, 14336, 4096, 64, 0): "library panel=1280",
+    (FORWARD, "float16", 17, 4096, 4096, 64, 0): "library panel=4096",
+    (FORWARD, "float16", 17, 4096, 4100, 32, 0): "library panel=4096",
+    (FORWARD, "float16", 4096, 14336, 4096, 64, 0): "library panel=5120",
     (FORWARD, "float32", 64, 4096, 4096, 64, 0): "exact tokens=64 rows=64",
-    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library panel=1024",
+    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library panel=4096",
     (DX, "float16", 16, 4096, 4096, 64, 0): "exact tokens=16 columns=128",
-    (DX, "float16", 17, 4100, 4096, 16, 0): "library panel=1024",
+    (DX, "float16", 17, 4100, 4096, 16, 0): "library panel=4096",
     (DX, "float32", 16, 4096, 4096, 64, 0): "exact tokens=16 columns=128",
     (DLORA, "float16", 4096, 4096, 4096, 64, 0): "exact ranks=16 columns=64",
     (FORWARD, "float16", 4096, 4096, 4096, 64, 8): "exact tokens=64 rows=64",

@@ -22,6 +22,7 @@ sys.path.append(str(BENCH))
 import cuda_crossover
 import cuda_micro
 import cuda_ncu
+import cuda_static
 import run
 from lib import cuda_choices, cuda_steps, nvidia_smi, steps
 from lib.steps import Outcome, Step
@@ -241,6 +242,21 @@ def test_a_crossover_names_its_constant_and_file() -> None:
         "kCrossovers in cuda/tuning/library.h: `{80, 256},  // A100: measured`"
     )
     assert "{120, kNever}," in cuda_crossover.setting((12, 0), None, "RTX 5090")
+
+
+def test_every_rule_that_machine_code_breaks_is_told() -> None:
+    kernels = [
+        cuda_static.Kernel("spills", 120, stack=8, spills=24, waits=3),
+        cuda_static.Kernel("moves", 90, registers=160, moved_registers=208),
+        cuda_static.Kernel("good", 80, waits=9),
+    ]
+    names = {"spills": "linear_nf4_few_tokens_kernel<T>", "moves": "dx", "good": "absmax"}
+    assert cuda_static.complaints(kernels, names) == [
+        "bytes of spills and local memory: linear_nf4_few_tokens_kernel<T> (sm_120): 32",
+        "more than 2 global loads in a row before the first product: linear_nf4_few_tokens_kernel<T> (sm_120): 3",
+        "other than 168 registers at launch, before setmaxnreg: dx (sm_90): 160",
+    ]
+    assert cuda_static.complaints(kernels[2:], names) == []
 
 
 def test_rows_of_nsight_compute() -> None:
