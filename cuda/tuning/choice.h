@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpp/format/problem.h"
+#include "cuda/tuning/device.h"
 
 namespace qlora::cuda {
 
@@ -14,7 +15,7 @@ enum class Kernel {
   kTensorCores,  // bfloat16 and float16 of regular shapes, on mma.sync (kernels/sm80)
   kSm90,         // the same, on wgmma and TMA (kernels/sm90)
   kRagged,       // bfloat16 and float16 of any shape: float32 FMA in the forward, mma.sync elsewhere
-  kExact,        // float32 of any shape: every product is a float32 FMA (kernels/any)
+  kExact,        // float32, and float16 on 7.5, of any shape: every product is a float32 FMA (kernels/any)
   kGemm,         // many tokens: decodes w, and multiplies on mma.sync (launch/sm80/linear_gemm.cu)
   kLibrary,      // many tokens: decodes w, and multiplies with torch's cuBLAS (launch/any/linear_library.h)
 };
@@ -65,6 +66,15 @@ inline std::string describe(const Choice& choice) {
 constexpr bool has_offsets(const Weight& w) { return w.scales.offsets.form != OffsetForm::kNone; }
 
 constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+// Whether the device runs the 16-bit kernels on mma.sync. Compute capability 7.5 lacks their instructions: bfloat16,
+// and copies to shared memory that bypass registers.
+constexpr bool has_tensor_core_kernels(const Device& device) { return device.arch >= 80; }
+
+// The device's compute capability, for example "8.0".
+inline std::string capability_text(const Device& device) {
+  return std::to_string(device.arch / 10) + "." + std::to_string(device.arch % 10);
+}
 
 // `wish`, or `value` if `wish` is 0, which means that nothing is forced.
 constexpr int64_t or_wish(int64_t wish, int64_t value) { return wish != 0 ? wish : value; }

@@ -26,6 +26,7 @@ inline constexpr int64_t kNever = INT64_MAX;
 // tokens from which bitsandbytes 0.50 leaves its own mma.sync kernel, according to its dispatch table calibrated on
 // cards, at many CTAs.
 inline constexpr Crossover kCrossovers[] = {
+    {75, 17},       // T4: model 18 against float32 FMA at half of its 8.1 TFLOP/s; from 17 tokens on, a tile has 64
     {80, 256},      // A100: bnb 128, model 640
     {86, kNever},   // A40, RTX 3090, 4090, L40S: limited by the tensor cores, which hide the decode; bnb 256
     {90, 128},      // H100: bnb 64, model 320
@@ -36,7 +37,7 @@ inline constexpr Crossover kCrossovers[] = {
 
 // Kernels without tensor cores (for float32, or k not a multiple of 64), and those that apply a scale or an offset to
 // each weight (for blocks of 32, or offsets), decode the weight again for every 64 tokens. Decoding it once is faster
-// as soon as they would decode twice.
+// as soon as they would decode twice. The table's row for 7.5 takes this into account for float16.
 inline constexpr int64_t kTokensPerDecode = 64;
 constexpr bool decodes_often(DType dtype, int64_t k, int64_t block_size, bool offsets) {
   return dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64 || offsets;
@@ -44,7 +45,8 @@ constexpr bool decodes_often(DType dtype, int64_t k, int64_t block_size, bool of
 
 constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, const Device& device,
                                     bool offsets = false) {
-  if (decodes_often(dtype, k, block_size, offsets)) return kTokensPerDecode + 1;
+  if ((dtype == DType::kFloat32 || has_tensor_core_kernels(device)) && decodes_often(dtype, k, block_size, offsets))
+    return kTokensPerDecode + 1;
   const Crossover* best = kCrossovers;
   for (const Crossover& c : kCrossovers) {
     if (device.arch >= c.arch) best = &c;

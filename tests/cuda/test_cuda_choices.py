@@ -13,6 +13,7 @@ from qlora_ext import _C
 CARDS = ("sm80", "sm90", "sm100", "sm120")  # A100, H100, B200, RTX 5090
 FORWARD, DX, DLORA = "linear_nf4", "linear_nf4_dx", "linear_nf4_dlora"
 RANK = 16
+NO_BFLOAT16 = "bfloat16 needs compute capability 8.0 or newer, and this device has 7.5: compute in float16 or float32"
 
 # (operator, dtype, m, n, k, block size, experts; 0: a single weight) -> the choice on each of CARDS, or on all. Splits
 # that a launcher chooses, by what the card holds of the compiled kernel, are not part of it.
@@ -130,6 +131,29 @@ CHOICES = {
     (DLORA, "float32", 64, 4096, 4096, 64, 8): "exact ranks=16 columns=64",
 }
 
+# On a T4, whose kernels are those without mma.sync, and the library.
+ON_T4 = {
+    (FORWARD, "float16", 1, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
+    (FORWARD, "float16", 16, 4096, 4100, 32, 0): "exact tokens=16 rows=64",
+    (FORWARD, "float16", 17, 4096, 4096, 64, 0): "library panel=4096",
+    (FORWARD, "float16", 17, 4096, 4100, 32, 0): "library panel=4096",
+    (FORWARD, "float16", 4096, 14336, 4096, 64, 0): "library panel=5120",
+    (FORWARD, "float32", 64, 4096, 4096, 64, 0): "exact tokens=64 rows=64",
+    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library panel=4096",
+    (DX, "float16", 16, 4096, 4096, 64, 0): "exact tokens=16 columns=128",
+    (DX, "float16", 17, 4100, 4096, 16, 0): "library panel=4096",
+    (DX, "float32", 16, 4096, 4096, 64, 0): "exact tokens=16 columns=128",
+    (DLORA, "float16", 4096, 4096, 4096, 64, 0): "exact ranks=16 columns=64",
+    (FORWARD, "float16", 4096, 4096, 4096, 64, 8): "exact tokens=64 rows=64",
+    (DX, "float16", 4096, 4096, 4096, 64, 8): "exact tokens=16 columns=128",
+    (DLORA, "float16", 4096, 4096, 4096, 64, 8): "exact ranks=16 columns=64",
+    **{
+        (operator, "bfloat16", 64, 4096, 4096, 64, experts): NO_BFLOAT16
+        for operator in (FORWARD, DX, DLORA)
+        for experts in (0, 8)
+    },
+}
+
 # (card, operator, m, k, experts, what QLORA_CUDA_KERNEL says) -> the choice, of bfloat16.
 FORCED = {
     ("sm90", FORWARD, 64, 4096, 0, "tensor_cores"): "tensor_cores tokens=64 rows=128",
@@ -205,6 +229,25 @@ def test_the_choice_on_each_card(tmp_path: pathlib.Path) -> None:
 
 
 @needs_compiler
+def test_the_choice_on_a_t4(tmp_path: pathlib.Path) -> None:
+    lines = [line("sm75", *problem, "-") for problem in ON_T4]
+    found = printed_by("tests/cuda/print_choices.cpp", tmp_path, "".join(lines))
+    assert dict(zip(ON_T4, found, strict=True)) == ON_T4
+
+
+@pytest.mark.parametrize("operator", [FORWARD, DX, DLORA])
+def test_kernels_on_mma_sync_are_refused_on_a_t4(operator: str) -> None:
+    expected = "expected exact" if operator == DLORA else "expected library or exact"
+    for kernel in ("few_tokens", "tensor_cores", "sm90", "ragged", "gemm"):
+        text = f"QLORA_CUDA_KERNEL: {kernel} does not take {operator} of .* on compute capability 7.5: {expected}$"
+        with pytest.raises(ValueError, match=text):
+            _C.choose(operator, "float16", 1, 4096, 4096, device="sm75", kernel=kernel)
+    for kernel in ("", "exact"):
+        with pytest.raises(ValueError, match=NO_BFLOAT16):
+            _C.choose(operator, "bfloat16", 1, 4096, 4096, device="sm75", kernel=kernel)
+
+
+@needs_compiler
 def test_a_kernel_is_forced_by_its_name_and_parameters(tmp_path: pathlib.Path) -> None:
     cases = FORCED | REFUSED
     lines = [line(c, op, "bfloat16", m, 4096, k, 64, experts, forced) for c, op, m, k, experts, forced in cases]
@@ -234,7 +277,7 @@ def test_python_takes_any_card_and_forced_kernel() -> None:
     assert _C.choose(*problem, device="sm80", kernel="tensor_cores:tokens=32,ctas=7") == ["tensor_cores"]
     assert _C.choose(*problem, device="cpu") == _C.choose(*problem)
     for arguments, text in (
-        ({"device": "cuda"}, "device: expected cpu, sm80, .* or a dict of a card's attributes, got cuda"),
+        ({"device": "cuda"}, "device: expected cpu, sm75, .* or a dict of a card's attributes, got cuda"),
         ({"device": {"arch": 90}}, "device: expected a dict with arch, sm_count, .*; sm_count is missing"),
         ({"device": card | {"l2_bytes": 0}}, "l2_bytes is 0"),
         ({"device": card | {"sms": 1}}, "device: expected arch, .* got sms"),

@@ -20,6 +20,7 @@ CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() els
 on_hopper = pytest.mark.skipif(
     CAPABILITY != (9, 0), reason="the device is not of compute capability 9.0, which alone has wgmma"
 )
+in_bfloat16 = pytest.mark.skipif(CAPABILITY == (7, 5), reason="the device does not compute in bfloat16")
 M, N, K = 11, 136, 2048
 FEW = 8 if CAPABILITY[0] >= 10 else 16  # the most that few_tokens takes
 BF16 = torch.bfloat16
@@ -114,6 +115,7 @@ def test_experts(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(g.forward(), expected)
 
 
+@in_bfloat16
 @pytest.mark.parametrize(
     ("kernel", "dtype", "text"),
     [
@@ -133,6 +135,7 @@ def test_what_a_kernel_cannot_run_is_refused(
         OPS.linear_nf4(*sample(dtype, 8 if kernel.startswith("few_tokens") else M).args)
 
 
+@in_bfloat16
 def test_experts_whose_weights_are_scaled_one_by_one_have_no_tile_of_8_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     n, k = 72, 128
     stack = random_weight(Form("e2m1", "table8", 32), (2, n, k), device="cuda")
@@ -144,6 +147,7 @@ def test_experts_whose_weights_are_scaled_one_by_one_have_no_tile_of_8_tokens(mo
         )
 
 
+@in_bfloat16
 @pytest.mark.skipif(CAPABILITY == (9, 0), reason="this device has the kernel")
 def test_another_architectures_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "sm90")

@@ -1,4 +1,4 @@
-// Launches dX: what the kernels of all architectures share, and the kernels for float32.
+// Launches dX: what the kernels of all architectures share, and the kernels of exact products.
 #include "cuda/kernels/any/linear_nf4_dx_exact.cuh"
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include "cuda/launch/any/grouped_low_rank.h"
 #include "cuda/launch/any/launchers.h"
 #include "cuda/launch/any/low_rank.h"
+#include "cuda/launch/types.h"
 #include "cuda/launch/workspace.h"
 #include "cuda/tuning/any.h"
 
@@ -102,19 +103,24 @@ static_assert(kernels::kDxExactTokens == kExactDx.tokens && kernels::kDxExactCol
 template <class Args, auto kKernel>
 constexpr DxKernel<Args> kExactKernel = {kKernel, ctas_per_sm<kKernel>, earliest_start<kKernel>,
                                          kernels::kDxExactThreads, 0};
-constexpr auto kSingle = kExactKernel<kernels::DxArgs, kernels::linear_nf4_dx_exact_kernel>;
-constexpr auto kOfExperts = kExactKernel<kernels::GroupedDxArgs, kernels::grouped_linear_nf4_dx_exact_kernel>;
+template <class T>
+constexpr auto kSingle = kExactKernel<kernels::DxArgs, kernels::linear_nf4_dx_exact_kernel<T>>;
+template <class T>
+constexpr auto kOfExperts = kExactKernel<kernels::GroupedDxArgs, kernels::grouped_linear_nf4_dx_exact_kernel<T>>;
 
 }  // namespace
 
 cudaError_t plan_exact(const LinearDxProblem& p, const Device& device, Config* config) {
-  return plan_dx(kSingle, p, device, config);
+  return with_exact_type(p.dtype, [&](auto element) { return plan_dx(kSingle<decltype(element)>, p, device, config); });
 }
 cudaError_t launch_exact(const LinearDxProblem& p, const Config& config, const Context& context) {
-  return launch_dx(kSingle, p, config, context);
+  return with_exact_type(p.dtype,
+                         [&](auto element) { return launch_dx(kSingle<decltype(element)>, p, config, context); });
 }
 cudaError_t launch_exact(const Grouped<LinearDxProblem>& problem, const Config& config, const Context& context) {
-  return launch_dx(kOfExperts, problem, config, context);
+  return with_exact_type(problem.stack.dtype, [&](auto element) {
+    return launch_dx(kOfExperts<decltype(element)>, problem, config, context);
+  });
 }
 
 }  // namespace any

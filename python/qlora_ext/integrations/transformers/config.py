@@ -169,8 +169,9 @@ class QLoRAConfig(QuantizationConfigMixin):
         double_quant: whether the scales are stored in 8 bits, in blocks of ``nested_block_size``.
         nested_block_size: scales per nested scale: from 1 to 2^20.
         compute_dtype: dtype of the quantized layers' products and biases. "auto", the default, is the model's dtype,
-            but float32 for a bfloat16 model on a CPU without bfloat16 arithmetic (AVX512-BF16, AMX, ARM's BF16). Dense
-            bfloat16 layers are slow on such a CPU too, so load the model with ``dtype=torch.float32`` there.
+            but float32 for a bfloat16 model on a CPU without bfloat16 arithmetic (AVX512-BF16, AMX, ARM's BF16), and
+            float16 on such a GPU (T4). Dense bfloat16 layers are slow there too, so load the model with
+            ``dtype=torch.float32`` or ``torch.float16``.
         skip_modules: names of modules that stay dense, with everything inside them: full names, last parts of names, or
             regular expressions. The default is the output heads of language models, classifiers and question-answering
             models. With ``[]``, every linear layer outside towers is quantized. Layers whose weight is tied to an
