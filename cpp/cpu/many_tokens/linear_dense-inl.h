@@ -36,6 +36,13 @@ Matrix<T> matrix(const DenseWeight& w) {
   return {static_cast<const T*>(w.data), w.k};
 }
 
+// Prefetches the lines of a piece of the weight, one per step of a multiplication.
+inline WeightLinePrefetcher prefetch_piece(const DenseWeight& w, int64_t row, int64_t rows, int64_t column,
+                                           int64_t columns) {
+  constexpr int64_t kUnits = 4;  // a prefetcher counts in weights of 4 bits
+  return {static_cast<const uint8_t*>(w.data), kUnits * (row * w.k + column), rows, kUnits * w.k, kUnits * columns};
+}
+
 // ---- a few tokens ----
 
 // Tokens for which one pass over the weight takes less time than panels.
@@ -148,11 +155,14 @@ class DenseForwardTask {
       for (int64_t c = 0; c < columns; c += pieces_.size) {
         const int64_t some = min(pieces_.size, columns - c);
         load_broadcast<WordF32>(matrix<T>(p_.w), row_ + r, rows, column + c, some, strip_);
+        const bool ends_strip = c + some == columns;
+        const int64_t next = ends_strip ? r + rows : r, next_column = ends_strip ? 0 : c + some;
+        WeightLinePrefetcher prefetch = prefetch_piece(p_.w, row_ + next, min(strips_.size, rows_ - next),
+                                                       column + next_column, min(pieces_.size, columns - next_column));
         for (int64_t l = 0; l < tokens_; l += kTileLanes) {
           const int64_t lanes = min(tokens_ - l, kTileLanes), width = tile_width(lanes);
-          WeightLinePrefetcher nothing;
           multiply<WordF32, kDenseChain>(strip_, rows, lanes_ + l * depth + c * width, lanes, static_cast<int>(some),
-                                         sums_ + l * rows_ + r * width, column + c == 0, nothing);
+                                         sums_ + l * rows_ + r * width, column + c == 0, prefetch);
         }
       }
     }
@@ -192,7 +202,12 @@ class DenseDxTask {
       for (int64_t c = 0; c < columns_; c += kPieceColumns) {
         const int64_t some = min(kPieceColumns, columns_ - c);
         load_lanes<WordF32, Order::kMemory>(matrix<T>(p_.w), r, rows, column_ + c, some, some, lanes_);
-        for (int64_t t = 0; t < tokens_; t += strips_.size) multiply_strip(t, c, some, rows, r == 0);
+        const bool ends_slice = c + some == columns_;
+        const int64_t next = ends_slice ? r + rows : r, next_column = ends_slice ? 0 : c + some;
+        WeightLinePrefetcher prefetch =
+            prefetch_piece(p_.w, next, min(slices.size, p_.w.n - next), column_ + next_column,
+                           min(kPieceColumns, columns_ - next_column));
+        for (int64_t t = 0; t < tokens_; t += strips_.size) multiply_strip(t, c, some, rows, r == 0, prefetch);
       }
     }
     for (int64_t t = 0; t < tokens_; ++t) {
@@ -207,14 +222,14 @@ class DenseDxTask {
 
  private:
   // Multiplies the strip of tokens that begins with `token` by the panel's `columns` columns, over `rows` weight rows.
-  void multiply_strip(int64_t token, int64_t column, int64_t columns, int64_t rows, bool first) {
+  void multiply_strip(int64_t token, int64_t column, int64_t columns, int64_t rows, bool first,
+                      WeightLinePrefetcher& prefetch) {
     const int64_t height = min(strips_.size, tokens_ - token);
     for (int64_t l = 0; l < columns; l += kTileLanes) {
       const int64_t lanes = min(columns - l, kTileLanes);
-      WeightLinePrefetcher nothing;
       multiply<WordF32, kDenseChain>(broadcast_ + token * kDepth, height, lanes_ + l * rows, lanes,
                                      static_cast<int>(rows), sums_ + (column + l) * tokens_ + token * tile_width(lanes),
-                                     first, nothing);
+                                     first, prefetch);
     }
   }
 
