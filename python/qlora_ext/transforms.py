@@ -14,7 +14,8 @@ from ._library import LIBRARY, OPERATORS
 from .arguments import arguments_of
 from .autograd import below_autograd, refuse_tangent
 
-assert dense and grouped  # they register the derivatives of their operators
+assert dense
+assert grouped
 _DIFFERENTIABLE = ("linear_nf4", "grouped_linear_nf4", "linear_dense")
 # Operators whose first argument (x or dy) and outputs may have any number of leading dimensions.
 _OF_TOKENS = ("linear_nf4", "linear_nf4_dx", "linear_dense", "linear_dense_dx")

@@ -48,8 +48,10 @@ def test_results_are_those_of_float32_weights(family: str) -> None:
 def test_large_weights_keep_16_bits_and_others_are_cast() -> None:
     stored, cast = models("qwen2")
     head, table = stored.get_output_embeddings(), stored.get_input_embeddings()
-    assert type(head) is Linear16bit and type(table) is Embedding16bit
-    assert head.weight is table.weight and head.weight.dtype == torch.bfloat16  # tied, stored once
+    assert type(head) is Linear16bit
+    assert type(table) is Embedding16bit
+    assert head.weight is table.weight
+    assert head.weight.dtype == torch.bfloat16
     assert stored.model.norm.weight.dtype == torch.float32
     assert table(torch.tensor([3])).dtype == torch.float32
     sizes = [sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (stored, cast)]
@@ -67,7 +69,8 @@ def test_a_weight_that_another_module_reads_is_cast() -> None:
     model["head"].weight = model["table"].weight
     model = set_compute_dtype(qlora_ext.quantize_model(model.bfloat16(), skip=("head",)), torch.float32)
     assert type(model["head"]) is nn.Linear
-    assert model["head"].weight is model["table"].weight and model["head"].weight.dtype == torch.float32
+    assert model["head"].weight is model["table"].weight
+    assert model["head"].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -89,9 +92,12 @@ def test_a_module_that_is_trained_in_full_is_float32(family: str) -> None:
     wrapper = model.get_base_model().lm_head
     assert wrapper.original_module.weight.dtype == torch.bfloat16
     trained = wrapper.modules_to_save["default"].weight
-    assert trained.dtype == torch.float32 and trained.requires_grad
+    assert trained.dtype == torch.float32
+    assert trained.requires_grad
     model(token_ids(), labels=token_ids()).loss.backward()
-    assert trained.grad is not None and trained.grad.dtype == torch.float32 and trained.grad.any()
+    assert trained.grad is not None
+    assert trained.grad.dtype == torch.float32
+    assert trained.grad.any()
 
 
 def test_an_adapter_on_the_head_and_the_table() -> None:
@@ -119,7 +125,8 @@ def test_a_bfloat16_model_multiplies_in_float32(laptop: None, tmp_path: pathlib.
     assert {p.dtype for name, p in model.named_parameters() if name.endswith("bias")} == {torch.bfloat16}
     model.save_pretrained(tmp_path / "4bit")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "4bit")
-    assert type(again.lm_head) is Linear16bit and again.lm_head.weight is again.model.embed_tokens.weight
+    assert type(again.lm_head) is Linear16bit
+    assert again.lm_head.weight is again.model.embed_tokens.weight
     with torch.no_grad():
         assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
 
@@ -130,8 +137,8 @@ def test_a_layer_without_the_operator_computes_as_a_linear_layer() -> None:
     ours.__class__ = Linear16bit
     x = torch.randn(3, 64)
     for dtype in (torch.float64, torch.float16):
-        torch.testing.assert_close(ours(x.to(dtype)).double(), layer.double()(x.to(dtype).double()), rtol=1e-2, atol=1e-2)
-        layer.bfloat16()
+        exact = copy.deepcopy(layer).double()(x.to(dtype).double())
+        torch.testing.assert_close(ours(x.to(dtype)).double(), exact, rtol=1e-2, atol=1e-2)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ours(x), layer(x))
     ours(x).sum().backward()  # not frozen

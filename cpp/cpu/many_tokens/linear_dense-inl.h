@@ -178,7 +178,7 @@ class DenseForwardTask {
 template <class T>
 class DenseDxTask {
  public:
-  static constexpr int64_t kMostColumns = 512, kPieceColumns = 128;
+  static constexpr int64_t kMostColumns = 1024, kPieceColumns = 64;
   static_assert(4 * (kMostTokens * kDepth + kPieceColumns * kDepth + kMostTokens * kMostColumns) <= kTaskBytes);
 
   // dx of tokens [token, token + tokens) and columns [column, column + columns).

@@ -14,12 +14,12 @@ from .linear import Linear4bit
 class Linear16bit(nn.Linear):
     """An ``nn.Linear`` that multiplies x in float32 by a frozen weight in bfloat16 or float16, without copying it.
 
-    It serves x in float32, and on a CPU without bfloat16 arithmetic x in bfloat16. In any other case, for example if the
-    weight is trained, it computes what an ``nn.Linear`` would with its weight cast to x's dtype.
+    It serves x in float32, and on a CPU without bfloat16 arithmetic x in bfloat16. Otherwise, for example if the weight
+    is trained, it is an ``nn.Linear`` that casts x and its weight to the wider of their dtypes.
 
     Example:
-        >>> model = qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48)).bfloat16(), skip=("1",))
-        >>> model = qlora_ext.nn.set_compute_dtype(model, torch.float32)
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48)).bfloat16()
+        >>> model = qlora_ext.nn.set_compute_dtype(qlora_ext.quantize_model(model, skip=("1",)), torch.float32)
         >>> model[1].weight.dtype, model(torch.randn(3, 64)).dtype
         (torch.bfloat16, torch.float32)
     """
@@ -96,13 +96,13 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
     """
     kept = _kept(model) if dtype == torch.float32 else []
-    weights = [module._parameters["weight"] for module in kept]
+    weights = [module.get_parameter("weight") for module in kept]
     for module in kept:
         module._parameters["weight"] = None
     model.to(dtype)
     for module, weight in zip(kept, weights, strict=True):
-        assert weight is not None
-        module._parameters["weight"] = weight.requires_grad_(False)
+        weight.requires_grad_(False)
+        module._parameters["weight"] = weight
         module.__class__ = _KEEPING[type(module)]
         if isinstance(module, Embedding16bit):
             module.compute_dtype = dtype

@@ -51,9 +51,9 @@ def num_parameters(original: Any, self: Any, only_trainable: bool = False, exclu
 @extend("transformers.modeling_utils:PreTrainedModel.dtype")
 def dtype(original: Any, self: Any) -> torch.dtype:
     for module in self.modules():
-        stored = module.packed_state() if isinstance(module, Packed4bit) else ()
+        stored = [*module.packed_state()] if isinstance(module, Packed4bit) else []
         if isinstance(module, Embedding16bit | Linear16bit):  # the model may compute in another dtype
-            stored = ("weight",)
+            stored = ["weight"]
         for name, p in module._parameters.items():
             if p is not None and p.is_floating_point() and name not in stored:
                 found: torch.dtype = p.dtype
