@@ -1,7 +1,7 @@
 """Products of dense weights of 16 bits that are computed in float32, without a copy of the weight in float32.
 
 ``torch.ops.qlora.linear_dense`` is y = x · weightᵀ + bias, with x [..., K] and bias [N] in float32, and weight [N, K]
-in bfloat16 or float16. ``linear_dense_dx`` is dx = dy · weight. Both are for the CPU. y has gradients for x and bias; the
+in bfloat16 or float16. ``linear_dense_dx`` is dx = dy · weight. Both are for the CPU. Gradients reach x and bias; the
 weight is frozen.
 """
 
