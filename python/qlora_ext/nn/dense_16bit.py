@@ -29,7 +29,14 @@ class Linear16bit(nn.Linear):
 
 
 class Embedding16bit(nn.Embedding):
-    """An ``nn.Embedding`` that returns rows of a frozen 16-bit table in another dtype, ``compute_dtype``."""
+    """An ``nn.Embedding`` that returns rows of a frozen 16-bit table in another dtype, ``compute_dtype``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64)).bfloat16()
+        >>> model = qlora_ext.nn.set_compute_dtype(qlora_ext.quantize_model(model), torch.float32)
+        >>> model[0].weight.dtype, model[0](torch.tensor([5])).dtype
+        (torch.bfloat16, torch.float32)
+    """
 
     compute_dtype: torch.dtype
 
@@ -48,7 +55,15 @@ CONVERSIONS[Linear16bit] = Linear4bit
 
 
 def widen_trained(module: nn.Module) -> None:
-    """Casts 16-bit weights in ``module`` that will be trained to float32: in 16 bits, small updates are lost."""
+    """Casts the weights of 16-bit layers in ``module`` to float32, to train them: in 16 bits, small updates are lost.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48)).bfloat16()
+        >>> model = qlora_ext.nn.set_compute_dtype(qlora_ext.quantize_model(model, skip=("1",)), torch.float32)
+        >>> qlora_ext.nn.widen_trained(model[1])
+        >>> model[1].weight.dtype
+        torch.float32
+    """
     for layer in module.modules():
         if isinstance(layer, Linear16bit | Embedding16bit):
             layer.weight.data = layer.weight.data.float()
@@ -58,6 +73,12 @@ def multiply_in_float32(model: nn.Module) -> None:
     """Makes the dense bfloat16 linear layers of ``model`` multiply in float32, on a CPU without bfloat16 arithmetic.
 
     Their inputs and outputs stay in bfloat16.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48)).bfloat16()
+        >>> qlora_ext.nn.multiply_in_float32(qlora_ext.quantize_model(model, skip=("1",)))
+        >>> type(model[1]).__name__
+        'Linear16bit'
     """
     for module in _kept(model):
         if isinstance(module, nn.Linear):
