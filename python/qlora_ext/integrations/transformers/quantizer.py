@@ -20,6 +20,7 @@ from ...nn import (
     AFTER_QUANTIZE,
     CONVERSIONS,
     Embedding4bit,
+    Linear16bit,
     Packed4bit,
     TiedLinear4bit,
     check_something_is_4bit,
@@ -350,6 +351,9 @@ class QLoRAQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
+        for module in model.modules():  # undoes multiply_in_float32
+            if type(module) is Linear16bit and module.weight.dtype == model.dtype:
+                module.__class__ = nn.Linear
         model._weight_conversions = self.conversions
         return model
 
