@@ -17,6 +17,7 @@ enum class Kernel {
   kFewTokensFloat,   // codes as float32 (few_tokens/*_float-inl.h)
   kManyTokensTiles,  // bfloat16 in a tile unit (many_tokens_tiles/)
   kManyTokensBf16,   // panels of bfloat16 pairs (many_tokens/linear_bf16-inl.h)
+  kManyTokensInt,    // panels of int16 pairs, exact int32 sums, float32 as fallback (many_tokens/*_int-inl.h)
   kManyTokensFloat,  // panels of float32 (many_tokens/*_float-inl.h)
   kFloat64,          // plain loops (float64/)
 };
@@ -48,6 +49,7 @@ inline constexpr KernelInfo kKernelInfo[] = {
     {Kernel::kFewTokensFloat, "few_tokens_float", kUpTo32Bit, true},
     {Kernel::kManyTokensTiles, "many_tokens_tiles", kBFloat16Only, false},
     {Kernel::kManyTokensBf16, "many_tokens_bf16", kBFloat16Only, false},
+    {Kernel::kManyTokensInt, "many_tokens_int", k16Bit, false},
     {Kernel::kManyTokensFloat, "many_tokens_float", kUpTo32Bit, false},
     {Kernel::kFloat64, "float64", kFloat64Only, false},
 };
@@ -86,8 +88,13 @@ inline constexpr int64_t kDxIntColumns = 64;       // that must have one scale: 
 constexpr bool has_streamable_rows(const Weight& w) {
   return w.k > 0 && (w.scales.block_size > 16 || has_one_scale_per(16, w));
 }
+// Whether panels of integers can hold the weight: pieces of 64 columns have one scale, and integers serve the code.
+constexpr bool has_int_columns(const Weight& w) {
+  return w.n > 0 && w.k > 0 && has_one_scale_per(64, w) && !w.scales.offsets && int_codes(w.code).serves;
+}
 constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
+  if (kernel == Kernel::kManyTokensInt) return p.m > 0 && has_int_columns(p.w);
   if (!info_of(kernel).few_tokens) return true;
   if (p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
   // An offset may cancel most of a weight's value, so integers that are only near the values do not serve beside one.
@@ -97,7 +104,7 @@ constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   return kernel == Kernel::kFewTokensFloat || p.m <= kMostForwardTokens;
 }
 constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
-  if (!info_of(kernel).types.has(p.dtype)) return false;
+  if (!info_of(kernel).types.has(p.dtype) || kernel == Kernel::kManyTokensInt) return false;
   if (!info_of(kernel).few_tokens) return true;
   if (!k16Bit.has(p.dtype) || p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
   if (kernel == Kernel::kFewTokensInt && !int_codes(p.w.code).serves) return false;
@@ -106,7 +113,7 @@ constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
   return kernel == Kernel::kFewTokensFloat && p.m <= kMostDxFloatTokens;
 }
 constexpr bool accepts(Kernel kernel, const LoraGradProblem& p) {
-  return info_of(kernel).types.has(p.dtype) && !info_of(kernel).few_tokens;
+  return info_of(kernel).types.has(p.dtype) && !info_of(kernel).few_tokens && kernel != Kernel::kManyTokensInt;
 }
 
 // ---- which of them is chosen ----

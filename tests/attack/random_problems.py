@@ -21,7 +21,7 @@ KERNEL_VARIABLE = {"cpu": "QLORA_CPU_KERNEL", "cuda": "QLORA_CUDA_KERNEL"}
 for _variable in KERNEL_VARIABLE.values():
     os.environ.setdefault(_variable, "")  # set before the first call, so that each call reads it
 CPU_KERNELS = ["few_tokens_int", "few_tokens_bf16", "few_tokens_float"]
-CPU_KERNELS += ["many_tokens_tiles", "many_tokens_bf16", "many_tokens_float"]
+CPU_KERNELS += ["many_tokens_tiles", "many_tokens_bf16", "many_tokens_int", "many_tokens_float"]
 CUDA_KERNELS = ["few_tokens", "tensor_cores", "sm90", "ragged", "exact", "gemm", "library"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_SIZES = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]

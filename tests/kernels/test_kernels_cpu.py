@@ -56,6 +56,8 @@ def cases(op: str, kernel: str) -> Iterator[tuple]:
         tokens = FEW
         if (op, kernel) == ("linear_nf4_dx", "few_tokens_int"):
             shapes, tokens = WHOLE, range(1, DX_INT_TOKENS + 1)
+    elif kernel == "many_tokens_int":
+        shapes = WHOLE
     for i, m in enumerate(tokens):
         yield (m, *shapes[i % len(shapes)])
         if m in (1, 8, 16, 17, 33, 48):
@@ -99,7 +101,7 @@ def test_threads_do_not_change_a_bit(op: str, kernel: str, m: int, force: Callab
     force(kernel)
     threads = torch.get_num_threads()
     for n, k, block in ((700, 576, 64), (333, 555, 32), (1200, 128, 64)):
-        if (op, kernel) == ("linear_nf4_dx", "few_tokens_int") and k % 64:
+        if k % 64 and ((op, kernel) == ("linear_nf4_dx", "few_tokens_int") or kernel == "many_tokens_int"):
             continue
         for dtype in KERNELS[op, kernel]:
             s, dy = make((m, n, k, 24, block, True, 0.1), dtype)
@@ -121,6 +123,10 @@ REFUSED = [  # operator, kernel, case, type: problems that no set takes
     ("linear_nf4", "float64", (4, *SHAPES[0]), BF16),
     ("linear_nf4", "few_tokens_int", (65, *SHAPES[0]), BF16),
     ("linear_nf4", "few_tokens_bf16", (4, *SHAPES[0]), F16),
+    ("linear_nf4", "many_tokens_int", (4, *SHAPES[0]), F32),
+    ("linear_nf4", "many_tokens_int", (4, *SHAPES[1]), BF16),  # ragged
+    ("linear_nf4", "many_tokens_int", (4, 40, 320, 1, 32, True, 0.0), BF16),
+    ("linear_nf4_dlora", "many_tokens_int", (4, *SHAPES[0]), BF16),
     ("linear_nf4_dx", "few_tokens_int", (17, *SHAPES[0]), BF16),
     ("linear_nf4_dx", "few_tokens_int", (4, *SHAPES[1]), BF16),
     ("linear_nf4_dx", "few_tokens_float", (65, *SHAPES[0]), BF16),
@@ -256,5 +262,5 @@ def test_kernels_are_printed_once_a_problem() -> None:
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     lines = [line for line in run.stderr.splitlines() if line.startswith("qlora: ")]
     problem = f"qlora: linear_nf4 cpu m={{}} n=96 k=320 rank=0 float16 -> {{}} isa={_C.cpu_isa()}"
-    first = _C.choose("linear_nf4", "float16", 3, 96, 320)[0]
-    assert lines == [problem.format(3, first), problem.format(200, "many_tokens_float")]
+    first, many = (_C.choose("linear_nf4", "float16", m, 96, 320)[0] for m in (3, 200))
+    assert lines == [problem.format(3, first), problem.format(200, many)]

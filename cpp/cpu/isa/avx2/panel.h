@@ -192,6 +192,60 @@ inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
 template <class W>
 using TwoWords = W;
 
+struct WordInt {
+  using Word = int32_t;
+  using Vector = U;
+  using Sum = U;
+  static Sum no_sum() { return _mm256_setzero_si256(); }
+  static Vector load(const Word* p) { return _mm256_loadu_si256(reinterpret_cast<const U*>(p)); }
+  static Vector broadcast(const Word* p) { return _mm256_set1_epi32(*p); }
+  // As intrinsics, GCC keeps most sums of a tile in memory.
+  static Sum multiply_add(Vector a, Vector b, Sum sum) {
+    Vector products;
+    __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=x"(products) : "x"(b), "x"(a));
+    return sum;
+  }
+  static F to_floats(Sum sum) { return _mm256_cvtepi32_ps(sum); }
+
+  template <class T>
+  static F round_pairs(const T* p, F inverse) {
+    const U low = _mm256_cvtps_epi32(mul(panel::load(p), inverse));
+    const U high = _mm256_cvtps_epi32(mul(panel::load(p + kLanes), inverse));
+    const U elements = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(elements, _mm256_broadcastsi128_si256(order)));
+  }
+  static void store_bits(Word* p, F bits) { _mm256_storeu_si256(reinterpret_cast<U*>(p), _mm256_castps_si256(bits)); }
+
+  // The low and the high bytes of the values, in both halves: vpshufb looks up bytes.
+  struct Values {
+    U low, high;
+  };
+  static Values values_of(const int16_t* value) {
+    const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const auto load_split = [&](const int16_t* p) {
+      return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), split);
+    };
+    const __m128i first = load_split(value), second = load_split(value + 8);
+    return {_mm256_broadcastsi128_si256(_mm_unpacklo_epi64(first, second)),
+            _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(first, second))};
+  }
+  static void decode_row(const Values& values, const uint8_t* packed, Word* out) {
+    const U bytes = _mm256_loadu_si256(reinterpret_cast<const U*>(packed)), mask = _mm256_set1_epi8(15);
+    const auto look_up = [&](U codes, Word* to) {
+      const U low = _mm256_shuffle_epi8(values.low, codes), high = _mm256_shuffle_epi8(values.high, codes);
+      _mm256_storeu_si256(reinterpret_cast<U*>(to), _mm256_unpacklo_epi8(low, high));
+      _mm256_storeu_si256(reinterpret_cast<U*>(to + 2 * kLanes), _mm256_unpackhi_epi8(low, high));
+    };
+    look_up(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), out);
+    look_up(_mm256_and_si256(bytes, mask), out + kLanes);
+  }
+  static constexpr int step_of(int word) {
+    const int quad = word / 2;
+    return quad % 8 / 4 * 2 * kLanes + word % 2 * kLanes + quad / 8 * 4 + quad % 4;
+  }
+};
+
 }  // namespace panel
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA

@@ -214,6 +214,39 @@ struct TwoWords : W {
   }
 };
 
+struct WordInt {
+  using Word = int32_t;
+  using Vector = U;
+  using Sum = U;
+  static Sum no_sum() { return _mm512_setzero_si512(); }
+  static Vector load(const Word* p) { return _mm512_loadu_si512(p); }
+  static Vector broadcast(const Word* p) { return _mm512_set1_epi32(*p); }
+  static Sum multiply_add(Vector a, Vector b, Sum sum) { return _mm512_dpwssd_epi32(sum, a, b); }
+  static F to_floats(Sum sum) { return _mm512_cvtepi32_ps(sum); }
+
+  template <class T>
+  static F round_pairs(const T* p, F inverse) {
+    const U low = _mm512_cvtps_epi32(mul(panel::load(p), inverse));
+    const U high = _mm512_cvtps_epi32(mul(panel::load(p + kLanes), inverse));
+    const U quads = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    const U elements = _mm512_permutexvar_epi64(quads, _mm512_packs_epi32(low, high));
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    return _mm512_castsi512_ps(_mm512_shuffle_epi8(elements, _mm512_broadcast_i32x4(order)));
+  }
+  static void store_bits(Word* p, F bits) { _mm512_storeu_si512(p, _mm512_castps_si512(bits)); }
+
+  using Values = U;  // twice, so that bit 4 of an index does not matter
+  static Values values_of(const int16_t* value) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(value)));
+  }
+  static void decode_row(const Values& values, const uint8_t* packed, Word* out) {
+    const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), values));
+    _mm512_storeu_si512(out + kLanes, _mm512_permutexvar_epi16(bytes, values));
+  }
+  static constexpr int step_of(int word) { return word % 2 * kLanes + word / 2; }
+};
+
 }  // namespace panel
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA
