@@ -14,7 +14,7 @@ const Kernels& avx512_kernels() {
       .isa = &kAvx512Isa,
       .codec = &codec,
       .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensFloat>(float64::forward),
-      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensFloat>(float64::dx),
+      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensFloat>(float64::dlora),
   };
   return kernels;

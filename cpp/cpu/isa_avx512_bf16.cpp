@@ -15,7 +15,7 @@ const Kernels& avx512_bf16_kernels() {
       .codec = &codec,
       .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensFloat>(
           float64::forward),
-      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensFloat>(float64::dx),
+      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensBf16, kManyTokensFloat>(float64::dlora),
   };
   return kernels;

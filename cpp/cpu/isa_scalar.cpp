@@ -15,7 +15,7 @@ const Kernels& scalar_kernels() {
       .codec = &codec,
       .forward = kernels_for<kFewTokensInt, kFewTokensBf16, kFewTokensFloat, kManyTokensInt, kManyTokensFloat>(
           float64::forward),
-      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensFloat>(float64::dx),
+      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensFloat>(float64::dlora),
   };
   return kernels;

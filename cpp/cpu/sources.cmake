@@ -48,8 +48,8 @@ set(QLORA_CPU_DEFINITIONS QLORA_X86=${_x86} QLORA_ARM64=${_arm64} "QLORA_CPU_ISA
 # headers only: weak copies of std or torch templates compiled for a newer processor could be the ones the linker keeps.
 set(_scalar)
 set(_avx2 -mavx2 -mfma -mf16c)
-set(_avx512 ${_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mprefer-vector-width=512)
-set(_avx512_bf16 ${_avx512} -mavx512bf16 -mavx512vnni)
+set(_avx512 ${_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mprefer-vector-width=512)
+set(_avx512_bf16 ${_avx512} -mavx512bf16)
 set(_amx_bf16 ${_avx512_bf16} -mamx-tile -mamx-bf16)
 set(_neon)
 set(_neon_bf16 -march=armv8-a+bf16)

@@ -88,6 +88,9 @@ inline constexpr int64_t kDxIntColumns = 64;       // that must have one scale: 
 constexpr bool has_streamable_rows(const Weight& w) {
   return w.k > 0 && (w.scales.block_size > 16 || has_one_scale_per(16, w));
 }
+// dX in panels of integers rounds W as well, to 14 bits: enough for bfloat16, and where a column sums many rows.
+inline constexpr int64_t kLeastDxIntRows = 256;
+
 // Whether panels of integers can hold the weight: pieces of 64 columns have one scale, and integers serve the code.
 constexpr bool has_int_columns(const Weight& w) {
   return w.n > 0 && w.k > 0 && has_one_scale_per(64, w) && !w.scales.offsets && int_codes(w.code).serves;
@@ -104,7 +107,10 @@ constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   return kernel == Kernel::kFewTokensFloat || p.m <= kMostForwardTokens;
 }
 constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
-  if (!info_of(kernel).types.has(p.dtype) || kernel == Kernel::kManyTokensInt) return false;
+  if (!info_of(kernel).types.has(p.dtype)) return false;
+  if (kernel == Kernel::kManyTokensInt)
+    return p.dtype == DType::kBFloat16 && p.m > 0 && p.w.n >= kLeastDxIntRows && p.w.n % 64 == 0 &&
+           has_int_columns(p.w);
   if (!info_of(kernel).few_tokens) return true;
   if (!k16Bit.has(p.dtype) || p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
   if (kernel == Kernel::kFewTokensInt && !int_codes(p.w.code).serves) return false;
@@ -129,6 +135,14 @@ constexpr bool multiplies_pairs(DType dtype, const Cpu& cpu) {
 // bfloat16 is multiplied by tiles where there is a tile unit, which takes 16 tokens at the cost of one.
 constexpr bool has_tiles(DType dtype, const Cpu& cpu) { return dtype == DType::kBFloat16 && cpu.has(kAmxBf16); }
 
+// 16-bit types are multiplied as int16 pairs where there is nothing better for bfloat16: an instruction then does twice
+// what one of float32 does. Measured on Zen 3.
+template <class Problem>
+constexpr bool multiplies_int_pairs(const Problem& p, const Cpu& cpu) {
+  return cpu.has(kAvx2) && cpu.fast_pairs && !has_tiles(p.dtype, cpu) && !multiplies_pairs(p.dtype, cpu) &&
+         accepts(Kernel::kManyTokensInt, p);
+}
+
 // The kernels for many tokens decode W once for all tokens, and those for few once for each group that registers can
 // sum; the former are ahead from some number of tokens on, and sooner where they multiply pairs. Plain C++ has no
 // look-up worth decoding in registers for.
@@ -147,6 +161,7 @@ constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
   constexpr int64_t kPanelGroup = 64;  // weights that AVX-512 panels decode at once, in rows that begin with a group
   if (!cpu.has(kAvx2)) return 0;
   if (has_tiles(p.dtype, cpu)) return p.w.k % 4 ? 8 : p.w.k % kPanelGroup ? 12 : 6;
+  if (!cpu.has(kAvx512f) && multiplies_int_pairs(p, cpu)) return 20;
   if (!multiplies_pairs(p.dtype, cpu)) return p.w.k % 4 ? 24 : 48;
   return p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
 }
@@ -182,14 +197,17 @@ constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
   if (has_tiles(p.dtype, cpu)) return integers ? 8 : p.w.k % 8 ? 6 : 16;
   if (multiplies_pairs(p.dtype, cpu)) return integers ? 6 : 4;
   if (integers) return 16;
+  if (!cpu.has(kAvx512f) && multiplies_int_pairs(p, cpu)) return 8;
   return p.w.k % 8 ? 6 : cpu.has(kAvx512f) ? 8 : 16;
 }
 
 // The kernels for many tokens, which take everything; those in pairs leave what is out of their range to the others.
-constexpr void add_many_tokens(DType dtype, const Cpu& cpu, Choice* c) {
-  if (dtype == DType::kFloat64) return c->add(Kernel::kFloat64);
-  if (has_tiles(dtype, cpu)) c->add(Kernel::kManyTokensTiles);
-  if (multiplies_pairs(dtype, cpu)) c->add(Kernel::kManyTokensBf16);
+template <class Problem>
+constexpr void add_many_tokens(const Problem& p, const Cpu& cpu, Choice* c) {
+  if (p.dtype == DType::kFloat64) return c->add(Kernel::kFloat64);
+  if (has_tiles(p.dtype, cpu)) c->add(Kernel::kManyTokensTiles);
+  if (multiplies_pairs(p.dtype, cpu)) c->add(Kernel::kManyTokensBf16);
+  if (multiplies_int_pairs(p, cpu)) return c->add(Kernel::kManyTokensInt);
   c->add(Kernel::kManyTokensFloat);
 }
 
@@ -199,7 +217,7 @@ constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
     const Kernel kernel = few_tokens_kernel(p, cpu);
     if (kernel != Kernel::kFewTokensFloat || p.m <= most_float_tokens(cpu)) c.add(kernel);
   }
-  add_many_tokens(p.dtype, cpu, &c);
+  add_many_tokens(p, cpu, &c);
   return c;
 }
 
@@ -212,13 +230,13 @@ constexpr Choice choose(const LinearDxProblem& p, const Cpu& cpu) {
     }
     c.add(Kernel::kFewTokensFloat);
   }
-  add_many_tokens(p.dtype, cpu, &c);
+  add_many_tokens(p, cpu, &c);
   return c;
 }
 
 constexpr Choice choose(const LoraGradProblem& p, const Cpu& cpu) {
   Choice c;
-  add_many_tokens(p.dtype, cpu, &c);
+  add_many_tokens(p, cpu, &c);
   return c;
 }
 

@@ -175,17 +175,25 @@ void run_forward_tasks(const Pool& pool, const Weight& w, int64_t tokens, const 
   pool(grid.tasks(), 1, body);
 }
 
-// The forward of `tokens` tokens from `first` on, whose h are given.
+// Runs a ForwardTask with the word that suits the problem's number of tokens.
+template <class W, class T>
+void forward_task(const LinearProblem& p, const T* h, int64_t first_token, int64_t token, int64_t tokens, int64_t row,
+                  int64_t rows, const int64_t* places) {
+  static_assert(ForwardTask<W, T>::kBytes <= kTaskBytes);
+  if (p.m <= kLanes) {
+    ForwardTask<typename W::FewLanes, T>(p, h, first_token, token, tokens, row, rows, places)();
+  } else {
+    ForwardTask<W, T>(p, h, first_token, token, tokens, row, rows, places)();
+  }
+}
+
+// The forward of `tokens` tokens from `first` on, whose h are given. If there are `places`, token t of y is row
+// places[t].
 template <class W, class T>
 void forward_with_h(const Pool& pool, const LinearProblem& p, const T* h, int64_t first, int64_t tokens,
                     const int64_t* places = nullptr) {
-  static_assert(ForwardTask<W, T>::kBytes <= kTaskBytes);
   run_forward_tasks(pool, p.w, tokens, [&](int64_t token, int64_t of_task, int64_t row, int64_t rows) {
-    if (p.m <= kLanes) {
-      ForwardTask<typename W::FewLanes, T>(p, h, first, first + token, of_task, row, rows, places)();
-    } else {
-      ForwardTask<W, T>(p, h, first, first + token, of_task, row, rows, places)();
-    }
+    forward_task<W>(p, h, first, first + token, of_task, row, rows, places);
   });
 }
 

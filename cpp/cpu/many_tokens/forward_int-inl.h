@@ -31,23 +31,22 @@ namespace many_tokens {
 
 using namespace panel;
 
-// y of the tokens places[token .. token + tokens - 1] and weight rows [row, row + rows). `h` begins at places[0]. The
-// steps of token t of the problem are steps[(t - first_token) * pieces ..].
+// y of the listed tokens [token, token + tokens) and weight rows [row, row + rows). `h` has the order of the list.
 template <class T>
 class ForwardIntTask : ForwardTask<WordF32, T> {
  public:
   using Base = ForwardTask<WordF32, T>;
   using Word = WordInt::Word;
 
-  ForwardIntTask(const LinearProblem& p, const TokenRounding<T>& rounding, const float* steps, const T* h,
-                 int64_t first_token, int64_t token, int64_t tokens, int64_t row, int64_t rows, const int64_t* places)
-      : Base(p, h, 0, token, tokens, row, rows, places),
+  ForwardIntTask(const LinearProblem& p, const TokenRounding<T>& rounding, const TokenLists<T>& lists, const T* h,
+                 int64_t token, int64_t tokens, int64_t row, int64_t rows)
+      : Base(p, h, 0, token, tokens, row, rows, lists.places()),
         rounding_(rounding),
-        steps_(steps),
-        first_of_steps_(first_token),
-        values_(WordInt::values_of(rounding.codes().value)),
+        lists_(lists),
+        codes_(int_codes(p.w.code)),
+        values_(WordInt::values_of(codes_.value)),
         panel_(reinterpret_cast<Word*>(this->strip_)),
-        words_(reinterpret_cast<Word*>(Base::lanes_)) {}
+        words_(reinterpret_cast<Word*>(this->lanes_)) {}
 
   void operator()() {
     const int64_t most_columns = 2 * kMostLaneWords / round_up(this->tokens_, kLanes);
@@ -95,10 +94,10 @@ class ForwardIntTask : ForwardTask<WordF32, T> {
       for (int64_t i = 0; i < kLanes; ++i) {  // lanes without a token hold zeros
         const bool is_token = first + i < this->tokens_;
         const int64_t token = this->places_[this->token_ + (is_token ? first + i : 0)];
-        const float step = steps_[(token - first_of_steps_) * rounding_.pieces.count + piece];
+        const float step = lists_.steps(token, rounding_.pieces.count)[piece];
         rows[i] = static_cast<const T*>(p.x) + token * p.w.k + column;
         inverse[i] = is_token && step > 0.0f ? 1.0f / step : 0.0f;
-        units[first + i] = is_token ? rounding_.unit(step) : 0.0f;
+        units[first + i] = is_token ? static_cast<float>(step / codes_.per_one) : 0.0f;
       }
       const int64_t tile = first & -kTileLanes, width = tile_width(this->tokens_ - tile);
       Word* out = words_ + tile * depth + at * width + (first - tile);
@@ -131,8 +130,8 @@ class ForwardIntTask : ForwardTask<WordF32, T> {
   }
 
   const TokenRounding<T>& rounding_;
-  const float* const steps_;
-  const int64_t first_of_steps_;
+  const TokenLists<T>& lists_;
+  const IntCodeTable& codes_;
   const WordInt::Values values_;
   Word *const panel_, *const words_;
   const int64_t piece_columns_ = rounding_.pieces.size, padded_tokens_ = round_up(this->tokens_, kTileLanes);
@@ -144,24 +143,17 @@ template <class T>
 class IntForward {
  public:
   IntForward(const Pool& pool, const LinearProblem& p)
-      : pool_(pool), p_(p), rounding_(p.w.code, p.w.k), rank_(p.lora.rank) {}
+      : pool_(pool), p_(p), rounding_(int_codes(p.w.code), p.w.k), rank_(p.lora.rank) {}
 
   void operator()() {
-    find_rows();
-    if (8 * row_count_ > p_.w.n) return forward<WordF32, T>(pool_, p_);
-    const int64_t k = p_.w.k, pieces = rounding_.pieces.count;
-    const int64_t of_h = rank_ && !p_.h ? shared_tokens<T>(p_.m, rank_) : p_.m;
-    const int64_t some = min(of_h, kMostTokensAtOnce);
-    const int64_t copied = min(some, max(kMostCopied / k, kTileLanes));
+    if (8 * find_rows() > p_.w.n) return forward<WordF32, T>(pool_, p_);
+    const int64_t some = min(rank_ && !p_.h ? shared_tokens<T>(p_.m, rank_) : p_.m, kMostListed);
+    const int64_t copied = min(some, max(kMostCopied / p_.w.k, kTileLanes));
     T* h = nullptr;
     const auto lay_out = [&](void* base) {
       Carver memory(base);
       h = memory.take<T>(p_.h ? 0 : some * rank_);
-      h_copy_ = memory.take<T>(some * rank_);
-      x_copy_ = memory.take<T>(copied * k);
-      steps_ = memory.take<float>(some * pieces);
-      places_ = memory.take<int64_t>(some);
-      serves_ = memory.take<uint8_t>(some);
+      lists_.take(&memory, some, p_.w.k, rank_, rounding_.pieces.count, copied);
       return memory.used();
     };
     lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
@@ -170,91 +162,55 @@ class IntForward {
   }
 
  private:
-  static constexpr int64_t kMostTokensAtOnce = 4096, kMostCopied = 1 << 19;  // elements of x
+  static constexpr int64_t kGrain = 64;  // rows of a thread
 
-  // Finds the rows that integers cannot serve.
-  void find_rows() {
-    const int64_t n = p_.w.n;
-    in_float_ = static_cast<uint8_t*>(scratch(ScratchUse::kBefore, n));
+  // Finds the rows that integers cannot serve, and returns their number.
+  int64_t find_rows() {
+    in_float_ = static_cast<uint8_t*>(scratch(ScratchUse::kBefore, p_.w.n));
     auto body = [&](int64_t begin, int64_t end) {
-      float* const scales =
-          static_cast<float*>(scratch(ScratchUse::kThread, row_scales(p_.w) * static_cast<int64_t>(sizeof(float))));
+      const int64_t bytes = row_scales(p_.w) * static_cast<int64_t>(sizeof(float));
+      float* const scales = static_cast<float*>(scratch(ScratchUse::kThread, bytes));
       for (int64_t row = begin; row < end; ++row) in_float_[row] = !serves_row(p_.w, row, scales);
     };
-    pool_(n, kGrain, body);
-    row_count_ = 0;
-    for (int64_t row = 0; row < n; ++row) row_count_ += in_float_[row];
+    pool_(p_.w.n, kGrain, body);
+    int64_t count = 0;
+    for (int64_t row = 0; row < p_.w.n; ++row) count += in_float_[row];
+    return count;
   }
-  static constexpr int64_t kGrain = 64;
 
-  // Multiplies tokens [first, first + tokens). `h` is where theirs go.
+  // Multiplies tokens [first, first + tokens), at most `copied` of them at once in float32. `h` is where theirs go.
   void multiply(int64_t first, int64_t tokens, int64_t copied, T* h) {
+    const T* const x = static_cast<const T*>(p_.x);
     if (rank_) {
-      const Matrix<T> x{static_cast<const T*>(p_.x), p_.w.k, p_.lora.dropout};
-      const Matrix<T> a{static_cast<const T*>(p_.lora.a), p_.w.k};
-      low_rank<WordF32, Factor::kRankByFeature>(pool_, x, first, tokens, p_.w.k, a, 0, rank_, p_.lora.scaling,
+      const Matrix<T> dropped{x, p_.w.k, p_.lora.dropout}, a{static_cast<const T*>(p_.lora.a), p_.w.k};
+      low_rank<WordF32, Factor::kRankByFeature>(pool_, dropped, first, tokens, p_.w.k, a, 0, rank_, p_.lora.scaling,
                                                 LowRankOut<T>{h, rank_, 1});
     }
-    const int64_t served = find_tokens(first, tokens);
+    const int64_t served = lists_.find(pool_, rounding_, x, first, tokens);
     if (served == 0) return forward_with_h<WordF32, T>(pool_, p_, h, first, tokens);
-    run_forward_tasks(
-        pool_, p_.w, served,
-        [&, of_h = copy_h(h, first, tokens, 0, served)](int64_t token, int64_t of_task, int64_t row, int64_t rows) {
-          ForwardIntTask<T>(p_, rounding_, steps_, of_h, first, token, of_task, row, rows, places_)();
-        });
+    const T* const of_served = lists_.copy_low(h, 0, served);
+    run_forward_tasks(pool_, p_.w, served, [&](int64_t token, int64_t of_task, int64_t row, int64_t rows) {
+      ForwardIntTask<T>(p_, rounding_, lists_, of_served, token, of_task, row, rows)();
+    });
     for (int64_t i = served; i < tokens; i += copied) {
       const int64_t some = min(copied, tokens - i);
       LinearProblem part = p_;
-      part.x = x_copy_;
-      for (int64_t t = 0; t < some; ++t)
-        copy(static_cast<const T*>(p_.x) + places_[i + t] * p_.w.k, p_.w.k, x_copy_ + t * p_.w.k);
-      forward_with_h<WordF32, T>(pool_, part, copy_h(h, first, tokens, i, some), 0, some, places_ + i);
+      part.x = lists_.copy_x(x, i, some);
+      forward_with_h<WordF32, T>(pool_, part, lists_.copy_low(h, i, some), 0, some, lists_.places() + i);
     }
     multiply_rows(first, tokens, h);
   }
 
-  // Finds the steps of tokens [first, first + tokens). Lists the tokens in `places_`, those that integers can serve
-  // before the others, and returns their number.
-  int64_t find_tokens(int64_t first, int64_t tokens) {
-    auto body = [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        serves_[t] = rounding_.find_steps(static_cast<const T*>(p_.x) + (first + t) * p_.w.k,
-                                          steps_ + t * rounding_.pieces.count);
-    };
-    pool_(tokens, 4, body);
-    int64_t served = 0, last = tokens;
-    for (int64_t t = 0; t < tokens; ++t) places_[serves_[t] ? served++ : --last] = first + t;
-    return served;
-  }
-
-  // Returns h of the tokens places_[i .. i + count - 1], where `h` begins at token `first` and holds `tokens` tokens.
-  const T* copy_h(const T* h, int64_t first, int64_t tokens, int64_t i, int64_t count) {
-    if (count == tokens) return h;
-    for (int64_t t = 0; t < count; ++t) copy(h + (places_[i + t] - first) * rank_, rank_, h_copy_ + t * rank_);
-    return h_copy_;
-  }
-  static void copy(const T* from, int64_t count, T* to) {
-    __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
-  }
-
   // Multiplies the rows that integers cannot serve.
-  void multiply_rows(int64_t first, int64_t tokens, const T* h) {
-    const int64_t groups = ceil_div(tokens, kMostTokens);
+  void multiply_rows(int64_t first, int64_t tokens, const T* h) const {
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t row = begin, rows; row < end; row += max(rows, 1)) {
         for (rows = 0; row + rows < end && in_float_[row + rows];) ++rows;
-        for (int64_t g = 0; g < groups && rows; ++g)
-          float_task(h, first, first + g * kMostTokens, min(kMostTokens, tokens - g * kMostTokens), row, rows);
+        for (int64_t t = 0; t < tokens && rows; t += kMostTokens)
+          forward_task<WordF32>(p_, h, first, first + t, min(kMostTokens, tokens - t), row, rows, nullptr);
       }
     };
-    if (row_count_) pool_(p_.w.n, kGrain, body);
-  }
-  void float_task(const T* h, int64_t first, int64_t token, int64_t tokens, int64_t row, int64_t rows) {
-    if (p_.m <= kLanes) {
-      ForwardTask<WordF32::FewLanes, T>(p_, h, first, token, tokens, row, rows)();
-    } else {
-      ForwardTask<WordF32, T>(p_, h, first, token, tokens, row, rows)();
-    }
+    pool_(p_.w.n, kGrain, body);
   }
 
   const Pool& pool_;
@@ -262,11 +218,7 @@ class IntForward {
   const TokenRounding<T> rounding_;
   const int64_t rank_;
   uint8_t* in_float_ = nullptr;  // of each row: 1 if integers cannot serve it
-  int64_t row_count_ = 0;        // of these
-  T *h_copy_ = nullptr, *x_copy_ = nullptr;
-  float* steps_ = nullptr;
-  int64_t* places_ = nullptr;
-  uint8_t* serves_ = nullptr;
+  TokenLists<T> lists_;
 };
 
 inline Outcome forward_int(const Pool& pool, const LinearProblem& p) {

@@ -19,8 +19,10 @@
 #include "cpp/cpu/few_tokens/products-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
 #include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/kernels.h"
 #include "cpp/cpu/many_tokens/multiply_int-inl.h"
 #include "cpp/cpu/many_tokens/tasks-inl.h"
+#include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/format/problem.h"
@@ -35,16 +37,18 @@ class TokenRounding {
  public:
   static constexpr int64_t kChainColumns = 2 * kIntChain<T>;
 
-  TokenRounding(Code code, int64_t k)
-      : codes_(int_codes(code)),
-        k_(k),
-        limits_peak_(kMantissaBits<T> > 7 && codes_.exact),
-        pieces(cut(k, 2 * kDepth, kIntColumns)) {
-    int largest = 1;
-    for (const int value : codes_.value) largest = value > largest ? value : -value > largest ? -value : largest;
-    // Rounding may add a half to each value.
-    largest_sum_ = 2147483647.0f / static_cast<float>(largest) * 0.9999f - static_cast<float>(kChainColumns) / 2;
-  }
+  // Tokens of `count` values, in pieces of at most `most`. They meet integers up to `largest`.
+  TokenRounding(int64_t count, int64_t most, int largest, bool limits_peak)
+      : pieces(cut(count, most, kIntColumns)),
+        count_(count),
+        limits_peak_(limits_peak),
+        // Rounding may add a half to each value.
+        largest_sum_(2147483647.0f / static_cast<float>(largest) * 0.9999f - static_cast<float>(kChainColumns) / 2) {}
+  // The x of a forward.
+  TokenRounding(const IntCodeTable& codes, int64_t k)
+      : TokenRounding(k, 2 * kDepth, largest_of(codes), kMantissaBits<T> > 7 && codes.exact) {}
+
+  const Cut pieces;
 
   // Sets the steps of token x, one for each piece. Returns false if integers cannot serve the token.
   bool find_steps(const T* x, float* steps) const {
@@ -68,17 +72,13 @@ class TokenRounding {
     return serves;
   }
 
-  // The value of 1 in the integer sums over a piece with this step.
-  float unit(float step) const { return static_cast<float>(step / codes_.per_one); }
-  const IntCodeTable& codes() const { return codes_; }
-
  private:
   static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f, kMaxPeak = 6.0f;  // as few_tokens_int
 
   template <class Body>
   void each_piece(const Body& body) const {
     for (int64_t piece = 0; piece < pieces.count; ++piece)
-      body(piece, piece * pieces.size, min(pieces.size, k_ - piece * pieces.size));
+      body(piece, piece * pieces.size, min(pieces.size, count_ - piece * pieces.size));
   }
   static float largest_chain(const T* x, int64_t columns) {
     float largest = 0.0f;
@@ -92,14 +92,70 @@ class TokenRounding {
     return largest;
   }
 
-  const IntCodeTable& codes_;
-  const int64_t k_;
-  const bool limits_peak_;
-  float largest_sum_;
+  static int largest_of(const IntCodeTable& codes) {
+    int largest = 1;
+    for (const int value : codes.value) largest = value > largest ? value : -value > largest ? -value : largest;
+    return largest;
+  }
 
- public:
-  const Cut pieces;
+  const int64_t count_;
+  const bool limits_peak_;
+  const float largest_sum_;
 };
+
+// The tokens of a call, those that integers can serve before the others, and copies of what belongs to some of them.
+template <class T>
+class TokenLists {
+ public:
+  // At most `tokens` tokens of `columns` values, `rank` low-rank values and `pieces` pieces, `copied` of them at once.
+  void take(Carver* memory, int64_t tokens, int64_t columns, int64_t rank, int64_t pieces, int64_t copied) {
+    columns_ = columns, rank_ = rank;
+    x_copy_ = memory->take<T>(copied * columns);
+    low_copy_ = memory->take<T>(tokens * rank);
+    steps_ = memory->take<float>(tokens * pieces);
+    places_ = memory->take<int64_t>(tokens);
+    serves_ = memory->take<uint8_t>(tokens);
+  }
+
+  // Lists tokens [first, first + tokens) of x, and returns how many of them integers can serve.
+  int64_t find(const Pool& pool, const TokenRounding<T>& rounding, const T* x, int64_t first, int64_t tokens) {
+    first_ = first, tokens_ = tokens;
+    auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        serves_[t] = rounding.find_steps(x + (first + t) * columns_, steps_ + t * rounding.pieces.count);
+    };
+    pool(tokens, 4, body);
+    int64_t served = 0, last = tokens;
+    for (int64_t t = 0; t < tokens; ++t) places_[serves_[t] ? served++ : --last] = first + t;
+    return served;
+  }
+
+  const int64_t* places() const { return places_; }
+  // The steps of a token's pieces.
+  const float* steps(int64_t token, int64_t pieces) const { return steps_ + (token - first_) * pieces; }
+
+  // The x of the listed tokens i .. i + count - 1, and their low-rank values, of which `low` holds those of all tokens.
+  const T* copy_x(const T* x, int64_t i, int64_t count) const { return copy(x, columns_, 0, i, count, x_copy_); }
+  const T* copy_low(const T* low, int64_t i, int64_t count) const {
+    return count == tokens_ ? low : copy(low, rank_, first_, i, count, low_copy_);
+  }
+
+ private:
+  const T* copy(const T* rows, int64_t columns, int64_t first, int64_t i, int64_t count, T* out) const {
+    for (int64_t t = 0; t < count && columns; ++t)
+      __builtin_memcpy(out + t * columns, rows + (places_[i + t] - first) * columns,
+                       static_cast<size_t>(columns) * sizeof(T));
+    return out;
+  }
+
+  int64_t columns_ = 0, rank_ = 0, first_ = 0, tokens_ = 0;
+  T *x_copy_ = nullptr, *low_copy_ = nullptr;
+  float* steps_ = nullptr;
+  int64_t* places_ = nullptr;
+  uint8_t* serves_ = nullptr;
+};
+inline constexpr int64_t kMostListed = 4096;     // tokens at once
+inline constexpr int64_t kMostCopied = 1 << 19;  // values of x at once
 
 // Whether integer products serve a row of W: its weights are finite, and it is not concentrated
 // (few_tokens/concentration-inl.h). `scales` has room for row_scales(w).

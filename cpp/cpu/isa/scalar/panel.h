@@ -190,8 +190,16 @@ struct WordInt {
     return v;
   }
 
-  // The words of 2 * kLanes elements in memory order, each element times `inverse` and rounded. Bits in an F, which
-  // transposes them.
+  // 2 * kLanes elements, each times `inverse` and rounded: in memory order, or in words of a row (above). The latter
+  // are bits in an F, which transposes them.
+  template <class T>
+  static Vector round_row(const T* p, F inverse) {
+    Vector out;
+    for (int i = 0; i < kLanes; ++i)
+      out.lane[i] =
+          pair(nearest(to_float(p[2 * i]) * inverse.lane[0]), nearest(to_float(p[2 * i + 1]) * inverse.lane[0]));
+    return out;
+  }
   template <class T>
   static F round_pairs(const T* p, F inverse) {
     F out;
@@ -203,7 +211,9 @@ struct WordInt {
     }
     return out;
   }
-
+  static void store(Word* p, Vector v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = v.lane[i];
+  }
   static void store_bits(Word* p, F bits) { __builtin_memcpy(p, &bits, sizeof(bits)); }
 
   // The integers of a code, in the form from which a row's kColumns weights are decoded to words.
@@ -224,6 +234,19 @@ struct WordInt {
   }
   // Where decode_row puts a word that is word `word` in memory order.
   static constexpr int step_of(int word) { return word % 2 * 16 + word / 2; }
+
+  // Decodes kColumns weights of two rows to words (row, next row) of lanes, in tiles of two vectors that lie
+  // `tile_stride` words apart. Each value of the code is scaled and rounded. The order of the lanes is that of
+  // decode_lanes in float32: 4 * kLanes columns after the other, vector j with elements 4i + j.
+  static void decode_lanes(const Table& values, const uint8_t* packed, const uint8_t* next, float scale,
+                           float next_scale, Word* out, int64_t tile_stride) {
+    for (int column = 0; column < 64; ++column) {
+      const int vector = column / (4 * kLanes) * 4 + column % 4;
+      const auto decoded = [&](const uint8_t* row, float s) { return nearest(values.value[code_at(row, column)] * s); };
+      out[vector / 2 * tile_stride + vector % 2 * kLanes + column % (4 * kLanes) / 4] =
+          pair(decoded(packed, scale), decoded(next, next_scale));
+    }
+  }
 
  private:
   static int first_of(Word word) { return static_cast<int16_t>(word & 0xFFFF); }
