@@ -6,8 +6,8 @@ unit, so that float32 sums them exactly in any order. h and g are representable 
 weights, h, g and the result once and sum in float32, so every kernel must give the exact result, rounded once.
 
 Four kernels have additional errors. few_tokens_int rounds x to 15 bits of the largest value of its segment, and in dX
-dy times the scale to 14 bits of the largest value of a tile. many_tokens_int rounds x to at least 12 bits of the largest
-value of its piece. few_tokens_bf16 and CUDA's tensor cores multiply codes by
+dy times the scale to 14 bits of the largest value of a tile. many_tokens_int rounds x to 13 bits or more of the largest
+value of its piece, and in dX also W to 14 bits. few_tokens_bf16 and CUDA's tensor cores multiply codes by
 a factor that is not a power of two and divide by it in float32, which adds one float32 rounding.
 
 Each problem runs with the default kernel and with every kernel that accepts it, forced by QLORA_CPU_KERNEL or
@@ -226,6 +226,13 @@ def integers_dx(a: Arguments) -> list[np.ndarray]:
     return [step[:, None] / 2 * (w > 0).sum(0) + 2.0**-20 * dy @ w]
 
 
+def many_integers_dx(a: Arguments) -> list[np.ndarray]:
+    dy = np.abs(oracle.rows(a["dy"]))
+    w = np.abs(oracle.decoded(a, dy.shape[1], a["in_features"]).astype(np.float64))
+    step, step_of_w = dy.max(1, initial=0.0) / 4095, w.max(initial=0.0) / 8191
+    return [step[:, None] / 2 * w.sum(0) + step_of_w / 2 * dy @ (w > 0) + 2.0**-20 * dy @ w]
+
+
 def scaled_codes_forward(a: Arguments) -> list[np.ndarray]:
     """The error of scaling codes by a factor close to representable numbers, by which sums or scales are divided."""
     x = np.abs(oracle.rows(a["x"]))
@@ -245,6 +252,7 @@ ERRORS = {
     ("linear_nf4", INTEGERS): integers_forward,
     ("linear_nf4", MANY_INTEGERS): many_integers_forward,
     ("linear_nf4_dx", INTEGERS): integers_dx,
+    ("linear_nf4_dx", MANY_INTEGERS): many_integers_dx,
     ("linear_nf4", BF16_CODES): scaled_codes_forward,
 }
 

@@ -1,4 +1,4 @@
-"""many_tokens_int: which tokens and which parts of a weight it leaves to float32, and that each depends on itself alone.
+"""many_tokens_int: which tokens and parts of a weight it leaves to float32, and that each depends on itself alone.
 
 QLORA_CPU_KERNEL, which conftest.py sets for the whole run, is read by every call.
 """

@@ -224,7 +224,7 @@ class IntDx {
       return memory.used();
     };
     carve(scratch(ScratchUse::kBefore, carve(nullptr)));
-    if (8 * columns_.find(pool_) > columns_.groups()) return dx<WordF32, T>(pool_, p_);
+    if (4 * columns_.find(pool_) > columns_.groups()) return dx<WordF32, T>(pool_, p_);
     const int64_t some = min(rank_ && !p_.g ? shared_tokens<T>(p_.m, rank_) : p_.m, kMostListed);
     const int64_t copied = min(some, max(kMostCopied / p_.w.n, kTileLanes));
     T* g = nullptr;

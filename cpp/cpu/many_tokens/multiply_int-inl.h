@@ -15,6 +15,7 @@
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/tuning.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -22,7 +23,6 @@ namespace many_tokens {
 
 using namespace panel;
 
-inline constexpr int kIntColumns = 64;           // that WordInt decodes together, and that have one scale
 inline constexpr int kMostChains = kDepth / 16;  // of a row of a broadcast panel
 
 // Words of a chain. The fewer there are, the smaller the step to which x is rounded may be (round_int-inl.h).
