@@ -117,7 +117,7 @@ class IntColumns {
   }
   static bool suffice(const stream::Floats (&sums)[kIntColumns / stream::kLanes], float bound) {
     for (const stream::Floats sum : sums)
-      if (stream::count_at_least(sum, few_tokens::kMinOfAll * bound) < stream::kLanes) return false;
+      if (stream::count_at_least(sum, kMinOfRow * bound) < stream::kLanes) return false;
     return true;
   }
 

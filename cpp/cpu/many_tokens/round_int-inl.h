@@ -7,9 +7,8 @@
 //   step = max(largest |x| / 32767,  largest sum of |x| over a chain / (2^31 / largest code))
 //
 // few_tokens_int rounds to `L / 32767` and asks for tokens that are even with respect to L (few_tokens/products-inl.h).
-// Here L is 32767 times the largest step of the token, which is at least its largest value. It is 8 times the mean of a
-// chain if that is larger: no loss for numbers from N(0, 1), and none for tokens with larger values. README.md has what
-// is promised.
+// Here L is 32767 times the largest step of the token, which is at least its largest value. Tokens may be less even,
+// since rows must be less concentrated (kMinOfRow). README.md has what is promised.
 #pragma once
 
 #include <cstdint>
@@ -65,7 +64,7 @@ class TokenRounding {
     bool serves = reference < bits_float(kInfinityBits);
     each_piece([&](int64_t piece, int64_t column, int64_t columns) {
       const T* const at = x + column;
-      serves = serves && few_tokens::is_even(at, columns, columns, reference, kSpread);
+      serves = serves && is_even(at, columns, reference);
       if (limits_peak_)
         serves = serves && few_tokens::is_below_peak(at, columns, columns, 32767.0f * steps[piece], kMaxPeak);
     });
@@ -73,12 +72,28 @@ class TokenRounding {
   }
 
  private:
-  static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f, kMaxPeak = 6.0f;  // as few_tokens_int
+  static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
+  static constexpr float kMaxPeak = 6.0f;  // as few_tokens_int
 
   template <class Body>
   void each_piece(const Body& body) const {
     for (int64_t piece = 0; piece < pieces.count; ++piece)
       body(piece, piece * pieces.size, min(pieces.size, count_ - piece * pieces.size));
+  }
+  // Whether enough of the values of x, none above `largest`, are large enough for its step: 3/4 are not zero, and of
+  // these 3/8 are at least largest / kSpread, 5/8 at least half of that, and 7/8 at least a sixteenth of that.
+  static bool is_even(const T* x, int64_t count, float largest) {
+    const auto at_least = [&](float bound) {
+      int64_t found = 0;
+      for (int64_t c = 0; c < count; c += stream::kLanes)
+        found += stream::count_at_least(stream::load(x + c, stream::kLanes), bound);
+      return found;
+    };
+    const int64_t large = at_least(largest / kSpread);
+    if (8 * large >= 7 * count) return true;  // of nearly every token
+    const int64_t nonzero = at_least(bits_float(1));
+    return 8 * large >= 3 * nonzero && 8 * at_least(largest / (2 * kSpread)) >= 5 * nonzero &&
+           8 * at_least(largest / (16 * kSpread)) >= 7 * nonzero && 4 * nonzero >= 3 * count;
   }
   static float largest_chain(const T* x, int64_t columns) {
     float largest = 0.0f;
@@ -157,6 +172,10 @@ class TokenLists {
 inline constexpr int64_t kMostListed = 4096;     // tokens at once
 inline constexpr int64_t kMostCopied = 1 << 19;  // values of x at once
 
+// The least sum of all weights of a row or column that is not concentrated, in units of the largest weight: four times
+// that of few_tokens_int.
+inline constexpr float kMinOfRow = 4 * few_tokens::kMinOfAll;
+
 // Whether integer products serve a row of W: its weights are finite, and it is not concentrated
 // (few_tokens/concentration-inl.h). `scales` has room for row_scales(w).
 inline bool serves_row(const Weight& w, int64_t row, float* scales) {
@@ -166,7 +185,7 @@ inline bool serves_row(const Weight& w, int64_t row, float* scales) {
   const uint32_t largest = few_tokens::largest_bits_within(scales, count);
   if (bits_float(largest) > few_tokens::kHugeScale || largest >= kInfinityBits) return false;
   const few_tokens::GranuleScales of_row{scales, nullptr, first, count, 0.0f};
-  return !few_tokens::RowConcentration(w, reader, of_row).is_concentrated(row);
+  return !few_tokens::RowConcentration(w, reader, of_row, kMinOfRow).is_concentrated(row);
 }
 inline int64_t row_scales(const Weight& w) {
   return ceil_div(w.k, few_tokens::ScaleReader(w.scales).granule()) + 2 + stream::kLanes;
