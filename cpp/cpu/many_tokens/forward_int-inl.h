@@ -66,12 +66,16 @@ class ForwardIntTask : ForwardTask<WordF32, T> {
       round_piece(column + c, min(piece_columns_, columns - c), columns / 2, c / 2,
                   units_ + c / piece_columns_ * padded_tokens_);
     const Pieces pieces{{this->row_, this->rows_, column, columns}, this->strips_.size, piece_columns_};
+    RowPagePrefetcher pages(w, column, columns);
+    pages.go_to(this->row_, this->row_ + this->rows_);
     ScaledPiece source;
     for (Piece piece = pieces.first(); piece.rows > 0; piece = pieces.after(piece)) {
-      if (pieces.begins_strip(piece)) source = ScaledPiece(w, pieces.strip(piece.row), this->scales_);
+      if (pieces.begins_strip(piece)) {
+        pages.reach(piece.row + 3 * pieces.rows);
+        source = ScaledPiece(w, pieces.strip(piece.row), this->scales_);
+      }
       decode(source, piece);
-      const Piece next = pieces.after(piece);
-      WeightLinePrefetcher prefetcher = prefetch_piece(w, next);
+      WeightLinePrefetcher prefetcher = prefetch_piece(w, pieces.after(piece));
       const int64_t first = piece.column - column;
       IntPanels in{panel_, chain_scales_, nullptr, nullptr, static_cast<int>(piece.columns / (2 * kChain))};
       for (int64_t l = 0; l < this->tokens_; l += kTileLanes) {
