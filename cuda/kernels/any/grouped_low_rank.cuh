@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kLowRankThreads)
   }
 }
 
-// Grid: x over tokens, y over 4·kLowRankScalarRanks ranks. To fit more than 10 CTAs, ptxas would spill registers.
+// Grid: x over tokens, y over 4·kLowRankScalarRanks ranks. To fit more than 8 CTAs, ptxas would spill registers.
 template <class T, bool kTransposed>
-__global__ void __launch_bounds__(kLowRankScalarThreads, 10)
+__global__ void __launch_bounds__(kLowRankScalarThreads, 8)
     grouped_low_rank_scalar_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
   ptx::start_next_grid();
   for (int64_t token = blockIdx.x; token < p.groups.rows; token += gridDim.x) {

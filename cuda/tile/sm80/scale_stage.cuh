@@ -87,7 +87,7 @@ class ScaleStage {
     }
   }
 
-  const StagedView view_;
+  StagedView view_;
   const float unfactor_, first_integer_;  // of the weight's code
   float offset_;
   int last_row_;

@@ -353,7 +353,7 @@ class QLoRAQuantizer(HfQuantizer):
         model = dequantize_modules(model, dtype)
         for module in model.modules():  # undoes multiply_in_float32
             if type(module) is Linear16bit and module.weight.dtype == model.dtype:
-                module.__class__ = nn.Linear
+                module.__class__ = nn.Linear  # type: ignore[assignment]
         model._weight_conversions = self.conversions
         return model
 
