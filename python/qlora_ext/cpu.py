@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+__all__ = ["available_cpus", "limit_threads", "set_wait_policy"]
+
 _ROOT = Path("/")  # tests replace it
 # A user who sets one of these has chosen the number of threads.
 _CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")

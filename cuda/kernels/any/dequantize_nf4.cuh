@@ -162,8 +162,8 @@ struct DequantizePieces {
 // Terms that extend a decoded panel: values, then bias, then zeros.
 template <class T>
 struct DequantizeTerms {
-  int64_t terms, columns;  // columns of the matmul's output
-  const T* values;         // term t < rank of column c at values[t * term_stride + c * column_stride]
+  uint32_t terms, columns;  // columns of the matmul's output; their product is less than 2^31, as panels are small
+  const T* values;          // term t < rank of column c at values[t * term_stride + c * column_stride]
   int64_t rank, term_stride, column_stride;
   const T* bias;  // term `rank` of each column, or null
   T* out;         // term t of column c at out[t * out_term_stride + c * out_column_stride]
@@ -172,10 +172,12 @@ struct DequantizeTerms {
 
 template <class T, int kThreads>
 __device__ __forceinline__ void append_terms(const DequantizeTerms<T>& p) {
+  const uint32_t count = p.terms * p.columns;
 #pragma unroll 1
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.terms * p.columns; i += gridDim.x * kThreads) {
+  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
     const bool neighbours = p.out_term_stride == 1;  // a column's terms
-    const int64_t term = neighbours ? i % p.terms : i / p.columns, column = neighbours ? i / p.terms : i % p.columns;
+    const uint32_t divisor = neighbours ? p.terms : p.columns, quotient = i / divisor, remainder = i % divisor;
+    const uint32_t term = neighbours ? remainder : quotient, column = neighbours ? quotient : remainder;
     T value{};
     if (term < p.rank)
       value = p.values[term * p.term_stride + column * p.column_stride];
@@ -197,6 +199,7 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   __shared__ __align__(tile::kNf4DecodeAlign) float values[kCodes];
   __shared__ float scale_values[256];
   __shared__ float shared_offset;
+  if constexpr (kReadSoon) append_terms<T, kThreads>(terms);
   tile::stage_values(values, code);
   tile::fill_scale_values<kThreads>(scales, scale_values);
   if (threadIdx.x == 0) shared_offset = tile::nested_offset(scales);
@@ -228,7 +231,6 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   };
   if (!with_dequantize_steps(scales, code, [&](auto steps) { decode_all(aligned, steps); }))
     decode_all(false, std::integral_constant<DequantizeSteps, DequantizeSteps::kScale>{});
-  if constexpr (kReadSoon) append_terms<T, kThreads>(terms);
 }
 
 }  // namespace qlora::kernels

@@ -74,11 +74,12 @@ __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t t
   acc.template finish<kRagged>(args, tile, shared);
 }
 
-constexpr int dx_ctas_per_sm(int token_tiles) { return token_tiles <= 2 ? 2 : 1; }
+// ptxas would spill registers to fit two CTAs of a ragged shape.
+constexpr int dx_ctas_per_sm(int token_tiles, bool ragged) { return token_tiles <= 2 && !ragged ? 2 : 1; }
 
 // Grid: x = column tile * token_tiles + token tile, so neighbouring CTAs share W in the cache; y = split.
 template <class T, int kTokenTiles, bool kRagged, bool kHasOffsets>
-__global__ void __launch_bounds__(tile::kDxThreads, dx_ctas_per_sm(kTokenTiles))
+__global__ void __launch_bounds__(tile::kDxThreads, dx_ctas_per_sm(kTokenTiles, kRagged))
     linear_nf4_dx_kernel(const DxArgs args) {
   ptx::start_next_grid();
   if constexpr (tile::DxLayout<kTokenTiles, kRagged, kHasOffsets>::kBytes <= tile::kMostSharedBytes)

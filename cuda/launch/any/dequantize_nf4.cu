@@ -32,8 +32,8 @@ cudaError_t launch(const Call& call) {
   const int64_t out_stride = columns + (t.beside ? t.terms : 0);
   T* const out = static_cast<T*>(call.out);
   const kernels::DequantizePieces pieces{first, rows, columns, stride, ceil_div(columns, int64_t{kChunk}), out_stride};
-  const kernels::DequantizeTerms<T> terms{t.terms,
-                                          t.columns,
+  const kernels::DequantizeTerms<T> terms{static_cast<uint32_t>(t.terms),
+                                          static_cast<uint32_t>(t.columns),
                                           static_cast<const T*>(t.values),
                                           t.rank,
                                           t.term_stride,
