@@ -1,6 +1,6 @@
 """Static properties of the compiled CUDA kernels: registers, shared memory, occupancy, spills, and loops in SASS.
 
-    python bench/cuda_static.py [--arch 80 90 100 110 120] [--launches PROFILE]
+    python bench/cuda_static.py [--arch 75 80 90 100 110 120] [--launches PROFILE]
 
 Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is the
 kernel simulator's list of launches, one JSON object per line, with the sizes of dynamic shared memory. Writes
@@ -26,8 +26,10 @@ from lib import results_files as files
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of an SM: threads, CTAs, bytes of shared memory (CUDA C++ Programming Guide, "Compute Capabilities"); registers are
-# 64 K everywhere, given to warps in units of 256, and each CTA's shared memory takes 1 KB more than it asks for.
+# 64 K everywhere, given to warps in units of 256, and from 8.0 on, each CTA's shared memory takes 1 KB more than it
+# asks for.
 SM_LIMITS = {
+    75: (1024, 16, 64 << 10),
     80: (2048, 32, 164 << 10),
     90: (2048, 32, 228 << 10),
     100: (2048, 32, 228 << 10),
@@ -84,7 +86,7 @@ class Kernel:
         per_warp = -(-self.registers * 32 // 256) * 256
         fit = min(ctas, threads // (warps * 32), 65536 // (per_warp * warps))
         asked = self.static_shared + (self.dynamic_shared or 0)
-        fit = min(fit, shared // (asked + 1024))
+        fit = min(fit, shared // max(asked + (1024 if self.arch >= 80 else 0), 1))
         return f"{fit} ({100 * fit * warps * 32 // threads}%)"
 
 
@@ -110,8 +112,8 @@ def run(*command: str | Path) -> str:
 
 def sources(arch: int) -> list[Path]:
     """The .cu files that are compiled for an architecture (CMakeLists.txt): only 9.0 has the instructions of sm90."""
-    found = sorted((ROOT / "cuda" / "launch").glob("*/*.cu"))
-    return [source for source in found if arch == 90 or source.parent.name != "sm90"]
+    rooms = {75: ["any"], 90: ["any", "sm80", "sm90"]}.get(arch, ["any", "sm80"])
+    return sorted(source for room in rooms for source in (ROOT / "cuda" / "launch" / room).glob("*.cu"))
 
 
 def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
@@ -258,6 +260,23 @@ def dynamic_shared(path: Path | None) -> dict[str, int]:
     return found
 
 
+def complaints(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
+    """All that is wrong, a sentence for each rule that some kernels break."""
+
+    def rule(text: str, breaking: list[tuple[Kernel, int]]) -> list[str]:
+        listed = ", ".join(f"{names[k.name]} (sm_{k.arch}): {number}" for k, number in breaking)
+        return [f"{text}: {listed}"] if breaking else []
+
+    found = rule("bytes of spills and local memory", [(k, k.spills + k.stack) for k in kernels if k.spills or k.stack])
+    for pattern, most in WAITS.items():
+        late = [(k, k.waits) for k in kernels if re.match(pattern, names[k.name]) and k.waits > most]
+        found += rule(f"more than {most} global loads in a row before the first product", late)
+    many = [(k, k.constant_reads) for k in kernels if k.constant_reads > CONSTANT_READS]
+    found += rule(f"more than {CONSTANT_READS} reads of tables in constant memory", many)
+    other = [(k, k.registers) for k in kernels if k.moved_registers and k.registers != MOVED_REGISTERS]
+    return found + rule(f"other than {MOVED_REGISTERS} registers at launch, before setmaxnreg", other)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(SM_LIMITS), choices=sorted(SM_LIMITS))
@@ -283,20 +302,8 @@ def main() -> None:
         title = f"The CUDA kernels as compiled for sm_{arch}"
         section = {"title": title, "notes": NOTES, "machine": machine, "rows": rows}
         files.write_section(path, f"cuda_static_sm_{arch}", section)
-    bad = [f"{names[k.name]} (sm_{k.arch})" for k in kernels if k.stack or k.spills]
-    if bad:
-        sys.exit("spills or local memory: " + ", ".join(bad))
-    for pattern, most in WAITS.items():
-        waiting = [f"{names[k.name]} (sm_{k.arch}): {k.waits}" for k in kernels if re.match(pattern, names[k.name])]
-        if late := [text for text in waiting if int(text.rsplit(" ", 1)[1]) > most]:
-            sys.exit(f"more than {most} global loads in a row before the first product: " + ", ".join(late))
-    if many := [
-        f"{names[k.name]} (sm_{k.arch}): {k.constant_reads}" for k in kernels if k.constant_reads > CONSTANT_READS
-    ]:
-        sys.exit(f"more than {CONSTANT_READS} reads of tables in constant memory: " + ", ".join(many))
-    moving = [k for k in kernels if k.moved_registers and k.registers != MOVED_REGISTERS]
-    if other := [f"{names[k.name]} (sm_{k.arch}): {k.registers}" for k in moving]:
-        sys.exit(f"other than {MOVED_REGISTERS} registers at launch, before setmaxnreg: " + ", ".join(other))
+    if found := complaints(kernels, names):
+        sys.exit("\n".join(found))
     print(f"{len(kernels)} kernels, none spills or uses local memory: {path}")
 
 

@@ -114,9 +114,13 @@ install_qlora_ext_cuda() {
 }
 
 simulator=$PWD/tests/cudasim/cudasim
-# The simulator interprets PTX, and one architecture's is enough for all devices. Machine code and the CPU kernels of newer
-# processors, which take longest to compile, are left out.
-simulated_options=(-DQLORA_CUDA_ARCHS=90-virtual -DQLORA_CPU_ISAS=avx2)
+# The simulator interprets PTX. That of one architecture is enough for all devices since compute capability 8.0; for 7.5,
+# simulate_arch adds its own. Machine code and the CPU kernels of newer processors, which take longest to compile, are left
+# out.
+simulated_options=("-DQLORA_CUDA_ARCHS=90-virtual" -DQLORA_CPU_ISAS=avx2)
+simulate_arch() {
+  [[ $1 != 75 ]] || simulated_options[0]="-DQLORA_CUDA_ARCHS=75-virtual;90-virtual"
+}
 simulated_torch=${QLORA_TORCH:-torch==2.11.*} # the simulator replaces its operators, by functions that are no public interface
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1; }
 require_simulator() {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -44,6 +45,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Skips the rest of a test that computes in bfloat16 on a GPU which cannot, and only there."""
+    try:
+        return (yield)
+    except ValueError as error:
+        if str(error).startswith("bfloat16 needs compute capability 8.0") and torch.cuda.is_available():
+            pytest.skip(str(error))
+        raise
 
 
 def pytest_collection_finish() -> None:

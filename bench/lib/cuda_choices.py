@@ -12,7 +12,7 @@ MULTICAST = (1, 2)  # of sm90
 TILES = {  # operator -> kernel -> its parameter of tiles, with the values to try
     "linear_nf4": {
         "few_tokens": ("tokens", (4, 8, 16)),
-        "tensor_cores": ("tokens", (32, 64)),
+        "tensor_cores": ("tokens", (16, 32, 64)),
         "sm90": ("tokens", (64, 128)),
     },
     "linear_nf4_dx": {"tensor_cores": ("tokens", (8, 16, 32, 64)), "sm90": ("tokens", (64, 128, 256))},
@@ -20,16 +20,18 @@ TILES = {  # operator -> kernel -> its parameter of tiles, with the values to tr
 }
 PANELS = (1024, 2048, 4096)
 
-SM80, SM90, ANY, GEMM, LIBRARY = (f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "any", "gemm", "library"))
+SM80, SM90, STREAM, ANY, GEMM, LIBRARY = (
+    f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "stream", "any", "gemm", "library")
+)
 BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
     frozenset({"sm90", "gemm"}): ("is_ahead", SM90),
     frozenset({"sm90", "library"}): ("is_ahead", SM90),
     frozenset({"sm90", "tensor_cores"}): ("is_ahead", SM90),
     frozenset({"sm90", "few_tokens"}): ("is_ahead", SM90),
-    frozenset({"few_tokens", "tensor_cores"}): ("kMostFewTokens", SM80),
+    frozenset({"few_tokens", "tensor_cores"}): ("most_few_tokens", SM80),
     frozenset({"tensor_cores", "gemm"}): ("kAhead", GEMM),
     frozenset({"few_tokens", "gemm"}): ("kAhead", GEMM),
-    frozenset({"library", "gemm"}): ("kAhead", GEMM),
+    frozenset({"library", "gemm"}): ("panels_time", GEMM),
     frozenset({"tensor_cores", "library"}): ("kCrossovers", LIBRARY),
     frozenset({"few_tokens", "library"}): ("kCrossovers", LIBRARY),
 }
@@ -42,16 +44,18 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
     ("sm90", "linear_nf4_dx", "multicast"): ("kMulticastCycles", SM90),
     ("few_tokens", "linear_nf4", "tokens"): ("few_tokens_config", SM80),
     ("few_tokens", "linear_nf4", "splits"): ("forward_splits", SM80),
+    ("few_tokens", "linear_nf4", "ctas"): ("forward_streams", STREAM),
     ("tensor_cores", "linear_nf4", "tokens"): ("forward_tokens", SM80),
     ("tensor_cores", "linear_nf4", "splits"): ("forward_splits", SM80),
+    ("tensor_cores", "linear_nf4", "ctas"): ("forward_streams", STREAM),
     ("tensor_cores", "linear_nf4_dx", "tokens"): ("dx_tokens", SM80),
     ("tensor_cores", "linear_nf4_dx", "splits"): ("dx_splits", ANY),
     ("tensor_cores", "linear_nf4_dlora", "ranks"): ("dlora_tile", SM80),
     ("tensor_cores", "linear_nf4_dlora", "splits"): ("dlora_splits", ANY),
-    ("gemm", "linear_nf4", "panel"): ("panel_columns", GEMM),
-    ("gemm", "linear_nf4_dx", "panel"): ("panel_columns", GEMM),
-    ("library", "linear_nf4", "panel"): ("library_panel_columns", LIBRARY),
-    ("library", "linear_nf4_dx", "panel"): ("library_panel_columns", LIBRARY),
+    ("gemm", "linear_nf4", "panel"): ("panels_time", GEMM),
+    ("gemm", "linear_nf4_dx", "panel"): ("panels_time", GEMM),
+    ("library", "linear_nf4", "panel"): ("library_time", LIBRARY),
+    ("library", "linear_nf4_dx", "panel"): ("library_time", LIBRARY),
 }
 
 
@@ -80,6 +84,8 @@ def to_change(operator: str, chosen: str, best: str) -> str:
         places = [BETWEEN[frozenset({one, other})]]
     else:
         places = [WITHIN[one, operator, key] for key, value in wants.items() if has.get(key, value) != value]
+        if "ctas" in has and "splits" in wants:
+            places.append(WITHIN[one, operator, "ctas"])
     return ", ".join(f"{name} in {file}" for name, file in dict.fromkeys(places)) or "nothing"
 
 

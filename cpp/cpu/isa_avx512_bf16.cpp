@@ -13,6 +13,7 @@ const Kernels& avx512_bf16_kernels() {
   static constexpr Kernels kernels = {
       .isa = &kAvx512Bf16Isa,
       .codec = &codec,
+      .dense = &dense,
       .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensFloat>(
           float64::forward),
       .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensFloat>(float64::dx),

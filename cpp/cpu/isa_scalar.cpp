@@ -13,6 +13,7 @@ const Kernels& scalar_kernels() {
   static constexpr Kernels kernels = {
       .isa = &kScalarIsa,
       .codec = &codec,
+      .dense = &dense,
       .forward = kernels_for<kFewTokensInt, kFewTokensBf16, kFewTokensFloat, kManyTokensInt, kManyTokensFloat>(
           float64::forward),
       .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensFloat>(float64::dx),

@@ -67,7 +67,7 @@ endforeach()
 # with the checks of QLORA_SANITIZE a part takes as much as several without. The machine code is not quite the same,
 # since what is inlined depends on all that a file holds.
 set(_few_tokens few_tokens_dx_float few_tokens_forward few_tokens_offsets)
-set(_many_tokens many_tokens_forward many_tokens_dx many_tokens_dlora)
+set(_many_tokens many_tokens_forward many_tokens_dx many_tokens_dlora many_tokens_dense)
 set(_parts_scalar codec ${_few_tokens} few_tokens_dx_int few_tokens_forward_bf16 ${_many_tokens} many_tokens_int)
 set(_parts_avx2 codec ${_few_tokens} ${_many_tokens} many_tokens_int)
 set(_parts_avx512 codec ${_few_tokens} few_tokens_dx_int ${_many_tokens} many_tokens_int)

@@ -15,6 +15,7 @@ namespace qlora::cuda {
 
 // When a launch may start: when the previous launch of its stream has ended, or when that launch's CTAs permit it
 // (cuda/ptx/grid_dependency.cuh). A kernel that starts early has to wait before it reads what that launch writes.
+// At least one of its CTAs has to wait in any case, so that the launch ends after the previous one.
 enum class Start { kInOrder, kEarly };
 
 // The attributes of a launch. Those that `config` does not count are unused.

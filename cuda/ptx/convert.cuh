@@ -1,5 +1,5 @@
 // Conversions between float32 and the 16-bit types, two values per register. Each value is rounded once, to nearest
-// even.
+// even. cvt to two values exists since sm_80.
 #pragma once
 
 #include <cstdint>
@@ -14,15 +14,29 @@ __device__ __forceinline__ uint32_t pack2(float low, float high);
 
 template <>
 __device__ __forceinline__ uint32_t pack2<bfloat16>(float low, float high) {
+#if __CUDA_ARCH__ >= 800
   uint32_t d;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
+#else
+  const auto round = [](float v) {
+    const uint32_t bits = __float_as_uint(v);
+    return v != v ? 0x7FFFu : bits + 0x7FFFu + (bits >> 16 & 1) >> 16;
+  };
+  return round(low) | round(high) << 16;
+#endif
 }
 
 template <>
 __device__ __forceinline__ uint32_t pack2<float16>(float low, float high) {
   uint32_t d;
+#if __CUDA_ARCH__ >= 800
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#else
+  asm("{\n\t.reg .b16 l, h;\n\tcvt.rn.f16.f32 l, %2;\n\tcvt.rn.f16.f32 h, %1;\n\tmov.b32 %0, {l, h};\n\t}"
+      : "=r"(d)
+      : "f"(high), "f"(low));
+#endif
   return d;
 }
 

@@ -19,4 +19,12 @@ __device__ __forceinline__ void hold(T*& v) {
 }
 __device__ __forceinline__ void hold(uint64_t& v) { asm volatile("" : "+l"(v)); }
 
+// Returns threadIdx.x. The compiler does not know that, and does not keep in registers what it has derived from it
+// before.
+__device__ __forceinline__ unsigned reread_thread_index() {
+  unsigned v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+
 }  // namespace qlora::ptx

@@ -1,5 +1,5 @@
-// Chooses and configures the kernels that run on every architecture and take any shape: float32, and the forward of
-// ragged shapes. Also holds what the kernels of all architectures share.
+// Chooses and configures the kernels that run on every architecture and take any shape: exact products, and the forward
+// of ragged shapes. Also holds what the kernels of all architectures share.
 #pragma once
 
 #include <algorithm>
@@ -87,9 +87,10 @@ constexpr int64_t dlora_splits(int64_t tiles, int64_t m, int ctas_per_sm, const 
 
 namespace any {
 
+// float32, and float16 where nothing else takes all of its shapes.
 template <class Problem>
-constexpr bool exact_accepts(const Problem& p, const Device&) {
-  return p.dtype == DType::kFloat32;
+constexpr bool exact_accepts(const Problem& p, const Device& device) {
+  return p.dtype == DType::kFloat32 || (p.dtype == DType::kFloat16 && !has_tensor_core_kernels(device));
 }
 template <class Problem>
 constexpr bool exact_accepts(const Grouped<Problem>& p, const Device& device) {
@@ -104,7 +105,9 @@ inline constexpr int64_t kForwardRows = 64;  // of w, per CTA
 // One thread multiplies 4 tokens. Not measured on a card.
 constexpr int64_t forward_tokens(int64_t m) { return m <= 4 ? 4 : m <= 16 ? 16 : 64; }
 
-constexpr bool ragged_accepts(const LinearProblem& p, const Device&) { return is_16_bit(p.dtype); }
+constexpr bool ragged_accepts(const LinearProblem& p, const Device& device) {
+  return is_16_bit(p.dtype) && has_tensor_core_kernels(device);  // without them, the same kernel is `exact`
+}
 constexpr bool ragged_accepts(const Grouped<LinearProblem>& p, const Device& d) { return ragged_accepts(p.stack, d); }
 
 constexpr Config config(const LinearProblem& p, const Device&, const Config& wish) {
@@ -116,7 +119,7 @@ constexpr Config config(const Grouped<LinearProblem>& p, const Device&, const Co
   return {.tokens = or_wish(wish.tokens, tokens), .rows = kForwardRows};
 }
 
-// ---- dX in float32 ----
+// ---- dX by exact products ----
 
 inline constexpr Config kExactDx = {.tokens = 16, .columns = 128};
 constexpr Config exact_config(const LinearDxProblem&, const Device&, const Config& wish) {
@@ -126,7 +129,7 @@ constexpr Config exact_config(const LinearDxProblem&, const Device&, const Confi
 }
 constexpr Config exact_config(const Grouped<LinearDxProblem>&, const Device&, const Config&) { return kExactDx; }
 
-// ---- the gradients of LoRA's weights in float32 ----
+// ---- the gradients of LoRA's weights by exact products ----
 
 inline constexpr int64_t kLoraColumns = 64;  // of x or dy, per CTA
 inline constexpr Config kExactDLora = {.ranks = 16, .columns = kLoraColumns};

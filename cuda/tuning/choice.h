@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpp/format/problem.h"
+#include "cuda/tuning/device.h"
 
 namespace qlora::cuda {
 
@@ -14,7 +15,7 @@ enum class Kernel {
   kTensorCores,  // bfloat16 and float16 of regular shapes, on mma.sync (kernels/sm80)
   kSm90,         // the same, on wgmma and TMA (kernels/sm90)
   kRagged,       // bfloat16 and float16 of any shape: float32 FMA in the forward, mma.sync elsewhere
-  kExact,        // float32 of any shape: every product is a float32 FMA (kernels/any)
+  kExact,        // float32, and float16 on 7.5, of any shape: every product is a float32 FMA (kernels/any)
   kGemm,         // many tokens: decodes w, and multiplies on mma.sync (launch/sm80/linear_gemm.cu)
   kLibrary,      // many tokens: decodes w, and multiplies with torch's cuBLAS (launch/any/linear_library.h)
 };
@@ -27,8 +28,8 @@ constexpr const char* kernel_name(Kernel kernel) {
   return kNames[static_cast<int>(kernel)];
 }
 
-// A parameter is 0 if the kernel does not have it. `splits` is also 0 until the launcher's plan sets it: the number of
-// parts of a sum that fill the device depends on how many CTAs of the compiled kernel an SM holds.
+// A parameter is 0 if the kernel does not have it. `splits` and `ctas` are also 0 until the launcher's plan sets one of
+// them: what fills the device depends on how many CTAs of the compiled kernel an SM holds.
 struct Config {
   int64_t tokens = 0;     // per tile
   int64_t rows = 0;       // rows of w per tile of the forward
@@ -37,16 +38,16 @@ struct Config {
   int64_t splits = 0;     // CTAs that divide a tile's sum
   int64_t panel = 0;      // columns of the output whose weights are decoded at a time
   int64_t multicast = 0;  // CTAs with neighbouring outputs that receive each copy of the tokens' values
+  int64_t ctas = 0;       // CTAs that divide the sums of all tiles evenly (stream-K)
 };
 
 struct Parameter {
   const char* name;
   int64_t Config::* value;
 };
-inline constexpr Parameter kParameters[] = {{"tokens", &Config::tokens},      {"rows", &Config::rows},
-                                            {"ranks", &Config::ranks},        {"columns", &Config::columns},
-                                            {"splits", &Config::splits},      {"panel", &Config::panel},
-                                            {"multicast", &Config::multicast}};
+inline constexpr Parameter kParameters[] = {
+    {"tokens", &Config::tokens}, {"rows", &Config::rows}, {"ranks", &Config::ranks}, {"columns", &Config::columns},
+    {"splits", &Config::splits}, {"ctas", &Config::ctas}, {"panel", &Config::panel}, {"multicast", &Config::multicast}};
 
 struct Choice {
   Kernel kernel = Kernel::kRagged;
@@ -65,6 +66,15 @@ inline std::string describe(const Choice& choice) {
 constexpr bool has_offsets(const Weight& w) { return w.scales.offsets.form != OffsetForm::kNone; }
 
 constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+// Whether the device runs the 16-bit kernels on mma.sync. Compute capability 7.5 lacks their instructions: bfloat16,
+// and copies to shared memory that bypass registers.
+constexpr bool has_tensor_core_kernels(const Device& device) { return device.arch >= 80; }
+
+// The device's compute capability, for example "8.0".
+inline std::string capability_text(const Device& device) {
+  return std::to_string(device.arch / 10) + "." + std::to_string(device.arch % 10);
+}
 
 // `wish`, or `value` if `wish` is 0, which means that nothing is forced.
 constexpr int64_t or_wish(int64_t wish, int64_t value) { return wish != 0 ? wish : value; }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 #include "cpp/format/grouped.h"
 #include "cpp/format/problem.h"
@@ -26,7 +27,7 @@ namespace qlora::cuda {
 // The parts of a configuration that QLORA_CUDA_KERNEL may set (forced.h).
 struct Options {
   int64_t tokens[4] = {}, ranks[3] = {}, multicast[2] = {};  // the values that the kernel was compiled for
-  bool splits = false, panel = false;
+  bool splits = false, ctas = false, panel = false;
 };
 
 template <class Problem>
@@ -56,8 +57,12 @@ struct Kernels<LinearProblem> {
        sm80::few_tokens_accepts,
        nullptr,
        sm80::few_tokens_config,
-       {.tokens = {4, 8, 16}, .splits = true}},
-      {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {16, 32, 64}, .splits = true}},
+       {.tokens = {4, 8, 16}, .splits = true, .ctas = true}},
+      {Kernel::kTensorCores,
+       sm80::accepts,
+       nullptr,
+       sm80::config,
+       {.tokens = {16, 32, 64}, .splits = true, .ctas = true}},
       {Kernel::kExact, any::exact_accepts, nullptr, any::config, {.tokens = {4, 16, 64}}},
       {Kernel::kRagged, any::ragged_accepts, nullptr, any::config, {.tokens = {4, 16, 64}}},
   };
@@ -117,8 +122,23 @@ struct Kernels<Grouped<LoraGradProblem>> {
   };
 };
 
+// Throws std::invalid_argument if the device multiplies no numbers of the type.
+constexpr void require_type(DType dtype, const Device& device) {
+  if (dtype != DType::kBFloat16 || has_tensor_core_kernels(device)) return;
+  throw std::invalid_argument("bfloat16 needs compute capability 8.0 or newer, and this device has " +
+                              capability_text(device) + ": compute in float16 or float32");
+}
+template <class Problem>
+constexpr void require_type(const Problem& p, const Device& device) {
+  if constexpr (requires { p.stack; })
+    require_type(p.stack.dtype, device);
+  else
+    require_type(p.dtype, device);
+}
+
 template <class Problem>
 constexpr Choice choose(const Problem& p, const Device& device) {
+  require_type(p, device);
   for (const KernelRow<Problem>& row : Kernels<Problem>::kRows) {
     if (row.accepts(p, device) && (row.is_ahead == nullptr || row.is_ahead(p, device)))
       return {row.kernel, row.config(p, device, {})};

@@ -21,8 +21,11 @@ constexpr int64_t codec_grid(int64_t work, int ctas_per_sm, const Device& device
 // that it reads, so more warps read less, but every SM should still get a CTA. With 2 warps or more, a stripe of rows
 // fills whole words of packed codes.
 inline constexpr int kFeedbackWarps = 8;
+// Compute capability 7.5 has shared memory for half of them.
+inline constexpr int kFeedbackWarps75 = 4, kShared75 = 64 * 1024;
+constexpr int most_feedback_warps(const Device& device) { return device.arch < 80 ? kFeedbackWarps75 : kFeedbackWarps; }
 constexpr int feedback_warps(int64_t n, int rows, const Device& device) {
-  int warps = kFeedbackWarps;
+  int warps = most_feedback_warps(device);
   while (warps > 2 && n <= int64_t{device.sm_count} * rows * warps / 2) warps /= 2;
   return warps;
 }

@@ -46,7 +46,7 @@ inline std::vector<int64_t> compiled_values(const Options& options, const Parame
 }
 
 inline bool has_parameter(const Options& options, const Parameter& parameter) {
-  return (parameter.value == &Config::splits && options.splits) ||
+  return (parameter.value == &Config::splits && options.splits) || (parameter.value == &Config::ctas && options.ctas) ||
          (parameter.value == &Config::panel && options.panel) || !compiled_values(options, parameter).empty();
 }
 
@@ -87,6 +87,7 @@ void check_granted(const char* op, const Problem& p, const Config& wish, const C
 // device does not allow it. The launcher's plan sets `splits` only later, and then calls check_granted.
 template <class Problem>
 Choice choose_forced(std::string_view forced, const char* op, const Problem& p, const Device& device) {
+  require_type(p, device);
   const std::string_view name = forced.substr(0, forced.find(':'));
   std::vector<std::string> names, accepting;
   const KernelRow<Problem>* row = nullptr;
@@ -101,8 +102,7 @@ Choice choose_forced(std::string_view forced, const char* op, const Problem& p, 
                   std::string(forced));
   if (row == nullptr)
     refuse_forced(std::string(name) + " does not take " + call_text(op, p) + " on compute capability " +
-                  std::to_string(device.arch / 10) + "." + std::to_string(device.arch % 10) + ": expected " +
-                  alternatives(accepting));
+                  capability_text(device) + ": expected " + alternatives(accepting));
 
   Config wish;
   if (name.size() < forced.size()) {

@@ -32,42 +32,38 @@ constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
   return accepts_sizes(p.dtype, p.w, device) && p.w.n % 8 == 0;
 }
 
-// The panel with the fewest waves. The fewest panels break ties: a panel's two launches cost as much as kLaunchTerms
-// terms of a tile's sum (model of an A100: 5 us at 0.8 of an SM's tensor cores). A panel is a multiple of `step`, and
-// as large as fits in half of L2, or the next multiple. It has at least kLeastPanel columns, so that small caches do
-// not leave SMs idle.
-constexpr int64_t panel_columns(int64_t m, int64_t inner, int64_t columns, int64_t step, const Device& device) {
-  constexpr int64_t kLaunchTerms = 180, kLeastPanel = 1024;
-  const int64_t fit = std::max<int64_t>(device.l2_bytes / 2 / (2 * inner), kLeastPanel);
-  int64_t best = columns, least = INT64_MAX;
-  for (int64_t panel = ceil_div(std::min(fit, columns), step) * step; panel > 0; panel -= step) {
-    const int64_t part = std::min(panel, columns);
-    const int64_t cost = waves(m, columns, part, device) * inner + ceil_div(columns, part) * kLaunchTerms;
-    if (cost < least) least = cost, best = part;
-  }
-  return best;
+// The nanoseconds that panels of `panel` columns take, by a model, not a measurement: each is two launches, and tiles
+// run at 0.8 of the data sheet's rate.
+constexpr double panels_time(const PanelProduct& p, int64_t panel, const Device& device) {
+  const int64_t of_tiles = waves(p.m, p.columns, panel, device) * device.sm_count * kTokens * kColumns;
+  return static_cast<double>(2 * of_tiles * p.inner) / (0.8 * rates_of(device).flops) +
+         static_cast<double>(2 * ceil_div(p.columns, panel)) * kLaunchTime + time_outside_l2(p, panel, device);
 }
 
-// `inner`: the terms of a sum.
+constexpr int64_t panel_columns(const PanelProduct& p, int64_t step, const Device& device) {
+  return fastest_panel(p, step, device, [&](int64_t panel) { return panels_time(p, panel, device); });
+}
+
+// LoRA and bias are added in the accumulators.
 template <class Problem>
-constexpr Config config(const Problem& p, int64_t inner, int64_t columns, const Device& device, const Config& wish) {
-  const int64_t step = library::panel_step(p);
-  if (wish.panel > 0) return library::panels(columns, step, 0, wish);
-  return {.panel = panel_columns(p.m, inner, columns, step, device)};
-}
-constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
-  return config(p, p.w.k, p.w.n, device, wish);
-}
-constexpr Config config(const LinearDxProblem& p, const Device& device, const Config& wish) {
-  return config(p, p.w.n, p.w.k, device, wish);
+constexpr PanelProduct product(const Problem& p) {
+  PanelProduct result = library::product(p);
+  result.float32_sums = false;
+  return result;
 }
 
-// When the GEMM is ahead. None of these numbers was measured. They come from a model: the GEMM runs at 0.8 of an A100's
-// dense rate and at 0.88 of a GeForce card's while its waves are full, and each panel costs its decode and two
-// launches.
+template <class Problem>
+constexpr Config config(const Problem& p, const Device& device, const Config& wish) {
+  const int64_t step = library::panel_step(p);
+  return library::panels(product(p).columns, step, panel_columns(product(p), step, device), wish);
+}
+
+// When the GEMM is ahead of the fused kernels. None of these numbers was measured. They come from a model: the GEMM
+// runs at 0.8 of an A100's dense rate and at 0.88 of a GeForce card's while its waves are full, and each panel costs
+// its decode and two launches.
 struct Ahead {
   int arch;        // for this architecture and later ones, up to the next row
-  int64_t tokens;  // ahead of the fused kernels from this number on,
+  int64_t tokens;  // from this number on,
   int64_t fill;    // if at least so many percent of the SMs in all waves have a tile
 };
 inline constexpr Ahead kAhead[] = {
@@ -77,23 +73,26 @@ inline constexpr Ahead kAhead[] = {
     {120, 2048, 85},    // RTX 5090: like the 4090; model 1300
 };
 
-// The library has smaller tiles, which fill a card better, but it writes float32 sums of LoRA and bias to memory.
-inline constexpr int64_t kLeastFill = 60;
-
+// Where the library would be next, the GEMM has to be faster than that. The library has smaller tiles, which fill a
+// card better, but it writes float32 sums of LoRA and bias to memory. They are always counted, so that a layer runs the
+// same kernel without its adapter.
 template <class Problem>
-constexpr bool is_ahead(const Problem& p, int64_t columns, const Device& device) {
+constexpr bool is_ahead(const Problem& p, const Device& device) {
   Ahead ahead = kAhead[0];
   for (const Ahead& a : kAhead) {
     if (device.arch >= a.arch) ahead = a;
   }
-  if (ahead.tokens == kNever) return false;
-  if (decodes_often(p.dtype, p.w.k, p.w.scales.block_size, has_offsets(p.w)))
-    ahead.tokens = kTokensPerDecode + 1, ahead.fill = kLeastFill;
-  if (p.m < ahead.tokens) return false;
-  const int64_t slots = waves(p.m, columns, config(p, device, {}).panel, device) * device.sm_count;
+  const bool library_is_next = library::is_ahead(p, device);
+  if (ahead.tokens == kNever || (!library_is_next && p.m < ahead.tokens)) return false;
+  const int64_t panel = config(p, device, {}).panel, columns = product(p).columns;
+  if (library_is_next) {
+    PanelProduct theirs = library::product(p);
+    theirs.float32_sums = true;
+    const int64_t their_panel = library_panel_columns(theirs, library::panel_step(p), device);
+    return panels_time(product(p), panel, device) <= library_time(theirs, their_panel, device);
+  }
+  const int64_t slots = waves(p.m, columns, panel, device) * device.sm_count;
   return 100 * p.m * columns >= ahead.fill * slots * kTokens * kColumns;
 }
-constexpr bool is_ahead(const LinearProblem& p, const Device& device) { return is_ahead(p, p.w.n, device); }
-constexpr bool is_ahead(const LinearDxProblem& p, const Device& device) { return is_ahead(p, p.w.k, device); }
 
 }  // namespace qlora::cuda::gemm

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 
 #include "cpp/format/problem.h"
@@ -25,6 +26,7 @@ inline constexpr int64_t kNever = INT64_MAX;
 // tokens from which bitsandbytes 0.50 leaves its own mma.sync kernel, according to its dispatch table calibrated on
 // cards, at many CTAs.
 inline constexpr Crossover kCrossovers[] = {
+    {75, 17},       // T4: model 18 against float32 FMA at half of its 8.1 TFLOP/s; from 17 tokens on, a tile has 64
     {80, 256},      // A100: bnb 128, model 640
     {86, kNever},   // A40, RTX 3090, 4090, L40S: limited by the tensor cores, which hide the decode; bnb 256
     {90, 128},      // H100: bnb 64, model 320
@@ -35,7 +37,7 @@ inline constexpr Crossover kCrossovers[] = {
 
 // Kernels without tensor cores (for float32, or k not a multiple of 64), and those that apply a scale or an offset to
 // each weight (for blocks of 32, or offsets), decode the weight again for every 64 tokens. Decoding it once is faster
-// as soon as they would decode twice.
+// as soon as they would decode twice. The table's row for 7.5 takes this into account for float16.
 inline constexpr int64_t kTokensPerDecode = 64;
 constexpr bool decodes_often(DType dtype, int64_t k, int64_t block_size, bool offsets) {
   return dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64 || offsets;
@@ -43,7 +45,8 @@ constexpr bool decodes_often(DType dtype, int64_t k, int64_t block_size, bool of
 
 constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, const Device& device,
                                     bool offsets = false) {
-  if (decodes_often(dtype, k, block_size, offsets)) return kTokensPerDecode + 1;
+  if ((dtype == DType::kFloat32 || has_tensor_core_kernels(device)) && decodes_often(dtype, k, block_size, offsets))
+    return kTokensPerDecode + 1;
   const Crossover* best = kCrossovers;
   for (const Crossover& c : kCrossovers) {
     if (device.arch >= c.arch) best = &c;
@@ -51,16 +54,99 @@ constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, 
   return best->tokens;
 }
 
-// The library path decodes the weight panel by panel. A panel is as large as fits in half of L2 together with its
-// float32 sums, if it has any, so only outputs go to memory. `columns` is the number of output columns, and each sums
-// `inner` terms. A panel has at least 512 columns, because with fewer a GEMM's own tiles (128 x 256) no longer fill a
-// device, and a multiple of `step`. Panels have equal sizes, so the last one is not a small remainder.
-constexpr int64_t library_panel_columns(int64_t m, int64_t inner, int64_t columns, int64_t step, bool float32_sums,
-                                        DType dtype, const Device& device) {
-  const int64_t a_column = std::max<int64_t>(inner * dtype_bytes(dtype) + (float32_sums ? 4 * m : 0), 1);
-  const int64_t fit = std::max<int64_t>(device.l2_bytes / 2 / a_column, 512);
-  const int64_t each = ceil_div(columns, std::max<int64_t>(ceil_div(columns, fit), 1));
-  return std::min(columns, ceil_div(each, step) * step);
+// Data sheets' rates, per nanosecond, by which the panels below are compared.
+struct Rates {
+  int arch;  // for this architecture and later ones, up to the next row
+  double flops, float32_flops, bytes;
+};
+inline constexpr Rates kRates[] = {
+    {75, 65e3, 8.1e3, 320},     // T4
+    {80, 312e3, 19.5e3, 2039},  // A100
+    {86, 71e3, 35.6e3, 936},    // RTX 3090
+    {89, 165e3, 82.6e3, 1008},  // RTX 4090
+    {90, 989e3, 67e3, 3350},    // H100
+    {100, 2250e3, 80e3, 8000},  // B200
+    {110, 258e3, 8e3, 273},     // Thor
+    {120, 209e3, 105e3, 1792},  // RTX 5090
+};
+
+constexpr const Rates& rates_of(const Device& device) {
+  const Rates* best = kRates;
+  for (const Rates& r : kRates) {
+    if (device.arch >= r.arch) best = &r;
+  }
+  return *best;
+}
+
+// A product on decoded panels of the weight: [m, inner] by the weight, for `columns` outputs of each token.
+struct PanelProduct {
+  int64_t m, inner, columns;
+  bool float32_sums;  // in memory, of a panel
+  DType dtype;
+
+  // What a column of a panel takes in memory: its weights, and its sums.
+  constexpr int64_t column_bytes() const {
+    return std::max<int64_t>(inner * dtype_bytes(dtype) + (float32_sums ? 4 * m : 0), 1);
+  }
+};
+
+inline constexpr double kLaunchTime = 2500, kMemoryRate = 0.9;  // nanoseconds; of the data sheet's rate
+
+// The nanoseconds in which panels and their sums are written and read in memory. Those that fit in half of L2 stay
+// there.
+constexpr double time_outside_l2(const PanelProduct& p, int64_t panel, const Device& device) {
+  if (panel * p.column_bytes() <= device.l2_bytes / 2) return 0;
+  return static_cast<double>(2 * p.columns * p.column_bytes()) / (kMemoryRate * rates_of(device).bytes);
+}
+
+// The columns of the smallest panel for which `time(panel)` is least, a multiple of `step` or all. A panel and its sums
+// have at most kMostBytes, or what fits in half of L2, or one step.
+template <class Time>
+constexpr int64_t fastest_panel(const PanelProduct& p, int64_t step, const Device& device, const Time& time) {
+  constexpr int64_t kMostBytes = 128 << 20;
+  const int64_t most = std::max<int64_t>(kMostBytes, device.l2_bytes / 2) / p.column_bytes() / step * step;
+  int64_t best = p.columns;
+  double least = std::numeric_limits<double>::max();
+  for (int64_t panel = std::min(std::max(most, step), ceil_div(p.columns, step) * step); panel > 0; panel -= step) {
+    const int64_t part = std::min(panel, p.columns);
+    const double of_part = time(part);
+    if (of_part <= least) least = of_part, best = part;
+  }
+  return best;
+}
+
+// The nanoseconds that panels of `panel` columns take, by a model of the library, not a measurement. A panel is a
+// launch that decodes it, a GEMM, and a launch that adds LoRA and bias to its sums if it has any. A GEMM has tiles of
+// 128 tokens and 64, 128 or 256 columns, whichever take the least time. Its tiles run in waves of one per SM, at 0.75
+// of the data sheet's rate; those of 64 columns read more, at 0.83 of that. From L2, sums are added and rounded in the
+// time of 4 bytes of memory each.
+constexpr double library_time(const PanelProduct& p, int64_t panel, const Device& device) {
+  constexpr int64_t kTileTokens = 128;
+  constexpr struct {
+    int64_t columns;
+    double cost;  // in columns of the larger tiles
+  } kTiles[] = {{64, 77}, {128, 128}, {256, 256}};
+  const Rates& rates = rates_of(device);
+  const int64_t sms = std::max(device.sm_count, 1), token_tiles = ceil_div(p.m, kTileTokens);
+  const auto gemm_columns = [&](int64_t columns) {  // columns of tiles that each SM computes
+    double least = std::numeric_limits<double>::max();
+    for (const auto& tile : kTiles) {
+      const int64_t waves = ceil_div(token_tiles * ceil_div(columns, tile.columns), sms);
+      least = std::min(least, static_cast<double>(waves) * tile.cost);
+    }
+    return least;
+  };
+  const double column_flops = static_cast<double>(2 * kTileTokens * p.inner * sms);
+  const double flops = 0.75 * (p.dtype == DType::kFloat32 ? rates.float32_flops : rates.flops);
+  const double columns = static_cast<double>(p.columns / panel) * gemm_columns(panel) + gemm_columns(p.columns % panel);
+  const double launches = static_cast<double>(ceil_div(p.columns, panel) * (p.float32_sums ? 3 : 2));
+  const double added = static_cast<double>(p.float32_sums ? 4 * p.m * p.columns : 0);
+  return columns * column_flops / flops + launches * kLaunchTime + added / (kMemoryRate * rates.bytes) +
+         time_outside_l2(p, panel, device);
+}
+
+constexpr int64_t library_panel_columns(const PanelProduct& p, int64_t step, const Device& device) {
+  return fastest_panel(p, step, device, [&](int64_t panel) { return library_time(p, panel, device); });
 }
 
 namespace library {
@@ -75,9 +161,32 @@ constexpr bool is_ahead(const Problem& p, const Device& device) {
   return p.m >= library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device, has_offsets(p.w));
 }
 
-// Sums are float32 if LoRA or bias are added to them.
-constexpr bool has_sums(const LinearProblem& p) { return p.lora.rank > 0 || p.bias != nullptr; }
-constexpr bool has_sums(const LinearDxProblem& p) { return p.lora.rank > 0; }
+// On B200 and B300, LoRA and bias are further terms of the library's sums: [x | h | 1] · [w | lora_b | bias]ᵀ and
+// [dy | g] · [w; lora_a]. This takes a copy of x or dy, whose rows the low-rank product extends. Cards with slower
+// memory would lose more by the copy than they gain without float32 sums. Dropout of dX masks LoRA's part alone, which
+// terms of a sum cannot express. The terms are padded, so that rows stay aligned to 16 bytes.
+constexpr int64_t padded_terms(int64_t terms) { return ceil_div(terms, int64_t{8}) * 8; }
+constexpr bool extends_sums(DType dtype, int64_t rank, int64_t inner, const Device& device) {
+  return device.arch / 10 == 10 && dtype_bytes(dtype) == 2 && rank > 0 && inner % 8 == 0;
+}
+
+// The number of further terms, or 0.
+constexpr int64_t further_terms(const LinearProblem& p, const Device& device) {
+  if (!extends_sums(p.dtype, p.lora.rank, p.w.k, device)) return 0;
+  return padded_terms(p.lora.rank + (p.bias != nullptr ? 1 : 0));
+}
+constexpr int64_t further_terms(const LinearDxProblem& p, const Device& device) {
+  const bool fits = p.lora.rank % 2 == 0 && !p.lora.dropout.active();
+  return fits && extends_sums(p.dtype, p.lora.rank, p.w.n, device) ? padded_terms(p.lora.rank) : 0;
+}
+
+// Sums are float32 if LoRA or bias are added to them afterwards.
+constexpr bool has_sums(const LinearProblem& p, const Device& device) {
+  return (p.lora.rank > 0 || p.bias != nullptr) && further_terms(p, device) == 0;
+}
+constexpr bool has_sums(const LinearDxProblem& p, const Device& device) {
+  return p.lora.rank > 0 && further_terms(p, device) == 0;
+}
 
 inline constexpr int64_t kPanelStep = 256;  // columns: fits a GEMM's tiles and vector accesses
 
@@ -93,13 +202,23 @@ constexpr Config panels(int64_t columns, int64_t step, int64_t best, const Confi
   return {.panel = wish.panel > 0 ? std::min(columns, ceil_div(wish.panel, step) * step) : best};
 }
 
-constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
-  const int64_t step = panel_step(p);
-  return panels(p.w.n, step, library_panel_columns(p.m, p.w.k, p.w.n, step, has_sums(p), p.dtype, device), wish);
+// Without LoRA and bias.
+constexpr PanelProduct product(const LinearProblem& p) { return {p.m, p.w.k, p.w.n, false, p.dtype}; }
+constexpr PanelProduct product(const LinearDxProblem& p) { return {p.m, p.w.n, p.w.k, false, p.dtype}; }
+
+template <class Problem>
+constexpr PanelProduct product(const Problem& p, const Device& device) {
+  PanelProduct result = product(p);
+  result.inner += further_terms(p, device);
+  result.float32_sums = has_sums(p, device);
+  return result;
 }
-constexpr Config config(const LinearDxProblem& p, const Device& device, const Config& wish) {
+
+template <class Problem>
+constexpr Config config(const Problem& p, const Device& device, const Config& wish) {
   const int64_t step = panel_step(p);
-  return panels(p.w.k, step, library_panel_columns(p.m, p.w.n, p.w.k, step, has_sums(p), p.dtype, device), wish);
+  const PanelProduct whole = product(p, device);
+  return panels(whole.columns, step, library_panel_columns(whole, step, device), wish);
 }
 
 }  // namespace library

@@ -38,12 +38,15 @@ constexpr bool is_regular(const LinearDxProblem& p) { return has_one_scale_per(3
 // LoRA's gradients read 16 bytes of x and dy at a time.
 constexpr bool is_regular(const LoraGradProblem& p) { return p.k % 8 == 0 && p.n % 8 == 0; }
 
-template <class Problem>
-constexpr bool accepts(const Problem& p, const Device&) {
-  return is_16_bit(p.dtype) && is_regular(p);
+constexpr bool accepts_type(DType dtype, const Device& device) {
+  return is_16_bit(dtype) && has_tensor_core_kernels(device);
 }
-constexpr bool accepts(const LinearProblem& p, const Device&) {
-  return is_16_bit(p.dtype) && (is_regular(p) || scales_weights(p));
+template <class Problem>
+constexpr bool accepts(const Problem& p, const Device& device) {
+  return accepts_type(p.dtype, device) && is_regular(p);
+}
+constexpr bool accepts(const LinearProblem& p, const Device& device) {
+  return accepts_type(p.dtype, device) && (is_regular(p) || scales_weights(p));
 }
 template <class Problem>
 constexpr bool accepts(const Grouped<Problem>& p, const Device& device) {
@@ -52,8 +55,8 @@ constexpr bool accepts(const Grouped<Problem>& p, const Device& device) {
 
 // dX and LoRA's gradients of any shape, on the same tensor cores.
 template <class Problem>
-constexpr bool ragged_accepts(const Problem& p, const Device&) {
-  return is_16_bit(p.dtype);
+constexpr bool ragged_accepts(const Problem& p, const Device& device) {
+  return accepts_type(p.dtype, device);
 }
 template <class Problem>
 constexpr bool ragged_accepts(const Grouped<Problem>& p, const Device& device) {
@@ -64,21 +67,36 @@ constexpr bool ragged_accepts(const Grouped<Problem>& p, const Device& device) {
 
 inline constexpr int64_t kSegment = 64, kForwardRows = 128;
 
-// Up to 16 tokens: the kernel has a single tile for all tokens, and computes LoRA's product in the same launch.
-inline constexpr int64_t kMostFewTokens = 16;
+// The kernel for few tokens has a single tile for all tokens, and computes LoRA's product in the same launch. From 10.0
+// on, its tile of 16 tokens would spill registers, so the kernel for more tokens has one of 16 there. A GeForce RTX
+// 5090 needs that tile anyway: half of the columns that the kernel for few tokens multiplies are empty, which by the
+// data sheet would take longer than reading w.
+constexpr int64_t most_few_tokens(const Device& device) { return device.arch >= 100 ? 8 : 16; }
 
-constexpr bool few_tokens_accepts(const LinearProblem& p, const Device&) {
-  return is_16_bit(p.dtype) && is_regular(p) && p.m <= kMostFewTokens;
+// Whether the kernel has a form for streams (stream.h). From 10.0 on they are not compiled. Wider tiles have no
+// registers for them.
+constexpr bool can_stream(const LinearProblem& p, int64_t tokens, const Device& device) {
+  return device.arch < 100 && is_regular(p) && !has_offsets(p.w) && tokens <= 32;
 }
-constexpr Config few_tokens_config(const LinearProblem& p, const Device&, const Config& wish) {
-  const int64_t least = p.m <= 4 ? 4 : p.m <= 8 ? 8 : kMostFewTokens;
-  return {.tokens = wish.tokens >= least ? wish.tokens : least, .rows = kForwardRows, .splits = wish.splits};
+
+constexpr bool few_tokens_accepts(const LinearProblem& p, const Device& device) {
+  return accepts_type(p.dtype, device) && is_regular(p) && p.m <= most_few_tokens(device);
 }
+constexpr Config few_tokens_config(const LinearProblem& p, const Device& device, const Config& wish) {
+  const int64_t least = p.m <= 4 ? 4 : p.m <= 8 ? 8 : 16;
+  const int64_t tokens = std::min(std::max(wish.tokens, least), most_few_tokens(device));
+  return {.tokens = tokens,
+          .rows = kForwardRows,
+          .splits = wish.splits,
+          .ctas = can_stream(p, tokens, device) ? wish.ctas : 0};
+}
+constexpr bool has_tile_16(const Device& device) { return most_few_tokens(device) < 16; }
 
 // The widest tile needs 137 KB of shared memory. Devices that have it decode w once per 64 tokens.
 inline constexpr int kShared64 = 137 * 1024;
 
 constexpr int64_t forward_tokens(int64_t m, const Device& device) {
+  if (m <= 16 && has_tile_16(device)) return 16;
   return m <= 32 || device.shared_per_cta < kShared64 ? 32 : 64;
 }
 // A forced tile of 64 tokens is not granted if the device lacks the shared memory.
@@ -94,10 +112,14 @@ constexpr int64_t scaled_tokens(const Weight& w, int64_t m, const Device& device
 }
 
 constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
-  const int64_t tokens = scales_weights(p)   ? scaled_tokens(p.w, p.m, device, wish)
-                         : wish.tokens == 16 ? forward_tokens(p.m, device)  // few_tokens has a better tile
-                                             : wished_tokens(wish, forward_tokens(p.m, device), device);
-  return {.tokens = tokens, .rows = kForwardRows, .splits = wish.splits};
+  const int64_t tokens = scales_weights(p) ? scaled_tokens(p.w, p.m, device, wish)
+                         : wish.tokens == 16 && !has_tile_16(device)
+                             ? forward_tokens(p.m, device)  // few_tokens has a better tile
+                             : wished_tokens(wish, forward_tokens(p.m, device), device);
+  return {.tokens = tokens,
+          .rows = kForwardRows,
+          .splits = wish.splits,
+          .ctas = can_stream(p, tokens, device) ? wish.ctas : 0};
 }
 
 // For experts, k is not split: this would gain nothing with many experts, and little with few.
@@ -112,19 +134,25 @@ constexpr int64_t forward_split_segments(int64_t segments, int64_t splits, int64
   return ceil_div(ceil_div(segments, splits), stage_segments) * stage_segments;
 }
 
-// The number of splits of k, at most `most`, if the device holds `slots` CTAs at once. This is a roofline model, not a
-// measurement:
-//   - A CTA's tables cost as much time as 16 segments (1024 k), so a CTA takes no fewer.
+// A CTA's tables cost as much time as 16 segments (1024 k).
+inline constexpr int64_t kTables = 16;
+
+// The time of the forward, in 64ths of a segment's, if `splits` CTAs divide each of `tiles` sums and the device holds
+// `slots` CTAs at once. This is a roofline model, not a measurement:
 //   - CTAs run in waves.
 //   - The last CTA of a tile adds up 64 tokens of a split in the time of one segment.
+constexpr int64_t forward_split_cost(int64_t tiles, int64_t segments, int64_t stage_segments, int64_t tokens,
+                                     int64_t slots, int64_t splits) {
+  return 64 * ceil_div(tiles * splits, slots) * (forward_split_segments(segments, splits, stage_segments) + kTables) +
+         (splits > 1 ? splits * tokens : 0);
+}
+
+// The number of splits of k, at most `most`. No CTA takes less time for its segments than for its tables.
 constexpr int64_t forward_splits(int64_t tiles, int64_t segments, int64_t stage_segments, int64_t tokens, int64_t slots,
                                  int64_t most = INT64_MAX) {
-  constexpr int64_t kTables = 16;
   const int64_t limit = std::clamp<int64_t>(segments / kTables, 1, std::max<int64_t>(std::min(slots, most), 1));
-  return cheapest_splits(limit, [&](int64_t s) {
-    return 64 * ceil_div(tiles * s, slots) * (forward_split_segments(segments, s, stage_segments) + kTables) +
-           (s > 1 ? s * tokens : 0);
-  });
+  return cheapest_splits(
+      limit, [&](int64_t s) { return forward_split_cost(tiles, segments, stage_segments, tokens, slots, s); });
 }
 
 // ---- dX ----

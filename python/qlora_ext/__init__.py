@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from . import autograd, calibration, fidelity, nn, streaming, transforms
+from . import autograd, calibration, cpu, fidelity, nn, streaming, transforms
 from ._internal import hooks as _hooks
 from ._internal.lazy import lazily as _lazily
 from ._library import build_info
@@ -35,6 +35,7 @@ __all__ = [
     "build_info",
     "calibration",
     "check_model",
+    "cpu",
     "decoding",
     "dequantize_nf4",
     "export",
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 assert transforms  # it registers vmap rules
+cpu.limit_threads()
 
 # Integrations are imported together with the library they serve. Users never import them.
 _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")

@@ -1,4 +1,4 @@
-"""The default compute dtype of a model: float32 on processors without bfloat16 arithmetic."""
+"""The default compute dtype of a model, on processors with and without bfloat16 arithmetic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def native_bfloat16() -> bool:
     """Whether the CPU kernels in use, ours and torch's, have instructions that multiply bfloat16.
 
     These are AVX512-BF16, AMX and ARM's BF16. Without them torch converts each bfloat16 value separately: a matmul
-    takes 3 to 8 times as long as in float32 (``docs/troubleshooting.md``). ``QLORA_CPU_ISA`` and ``ONEDNN_MAX_CPU_ISA``
+    takes 3 to 8 times as long as in float32 (``docs/benchmarks.md``). ``QLORA_CPU_ISA`` and ``ONEDNN_MAX_CPU_ISA``
     may rule the instructions out.
 
     Example:
@@ -29,15 +29,26 @@ def native_bfloat16() -> bool:
     return _C.cpu_isa().endswith("bf16") and limit.startswith(_ONEDNN_WITH_BF16)
 
 
+def gpu_without_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` is a GPU of compute capability 7.5, on which our kernels do not multiply bfloat16."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def computing_dtype(dtype: torch.dtype, device: torch.device | str | int | None) -> torch.dtype:
-    """The compute dtype for weights in ``dtype``: ``dtype`` itself, or float32 if bfloat16 is slow on ``device``.
+    """The compute dtype for weights in ``dtype``, which is ``dtype`` itself except for some bfloat16 weights.
+
+    These compute in float32 on a CPU where bfloat16 is slow, and in float16 on a GPU without bfloat16 arithmetic.
 
     Args:
         dtype: of the model's weights.
         device: the device that computes; None is the CPU.
     """
-    on_cpu = device is None or torch.device(device).type == "cpu"
-    return torch.float32 if dtype == torch.bfloat16 and on_cpu and not native_bfloat16() else dtype
+    if dtype != torch.bfloat16:
+        return dtype
+    device = torch.device("cpu" if device is None else device)
+    if device.type == "cpu":
+        return dtype if native_bfloat16() else torch.float32
+    return torch.float16 if gpu_without_bfloat16(device) else dtype
 
 
 def computing_dtype_named(name: str, device: torch.device | str | int | None) -> torch.dtype:

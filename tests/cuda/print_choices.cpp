@@ -16,8 +16,8 @@ struct Line {
 
 template <class Problem>
 std::string choice(const Line& line, const Problem& p, const Device& device) {
-  if (line.forced == "-") return describe(choose(p, device));
   try {
+    if (line.forced == "-") return describe(choose(p, device));
     return describe(choose_forced(line.forced, line.op.c_str(), p, device));
   } catch (const std::invalid_argument& error) {
     return error.what();

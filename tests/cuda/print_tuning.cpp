@@ -4,6 +4,7 @@
 
 #include "cuda/tuning/choose.h"
 #include "cuda/tuning/codec.h"
+#include "cuda/tuning/stream.h"
 
 using namespace qlora;
 using namespace qlora::cuda;
@@ -35,7 +36,11 @@ int main() {
         for (int tokens : {8, 64}) {
           const auto splits = sm80::forward_splits(tiles, segments, 2, tokens, slots);
           const auto each = sm80::forward_split_segments(segments, splits, 2);
-          std::printf("%s[%d, %d, %d, %d, %ld]", comma, slots, tiles, segments, tokens, long(each));
+          const bool streams =
+              sm80::forward_streams(tiles, segments, 2, tokens, slots, splits, true, card(80, 108, 40));
+          const auto run = sm80::stream_cta_segments(int64_t{tiles} * segments, slots);
+          std::printf("%s[%d, %d, %d, %d, %ld, %ld]", comma, slots, tiles, segments, tokens, long(each),
+                      streams ? long(run) : 0L);
           comma = ", ";
         }
   std::printf("], \"dx\": [");
@@ -62,25 +67,27 @@ int main() {
   }
   std::printf("}, \"panel\": [");
   comma = "";
-  for (int l2 : {40, 50, 126})
-    for (int m : {100, 4096, 65536})
+  for (const auto& [name, device] : kCards)
+    for (int m : {100, 768, 4096, 65536})
       for (int inner : {64, 4096, 128256})
-        for (int columns : {1, 300, 4096, 28672})
-          for (int sums : {0, 1}) {
-            const auto panel = library_panel_columns(m, inner, columns, 256, sums, DType::kBFloat16, card(90, 132, l2));
-            std::printf("%s[%d, %d, %d, %d, %d, %ld]", comma, l2, m, inner, columns, sums, long(panel));
-            comma = ", ";
-          }
+        for (int columns : {1, 300, 4096, 14336})
+          for (const bool sums : {false, true})
+            for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+              const PanelProduct product{m, inner, columns, sums, dtype};
+              std::printf("%s[\"%s\", %d, %d, %d, %d, %d, %ld, %ld]", comma, name.data(), m, inner, columns, sums,
+                          int(dtype_bytes(dtype)), long(device.l2_bytes),
+                          long(library_panel_columns(product, 256, device)));
+              comma = ", ";
+            }
   std::printf("], \"gemm\": [");
   comma = "";
-  for (const auto& [sms, l2] : {std::pair{108, 40}, std::pair{128, 72}, std::pair{82, 6}})
+  for (const auto& [name, device] : kCards)
     for (int m : {1, 1024, 4096, 65536})
       for (int inner : {64, 4096, 14336})
         for (int columns : {8, 1024, 4096, 14336}) {
-          const Device device = card(80, sms, l2);
-          const auto panel = gemm::panel_columns(m, inner, columns, 256, device);
-          std::printf("%s[%d, %d, %d, %d, %d, %ld, %ld]", comma, sms, l2, m, inner, columns, long(panel),
-                      long(gemm::waves(m, columns, panel, device)));
+          const PanelProduct product{m, inner, columns, false, DType::kBFloat16};
+          std::printf("%s[\"%s\", %d, %d, %d, 0, 2, %ld, %ld]", comma, name.data(), m, inner, columns,
+                      long(device.l2_bytes), long(gemm::panel_columns(product, 256, device)));
           comma = ", ";
         }
   std::printf("], \"feedback\": [");

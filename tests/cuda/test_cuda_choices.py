@@ -13,13 +13,19 @@ from qlora_ext import _C
 CARDS = ("sm80", "sm90", "sm100", "sm120")  # A100, H100, B200, RTX 5090
 FORWARD, DX, DLORA = "linear_nf4", "linear_nf4_dx", "linear_nf4_dlora"
 RANK = 16
+NO_BFLOAT16 = "bfloat16 needs compute capability 8.0 or newer, and this device has 7.5: compute in float16 or float32"
 
 # (operator, dtype, m, n, k, block size, experts; 0: a single weight) -> the choice on each of CARDS, or on all. Splits
 # that a launcher chooses, by what the card holds of the compiled kernel, are not part of it.
 CHOICES = {
     # few tokens and many, of regular shape
     (FORWARD, "bfloat16", 1, 4096, 4096, 64, 0): "few_tokens tokens=4 rows=128",
-    (FORWARD, "float16", 16, 4096, 4096, 64, 0): "few_tokens tokens=16 rows=128",
+    (FORWARD, "float16", 16, 4096, 4096, 64, 0): (
+        "few_tokens tokens=16 rows=128",
+        "few_tokens tokens=16 rows=128",
+        "tensor_cores tokens=16 rows=128",
+        "tensor_cores tokens=16 rows=128",
+    ),
     (FORWARD, "bfloat16", 17, 4096, 4096, 64, 0): "tensor_cores tokens=32 rows=128",
     (FORWARD, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 rows=128",
@@ -30,12 +36,31 @@ CHOICES = {
     (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 0): (
         "gemm panel=2560",  # 320 tiles and 192, in 5 waves
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "library panel=2048",
+        "library panel=4096",
         "tensor_cores tokens=32 rows=128",
+    ),
+    # clusters that fit the card's GPCs; panels that leave L2, where smaller ones would leave SMs idle
+    (FORWARD, "bfloat16", 256, 4096, 4096, 64, 0): (
+        "library panel=2048",
+        "sm90 tokens=128 rows=128 splits=2 multicast=1",
+        "library panel=4096",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    (FORWARD, "bfloat16", 192, 11008, 4096, 64, 0): (
+        "tensor_cores tokens=64 rows=128",
+        "sm90 tokens=64 rows=128 splits=1 multicast=2",
+        "library panel=6400",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    (DX, "bfloat16", 4096, 14336, 4096, 64, 0): (
+        "gemm panel=4096",
+        "sm90 tokens=256 columns=128 splits=1 multicast=2",
+        "library panel=4096",
+        "tensor_cores tokens=64 columns=256",
     ),
     # our own GEMM, where its tiles fill the card
     (FORWARD, "bfloat16", 512, 4096, 4096, 64, 0): (
-        "library panel=2048",
+        "library panel=1536",  # 96 tiles of 128 x 64 on 108 SMs, and 64
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "library panel=4096",
         "tensor_cores tokens=32 rows=128",
@@ -43,7 +68,7 @@ CHOICES = {
     (FORWARD, "float16", 4096, 14336, 4096, 64, 0): (
         "gemm panel=2560",
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "library panel=2560",
+        "library panel=7424",
         "gemm panel=5376",
     ),
     # k that is no multiple of 64, and blocks of 32
@@ -56,20 +81,15 @@ CHOICES = {
         "library panel=4096",
     ),
     (FORWARD, "bfloat16", 4096, 4096, 4104, 64, 0): (
-        "gemm panel=2560",
+        "gemm panel=4096",  # leaves L2, in which panels of 2048 take another wave
         "library panel=1024",
-        "library panel=2048",
+        "library panel=4096",
         "gemm panel=4096",
     ),
     # exact float32
     (FORWARD, "float32", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
     (FORWARD, "float32", 64, 4096, 4096, 64, 0): "exact tokens=64 rows=64",
-    (FORWARD, "float32", 65, 4096, 4096, 64, 0): (
-        "library panel=1024",
-        "library panel=1536",
-        "library panel=2048",
-        "library panel=2048",
-    ),
+    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library panel=4096",  # smaller ones would leave SMs idle
     # the input's gradient
     (DX, "bfloat16", 1, 4096, 4096, 64, 0): "tensor_cores tokens=8 columns=256",
     (DX, "bfloat16", 64, 4096, 4096, 64, 0): (
@@ -81,7 +101,7 @@ CHOICES = {
     (DX, "bfloat16", 4096, 4096, 4096, 64, 0): (
         "gemm panel=2560",
         "sm90 tokens=256 columns=128 splits=1 multicast=2",
-        "library panel=2048",
+        "library panel=4096",
         "tensor_cores tokens=64 columns=256",
     ),
     (DX, "bfloat16", 40, 4100, 4096, 64, 0): "ragged tokens=32 columns=256",
@@ -111,6 +131,29 @@ CHOICES = {
     (DLORA, "float32", 64, 4096, 4096, 64, 8): "exact ranks=16 columns=64",
 }
 
+# On a T4, whose kernels are those without mma.sync, and the library.
+ON_T4 = {
+    (FORWARD, "float16", 1, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
+    (FORWARD, "float16", 16, 4096, 4100, 32, 0): "exact tokens=16 rows=64",
+    (FORWARD, "float16", 17, 4096, 4096, 64, 0): "library panel=4096",
+    (FORWARD, "float16", 17, 4096, 4100, 32, 0): "library panel=4096",
+    (FORWARD, "float16", 4096, 14336, 4096, 64, 0): "library panel=5120",
+    (FORWARD, "float32", 64, 4096, 4096, 64, 0): "exact tokens=64 rows=64",
+    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library panel=4096",
+    (DX, "float16", 16, 4096, 4096, 64, 0): "exact tokens=16 columns=128",
+    (DX, "float16", 17, 4100, 4096, 16, 0): "library panel=4096",
+    (DX, "float32", 16, 4096, 4096, 64, 0): "exact tokens=16 columns=128",
+    (DLORA, "float16", 4096, 4096, 4096, 64, 0): "exact ranks=16 columns=64",
+    (FORWARD, "float16", 4096, 4096, 4096, 64, 8): "exact tokens=64 rows=64",
+    (DX, "float16", 4096, 4096, 4096, 64, 8): "exact tokens=16 columns=128",
+    (DLORA, "float16", 4096, 4096, 4096, 64, 8): "exact ranks=16 columns=64",
+    **{
+        (operator, "bfloat16", 64, 4096, 4096, 64, experts): NO_BFLOAT16
+        for operator in (FORWARD, DX, DLORA)
+        for experts in (0, 8)
+    },
+}
+
 # (card, operator, m, k, experts, what QLORA_CUDA_KERNEL says) -> the choice, of bfloat16.
 FORCED = {
     ("sm90", FORWARD, 64, 4096, 0, "tensor_cores"): "tensor_cores tokens=64 rows=128",
@@ -120,6 +163,8 @@ FORCED = {
     ("sm90", DX, 64, 4096, 0, "sm90:splits=4,multicast=2"): "sm90 tokens=64 columns=128 splits=4 multicast=2",
     ("sm90", FORWARD, 3, 4096, 0, "sm90"): "sm90 tokens=64 rows=128 splits=3 multicast=1",
     ("sm90", FORWARD, 3, 4096, 0, "few_tokens:tokens=16"): "few_tokens tokens=16 rows=128",
+    ("sm80", FORWARD, 3, 4096, 0, "few_tokens:ctas=7"): "few_tokens tokens=4 rows=128 ctas=7",
+    ("sm90", FORWARD, 64, 4096, 0, "tensor_cores:tokens=32,ctas=7"): "tensor_cores tokens=32 rows=128 ctas=7",
     ("sm90", FORWARD, 3, 4096, 0, "ragged:tokens=64"): "ragged tokens=64 rows=64",
     ("sm80", FORWARD, 3, 4096, 0, "library:panel=512"): "library panel=512",
     ("sm80", FORWARD, 3, 4096, 0, "gemm:panel=512"): "gemm panel=512",
@@ -153,6 +198,9 @@ REFUSED = {
     ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=x"): "expected tokens=NUMBER, from 1 to 2147483647, got tokens=x",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=0"): "expected splits=NUMBER, from 1 to 2147483647, got splits=0",
     ("sm90", DX, 64, 4096, 0, "exact:splits=2"): "exact does not take linear_nf4_dx",
+    ("sm90", DX, 64, 4096, 0, "tensor_cores:ctas=2"): "with the key tokens or splits, got ctas=2",
+    ("sm80", FORWARD, 64, 4096, 0, "tensor_cores:ctas=2"): "tensor_cores cannot run linear_nf4 of m=64",
+    ("sm100", FORWARD, 3, 4096, 0, "few_tokens:ctas=2"): "few_tokens cannot run linear_nf4 of m=3",
     ("sm90", DX, 64, 4096, 0, "ragged:splits=2147483648"): "from 1 to 2147483647, got splits=2147483648",
     ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64 or 128 of sm90 for linear_nf4, got 32",
     ("sm90", DX, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64, 128 or 256 of sm90 for linear_nf4_dx, got 32",
@@ -161,6 +209,8 @@ REFUSED = {
     ("sm90", FORWARD, 64, 128, 0, "sm90:splits=2"): "sm90 cannot run linear_nf4 of m=64 n=4096 k=128",
     ("sm90", FORWARD, 9, 4096, 0, "few_tokens:tokens=8"): "with tokens=8: expected tokens=16",
     ("sm120", FORWARD, 64, 4096, 0, "tensor_cores:tokens=64"): "with tokens=64: expected tokens=32",
+    ("sm120", FORWARD, 3, 4096, 0, "few_tokens:tokens=16"): "with tokens=16: expected tokens=8",
+    ("sm120", FORWARD, 9, 4096, 0, "few_tokens"): "few_tokens does not take linear_nf4 of m=9",
     ("sm80", FORWARD, 64, 4096, 0, "library:panel=300"): "with panel=300: expected panel=512",
 }
 
@@ -176,6 +226,25 @@ def test_the_choice_on_each_card(tmp_path: pathlib.Path) -> None:
     for problem, expected in CHOICES.items():
         choices = tuple(next(found) for _ in CARDS)
         assert choices == (expected if isinstance(expected, tuple) else (expected,) * len(CARDS)), problem
+
+
+@needs_compiler
+def test_the_choice_on_a_t4(tmp_path: pathlib.Path) -> None:
+    lines = [line("sm75", *problem, "-") for problem in ON_T4]
+    found = printed_by("tests/cuda/print_choices.cpp", tmp_path, "".join(lines))
+    assert dict(zip(ON_T4, found, strict=True)) == ON_T4
+
+
+@pytest.mark.parametrize("operator", [FORWARD, DX, DLORA])
+def test_kernels_on_mma_sync_are_refused_on_a_t4(operator: str) -> None:
+    expected = "expected exact" if operator == DLORA else "expected library or exact"
+    for kernel in ("few_tokens", "tensor_cores", "sm90", "ragged", "gemm"):
+        text = f"QLORA_CUDA_KERNEL: {kernel} does not take {operator} of .* on compute capability 7.5: {expected}$"
+        with pytest.raises(ValueError, match=text):
+            _C.choose(operator, "float16", 1, 4096, 4096, device="sm75", kernel=kernel)
+    for kernel in ("", "exact"):
+        with pytest.raises(ValueError, match=NO_BFLOAT16):
+            _C.choose(operator, "bfloat16", 1, 4096, 4096, device="sm75", kernel=kernel)
 
 
 @needs_compiler
@@ -205,14 +274,16 @@ def test_python_takes_any_card_and_forced_kernel() -> None:
     assert _C.choose(*problem, device=card) == ["sm90"]
     assert _C.choose(*problem, device=card | {"arch": 89}) == ["tensor_cores"]
     assert _C.choose(*problem, device=card, kernel="ragged:tokens=16") == ["ragged"]
+    assert _C.choose(*problem, device="sm80", kernel="tensor_cores:tokens=32,ctas=7") == ["tensor_cores"]
     assert _C.choose(*problem, device="cpu") == _C.choose(*problem)
     for arguments, text in (
-        ({"device": "cuda"}, "device: expected cpu, sm80, .* or a dict of a card's attributes, got cuda"),
+        ({"device": "cuda"}, "device: expected cpu, sm75, .* or a dict of a card's attributes, got cuda"),
         ({"device": {"arch": 90}}, "device: expected a dict with arch, sm_count, .*; sm_count is missing"),
         ({"device": card | {"l2_bytes": 0}}, "l2_bytes is 0"),
         ({"device": card | {"sms": 1}}, "device: expected arch, .* got sms"),
         ({"device": "sm90", "isa": "scalar"}, "isa: "),
         ({"device": "cpu", "kernel": "ragged"}, "kernel: expected none for the CPU, got ragged"),
+        ({"device": "sm100", "kernel": "tensor_cores:tokens=32,ctas=7"}, "tensor_cores cannot run .* with ctas=7"),
         ({"device": "sm90", "kernel": "fused"}, f"QLORA_CUDA_KERNEL: expected .*{NAMES}, got fused"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -9,6 +9,7 @@ nested scales, LoRA of rank 16.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ SHAPES = [(1024, 1024), (1024, 2048)]  # the sum over k of the second is split o
 FEW_TOKENS = 16  # in one launch, including LoRA
 FORWARD_SLOTS = {1: 5, 4: 5, 8: 5, 16: 6, 64: 9}  # tokens: maximum issue slots per weight
 DX_SLOTS = 10
+RETAINING = ["few_tokens", "tensor_cores", "ragged"]  # kernels behind a launch that computes h
 ONE_TOKEN_WAVEFRONTS = 360 / 16384  # of shared memory, per weight
 
 
@@ -51,6 +53,11 @@ def run_cases(profile: Path) -> dict[str, Any]:
     for name in ("x", "lora_a", "lora_b"):
         setattr(s, name, unaligned(getattr(s, name)))
     record("unaligned", ops.linear_nf4, *s.args)
+    few = linear_sample(4, 136, 256, RANK, torch.bfloat16, "cuda")
+    for name in RETAINING:
+        os.environ["QLORA_CUDA_KERNEL"] = name
+        record(f"retained {name}", ops.linear_nf4_with_h, *few.args)
+    os.environ["QLORA_CUDA_KERNEL"] = ""
     w = (torch.randn(n, k) * 0.02).to("cuda", torch.bfloat16)
     packed, absmax = record("quantize", ops.quantize_nf4, w, 64)
     scales = ops.quantize_absmax(absmax, 256)
@@ -75,10 +82,15 @@ def _plain(s: Any) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=["80", "90"])
-def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def cases(arch: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Name -> launches, errors or, for `tile <name>`, the parameters of the kernel that was chosen."""
     profile = tmp_path_factory.mktemp("profile") / "launches.jsonl"
-    run = simulated(__file__, request.param, profile, QLORA_PRINT_KERNELS="1")
+    run = simulated(__file__, arch, profile, QLORA_PRINT_KERNELS="1", QLORA_CUDA_KERNEL="")
     found = cases_printed(run)
     found = {name: v if name.startswith("errors") else [Launch(launch) for launch in v] for name, v in found.items()}
     line = r"^qlora: (\w+) cuda m=(\d+) n=(\d+) k=(\d+) .*-> (?:few_tokens|tensor_cores|sm90) (.*)$"
@@ -108,6 +120,14 @@ def test_quantize(cases: dict[str, Any]) -> None:
 def test_unaligned_operands_run_with_the_same_kernels(cases: dict[str, Any]) -> None:
     assert [launch["kernel"] for launch in cases["unaligned"]] == [launch["kernel"] for launch in cases["aligned"]]
     assert sum(launch.slots for launch in cases["unaligned"]) <= 1.05 * sum(launch.slots for launch in cases["aligned"])
+
+
+@pytest.mark.parametrize("name", RETAINING)
+def test_from_hopper_on_the_forward_starts_before_h_is_complete(cases: dict[str, Any], arch: str, name: str) -> None:
+    low_rank, y = cases[f"retained {name}"]
+    assert "low_rank" in low_rank["kernel"]
+    assert not low_rank["dependent"]
+    assert y["dependent"] == (arch == "90")
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)

@@ -99,6 +99,13 @@ def test_outputs_are_written_in_full_sectors(launches: list[Launch]) -> None:
         assert launch["global_sectors_written"] * 32 == 2 * m * (k if "dx" in launch["kernel"] else n)
 
 
+def test_clusters_share_the_work(launches: list[Launch]) -> None:
+    """Every cluster has one pair of tiles, so the busiest one executes its share of the instructions."""
+    for launch in launches:
+        clusters = launch["grid"][0] // launch["cluster"][0]
+        assert 1 <= launch["busiest_cluster_instructions"] * clusters / launch["warp_instructions"] <= 1.02
+
+
 def test_products(forward: Launch, dx: Launch) -> None:
     assert forward["mma_flops"] == 2 * 128 * 128 * 64
     assert dx["mma_flops"] == 2 * 256 * 128 * 64

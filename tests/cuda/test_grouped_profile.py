@@ -41,8 +41,13 @@ def run_cases(profile: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=["80", "90"])
-def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Launch]]:
-    return launches_of_cases(__file__, request.param, tmp_path_factory.mktemp("profile"))
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def cases(arch: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Launch]]:
+    return launches_of_cases(__file__, arch, tmp_path_factory.mktemp("profile"))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -52,6 +57,14 @@ def test_launches_do_not_grow_with_the_experts(cases: dict[str, list[Launch]], n
         assert len(launches) == OPERATORS[name]
         assert all("grouped" in launch["kernel"] for launch in launches)
         assert all(launch["local_bytes"] == 0 for launch in launches)
+
+
+def test_from_hopper_on_the_kernel_behind_a_low_rank_product_starts_early(
+    cases: dict[str, list[Launch]], arch: str
+) -> None:
+    for name in OPERATORS:
+        for launch in cases[f"{name} {EXPERTS[0]}"]:
+            assert launch["dependent"] == (arch == "90" and "low_rank" not in launch["kernel"]), launch["kernel"]
 
 
 @pytest.mark.parametrize("name", ["forward", "dx"])

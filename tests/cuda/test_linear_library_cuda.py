@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from accuracy import assert_accurate
-from samples import DTYPES, LinearSample, linear_sample
+from accuracy import assert_accurate, given, sums
+from samples import DTYPES, LinearSample, linear_sample, to_f64
 
 pytestmark = pytest.mark.cuda
 
@@ -23,6 +23,7 @@ FORMS = [
     {"rank": 5, "dropout_p": 0.3},
     {"dropout_p": 1.0},
     {"double_quant": False},
+    {"rank": 80},
 ]
 
 
@@ -53,27 +54,25 @@ def test_a_ragged_shape(dtype: torch.dtype) -> None:
     check(linear_sample(m=(2, 75), n=33, k=101, rank=3, dtype=dtype, device="cuda", dropout_p=0.2))
 
 
-@pytest.mark.parametrize(("n", "k"), [(2200, 64), (64, 2200)])
-def test_panels(n: int, k: int) -> None:
-    """More float32 sums than fit into half of any device's L2, in the forward and in dX."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    m = l2 // 2 // 4 // 2048 + 100
-    s = linear_sample(m, n, k, 4, torch.bfloat16, "cuda", dropout_p=0.2, block_size=128)
-    picked = torch.randperm(m, generator=torch.Generator().manual_seed(1))[:200].sort().values
-    y = OPS.linear_nf4(*s.args)
-    dy = torch.randn(m, n, generator=torch.Generator().manual_seed(2)).to("cuda", s.x.dtype)
-    dx = OPS.linear_nf4_dx(dy, *s.w4.packed_args(), k, *s.lora_args)
-    # The mask depends on the token's index: the first tokens are compared with dropout, all others without.
-    head = linear_sample(64, n, k, 4, torch.bfloat16, "cuda", dropout_p=0.2, block_size=128)
-    head.x, head.w4, head.bias, head.lora_a, head.lora_b = s.x[:64], s.w4, s.bias, s.lora_a, s.lora_b
-    assert_accurate(y[:64], head.forward_accuracy())
-    assert_accurate(dx[:64], head.dx_accuracy(dy[:64]))
-    s.dropout_p = 0.0
-    y = OPS.linear_nf4(*s.args)[picked]
-    dx = OPS.linear_nf4_dx(dy, *s.w4.packed_args(), k, *s.lora_args)[picked]
-    s.x = s.x[picked]
+def test_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two whole panels and a partial one, in the forward and in dX."""
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", "library:panel=256")
+    check(linear_sample(MANY, 704, 704, 4, torch.bfloat16, "cuda", dropout_p=0.2, block_size=128))
+
+
+@pytest.mark.parametrize("rank", [1, 6, 16])
+def test_small_panels_and_retained_products(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B200's library adds LoRA and bias itself, if dX has no dropout: h and g are also rows of an operand."""
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", "library:panel=256")
+    s = linear_sample(MANY, 300, 320, rank, torch.bfloat16, "cuda")
+    check(s)
+    dy = torch.randn(MANY, 300, generator=torch.Generator().manual_seed(6)).to("cuda", s.x.dtype)
+    y, h = OPS.linear_nf4_with_h(*s.args)
+    dx, g = OPS.linear_nf4_dx_with_g(dy, *s.w4.packed_args(), 320, *s.lora_args)
     assert_accurate(y, s.forward_accuracy())
-    assert_accurate(dx, s.dx_accuracy(dy[picked]))
+    assert_accurate(dx, s.dx_accuracy(dy))
+    for got, x, factor in ((h, s.x, s.lora_a.T), (g, dy, s.lora_b)):
+        assert_accurate(got, sums([(given(to_f64(x)), given(s.scaling * to_f64(factor)), 1.0)], 0.0, s.x.dtype))
 
 
 @pytest.fixture

@@ -11,11 +11,13 @@ import torch
 
 from own_process import run_file
 
-pytestmark = pytest.mark.cuda
-
 # (m, n, k, dtype): the kernels of forward, dX and LoRA's gradients. Without tokens none runs. cuda/tuning/library.h
 # keeps GeForce cards from the library where tensor cores take the shape.
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(CAPABILITY == (7, 5), reason="the device does not compute in bfloat16"),
+]
 GEFORCE = [(8, 6), (8, 9), (12, 0), (12, 1)]
 MANY = "sm90" if CAPABILITY == (9, 0) else "tensor_cores" if CAPABILITY in GEFORCE else "library"
 PROBLEMS = {

@@ -179,8 +179,13 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     def count(*names: str) -> int:
         return sum(launch.get(name, 0) for name in names)
 
+    # Clusters that take one tile after another differ in their work: with 64 tiles on 31 clusters, some take three.
+    size = math.prod(launch.get("cluster", (1, 1, 1)))
+    longest = count("busiest_cluster_instructions") / size / max(1, count("warp_instructions"))
+    share = max(waves.busiest / blocks, longest)
+
     def on_multiprocessor(work: float, rate: float) -> float:
-        return work * waves.busiest / blocks / rate * us_per_cycle
+        return work * share / rate * us_per_cycle
 
     # ptxas saves integer instructions: the sizes of both codes tell how many.
     issued, integer = float(count("warp_instructions")), float(count("integer"))
@@ -194,7 +199,10 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     flops = count("mma_flops")
     # An mma.m16n8k32 of 8-bit numbers is 8192 flops per warp; what does more is wgmma.
     wgmma = gpu.wgmma_flops and flops > 8192 * max(1, count("mma"))
-    sectors = read + count("global_sectors_written")
+    # One data path of 128 bytes serves shared memory and L1. A load or store takes it at least once, a copy when it
+    # arrives. Per 8192 flops, wgmma reads 128 bytes of its second operand; our kernels hold the first in registers.
+    passes = max((read - copied + count("global_sectors_written")) / 4, count("load_global", "store_global"))
+    passes += count("shared_wavefronts") + count("async_sectors_received") / 4 + (flops / 8192 if wgmma else 0)
     bounds = {
         "issue": on_multiprocessor(issued, gpu.issue),
         "integer": on_multiprocessor(integer, gpu.integer),
@@ -205,10 +213,7 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
         "shuffle": on_multiprocessor(count("shuffle"), gpu.exchange),
         "constant": on_multiprocessor(count("constant_wavefronts"), gpu.constant),
         "tensor": on_multiprocessor(flops, gpu.wgmma_flops if wgmma else gpu.mma_flops),
-        # One data path of 128 bytes serves shared memory and L1. A load or store takes it at least once.
-        "shared+L1": on_multiprocessor(
-            count("shared_wavefronts") + max(sectors / 4, count("load_global", "store_global")), 1
-        ),
+        "shared+L1": on_multiprocessor(passes, 1),
         "L2 port": on_multiprocessor(SECTOR * (through_l2 + count("async_sectors_received")), gpu.l2_port),
         "L2": SECTOR * (through_l2 + copied) / gpu.l2 * 1e-3,
         "DRAM": count("unique_bytes_read", "unique_bytes_written") / gpu.dram * 1e-3,

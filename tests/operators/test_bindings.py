@@ -17,7 +17,10 @@ from qlora_ext import _C
 @pytest.mark.parametrize(
     ("archs", "capability", "expected"),
     [
-        ("80-real;90-virtual", (7, 5), False),  # T4
+        ("75-real;80-real;90-virtual", (7, 5), True),  # T4
+        ("75-real;80-real;90-virtual", (7, 0), False),  # V100
+        ("75-real;80-real;90-virtual", (6, 0), False),  # P100
+        ("80-real;90-virtual", (7, 5), False),
         ("80-real;90-virtual", (8, 0), True),
         ("80-real;90-virtual", (8, 9), True),
         ("80-real;90-virtual", (9, 0), True),

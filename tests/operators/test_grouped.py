@@ -156,8 +156,10 @@ def test_unaligned_tensors(dtype: torch.dtype, device: str) -> None:
 def test_without_dropout_it_is_the_loop(dtype: torch.dtype, device: str) -> None:
     """Bit for bit, except CUDA's forward, which computes h within the sum for few tokens.
 
-    The sums are too short for CUDA to split (n is at most 64), and no expert has enough tokens for Hopper's kernels.
+    The sums are too short for CUDA to split (n is at most 64), and no expert has enough tokens for Hopper's kernels. On
+    a T4, the library multiplies dX of more than 16 tokens, but not that of experts.
     """
+    library = device == "cuda" and dtype == torch.float16 and torch.cuda.get_device_capability() == (7, 5)
     s = grouped_sample([0, 3, 0, 17, 1, 30], 56, 192, 16, dtype, device)
     dy = s.dy()
     y, dx, (da, db) = s.forward(), s.dx(dy), s.dlora(dy)
@@ -165,7 +167,8 @@ def test_without_dropout_it_is_the_loop(dtype: torch.dtype, device: str) -> None
         one = s.of_expert(e, s.x[rows])
         if device == "cpu":
             assert torch.equal(y[rows], OPS.linear_nf4(*one.args))
-        assert torch.equal(dx[rows], OPS.linear_nf4_dx(dy[rows], *one.w4.packed_args(), s.k, *one.lora_args))
+        if not library or len(dy[rows]) <= 16:
+            assert torch.equal(dx[rows], OPS.linear_nf4_dx(dy[rows], *one.w4.packed_args(), s.k, *one.lora_args))
         gradients = OPS.linear_nf4_dlora(dy[rows], one.x, *one.lora_args)
         assert all(map(torch.equal, (da[e], db[e]), gradients))
 

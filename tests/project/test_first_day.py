@@ -22,6 +22,7 @@ sys.path.append(str(BENCH))
 import cuda_crossover
 import cuda_micro
 import cuda_ncu
+import cuda_static
 import run
 from lib import cuda_choices, cuda_steps, nvidia_smi, steps
 from lib.steps import Outcome, Step
@@ -211,6 +212,8 @@ def test_a_sweep_names_places_that_exist() -> None:
     assert change("linear_nf4", sm90, "sm90:tokens=64,splits=4,multicast=2") == "kMulticastCycles in cuda/tuning/sm90.h"
     assert change("linear_nf4", sm90, "library:panel=1024") == "is_ahead in cuda/tuning/sm90.h"
     assert change("linear_nf4", sm90, "sm90:tokens=64,splits=4") == "nothing"
+    stream, best = "few_tokens tokens=4 rows=128 ctas=108", "few_tokens:tokens=4,splits=2"
+    assert change("linear_nf4", stream, best) == "forward_streams in cuda/tuning/stream.h"
     best = "tensor_cores:tokens=32,splits=1"
     assert change("linear_nf4_dx", "tensor_cores tokens=64 columns=256 splits=2", best) == (
         "dx_tokens in cuda/tuning/sm80.h, dx_splits in cuda/tuning/any.h"
@@ -220,12 +223,15 @@ def test_a_sweep_names_places_that_exist() -> None:
 @pytest.mark.parametrize("operator", cuda_choices.TILES)
 @pytest.mark.parametrize("card", ["sm80", "sm90", "sm120"])
 def test_a_sweep_tries_every_kernel_that_a_card_may_choose(operator: str, card: str) -> None:
-    accepted = set()
-    for forced in cuda_choices.candidates(operator):
-        with contextlib.suppress(ValueError):
-            accepted |= set(_C.choose(operator, "bfloat16", 16, 4096, 4096, device=card, kernel=forced))
-    chosen = {_C.choose(operator, "bfloat16", m, 4096, 4096, device=card)[0] for m in (1, 16, 33, 64, 1024)}
-    assert chosen <= accepted
+    chosen = set()
+    for m in (1, 16, 33, 64, 1024):
+        accepted = set()
+        for forced in cuda_choices.candidates(operator):
+            with contextlib.suppress(ValueError):
+                accepted |= set(_C.choose(operator, "bfloat16", m, 4096, 4096, device=card, kernel=forced))
+        best = _C.choose(operator, "bfloat16", m, 4096, 4096, device=card)[0]
+        assert best in accepted
+        chosen.add(best)
     tried = {cuda_choices.parse(forced)[0] for forced in cuda_choices.candidates(operator)}
     for one in chosen:
         assert all(frozenset({one, other}) in cuda_choices.BETWEEN for other in tried - {one})
@@ -241,6 +247,21 @@ def test_a_crossover_names_its_constant_and_file() -> None:
         "kCrossovers in cuda/tuning/library.h: `{80, 256},  // A100: measured`"
     )
     assert "{120, kNever}," in cuda_crossover.setting((12, 0), None, "RTX 5090")
+
+
+def test_every_rule_that_machine_code_breaks_is_told() -> None:
+    kernels = [
+        cuda_static.Kernel("spills", 120, stack=8, spills=24, waits=3),
+        cuda_static.Kernel("moves", 90, registers=160, moved_registers=208),
+        cuda_static.Kernel("good", 80, waits=9),
+    ]
+    names = {"spills": "linear_nf4_few_tokens_kernel<T>", "moves": "dx", "good": "absmax"}
+    assert cuda_static.complaints(kernels, names) == [
+        "bytes of spills and local memory: linear_nf4_few_tokens_kernel<T> (sm_120): 32",
+        "more than 2 global loads in a row before the first product: linear_nf4_few_tokens_kernel<T> (sm_120): 3",
+        "other than 168 registers at launch, before setmaxnreg: dx (sm_90): 160",
+    ]
+    assert cuda_static.complaints(kernels[2:], names) == []
 
 
 def test_rows_of_nsight_compute() -> None:

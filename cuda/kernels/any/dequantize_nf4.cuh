@@ -156,7 +156,36 @@ __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const
 // next one `stride` elements later. A piece has `chunks` chunks, and the last of them may be short.
 struct DequantizePieces {
   int64_t first, rows, columns, stride, chunks;
+  int64_t out_stride;  // from piece to piece
 };
+
+// Terms that extend a decoded panel: values, then bias, then zeros.
+template <class T>
+struct DequantizeTerms {
+  uint32_t terms, columns;  // columns of the matmul's output; their product is less than 2^31, as panels are small
+  const T* values;          // term t < rank of column c at values[t * term_stride + c * column_stride]
+  int64_t rank, term_stride, column_stride;
+  const T* bias;  // term `rank` of each column, or null
+  T* out;         // term t of column c at out[t * out_term_stride + c * out_column_stride]
+  int64_t out_term_stride, out_column_stride;
+};
+
+template <class T, int kThreads>
+__device__ __forceinline__ void append_terms(const DequantizeTerms<T>& p) {
+  const uint32_t count = p.terms * p.columns;
+#pragma unroll 1
+  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
+    const bool neighbours = p.out_term_stride == 1;  // a column's terms
+    const uint32_t divisor = neighbours ? p.terms : p.columns, quotient = i / divisor, remainder = i % divisor;
+    const uint32_t term = neighbours ? remainder : quotient, column = neighbours ? quotient : remainder;
+    T value{};
+    if (term < p.rank)
+      value = p.values[term * p.term_stride + column * p.column_stride];
+    else if (term == p.rank && p.bias != nullptr)
+      value = p.bias[column];
+    p.out[term * p.out_term_stride + column * p.out_column_stride] = value;
+  }
+}
 
 // A grid-stride loop, so that each CTA stages the tables only once, however large the tensor is. A warp takes
 // kDequantizeRun neighbouring chunks at a time, because most of them share a nested block.
@@ -165,10 +194,12 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
                                                                   const __grid_constant__ tile::ScaleView scales,
                                                                   const __grid_constant__ tile::CodeView code,
                                                                   const __grid_constant__ DequantizePieces pieces,
+                                                                  const __grid_constant__ DequantizeTerms<T> terms,
                                                                   T* __restrict__ out) {
   __shared__ __align__(tile::kNf4DecodeAlign) float values[kCodes];
   __shared__ float scale_values[256];
   __shared__ float shared_offset;
+  if constexpr (kReadSoon) append_terms<T, kThreads>(terms);
   tile::stage_values(values, code);
   tile::fill_scale_values<kThreads>(scales, scale_values);
   if (threadIdx.x == 0) shared_offset = tile::nested_offset(scales);
@@ -177,7 +208,8 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   constexpr int kPerVector = DequantizeTile<T, kChunk>::kPerLane;
   DequantizeState state{values, scale_values, shared_offset, code.first_integer(), {}};
   const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out) && pieces.first % 8 == 0 &&
-                       (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0));
+                       (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0 &&
+                                             pieces.out_stride % kPerVector == 0));
   const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);
   const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / tile::kWarp;
   const auto decode_all = [&](bool in_chunks, auto steps) {
@@ -186,7 +218,7 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
       const int64_t row = pieces.rows == 1 ? 0 : chunk / pieces.chunks;
       const int64_t column = (chunk - row * pieces.chunks) * kChunk;
       const int64_t first = pieces.first + row * pieces.stride + column;
-      T* const to = out + row * pieces.columns + column;
+      T* const to = out + row * pieces.out_stride + column;
       if (in_chunks && column + kChunk <= pieces.columns && a_lane_a_block<kChunk>(scales, first)) {
         dequantize_chunk<T, kChunk, kReadSoon, steps>(packed, scales, first, to, state);
       } else {

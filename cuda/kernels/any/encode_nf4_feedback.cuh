@@ -48,10 +48,17 @@ struct FeedbackShared {
   typename Round::Table table;
   alignas(16) float factors[Tile::kStages][Tile::kChunk][Tile::kBatch];
   alignas(16) float errors[Tile::kStages][Tile::kMaxWarps * Tile::kRows][Tile::kChunk];
-  FeedbackScale scales[Tile::kMaxWarps][Tile::kBatch][Tile::kRows];
   float inverse_diagonal[Tile::kBatch];
   int column[Tile::kBatch];
+  FeedbackScale scales[Tile::kMaxWarps][Tile::kBatch][Tile::kRows];  // the last member, so that fewer warps take less
 };
+
+// The bytes of shared memory for CTAs of up to `warps` warps.
+template <class Round>
+__host__ __device__ constexpr int feedback_shared_bytes(int warps) {
+  constexpr int kPerWarp = sizeof(FeedbackScale[FeedbackTile::kBatch][FeedbackTile::kRows]);
+  return static_cast<int>(sizeof(FeedbackShared<Round>)) - (FeedbackTile::kMaxWarps - warps) * kPerWarp;
+}
 
 template <class T>
 struct FeedbackArgs {

@@ -1,5 +1,5 @@
-// The gradients of all experts' LoRA weights in one launch: what all data types share, and the kernel for float32. Each
-// tile sums over one expert's tokens. An expert without tokens gets zeros.
+// The gradients of all experts' LoRA weights in one launch: what all data types share, and the kernel of exact
+// products. Each tile sums over one expert's tokens. An expert without tokens gets zeros.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,7 @@ __device__ __forceinline__ void clear_dlora_tile(const DLoraArgs& args, int64_t 
 // over ranks.
 template <class T, class Body>
 __device__ __forceinline__ void visit_dlora_tile(const GroupedDLoraArgs& p, Body body) {
+  ptx::wait_for_previous_grid();  // dX, for example, behind the launch that computes g
   const uint32_t expert = blockIdx.x / p.column_tiles, column_tile = blockIdx.x % p.column_tiles;
   const tile::Group group = tile::find_group(p.groups, expert);
   DLoraArgs args = p.stack;
@@ -44,10 +45,11 @@ __device__ __forceinline__ void visit_dlora_tile(const GroupedDLoraArgs& p, Body
     body(args, int64_t{column_tile}, group.begin, group.end);
 }
 
-inline __global__ void __launch_bounds__(kDLoraThreads)
+template <class T>
+__global__ void __launch_bounds__(kDLoraThreads)
     grouped_linear_nf4_dlora_exact_kernel(const __grid_constant__ GroupedDLoraArgs p) {
-  visit_dlora_tile<float>(p, [](const DLoraArgs& args, int64_t column_tile, int64_t begin, int64_t end) {
-    linear_nf4_dlora_exact_tile(args, column_tile, begin, end);
+  visit_dlora_tile<T>(p, [](const DLoraArgs& args, int64_t column_tile, int64_t begin, int64_t end) {
+    linear_nf4_dlora_exact_tile<T>(args, column_tile, begin, end);
   });
 }
 

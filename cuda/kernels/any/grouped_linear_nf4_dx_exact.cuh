@@ -1,5 +1,5 @@
-// dX of all experts in one launch: what all data types share, and the kernel for float32. Each tile has one expert's
-// tokens and weight. Tokens keep their row numbers in dy, as in grouped_linear_nf4_ragged_kernel.
+// dX of all experts in one launch: what all data types share, and the kernel of exact products. Each tile has one
+// expert's tokens and weight. Tokens keep their row numbers in dy, as in grouped_linear_nf4_ragged_kernel.
 #pragma once
 
 #include <cstdint>
@@ -31,11 +31,13 @@ __device__ __forceinline__ DxArgs expert_args(const GroupedDxArgs& p, const tile
 // (fastest) and column tiles.
 template <class T, int kTokens, int kColumns, int kThreads, class Body>
 __device__ __forceinline__ void visit_dx_tile(const GroupedDxArgs& p, Body body) {
+  ptx::start_next_grid();
   const tile::GroupTile tile =
       tile::find_group_tile<kTokens>(p.groups, static_cast<int64_t>(blockIdx.x % p.stack.token_tiles));
   if (!tile.exists) return;
   const int64_t column0 = int64_t{blockIdx.x / p.stack.token_tiles} * kColumns;
   if (tile.group.expert == p.groups.count) {
+    ptx::wait_for_previous_grid();  // so this grid ends after the previous one
     tile::store_zeros<T, kThreads>(static_cast<T*>(p.stack.dx), p.stack.k, tile.row0,
                                    min(tile.row0 + kTokens, tile.group.end), column0, column0 + kColumns);
   } else {
@@ -43,10 +45,12 @@ __device__ __forceinline__ void visit_dx_tile(const GroupedDxArgs& p, Body body)
   }
 }
 
-inline __global__ void __launch_bounds__(kDxExactThreads)
+template <class T>
+__global__ void __launch_bounds__(kDxExactThreads, 2)
     grouped_linear_nf4_dx_exact_kernel(const __grid_constant__ GroupedDxArgs p) {
-  visit_dx_tile<float, kDxExactTokens, kDxExactColumns, kDxExactThreads>(
-      p, [](const DxArgs& args, int64_t token0, int64_t column0) { linear_nf4_dx_exact_tile(args, token0, column0); });
+  visit_dx_tile<T, kDxExactTokens, kDxExactColumns, kDxExactThreads>(
+      p,
+      [](const DxArgs& args, int64_t token0, int64_t column0) { linear_nf4_dx_exact_tile<T>(args, token0, column0); });
 }
 
 }  // namespace qlora::kernels

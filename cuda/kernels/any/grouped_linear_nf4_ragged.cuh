@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kRaggedThreads)
   if (!tile.exists) return;
   const int64_t n0 = blockIdx.x / p.stack.token_tiles * kRaggedRows;
   if (tile.group.expert == p.groups.count) {
+    ptx::wait_for_previous_grid();  // so this grid ends after the previous one
     tile::store_zeros<T, kRaggedThreads>(p.stack.y, p.stack.n, tile.row0, min(tile.row0 + kTokens, tile.group.end), n0,
                                          n0 + kRaggedRows);
     return;

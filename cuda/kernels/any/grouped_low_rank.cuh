@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/kernels/any/low_rank.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/groups.cuh"
 
 namespace qlora::kernels {
@@ -29,6 +30,7 @@ __device__ __forceinline__ LowRankArgs<T> expert_args(const GroupedLowRankArgs<T
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
 __global__ void __launch_bounds__(kLowRankThreads)
     grouped_low_rank_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
+  ptx::start_next_grid();
   constexpr int kTokens = 8 * kTokenTiles;
   const tile::GroupTile tile = tile::find_group_tile<kTokens>(p.groups, blockIdx.x);
   if (!tile.exists) return;
@@ -40,13 +42,23 @@ __global__ void __launch_bounds__(kLowRankThreads)
   }
   // With one tile of each, low_rank_kernel loads 4 pieces at a time. Here an expert's arguments take registers, too.
   constexpr int kTurns = kRankTiles * kTokenTiles > 1 ? 1 : 2;
-  low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles, kTurns>(expert_args(p, tile.group), tile.row0, rank0);
+  if constexpr (tile::kFewRegisters && kTurns == 1) {  // in shared memory
+    using Args = LowRankArgs<T>;
+    __shared__ __align__(alignof(Args)) uint8_t args[sizeof(Args)];
+    if (threadIdx.x == 0) *reinterpret_cast<Args*>(args) = expert_args(p, tile.group);
+    __syncthreads();
+    low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles, kTurns>(*reinterpret_cast<const Args*>(args), tile.row0,
+                                                                   rank0);
+  } else {
+    low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles, kTurns>(expert_args(p, tile.group), tile.row0, rank0);
+  }
 }
 
-// Grid: x over tokens, y over 4·kLowRankScalarRanks ranks.
+// Grid: x over tokens, y over 4·kLowRankScalarRanks ranks. To fit more than 8 CTAs, ptxas would spill registers.
 template <class T, bool kTransposed>
-__global__ void __launch_bounds__(kLowRankScalarThreads)
+__global__ void __launch_bounds__(kLowRankScalarThreads, 8)
     grouped_low_rank_scalar_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
+  ptx::start_next_grid();
   for (int64_t token = blockIdx.x; token < p.groups.rows; token += gridDim.x) {
     const tile::GroupTile tile = tile::find_group_tile<1>(p.groups, token);
     if (tile.group.expert == p.groups.count) {

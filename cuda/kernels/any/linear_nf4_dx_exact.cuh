@@ -1,5 +1,5 @@
-// dx = dy · w + mask ∘ (g · a) · keep_scale for float32. Every weight is decoded to float32, and every product is a
-// float32 FMA.
+// dx = dy · w + mask ∘ (g · a) · keep_scale for float32, and for float16 on devices without the tensor cores' kernels.
+// Every operand is widened or decoded to float32, and every product is a float32 FMA.
 //
 // A CTA computes dx[kDxExactTokens tokens][128 columns] over its share of the rows n. A thread has one column and every
 // second row. Any n, k and alignment work. LoRA's part, a sum over the rank, is added when the outputs are stored.
@@ -11,6 +11,7 @@
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/dropout.cuh"
+#include "cuda/tile/any/element.cuh"
 #include "cuda/tile/any/split.cuh"
 
 namespace qlora::kernels {
@@ -20,11 +21,12 @@ inline constexpr int kDxExactColumns = 128;  // of w, per CTA
 inline constexpr int kDxExactThreads = 2 * kDxExactColumns;
 inline constexpr int kDxExactStageRows = 32;  // of w, per stage
 
+template <class T>
 __device__ __forceinline__ float dx_lora_exact(const DxArgs& args, int64_t m, int64_t column) {
-  const float* g = static_cast<const float*>(args.g) + m * args.rank;
-  const float* a = static_cast<const float*>(args.lora_a) + column;
+  const T* g = static_cast<const T*>(args.g) + m * args.rank;
+  const T* a = static_cast<const T*>(args.lora_a) + column;
   float sum = 0.0f;
-  for (int64_t r = 0; r < args.rank; ++r) sum = fmaf(g[r], a[r * args.k], sum);
+  for (int64_t r = 0; r < args.rank; ++r) sum = fmaf(tile::widen(g[r]), tile::widen(a[r * args.k]), sum);
   if (!args.dropout.active()) return sum;
   const bool keep = tile::keep_mask(args.dropout, m * args.k + column) & 1;
   return keep ? sum * static_cast<float>(args.dropout.keep_scale) : 0.0f;
@@ -32,12 +34,14 @@ __device__ __forceinline__ float dx_lora_exact(const DxArgs& args, int64_t m, in
 
 // Computes the tile of tokens token0.. and columns column0.. over split blockIdx.y of the rows. This is the work of a
 // whole CTA.
+template <class T>
 __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int64_t token0, int64_t column0) {
   __shared__ float values[kCodes], scale_values[256];
   __shared__ float dy[kDxExactStageRows][kDxExactTokens];
   __shared__ float sums[kDxExactTokens][kDxExactColumns];
   tile::stage_values(values, args.code);
   tile::fill_scale_values<kDxExactThreads>(args.scales, scale_values);
+  ptx::wait_for_previous_grid();  // which computes g, and clears the tickets
 
   const int64_t row0 = blockIdx.y * args.rows_per_split, row_end = min(args.n, row0 + args.rows_per_split);
   const int column_in_tile = threadIdx.x % kDxExactColumns, half = threadIdx.x / kDxExactColumns;
@@ -50,7 +54,8 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
     for (int i = threadIdx.x; i < kDxExactStageRows * kDxExactTokens; i += kDxExactThreads) {
       const int row = i % kDxExactStageRows, token = i / kDxExactStageRows;
       const int64_t m = token0 + token, n = stage + row;
-      dy[row][token] = m < args.m && n < row_end ? static_cast<const float*>(args.dy)[m * args.n + n] : 0.0f;
+      const bool valid = m < args.m && n < row_end;
+      dy[row][token] = valid ? tile::widen(static_cast<const T*>(args.dy)[m * args.n + n]) : 0.0f;
     }
     __syncthreads();
     if (column >= args.k) continue;
@@ -104,16 +109,17 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
     } else {
       sum = sums[i][column_in_tile];
     }
-    static_cast<float*>(args.dx)[(token0 + i) * args.k + column] = sum + dx_lora_exact(args, token0 + i, column);
+    sum += dx_lora_exact<T>(args, token0 + i, column);
+    static_cast<T*>(args.dx)[(token0 + i) * args.k + column] = tile::narrow<T>(sum);
   }
 }
 
-// The grid is that of linear_nf4_dx_kernel, with the tile above.
-inline __global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(const DxArgs args) {
+// The grid is that of linear_nf4_dx_kernel, with the tile above. To fit more than 3 CTAs, ptxas would spill registers.
+template <class T>
+__global__ void __launch_bounds__(kDxExactThreads, 3) linear_nf4_dx_exact_kernel(const DxArgs args) {
   ptx::start_next_grid();
-  ptx::wait_for_previous_grid();
-  linear_nf4_dx_exact_tile(args, int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens,
-                           int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns);
+  linear_nf4_dx_exact_tile<T>(args, int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens,
+                              int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns);
 }
 
 }  // namespace qlora::kernels

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/code_tables.cuh"
 #include "cuda/tile/any/element.cuh"
@@ -124,6 +125,7 @@ __device__ __forceinline__ void linear_nf4_ragged_tile(const RaggedLinearArgs<T>
   accumulate(p.k, p.x, [&](int64_t n, int64_t k, int count, float (&w)[kRaggedRun]) {
     decode_run(p.packed, p.scales, n * p.k + k, count, code, scale_values, offset, w);
   });
+  ptx::wait_for_previous_grid();  // which computes h
   accumulate(p.rank, p.h, [&](int64_t n, int64_t k, int count, float (&w)[kRaggedRun]) {
 #pragma unroll
     for (int i = 0; i < kRaggedRun; ++i)

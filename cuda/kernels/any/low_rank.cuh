@@ -28,12 +28,15 @@ template <class T>
 struct LowRankArgs {
   const T* x;
   const T* a;
-  T* out;  // [m, rank]
+  T* out;  // [m, rank]; may be null if there is `extended`
   int64_t m, k, rank;
   float factor;  // scaling times dropout's keep_scale
   Dropout dropout;
   uint32_t* clear;  // words that this launch also sets to zero, for the next kernel
   int64_t clear_count;
+  T* extended = nullptr;  // also written: [x | out | 1 if has_one | zeros], k + terms per row
+  int64_t terms = 0;
+  bool has_one = false;
 };
 
 // Zeroes the dropped halves of `pair`, which holds two neighbouring elements. bits0 and bits1 are their random bits.
@@ -91,22 +94,28 @@ __device__ __forceinline__ void clear_words(uint32_t* words, int64_t count) {
 
 // Stores four of the sums for the 16 ranks from rank0 on. `quad` is 32 times the token tile, plus the lane (g, t) that
 // holds them as its accumulators: rows g and g + 8 of the mma, columns 2t and 2t + 1.
-template <bool kTransposed, class T>
+template <bool kTransposed, bool kExtends, class T>
 __device__ __forceinline__ void store_low_rank(const LowRankArgs<T>& p, int64_t token0, int64_t rank0, int quad,
                                                float4 sum) {
   const int g = quad / 4 % 8;
   const int64_t token = token0 + quad / 32 * 8 + quad % 4 * 2;
   const int64_t low = rank0 + (kTransposed ? 2 * g : g), high = rank0 + (kTransposed ? 2 * g + 1 : g + 8);
   const auto store = [&](int64_t at_token, int64_t rank, float v) {
-    if (at_token < p.m && rank < p.rank) p.out[at_token * p.rank + rank] = tile::narrow<T>(v * p.factor);
+    if (at_token >= p.m) return;
+    const T rounded = tile::narrow<T>(v * p.factor);
+    if (rank < p.rank && (!kExtends || p.out != nullptr)) p.out[at_token * p.rank + rank] = rounded;
+    if (!kExtends || rank >= p.terms) return;
+    const float after = rank == p.rank && p.has_one ? 1.0f : 0.0f;
+    p.extended[at_token * (p.k + p.terms) + p.k + rank] = rank < p.rank ? rounded : tile::narrow<T>(after);
   };
   store(token, low, sum.x), store(token + 1, low, sum.y);
   store(token, high, sum.z), store(token + 1, high, sum.w);
 }
 
 // Adds one warp's part to acc. The warps take turns at 32 k: this warp begins at k = `first` and advances by `step`. It
-// loads kTurns of these pieces before it multiplies the first, as many as the registers hold.
-template <bool kDropout, bool kTransposed, int kTurns, class T, int kRankTiles, int kTokenTiles>
+// loads kTurns of these pieces before it multiplies the first, as many as the registers hold. If kExtends, the CTAs of
+// the first ranks copy x.
+template <bool kDropout, bool kTransposed, int kTurns, bool kExtends, class T, int kRankTiles, int kTokenTiles>
 __device__ __forceinline__ void add_low_rank(const LowRankArgs<T>& p, int64_t token0, int64_t rank0, int64_t first,
                                              int64_t step, float (&acc)[kRankTiles][kTokenTiles][4]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -122,7 +131,10 @@ __device__ __forceinline__ void add_low_rank(const LowRankArgs<T>& p, int64_t to
       for (int j = 0; j < kTokenTiles; ++j) {
         const int64_t token = token0 + 8 * j + g;
         x[turn][j] = make_uint4(0, 0, 0, 0);
-        if (valid && token < p.m) x[turn][j] = __ldg(reinterpret_cast<const uint4*>(p.x + token * p.k + k0));
+        if (!valid || token >= p.m) continue;
+        x[turn][j] = __ldg(reinterpret_cast<const uint4*>(p.x + token * p.k + k0));
+        if (kExtends && blockIdx.y == 0)
+          *reinterpret_cast<uint4*>(p.extended + token * (p.k + p.terms) + k0) = x[turn][j];
       }
 #pragma unroll
       for (int i = 0; i < kRankTiles; ++i) {
@@ -153,8 +165,7 @@ __device__ __forceinline__ void add_low_rank(const LowRankArgs<T>& p, int64_t to
 // Computes 8·kTokenTiles tokens from token0 on and 16·kRankTiles ranks from rank0 on. This is the work of a whole CTA,
 // or of a cluster along gridDim.z. Requires k % 8 == 0, and x and a aligned to 16 bytes; if transposed, also an even
 // rank.
-template <class T, bool kTransposed, int kRankTiles, int kTokenTiles,
-          int kTurns = (kRankTiles * kTokenTiles > 1 ? 1 : 4)>
+template <class T, bool kTransposed, int kRankTiles, int kTokenTiles, int kTurns, bool kExtends = false>
 __device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t token0, int64_t rank0) {
   constexpr int kQuads = 32 * kTokenTiles;  // quadruples of sums for 16 ranks
   __shared__ float4 partial[kLowRankWarps][kQuads];
@@ -164,9 +175,9 @@ __device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t t
   float acc[kRankTiles][kTokenTiles][4] = {};
   const int64_t first = 32 * (int64_t{blockIdx.z} * kLowRankWarps + warp), step = 32 * kLowRankWarps * gridDim.z;
   if (p.dropout.active())
-    add_low_rank<true, kTransposed, kTurns>(p, token0, rank0, first, step, acc);
+    add_low_rank<true, kTransposed, kTurns, kExtends>(p, token0, rank0, first, step, acc);
   else
-    add_low_rank<false, kTransposed, kTurns>(p, token0, rank0, first, step, acc);
+    add_low_rank<false, kTransposed, kTurns, kExtends>(p, token0, rank0, first, step, acc);
 
 #pragma unroll
   for (int i = 0; i < kRankTiles; ++i) {
@@ -185,18 +196,20 @@ __device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t t
   ptx::cluster_sync();
   for (int i = blockIdx.z * kLowRankThreads + threadIdx.x; i < kRankTiles * kQuads; i += gridDim.z * kLowRankThreads) {
     const int tile = i / kQuads, quad = i % kQuads;
-    store_low_rank<kTransposed>(p, token0, rank0 + 16 * tile, quad, tile::cluster_sum(&sums[tile][quad], gridDim.z));
+    store_low_rank<kTransposed, kExtends>(p, token0, rank0 + 16 * tile, quad,
+                                          tile::cluster_sum(&sums[tile][quad], gridDim.z));
   }
   ptx::cluster_sync();  // no CTA ends while another reads its sums
 }
 
 // Grid: x over 8·kTokenTiles tokens, y over 16·kRankTiles ranks, z over k. If z is more than one, it is a cluster.
-template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
+template <class T, bool kTransposed, int kRankTiles, int kTokenTiles, bool kExtends>
 __global__ void __launch_bounds__(kLowRankThreads) low_rank_kernel(const __grid_constant__ LowRankArgs<T> p) {
   ptx::start_next_grid();
   clear_words(p.clear, p.clear_count);
-  low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles>(p, int64_t{blockIdx.x} * (8 * kTokenTiles),
-                                                         int64_t{blockIdx.y} * (16 * kRankTiles));
+  constexpr int kTurns = kRankTiles * kTokenTiles > 1 ? 1 : 4;
+  low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles, kTurns, kExtends>(p, int64_t{blockIdx.x} * (8 * kTokenTiles),
+                                                                           int64_t{blockIdx.y} * (16 * kRankTiles));
 }
 
 // For any type, shape and alignment. A warp computes kLowRankScalarRanks ranks of one token in float32, and its lanes
@@ -226,6 +239,7 @@ __device__ __forceinline__ void low_rank_token(const LowRankArgs<T>& p, int64_t 
 template <class T, bool kTransposed>
 __global__ void __launch_bounds__(kLowRankScalarThreads)
     low_rank_scalar_kernel(const __grid_constant__ LowRankArgs<T> p) {
+  ptx::start_next_grid();
   clear_words(p.clear, p.clear_count);
   for (int64_t token = blockIdx.x; token < p.m; token += gridDim.x) low_rank_token<T, kTransposed>(p, token);
 }

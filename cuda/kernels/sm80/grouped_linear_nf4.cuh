@@ -8,6 +8,7 @@
 #include "cpp/format/grouped.h"
 #include "cuda/kernels/any/grouped_linear_nf4_ragged.cuh"
 #include "cuda/kernels/sm80/linear_nf4.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/groups.cuh"
 
 namespace qlora::kernels {
@@ -33,11 +34,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (!tile.exists) return;
   const int64_t n0 = blockIdx.x / p.stack.token_tiles * Tile::kRows;
   if (tile.group.expert == p.groups.count) {
+    ptx::wait_for_previous_grid();  // so this grid ends after the previous one
     tile::store_zeros<typename Tile::T, Tile::kThreads>(
         p.stack.out.y, p.stack.n, tile.row0, min(tile.row0 + Tile::kTokens, tile.group.end), n0, n0 + Tile::kRows);
     return;
   }
-  linear_nf4_tile<Tile>(expert_args(p, tile.group), n0, tile.row0);
+  if constexpr (Tile::kSharedBytes <= tile::kMostSharedBytes)
+    linear_nf4_tile<Tile>(expert_args(p, tile.group), n0, tile.row0,
+                          tile::SplitSlice(p.stack.k, p.stack.segments_per_split));
 }
 
 }  // namespace qlora::kernels

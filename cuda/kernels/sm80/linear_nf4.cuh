@@ -11,13 +11,16 @@
 
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/lora_step.cuh"
 #include "cuda/tile/any/nf4_pairs_f32.cuh"
 #include "cuda/tile/any/unroll.cuh"
 #include "cuda/tile/sm80/integer_pairs.cuh"
+#include "cuda/tile/sm80/k_slices.cuh"
 #include "cuda/tile/sm80/linear_copy.cuh"
 #include "cuda/tile/sm80/linear_sum.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
@@ -170,13 +173,13 @@ __device__ __forceinline__ void multiply_scaled_segment(const LaneAddresses<Tile
   });
 }
 
-// The splits and warp groups take turns at the LoRA steps.
+// The parts of a tile's sum and the warp groups take turns at the LoRA steps.
 template <class Tile, class T>
-__device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, int64_t row0, int64_t token0, int group,
-                                         Accumulators<Tile>& acc) {
+__device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, tile::KPart part, int64_t row0,
+                                         int64_t token0, int group, Accumulators<Tile>& acc) {
   const int64_t steps = (lora.rank + 15) / 16;
   const bool vector = lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
-  for (int64_t step = blockIdx.y * Tile::kWarpsK + group; step < steps; step += gridDim.y * Tile::kWarpsK) {
+  for (int64_t step = part.index * Tile::kWarpsK + group; step < steps; step += part.count * Tile::kWarpsK) {
     if (vector)
       tile::lora_step<T, true>(lora, row0, token0, step, acc);
     else
@@ -184,19 +187,19 @@ __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, int6
   }
 }
 
-// Computes the tile of rows n0.. of w and tokens token0.. of x, over split blockIdx.y of k. This is the work of a whole
-// CTA. Requires k % 64 == 0, a block size of at least kScaleColumns, no offsets if that is 64, except zero points of an
+// Computes the tile of rows n0.. of w and tokens token0.. of x, over a slice of k. This is the work of a whole CTA.
+// Requires k % 64 == 0, a block size of at least kScaleColumns, no offsets if that is 64, except zero points of an
 // integer code with kZeroPoints, and x and packed aligned to 16 bytes.
-template <class Tile>
-__device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::T>& p, int64_t n0, int64_t token0) {
+template <class Tile, class Slice>
+__device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::T>& p, int64_t n0, int64_t token0,
+                                                const Slice& slice) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
   float* const scale_values = reinterpret_cast<float*>(shared_memory + Tile::kScaleValues);
   const int warp = threadIdx.x / 32, group = warp / Tile::kWarpsN;
   const int warp_row = warp % Tile::kWarpsN * (16 * Tile::kRowTiles);
-  const int64_t segment0 = blockIdx.y * p.segments_per_split;
-  const int64_t segments_left = p.k / tile::kSegment - segment0;
-  const int segments = static_cast<int>(segments_left < p.segments_per_split ? segments_left : p.segments_per_split);
+  const int64_t segment0 = slice.segment0;
+  const int segments = slice.segments;
   const int stages = (segments + Tile::kStageSegments - 1) / Tile::kStageSegments;
 
   tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
@@ -210,7 +213,8 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
     tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
   tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
   Accumulators<Tile> acc = {};
-  add_lora<Tile>(p.lora, n0 + warp_row, token0, group, acc);
+  ptx::wait_for_previous_grid();  // which computes h, and clears the tickets
+  add_lora<Tile>(p.lora, slice.part(), n0 + warp_row, token0, group, acc);
 
   const LaneAddresses<Tile> lane(shared, warp_row, threadIdx.x % 32);
   [[maybe_unused]] const bool fused = Tile::kScalesWeights && tile::fuses_offset(p.scales);
@@ -241,14 +245,32 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
 
   tile::store_sums<Tile>(shared, warp_row, group, acc);
   __syncthreads();
-  tile::finish<Tile>(p.out, reinterpret_cast<float*>(shared_memory), token0, p.m, n0, p.n);
+  tile::finish<Tile>(p.out, slice, reinterpret_cast<float*>(shared_memory), token0, p.m, n0, p.n);
 }
 
 // Grid: x over token tiles (fastest) and row tiles, y over splits of k.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p) {
-  linear_nf4_tile<Tile>(p, blockIdx.x / p.token_tiles * Tile::kRows, blockIdx.x % p.token_tiles * Tile::kTokens);
+  if constexpr (Tile::kSharedBytes <= tile::kMostSharedBytes)
+    linear_nf4_tile<Tile>(p, blockIdx.x / p.token_tiles * Tile::kRows, blockIdx.x % p.token_tiles * Tile::kTokens,
+                          tile::SplitSlice(p.k, p.segments_per_split));
+}
+
+// Grid: a stream over token tiles (fastest) and row tiles.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_stream_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p,
+                             const __grid_constant__ tile::KStream stream) {
+  if constexpr (tile::kArchStreams) {
+    tile::StreamSlice slice(stream);
+    while (true) {
+      const int64_t tile = slice.tile();
+      linear_nf4_tile<Tile>(p, tile / p.token_tiles * Tile::kRows, tile % p.token_tiles * Tile::kTokens, slice);
+      if (!slice.next()) break;
+      __syncthreads();  // the next tile's stages overwrite the sums
+    }
+  }
 }
 
 }  // namespace qlora::kernels

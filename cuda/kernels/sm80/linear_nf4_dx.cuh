@@ -20,6 +20,7 @@
 #include "cuda/kernels/sm80/linear_nf4_dx_accumulators.cuh"
 #include "cuda/kernels/sm80/linear_nf4_dx_loader.cuh"
 #include "cuda/ptx/grid_dependency.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 
 namespace qlora::kernels {
 
@@ -73,16 +74,18 @@ __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t t
   acc.template finish<kRagged>(args, tile, shared);
 }
 
-constexpr int dx_ctas_per_sm(int token_tiles) { return token_tiles <= 2 ? 2 : 1; }
+// ptxas would spill registers to fit two CTAs of a ragged shape.
+constexpr int dx_ctas_per_sm(int token_tiles, bool ragged) { return token_tiles <= 2 && !ragged ? 2 : 1; }
 
 // Grid: x = column tile * token_tiles + token tile, so neighbouring CTAs share W in the cache; y = split.
 template <class T, int kTokenTiles, bool kRagged, bool kHasOffsets>
-__global__ void __launch_bounds__(tile::kDxThreads, dx_ctas_per_sm(kTokenTiles))
+__global__ void __launch_bounds__(tile::kDxThreads, dx_ctas_per_sm(kTokenTiles, kRagged))
     linear_nf4_dx_kernel(const DxArgs args) {
   ptx::start_next_grid();
-  linear_nf4_dx_tile<T, kTokenTiles, kRagged, kHasOffsets>(args,
-                                                           int64_t{blockIdx.x % args.token_tiles} * (8 * kTokenTiles),
-                                                           int64_t{blockIdx.x / args.token_tiles} * tile::kDxColumns);
+  if constexpr (tile::DxLayout<kTokenTiles, kRagged, kHasOffsets>::kBytes <= tile::kMostSharedBytes)
+    linear_nf4_dx_tile<T, kTokenTiles, kRagged, kHasOffsets>(args,
+                                                             int64_t{blockIdx.x % args.token_tiles} * (8 * kTokenTiles),
+                                                             int64_t{blockIdx.x / args.token_tiles} * tile::kDxColumns);
 }
 
 }  // namespace qlora::kernels

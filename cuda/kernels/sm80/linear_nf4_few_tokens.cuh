@@ -10,13 +10,16 @@
 #include <type_traits>
 
 #include "cuda/ptx/address.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/unroll.cuh"
 #include "cuda/tile/sm80/few_tokens_copy.cuh"
 #include "cuda/tile/sm80/few_tokens_lora.cuh"
 #include "cuda/tile/sm80/few_tokens_tile.cuh"
 #include "cuda/tile/sm80/integer_pairs.cuh"
+#include "cuda/tile/sm80/k_slices.cuh"
 #include "cuda/tile/sm80/linear_sum.cuh"
 #include "cuda/tile/sm80/pair_registers.cuh"
 #include "cuda/tile/sm80/scale_stage.cuh"
@@ -146,10 +149,10 @@ __device__ __forceinline__ void multiply_rows(const Decoder<Tile>& decoder, cons
 }
 
 // acc += h · lora_bᵀ. Each warp group adds one tile of 16 rows, and row0 is the first row of this group's tile. A
-// kernel that computes h itself has its slice's part of h at `h`. If h is given, the splits divide the ranks.
+// kernel that computes h itself has its slice's part of h at `h`. If h is given, the parts of the sum divide the ranks.
 template <class Tile>
-__device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile::T>& p, uint32_t h, int64_t row0,
-                                         int group, FewTokensAccumulators<Tile>& acc) {
+__device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile::T>& p, uint32_t h, tile::KPart part,
+                                         int64_t row0, int group, FewTokensAccumulators<Tile>& acc) {
   using T = typename Tile::T;
   const auto& lora = p.lora;
   const int tokens = static_cast<int>(p.m);
@@ -166,7 +169,7 @@ __device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile
     return make_float4(low.x, low.y, high.x, high.y);
   };
   float sum[Tile::kTokenTiles][2] = {};
-  for (int64_t step = folded ? 0 : blockIdx.y; 16 * step < lora.rank; step += folded ? 1 : gridDim.y) {
+  for (int64_t step = folded ? 0 : part.index; 16 * step < lora.rank; step += folded ? 1 : part.count) {
     uint2 b[2];
     tile::load_lora_b(lora, row0, p.n, step, b);
     tile::add_h_step<Tile>(b, tokens, step, h4, sum);
@@ -182,7 +185,8 @@ __device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile
 template <class Tile>
 __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, int group,
                                                const FewTokensAccumulators<Tile>& acc) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const unsigned thread = tile::thread_index();
+  const int g = thread % 32 / 4, t = thread % 4;
   const uint32_t to = shared + ((group * Tile::kTokens + t) * Tile::kSumStride + warp_row + g) * 4;
   tile::unroll<Tile::kRowTiles>([&](auto i) {
     tile::unroll<Tile::kTokenTiles>([&](auto j) {
@@ -192,12 +196,12 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
   });
 }
 
-// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, no
-// offsets, except zero points of an integer code with kZeroPoints, and x, packed and, unless it is null, lora_a aligned
-// to 16 bytes.
-template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
+// Computes a row tile over a slice of k. This is the work of a whole CTA. Requires m <= kTokens, k % 64 == 0, a block
+// size of at least 64, no offsets, except zero points of an integer code with kZeroPoints, and x, packed and, unless it
+// is null, lora_a aligned to 16 bytes.
+template <class Tile, class Slice>
+__device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinearArgs<typename Tile::T>& p,
+                                                           const Slice& slice) {
   // From one segment of x to the next in its stage.
   constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
   extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -205,9 +209,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   float* const scale_values = reinterpret_cast<float*>(shared_memory + Tile::kScaleValues);
   const int warp = threadIdx.x / 32, group = warp / Tile::kWarpsN, part = warp % Tile::kWarpsN;
   const int warp_row = part * Tile::kWarpRows, tokens = static_cast<int>(p.m);
-  const int64_t n0 = int64_t{blockIdx.x} * Tile::kRows, segment0 = blockIdx.y * p.segments_per_split;
-  const int64_t segments_left = p.k / tile::kSegment - segment0;
-  const int segments = static_cast<int>(segments_left < p.segments_per_split ? segments_left : p.segments_per_split);
+  const int64_t n0 = slice.tile() * Tile::kRows, segment0 = slice.segment0;
+  const int segments = slice.segments;
 
   // Issues all loads of the first stage before it waits for any of them.
   const int unit0 = group * Tile::kUnitSegments;
@@ -264,11 +267,36 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     __syncthreads();
     tile::sum_h<Tile>(shared + Tile::kHSums, tokens, static_cast<int>(p.lora.rank), p.lora.factor);
     __syncthreads();
+  } else {
+    ptx::wait_for_previous_grid();  // which computes h, and clears the tickets
   }
-  if (p.lora.rank > 0) add_lora<Tile>(p, shared + Tile::kHSums, n0 + warp_row + 16 * group, group, acc);
+  if (p.lora.rank > 0) add_lora<Tile>(p, shared + Tile::kHSums, slice.part(), n0 + warp_row + 16 * group, group, acc);
   store_few_sums<Tile>(shared, warp_row, group, acc);
   __syncthreads();
-  tile::finish<Tile>(p.out, reinterpret_cast<float*>(shared_memory), 0, p.m, n0, p.n);
+  tile::finish<Tile>(p.out, slice, reinterpret_cast<float*>(shared_memory), 0, p.m, n0, p.n);
+}
+
+// Grid: x over row tiles, y over splits of k.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
+  if constexpr (Tile::kTokens <= tile::kMostFewTokens)
+    linear_nf4_few_tokens_tile<Tile>(p, tile::SplitSlice(p.k, p.segments_per_split));
+}
+
+// Grid: a stream over row tiles.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_few_tokens_stream_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p,
+                                        const __grid_constant__ tile::KStream stream) {
+  if constexpr (tile::kArchStreams) {
+    tile::StreamSlice slice(stream);
+    while (true) {
+      linear_nf4_few_tokens_tile<Tile>(p, slice);
+      if (!slice.next()) break;
+      __syncthreads();  // the next tile's tables overwrite the sums
+    }
+  }
 }
 
 }  // namespace qlora::kernels

@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                       const __grid_constant__ GroupedSm90Args<DxSm90Args<typename Tile::T>> p) {
   extern __shared__ uint8_t shared_memory[];
   __shared__ tile::Sm90TileSlots slots;
+  ptx::start_next_grid();
   using Args = GroupedSm90Args<DxSm90Args<typename Tile::T>>;
   const uint32_t shared = ptx::shared_address(shared_memory), base = Tile::base_address(shared);
   if (threadIdx.x == 0) {

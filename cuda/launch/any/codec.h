@@ -66,10 +66,20 @@ struct PackedPart {
   int64_t first = 0, rows = 1, columns = 0, stride = 0;
 };
 
-// That part -> out [rows, columns] (float32, bfloat16 or float16). The same launch decodes nested scales. It is fastest
-// if a single piece begins at a multiple of kMaxBlockSize, or if the stride and columns of several pieces are multiples
-// of 8. `read_soon`: keeps the output in L2 if possible, for the next kernel.
+// Terms that extend a decoded panel of a weight, beside its rows or below them: terms of LoRA, then bias, then zeros.
+struct PanelTerms {
+  int64_t terms = 0, columns = 0;  // columns of the matmul's output
+  const void* values = nullptr;    // term t < rank of column c at values[t * term_stride + c * column_stride]
+  int64_t rank = 0, term_stride = 0, column_stride = 0;
+  const void* bias = nullptr;  // term `rank` of each column, or null
+  bool beside = false;         // `terms` more elements in each of the panel's rows; otherwise `terms` more rows
+};
+
+// That part -> out [rows, columns] (float32, bfloat16 or float16), with further terms only if `read_soon`. The same
+// launch decodes nested scales. It is fastest if a single piece begins at a multiple of kMaxBlockSize, or if the stride
+// and columns of several pieces are multiples of 8. `read_soon`: keeps the output in L2 if possible, for the next
+// kernel.
 cudaError_t launch_dequantize_nf4(const Weight& w, const PackedPart& part, DType dtype, void* out, bool read_soon,
-                                  const Device& device, cudaStream_t stream);
+                                  const Device& device, cudaStream_t stream, const PanelTerms& terms = {});
 
 }  // namespace qlora::cuda

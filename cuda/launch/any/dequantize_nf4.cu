@@ -14,6 +14,7 @@ struct Call {
   tile::ScaleView scales;
   tile::CodeView code;
   PackedPart part;
+  PanelTerms terms;
   void* out;
   const Device& device;
   cudaStream_t stream;
@@ -27,10 +28,23 @@ cudaError_t launch(const Call& call) {
   if (const cudaError_t error = ctas_per_sm<kKernel>(call.device, kThreads, 0, &ctas); error != cudaSuccess)
     return error;
   const auto& [first, rows, columns, stride] = call.part;
-  const kernels::DequantizePieces pieces{first, rows, columns, stride, ceil_div(columns, int64_t{kChunk})};
+  const PanelTerms& t = call.terms;
+  const int64_t out_stride = columns + (t.beside ? t.terms : 0);
+  T* const out = static_cast<T*>(call.out);
+  const kernels::DequantizePieces pieces{first, rows, columns, stride, ceil_div(columns, int64_t{kChunk}), out_stride};
+  const kernels::DequantizeTerms<T> terms{static_cast<uint32_t>(t.terms),
+                                          static_cast<uint32_t>(t.columns),
+                                          static_cast<const T*>(t.values),
+                                          t.rank,
+                                          t.term_stride,
+                                          t.column_stride,
+                                          static_cast<const T*>(t.bias),
+                                          out + (t.beside ? columns : rows * columns),
+                                          t.beside ? 1 : t.columns,
+                                          t.beside ? out_stride : 1};
   const int64_t work = ceil_div(rows * pieces.chunks, int64_t{kernels::kDequantizeRun} * (kThreads / tile::kWarp));
   return launch_kernel(kKernel, static_cast<unsigned>(codec_grid(work, ctas, call.device)), kThreads, 0, call.stream,
-                       call.packed, call.scales, call.code, pieces, static_cast<T*>(call.out));
+                       call.packed, call.scales, call.code, pieces, terms, out);
 }
 
 // A chunk of a single piece has at most one quantization block per lane. Rows of a panel are cut into smaller chunks,
@@ -46,13 +60,14 @@ cudaError_t launch_chunk(const Call& call, bool read_soon) {
 }  // namespace
 
 cudaError_t launch_dequantize_nf4(const Weight& w, const PackedPart& part, DType dtype, void* out, bool read_soon,
-                                  const Device& device, cudaStream_t stream) {
+                                  const Device& device, cudaStream_t stream, const PanelTerms& terms) {
   if (part.rows == 0 || part.columns == 0) return cudaSuccess;
   const int64_t end = part.first + (part.rows - 1) * part.stride + part.columns;
   const Call call{w.packed,
                   tile::make_scale_view(w.scales, ceil_div(end, w.scales.block_size), w.code),
                   tile::make_code_view(w.code),
                   part,
+                  terms,
                   out,
                   device,
                   stream};

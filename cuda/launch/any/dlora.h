@@ -27,7 +27,7 @@ cudaError_t plan_dlora(const DLoraKernel<kernels::DLoraArgs>& kernel, const Lora
 cudaError_t launch_dlora(const DLoraKernel<kernels::DLoraArgs>& kernel, const LoraGradProblem& p, const Config& config,
                          const Context& context);
 
-// Starts in order. The sum over tokens is not split, because experts fill the device.
+// The sum over tokens is not split, because experts fill the device.
 cudaError_t launch_dlora(const DLoraKernel<kernels::GroupedDLoraArgs>& kernel, const Grouped<LoraGradProblem>& problem,
                          const Config& config, const Context& context);
 

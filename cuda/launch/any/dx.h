@@ -27,7 +27,7 @@ cudaError_t plan_dx(const DxKernel<kernels::DxArgs>& kernel, const LinearDxProbl
 cudaError_t launch_dx(const DxKernel<kernels::DxArgs>& kernel, const LinearDxProblem& p, const Config& config,
                       const Context& context);
 
-// Starts in order. The sum over rows n is not split, because experts fill the device.
+// The sum over rows n is not split, because experts fill the device.
 cudaError_t launch_dx(const DxKernel<kernels::GroupedDxArgs>& kernel, const Grouped<LinearDxProblem>& problem,
                       const Config& config, const Context& context);
 

@@ -41,9 +41,12 @@ cudaError_t launch_as(Code code, DType dtype, const void* w, const float* absmax
 template <class T, bool kAligned, class Round>
 cudaError_t launch_feedback_on(const Round& round, const FeedbackProblem& p, const Context& context) {
   constexpr auto kKernel = kernels::encode_nf4_feedback_kernel<Round, T, kAligned>;
-  constexpr int kShared = sizeof(kernels::FeedbackShared<Round>), kRows = kernels::FeedbackTile::kRows;
+  constexpr int kRows = kernels::FeedbackTile::kRows;
+  static_assert(kernels::feedback_shared_bytes<Round>(kFeedbackWarps75) <= kShared75);
+  const int most_warps = most_feedback_warps(context.device);
+  const int shared_bytes = kernels::feedback_shared_bytes<Round>(most_warps);
   int ctas = 0;
-  const cudaError_t error = ctas_per_sm<kKernel>(context.device, kFeedbackWarps * tile::kWarp, kShared, &ctas);
+  const cudaError_t error = ctas_per_sm<kKernel>(context.device, most_warps * tile::kWarp, shared_bytes, &ctas);
   if (error != cudaSuccess) return error;
   // Each CTA of the grid has workspace for the errors and codes of one stripe, and processes one stripe after another.
   const int warps = feedback_warps(p.n, kRows, context.device);
@@ -65,7 +68,8 @@ cudaError_t launch_feedback_on(const Round& round, const FeedbackProblem& p, con
                                          static_cast<int>(p.k),
                                          shift_of(p.block_size),
                                          table_of(p.code).zero_code};
-  return launch_kernel(kKernel, static_cast<unsigned>(grid), warps * tile::kWarp, kShared, context.stream, round, args);
+  return launch_kernel(kKernel, static_cast<unsigned>(grid), warps * tile::kWarp, shared_bytes, context.stream, round,
+                       args);
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 #include "cpp/format/grouped.h"
 #include "cuda/kernels/any/grouped_linear_nf4_ragged.cuh"
 #include "cuda/launch/any/grouped_low_rank.h"
+#include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
 #include "cuda/tuning/choice.h"
 
@@ -20,12 +21,14 @@ cudaError_t launch_experts(const Grouped<LinearProblem>& problem, const Config& 
   void* const h = p.h ? p.h : context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
   error = launch_grouped_low_rank({h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h), problem.offsets, problem.experts},
                                   context.device, context.stream);
+  Start start = Start::kInOrder;
+  if (error == cudaSuccess && p.lora.rank > 0) error = earliest_start<kKernel>(context.device, &start);
   if (error != cudaSuccess) return error;
   const int64_t token_tiles = tile::most_group_tiles(p.m, problem.experts, config.tokens);
   const kernels::GroupedLinearArgs args{
       make_args(h, token_tiles), {problem.offsets, problem.experts, p.m}, weight_stride(p.w)};
   const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.n, config.rows));
-  return launch_kernel(kKernel, grid, threads, shared_bytes, context.stream, args);
+  return launch_cluster(kKernel, grid, dim3(1), threads, shared_bytes, context.stream, start, args);
 }
 
 }  // namespace qlora::cuda

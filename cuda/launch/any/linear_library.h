@@ -1,6 +1,6 @@
 // The forward and dX of many tokens: decodes the weight panel by panel, and cuBLAS multiplies with each panel. A panel
 // is a range of the output's columns and holds their complete sums. If LoRA or bias are added, the sums are float32,
-// and only the total is rounded.
+// and only the total is rounded. On B200, they are further terms of the sums instead (cuda/tuning/library.h).
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,5 @@
-// Launches the gradients of LoRA's weights: what the kernels of all architectures share, and the kernels for float32.
+// Launches the gradients of LoRA's weights: what the kernels of all architectures share, and the kernels of exact
+// products.
 #include <utility>
 
 #include "cuda/kernels/any/linear_nf4_dlora_exact.cuh"
@@ -6,6 +7,7 @@
 #include "cuda/launch/any/grouped_low_rank.h"
 #include "cuda/launch/any/launchers.h"
 #include "cuda/launch/any/low_rank.h"
+#include "cuda/launch/types.h"
 #include "cuda/launch/workspace.h"
 #include "cuda/tuning/any.h"
 
@@ -101,6 +103,8 @@ cudaError_t launch_dlora(const DLoraKernel<kernels::GroupedDLoraArgs>& kernel, c
   cudaError_t error = cudaSuccess;
   if (!p.h) error = launch(h_problem(p.dtype, p.m, p.k, p.x, p.lora, memory + own_h));
   if (!p.g && error == cudaSuccess) error = launch(g_problem(p.dtype, p.m, p.n, p.dy, p.lora, memory + own_g));
+  Start start = Start::kInOrder;
+  if (error == cudaSuccess) error = kernel.earliest_start(context.device, &start);
   if (error != cudaSuccess) return error;
 
   const int64_t tiles = column_tiles(p);
@@ -109,7 +113,7 @@ cudaError_t launch_dlora(const DLoraKernel<kernels::GroupedDLoraArgs>& kernel, c
                                        static_cast<uint32_t>(tiles)};
   const dim3 grid(static_cast<unsigned>(tiles * problem.experts),
                   static_cast<unsigned>(ceil_div(p.lora.rank, config.ranks)));
-  return launch_kernel(kernel.kernel, grid, kernels::kDLoraThreads, 0, context.stream, args);
+  return launch_cluster(kernel.kernel, grid, dim3(1), kernels::kDLoraThreads, 0, context.stream, start, args);
 }
 
 namespace any {
@@ -119,19 +123,25 @@ static_assert(kernels::kDLoraColumns == kLoraColumns);
 
 template <class Args, auto kKernel>
 constexpr DLoraKernel<Args> kExactKernel = {kKernel, ctas_per_sm<kKernel>, earliest_start<kKernel>};
-constexpr auto kSingle = kExactKernel<kernels::DLoraArgs, kernels::linear_nf4_dlora_exact_kernel>;
-constexpr auto kOfExperts = kExactKernel<kernels::GroupedDLoraArgs, kernels::grouped_linear_nf4_dlora_exact_kernel>;
+template <class T>
+constexpr auto kSingle = kExactKernel<kernels::DLoraArgs, kernels::linear_nf4_dlora_exact_kernel<T>>;
+template <class T>
+constexpr auto kOfExperts = kExactKernel<kernels::GroupedDLoraArgs, kernels::grouped_linear_nf4_dlora_exact_kernel<T>>;
 
 }  // namespace
 
 cudaError_t plan_exact(const LoraGradProblem& p, const Device& device, Config* config) {
-  return plan_dlora(kSingle, p, device, config);
+  return with_exact_type(p.dtype,
+                         [&](auto element) { return plan_dlora(kSingle<decltype(element)>, p, device, config); });
 }
 cudaError_t launch_exact(const LoraGradProblem& p, const Config& config, const Context& context) {
-  return launch_dlora(kSingle, p, config, context);
+  return with_exact_type(p.dtype,
+                         [&](auto element) { return launch_dlora(kSingle<decltype(element)>, p, config, context); });
 }
 cudaError_t launch_exact(const Grouped<LoraGradProblem>& problem, const Config& config, const Context& context) {
-  return launch_dlora(kOfExperts, problem, config, context);
+  return with_exact_type(problem.stack.dtype, [&](auto element) {
+    return launch_dlora(kOfExperts<decltype(element)>, problem, config, context);
+  });
 }
 
 cudaError_t clear_gradients(const LoraGradProblem& p, cudaStream_t stream) {

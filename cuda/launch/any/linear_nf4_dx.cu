@@ -1,4 +1,4 @@
-// Launches dX: what the kernels of all architectures share, and the kernels for float32.
+// Launches dX: what the kernels of all architectures share, and the kernels of exact products.
 #include "cuda/kernels/any/linear_nf4_dx_exact.cuh"
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include "cuda/launch/any/grouped_low_rank.h"
 #include "cuda/launch/any/launchers.h"
 #include "cuda/launch/any/low_rank.h"
+#include "cuda/launch/types.h"
 #include "cuda/launch/workspace.h"
 #include "cuda/tuning/any.h"
 
@@ -84,12 +85,14 @@ cudaError_t launch_dx(const DxKernel<kernels::GroupedDxArgs>& kernel, const Grou
   void* const g = p.g ? p.g : context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
   error = launch_grouped_low_rank({g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, g), problem.offsets, problem.experts},
                                   context.device, context.stream);
+  Start start = Start::kInOrder;
+  if (error == cudaSuccess && p.lora.rank > 0) error = kernel.earliest_start(context.device, &start);
   if (error != cudaSuccess) return error;
   const int64_t token_tiles = tile::most_group_tiles(p.m, problem.experts, config.tokens);
   const kernels::GroupedDxArgs args{
       make_args(p, g, token_tiles), {problem.offsets, problem.experts, p.m}, weight_stride(p.w)};
   const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.k, config.columns));
-  return launch_kernel(kernel.kernel, grid, kernel.threads, kernel.shared_bytes, context.stream, args);
+  return launch_cluster(kernel.kernel, grid, dim3(1), kernel.threads, kernel.shared_bytes, context.stream, start, args);
 }
 
 namespace any {
@@ -100,19 +103,24 @@ static_assert(kernels::kDxExactTokens == kExactDx.tokens && kernels::kDxExactCol
 template <class Args, auto kKernel>
 constexpr DxKernel<Args> kExactKernel = {kKernel, ctas_per_sm<kKernel>, earliest_start<kKernel>,
                                          kernels::kDxExactThreads, 0};
-constexpr auto kSingle = kExactKernel<kernels::DxArgs, kernels::linear_nf4_dx_exact_kernel>;
-constexpr auto kOfExperts = kExactKernel<kernels::GroupedDxArgs, kernels::grouped_linear_nf4_dx_exact_kernel>;
+template <class T>
+constexpr auto kSingle = kExactKernel<kernels::DxArgs, kernels::linear_nf4_dx_exact_kernel<T>>;
+template <class T>
+constexpr auto kOfExperts = kExactKernel<kernels::GroupedDxArgs, kernels::grouped_linear_nf4_dx_exact_kernel<T>>;
 
 }  // namespace
 
 cudaError_t plan_exact(const LinearDxProblem& p, const Device& device, Config* config) {
-  return plan_dx(kSingle, p, device, config);
+  return with_exact_type(p.dtype, [&](auto element) { return plan_dx(kSingle<decltype(element)>, p, device, config); });
 }
 cudaError_t launch_exact(const LinearDxProblem& p, const Config& config, const Context& context) {
-  return launch_dx(kSingle, p, config, context);
+  return with_exact_type(p.dtype,
+                         [&](auto element) { return launch_dx(kSingle<decltype(element)>, p, config, context); });
 }
 cudaError_t launch_exact(const Grouped<LinearDxProblem>& problem, const Config& config, const Context& context) {
-  return launch_dx(kOfExperts, problem, config, context);
+  return with_exact_type(problem.stack.dtype, [&](auto element) {
+    return launch_dx(kOfExperts<decltype(element)>, problem, config, context);
+  });
 }
 
 }  // namespace any

@@ -4,6 +4,7 @@
 #include "cuda/launch/any/grouped_linear.h"
 #include "cuda/launch/any/launchers.h"
 #include "cuda/launch/any/low_rank.h"
+#include "cuda/launch/cluster.h"
 #include "cuda/launch/types.h"
 #include "cuda/tuning/any.h"
 
@@ -30,6 +31,20 @@ kernels::RaggedLinearArgs<T> make_args(const LinearProblem& p, const void* h, in
 }
 
 template <class T, int kTokens>
+cudaError_t launch_tokens(const LinearProblem& p, const Context& context) {
+  constexpr auto kKernel = kernels::linear_nf4_ragged_kernel<T, kTokens>;
+  void* const h = p.h ? p.h : context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
+  cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h), context.stream);
+  Start start = Start::kInOrder;
+  if (error == cudaSuccess && p.lora.rank > 0) error = earliest_start<kKernel>(context.device, &start);
+  if (error != cudaSuccess) return error;
+  const int64_t token_tiles = ceil_div(p.m, kTokens);
+  const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.n, kForwardRows));
+  return launch_cluster(kKernel, grid, dim3(1), kernels::kRaggedThreads, 0, context.stream, start,
+                        make_args<T>(p, h, token_tiles));
+}
+
+template <class T, int kTokens>
 cudaError_t launch_experts_tokens(const Grouped<LinearProblem>& problem, const Config& config, const Context& context) {
   return launch_experts<kernels::grouped_linear_nf4_ragged_kernel<T, kTokens>>(
       problem, config, kernels::kRaggedThreads, 0, context,
@@ -39,17 +54,11 @@ cudaError_t launch_experts_tokens(const Grouped<LinearProblem>& problem, const C
 }  // namespace
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {
-  void* const h = p.h ? p.h : context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
-  const cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h), context.stream);
-  if (error != cudaSuccess) return error;
   return with_type(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto kernel = config.tokens == 4    ? kernels::linear_nf4_ragged_kernel<T, 4>
-                        : config.tokens == 16 ? kernels::linear_nf4_ragged_kernel<T, 16>
-                                              : kernels::linear_nf4_ragged_kernel<T, 64>;
-    const int64_t token_tiles = ceil_div(p.m, config.tokens);
-    const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.n, kForwardRows));
-    return launch_kernel(kernel, grid, kernels::kRaggedThreads, 0, context.stream, make_args<T>(p, h, token_tiles));
+    return config.tokens == 4    ? launch_tokens<T, 4>(p, context)
+           : config.tokens == 16 ? launch_tokens<T, 16>(p, context)
+                                 : launch_tokens<T, 64>(p, context);
   });
 }
 

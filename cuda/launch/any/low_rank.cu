@@ -12,30 +12,41 @@
 namespace qlora::cuda {
 namespace {
 
-// From this many tokens on a CTA takes several tiles of 8: enough CTAs remain, and `a` is read less often.
+// From this many tokens on, a CTA takes several tiles of 8: enough CTAs remain, and `a` is read less often.
 constexpr int64_t kManyTokens = 512;
 
-template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
-cudaError_t launch_tiles(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
-  constexpr auto kKernel = kernels::low_rank_kernel<T, kTransposed, kRankTiles, kTokenTiles>;
+int64_t tiles(int64_t m, int64_t ranks, int rank_tiles, int token_tiles) {
+  return ceil_div(m, int64_t{8} * token_tiles) * ceil_div(ranks, int64_t{16} * rank_tiles);
+}
+
+// `split_tiles` determines how k is split.
+template <class T, bool kTransposed, int kRankTiles, int kTokenTiles, bool kExtends = false>
+cudaError_t launch_tiles(const kernels::LowRankArgs<T>& args, int64_t split_tiles, cudaStream_t stream) {
+  constexpr auto kKernel = kernels::low_rank_kernel<T, kTransposed, kRankTiles, kTokenTiles, kExtends>;
   int index = 0, cluster_ctas = 1;
   const Device* device = nullptr;
   cudaError_t error = cudaGetDevice(&index);
   if (error == cudaSuccess) error = device_at(index, &device);
   if (error == cudaSuccess) error = ctas_per_cluster<kKernel>(*device, kernels::kLowRankThreads, 0, &cluster_ctas);
   if (error != cudaSuccess) return error;
-  dim3 grid(static_cast<unsigned>(ceil_div(args.m, 8 * kTokenTiles)),
-            static_cast<unsigned>(ceil_div(args.rank, 16 * kRankTiles)));
-  grid.z = static_cast<unsigned>(low_rank_splits(int64_t{grid.x} * grid.y, args.k, cluster_ctas, *device));
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.m, 8 * kTokenTiles)),
+                  static_cast<unsigned>(ceil_div(std::max(args.rank, args.terms), 16 * kRankTiles)),
+                  static_cast<unsigned>(low_rank_splits(split_tiles, args.k, cluster_ctas, *device)));
   return launch_cluster(kKernel, grid, dim3(1, 1, grid.z), kernels::kLowRankThreads, 0, stream, Start::kInOrder, args);
 }
 
 template <class T, bool kTransposed>
 cudaError_t launch_mma(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
-  const bool many = args.m >= kManyTokens;
-  if (args.rank <= 16)
-    return many ? launch_tiles<T, kTransposed, 1, 4>(args, stream) : launch_tiles<T, kTransposed, 1, 1>(args, stream);
-  return many ? launch_tiles<T, kTransposed, 4, 2>(args, stream) : launch_tiles<T, kTransposed, 4, 1>(args, stream);
+  const bool many = args.m >= kManyTokens, few_ranks = args.rank <= 16;
+  const int64_t split_tiles = tiles(args.m, args.rank, few_ranks ? 1 : 4, !many ? 1 : few_ranks ? 4 : 2);
+  if (args.extended != nullptr)  // in other tiles, but with the same splits, which give the same bits
+    return args.terms <= 16 ? launch_tiles<T, kTransposed, 1, 4, true>(args, split_tiles, stream)
+                            : launch_tiles<T, kTransposed, 4, 2, true>(args, split_tiles, stream);
+  if (few_ranks)
+    return many ? launch_tiles<T, kTransposed, 1, 4>(args, split_tiles, stream)
+                : launch_tiles<T, kTransposed, 1, 1>(args, split_tiles, stream);
+  return many ? launch_tiles<T, kTransposed, 4, 2>(args, split_tiles, stream)
+              : launch_tiles<T, kTransposed, 4, 1>(args, split_tiles, stream);
 }
 
 template <class T, bool kTransposed>
@@ -58,7 +69,10 @@ cudaError_t launch(const LowRankProblem& problem, cudaStream_t stream) {
                                      static_cast<float>(problem.scaling * problem.dropout.keep_scale),
                                      problem.dropout,
                                      problem.clear.words,
-                                     problem.clear.count};
+                                     problem.clear.count,
+                                     static_cast<T*>(problem.extended.rows),
+                                     problem.extended.terms,
+                                     problem.extended.has_one};
   if constexpr (sizeof(T) == 2) {
     if (problem.k % 8 == 0 && (!problem.transposed || problem.rank % 2 == 0))
       return problem.transposed ? launch_mma<T, true>(args, stream) : launch_mma<T, false>(args, stream);

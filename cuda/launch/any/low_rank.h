@@ -20,7 +20,14 @@ struct LowRankProblem {
   double scaling = 1.0;
   Dropout dropout;      // applies to x
   void* out = nullptr;  // [m, rank]
-  Tickets clear = {};   // also set to zero by the kernel, which saves the next kernel a memset
+  // [m, k + terms], aligned to 16 bytes, or null: the kernel also writes [x | out | 1 if has_one | zeros] there.
+  // Requires 16-bit types, k % 8 == 0, terms % 8 == 0 and, if transposed, an even rank. Then `out` may be null.
+  struct Extended {
+    void* rows = nullptr;
+    int64_t terms = 0;
+    bool has_one = false;
+  } extended = {};
+  Tickets clear = {};  // also set to zero by the kernel, which saves the next kernel a memset
 };
 
 // The problem of h = scaling · dropout(x) · lora_aᵀ for x [m, k].

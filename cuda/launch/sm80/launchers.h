@@ -1,5 +1,5 @@
-// The launchers of the linear operators on mma.sync. Where `splits` is 0, a plan sets it to as many splits as fill the
-// device. Sums are float32, in a fixed order. The host never waits, so a CUDA graph can capture every launch.
+// The launchers of the linear operators on mma.sync. Where `splits` and `ctas` are 0, a plan sets one of them to what
+// fills the device. Sums are float32, in a fixed order. The host never waits, so a CUDA graph can capture every launch.
 //
 // `launch` takes a nonempty problem, and a configuration that the kernel's plan has completed:
 //

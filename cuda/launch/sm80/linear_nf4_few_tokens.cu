@@ -26,24 +26,40 @@ cudaError_t with_tile(const LinearProblem& p, int64_t tokens, const Use& use) {
   });
 }
 
+template <class Tile>
+constexpr auto stream_kernel() {
+  if constexpr (Tile::kZeroPoints)
+    return nullptr;
+  else
+    return kernels::linear_nf4_few_tokens_stream_kernel<Tile>;
+}
+
+// Whether the kernel computes h. If h is retained, it needs its own launch: the parts of all CTAs would have to be
+// summed first.
+template <class Tile>
+bool folds_h(const LinearProblem& p) {
+  return !p.h && p.lora.rank > 0 && p.lora.rank <= Tile::kFoldedRanks && p.w.k < tile::kMostFoldedK;
+}
+
 }  // namespace
 
 cudaError_t plan_few_tokens(const LinearProblem& p, const Device& device, Config* config) {
   return with_tile(p, config->tokens, [&](auto tile) {
     using Tile = decltype(tile);
-    return plan_splits<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments>(p, device, config);
+    return plan_splits<kernels::linear_nf4_few_tokens_kernel<Tile>, stream_kernel<Tile>(), Tile, Tile::kRoundSegments>(
+        p, p.lora.rank > 0 && !folds_h<Tile>(p), device, config);
   });
 }
 
-// One launch, unless h needs its own launch, or the device has no clusters for the splits.
+// One launch, unless h needs its own launch, or CTAs share sums and the device has no clusters for them.
 cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, const Context& context) {
   return with_tile(p, config.tokens, [&](auto tile) {
     using Tile = decltype(tile);
     using T = typename Tile::T;
     const Lora& lora = p.lora;
-    // If h is retained, it needs its own launch: the parts of all CTAs would have to be summed first.
-    const bool folds = !p.h && lora.rank > 0 && lora.rank <= Tile::kFoldedRanks && p.w.k < tile::kMostFoldedK;
-    SplitForward<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments> split(p, config, context);
+    const bool folds = folds_h<Tile>(p);
+    SplitForward<kernels::linear_nf4_few_tokens_kernel<Tile>, stream_kernel<Tile>(), Tile, Tile::kRoundSegments> split(
+        p, config, context);
     const cudaError_t error = split.prepare(!folds);
     if (error != cudaSuccess) return error;
     const kernels::FewTokensLinearArgs<T> args{

@@ -56,7 +56,7 @@ inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int
           .rank = rank};
 }
 
-// With LoRA, the previous launch computes its low-rank product, which is all that a kernel over one weight waits for.
+// With LoRA, the previous launch computes its low-rank product, which is all that the kernel waits for.
 inline Start start_of(const tile::Sm90Plan& plan) { return plan.rank > 0 ? Start::kEarly : Start::kInOrder; }
 
 // Launches a kernel in the clusters of `plan`.

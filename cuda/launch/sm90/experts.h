@@ -18,8 +18,7 @@ cudaError_t make_packed_map(const Grouped<Problem>& problem, int box_rows, CUten
   return make_packed_map(all, box_rows, map);
 }
 
-// `args`: of the first expert's weight and all tokens. Only the device knows how many tiles there are. Starts in order,
-// because a CTA without a tile would not wait for the low-rank product.
+// `args`: of the first expert's weight and all tokens. Only the device knows how many tiles there are.
 template <auto kKernel, class Tile, class Args, class Problem>
 cudaError_t launch_experts(const Grouped<Problem>& problem, const Config& c, int64_t outputs, const CUtensorMap& tokens,
                            const CUtensorMap& packed, const Args& args, const Context& context) {
@@ -28,7 +27,8 @@ cudaError_t launch_experts(const Grouped<Problem>& problem, const Config& c, int
   kernels::GroupedSm90Args<Args> grouped{
       args, {problem.offsets, problem.experts, problem.stack.m}, weight_stride(problem.stack.w)};
   grouped.stack.plan.clusters = static_cast<int>(std::min(resident_clusters(c, context.device), most));
-  return launch_clusters<kKernel, Tile>(grouped.stack.plan, c, tokens, packed, grouped, Start::kInOrder, context);
+  return launch_clusters<kKernel, Tile>(grouped.stack.plan, c, tokens, packed, grouped, start_of(grouped.stack.plan),
+                                        context);
 }
 
 }  // namespace qlora::cuda::sm90

@@ -13,6 +13,7 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/mma_tf32.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/dropout.cuh"
 #include "cuda/tile/any/element.cuh"
 #include "cuda/tile/any/lora_step.cuh"
@@ -96,7 +97,8 @@ class HSums {
 
   // Stores the sums at `to` as [token][rank].
   __device__ __forceinline__ void store(uint32_t to) const {
-    to += (2 * t() * Tile::kHSumStride + g()) * 4;
+    const unsigned thread = thread_index();
+    to += (2 * (thread % 4) * Tile::kHSumStride + thread % 32 / 4) * 4;
     unroll<kRankTiles>([&](auto i) {
       unroll<kTokenTiles>([&](auto j) {
         unroll<4>([&](auto c) {

@@ -11,6 +11,7 @@
 #include "cuda/tile/any/element.cuh"
 #include "cuda/tile/any/split.cuh"
 #include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/sm80/k_slices.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
 
 namespace qlora::tile {
@@ -19,8 +20,8 @@ template <class T>
 struct LinearOutput {
   T* y;           // [m, n]
   const T* bias;  // [n] or null
-  // Used only if k is split over gridDim.y > 1 CTAs that are not a cluster. Indexed by the tile's number, blockIdx.x.
-  float* partials;    // [tiles][splits][kTokens][kRows]
+  // Used only if several CTAs that are not a cluster divide the sum of a tile.
+  float* partials;    // [tiles][parts][kTokens][kRows]
   uint32_t* tickets;  // [tiles], zero when the kernel starts; null for a cluster
 };
 
@@ -96,9 +97,9 @@ __device__ __forceinline__ void finish_cluster(const LinearOutput<typename Tile:
 }
 
 // `sums` holds the output of store_sums. A thread adds up and stores four columns of every kTokenStep-th token.
-template <class Tile>
-__device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out, float* sums, int64_t token0,
-                                       int64_t m, int64_t n0, int64_t n) {
+template <class Tile, class Slice>
+__device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out, const Slice& slice, float* sums,
+                                       int64_t token0, int64_t m, int64_t n0, int64_t n) {
   constexpr int kQuads = Tile::kRows / 4, kTokenStep = Tile::kThreads / kQuads;
   static_assert(Tile::kThreads % kQuads == 0);
   const int quad = threadIdx.x % kQuads, first = threadIdx.x / kQuads;
@@ -117,23 +118,24 @@ __device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out
     const OutputQuad<typename Tile::T> output(out, n0 + 4 * quad, n);
     for (int token = first; token < tokens; token += kTokenStep) output.store(token0 + token, sum_of(token));
   };
-  if (gridDim.y == 1) return store_all(group_sum);
-  if (out.tickets == nullptr) {
-    for (int token = first; token < tokens; token += kTokenStep)
-      *reinterpret_cast<float4*>(sums + token * Tile::kSumStride + 4 * quad) = group_sum(token);
-    return finish_cluster<Tile>(out, sums, token0, tokens, n0, n);
-  }
+  const KPart part = slice.part();
+  if (part.count == 1) return store_all(group_sum);
+  if constexpr (Slice::kMayBeCluster)
+    if (out.tickets == nullptr) {
+      for (int token = first; token < tokens; token += kTokenStep)
+        *reinterpret_cast<float4*>(sums + token * Tile::kSumStride + 4 * quad) = group_sum(token);
+      return finish_cluster<Tile>(out, sums, token0, tokens, n0, n);
+    }
 
-  constexpr int kSplitQuads = Tile::kTokens * kQuads;
-  float4* const partials =
-      reinterpret_cast<float4*>(out.partials) + int64_t{blockIdx.x} * gridDim.y * kSplitQuads + quad;
+  constexpr int kPartQuads = Tile::kTokens * kQuads;
+  float4* const partials = reinterpret_cast<float4*>(out.partials) + slice.first_part() * kPartQuads + quad;
   for (int token = first; token < tokens; token += kTokenStep)
-    partials[blockIdx.y * kSplitQuads + token * kQuads] = group_sum(token);
-  if (!arrives_last(out.tickets + blockIdx.x, gridDim.y)) return;
+    partials[part.index * kPartQuads + token * kQuads] = group_sum(token);
+  if (!arrives_last(out.tickets + slice.tile(), part.count)) return;
   store_all([&](int token) {
     const float4* source = partials + token * kQuads;
     float4 sum = __ldcg(source);
-    for (unsigned split = 1; split < gridDim.y; ++split) sum = add(sum, __ldcg(source + split * kSplitQuads));
+    for (unsigned i = 1; i < part.count; ++i) sum = add(sum, __ldcg(source + i * kPartQuads));
     return sum;
   });
 }

@@ -18,6 +18,7 @@
 
 #include <cstdint>
 
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/pair_table.cuh"
 
 namespace qlora::tile {
@@ -43,8 +44,11 @@ struct LinearTile {
   static_assert(!kZeroPoints || !kScalesWeights);
   static constexpr int kScaleBytes = kScalesWeights || kZeroPoints ? 8 : 4;  // with an offset or a minuend, or alone
   static constexpr int kMinuends = 4;  // from a scale to the block's IntegerPairs::minuend
-  // Segments whose scales are staged at a time: a line per row.
-  static constexpr int kScaleSegments = kLineBytes / kScaleBytes * kScaleColumns / kSegment;
+  // Segments whose scales are staged at a time: a line per row. 64 tokens leave no registers for loading a line of
+  // scales with zero points ahead, and where registers are few, none for a line of any.
+  static constexpr int kLineSegments = kLineBytes / kScaleBytes * kScaleColumns / kSegment;
+  static constexpr int kWideSegments = kZeroPoints ? 4 : kFewRegisters ? 8 : kLineSegments;
+  static constexpr int kScaleSegments = kTokenTiles == 8 ? kWideSegments : kLineSegments;
 
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kRows = 16 * kRowTiles * kWarpsN;

@@ -4,13 +4,18 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/arch_limits.cuh"
 #include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/sm80/integer_pairs.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
 
 namespace qlora::tile {
+
+// A copy of the scales' view takes registers, and a reference instructions that read its members again.
+using StagedView = std::conditional_t<kFewRegisters, const ScaleView&, ScaleView>;
 
 // Neighbouring threads take neighbouring groups of kColumns columns, so each sector of a row's codes is read once. Rows
 // and groups beyond the last repeat the last one, which costs no branch here: their results are multiplied by zeros or
@@ -82,7 +87,7 @@ class ScaleStage {
     }
   }
 
-  const ScaleView view_;
+  StagedView view_;
   const float unfactor_, first_integer_;  // of the weight's code
   float offset_;
   int last_row_;

@@ -12,6 +12,7 @@
 
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/hold.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/shared.cuh"
@@ -156,6 +157,7 @@ class Sm90ExpertWork : public Sm90Work<Layout> {
 
   __device__ __forceinline__ void store_zeros(int64_t outputs) const {
     static_assert(Layout::kProducers == Layout::kOutputs);
+    ptx::wait_for_previous_grid();  // so this grid ends after the previous one
     const int64_t output = tile_.output0 + static_cast<int>(threadIdx.x);
     if (output >= outputs) return;
     for (int64_t token = tile_.token0; token < min(tile_.token0 + Layout::kTokens, tile_.end); ++token)

@@ -58,6 +58,7 @@ struct Profile {
   std::string kernel;
   Dim3 grid, block;
   uint64_t warp_instructions = 0, thread_instructions = 0;
+  uint64_t busiest_cluster_instructions = 0;  // warp instructions of the cluster that executed the most
   // warp instructions by class
   uint64_t integer = 0, fp32 = 0, half = 0, convert = 0, special = 0, control = 0, mma = 0, load_global = 0,
            store_global = 0, load_shared = 0, store_shared = 0, load_local = 0, store_local = 0, load_const = 0,

@@ -34,13 +34,23 @@ def parse_dtype(name: str) -> torch.dtype:
 def parse_computing_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype on ``device`` for the value of ``--dtype``.
 
-    With "auto", a CPU without bfloat16 arithmetic computes in float32, with the same weights and 4-bit codes as other
-    machines, so an adapter trained on one fits the other.
+    With "auto", a CPU without bfloat16 arithmetic computes in float32 and such a GPU in float16, with the same weights
+    and 4-bit codes as other machines, so an adapter trained on one fits the other.
+
+    Raises:
+        UserError: ``name`` is not the name of a dtype, or the device does not compute in it.
     """
-    from ...dtypes import computing_dtype_named
+    import torch
+
+    from ...dtypes import computing_dtype_named, gpu_without_bfloat16
 
     check_dtype(name)
-    return computing_dtype_named(name, device)
+    dtype = computing_dtype_named(name, device)
+    if dtype == torch.bfloat16 and gpu_without_bfloat16(device):
+        raise UserError(
+            f"--dtype {name}: {torch.cuda.get_device_name(device)} has no bfloat16 arithmetic; use float16 or float32"
+        )
+    return dtype
 
 
 def parse_device(name: str) -> torch.device:

@@ -62,9 +62,10 @@ def _computing_dtype(run: Run) -> torch.dtype:
     """Chooses and reports the compute dtype. A resumed run keeps its dtype, even on another machine."""
     dtype = run.settings.dtype
     chosen = parse_computing_dtype(dtype, run.device)
-    why = ", because the processor has no bfloat16 arithmetic" if chosen != parse_dtype(dtype) else ""
+    processor = "processor" if run.device.type == "cpu" else "GPU"
+    why = f", because the {processor} has no bfloat16 arithmetic" if chosen != parse_dtype(dtype) else ""
     if run.resumes and (began := read_marker(run.directory).get(_COMPUTING)) is not None:
-        chosen, why = parse_dtype(str(began)), ", as at the start of the run"
+        chosen, why = parse_computing_dtype(str(began), run.device), ", as at the start of the run"
     run.digests[_COMPUTING] = name_of(chosen)
     run.report(f"computing in {name_of(chosen)} on {run.device}{why}")
     return chosen

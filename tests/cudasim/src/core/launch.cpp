@@ -42,6 +42,7 @@ static void work(Worker& wk) {
         resident[i]->stuck("time limit: the kernel did not finish within CUDASIM_TIMEOUT seconds");
       if (done) {
         finished = true;
+        wk.busiest = std::max(wk.busiest, resident[i]->executed);
         wk.pool.push_back(std::move(resident[i]));
         resident.erase(resident.begin() + long(i));
       } else
@@ -208,6 +209,7 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
     sum.async_sectors_read += c.async_sectors_read;
     sum.async_sectors_received += c.async_sectors_received;
     sum.constant_wavefronts += c.constant_wavefronts;
+    p.busiest_cluster_instructions = std::max(p.busiest_cluster_instructions, w->busiest);
     if (w != workers[0]) {
       workers[0]->read.merge_from(w->read);
       workers[0]->written.merge_from(w->written);

@@ -351,6 +351,7 @@ struct Worker {
   LaunchState* ls = nullptr;
   uint32_t id = 0;
   Counters count;
+  uint64_t busiest = 0;  // instructions of the longest group
   Footprint read, written;
   Range hit{1, 0}, hit2{1, 0};  // most recent allocations
   Grid* grid = nullptr;

@@ -14,7 +14,7 @@ namespace {
 
 constexpr size_t KiB = 1024, MiB = 1024 * KiB;
 
-// After A100, H100, B200 and RTX PRO 6000 Blackwell. The first is the default. Which SMs of a GPC work differs from
+// After T4, A100, H100, B200 and RTX PRO 6000 Blackwell. The first is the default. Which SMs of a GPC work differs from
 // card to card: these are examples, and CUDASIM_GPCS sets others.
 constexpr DeviceSpec kSpecs[] = {
     {.arch = 90,
@@ -29,6 +29,19 @@ constexpr DeviceSpec kSpecs[] = {
      .memory_clock_khz = 2619000,
      .max_threads = 2048,
      .max_blocks = 32},
+    {.arch = 75,
+     .name = "cudasim (sm_75)",
+     .gpcs = {8, 8, 8, 8, 8},
+     .shared_per_multiprocessor = 64 * KiB,
+     .shared_per_block = 48 * KiB,
+     .shared_per_block_optin = 64 * KiB,
+     .l2_bytes = 4 * MiB,
+     .bus_bits = 256,
+     .clock_khz = 1590000,
+     .memory_clock_khz = 5001000,
+     .max_threads = 1024,
+     .max_blocks = 16,
+     .shared_reserved = 0},
     {.arch = 80,
      .name = "cudasim (sm_80)",
      .gpcs = {16, 16, 16, 16, 16, 14, 14},
@@ -75,7 +88,7 @@ DeviceSpec of_architecture() {
   if (!arch || !*arch) return kSpecs[0];
   for (const DeviceSpec& s : kSpecs)
     if (std::atoi(arch) == s.arch) return s;
-  complain("CUDASIM_ARCH=%s is not one of 80, 90, 100, 120: using 90", arch);
+  complain("CUDASIM_ARCH=%s is not one of 75, 80, 90, 100, 120: using 90", arch);
   return kSpecs[0];
 }
 

@@ -84,6 +84,7 @@ void write_profile(const Profile& p, const char* mangled, const Launch& launch, 
 #define ADD(field) add(#field, p.field)
   ADD(warp_instructions);
   ADD(thread_instructions);
+  ADD(busiest_cluster_instructions);
   ADD(integer);
   ADD(fp32);
   ADD(half);

@@ -391,7 +391,7 @@ CUDASIM_API cudaError_t cudaOccupancyAvailableDynamicSMemPerBlock(size_t* bytes,
   Resources r;
   if (const cudaError_t error = resources(*function, &r)) return error;
   const size_t each = device().shared_per_multiprocessor / static_cast<size_t>(blocks) / 128 * 128;
-  const size_t used = DeviceSpec::shared_reserved + r.info.static_shared_bytes;
+  const size_t used = device().shared_reserved + r.info.static_shared_bytes;
   *bytes = each > used ? std::min(each - used, device().shared_per_block_optin - r.info.static_shared_bytes) : 0;
   return cudaSuccess;
 }

@@ -36,8 +36,8 @@ struct DeviceSpec {
   size_t shared_per_multiprocessor, shared_per_block, shared_per_block_optin;
   size_t l2_bytes;
   int bus_bits, clock_khz, memory_clock_khz;
-  int max_threads, max_blocks;                     // resident on an SM
-  static constexpr size_t shared_reserved = 1024;  // per CTA, by the system
+  int max_threads, max_blocks;    // resident on an SM
+  size_t shared_reserved = 1024;  // per CTA, by the system
   static constexpr int registers = 65536, warp = 32;
   static constexpr int max_threads_per_block = 1024;
 };

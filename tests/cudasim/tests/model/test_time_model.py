@@ -61,6 +61,25 @@ def test_waves_are_of_clusters(size, clusters, gpu, waves):
     assert model.estimate(case, gpu).bounds["integer"] == waves * model.estimate(one, gpu).bounds["integer"]
 
 
+def test_the_busiest_cluster_takes_longest():
+    """64 tiles on 31 clusters that stay resident: two of them take three tiles each."""
+    case = launch(grid=[124, 1, 1], cluster=[4, 1, 1], warp_instructions=64 * 4000, integer=64 * 400)
+    even = model.estimate(case, H100).bounds["integer"]
+    uneven = model.estimate({**case, "busiest_cluster_instructions": 3 * 4000}, H100).bounds["integer"]
+    assert uneven == pytest.approx(even * 3 * 31 / 64)
+
+
+def test_shared_memory_serves_wgmma_and_copies():
+    """A stage of the forward on Hopper for 128 tokens x 128 k: 32 KB arrive by multicast, of which this CTA's partner
+    asked for half, and wgmma reads them twice."""
+    counters = {"global_sectors_read": 512, "async_sectors_read": 512, "async_sectors_received": 1024, "async_copy": 1}
+    stage = launch(grid=[1, 1, 1], mma=64, mma_flops=2 * 128**3, **counters)
+    cycles = model.estimate(stage, H100).bounds["shared+L1"] * 1e3 * H100.ghz
+    assert cycles == pytest.approx(256 + 2 * 256)
+    by_mma = model.estimate({**stage, "mma": 2048}, H100).bounds["shared+L1"] * 1e3 * H100.ghz
+    assert by_mma == pytest.approx(256)  # loads of shared memory, which are counted apart
+
+
 def test_cluster_that_fits_no_gpc():
     with pytest.raises(ValueError, match="no GPC of H100 SXM has room for a cluster of 32"):
         model.waves_of(launch(cluster=[32, 1, 1]), H100)

@@ -1,0 +1,54 @@
+"""The linear operators on compute capability 7.5, which has neither bfloat16 nor our kernels on mma.sync."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+import qlora_ext
+from samples import linear_sample
+
+T4 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (7, 5)
+pytestmark = pytest.mark.cuda
+on_t4 = pytest.mark.skipif(not T4, reason="the device is not of compute capability 7.5")
+OPS = torch.ops.qlora
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+# Together they include every wrapper in cuda/ptx that has a second body for 7.5.
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
+@pytest.mark.parametrize("source", ["low_rank_update", "linear_nf4_dlora", "quantize_nf4", "encode_nf4"])
+def test_kernels_for_any_device_compile(source: str, tmp_path: pathlib.Path) -> None:
+    flags = ["-std=c++20", "--expt-relaxed-constexpr", "-I", str(ROOT), "-arch=sm_75", "-cubin"]
+    path = ROOT / "cuda" / "launch" / "any" / f"{source}.cu"
+    subprocess.run(["nvcc", *flags, "-o", str(tmp_path / "kernels.cubin"), str(path)], check=True)
+
+
+@on_t4
+def test_bfloat16_is_refused() -> None:
+    s = linear_sample(3, 24, 64, 4, torch.bfloat16, "cuda")
+    with pytest.raises(ValueError, match="bfloat16 needs compute capability 8.0 or newer, and this device has 7.5"):
+        OPS.linear_nf4(*s.args)
+
+
+@on_t4
+def test_kernels_on_mma_sync_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = linear_sample(3, 24, 64, 4, torch.float16, "cuda")
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", "tensor_cores")
+    with pytest.raises(ValueError, match="does not take linear_nf4 .* capability 7.5: expected library or exact"):
+        OPS.linear_nf4(*s.args)
+
+
+@on_t4
+def test_a_bfloat16_weight_is_quantized_and_computes_in_float16() -> None:
+    dense = torch.nn.Linear(64, 48, dtype=torch.bfloat16, device="cuda")
+    layer = qlora_ext.nn.Linear4bit.from_linear(dense, qlora_ext.dtypes.computing_dtype(torch.bfloat16, "cuda"))
+    x = torch.randn(5, 64, device="cuda", dtype=torch.float16)
+    w = layer.weight4bit.dequantize(torch.float32)
+    y = layer(x)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), x.float() @ w.T + dense.bias.float(), rtol=2e-3, atol=2e-3)
