@@ -107,7 +107,7 @@ void dlora(const Pool& pool, const LoraGradProblem& p) {
             for (int64_t l = 0; l < rows; l += kTileLanes) {
               const int64_t lanes = min(rows - l, kTileLanes);
               store_transposed<T>(sums + l * ranks, ranks, tile_width(lanes), lanes, nullptr,
-                                  static_cast<T*>(p.db) + (row + l) * r + first, r, nullptr);
+                                  static_cast<T*>(p.db) + (row + l) * r + first, r);
             }
           });
         }

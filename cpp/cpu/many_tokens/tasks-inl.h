@@ -82,7 +82,7 @@ class Scale {
 // lane by lane, and adds the bias of its row to each sum. If there are `places`, lane l goes to row places[l].
 template <class T>
 void store_transposed(const float* sums, int64_t height, int64_t width, int64_t lanes, const T* bias, T* out,
-                      int64_t stride, const int64_t* places) {
+                      int64_t stride, const int64_t* places = nullptr) {
   for (int64_t l = 0; l < lanes; l += kLanes) {
     for (int64_t r = 0; r < height; r += kLanes) {
       F v[kLanes];
