@@ -32,7 +32,7 @@ class Contender(NamedTuple):
 
 TORCH_WAITING = "qlora_ext, torch's wait policy"
 CONTENDERS = {
-    "qlora_ext, as the command runs it": Contender(steps.OURS, "passive"),
+    "qlora_ext, passive wait policy": Contender(steps.OURS, "passive"),
     TORCH_WAITING: Contender(steps.OURS, None),
     "dense LoRA": Contender("dense LoRA", None),
 }
@@ -107,8 +107,8 @@ def main() -> None:
         "Training steps on a busy machine: SmolLM2-135M-Instruct",
         [
             f"{batch} x {length} tokens per step, computed in {arguments.dtype} by {arguments.threads} threads, beside",
-            f"{' or '.join(map(str, arguments.busy))} processes that run endless loops. The command waits passively",
-            "(`qlora_ext.cpu.set_wait_policy`). Idle: time over that with torch's wait policy, paired by rounds.",
+            f"{' or '.join(map(str, arguments.busy))} processes that run endless loops. Passive: see",
+            "`qlora_ext.cpu.set_wait_policy`. Idle: time over that with torch's wait policy, paired by rounds.",
         ],
     )
     for name in processes:

@@ -190,9 +190,6 @@ def main(argv: Sequence[str] | None = None, load_library: Callable[[], object] |
         if not hasattr(arguments, "run"):
             parser.error("expected a command")
         if load_library is not None and arguments.needs_library:
-            # Before torch is loaded. See qlora_ext.cpu.set_wait_policy.
-            if "GOMP_SPINCOUNT" not in os.environ:
-                os.environ.setdefault("OMP_WAIT_POLICY", "passive")
             load_library()
         with _quiet_libraries() if arguments.quiet else contextlib.nullcontext():
             status: int = arguments.run(arguments)
