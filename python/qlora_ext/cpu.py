@@ -86,9 +86,9 @@ def set_wait_policy(policy: str) -> None:
     The environment variable ``OMP_WAIT_POLICY`` does the same for a process that has not loaded torch yet.
 
     Args:
-        policy: ``"passive"``: they sleep soon, which leaves the cores to others. Beside one busy program on two cores, a
-            training step is 1.2 to 1.8 times as fast as with ``"active"``, but on an idle machine a step on few tokens
-            takes up to 1.3 times as long. ``"active"``: they spin for some milliseconds, which is torch's default.
+        policy: ``"passive"``: they sleep soon, which leaves the cores to others. A step beside busy programs is 1.2 to
+            1.8 times as fast as with ``"active"``, but on an idle machine a step on few tokens takes up to 1.3 times as
+            long. ``"active"``: they spin for some milliseconds, which is torch's default.
 
     Raises:
         ValueError: ``policy`` is neither.
