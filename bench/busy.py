@@ -1,6 +1,6 @@
 """Training steps while other processes keep cores busy.
 
-    python bench/busy.py [--busy 0 1 2] [--tokens 1x128] [--seconds 300] [--threads 2]
+    python bench/busy.py [--busy 1 2] [--tokens 1x128] [--seconds 300] [--threads 2]
 
 Each contender is a process of its own, because OpenMP reads its settings when torch is loaded. They take turns: one
 runs a step while the others sleep. A busy process runs an endless loop. The model is SmolLM2-135M-Instruct.

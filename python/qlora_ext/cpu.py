@@ -39,7 +39,8 @@ def _quotas() -> list[float]:
     """The CPUs that the control groups of the process allow it, from its own group up to the root."""
     quotas = []
     for line in _lines("proc/self/cgroup"):
-        _, controllers, group = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
         if controllers and "cpu" not in controllers.split(","):
             continue
         mounts = ["sys/fs/cgroup"] if not controllers else ["sys/fs/cgroup/cpu", f"sys/fs/cgroup/{controllers}"]
@@ -57,14 +58,14 @@ def _quota(group: str) -> list[float]:
     words = lines[0].split() if lines else []
     if not words:
         words = [line for name in ("quota", "period") for line in _lines(f"{group}/cpu.cfs_{name}_us")]
-    if len(words) != 2 or words[0] in ("max", "-1"):
+    if len(words) != 2 or not all(word.isdecimal() and int(word) > 0 for word in words):  # "max" or -1: no limit
         return []
     return [int(words[0]) / int(words[1])]
 
 
 def _lines(path: str) -> list[str]:
     try:
-        return (_ROOT / path).read_text().splitlines()
+        return (_ROOT / path).read_text(errors="replace").splitlines()
     except OSError:
         return []
 

@@ -31,6 +31,7 @@ def machine(root: pathlib.Path, files: dict[str, str], monkeypatch: pytest.Monke
         ({"proc/self/cgroup": "0::/\n"}, 64),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
         ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 64),
+        ({"proc/self/cgroup": "none\n", "sys/fs/cgroup/cpu.max": "200000 0\n"}, 64),
         # The limit of a parent applies as well.
         (
             {
