@@ -93,9 +93,14 @@ torch.set_num_threads(2)
 ones = torch.ones(1 << 17)
 
 def seconds_of_workers() -> float:
-    tasks = set(os.listdir("/proc/self/task")) - {str(threading.get_native_id())}
-    fields = [open(f"/proc/self/task/{task}/stat").read().rpartition(")")[2].split() for task in tasks]
-    return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
+    ticks = 0
+    for task in set(os.listdir("/proc/self/task")) - {str(threading.get_native_id())}:
+        try:
+            fields = open(f"/proc/self/task/{task}/stat").read().rpartition(")")[2].split()
+        except OSError:  # the thread has ended
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 def spun() -> float:
     before = seconds_of_workers()
