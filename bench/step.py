@@ -1,6 +1,7 @@
 """Training steps on the CPU: speed, memory and loss of QLoRA with qlora_ext, compared with the alternatives.
 
     python bench/step.py [--model smollm2|1b] [--seconds 120] [--threads 2] [--tokens 4x256] [--dtypes bfloat16 float32]
+                         [--dropout 0.05]
 
 The contenders start from the same bf16 weights and see the same batches in the same order: full fine-tuning; LoRA of
 rank 16 on all linear layers of the dense model; the same on NF4 weights with double quantization, by bitsandbytes with
@@ -60,11 +61,10 @@ def load(path: pathlib.Path, dtype: torch.dtype, **options: object) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
 
 
-def with_lora(model: Any) -> Any:
+def with_lora(model: Any, dropout: float) -> Any:
     torch.manual_seed(0)
-    return get_peft_model(
-        model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    sizes = {"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": dropout}
+    return get_peft_model(model, LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def load_stored(dtype: torch.dtype) -> Any:
@@ -72,30 +72,27 @@ def load_stored(dtype: torch.dtype) -> Any:
     return Loader(resolve(DEFAULT_MODEL), Form(), torch.bfloat16, torch.device("cpu"), compute=dtype).while_loading()
 
 
-# For each contender: the function that makes its model, and the learning rate.
+# For each contender: the function that loads its base, and the learning rate. All but FULL get LoRA.
+FULL = "full fine-tuning"
 CONTENDERS: dict[str, tuple[Callable[[pathlib.Path, torch.dtype], Any], float]] = {
-    OURS: (
-        lambda path, dtype: with_lora(
-            load(path, dtype, quantization_config=qlora_ext.QLoRAConfig(compute_dtype=dtype))
-        ),
-        2e-4,
-    ),
-    STORED: (lambda _, dtype: with_lora(load_stored(dtype)), 2e-4),
+    OURS: (lambda path, dtype: load(path, dtype, quantization_config=qlora_ext.QLoRAConfig(compute_dtype=dtype)), 2e-4),
+    STORED: (lambda _, dtype: load_stored(dtype), 2e-4),
     "bitsandbytes": (
-        lambda path, dtype: with_lora(load(path, dtype, quantization_config=quality.nf4_of_bitsandbytes(dtype))),
+        lambda path, dtype: load(path, dtype, quantization_config=quality.nf4_of_bitsandbytes(dtype)),
         2e-4,
     ),
-    "dense LoRA": (lambda path, dtype: with_lora(load(path, dtype)), 2e-4),
-    "full fine-tuning": (load, 2e-5),
+    "dense LoRA": (load, 2e-4),
+    FULL: (load, 2e-5),
 }
 
 
 class Step:
     """One contender. A call is a training step on the next batch."""
 
-    def __init__(self, name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, path: pathlib.Path, batch: int, dtype: torch.dtype, dropout: float = 0.0) -> None:
         build, rate = CONTENDERS[name]
-        self.model = build(path, dtype).train()
+        base = build(path, dtype)
+        self.model = (base if name == FULL else with_lora(base, dropout)).train()
         self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=rate)
         ids = torch.load(path / "ids.pt")
         self.batches, self.held_out = harness.Ring(ids[:-HELD_OUT].split(batch)), ids[-HELD_OUT:]
@@ -122,11 +119,11 @@ def _status(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def probe(name: str, path: pathlib.Path, dtypes: Sequence[str]) -> dict[torch.dtype, float]:
+def probe(name: str, path: pathlib.Path, dtypes: Sequence[str], dropout: float = 0.0) -> dict[torch.dtype, float]:
     """Seconds per step of the contender on one row in each of ``dtypes``, after a warm-up step."""
     seconds: dict[torch.dtype, float] = {}
     for dtype in (getattr(torch, name) for name in dtypes):
-        step = Step(name, path, 1, dtype)
+        step = Step(name, path, 1, dtype, dropout)
         step(0)
         seconds[dtype] = harness.wall_clock(step, range(1, 2))
     return seconds
@@ -136,18 +133,18 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def print_peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> None:
+def print_peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype, dropout: float) -> None:
     """Prints the peak of resident bytes of a process during the contender's steps, not counting loading."""
-    step = Step(name, path, batch, dtype)
+    step = Step(name, path, batch, dtype, dropout)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     for turn in range(2):
         step(turn)
     print(_status("VmHWM"))
 
 
-def peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> int:
+def peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype, dropout: float) -> int:
     command = [sys.executable, __file__, "--peak", name, "--path", str(path), "--tokens", f"{batch}x0"]
-    command += ["--dtypes", name_of(dtype)]
+    command += ["--dtypes", name_of(dtype), "--dropout", str(dropout)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -159,13 +156,14 @@ def main() -> None:
         "--dtypes", nargs="+", default=["bfloat16", "float32"], choices=("bfloat16", "float32"),
         help="of the computation, of which each contender gets the faster (default: both)",
     )  # fmt: skip
+    parser.add_argument("--dropout", type=float, default=0.0, help="of LoRA (default %(default)s)")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--path", type=pathlib.Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     batch, length = (int(part) for part in arguments.tokens.split("x"))
     torch.set_num_threads(arguments.threads)
     if arguments.peak:
-        print_peak(arguments.peak, arguments.path, batch, getattr(torch, arguments.dtypes[0]))
+        print_peak(arguments.peak, arguments.path, batch, getattr(torch, arguments.dtypes[0]), arguments.dropout)
         return
     absent = set() if arguments.model == "smollm2" else {STORED}
     absent |= set() if importlib.util.find_spec("bitsandbytes") else {"bitsandbytes"}
@@ -173,11 +171,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory)
         prepare(arguments.model, path, 16, batch, length)
-        probes = {name: probe(name, path, arguments.dtypes) for name in names}
+        probes = {name: probe(name, path, arguments.dtypes, arguments.dropout) for name in names}
         dtypes = {name: min(seconds, key=seconds.__getitem__) for name, seconds in probes.items()}
-        peaks = {name: peak(name, path, batch, dtypes[name]) for name in names}
+        peaks = {name: peak(name, path, batch, dtypes[name], arguments.dropout) for name in names}
         harness.keep_freed_memory()
-        steps = {name: Step(name, path, batch, dtypes[name]) for name in names}
+        steps = {name: Step(name, path, batch, dtypes[name], arguments.dropout) for name in names}
     before = {name: step.loss() for name, step in steps.items()}
     # Nothing is learnt yet, so losses differ by what 4 bits cost: the same for both of NF4, nothing for the file's own.
     near = dict.fromkeys(names, ("dense LoRA", 0.15)) | {"bitsandbytes": (OURS, 1e-2), STORED: ("dense LoRA", 1e-2)}
@@ -187,14 +185,19 @@ def main() -> None:
     times = harness.interleave(steps, seconds=arguments.seconds)
     report = harness.Report(
         "_".join(
-            ["step", *([] if arguments.model == "smollm2" else [arguments.model]), f"{arguments.threads}_threads"]
+            [
+                "step",
+                *([] if arguments.model == "smollm2" else [arguments.model]),
+                *(["dropout"] if arguments.dropout else []),
+                f"{arguments.threads}_threads",
+            ]
         ),
         f"A training step on the CPU: {TITLES[arguments.model]}",
         [
-            f"{batch} x {length} tokens per step; LoRA has rank {RANK} on all linear layers. Each contender computes",
-            f"in the faster of {' and '.join(arguments.dtypes)}. Ratio: time over that of qlora_ext in the same round,",
-            "median (10th to 90th percentile). Peak: the resident memory of the process during a step, Python and its "
-            "libraries (about 0.45 GB) included.",
+            f"{batch} x {length} tokens per step; LoRA has rank {RANK} on all linear layers and a dropout of",
+            f"{arguments.dropout:g}. Each contender computes in the faster of {' and '.join(arguments.dtypes)}.",
+            "Ratio: time over that of qlora_ext in the same round, median (10th to 90th percentile). Peak: resident",
+            "memory of the process during a step, Python and its libraries (about 0.45 GB) included.",
             f"Held-out loss: nats per token, before and after {steps[OURS].steps} steps on the same data.",
         ],
     )

@@ -127,6 +127,19 @@ def methods_of_steps() -> str:
     return table(["processor", "", "computes in", "tokens/s", "time over qlora_ext's", "peak memory"], rows)
 
 
+def shares_of_steps() -> str:
+    """Of bench/step_profile.py on all machines that have run it: where the time of a training step goes."""
+    rows: list[list[str]] = []
+    headings: list[str] = []
+    for machine in files.machines():
+        section = files.sections(machine).get("step_profile_2_threads", {"rows": []})
+        for i, row in enumerate(section["rows"]):
+            headings = [key for key in row if key not in ("base", "dtype", "seconds per step")]
+            cells = [files.MACHINES[machine] if i == 0 else "", row["base"], row["dtype"]]
+            rows.append([*cells, *(f"{row[key]:.0%}" if row[key] else "" for key in headings)])
+    return table(["processor", "", "computes in", *headings], rows)
+
+
 def encodings() -> str:
     """Of bench/fidelity.py on SmolLM2-135M: perplexity on both texts, and the share of the loss recovered."""
     rows = []
@@ -193,6 +206,7 @@ PAGES: dict[Path, Tables] = {
     README: {"steps": steps},
     DOCS / "benchmarks.md": {
         "steps": methods_of_steps,
+        "shares": shares_of_steps,
         "operators on Zen 5": lambda: operators("amd_26_2"),
         "operators on AMX": lambda: operators("intel_6_167"),
         "1b": lambda: methods("step_1b_2_threads"),
