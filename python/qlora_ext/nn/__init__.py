@@ -2,6 +2,13 @@
 
 from .conversions import CONVERSIONS, conversion_of
 from .coverage_report import Coverage, check_something_is_4bit, coverage, report_coverage
+from .dense_16bit import (
+    Embedding16bit,
+    Linear16bit,
+    multiply_in_float32,
+    set_compute_dtype,
+    widen_trained,
+)
 from .dense_modules import DENSE_RULES, DenseModules, dense_modules, is_dense, paths_to
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, ExpertsLora, is_fused_experts
@@ -26,9 +33,11 @@ __all__ = [
     "Coverage",
     "DenseModules",
     "Embedding4bit",
+    "Embedding16bit",
     "Experts4bit",
     "ExpertsLora",
     "Linear4bit",
+    "Linear16bit",
     "Packed4bit",
     "TiedLinear4bit",
     "check_something_is_4bit",
@@ -39,12 +48,15 @@ __all__ = [
     "is_dense",
     "is_fused_experts",
     "layers_of",
+    "multiply_in_float32",
     "paths_to",
     "places_in",
     "quantize_model",
     "quantized",
     "report_coverage",
     "scale_names",
+    "set_compute_dtype",
     "tied_heads",
     "to_be_quantized",
+    "widen_trained",
 ]

@@ -92,7 +92,10 @@ def empty_layer(module: nn.Module, compute_dtype: torch.dtype, form: Form) -> Pa
     n, k = module.weight.shape  # type: ignore[misc]
     if cls is Conv1D4bit:
         n, k = k, n
-    layer = cls(k, n, bias=module.bias is not None, **options)
+    layer = cls(k, n, bias=False, **options)
+    if module.bias is not None:  # it keeps its dtype
+        bias = torch.empty_like(module.bias, device="meta")  # type: ignore[arg-type]
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     if isinstance(module, nn.Linear):
         layer.stand_for(module)
     return layer

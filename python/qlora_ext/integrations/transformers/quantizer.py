@@ -20,6 +20,7 @@ from ...nn import (
     AFTER_QUANTIZE,
     CONVERSIONS,
     Embedding4bit,
+    Linear16bit,
     Packed4bit,
     TiedLinear4bit,
     check_something_is_4bit,
@@ -27,6 +28,7 @@ from ...nn import (
     dense_modules,
     is_fused_experts,
     layers_of,
+    multiply_in_float32,
     paths_to,
     places_in,
     report_coverage,
@@ -305,6 +307,8 @@ class QLoRAQuantizer(HfQuantizer):
         if not self.pre_quantized:
             report_coverage(model, self._asked(model), stacklevel=2)
         self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
+        if compute_dtype_of(model) == torch.float32:
+            multiply_in_float32(model)
         self.save_packed_state(model)
         if not self._saves_source:
             self.qlora_config.record(forms_of(model))
@@ -347,6 +351,9 @@ class QLoRAQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
+        for module in model.modules():  # undoes multiply_in_float32
+            if type(module) is Linear16bit and module.weight.dtype == model.dtype:
+                module.__class__ = nn.Linear  # type: ignore[assignment]
         model._weight_conversions = self.conversions
         return model
 
