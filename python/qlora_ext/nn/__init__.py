@@ -2,13 +2,7 @@
 
 from .conversions import CONVERSIONS, conversion_of
 from .coverage_report import Coverage, check_something_is_4bit, coverage, report_coverage
-from .dense_16bit import (
-    Embedding16bit,
-    Linear16bit,
-    multiply_in_float32,
-    set_compute_dtype,
-    widen_trained,
-)
+from .dense_16bit import Embedding16bit, Linear16bit, computing_in, set_compute_dtype
 from .dense_modules import DENSE_RULES, DenseModules, dense_modules, is_dense, paths_to
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, ExpertsLora, is_fused_experts
@@ -22,7 +16,7 @@ from .model import (
     tied_heads,
     to_be_quantized,
 )
-from .packed import SCALES, Packed4bit, computing_in, layers_of, scale_names
+from .packed import SCALES, Packed4bit, layers_of, scale_names
 
 __all__ = [
     "AFTER_QUANTIZE",
@@ -48,7 +42,6 @@ __all__ = [
     "is_dense",
     "is_fused_experts",
     "layers_of",
-    "multiply_in_float32",
     "paths_to",
     "places_in",
     "quantize_model",
@@ -58,5 +51,4 @@ __all__ = [
     "set_compute_dtype",
     "tied_heads",
     "to_be_quantized",
-    "widen_trained",
 ]

@@ -18,7 +18,6 @@ import peft
 from torch import nn
 
 from ..._internal.untrusted import excerpt, printable
-from ...nn import widen_trained
 from .._patches import extend
 from ..transformers.counting import uncounted_parameters
 from . import loftq as loftq
@@ -124,13 +123,6 @@ def _check_module(original: Any, self: Any) -> None:
             f"modules_to_save: {type(module).__name__}({module.extra_repr()}) is 4-bit; to train it, leave it dense: "
             "name it in QLoRAConfig(skip_modules=[...]) or quantize_model(skip=...)"
         )
-
-
-@extend("peft.utils.other:ModulesToSaveWrapper.update")
-def _update(original: Any, self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-    original(self, adapter_name, *args, **kwargs)
-    if adapter_name in self.modules_to_save:
-        widen_trained(self.modules_to_save[adapter_name])
 
 
 def _incomplete(model: Any, adapter: str, result: Any) -> Iterator[str]:

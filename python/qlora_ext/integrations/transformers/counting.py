@@ -8,15 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...nn import (
-    Embedding4bit,
-    Embedding16bit,
-    Linear16bit,
-    Packed4bit,
-    TiedLinear4bit,
-    layers_of,
-    scale_names,
-)
+from ...nn import Embedding4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
+from ...nn.dense_16bit import Dense16bit
 from .._patches import extend
 
 
@@ -52,7 +45,7 @@ def num_parameters(original: Any, self: Any, only_trainable: bool = False, exclu
 def dtype(original: Any, self: Any) -> torch.dtype:
     for module in self.modules():
         stored = [*module.packed_state()] if isinstance(module, Packed4bit) else []
-        if isinstance(module, Embedding16bit | Linear16bit):  # the model may compute in another dtype
+        if isinstance(module, Dense16bit):  # the model may compute in another dtype
             stored = ["weight"]
         for name, p in module._parameters.items():
             if p is not None and p.is_floating_point() and name not in stored:

@@ -24,6 +24,7 @@ from ...nn import (
     paths_to,
     places_in,
 )
+from ...nn.dense_16bit import to_dense_classes
 from .conv1d import Conv1D4bit
 
 
@@ -261,4 +262,5 @@ def dequantize_modules(model: Any, dtype: torch.dtype | str | None = None) -> An
             add_hook_to_module(dense, hook)
         for parent, child, _ in places[layer]:
             setattr(parent, child, dense)
+    to_dense_classes(model)
     return model

@@ -20,7 +20,6 @@ from ...nn import (
     AFTER_QUANTIZE,
     CONVERSIONS,
     Embedding4bit,
-    Linear16bit,
     Packed4bit,
     TiedLinear4bit,
     check_something_is_4bit,
@@ -28,12 +27,12 @@ from ...nn import (
     dense_modules,
     is_fused_experts,
     layers_of,
-    multiply_in_float32,
     paths_to,
     places_in,
     report_coverage,
     tied_heads,
 )
+from ...nn.dense_16bit import multiply_in_float32
 from ...streaming import stream
 from ...weight import Weight4bit
 from .._patches import extend
@@ -351,9 +350,6 @@ class QLoRAQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
-        for module in model.modules():  # undoes multiply_in_float32
-            if type(module) is Linear16bit and module.weight.dtype == model.dtype:
-                module.__class__ = nn.Linear  # type: ignore[assignment]
         model._weight_conversions = self.conversions
         return model
 
