@@ -99,6 +99,18 @@ def test_adapters_that_the_command_and_transformers_load(saved: pathlib.Path) ->
         assert_close(logits(adapted), expected)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "xglm"])  # the scale is a tensor, or a float
+def test_adapters_on_an_embedding_with_a_scale(family: str) -> None:
+    adapted = []
+    for base in (cast(family), stored(family)):
+        torch.manual_seed(0)
+        adapted.append(get_peft_model(base, lora(target_modules=["embed_tokens"])))
+    expected = logits(adapted[0])
+    assert_close(logits(adapted[1]), expected)
+    adapted[1].merge_adapter()
+    assert_close(logits(adapted[1]), expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "safe", "two"])
 def test_merged_weights_are_float32_and_unmerging_restores_the_bits(family: str, kind: str) -> None:

@@ -14,7 +14,8 @@ peft = pytest.importorskip("peft")
 
 import qlora_ext
 from qlora_ext import dtypes
-from qlora_ext.nn import Embedding16bit, Linear16bit, set_compute_dtype
+from qlora_ext.nn import Embedding16bit, Linear16bit, computing_in, set_compute_dtype
+from qlora_ext.nn.dense_16bit import to_dense_classes
 from qlora_ext.planning import memory
 from qlora_ext.streaming.loss import head_loss
 from tiny_models import CONFIGS, make, token_ids
@@ -36,7 +37,7 @@ def models(family: str) -> tuple[nn.Module, nn.Module]:
     return set_compute_dtype(stored, torch.float32), cast
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2", "xglm"])
 def test_results_are_those_of_float32_weights(family: str) -> None:
     stored, cast = models(family)
     ids = token_ids()
@@ -58,19 +59,52 @@ def test_large_weights_keep_16_bits_and_others_are_cast() -> None:
     assert sizes[1] - sizes[0] == 2 * head.weight.numel()
 
 
-def test_a_weight_that_another_module_reads_is_cast() -> None:
-    """Gemma's embedding multiplies its rows, so the table, and with it the tied head, are float32."""
+def test_an_embedding_that_scales_its_rows_keeps_16_bits() -> None:
+    """Gemma's. The head that is tied to it does too."""
+    dense = qlora_ext.quantize_model(make("gemma2"))
+    kind = type(dense.get_input_embeddings())
+    assert kind is not nn.Embedding
+    model = set_compute_dtype(copy.deepcopy(dense), torch.float32)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    assert isinstance(table, Embedding16bit)
+    assert isinstance(table, kind)
+    assert type(head) is Linear16bit
+    assert head.weight is table.weight
+    assert head.weight.dtype == torch.bfloat16
+    to_dense_classes(model)
+    assert type(table) is kind
+    assert type(head) is nn.Linear
 
-    class Scaled(nn.Embedding):
+
+def test_an_embedding_that_computes_something_else_is_cast() -> None:
+    class Shifted(nn.Embedding):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return super().forward(ids) * 8.0
+            return super().forward(ids) + 8.0
 
-    model = nn.ModuleDict({"table": Scaled(100, 64), "up": nn.Linear(64, 64), "head": nn.Linear(64, 100)})
+    model = nn.ModuleDict({"table": Shifted(100, 64), "up": nn.Linear(64, 64), "head": nn.Linear(64, 100)})
     model["head"].weight = model["table"].weight
     model = set_compute_dtype(qlora_ext.quantize_model(model.bfloat16(), skip=("head",)), torch.float32)
     assert type(model["head"]) is nn.Linear
     assert model["head"].weight is model["table"].weight
     assert model["head"].weight.dtype == torch.float32
+
+
+def test_the_dtype_of_the_model_changes_again() -> None:
+    model = models("qwen2")[0]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        logits = set_compute_dtype(model, dtype)(token_ids()).logits
+        assert logits.dtype == model.dtype == dtype
+    assert model.lm_head.weight.dtype == torch.float16
+    assert model.to(torch.bfloat16)(token_ids()).logits.dtype == torch.bfloat16
+
+
+def test_computing_in_float32_makes_no_copy() -> None:
+    model = models("qwen2")[0]
+    weight = model.lm_head.weight
+    data, expected = weight.data_ptr(), model(token_ids()).logits
+    with computing_in(model, torch.float32):
+        assert weight.data_ptr() == data
+        assert torch.equal(model(token_ids()).logits, expected)
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -30,7 +30,6 @@ class Dense16bit(nn.Module):
 
     compute_dtype: torch.dtype = torch.float32
     dense_class: ClassVar[type[nn.Module]]
-    weight: nn.Parameter
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -81,10 +80,11 @@ CONVERSIONS[Linear16bit] = Linear4bit
 
 
 @functools.cache
-def _keeping(kind: type[nn.Module]) -> type[Dense16bit] | None:
+def _keeping(kind: Any) -> type[Dense16bit] | None:
     """The class that keeps the 16-bit weights of layers of the class ``kind``; None if there is none."""
     if issubclass(kind, Dense16bit):
-        return kind
+        same: type[Dense16bit] = kind
+        return same
     if kind is nn.Linear:
         return Linear16bit
     if kind is nn.Embedding:
@@ -119,7 +119,8 @@ def widen(module: nn.Module) -> None:
     """
     for layer in module.modules():
         if isinstance(layer, Dense16bit):
-            layer.weight.data = layer.weight.data.to(layer.compute_dtype)
+            weight = layer.get_parameter("weight")
+            weight.data = weight.data.to(layer.compute_dtype)
 
 
 def multiply_in_float32(model: nn.Module) -> None:
@@ -130,7 +131,7 @@ def multiply_in_float32(model: nn.Module) -> None:
     for module, kind in _kept(model).items():
         if kind is Linear16bit:
             module.__class__ = kind
-            module.compute_dtype = module.get_parameter("weight").dtype
+            vars(module)["compute_dtype"] = module.get_parameter("weight").dtype
 
 
 def _kept(model: nn.Module) -> dict[nn.Module, type[Dense16bit]]:
@@ -142,7 +143,8 @@ def _kept(model: nn.Module) -> dict[nn.Module, type[Dense16bit]]:
     others: set[nn.Parameter | None] = set()
     kept: dict[nn.Module, type[Dense16bit]] = {}
     for name, module in model.named_modules():
-        weight, kind = module._parameters.get("weight"), _keeping(type(module))
+        cls: Any = type(module)
+        weight, kind = module._parameters.get("weight"), _keeping(cls)
         is_narrow = weight is not None and weight.dtype in (torch.bfloat16, torch.float16) and not weight.is_cuda
         if is_narrow and kind is not None and always.isdisjoint(paths_to(name)):
             kept[module] = kind
@@ -174,15 +176,16 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         module._parameters["weight"] = None
     model.to(dtype)
     for module, weight in weights.items():
-        module._parameters["weight"] = weight.requires_grad_(False)
+        weight.requires_grad_(False)
+        module._parameters["weight"] = weight
     return model
 
 
 def to_dense_classes(model: nn.Module) -> None:
     """Gives the layers of ``model`` that keep 16 bits the classes that they had before. Weights do not change."""
-    for module in model.modules():
-        if isinstance(module, Dense16bit):
-            module.__class__ = module.dense_class
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Dense16bit)]
+    for layer in layers:
+        layer.__class__ = layer.dense_class
 
 
 @contextlib.contextmanager
@@ -202,7 +205,9 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     layers = {layer: layer.compute_dtype for _, layer in layers_of(model)}
     stored = {id(t) for layer in layers for t in layer.packed_state().values()}  # scales may be float16
-    stored |= {id(m.weight) for m in model.modules() if isinstance(m, Dense16bit) and m.compute_dtype == dtype}
+    for module in model.modules():
+        if isinstance(module, Dense16bit) and module.compute_dtype == dtype:
+            stored.add(id(module.get_parameter("weight")))
     tensors = {
         name: t.dtype
         for name, t in _tensors_of(model)

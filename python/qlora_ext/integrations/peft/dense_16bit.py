@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import Embedding as DenseLoraEmbedding
 from peft.tuners.lora.layer import Linear as DenseLoraLinear
-from torch import nn
+from torch import Tensor, nn
 
 from ...nn.dense_16bit import Dense16bit, widen
 from .._patches import extend
@@ -39,6 +40,14 @@ class Over16bit:
         super().unmerge()  # type: ignore[misc]
         self._restore_unmerged()
 
+    def _get_embed_scale(self) -> Tensor | None:
+        base = self.get_base_layer()  # type: ignore[attr-defined]
+        scale = getattr(base, "embed_scale", None)
+        if isinstance(scale, float):  # PEFT would round it to the dtype of the weight
+            return torch.tensor(scale, dtype=base.compute_dtype, device=base.weight.device)
+        found: Tensor | None = super()._get_embed_scale()  # type: ignore[misc]
+        return found
+
     def _restore_unmerged(self) -> None:
         if self._unmerged and not self.merged_adapters:
             self.get_base_layer().weight = self._unmerged[0]  # type: ignore[attr-defined]
@@ -46,14 +55,15 @@ class Over16bit:
 
 
 @functools.cache
-def _over_16bit(cls: type[nn.Module]) -> type[nn.Module]:
+def _over_16bit(cls: Any) -> Any:
     return type(f"{cls.__name__}16bit", (Over16bit, cls), {})
 
 
 def merging_in_compute_dtype(layer: Any) -> Any:
     """PEFT's LoRA layer ``layer``, which merges without rounding to 16 bits if its base keeps a 16-bit weight."""
-    if type(layer) in (DenseLoraLinear, DenseLoraEmbedding) and isinstance(layer.get_base_layer(), Dense16bit):
-        layer.__class__ = _over_16bit(type(layer))
+    kind: Any = type(layer)
+    if kind in (DenseLoraLinear, DenseLoraEmbedding) and isinstance(layer.get_base_layer(), Dense16bit):
+        layer.__class__ = _over_16bit(kind)
     return layer
 
 
