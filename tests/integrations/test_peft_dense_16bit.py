@@ -99,6 +99,16 @@ def test_adapters_that_the_command_and_transformers_load(saved: pathlib.Path) ->
         assert_close(logits(adapted), expected)
 
 
+def test_a_head_that_is_saved_in_full_loads_in_float32(tmp_path: pathlib.Path) -> None:
+    model = get_peft_model(stored(), lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    trained = model.base_model.model.lm_head.modules_to_save["default"].weight
+    torch.nn.init.normal_(trained)
+    model.save_pretrained(tmp_path)
+    loaded = load(stored(), tmp_path, force=True).base_model.model.lm_head
+    assert torch.equal(loaded.modules_to_save["default"].weight, trained)
+    assert loaded.original_module.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("family", ["gemma2", "xglm"])  # the scale is a tensor, or a float
 def test_adapters_on_an_embedding_with_a_scale(family: str) -> None:
     adapted = []
