@@ -54,6 +54,7 @@ def test_large_weights_keep_16_bits_and_others_are_cast() -> None:
     assert head.weight is table.weight
     assert head.weight.dtype == torch.bfloat16
     assert stored.model.norm.weight.dtype == torch.float32
+    assert stored.model.layers[0].self_attn.q_proj.bias.dtype == torch.float32
     assert table(torch.tensor([3])).dtype == torch.float32
     sizes = [sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (stored, cast)]
     assert sizes[1] - sizes[0] == 2 * head.weight.numel()
