@@ -149,4 +149,11 @@ Error linear_nf4_dlora(const Pool& pool, const LoraGradProblem& p) {
   return guarded([&] { run("linear_nf4_dlora", table().dlora, pool, p); });
 }
 
+Error linear_dense(const Pool& pool, const DenseLinearProblem& p) {
+  return guarded([&] { table().dense->linear_dense(pool, p); });
+}
+Error linear_dense_dx(const Pool& pool, const DenseLinearDxProblem& p) {
+  return guarded([&] { table().dense->linear_dense_dx(pool, p); });
+}
+
 }  // namespace qlora::cpu

@@ -42,9 +42,16 @@ struct Codec {
   decltype(throwing(&cpu::dequantize_nf4)) dequantize_nf4;
 };
 
+// The products of a dense weight, which have one kernel each.
+struct Dense {
+  decltype(throwing(&cpu::linear_dense)) linear_dense;
+  decltype(throwing(&cpu::linear_dense_dx)) linear_dense_dx;
+};
+
 struct Kernels {
   const Isa* isa;
   const Codec* codec;
+  const Dense* dense;
   KernelsFor<LinearProblem> forward;
   KernelsFor<LinearDxProblem> dx;
   KernelsFor<LoraGradProblem> dlora;

@@ -13,8 +13,9 @@ const Kernels& avx512_kernels() {
   static constexpr Kernels kernels = {
       .isa = &kAvx512Isa,
       .codec = &codec,
-      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensFloat>(float64::forward),
-      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensFloat>(float64::dx),
+      .dense = &dense,
+      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensFloat>(float64::forward),
+      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensFloat>(float64::dlora),
   };
   return kernels;

@@ -13,8 +13,10 @@ const Kernels& avx512_bf16_kernels() {
   static constexpr Kernels kernels = {
       .isa = &kAvx512Bf16Isa,
       .codec = &codec,
-      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensFloat>(float64::forward),
-      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensFloat>(float64::dx),
+      .dense = &dense,
+      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensFloat>(
+          float64::forward),
+      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensBf16, kManyTokensFloat>(float64::dlora),
   };
   return kernels;

@@ -13,6 +13,7 @@ const Kernels& neon_kernels() {
   static constexpr Kernels kernels = {
       .isa = &kNeonIsa,
       .codec = &codec,
+      .dense = &dense,
       .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensFloat>(float64::forward),
       .dx = kernels_for<kFewTokensFloat, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensFloat>(float64::dlora),

@@ -13,6 +13,7 @@ const Kernels& neon_bf16_kernels() {
   static constexpr Kernels kernels = {
       .isa = &kNeonBf16Isa,
       .codec = &codec,
+      .dense = &dense,
       .forward = kernels_for<kFewTokensInt, kFewTokensBf16, kFewTokensFloat, kManyTokensBf16, kManyTokensFloat>(
           float64::forward),
       .dx = kernels_for<kFewTokensFloat, kManyTokensBf16, kManyTokensFloat>(float64::dx),

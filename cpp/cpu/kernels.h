@@ -96,4 +96,8 @@ QLORA_EXPORT Error linear_nf4(const Pool&, const LinearProblem&);
 QLORA_EXPORT Error linear_nf4_dx(const Pool&, const LinearDxProblem&);
 QLORA_EXPORT Error linear_nf4_dlora(const Pool&, const LoraGradProblem&);
 
+// y [m, n] and dx [m, k] of a dense weight. No copy of the weight in float32 is made.
+QLORA_EXPORT Error linear_dense(const Pool&, const DenseLinearProblem&);
+QLORA_EXPORT Error linear_dense_dx(const Pool&, const DenseLinearDxProblem&);
+
 }  // namespace qlora::cpu

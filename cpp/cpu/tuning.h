@@ -17,6 +17,7 @@ enum class Kernel {
   kFewTokensFloat,   // codes as float32 (few_tokens/*_float-inl.h)
   kManyTokensTiles,  // bfloat16 in a tile unit (many_tokens_tiles/)
   kManyTokensBf16,   // panels of bfloat16 pairs (many_tokens/linear_bf16-inl.h)
+  kManyTokensInt,    // panels of int16 pairs, exact int32 sums, float32 as fallback (many_tokens/*_int-inl.h)
   kManyTokensFloat,  // panels of float32 (many_tokens/*_float-inl.h)
   kFloat64,          // plain loops (float64/)
 };
@@ -48,6 +49,7 @@ inline constexpr KernelInfo kKernelInfo[] = {
     {Kernel::kFewTokensFloat, "few_tokens_float", kUpTo32Bit, true},
     {Kernel::kManyTokensTiles, "many_tokens_tiles", kBFloat16Only, false},
     {Kernel::kManyTokensBf16, "many_tokens_bf16", kBFloat16Only, false},
+    {Kernel::kManyTokensInt, "many_tokens_int", k16Bit, false},
     {Kernel::kManyTokensFloat, "many_tokens_float", kUpTo32Bit, false},
     {Kernel::kFloat64, "float64", kFloat64Only, false},
 };
@@ -86,8 +88,15 @@ inline constexpr int64_t kDxIntColumns = 64;       // that must have one scale: 
 constexpr bool has_streamable_rows(const Weight& w) {
   return w.k > 0 && (w.scales.block_size > 16 || has_one_scale_per(16, w));
 }
+// Whether panels of integers can hold the weight: groups of kIntColumns columns have one scale, and integers serve the
+// code. dX also rounds W to integers, which is accurate enough for bfloat16 only.
+inline constexpr int kIntColumns = 64;
+constexpr bool has_int_columns(const Weight& w) {
+  return w.n > 0 && w.k > 0 && has_one_scale_per(kIntColumns, w) && !w.scales.offsets && int_codes(w.code).serves;
+}
 constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
+  if (kernel == Kernel::kManyTokensInt) return p.m > 0 && has_int_columns(p.w);
   if (!info_of(kernel).few_tokens) return true;
   if (p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
   // An offset may cancel most of a weight's value, so integers that are only near the values do not serve beside one.
@@ -98,6 +107,8 @@ constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
 }
 constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
+  if (kernel == Kernel::kManyTokensInt)
+    return p.dtype == DType::kBFloat16 && p.m > 0 && p.w.n % kIntColumns == 0 && has_int_columns(p.w);
   if (!info_of(kernel).few_tokens) return true;
   if (!k16Bit.has(p.dtype) || p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
   if (kernel == Kernel::kFewTokensInt && !int_codes(p.w.code).serves) return false;
@@ -106,7 +117,7 @@ constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
   return kernel == Kernel::kFewTokensFloat && p.m <= kMostDxFloatTokens;
 }
 constexpr bool accepts(Kernel kernel, const LoraGradProblem& p) {
-  return info_of(kernel).types.has(p.dtype) && !info_of(kernel).few_tokens;
+  return info_of(kernel).types.has(p.dtype) && !info_of(kernel).few_tokens && kernel != Kernel::kManyTokensInt;
 }
 
 // ---- which of them is chosen ----
@@ -122,15 +133,33 @@ constexpr bool multiplies_pairs(DType dtype, const Cpu& cpu) {
 // bfloat16 is multiplied by tiles where there is a tile unit, which takes 16 tokens at the cost of one.
 constexpr bool has_tiles(DType dtype, const Cpu& cpu) { return dtype == DType::kBFloat16 && cpu.has(kAmxBf16); }
 
+// The minimum number of weights in a row (forward) or column (dx) for integer products. With fewer weights, the search
+// for concentrated ones (few_tokens/concentration-inl.h) reads all of them. These thresholds are estimates, not
+// measured. Columns of dx in panels, whose W is rounded too, must also be long enough for errors to average out.
+inline constexpr int64_t kLeastRowWeights = 128, kLeastColumnWeights = 64, kLeastPanelColumnWeights = 256;
+
+// 16-bit types are multiplied as int16 pairs where the processor has nothing better for bfloat16: an instruction then
+// does twice what one of float32 does. Measured on Zen 3: 1.4 to 1.7 times as fast.
+constexpr bool has_long_sums(const LinearProblem& p) { return p.w.k >= kLeastRowWeights; }
+constexpr bool has_long_sums(const LinearDxProblem& p) { return p.w.n >= kLeastPanelColumnWeights; }
+constexpr bool has_long_sums(const LoraGradProblem&) { return false; }
+template <class Problem>
+constexpr bool multiplies_int_pairs(const Problem& p, const Cpu& cpu) {
+  return cpu.has(kAvx2) && cpu.fast_pairs && !has_tiles(p.dtype, cpu) && !multiplies_pairs(p.dtype, cpu) &&
+         has_long_sums(p) && accepts(Kernel::kManyTokensInt, p);
+}
+
 // The kernels for many tokens decode W once for all tokens, and those for few once for each group that registers can
 // sum; the former are ahead from some number of tokens on, and sooner where they multiply pairs. Plain C++ has no
 // look-up worth decoding in registers for.
 //
 // Forward, measured on Zen 5 with AVX-512: without pairs up to 48 tokens (1024x1024 in float16, one thread, 48 tokens:
 // 351 us against 434), but half as many where K is no multiple of 4, for x is then arranged for four or eight shifts
-// first. With pairs, 10 tokens (8 tokens 0.92 ms against 1.20, 10: 1.22 against 1.30, 12: 1.48 against 1.31), 12 where
-// panels decode ragged rows, and 6 where there are four or eight shifts. Against tiles 6, and 12 of ragged rows (Intel,
-// two threads, 4096x4096, 6 tokens 0.90 ms against 0.93, 8: 1.00 against 0.91; 1024x1000, 12: 127 us against 142).
+// first; AVX2 up to 20 where many tokens are multiplied as integers (Zen 3, one thread, 4096x4096, 20 tokens: 8.0 ms
+// against 8.8, 24: 9.0 against 8.6). With pairs, 10 tokens (8 tokens 0.92 ms against 1.20, 10: 1.22 against 1.30,
+// 12: 1.48 against 1.31), 12 where panels decode ragged rows, and 6 where there are four or eight shifts. Against tiles
+// 6, and 12 of ragged rows (Intel, two threads, 4096x4096, 6 tokens 0.90 ms against 0.93, 8: 1.00 against 0.91;
+// 1024x1000, 12: 127 us against 142).
 //
 // On ARM nothing has been measured. The bounds are from cycles of the inner loops by llvm-mca for Neoverse N1 and V2
 // (docs/arm_static.md), which agree: decoding 64 weights for panels costs what two to three groups of tokens
@@ -140,14 +169,10 @@ constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
   constexpr int64_t kPanelGroup = 64;  // weights that AVX-512 panels decode at once, in rows that begin with a group
   if (!cpu.has(kAvx2)) return 0;
   if (has_tiles(p.dtype, cpu)) return p.w.k % 4 ? 8 : p.w.k % kPanelGroup ? 12 : 6;
+  if (!cpu.has(kAvx512f) && multiplies_int_pairs(p, cpu)) return 20;
   if (!multiplies_pairs(p.dtype, cpu)) return p.w.k % 4 ? 24 : 48;
   return p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
 }
-
-// The minimum number of weights in a row (forward) or column (dx) for integer products. With fewer weights, the search
-// for concentrated ones (few_tokens/concentration-inl.h) reads all of them. These thresholds are estimates, not
-// measured.
-inline constexpr int64_t kLeastRowWeights = 128, kLeastColumnWeights = 64;
 
 // Of 16-bit types: integers, or on ARM pairs of bfloat16. SMLAL multiplies half as fast as FMLA, and beyond 2 tokens
 // that costs more than decoding to float32 does (V2: 64 weights and 2 tokens 20 cycles against 24, 3: 31 against 28).
@@ -164,7 +189,8 @@ constexpr int64_t most_float_tokens(const Cpu& cpu) { return cpu.has(kAvx512f) ?
 
 // dx, measured likewise. Float32 has no kernel for few tokens. Up to 16 tokens where columns can be taken 64 at a time,
 // with pairs 6 (6 tokens 0.83 ms against 0.87, 8: 1.10 against 0.97). Elsewhere AVX-512 is ahead up to 8 tokens and
-// AVX2 up to 16, with pairs 4; against tiles 8 (1536x576, 8 tokens 108 us against 115, 12: 141 against 114), and 16 of
+// AVX2 up to 16, or 4 where many tokens are multiplied as integers (1536x576, 8 tokens: 0.49 ms
+// against 0.28), with pairs 4; against tiles 8 (1536x576, 8 tokens 108 us against 115, 12: 141 against 114), and 16 of
 // ragged rows; and 6 where rows of W begin inside a lane, since sums are then kept for up to eight
 // shifts. On ARM, from llvm-mca as above: 3 tokens, and 1 with pairs.
 constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
@@ -175,14 +201,17 @@ constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
   if (has_tiles(p.dtype, cpu)) return integers ? 8 : p.w.k % 8 ? 6 : 16;
   if (multiplies_pairs(p.dtype, cpu)) return integers ? 6 : 4;
   if (integers) return 16;
+  if (!cpu.has(kAvx512f) && multiplies_int_pairs(p, cpu)) return 4;
   return p.w.k % 8 ? 6 : cpu.has(kAvx512f) ? 8 : 16;
 }
 
 // The kernels for many tokens, which take everything; those in pairs leave what is out of their range to the others.
-constexpr void add_many_tokens(DType dtype, const Cpu& cpu, Choice* c) {
-  if (dtype == DType::kFloat64) return c->add(Kernel::kFloat64);
-  if (has_tiles(dtype, cpu)) c->add(Kernel::kManyTokensTiles);
-  if (multiplies_pairs(dtype, cpu)) c->add(Kernel::kManyTokensBf16);
+template <class Problem>
+constexpr void add_many_tokens(const Problem& p, const Cpu& cpu, Choice* c) {
+  if (p.dtype == DType::kFloat64) return c->add(Kernel::kFloat64);
+  if (has_tiles(p.dtype, cpu)) c->add(Kernel::kManyTokensTiles);
+  if (multiplies_pairs(p.dtype, cpu)) c->add(Kernel::kManyTokensBf16);
+  if (multiplies_int_pairs(p, cpu)) return c->add(Kernel::kManyTokensInt);
   c->add(Kernel::kManyTokensFloat);
 }
 
@@ -192,7 +221,7 @@ constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
     const Kernel kernel = few_tokens_kernel(p, cpu);
     if (kernel != Kernel::kFewTokensFloat || p.m <= most_float_tokens(cpu)) c.add(kernel);
   }
-  add_many_tokens(p.dtype, cpu, &c);
+  add_many_tokens(p, cpu, &c);
   return c;
 }
 
@@ -205,13 +234,13 @@ constexpr Choice choose(const LinearDxProblem& p, const Cpu& cpu) {
     }
     c.add(Kernel::kFewTokensFloat);
   }
-  add_many_tokens(p.dtype, cpu, &c);
+  add_many_tokens(p, cpu, &c);
   return c;
 }
 
 constexpr Choice choose(const LoraGradProblem& p, const Cpu& cpu) {
   Choice c;
-  add_many_tokens(p.dtype, cpu, &c);
+  add_many_tokens(p, cpu, &c);
   return c;
 }
 

@@ -73,6 +73,30 @@ struct LoraGradProblem {
   void* db = nullptr;
 };
 
+// A dense weight [n, k] with elements of 16 bits.
+struct DenseWeight {
+  DType dtype = DType::kBFloat16;
+  const void* data = nullptr;
+  int64_t n = 0, k = 0;
+};
+
+// y = x · wᵀ + bias, in float32
+struct DenseLinearProblem {
+  int64_t m = 0;
+  const float* x = nullptr;
+  DenseWeight w;
+  const float* bias = nullptr;  // [n] or null
+  float* y = nullptr;
+};
+
+// dx = dy · w, in float32
+struct DenseLinearDxProblem {
+  int64_t m = 0;
+  const float* dy = nullptr;
+  DenseWeight w;
+  float* dx = nullptr;
+};
+
 // packed = the codes of w + (scaling · b) · a, rounded stochastically under w's scales and offsets
 struct MergeProblem {
   Weight w;

@@ -69,6 +69,61 @@ struct LinearDxCall {
   bool is_empty() const { return problem.m == 0 || problem.w.k == 0; }
 };
 
+// The dense weight of an operator whose other operands are float32 and on the device of `like`.
+inline DenseWeight dense_weight(const Tensor& weight, const char* like_name, const Tensor& like) {
+  checks::has_dtype(like_name, like, ScalarType::Float);
+  checks::same_device("weight", weight, like_name, like);
+  const ScalarType dtype = weight.scalar_type();
+  checks::require(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "weight: expected bfloat16 or float16, got ", checks::dtype_text(dtype));
+  checks::require(weight.dim() == 2, "weight: expected shape [out_features, in_features], got ",
+                  checks::shape_text(weight));
+  checks::is_contiguous("weight", weight);
+  checks::numel("weight", weight);
+  return {checks::float_dtype("weight", dtype), weight.const_data_ptr(), weight.size(0), weight.size(1)};
+}
+
+struct DenseLinearCall {
+  Tensor x, bias, y;
+  DenseLinearProblem problem;
+
+  DenseLinearCall(const Tensor& x_arg, const Tensor& weight, const OptionalTensor& bias_arg) {
+    problem.w = dense_weight(weight, "x", x_arg);
+    int64_t k = 0;
+    problem.m = checks::rows_of("x", x_arg, &k);
+    checks::require(k == problem.w.k, "x: expected ", problem.w.k, " as the last dimension (in_features), got shape ",
+                    checks::shape_text(x_arg));
+    if (bias_arg) {
+      checks::require(bias_arg->dim() == 1 && bias_arg->size(0) == problem.w.n, "bias: expected shape [", problem.w.n,
+                      "] (out_features), got ", checks::shape_text(*bias_arg));
+      problem.bias = static_cast<const float*>(checks::operand("bias", *bias_arg, "x", x_arg, &bias));
+    }
+    problem.x = static_cast<const float*>(checks::operand("x", x_arg, "x", x_arg, &x));
+    y = empty(x_arg, checks::with_last(x_arg, "weight", problem.w.n), ScalarType::Float);
+    problem.y = y.mutable_data_ptr<float>();
+  }
+
+  bool is_empty() const { return problem.m == 0 || problem.w.n == 0; }
+};
+
+struct DenseLinearDxCall {
+  Tensor dy, dx;
+  DenseLinearDxProblem problem;
+
+  DenseLinearDxCall(const Tensor& dy_arg, const Tensor& weight) {
+    problem.w = dense_weight(weight, "dy", dy_arg);
+    int64_t n = 0;
+    problem.m = checks::rows_of("dy", dy_arg, &n);
+    checks::require(n == problem.w.n, "dy: expected ", problem.w.n, " as the last dimension (out_features), got shape ",
+                    checks::shape_text(dy_arg));
+    problem.dy = static_cast<const float*>(checks::operand("dy", dy_arg, "dy", dy_arg, &dy));
+    dx = empty(dy_arg, checks::with_last(dy_arg, "weight", problem.w.k), ScalarType::Float);
+    problem.dx = dx.mutable_data_ptr<float>();
+  }
+
+  bool is_empty() const { return problem.m == 0 || problem.w.k == 0; }
+};
+
 struct LoraGradCall {
   Tensor x, dy, h, g, da, db;
   checks::LoraOperands lora;

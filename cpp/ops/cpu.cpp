@@ -59,6 +59,18 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(LoraGradArgs args) {
   return {call.da, call.db};
 }
 
+Tensor linear_dense(const Tensor& x, const Tensor& weight, OptionalTensor bias) {
+  const DenseLinearCall call(x, weight, bias);
+  if (!call.is_empty()) cpu::check(cpu::linear_dense(pool(), call.problem));
+  return call.y;
+}
+
+Tensor linear_dense_dx(const Tensor& dy, const Tensor& weight) {
+  const DenseLinearDxCall call(dy, weight);
+  if (!call.is_empty()) cpu::check(cpu::linear_dense_dx(pool(), call.problem));
+  return call.dx;
+}
+
 }  // namespace
 }  // namespace qlora
 
@@ -72,4 +84,6 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
   m.impl("linear_nf4_dx", QLORA_BOX_ARGS(&qlora::linear_nf4_dx<false>));
   m.impl("linear_nf4_dx_with_g", QLORA_BOX_ARGS(&qlora::linear_nf4_dx<true>));
   m.impl("linear_nf4_dlora", QLORA_BOX_ARGS(&qlora::linear_nf4_dlora));
+  m.impl("linear_dense", QLORA_BOX(&qlora::linear_dense));
+  m.impl("linear_dense_dx", QLORA_BOX(&qlora::linear_dense_dx));
 }

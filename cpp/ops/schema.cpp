@@ -38,6 +38,9 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       "dequantize_absmax(Tensor codes, Tensor nested_absmax, Tensor nested_offset, int nested_block_size) -> Tensor");
   define("dequantize_nf4" + arguments<DequantizeArgs>() + " -> Tensor");
 
+  define("linear_dense(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  define("linear_dense_dx(Tensor dy, Tensor weight) -> Tensor");
+
   const auto define_linear = [&](const std::string& name, const std::string& linear, const std::string& dx,
                                  const std::string& dlora) {
     define(name + linear + " -> Tensor");

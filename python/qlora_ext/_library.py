@@ -26,6 +26,8 @@ OPERATORS = (
     "linear_nf4_dx",
     "linear_nf4_dx_with_g",
     "linear_nf4_dlora",
+    "linear_dense",
+    "linear_dense_dx",
     "grouped_linear_nf4",
     "grouped_linear_nf4_with_h",
     "grouped_linear_nf4_dx",

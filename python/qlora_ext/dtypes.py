@@ -17,7 +17,7 @@ def native_bfloat16() -> bool:
     """Whether the CPU kernels in use, ours and torch's, have instructions that multiply bfloat16.
 
     These are AVX512-BF16, AMX and ARM's BF16. Without them torch converts each bfloat16 value separately: a matmul
-    takes 3 to 8 times as long as in float32 (``docs/troubleshooting.md``). ``QLORA_CPU_ISA`` and ``ONEDNN_MAX_CPU_ISA``
+    takes 3 to 8 times as long as in float32 (``docs/benchmarks.md``). ``QLORA_CPU_ISA`` and ``ONEDNN_MAX_CPU_ISA``
     may rule the instructions out.
 
     Example:

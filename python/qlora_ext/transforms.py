@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import grouped
+from . import dense, grouped
 from ._library import LIBRARY, OPERATORS
 from .arguments import arguments_of
 from .autograd import below_autograd, refuse_tangent
 
-assert grouped  # it registers the derivatives of the grouped operators
-_DIFFERENTIABLE = ("linear_nf4", "grouped_linear_nf4")
+assert dense
+assert grouped
+_DIFFERENTIABLE = ("linear_nf4", "grouped_linear_nf4", "linear_dense")
 # Operators whose first argument (x or dy) and outputs may have any number of leading dimensions.
-_OF_TOKENS = ("linear_nf4", "linear_nf4_dx")
+_OF_TOKENS = ("linear_nf4", "linear_nf4_dx", "linear_dense", "linear_dense_dx")
 
 
 def _without_derivative(name: str, operator: OpOverload) -> Callable[..., Any]:
     """The operator for the Autograd key. It rejects tangents at once, and gradients when a backward needs them."""
     kernel = below_autograd(operator)
-    message = f"{name} has no derivative; torch.ops.qlora.linear_nf4 and grouped_linear_nf4 have"
+    message = f"{name} has no derivative; torch.ops.qlora.linear_nf4, grouped_linear_nf4 and linear_dense have"
 
     def failing(output: Tensor) -> Tensor:
         if not output.is_floating_point():
@@ -49,7 +50,7 @@ def _vmap_rule(name: str, operator: OpOverload) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         a = named(*args)
         only_tokens = in_dims[0] is not None and not any(isinstance(dim, int) for dim in in_dims[1:])
-        if of_tokens and only_tokens and (a.lora_a is None or not a.dropout_p):
+        if of_tokens and only_tokens and (getattr(a, "lora_a", None) is None or not a.dropout_p):
             outputs = operator(args[0].movedim(in_dims[0], 0), *args[1:])
         else:  # also with dropout, whose mask depends on an element's index within its sample
             samples = (

@@ -5,8 +5,9 @@ so that a decoded weight is exact in every type. The magnitudes of a sum's terms
 unit, so that float32 sums them exactly in any order. h and g are representable in the type. The operators round
 weights, h, g and the result once and sum in float32, so every kernel must give the exact result, rounded once.
 
-Three kernels have additional errors. few_tokens_int rounds x to 15 bits of the largest value of its segment, and in dX
-dy times the scale to 14 bits of the largest value of a tile. few_tokens_bf16 and CUDA's tensor cores multiply codes by
+Four kernels have additional errors. few_tokens_int rounds x to 15 bits of the largest value of its segment, and in dX
+dy times the scale to 14 bits of the largest value of a tile. many_tokens_int rounds x to 13 bits or more of the largest
+value of its piece, and in dX also W to 14 bits. few_tokens_bf16 and CUDA's tensor cores multiply codes by
 a factor that is not a power of two and divide by it in float32, which adds one float32 rounding.
 
 Each problem runs with the default kernel and with every kernel that accepts it, forced by QLORA_CPU_KERNEL or
@@ -45,7 +46,8 @@ NESTED_CODES = torch.from_numpy(np.flatnonzero(np.isin(reference.DYNAMIC8, (0.0,
 RANKS = [0, 1, 2, 5, 8, 15, 16, 16, 17, 33, 64]
 MOST_PRODUCTS = {"cpu": 1_000_000, "cuda": 60_000}
 ROWS = {"cpu": [(0, 4), (1, 16), (5, 48), (17, 64), (49, 300)], "cuda": [(0, 4), (1, 16), (5, 48), (17, 64), (49, 130)]}
-INTEGERS, BF16_CODES, CHOSEN_ON_CUDA = "few_tokens_int", "few_tokens_bf16", "chosen"
+INTEGERS, MANY_INTEGERS = "few_tokens_int", "many_tokens_int"
+BF16_CODES, CHOSEN_ON_CUDA = "few_tokens_bf16", "chosen"
 KERNELS = {"cpu": CPU_KERNELS, "cuda": CUDA_KERNELS}
 Arguments = dict[str, Any]
 
@@ -206,11 +208,15 @@ def retained(name: str, a: Arguments) -> tuple[Tensor, Tensor]:
 # The error bound of a kernel before its result is rounded, for a single weight.
 
 
-def integers_forward(a: Arguments) -> list[np.ndarray]:
+def integers_forward(a: Arguments, largest: int = 32767) -> list[np.ndarray]:
     x = np.abs(oracle.rows(a["x"]))
     w = np.abs(oracle.decoded(a, a["out_features"], x.shape[1]).astype(np.float64))
-    step = x.max(1, initial=0.0) / 32767
+    step = x.max(1, initial=0.0) / largest
     return [step[:, None] / 2 * w.sum(1) + 2.0**-20 * x @ w.T]
+
+
+def many_integers_forward(a: Arguments) -> list[np.ndarray]:
+    return integers_forward(a, 4095)
 
 
 def integers_dx(a: Arguments) -> list[np.ndarray]:
@@ -218,6 +224,13 @@ def integers_dx(a: Arguments) -> list[np.ndarray]:
     w = np.abs(oracle.decoded(a, dy.shape[1], a["in_features"]).astype(np.float64))
     step = dy.max(1, initial=0.0) * np.abs(oracle.scales(a)).max(initial=0.0) / 16383
     return [step[:, None] / 2 * (w > 0).sum(0) + 2.0**-20 * dy @ w]
+
+
+def many_integers_dx(a: Arguments) -> list[np.ndarray]:
+    dy = np.abs(oracle.rows(a["dy"]))
+    w = np.abs(oracle.decoded(a, dy.shape[1], a["in_features"]).astype(np.float64))
+    step, step_of_w = dy.max(1, initial=0.0) / 4095, w.max(initial=0.0) / 8191
+    return [step[:, None] / 2 * w.sum(0) + step_of_w / 2 * dy @ (w > 0) + 2.0**-20 * dy @ w]
 
 
 def scaled_codes_forward(a: Arguments) -> list[np.ndarray]:
@@ -237,7 +250,9 @@ ERRORS = {
     ("linear_nf4", CHOSEN_ON_CUDA): chosen_forward,
     **{("linear_nf4", kernel): scaled_codes_forward for kernel in ("few_tokens", "tensor_cores", "sm90")},
     ("linear_nf4", INTEGERS): integers_forward,
+    ("linear_nf4", MANY_INTEGERS): many_integers_forward,
     ("linear_nf4_dx", INTEGERS): integers_dx,
+    ("linear_nf4_dx", MANY_INTEGERS): many_integers_dx,
     ("linear_nf4", BF16_CODES): scaled_codes_forward,
 }
 
@@ -248,7 +263,7 @@ def operator_of(name: str) -> str:
 
 
 def default_kernel(name: str, a: Arguments) -> str:
-    """The CPU's bound: that of few_tokens_int if it computes the call, or one of its experts."""
+    """The CPU's bound: that of products of integers if they compute the call, or one of its experts."""
     given = a["x"] if "x" in a else a["dy"]
     n, k = a.get("out_features", given.shape[-1]), a.get("in_features", given.shape[-1])
     ends = a["offsets"].tolist() if "offsets" in a else [len(given)]
@@ -256,7 +271,7 @@ def default_kernel(name: str, a: Arguments) -> str:
         _C.choose(operator_of(name), str(given.dtype)[6:], end - begin, n, k, a.get("block_size", 64))[0]
         for begin, end in zip([0, *ends], ends, strict=False)
     ]
-    return INTEGERS if INTEGERS in kernels else kernels[0]
+    return next((kernel for kernel in (MANY_INTEGERS, INTEGERS) if kernel in kernels), kernels[0])
 
 
 def errors(name: str, kernel: str, a: Arguments, expected: list[np.ndarray]) -> list[np.ndarray]:

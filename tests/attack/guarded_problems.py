@@ -18,7 +18,7 @@ from random_problems import CPU_KERNELS, KERNEL_VARIABLE, OPS, Draw, bits, call_
 
 def guarded(rng: random.Random) -> Problem:
     d = Draw(rng)
-    name, arguments = draw(d, rng)
+    name, arguments = draw(d, rng, on_cpu=True)
     operator = getattr(OPS, name)
     kernel = d.choose("kernel", ["", "", *CPU_KERNELS]) if "linear" in name else ""
 

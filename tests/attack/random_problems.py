@@ -21,7 +21,7 @@ KERNEL_VARIABLE = {"cpu": "QLORA_CPU_KERNEL", "cuda": "QLORA_CUDA_KERNEL"}
 for _variable in KERNEL_VARIABLE.values():
     os.environ.setdefault(_variable, "")  # set before the first call, so that each call reads it
 CPU_KERNELS = ["few_tokens_int", "few_tokens_bf16", "few_tokens_float"]
-CPU_KERNELS += ["many_tokens_tiles", "many_tokens_bf16", "many_tokens_float"]
+CPU_KERNELS += ["many_tokens_tiles", "many_tokens_bf16", "many_tokens_int", "many_tokens_float"]
 CUDA_KERNELS = ["few_tokens", "tensor_cores", "sm90", "ragged", "exact", "gemm", "library"]
 T4 = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)  # does not multiply bfloat16
 DTYPES = [torch.float32, torch.float16] if T4 else [torch.float32, torch.bfloat16, torch.float16]
@@ -191,6 +191,16 @@ def encode(d: Draw, name: str) -> list[Any]:
     return [w, absmax, block, factor, torch.randperm(k, generator=d.generator)]
 
 
+def dense(d: Draw, name: str) -> list[Any]:
+    m = d.rows()
+    n, k = d.matrix(m)
+    d.say(m=m, n=n, k=k)
+    lead, weight = d.lead(m), d.randn(n, k, dtype=d.choose("dtype", [torch.bfloat16, torch.float16]))
+    if name == "linear_dense_dx":
+        return [d.randn(*lead, n), weight]
+    return [d.randn(*lead, k), weight, d.randn(n) if d.rng.random() < 0.5 else None]
+
+
 OPERATORS = {
     "search_absmax_nf4": encode,
     "encode_nf4": encode,
@@ -210,14 +220,16 @@ OPERATORS = {
     "grouped_linear_nf4_dx_with_g": grouped,
     "grouped_linear_nf4_dlora": grouped,
 }
+ON_CPU = {"linear_dense": dense, "linear_dense_dx": dense}
 # The few-token kernels have the most code.
 OFTEN = ["linear_nf4", "linear_nf4_dx"] * 3
 
 
-def draw(d: Draw, rng: random.Random) -> tuple[str, list[Any]]:
+def draw(d: Draw, rng: random.Random, on_cpu: bool = False) -> tuple[str, list[Any]]:
     """An operator's name and its arguments, in the order of its schema."""
-    name = rng.choice([*OPERATORS, *OFTEN])
-    arguments = OPERATORS[name](d, name)
+    operators = OPERATORS | ON_CPU if on_cpu else OPERATORS
+    name = rng.choice([*operators, *OFTEN])
+    arguments = operators[name](d, name)
     return name, in_order(name, by_name(name, arguments) | d.form) if d.form else arguments
 
 

@@ -13,13 +13,14 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from qlora_ext import dtypes
 from qlora_ext.cli import main
 from qlora_ext.cli.outputs.files import write_json
 from qlora_ext.planning import families, memory
 
 SIZES = "hidden=512,intermediate=1536,layers=10,heads=8,kv-heads=4,vocab=16000"
 
-LEVERS = ["none", "chunked_loss", "grad_checkpointing"]
+LEVERS = ["none", "chunked_loss", "grad_checkpointing", "float32"]  # the last one in addition to the third
 BATCH = {"batch_size": 2, "seq_len": 256}
 
 # Runs a step of the planned job with each option, and prints by how many bytes memory rose above model and optimizer.
@@ -49,6 +50,8 @@ rises = {}
 for lever in levers:
     if lever == "grad_checkpointing":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lever == "float32":  # dense weights stay in bfloat16
+        qlora_ext.nn.set_compute_dtype(model, torch.float32)
     step(1, 32, lever == "chunked_loss")  # what the libraries set up once
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
@@ -83,9 +86,12 @@ def measured() -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lever", LEVERS)
-def test_plan_is_the_measured_peak(measured: dict[str, int], lever: str) -> None:
+def test_plan_is_the_measured_peak(measured: dict[str, int], lever: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 10%."""
     options = BATCH | ({lever: True} if lever != "none" else {})
+    if lever == "float32":
+        monkeypatch.setattr(dtypes, "native_bfloat16", lambda: False)
+        options = BATCH | {"grad_checkpointing": True, "host": True}
     foreseen = of_the_step(planned(families.config_of_sizes(SIZES), **options))
     assert foreseen == pytest.approx(measured[lever], rel=0.1)
 

@@ -43,6 +43,7 @@ SHAPES = [
     (48, 176, 3, 16, True, 0.0, "shuffled"),  # every other row begins in the middle of a group
 ]
 WHOLE = [s for s in SHAPES if s[1] % 64 == 0 and s[3] >= 64]  # 64 columns have one scale
+DX_WHOLE = [(192, *WHOLE[0][1:]), (320, *WHOLE[-1][1:]), (1088, 192, 16, 64, True, 0.2)]  # and whole groups of rows
 DX_INT_TOKENS = 2 if _C.cpu_isa() == "scalar" else 16  # plain C++ is kept small
 FEW = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 18, 21, 24, 31, 32, 33, 40, 47, 48, 63, 64)
 MANY = (1, 4, 17, 33, 65, 130)
@@ -56,6 +57,8 @@ def cases(op: str, kernel: str) -> Iterator[tuple]:
         tokens = FEW
         if (op, kernel) == ("linear_nf4_dx", "few_tokens_int"):
             shapes, tokens = WHOLE, range(1, DX_INT_TOKENS + 1)
+    elif kernel == "many_tokens_int":
+        shapes = WHOLE if op == "linear_nf4" else DX_WHOLE
     for i, m in enumerate(tokens):
         yield (m, *shapes[i % len(shapes)])
         if m in (1, 8, 16, 17, 33, 48):
@@ -98,8 +101,8 @@ def test_threads_do_not_change_a_bit(op: str, kernel: str, m: int, force: Callab
         m = min(m, DX_INT_TOKENS)
     force(kernel)
     threads = torch.get_num_threads()
-    for n, k, block in ((700, 576, 64), (333, 555, 32), (1200, 128, 64)):
-        if (op, kernel) == ("linear_nf4_dx", "few_tokens_int") and k % 64:
+    for n, k, block in ((704, 576, 64), (333, 555, 32), (1216, 128, 64)):
+        if k % 64 and ((op, kernel) == ("linear_nf4_dx", "few_tokens_int") or kernel == "many_tokens_int"):
             continue
         for dtype in KERNELS[op, kernel]:
             s, dy = make((m, n, k, 24, block, True, 0.1), dtype)
@@ -121,6 +124,12 @@ REFUSED = [  # operator, kernel, case, type: problems that no set takes
     ("linear_nf4", "float64", (4, *SHAPES[0]), BF16),
     ("linear_nf4", "few_tokens_int", (65, *SHAPES[0]), BF16),
     ("linear_nf4", "few_tokens_bf16", (4, *SHAPES[0]), F16),
+    ("linear_nf4", "many_tokens_int", (4, *SHAPES[0]), F32),
+    ("linear_nf4", "many_tokens_int", (4, *SHAPES[1]), BF16),  # ragged
+    ("linear_nf4", "many_tokens_int", (4, 40, 320, 1, 32, True, 0.0), BF16),
+    ("linear_nf4_dx", "many_tokens_int", (4, *DX_WHOLE[0]), F16),
+    ("linear_nf4_dx", "many_tokens_int", (4, *SHAPES[0]), BF16),  # 96 rows
+    ("linear_nf4_dlora", "many_tokens_int", (4, *SHAPES[0]), BF16),
     ("linear_nf4_dx", "few_tokens_int", (17, *SHAPES[0]), BF16),
     ("linear_nf4_dx", "few_tokens_int", (4, *SHAPES[1]), BF16),
     ("linear_nf4_dx", "few_tokens_float", (65, *SHAPES[0]), BF16),
@@ -175,11 +184,17 @@ def test_float64_has_one_kernel(force: Callable) -> None:
 
 MANY_BF16 = ["many_tokens_bf16", "many_tokens_float"]
 CHOICES = [  # operator, type, m, n, k, block size, set -> kernels
-    ("linear_nf4", "bfloat16", 1, 96, 320, 64, "avx512", ["few_tokens_int", "many_tokens_float"]),
-    ("linear_nf4", "bfloat16", 48, 96, 320, 64, "avx512", ["few_tokens_int", "many_tokens_float"]),
+    ("linear_nf4", "bfloat16", 1, 96, 320, 64, "avx512", ["few_tokens_int", "many_tokens_int"]),
+    ("linear_nf4", "bfloat16", 48, 96, 320, 64, "avx512", ["few_tokens_int", "many_tokens_int"]),
+    ("linear_nf4", "bfloat16", 48, 96, 320, 32, "avx512", ["few_tokens_int", "many_tokens_float"]),
     ("linear_nf4", "bfloat16", 1, 96, 320, 16, "avx512", ["few_tokens_int", "many_tokens_float"]),
     ("linear_nf4", "bfloat16", 1, 96, 328, 16, "avx512", ["many_tokens_float"]),
-    ("linear_nf4", "bfloat16", 49, 96, 320, 64, "avx512", ["many_tokens_float"]),
+    ("linear_nf4", "bfloat16", 49, 96, 320, 64, "avx512", ["many_tokens_int"]),
+    ("linear_nf4", "bfloat16", 49, 96, 64, 64, "avx512", ["many_tokens_float"]),
+    ("linear_nf4", "bfloat16", 49, 96, 320, 32, "avx512", ["many_tokens_float"]),
+    ("linear_nf4", "float16", 20, 96, 320, 64, "avx2", ["few_tokens_int", "many_tokens_int"]),
+    ("linear_nf4", "float16", 21, 96, 320, 64, "avx2", ["many_tokens_int"]),
+    ("linear_nf4", "float16", 49, 96, 320, 64, "avx512_bf16", ["many_tokens_int"]),
     ("linear_nf4", "float16", 24, 96, 333, 64, "avx2", ["few_tokens_int", "many_tokens_float"]),
     ("linear_nf4", "float16", 25, 96, 333, 64, "avx2", ["many_tokens_float"]),
     ("linear_nf4", "float32", 8, 96, 320, 64, "avx512", ["few_tokens_float", "many_tokens_float"]),
@@ -193,6 +208,11 @@ CHOICES = [  # operator, type, m, n, k, block size, set -> kernels
     ("linear_nf4_dx", "float16", 8, 96, 320, 32, "avx512", ["few_tokens_float", "many_tokens_float"]),
     ("linear_nf4_dx", "float16", 16, 96, 320, 64, "avx2", ["few_tokens_float", "many_tokens_float"]),
     ("linear_nf4_dx", "float16", 7, 96, 333, 64, "avx2", ["many_tokens_float"]),
+    ("linear_nf4_dx", "bfloat16", 4, 256, 320, 64, "avx2", ["few_tokens_float", "many_tokens_int"]),
+    ("linear_nf4_dx", "bfloat16", 5, 256, 320, 64, "avx2", ["many_tokens_int"]),
+    ("linear_nf4_dx", "bfloat16", 17, 320, 320, 64, "avx512", ["many_tokens_int"]),
+    ("linear_nf4_dx", "bfloat16", 17, 192, 320, 64, "avx512", ["many_tokens_float"]),
+    ("linear_nf4_dx", "float16", 17, 256, 320, 64, "avx512", ["many_tokens_float"]),
     ("linear_nf4_dx", "float32", 1, 96, 320, 64, "avx512", ["many_tokens_float"]),
     ("linear_nf4_dx", "bfloat16", 6, 96, 320, 64, "avx512_bf16", ["few_tokens_int"]),
     ("linear_nf4_dx", "bfloat16", 7, 96, 320, 64, "avx512_bf16", MANY_BF16),
@@ -200,7 +220,7 @@ CHOICES = [  # operator, type, m, n, k, block size, set -> kernels
     ("linear_nf4_dlora", "float16", 4, 96, 320, 64, "avx512_bf16", ["many_tokens_float"]),
     ("linear_nf4", "bfloat16", 6, 96, 320, 64, "amx_bf16", ["few_tokens_int", "many_tokens_tiles", *MANY_BF16]),
     ("linear_nf4", "bfloat16", 7, 96, 320, 64, "amx_bf16", ["many_tokens_tiles", *MANY_BF16]),
-    ("linear_nf4", "float16", 48, 96, 320, 64, "amx_bf16", ["few_tokens_int", "many_tokens_float"]),
+    ("linear_nf4", "float16", 48, 96, 320, 64, "amx_bf16", ["few_tokens_int", "many_tokens_int"]),
     ("linear_nf4_dx", "bfloat16", 8, 96, 320, 64, "amx_bf16", ["few_tokens_int"]),
     ("linear_nf4_dx", "bfloat16", 9, 96, 320, 64, "amx_bf16", ["many_tokens_tiles", *MANY_BF16]),
     ("linear_nf4_dlora", "bfloat16", 4, 96, 320, 64, "amx_bf16", ["many_tokens_tiles", *MANY_BF16]),
@@ -256,5 +276,5 @@ def test_kernels_are_printed_once_a_problem() -> None:
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     lines = [line for line in run.stderr.splitlines() if line.startswith("qlora: ")]
     problem = f"qlora: linear_nf4 cpu m={{}} n=96 k=320 rank=0 float16 -> {{}} isa={_C.cpu_isa()}"
-    first = _C.choose("linear_nf4", "float16", 3, 96, 320)[0]
-    assert lines == [problem.format(3, first), problem.format(200, "many_tokens_float")]
+    first, many = (_C.choose("linear_nf4", "float16", m, 96, 320)[0] for m in (3, 200))
+    assert lines == [problem.format(3, first), problem.format(200, many)]

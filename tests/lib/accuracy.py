@@ -25,7 +25,7 @@ the left side may exceed the right side by CHANCE standard deviations of their d
 10^4 entries 1.06 times.) A few large entries may dominate a norm. Each norm is therefore taken twice: of the errors,
 and of the errors divided by the bounds of their entries, which gives all entries the same weight.
 
-On the CPU, a few tokens of 16-bit types may be multiplied as integers, in steps of the largest x (docs/security.md).
+On the CPU, 16-bit types may be multiplied as integers, in steps of the largest x (docs/security.md).
 This may add forward_steps or dx_steps to the error of an entry, only if a row of weights is nonzero exactly where x is
 small.
 """

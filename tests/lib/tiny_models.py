@@ -13,6 +13,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config
 
+from tiny_configs import config_of
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 192,
@@ -38,9 +40,10 @@ FAMILIES = list(CONFIGS)
 
 
 def make(family: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
-    """A model with distinct weights and, if it has biases, nonzero biases."""
+    """A model with distinct weights and, if it has biases, nonzero biases. Its family may be any of transformers'."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    config = CONFIGS[family]() if family in CONFIGS else config_of(family)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.1)

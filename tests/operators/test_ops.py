@@ -44,6 +44,8 @@ def op_calls(device: str) -> dict[str, tuple]:
         "linear_nf4_dx": (dy, *s.w4.packed_args(), 64, *s.lora_args, seed),
         "linear_nf4_dx_with_g": (dy, *s.w4.packed_args(), 64, *s.lora_args, seed),
         "linear_nf4_dlora": (dy, s.x, *s.lora_args, seed, h, h),
+        "linear_dense": (s.x, w.bfloat16(), s.bias),
+        "linear_dense_dx": (dy, w.bfloat16()),
         "grouped_linear_nf4": (g.x, g.offsets, *g.packed, g.n, g.bias, *g.lora_args, seed),
         "grouped_linear_nf4_with_h": (g.x, g.offsets, *g.packed, g.n, g.bias, *g.lora_args, seed),
         "grouped_linear_nf4_dx": (g.dy(), g.offsets, *g.packed, g.k, *g.lora_args, seed),
@@ -58,6 +60,8 @@ OP_NAMES = sorted(op_calls("cpu"))
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OP_NAMES)
 def test_opcheck(name: str, device: str) -> None:
+    if device == "cuda" and name.startswith("linear_dense"):
+        pytest.skip("the operator is for the CPU")
     torch.library.opcheck(getattr(OPS, name).default, op_calls(device)[name], test_utils=OPCHECKS)
 
 
@@ -102,6 +106,8 @@ def test_schemas_are_those_of_the_design() -> None:
         "linear_nf4_dx_with_g": f"(Tensor dy, {packed}, SymInt in_features, {lora}, {form}) -> (Tensor dx, Tensor g)",
         "linear_nf4_dlora": f"(Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, {seed}, "
         "Tensor? h=None, Tensor? g=None) -> (Tensor da, Tensor db)",
+        "linear_dense": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+        "linear_dense_dx": "(Tensor dy, Tensor weight) -> Tensor",
         "grouped_linear_nf4": f"(Tensor x, {grouped}, SymInt out_features, Tensor? bias, {defaults}, {form}) -> Tensor",
         "grouped_linear_nf4_dx": f"(Tensor dy, {grouped}, SymInt in_features, {defaults}, {form}) -> Tensor",
     }

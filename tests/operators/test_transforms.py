@@ -99,6 +99,8 @@ REFUSING: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "linear_nf4_dx": (lambda dy: OPS.linear_nf4_dx(dy, *PACKED, 64, *LORA), DY),
     "linear_nf4_dlora: dy": (lambda dy: OPS.linear_nf4_dlora(dy, S.x, *LORA), DY),
     "linear_nf4_dlora: x": (lambda x: OPS.linear_nf4_dlora(DY, x, *LORA), S.x),
+    "linear_dense": (lambda x: OPS.linear_dense(x, W.bfloat16()), S.x),
+    "linear_dense_dx": (lambda dy: OPS.linear_dense_dx(dy, W.bfloat16()), DY),
     "dequantize_absmax": (lambda t: OPS.dequantize_absmax(PACKED[1], t, PACKED[3], 256), PACKED[2]),
     "quantize_nf4": (lambda w: OPS.quantize_nf4(w, 64), W),
     "quantize_absmax": (lambda t: OPS.quantize_absmax(t, 256), torch.rand(300)),
@@ -123,6 +125,7 @@ def test_no_operator_drops_a_tangent(call: str, way: str) -> None:
 
 WITHOUT_A_GRADIENT = (
     "grouped_linear_nf4",
+    "linear_dense",
     "linear_nf4: lora_a",
     "encode_nf4",
     "encode_nf4_stochastic",

@@ -261,7 +261,17 @@ IMPORTED_BY = {
     "fidelity/": ("cli/", "__init__.py"),
     "calibration/": ("nn/", "streaming/", "fidelity/", "integrations/", "cli/", "__init__.py"),
     "streaming/": ("integrations/", "planning/", "cli/", "__init__.py"),
-    "nn/": ("streaming/", "fingerprint.py", "fidelity/", "integrations/", "gguf/", "planning/", "cli/", "__init__.py"),
+    "nn/": (
+        "streaming/",
+        "fingerprint.py",
+        "fidelity/",
+        "integrations/",
+        "decoding/",
+        "gguf/",
+        "planning/",
+        "cli/",
+        "__init__.py",
+    ),
 }
 
 

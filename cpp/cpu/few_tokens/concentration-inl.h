@@ -185,10 +185,12 @@ class FirstWeights {
   alignas(64) float sums_[kLanes * kLanes];
 };
 
+// A row is concentrated if its sum is below `min_of_all` times its largest weight.
 class RowConcentration {
  public:
-  RowConcentration(const Weight& w, const ScaleReader& reader, const GranuleScales& scales)
-      : w_(w), reader_(reader), scales_(scales), large_(large_codes(w.code)) {}
+  RowConcentration(const Weight& w, const ScaleReader& reader, const GranuleScales& scales,
+                   float min_of_all = kMinOfAll)
+      : w_(w), reader_(reader), scales_(scales), large_(large_codes(w.code)), min_of_all_(min_of_all) {}
 
   bool is_concentrated(int64_t n) const { return is_concentrated(n * w_.k, (n + 1) * w_.k); }
 
@@ -208,7 +210,7 @@ class RowConcentration {
         least = scale < least ? scale : least;
       }
       sum += static_cast<float>(count_bytes_with(large, load_chunk(w_.packed + i / 2))) * least;
-      if (sum >= kMinOfAll * largest) return false;
+      if (sum >= min_of_all_ * largest) return false;
     }
     return largest != 0.0f && is_concentrated_exactly(begin, end);
   }
@@ -228,7 +230,7 @@ class RowConcentration {
       for (int64_t j = 0; j < count; j += kLanes)
         sum_of_part = add(sum_of_part, min(absolute(load(w + j, count - j)), splat(bound * kMaxOfOne)));
       total += sum(sum_of_part);
-      if (total >= kMinOfAll * bound) return false;
+      if (total >= min_of_all_ * bound) return false;
     }
     return is_concentrated_exactly(begin, end, bound);
   }
@@ -256,13 +258,14 @@ class RowConcentration {
       eighths += count_at_least(w, largest * 0.125f), sixteenths += count_at_least(w, largest * 0.0625f);
       sixty_fourths += count_at_least(w, largest * 0.015625f);
     });
-    return 4 * eighths + 3 * sixteenths + sixty_fourths < static_cast<int64_t>(64 * kMinOfAll);
+    return 4 * eighths + 3 * sixteenths + sixty_fourths < static_cast<int64_t>(64 * min_of_all_);
   }
 
   const Weight& w_;
   const ScaleReader& reader_;
   const GranuleScales scales_;
   const LargeCodes& large_;
+  const float min_of_all_;
 };
 
 }  // namespace few_tokens

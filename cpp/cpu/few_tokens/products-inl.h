@@ -79,11 +79,12 @@ bool is_even(const T* x, int64_t padded_count, int64_t count, float largest, flo
 
 // Whether the root mean square of the `count` values of x is at least largest / peak. From `count` to padded_count, x
 // is zero.
-inline bool is_below_peak(const float* x, int64_t padded_count, int64_t count, float largest, float peak) {
+template <class T>
+bool is_below_peak(const T* x, int64_t padded_count, int64_t count, float largest, float peak) {
   const Floats inverse = splat(1.0f / largest);
   Floats squares = zero();
   for (int64_t c = 0; c < padded_count; c += kLanes) {
-    const Floats relative = mul(load(x + c), inverse);
+    const Floats relative = mul(load(x + c, padded_count - c), inverse);
     squares = fma(relative, relative, squares);
   }
   return sum(squares) * (peak * peak) >= static_cast<float>(count);

@@ -102,6 +102,17 @@ bool is_intel() {
 #endif
 }
 
+// vpmaddwd issues twice per cycle, as vfmadd does, on Intel's cores since Skylake, which has CLFLUSHOPT, and on AMD's
+// since Zen 3, which has VAES. On older ones it issues half as often.
+bool has_fast_pairs() {
+#if QLORA_X86
+  const Cpuid extended(7);
+  return is_intel() ? extended.ebx >> 23 & 1 : extended.ecx >> 9 & 1;
+#else
+  return false;
+#endif
+}
+
 // AVX512-BF16 is avx512_bf16.
 std::string canonical(const char* name) {
   std::string out;
@@ -178,7 +189,7 @@ const Isa& current_isa() { return *selection().isa; }
 const char* isa_error() { return selection().error.empty() ? nullptr : selection().error.c_str(); }
 
 const Cpu& current_cpu() {
-  static const Cpu cpu = {current_isa().needs, is_intel(), selection().forced};
+  static const Cpu cpu = {current_isa().needs, is_intel(), selection().forced, has_fast_pairs()};
   return cpu;
 }
 

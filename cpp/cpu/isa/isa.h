@@ -36,9 +36,9 @@ struct Isa {
 };
 inline constexpr Isa kScalarIsa = {"scalar", 0};
 inline constexpr Isa kAvx2Isa = {"avx2", kAvx2 | kFma | kF16c};
-inline constexpr Isa kAvx512Isa = {"avx512",
-                                   kAvx2Isa.needs | kAvx512f | kAvx512bw | kAvx512vl | kAvx512dq | kAvx512vbmi};
-inline constexpr Isa kAvx512Bf16Isa = {"avx512_bf16", kAvx512Isa.needs | kAvx512bf16 | kAvx512vnni};
+inline constexpr Isa kAvx512Isa = {
+    "avx512", kAvx2Isa.needs | kAvx512f | kAvx512bw | kAvx512vl | kAvx512dq | kAvx512vbmi | kAvx512vnni};
+inline constexpr Isa kAvx512Bf16Isa = {"avx512_bf16", kAvx512Isa.needs | kAvx512bf16};
 inline constexpr Isa kAmxBf16Isa = {"amx_bf16", kAvx512Bf16Isa.needs | kAmxBf16};
 inline constexpr Isa kNeonIsa = {"neon", kAsimd};
 inline constexpr Isa kNeonBf16Isa = {"neon_bf16", kNeonIsa.needs | kArmBf16};
@@ -62,6 +62,7 @@ struct Cpu {
   uint32_t features;  // of the instruction set in use
   bool intel;         // the processor is Intel's, whose vdpbf16ps is slow
   bool isa_forced;    // QLORA_CPU_ISA names the set, so every instruction of it is wanted
+  bool fast_pairs;    // products of int16 pairs are issued as often as those of float32
 
   constexpr bool has(Feature feature) const { return features & feature; }
 };

@@ -31,14 +31,16 @@ namespace many_tokens {
 
 using namespace panel;
 
-// Applies dropout in place to dx's low-rank part: sums whose lanes are columns in decoded order.
-inline void drop_sums(const Dropout& d, float* sums, int64_t token, int64_t tokens, int64_t k, int64_t column,
-                      int64_t columns) {
+// Applies dropout in place to dx's low-rank part: sums whose lanes are columns in decoded order. Row t of the sums is
+// token place(t).
+template <class Place>
+void drop_sums(const Dropout& d, float* sums, const Place& place, int64_t tokens, int64_t k, int64_t column,
+               int64_t columns) {
   const Scale keep_scale(d.keep_scale);
   const F all = splat(1.0f);
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t first = 0; first < columns; first += Mask::kMax) {
-      const Mask mask(d, (token + t) * k + column + first, min(columns - first, Mask::kMax));
+      const Mask mask(d, place(t) * k + column + first, min(columns - first, Mask::kMax));
       for (int64_t c = first; c < columns && c < first + Mask::kMax; c += kGroup) {
         F kept[4];
         unroll<4>([&](auto q) { kept[q.value] = mask(all, c - first + q.value * kLanes); });
@@ -78,16 +80,18 @@ static_assert(DxShape(DxShape::kFewTokens, true).bytes(DxShape::kFewTokens) <= k
 static_assert(DxShape(kMostTokens, true).bytes(kMostTokens) <= kTaskBytes);
 
 // dx of tokens [token, token + tokens) and columns [column, column + columns). Tokens are broadcast, columns are the
-// lanes. `g` begins at token `first_token`. The low-rank product comes first, since dropout acts on it alone.
+// lanes. `g` begins at token `first_token`. The low-rank product comes first, since dropout acts on it alone. If there
+// are `places`, token t of dx is row places[t], also for dropout.
 template <class W, class T>
 class DxTask {
  public:
   using Word = typename W::Word;
 
   DxTask(const LinearDxProblem& p, const T* g, int64_t first_token, int64_t token, int64_t tokens, int64_t column,
-         int64_t columns)
+         int64_t columns, const int64_t* places = nullptr)
       : p_(p),
         g_(g),
+        places_(places),
         first_token_(first_token),
         token_(token),
         tokens_(tokens),
@@ -103,14 +107,26 @@ class DxTask {
   }
 
   void operator()() {
+    begin();
+    add_weight();
+    finish();
+  }
+
+ protected:
+  // The sums of the low-rank product.
+  void begin() {
     const int64_t rank = p_.lora.rank;
     if (p_.w.n == 0 && rank == 0) __builtin_memset(sums_, 0, static_cast<size_t>(tokens_ * width_) * sizeof(float));
     const int64_t most_ranks = shape_.piece_depth * W::kElements;
     for (int64_t r = 0; r < rank; r += most_ranks) add_ranks(r, min(most_ranks, rank - r));
-    if (rank && p_.lora.dropout.active()) drop_sums(p_.lora.dropout, sums_, token_, tokens_, p_.w.k, column_, columns_);
-    add_weight();
+    if (rank && p_.lora.dropout.active()) {
+      drop_sums(p_.lora.dropout, sums_, [this](int64_t t) { return place(t); }, tokens_, p_.w.k, column_, columns_);
+    }
+  }
+  int64_t place(int64_t t) const { return places_ ? places_[token_ + t] : token_ + t; }  // of the task's token t
+  void finish() {
     for (int64_t t = 0; t < tokens_; ++t) {
-      T* const out = static_cast<T*>(p_.dx) + (token_ + t) * p_.w.k + column_;
+      T* const out = static_cast<T*>(p_.dx) + place(t) * p_.w.k + column_;
       for (int64_t c = 0; c < columns_; c += kGroup) {
         F v[4];
         load_sums(sums_, tokens_, t, c, width_, v);
@@ -151,8 +167,10 @@ class DxTask {
         });
   }
 
+ protected:
   const LinearDxProblem& p_;
   const T* const g_;
+  const int64_t* const places_;
   const int64_t first_token_, token_, tokens_, column_, columns_, width_;
   const DxShape shape_{p_};
   const int64_t scale_floats_ = ScaledPiece::arrays(p_.w) * shape_.scale_floats();
@@ -161,9 +179,31 @@ class DxTask {
   float *sums_, *scales_;
 };
 
+// Runs run_task(token, tokens of the task, column, columns) for rectangles that cover `tokens` tokens and all columns,
+// which are multiples of `unit`.
+template <class RunTask>
+void run_dx_tasks(const Pool& pool, const LinearDxProblem& p, int64_t unit, int64_t tokens, const RunTask& run_task) {
+  const Grid grid = make_grid(pool.threads, p.w.k, DxShape(p).most_columns, unit, tokens, kMostTokens);
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t column = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
+      run_task(token, min(grid.tokens.size, tokens - token), column, min(grid.rows.size, p.w.k - column));
+    }
+  };
+  pool(grid.tasks(), 1, body);
+}
+
+// The dx of `tokens` tokens from `first` on, whose g are given.
+template <class W, class T>
+void dx_with_g(const Pool& pool, const LinearDxProblem& p, const T* g, int64_t first, int64_t tokens,
+               const int64_t* places = nullptr) {
+  run_dx_tasks(pool, p, kGroup, tokens, [&](int64_t token, int64_t of_task, int64_t column, int64_t columns) {
+    DxTask<W, T>(p, g, first, first + token, of_task, column, columns, places)();
+  });
+}
+
 template <class W, class T>
 void dx(const Pool& pool, const LinearDxProblem& p) {
-  const DxShape shape(p);
   const int64_t some = p.lora.rank && !p.g ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
   const int64_t g_bytes = some * p.lora.rank * static_cast<int64_t>(sizeof(T));
   T* const g = static_cast<T*>(p.g ? p.g : scratch(ScratchUse::kCall, g_bytes));
@@ -174,16 +214,7 @@ void dx(const Pool& pool, const LinearDxProblem& p) {
       low_rank<W, Factor::kFeatureByRank>(pool, dy, first, tokens, p.w.n, b, 0, p.lora.rank, p.lora.scaling,
                                           LowRankOut<T>{g, p.lora.rank, 1});
     }
-    const Grid grid = make_grid(pool.threads, p.w.k, shape.most_columns, kGroup, tokens, kMostTokens);
-    auto body = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t column = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-        DxTask<W, T> task(p, g, first, first + token, min(grid.tokens.size, tokens - token), column,
-                          min(grid.rows.size, p.w.k - column));
-        task();
-      }
-    };
-    pool(grid.tasks(), 1, body);
+    dx_with_g<W, T>(pool, p, g, first, tokens);
   }
 }
 

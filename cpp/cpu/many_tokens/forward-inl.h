@@ -49,7 +49,7 @@ struct StripShape {
 inline constexpr int64_t kStripScales = ScaledPiece::scale_floats(StripShape::kMostRows, 2 * kMostLaneWords / kLanes);
 
 // y of tokens [token, token + tokens) and weight rows [row, row + rows). Weight rows are broadcast, tokens are the
-// lanes. `h` begins at token `first_token`.
+// lanes. `h` begins at token `first_token`. If there are `places`, token t of y is row places[t].
 template <class W, class T>
 class ForwardTask {
  public:
@@ -58,8 +58,15 @@ class ForwardTask {
   static constexpr int64_t kBytes = 4 * (StripShape::kPanelWords + kMostLaneWords + kMostSums + 2 * kStripScales);
 
   ForwardTask(const LinearProblem& p, const T* h, int64_t first_token, int64_t token, int64_t tokens, int64_t row,
-              int64_t rows)
-      : p_(p), h_(h), first_token_(first_token), token_(token), tokens_(tokens), row_(row), rows_(rows) {
+              int64_t rows, const int64_t* places = nullptr)
+      : p_(p),
+        h_(h),
+        places_(places),
+        first_token_(first_token),
+        token_(token),
+        tokens_(tokens),
+        row_(row),
+        rows_(rows) {
     const int64_t offset_floats = p.w.scales.offsets ? 2 * kStripScales : 0;
     Carver memory(scratch(ScratchUse::kThread, kTaskBytes + 4 * offset_floats));
     strip_ = memory.take<Word>(StripShape::kPanelWords);
@@ -76,13 +83,21 @@ class ForwardTask {
     const int64_t most_columns = kMostLaneWords / round_up(tokens_, kLanes) * W::kElements;
     const int64_t columns = max(most_columns / pieces_.size, 1) * pieces_.size;
     for (int64_t c = 0; c < p_.w.k; c += columns) add_columns(c, min(columns, p_.w.k - c));
+    finish();
+  }
+
+ protected:
+  // Adds the low-rank product and the bias, and stores y.
+  void finish() {
+    const int64_t rank = p_.lora.rank;
     for (int64_t r = 0; r < rank; r += kDepth * W::kElements) add_ranks(r, min(kDepth * W::kElements, rank - r));
     if constexpr (W::kWords > 1) add_words();
     const T* bias = p_.bias ? static_cast<const T*>(p_.bias) + row_ : nullptr;
     for (int64_t t = 0; t < tokens_; t += kTileLanes) {
       const int64_t some = min(tokens_ - t, kTileLanes);
       store_transposed(sums_ + t * rows_, rows_, tile_width(some), some, bias,
-                       static_cast<T*>(p_.y) + (token_ + t) * p_.w.n + row_, p_.w.n);
+                       static_cast<T*>(p_.y) + (places_ ? 0 : token_ + t) * p_.w.n + row_, p_.w.n,
+                       places_ ? places_ + token_ + t : nullptr);
     }
   }
 
@@ -133,8 +148,10 @@ class ForwardTask {
     }
   }
 
+ protected:
   const LinearProblem& p_;
   const T* const h_;
+  const int64_t* const places_;
   const int64_t first_token_, token_, tokens_, token_lanes_ = tokens_ * W::kWords, row_, rows_;
   const StripShape shape_{p_};
   const int64_t scale_floats_ = ScaledPiece::arrays(p_.w) * kStripScales;
@@ -143,9 +160,45 @@ class ForwardTask {
   float *sums_, *scales_;
 };
 
+// Runs run_task(token, tokens of the task, row, rows) for rectangles that cover `tokens` tokens and all rows.
+template <class RunTask>
+void run_forward_tasks(const Pool& pool, const Weight& w, int64_t tokens, const RunTask& run_task) {
+  constexpr int64_t kUnit = kAccumulators / 2;
+  const int64_t most_rows = kMostSums / min(round_up(tokens, kTileLanes), kMostTokens) / kUnit * kUnit;
+  const Grid grid = make_grid(pool.threads, w.n, most_rows, kUnit, tokens, kMostTokens);
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
+      run_task(token, min(grid.tokens.size, tokens - token), row, min(grid.rows.size, w.n - row));
+    }
+  };
+  pool(grid.tasks(), 1, body);
+}
+
+// Runs a ForwardTask with the word that suits the problem's number of tokens.
+template <class W, class T>
+void forward_task(const LinearProblem& p, const T* h, int64_t first_token, int64_t token, int64_t tokens, int64_t row,
+                  int64_t rows, const int64_t* places) {
+  static_assert(ForwardTask<W, T>::kBytes <= kTaskBytes);
+  if (p.m <= kLanes) {
+    ForwardTask<typename W::FewLanes, T>(p, h, first_token, token, tokens, row, rows, places)();
+  } else {
+    ForwardTask<W, T>(p, h, first_token, token, tokens, row, rows, places)();
+  }
+}
+
+// The forward of `tokens` tokens from `first` on, whose h are given. If there are `places`, token t of y is row
+// places[t].
+template <class W, class T>
+void forward_with_h(const Pool& pool, const LinearProblem& p, const T* h, int64_t first, int64_t tokens,
+                    const int64_t* places = nullptr) {
+  run_forward_tasks(pool, p.w, tokens, [&](int64_t token, int64_t of_task, int64_t row, int64_t rows) {
+    forward_task<W>(p, h, first, first + token, of_task, row, rows, places);
+  });
+}
+
 template <class W, class T>
 void forward(const Pool& pool, const LinearProblem& p) {
-  static_assert(ForwardTask<W, T>::kBytes <= kTaskBytes);
   const int64_t some = p.lora.rank && !p.h ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
   const int64_t h_bytes = some * p.lora.rank * static_cast<int64_t>(sizeof(T));
   T* const h = static_cast<T*>(p.h ? p.h : scratch(ScratchUse::kCall, h_bytes));
@@ -157,25 +210,7 @@ void forward(const Pool& pool, const LinearProblem& p) {
       low_rank<W, Factor::kRankByFeature>(pool, x, first, tokens, p.w.k, a, 0, p.lora.rank, p.lora.scaling,
                                           LowRankOut<T>{h, p.lora.rank, 1});
     }
-    constexpr int64_t kUnit = kAccumulators / 2;
-    const int64_t most_rows = kMostSums / min(round_up(tokens, kTileLanes), kMostTokens) / kUnit * kUnit;
-    const Grid grid = make_grid(pool.threads, p.w.n, most_rows, kUnit, tokens, kMostTokens);
-    auto body = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-        const auto compute = [&](auto word) {
-          ForwardTask<decltype(word), T> task(p, h, first, first + token, min(grid.tokens.size, tokens - token), row,
-                                              min(grid.rows.size, p.w.n - row));
-          task();
-        };
-        if (p.m <= kLanes) {
-          compute(typename W::FewLanes{});
-        } else {
-          compute(W{});
-        }
-      }
-    };
-    pool(grid.tasks(), 1, body);
+    forward_with_h<W, T>(pool, p, h, first, tokens);
   }
 }
 

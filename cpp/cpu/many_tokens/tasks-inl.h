@@ -79,10 +79,10 @@ class Scale {
 };
 
 // Stores the sums of one tile of lanes, [height][width] (multiply-inl.h), to a row-major matrix `out` [lanes, height],
-// lane by lane, and adds the bias of its row to each sum.
+// lane by lane, and adds the bias of its row to each sum. If there are `places`, lane l goes to row places[l].
 template <class T>
 void store_transposed(const float* sums, int64_t height, int64_t width, int64_t lanes, const T* bias, T* out,
-                      int64_t stride) {
+                      int64_t stride, const int64_t* places = nullptr) {
   for (int64_t l = 0; l < lanes; l += kLanes) {
     for (int64_t r = 0; r < height; r += kLanes) {
       F v[kLanes];
@@ -95,7 +95,8 @@ void store_transposed(const float* sums, int64_t height, int64_t width, int64_t 
         }
       }
       transpose(v);
-      for (int i = 0; i < kLanes && l + i < lanes; ++i) store_some(out + (l + i) * stride + r, v[i], height - r);
+      for (int i = 0; i < kLanes && l + i < lanes; ++i)
+        store_some(out + (places ? places[l + i] : l + i) * stride + r, v[i], height - r);
     }
   }
 }

@@ -11,6 +11,7 @@
 namespace qlora::cpu::QLORA_ISA::parts {
 
 extern const Codec codec;
+extern const Dense dense;
 
 // The kernels of each operator. A part defines those that its name says.
 template <Kernel>

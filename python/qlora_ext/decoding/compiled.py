@@ -31,6 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .._internal.untrusted import first_line
 from .._internal.version import VERSION
 from .._library import link_compiled_code
+from ..nn import Linear16bit
 from .cache import clean, directory, is_complete, written
 
 # The keyword of transformers for a model's KV cache: "cache" in newer versions.
@@ -124,7 +125,7 @@ def _attention_of_one_token(lm: Any) -> Iterator[None]:
 def _head_of_one_token(lm: Any) -> Iterator[None]:
     """Computes the dense output head as sums in float32: a loop that is memory-bound, unlike torch's matmul."""
     head: Any = lm.get_output_embeddings()
-    is_plain = type(head) is nn.Linear and "forward" not in vars(head)
+    is_plain = type(head) in (nn.Linear, Linear16bit) and "forward" not in vars(head)
     if not is_plain:
         yield
         return

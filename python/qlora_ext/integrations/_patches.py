@@ -152,6 +152,16 @@ _LIST = (
         "counts as transformers' num_parameters does",
     ),
     Patch(
+        "peft.utils.other:ModulesToSaveWrapper.update",
+        "peft >= 0.19",
+        "trains a copy of a frozen weight in the 16 bits in which a float32 model stores it",
+    ),
+    Patch(
+        "peft.tuners.trainable_tokens.layer:TrainableTokensLayer.update_layer",
+        "peft >= 0.19",
+        "rounds trained rows to the 16 bits in which a float32 model stores the table",
+    ),
+    Patch(
         "peft.utils.other:ModulesToSaveWrapper.check_module",
         "peft >= 0.19",
         "requests a gradient of packed bytes",

@@ -2,6 +2,7 @@
 
 from .conversions import CONVERSIONS, conversion_of
 from .coverage_report import Coverage, check_something_is_4bit, coverage, report_coverage
+from .dense_16bit import Embedding16bit, Linear16bit, computing_in, set_compute_dtype
 from .dense_modules import DENSE_RULES, DenseModules, dense_modules, is_dense, paths_to
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, ExpertsLora, is_fused_experts
@@ -15,7 +16,7 @@ from .model import (
     tied_heads,
     to_be_quantized,
 )
-from .packed import SCALES, Packed4bit, computing_in, layers_of, scale_names
+from .packed import SCALES, Packed4bit, layers_of, scale_names
 
 __all__ = [
     "AFTER_QUANTIZE",
@@ -26,9 +27,11 @@ __all__ = [
     "Coverage",
     "DenseModules",
     "Embedding4bit",
+    "Embedding16bit",
     "Experts4bit",
     "ExpertsLora",
     "Linear4bit",
+    "Linear16bit",
     "Packed4bit",
     "TiedLinear4bit",
     "check_something_is_4bit",
@@ -45,6 +48,7 @@ __all__ = [
     "quantized",
     "report_coverage",
     "scale_names",
+    "set_compute_dtype",
     "tied_heads",
     "to_be_quantized",
 ]

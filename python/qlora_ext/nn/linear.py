@@ -33,7 +33,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     Args:
         in_features, out_features: K and N.
         bias: whether the layer has a bias [N].
-        compute_dtype: of the bias and the products; x is cast to it, and y back to x's dtype.
+        compute_dtype: of the products, and of a new bias; x is cast to it, and y back to x's dtype.
         block_size: elements per scale: a power of two from 16 to 4096.
         double_quant: whether the scales are stored in 8 bits.
         device: of the packed state; "meta" allocates nothing.
@@ -122,9 +122,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         module = cls(linear.in_features, linear.out_features, False, dtype, device="meta", **form)
         module.set_weight(module.quantize(linear.weight))
         if linear.bias is not None:
-            module.bias = nn.Parameter(
-                linear.bias.detach().to(module.compute_dtype), requires_grad=linear.bias.requires_grad
-            )
+            module.bias = nn.Parameter(linear.bias.detach(), requires_grad=linear.bias.requires_grad)
         module.stand_for(linear)
         module.train(linear.training)
         return module

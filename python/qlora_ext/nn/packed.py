@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -382,46 +381,6 @@ class PackedWeight4bit(Packed4bit):
     def set_weight(self, w4: Weight4bit) -> None:
         """Stores ``w4``, which has the dense weight's shape; see ``set_packed``."""
         self.set_packed("weight", w4)
-
-
-@contextlib.contextmanager
-def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Makes ``model`` compute in ``dtype`` inside the ``with`` statement, and then restores all its dtypes.
-
-    4-bit layers compute in ``dtype``, and tensors with a narrower floating dtype are cast to it. Wider tensors and
-    packed states do not change. Layers that are replaced meanwhile are not restored.
-
-    Example:
-        >>> model = qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 48)).bfloat16())
-        >>> with qlora_ext.nn.computing_in(model, torch.float32):
-        ...     y = model(torch.ones(64))
-        >>> y.dtype, model[0].compute_dtype
-        (torch.float32, torch.bfloat16)
-    """
-    layers = {layer: layer.compute_dtype for _, layer in layers_of(model)}
-    packed = {id(t) for layer in layers for t in layer.packed_state().values()}  # scales may be float16
-    tensors = {
-        name: t.dtype
-        for name, t in _tensors_of(model)
-        if t.is_floating_point() and t.itemsize < dtype.itemsize and id(t) not in packed
-    }
-    for layer in layers:
-        layer.compute_dtype = dtype
-    for name, t in _tensors_of(model):
-        if name in tensors:
-            t.data = t.data.to(dtype)
-    try:
-        yield
-    finally:
-        for name, t in _tensors_of(model):
-            if name in tensors and t.is_floating_point():
-                t.data = t.data.to(tensors[name])
-        for layer, before in layers.items():
-            layer.compute_dtype = before
-
-
-def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 def layers_of(model: nn.Module) -> Iterable[tuple[str, Packed4bit]]:

@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .._internal.dtype_names import AUTO
+from .._internal.dtype_names import AUTO, dtype_named
 from ..dtypes import computing_dtype_named
 from ..form import Form
 from ..integrations.peft.lora_config import lora_config
 from ..integrations.transformers.modules import empty_layer, packed_weights
-from ..nn import Packed4bit, places_in, quantize_model, scale_names
+from ..nn import Packed4bit, places_in, quantize_model, scale_names, set_compute_dtype
 from ..streaming import chunk_mlp, dense_mlps
 from ..streaming.loss import head_loss
 
@@ -85,8 +85,13 @@ class Job:
 
     @property
     def compute(self) -> torch.dtype:
-        """The dtype in which the model computes, which is also that of its dense weights."""
+        """The dtype in which the model computes."""
         return computing_dtype_named(self.dtype, torch.device("cpu" if self.host else "cuda"))
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype of the weights that are read. Large dense weights keep it (``nn.set_compute_dtype``)."""
+        return dtype_named(self.dtype)
 
 
 def process_bytes() -> float:
@@ -162,11 +167,13 @@ def build(job: Job, layers: int) -> Any:
         text.layer_types = text.layer_types[:layers]
     config.use_cache = False
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=job.compute)
+        model = AutoModelForCausalLM.from_config(config, dtype=job.stored)
         if job.forms is not None:
             _take_forms(model, job.forms, job.compute)
         else:
             quantize_model(model, **(job.form or Form(block_size=job.block_size)).keywords)
+        if job.stored != job.compute:
+            set_compute_dtype(model, job.compute)
         config = lora_config(model, job.rank, job.target_modules, list(job.modules_to_save))
         model = get_peft_model(model, config)
     if job.grad_checkpointing:
@@ -235,12 +242,12 @@ def _step(model: Any, job: Job) -> tuple[dict[str, int], dict[str, int]]:
 
 
 # A search asks for jobs that differ only in fields without an effect on the step.
-_measured: dict[tuple[str, torch.dtype, int], list[dict[str, float]]] = {}
+_measured: dict[tuple[str, tuple[torch.dtype, torch.dtype], int], list[dict[str, float]]] = {}
 
 
 def _measure(job: Job, layers: int) -> list[dict[str, float]]:
     same = dataclasses.replace(job, dtype="", host=False, optimizer="", devices=1, offload_checkpoints=False, stream="")
-    key = repr(same), job.compute, layers
+    key = repr(same), (job.stored, job.compute), layers
     if key not in _measured:
         model = build(job, layers)
         static = _static(model)

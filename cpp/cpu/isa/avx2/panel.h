@@ -7,6 +7,7 @@
 
 #include "cpp/cpu/isa/avx2/bfloat16.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
 
@@ -191,6 +192,96 @@ inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
 
 template <class W>
 using TwoWords = W;
+
+struct WordInt {
+  using Word = int32_t;
+  using Vector = U;
+  using Sum = U;
+  static Sum no_sum() { return _mm256_setzero_si256(); }
+  static Vector load(const Word* p) { return _mm256_loadu_si256(reinterpret_cast<const U*>(p)); }
+  static Vector broadcast(const Word* p) { return _mm256_set1_epi32(*p); }
+  // As intrinsics, GCC keeps most sums of a tile in memory.
+  static Sum multiply_add(Vector a, Vector b, Sum sum) {
+    Vector products;
+    __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=x"(products) : "x"(b), "x"(a));
+    return sum;
+  }
+  static F to_floats(Sum sum) { return _mm256_cvtepi32_ps(sum); }
+
+  template <class T>
+  static Vector round_row(const T* p, F inverse) {
+    const U low = _mm256_cvtps_epi32(mul(panel::load(p), inverse));
+    const U high = _mm256_cvtps_epi32(mul(panel::load(p + kLanes), inverse));
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
+  }
+  template <class T>
+  static F round_pairs(const T* p, F inverse) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(round_row(p, inverse), _mm256_broadcastsi128_si256(order)));
+  }
+  static void store(Word* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<U*>(p), v); }
+  static void store_bits(Word* p, F bits) { _mm256_storeu_si256(reinterpret_cast<U*>(p), _mm256_castps_si256(bits)); }
+
+  // The low and the high bytes of the values, in both halves: vpshufb looks up bytes.
+  struct Values {
+    U low, high;
+  };
+  static Values split_bytes(U values) {
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const U halves = _mm256_shuffle_epi8(values, _mm256_broadcastsi128_si256(order));
+    return {_mm256_permute4x64_epi64(halves, 0x88), _mm256_permute4x64_epi64(halves, 0xDD)};
+  }
+  static Values values_of(const int16_t* value) {
+    return split_bytes(_mm256_loadu_si256(reinterpret_cast<const U*>(value)));
+  }
+  static void decode_row(const Values& values, const uint8_t* packed, Word* out) {
+    const U bytes = _mm256_loadu_si256(reinterpret_cast<const U*>(packed)), mask = _mm256_set1_epi8(15);
+    const auto look_up = [&](U codes, Word* to) {
+      const U low = _mm256_shuffle_epi8(values.low, codes), high = _mm256_shuffle_epi8(values.high, codes);
+      _mm256_storeu_si256(reinterpret_cast<U*>(to), _mm256_unpacklo_epi8(low, high));
+      _mm256_storeu_si256(reinterpret_cast<U*>(to + 2 * kLanes), _mm256_unpackhi_epi8(low, high));
+    };
+    look_up(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), out);
+    look_up(_mm256_and_si256(bytes, mask), out + kLanes);
+  }
+  static constexpr int step_of(int word) {
+    const int quad = word / 2;
+    return quad % 8 / 4 * 2 * kLanes + word % 2 * kLanes + quad / 8 * 4 + quad % 4;
+  }
+
+  static void decode_lanes(const Table& values, const uint8_t* packed, const uint8_t* next, float scale,
+                           float next_scale, Word* out, int64_t tile_stride) {
+    U row[4], next_row[4];
+    decode_columns(values, packed, scale, row);
+    decode_columns(values, next, next_scale, next_row);
+    unroll<4>([&](auto j) {
+      const U low = _mm256_unpacklo_epi16(row[j.value], next_row[j.value]);
+      const U high = _mm256_unpackhi_epi16(row[j.value], next_row[j.value]);
+      Word* const to = out + j.value / 2 * tile_stride + j.value % 2 * kLanes;
+      store(to, _mm256_permute2x128_si256(low, high, 0x20));
+      store(to + 2 * tile_stride, _mm256_permute2x128_si256(low, high, 0x31));
+    });
+  }
+
+ private:
+  // Decodes 64 weights, rounded: vector j has elements 4i + j, those of the first and of the second group in its
+  // halves.
+  static void decode_columns(const Table& values, const uint8_t* packed, float scale, U (&out)[4]) {
+    const Table t = scaled(values, splat(scale));
+    const U integers = _mm256_packs_epi32(_mm256_cvtps_epi32(t.low), _mm256_cvtps_epi32(t.high));
+    const Values bytes = split_bytes(_mm256_permute4x64_epi64(integers, 0xD8));
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const U codes =
+        _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const U*>(packed)), _mm256_broadcastsi128_si256(order));
+    const U mask = _mm256_set1_epi8(15);
+    const auto look_up = [&](U code, U& first, U& second) {
+      const U low = _mm256_shuffle_epi8(bytes.low, code), high = _mm256_shuffle_epi8(bytes.high, code);
+      first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
+    };
+    look_up(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), out[0], out[2]);
+    look_up(_mm256_and_si256(codes, mask), out[1], out[3]);
+  }
+};
 
 }  // namespace panel
 }  // namespace

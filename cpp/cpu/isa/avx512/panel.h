@@ -214,6 +214,61 @@ struct TwoWords : W {
   }
 };
 
+struct WordInt {
+  using Word = int32_t;
+  using Vector = U;
+  using Sum = U;
+  static Sum no_sum() { return _mm512_setzero_si512(); }
+  static Vector load(const Word* p) { return _mm512_loadu_si512(p); }
+  static Vector broadcast(const Word* p) { return _mm512_set1_epi32(*p); }
+  static Sum multiply_add(Vector a, Vector b, Sum sum) { return _mm512_dpwssd_epi32(sum, a, b); }
+  static F to_floats(Sum sum) { return _mm512_cvtepi32_ps(sum); }
+
+  template <class T>
+  static Vector round_row(const T* p, F inverse) {
+    const U low = _mm512_cvtps_epi32(mul(panel::load(p), inverse));
+    const U high = _mm512_cvtps_epi32(mul(panel::load(p + kLanes), inverse));
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packs_epi32(low, high));
+  }
+  template <class T>
+  static F round_pairs(const T* p, F inverse) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    return _mm512_castsi512_ps(_mm512_shuffle_epi8(round_row(p, inverse), _mm512_broadcast_i32x4(order)));
+  }
+  static void store(Word* p, Vector v) { _mm512_storeu_si512(p, v); }
+  static void store_bits(Word* p, F bits) { _mm512_storeu_si512(p, _mm512_castps_si512(bits)); }
+
+  using Values = U;  // twice, so that bit 4 of an index does not matter
+  static Values values_of(const int16_t* value) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(value)));
+  }
+  static void decode_row(const Values& values, const uint8_t* packed, Word* out) {
+    const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), values));
+    _mm512_storeu_si512(out + kLanes, _mm512_permutexvar_epi16(bytes, values));
+  }
+  static constexpr int step_of(int word) { return word % 2 * kLanes + word / 2; }
+
+  // A lane looks up the codes in its halves in the tables of the two rows.
+  static void decode_lanes(const Table& values, const uint8_t* packed, const uint8_t* next, float scale,
+                           float next_scale, Word* out, int64_t tile_stride) {
+    const auto rounded = [&](float s) {
+      return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled(values, splat(s)).value));
+    };
+    const U table = _mm512_inserti64x4(_mm512_castsi256_si512(rounded(scale)), rounded(next_scale), 1);
+    const U codes = _mm512_or_si512(load_codes(packed), _mm512_slli_epi32(load_codes(next), 16));
+    const auto look_up = [&](U shifted) {  // 0xEA: (a & b) | c
+      return _mm512_permutexvar_epi16(
+          _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x000F000F), _mm512_set1_epi32(0x00100000), 0xEA),
+          table);
+    };
+    store(out, look_up(_mm512_srli_epi16(codes, 4)));
+    store(out + kLanes, look_up(codes));
+    store(out + tile_stride, look_up(_mm512_srli_epi16(codes, 12)));
+    store(out + tile_stride + kLanes, look_up(_mm512_srli_epi16(codes, 8)));
+  }
+};
+
 }  // namespace panel
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA

@@ -159,6 +159,104 @@ inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
 template <class W>
 using TwoWords = W;
 
+// Pairs of int16, multiplied and summed exactly in int32. A word of an operand is two elements of the summed dimension.
+// Of each kColumns elements the words are, in memory order, elements (4i, 4i + 2) and (4i + 1, 4i + 3).
+struct WordInt {
+  using Word = int32_t;
+  struct Vector {
+    Word lane[kLanes];
+  };
+  using Sum = Vector;
+  static Sum no_sum() { return {}; }
+  static Vector load(const Word* p) {
+    Vector v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = p[i];
+    return v;
+  }
+  static Vector broadcast(const Word* p) {
+    Vector v;
+    for (Word& lane : v.lane) lane = *p;
+    return v;
+  }
+  // The sums of the two products of each lane, added to `sum`.
+  static Sum multiply_add(Vector a, Vector b, Sum sum) {
+    for (int i = 0; i < kLanes; ++i)
+      sum.lane[i] += first_of(a.lane[i]) * first_of(b.lane[i]) + second_of(a.lane[i]) * second_of(b.lane[i]);
+    return sum;
+  }
+  static F to_floats(Sum sum) {
+    F v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = static_cast<float>(sum.lane[i]);
+    return v;
+  }
+
+  // 2 * kLanes elements, each times `inverse` and rounded: in memory order, or in words of a row (above). The latter
+  // are bits in an F, which transposes them.
+  template <class T>
+  static Vector round_row(const T* p, F inverse) {
+    Vector out;
+    for (int i = 0; i < kLanes; ++i)
+      out.lane[i] =
+          pair(nearest(to_float(p[2 * i]) * inverse.lane[0]), nearest(to_float(p[2 * i + 1]) * inverse.lane[0]));
+    return out;
+  }
+  template <class T>
+  static F round_pairs(const T* p, F inverse) {
+    F out;
+    for (int i = 0; i < kLanes; ++i) {
+      const T* const first = p + i / 2 * 4 + i % 2;
+      const Word word =
+          pair(nearest(to_float(first[0]) * inverse.lane[0]), nearest(to_float(first[2]) * inverse.lane[0]));
+      __builtin_memcpy(&out.lane[i], &word, sizeof(word));
+    }
+    return out;
+  }
+  static void store(Word* p, Vector v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = v.lane[i];
+  }
+  static void store_bits(Word* p, F bits) { __builtin_memcpy(p, &bits, sizeof(bits)); }
+
+  // The integers of a code, in the form from which a row's kColumns weights are decoded to words.
+  struct Values {
+    int16_t value[kCodes];
+  };
+  static Values values_of(const int16_t* value) {
+    Values v;
+    for (int i = 0; i < kCodes; ++i) v.value[i] = value[i];
+    return v;
+  }
+  static void decode_row(const Values& values, const uint8_t* packed, Word* out) {
+    const auto value = [&](int i) { return values.value[code_at(packed, i)]; };
+    for (int word = 0; word < 32; ++word) {
+      const int first = word / 2 * 4 + word % 2;
+      out[step_of(word)] = pair(value(first), value(first + 2));
+    }
+  }
+  // Where decode_row puts a word that is word `word` in memory order.
+  static constexpr int step_of(int word) { return word % 2 * 16 + word / 2; }
+
+  // Decodes kColumns weights of two rows to words (row, next row) of lanes, in tiles of two vectors that lie
+  // `tile_stride` words apart. Each value of the code is scaled and rounded. The order of the lanes is that of
+  // decode_lanes in float32: 4 * kLanes columns after the other, vector j with elements 4i + j.
+  static void decode_lanes(const Table& values, const uint8_t* packed, const uint8_t* next, float scale,
+                           float next_scale, Word* out, int64_t tile_stride) {
+    for (int column = 0; column < 64; ++column) {
+      const int vector = column / (4 * kLanes) * 4 + column % 4;
+      const auto decoded = [&](const uint8_t* row, float s) { return nearest(values.value[code_at(row, column)] * s); };
+      out[vector / 2 * tile_stride + vector % 2 * kLanes + column % (4 * kLanes) / 4] =
+          pair(decoded(packed, scale), decoded(next, next_scale));
+    }
+  }
+
+ private:
+  static int first_of(Word word) { return static_cast<int16_t>(word & 0xFFFF); }
+  static int second_of(Word word) { return static_cast<int16_t>(word >> 16); }
+  static Word pair(int first, int second) {
+    return static_cast<Word>((static_cast<uint32_t>(second) << 16) | (static_cast<uint32_t>(first) & 0xFFFFu));
+  }
+  static int nearest(float x) { return static_cast<int>(__builtin_lrintf(x)); }
+};
+
 }  // namespace panel
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA

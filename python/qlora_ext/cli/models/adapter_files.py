@@ -117,13 +117,16 @@ def _check_base_retained(model: Any, adapter: pathlib.Path) -> None:
 
 
 def _cast_saved(model: Any) -> None:
-    """Casts the modules that an adapter replaces in full to the dtype of the replaced modules."""
+    """Casts the modules that an adapter replaces in full to the dtype in which the replaced modules compute."""
     from peft.utils import ModulesToSaveWrapper
+
+    from ...nn.dense_16bit import Dense16bit
 
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            floats = (p.dtype for p in module.original_module.parameters() if p.is_floating_point())
-            module.modules_to_save.to(next(floats))
+            replaced = module.original_module
+            floats = (p.dtype for p in replaced.parameters() if p.is_floating_point())
+            module.modules_to_save.to(replaced.compute_dtype if isinstance(replaced, Dense16bit) else next(floats))
 
 
 @contextlib.contextmanager

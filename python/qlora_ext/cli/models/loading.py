@@ -72,10 +72,10 @@ def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
 
     Weights that transformers keeps in float32 stay in float32.
     """
-    from ...nn import layers_of
+    from ...nn import layers_of, set_compute_dtype
 
     if compute != dtype:
-        model.to(compute)
+        set_compute_dtype(model, compute)
     for _, layer in layers_of(model):
         layer.to(compute)
 
@@ -131,8 +131,8 @@ class Loader:
     Attributes:
         form: of the 4-bit weights.
         dtype: of the weights that are read, before some of them are quantized.
-        compute: the dtype in which the model computes, if it differs from ``dtype``. Dense weights are then cast to it;
-            4-bit weights stay those of ``dtype``.
+        compute: the dtype in which the model computes, if it differs from ``dtype``. Dense weights are then cast to it,
+            except those that ``nn.set_compute_dtype`` keeps; 4-bit weights stay those of ``dtype``.
         embeddings: quantize embeddings too, each with the output head that is tied to it.
         rest: quantize also the layers whose weights a GGUF file does not store in 4 bits.
         served: the format for which an adapter is trained merge-aware. Dense weights are quantized to it, if possible.

@@ -26,9 +26,10 @@ class ModelSize:
 
 def model_size(model: Any) -> ModelSize:
     """The size of a 4-bit model's weights. A tensor that several modules share counts once."""
-    from ...nn import Packed4bit, scale_names
+    from ...nn import Packed4bit, layers_of, scale_names
 
     parameters = dense = stored = 0
+    itemsize = max((layer.compute_dtype.itemsize for _, layer in layers_of(model)), default=0)
     seen: set[int] = set()
     for module in model.modules():
         shapes = module.packed_shapes if isinstance(module, Packed4bit) else {}
@@ -41,5 +42,5 @@ def model_size(model: Any) -> ModelSize:
             if name not in scales:
                 count = math.prod(shapes[name]) if name in shapes else tensor.numel()
                 parameters += count
-                dense += count * (module.compute_dtype.itemsize if name in shapes else tensor.element_size())
+                dense += count * (itemsize if name in shapes else max(itemsize, tensor.element_size()))
     return ModelSize(parameters, dense, stored)

@@ -17,8 +17,10 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
+from ...nn.dense_16bit import Dense16bit, widen
 from .._patches import extend
 from .base_file import is_4bit
+from .dense_16bit import merging_in_compute_dtype, widen_written
 from .embedding import LoraEmbedding4bit
 from .experts import LoraExperts4bit, without_dropout
 from .linear import READERS, LoraLinear4bit, OverLinear4bit, decoded, reader
@@ -92,6 +94,8 @@ def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: A
     target_name, parent = args[0], args[1]
     _refuse_mixture(config, target, target_name)
     if not isinstance(target, Linear4bit):
+        if isinstance(_base_of(target), Dense16bit):  # the method's code may read or write the weight
+            widen(_base_of(target))
         original(self, config, name, target, *args, **kwargs)
         return
     dense = decoded(target)
@@ -139,7 +143,9 @@ def _create_new_module(original: Any, lora_config: Any, adapter_name: str, targe
     if isinstance(target, Linear4bit):
         return LoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
     over = _create_over_weights(target, adapter_name, lora_config, **kwargs)
-    return over if over is not None else original(lora_config, adapter_name, target, **kwargs)
+    if over is None:
+        over = merging_in_compute_dtype(original(lora_config, adapter_name, target, **kwargs))
+    return over
 
 
 @extend("peft.tuners.lora:LoraModel._create_and_replace")
@@ -155,6 +161,7 @@ def _create_and_replace(
 ) -> None:
     _refuse_mixture(config, target, target_name)
     parameter, base = kwargs.get("parameter_name"), _base_of(target)
+    widen_written(base, config, parameter)
     if parameter is None or isinstance(base, Experts4bit) or not is_4bit(self.model):
         original(self, config, name, target, target_name, parent, **kwargs)
         for layer in getattr(parent, target_name).modules():  # PEFT moves adapters to the device of the packed weight

@@ -15,7 +15,7 @@ from ...checkpoints.compressed_tensors_files import joined_layers
 from ...fingerprint import fingerprint
 from ...form import Form
 from ...formats import FLOAT32, NESTED8, NF4, SERVED_FORMATS
-from ...nn import Experts4bit, Linear4bit, TiedLinear4bit, layers_of
+from ...nn import Experts4bit, Linear4bit, Linear16bit, TiedLinear4bit, layers_of
 from ...weight import Weight4bit, quantize
 from .linear import LoraLinear4bit
 
@@ -52,7 +52,7 @@ def _fits(width: int, code: str) -> bool:
 
 
 def _is_dense_lora(module: nn.Module) -> bool:
-    return isinstance(module, DenseLoraLinear) and type(module.base_layer) is nn.Linear
+    return isinstance(module, DenseLoraLinear) and type(module.base_layer) in (nn.Linear, Linear16bit)
 
 
 def serve_in(peft_model: Any, code: str) -> None:

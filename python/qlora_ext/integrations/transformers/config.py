@@ -168,10 +168,11 @@ class QLoRAConfig(QuantizationConfigMixin):
         block_size: elements per scale: a power of two from 16 to 4096.
         double_quant: whether the scales are stored in 8 bits, in blocks of ``nested_block_size``.
         nested_block_size: scales per nested scale: from 1 to 2^20.
-        compute_dtype: dtype of the quantized layers' products and biases. "auto", the default, is the model's dtype,
-            but float32 for a bfloat16 model on a CPU without bfloat16 arithmetic (AVX512-BF16, AMX, ARM's BF16), and
-            float16 on such a GPU (T4). Dense bfloat16 layers are slow there too, so load the model with
-            ``dtype=torch.float32`` or ``torch.float16``.
+        compute_dtype: dtype of the quantized layers' products. "auto", the default, is the model's dtype, except for a
+            bfloat16 model on a processor without bfloat16 arithmetic. On such a CPU (one without AVX512-BF16, AMX or
+            ARM's BF16) it is float32, and dense linear layers multiply in float32 too. Attention and norms stay in
+            bfloat16 and are slow there, unless ``qlora_ext.nn.set_compute_dtype(model, torch.float32)`` makes the whole
+            model compute in float32. On such a GPU (T4) it is float16; load the model with ``dtype=torch.float16``.
         skip_modules: names of modules that stay dense, with everything inside them: full names, last parts of names, or
             regular expressions. The default is the output heads of language models, classifiers and question-answering
             models. With ``[]``, every linear layer outside towers is quantized. Layers whose weight is tied to an

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...nn import Embedding4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
+from ...nn.dense_16bit import Dense16bit
 from .._patches import extend
 
 
@@ -43,9 +44,11 @@ def num_parameters(original: Any, self: Any, only_trainable: bool = False, exclu
 @extend("transformers.modeling_utils:PreTrainedModel.dtype")
 def dtype(original: Any, self: Any) -> torch.dtype:
     for module in self.modules():
-        packed = module.packed_state() if isinstance(module, Packed4bit) else ()
+        stored = [*module.packed_state()] if isinstance(module, Packed4bit) else []
+        if isinstance(module, Dense16bit):  # the model may compute in another dtype
+            stored = ["weight"]
         for name, p in module._parameters.items():
-            if p is not None and p.is_floating_point() and name not in packed:
+            if p is not None and p.is_floating_point() and name not in stored:
                 found: torch.dtype = p.dtype
                 return found
     fallback: torch.dtype = original(self)

@@ -24,6 +24,7 @@ from ...nn import (
     paths_to,
     places_in,
 )
+from ...nn.dense_16bit import to_dense_classes
 from .conv1d import Conv1D4bit
 
 
@@ -92,7 +93,10 @@ def empty_layer(module: nn.Module, compute_dtype: torch.dtype, form: Form) -> Pa
     n, k = module.weight.shape  # type: ignore[misc]
     if cls is Conv1D4bit:
         n, k = k, n
-    layer = cls(k, n, bias=module.bias is not None, **options)
+    layer = cls(k, n, bias=False, **options)
+    if module.bias is not None:  # it keeps its dtype
+        bias = torch.empty_like(module.bias, device="meta")  # type: ignore[arg-type]
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     if isinstance(module, nn.Linear):
         layer.stand_for(module)
     return layer
@@ -258,4 +262,5 @@ def dequantize_modules(model: Any, dtype: torch.dtype | str | None = None) -> An
             add_hook_to_module(dense, hook)
         for parent, child, _ in places[layer]:
             setattr(parent, child, dense)
+    to_dense_classes(model)
     return model

@@ -32,6 +32,7 @@ from ...nn import (
     report_coverage,
     tied_heads,
 )
+from ...nn.dense_16bit import multiply_in_float32
 from ...streaming import stream
 from ...weight import Weight4bit
 from .._patches import extend
@@ -305,6 +306,8 @@ class QLoRAQuantizer(HfQuantizer):
         if not self.pre_quantized:
             report_coverage(model, self._asked(model), stacklevel=2)
         self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
+        if compute_dtype_of(model) == torch.float32:
+            multiply_in_float32(model)
         self.save_packed_state(model)
         if not self._saves_source:
             self.qlora_config.record(forms_of(model))

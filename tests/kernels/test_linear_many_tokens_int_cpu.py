@@ -1,0 +1,119 @@
+"""many_tokens_int: which tokens and parts of a weight it leaves to float32, and that each depends on itself alone.
+
+QLORA_CPU_KERNEL, which conftest.py sets for the whole run, is read by every call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import isas
+import qlora_ext
+from qlora_ext import _C, NF4Weight
+
+test_on = isas.test_on
+OPS = torch.ops.qlora
+FORWARD, DX = "linear_nf4", "linear_nf4_dx"
+CASES = [(FORWARD, torch.bfloat16), (FORWARD, torch.float16), (DX, torch.bfloat16)]
+M, SUMMED, OUTPUTS, RANK = 80, 1152, 640, 5  # several pieces of x and slices of dy
+UNEVEN = [3, 17, 18, 40, 41, 69]  # the tokens of tokens() that integers cannot serve
+
+pytestmark = pytest.mark.skipif(not _C.kernels(FORWARD)["many_tokens_int"], reason="the set has no such kernel")
+each_case = pytest.mark.parametrize(("op", "dtype"), CASES, ids=lambda v: str(v))
+Run = Callable[..., Tensor]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    assert "QLORA_CPU_KERNEL" in os.environ, "it must be there before the first call"
+
+    def call(kernel: str, op: str, x: Tensor, w4: NF4Weight, rank: int = RANK, dropout: float = 0.2) -> Tensor:
+        monkeypatch.setenv("QLORA_CPU_KERNEL", kernel)
+        g = torch.Generator().manual_seed(3)
+        n, k = w4.shape
+        bias, a, b = (torch.randn(shape, generator=g).to(x.dtype) for shape in ((n,), (rank, k), (n, rank)))
+        adapter = (a if rank else None, b if rank else None, 0.01, dropout, 7)
+        if op == DX:
+            return OPS.linear_nf4_dx(x, *w4.packed_args(), k, *adapter)
+        return OPS.linear_nf4(x, *w4.packed_args(), n, bias, *adapter)
+
+    return call
+
+
+def matrix() -> Tensor:
+    """[OUTPUTS, SUMMED]: W for the forward, and transposed for dX."""
+    return torch.randn(OUTPUTS, SUMMED, generator=torch.Generator().manual_seed(1))
+
+
+def quantized(op: str, w: Tensor) -> NF4Weight:
+    return qlora_ext.quantize_nf4(w if op == FORWARD else w.T.contiguous(), double_quant=False)
+
+
+def tokens(dtype: torch.dtype) -> Tensor:
+    x = torch.randn(M, SUMMED, generator=torch.Generator().manual_seed(2))
+    x[3, 5] = 1e4  # an outlier
+    x[17, : SUMMED // 2] = 0
+    x[18, 64:70] = float("nan")
+    x[40, SUMMED - 1] = float("inf")
+    x[41, 400:700] *= 1e-4
+    x[42] = 0
+    x[60] = x[60].sign()  # the sum of every chain of products is as large as it can be
+    x[69, 0] = 3e4
+    return x.to(dtype)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@each_case
+def test_tokens_that_integers_cannot_serve_get_the_bits_of_float32(run: Run, op: str, dtype: torch.dtype) -> None:
+    w4, x = quantized(op, matrix()), tokens(dtype)
+    y, in_float = (run(kernel, op, x, w4) for kernel in ("many_tokens_int", "many_tokens_float"))
+    assert same(y[UNEVEN], in_float[UNEVEN])
+    differ = [i for i in range(M) if not same(y[i], in_float[i])]
+    assert sorted({*differ, *UNEVEN, 42}) == list(range(M)), "integers serve all others"
+
+
+@each_case
+def test_a_token_depends_on_itself_alone(run: Run, op: str, dtype: torch.dtype) -> None:
+    w4, x = quantized(op, matrix()), tokens(dtype)
+    y = run("many_tokens_int", op, x, w4, RANK, 0.0)
+    even = [i for i in range(M) if i not in UNEVEN]
+    for chosen in (torch.randperm(M).tolist(), even, UNEVEN + even[:62]):  # more than 64 tokens
+        assert same(run("many_tokens_int", op, x[chosen], w4, RANK, 0.0), y[chosen])
+
+
+@each_case
+def test_outputs_that_depend_on_a_few_weights_get_the_bits_of_float32(run: Run, op: str, dtype: torch.dtype) -> None:
+    w, x = matrix(), tokens(dtype)
+    few = [0, 7, 8, 9, 63] if op == FORWARD else [0]
+    for i in few:
+        w[i] = 0
+        w[i, i : i + 3] = 1.0
+    w[150] = 0 if op == FORWARD else w[150]
+    w4 = quantized(op, w)
+    y, in_float = (run(kernel, op, x, w4) for kernel in ("many_tokens_int", "many_tokens_float"))
+    assert same(y[:, few], in_float[:, few])
+    assert not same(y[:, 70], in_float[:, 70])
+    # An infinite scale reaches its own outputs.
+    outputs = [100] if op == FORWARD else list(range(64, 128))
+    w4.packed_args()[1][100 * SUMMED // 64 if op == FORWARD else 1] = float("inf")
+    infinite = run("many_tokens_int", op, x, w4)
+    others = [i for i in range(OUTPUTS) if i not in outputs]
+    assert same(infinite[:, others], y[:, others])
+    assert not infinite[:, outputs].isfinite().any()
+
+
+def test_weight_rows_of_very_different_size(run: Run) -> None:
+    """dX: a slice that holds few large rows is not rounded to steps of the largest."""
+    w = matrix()
+    w[:, 64:] *= 1e-3
+    w4, dy = quantized(DX, w), torch.randn(65, SUMMED, generator=torch.Generator().manual_seed(6)).bfloat16()
+    y, in_float = (run(kernel, DX, dy, w4, 0) for kernel in ("many_tokens_int", "many_tokens_float"))
+    assert torch.equal(y, in_float)
