@@ -23,6 +23,7 @@ from .model import (
     to_be_quantized,
 )
 from .packed import SCALES, Packed4bit, computing_in, layers_of, scale_names
+from .products import multiply_in_bfloat16
 
 __all__ = [
     "AFTER_QUANTIZE",
@@ -48,6 +49,7 @@ __all__ = [
     "is_dense",
     "is_fused_experts",
     "layers_of",
+    "multiply_in_bfloat16",
     "multiply_in_float32",
     "paths_to",
     "places_in",
