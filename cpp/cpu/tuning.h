@@ -183,26 +183,29 @@ constexpr Kernel few_tokens_kernel(const LinearProblem& p, const Cpu& cpu) {
   return accepts(Kernel::kFewTokensInt, p) ? Kernel::kFewTokensInt : Kernel::kFewTokensFloat;
 }
 
-// One group of tokens of the float32 kernel: with two, which decode W twice, panels are ahead (kMaxFloatTokens of
-// isa/<set>/stream.h).
-constexpr int64_t most_float_tokens(const Cpu& cpu) { return cpu.has(kAvx512f) ? 8 : 4; }
+// Beyond this the float32 kernel, which decodes W again for each group of tokens (kMaxFloatTokens of
+// isa/<set>/stream.h), is behind panels: after one group with AVX-512, two with AVX2 (Zen 3, one thread, 4096x4096, 5
+// tokens: 5.0 ms against 6.7, 8: 6.6 against 6.7; 1536x576, 8: 0.40 against 0.39, 12: 0.57 against 0.53).
+inline constexpr int64_t kMostFloatTokens = 8;
 
-// dx, measured likewise. Float32 has no kernel for few tokens. Up to 16 tokens where columns can be taken 64 at a time,
-// with pairs 6 (6 tokens 0.83 ms against 0.87, 8: 1.10 against 0.97). Elsewhere AVX-512 is ahead up to 8 tokens and
-// AVX2 up to 16, or 4 where many tokens are multiplied as integers (1536x576, 8 tokens: 0.49 ms
-// against 0.28), with pairs 4; against tiles 8 (1536x576, 8 tokens 108 us against 115, 12: 141 against 114), and 16 of
-// ragged rows; and 6 where rows of W begin inside a lane, since sums are then kept for up to eight
-// shifts. On ARM, from llvm-mca as above: 3 tokens, and 1 with pairs.
+// dx, measured likewise. Float32 has no kernel for few tokens. With AVX-512 up to 16 tokens where columns can be taken 64
+// at a time, with pairs 6 (6 tokens 0.83 ms against 0.87, 8: 1.10 against 0.97). Elsewhere AVX-512 is ahead up to 8
+// tokens, with pairs 4; against tiles 8 (1536x576, 8 tokens 108 us against 115, 12: 141 against 114), and 16 of ragged
+// rows; and 6 where rows of W begin inside a lane, since sums are then kept for up to eight shifts. AVX2 (Zen 3, one
+// thread) is ahead up to 3 tokens where many are multiplied as integers (1536x576, 3 tokens: 0.23 ms against 0.24, 4:
+// 0.30 against 0.26), up to 4 where panels decode whole groups (4: 0.30 against 0.36, 5: 0.39 against 0.37), and else up
+// to 8 (1000x1000, 8: 0.64 against 0.67, 10: 0.84 against 0.71). On ARM, from llvm-mca as above: 3 tokens, and 1 with
+// pairs.
 constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
   if (!k16Bit.has(p.dtype)) return 0;
   if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 1 : 3;
   if (!cpu.has(kAvx2)) return 0;
+  constexpr int64_t kPanelGroup = 32;  // weights that AVX2 panels decode at once
+  if (!cpu.has(kAvx512f)) return multiplies_int_pairs(p, cpu) ? 3 : p.w.k % kPanelGroup ? 8 : 4;
   const bool integers = accepts(Kernel::kFewTokensInt, p);
   if (has_tiles(p.dtype, cpu)) return integers ? 8 : p.w.k % 8 ? 6 : 16;
   if (multiplies_pairs(p.dtype, cpu)) return integers ? 6 : 4;
-  if (integers) return 16;
-  if (!cpu.has(kAvx512f) && multiplies_int_pairs(p, cpu)) return 4;
-  return p.w.k % 8 ? 6 : cpu.has(kAvx512f) ? 8 : 16;
+  return integers ? 16 : p.w.k % 8 ? 6 : 8;
 }
 
 // The kernels for many tokens, which take everything; those in pairs leave what is out of their range to the others.
@@ -219,7 +222,7 @@ constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
   Choice c;
   if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
     const Kernel kernel = few_tokens_kernel(p, cpu);
-    if (kernel != Kernel::kFewTokensFloat || p.m <= most_float_tokens(cpu)) c.add(kernel);
+    if (kernel != Kernel::kFewTokensFloat || p.m <= kMostFloatTokens) c.add(kernel);
   }
   add_many_tokens(p, cpu, &c);
   return c;

@@ -51,6 +51,33 @@ def computing_dtype(dtype: torch.dtype, device: torch.device | str | int | None)
     return torch.float16 if gpu_without_bfloat16(device) else dtype
 
 
+def integer_products() -> bool:
+    """Whether the CPU kernels in use multiply bfloat16 as pairs of integers, which takes less time than float32.
+
+    Example:
+        >>> from qlora_ext import dtypes
+        >>> dtypes.integer_products() in (True, False)
+        True
+    """
+    return "many_tokens_int" in _C.choose("linear_nf4", "bfloat16", 1024, 1024, 1024)
+
+
+def layers_dtype(dtype: torch.dtype, computing: torch.dtype, device: torch.device | str | int | None) -> torch.dtype:
+    """The compute dtype of 4-bit layers in a model that computes in ``computing``, which is usually ``computing``.
+
+    The exception is a model with bfloat16 weights that computes in float32, because the CPU lacks bfloat16 arithmetic.
+    If the CPU multiplies bfloat16 as integers, its 4-bit layers compute in bfloat16.
+
+    Args:
+        dtype: of the model's weights.
+        computing: ``computing_dtype`` of them.
+        device: the device that computes; None is the CPU.
+    """
+    device = torch.device("cpu" if device is None else device)
+    replaced = dtype == torch.bfloat16 and computing == torch.float32 and device.type == "cpu"
+    return dtype if replaced and integer_products() else computing
+
+
 def computing_dtype_named(name: str, device: torch.device | str | int | None) -> torch.dtype:
     """The dtype of that name, such as "bf16". "auto" is ``computing_dtype`` of bfloat16 on ``device``.
 

@@ -89,6 +89,17 @@ def test_a_token_depends_on_itself_alone(run: Run, op: str, dtype: torch.dtype) 
         assert same(run("many_tokens_int", op, x[chosen], w4, RANK, 0.0), y[chosen])
 
 
+@pytest.mark.parametrize("run_length", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_do_not_overflow(run: Run, dtype: torch.dtype, run_length: int) -> None:
+    """The products of large values fill some chains, whatever columns a chain sums; the others have small ones."""
+    is_large = torch.arange(SUMMED) // run_length % 2 == 0
+    x = torch.where(is_large, 1.0, 1 / 15).repeat(3, 1).to(dtype)
+    y = run("many_tokens_int", FORWARD, x, quantized(FORWARD, torch.ones(64, SUMMED)), 0)
+    in_float = run("many_tokens_float", FORWARD, x, quantized(FORWARD, torch.ones(64, SUMMED)), 0)
+    assert torch.allclose(y, in_float, rtol=2 * torch.finfo(dtype).eps)
+
+
 @each_case
 def test_outputs_that_depend_on_a_few_weights_get_the_bits_of_float32(run: Run, op: str, dtype: torch.dtype) -> None:
     w, x = matrix(), tokens(dtype)

@@ -35,6 +35,14 @@ def with_bfloat16() -> None:
     dtypes.native_bfloat16 = lambda: True
 
 
+@pytest.fixture(params=[False, True], ids=["float32", "integers"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """In which dtype 4-bit layers multiply on a simulated processor without bfloat16 arithmetic."""
+    monkeypatch.setattr(dtypes, "native_bfloat16", lambda: False)
+    monkeypatch.setattr(dtypes, "integer_products", lambda: request.param)
+    return torch.bfloat16 if request.param else torch.float32
+
+
 @pytest.fixture
 def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dtypes, "native_bfloat16", lambda: False)
@@ -76,6 +84,41 @@ def test_computing_dtype(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     assert dtypes.computing_dtype(torch.float32, CPU) == torch.float32
 
 
+def test_the_dtype_of_4bit_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    for integers in (False, True):
+        monkeypatch.setattr(dtypes, "integer_products", lambda integers=integers: integers)
+        for device in (CPU, "cpu", None):
+            assert dtypes.layers_dtype(bf16, f32, device) == (bf16 if integers else f32)
+            for dtype in (bf16, f16, f32):  # the model's own dtype
+                assert dtypes.layers_dtype(dtype, dtype, device) == dtype
+        assert dtypes.layers_dtype(bf16, f32, "cuda") == f32
+        assert dtypes.layers_dtype(bf16, f16, "cuda") == f16
+
+
+@pytest.mark.parametrize(
+    ("isa", "integers"), [("scalar", False), ("avx2", True), ("avx512", True), ("avx512_bf16", False)]
+)
+def test_integer_products(monkeypatch: pytest.MonkeyPatch, isa: str, integers: bool) -> None:
+    choose = dtypes._C.choose
+    monkeypatch.setattr(dtypes._C, "choose", lambda *problem: choose(*problem, isa=isa))
+    assert dtypes.integer_products() == integers
+
+
+def test_4bit_layers_multiply_in_bfloat16_in_a_float32_model() -> None:
+    torch.manual_seed(0)
+    dense = torch.nn.Sequential(torch.nn.Embedding(100, 320), torch.nn.Linear(320, 256), torch.nn.Linear(256, 64))
+    model = qlora_ext.quantize_model(dense, embeddings=True)
+    ids = torch.arange(64)
+    exact = model(ids)
+    qlora_ext.nn.multiply_in_bfloat16(model)
+    assert [layer.compute_dtype for _, layer in layers_of(model)] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    y = model(ids)
+    assert y.dtype == torch.float32
+    assert 0 < (y - exact).norm() < 4e-3 * exact.norm()
+    assert torch.equal(model.float()(ids), exact)
+
+
 @pytest.mark.parametrize(("capability", "lacks_bfloat16"), [((7, 5), True), ((8, 0), False), ((12, 0), False)])
 def test_computing_dtype_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], lacks_bfloat16: bool
@@ -109,10 +152,13 @@ def computes_in(model: torch.nn.Module) -> set[torch.dtype]:
     return {layer.compute_dtype for _, layer in layers_of(model)}
 
 
-def test_a_model_without_bfloat16(laptop: None, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_a_model_without_bfloat16(
+    products: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     make("llama").bfloat16().save_pretrained(tmp_path / "dense")
     model = loaded(tmp_path / "dense", quantization_config=qlora_ext.QLoRAConfig())
-    assert computes_in(model) == {torch.float32}
+    assert computes_in(model) == {products}
+    assert type(model.lm_head) is qlora_ext.nn.Linear16bit  # multiplies in float32 either way
     assert {layer.weight_dtype for _, layer in layers_of(model)} == {torch.bfloat16}
     assert model.dtype == torch.bfloat16
     assert model.dequantize().dtype == torch.bfloat16
@@ -121,7 +167,7 @@ def test_a_model_without_bfloat16(laptop: None, monkeypatch: pytest.MonkeyPatch,
     model.save_pretrained(tmp_path / "4bit")
     assert json.loads((tmp_path / "4bit/config.json").read_text())["quantization_config"]["compute_dtype"] == "auto"
     again = loaded(tmp_path / "4bit")
-    assert computes_in(again) == {torch.float32}
+    assert computes_in(again) == {products}
     monkeypatch.setattr(dtypes, "native_bfloat16", lambda: True)
     elsewhere = loaded(tmp_path / "4bit")
     assert computes_in(elsewhere) == {torch.bfloat16}

@@ -95,14 +95,29 @@ class TokenRounding {
     return 8 * large >= 3 * nonzero && 8 * at_least(largest / (2 * kSpread)) >= 5 * nonzero &&
            8 * at_least(largest / (16 * kSpread)) >= 7 * nonzero && 4 * nonzero >= 3 * count;
   }
+  // 1 for the columns of a group that belong to a chain, and 0 for the others: the words of a group are not multiplied
+  // in the order of memory.
+  struct Chains {
+    static constexpr int kCount = kIntColumns / kChainColumns;
+    float member[kCount][kIntColumns] = {};
+
+    constexpr Chains() {
+      for (int c = 0; c < kIntColumns; ++c) member[panel::WordInt::step_of(c / 4 * 2 + c % 2) / kIntChain<T>][c] = 1.0f;
+    }
+  };
   static float largest_chain(const T* x, int64_t columns) {
+    static constexpr Chains kChains;
     float largest = 0.0f;
-    for (int64_t chain = 0; chain < columns; chain += kChainColumns) {
-      stream::Floats sums = stream::zero();
-      for (int64_t c = chain; c < chain + kChainColumns; c += stream::kLanes)
-        sums = stream::add(sums, stream::absolute(stream::load(x + c, stream::kLanes)));
-      const float sum = stream::sum(sums);
-      largest = sum > largest ? sum : largest;
+    for (int64_t group = 0; group < columns; group += kIntColumns) {
+      for (const auto& member : kChains.member) {
+        stream::Floats sums = stream::zero();
+        for (int64_t c = 0; c < kIntColumns; c += stream::kLanes) {
+          const stream::Floats size = stream::absolute(stream::load(x + group + c, stream::kLanes));
+          sums = Chains::kCount == 1 ? stream::add(sums, size) : stream::fma(size, stream::load(member + c), sums);
+        }
+        const float sum = stream::sum(sums);
+        largest = sum > largest ? sum : largest;
+      }
     }
     return largest;
   }

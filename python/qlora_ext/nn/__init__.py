@@ -17,6 +17,7 @@ from .model import (
     to_be_quantized,
 )
 from .packed import SCALES, Packed4bit, layers_of, scale_names
+from .products import multiply_in_bfloat16
 
 __all__ = [
     "AFTER_QUANTIZE",
@@ -42,6 +43,7 @@ __all__ = [
     "is_dense",
     "is_fused_experts",
     "layers_of",
+    "multiply_in_bfloat16",
     "paths_to",
     "places_in",
     "quantize_model",

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .._internal.dtype_names import AUTO, dtype_named
-from ..dtypes import computing_dtype_named
+from ..dtypes import computing_dtype_named, layers_dtype
 from ..form import Form
 from ..integrations.peft.lora_config import lora_config
 from ..integrations.transformers.modules import empty_layer, packed_weights
-from ..nn import Packed4bit, places_in, quantize_model, scale_names, set_compute_dtype
+from ..nn import Packed4bit, multiply_in_bfloat16, places_in, quantize_model, scale_names, set_compute_dtype
 from ..streaming import chunk_mlp, dense_mlps
 from ..streaming.loss import head_loss
 
@@ -86,7 +86,12 @@ class Job:
     @property
     def compute(self) -> torch.dtype:
         """The dtype in which the model computes."""
-        return computing_dtype_named(self.dtype, torch.device("cpu" if self.host else "cuda"))
+        return computing_dtype_named(self.dtype, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return torch.device("cpu" if self.host else "cuda")
 
     @property
     def stored(self) -> torch.dtype:
@@ -174,6 +179,8 @@ def build(job: Job, layers: int) -> Any:
             quantize_model(model, **(job.form or Form(block_size=job.block_size)).keywords)
         if job.stored != job.compute:
             set_compute_dtype(model, job.compute)
+        if layers_dtype(job.stored, job.compute, job.device) != job.compute:
+            multiply_in_bfloat16(model)
         config = lora_config(model, job.rank, job.target_modules, list(job.modules_to_save))
         model = get_peft_model(model, config)
     if job.grad_checkpointing:

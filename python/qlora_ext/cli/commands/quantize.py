@@ -132,7 +132,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         print(mixed.summary())
     weights = model_size(model)
     print(
-        f"{output.path}: {weights.dense_bytes / 1e6:.1f} MB in {arguments.dtype} -> "
+        f"{output.path}: {weights.dense_bytes(dtype) / 1e6:.1f} MB in {arguments.dtype} -> "
         f"{weights.bytes / 1e6:.1f} MB in 4 bits"
     )
     return 0

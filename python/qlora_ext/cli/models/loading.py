@@ -68,16 +68,19 @@ def stored_forms(source: ModelSource, config: Any) -> dict[str, Form] | None:
 
 
 def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
-    """Makes a model with weights in ``dtype`` compute in ``compute``.
+    """Makes a model with weights in ``dtype`` compute in ``compute``, and its 4-bit layers in their ``layers_dtype``.
 
     Weights that transformers keeps in float32 stay in float32.
     """
-    from ...nn import layers_of, set_compute_dtype
+    from ...dtypes import layers_dtype
+    from ...nn import layers_of, multiply_in_bfloat16, set_compute_dtype
 
     if compute != dtype:
         set_compute_dtype(model, compute)
     for _, layer in layers_of(model):
         layer.to(compute)
+    if layers_dtype(dtype, compute, model.device) != compute:
+        multiply_in_bfloat16(model)
 
 
 def _load(source: ModelSource, weights: GGUFWeights | None, shown: bool, **options: Any) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def dense_share(model: Any) -> str | None:
@@ -17,19 +20,21 @@ def dense_share(model: Any) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """A model's size: the number of parameters, their bytes if dense in the compute dtype, and their actual bytes."""
+    """A model's size: the number of parameters, and their bytes."""
 
     parameters: int
-    dense_bytes: int
     bytes: int
+
+    def dense_bytes(self, dtype: torch.dtype) -> int:
+        """The bytes of the same parameters, all of them dense in ``dtype``."""
+        return self.parameters * dtype.itemsize
 
 
 def model_size(model: Any) -> ModelSize:
     """The size of a 4-bit model's weights. A tensor that several modules share counts once."""
-    from ...nn import Packed4bit, layers_of, scale_names
+    from ...nn import Packed4bit, scale_names
 
-    parameters = dense = stored = 0
-    itemsize = max((layer.compute_dtype.itemsize for _, layer in layers_of(model)), default=0)
+    parameters = stored = 0
     seen: set[int] = set()
     for module in model.modules():
         shapes = module.packed_shapes if isinstance(module, Packed4bit) else {}
@@ -40,7 +45,5 @@ def model_size(model: Any) -> ModelSize:
             seen.add(id(tensor))
             stored += tensor.nbytes
             if name not in scales:
-                count = math.prod(shapes[name]) if name in shapes else tensor.numel()
-                parameters += count
-                dense += count * (itemsize if name in shapes else max(itemsize, tensor.element_size()))
-    return ModelSize(parameters, dense, stored)
+                parameters += math.prod(shapes[name]) if name in shapes else tensor.numel()
+    return ModelSize(parameters, stored)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...dtypes import layers_dtype
 from ...form import Form
 from ...formats import SERVED_FORMATS
 from ...streaming import chunk_mlp, dense_mlps
@@ -38,9 +39,10 @@ def load(run: Run) -> None:
     model = _base(run, compute)
     run.identify("base", digest_of_model(model), f"--model {run.source.name}")
     size = model_size(model)
+    dense = size.dense_bytes(compute)
     run.report(
-        f"weights {size.dense_bytes / 1e6:.1f} MB in {name_of(compute)} -> {size.bytes / 1e6:.1f} MB in 4 bits "
-        f"({size.dense_bytes / size.bytes:.2f} times smaller, including the dense embeddings)"
+        f"weights {dense / 1e6:.1f} MB in {name_of(compute)} -> {size.bytes / 1e6:.1f} MB in 4 bits "
+        f"({dense / size.bytes:.2f} times smaller, including the dense embeddings)"
     )
     if coverage_note := dense_share(model):
         run.report(coverage_note)
@@ -67,6 +69,8 @@ def _computing_dtype(run: Run) -> torch.dtype:
     if run.resumes and (began := read_marker(run.directory).get(_COMPUTING)) is not None:
         chosen, why = parse_computing_dtype(str(began), run.device), ", as at the start of the run"
     run.digests[_COMPUTING] = name_of(chosen)
+    layers = layers_dtype(parse_dtype(dtype), chosen, run.device)
+    why += f"; 4-bit layers multiply in {name_of(layers)}" if layers != chosen else ""
     run.report(f"computing in {name_of(chosen)} on {run.device}{why}")
     return chosen
 

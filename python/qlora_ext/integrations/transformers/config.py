@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ... import _library, bitsandbytes_format
 from ..._internal.sizes import parse_size
-from ...dtypes import computing_dtype
+from ...dtypes import computing_dtype, layers_dtype
 from ...form import Form
 from ...formats import NF4, READ_IN
 from ...streaming import SOURCES
@@ -158,6 +158,13 @@ if TYPE_CHECKING:
         served: str | None
 
 
+def default_device(device: torch.device | str | int | None) -> torch.device | str | int:
+    """``device``, or the GPU if there is one, because models may load on the CPU and move."""
+    if device is not None:
+        return device
+    return "cuda" if _library.cuda_error is None and torch.cuda.is_available() else "cpu"
+
+
 class QLoRAConfig(QuantizationConfigMixin):
     """Quantize to NF4 while loading: ``from_pretrained(path, quantization_config=QLoRAConfig())``.
 
@@ -291,13 +298,12 @@ class QLoRAConfig(QuantizationConfigMixin):
         """The dtype in which the 4-bit modules of a model that has the given dtype compute.
 
         Args:
-            device: the device that computes. The default is the GPU if there is one, because models may load on the CPU
-                and move.
+            device: the device that computes; the default is ``default_device``.
         """
-        if device is None:
-            device = "cuda" if _library.cuda_error is None and torch.cuda.is_available() else "cpu"
-        chosen = self.compute_dtype
-        return chosen if isinstance(chosen, torch.dtype) else computing_dtype(model_dtype, device)
+        chosen, device = self.compute_dtype, default_device(device)
+        if isinstance(chosen, torch.dtype):
+            return chosen
+        return layers_dtype(model_dtype, computing_dtype(model_dtype, device), device)
 
     def record(self, forms: Mapping[str, Form]) -> None:
         """Records the forms of a model's layers, which may come from a checkpoint, by the layers' names.
