@@ -82,6 +82,7 @@ uint32_t processor_features() {
   add(kAvx2, ymm && extended.ebx >> 5 & 1);
   add(kFma, ymm && base.ecx >> 12 & 1);
   add(kF16c, ymm && base.ecx >> 29 & 1);
+  add(kAvxVnni, ymm && extended.eax >= 1 && more.eax >> 4 & 1);
   add(kAvx512f, zmm && extended.ebx >> 16 & 1);
   add(kAvx512bw, zmm && extended.ebx >> 30 & 1);
   add(kAvx512vl, zmm && extended.ebx >> 31 & 1);
