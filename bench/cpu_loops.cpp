@@ -12,6 +12,9 @@
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 #include "cpp/cpu/few_tokens/forward_bf16-inl.h"
 #endif
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#include "cpp/cpu/few_tokens/forward_matrices-inl.h"
+#endif
 
 using namespace qlora;
 using namespace qlora::cpu::QLORA_ISA;
@@ -77,6 +80,13 @@ void multiply_int(const many_tokens::IntPanels& in, float* sums, WeightLinePrefe
 }
 #endif
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#ifdef __ARM_FEATURE_MATMUL_INT8
+using MatrixProducts = few_tokens::MatrixProducts<bfloat16>;
+FEW_TOKENS(few_tokens_matrix, MatrixProducts, 1)
+FEW_TOKENS(few_tokens_matrix, MatrixProducts, 2)
+FEW_TOKENS(few_tokens_matrix, MatrixProducts, 4)
+FEW_TOKENS(few_tokens_matrix, MatrixProducts, 6)
+#endif
 using Bf16Products = few_tokens::Bf16Products<stream::HalfOrder>;
 FEW_TOKENS(few_tokens_bf16, Bf16Products, 1)
 FEW_TOKENS(few_tokens_bf16, Bf16Products, 6)

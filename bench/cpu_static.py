@@ -50,6 +50,7 @@ ARM_LOOPS = [
     ("few_tokens_float_4", "neon", 64, 4, "the same"),
     ("few_tokens_bf16_1", "neon_bf16", 64, 1, "decode and multiply, bfloat16"),
     ("few_tokens_bf16_6", "neon_bf16", 64, 6, "the same"),
+    *((f"few_tokens_matrix_{i}", "neon_i8mm", 128, i, "two rows, by matrices of bytes") for i in (1, 2, 4, 6)),
     ("decode_float", "neon", 32, 0, "many tokens: decode to a panel of float32"),
     ("multiply_float", "neon", 6, 16, "many tokens: multiply float32"),
     ("decode_bf16", "neon_bf16", 32, 0, "many tokens: decode to a panel of bfloat16, table of a scale included"),
@@ -151,9 +152,11 @@ def symbol(name: str) -> str:
     kind, _, tokens = name.removeprefix("few_tokens_").partition("_")
     if name.startswith("few_tokens"):
         return rf"accumulateILi{tokens}E.*{kind.capitalize()}Products"
-    return {"multiply_float": "multiply_tile.*WordF32", "multiply_bf16": "multiply_tile.*WordBf16"}.get(
-        name, rf"^{name}$|{name}_tile"
-    )
+    functions = {"decode": "decode_rows", "multiply": "multiply_tile"}
+    words = {"float": "WordF32", "bf16": "WordBf16"}
+    kind, _, word = name.partition("_")
+    called = rf"{functions[kind]}.*{words[word]}" if kind in functions and word in words else rf"{name}_tile"
+    return rf"^{name}$|{called}"
 
 
 def version(command: str, pattern: str) -> str:
