@@ -45,11 +45,11 @@ void multiply(const typename W::Word* broadcast, const typename W::Word* lanes, 
 
 }  // namespace
 
-#define FEW_TOKENS(name, Products, tokens)                                                                        \
-  void name##_##tokens(const Products& products, const few_tokens::RowSegments& segments, int64_t rows,           \
-                       const Products::X* x, const float* scale, few_tokens::FirstChunks* first, float* sums) {   \
-    constexpr int kRows = tokens <= Products::kMaxPairedTokens ? 2 : 1;                                           \
-    few_tokens::accumulate<tokens, kRows, Products>(products, segments, rows, x, scale, first, sums);             \
+#define FEW_TOKENS(name, Products, tokens)                                                                      \
+  void name##_##tokens(const Products& products, const few_tokens::RowSegments& segments, int64_t rows,         \
+                       const Products::X* x, const float* scale, few_tokens::FirstChunks* first, float* sums) { \
+    constexpr int kRows = tokens <= Products::kMaxPairedTokens ? 2 : 1;                                         \
+    few_tokens::accumulate<tokens, kRows, Products>(products, segments, rows, x, scale, first, sums);           \
   }
 using IntProducts = few_tokens::IntProducts<bfloat16, stream::HalfOrder, false>;
 using FloatProducts = few_tokens::FloatProducts<false>;

@@ -1,4 +1,4 @@
-"""Estimates the speed of CPU kernels for processors that are not at hand: counts instructions, and cycles with llvm-mca.
+"""Estimates the speed of CPU kernels on other processors: counts instructions, and cycles with llvm-mca.
 
     python bench/cpu_static.py aarch64|x86_64 [--peer FILE.s FUNCTION WEIGHTS NAME]...
 
@@ -175,8 +175,9 @@ def main() -> None:
     print(f"Inner loops as {compiled_by} compiles them; cycles by llvm-mca, {mca}.")
     print("A loop over tokens counts each weight once per token.")
     print("Cycles: simulated (bound by the units alone).\n")
-    print("| loop | what it does | tokens | instructions / weights | per weight | " + " | ".join(processor.models) + " |")
-    print("|" + " --- |" * (5 + len(processor.models)))
+    columns = ("loop", "what it does", "tokens", "instructions / weights", "per weight", *processor.models)
+    print("| " + " | ".join(columns) + " |")
+    print("|" + " --- |" * len(columns))
     assembly = {isa: compiled(isa, args.machine) for isa in dict.fromkeys(isa for _, isa, *_ in table)}
     for name, isa, weights, tokens, what in table:
         body = inner_loop(assembly[isa], symbol(name), processor)

@@ -170,7 +170,7 @@ constexpr bool multiplies_byte_matrices(const LinearProblem& p, const Cpu& cpu) 
 // 1024x1000, 12: 127 us against 142).
 //
 // On ARM nothing has been measured. The bounds are from cycles of the inner loops by llvm-mca for Neoverse N1 and V2
-// (docs/arm_static.md), which agree: decoding 64 weights for panels costs what two to three groups of tokens
+// (docs/cpu_static.md), which agree: decoding 64 weights for panels costs what two to three groups of tokens
 // cost in registers. So one group of 4 tokens; with pairs, whose groups are of 6 tokens and half as dear, two groups; and
 // four groups of 6 by matrices of bytes where many tokens are multiplied in float32.
 constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {

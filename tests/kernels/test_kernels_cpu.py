@@ -198,7 +198,7 @@ CHOICES = [  # operator, type, m, n, k, block size, set -> kernels
     ("linear_nf4", "float16", 24, 96, 333, 64, "avx2", ["few_tokens_int", "many_tokens_float"]),
     ("linear_nf4", "float16", 25, 96, 333, 64, "avx2", ["many_tokens_float"]),
     ("linear_nf4", "bfloat16", 20, 96, 320, 64, "avx_vnni", ["few_tokens_int", "many_tokens_int"]),
-    ("linear_nf4_dx", "bfloat16", 5, 256, 320, 64, "avx_vnni", ["many_tokens_int"]),
+    ("linear_nf4_dx", "bfloat16", 17, 256, 320, 64, "avx_vnni", ["many_tokens_int"]),
     ("linear_nf4", "float32", 8, 96, 320, 64, "avx512", ["few_tokens_float", "many_tokens_float"]),
     ("linear_nf4", "float32", 5, 96, 320, 64, "avx2", ["many_tokens_float"]),
     ("linear_nf4", "bfloat16", 10, 9, 320, 64, "avx512_bf16", ["few_tokens_int", *MANY_BF16]),

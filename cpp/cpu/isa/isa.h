@@ -48,9 +48,8 @@ inline constexpr Isa kNeonBf16Isa = {"neon_bf16", kNeonIsa.needs | kArmBf16};
 inline constexpr Isa kNeonI8mmIsa = {"neon_i8mm", kNeonBf16Isa.needs | kArmI8mm};
 
 // The best come first: the first one that a processor supports is used.
-inline constexpr const Isa* kIsas[] = {&kNeonI8mmIsa,   &kNeonBf16Isa, &kNeonIsa,    &kAmxBf16Isa,
-                                       &kAvx512Bf16Isa, &kAvx512Isa,   &kAvxVnniIsa, &kAvx2Isa,
-                                       &kScalarIsa};
+inline constexpr const Isa* kIsas[] = {&kNeonI8mmIsa, &kNeonBf16Isa, &kNeonIsa, &kAmxBf16Isa, &kAvx512Bf16Isa,
+                                       &kAvx512Isa,   &kAvxVnniIsa,  &kAvx2Isa, &kScalarIsa};
 
 QLORA_EXPORT bool compiled(const Isa&);              // whether this build has it
 QLORA_EXPORT bool supported(const Isa&);             // whether it is compiled and this processor has its features

@@ -62,9 +62,9 @@ struct RowPair {
 inline RowPair decode(Chunk row, Chunk next, const DigitCodebook& book) {
   RowPair out;
   const auto words = [](uint8x16_t x) { return vreinterpretq_u64_u8(x); };
-  const uint64x2_t bytes[4] = {
-      vzip1q_u64(words(row.low), words(next.low)), vzip2q_u64(words(row.low), words(next.low)),
-      vzip1q_u64(words(row.high), words(next.high)), vzip2q_u64(words(row.high), words(next.high))};
+  const uint64x2_t bytes[4] = {vzip1q_u64(words(row.low), words(next.low)), vzip2q_u64(words(row.low), words(next.low)),
+                               vzip1q_u64(words(row.high), words(next.high)),
+                               vzip2q_u64(words(row.high), words(next.high))};
   unroll<kMatrices>([&](auto i) {
     const uint8x16_t both = vreinterpretq_u8_u64(bytes[i / 2]), codes = i % 2 ? high_nibbles(both) : low_nibbles(both);
     out.upper[i] = vreinterpretq_s8_u8(vqtbl1q_u8(book.upper, codes));
