@@ -3,7 +3,6 @@
 
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/parts/parts.h"
-#include "cpp/cpu/tuning.h"
 
 namespace qlora::cpu {
 namespace {

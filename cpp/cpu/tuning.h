@@ -153,8 +153,7 @@ constexpr bool multiplies_int_pairs(const Problem& p, const Cpu& cpu) {
 
 // Matrices of bytes hold integers, so the same minimum applies.
 constexpr bool multiplies_byte_matrices(const LinearProblem& p, const Cpu& cpu) {
-  return cpu.has(kArmI8mm) && p.w.k >= kLeastRowWeights && has_byte_matrices(p.w) &&
-         accepts(Kernel::kFewTokensInt, p);
+  return cpu.has(kArmI8mm) && p.w.k >= kLeastRowWeights && has_byte_matrices(p.w) && accepts(Kernel::kFewTokensInt, p);
 }
 
 // The kernels for many tokens decode W once for all tokens, and those for few once for each group that registers can
@@ -171,8 +170,8 @@ constexpr bool multiplies_byte_matrices(const LinearProblem& p, const Cpu& cpu) 
 //
 // On ARM nothing has been measured. The bounds are from cycles of the inner loops by llvm-mca for Neoverse N1 and V2
 // (docs/cpu_static.md), which agree: decoding 64 weights for panels costs what two to three groups of tokens
-// cost in registers. So one group of 4 tokens; with pairs, whose groups are of 6 tokens and half as dear, two groups; and
-// four groups of 6 by matrices of bytes where many tokens are multiplied in float32.
+// cost in registers. So one group of 4 tokens; with pairs, whose groups are of 6 tokens and half as dear, two groups;
+// and four groups of 6 by matrices of bytes where many tokens are multiplied in float32.
 constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
   if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 12 : multiplies_byte_matrices(p, cpu) ? 24 : 4;
   constexpr int64_t kPanelGroup = 64;  // weights that AVX-512 panels decode at once, in rows that begin with a group

@@ -12,7 +12,6 @@
 #include "cpp/cpu/isa/byte_matrices.h"
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/shared/instruction_set.h"
-#include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -39,12 +38,11 @@ struct MatrixProducts : IntProducts<T, MatrixOrder, false, kLargestOfDigits> {
   }
   template <int kRows>
   static void multiply_add(const RowPair& rows, const int16_t* x, const Floats (&scale)[kRows], Floats (&sums)[kRows]) {
-    const float32x4_t product = stream::products(rows, x);
-    unroll<kRows>([&](auto w) { sums[w].low = vfmaq_f32(sums[w].low, product, scale[w].low); });
+    stream::multiply_add(rows, x, scale, sums);
   }
   template <int row>
   static Floats lanes_of_row(Floats sums) {
-    return stream::lanes_of_row<row>(sums.low);
+    return stream::lanes_of_row<row>(sums);
   }
 };
 

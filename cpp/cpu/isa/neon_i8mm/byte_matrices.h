@@ -73,20 +73,23 @@ inline RowPair decode(Chunk row, Chunk next, const DigitCodebook& book) {
   return out;
 }
 
-// 256 * (products with upper digits of w) + products with lower digits, in the lanes above.
-inline float32x4_t products(const RowPair& rows, const int16_t* x) {
+// sums[w] += scale[w] * the products of both rows with eight x of each matrix, in the lanes above: 256 * (products with
+// upper digits of w) + products with lower digits. The lanes of a chunk have the same scale.
+template <int kRows>
+inline void multiply_add(const RowPair& rows, const int16_t* x, const Floats (&scale)[kRows], Floats (&sums)[kRows]) {
   int32x4_t upper = vdupq_n_s32(0), lower = upper;
   unroll<kMatrices>([&](auto i) {
     const int8x16_t digits = vld1q_s8(reinterpret_cast<const int8_t*>(x) + 16 * i);
     upper = vmmlaq_s32(upper, rows.upper[i], digits);
     lower = vmmlaq_s32(lower, rows.lower[i], digits);
   });
-  return vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(upper, 8), lower));
+  const float32x4_t products = vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(upper, 8), lower));
+  unroll<kRows>([&](auto w) { sums[w].low = vfmaq_f32(sums[w].low, products, scale[w].low); });
 }
 // The lanes of `sums` that belong to one row of a pair, as lanes whose sum is that of the row.
 template <int row>
-inline Floats lanes_of_row(float32x4_t sums) {
-  const float32x2_t of_row = row ? vget_high_f32(sums) : vget_low_f32(sums);
+inline Floats lanes_of_row(Floats sums) {
+  const float32x2_t of_row = row ? vget_high_f32(sums.low) : vget_low_f32(sums.low);
   return {vcombine_f32(vmul_f32(of_row, float32x2_t{256.0f, 1.0f}), vdup_n_f32(0.0f)), vdupq_n_f32(0.0f)};
 }
 
