@@ -94,6 +94,8 @@ inline constexpr int kIntColumns = 64;
 constexpr bool has_int_columns(const Weight& w) {
   return w.n > 0 && w.k > 0 && has_one_scale_per(kIntColumns, w) && !w.scales.offsets && int_codes(w.code).serves;
 }
+// Whether few tokens can be multiplied by the weight in matrices of bytes: each chunk has one scale.
+constexpr bool has_byte_matrices(const Weight& w) { return has_one_scale_per(64, w) && !w.scales.offsets; }
 constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
   if (kernel == Kernel::kManyTokensInt) return p.m > 0 && has_int_columns(p.w);
@@ -149,6 +151,11 @@ constexpr bool multiplies_int_pairs(const Problem& p, const Cpu& cpu) {
          has_long_sums(p) && accepts(Kernel::kManyTokensInt, p);
 }
 
+// Matrices of bytes hold integers, so the same minimum applies.
+constexpr bool multiplies_byte_matrices(const LinearProblem& p, const Cpu& cpu) {
+  return cpu.has(kArmI8mm) && p.w.k >= kLeastRowWeights && has_byte_matrices(p.w) && accepts(Kernel::kFewTokensInt, p);
+}
+
 // The kernels for many tokens decode W once for all tokens, and those for few once for each group that registers can
 // sum; the former are ahead from some number of tokens on, and sooner where they multiply pairs. Plain C++ has no
 // look-up worth decoding in registers for.
@@ -162,10 +169,11 @@ constexpr bool multiplies_int_pairs(const Problem& p, const Cpu& cpu) {
 // 1024x1000, 12: 127 us against 142).
 //
 // On ARM nothing has been measured. The bounds are from cycles of the inner loops by llvm-mca for Neoverse N1 and V2
-// (docs/arm_static.md), which agree: decoding 64 weights for panels costs what two to three groups of tokens
-// cost in registers. So one group of 4 tokens; with pairs, whose groups are of 6 tokens and half as dear, two groups.
+// (docs/cpu_static.md), which agree: decoding 64 weights for panels costs what two to three groups of tokens
+// cost in registers. So one group of 4 tokens; with pairs, whose groups are of 6 tokens and half as dear, two groups;
+// and four groups of 6 by matrices of bytes where many tokens are multiplied in float32.
 constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
-  if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 12 : 4;
+  if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 12 : multiplies_byte_matrices(p, cpu) ? 24 : 4;
   constexpr int64_t kPanelGroup = 64;  // weights that AVX-512 panels decode at once, in rows that begin with a group
   if (!cpu.has(kAvx2)) return 0;
   if (has_tiles(p.dtype, cpu)) return p.w.k % 4 ? 8 : p.w.k % kPanelGroup ? 12 : 6;
@@ -176,8 +184,10 @@ constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
 
 // Of 16-bit types: integers, or on ARM pairs of bfloat16. SMLAL multiplies half as fast as FMLA, and beyond 2 tokens
 // that costs more than decoding to float32 does (V2: 64 weights and 2 tokens 20 cycles against 24, 3: 31 against 28).
+// Matrices of bytes are ahead of both (V2: 64 weights and 1 token 6.8 cycles against 9.7, 6: 23 against 25).
 constexpr Kernel few_tokens_kernel(const LinearProblem& p, const Cpu& cpu) {
   if (p.dtype == DType::kFloat32) return Kernel::kFewTokensFloat;
+  if (multiplies_byte_matrices(p, cpu)) return Kernel::kFewTokensInt;
   if (cpu.has(kAsimd) && multiplies_pairs(p.dtype, cpu) && !p.w.scales.offsets) return Kernel::kFewTokensBf16;
   if (p.w.k < kLeastRowWeights || (cpu.has(kAsimd) && p.m > 2)) return Kernel::kFewTokensFloat;
   return accepts(Kernel::kFewTokensInt, p) ? Kernel::kFewTokensInt : Kernel::kFewTokensFloat;

@@ -16,9 +16,9 @@ _ONEDNN_WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", 
 def native_bfloat16() -> bool:
     """Whether the CPU kernels in use, ours and torch's, have instructions that multiply bfloat16.
 
-    These are AVX512-BF16, AMX and ARM's BF16. Without them torch converts each bfloat16 value separately: a matmul
-    takes 3 to 8 times as long as in float32 (``docs/benchmarks.md``). ``QLORA_CPU_ISA`` and ``ONEDNN_MAX_CPU_ISA``
-    may rule the instructions out.
+    These are AVX512-BF16, AMX and ARM's BF16, which the set with I8MM includes. Without them torch converts each
+    bfloat16 value separately: a matmul takes 3 to 8 times as long as in float32 (``docs/benchmarks.md``).
+    ``QLORA_CPU_ISA`` and ``ONEDNN_MAX_CPU_ISA`` may rule the instructions out.
 
     Example:
         >>> import qlora_ext
@@ -26,7 +26,7 @@ def native_bfloat16() -> bool:
         True
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "DEFAULT")).upper()
-    return _C.cpu_isa().endswith("bf16") and limit.startswith(_ONEDNN_WITH_BF16)
+    return _C.cpu_isa().endswith(("bf16", "i8mm")) and limit.startswith(_ONEDNN_WITH_BF16)
 
 
 def gpu_without_bfloat16(device: torch.device) -> bool:

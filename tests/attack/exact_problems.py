@@ -208,7 +208,7 @@ def retained(name: str, a: Arguments) -> tuple[Tensor, Tensor]:
 # The error bound of a kernel before its result is rounded, for a single weight.
 
 
-def integers_forward(a: Arguments, largest: int = 32767) -> list[np.ndarray]:
+def integers_forward(a: Arguments, largest: int = 32639) -> list[np.ndarray]:
     x = np.abs(oracle.rows(a["x"]))
     w = np.abs(oracle.decoded(a, a["out_features"], x.shape[1]).astype(np.float64))
     step = x.max(1, initial=0.0) / largest

@@ -141,24 +141,28 @@ class LinearTest {
     const Operand h = as_operand(low_rank(dropped_x, transposed(a), kScaling, dtype));
     const Operand g = as_operand(low_rank(dy, b, kScaling, dtype));
 
-    LinearProblem forward;
     const Tensor x_tensor(dtype, x), dy_tensor(dtype, dy);
+    LinearProblem forward;
     forward.dtype = dtype, forward.m = m, forward.x = x_tensor.data(), forward.w = weights.weight();
     forward.bias = s.bias ? bias_tensor.data() : nullptr, forward.lora = lora;
-    std::vector<Product> products = {{given(x), transposed(w), {}}};
-    if (r) products.push_back({h, given(transposed(b)), {}});
-    check("linear_nf4", set_.forward, cpu::linear_nf4, forward,
-          {{m, n, sums(products, s.bias ? bias.value : std::vector<double>{}, dtype)}, {m, r, expected(h)}},
-          [](LinearProblem* p, std::vector<Tensor>& out) { p->y = out[0].data(), p->h = out[1].data(); });
+    if (has_kernels(set_.forward, dtype)) {
+      std::vector<Product> products = {{given(x), transposed(w), {}}};
+      if (r) products.push_back({h, given(transposed(b)), {}});
+      check("linear_nf4", set_.forward, cpu::linear_nf4, forward,
+            {{m, n, sums(products, s.bias ? bias.value : std::vector<double>{}, dtype)}, {m, r, expected(h)}},
+            [](LinearProblem* p, std::vector<Tensor>& out) { p->y = out[0].data(), p->h = out[1].data(); });
+    }
 
     LinearDxProblem dx;
     dx.dtype = dtype, dx.m = m, dx.dy = dy_tensor.data(), dx.w = weights.weight(), dx.lora = lora;
-    products = {{given(dy), w, {}}};
-    if (r) products.push_back({g, given(a), mask});
-    check("linear_nf4_dx", set_.dx, cpu::linear_nf4_dx, dx, {{m, k, sums(products, {}, dtype)}, {m, r, expected(g)}},
-          [](LinearDxProblem* p, std::vector<Tensor>& out) { p->dx = out[0].data(), p->g = out[1].data(); });
+    if (has_kernels(set_.dx, dtype)) {
+      std::vector<Product> products = {{given(dy), w, {}}};
+      if (r) products.push_back({g, given(a), mask});
+      check("linear_nf4_dx", set_.dx, cpu::linear_nf4_dx, dx, {{m, k, sums(products, {}, dtype)}, {m, r, expected(g)}},
+            [](LinearDxProblem* p, std::vector<Tensor>& out) { p->dx = out[0].data(), p->g = out[1].data(); });
+    }
 
-    if (r == 0) return;
+    if (r == 0 || !has_kernels(set_.dlora, dtype)) return;
     LoraGradProblem dlora;
     dlora.dtype = dtype, dlora.m = m, dlora.n = n, dlora.k = k, dlora.x = x_tensor.data(), dlora.dy = dy_tensor.data();
     dlora.lora = lora;
@@ -214,6 +218,13 @@ class LinearTest {
     int64_t rows, columns;
     Expected expected;
   };
+
+  template <class Problem>
+  static bool has_kernels(const KernelsFor<Problem>& kernels, DType dtype) {
+    for (const cpu::KernelInfo& info : cpu::kKernelInfo)
+      if (kernels[info.kernel] && info.types.has(dtype)) return true;
+    return false;
+  }
 
   static Expected expected(const Operand& o) { return {o.exact, o.formula, o.error, o.noise}; }
 

@@ -73,3 +73,10 @@ def test_every_fragment_compiles_alone(isa: str) -> None:
     with ThreadPoolExecutor(2) as pool:
         failures = [text for text in pool.map(lambda path: compile_alone(path, isa), paths) if text]
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("isa", ["avx_vnni", "neon_i8mm"])
+def test_the_loops_that_the_bench_counts_compile(isa: str) -> None:
+    if shutil.which(compiler(isa)) is None:
+        pytest.skip(f"there is no {compiler(isa)}")
+    assert compile_alone(ROOT / "bench/cpu_loops.cpp", isa) == ""

@@ -191,8 +191,8 @@ def dx(dy, w, lora_a, lora_b, scaling, dropout_p, seed, dtype: torch.dtype) -> E
 
 
 def forward_steps(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """[M, N]: the maximum error of an entry of y from rounding x to steps of its largest value over 32767."""
-    return 2.0**-16 * 1.001 * np.abs(x).max(axis=1, keepdims=True) * np.abs(w).sum(axis=1)
+    """[M, N]: the maximum error of an entry of y from rounding x to steps of its largest value over 32639."""
+    return 2.0**-16 * 1.005 * np.abs(x).max(axis=1, keepdims=True) * np.abs(w).sum(axis=1)
 
 
 def dx_steps(dy: np.ndarray, w: np.ndarray) -> np.ndarray:

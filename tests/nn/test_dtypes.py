@@ -54,6 +54,8 @@ def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
         ("avx512_bf16", None, True),
         ("amx_bf16", None, True),
         ("neon_bf16", None, True),
+        ("neon_i8mm", None, True),
+        ("avx_vnni", None, False),
         ("avx512", None, False),
         ("avx2", None, False),
         ("scalar", None, False),

@@ -41,6 +41,10 @@ struct RowSegments {
   bool starts_sums;  // the first segment overwrites the sums
 };
 
+// Whether codes are decoded and multiplied in pairs of rows (forward_matrices-inl.h), instead of row by row.
+template <class Products>
+concept MultipliesRowPairs = requires { Products::kMultipliesRowPairs; };
+
 alignas(64) inline constexpr float kZeros[kLanes] = {};
 
 // sums[i] += sum over segments s of scale_of_x[s][i] * (weight row · token i in s), lane by lane, for kTokens tokens
@@ -108,17 +112,22 @@ template <int kTokens, int kRows, class Products>
             __builtin_prefetch(at + prefetch_ahead, 0, 3);
           }
         });
-        unroll<kTokens>([&](auto i) {
-          Floats product[kRows];
-          Products::multiply(codes, segment_of_x + i * kChunk, product);
-          unroll<kRows>([&](auto w) {
-            if constexpr (Products::kOffsets == OffsetsEnter::kCodes) {
-              acc[i][w] = add(acc[i][w], product[w]);
-            } else {
-              acc[i][w] = fma(product[w], scale[w], acc[i][w]);
-            }
+        if constexpr (MultipliesRowPairs<Products>) {
+          const auto pair = products.pair(codes);
+          unroll<kTokens>([&](auto i) { Products::multiply_add(pair, segment_of_x + i * kChunk, scale, acc[i]); });
+        } else {
+          unroll<kTokens>([&](auto i) {
+            Floats product[kRows];
+            Products::multiply(codes, segment_of_x + i * kChunk, product);
+            unroll<kRows>([&](auto w) {
+              if constexpr (Products::kOffsets == OffsetsEnter::kCodes) {
+                acc[i][w] = add(acc[i][w], product[w]);
+              } else {
+                acc[i][w] = fma(product[w], scale[w], acc[i][w]);
+              }
+            });
           });
-        });
+        }
         packed += kChunkBytes, segment_of_x += kTokens * kChunk;
       }
       // Without the fence GCC keeps the sums of all segments in registers, and runs out of registers.
@@ -126,7 +135,9 @@ template <int kTokens, int kRows, class Products>
       unroll<kTokens>([&](auto i) {
         unroll<kRows>([&](auto w) {
           float* sum = sums + (i * kTileRows + w) * kLanes;
-          store(sum, fma(acc[i][w], splat(segment_scale[i]), load(starts ? kZeros : sum)));
+          Floats of_row = acc[i][w];
+          if constexpr (MultipliesRowPairs<Products>) of_row = Products::template lanes_of_row<w>(of_row);
+          store(sum, fma(of_row, splat(segment_scale[i]), load(starts ? kZeros : sum)));
         });
       });
       starts = false;

@@ -70,21 +70,27 @@ Outcome forward_float(const Pool& pool, const LinearProblem& p) {
   return with_type(p.dtype, [&]<class T>() { return forward<T, FloatProducts<kHasOffsets>>(pool, p); });
 }
 
-// The forward with Products that may refuse a token. Refused tokens fall back to float32. Tokens do not depend on each
-// other's values, so each run of refused tokens is a problem of its own.
-template <class T, class Products>
-Outcome forward_else_float(const Pool& pool, const LinearProblem& p) {
-  if (p.m > FallbackTokens::kMax) return Outcome::kTooLarge;
+// The forward with Products that may refuse a token, of a call whose first token is `first_token`. Tokens do not depend
+// on each other's values, so each run of refused tokens is a problem of its own: fallback(problem, its first token).
+template <class T, class Products, class Fallback>
+Outcome forward_else(const Pool& pool, const LinearProblem& p, int64_t first_token, const Fallback& fallback) {
+  if (first_token + p.m > FallbackTokens::kMax) return Outcome::kTooLarge;
   FallbackTokens fallback_tokens;
-  Outcome outcome = forward<T, Products>(pool, p, 0, &fallback_tokens);
+  Outcome outcome = forward<T, Products>(pool, p, first_token, &fallback_tokens);
   for (int64_t first = 0, end; outcome == Outcome::kDone && first < p.m; first = end) {
     end = first + 1;
-    if (!fallback_tokens.contains(first)) continue;
-    while (end < p.m && fallback_tokens.contains(end)) ++end;
-    outcome = forward<T, FloatProducts<Products::kOffsets != OffsetsEnter::kNothing>>(
-        pool, tokens_of<T>(p, first, end - first), first);
+    if (!fallback_tokens.contains(first_token + first)) continue;
+    while (end < p.m && fallback_tokens.contains(first_token + end)) ++end;
+    outcome = fallback(tokens_of<T>(p, first, end - first), first_token + first);
   }
   return outcome;
+}
+// The same, where refused tokens fall back to float32.
+template <class T, class Products>
+Outcome forward_else_float(const Pool& pool, const LinearProblem& p, int64_t first_token = 0) {
+  return forward_else<T, Products>(pool, p, first_token, [&](const LinearProblem& refused, int64_t first) {
+    return forward<T, FloatProducts<Products::kOffsets != OffsetsEnter::kNothing>>(pool, refused, first);
+  });
 }
 
 }  // namespace few_tokens

@@ -53,7 +53,7 @@ struct FirstWeightsBook<true> {
 //
 // With offsets, an offset is multiplied by the sum of the same rounded x. As both products have the same roundings of
 // x, their error is that of x times the whole weight, also where value and offset nearly cancel.
-template <class T, class Order, bool kHasOffsets>
+template <class T, class Order, bool kHasOffsets, int kLargestX = 32767>
 struct IntProducts : FirstWeightsBook<kHasOffsets> {
   using X = int16_t;
   static constexpr OffsetsEnter kOffsets = kHasOffsets ? OffsetsEnter::kSums : OffsetsEnter::kNothing;
@@ -103,11 +103,11 @@ struct IntProducts : FirstWeightsBook<kHasOffsets> {
       return false;
     } else {
       if (!is_even(x, chunks * kChunk, segment.count, bits_float(token_bits), kSpread)) return false;
-      *scale = static_cast<float>(bits_float(bits) / (32767.0 * per_one));
+      *scale = static_cast<float>(bits_float(bits) / (double{kLargestX} * per_one));
     }
     if (bits && limits_peak && !is_below_peak(x, chunks * kChunk, segment.count, bits_float(bits), kMaxPeak))
       return false;
-    const Floats inverse = splat(bits ? 32767.0f / bits_float(bits) : 0.0f);
+    const Floats inverse = splat(bits ? float{kLargestX} / bits_float(bits) : 0.0f);
     for (int64_t c = 0; c < chunks; ++c) {
       Ints rounded_x[kLaneWeights];
       for (int i = 0; i < kLaneWeights; ++i)

@@ -3,6 +3,9 @@
 //
 //   X, Codes, codes(chunk)            the type of arranged values of x; a chunk's decoded codes
 //   multiply(codes, x, product)       product[r] = chunk of weight row r · the same chunk of a token, lane by lane
+//   pair(codes), multiply_add(pair, x, scale, sums), lanes_of_row<row>(sums)
+//                                     kMultipliesRowPairs only, instead of multiply: sums += scale · products of two
+//                                     weight rows, and the lanes of the sums that belong to one of them
 //   arrange(segment, stride, out, scale)
 //                                     writes a segment in the order in which codes are decoded, its chunks `stride`
 //                                     elements apart, and sets the multiplier of the sums over the segment

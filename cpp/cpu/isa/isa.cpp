@@ -12,7 +12,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__aarch64__) && defined(__linux__)
-#include <asm/hwcap.h>
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -52,27 +51,31 @@ bool saves(unsigned states) {
 #endif
 }
 
-// Whether an AArch64 processor multiplies bfloat16 (BFDOT, BFMMLA).
-[[maybe_unused]] bool has_arm_bf16() {
+// What an AArch64 processor multiplies beside float32: bfloat16 (BFDOT, BFMMLA), and matrices of bytes (SMMLA).
+[[maybe_unused]] uint32_t arm_features() {
+  uint32_t features = 0;
+  [[maybe_unused]] const auto add = [&](Feature feature, bool has) { features |= has ? feature : 0u; };
 #if defined(__aarch64__) && defined(__linux__)
-#ifndef HWCAP2_BF16  // headers before Linux 5.6
-#define HWCAP2_BF16 (1 << 14)
-#endif
-  return getauxval(AT_HWCAP2) & HWCAP2_BF16;
+  constexpr unsigned long kBf16Bit = 1ul << 14, kI8mmBit = 1ul << 13;  // HWCAP2_BF16 and _I8MM of Linux 5.6
+  const unsigned long has = getauxval(AT_HWCAP2);
+  add(kArmBf16, has & kBf16Bit);
+  add(kArmI8mm, has & kI8mmBit);
 #elif defined(__aarch64__) && defined(__APPLE__)
-  int has = 0;
-  size_t size = sizeof(has);
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
-#else
-  return false;
+  const auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof(value);
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+  };
+  add(kArmBf16, has("hw.optional.arm.FEAT_BF16"));
+  add(kArmI8mm, has("hw.optional.arm.FEAT_I8MM"));
 #endif
+  return features;
 }
 
 uint32_t processor_features() {
   uint32_t features = 0;
 #if QLORA_ARM64
-  features |= kAsimd;
-  if (has_arm_bf16()) features |= kArmBf16;
+  features |= kAsimd | arm_features();
 #endif
 #if QLORA_X86
   const auto add = [&](Feature feature, bool has) { features |= has ? feature : 0u; };
@@ -82,6 +85,7 @@ uint32_t processor_features() {
   add(kAvx2, ymm && extended.ebx >> 5 & 1);
   add(kFma, ymm && base.ecx >> 12 & 1);
   add(kF16c, ymm && base.ecx >> 29 & 1);
+  add(kAvxVnni, ymm && extended.eax >= 1 && more.eax >> 4 & 1);
   add(kAvx512f, zmm && extended.ebx >> 16 & 1);
   add(kAvx512bw, zmm && extended.ebx >> 30 & 1);
   add(kAvx512vl, zmm && extended.ebx >> 31 & 1);

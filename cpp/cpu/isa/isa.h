@@ -26,6 +26,8 @@ enum Feature : uint32_t {
   kAmxBf16 = 1u << 10,  // with AMX-TILE, and the system's permission to use tiles
   kAsimd = 1u << 11,    // Advanced SIMD of ARMv8.0, which every AArch64 processor has
   kArmBf16 = 1u << 12,
+  kAvxVnni = 1u << 13,
+  kArmI8mm = 1u << 14,
 };
 
 // The features that kernels are compiled for, and the set's name, which the folder in isa/, the file isa_<name>.cpp,
@@ -36,16 +38,18 @@ struct Isa {
 };
 inline constexpr Isa kScalarIsa = {"scalar", 0};
 inline constexpr Isa kAvx2Isa = {"avx2", kAvx2 | kFma | kF16c};
+inline constexpr Isa kAvxVnniIsa = {"avx_vnni", kAvx2Isa.needs | kAvxVnni};
 inline constexpr Isa kAvx512Isa = {
     "avx512", kAvx2Isa.needs | kAvx512f | kAvx512bw | kAvx512vl | kAvx512dq | kAvx512vbmi | kAvx512vnni};
 inline constexpr Isa kAvx512Bf16Isa = {"avx512_bf16", kAvx512Isa.needs | kAvx512bf16};
 inline constexpr Isa kAmxBf16Isa = {"amx_bf16", kAvx512Bf16Isa.needs | kAmxBf16};
 inline constexpr Isa kNeonIsa = {"neon", kAsimd};
 inline constexpr Isa kNeonBf16Isa = {"neon_bf16", kNeonIsa.needs | kArmBf16};
+inline constexpr Isa kNeonI8mmIsa = {"neon_i8mm", kNeonBf16Isa.needs | kArmI8mm};
 
 // The best come first: the first one that a processor supports is used.
-inline constexpr const Isa* kIsas[] = {&kNeonBf16Isa, &kNeonIsa, &kAmxBf16Isa, &kAvx512Bf16Isa,
-                                       &kAvx512Isa,   &kAvx2Isa, &kScalarIsa};
+inline constexpr const Isa* kIsas[] = {&kNeonI8mmIsa, &kNeonBf16Isa, &kNeonIsa, &kAmxBf16Isa, &kAvx512Bf16Isa,
+                                       &kAvx512Isa,   &kAvxVnniIsa,  &kAvx2Isa, &kScalarIsa};
 
 QLORA_EXPORT bool compiled(const Isa&);              // whether this build has it
 QLORA_EXPORT bool supported(const Isa&);             // whether it is compiled and this processor has its features

@@ -202,8 +202,12 @@ struct WordInt {
   static Vector broadcast(const Word* p) { return _mm256_set1_epi32(*p); }
   // As intrinsics, GCC keeps most sums of a tile in memory.
   static Sum multiply_add(Vector a, Vector b, Sum sum) {
+#ifdef __AVXVNNI__
+    __asm__("%{vex%} vpdpwssd %1, %2, %0" : "+x"(sum) : "x"(b), "x"(a));
+#else
     Vector products;
     __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=x"(products) : "x"(b), "x"(a));
+#endif
     return sum;
   }
   static F to_floats(Sum sum) { return _mm256_cvtepi32_ps(sum); }

@@ -189,7 +189,13 @@ inline IntCodes decode(Ints chunk, const IntCodebook& book, Order) {
            _mm256_unpackhi_epi8(even0, even1)}};
 }
 inline Ints dot(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
-inline Ints dot(Ints acc, Ints a, Ints b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+inline Ints dot(Ints acc, Ints a, Ints b) {
+#ifdef __AVXVNNI__
+  return _mm256_dpwssd_avx_epi32(acc, a, b);
+#else
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+#endif
+}
 inline Ints load_pairs(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Ints load_pairs_once(const int16_t* p) { return *reinterpret_cast<const volatile __m256i_u*>(p); }
 template <class Order>

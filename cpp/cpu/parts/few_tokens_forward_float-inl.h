@@ -1,9 +1,8 @@
-// The forward of few tokens. The integer kernel falls back to float32 for some tokens.
+// The forward of few tokens in float32.
 #pragma once
 
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/few_tokens/forward_float-inl.h"
-#include "cpp/cpu/few_tokens/forward_int-inl.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/parts/parts.h"
 #include "cpp/cpu/shared/instruction_set.h"
@@ -11,11 +10,6 @@
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
-template <>
-Outcome run<Kernel::kFewTokensInt>(const Pool& pool, const LinearProblem& p) {
-  if (p.w.scales.offsets) return run_with_offsets<Kernel::kFewTokensInt>(pool, p);
-  return few_tokens::forward_int<false>(pool, p);
-}
 template <>
 Outcome run<Kernel::kFewTokensFloat>(const Pool& pool, const LinearProblem& p) {
   if (p.w.scales.offsets) return run_with_offsets<Kernel::kFewTokensFloat>(pool, p);
