@@ -111,9 +111,12 @@ QLORA_INLINE constexpr const Bf16CodeTable& bf16_codes(Code code) {
   return is_custom(code) ? custom_bf16_codes(code) : kBf16Codes[code];
 }
 
-// The eight codes with the largest magnitudes, as far as those are not 0, which the search for concentrated rows and
-// columns counts (concentration-inl.h).
+// The codes with the largest magnitudes, as far as those are not 0, which the search for concentrated rows and columns
+// counts (concentration-inl.h). Of normally distributed weights in NF4, blocks with a large scale have only a dozen
+// bytes with one of the eight largest codes, too few to prove anything. Ten codes are smaller, but mostly frequent
+// enough.
 struct LargeCodes {
+  static constexpr int kCount = 10;
   uint8_t is_large[kCodes] = {};  // 0xFF for a large code
   float least = 0.0f;             // the least of their magnitudes, in units of the largest value
 
@@ -125,7 +128,7 @@ struct LargeCodes {
       for (int other = 0; other < kCodes; ++other) {
         larger += magnitude(other) > magnitude(code) || (magnitude(other) == magnitude(code) && other < code);
       }
-      if (larger >= kCodes / 2 || magnitude(code) == 0.0f) continue;
+      if (larger >= kCount || magnitude(code) == 0.0f) continue;
       is_large[code] = 0xFF;
       const float size = magnitude(code) / table.largest;
       if (least == 0.0f || size < least) least = size;

@@ -1,8 +1,8 @@
-"""Compiled decoding: one token per call, without the Python code of a model's layers.
+"""Compiled decoding: one token or a prompt per call, without the Python code of a model's layers.
 
-The model's own forward, for one token and caches of fixed size, is exported and compiled by AOTInductor. The package
-contains only code and gets the weights when it is loaded, so one package serves every adapter of the same shape. It is
-stored in the user's cache directory. Prompts run eagerly.
+The model's own forward over caches of fixed size is exported and compiled by AOTInductor twice: for one token, and for
+the tokens of a prompt. The package contains only code and gets the weights when it is loaded, so one package serves
+every adapter of the same shape. It is stored in the user's cache directory. Long prompts run eagerly.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import json
 import os
 import pathlib
@@ -17,12 +18,15 @@ import platform
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.package import package_aoti
 from torch._ops import OpOverload
+from torch.export.pt2_archive._package import load_pt2
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import sdpa_mask
@@ -39,6 +43,7 @@ _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else 
 BREAK_EVEN_TOKENS = 1000  # from about this many tokens on, compiled decoding saves more time than compiling takes
 _CACHE_STEP = 256  # the capacity of caches is a multiple of this many tokens
 _MAX_CACHE = 1 << 30
+_MAX_PROMPT = 512  # tokens of a compiled prompt; the Python code of a longer one takes a small part of its time
 _C_TYPES = {
     "Tensor": "AtenTensorHandle",
     "Optional[Tensor]": "const AtenTensorHandle*",
@@ -55,6 +60,9 @@ def _c_declaration(operator: OpOverload) -> str:
     name = schema.name.rpartition(":")[2]
     return f"AOTITorchError (*const aoti_torch_cpu_{name})({', '.join(types)})"
 
+
+# The codes in a package.
+_TOKEN, _PROMPT = "token", "prompt"
 
 _OPTIONS = {
     # The package contains no weights, not even as constants in the code, so it serves every adapter of the same shape.
@@ -75,20 +83,26 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one token in float32, as sums that compile to a few loops. torch's own attention is far slower.
+    """Attention in float32. For one token these are sums that compile to a few loops: torch's own is far slower.
 
     Args:
-        query: [1, H, 1, D].
+        query: [1, H, T, D].
         key, value: [1, G, L, D], where G divides H.
-        attention_mask: bool [1, 1, 1, L], True for visible keys.
+        attention_mask: bool [1, 1, T, L], True for visible keys.
 
     Returns:
-        [1, 1, H, D] in query's dtype, the layout of transformers.
+        [1, T, H, D] in query's dtype, the layout of transformers.
     """
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError("its attention is not plain scaled dot-product attention")
-    _, heads, _, size = query.shape
+    _, heads, tokens, size = query.shape
     groups = key.shape[1]
+    if tokens > 1:
+        of_groups = [t.float() for t in (query, key, value)]
+        out = nn.functional.scaled_dot_product_attention(
+            *of_groups, attn_mask=attention_mask, scale=scaling, enable_gqa=heads > groups
+        )
+        return out.transpose(1, 2).to(query.dtype), None
     q = query.float().reshape(1, groups, heads // groups, 1, size) * (size**-0.5 if scaling is None else scaling)
     # as_strided forces Inductor to materialize q. Otherwise it recomputes q, including the sines and cosines of its
     # rotation, inside the loop over the keys.
@@ -102,13 +116,18 @@ def _attend(
     return y.reshape(1, 1, heads, value.shape[3]).to(query.dtype), None
 
 
-_ATTENTION = "qlora_ext_one_token"
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask that ``_attend`` takes, which a cache of fixed size always needs."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+_ATTENTION = "qlora_ext_decoding"
 AttentionInterface.register(_ATTENTION, _attend)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(_ATTENTION, _mask)
 
 
 @contextlib.contextmanager
-def _attention_of_one_token(lm: Any) -> Iterator[None]:
+def _attention_over_caches(lm: Any) -> Iterator[None]:
     """Replaces torch's SDPA by ``_attend``. Other attention implementations are kept."""
     usual = lm.config._attn_implementation
     if usual != "sdpa":
@@ -143,28 +162,28 @@ def _head_of_one_token(lm: Any) -> Iterator[None]:
 
 
 class _Slots(StaticLayer):  # type: ignore[misc,unused-ignore]
-    """A layer of a static cache that contains ``position`` tokens (int64 [1])."""
+    """A layer of a static cache, to which tokens are added at ``positions`` (int64 [T])."""
 
-    def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         super().__init__(keys.shape[2])
-        self.keys, self.values, self.position = keys, values, position
+        self.keys, self.values, self.positions = keys, values, positions
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.position, key_states)
-        self.values.index_copy_(2, self.position, value_states)
+        self.keys.index_copy_(2, self.positions, key_states)
+        self.values.index_copy_(2, self.positions, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
         return self.keys.shape[2], 0
 
     def get_seq_length(self, *_: Any, **__: Any) -> Tensor:
-        return self.position[0]
+        return self.positions[0]
 
 
 class _Step(nn.Module):
-    """Decodes one token: from token [1, 1] and position [1] to logits [1, 1, V]. Writes keys and values to the caches.
+    """From tokens [1, T] at consecutive positions [T] to the last one's logits [1, 1, V]. Writes to the caches.
 
     The caches, each [1, H, L, D], are one list: the keys of all layers, then the values.
     """
@@ -173,11 +192,14 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, token: Tensor, position: Tensor, caches: list[Tensor]) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, caches: list[Tensor]) -> Tensor:
         half = len(caches) // 2
         cache = StaticCache(self.model.config, max_cache_len=caches[0].shape[2])
-        cache.layers = [_Slots(*pair, position) for pair in zip(caches[:half], caches[half:], strict=True)]
-        out = self.model(input_ids=token, position_ids=position[None], use_cache=True, **{_CACHE: cache})
+        cache.layers = [_Slots(*pair, positions) for pair in zip(caches[:half], caches[half:], strict=True)]
+        options = {"use_cache": True, _CACHE: cache}
+        if tokens.shape[1] > 1:
+            options["logits_to_keep"] = 1
+        out = self.model(input_ids=tokens, position_ids=positions[None], **options)
         logits: Tensor = out.logits
         return logits
 
@@ -213,6 +235,11 @@ def obstacle(model: Any) -> str | None:
     if not any(shutil.which(name) for name in ("g++", "clang++", os.environ.get("CXX", "c++"))):
         return "there is no C++ compiler"
     return None
+
+
+def _keeps_last_logits(lm: Any) -> bool:
+    """Whether the model can compute the logits of the last token alone."""
+    return "logits_to_keep" in inspect.signature(lm.forward).parameters
 
 
 def _state(step: _Step) -> dict[str, Tensor]:
@@ -259,16 +286,23 @@ def _quiet() -> Iterator[None]:
 
 
 def _compile(lm: Any, step: _Step, package: pathlib.Path) -> None:
-    """Compiles the decoding step of a model, and writes the package atomically."""
+    """Compiles the code of ``_TOKEN`` and of ``_PROMPT`` for a model, and writes the package atomically."""
     caches = _new_caches(lm, _CACHE_STEP)
-    arguments = _integers([[0]]), _integers([1]), caches
     capacity = torch.export.Dim("room", min=2, max=_MAX_CACHE)
-    shapes = None, None, [{2: capacity} for _ in caches]
+    some = torch.export.Dim("tokens", min=2, max=_MAX_PROMPT)
+    compiled: dict[str, Any] = {}
     with torch.no_grad(), _quiet(), written(package) as path:
-        with _attention_of_one_token(lm), _head_of_one_token(lm):
-            exported = torch.export.export(step, arguments, dynamic_shapes=shapes, strict=False)
-        # A copy of the options, because torch modifies them.
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs={**_OPTIONS})
+        with _attention_over_caches(lm), _head_of_one_token(lm):
+            for name, tokens in ((_TOKEN, 1), (_PROMPT, 8)):
+                if name == _PROMPT and not _keeps_last_logits(lm):
+                    continue
+                arguments = _integers([[0] * tokens]), _integers(range(tokens)), caches
+                dynamic = ({1: some}, {0: some}) if tokens > 1 else (None, None)
+                shapes = (*dynamic, [{2: capacity} for _ in caches])
+                exported = torch.export.export(step, arguments, dynamic_shapes=shapes, strict=False)
+                options = {**_OPTIONS, "aot_inductor.package": True}
+                compiled[name] = torch._inductor.aot_compile(exported.module(), arguments, options=options)
+        package_aoti(str(path), compiled)
 
 
 def _integers(values: Any) -> Tensor:
@@ -285,24 +319,28 @@ def _new_caches(lm: Any, capacity: int) -> list[Tensor]:
 
 
 class Decoder:
-    """Replaces a model's forward: decodes single tokens with a package, and calls the original for everything else.
+    """Replaces a model's forward: reads single tokens and prompts with a package, and calls the original otherwise.
 
     The model keeps its ``DynamicCache``, whose tensors become views of the written part of larger caches. A decoder has
-    one set of these caches, so a new conversation copies its cache into them.
+    one set of these caches. A conversation that continues after another one has begun gets new ones.
 
     Attributes:
-        steps: the number of tokens decoded so far.
+        steps: the number of single tokens read so far.
+        prompts: the number of prompts of several tokens read so far.
     """
 
     def __init__(self, lm: Any, state: dict[str, Tensor], package: pathlib.Path) -> None:
-        self.steps = 0
+        self.steps = self.prompts = 0
         link_compiled_code()
-        loaded = torch._inductor.aoti_load_package(str(package))
-        weights = {name: state[name] for name in loaded.get_constant_fqns()}
-        loaded.load_constants(weights, check_full_update=True, user_managed=True)
-        self._weights = weights  # the package has only pointers to them
-        self._run = loaded.loader.run
-        self._caches: list[Tensor] = []
+        loaded = load_pt2(str(package)).aoti_runners
+        self._weights = {}  # the package has only pointers to them
+        for name, code in loaded.items():
+            self._weights[name] = {fqn: state[fqn] for fqn in code.get_constant_fqns()}
+            code.load_constants(self._weights[name], check_full_update=True, user_managed=True)
+        self._read_token = loaded[_TOKEN].loader.run
+        self._read_prompt = loaded[_PROMPT].loader.run if _PROMPT in loaded else None
+        self._caches = _new_caches(lm, _CACHE_STEP)
+        self._owner: Callable[[], DynamicCache | None] = lambda: None
         self._eager: Callable[..., Any] = lm.forward
 
         @functools.wraps(self._eager)  # transformers reads the signature
@@ -312,33 +350,59 @@ class Decoder:
         lm.forward = forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        token, cache = kwargs.get("input_ids"), kwargs.get(_CACHE)
-        if args or token is None or token.shape != (1, 1) or not isinstance(cache, DynamicCache):
+        tokens, cache = kwargs.get("input_ids"), kwargs.get(_CACHE)
+        if args or tokens is None or not isinstance(cache, DynamicCache) or not self._serves(tokens, cache, kwargs):
             return self._eager(*args, **kwargs)
-        length = cache.get_seq_length()
-        if length == 0 or kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            return self._eager(*args, **kwargs)
-        return CausalLMOutputWithPast(logits=self._decode(token, cache, length), **{_CACHE: cache})
+        return CausalLMOutputWithPast(logits=self._read(tokens, cache), **{_CACHE: cache})
 
-    def _decode(self, token: Tensor, cache: DynamicCache, length: int) -> Tensor:
-        layers = cache.layers
-        reused = bool(self._caches) and layers[0].keys.data_ptr() == self._caches[0].data_ptr()
-        if not reused or length == self._caches[0].shape[2]:
-            self._copy_cache([layer.keys for layer in layers] + [layer.values for layer in layers], length)
+    def _serves(self, tokens: Tensor, cache: DynamicCache, options: dict[str, Any]) -> bool:
+        """Whether the package computes what a call asks for: the last logits of tokens that see all before them."""
+        if tokens.dim() != 2 or tokens.shape[0] != 1 or 2 * len(cache.layers) != len(self._caches):
+            return False
+        count, length = tokens.shape[1], cache.get_seq_length()
+        if count != 1 and not (self._read_prompt and 1 < count <= _MAX_PROMPT and options.get("logits_to_keep") == 1):
+            return False
+        if options.get("output_attentions") or options.get("output_hidden_states"):
+            return False
+        mask, positions = options.get("attention_mask"), options.get("position_ids")
+        if mask is not None and (mask.shape != (1, length + count) or not bool(mask.all())):
+            return False
+        return positions is None or bool((positions == torch.arange(length, length + count, device="cpu")).all())
+
+    def _read(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
+        length, count = cache.get_seq_length(), tokens.shape[1]
+        end, layers = length + count, cache.layers
+        if not self._holds(cache) or end > self._caches[0].shape[2]:
+            self._take_over(cache, length, end)
+        if count == 1:
+            self.steps += 1
+        else:
+            self.prompts += 1
+        run: Any = self._read_token if count == 1 else self._read_prompt
+        positions = torch.arange(length, end, dtype=torch.int64, device="cpu")
         with torch._C._AutoDispatchBelowAutograd():  # skips the Python autograd layer of our operators
-            logits: Tensor = self._run([token, _integers([length]), *self._caches])[0]
+            logits: Tensor = run([tokens, positions, *self._caches])[0]
         for layer, keys, values in zip(layers, self._caches[: len(layers)], self._caches[len(layers) :], strict=True):
-            layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
-        self.steps += 1
+            if not layer.is_initialized:
+                layer.update(keys[:, :, :0], values[:, :, :0])
+            layer.keys, layer.values = keys[:, :, :end], values[:, :, :end]
         return logits
 
-    def _copy_cache(self, written: list[Tensor], length: int) -> None:
-        """Copies the content of a cache into larger caches. Attention reads their whole capacity."""
-        capacity = (length // _CACHE_STEP + 1) * _CACHE_STEP
-        if not self._caches or self._caches[0].shape[2] != capacity:
-            self._caches = [t.new_zeros((1, t.shape[1], capacity, t.shape[3])) for t in written]
-        for ours, theirs in zip(self._caches, written, strict=True):
-            ours[:, :, :length] = theirs
+    def _holds(self, cache: DynamicCache) -> bool:
+        """Whether the decoder's caches contain this cache."""
+        return self._owner() is cache and cache.layers[0].keys.data_ptr() == self._caches[0].data_ptr()
+
+    def _take_over(self, cache: DynamicCache, length: int, end: int) -> None:
+        """Copies ``length`` tokens of a cache into caches for ``end`` tokens. Attention reads their whole capacity."""
+        layers = cache.layers
+        capacity = -(-end // _CACHE_STEP) * _CACHE_STEP
+        if self._owner() not in (None, cache) or self._caches[0].shape[2] != capacity:
+            self._caches = [t.new_zeros((1, t.shape[1], capacity, t.shape[3])) for t in self._caches]
+        if length:
+            written = [layer.keys for layer in layers] + [layer.values for layer in layers]
+            for ours, theirs in zip(self._caches, written, strict=True):
+                ours[:, :, :length] = theirs
+        self._owner = weakref.ref(cache)
 
 
 class CompilationError(RuntimeError):
@@ -351,7 +415,7 @@ def compile_decoding(
     """Makes ``model`` decode with compiled code from now on.
 
     The code comes from the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``). If it is not there, it is compiled now,
-    which takes about a minute, and stored there. One package serves every adapter of the same shape.
+    which takes about two minutes, and stored there. One package serves every adapter of the same shape.
 
     Args:
         model: a causal language model of transformers on the CPU, 4-bit or dense, with or without a LoRA adapter. It is
