@@ -238,8 +238,7 @@ py::list choose(const std::string& op, const std::string& dtype, int64_t m, int6
   });
 }
 
-// How the kernels for many tokens cut a product for a number of threads. The critical path is what the busiest thread
-// computes, in multiply-adds per element of the summed dimension.
+// How the kernels for many tokens cut a product for a number of threads.
 py::dict task_grid(const std::string& op, int64_t threads, int64_t m, int64_t n, int64_t k, int64_t lanes,
                    int64_t accumulators) {
   for (const auto& [name, count] : {std::pair{"threads", threads}, {"lanes", lanes}, {"accumulators", accumulators}})
@@ -253,12 +252,14 @@ py::dict task_grid(const std::string& op, int64_t threads, int64_t m, int64_t n,
       const int64_t columns = cpu::dlora_columns(threads, unit, k, n);
       found["tasks"] = cpu::dlora_tasks(columns, k, n);
       found["critical_path"] = cpu::dlora_path(threads, columns, k, n);
+      found["total"] = k + n + cpu::dlora_tasks(columns, k, n) * cpu::kCopyCost;
     } else {
       const bool is_dx = std::is_same_v<decltype(problem), LinearDxProblem>;
       const cpu::Sides sides = is_dx ? cpu::dx_sides(unit, k, 4 * lanes, m, m) : cpu::forward_sides(unit, n, m);
       const cpu::Grid grid = cpu::make_grid(threads, cpu::kSpareRounds, sides);
       found["tasks"] = grid.tasks();
       found["critical_path"] = cpu::critical_path(threads, sides, grid);
+      found["total"] = cpu::total_cost(sides, grid);
     }
   });
   return found;
@@ -309,9 +310,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("task_grid", &task_grid, py::arg("op"), py::arg("threads"), py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("lanes") = 8, py::arg("accumulators") = 12,
         "How the kernels for many tokens cut a product of x [m, k] and w [n, k] for `threads` threads, without running "
-        "it: the number of tasks, and the critical path, which is what the busiest thread computes, in multiply-adds "
-        "per element of the summed dimension. `lanes` and `accumulators` of the instruction set are those of AVX2; "
-        "AVX-512 has 16 and 24.");
+        "it: the number of tasks; their total cost, in multiply-adds per element of the summed dimension, decoding and "
+        "packing included; and the cost of the critical path, which is what the busiest thread computes. The defaults "
+        "of `lanes` and `accumulators` are those of AVX2; AVX-512 has 16 and 24.");
   m.def("kernels", &kernels, py::arg("op"),
         "The name of every kernel -> the dtypes for which the instruction set in use has it, for the operator `op`.");
   m.def(

@@ -7,6 +7,7 @@ cores that the slowest thread, or other processes, could use: then a step takes 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -17,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-__all__ = ["available_cpus", "limit_threads", "set_wait_policy"]
+__all__ = ["available_cpus", "describe_threads", "limit_threads", "set_default_wait_policy", "set_wait_policy"]
 
 _ROOT = Path("/")  # tests replace it
 # A user who sets one of these has chosen the number of threads.
@@ -90,6 +91,32 @@ def limit_threads() -> None:
         torch.set_num_threads(cpus)
 
 
+def describe_threads() -> str:
+    """How many threads torch uses, and what sets their number: "2 of 64 CPUs (a limit on CPU time)"."""
+    threads, cpus = torch.get_num_threads(), os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cpus
+    available = available_cpus()
+    chosen = [name for name in _CHOSEN_BY if os.environ.get(name)]
+    if chosen:
+        why = chosen[0]
+    elif threads == available < affinity:
+        why = "a limit on CPU time"
+    elif threads == affinity < cpus:
+        why = "the CPU affinity"
+    elif threads == cpus:
+        why = "all"
+    else:
+        why = "torch's number of threads"  # such as one per core with two hardware threads
+    return f"{threads} of {cpus} CPUs ({why})"
+
+
+def set_default_wait_policy() -> None:
+    """Sets the policy ``"auto"`` where it is supported, unless the environment sets how OpenMP waits."""
+    if not any(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        with contextlib.suppress(RuntimeError):
+            set_wait_policy("auto")
+
+
 def set_wait_policy(policy: str) -> None:
     """Sets how idle threads wait for the next parallel operator, from now on, for all of torch.
 
@@ -100,8 +127,8 @@ def set_wait_policy(policy: str) -> None:
             1.8 times as fast as with ``"active"``, but on an idle machine a step on few tokens takes up to 1.3 times as
             long. ``"active"``: they spin for some milliseconds, which is torch's default. ``"auto"``: passive while
             threads of this process have to wait for CPUs, because other programs or too many threads use them, and
-            otherwise active. A thread watches this, on Linux. ``qlora-ext`` sets it unless the environment has
-            ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT``.
+            otherwise active. A thread watches this, on Linux. The command
+            ``qlora-ext`` sets it, unless the environment has a policy.
 
     Raises:
         ValueError: ``policy`` is none of these.
@@ -128,10 +155,11 @@ def set_wait_policy(policy: str) -> None:
 
 def _switch() -> Callable[[bool], None]:
     """The function that makes idle threads sleep soon (True) or spin."""
-    library = _openmp()
-    if library is not None and hasattr(library, "kmp_set_blocktime"):  # LLVM's and Intel's
+    # Symbols are looked up in torch's library and what it depends on. The process may have other OpenMP runtimes.
+    library = ctypes.CDLL(torch._C.__file__)
+    if hasattr(library, "kmp_set_blocktime"):  # LLVM's and Intel's
         return lambda passive: library.kmp_set_blocktime(0 if passive else 200)
-    if library is not None and hasattr(library, "GOMP_parallel"):
+    if hasattr(library, "GOMP_parallel"):
         return lambda passive: _crowd(library, passive)
     raise RuntimeError("torch's OpenMP runtime has no wait policy that can be changed")
 
@@ -176,15 +204,6 @@ def _run_delays() -> dict[str, int]:
         if len(fields) == 3:  # the thread has not ended
             delays[task] = int(fields[1])
     return delays
-
-
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime that torch has loaded."""
-    for line in _lines("proc/self/maps"):
-        path = line.partition("/")[2]
-        if any(name in path for name in ("libgomp", "libiomp5", "libomp")):
-            return ctypes.CDLL(f"/{path}")
-    return None
 
 
 _crowded: threading.Event | None = None

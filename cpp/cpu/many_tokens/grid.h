@@ -44,6 +44,13 @@ struct Grid {
   constexpr int64_t tasks() const { return rows.count * tokens.count; }
 };
 
+// What all tasks cost together.
+constexpr int64_t total_cost(const Sides& sides, const Grid& grid) {
+  const int64_t rows = sides.rows.size, tokens = sides.tokens.size;
+  return rows * tokens + sides.rows.overhead * rows * grid.tokens.count +
+         sides.tokens.overhead * tokens * grid.rows.count;
+}
+
 // What the busiest thread computes, as a cost.
 constexpr int64_t critical_path(int64_t threads, const Sides& sides, const Grid& grid) {
   const int64_t rows = grid.rows.size < sides.rows.size ? grid.rows.size : sides.rows.size;
@@ -104,9 +111,9 @@ constexpr Sides forward_sides(const VectorUnit& unit, int64_t n, int64_t tokens)
 inline constexpr int64_t kFewDxTokens = 64;
 constexpr int64_t most_dx_columns(int64_t m) { return m <= kFewDxTokens ? 2048 : 512; }
 
-// dx of `tokens` tokens of a problem with m. Tasks have multiples of `column_unit` columns.
+// dx of `tokens` tokens of a problem with m, which are broadcast. Tasks have multiples of `column_unit` columns.
 constexpr Sides dx_sides(const VectorUnit& unit, int64_t k, int64_t column_unit, int64_t m, int64_t tokens) {
-  return {{k, most_dx_columns(m), column_unit, kDecodeCost}, {tokens, kMostTokens, unit.tile_lanes(), kCopyCost}};
+  return {{k, most_dx_columns(m), column_unit, kDecodeCost}, {tokens, kMostTokens, unit.accumulators / 2, kCopyCost}};
 }
 
 constexpr int64_t dlora_tasks(int64_t columns, int64_t k, int64_t n) {
