@@ -2,7 +2,7 @@
 
     python bench/busy.py [--busy 1 2] [--tokens 1x128] [--seconds 300] [--threads 2]
 
-Each contender is a process of its own, because OpenMP reads its settings when torch is loaded. They take turns: one
+Each contender is a process of its own, because a wait policy is one of the process. They take turns: one
 runs a step while the others sleep. A busy process runs an endless loop. The model is SmolLM2-135M-Instruct.
 """
 
@@ -19,22 +19,24 @@ from typing import NamedTuple
 
 import torch
 
+import qlora_ext
 import step as steps
 from lib import harness
 
 
 class Contender(NamedTuple):
-    """A contender of bench/step.py, and its OMP_WAIT_POLICY."""
+    """A contender of bench/step.py, and its policy for ``qlora_ext.cpu.set_wait_policy``."""
 
     base: str
-    wait_policy: str | None
+    wait_policy: str
 
 
 TORCH_WAITING = "qlora_ext, torch's wait policy"
 CONTENDERS = {
+    "qlora_ext, automatic, as the command runs it": Contender(steps.OURS, "auto"),
     "qlora_ext, passive wait policy": Contender(steps.OURS, "passive"),
-    TORCH_WAITING: Contender(steps.OURS, None),
-    "dense LoRA": Contender("dense LoRA", None),
+    TORCH_WAITING: Contender(steps.OURS, "active"),
+    "dense LoRA": Contender("dense LoRA", "active"),
 }
 BUSY = [sys.executable, "-c", "while True: pass"]
 
@@ -44,9 +46,8 @@ class Process:
 
     def __init__(self, contender: Contender, path: pathlib.Path, arguments: argparse.Namespace) -> None:
         environment = {key: os.environ[key] for key in os.environ if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-        if contender.wait_policy:
-            environment["OMP_WAIT_POLICY"] = contender.wait_policy
         command = [sys.executable, __file__, "--contender", contender.base, "--path", str(path)]
+        command += ["--wait-policy", contender.wait_policy]
         command += ["--threads", str(arguments.threads), "--tokens", arguments.tokens, "--dtype", arguments.dtype]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
@@ -69,6 +70,7 @@ def serve(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     batch, _ = (int(part) for part in arguments.tokens.split("x"))
     step = steps.Step(arguments.contender, arguments.path, batch, getattr(torch, arguments.dtype))
+    qlora_ext.cpu.set_wait_policy(arguments.wait_policy)
     print("ready", flush=True)
     for _ in sys.stdin:
         step(0)
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1x128", help="batch x sequence length (default %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"), help="default %(default)s")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--wait-policy", help=argparse.SUPPRESS)
     parser.add_argument("--path", type=pathlib.Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:
@@ -107,7 +110,7 @@ def main() -> None:
         "Training steps on a busy machine: SmolLM2-135M-Instruct",
         [
             f"{batch} x {length} tokens per step, computed in {arguments.dtype} by {arguments.threads} threads, beside",
-            f"{' or '.join(map(str, arguments.busy))} processes that run endless loops. Passive: see",
+            f"{' or '.join(map(str, arguments.busy))} processes that run endless loops. Policies:",
             "`qlora_ext.cpu.set_wait_policy`. Idle: time over that with torch's wait policy, paired by rounds.",
         ],
     )

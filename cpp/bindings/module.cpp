@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <variant>
 
@@ -15,6 +16,7 @@
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
+#include "cpp/cpu/many_tokens/grid.h"
 #include "cpp/cpu/tuning.h"
 #include "cpp/format/dynamic8.h"
 #include "cpp/format/print_kernels.h"
@@ -236,6 +238,33 @@ py::list choose(const std::string& op, const std::string& dtype, int64_t m, int6
   });
 }
 
+// How the kernels for many tokens cut a product for a number of threads.
+py::dict task_grid(const std::string& op, int64_t threads, int64_t m, int64_t n, int64_t k, int64_t lanes,
+                   int64_t accumulators) {
+  for (const auto& [name, count] : {std::pair{"threads", threads}, {"lanes", lanes}, {"accumulators", accumulators}})
+    require(count >= 1, std::string(name) + ": expected 1 or more, got " + std::to_string(count));
+  for (const auto& [name, count] : {std::pair{"m", m}, {"n", n}, {"k", k}})
+    require(count >= 0, std::string(name) + ": expected 0 or more, got " + std::to_string(count));
+  const cpu::VectorUnit unit{lanes, accumulators};
+  py::dict found;
+  with_problem_of(op, [&](auto problem) {
+    if constexpr (std::is_same_v<decltype(problem), LoraGradProblem>) {
+      const int64_t columns = cpu::dlora_columns(threads, unit, k, n);
+      found["tasks"] = cpu::dlora_tasks(columns, k, n);
+      found["critical_path"] = cpu::dlora_path(threads, columns, k, n);
+      found["total"] = k + n + cpu::dlora_tasks(columns, k, n) * cpu::kCopyCost;
+    } else {
+      const bool is_dx = std::is_same_v<decltype(problem), LinearDxProblem>;
+      const cpu::Sides sides = is_dx ? cpu::dx_sides(unit, k, 4 * lanes, m, m) : cpu::forward_sides(unit, n, m);
+      const cpu::Grid grid = cpu::make_grid(threads, cpu::kSpareRounds, sides);
+      found["tasks"] = grid.tasks();
+      found["critical_path"] = cpu::critical_path(threads, sides, grid);
+      found["total"] = cpu::total_cost(sides, grid);
+    }
+  });
+  return found;
+}
+
 // Lists the dtypes that each kernel accepts in a problem of ordinary sizes.
 py::dict kernels(const std::string& op) {
   cpu_isa();
@@ -278,6 +307,12 @@ PYBIND11_MODULE(_C, m) {
       "\"sm_count\": 132, \"shared_per_cta\": 232448, \"l2_bytes\": 52428800}; needs no card and no CUDA build. `isa`: "
       "as if QLORA_CPU_ISA forced that instruction set; by default the one in use. `kernel`: as if QLORA_CUDA_KERNEL "
       "forced that kernel.");
+  m.def("task_grid", &task_grid, py::arg("op"), py::arg("threads"), py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("lanes") = 8, py::arg("accumulators") = 12,
+        "How the kernels for many tokens cut a product of x [m, k] and w [n, k] for `threads` threads, without running "
+        "it: the number of tasks; their total cost, in multiply-adds per element of the summed dimension, decoding and "
+        "packing included; and the cost of the critical path, which is what the busiest thread computes. The defaults "
+        "of `lanes` and `accumulators` are those of AVX2; AVX-512 has 16 and 24.");
   m.def("kernels", &kernels, py::arg("op"),
         "The name of every kernel -> the dtypes for which the instruction set in use has it, for the operator `op`.");
   m.def(

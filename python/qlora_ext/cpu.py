@@ -7,15 +7,18 @@ cores that the slowest thread, or other processes, could use: then a step takes 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import torch
 
-__all__ = ["available_cpus", "limit_threads", "set_wait_policy"]
+__all__ = ["available_cpus", "describe_threads", "limit_threads", "set_default_wait_policy", "set_wait_policy"]
 
 _ROOT = Path("/")  # tests replace it
 # A user who sets one of these has chosen the number of threads.
@@ -70,6 +73,13 @@ def _lines(path: str) -> list[str]:
         return []
 
 
+def _entries(path: str) -> list[str]:
+    try:
+        return os.listdir(_ROOT / path)
+    except OSError:
+        return []
+
+
 def limit_threads() -> None:
     """Gives torch at most as many threads as ``available_cpus()``, unless the environment sets their number.
 
@@ -81,6 +91,32 @@ def limit_threads() -> None:
         torch.set_num_threads(cpus)
 
 
+def describe_threads() -> str:
+    """How many threads torch uses, and what sets their number: "2 of 64 CPUs (a limit on CPU time)"."""
+    threads, cpus = torch.get_num_threads(), os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cpus
+    available = available_cpus()
+    chosen = [name for name in _CHOSEN_BY if os.environ.get(name)]
+    if chosen:
+        why = chosen[0]
+    elif threads == available < affinity:
+        why = "a limit on CPU time"
+    elif threads == affinity < cpus:
+        why = "the CPU affinity"
+    elif threads == cpus:
+        why = "all"
+    else:
+        why = "torch's number of threads"  # such as one per core with two hardware threads
+    return f"{threads} of {cpus} CPUs ({why})"
+
+
+def set_default_wait_policy() -> None:
+    """Sets the policy ``"auto"`` where it is supported, unless the environment sets how OpenMP waits."""
+    if not any(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        with contextlib.suppress(RuntimeError):
+            set_wait_policy("auto")
+
+
 def set_wait_policy(policy: str) -> None:
     """Sets how idle threads wait for the next parallel operator, from now on, for all of torch.
 
@@ -89,36 +125,85 @@ def set_wait_policy(policy: str) -> None:
     Args:
         policy: ``"passive"``: they sleep soon, which leaves the cores to others. A step beside busy programs is 1.2 to
             1.8 times as fast as with ``"active"``, but on an idle machine a step on few tokens takes up to 1.3 times as
-            long. ``"active"``: they spin for some milliseconds, which is torch's default.
+            long. ``"active"``: they spin for some milliseconds, which is torch's default. ``"auto"``: passive while
+            threads of this process have to wait for CPUs, because other programs or too many threads use them, and
+            otherwise active. A thread watches this, on Linux. The command
+            ``qlora-ext`` sets it, unless the environment has a policy.
 
     Raises:
-        ValueError: ``policy`` is neither.
-        RuntimeError: torch's OpenMP runtime has no such setting, or ``OMP_WAIT_POLICY`` is set to the opposite.
+        ValueError: ``policy`` is none of these.
+        RuntimeError: torch's OpenMP runtime has no such setting, or ``OMP_WAIT_POLICY`` is set to another policy.
 
     Example:
-        >>> qlora_ext.cpu.set_wait_policy("passive")
+        >>> qlora_ext.cpu.set_wait_policy("auto")
     """
-    if policy not in ("active", "passive"):
-        raise ValueError(f'policy: expected "active" or "passive", got {policy!r}')
+    global _watcher
+    if policy not in ("active", "passive", "auto"):
+        raise ValueError(f'policy: expected "active", "passive" or "auto", got {policy!r}')
     fixed = os.environ.get("OMP_WAIT_POLICY", "").lower()
     if fixed and fixed != policy:
         raise RuntimeError(f"the environment sets OMP_WAIT_POLICY={fixed}, which applies to the whole process")
-    library = _openmp()
-    if library is not None and hasattr(library, "kmp_set_blocktime"):  # LLVM's and Intel's
-        library.kmp_set_blocktime(0 if policy == "passive" else 200)
-    elif library is not None and hasattr(library, "GOMP_parallel"):
-        _crowd(library, policy == "passive")
-    else:
-        raise RuntimeError("torch's OpenMP runtime has no wait policy that can be changed")
+    sleep_soon = _switch()
+    if _watcher is not None:
+        _watcher.end()
+        _watcher = None
+    sleep_soon(policy == "passive")
+    if policy == "auto":
+        _watcher = _Watcher(sleep_soon)
+        _watcher.start()
 
 
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime that torch has loaded."""
-    for line in _lines("proc/self/maps"):
-        path = line.partition("/")[2]
-        if any(name in path for name in ("libgomp", "libiomp5", "libomp")):
-            return ctypes.CDLL(f"/{path}")
-    return None
+def _switch() -> Callable[[bool], None]:
+    """The function that makes idle threads sleep soon (True) or spin."""
+    # Symbols are looked up in torch's library and what it depends on. The process may have other OpenMP runtimes.
+    library = ctypes.CDLL(torch._C.__file__)
+    if hasattr(library, "kmp_set_blocktime"):  # LLVM's and Intel's
+        return lambda passive: library.kmp_set_blocktime(0 if passive else 200)
+    if hasattr(library, "GOMP_parallel"):
+        return lambda passive: _crowd(library, passive)
+    raise RuntimeError("torch's OpenMP runtime has no wait policy that can be changed")
+
+
+class _Watcher(threading.Thread):
+    """Sets the passive policy while threads of this process wait for CPUs, and otherwise the active one."""
+
+    PERIOD = 0.25  # seconds
+    # CPUs whose time the threads spend waiting, on average: from the first on, the policy becomes passive, and below
+    # the second for some periods, active.
+    MANY, FEW, CALM_PERIODS = 0.15, 0.05, 8
+
+    def __init__(self, sleep_soon: Callable[[bool], None]) -> None:
+        super().__init__(name="qlora_ext wait policy watcher", daemon=True)
+        self.sleep_soon = sleep_soon
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        passive, calm, before, delays = False, 0, time.monotonic(), _run_delays()
+        while not self.ended.wait(self.PERIOD):
+            now, new_delays = time.monotonic(), _run_delays()
+            waited = sum(delay - delays.get(task, 0) for task, delay in new_delays.items()) / 1e9 / (now - before)
+            before, delays = now, new_delays
+            calm = calm + 1 if waited < self.FEW else 0
+            if passive != (waited > self.MANY if not passive else calm < self.CALM_PERIODS):
+                passive = not passive
+                self.sleep_soon(passive)
+
+    def end(self) -> None:
+        self.ended.set()
+        self.join()
+
+
+_watcher: _Watcher | None = None
+
+
+def _run_delays() -> dict[str, int]:
+    """For each thread of the process, the nanoseconds for which it was ready to run, but had no CPU."""
+    delays = {}
+    for task in _entries("proc/self/task"):
+        fields = " ".join(_lines(f"proc/self/task/{task}/schedstat")).split()
+        if len(fields) == 3:  # the thread has not ended
+            delays[task] = int(fields[1])
+    return delays
 
 
 _crowded: threading.Event | None = None

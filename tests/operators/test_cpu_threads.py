@@ -86,10 +86,14 @@ def test_threads_respect_the_limit(chosen: str | None, tmp_path: pathlib.Path, m
 
 
 _WAITING = """
-import os, threading, time
+import ctypes, os, pathlib, shutil, tempfile, threading, time
 import torch, qlora_ext
 
 torch.set_num_threads(2)
+# Another OpenMP runtime, as other packages bring along. The policy must be that of torch's.
+with tempfile.TemporaryDirectory() as directory:
+    for runtime in (pathlib.Path(torch.__file__).parent / "lib").glob("libgomp*"):
+        ctypes.CDLL(shutil.copy(runtime, f"{directory}/libgomp-copy.so.1"))
 ones = torch.ones(1 << 17)
 
 def seconds_of_workers() -> float:
@@ -110,7 +114,7 @@ def spun() -> float:
     return seconds_of_workers() - before
 
 print(spun())
-for policy in ("passive", "passive", "active", "passive"):
+for policy in ("passive", "passive", "active", "auto", "passive"):
     qlora_ext.cpu.set_wait_policy(policy)
     print(spun())
 """
@@ -122,13 +126,109 @@ def test_wait_policy() -> None:
         k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
     }
     ran = subprocess.run([sys.executable, "-c", _WAITING], env=environment, capture_output=True, text=True, check=True)
-    default, passive, again, active, last = (float(line) for line in ran.stdout.split())
+    default, passive, again, active, auto, last = (float(line) for line in ran.stdout.split())
     assert min(default, active) > 0.05
+    assert auto > 0.0
     assert max(passive, again, last) < min(default, active) / 4
 
 
+def test_auto_is_passive_while_threads_wait_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads wait for 0.4 of a CPU, then for none, then for 0.1, which changes nothing."""
+    switched: list[tuple[int, bool]] = []
+    watcher = qlora_ext.cpu._Watcher(lambda passive: switched.append((period, passive)))
+    period, clock, delays = 0, 0.0, {"1": 0, "2": 0}
+    waits = [0.0, 0.0, 0.4, 0.1, *[0.0] * watcher.CALM_PERIODS, 0.1, 0.1]
+
+    def wait(timeout: float) -> bool:
+        nonlocal period, clock
+        if period == len(waits):
+            return True
+        clock += timeout
+        delays["2"] += int(waits[period] * timeout * 1e9)
+        delays.pop("1", None)  # a thread that ends
+        period += 1
+        return False
+
+    monkeypatch.setattr(qlora_ext.cpu, "_run_delays", lambda: dict(delays))
+    monkeypatch.setattr(qlora_ext.cpu.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(watcher.ended, "wait", wait)
+    watcher.run()
+    assert switched == [(3, True), (4 + watcher.CALM_PERIODS, False)]
+
+
+def test_run_delays(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"proc/self/task/7/schedstat": "5 30 1\n", "proc/self/task/8/stat": "the thread has ended"}
+    machine(tmp_path, files, monkeypatch)
+    assert qlora_ext.cpu._run_delays() == {"7": 30}
+
+
+@pytest.mark.parametrize(
+    ("threads", "quota", "chosen", "expected"),
+    [
+        (64, None, None, "64 of 128 CPUs (the CPU affinity)"),
+        (3, "300000", None, "3 of 128 CPUs (a limit on CPU time)"),
+        (3, None, "3", "3 of 128 CPUs (OMP_NUM_THREADS)"),
+        (32, None, None, "32 of 128 CPUs (torch's number of threads)"),
+    ],
+)
+def test_describe_threads(
+    threads: int, quota: str | None, chosen: str | None, expected: str, tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    files = {"proc/self/cgroup": "0::/\n"} | ({"sys/fs/cgroup/cpu.max": f"{quota} 100000\n"} if quota else {})
+    machine(tmp_path, files, monkeypatch)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    assert qlora_ext.cpu.describe_threads() == expected
+
+
+_DELAYED = """
+import os, subprocess, sys
+import torch
+from samples import linear_sample
+
+torch.set_num_threads(1)
+s = linear_sample(600, 300, 320, 8)
+dy = torch.randn(600, 300)
+
+def results() -> list[torch.Tensor]:
+    y = torch.ops.qlora.linear_nf4(*s.args)
+    dx = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), 320, *s.lora_args)
+    return [y, dx, *torch.ops.qlora.linear_nf4_dlora(dy, s.x, *s.lora_args)]
+
+one = results()
+before = set(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+torch.ones(1 << 17) + 1
+workers = sorted(set(os.listdir("/proc/self/task")) - before)
+cpu = min(os.sched_getaffinity(0))
+os.setpriority(os.PRIO_PROCESS, int(workers[0]), 19)
+os.sched_setaffinity(int(workers[0]), {cpu})
+busy = subprocess.Popen(["taskset", "-c", str(cpu), sys.executable, "-c", "while True: pass"])
+try:
+    for _ in range(5):
+        print(all(torch.equal(a, b) for a, b in zip(results(), one, strict=True)))
+finally:
+    busy.kill()
+    busy.wait()
+"""
+
+
+def test_a_delayed_thread_does_not_change_a_bit() -> None:
+    """One thread gets about 1% of a CPU that another process uses, so that the others take its work."""
+    lib = pathlib.Path(__file__).parents[1] / "lib"
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join([str(lib), *sys.path])}
+    environment.pop("OMP_NUM_THREADS", None)
+    ran = subprocess.run([sys.executable, "-c", _DELAYED], env=environment, capture_output=True, text=True, check=False)
+    assert (ran.stdout.split(), ran.stderr) == (["True"] * 5, "")
+
+
 def test_wait_policy_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match='policy: expected "active" or "passive", got \'lazy\''):
+    with pytest.raises(ValueError, match='policy: expected "active", "passive" or "auto", got \'lazy\''):
         qlora_ext.cpu.set_wait_policy("lazy")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     with pytest.raises(RuntimeError, match="OMP_WAIT_POLICY=active"):

@@ -18,6 +18,7 @@
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/shared/work_stealing-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -64,13 +65,14 @@ void copy_ranks(const Pool& pool, const T* given, int64_t m, int64_t r, int64_t 
 
 template <class W, class T>
 void dlora(const Pool& pool, const LoraGradProblem& p) {
-  constexpr int64_t kMostColumns = 256, kMostRanks = 256;
+  constexpr int64_t kMostRanks = 256;
   const int64_t r = p.lora.rank, m = p.m;
   const Matrix<T> x{static_cast<const T*>(p.x), p.k, p.lora.dropout}, dy{static_cast<const T*>(p.dy), p.n};
   const Matrix<T> a{static_cast<const T*>(p.lora.a), p.k}, b{static_cast<const T*>(p.lora.b), r};
   const int64_t fit = kCallBytes / static_cast<int64_t>(2 * sizeof(T)) / max(m, 1);
   const int64_t some = max(min(min(fit, kMostRanks), r), 1);
-  const Cut ks = cut(p.k, kMostColumns, kLanes), ns = cut(p.n, kMostColumns, kLanes);
+  const int64_t most_columns = dlora_columns(pool.threads, kVectorUnit, p.k, p.n);
+  const Cut ks = cut(p.k, most_columns, kLanes), ns = cut(p.n, most_columns, kLanes);
   T* const h = static_cast<T*>(scratch(ScratchUse::kCall, 2 * m * some * static_cast<int64_t>(sizeof(T))));
   const Scale keep_scale(p.lora.dropout.keep_scale);
   for (int64_t first = 0; first < r; first += some) {
@@ -86,34 +88,30 @@ void dlora(const Pool& pool, const LoraGradProblem& p) {
     } else {
       low_rank<W, Factor::kFeatureByRank>(pool, dy, 0, m, p.n, b, first, ranks, p.lora.scaling, LowRankOut<T>{g, 1, m});
     }
-    auto body = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (i < ks.count) {
-          const int64_t column = i * ks.size, columns = min(ks.size, p.k - column);
-          reduce_tokens<W>(Matrix<T>{g, m}, ranks, x, m, column, columns, [&](const float* sums) {
-            for (int64_t q = 0; q < ranks; ++q) {
-              T* const out = static_cast<T*>(p.da) + (first + q) * p.k + column;
-              for (int64_t c = 0; c < columns; c += kGroup) {
-                F v[4];
-                load_sums(sums, ranks, q, c, columns, v);
-                for (int s = 0; s < 4; ++s)
-                  store_some(out + c + s * kLanes, keep_scale(v[s]), columns - c - s * kLanes);
-              }
+    run_tasks(pool, ks.count + ns.count, [&](int64_t i) {
+      if (i < ks.count) {
+        const int64_t column = i * ks.size, columns = min(ks.size, p.k - column);
+        reduce_tokens<W>(Matrix<T>{g, m}, ranks, x, m, column, columns, [&](const float* sums) {
+          for (int64_t q = 0; q < ranks; ++q) {
+            T* const out = static_cast<T*>(p.da) + (first + q) * p.k + column;
+            for (int64_t c = 0; c < columns; c += kGroup) {
+              F v[4];
+              load_sums(sums, ranks, q, c, columns, v);
+              for (int s = 0; s < 4; ++s) store_some(out + c + s * kLanes, keep_scale(v[s]), columns - c - s * kLanes);
             }
-          });
-        } else {
-          const int64_t row = (i - ks.count) * ns.size, rows = min(ns.size, p.n - row);
-          reduce_tokens<W>(Matrix<T>{h, m}, ranks, dy, m, row, rows, [&](const float* sums) {
-            for (int64_t l = 0; l < rows; l += kTileLanes) {
-              const int64_t lanes = min(rows - l, kTileLanes);
-              store_transposed<T>(sums + l * ranks, ranks, tile_width(lanes), lanes, nullptr,
-                                  static_cast<T*>(p.db) + (row + l) * r + first, r);
-            }
-          });
-        }
+          }
+        });
+      } else {
+        const int64_t row = (i - ks.count) * ns.size, rows = min(ns.size, p.n - row);
+        reduce_tokens<W>(Matrix<T>{h, m}, ranks, dy, m, row, rows, [&](const float* sums) {
+          for (int64_t l = 0; l < rows; l += kTileLanes) {
+            const int64_t lanes = min(rows - l, kTileLanes);
+            store_transposed<T>(sums + l * ranks, ranks, tile_width(lanes), lanes, nullptr,
+                                static_cast<T*>(p.db) + (row + l) * r + first, r);
+          }
+        });
       }
-    };
-    pool(ks.count + ns.count, 1, body);
+    });
   }
 }
 

@@ -65,7 +65,7 @@ struct DxShape {
   explicit DxShape(const LinearDxProblem& p) : DxShape(p.m, ScaledPiece::interleaves(p.w)) {}
   constexpr DxShape(int64_t m, bool interleaved_)
       : interleaved(interleaved_),
-        most_columns(m <= kFewTokens ? 2048 : 512),
+        most_columns(most_dx_columns(m)),
         piece_columns(m <= kFewTokens && interleaved ? kGroup : 2 * kGroup),
         piece_depth(m <= kFewTokens ? 64 : kDepth / 2) {}
 
@@ -74,7 +74,7 @@ struct DxShape {
   constexpr int64_t bytes(int64_t tokens) const {
     return 4 * (tokens * kDepth + 2 * piece_words() + tokens * most_columns + 2 * scale_floats());
   }
-  static constexpr int64_t kFewTokens = 64;
+  static constexpr int64_t kFewTokens = kFewDxTokens;
 };
 static_assert(DxShape(DxShape::kFewTokens, true).bytes(DxShape::kFewTokens) <= kTaskBytes);
 static_assert(DxShape(kMostTokens, true).bytes(kMostTokens) <= kTaskBytes);
@@ -183,14 +183,7 @@ class DxTask {
 // which are multiples of `unit`.
 template <class RunTask>
 void run_dx_tasks(const Pool& pool, const LinearDxProblem& p, int64_t unit, int64_t tokens, const RunTask& run_task) {
-  const Grid grid = make_grid(pool.threads, p.w.k, DxShape(p).most_columns, unit, tokens, kMostTokens);
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t column = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-      run_task(token, min(grid.tokens.size, tokens - token), column, min(grid.rows.size, p.w.k - column));
-    }
-  };
-  pool(grid.tasks(), 1, body);
+  run_grid(pool, dx_sides(kVectorUnit, p.w.k, unit, p.m, tokens), run_task);
 }
 
 // The dx of `tokens` tokens from `first` on, whose g are given.

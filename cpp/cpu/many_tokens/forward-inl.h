@@ -30,8 +30,8 @@ namespace many_tokens {
 
 using namespace panel;
 
-// Words of x's panel, and floats of a task's sums: together they stay in the second-level cache.
-inline constexpr int64_t kMostLaneWords = 64 * 1024, kMostSums = 180 * 1024;
+// Words of x's panel. With a task's sums (kMostSums), it stays in the second-level cache.
+inline constexpr int64_t kMostLaneWords = 64 * 1024;
 
 // A strip of weight rows is decoded piece by piece along the summed dimension into a broadcast panel in the first-level
 // cache. Where a piece is decoded during the multiplication of the previous one, each has half of the panel.
@@ -163,16 +163,7 @@ class ForwardTask {
 // Runs run_task(token, tokens of the task, row, rows) for rectangles that cover `tokens` tokens and all rows.
 template <class RunTask>
 void run_forward_tasks(const Pool& pool, const Weight& w, int64_t tokens, const RunTask& run_task) {
-  constexpr int64_t kUnit = kAccumulators / 2;
-  const int64_t most_rows = kMostSums / min(round_up(tokens, kTileLanes), kMostTokens) / kUnit * kUnit;
-  const Grid grid = make_grid(pool.threads, w.n, most_rows, kUnit, tokens, kMostTokens);
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-      run_task(token, min(grid.tokens.size, tokens - token), row, min(grid.rows.size, w.n - row));
-    }
-  };
-  pool(grid.tasks(), 1, body);
+  run_grid(pool, forward_sides(kVectorUnit, w.n, tokens), run_task);
 }
 
 // Runs a ForwardTask with the word that suits the problem's number of tokens.

@@ -121,7 +121,7 @@ inline constexpr int kDenseChain = 64;
 template <class T>
 class DenseForwardTask {
  public:
-  static constexpr int64_t kMostLaneWords = 64 * 1024, kMostSums = 180 * 1024;
+  static constexpr int64_t kMostLaneWords = 64 * 1024;
   static_assert(4 * (kStripRows * kDepth + kMostLaneWords + kMostSums) <= kTaskBytes);
 
   // y of tokens [token, token + tokens) and weight rows [row, row + rows).
@@ -241,16 +241,9 @@ class DenseDxTask {
 
 // Runs Task(p, token, tokens, first, size) for each task of the grid.
 template <class Task, class Problem>
-void run_tasks(const Pool& pool, const Problem& p, int64_t outputs, int64_t most_outputs, int64_t unit) {
-  const Grid grid = make_grid(pool.threads, outputs, most_outputs, unit, p.m, kMostTokens);
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-      Task task(p, token, min(grid.tokens.size, p.m - token), first, min(grid.rows.size, outputs - first));
-      task();
-    }
-  };
-  pool(grid.tasks(), 1, body);
+void run_dense_tasks(const Pool& pool, const Problem& p, const Side& outputs) {
+  run_grid(pool, {outputs, {p.m, kMostTokens, kTileLanes, kPackCost}},
+           [&](int64_t token, int64_t tokens, int64_t first, int64_t size) { Task(p, token, tokens, first, size)(); });
 }
 
 // ---- the operators ----
@@ -268,16 +261,16 @@ inline void linear_dense(const Pool& pool, const DenseLinearProblem& p) {
   with_weight_type(p.w, [&]<class T>() {
     if (p.m <= kMostPassTokens) return pass_over_weight<T>(pool, p);
     using Task = DenseForwardTask<T>;
-    constexpr int64_t kUnit = kAccumulators / 2;
-    const int64_t most_rows = Task::kMostSums / min(round_up(p.m, kTileLanes), kMostTokens) / kUnit * kUnit;
-    run_tasks<Task>(pool, p, p.w.n, most_rows, kUnit);
+    Side rows = forward_sides(kVectorUnit, p.w.n, p.m).rows;
+    rows.overhead = kCopyCost;
+    run_dense_tasks<Task>(pool, p, rows);
   });
 }
 
 inline void linear_dense_dx(const Pool& pool, const DenseLinearDxProblem& p) {
   with_weight_type(p.w, [&]<class T>() {
     using Task = DenseDxTask<T>;
-    run_tasks<Task>(pool, p, p.w.k, Task::kMostColumns, kGroup);
+    run_dense_tasks<Task>(pool, p, {p.w.k, Task::kMostColumns, kGroup, kCopyCost});
   });
 }
 

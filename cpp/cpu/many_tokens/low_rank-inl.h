@@ -16,6 +16,7 @@
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/shared/work_stealing-inl.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -76,16 +77,13 @@ void low_rank(const Pool& pool, const Matrix<T>& in, int64_t first_token, int64_
   constexpr int64_t kMostTokens = 128, kMostSums = 128 << 10;  // of a task
   const int64_t most = max(min(kMostTokens, kMostSums / round_up(rank, kTileLanes)), 1);
   const int64_t tasks = max(ceil_div(tokens, most), min(pool.threads, ceil_div(tokens, 8)));
-  const Cut c = cut_by_count(tokens, tasks, 1);
+  const Cut c = cut_by_count(tokens, tasks > pool.threads ? round_up(tasks, pool.threads) : tasks, 1);
   const double scale = scaling * in.dropout.keep_scale;
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t t = b * c.size;
-      low_rank_task<W, layout>(in, features, factor, first_rank, rank, scale, first_token, t, min(c.size, tokens - t),
-                               to);
-    }
-  };
-  pool(c.count, 1, body);
+  run_tasks(pool, c.count, [&](int64_t i) {
+    const int64_t t = i * c.size;
+    low_rank_task<W, layout>(in, features, factor, first_rank, rank, scale, first_token, t, min(c.size, tokens - t),
+                             to);
+  });
 }
 
 }  // namespace many_tokens

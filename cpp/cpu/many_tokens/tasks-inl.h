@@ -5,10 +5,13 @@
 #include <cstdint>
 
 #include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/kernels.h"
 #include "cpp/cpu/many_tokens/dense-inl.h"
+#include "cpp/cpu/many_tokens/grid.h"
 #include "cpp/cpu/many_tokens/multiply-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/work_stealing-inl.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -16,38 +19,23 @@ namespace many_tokens {
 
 using namespace panel;
 
-// `count` pieces that cover n. Each has `size` elements (the last may have fewer): at most `most`, and a multiple of
-// `unit`.
-struct Cut {
-  int64_t count, size;
-};
-inline Cut cut_by_count(int64_t n, int64_t count, int64_t unit) {
-  const int64_t size = max(round_up(ceil_div(n, max(count, 1)), unit), unit);
-  return {ceil_div(n, size), size};
-}
 inline Cut cut(int64_t n, int64_t most, int64_t unit) { return cut_by_count(n, ceil_div(n, most), unit); }
 
-// How the output of a product is divided among tasks. A task takes a rectangle: some rows of the weight (dx: columns)
-// and some tokens. Cuts along the weight are preferred, because every cut along the tokens decodes the same weights
-// again, but there must be work for all threads.
-struct Grid {
-  Cut rows, tokens;
-  int64_t tasks() const { return rows.count * tokens.count; }
-};
-inline Grid make_grid(int threads, int64_t rows, int64_t most_rows, int64_t unit, int64_t tokens, int64_t most_tokens) {
-  constexpr int64_t kWorthwhileRows = 48, kWorthwhileTokens = kTileLanes;
-  int64_t row_cuts = round_up(ceil_div(rows, most_rows), threads);
-  if (rows < row_cuts * kWorthwhileRows) row_cuts = max(ceil_div(rows, most_rows), rows / kWorthwhileRows);
-  row_cuts = max(row_cuts, 1);
-  int64_t token_cuts = ceil_div(tokens, most_tokens);
-  if (row_cuts * token_cuts < threads)
-    token_cuts = min(ceil_div(threads, row_cuts), ceil_div(tokens, kWorthwhileTokens));
-  return {cut_by_count(rows, row_cuts, unit), cut_by_count(tokens, token_cuts, kTileLanes)};
+inline constexpr VectorUnit kVectorUnit{kLanes, kAccumulators};
+
+// Runs run_task(token, tokens of the task, row, rows) for the rectangles of a grid that covers both sides.
+template <class RunTask>
+void run_grid(const Pool& pool, const Sides& sides, const RunTask& run_task) {
+  const auto& [rows, tokens] = sides;
+  const Grid grid = make_grid(pool.threads, kSpareRounds, sides);
+  run_tasks(pool, grid.tasks(), [&](int64_t i) {
+    const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
+    run_task(token, min(grid.tokens.size, tokens.size - token), row, min(grid.rows.size, rows.size - row));
+  });
 }
 
 inline constexpr int64_t kTaskBytes = int64_t{1408} << 10;  // of scratch per task
 
-inline constexpr int64_t kMostTokens = 256;                // per task
 inline constexpr int64_t kCallBytes = int64_t{704} << 10;  // of scratch for h and g per call
 
 // The number of tokens whose h or g, [tokens, rank], fits the scratch of a call.

@@ -219,7 +219,9 @@ void run_chunk(const Pool& pool, const typename Op::Problem& p, int64_t first, i
     add_low_rank<Op::kWeightIs>(pool, in, first, factor, lora, slices, panel, panel.tiles + panel_bytes,
                                 Op::saved_low_rank(p));
   const Op op(p, {panel, first, out, outer});
-  const many_tokens::Grid grid = many_tokens::make_grid(pool.threads, outer, outer, kPair, tokens, tokens);
+  // The panel is packed once for all tasks, and a tile unit multiplies faster than weights are decoded.
+  constexpr int64_t kDecodes = 128, kReads = 16;
+  const Grid grid = make_grid(pool.threads, 0, {{outer, outer, kPair, kDecodes}, {tokens, tokens, kPair, kReads}});
   auto body = [&](int64_t begin, int64_t end) {
     const tiles::Session session;
     for (int64_t i = begin; i < end; ++i) {
@@ -247,7 +249,7 @@ void run(const Pool& pool, const typename Op::Problem& p, const Matrix<bfloat16>
   const int64_t least_alone = in.stride * outer <= kSmallWeight ? kLeast / 2 : kLeast;
   if (m >= pool.threads * least_alone) {
     const int64_t rounds = ceil_div(m, pool.threads * fit);
-    const many_tokens::Cut chunk = many_tokens::cut_by_count(m, pool.threads * rounds, kPair);
+    const Cut chunk = cut_by_count(m, pool.threads * rounds, kPair);
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * chunk.size;
@@ -256,7 +258,7 @@ void run(const Pool& pool, const typename Op::Problem& p, const Matrix<bfloat16>
     };
     pool(chunk.count, 1, body);
   } else {
-    const many_tokens::Cut chunk = many_tokens::cut(m, fit, kPair);
+    const Cut chunk = many_tokens::cut(m, fit, kPair);
     for (int64_t first = 0; first < m; first += chunk.size)
       run_chunk<Op>(pool, p, first, min(chunk.size, m - first), in, factor, slices, out, outer);
   }

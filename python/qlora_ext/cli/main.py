@@ -191,6 +191,9 @@ def main(argv: Sequence[str] | None = None, load_library: Callable[[], object] |
             parser.error("expected a command")
         if load_library is not None and arguments.needs_library:
             load_library()
+            from .. import cpu
+
+            cpu.set_default_wait_policy()
         with _quiet_libraries() if arguments.quiet else contextlib.nullcontext():
             status: int = arguments.run(arguments)
             return status

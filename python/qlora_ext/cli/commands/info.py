@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 from typing import Any
 
 
@@ -33,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     import qlora_ext
 
     lines = qlora_ext.build_info()
-    lines["cpu threads"] = f"{torch.get_num_threads()} of {os.cpu_count()}"
+    lines["cpu threads"] = qlora_ext.cpu.describe_threads()
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
         lines[f"cuda:{i}"] = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.1f} GiB"

@@ -251,6 +251,7 @@ def run(arguments: argparse.Namespace) -> int:
     memory, whose = _memory(arguments.memory, arguments.device)
     name, config, source = _config(arguments)
     job = _job(arguments, config, source)
+    from ... import cpu
     from ...planning.advice import savings
     from ...planning.blocks import place, streamed
     from ...planning.memory import peaks, process_bytes, split
@@ -299,7 +300,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             json.dumps(
                 {"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": dict(advice)}
-                | ({"streaming": streaming} if streaming else {}),
+                | ({"streaming": streaming} if streaming else {})
+                | ({"threads": cpu.describe_threads()} if job.host else {}),
                 indent=2,
             )
         )
@@ -319,6 +321,8 @@ def run(arguments: argparse.Namespace) -> int:
             "the whole step)"
         )
     print(f"{'fits' if fits else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")
+    if job.host:
+        print(f"threads: {cpu.describe_threads()}")
     for text, saving in advice:
         print(f"  {text} saves {saving / 1e9:.2f} GB{'' if total - saving > memory else ', and then it fits'}")
     return 0

@@ -14,7 +14,6 @@
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
-namespace few_tokens {
 
 class WorkStealingRanges {
  public:
@@ -99,6 +98,13 @@ void run_stealing(const Pool& pool, int64_t items, int64_t grain, int64_t least_
   pool(threads, 1, run_threads);
 }
 
-}  // namespace few_tokens
+// Calls task(i) for i in [0, count), each in a thread that has nothing else to do.
+template <class Task>
+void run_tasks(const Pool& pool, int64_t count, const Task& task) {
+  run_stealing(pool, count, 1, 1, [&](WorkStealingRanges& ranges, int64_t thread) {
+    for (auto left = ranges.next(thread); !left.empty(); left = ranges.next(thread)) task(left.first);
+  });
+}
+
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA
