@@ -85,19 +85,85 @@ def test_the_tokens_are_those_of_the_eager_model() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("form", ["mxfp4", "q4_k"])
-def test_weights_of_other_forms(form: str) -> None:
+def test_weights_of_other_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_keeps_last_logits", lambda lm: False)  # nothing is compiled for prompts
     model = adapted()
     for i, (_, layer) in enumerate(layers_of(model)):
-        layer.set_weight(random_weight(FORMS[form], layer.packed_shapes["weight"], i))
+        form = FORMS[("mxfp4", "q4_k")[i % 2]]
+        layer.set_weight(random_weight(form, layer.packed_shapes["weight"], i))
     expected = decode(model, 20)
     decoder = decoder_of(model)
     assert torch.equal(decode(model, 20), expected)
     assert decoder.steps == 19
 
 
+def read(model: Any, tokens: torch.Tensor, cache: DynamicCache, **more: Any) -> torch.Tensor:
+    """The logits of the last token."""
+    with torch.no_grad():
+        out = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{compiled._CACHE: cache}, **more)
+    logits: torch.Tensor = out.logits
+    return logits
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 128, shape, generator=torch.Generator().manual_seed(6))
+
+
+def test_prompts_are_read_by_compiled_code() -> None:
+    """Prompts of a few tokens, at the start and later, with one set of caches and larger ones."""
+    model = adapted()
+    lengths = [1, 2, 8, 250, 3, compiled._MAX_PROMPT, 1, compiled._MAX_PROMPT + 1, 5]
+
+    def logits() -> list[torch.Tensor]:
+        cache = DynamicCache(config=model.config)
+        return [read(model, part, cache) for part in drawn(1, sum(lengths)).split(lengths, 1)]
+
+    expected = logits()
+    decoder = decoder_of(model)
+    for _ in range(2):
+        for got, right in zip(logits(), expected, strict=True):
+            assert got.shape == (1, 1, 128)
+            torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+    assert (decoder.prompts, decoder.steps) == (2 * 6, 2 * 2)  # the longest prompt runs eagerly
+
+
+@pytest.mark.parametrize("padded", [0, 3])
+def test_padding_and_other_positions_run_eagerly(padded: int) -> None:
+    model = adapted()
+    tokens, mask = drawn(1, 12), torch.ones(1, 12, dtype=torch.int64)
+    mask[:, :padded] = 0
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    positions = torch.arange(100, 112)[None]
+
+    def everything() -> list[torch.Tensor]:
+        answer = model.generate(input_ids=tokens, attention_mask=mask, **options)
+        return [answer, read(model, tokens, DynamicCache(config=model.config), position_ids=positions)]
+
+    expected = everything()
+    decoder = decoder_of(model)
+    got = everything()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert (decoder.prompts, decoder.steps) == ((0, 0) if padded else (1, 5))
+
+
+def test_conversations_that_alternate_keep_their_caches() -> None:
+    model = adapted()
+    tokens = drawn(3, 7)
+
+    def logits() -> list[torch.Tensor]:
+        caches = [DynamicCache(config=model.config) for _ in tokens]
+        parts = [(row, cache, begin) for begin in (0, 4, 5, 6) for row, cache in zip(tokens, caches, strict=True)]
+        return [read(model, row[None, begin : max(4, begin + 1)], cache) for row, cache, begin in parts]
+
+    expected = logits()
+    decoder = decoder_of(model)
+    for got, right in zip(logits(), expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+    assert (decoder.prompts, decoder.steps) == (3, 9)
+
+
 def test_the_cache_stays_the_model_s_own() -> None:
-    """After compiled decoding, several tokens at once run eagerly on the same cache."""
+    """After compiled decoding, calls for all logits of several tokens run eagerly on the same cache."""
     model = adapted()
     more = torch.tensor([[7, 8, 9]])
 

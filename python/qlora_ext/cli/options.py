@@ -61,8 +61,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
         "--compile",
         choices=("auto", "always", "never"),
         default="auto",
-        help="generate with compiled code, which takes about a minute to compile and is cached for later runs; auto: "
-        "if it is cached, or an answer may be long (default: %(default)s)",
+        help="generate with compiled code, which takes about two minutes to compile and is cached for later runs; "
+        "auto: if it is cached, or an answer may be long (default: %(default)s)",
     )
 
 

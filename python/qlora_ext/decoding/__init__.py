@@ -1,4 +1,4 @@
-"""Decoding: prepares a model for inference, and compiles code that writes one token per call.
+"""Decoding: prepares a model for inference, and compiles code that reads a prompt or writes one token per call.
 
 Compiled code skips the Python code of a model's layers, which takes most of the time per token of a small 4-bit model.
 

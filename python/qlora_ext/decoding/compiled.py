@@ -393,7 +393,7 @@ class Decoder:
         return self._owner() is cache and cache.layers[0].keys.data_ptr() == self._caches[0].data_ptr()
 
     def _take_over(self, cache: DynamicCache, length: int, end: int) -> None:
-        """Copies ``length`` tokens of a cache into caches with room for ``end``. Attention reads their whole capacity."""
+        """Copies ``length`` tokens of a cache into caches for ``end`` tokens. Attention reads their whole capacity."""
         layers = cache.layers
         capacity = -(-end // _CACHE_STEP) * _CACHE_STEP
         if self._owner() not in (None, cache) or self._caches[0].shape[2] != capacity:
@@ -415,7 +415,7 @@ def compile_decoding(
     """Makes ``model`` decode with compiled code from now on.
 
     The code comes from the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``). If it is not there, it is compiled now,
-    which takes about a minute, and stored there. One package serves every adapter of the same shape.
+    which takes about two minutes, and stored there. One package serves every adapter of the same shape.
 
     Args:
         model: a causal language model of transformers on the CPU, 4-bit or dense, with or without a LoRA adapter. It is
