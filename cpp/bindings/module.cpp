@@ -255,9 +255,11 @@ py::dict task_grid(const std::string& op, int64_t threads, int64_t m, int64_t n,
       found["total"] = k + n + cpu::dlora_tasks(columns, k, n) * cpu::kCopyCost;
     } else {
       const bool is_dx = std::is_same_v<decltype(problem), LinearDxProblem>;
-      const cpu::Sides sides = is_dx ? cpu::dx_sides(unit, k, 4 * lanes, m, m) : cpu::forward_sides(unit, n, m);
+      const cpu::Sides sides = is_dx ? cpu::dx_sides(k, 4 * lanes, m, m) : cpu::forward_sides(unit, n, m);
       const cpu::Grid grid = cpu::make_grid(threads, cpu::kSpareRounds, sides);
       found["tasks"] = grid.tasks();
+      found["rows"] = grid.rows.size;
+      found["tokens"] = grid.tokens.size;
       found["critical_path"] = cpu::critical_path(threads, sides, grid);
       found["total"] = cpu::total_cost(sides, grid);
     }
@@ -310,7 +312,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("task_grid", &task_grid, py::arg("op"), py::arg("threads"), py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("lanes") = 8, py::arg("accumulators") = 12,
         "How the kernels for many tokens cut a product of x [m, k] and w [n, k] for `threads` threads, without running "
-        "it: the number of tasks; their total cost, in multiply-adds per element of the summed dimension, decoding and "
+        "it: the number of tasks; the most rows (dX: columns) and tokens of one; their total cost, in multiply-adds "
+        "per element of the summed dimension, decoding and "
         "packing included; and the cost of the critical path, which is what the busiest thread computes. The defaults "
         "of `lanes` and `accumulators` are those of AVX2; AVX-512 has 16 and 24.");
   m.def("kernels", &kernels, py::arg("op"),

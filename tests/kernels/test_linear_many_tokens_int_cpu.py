@@ -112,13 +112,14 @@ def test_outputs_that_depend_on_a_few_weights_get_the_bits_of_float32(run: Run, 
     y, in_float = (run(kernel, op, x, w4) for kernel in ("many_tokens_int", "many_tokens_float"))
     assert same(y[:, few], in_float[:, few])
     assert not same(y[:, 70], in_float[:, 70])
-    # An infinite scale reaches its own outputs.
+    # An infinite scale and a NaN reach their own outputs.
     outputs = [100] if op == FORWARD else list(range(64, 128))
-    w4.packed_args()[1][100 * SUMMED // 64 if op == FORWARD else 1] = float("inf")
-    infinite = run("many_tokens_int", op, x, w4)
     others = [i for i in range(OUTPUTS) if i not in outputs]
-    assert same(infinite[:, others], y[:, others])
-    assert not infinite[:, outputs].isfinite().any()
+    for value in (float("inf"), float("nan")):
+        w4.packed_args()[1][100 * SUMMED // 64 if op == FORWARD else 1] = value
+        infinite = run("many_tokens_int", op, x, w4)
+        assert same(infinite[:, others], y[:, others])
+        assert not infinite[:, outputs].isfinite().any()
 
 
 def test_weight_rows_of_very_different_size(run: Run) -> None:

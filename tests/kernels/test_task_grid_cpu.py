@@ -24,17 +24,33 @@ _spec.loader.exec_module(thread_table)
 @pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("vectors", VECTORS)
 def test_every_thread_is_busy(op: str, vectors: str) -> None:
-    """Efficiency of forward and dX is at least 0.85 where a thread has 16 million multiply-adds per product."""
+    """The least efficiency, where the smallest product has many multiply-adds per thread."""
     for model, layers in thread_table.MODELS.items():
         for m in (8, 64, 512, 4096):
             for threads in THREADS:
                 efficiency = thread_table.efficiency(op, threads, m, layers, *VECTORS[vectors])
-                assert efficiency <= 1.01  # the cut may be 1% above the best, also for one thread
-                work = m * min(n * k for n, k, _ in layers) / threads
-                if op != "linear_nf4_dlora" and work >= 1 << 24:
-                    assert efficiency >= 0.85, (model, m, threads)
+                case = (model, m, threads)
+                assert efficiency <= 1.01, case  # the cut may be 1% above the best, also for one thread
+                millions = m * min(n * k for n, k, _ in layers) / threads / 1e6
                 if threads <= 2:
-                    assert efficiency >= 0.92, (model, m, threads)
+                    assert efficiency >= 0.9, case
+                elif op != "linear_nf4_dlora" and threads <= 64 and threads & (threads - 1) == 0 and millions >= 32:
+                    assert efficiency >= 0.9, case
+                elif op != "linear_nf4_dlora" and millions >= 64:
+                    assert efficiency >= 0.85, case
+
+
+@pytest.mark.parametrize("vectors", VECTORS)
+def test_tasks_fit_their_scratch(vectors: str) -> None:
+    lanes, accumulators = VECTORS[vectors]
+    for threads in THREADS:
+        for m in (1, 17, 255, 257, 1000, 1024, 4096):
+            for n, k in ((1, 64), (500, 330), (2000, 576), (11008, 4096)):
+                forward = _C.task_grid("linear_nf4", threads, m, n, k, lanes, accumulators)
+                dx = _C.task_grid("linear_nf4_dx", threads, m, n, k, lanes, accumulators)
+                assert max(forward["tokens"], dx["tokens"]) <= 256
+                assert forward["rows"] * min(-(-m // (2 * lanes)) * 2 * lanes, 256) <= 180 * 1024
+                assert dx["rows"] <= (2048 if m <= 64 else 512)
 
 
 def test_cuts_are_those_of_one_thread_only_if_there_is_one() -> None:

@@ -183,7 +183,7 @@ class DxTask {
 // which are multiples of `unit`.
 template <class RunTask>
 void run_dx_tasks(const Pool& pool, const LinearDxProblem& p, int64_t unit, int64_t tokens, const RunTask& run_task) {
-  run_grid(pool, dx_sides(kVectorUnit, p.w.k, unit, p.m, tokens), run_task);
+  run_grid(pool, dx_sides(p.w.k, unit, p.m, tokens), run_task);
 }
 
 // The dx of `tokens` tokens from `first` on, whose g are given.

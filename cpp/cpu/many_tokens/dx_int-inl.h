@@ -27,6 +27,7 @@
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
+#include "cpp/format/dtypes.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -76,11 +77,12 @@ class IntColumns {
     float* const largest = largest_ + slice * groups_;
     for (int64_t r = 0; r < rows; ++r) reader_.read((first + r) * groups_, groups_, scales + r * stride);
     for (int64_t g = 0; g < groups_; ++g) {
-      largest[g] = 0.0f;
+      uint32_t bits = 0;  // as an integer, a NaN is above all numbers
       for (int64_t r = 0; r < rows; ++r) {
-        const float scale = __builtin_fabsf(scales[r * stride + g]);
-        if (!(scale <= largest[g])) largest[g] = scale;  // a NaN stays
+        const uint32_t of_row = float_bits(__builtin_fabsf(scales[r * stride + g]));
+        bits = of_row > bits ? of_row : bits;
       }
+      largest[g] = bits_float(bits);
       int64_t similar = 0;
       for (int64_t r = 0; r < rows; ++r) similar += __builtin_fabsf(scales[r * stride + g]) * 4.0f >= largest[g];
       in_float_[slice * groups_ + g] = !(largest[g] <= few_tokens::kHugeScale) || 8 * similar < 5 * rows;

@@ -25,7 +25,8 @@ constexpr Cut cut_by_count(int64_t n, int64_t count, int64_t unit) {
 struct Side {
   int64_t size, most, unit, overhead;
 
-  constexpr int64_t least_cuts() const { return size > most ? ceil_div(size, most) : 1; }
+  // A piece is a multiple of `unit`, and no larger than `most`.
+  constexpr int64_t least_cuts() const { return size > most ? ceil_div(size, most - most % unit) : 1; }
   constexpr int64_t most_cuts() const { return size > unit ? ceil_div(size, unit) : 1; }
 };
 struct Sides {
@@ -51,15 +52,20 @@ constexpr int64_t total_cost(const Sides& sides, const Grid& grid) {
          sides.tokens.overhead * tokens * grid.rows.count;
 }
 
-// What the busiest thread computes, as a cost.
+// A bound of what the busiest thread computes, as a cost, where free threads take tasks. The second one is Graham's: no
+// thread begins its last task after the time at which all threads could have finished everything else together.
 constexpr int64_t critical_path(int64_t threads, const Sides& sides, const Grid& grid) {
   const int64_t rows = grid.rows.size < sides.rows.size ? grid.rows.size : sides.rows.size;
   const int64_t tokens = grid.tokens.size < sides.tokens.size ? grid.tokens.size : sides.tokens.size;
-  return ceil_div(grid.tasks(), threads) * sides.cost(rows, tokens);
+  const int64_t largest = sides.cost(rows, tokens);
+  const int64_t of_equal_tasks = ceil_div(grid.tasks(), threads) * largest;
+  const int64_t of_any_tasks = ceil_div(total_cost(sides, grid) + (threads - 1) * largest, threads);
+  return of_equal_tasks < of_any_tasks ? of_equal_tasks : of_any_tasks;
 }
 
-// The grid with the shortest critical path. Among grids that are within 1% of it, the one with the most tasks, because
-// those are taken by whichever thread is free. A thread gets at most `spare_rounds` tasks more than necessary.
+// The grid with the shortest critical path. Among grids that are within 1% of it and decode no weight more often, the
+// one with the most tasks, because those are taken by whichever thread is free. A thread gets at most `spare_rounds`
+// tasks more than necessary.
 constexpr Grid make_grid(int64_t threads, int64_t spare_rounds, const Sides& sides) {
   const auto& [rows, tokens] = sides;
   const int64_t least_rounds = ceil_div(rows.least_cuts() * tokens.least_cuts(), threads);
@@ -78,10 +84,12 @@ constexpr Grid make_grid(int64_t threads, int64_t spare_rounds, const Sides& sid
     const int64_t path = critical_path(threads, sides, grid);
     if (path < shortest) shortest = path, best = grid;
   });
-  if (spare_rounds == 0) return best;
-  const int64_t limit = shortest + shortest / 100;
+  if (spare_rounds == 0 || threads == 1) return best;
+  const int64_t limit = shortest + shortest / 100, most_token_cuts = best.tokens.count;
   for_each_grid([&](const Grid& grid) {
-    if (grid.tasks() > best.tasks() && critical_path(threads, sides, grid) <= limit) best = grid;
+    if (grid.tokens.count <= most_token_cuts && grid.tasks() > best.tasks() &&
+        critical_path(threads, sides, grid) <= limit)
+      best = grid;
   });
   return best;
 }
@@ -111,9 +119,10 @@ constexpr Sides forward_sides(const VectorUnit& unit, int64_t n, int64_t tokens)
 inline constexpr int64_t kFewDxTokens = 64;
 constexpr int64_t most_dx_columns(int64_t m) { return m <= kFewDxTokens ? 2048 : 512; }
 
+inline constexpr int64_t kDxTokenUnit = 8;
 // dx of `tokens` tokens of a problem with m, which are broadcast. Tasks have multiples of `column_unit` columns.
-constexpr Sides dx_sides(const VectorUnit& unit, int64_t k, int64_t column_unit, int64_t m, int64_t tokens) {
-  return {{k, most_dx_columns(m), column_unit, kDecodeCost}, {tokens, kMostTokens, unit.accumulators / 2, kCopyCost}};
+constexpr Sides dx_sides(int64_t k, int64_t column_unit, int64_t m, int64_t tokens) {
+  return {{k, most_dx_columns(m), column_unit, kDecodeCost}, {tokens, kMostTokens, kDxTokenUnit, kCopyCost}};
 }
 
 constexpr int64_t dlora_tasks(int64_t columns, int64_t k, int64_t n) {
