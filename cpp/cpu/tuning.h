@@ -198,14 +198,14 @@ constexpr Kernel few_tokens_kernel(const LinearProblem& p, const Cpu& cpu) {
 // tokens: 5.0 ms against 6.7, 8: 6.6 against 6.7; 1536x576, 8: 0.40 against 0.39, 12: 0.57 against 0.53).
 inline constexpr int64_t kMostFloatTokens = 8;
 
-// dx, measured likewise. Float32 has no kernel for few tokens. With AVX-512 up to 16 tokens where columns can be taken 64
-// at a time, with pairs 6 (6 tokens 0.83 ms against 0.87, 8: 1.10 against 0.97). Elsewhere AVX-512 is ahead up to 8
+// dx, measured likewise. Float32 has no kernel for few tokens. With AVX-512 up to 16 tokens where columns can be taken
+// 64 at a time, with pairs 6 (6 tokens 0.83 ms against 0.87, 8: 1.10 against 0.97). Elsewhere AVX-512 is ahead up to 8
 // tokens, with pairs 4; against tiles 8 (1536x576, 8 tokens 108 us against 115, 12: 141 against 114), and 16 of ragged
 // rows; and 6 where rows of W begin inside a lane, since sums are then kept for up to eight shifts. AVX2 (Zen 3, one
 // thread) is ahead up to 3 tokens where many are multiplied as integers (1536x576, 3 tokens: 0.23 ms against 0.24, 4:
-// 0.30 against 0.26), up to 4 where panels decode whole groups (4: 0.30 against 0.36, 5: 0.39 against 0.37), and else up
-// to 8 (1000x1000, 8: 0.64 against 0.67, 10: 0.84 against 0.71). On ARM, from llvm-mca as above: 3 tokens, and 1 with
-// pairs.
+// 0.30 against 0.26), up to 4 where panels decode whole groups (4: 0.30 against 0.36, 5: 0.39 against 0.37), and else
+// up to 8 (1000x1000, 8: 0.64 against 0.67, 10: 0.84 against 0.71). On ARM, from llvm-mca as above: 3 tokens, and 1
+// with pairs.
 constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
   if (!k16Bit.has(p.dtype)) return 0;
   if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 1 : 3;

@@ -137,8 +137,8 @@ def build_info() -> dict[str, Any]:
     ``cuda_built``, ``cuda_archs`` (CMake's list), ``nvcc``, ``cuda_available`` (the kernels run on the current device),
     ``cuda_error`` (why there are no CUDA kernels, or None), ``cpu_isas_built`` (instruction sets that were compiled),
     ``cpu_isas`` (those that this processor runs, to choose from with the environment variable ``QLORA_CPU_ISA``),
-    ``cpu_isa`` (in use) and ``native_bfloat16`` (whether the CPU has bfloat16 arithmetic; without it, ``auto`` dtypes
-    are float32).
+    ``cpu_isa`` (in use) and ``native_bfloat16`` (whether the CPU has bfloat16 arithmetic; without it, ``auto``
+    is float32, except for 4-bit layers whose products are integers: docs/benchmarks.md#the-automatic-dtype).
 
     Example:
         >>> qlora_ext.build_info()["version"] == qlora_ext.__version__

@@ -121,6 +121,13 @@ def test_4bit_layers_multiply_in_bfloat16_in_a_float32_model() -> None:
     assert torch.equal(model.float()(ids), exact)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1"])
+def test_layers_that_integers_do_not_serve_stay_in_float32(name: str) -> None:
+    model = qlora_ext.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 48)), **blocks.form_of(name).keywords)
+    qlora_ext.nn.multiply_in_bfloat16(model)
+    assert model[0].compute_dtype == torch.float32
+
+
 @pytest.mark.parametrize(("capability", "lacks_bfloat16"), [((7, 5), True), ((8, 0), False), ((12, 0), False)])
 def test_computing_dtype_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], lacks_bfloat16: bool

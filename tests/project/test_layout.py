@@ -37,7 +37,14 @@ MAY_INCLUDE = {
     "cpp/cpu/isa/": ("cpp/format", "cpp/cpu/shared/", "cpp/cpu/isa/"),
     "cpp/cpu/codec/": ("cpp/format", *CPU_GROUND, "cpp/cpu/codec/"),
     "cpp/cpu/few_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/few_tokens/"),
-    "cpp/cpu/many_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/many_tokens/"),
+    "cpp/cpu/many_tokens/": (
+        "cpp/format",
+        *CPU_GROUND,
+        *CPU_CONTRACTS,
+        "cpp/cpu/codec/",
+        "cpp/cpu/few_tokens/",
+        "cpp/cpu/many_tokens/",
+    ),
     "cpp/cpu/many_tokens_tiles/": (
         "cpp/format",
         *CPU_GROUND,

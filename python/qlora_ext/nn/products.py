@@ -12,7 +12,8 @@ from .packed import layers_of
 def multiply_in_bfloat16(model: nn.Module) -> None:
     """Makes the 4-bit layers of a model that computes in float32 multiply in bfloat16.
 
-    Between layers, values stay in float32. Quantized embeddings do too, with the heads that are tied to them. A later
+    Between layers, values stay in float32. So do quantized embeddings with the heads that are tied to them, and layers
+    whose weights integer products do not serve: those with offsets, or with blocks of fewer than 64 elements. A later
     ``model.float()`` undoes it.
 
     Example:
@@ -22,5 +23,6 @@ def multiply_in_bfloat16(model: nn.Module) -> None:
         (torch.bfloat16, torch.float32)
     """
     for _, layer in layers_of(model):
-        if not isinstance(layer, Embedding4bit | TiedLinear4bit):
+        is_served = layer.form.offsets is None and layer.block_size >= 64
+        if is_served and not isinstance(layer, Embedding4bit | TiedLinear4bit):
             layer.compute_dtype = torch.bfloat16

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ...dtypes import layers_dtype
 from ...form import Form
 from ...formats import SERVED_FORMATS
+from ...nn import layers_of
 from ...streaming import chunk_mlp, dense_mlps
 from ..data import Parts
 from ..errors import UserError
@@ -44,6 +44,8 @@ def load(run: Run) -> None:
         f"weights {dense / 1e6:.1f} MB in {name_of(compute)} -> {size.bytes / 1e6:.1f} MB in 4 bits "
         f"({dense / size.bytes:.2f} times smaller, including the dense embeddings)"
     )
+    for dtype in {layer.compute_dtype for _, layer in layers_of(model)} - {compute}:
+        run.report(f"4-bit layers multiply in {name_of(dtype)}, which takes less time than {name_of(compute)} here")
     if coverage_note := dense_share(model):
         run.report(coverage_note)
     run.model = adapting.add_adapter(model, run.source, s, run.request.force)
@@ -69,8 +71,6 @@ def _computing_dtype(run: Run) -> torch.dtype:
     if run.resumes and (began := read_marker(run.directory).get(_COMPUTING)) is not None:
         chosen, why = parse_computing_dtype(str(began), run.device), ", as at the start of the run"
     run.digests[_COMPUTING] = name_of(chosen)
-    layers = layers_dtype(parse_dtype(dtype), chosen, run.device)
-    why += f"; 4-bit layers multiply in {name_of(layers)}" if layers != chosen else ""
     run.report(f"computing in {name_of(chosen)} on {run.device}{why}")
     return chosen
 

@@ -177,9 +177,11 @@ class QLoRAConfig(QuantizationConfigMixin):
         nested_block_size: scales per nested scale: from 1 to 2^20.
         compute_dtype: dtype of the quantized layers' products. "auto", the default, is the model's dtype, except for a
             bfloat16 model on a processor without bfloat16 arithmetic. On such a CPU (one without AVX512-BF16, AMX or
-            ARM's BF16) it is float32, and dense linear layers multiply in float32 too. Attention and norms stay in
-            bfloat16 and are slow there, unless ``qlora_ext.nn.set_compute_dtype(model, torch.float32)`` makes the whole
-            model compute in float32. On such a GPU (T4) it is float16; load the model with ``dtype=torch.float16``.
+            ARM's BF16) it is float32, unless the CPU multiplies bfloat16 as integers, which is faster, and dense linear
+            layers multiply in float32. Attention and norms stay in bfloat16 and are slow there, unless
+            ``qlora_ext.nn.set_compute_dtype(model, torch.float32)`` makes the whole model compute in float32; then
+            ``qlora_ext.nn.multiply_in_bfloat16(model)`` returns 4-bit layers to integers. On such a GPU (T4) it is
+            float16; load the model with ``dtype=torch.float16``.
         skip_modules: names of modules that stay dense, with everything inside them: full names, last parts of names, or
             regular expressions. The default is the output heads of language models, classifiers and question-answering
             models. With ``[]``, every linear layer outside towers is quantized. Layers whose weight is tied to an
