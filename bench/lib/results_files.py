@@ -14,6 +14,7 @@ Section = dict[str, Any]  # as written by harness.Report: title, notes, machine,
 MACHINES = {
     "amd_26_2": "AMD EPYC (Zen 5)",
     "amd_25_17": "AMD EPYC (Zen 4)",
+    "amd_25_1": "AMD EPYC (Zen 3), AVX2",
     "amd_25_17_avx2": "AMD EPYC (Zen 4), AVX2 only as on most laptops",
     "intel_6_167": "Intel Xeon with AMX (family 6 model 167)",
     "intel_6_207": "Intel Xeon, Emerald Rapids, without AMX",

@@ -79,14 +79,16 @@ def methods(name: str) -> str:
     return table(["", "tokens/s", "time over qlora_ext's", "peak memory"], rows)
 
 
-def answers(name: str, prompt: int, lengths: Sequence[int]) -> str:
+def answers(name: str, prompts: Sequence[int], lengths: Sequence[int], machine: str = "amd_26_2") -> str:
     """Results of bench/decode.py: tokens per second of prompts, and of answers after prompts of these lengths."""
-    found = {(row["prompt"], row["contender"]): row for row in files.sections("amd_26_2")[name]["rows"]}
+    found = {(row["prompt"], row["contender"]): row for row in files.sections(machine)[name]["rows"]}
     rows = []
-    for contender in [contender for length, contender in found if length == prompt]:
+    for contender in [contender for length, contender in found if length == prompts[0]]:
+        read = [f"{found[length, contender]['prompt tokens/s']:.0f}" for length in prompts]
         written = [f"{found[length, contender]['written tokens/s']:.0f}" for length in lengths]
-        rows.append([contender, f"{found[prompt, contender]['prompt tokens/s']:.0f}", *written])
-    return table(["", f"prompt of {prompt}", *(f"written after {length}" for length in lengths)], rows)
+        rows.append([contender, *read, *written])
+    headings = [*(f"prompt of {length}" for length in prompts), *(f"written after {length}" for length in lengths)]
+    return table(["", *headings], rows)
 
 
 def counters() -> str:
@@ -210,8 +212,9 @@ PAGES: dict[Path, Tables] = {
         "operators on Zen 5": lambda: operators("amd_26_2"),
         "operators on AMX": lambda: operators("intel_6_167"),
         "1b": lambda: methods("step_1b_2_threads"),
-        "answers": lambda: answers("decode_smollm2_2_threads", 512, (8, 512)),
-        "answers 1b": lambda: answers("decode_1b_2_threads", 8, (8,)),
+        "answers": lambda: answers("decode_smollm2_2_threads", (512,), (8, 512)),
+        "answers 1b": lambda: answers("decode_1b_2_threads", (8,), (8,)),
+        "answers avx2": lambda: answers("decode_smollm2_1_threads", (1, 8, 64, 512), (8, 512), "amd_25_1"),
         "counters": counters,
         **formats_by_machine(),
     },

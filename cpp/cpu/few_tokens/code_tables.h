@@ -111,26 +111,21 @@ QLORA_INLINE constexpr const Bf16CodeTable& bf16_codes(Code code) {
   return is_custom(code) ? custom_bf16_codes(code) : kBf16Codes[code];
 }
 
-// The codes with the largest magnitudes, as far as those are not 0, which the search for concentrated rows and columns
-// counts (concentration-inl.h). Of normally distributed weights in NF4, blocks with a large scale have only a dozen
-// bytes with one of the eight largest codes, too few to prove anything. Ten codes are smaller, but mostly frequent
-// enough.
+// The codes whose values are at least kLeast of the largest, which the search for concentrated rows and columns counts
+// (concentration-inl.h). If fewer codes were large, a chunk in a block with a large scale would hold too few of them to
+// prove anything. At this bound, first chunks suffice for nine tiles in ten of normally distributed weights in NF4.
 struct LargeCodes {
-  static constexpr int kCount = 10;
+  static constexpr float kLeast = 0.27f;
   uint8_t is_large[kCodes] = {};  // 0xFF for a large code
   float least = 0.0f;             // the least of their magnitudes, in units of the largest value
 
   constexpr LargeCodes() = default;
   explicit constexpr LargeCodes(const CodeTable& table) {
-    const auto magnitude = [&](int code) { return table.value[code] < 0 ? -table.value[code] : table.value[code]; };
     for (int code = 0; code < kCodes; ++code) {
-      int larger = 0;
-      for (int other = 0; other < kCodes; ++other) {
-        larger += magnitude(other) > magnitude(code) || (magnitude(other) == magnitude(code) && other < code);
-      }
-      if (larger >= kCount || magnitude(code) == 0.0f) continue;
+      const float magnitude = table.value[code] < 0 ? -table.value[code] : table.value[code];
+      if (magnitude == 0.0f || magnitude < kLeast * table.largest) continue;
       is_large[code] = 0xFF;
-      const float size = magnitude(code) / table.largest;
+      const float size = magnitude / table.largest;
       if (least == 0.0f || size < least) least = size;
     }
   }

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.package import package_aoti
+from torch._inductor.package.package import package_aoti
 from torch._ops import OpOverload
 from torch.export.pt2_archive._package import load_pt2
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
@@ -98,10 +98,9 @@ def _attend(
     _, heads, tokens, size = query.shape
     groups = key.shape[1]
     if tokens > 1:
-        of_groups = [t.float() for t in (query, key, value)]
-        out = nn.functional.scaled_dot_product_attention(
-            *of_groups, attn_mask=attention_mask, scale=scaling, enable_gqa=heads > groups
-        )
+        q, k, v = query.float(), key.float(), value.float()
+        grouped = heads > groups
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attention_mask, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2).to(query.dtype), None
     q = query.float().reshape(1, groups, heads // groups, 1, size) * (size**-0.5 if scaling is None else scaling)
     # as_strided forces Inductor to materialize q. Otherwise it recomputes q, including the sines and cosines of its
@@ -118,7 +117,8 @@ def _attend(
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask that ``_attend`` takes, which a cache of fixed size always needs."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return mask
 
 
 _ATTENTION = "qlora_ext_decoding"
@@ -369,7 +369,7 @@ class Decoder:
             return False
         return positions is None or bool((positions == torch.arange(length, length + count, device="cpu")).all())
 
-    def _read(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
+    def _read(self, tokens: Tensor, cache: Any) -> Tensor:
         length, count = cache.get_seq_length(), tokens.shape[1]
         end, layers = length + count, cache.layers
         if not self._holds(cache) or end > self._caches[0].shape[2]:
@@ -390,7 +390,11 @@ class Decoder:
 
     def _holds(self, cache: DynamicCache) -> bool:
         """Whether the decoder's caches contain this cache."""
-        return self._owner() is cache and cache.layers[0].keys.data_ptr() == self._caches[0].data_ptr()
+        first: Any = cache.layers[0]
+        if not first.is_initialized or self._owner() is not cache:
+            return False
+        same: bool = first.keys.data_ptr() == self._caches[0].data_ptr()
+        return same
 
     def _take_over(self, cache: DynamicCache, length: int, end: int) -> None:
         """Copies ``length`` tokens of a cache into caches for ``end`` tokens. Attention reads their whole capacity."""
