@@ -33,11 +33,14 @@ def test_every_thread_is_busy(op: str, vectors: str) -> None:
                 assert efficiency <= 1.01, case  # the cut may be 1% above the best, also for one thread
                 millions = m * min(n * k for n, k, _ in layers) / threads / 1e6
                 if threads <= 2:
-                    assert efficiency >= 0.9, case
-                elif op != "linear_nf4_dlora" and threads <= 64 and threads & (threads - 1) == 0 and millions >= 32:
-                    assert efficiency >= 0.9, case
-                elif op != "linear_nf4_dlora" and millions >= 64:
-                    assert efficiency >= 0.85, case
+                    least = 0.9
+                elif op == "linear_nf4_dlora" or millions < 32:
+                    continue
+                elif threads <= 64 and threads & (threads - 1) == 0:
+                    least = 0.9
+                else:
+                    least = 0.85 if millions >= 64 else 0.65
+                assert efficiency >= least, case
 
 
 @pytest.mark.parametrize("vectors", VECTORS)

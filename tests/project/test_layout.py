@@ -33,7 +33,7 @@ def in_rooms(folder: str, room: str) -> list[str]:
 # Folder, or beginning of a file's name -> what its files may include of ours. Includes point one way.
 MAY_INCLUDE = {
     "cpp/format": ("cpp/format",),
-    "cpp/cpu/shared/": ("cpp/format", "cpp/cpu/shared/"),
+    "cpp/cpu/shared/": ("cpp/format", "cpp/cpu/shared/", "cpp/cpu/kernels.h"),
     "cpp/cpu/isa/": ("cpp/format", "cpp/cpu/shared/", "cpp/cpu/isa/"),
     "cpp/cpu/codec/": ("cpp/format", *CPU_GROUND, "cpp/cpu/codec/"),
     "cpp/cpu/few_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/few_tokens/"),

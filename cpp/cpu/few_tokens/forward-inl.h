@@ -26,7 +26,6 @@
 #include "cpp/cpu/few_tokens/low_rank-inl.h"
 #include "cpp/cpu/few_tokens/tile-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
-#include "cpp/cpu/shared/work_stealing-inl.h"
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/carver-inl.h"
@@ -35,6 +34,7 @@
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/shared/work_stealing-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
