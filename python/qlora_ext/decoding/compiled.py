@@ -309,6 +309,10 @@ def _integers(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
+def _positions(first: int, end: int) -> Tensor:
+    return torch.arange(first, end, dtype=torch.int64, device="cpu")
+
+
 def _new_caches(lm: Any, capacity: int) -> list[Tensor]:
     """Keys of all layers, then values, each [1, H, ``capacity``, D], as the model itself makes them."""
     cache = DynamicCache(config=lm.config)
@@ -367,7 +371,7 @@ class Decoder:
         mask, positions = options.get("attention_mask"), options.get("position_ids")
         if mask is not None and (mask.shape != (1, length + count) or not bool(mask.all())):
             return False
-        return positions is None or bool((positions == torch.arange(length, length + count, device="cpu")).all())
+        return positions is None or bool((positions == _positions(length, length + count)).all())
 
     def _read(self, tokens: Tensor, cache: Any) -> Tensor:
         length, count = cache.get_seq_length(), tokens.shape[1]
@@ -379,9 +383,8 @@ class Decoder:
         else:
             self.prompts += 1
         run: Any = self._read_token if count == 1 else self._read_prompt
-        positions = torch.arange(length, end, dtype=torch.int64, device="cpu")
         with torch._C._AutoDispatchBelowAutograd():  # skips the Python autograd layer of our operators
-            logits: Tensor = run([tokens, positions, *self._caches])[0]
+            logits: Tensor = run([tokens, _positions(length, end), *self._caches])[0]
         for layer, keys, values in zip(layers, self._caches[: len(layers)], self._caches[len(layers) :], strict=True):
             if not layer.is_initialized:
                 layer.update(keys[:, :, :0], values[:, :, :0])
