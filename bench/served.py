@@ -38,7 +38,7 @@ def loss_of(model: Any, rows: Tensor) -> float:
 
 def adapted(code: str | None) -> Any:
     compute_dtype = computing_dtype(torch.bfloat16, torch.device("cpu"))
-    model = step.with_lora(step.load_stored(compute_dtype), dropout=0.0)
+    model = step.with_lora(step.load_ours(DEFAULT_MODEL, compute_dtype), dropout=0.0)
     if code is not None:
         set_merge_aware(model, code=code)
     return model

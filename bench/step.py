@@ -30,7 +30,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import qlora_ext
 import quality
 from lib import harness
 from lib.shapes import LLAMA_1B
@@ -67,16 +66,16 @@ def with_lora(model: Any, dropout: float) -> Any:
     return get_peft_model(model, LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def load_stored(dtype: torch.dtype) -> Any:
-    """The model as `qlora-ext finetune` loads it: its layers keep the codes of the file."""
-    return Loader(resolve(DEFAULT_MODEL), Form(), torch.bfloat16, torch.device("cpu"), compute=dtype).while_loading()
+def load_ours(model: str, dtype: torch.dtype) -> Any:
+    """``model`` as `qlora-ext finetune` loads it to compute in ``dtype``; a file's 4-bit layers keep their codes."""
+    return Loader(resolve(model), Form(), torch.bfloat16, torch.device("cpu"), compute=dtype).while_loading()
 
 
 # For each contender: the function that loads its base, and the learning rate. All but FULL get LoRA.
 FULL = "full fine-tuning"
 CONTENDERS: dict[str, tuple[Callable[[pathlib.Path, torch.dtype], Any], float]] = {
-    OURS: (lambda path, dtype: load(path, dtype, quantization_config=qlora_ext.QLoRAConfig(compute_dtype=dtype)), 2e-4),
-    STORED: (lambda _, dtype: load_stored(dtype), 2e-4),
+    OURS: (lambda path, dtype: load_ours(str(path), dtype), 2e-4),
+    STORED: (lambda _, dtype: load_ours(DEFAULT_MODEL, dtype), 2e-4),
     "bitsandbytes": (
         lambda path, dtype: load(path, dtype, quantization_config=quality.nf4_of_bitsandbytes(dtype)),
         2e-4,
