@@ -182,6 +182,9 @@ def main() -> None:
         other, tolerance = near[name]
         harness.check_equal(torch.tensor(before[name]), torch.tensor(before[other]), name, tolerance)
     times = harness.interleave(steps, seconds=arguments.seconds)
+    computed_in = (
+        f"the faster of {' and '.join(arguments.dtypes)}" if len(arguments.dtypes) > 1 else arguments.dtypes[0]
+    )
     report = harness.Report(
         "_".join(
             [
@@ -194,7 +197,7 @@ def main() -> None:
         f"A training step on the CPU: {TITLES[arguments.model]}",
         [
             f"{batch} x {length} tokens per step; LoRA has rank {RANK} on all linear layers and a dropout of",
-            f"{arguments.dropout:g}. Each contender computes in the faster of {' and '.join(arguments.dtypes)}.",
+            f"{arguments.dropout:g}. Each contender computes in {computed_in}.",
             "Ratio: time over that of qlora_ext in the same round, median (10th to 90th percentile). Peak: resident",
             "memory of the process during a step, Python and its libraries (about 0.45 GB) included.",
             f"Held-out loss: nats per token, before and after {steps[OURS].steps} steps on the same data.",
