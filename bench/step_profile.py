@@ -33,12 +33,12 @@ MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul
 def group(name: str, shapes: list[Any], vocabulary: int) -> str:
     """The group of an operator. Operands with the size of the vocabulary belong to the output head."""
     operator = name.split("::")[-1]
-    if name.startswith(("qlora::", "bitsandbytes::")):
-        return LINEAR
     if "scaled_dot_product" in operator or "flash_attention" in operator or operator in ("bmm", "_softmax"):
         return ATTENTION
     if any(vocabulary in shape for shape in shapes if isinstance(shape, (list, tuple))):
         return HEAD
+    if name.startswith(("qlora::", "bitsandbytes::")):
+        return LINEAR
     if name in MATMULS or "mkldnn" in operator:
         return DENSE
     if "bernoulli" in operator or "dropout" in operator:

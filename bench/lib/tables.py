@@ -142,6 +142,19 @@ def shares_of_steps() -> str:
     return table(["processor", "", "computes in", *headings], rows)
 
 
+def busy() -> str:
+    """Of bench/busy.py on all machines that have run it."""
+    rows: list[list[str]] = []
+    headings: list[str] = []
+    for machine in files.machines():
+        section = files.sections(machine).get("busy_2_threads", {"rows": []})
+        for i, row in enumerate(section["rows"]):
+            headings = [key for key in row if key.startswith(("tokens/s", "time over idle"))]
+            cells = [files.MACHINES[machine] if i == 0 else "", row["contender"]]
+            rows.append([*cells, *(f"{row[key]:.3g}" for key in headings)])
+    return table(["processor", "", *headings], rows)
+
+
 def encodings() -> str:
     """Of bench/fidelity.py on SmolLM2-135M: perplexity on both texts, and the share of the loss recovered."""
     rows = []
@@ -209,6 +222,7 @@ PAGES: dict[Path, Tables] = {
     DOCS / "benchmarks.md": {
         "steps": methods_of_steps,
         "shares": shares_of_steps,
+        "busy": busy,
         "operators on Zen 5": lambda: operators("amd_26_2"),
         "operators on AMX": lambda: operators("intel_6_167"),
         "1b": lambda: methods("step_1b_2_threads"),
