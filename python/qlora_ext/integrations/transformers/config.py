@@ -302,10 +302,18 @@ class QLoRAConfig(QuantizationConfigMixin):
         Args:
             device: the device that computes; the default is ``default_device``.
         """
-        chosen, device = self.compute_dtype, default_device(device)
-        if isinstance(chosen, torch.dtype):
-            return chosen
-        return layers_dtype(model_dtype, computing_dtype(model_dtype, device), device)
+        device = default_device(device)
+        if isinstance(self.compute_dtype, torch.dtype):
+            return self.compute_dtype
+        return layers_dtype(model_dtype, self.dense_computing_dtype(model_dtype, device), device)
+
+    def dense_computing_dtype(
+        self, model_dtype: torch.dtype, device: torch.device | str | int | None = None
+    ) -> torch.dtype:
+        """The dtype in which the dense layers of such a model should multiply. Arguments as of ``computing_dtype``."""
+        if isinstance(self.compute_dtype, torch.dtype):
+            return self.compute_dtype
+        return computing_dtype(model_dtype, default_device(device))
 
     def record(self, forms: Mapping[str, Form]) -> None:
         """Records the forms of a model's layers, which may come from a checkpoint, by the layers' names.

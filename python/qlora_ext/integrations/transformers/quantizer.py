@@ -15,7 +15,6 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from ... import _library
 from ...bitsandbytes_format import COMPANIONS
-from ...dtypes import computing_dtype
 from ...form import Form
 from ...nn import (
     AFTER_QUANTIZE,
@@ -40,7 +39,7 @@ from .._patches import extend
 from . import conversions
 from .checkpoint import CheckpointSource
 from .checkpoint_files import check_dense
-from .config import METHOD, QLoRAConfig, default_device
+from .config import METHOD, QLoRAConfig
 from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
 from .modules import (
@@ -307,7 +306,7 @@ class QLoRAQuantizer(HfQuantizer):
         if not self.pre_quantized:
             report_coverage(model, self._asked(model), stacklevel=2)
         self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
-        if computing_dtype(model.config.dtype, default_device(self.streaming_device)) == torch.float32:
+        if self.qlora_config.dense_computing_dtype(model.config.dtype, self.streaming_device) == torch.float32:
             multiply_in_float32(model)
         self.save_packed_state(model)
         if not self._saves_source:
