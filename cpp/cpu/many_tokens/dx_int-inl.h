@@ -71,7 +71,8 @@ class IntColumns {
   // Most rows of a slice must have similar scales, and all of them finite ones, or their weights are rounded too
   // coarsely.
   void scan_slice(int64_t slice) {
-    const int64_t first = slice * slices_.size, rows = min(slices_.size, w_.n - first), stride = groups_ + kLanes + 2;
+    const int64_t first = slice * slices_.size, rows = min(slices_.size, w_.n - first),
+                  stride = groups_ + stream::kLanes + 2;
     float* const scales =
         static_cast<float*>(scratch(ScratchUse::kThread, rows * stride * static_cast<int64_t>(sizeof(float))));
     float* const largest = largest_ + slice * groups_;
