@@ -127,8 +127,8 @@ def set_wait_policy(policy: str) -> None:
             1.8 times as fast as with ``"active"``, but on an idle machine a step on few tokens takes up to 1.3 times as
             long. ``"active"``: they spin for some milliseconds, which is torch's default. ``"auto"``: passive while
             threads of this process have to wait for CPUs, because other programs or too many threads use them, and
-            otherwise active. A thread watches this, on Linux. The command
-            ``qlora-ext`` sets it, unless the environment has a policy.
+            otherwise active. A thread watches this, on Linux. The command ``qlora-ext`` sets it, unless the environment
+            has a policy.
 
     Raises:
         ValueError: ``policy`` is none of these.
