@@ -135,13 +135,7 @@ inline IntCodes decode(Ints chunk, const IntCodebook& book, LaneOrder) {
            _mm512_permutexvar_epi16(_mm512_srli_epi16(chunk, 12), book.values)}};
 }
 inline Ints dot(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }
-inline Ints dot(Ints acc, Ints a, Ints b) {
-#if __AVX512VNNI__
-  return _mm512_dpwssd_epi32(acc, a, b);
-#else
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
-#endif
-}
+inline Ints dot(Ints acc, Ints a, Ints b) { return _mm512_dpwssd_epi32(acc, a, b); }
 inline Ints load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
 // The load is volatile, because GCC would read the memory again for each use.
 inline Ints load_pairs_once(const int16_t* p) { return *reinterpret_cast<const volatile __m512i_u*>(p); }
