@@ -3,6 +3,7 @@
     python examples/grpo_trl.py --model DIR --data prompts.jsonl --output RUN
 
 Each line of the data is {"prompt": ...}. The reward here is the share of lower-case letters; replace it by your own.
+Rollouts samples the answers by batched decoding, with the adapter as it is at that step.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 import qlora_ext
+from qlora_ext.decoding import Rollouts
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a directory or a name on the hub")
@@ -40,6 +42,7 @@ trainer = GRPOTrainer(
     train_dataset=load_dataset("json", data_files=args.data, split="train"),
     processing_class=AutoTokenizer.from_pretrained(args.model, padding_side="left"),
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+    rollout_func=Rollouts(),
 )  # fmt: skip
 trainer.train()
 trainer.save_model(args.output)

@@ -39,6 +39,11 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="with --resume: continue even if the base or the data have changed",
     )
+    parser.add_argument(
+        "--reward",
+        metavar="FILE.py:FUNCTION",
+        help="with --method grpo: the function that scores answers, in a file or a module; it is executed",
+    )
     add_trust_option(parser)  # not a recorded setting: it must be given each time, also with --resume
     add_options(parser)
     parser.shorten_help(
@@ -61,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.overwrite,
         arguments.force,
         arguments.trust_remote_code,
+        arguments.reward,
     )
     Recipe(request).run()
     return 0

@@ -1,8 +1,8 @@
 """Training data: files, directories, datasets of the hub, and packages with openly licensed text.
 
 ``files``, ``directory``, ``hub`` and ``packages`` yield rows, each with its place; ``examples`` defines what a row may
-be; ``encoding`` tokenizes it; ``store`` holds sequences larger than memory; ``held_out`` is the text for comparing
-models.
+be, ``prompts`` what a prompt for GRPO is; ``encoding`` tokenizes examples; ``store`` holds large sequences;
+``held_out`` is the text for comparing models.
 """
 
 from __future__ import annotations
@@ -28,34 +28,38 @@ from .examples import Example as Example
 from .examples import Message as Message
 from .examples import example_of
 from .examples import is_preference as is_preference
+from .examples import is_prompt as is_prompt
 from .files import READERS, Rows, reader_of
 from .packages import DEFAULT_DATA as DEFAULT_DATA
+from .prompts import prompt_of
+from .prompts import split_prompts as split_prompts
 from .store import Stored
 
 
-def _rows(name: str, split: str) -> Rows:
+def _rows(name: str, split: str, prompts: bool) -> Rows:
     if name.startswith(PACKAGE):
         return packages.rows(name)
     path = path_named(name, "--data")
     if path.is_dir():
-        return directory.rows(path, split)
+        return directory.rows(path, split, prompts)
     if path.is_file():
         reader = reader_of(path)
         if reader is None:
             raise UserError(
                 f"--data {name}: expected a file name that ends in {', '.join(READERS)} (text also with .gz)"
             )
-        return reader(path, split)
+        return reader(path, split, prompts)
     if reader_of(path) is None and hub.is_name(name):
         return hub.rows(name, split)
     raise UserError(f"--data {name}: no such file or directory")
 
 
-def read_examples(name: str, split: str = "train") -> Sequence[Example]:
+def read_examples(name: str, split: str = "train", prompts: bool = False) -> Sequence[Example]:
     """All examples of ``--data name``; see docs/data.md.
 
     Args:
         split: the split to read, if the data have several.
+        prompts: whether the rows are prompts for GRPO, with further columns for the reward function.
 
     Raises:
         UserError: the data do not exist or are empty, or a row is not an example; the message gives its place.
@@ -63,8 +67,8 @@ def read_examples(name: str, split: str = "train") -> Sequence[Example]:
     examples: Stored[Example] = Stored()
     preferences = 0
     try:
-        for place, record in _rows(name, split):
-            example = example_of(record, place)
+        for place, record in _rows(name, split, prompts):
+            example = prompt_of(record, place) if prompts else example_of(record, place)
             preferences += is_preference(example)
             examples.append(example)
             if preferences not in (0, len(examples)):

@@ -22,7 +22,7 @@ def _split_of(path: pathlib.Path) -> str | None:
     return found and _SPLITS.get(found, found)
 
 
-def rows(directory: pathlib.Path, split: str) -> Rows:
+def rows(directory: pathlib.Path, split: str, prompts: bool) -> Rows:
     """The rows of all data files in a directory, sorted by name; of one split only, if the names contain splits.
 
     Directories with our marker, such as a run's output, are skipped.
@@ -70,4 +70,4 @@ def rows(directory: pathlib.Path, split: str) -> Rows:
     for path in data:
         reader = reader_of(path)
         assert reader is not None
-        yield from reader(path, split)
+        yield from reader(path, split, prompts)

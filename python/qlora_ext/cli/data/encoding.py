@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from ..errors import UserError, first_line, is_panic
-from .examples import Example, Message, is_conversation, is_preference, question
+from .examples import Example, Message, is_conversation, question
 from .store import Stored
 
 # Lists of equal length: "input_ids", "labels" (-100: not learnt) and, in packed rows, "position_ids". A preference has
@@ -59,7 +59,7 @@ def check_template(tokenizer: Any, examples: Iterable[Example], data: str, model
         if isinstance(example, str):
             continue
         if not tokenizer.chat_template:
-            if is_conversation(example) or (is_preference(example) and len(example["prompt"]) > 1):
+            if is_conversation(example) or (isinstance(example, dict) and len(example["prompt"]) > 1):
                 raise UserError(
                     f"--data {data} has conversations, but the tokenizer of {model} has no chat template; use a chat "
                     'model, or data with pairs ("prompt" and "completion") or "text"'
@@ -68,7 +68,9 @@ def check_template(tokenizer: Any, examples: Iterable[Example], data: str, model
         if isinstance(example, list):
             continue
         tools = example.get("tools")
-        messages = example.get("messages") or [*example["prompt"], *example["chosen"], *example["rejected"]]
+        messages = example.get("messages") or [
+            message for name in ("prompt", "chosen", "rejected") for message in example.get(name, ())
+        ]
         template = str(tokenizer.get_chat_template(tools=tools))
         for name, there in (("tools", tools), ("tool_calls", any("tool_calls" in m for m in messages))):
             if there and name not in template:

@@ -11,7 +11,8 @@ from ..errors import UserError
 
 Message: TypeAlias = dict[str, Any]  # role, content, and further keys for the chat template
 # A text, all tokens of which are learnt; a question and its answer; or an object: a conversation ("messages", optional
-# "tools"), or a preference ("prompt", "chosen" and "rejected", each a list of messages, and optional "tools").
+# "tools"), a preference ("prompt", "chosen" and "rejected", each a list of messages, and optional "tools"), or a prompt
+# for GRPO ("prompt" and "columns").
 Example: TypeAlias = "str | list[Message] | dict[str, Any]"
 
 # Column names of published datasets for a question and its answer, and for an addition to the question.
@@ -25,7 +26,7 @@ _PAIRS = (
 )
 _MORE = ("input", "context")
 _CONVERSATIONS = ("messages", "conversations")
-_QUESTIONS = ("prompt", "question", "instruction", "input")
+QUESTIONS = ("prompt", "question", "instruction", "input")
 COLUMNS = frozenset(
     {"text", "chosen", "rejected", "tools", "system", *_MORE, *_CONVERSATIONS, *(name for p in _PAIRS for name in p)}
 )
@@ -40,15 +41,21 @@ _ROLES = {
 _EXTRA_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking")  # of a message, for the chat template
 
 
-def named(columns: Iterable[str]) -> bool:
-    """Whether rows with these columns may be examples."""
+def named(columns: Iterable[str], prompts: bool = False) -> bool:
+    """Whether rows with these columns may be examples, or only prompts."""
     names = set(columns)
+    if prompts:
+        return not names.isdisjoint((*QUESTIONS, *_CONVERSATIONS))
     known = ({"text"}, {"chosen", "rejected"}, *({name} for name in _CONVERSATIONS), *map(set, _PAIRS))
     return any(form <= names for form in known)
 
 
 def is_conversation(example: Example) -> TypeGuard[dict[str, Any]]:
     return isinstance(example, dict) and "messages" in example
+
+
+def is_prompt(example: Example) -> TypeGuard[dict[str, Any]]:
+    return isinstance(example, dict) and "columns" in example
 
 
 def is_preference(example: Example) -> TypeGuard[dict[str, Any]]:
@@ -129,6 +136,12 @@ def _messages(value: Any, place: str, name: str) -> list[Message]:
     return [_message(turn, place, f"{name}[{i}]") for i, turn in enumerate(turns)]
 
 
+def conversation_in(record: Mapping[str, Any], place: str) -> tuple[str, list[Message]] | None:
+    """The column of a row that has a conversation, and its messages."""
+    name = next((name for name in _CONVERSATIONS if record.get(name) is not None), None)
+    return None if name is None else (name, _messages(record[name], place, name))
+
+
 def _as_messages(value: Any, place: str, name: str, role: str) -> list[Message]:
     """The messages in a column: one message of ``role`` if it is a text."""
     if isinstance(value, str):
@@ -145,7 +158,7 @@ def _tools(record: Mapping[str, Any], place: str) -> dict[str, Any]:
     return {"tools": tools}
 
 
-def _with_system(record: Mapping[str, Any], messages: list[Message], place: str) -> list[Message]:
+def with_system(record: Mapping[str, Any], messages: list[Message], place: str) -> list[Message]:
     system = record.get("system")
     if not system or (messages and messages[0]["role"] == "system"):
         return messages
@@ -153,7 +166,7 @@ def _with_system(record: Mapping[str, Any], messages: list[Message], place: str)
 
 
 def _preference(record: Mapping[str, Any], place: str) -> Example:
-    asked = next((name for name in _QUESTIONS if record.get(name) is not None), None)
+    asked = next((name for name in QUESTIONS if record.get(name) is not None), None)
     chosen = _as_messages(record["chosen"], place, "chosen", "assistant")
     rejected = _as_messages(record["rejected"], place, "rejected", "assistant")
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
@@ -168,7 +181,7 @@ def _preference(record: Mapping[str, Any], place: str) -> Example:
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             _refuse(place, name, "one answer of the assistant", messages)
     return {
-        "prompt": _with_system(record, prompt, place),
+        "prompt": with_system(record, prompt, place),
         "chosen": chosen,
         "rejected": rejected,
         **_tools(record, place),
@@ -189,7 +202,7 @@ def _pair(record: Mapping[str, Any], names: tuple[str, str], place: str) -> Exam
             *_as_messages(first, place, names[0], "user"),
             *_as_messages(second, place, names[1], "assistant"),
         ]
-    return {"messages": _with_system(record, messages, place), **_tools(record, place)}
+    return {"messages": with_system(record, messages, place), **_tools(record, place)}
 
 
 def example_of(record: Any, place: str) -> Example:
@@ -206,10 +219,9 @@ def example_of(record: Any, place: str) -> Example:
         found = {name for name in COLUMNS if record.get(name) is not None}
         if {"chosen", "rejected"} <= found:
             return _preference(record, place)
-        for name in _CONVERSATIONS:
-            if name in found:
-                messages = _with_system(record, _messages(record[name], place, name), place)
-                return {"messages": messages, **_tools(record, place)}
+        conversation = conversation_in(record, place)
+        if conversation is not None:
+            return {"messages": with_system(record, conversation[1], place), **_tools(record, place)}
         if "text" in found:
             if not isinstance(record["text"], str):
                 _refuse(place, "text", "a text", record["text"])

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from ..._internal.untrusted import excerpt, parse_json, printable
 from ..errors import UserError, first_line
 from . import dictd
-from .examples import COLUMNS, EXPECTED, named
+from .examples import COLUMNS, EXPECTED, QUESTIONS, named
 
 Rows: TypeAlias = Iterator[tuple[str, Any]]  # of place and record
 
@@ -26,6 +26,11 @@ _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"P
 _MAX_BLANK_BYTES = 1 << 20  # bytes of consecutive blank lines, of which a decompression bomb has millions
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _PIECE = 1 << 20  # approximate number of characters of a piece of text
+
+
+def _expected(prompts: bool) -> str:
+    """The columns that a table must have, for error messages."""
+    return " or ".join((*QUESTIONS, "messages")) if prompts else EXPECTED
 
 
 def _at(path: pathlib.Path, line: int) -> str:
@@ -94,14 +99,14 @@ def _full_text(path: pathlib.Path) -> str:
         raise UserError(f"{_at(path, line)}: not UTF-8 text (byte {error.start} of the file)") from error
 
 
-def _jsonl(path: pathlib.Path, split: str) -> Rows:
+def _jsonl(path: pathlib.Path, split: str, prompts: bool) -> Rows:
     for number, line in _lines(path):
         if line.strip():
             place = _at(path, number)
             yield place, parse_json(line, place, lenient=True)
 
 
-def _txt(path: pathlib.Path, split: str) -> Rows:
+def _txt(path: pathlib.Path, split: str, prompts: bool) -> Rows:
     """The text in pieces of complete lines, because a tokenizer processes a text at once."""
     piece: list[str] = []
     size = first = 0
@@ -203,10 +208,10 @@ def _is_json_lines(path: pathlib.Path) -> bool:
         return False
 
 
-def _json(path: pathlib.Path, split: str) -> Rows:
+def _json(path: pathlib.Path, split: str, prompts: bool) -> Rows:
     """The rows of a .json file: an array, an object with one array per split, one row, or JSON Lines."""
     if _is_json_lines(path):
-        yield from _jsonl(path, split)
+        yield from _jsonl(path, split, prompts)
         return
     text = _Json(path)
     if text.peek() == "[":
@@ -227,15 +232,14 @@ def _json(path: pathlib.Path, split: str) -> Rows:
     text.end()
 
 
-def _columns(path: pathlib.Path, header: list[str]) -> list[str]:
+def _columns(path: pathlib.Path, header: list[str], prompts: bool) -> list[str]:
     names = [name.strip() for name in header]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{_at(path, 1)}: the column {excerpt(twice[0])} appears {names.count(twice[0])} times")
-    if not named(names):
-        raise UserError(
-            f"{_at(path, 1)}: expected a first line with the columns {EXPECTED}; got {excerpt(', '.join(names), 160)}"
-        )
+    if not named(names, prompts):
+        expected, got = _expected(prompts), excerpt(", ".join(names), 160)
+        raise UserError(f"{_at(path, 1)}: expected a first line with the columns {expected}; got {got}")
     return names
 
 
@@ -249,7 +253,7 @@ def _delimiter(path: pathlib.Path) -> str:
     return max(("\t",) if ".tsv" in path.suffixes else (",", ";", "\t"), key=known)
 
 
-def _csv(path: pathlib.Path, split: str) -> Rows:
+def _csv(path: pathlib.Path, split: str, prompts: bool) -> Rows:
     csv.field_size_limit(_MAX_LINE)  # the module's default is 128 KiB
     # Split at all of CSV's line ends. The reader joins lines inside quotes again.
     lines = (part for _, line in _lines(path) for part in re.split(r"(?<=\r)(?!\n)", line) if part)
@@ -266,7 +270,7 @@ def _csv(path: pathlib.Path, split: str) -> Rows:
         if not fields:
             continue  # an empty line
         if names is None:
-            names = _columns(path, fields)
+            names = _columns(path, fields, prompts)
         elif len(fields) != len(names):
             raise UserError(
                 f"{place}: expected {len(names)} fields ({excerpt(', '.join(names))}), got {len(fields)}; quote a "
@@ -276,7 +280,7 @@ def _csv(path: pathlib.Path, split: str) -> Rows:
             yield place, dict(zip(names, fields, strict=True))
 
 
-def _parquet(path: pathlib.Path, split: str) -> Rows:
+def _parquet(path: pathlib.Path, split: str, prompts: bool) -> Rows:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -290,11 +294,10 @@ def _parquet(path: pathlib.Path, split: str) -> Rows:
                 raise UserError(
                     f"--data {printable(path)}: the column {excerpt(twice[0])} appears {names.count(twice[0])} times"
                 )
-            wanted = [name for name in names if name in COLUMNS]
-            if not named(wanted):
-                raise UserError(
-                    f"--data {printable(path)}: expected the columns {EXPECTED}; got {excerpt(', '.join(names), 160)}"
-                )
+            wanted = [name for name in names if prompts or name in COLUMNS]
+            if not named(wanted, prompts):
+                expected, got = _expected(prompts), excerpt(", ".join(names), 160)
+                raise UserError(f"--data {printable(path)}: expected the columns {expected}; got {got}")
             for batch in file.iter_batches(batch_size=256, columns=wanted):
                 for record in batch.to_pylist():
                     number += 1
@@ -303,11 +306,11 @@ def _parquet(path: pathlib.Path, split: str) -> Rows:
         raise UserError(f"--data {printable(path)}: damaged, or not Parquet ({first_line(error)})") from error
 
 
-def _dictd(path: pathlib.Path, split: str) -> Rows:
+def _dictd(path: pathlib.Path, split: str, prompts: bool) -> Rows:
     return dictd.rows(path)
 
 
-READERS: dict[str, Callable[[pathlib.Path, str], Rows]] = {
+READERS: dict[str, Callable[[pathlib.Path, str, bool], Rows]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
@@ -319,7 +322,7 @@ READERS: dict[str, Callable[[pathlib.Path, str], Rows]] = {
 }
 
 
-def reader_of(path: pathlib.Path) -> Callable[[pathlib.Path, str], Rows] | None:
+def reader_of(path: pathlib.Path) -> Callable[[pathlib.Path, str, bool], Rows] | None:
     """The reader for a file name, or None. Text files may be compressed with gzip."""
     name = path.name.lower()
     packed = name.endswith(".gz")

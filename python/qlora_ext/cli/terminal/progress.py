@@ -55,27 +55,29 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         record = state.log_history[-1]
-        if "eval_loss" in record:
+        if is_measured(record):
             self.console.print(f"step {state.global_step}: held-out {describe(record)}")
         if "loss" in record:
-            record["tokens_per_second"] = self._show(state, record["loss"])
+            record["tokens_per_second"] = self._show(state, record)
             if not math.isfinite(record["loss"]):
                 raise FloatingPointError(
                     f"the loss is {record['loss']} at step {state.global_step}; try a smaller --lr"
                 )
-        if "loss" in record or "eval_loss" in record:
+        if "loss" in record or is_measured(record):
             append_json_line(self.metrics, record)
 
-    def _show(self, state: Any, loss: float) -> float:
+    def _show(self, state: Any, record: dict[str, Any]) -> float:
+        name = "reward" if "reward" in record else "loss"
+        shown = f"{name} {record[name]:.3f}"
         now = time.monotonic()
         rate: float = (state.num_input_tokens_seen - self._seen) / max(now - self._since, 1e-9)
         self._seen, self._since = state.num_input_tokens_seen, now
-        self._bar.update(self._task, completed=state.global_step, loss=f"loss {loss:.3f}", rate=f"{rate:.0f} tokens/s")
+        self._bar.update(self._task, completed=state.global_step, loss=shown, rate=f"{rate:.0f} tokens/s")
         step, last = state.global_step, state.max_steps
         if not self.console.is_terminal and (step % max(1, last // _LINES) == 0 or step == last):
             left = (now - self._begun) / (step - self._first) * (last - step)
             self.console.print(
-                f"step {step}/{last}  loss {loss:.3f}  {rate:.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
+                f"step {step}/{last}  {shown}  {rate:.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
             )
         return rate
 
@@ -86,15 +88,22 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self._bar.stop()
 
 
+def is_measured(record: dict[str, Any]) -> bool:
+    """Whether a line of ``metrics.jsonl`` has measurements on the held-out rows."""
+    return "eval_loss" in record or "eval_reward" in record
+
+
 def describe(measured: dict[str, Any]) -> str:
     """The measurements on the held-out rows (``RunTrainer.measure``), as text."""
     if "eval_perplexity" in measured:
         return f"perplexity {measured['eval_perplexity']:.2f}"
+    if "eval_reward" in measured:
+        return f"reward {measured['eval_reward']:.4f}"
     return f"loss {measured['eval_loss']:.4f}, {measured['eval_reward_accuracy']:.0%} of the pairs ranked correctly"
 
 
 def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-    """Plots the training loss per step, and the held-out loss where it was measured, as a PNG."""
+    """Plots the training loss per step, and the held-out loss where it was measured, as a PNG; for GRPO, the reward."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,11 +112,14 @@ def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
     from ..outputs.files import staged_file
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150, layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
+    rewards = any("eval_reward" in record for record in history)
+    trained, measured = ("reward", "eval_reward") if rewards else ("loss", "eval_loss")
+    for key, label, style in ((trained, "training", "-"), (measured, "held out", "o--")):
         points = [(record["step"], record[key]) for record in history if key in record]
         axes.plot(*zip(*points, strict=True), style, label=label) if points else None
     per_token = any("eval_perplexity" in record for record in history)  # otherwise the run learns preferences
-    axes.set(xlabel="step", ylabel="loss (nats per token)" if per_token else "loss (nats per pair)", title=title)
+    loss = "loss (nats per token)" if per_token else "loss (nats per pair)"
+    axes.set(xlabel="step", ylabel="reward" if rewards else loss, title=title)
     axes.legend()
     axes.grid(alpha=0.3)
     with staged_file(path) as partial:

@@ -27,6 +27,8 @@ def held_out_rows(adapter: pathlib.Path, tokenizer: Any, option: str) -> tuple[l
     if not values:
         raise UserError(f"{option}: the adapter does not record its held-out data; adapters of qlora-ext finetune do")
     s = recorded(values, adapter / RECORD)
+    if s.method == "grpo":
+        raise UserError(f"{option}: expected a run that was trained on answers, got one trained on rewards (GRPO)")
     examples = read_examples(s.data, s.split)
     if is_preference(examples[0]) and s.method != "sft":
         raise UserError(f"{option}: expected a run that was trained on answers, got one trained on preferences (DPO)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 from ..._internal.untrusted import FileError, check
@@ -41,6 +42,7 @@ def finetune(
     overwrite: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
+    reward: str | Callable[..., list[float]] | None = None,
     **options: Any,
 ) -> Finetuned:
     """Trains LoRA adapters on a 4-bit model, like the command ``qlora-ext finetune``, with the same output bit for bit.
@@ -57,6 +59,9 @@ def finetune(
         overwrite: replace what an earlier run wrote to ``output``. Other files are never deleted.
         force: with ``resume``, continue even if the base or the data have changed.
         trust_remote_code: run Python code that comes with the model.
+        reward: with ``method="grpo"``, a function that takes ``completions``, a list of texts, and the columns of the
+            data by keyword, and returns a number per answer; or its name as FILE.py:FUNCTION. A resumed run needs it
+            again.
         options: the options of the command, with underscores: ``rank=8``, ``max_steps=200``, ``lr=1e-4``,
             ``grad_checkpointing=True``, ``max_memory="8GB"``. None stands for the default.
 
@@ -81,6 +86,6 @@ def finetune(
     """
     given = _options({"model": model, "data": data, **options})
     try:
-        return Recipe(Request(given, os.fspath(output), resume, overwrite, force, trust_remote_code)).run()
+        return Recipe(Request(given, os.fspath(output), resume, overwrite, force, trust_remote_code, reward)).run()
     except UserError as error:
         raise ValueError(as_arguments(str(error))) from error

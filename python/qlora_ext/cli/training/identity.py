@@ -58,7 +58,7 @@ def digest_of_rows(*parts: Sequence[Row]) -> str:
         digest.update(f"{len(rows)} rows\n".encode())
         for row in rows:
             for key in row:
-                if key != "position_ids":  # packing adds it
+                if key not in ("position_ids", "prompt", "columns"):  # packing adds the first; the data have the others
                     digest.update(f"{len(row[key])} ".encode() + array.array("q", row[key]).tobytes())
     return digest.hexdigest()
 

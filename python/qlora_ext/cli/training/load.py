@@ -111,7 +111,9 @@ def _check_lengths(run: Run) -> None:
     longest = 0
     for rows in (run.parts.train, run.parts.held_out):
         for row in rows:
-            if "prompt_ids" in row:
+            if "columns" in row:
+                size = len(row["prompt_ids"]) + run.settings.max_new_tokens
+            elif "prompt_ids" in row:
                 size = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
             else:
                 size = max(row["position_ids"]) + 1 if "position_ids" in row else len(row["input_ids"])

@@ -12,7 +12,14 @@ from ..outputs.files import write_json
 from .run import Run
 
 _TOKENS = 40  # of a sample
-_BEFORE: Schema = {"loss": float, "perplexity?": float, "reward_accuracy?": float, "prompt": str, "sample": str}
+_BEFORE: Schema = {
+    "loss?": float,
+    "perplexity?": float,
+    "reward_accuracy?": float,
+    "reward?": float,
+    "prompt": str,
+    "sample": str,
+}
 
 
 def _asked(row: Row) -> list[int]:
@@ -41,8 +48,8 @@ def measure_before(run: Run) -> dict[str, Any]:
     path = run.directory / "before.json"
     if path.is_file():
         before: dict[str, Any] = read_json(path, _BEFORE)
-        if not before.keys() & {"perplexity", "reward_accuracy"}:
-            raise UserError(f"{path}: expected a perplexity in it, found none")
+        if not before.keys() & {"perplexity", "reward_accuracy", "reward"}:
+            raise UserError(f"{path}: expected a perplexity or a reward in it, found none")
         return before
     prompt, answer = sample(run)
     before = {**figures(run.trainer.measure()), "prompt": prompt, "sample": answer}

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from ..._internal.untrusted import excerpt, printable
-from ..data import check_template, is_preference, read_examples, split, summary
+from ..data import check_template, is_preference, is_prompt, read_examples, split, split_prompts, summary
 from ..errors import UserError
 from ..models.adapter_files import check_files, config_of, find
 from ..models.devices import parse_device
@@ -18,6 +18,7 @@ from ..outputs.ownership import foreign_in_adapter
 from . import adapting
 from .checkpoints import newest_checkpoint
 from .identity import digest_of_adapter, digest_of_examples, digest_of_rows
+from .reward_function import digest_of_reward, find_reward
 from .run import SETTINGS, Request, Run
 from .settings import NO_NEFTUNE_IN_DPO, Settings, flag, given, read_settings, resumed
 
@@ -79,7 +80,7 @@ def _find(request: Request, typed: dict[str, Any], output: Output) -> Run:
     checkpoint = newest_checkpoint(directory) if resumes else None
     if source.directory is None and source.gguf_file is None:
         load_config(source)  # checks that the hub has the model before the data are read
-    examples = read_examples(settings.data, settings.split)
+    examples = read_examples(settings.data, settings.split, prompts=settings.method == "grpo")
     return Run(request, output, settings, source, device, examples, resumes, longer, checkpoint)
 
 
@@ -96,6 +97,13 @@ def _check_adapter(run: pathlib.Path) -> None:
 
 def _check_method(run: Run, typed: dict[str, Any]) -> None:
     s = run.settings
+    if s.method == "grpo":
+        _check_reward(run)
+        return
+    if run.request.reward is not None:
+        raise UserError("--reward is an option of --method grpo")
+    if given := [flag(name) for name in ("generations", "max_new_tokens", "temperature") if name in typed]:
+        raise UserError(f"{given[0]} is an option of --method grpo")
     if "beta" in typed and not run.preferences:
         raise UserError("--beta is an option of DPO, but the data are answers, not preferences")
     if s.method == "dpo" and not run.preferences:
@@ -114,6 +122,17 @@ def _check_method(run: Run, typed: dict[str, Any]) -> None:
             raise UserError("--max-memory: the planner does not support DPO")
         if s.chunked_loss:
             raise UserError("--chunked-loss: not supported with DPO, which has its own loss")
+
+
+def _check_reward(run: Run) -> None:
+    """Finds the reward function. A resumed run needs it again."""
+    if run.request.reward is None:
+        again = " again: the run does not record which code to run" if run.resumes else ""
+        raise UserError(f"--method grpo: expected --reward FILE.py:FUNCTION{again}")
+    if importlib.util.find_spec("trl") is None:
+        raise UserError("--method grpo needs TRL; install it with: pip install 'trl>=1.16'")
+    run.reward = find_reward(run.request.reward)
+    run.identify("reward", digest_of_reward(run.reward), "--reward")
 
 
 def _check_init_adapter(run: Run, typed: dict[str, Any]) -> None:
@@ -145,26 +164,30 @@ def _fit(run: Run, config: Any) -> None:
 def _encode(run: Run) -> None:
     """Encodes the examples with the model's tokenizer."""
     s = run.settings
-    run.report(
-        f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} "
-        f"{'preferences' if is_preference(run.examples[0]) else 'examples'})"
-    )
+    first = run.examples[0]
+    what = "prompts" if is_prompt(first) else "preferences" if is_preference(first) else "examples"
+    run.report(f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} {what})")
     run.tokenizer = load_tokenizer(run.source)
     check_template(run.tokenizer, run.examples, s.data, run.source.name)
-    parts = run.parts = split(
-        run.tokenizer, run.examples, s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences, s.first_rows,
-        not s.no_packing,
-    )  # fmt: skip
+    if is_prompt(first):
+        longest = s.seq_len - s.max_new_tokens
+        parts = run.parts = split_prompts(run.tokenizer, run.examples, longest, s.eval_size, s.seed)
+    else:
+        parts = run.parts = split(
+            run.tokenizer, run.examples, s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences, s.first_rows,
+            not s.no_packing,
+        )  # fmt: skip
     for reason in summary(parts.counts, s.seq_len):
         run.report(f"      {reason}")
     steps = s.steps(len(parts.train))
-    kind = "pairs" if run.preferences else f"rows of at most {s.seq_len} tokens"
+    kind = "pairs" if run.preferences else "prompts" if is_prompt(first) else f"rows of at most {s.seq_len} tokens"
+    rows = steps * s.step_rows // (s.generations if is_prompt(first) else 1)
     run.report(
-        f"rows  {len(parts.train):,} {kind} to train on, {steps * s.step_rows / len(parts.train):.2f} times in "
+        f"rows  {len(parts.train):,} {kind} to train on, {rows / len(parts.train):.2f} times in "
         f"{steps:,} steps; {len(parts.held_out)} examples held out"
     )
     # An extended run has more rows than at its start; the digest covers the original ones.
-    begun_with = parts.train[: s.first_rows] if s.former_steps else parts.train
+    begun_with = parts.train[: s.first_rows] if s.former_steps and not is_prompt(first) else parts.train
     digest = digest_of_rows(begun_with, parts.held_out)
     run.identify("rows", digest, f"tokens that --model {run.source.name} makes of --data {s.data}")
 
@@ -172,6 +195,10 @@ def _encode(run: Run) -> None:
 def _arguments(run: Run) -> Any:
     """The arguments of the trainer, whose construction checks them."""
     steps = run.settings.steps(len(run.parts.train))
+    if run.reward is not None:
+        from .rewards import reward_arguments
+
+        return reward_arguments(run.settings, steps, run.directory, run.device)
     if run.preferences:
         from .preferences import preference_arguments
 

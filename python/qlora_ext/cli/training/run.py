@@ -14,6 +14,7 @@ from ..options import DEFAULT_RUN
 from ..outputs.directory import Output
 from ..outputs.ownership import read_marker
 from .identity import check_same
+from .reward_function import Reward
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Request:
         overwrite: replace what an earlier command wrote to ``output``.
         force: with ``resume``, continue even if the base or the data have changed.
         trust_remote_code: run Python code that comes with the model.
+        reward: with the method grpo, the function that scores answers, or its name (``find_reward``). The run does not
+            record it, because whoever writes to its directory must not choose which code runs.
     """
 
     options: Mapping[str, Any]
@@ -42,6 +45,7 @@ class Request:
     overwrite: bool = False
     force: bool = False
     trust_remote_code: bool = False
+    reward: str | Reward | None = None
 
 
 def _console() -> Console:
@@ -59,6 +63,7 @@ class Run:
         longer: whether this command extends the run.
         checkpoint: the checkpoint from which the run resumes.
         digests: of a new run's inputs, for its marker.
+        reward: of a run with the method grpo.
         tokenizer, parts, arguments: set by ``prepare``: the tokenizer, the rows, and the trainer's arguments.
         model: set by ``load``: the 4-bit model with its adapter.
         trainer, before, history: set by ``train``: the trainer, the measurements before training, and the lines of
@@ -76,6 +81,7 @@ class Run:
     checkpoint: pathlib.Path | None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     console: Console = dataclasses.field(default_factory=_console)
+    reward: Reward | None = None
     tokenizer: Any = None
     parts: Parts = dataclasses.field(init=False)
     arguments: Any = None

@@ -12,7 +12,7 @@ from ..._internal.untrusted import printable
 from ..._internal.version import VERSION
 from ..outputs.files import staged_directory, write_json, write_json_lines
 from ..outputs.ownership import RECORD, foreign_in_adapter
-from ..terminal.progress import describe, plot_loss
+from ..terminal.progress import describe, is_measured, plot_loss
 from ..terminal.samples import show_sample
 from .measuring import figures, sample
 from .run import Run
@@ -21,7 +21,7 @@ from .run import Run
 def save(run: Run) -> dict[str, float]:
     """Saves the adapter and the metrics of a trained run. Returns the metrics."""
     end = run.trainer.measure()
-    steps = [line for line in run.trainer.state.log_history if "loss" in line or "eval_loss" in line]
+    steps = [line for line in run.trainer.state.log_history if "loss" in line or is_measured(line)]
     history = [run.before, *(line for line in steps if "loss" in line or line["step"] < end["step"]), end]
     write_json_lines(run.metrics, history)
     metrics = {"steps": end["step"]}

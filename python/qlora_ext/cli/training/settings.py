@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..models.devices import AUTO, check_dtype
 from ..models.sources import DEFAULT_MODEL
 
-METHODS = ("auto", "sft", "dpo")
+METHODS = ("auto", "sft", "dpo", "grpo")
 NO_NEFTUNE_IN_DPO = (
     "--neftune-alpha: not supported with DPO, because the noise would change the base model's answers too"
 )
@@ -83,7 +83,7 @@ class Settings:
 
     rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
     alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", 0, 1e6, group="adapter")
-    dropout: float = _option(0.05, "LoRA dropout (not with dpo)", 0, 1, group="adapter")
+    dropout: float = _option(0.05, "LoRA dropout (not with dpo and grpo)", 0, 1, group="adapter")
     target_modules: str = _option(
         "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
     )
@@ -112,10 +112,17 @@ class Settings:
 
     method: str = _option(
         "auto",
-        "sft: learn the answers; dpo (by TRL): learn which of two answers is preferred; auto: depending on --data",
+        "sft: learn the answers; dpo (by TRL): learn which of two answers is preferred; grpo (by TRL): sample answers "
+        "and learn from their rewards; auto: sft or dpo, depending on --data",
         choices=METHODS, group="training",
     )  # fmt: skip
-    beta: float = _option(0.1, "dpo: larger values keep the model closer to the base", 0, 1e6, group="training")
+    beta: float = _option(
+        0.1, "dpo and grpo: larger values keep the model closer to the base (default: 0.1, and 0 with grpo)", 0, 1e6,
+        group="training",
+    )  # fmt: skip
+    generations: int = _option(4, "grpo: answers per prompt", 2, group="training")
+    max_new_tokens: int = _option(128, "grpo: tokens per answer", 1, group="training")
+    temperature: float = _option(1.0, "grpo: sampling temperature", 0, 1e3, group="training")
     max_steps: int = _option(50, "optimizer steps", 1, group="training")
     epochs: float = _option(0.0, "passes over the rows, instead of --max-steps", 0, 1e6, group="training")
     batch_size: int = _option(4, "rows per forward pass; short examples share a row", 1, group="training")
@@ -232,6 +239,8 @@ class Settings:
 
     def steps(self, rows: int) -> int:
         """The number of optimizer steps for so many rows. Each epoch ends with a step, as in transformers' Trainer."""
+        if self.method == "grpo":
+            rows *= self.generations
         steps_per_epoch = math.ceil(math.ceil(rows / self.batch_size) / self.grad_accum)
         return max(1, math.ceil(self.epochs * steps_per_epoch)) if self.epochs else self.max_steps
 
@@ -245,7 +254,8 @@ class Settings:
             if (minimum is not None and not value >= minimum) or (below is not None and not value < below):
                 upper = "" if below is None else f" and below {below}"
                 raise UserError(f"{flag(field.name)} {value}: expected a value of at least {minimum}{upper}")
-        for name in ("alpha", "lr", "beta"):
+        positive = ("alpha", "lr", "temperature") if self.method == "grpo" else ("alpha", "lr", "beta")
+        for name in positive:
             if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
         if self.merge_aware and self.dora:
@@ -258,6 +268,8 @@ class Settings:
             )
         if self.neftune_alpha and self.method == "dpo":
             raise UserError(NO_NEFTUNE_IN_DPO)
+        if self.method == "grpo":
+            self._check_grpo()
         layer_numbers(self.layers)
         lengths = [0, *self.former_steps, self.max_steps]
         if not self.epochs and lengths != sorted(set(lengths)):
@@ -276,6 +288,21 @@ class Settings:
                 except ValueError as error:
                     raise UserError(str(error)) from error
         check_dtype(self.dtype)
+
+    def _check_grpo(self) -> None:
+        if self.step_rows % self.generations:
+            raise UserError(
+                f"--generations {self.generations}: expected a divisor of --batch-size times --grad-accum, which is "
+                f"{self.step_rows}"
+            )
+        if self.max_new_tokens >= self.seq_len:
+            raise UserError(
+                f"--max-new-tokens {self.max_new_tokens}: expected less than --seq-len, which is {self.seq_len} tokens "
+                "for prompt and answer"
+            )
+        for name in ("dropout", "neftune_alpha", "no_packing", "chunked_loss", "max_memory", "merge_aware"):
+            if getattr(self, name):
+                raise UserError(f"{flag(name)}: not supported with --method grpo")
 
 
 def schema() -> dict[str, Any]:
@@ -389,6 +416,9 @@ def given(options: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
         typed["warmup_ratio"] = 0.0
     if typed.get("merge_aware"):
         typed.setdefault("dropout", 0.0)  # merge-aware adapters cannot have dropout
+    if typed.get("method") == "grpo":
+        typed.setdefault("dropout", 0.0)  # answers are sampled without dropout
+        typed.setdefault("beta", 0.0)
     return typed
 
 

@@ -69,6 +69,11 @@ def _begin(run: Run) -> None:
 
 
 def _trainer(run: Run) -> RunTrainer:
+    if run.reward is not None:
+        from .rewards import RewardTrainer
+
+        rows = run.parts.train, run.parts.held_out
+        return RewardTrainer(run.model, run.arguments, *rows, run.tokenizer, run.reward, run.report)
     if run.preferences:
         from .preferences import PreferenceTrainer
 
@@ -80,7 +85,7 @@ def _trainer(run: Run) -> RunTrainer:
 def _add_callbacks(run: Run) -> None:
     s = run.settings
     run.trainer.add_callback(NameInertAdapters(run.report))
-    if s.former_steps:
+    if s.former_steps and run.reward is None:
         run.trainer.stages = s.stages[:-1]
     if run.longer:
         lengths = f"{s.epochs:g} epochs" if s.epochs else f"{s.max_steps} steps"

@@ -28,7 +28,7 @@ _STATE: Schema = {
     "global_step": int,
     "max_steps": int,
     "num_input_tokens_seen": int,
-    "log_history": [{"step": int, "loss?": float, "eval_loss?": float}],
+    "log_history": [{"step": int, "loss?": float, "eval_loss?": float, "eval_reward?": float}],
 }
 
 

@@ -1,0 +1,66 @@
+"""Finds the reward function of ``--method grpo``, which the user's own code defines."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pathlib
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from ..._internal.untrusted import excerpt
+from ..errors import UserError, first_line
+
+Reward: TypeAlias = "Callable[..., list[float]]"
+
+
+def find_reward(name: str | Reward) -> Reward:
+    """The function that ``--reward`` names as FILE.py:FUNCTION or MODULE:FUNCTION, or the function that was given.
+
+    The file or module is executed.
+
+    Raises:
+        UserError: there is no such file, module or function, or it raises an exception when it is imported.
+    """
+    if not isinstance(name, str):
+        return name
+    where, _, function = name.rpartition(":")
+    if not where or not function.isidentifier():
+        raise UserError(f"--reward {excerpt(name)}: expected FILE.py:FUNCTION or MODULE:FUNCTION")
+    try:
+        module = _imported(where)
+    except UserError:
+        raise
+    except Exception as error:  # the user's code may raise any exception
+        raise UserError(f"--reward {excerpt(name)}: cannot import {excerpt(where)} ({first_line(error)})") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise UserError(f"--reward {excerpt(name)}: {excerpt(where)} has no function {function}")
+    reward: Reward = found
+    return reward
+
+
+def _imported(where: str) -> Any:
+    path = pathlib.Path(where).expanduser()
+    if path.suffix != ".py":
+        return importlib.import_module(where)
+    if not path.is_file():
+        raise UserError(f"--reward {excerpt(where)}: no such file")
+    spec = importlib.util.spec_from_file_location("qlora_ext_reward", path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def digest_of_reward(reward: Reward) -> str:
+    """SHA-256 over the source file of a function, or over its name if it has none."""
+    try:
+        source = pathlib.Path(inspect.getfile(inspect.unwrap(reward))).read_bytes()
+    except (TypeError, OSError):  # an object with __call__, or a function typed into an interpreter
+        source = b""
+    name = getattr(reward, "__qualname__", type(reward).__qualname__)
+    return hashlib.sha256(f"{name}\n".encode() + source).hexdigest()

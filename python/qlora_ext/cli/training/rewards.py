@@ -1,0 +1,134 @@
+"""TRL's GRPO (Shao et al., 2024): samples several answers per prompt, and learns from their rewards.
+
+The answers come from ``decoding.Rollouts``, with the adapter as it is at that step.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from ...decoding import Rollouts, Sampling
+from ..errors import UserError, first_line
+from .reward_function import Reward
+from .trainer import RunTrainer, training_arguments
+
+if TYPE_CHECKING:
+    from ..data import Row
+    from .settings import Settings
+
+
+def reward_arguments(settings: Settings, steps: int, directory: pathlib.Path, device: torch.device) -> Any:
+    """The recipe of ``training_arguments`` for GRPO. Answers are sampled without dropout and learnt without it."""
+    more = {
+        "beta": settings.beta,
+        "num_generations": settings.generations,
+        "max_completion_length": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "disable_dropout": True,
+        "bf16": False,
+    }
+    return training_arguments(settings, steps, directory, device, GRPOConfig, **more)
+
+
+def _columns(row: Any) -> dict[str, Any]:
+    return {"prompt": row["prompt"], **row["columns"]}
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+class _Checked:
+    """A reward function whose exceptions and results are checked.
+
+    Raises:
+        UserError: it raised an exception, or did not return one finite number per answer.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+        self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs by it
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        try:
+            rewards = [float(reward) for reward in self._reward(completions=completions, **columns)]
+        except Exception as error:  # the user's code may raise any exception
+            raise UserError(f"--reward: {self.__name__} raised {type(error).__name__}: {first_line(error)}") from error
+        if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
+            raise UserError(
+                f"--reward: expected {len(completions)} finite numbers from {self.__name__}, one per answer, got "
+                f"{len(rewards)}: {rewards[:8]}"
+            )
+        return rewards
+
+
+class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore]
+    """Trains on prompts that ``data.split_prompts`` has encoded."""
+
+    def __init__(
+        self,
+        model: Any,
+        args: GRPOConfig,
+        train: Sequence[Row],
+        held_out: list[Row],
+        tokenizer: Any,
+        reward: Reward,
+        report: Callable[[str], None],
+    ) -> None:
+        self.held_out = held_out
+        self._reward = _Checked(reward)
+        # The prompts are formatted already, special tokens included.
+        self._rollouts = Rollouts(encode=lambda text: _ids(tokenizer, text), progress=report)
+        super().__init__(
+            model=model,
+            args=args,
+            reward_funcs=self._reward,
+            train_dataset=Dataset.from_list([_columns(row) for row in train]),
+            processing_class=tokenizer,
+            rollout_func=self._rollouts,
+        )
+        self.remove_callback(PrinterCallback)
+        # TRL copies the initial adapter as its reference. A new adapter does not change the base, so the base alone is
+        # the same reference, without the memory of the copy.
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return GRPOTrainer._get_train_sampler(self, dataset)  # a prompt occurs once per answer
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing. TRL would write a model card into the run's directory."""
+
+    def measure(self) -> dict[str, Any]:
+        """The mean reward of the most likely answers to the held-out prompts."""
+        prompts = [row["prompt_ids"] for row in self.held_out]
+        sampling = Sampling(
+            max_new_tokens=self.args.max_completion_length, temperature=0.0, stop_tokens=self.eos_token_ids
+        )
+        answers = self._rollouts.answers(self, prompts, sampling)
+        texts = self.processing_class.batch_decode([a.tokens for a in answers], skip_special_tokens=True)
+        rows = [_columns(row) for row in self.held_out]
+        columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
+        rewards = self._reward(
+            prompts=[row["prompt"] for row in rows],
+            completions=texts,
+            completion_ids=[a.tokens for a in answers],
+            trainer_state=self.state,
+            log_extra=_ignore,
+            log_metric=_ignore,
+            **columns,
+        )
+        return {"step": self.state.global_step, "eval_reward": sum(rewards) / len(rewards)}
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Takes what a reward function logs during a measurement."""

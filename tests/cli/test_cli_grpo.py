@@ -1,0 +1,149 @@
+"""``finetune --method grpo``: TRL's GRPO on 4-bit layers, whose answers come from batched decoding."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("trl", reason="TRL is not installed")
+
+from commands import Paths, adapter_bytes, here, read_lines
+
+import qlora_ext
+from qlora_ext.cli.data.prompts import prompt_of
+from qlora_ext.cli.errors import UserError
+
+REWARD = '''
+def share(completions, wanted, **columns):
+    """The share of the answer's characters that are the wanted one."""
+    return [text.count(letter) / max(len(text), 1) for text, letter in zip(completions, wanted, strict=True)]
+
+def few(completions, **columns):
+    return [1.0]
+
+def wrong(completions, **columns):
+    raise KeyError("no such column")
+'''
+RUN = ["--method", "grpo", "--rank", "4", "--seq-len", "32", "--max-new-tokens", "8", "--batch-size", "16",
+       "--generations", "8", "--lr", "0.02", "--eval-size", "4", "--max-steps", "10", "--save-steps", "6"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def task(paths: Paths) -> dict[str, pathlib.Path]:
+    """Prompts, and a reward for answers that consist of one digit."""
+    data, reward = paths["root"] / "prompts.jsonl", paths["root"] / "reward.py"
+    with data.open("w") as file:
+        for i in range(24):
+            file.write(json.dumps({"prompt": f"count {i}", "wanted": "7"}) + "\n")
+    reward.write_text(REWARD)
+    return {"data": data, "reward": reward}
+
+
+def options(paths: Paths, task: dict[str, pathlib.Path], function: str = "share") -> list[object]:
+    return ["--model", paths["model"], "--data", task["data"], "--reward", f"{task['reward']}:{function}", *RUN]
+
+
+@pytest.fixture(scope="module")
+def run(paths: Paths, task: dict[str, pathlib.Path]) -> pathlib.Path:
+    run = paths["root"] / "grpo"
+    here("finetune", *options(paths, task), "--output", run)
+    return run
+
+
+def test_the_reward_rises(run: pathlib.Path) -> None:
+    lines = read_lines(run / "metrics.jsonl")
+    measured = [line["eval_reward"] for line in lines if "eval_reward" in line]
+    sampled = [line["reward"] for line in lines if "reward" in line]
+    assert len(measured) == 2
+    assert len(sampled) == 10
+    assert measured[1] > measured[0] + 0.2
+    assert sum(sampled[-3:]) > sum(sampled[:3]) + 0.3
+    metrics = json.loads((run / "adapter" / "qlora_run.json").read_text())["metrics"]
+    assert metrics["reward_after"] == measured[1]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_has_the_same_bits(
+    run: pathlib.Path, paths: Paths, task: dict[str, pathlib.Path], refused: Any, tmp_path: pathlib.Path
+) -> None:
+    stopped = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(stopped / "checkpoint-10")
+    shutil.rmtree(stopped / "adapter")
+    resume = ["finetune", "--output", stopped, "--resume"]
+    assert "the run does not record which code to run" in refused(*resume)
+    assert "--reward differs" in refused(*resume, "--reward", f"{task['reward']}:few")
+    here(*resume, "--reward", f"{task['reward']}:share")
+    assert adapter_bytes(stopped) == adapter_bytes(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--reward", "missing.py:share"], "no such file"),
+        (["--reward", "share"], "expected FILE.py:FUNCTION or MODULE:FUNCTION"),
+        (["--reward", "json:share"], "has no function share"),
+        (["--reward", "no_such_module:share"], "cannot import"),
+        (["--method", "sft"], "--reward is an option of --method grpo"),
+        (["--generations", "5"], "expected a divisor of --batch-size times --grad-accum, which is 16"),
+        (["--max-new-tokens", "32"], "expected less than --seq-len"),
+        (["--dropout", "0.1"], "--dropout: not supported with --method grpo"),
+        (["--temperature", "0"], "expected a positive number"),
+        (["--max-new-tokens", "31"], "0 of 24 prompts have at most 1 tokens"),
+    ],
+)
+def test_wrong_options(
+    refused: Any, paths: Paths, task: dict[str, pathlib.Path], tmp_path: pathlib.Path, changes: list[str], message: str
+) -> None:
+    assert message in refused("finetune", *options(paths, task), "--output", tmp_path / "run", *changes)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("few", "expected 4 finite numbers from few, one per answer, got 1"), ("wrong", "wrong raised KeyError")],
+)
+def test_wrong_rewards(
+    refused: Any, paths: Paths, task: dict[str, pathlib.Path], tmp_path: pathlib.Path, function: str, message: str
+) -> None:
+    assert message in refused("finetune", *options(paths, task, function), "--output", tmp_path / "run")
+
+
+def test_the_python_function_takes_a_function(
+    paths: Paths, task: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    seen: list[str] = []
+
+    def longest(completions: list[str], wanted: list[str], **columns: Any) -> list[float]:
+        seen.extend(wanted)
+        return [float(len(text)) for text in completions]
+
+    done = qlora_ext.finetune(
+        model=paths["model"], data=task["data"], output=tmp_path / "run", method="grpo", reward=longest, rank=2,
+        seq_len=32, max_new_tokens=4, generations=2, batch_size=2, max_steps=1, eval_size=2,
+    )  # fmt: skip
+    assert "reward_after" in done.metrics
+    assert set(seen) == {"7"}
+
+
+def test_rows_of_prompts() -> None:
+    user, answer = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+    assert prompt_of({"prompt": "2 + 2?", "level": 3}, "row") == {"prompt": [user], "columns": {"level": 3}}
+    assert prompt_of({"question": "2 + 2?", "answer": "4"}, "row") == {"prompt": [user], "columns": {"answer": "4"}}
+    assert prompt_of({"messages": [user, answer]}, "row") == {"prompt": [user], "columns": {"answer": "4"}}
+    system = {"role": "system", "content": "Be brief."}
+    assert prompt_of({"prompt": [user], "system": "Be brief."}, "row") == {"prompt": [system, user], "columns": {}}
+    for record, message in [
+        ({"text": "2 + 2"}, "expected an object with a prompt"),
+        ({"prompt": "2 + 2?", "completion": "4"}, "the column 'completion' has a name that TRL uses"),
+        ({"messages": [answer]}, "expected a question before the answer"),
+        ({"prompt": []}, "expected a prompt, got an empty conversation"),
+        ({"prompt": "2 + 2?", "tools": [{}]}, "tools: not supported"),
+        ("2 + 2?", "expected an object"),
+    ]:
+        with pytest.raises(UserError, match="row: .*" + message.replace("+", r"\+")):
+            prompt_of(record, "row")
