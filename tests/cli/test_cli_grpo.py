@@ -13,9 +13,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from commands import Paths, adapter_bytes, here, read_lines
-
 import qlora_ext
+from commands import Paths, adapter_bytes, here, read_lines
 from qlora_ext.cli.data.prompts import prompt_of
 from qlora_ext.cli.errors import UserError
 
