@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reads the hub; huggingface_hub reads this when it is imported
+
 import torch
 
 import qlora_ext

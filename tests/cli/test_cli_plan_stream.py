@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -24,9 +25,16 @@ from qlora_ext.streaming.blocks import blocks_of
 SIZES = "hidden=128,intermediate=384,layers=10,heads=4,kv-heads=2,vocab=512"
 
 
-def plan(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
-    assert main(["plan", "--sizes", SIZES, "--seq-len", "64", "--json", *options]) == 0
+def plan_of(capsys: pytest.CaptureFixture[str], *options: str, sizes: str = SIZES) -> Any:
+    assert main(["plan", "--sizes", sizes, "--seq-len", "64", "--json", *options]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def few_layers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``plan_of`` for models of few layers. The search for options runs a step of the model per choice."""
+    monkeypatch.setattr(families, "names", lambda: ["smollm2-135m"])
+    monkeypatch.setitem(families._FAMILIES, "smollm2-135m", ("llama", 49152, 576, 1536, 2, 9, 3, True))
+    return functools.partial(plan_of, sizes=SIZES.replace("layers=10", "layers=3"))
 
 
 def test_blocks_are_those_of_the_model() -> None:
@@ -43,9 +51,9 @@ def test_blocks_are_those_of_the_model() -> None:
 
 
 def test_planned_memory_of_streaming(capsys: pytest.CaptureFixture[str]) -> None:
-    resident = plan(capsys)
+    resident = plan_of(capsys)
     assert "streaming" not in resident
-    found = plan(capsys, "--stream", "ram", "--grad-checkpointing", "--link", "10GB/s", "--flops", "50e12")
+    found = plan_of(capsys, "--stream", "ram", "--grad-checkpointing", "--link", "10GB/s", "--flops", "50e12")
     s, blocks = found["streaming"], streamed(Job(config=families.config_of_sizes(SIZES)))
     assert s["slots"] == 2
     assert found["bytes"]["ring"] == 2 * blocks.largest
@@ -55,7 +63,7 @@ def test_planned_memory_of_streaming(capsys: pytest.CaptureFixture[str]) -> None
     seconds, operations = blocks.largest / 10e9, 2 * blocks.active / 50e12
     assert s["free_tokens"] == pytest.approx(seconds / operations, abs=1)
     assert s["free_tokens_of_the_step"] == pytest.approx(2 * seconds / (3 * operations), abs=1)
-    from_disk = plan(capsys, "--stream", "disk", "--resident", "1GB")["streaming"]
+    from_disk = plan_of(capsys, "--stream", "disk", "--resident", "1GB")["streaming"]
     assert from_disk["slots"] == 10
     assert from_disk["step_bytes"] == 0
     assert from_disk["host_bytes"] == 2 * blocks.largest
@@ -63,8 +71,8 @@ def test_planned_memory_of_streaming(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_long_contexts(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--grad-checkpointing", "--chunked-loss", "--batch-size", "4")
-    plain = plan(capsys, *options)["bytes"]
-    offloaded = plan(capsys, *options, "--offload-checkpoints")
+    plain = plan_of(capsys, *options)["bytes"]
+    offloaded = plan_of(capsys, *options, "--offload-checkpoints")
     assert offloaded["total"] <= sum(plain.values())
     job = Job(config=families.config_of_sizes(SIZES), seq_len=64, batch_size=4, grad_checkpointing=True)
     one = 4 * 64 * 128 * 2
@@ -72,12 +80,12 @@ def test_long_contexts(capsys: pytest.CaptureFixture[str]) -> None:
     job = dataclasses.replace(job, offload_checkpoints=True)
     assert split(job, [at_the_turn])["activations"] == 4 * one  # eight of ten inputs are offloaded
     assert split(job, [near_the_end])["activations"] == one
-    chunked = plan(capsys, *options, "--mlp-chunk", "8")
+    chunked = plan_of(capsys, *options, "--mlp-chunk", "8")
     assert chunked["total"] < sum(plain.values())
 
 
 def test_choices_that_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "names", lambda: ["smollm2-135m"])
+    plan = few_layers(monkeypatch)
     everything = plan(capsys, "--max-memory", "10GB")
     assert everything["options"] == "no option"
     assert everything["largest_model"] == "smollm2-135m"
@@ -97,7 +105,7 @@ def test_choices_that_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 @pytest.mark.usefixtures("native_bfloat16")
 def test_a_run_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "names", lambda: ["smollm2-135m"])
+    plan = few_layers(monkeypatch)
     card, host = plan(capsys, "--grad-checkpointing"), plan(capsys, "--grad-checkpointing", "--device", "cpu")
     parts = host["bytes"]
     assert parts.keys() - card["bytes"].keys() == {"malloc", "process"}
