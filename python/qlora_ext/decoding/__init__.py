@@ -15,6 +15,7 @@ from .compiled import BREAK_EVEN_TOKENS, Decoder, compile_decoding
 from .packages import CompilationError, obstacle
 from .prepare import prepare_to_answer
 from .requests import Request
+from .rollouts import Rollouts
 from .sampling import Sampling
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CompilationError",
     "Decoder",
     "Request",
+    "Rollouts",
     "Sampling",
     "compile_decoding",
     "generate",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .batch import BatchDecoder, Request
+from .batch import BatchDecoder
 from .compiled import BREAK_EVEN_TOKENS
+from .requests import Request
 from .sampling import Sampling
 
 _CAPACITY_STEP = 256  # tokens by which the capacity grows
@@ -74,6 +76,8 @@ class Rollouts:
     def answers(self, trainer: Any, prompts: Sequence[list[int]], sampling: Sampling) -> list[Request]:
         """One finished request for each prompt of token ids, by the model that ``trainer`` trains.
 
+        If ``sampling`` has a seed, it is that of the first prompt, and the others count up from it.
+
         Raises:
             ValueError: ``sampling.max_new_tokens`` is None.
             FloatingPointError: the model computed NaN.
@@ -85,7 +89,7 @@ class Rollouts:
         model.eval()
         try:
             engine = self._engine_for(trainer, max(map(len, prompts)) + sampling.max_new_tokens)
-            requests = [engine.submit(prompt, sampling) for prompt in prompts]
+            requests = [engine.submit(prompt, _numbered(sampling, i)) for i, prompt in enumerate(prompts)]
             engine.run()
         finally:
             model.train(training)
@@ -110,6 +114,10 @@ class Rollouts:
         answers = max(args.max_steps, 0) * args.per_device_train_batch_size * args.gradient_accumulation_steps
         steps: int = answers * args.max_completion_length // self._sequences
         return steps >= BREAK_EVEN_TOKENS
+
+
+def _numbered(sampling: Sampling, number: int) -> Sampling:
+    return sampling if sampling.seed is None else dataclasses.replace(sampling, seed=sampling.seed + number)
 
 
 def _encoded(tokenizer: Any, prompt: Any) -> list[int]:

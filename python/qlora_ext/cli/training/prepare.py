@@ -69,6 +69,8 @@ def _find(request: Request, typed: dict[str, Any], output: Output) -> Run:
             raise UserError(
                 f"--output {directory} already has a run; add --resume to continue it, or --overwrite to start over"
             )
+    if request.reward is not None and settings.method != "grpo":
+        raise UserError("--reward is an option of --method grpo")
     device = parse_device(settings.device)
     source = resolve(settings.model, request.trust_remote_code, trusted=not resumes or "model" in typed)
     output.protect("--model", settings.model, source.on_disk)
@@ -100,8 +102,6 @@ def _check_method(run: Run, typed: dict[str, Any]) -> None:
     if s.method == "grpo":
         _check_reward(run)
         return
-    if run.request.reward is not None:
-        raise UserError("--reward is an option of --method grpo")
     if given := [flag(name) for name in ("generations", "max_new_tokens", "temperature") if name in typed]:
         raise UserError(f"{given[0]} is an option of --method grpo")
     if "beta" in typed and not run.preferences:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -88,14 +89,16 @@ class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore
         self._reward = _Checked(reward)
         # The prompts are formatted already, special tokens included.
         self._rollouts = Rollouts(encode=lambda text: _ids(tokenizer, text), progress=report)
-        super().__init__(
-            model=model,
-            args=args,
-            reward_funcs=self._reward,
-            train_dataset=Dataset.from_list([_columns(row) for row in train]),
-            processing_class=tokenizer,
-            rollout_func=self._rollouts,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # TRL says that rollout_func is experimental
+            super().__init__(
+                model=model,
+                args=args,
+                reward_funcs=self._reward,
+                train_dataset=Dataset.from_list([_columns(row) for row in train]),
+                processing_class=tokenizer,
+                rollout_func=self._rollouts,
+            )
         self.remove_callback(PrinterCallback)
         # TRL copies the initial adapter as its reference. A new adapter does not change the base, so the base alone is
         # the same reference, without the memory of the copy.
@@ -109,10 +112,13 @@ class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore
         """Does nothing. TRL would write a model card into the run's directory."""
 
     def measure(self) -> dict[str, Any]:
-        """The mean reward of the most likely answers to the held-out prompts."""
+        """The mean reward of an answer to each held-out prompt. The seeds are the same at each measurement."""
         prompts = [row["prompt_ids"] for row in self.held_out]
         sampling = Sampling(
-            max_new_tokens=self.args.max_completion_length, temperature=0.0, stop_tokens=self.eos_token_ids
+            max_new_tokens=self.args.max_completion_length,
+            temperature=self.args.temperature,
+            seed=0,
+            stop_tokens=self.eos_token_ids,
         )
         answers = self._rollouts.answers(self, prompts, sampling)
         texts = self.processing_class.batch_decode([a.tokens for a in answers], skip_special_tokens=True)
