@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from ..._internal.untrusted import excerpt, printable
-from ..data import check_template, is_preference, read_examples, split, summary
+from ..data import Parts, check_template, is_preference, read_examples, split, summary
 from ..errors import UserError
 from ..models.adapter_files import check_files, config_of, find
 from ..models.devices import parse_device
@@ -18,30 +18,38 @@ from ..outputs.ownership import foreign_in_adapter
 from . import adapting
 from .checkpoints import newest_checkpoint
 from .identity import digest_of_adapter, digest_of_examples, digest_of_rows
-from .run import SETTINGS, Request, Run
+from .run import SETTINGS, Request, Run, Shared
 from .settings import NO_NEFTUNE_IN_DPO, Settings, flag, given, read_settings, resumed
 
 
-def prepare(request: Request, output: Output) -> Run:
+def prepare(request: Request, output: Output, shared: Shared | None = None) -> Run:
     """The run for ``request`` in ``output``, with its rows to train on.
+
+    Args:
+        shared: with the other runs of a sweep.
 
     Raises:
         UserError: the request is invalid.
     """
     typed = given(request.options, request.resume)
-    run = _find(request, typed, output)
+    run = _find(request, typed, output, Shared() if shared is None else shared)
+    s = run.settings
     _check_method(run, typed)
     _check_init_adapter(run, typed)
-    run.identify("data", digest_of_examples(run.examples), f"--data {run.settings.data}")
+    digest = run.shared.once(("digest", s.data, s.split), lambda: digest_of_examples(run.examples))
+    run.identify("data", digest, f"--data {s.data}")
     config = load_config(run.source)
-    adapting.check_without_weights(run.source, config, run.settings)
+    run.shared.once(
+        ("adapter", s.target_modules, s.layers, s.modules_to_save),
+        lambda: adapting.check_without_weights(run.source, config, s),
+    )
     _fit(run, config)
     _encode(run)
     run.arguments = _arguments(run)
     return run
 
 
-def _find(request: Request, typed: dict[str, Any], output: Output) -> Run:
+def _find(request: Request, typed: dict[str, Any], output: Output, shared: Shared) -> Run:
     """Finds the settings and inputs of the run, and checks them against each other."""
     directory = output.path
     begun = (directory / SETTINGS).is_file()
@@ -79,8 +87,10 @@ def _find(request: Request, typed: dict[str, Any], output: Output) -> Run:
     checkpoint = newest_checkpoint(directory) if resumes else None
     if source.directory is None and source.gguf_file is None:
         load_config(source)  # checks that the hub has the model before the data are read
-    examples = read_examples(settings.data, settings.split)
-    return Run(request, output, settings, source, device, examples, resumes, longer, checkpoint)
+    examples = shared.once(
+        ("examples", settings.data, settings.split), lambda: read_examples(settings.data, settings.split)
+    )
+    return Run(request, output, settings, source, device, examples, resumes, longer, checkpoint, shared=shared)
 
 
 def _check_adapter(run: pathlib.Path) -> None:
@@ -145,18 +155,9 @@ def _fit(run: Run, config: Any) -> None:
 def _encode(run: Run) -> None:
     """Encodes the examples with the model's tokenizer."""
     s = run.settings
-    run.report(
-        f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} "
-        f"{'preferences' if is_preference(run.examples[0]) else 'examples'})"
-    )
-    run.tokenizer = load_tokenizer(run.source)
-    check_template(run.tokenizer, run.examples, s.data, run.source.name)
-    parts = run.parts = split(
-        run.tokenizer, run.examples, s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences, s.first_rows,
-        not s.no_packing,
-    )  # fmt: skip
-    for reason in summary(parts.counts, s.seq_len):
-        run.report(f"      {reason}")
+    run.tokenizer = run.shared.once("tokenizer", lambda: load_tokenizer(run.source))
+    options = (s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences, s.first_rows, not s.no_packing)
+    parts = run.parts = run.shared.once(("rows", s.data, s.split, *options), lambda: _split(run, options))
     steps = s.steps(len(parts.train))
     kind = "pairs" if run.preferences else f"rows of at most {s.seq_len} tokens"
     run.report(
@@ -167,6 +168,19 @@ def _encode(run: Run) -> None:
     begun_with = parts.train[: s.first_rows] if s.former_steps else parts.train
     digest = digest_of_rows(begun_with, parts.held_out)
     run.identify("rows", digest, f"tokens that --model {run.source.name} makes of --data {s.data}")
+
+
+def _split(run: Run, options: tuple[Any, ...]) -> Parts:
+    s = run.settings
+    run.report(
+        f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} "
+        f"{'preferences' if is_preference(run.examples[0]) else 'examples'})"
+    )
+    check_template(run.tokenizer, run.examples, s.data, run.source.name)
+    parts = split(run.tokenizer, run.examples, *options)
+    for reason in summary(parts.counts, s.seq_len):
+        run.report(f"      {reason}")
+    return parts
 
 
 def _arguments(run: Run) -> Any:
