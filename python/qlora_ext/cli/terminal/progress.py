@@ -131,14 +131,12 @@ def plot_losses(histories: dict[str, list[dict[str, Any]]], path: pathlib.Path) 
     """Plots the losses of several runs, by their names, as a PNG."""
     title = "training (lines, mean of up to 10 steps) and held out (dots)"
     with _plotted(path, histories.values(), title) as axes:
-        from matplotlib import colormaps
-
         for i, (name, history) in enumerate(histories.items()):
-            colour = colormaps["viridis"](i / max(1, len(histories) - 1))
+            colour, style = f"C{i % 10}", ("-", "--", ":")[i // 10 % 3]
             steps = [record["step"] for record in history if "loss" in record]
             losses = [record["loss"] for record in history if "loss" in record]
             means = [statistics.fmean(losses[max(0, j - 9) : j + 1]) for j in range(len(losses))]
-            axes.plot(steps, means, color=colour, label=name)
+            axes.plot(steps, means, style, color=colour, label=name)
             points = [(record["step"], record["eval_loss"]) for record in history if "eval_loss" in record]
             axes.plot(*zip(*points, strict=True), "o", color=colour) if points else None
         if 0 < len(histories) <= _NAMED_CURVES:
