@@ -86,7 +86,8 @@ def test_the_results(paths: Paths, swept: pathlib.Path) -> None:
 
 def test_other_commands_take_an_adapter(refused: Any, swept: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     here("adapters", swept)
-    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()[1:]] == sorted(f"{n}/adapter" for n in NAMES)
+    listed = [line.split()[0] for line in capfd.readouterr().out.splitlines()[1:]]
+    assert listed == sorted(f"{name}/adapter" for name in NAMES)
     here("generate", "--adapter", swept / NAMES[0], "--max-new-tokens", "1", "count 3")
     assert "a sweep of several adapters" in refused("generate", "--adapter", swept, "count 3")
 
@@ -164,7 +165,8 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr("qlora_ext.cli.training.trainer.write_manifest", interrupt)
     assert main(["finetune", "--output", str(interrupted), "--resume"]) == 130
-    assert f"step 2 is saved; continue with: qlora-ext finetune --output {interrupted} --resume" in capfd.readouterr().err
+    said = f"step 2 is saved; continue with: qlora-ext finetune --output {interrupted} --resume"
+    assert said in capfd.readouterr().err
 
 
 def test_replaced_runs_are_rejected(refused: Any, interrupted: pathlib.Path) -> None:
@@ -329,3 +331,23 @@ def test_changes_of_a_model_are_undone() -> None:
     assert len(hooks) == 0
     assert model.config.use_cache == use_cache
     assert model.lm_head.weight.requires_grad
+
+
+def test_plan_finds_the_largest_adapter(
+    refused: Any, paths: Paths, swept: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def planned(*more: object) -> dict[str, Any]:
+        here("plan", "--model", paths["model"], "--json", "--memory", "8GB", *more)
+        plan: dict[str, Any] = json.loads(capfd.readouterr().out)
+        return plan
+
+    both = planned("--seq-len", "48", "--sweep", "rank=2,8 lr=1,2,3")
+    assert both["total"] == planned("--rank", "8", "--seq-len", "48")["total"]
+    assert (both["sweep"]["largest"], both["sweep"]["adapters"]) == ("rank=8,lr=1", 6)
+    files = [path for run in runs_of(swept) for path in run.rglob("*") if path.suffix in (".safetensors", ".pt")]
+    head = ["--modules-to-save", "lm_head", "--dtype", "float32"]  # the dtype in which the sweep trained it
+    disk = planned("--rank", "2", "--seq-len", "48", *head, "--adapters", "4")["sweep"]["disk_bytes"]
+    assert disk < sum(path.stat().st_size for path in files) < 1.2 * disk
+    assert "--adapters 0: expected 1 to 100" in refused("plan", "--adapters", "0")
+    assert "--sweep dora: the planner" in refused("plan", "--sweep", "dora=true,false")
+    assert "remove --sweep" in refused("plan", "--sweep", "rank=1,2", "--max-memory", "8GB")

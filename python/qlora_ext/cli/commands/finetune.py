@@ -25,7 +25,9 @@ def add_parser(commands: Any) -> None:
         "...}; docs/data.md lists all forms. --resume continues an interrupted run from its last checkpoint; other "
         "options need not be repeated, and the final adapter is bit for bit the same. "
         "With a larger --max-steps (or --epochs), --resume extends a finished run. --overwrite replaces only files "
-        "that qlora-ext wrote. docs/finetune.md explains the options.",
+        "that qlora-ext wrote. --sweep trains its adapters one after the other over one base in "
+        "memory, in OUTPUT/lr=0.0001,rank=8 and so on; each has the bits of a run of its own. "
+        "docs/finetune.md explains the options.",
     )
     parser.add_argument("--output", metavar="DIR", help=f"directory of the run (default: {DEFAULT_RUN})")
     parser.add_argument(
@@ -36,8 +38,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--sweep",
         metavar="VALUES",
-        help='several values of some options, such as "lr=1e-4,2e-4 rank=8,16": trains an adapter with each combination '
-        "of them, one after the other over one base, in OUTPUT/lr=0.0001,rank=8 and so on",
+        help='train an adapter with each combination of these values, such as "lr=1e-4,2e-4 rank=8,16"',
     )
     parser.add_argument("--resume", action="store_true", help="continue the run or the sweep in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
@@ -49,8 +50,8 @@ def add_parser(commands: Any) -> None:
     add_trust_option(parser)  # not a recorded setting: it must be given each time, also with --resume
     add_options(parser)
     parser.shorten_help(
-        "--model", "--data", "--output", "--config", "--sweep", "--resume", "--overwrite", "--seq-len", "--rank", "--epochs",
-        "--max-steps", "--batch-size", "--lr", "--dtype", "--max-memory",
+        "--model", "--data", "--output", "--config", "--sweep", "--resume", "--overwrite", "--seq-len", "--rank",
+        "--epochs", "--max-steps", "--batch-size", "--lr", "--dtype", "--max-memory",
     )  # fmt: skip
     parser.set_defaults(run=run)
 

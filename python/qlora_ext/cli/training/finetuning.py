@@ -103,8 +103,8 @@ def finetune(
         data: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a directory of such files, a dataset of the hub, or
             package:NAME; the default is human conversations. A row is a text, a pair of prompt and completion, a
             conversation, or a preference (learnt with DPO).
-        sweep: lists of values of some options, such as ``{"lr": [1e-4, 2e-4], "rank": [8, 16]}``. Trains an adapter with
-            each combination of them, one after the other over one base in memory.
+        sweep: lists of values of some options, such as ``{"lr": [1e-4, 2e-4], "rank": [8, 16]}``. Trains an adapter
+            with each combination of them, one after the other over one base in memory.
         resume: continue the run in ``output`` from its last checkpoint; other arguments need not be repeated, except
             ``sweep``. A sweep continues with the adapter that was interrupted.
         overwrite: replace what an earlier run wrote to ``output``. Other files are never deleted.

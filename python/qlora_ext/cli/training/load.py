@@ -76,7 +76,9 @@ def load_base(run: Run, output: Output) -> Base:
         run.report(f"4-bit layers multiply in {name_of(dtype)}, {why}")
     if coverage_note := dense_share(model):
         run.report(coverage_note)
-    return Base(model, digest_of_model(model), size.parameters, {_COMPUTING: name_of(compute), _LAYERS: name_of(layers)})
+    return Base(
+        model, digest_of_model(model), size.parameters, {_COMPUTING: name_of(compute), _LAYERS: name_of(layers)}
+    )
 
 
 def identify(run: Run, base: Base) -> None:

@@ -14,8 +14,8 @@ class _Attributes:
     def __init__(self, owner: Any) -> None:
         self._owner, self._class = owner, owner.__class__
         self._values = dict(vars(owner))
-        self._contents = [(value, value.copy()) for value in self._values.values() if type(value) is list]
-        self._contents += [(v, v.copy()) for v in self._values.values() if isinstance(v, dict | set)]
+        containers: list[Any] = [value for value in self._values.values() if isinstance(value, dict | list | set)]
+        self._contents = [(container, container.copy()) for container in containers]
 
     def restore(self) -> None:
         self._owner.__class__ = self._class
@@ -31,8 +31,8 @@ def restored(model: Any) -> Iterator[None]:
     """Undoes, at the end of the ``with`` statement, all changes to the modules of ``model`` and their configurations.
 
     Such changes are adapters, trained copies of modules, hooks, replaced methods, flags such as gradient checkpointing,
-    and ``requires_grad``. PEFT's own ``unload`` would keep some of them. The values of tensors are not restored; adapters
-    never change those of their base.
+    and ``requires_grad``. PEFT's own ``unload`` would keep some of them. The values of tensors are not restored,
+    because adapters never change those of their base.
     """
     from transformers import GenerationConfig, PretrainedConfig
 

@@ -1,6 +1,6 @@
 """``finetune --sweep``: trains several adapters in one process, one after the other over one base in memory.
 
-A sweep is a directory of runs. Each run has its own checkpoints, metrics and adapter, with the bits of a run of its own.
+A sweep is a directory of runs. Each has its own checkpoints, metrics and adapter, and the bits of a run by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..._internal.untrusted import FileError, check, Schema, parse_json, printable, read_json, read_text
+from ..._internal.untrusted import FileError, Schema, check, parse_json, printable, read_json, read_text
 from ..errors import UserError, path_named
 from ..models.adapter_files import find, record_of
 from ..outputs.directory import Output, claim, mark
@@ -105,7 +105,7 @@ class _Sweep:
             run = self.directory / name
             path = run / "adapter" / RECORD
             if path.is_file():
-                metrics = record_of(path.parent).get("metrics")
+                metrics: Any = record_of(path.parent).get("metrics")
                 check(metrics, _METRICS, printable(path), "metrics")
                 runs[name] = Finetuned(run, path.parent, metrics)
         return runs
@@ -199,8 +199,8 @@ def _check_options(request: Request, values: dict[str, Any]) -> None:
         )
     if options.get("max_memory"):
         raise UserError(
-            "--sweep and --max-memory exclude each other, because it chooses options for each run; qlora-ext plan "
-            "--sweep finds them for all"
+            "--sweep and --max-memory exclude each other, because it chooses the options of one run; qlora-ext plan "
+            "--max-memory names them"
         )
     trackers = set(named_modules(options.get("report_to") or "none")) - {"none", "tensorboard"}
     if trackers:
@@ -292,7 +292,7 @@ def _tried(name: str, run: Run, base: Base) -> int:
     run.console.quiet = True
     with restored(base.model), _about(name):
         adapt(run, base)
-        size = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
+        size: int = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
         run.model = None
     run.console.quiet = False
     return size

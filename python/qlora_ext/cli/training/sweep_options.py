@@ -52,7 +52,7 @@ def _known(name: str) -> str:
 def _parsed(option: str, text: str) -> Any:
     kind = _KINDS[option]
     try:
-        return {"int": int, "float": float, "str": str, "bool": _BOOLEANS.__getitem__}[kind](text)
+        return _BOOLEANS[text] if kind == "bool" else {"int": int, "float": float, "str": str}[kind](text)
     except (KeyError, ValueError):
         expected = {"int": "an integer", "float": "a number", "bool": "true or false"}[kind]
         raise UserError(f"--sweep {option}={excerpt(text)}: expected {expected}") from None
