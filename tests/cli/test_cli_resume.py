@@ -86,6 +86,18 @@ def test_another_tokenizer(refused, run: pathlib.Path) -> None:
     assert "tokens that --model" in refused("finetune", "--output", run, "--resume")
 
 
+def test_layers_multiply_in_the_dtype_of_the_start(
+    run: pathlib.Path, finished_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a processor that would choose another dtype for new runs."""
+    from qlora_ext import dtypes
+
+    there = not dtypes.integer_products()
+    monkeypatch.setattr(dtypes, "integer_products", lambda: there)
+    here("finetune", "--output", run, "--resume")
+    assert adapter_bytes(run) == adapter_bytes(finished_run)
+
+
 def test_moved_files_are_recognized(run: pathlib.Path, finished_run: pathlib.Path) -> None:
     (run.parent / "model").rename(run.parent / "moved")
     (run.parent / "data.jsonl").rename(run.parent / "moved.jsonl")

@@ -31,6 +31,7 @@ _STATE = {
     "paged_adamw_32bit": (0.0, 0.0),
 }
 OPTIMIZERS = tuple(_STATE)
+_SAVED_LIKE = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}  # a file holds the state of both
 _VALUES = "trainable values"  # the key of a count; all other keys are bytes
 _SHARDED = ("base weights", "scales", "other weights", "adapters", "gradients", "optimizer state")
 _UNSHARDED = ("activations", "logits", "workspace")
@@ -324,6 +325,17 @@ def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
             parts["malloc"] = _RETAINED * parts["workspace"]
         splits.append(parts)
     return max(splits, key=lambda parts: sum(parts.values()))
+
+
+def disk_bytes(job: Job, measured: list[dict[str, float]]) -> float:
+    """Bytes on disk of a finished run: its adapter, and two checkpoints, which also have the optimizer's state.
+
+    Args:
+        measured: the ``peaks`` of the job.
+    """
+    per_byte, per_value = _STATE[_SAVED_LIKE.get(job.optimizer, job.optimizer)]
+    adapter = measured[0]["adapters"]
+    return 3 * adapter + 2 * (adapter * per_byte + measured[0].get(_VALUES, 0.0) * per_value)
 
 
 def peak_memory(job: Job) -> dict[str, float]:

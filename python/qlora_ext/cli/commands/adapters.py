@@ -12,6 +12,7 @@ from typing import Any
 from ..._internal.untrusted import printable, read_json
 from ..errors import UserError, path_named
 from ..models.adapter_files import config_of, record_of
+from ..terminal.tables import aligned
 
 _COLUMNS = ("adapter", "base", "fingerprint", "rank", "alpha", "date", "steps", "perplexity")
 
@@ -100,7 +101,5 @@ def _show(adapters: list[dict[str, Any]], root: pathlib.Path, as_json: bool) -> 
         return
     if not adapters:
         return
-    rows = [list(_COLUMNS), *(_cells(adapter, root) for adapter in adapters)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in aligned([list(_COLUMNS), *(_cells(adapter, root) for adapter in adapters)]):
+        print(line)

@@ -6,10 +6,11 @@ import argparse
 from typing import Any
 
 from ..options import DEFAULT_RUN, add_trust_option
+from ..training import sweep
 from ..training.config_file import read_config
-from ..training.recipe import Recipe
 from ..training.run import Request
 from ..training.settings import add_options, named_settings
+from ..training.sweep_options import parse_sweep
 
 
 def add_parser(commands: Any) -> None:
@@ -24,7 +25,9 @@ def add_parser(commands: Any) -> None:
         "...}; docs/data.md lists all forms. --resume continues an interrupted run from its last checkpoint; other "
         "options need not be repeated, and the final adapter is bit for bit the same. "
         "With a larger --max-steps (or --epochs), --resume extends a finished run. --overwrite replaces only files "
-        "that qlora-ext wrote. docs/finetune.md explains the options.",
+        "that qlora-ext wrote. --sweep trains its adapters one after the other over one base in "
+        "memory, in OUTPUT/lr=0.0001,rank=8 and so on; each has the bits of a run of its own. "
+        "docs/finetune.md explains the options.",
     )
     parser.add_argument("--output", metavar="DIR", help=f"directory of the run (default: {DEFAULT_RUN})")
     parser.add_argument(
@@ -32,7 +35,12 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="YAML or JSON file with options, such as a run's settings.json",
     )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
+    parser.add_argument(
+        "--sweep",
+        metavar="VALUES",
+        help='train an adapter with each combination of these values, such as "lr=1e-4,2e-4 rank=8,16"',
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the run or the sweep in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument(
         "--force",
@@ -47,8 +55,8 @@ def add_parser(commands: Any) -> None:
     add_trust_option(parser)  # not a recorded setting: it must be given each time, also with --resume
     add_options(parser)
     parser.shorten_help(
-        "--model", "--data", "--output", "--config", "--resume", "--overwrite", "--seq-len", "--rank", "--epochs",
-        "--max-steps", "--batch-size", "--lr", "--dtype", "--max-memory",
+        "--model", "--data", "--output", "--config", "--sweep", "--resume", "--overwrite", "--seq-len", "--rank",
+        "--epochs", "--max-steps", "--batch-size", "--lr", "--dtype", "--max-memory",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
@@ -56,9 +64,12 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     options = named_settings(vars(arguments))
+    varied = None if arguments.sweep is None else parse_sweep(arguments.sweep)
     if arguments.config is not None:
-        options = {**read_config(arguments.config, options), **options}
-    output = options.pop("output", DEFAULT_RUN)
+        options = {**read_config(arguments.config, {**options, **(varied or {})}), **options}
+    output, in_file = options.pop("output", DEFAULT_RUN), options.pop("sweep", None)
+    if varied is None and in_file is not None:
+        varied = parse_sweep(in_file)
     request = Request(
         options,
         output if arguments.output is None else arguments.output,
@@ -67,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.force,
         arguments.trust_remote_code,
         arguments.reward,
+        varied,
     )
-    Recipe(request).run()
+    sweep.run(request)
     return 0

@@ -20,11 +20,13 @@ from ..options import add_dtype_option, add_trust_option
 from ..outputs.directory import output_file
 from ..outputs.files import staged_file
 from ..training.settings import options_of
+from ..training.sweep_options import MAX_ADAPTERS, combinations, parse_sweep
 
 if TYPE_CHECKING:
     from ...planning.memory import Job
 
 _MARK = "qlora-ext plan"  # identifies files that --plot wrote
+_SIZES = ("rank", "target_modules", "modules_to_save", "seq_len", "batch_size", "optimizer")  # may vary in a sweep
 _MAX_COUNT = 1_000_000  # limit of all options that are counts
 
 
@@ -89,6 +91,13 @@ def add_parser(commands: Any) -> None:
         "--max-memory", metavar="SIZE",
         help="find the options with which the run fits into this memory, the longest context, and the largest model",
     )  # fmt: skip
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
+        "--sweep", metavar="VALUES", help="as in finetune: memory of the largest adapter, and disk of all of them"
+    )
+    several.add_argument(
+        "--adapters", type=int, default=1, metavar="N", help="number of adapters of this size in a sweep (default: 1)"
+    )
     parser.add_argument("--plot", metavar="PNG", help="plot the memory by purpose")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.shorten_help(
@@ -169,6 +178,46 @@ def _job(arguments: argparse.Namespace, config: Any, source: ModelSource | None)
     return job
 
 
+def _adapters(arguments: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """The options of each adapter of ``--sweep``, by name. ``--adapters`` makes one that stands for all of them."""
+    if not 1 <= arguments.adapters <= MAX_ADAPTERS:
+        raise UserError(f"--adapters {arguments.adapters}: expected 1 to {MAX_ADAPTERS}")
+    if arguments.sweep is None:
+        return {"": arguments}
+    values = parse_sweep(arguments.sweep)
+    if unsupported := {"dora", "layers"} & values.keys():
+        raise UserError(f"--sweep {min(unsupported)}: the planner does not support it")
+    return {name: argparse.Namespace(**{**vars(arguments), **found}) for name, found in combinations(values).items()}
+
+
+def _largest(
+    arguments: argparse.Namespace, config: Any, source: ModelSource | None
+) -> tuple[Job, list[dict[str, float]], dict[str, Any]]:
+    """The largest job of a sweep, its peaks, and what is printed about the sweep; empty for a run of one adapter."""
+    from ...planning.memory import disk_bytes, peaks, split
+
+    measured: dict[tuple[Any, ...], tuple[Job, list[dict[str, float]]]] = {}
+    adapters, disk = _adapters(arguments), 0.0
+    keys = {name: tuple(getattr(options, key) for key in _SIZES) for name, options in adapters.items()}
+    for name, options in adapters.items():
+        if keys[name] not in measured:
+            job = _job(options, config, source)
+            try:
+                measured[keys[name]] = job, peaks(job)
+            except ValueError as error:
+                if "arget modules" not in str(error):
+                    raise
+                raise UserError(
+                    f"--target-modules {options.target_modules}: no layer of the model has that name"
+                ) from error
+        disk += disk_bytes(*measured[keys[name]])
+    total = {key: sum(split(*found).values()) for key, found in measured.items()}
+    largest = max(adapters, key=lambda name: total[keys[name]])
+    count = max(len(adapters), arguments.adapters)
+    sweep = {"adapters": count, "largest": largest or None, "disk_bytes": disk * count / len(adapters)}
+    return *measured[keys[largest]], sweep if count > 1 else {}
+
+
 def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float) -> None:
     import matplotlib
 
@@ -246,30 +295,25 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--resident {arguments.resident} needs --stream ram or --stream disk")
     if arguments.max_memory is not None and arguments.modules_to_save:
         raise UserError("--max-memory does not support --modules-to-save; use only one of them")
+    if arguments.max_memory is not None and (arguments.sweep is not None or arguments.adapters != 1):
+        raise UserError("--max-memory plans one adapter; remove --sweep and --adapters")
     resident = None if arguments.resident is None else _size("--resident", arguments.resident)
     link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
     memory, whose = _memory(arguments.memory, arguments.device)
     name, config, source = _config(arguments)
-    job = _job(arguments, config, source)
     from ... import cpu
     from ...planning.advice import savings
     from ...planning.blocks import place, streamed
-    from ...planning.memory import peaks, process_bytes, split
+    from ...planning.memory import process_bytes, split
 
     if arguments.max_memory is not None:
+        job = _job(arguments, config, source)
         with reading("configuration", name):
             allowed = _size("--max-memory", arguments.max_memory)
             process = process_bytes() if job.host else 0.0
             return _find_options(job, allowed, process, link, flops, arguments.json)
     with reading("configuration", name):
-        try:
-            measured = peaks(job)
-        except ValueError as error:
-            if "arget modules" not in str(error):
-                raise
-            raise UserError(
-                f"--target-modules {arguments.target_modules}: no layer of the model has that name"
-            ) from error
+        job, measured, sweep = _largest(arguments, config, source)
     parts = split(job, measured)
     streaming: dict[str, Any] = {}
     if arguments.stream != "none":
@@ -301,6 +345,7 @@ def run(arguments: argparse.Namespace) -> int:
             json.dumps(
                 {"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": dict(advice)}
                 | ({"streaming": streaming} if streaming else {})
+                | ({"sweep": sweep} if sweep else {})
                 | ({"threads": cpu.describe_threads()} if job.host else {}),
                 indent=2,
             )
@@ -320,6 +365,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"{flops / 1e12:.0f} Tflop/s (from {streaming['free_tokens_of_the_step']:,} on, they take no longer than "
             "the whole step)"
         )
+    if sweep:
+        whose_peak = f"the largest, {sweep['largest']}" if sweep["largest"] else "one"
+        print(f"{sweep['adapters']} adapters are trained one after the other; the peak is that of {whose_peak}")
+        print(f"{'disk':<16} {sweep['disk_bytes'] / 1e9:9.3f} GB for all of them, with two checkpoints each")
     print(f"{'fits' if fits else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")
     if job.host:
         print(f"threads: {cpu.describe_threads()}")

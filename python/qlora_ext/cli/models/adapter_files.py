@@ -11,6 +11,7 @@ from typing import Any
 from ..._internal.untrusted import FileError, Schema, excerpt, printable, read_json
 from ..errors import UserError, first_line, path_named
 from ..outputs.ownership import RECORD as RECORD
+from ..outputs.ownership import SWEEP
 from . import validate_model
 from .sources import ModelSource, resolve
 
@@ -36,6 +37,8 @@ def find(name: str, option: str = "--adapter") -> pathlib.Path:
         raise UserError(f"{option} {name}: expected a directory with an adapter of PEFT, got a file")
     if not directory.is_dir():
         raise UserError(f"{option} {name}: no such directory")
+    if (directory / SWEEP).is_file():
+        raise UserError(f"{option} {name}: a sweep of several adapters; name the directory of one of them")
     raise UserError(f"{option} {name}: there is no adapter_config.json in that directory")
 
 

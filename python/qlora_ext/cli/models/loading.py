@@ -67,8 +67,8 @@ def stored_forms(source: ModelSource, config: Any) -> dict[str, Form] | None:
         return CheckpointSource(saved).forms(validate_model.skeleton(source, config), files)
 
 
-def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
-    """Makes a model with weights in ``dtype`` compute in ``compute``, and its 4-bit layers in their ``layers_dtype``.
+def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype, layers: torch.dtype | None) -> None:
+    """Makes a model with weights in ``dtype`` compute in ``compute``, and its 4-bit layers in ``layers``.
 
     Weights that transformers keeps in float32 stay in float32.
     """
@@ -79,7 +79,7 @@ def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
         set_compute_dtype(model, compute)
     for _, layer in layers_of(model):
         layer.to(compute)
-    if layers_dtype(dtype, compute, model.device) != compute:
+    if (layers or layers_dtype(dtype, compute, model.device)) != compute:
         multiply_in_bfloat16(model)
 
 
@@ -106,12 +106,18 @@ def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
     return model
 
 
-def _checked(model: Any, source: ModelSource, dtype: torch.dtype, compute: torch.dtype | None) -> Any:
+def _checked(
+    model: Any,
+    source: ModelSource,
+    dtype: torch.dtype,
+    compute: torch.dtype | None,
+    layers: torch.dtype | None = None,
+) -> Any:
     """Checks that the values of ``model`` are finite, and makes it compute in ``compute`` (None: no change)."""
     validate_model.check_finite(source, model)
     model.config.use_cache = False
     if compute is not None:
-        _compute_in(model, dtype, compute)
+        _compute_in(model, dtype, compute, layers)
     return model
 
 
@@ -136,6 +142,8 @@ class Loader:
         dtype: of the weights that are read, before some of them are quantized.
         compute: the dtype in which the model computes, if it differs from ``dtype``. Dense weights are then cast to it,
             except those that ``nn.set_compute_dtype`` keeps; 4-bit weights stay those of ``dtype``.
+        layers: the dtype in which 4-bit layers multiply, which is ``compute`` or bfloat16. None for the one that takes
+            less time on this processor.
         embeddings: quantize embeddings too, each with the output head that is tied to it.
         rest: quantize also the layers whose weights a GGUF file does not store in 4 bits.
         served: the format for which an adapter is trained merge-aware. Dense weights are quantized to it, if possible.
@@ -149,6 +157,7 @@ class Loader:
     dtype: torch.dtype
     device: torch.device
     compute: torch.dtype | None = None
+    layers: torch.dtype | None = None
     embeddings: bool = False
     rest: bool = False
     served: str | None = None
@@ -179,7 +188,7 @@ class Loader:
         if spill is not None:
             config = spilling(config, spill)
         model = self._quantized(config, weights, shown=spill is not None)
-        return _checked(model, self.source, self.dtype, self.compute)
+        return _checked(model, self.source, self.dtype, self.compute, self.layers)
 
     def dense_first(
         self,
@@ -207,7 +216,7 @@ class Loader:
         with computing_in(model, computing_dtype(dtype, self.device)) if runs else contextlib.nullcontext():
             self._quantize(model, keep, calibration=calibration, init_lora=init_lora)
         model.to(self.device)
-        return _checked(model, self.source, dtype, self.compute)
+        return _checked(model, self.source, dtype, self.compute, self.layers)
 
     def _say_that_it_decodes(self, why: str) -> None:
         if has_4bit_blocks(self.source):
@@ -245,7 +254,7 @@ class Loader:
             streaming.stream(model, resident, "ram", self.device)
         else:
             model.to(self.device)
-        return _checked(model, self.source, dtype, self.compute)
+        return _checked(model, self.source, dtype, self.compute, self.layers)
 
     def _quantize(self, model: Any, keep: Callable[[Any], list[str]] | None = None, **options: Any) -> None:
         from ...nn import quantize_model

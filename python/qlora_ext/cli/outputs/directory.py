@@ -22,7 +22,16 @@ from .files import (
     write_json,
 )
 from .lock import locked
-from .ownership import MARKER, WAITING, foreign_in_run, foreign_to, is_ours, may_be_unfinished_in_run
+from .ownership import (
+    MARKER,
+    WAITING,
+    foreign_in_run,
+    foreign_in_sweep,
+    foreign_to,
+    is_ours,
+    may_be_unfinished_in_run,
+    may_be_unfinished_in_sweep,
+)
 from .ownership import read_marker as read_marker
 
 
@@ -134,6 +143,8 @@ def _foreign(directory: pathlib.Path) -> str | None:
     marker = read_marker(directory)
     if marker.get("command") == "finetune":
         return foreign_in_run(directory)
+    if marker.get("command") == "sweep":
+        return foreign_in_sweep(directory)
     if "files" not in marker or "waiting" in marker:
         raise UserError(f"{MARKER} is damaged, or belongs to an unfinished output")
     return foreign_to([*marker["files"], MARKER])(directory)
@@ -204,33 +215,44 @@ class Output:
             _check_ours(self.path)
 
     @contextlib.contextmanager
-    def written(self, command: str, **begun_with: str) -> Iterator[pathlib.Path]:
+    def written(self, command: str, **begun_with: Any) -> Iterator[pathlib.Path]:
         """Yields an empty directory to fill, which then replaces the output directory. It gets a marker.
 
         Args:
             command: the name of the command, for the marker.
-            begun_with: digests of the inputs of a run that is not finished yet, for the marker.
+            begun_with: for the marker of an output that is not finished yet: digests of a run's inputs, or the names
+                of a sweep's runs.
         """
         self.begun = True
         with staged_directory(self.path, _foreign if self.overwrite else nothing_may_be_there) as partial:
             yield partial
-            _mark(partial, command, begun_with)
+            mark(partial, command, begun_with)
             self.check()  # again, because other processes may have written there
 
 
+_MAY_BE_UNFINISHED = {"finetune": may_be_unfinished_in_run, "sweep": may_be_unfinished_in_sweep}
+
+
 def _recover_left(path: pathlib.Path) -> list[str]:
-    """Cleans up after killed commands: ``path``, whose lock is held, its intermediate results, and a run in it.
+    """Cleans up after killed commands: ``path``, whose lock is held, its intermediate results, and the runs in it.
 
     Names other than ``path`` are recovered under their own lock, and skipped if another process holds it.
     """
     notes = recover(path)
     siblings = set() if filled_from_inside(path) else unfinished_in(path.parent)
     left = [path.with_name(name) for kind in WAITING if (name := f"{path.name}.{kind}") in siblings]
-    if path.is_dir() and is_ours(path) and read_marker(path).get("command") == "finetune":
-        left += [path / name for name in sorted(unfinished_in(path)) if may_be_unfinished_in_run(name)]
+    marker = read_marker(path) if path.is_dir() and is_ours(path) else {}
+    may_be_unfinished = _MAY_BE_UNFINISHED.get(marker.get("command", ""))
+    if may_be_unfinished is not None:
+        left += [path / name for name in sorted(unfinished_in(path)) if may_be_unfinished(name)]
     for unfinished in left:
         with contextlib.suppress(UserError), locked(unfinished):
             notes += recover(unfinished)
+    runs = marker.get("runs") or ()
+    for run in contents(path) if runs else ():
+        if run.name in runs and run.is_dir() and not run.is_symlink():
+            with contextlib.suppress(UserError), locked(run):
+                notes += _recover_left(run)
     return notes
 
 
@@ -277,7 +299,8 @@ def claim(name: str, overwrite: bool, inputs: Sequence[tuple[str, str]] = ()) ->
         remove_empty(made)
 
 
-def _mark(directory: pathlib.Path, command: str, begun_with: dict[str, str]) -> None:
+def mark(directory: pathlib.Path, command: str, begun_with: dict[str, Any]) -> None:
+    """Writes the marker of ``directory``, see ``Output.written``."""
     from ..._internal.version import VERSION
 
     record: dict[str, Any] = {"command": command, "version": VERSION, **begun_with}

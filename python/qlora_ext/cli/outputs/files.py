@@ -38,8 +38,8 @@ WAITS_INSIDE = f"{PARTIAL}calibration"
 # new: being written. old: complete, set aside for its successor. placing: complete, being moved up into the directory
 # that contains it. gone: being deleted.
 _UNFINISHED = re.compile(re.escape(PARTIAL) + r"(new|old|placing|gone)-(.+)-([0-9a-f]{8})", re.DOTALL)
-# The files that make a directory a model or a run. They are moved away first and put in place last.
-_ENTRY_FILES = ("config.json", "settings.json")
+# The files that make a directory a model, a run or a sweep. They are moved away first and put in place last.
+_ENTRY_FILES = ("config.json", "settings.json", "sweep.json")
 _CANNOT_RENAME = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM)
 
 # A function that returns the name of an entry in a directory that the command did not write; None if there is none.

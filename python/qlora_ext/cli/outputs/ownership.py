@@ -17,9 +17,11 @@ from .files import contents
 MARKER = "qlora_output.json"
 MANIFEST = "manifest.json"  # in a checkpoint, the list of its files; see checkpoints.py
 RECORD = "qlora_run.json"  # in an adapter that finetune wrote
-_MARKER: Schema = {"command?": str, "files?": [str], "waiting?": str, "output?": str}
+_MARKER: Schema = {"command?": str, "files?": [str], "waiting?": str, "output?": str, "runs?": [str]}
 # Files of a run, which also has adapter/, checkpoint-N/, and the event files of --report-to tensorboard.
 _RUN = frozenset({"settings.json", "before.json", "metrics.jsonl", "loss.png", MARKER})
+SWEEP = "sweep.json"  # in the directory of a sweep, which also has a run per adapter; its marker lists their names
+_SWEEP = frozenset({SWEEP, "loss.png", MARKER})
 _EVENTS = re.compile(r"runs/[^/]+/events\.out\.tfevents\.[^/]+")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Files of adapters and checkpoints that have no list of their files: from earlier versions, or damaged.
@@ -109,9 +111,7 @@ def foreign_in_checkpoint(checkpoint: pathlib.Path) -> str | None:
     return foreign_in(checkpoint, _saved_with_checkpoint(checkpoint))
 
 
-def foreign_in_run(run: pathlib.Path) -> str | None:
-    """The first entry in the directory of a run that the run did not write."""
-
+def _written_by_run(run: pathlib.Path) -> Callable[[str], bool]:
     @functools.cache
     def saved_with(name: str) -> Callable[[str], bool]:
         if name == "adapter":
@@ -122,12 +122,33 @@ def foreign_in_run(run: pathlib.Path) -> str | None:
         first, _, rest = name.partition("/")
         return bool(_EVENTS.fullmatch(name)) or (saved_with(first)(rest) if rest else name in _RUN)
 
-    return foreign_in(run, written)
+    return written
+
+
+def foreign_in_run(run: pathlib.Path) -> str | None:
+    """The first entry in the directory of a run that the run did not write."""
+    return foreign_in(run, _written_by_run(run))
+
+
+def foreign_in_sweep(sweep: pathlib.Path) -> str | None:
+    """The first entry in the directory of a sweep that neither the sweep nor one of its runs wrote."""
+    by_run = {name: _written_by_run(sweep / name) for name in read_marker(sweep).get("runs") or ()}
+
+    def written(name: str) -> bool:
+        first, _, rest = name.partition("/")
+        return first in by_run and by_run[first](rest) if rest else name in _SWEEP
+
+    return foreign_in(sweep, written)
 
 
 def may_be_unfinished_in_run(name: str) -> bool:
     """Whether a run writes an entry of that name, so that a kill may leave it unfinished."""
     return name in _RUN or name == "adapter" or bool(_CHECKPOINT.fullmatch(name))
+
+
+def may_be_unfinished_in_sweep(name: str) -> bool:
+    """The same for a file of a sweep. Its runs are written together with it."""
+    return name in _SWEEP
 
 
 def may_wait(kind: str, name: str) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
+import statistics
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +18,7 @@ from transformers import TrainerCallback
 from ..outputs.files import append_json_line, write_json_lines
 
 _WIDE_COLUMNS = 70  # narrower terminals show only the counts, the loss and the time left
+_NAMED_CURVES = 20  # more names would cover the curves
 _LINES = 20  # progress lines per run if the output is not a terminal
 
 
@@ -102,8 +106,9 @@ def describe(measured: dict[str, Any]) -> str:
     return f"loss {measured['eval_loss']:.4f}, {measured['eval_reward_accuracy']:.0%} of the pairs ranked correctly"
 
 
-def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-    """Plots the training loss per step, and the held-out loss where it was measured, as a PNG; for GRPO, the reward."""
+@contextlib.contextmanager
+def _plotted(path: pathlib.Path, histories: Iterable[list[dict[str, Any]]], title: str) -> Iterator[Any]:
+    """The axes of a plot of losses by step, which is saved as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,16 +117,42 @@ def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
     from ..outputs.files import staged_file
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150, layout="constrained")
-    rewards = any("eval_reward" in record for record in history)
-    trained, measured = ("reward", "eval_reward") if rewards else ("loss", "eval_loss")
-    for key, label, style in ((trained, "training", "-"), (measured, "held out", "o--")):
-        points = [(record["step"], record[key]) for record in history if key in record]
-        axes.plot(*zip(*points, strict=True), style, label=label) if points else None
-    per_token = any("eval_perplexity" in record for record in history)  # otherwise the run learns preferences
-    loss = "loss (nats per token)" if per_token else "loss (nats per pair)"
-    axes.set(xlabel="step", ylabel="reward" if rewards else loss, title=title)
-    axes.legend()
+    yield axes
+    records = [record for history in histories for record in history]
+    if any("eval_reward" in record for record in records):
+        label = "reward"
+    else:  # preferences have no perplexity
+        per_token = any("eval_perplexity" in record for record in records)
+        label = "loss (nats per token)" if per_token else "loss (nats per pair)"
+    axes.set(xlabel="step", ylabel=label, title=title)
     axes.grid(alpha=0.3)
     with staged_file(path) as partial:
         figure.savefig(partial, format="png")
     pyplot.close(figure)
+
+
+def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+    """Plots the training loss per step, and the held-out loss where it was measured, as a PNG; for GRPO, the reward."""
+    rewards = any("eval_reward" in record for record in history)
+    trained, measured = ("reward", "eval_reward") if rewards else ("loss", "eval_loss")
+    with _plotted(path, [history], title) as axes:
+        for key, label, style in ((trained, "training", "-"), (measured, "held out", "o--")):
+            points = [(record["step"], record[key]) for record in history if key in record]
+            axes.plot(*zip(*points, strict=True), style, label=label) if points else None
+        axes.legend()
+
+
+def plot_losses(histories: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
+    """Plots the losses of several runs, by their names, as a PNG."""
+    title = "training (lines, mean of up to 10 steps) and held out (dots)"
+    with _plotted(path, histories.values(), title) as axes:
+        for i, (name, history) in enumerate(histories.items()):
+            colour, style = f"C{i % 10}", ("-", "--", ":")[i // 10 % 3]
+            steps = [record["step"] for record in history if "loss" in record]
+            losses = [record["loss"] for record in history if "loss" in record]
+            means = [statistics.fmean(losses[max(0, j - 9) : j + 1]) for j in range(len(losses))]
+            axes.plot(steps, means, style, color=colour, label=name)
+            points = [(record["step"], record["eval_loss"]) for record in history if "eval_loss" in record]
+            axes.plot(*zip(*points, strict=True), "o", color=colour) if points else None
+        if 0 < len(histories) <= _NAMED_CURVES:
+            axes.legend(fontsize=7)

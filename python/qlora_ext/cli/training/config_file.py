@@ -12,6 +12,7 @@ from ..errors import UserError, path_named
 from .settings import Settings, flag, schema
 
 _MAX_BYTES = 1 << 20
+_MORE = ("output", "sweep")  # options that are not settings of a run
 # An option that was typed replaces not only its own value in the file, but also that of the option it excludes.
 _EXCLUDES = {
     "epochs": "max_steps",
@@ -50,7 +51,7 @@ def _parsed(path: pathlib.Path, source: str) -> dict[str, Any]:
 
 
 def read_config(name: str, typed: dict[str, Any]) -> dict[str, Any]:
-    """The options in the file ``name`` that were not ``typed``, and ``output`` if it names one.
+    """The options in the file ``name`` that were not ``typed``, and ``output`` and ``sweep`` if it has them.
 
     A value that is the default is left out, because an option may change the default of another.
 
@@ -66,17 +67,17 @@ def read_config(name: str, typed: dict[str, Any]) -> dict[str, Any]:
         option = str(key).replace("-", "_")
         if option == "former_steps":
             continue  # how a run came to its length, which a new run has from the start
-        if option not in fields and option != "output":
-            meant = suggestions.option(str(key), [flag(name) for name in (*fields, "output")]).replace("--", "")
+        if option not in fields and option not in _MORE:
+            meant = suggestions.option(str(key), [flag(name) for name in (*fields, *_MORE)]).replace("--", "")
             raise UserError(f"{source}: unknown option {excerpt(str(key))}{meant.replace('-', '_')}")
         if option in options:
             raise UserError(f"{source}: the option {option} appears twice")
-        kind = "str" if option == "output" else fields[option].type
+        kind = "str" if option in _MORE else fields[option].type
         options[option] = {"float": _number, "str": _text}.get(str(kind), lambda same: same)(value)
-    check(options, {**schema(), "output?": str}, source)
+    check(options, {**schema(), **{f"{name}?": str for name in _MORE}}, source)
     given = {}
     for option, value in options.items():
         replaced = option in typed or _EXCLUDES.get(option) in typed
-        if value is not None and not replaced and (option == "output" or value != fields[option].default):
+        if value is not None and not replaced and (option in _MORE or value != fields[option].default):
             given[option] = value
     return given

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
-from typing import Any
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 from ..._internal.untrusted import FileError, check
 from ..errors import UserError, as_arguments
-from .recipe import Finetuned, Recipe
+from . import sweep as sweeping
+from .recipe import Finetuned
 from .run import Request
 from .settings import Settings, schema
+from .sweep import Swept
+from .sweep_options import checked
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
@@ -33,18 +37,64 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _values(sweep: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """The values to vary.
+
+    Raises:
+        TypeError: a value has a wrong type.
+    """
+    if not isinstance(sweep, Mapping):
+        raise TypeError(f"sweep: expected a mapping of options to lists of values, got {type(sweep).__name__}")
+    try:
+        return checked(sweep)
+    except FileError as error:
+        raise TypeError(as_arguments(str(error))) from None
+
+
+@overload
 def finetune(
     *,
     output: str | os.PathLike[str],
     model: str | os.PathLike[str] | None = None,
     data: str | os.PathLike[str] | None = None,
+    sweep: None = None,
     resume: bool = False,
     overwrite: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
     reward: str | Callable[..., list[float]] | None = None,
     **options: Any,
-) -> Finetuned:
+) -> Finetuned: ...
+
+
+@overload
+def finetune(
+    *,
+    output: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    sweep: Mapping[str, Sequence[Any]],
+    resume: bool = False,
+    overwrite: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Swept: ...
+
+
+def finetune(
+    *,
+    output: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    reward: str | Callable[..., list[float]] | None = None,
+    **options: Any,
+) -> Finetuned | Swept:
     """Trains LoRA adapters on a 4-bit model, like the command ``qlora-ext finetune``, with the same output bit for bit.
 
     It prints what the command prints. ``docs/finetune.md`` explains the options, ``docs/data.md`` the data.
@@ -55,7 +105,10 @@ def finetune(
         data: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a directory of such files, a dataset of the hub, or
             package:NAME; the default is human conversations. A row is a text, a pair of prompt and completion, a
             conversation, or a preference (learnt with DPO).
-        resume: continue the run in ``output`` from its last checkpoint; other arguments need not be repeated.
+        sweep: lists of values of some options, such as ``{"lr": [1e-4, 2e-4], "rank": [8, 16]}``. Trains an adapter
+            with each combination of them, one after the other over one base in memory.
+        resume: continue the run in ``output`` from its last checkpoint; other arguments need not be repeated, except
+            ``sweep``. A sweep continues with the adapter that was interrupted.
         overwrite: replace what an earlier run wrote to ``output``. Other files are never deleted.
         force: with ``resume``, continue even if the base or the data have changed.
         trust_remote_code: run Python code that comes with the model.
@@ -67,7 +120,8 @@ def finetune(
 
     Returns:
         The run's directory, its adapter's directory, and the metrics: ``steps``, and ``loss_before``, ``loss_after``,
-        ``perplexity_before`` and ``perplexity_after`` on the held-out rows.
+        ``perplexity_before`` and ``perplexity_after`` on the held-out rows. With ``sweep``, a ``Swept``: the directory,
+        the ``runs`` of the adapters by name, such as ``"lr=0.0001,rank=8"``, and the name of the ``best`` one.
 
     Raises:
         TypeError: an option is unknown, or its value has a wrong type.
@@ -86,6 +140,11 @@ def finetune(
     """
     given = _options({"model": model, "data": data, **options})
     try:
-        return Recipe(Request(given, os.fspath(output), resume, overwrite, force, trust_remote_code, reward)).run()
+        if sweep is None and resume and sweeping.is_sweep(pathlib.Path(output)):
+            raise UserError(f"output {os.fspath(output)} has a sweep; give its values with sweep, to resume it")
+        values = None if sweep is None else _values(sweep)
+        return sweeping.run(
+            Request(given, os.fspath(output), resume, overwrite, force, trust_remote_code, reward, values)
+        )
     except UserError as error:
         raise ValueError(as_arguments(str(error))) from error

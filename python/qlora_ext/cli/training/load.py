@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...dtypes import gpu_without_bfloat16, layers_dtype
 from ...form import Form
 from ...formats import SERVED_FORMATS
 from ...nn import layers_of
@@ -21,12 +22,25 @@ from ..models.loading import Loader
 from ..models.pretrained import load_config
 from ..models.size import dense_share, model_size
 from ..models.validate_model import check_tokens, longest_input
+from ..outputs.directory import Output
 from ..outputs.ownership import read_marker
 from . import adapting
 from .identity import digest_of_model
 from .run import Run
 
-_COMPUTING = "compute_dtype"  # in the marker of a run's directory
+# In the marker of a run's directory: the dtypes of the model, and of the products in its 4-bit layers.
+_COMPUTING = "compute_dtype"
+_LAYERS = "layers_dtype"
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A 4-bit model, its digest, its number of parameters, and the dtypes in which it computes, by their names."""
+
+    model: Any
+    digest: str
+    parameters: int
+    dtypes: dict[str, str]
 
 
 def load(run: Run) -> None:
@@ -35,9 +49,22 @@ def load(run: Run) -> None:
     Raises:
         UserError: the model's files are damaged, or an option does not fit the model.
     """
-    s, compute = run.settings, _computing_dtype(run)
-    model = _base(run, compute)
-    run.identify("base", digest_of_model(model), f"--model {run.source.name}")
+    base = load_base(run, run.output)
+    identify(run, base)
+    adapt(run, base)
+
+
+def load_base(run: Run, output: Output) -> Base:
+    """Loads the model of a prepared run, and reports its size and dtypes.
+
+    Args:
+        output: next to it, a dense model that is streamed from disk is stored in 4 bits.
+
+    Raises:
+        UserError: the model's files are damaged.
+    """
+    compute, layers = _dtypes(run)
+    model = _in_4_bits(run, compute, layers, output)
     size = model_size(model)
     dense = size.dense_bytes(compute)
     run.report(
@@ -45,12 +72,31 @@ def load(run: Run) -> None:
         f"({dense / size.bytes:.2f} times smaller, including the dense embeddings)"
     )
     for dtype in {layer.compute_dtype for _, layer in layers_of(model)} - {compute}:
-        run.report(f"4-bit layers multiply in {name_of(dtype)}, which takes less time than {name_of(compute)} here")
+        why = "as at the start of the run" if run.resumes else f"which takes less time than {name_of(compute)} here"
+        run.report(f"4-bit layers multiply in {name_of(dtype)}, {why}")
     if coverage_note := dense_share(model):
         run.report(coverage_note)
-    run.model = adapting.add_adapter(model, run.source, s, run.request.force)
+    return Base(
+        model, digest_of_model(model), size.parameters, {_COMPUTING: name_of(compute), _LAYERS: name_of(layers)}
+    )
+
+
+def identify(run: Run, base: Base) -> None:
+    """Records the base of a new run, or checks that of a resumed run."""
+    run.identify("base", base.digest, f"--model {run.source.name}")
+    run.digests |= base.dtypes
+
+
+def adapt(run: Run, base: Base) -> None:
+    """Adds the run's adapter to its base, and checks that the rows fit.
+
+    Raises:
+        UserError: an option does not fit the model.
+    """
+    s = run.settings
+    run.model = adapting.add_adapter(base.model, run.source, s, run.request.force)
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    total = size.parameters + trainable
+    total = base.parameters + trainable
     run.report(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
     if s.mlp_chunk:
         if not dense_mlps(run.model):
@@ -62,28 +108,34 @@ def load(run: Run) -> None:
     _check_lengths(run)
 
 
-def _computing_dtype(run: Run) -> torch.dtype:
-    """Chooses and reports the compute dtype. A resumed run keeps its dtype, even on another machine."""
+def _dtypes(run: Run) -> tuple[torch.dtype, torch.dtype]:
+    """Chooses and reports the compute dtype, and chooses that of the 4-bit layers.
+
+    A resumed run keeps its dtypes, even on another machine. Runs of earlier versions did not record the second one.
+    """
     dtype = run.settings.dtype
+    marker = read_marker(run.directory) if run.resumes else {}
     chosen = parse_computing_dtype(dtype, run.device)
     processor = "processor" if run.device.type == "cpu" else "GPU"
     why = f", because the {processor} has no bfloat16 arithmetic" if chosen != parse_dtype(dtype) else ""
-    if run.resumes and (began := read_marker(run.directory).get(_COMPUTING)) is not None:
+    if (began := marker.get(_COMPUTING)) is not None:
         chosen, why = parse_computing_dtype(str(began), run.device), ", as at the start of the run"
-    run.digests[_COMPUTING] = name_of(chosen)
     run.report(f"computing in {name_of(chosen)} on {run.device}{why}")
-    return chosen
+    layers = layers_dtype(parse_dtype(dtype), chosen, run.device)
+    if (began := marker.get(_LAYERS)) is not None and not gpu_without_bfloat16(run.device):
+        layers = parse_computing_dtype(str(began), run.device)
+    return chosen, layers
 
 
-def _base(run: Run, compute: torch.dtype) -> Any:
+def _in_4_bits(run: Run, compute: torch.dtype, layers: torch.dtype, output: Output) -> Any:
     """The model in 4 bits. To stream from disk, it is converted to a 4-bit directory first."""
     s = run.settings
     form, dtype = Form(block_size=s.block_size), parse_dtype(s.dtype)
-    loader = Loader(run.source, form, dtype, run.device, compute, served=_served(run))
+    loader = Loader(run.source, form, dtype, run.device, compute, layers, served=_served(run))
     if s.stream == "none":
         return loader.while_loading()
     if s.stream == "disk" and not is_quantized(load_config(run.source)):
-        loader = dataclasses.replace(loader, source=four_bit_directory(loader, run.output))
+        loader = dataclasses.replace(loader, source=four_bit_directory(loader, output))
     return loader.while_loading(s.stream, s.resident or None)
 
 

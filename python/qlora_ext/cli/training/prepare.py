@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from ..._internal.untrusted import excerpt, printable
-from ..data import check_template, is_preference, is_prompt, read_examples, split, split_prompts, summary
+from ..data import Parts, check_template, is_preference, is_prompt, read_examples, split, split_prompts, summary
 from ..errors import UserError
 from ..models.adapter_files import check_files, config_of, find
 from ..models.devices import parse_device
@@ -19,30 +19,38 @@ from . import adapting
 from .checkpoints import newest_checkpoint
 from .identity import digest_of_adapter, digest_of_examples, digest_of_rows
 from .reward_function import digest_of_reward, find_reward
-from .run import SETTINGS, Request, Run
+from .run import SETTINGS, Request, Run, Shared
 from .settings import NO_NEFTUNE_IN_DPO, Settings, flag, given, read_settings, resumed
 
 
-def prepare(request: Request, output: Output) -> Run:
+def prepare(request: Request, output: Output, shared: Shared | None = None) -> Run:
     """The run for ``request`` in ``output``, with its rows to train on.
+
+    Args:
+        shared: with the other runs of a sweep.
 
     Raises:
         UserError: the request is invalid.
     """
     typed = given(request.options, request.resume)
-    run = _find(request, typed, output)
+    run = _find(request, typed, output, Shared() if shared is None else shared)
+    s = run.settings
     _check_method(run, typed)
     _check_init_adapter(run, typed)
-    run.identify("data", digest_of_examples(run.examples), f"--data {run.settings.data}")
+    digest = run.shared.once(("digest", s.data, s.split), lambda: digest_of_examples(run.examples))
+    run.identify("data", digest, f"--data {s.data}")
     config = load_config(run.source)
-    adapting.check_without_weights(run.source, config, run.settings)
+    run.shared.once(
+        ("adapter", s.target_modules, s.layers, s.modules_to_save),
+        lambda: adapting.check_without_weights(run.source, config, s),
+    )
     _fit(run, config)
     _encode(run)
     run.arguments = _arguments(run)
     return run
 
 
-def _find(request: Request, typed: dict[str, Any], output: Output) -> Run:
+def _find(request: Request, typed: dict[str, Any], output: Output, shared: Shared) -> Run:
     """Finds the settings and inputs of the run, and checks them against each other."""
     directory = output.path
     begun = (directory / SETTINGS).is_file()
@@ -82,8 +90,12 @@ def _find(request: Request, typed: dict[str, Any], output: Output) -> Run:
     checkpoint = newest_checkpoint(directory) if resumes else None
     if source.directory is None and source.gguf_file is None:
         load_config(source)  # checks that the hub has the model before the data are read
-    examples = read_examples(settings.data, settings.split, prompts=settings.method == "grpo")
-    return Run(request, output, settings, source, device, examples, resumes, longer, checkpoint)
+    prompts = settings.method == "grpo"
+    examples = shared.once(
+        ("examples", settings.data, settings.split, prompts),
+        lambda: read_examples(settings.data, settings.split, prompts),
+    )
+    return Run(request, output, settings, source, device, examples, resumes, longer, checkpoint, shared=shared)
 
 
 def _check_adapter(run: pathlib.Path) -> None:
@@ -164,22 +176,11 @@ def _fit(run: Run, config: Any) -> None:
 def _encode(run: Run) -> None:
     """Encodes the examples with the model's tokenizer."""
     s = run.settings
-    first = run.examples[0]
-    what = "prompts" if is_prompt(first) else "preferences" if is_preference(first) else "examples"
-    run.report(f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} {what})")
-    run.tokenizer = load_tokenizer(run.source)
-    check_template(run.tokenizer, run.examples, s.data, run.source.name)
-    if is_prompt(first):
-        longest = s.seq_len - s.max_new_tokens
-        parts = run.parts = split_prompts(run.tokenizer, run.examples, longest, s.eval_size, s.seed)
-    else:
-        parts = run.parts = split(
-            run.tokenizer, run.examples, s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences, s.first_rows,
-            not s.no_packing,
-        )  # fmt: skip
-    for reason in summary(parts.counts, s.seq_len):
-        run.report(f"      {reason}")
+    run.tokenizer = run.shared.once("tokenizer", lambda: load_tokenizer(run.source))
+    options = (s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences, s.first_rows, not s.no_packing)
+    parts = run.parts = run.shared.once(("rows", s.data, s.split, *options), lambda: _split(run, options))
     steps = s.steps(len(parts.train))
+    first = run.examples[0]
     kind = "pairs" if run.preferences else "prompts" if is_prompt(first) else f"rows of at most {s.seq_len} tokens"
     rows = steps * s.step_rows // (s.generations if is_prompt(first) else 1)
     run.report(
@@ -190,6 +191,20 @@ def _encode(run: Run) -> None:
     begun_with = parts.train[: s.first_rows] if s.former_steps and not is_prompt(first) else parts.train
     digest = digest_of_rows(begun_with, parts.held_out)
     run.identify("rows", digest, f"tokens that --model {run.source.name} makes of --data {s.data}")
+
+
+def _split(run: Run, options: tuple[Any, ...]) -> Parts:
+    s, first = run.settings, run.examples[0]
+    what = "prompts" if is_prompt(first) else "preferences" if is_preference(first) else "examples"
+    run.report(f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} {what})")
+    check_template(run.tokenizer, run.examples, s.data, run.source.name)
+    if is_prompt(first):
+        parts = split_prompts(run.tokenizer, run.examples, s.seq_len - s.max_new_tokens, s.eval_size, s.seed)
+    else:
+        parts = split(run.tokenizer, run.examples, *options)
+    for reason in summary(parts.counts, s.seq_len):
+        run.report(f"      {reason}")
+    return parts
 
 
 def _arguments(run: Run) -> Any:

@@ -41,6 +41,7 @@ class Recipe:
         with claim(self.request.output, self.request.overwrite) as output:
             run = self.prepare(output)
             self.load(run)
+            self.begin(run)
             self.train(run)
             return self.save(run)
 
@@ -55,6 +56,12 @@ class Recipe:
         from .load import load
 
         load(run)
+
+    def begin(self, run: Run) -> None:
+        """Creates the directory of the run."""
+        from .train import begin
+
+        begin(run)
 
     def train(self, run: Run) -> None:
         """Trains the adapter, and saves checkpoints."""

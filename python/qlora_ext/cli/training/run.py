@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..data import Example, Parts, is_preference
 from ..models.sources import ModelSource
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SETTINGS = "settings.json"
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Request:
         trust_remote_code: run Python code that comes with the model.
         reward: with the method grpo, the function that scores answers, or its name (``find_reward``). The run does not
             record it, because whoever writes to its directory must not choose which code runs.
+        sweep: several values of some options, see ``sweep_options``. ``output`` is then the directory of the sweep.
     """
 
     options: Mapping[str, Any]
@@ -46,6 +48,21 @@ class Request:
     force: bool = False
     trust_remote_code: bool = False
     reward: str | Reward | None = None
+    sweep: Mapping[str, list[Any]] | None = None
+
+
+class Shared:
+    """What the runs of a sweep have in common, such as the examples in the same data. It is computed once."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, compute: Callable[[], _T]) -> _T:
+        """The result of ``compute`` for ``key``."""
+        if key not in self._found:
+            self._found[key] = compute()
+        found: _T = self._found[key]
+        return found
 
 
 def _console() -> Console:
@@ -64,6 +81,8 @@ class Run:
         checkpoint: the checkpoint from which the run resumes.
         digests: of a new run's inputs, for its marker.
         reward: of a run with the method grpo.
+        shared: with the other runs of a sweep.
+        sweep: the directory of the sweep that the run belongs to.
         tokenizer, parts, arguments: set by ``prepare``: the tokenizer, the rows, and the trainer's arguments.
         model: set by ``load``: the 4-bit model with its adapter.
         trainer, before, history: set by ``train``: the trainer, the measurements before training, and the lines of
@@ -80,6 +99,8 @@ class Run:
     longer: bool
     checkpoint: pathlib.Path | None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    shared: Shared = dataclasses.field(default_factory=Shared)
+    sweep: pathlib.Path | None = None
     console: Console = dataclasses.field(default_factory=_console)
     reward: Reward | None = None
     tokenizer: Any = None

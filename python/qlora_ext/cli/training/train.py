@@ -19,13 +19,12 @@ from .trainer import NameInertAdapters, OffloadCheckpoints, QLoRATrainer, Rescal
 
 
 def train(run: Run) -> None:
-    """Creates the directory of a loaded run, and trains it.
+    """Trains a loaded run whose directory exists.
 
     Raises:
         UserError: the disk is full, the memory is too small, or the checkpoint is damaged.
         KeyboardInterrupt: the user stopped the run; the message says how to resume it.
     """
-    _begin(run)
     # A checkpoint has the adapter and two moments. Up to three checkpoints exist at once, and the adapter at the end.
     trainable_bytes = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
     need_space(run.directory, 10 * trainable_bytes + (4 << 20), "the run's checkpoints")
@@ -45,27 +44,32 @@ def train(run: Run) -> None:
     try:
         run_trainer(run.trainer, run.checkpoint)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_interrupted(run.directory)) from None
+        raise KeyboardInterrupt(_interrupted(run)) from None
     finally:
         progress.close()
 
 
-def _begin(run: Run) -> None:
-    """Creates the run directory, after everything that can be checked was checked."""
+def begin(run: Run) -> None:
+    """Creates the directory of a loaded run, after everything that can be checked was checked."""
     path = run.directory / SETTINGS
     if run.longer:
         lengths = {key: getattr(run.settings, key) for key in (run.settings.longer, "former_steps")}
         write_json(path, {**read_settings(path), **lengths})
     if run.resumes:
         return
+    with run.output.written("finetune", **run.digests) as partial:
+        write_settings(run, partial)
+
+
+def write_settings(run: Run, directory: pathlib.Path) -> None:
+    """Records the settings of a new run, with absolute paths, in ``directory``."""
     recorded = {**dataclasses.asdict(run.settings), "model": run.source.name}
     path = pathlib.Path(run.settings.data).expanduser()
     if not run.settings.data.startswith(PACKAGE) and path.exists():
         recorded["data"] = str(path.resolve())
     if run.settings.init_adapter:
         recorded["init_adapter"] = str(find(run.settings.init_adapter).resolve())
-    with run.output.written("finetune", **run.digests) as partial:
-        write_json(partial / SETTINGS, recorded)
+    write_json(directory / SETTINGS, recorded)
 
 
 def _trainer(run: Run) -> RunTrainer:
@@ -94,8 +98,8 @@ def _add_callbacks(run: Run) -> None:
         run.trainer.add_callback(OffloadCheckpoints())
 
 
-def _interrupted(directory: pathlib.Path) -> str:
-    saved = checkpoints(directory)
+def _interrupted(run: Run) -> str:
+    saved = checkpoints(run.directory)
     at = f"step {step_of(saved[-1])} is saved" if saved else "no checkpoint was saved yet"
-    again = shlex.join(["qlora-ext", "finetune", "--output", str(directory), "--resume"])
+    again = shlex.join(["qlora-ext", "finetune", "--output", str(run.sweep or run.directory), "--resume"])
     return f"{at}; continue with: {again}"

@@ -255,6 +255,10 @@ class QLoRATrainer(RunTrainer):
         return {"step": self.state.global_step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 
+class Diverged(UserError):
+    """The loss is not finite."""
+
+
 class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
     """Records when a checkpoint has been loaded, which is before the first step."""
 
@@ -343,7 +347,7 @@ def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
             "not enough GPU memory; try --grad-checkpointing, --chunked-loss, a smaller --batch-size or --seq-len"
         ) from error
     except FloatingPointError as error:
-        raise UserError(first_line(error)) from error
+        raise Diverged(first_line(error)) from error
     except Exception as error:
         # Before the first step, the checkpoint is loaded, and a damaged one may raise any exception.
         if checkpoint is None or loading.done:
