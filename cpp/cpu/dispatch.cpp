@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpp/cpu/adapters.h"
 #include "cpp/format/print_kernels.h"
 
 namespace qlora::cpu {
@@ -42,8 +43,9 @@ const Kernel* forced_kernel() {
   throw std::invalid_argument("QLORA_CPU_KERNEL: expected one of " + names + ", got " + name);
 }
 
+// Returns false if the problem has several adapters and needs a kernel that takes one.
 template <class Problem>
-void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
+bool run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
   Choice choice;
   const Kernel* const forced = forced_kernel();
   if (!forced) {
@@ -56,16 +58,23 @@ void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool,
   }
   std::string tried;
   for (const Kernel kernel : choice) {
+    if (p.lora.adapters && !takes_adapters(kernel)) return false;
     const Outcome outcome = kernels[kernel](pool, p);
     if (outcome == Outcome::kDone) {
       print_kernel(name, "cpu", p, [&] { return tried + kernel_name(kernel) + " isa=" + current_isa().name; });
-      return;
+      return true;
     }
+    if (p.lora.adapters) return false;  // each adapter may have an outcome of its own
     tried += std::string(kernel_name(kernel)) + " (" + text(outcome) + "), ";
   }
   tried.resize(tried.size() - 2);
   throw std::invalid_argument(std::string("QLORA_CPU_KERNEL: ") + name + " of " + problem_text(p) +
                               " was not served by " + tried);
+}
+
+template <class Problem>
+void run_linear(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
+  if (!run(name, kernels, pool, p)) run_per_adapter(p, [&](const Problem& one) { run(name, kernels, pool, one); });
 }
 
 Error failed(Error::Kind kind, const char* text) {
@@ -140,13 +149,16 @@ Error dequantize_nf4(const Pool& pool, const Weight& w, DType dtype, void* out) 
   return guarded([&] { table().codec->dequantize_nf4(pool, w, dtype, out); });
 }
 Error linear_nf4(const Pool& pool, const LinearProblem& p) {
-  return guarded([&] { run("linear_nf4", table().forward, pool, p); });
+  return guarded([&] { run_linear("linear_nf4", table().forward, pool, p); });
 }
 Error linear_nf4_dx(const Pool& pool, const LinearDxProblem& p) {
-  return guarded([&] { run("linear_nf4_dx", table().dx, pool, p); });
+  return guarded([&] { run_linear("linear_nf4_dx", table().dx, pool, p); });
 }
 Error linear_nf4_dlora(const Pool& pool, const LoraGradProblem& p) {
-  return guarded([&] { run("linear_nf4_dlora", table().dlora, pool, p); });
+  return guarded([&] {
+    const auto run_one = [&](const LoraGradProblem& one) { run("linear_nf4_dlora", table().dlora, pool, one); };
+    p.lora.adapters ? run_per_adapter(pool, p, run_one) : run_one(p);
+  });
 }
 
 Error linear_dense(const Pool& pool, const DenseLinearProblem& p) {

@@ -21,6 +21,7 @@
 #include "cpp/cpu/few_tokens/arrange-inl.h"
 #include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/cpu/few_tokens/concentration-inl.h"
+#include "cpp/cpu/few_tokens/low_rank-inl.h"
 #include "cpp/cpu/few_tokens/products-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
 #include "cpp/cpu/isa/isa.h"
@@ -184,9 +185,11 @@ class ForwardTile {
   // Replaces the sums of weight row n by sums of float32 products of its own weights.
   [[gnu::noinline]] void sum_in_float(int64_t n, int64_t m0, int64_t tokens, const ScaleReader& reader,
                                       const GranuleScales& scales, float* sums) const {
-    const int64_t rank = p_.lora.rank, k = p_.w.k;
-    const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
+    const int64_t k = p_.w.k;
     for (int64_t i = 0; i < tokens; ++i) {
+      const Lora& lora = lora_of(p_.lora, first_token_ + m0 + i);
+      const int64_t rank = lora.rank;
+      const T* b = static_cast<const T*>(lora.b) + lora.b_row(n);
       Floats acc = zero();
       for (int64_t j = 0; j < rank; j += kLanes)
         acc = fma(load(b + j, rank - j), load(x_.h + (j / kLanes * p_.m + m0 + i) * kLanes), acc);
@@ -210,11 +213,16 @@ class ForwardTile {
   template <int kTokens>
   [[gnu::noinline]] void start(int64_t n, int64_t count, int64_t m0, const ScaleReader& reader,
                                const GranuleScales& scales, float* sums) const {
-    const int64_t rank = p_.lora.rank, row_stride = plan_.rows.period * rank;
+    const bool by_adapter = p_.lora.adapters != nullptr;
+    if (by_adapter) {
+      start_by_adapter(n, count, m0, kTokens, sums);
+      if (!kSumsOffsets) return;
+    }
+    const int64_t rank = by_adapter ? 0 : p_.lora.rank, row_stride = plan_.rows.period * rank;
     const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
     for (int64_t t = 0; t < kTileRows; ++t, b += row_stride, sums += kLanes) {
       Floats acc[kTokens];
-      unroll<kTokens>([&](auto i) { acc[i] = zero(); });
+      unroll<kTokens>([&](auto i) { acc[i] = by_adapter ? load(sums + i * kTileRows * kLanes) : zero(); });
       const float* h = x_.h + m0 * kLanes;
       for (int64_t j = 0; t < count && j < rank; j += kLanes, h += p_.m * kLanes) {
         const Floats row = load(b + j, rank - j);
@@ -224,6 +232,33 @@ class ForwardTile {
         if (t < count) add_offsets<kTokens>(n + t * plan_.rows.period, m0, reader, scales, acc);
       }
       unroll<kTokens>([&](auto i) { store(sums + i * kTileRows * kLanes, acc[i]); });
+    }
+  }
+
+  // Sets the sums to the lanes of h · bᵀ, where each token may use another adapter.
+  void start_by_adapter(int64_t n, int64_t count, int64_t m0, int64_t tokens, float* sums) const {
+    for (int64_t i = 0; i < tokens; ++i, sums += kTileRows * kLanes) {
+      const Lora& lora = lora_of(p_.lora, first_token_ + m0 + i);
+      const T* const b = static_cast<const T*>(lora.b) + lora.b_row(n);
+      const int64_t row_stride = lora.b_row(plan_.rows.period), rank = lora.rank;
+      for (int64_t t = rank ? count : 0; t < kTileRows; ++t) store(sums + t * kLanes, zero());
+      // Ranks [j, j + ranks), for all rows while their h is in registers.
+      const auto add_ranks = [&](auto vectors, int64_t j, int64_t ranks) {
+        Floats h[vectors.value];
+        unroll<vectors.value>(
+            [&](auto v) { h[v.value] = load(x_.h + ((j / kLanes + v.value) * p_.m + m0 + i) * kLanes); });
+        for (int64_t t = 0; t < count; ++t) {
+          Floats acc = j ? load(sums + t * kLanes) : zero();
+          unroll<vectors.value>([&](auto v) {
+            acc = fma(load(b + t * row_stride + j + v.value * kLanes, ranks - v.value * kLanes), h[v.value], acc);
+          });
+          store(sums + t * kLanes, acc);
+        }
+      };
+      int64_t j = 0;
+      for (; j + 2 * kLanes <= rank; j += 2 * kLanes) add_ranks(Index<2>{}, j, 2 * kLanes);
+      for (; j + kLanes <= rank; j += kLanes) add_ranks(Index<1>{}, j, kLanes);
+      if (j < rank) add_ranks(Index<1>{}, j, rank - j);
     }
   }
 
