@@ -147,6 +147,11 @@ _LIST = (
         "counts as transformers' num_parameters does",
     ),
     Patch(
+        "peft.peft_model:PeftModel._enable_peft_forward_hooks",
+        "peft >= 0.19",
+        "keeps the adapter_names of a call that raised for the next calls, and ignores them for most methods",
+    ),
+    Patch(
         "peft.mixed_model:PeftMixedModel.get_nb_trainable_parameters",
         "peft >= 0.19",
         "counts as transformers' num_parameters does",
@@ -181,6 +186,11 @@ _LIST = (
         "peft >= 0.19",
         "supports bitsandbytes' layers only",
         aliases=("peft.utils:replace_lora_weights_loftq", "peft:replace_lora_weights_loftq"),
+    ),
+    Patch(
+        "peft.utils.hotswap:hotswap_adapter_from_state_dict",
+        "peft >= 0.19",
+        "writes to the data of parameters, so that nothing tells a merge-aware layer to merge again",
     ),
     Patch(
         "peft.utils.other:prepare_model_for_kbit_training",

@@ -171,7 +171,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         dropout_p: float,
     ) -> Tensor:
         seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None
-        cast, dtype = self._dtypes(x)
+        cast, dtype = self.dtypes(x)
         bias = self.bias  # read once, because reading a parameter is slower than a plain attribute
         with torch._C.DisableTorchFunctionSubclass():  # skips PackedParameter's checks, which take time
             y = call_linear_nf4(
@@ -201,11 +201,11 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         Args:
             merged: this layer's weight and the adapter, merged by ``merged_weight``.
         """
-        cast, dtype = self._dtypes(x)
+        cast, dtype = self.dtypes(x)
         bias = None if self.bias is None else self.bias.to(cast)
         return merged_linear_nf4(x.to(cast), merged, bias, lora_a.to(cast), lora_b.to(cast), scaling).to(dtype)
 
-    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    def dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """The dtype of the computation and the dtype of the output."""
         autocast = autocast_dtype(x.device.type)
         return (self.compute_dtype, x.dtype) if autocast is None else (autocast, autocast)
