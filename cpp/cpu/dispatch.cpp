@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpp/cpu/adapters.h"
 #include "cpp/format/print_kernels.h"
 
 namespace qlora::cpu {
@@ -66,6 +67,12 @@ void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool,
   tried.resize(tried.size() - 2);
   throw std::invalid_argument(std::string("QLORA_CPU_KERNEL: ") + name + " of " + problem_text(p) +
                               " was not served by " + tried);
+}
+
+template <class Problem>
+void run_linear(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
+  const auto run_one = [&](const Problem& one) { run(name, kernels, pool, one); };
+  p.lora.adapters ? run_per_adapter(p, run_one) : run_one(p);
 }
 
 Error failed(Error::Kind kind, const char* text) {
@@ -140,13 +147,16 @@ Error dequantize_nf4(const Pool& pool, const Weight& w, DType dtype, void* out) 
   return guarded([&] { table().codec->dequantize_nf4(pool, w, dtype, out); });
 }
 Error linear_nf4(const Pool& pool, const LinearProblem& p) {
-  return guarded([&] { run("linear_nf4", table().forward, pool, p); });
+  return guarded([&] { run_linear("linear_nf4", table().forward, pool, p); });
 }
 Error linear_nf4_dx(const Pool& pool, const LinearDxProblem& p) {
-  return guarded([&] { run("linear_nf4_dx", table().dx, pool, p); });
+  return guarded([&] { run_linear("linear_nf4_dx", table().dx, pool, p); });
 }
 Error linear_nf4_dlora(const Pool& pool, const LoraGradProblem& p) {
-  return guarded([&] { run("linear_nf4_dlora", table().dlora, pool, p); });
+  return guarded([&] {
+    const auto run_one = [&](const LoraGradProblem& one) { run("linear_nf4_dlora", table().dlora, pool, one); };
+    p.lora.adapters ? run_per_adapter(pool, p, run_one) : run_one(p);
+  });
 }
 
 Error linear_dense(const Pool& pool, const DenseLinearProblem& p) {

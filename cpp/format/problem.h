@@ -35,6 +35,19 @@ struct Lora {
   int64_t rank = 0;  // 0: no LoRA; a and b may then be null
   double scaling = 1.0;
   Dropout dropout;
+  const struct Adapters* adapters = nullptr;  // CPU: each token uses one of these; a, b and scaling are then unused
+
+  // The distance between rows of b, if b is a part of the columns of a stack. 0: the rank.
+  int64_t b_stride = 0;
+};
+
+// The adapters of a call whose tokens use different ones, or none. `rank` of the call's Lora is the width of h and g; a
+// token's own rank may be smaller, and the rest of its h and g is zeros.
+struct Adapters {
+  const Lora* each = nullptr;
+  int64_t count = 0;
+  const int32_t* of_token = nullptr;  // [m]; -1: none
+  int64_t stack_rank = 0;             // the sum of the ranks: da is [stack_rank, k], db [n, stack_rank]
 };
 
 // y = x · wᵀ + h · bᵀ + bias, h = round(scaling · dropout(x) · aᵀ)

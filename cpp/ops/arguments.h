@@ -111,6 +111,20 @@ struct LoraNumbers {
   }
 };
 
+// Which adapter each row uses, if lora_a [sum of ranks, K] and lora_b [N, sum of ranks] are stacks of several: adapter
+// e has rows (of lora_b: columns) rank_offsets[e] .. rank_offsets[e + 1]. h and g are then [.., max_rank].
+struct AdapterArgs {
+  OptionalTensor of_row, rank_offsets, scalings, seeds;
+  int64_t max_rank = 0;
+
+  auto fields() {
+    constexpr InSchema kNone{.default_value = "None"};
+    return std::tuple_cat(field("adapter_of_row", of_row, kNone), field("rank_offsets", rank_offsets, kNone),
+                          field("scalings", scalings, kNone), field("seeds", seeds, kNone),
+                          field("max_rank", max_rank, {.default_value = "0"}));
+  }
+};
+
 struct DequantizeArgs {
   PackedArgs w;
   std::vector<int64_t> shape;
@@ -138,6 +152,7 @@ struct LinearArgs {
   int64_t out_features = 0;
   OptionalTensor bias, lora_a, lora_b;
   LoraNumbers lora;
+  AdapterArgs adapters;
 
   auto inputs() { return field("x", x); }
   auto others(bool may_omit_dropout) {
@@ -153,6 +168,7 @@ struct LinearDxArgs {
   int64_t in_features = 0;
   OptionalTensor lora_a, lora_b;
   LoraNumbers lora;
+  AdapterArgs adapters;
 
   auto inputs() { return field("dy", dy); }
   auto others(bool may_omit_dropout) {
@@ -165,6 +181,7 @@ struct LoraGradArgs {
   Tensor dy, x, lora_a, lora_b;
   LoraNumbers lora;
   OptionalTensor h, g;
+  AdapterArgs adapters;
 
   auto inputs() { return std::tuple_cat(field("dy", dy), field("x", x)); }
   auto others(bool may_omit_dropout) {
@@ -175,10 +192,10 @@ struct LoraGradArgs {
 
 template <class Args>
 auto fields_of(Args& a) {
-  return std::tuple_cat(a.inputs(), a.others(false));
+  return std::tuple_cat(a.inputs(), a.others(false), a.adapters.fields());
 }
 
-// The same for experts, whose rows end at `offsets`.
+// The same for experts, whose rows end at `offsets`, with one adapter per expert.
 template <class Args>
 struct GroupedArgs : Args {
   Tensor offsets;

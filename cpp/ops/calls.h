@@ -2,6 +2,7 @@
 // the output. CPU and CUDA differ only in who runs `problem`.
 #pragma once
 
+#include "cpp/ops/adapter_checks.h"
 #include "cpp/ops/checks.h"
 
 namespace qlora {
@@ -35,11 +36,12 @@ struct LinearCall {
       problem.bias = checks::operand("bias", *a.bias, "x", a.x, &bias);
     }
     lora = checks::lora(a.lora_a, a.lora_b, a.out_features, k, a.lora, "x", a.x, problem.m);
+    checks::adapters(a.adapters, a.lora, problem.m, k, "x", a.x, &lora);
     problem.lora = lora.lora;
     problem.x = checks::operand("x", a.x, "x", a.x, &x);
     y = empty(a.x, checks::with_last(a.x, "out_features", a.out_features), a.x.scalar_type());
     problem.y = y.mutable_data_ptr();
-    if (keeps_h) problem.h = checks::kept_low_rank(a.x, a.lora_a, problem.lora.rank, is_empty(), &h);
+    if (keeps_h) problem.h = checks::kept_low_rank(a.x, a.lora_a, problem.lora, is_empty(), &h);
   }
 
   // An empty call has nothing to compute, even if the other sizes of an empty x are large.
@@ -59,11 +61,12 @@ struct LinearDxCall {
     check_packed_fits(a.w.packed, "dy", n, "out_features", "in_features", a.in_features);
     problem.w = checks::weight(a.w, n, a.in_features);
     lora = checks::lora(a.lora_a, a.lora_b, n, a.in_features, a.lora, "dy", a.dy, problem.m);
+    checks::adapters(a.adapters, a.lora, problem.m, a.in_features, "dy", a.dy, &lora);
     problem.lora = lora.lora;
     problem.dy = checks::operand("dy", a.dy, "dy", a.dy, &dy);
     dx = empty(a.dy, checks::with_last(a.dy, "in_features", a.in_features), a.dy.scalar_type());
     problem.dx = dx.mutable_data_ptr();
-    if (keeps_g) problem.g = checks::kept_low_rank(a.dy, a.lora_a, problem.lora.rank, is_empty(), &g);
+    if (keeps_g) problem.g = checks::kept_low_rank(a.dy, a.lora_a, problem.lora, is_empty(), &g);
   }
 
   bool is_empty() const { return problem.m == 0 || problem.w.k == 0; }
@@ -140,18 +143,19 @@ struct LoraGradCall {
     checks::is_given("lora_a", a.lora_a);
     checks::is_given("lora_b", a.lora_b);
     lora = checks::lora(a.lora_a, a.lora_b, problem.n, problem.k, a.lora, "x", a.x, problem.m);
+    checks::adapters(a.adapters, a.lora, problem.m, problem.k, "x", a.x, &lora);
     problem.lora = lora.lora;
     problem.x = checks::operand("x", a.x, "x", a.x, &x);
     problem.dy = checks::operand("dy", a.dy, "x", a.x, &dy);
     problem.h = checks::given_low_rank("h", a.h, problem.lora.rank, a.x, problem.m, &h);
     problem.g = checks::given_low_rank("g", a.g, problem.lora.rank, a.x, problem.m, &g);
-    da = empty(a.x, {problem.lora.rank, problem.k}, a.x.scalar_type());
-    db = empty(a.x, {problem.n, problem.lora.rank}, a.x.scalar_type());
+    da = empty(a.x, {a.lora_a.size(0), problem.k}, a.x.scalar_type());
+    db = empty(a.x, {problem.n, a.lora_a.size(0)}, a.x.scalar_type());
     problem.da = da.mutable_data_ptr();
     problem.db = db.mutable_data_ptr();
   }
 
-  bool is_empty() const { return problem.lora.rank == 0 || (problem.n == 0 && problem.k == 0); }
+  bool is_empty() const { return da.size(0) == 0 || (problem.n == 0 && problem.k == 0); }
 };
 
 }  // namespace qlora

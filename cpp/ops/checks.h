@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <sstream>
 #include <string>
 #include <tuple>
@@ -322,11 +323,13 @@ inline void scaling(double number) {
           "scaling: expected a finite number within float32's range, got ", number);
 }
 
-// LoRA's operands for m tokens, and the tensors that own their data. lora_a [r, k] and lora_b [n, r] must be given
-// together. r may be 0.
+// LoRA's operands for m tokens, and what owns their data. lora_a [r, k] and lora_b [n, r] must be given together. r may
+// be 0.
 struct LoraOperands {
   Lora lora;
-  Tensor a, b;
+  Tensor a, b, adapter_of_row;
+  std::vector<Lora> each;
+  std::unique_ptr<Adapters> adapters;
 };
 
 inline LoraOperands lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k,
@@ -369,13 +372,13 @@ inline std::vector<int64_t> with_last(const Tensor& x, const char* name, int64_t
   return shape;
 }
 
-// Allocates h [.., rank] for x [.., last], or g for dy, which the kernels fill. In an `empty_call` no kernel runs, so
-// it is filled with zeros.
-inline void* kept_low_rank(const Tensor& like, const OptionalTensor& lora_a, int64_t rank, bool empty_call,
+// Allocates h [.., rank] for x [.., last], or g for dy, which the kernels fill. It is filled with zeros in an
+// `empty_call`, where no kernel runs, and for several adapters, of which some may have a smaller rank.
+inline void* kept_low_rank(const Tensor& like, const OptionalTensor& lora_a, const Lora& lora, bool empty_call,
                            Tensor* keep) {
   require(lora_a.has_value(), "lora_a: expected a tensor, got None");
-  *keep = empty(like, with_last(like, "lora_a", rank), like.scalar_type());
-  if (empty_call) stable::zero_(*keep);
+  *keep = empty(like, with_last(like, "lora_a", lora.rank), like.scalar_type());
+  if (empty_call || lora.adapters) stable::zero_(*keep);
   return keep->mutable_data_ptr();
 }
 

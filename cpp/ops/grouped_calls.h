@@ -109,7 +109,7 @@ struct GroupedLinearCall {
     p.x = checks::operand("x", args.x, "x", args.x, &x);
     y = empty(args.x, checks::with_last(args.x, "out_features", args.out_features), args.x.scalar_type());
     p.y = y.mutable_data_ptr();
-    if (keeps_h) p.h = checks::kept_low_rank(args.x, args.lora_a, p.lora.rank, is_empty(), &h);
+    if (keeps_h) p.h = checks::kept_low_rank(args.x, args.lora_a, p.lora, is_empty(), &h);
   }
 
   bool is_empty() const { return problem.stack.m == 0 || problem.stack.w.n == 0; }
@@ -135,7 +135,7 @@ struct GroupedLinearDxCall {
     p.dy = checks::operand("dy", args.dy, "dy", args.dy, &dy);
     dx = empty(args.dy, checks::with_last(args.dy, "in_features", args.in_features), args.dy.scalar_type());
     p.dx = dx.mutable_data_ptr();
-    if (keeps_g) p.g = checks::kept_low_rank(args.dy, args.lora_a, p.lora.rank, is_empty(), &g);
+    if (keeps_g) p.g = checks::kept_low_rank(args.dy, args.lora_a, p.lora, is_empty(), &g);
   }
 
   bool is_empty() const { return problem.stack.m == 0 || problem.stack.w.k == 0; }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from ._internal.loans import lender_of
 from ._library import LIBRARY
+from .adapters import StackedAdapters, adapter_of_each_row, stack_adapters
 from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args, given_linear_nf4
 from .weight import Weight4bit
 
@@ -129,17 +130,25 @@ class LinearKernels:
         return self.alone(*args), None
 
     def backward(
-        self, needs: Any, h: Tensor | None, dx_args: tuple[Any, ...], dlora_args: tuple[Any, ...]
+        self,
+        needs: Any,
+        h: Tensor | None,
+        dx_args: tuple[Any, ...],
+        dlora_args: tuple[Any, ...],
+        adapters: tuple[Any, ...] = (),
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of x, lora_a and lora_b, each None if not needed. ``h`` is from ``forward``."""
+        """The gradients of x, lora_a and lora_b, each None if not needed. ``h`` is from ``forward``.
+
+        ``adapters`` are the operators' last arguments, which describe the adapters of a call with several.
+        """
         dx = g = da = db = None
         with torch._C.DisableTorchFunctionSubclass():  # skips PackedParameter's checks, which take time
             if needs.x and h is None:
-                dx = self.dx(*dx_args)
+                dx = self.dx(*dx_args, *adapters)
             elif needs.x:
-                dx, g = self._dx_with_g(*dx_args)
+                dx, g = self._dx_with_g(*dx_args, *adapters)
             if h is not None:
-                da, db = self.dlora(*dlora_args, h, g)
+                da, db = self.dlora(*dlora_args, h, g, *adapters)
         return dx, da if needs.lora_a else None, db if needs.lora_b else None
 
 
@@ -152,7 +161,8 @@ class LinearNF4Function(torch.autograd.Function):
     ``apply`` takes the arguments of ``torch.ops.qlora.linear_nf4`` in its order: x [..., K], packed, absmax,
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
     lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device), code, scale_table,
-    block_offsets and offset_scale.
+    block_offsets and offset_scale; and of several adapters adapter_of_row, rank_offsets, scalings, seeds and max_rank
+    (``adapters.py``).
     Gradients reach x, bias, lora_a and lora_b. The backward saves references to the packed state (or to its lender, see
     ``_internal/loans.py``), the adapters and the seed; and, if adapters are trained, x and
     h = scaling · dropout(x) · Aᵀ [..., R]. It saves no dequantized weight and no dropout mask: it draws the mask again
@@ -173,24 +183,28 @@ class LinearNF4Function(torch.autograd.Function):
         x = None if h is None else a.x
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset, a.scale_table, a.block_offsets, a.offset_scale
         ctx.lender = lender_of(a.packed)
-        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.seed_tensor, *(packed if ctx.lender is None else ()))
+        adapters = a.adapter_of_row, a.rank_offsets, a.scalings, a.seeds
+        lora = a.lora_a, a.lora_b, a.seed_tensor, *adapters
+        ctx.save_for_backward(x, h, *lora, *(packed if ctx.lender is None else ()))
         ctx.block_sizes, ctx.code = (a.block_size, a.nested_block_size), a.code
         ctx.in_features = a.x.shape[-1]
-        ctx.lora_numbers = a.scaling, a.dropout_p, a.seed
+        ctx.lora_numbers, ctx.max_rank = (a.scaling, a.dropout_p, a.seed), a.max_rank
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_tangent("the backward of linear_nf4", dy)
-        x, h, lora_a, lora_b, seed_tensor, *packed = ctx.saved_tensors
+        x, h, lora_a, lora_b, seed_tensor, *others = ctx.saved_tensors
+        packed = others[4:]
+        adapters = () if others[0] is None else (*others[:4], ctx.max_rank)
         needs = LINEAR_NF4(*ctx.needs_input_grad)
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
         loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
         with loan as packed:
             sizes = *ctx.block_sizes, ctx.in_features
             dx_args = dy, *packed[:4], *sizes, *lora, ctx.code, *packed[4:]
-            dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, *lora))
+            dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, *lora), adapters)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs.bias else None
         return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 
@@ -235,15 +249,39 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
+def _several(
+    x: Tensor, lora_a: Any, lora_b: Any, scaling: Any, seed: Any, adapter_of_row: Tensor | None
+) -> tuple[Tensor, Tensor, float, Any, tuple[Any, ...]]:
+    """lora_a, lora_b, scaling and seed as the operator takes them for several adapters, and its last arguments."""
+    if not isinstance(lora_a, list | tuple):
+        raise TypeError(f"lora_a: expected a list with adapter_of_row, got {type(lora_a).__name__}")
+    if x.is_cuda:
+        raise NotImplementedError("linear_nf4: several adapters per call (adapter_of_row) run on the CPU only so far")
+    if isinstance(lora_a, StackedAdapters):
+        if lora_b is not None or scaling != 1.0 or isinstance(seed, list | tuple):
+            raise ValueError("lora_b, scaling, seed: StackedAdapters has them already; leave them out")
+        stacked = lora_a
+    else:
+        stacked = stack_adapters(lora_a, lora_b, scaling, seed if isinstance(seed, list | tuple) else None)
+    if stacked.seeds is not None:
+        if isinstance(seed, int | Tensor):
+            raise ValueError(f"seed: expected None, since each adapter has a seed, got {reprlib.repr(seed)}")
+        seed = 0
+    of_row = adapter_of_each_row(adapter_of_row, x)
+    last = of_row, stacked.rank_offsets, stacked.scalings, stacked.seeds, stacked.max_rank
+    return stacked.lora_a, stacked.lora_b, 1.0, seed, last
+
+
 def linear_nf4(
     x: Tensor,
     w4: Weight4bit,
     bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    scaling: float = 1.0,
+    lora_a: Tensor | Sequence[Tensor] | StackedAdapters | None = None,
+    lora_b: Tensor | Sequence[Tensor] | None = None,
+    scaling: float | Sequence[float] = 1.0,
     dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
+    seed: int | Tensor | Sequence[int] | None = None,
+    adapter_of_row: Tensor | None = None,
 ) -> Tensor:
     """The fused QLoRA layer: y = x · dequantize(w4)ᵀ + scaling · dropout(x) · lora_aᵀ · lora_bᵀ + bias.
 
@@ -256,6 +294,12 @@ def linear_nf4(
         dropout_p: probability of dropping an element of x on the LoRA branch, 0 to 1.
         seed: of dropout's Philox stream: an integer of 64 bits, or a 0-dim int64 tensor on x's device that holds it.
             With None, it is drawn from that device's generator if ``dropout_p`` > 0.
+        adapter_of_row: for several adapters in one call (CPU only so far): which of them each row of x uses, -1 for
+            none. lora_a, lora_b, and optionally scaling and seed, are then lists with one entry per adapter, whose
+            ranks may differ; or lora_a is what ``adapters.stack_adapters`` has made of them. Integers, int32 without a
+            copy, in the shape of x's leading dimensions, of the first of them (x [B, S, K]: [B]), or flat. The base
+            weight is read once. A row has the bits of the same call with its adapter alone, and dropout's mask is that
+            of this call. An adapter's gradients have the bits of a call with its rows alone, but for the mask.
 
     Returns:
         y [..., N] in x's dtype, differentiable in x, bias, lora_a and lora_b. Under autocast the dense arguments
@@ -282,6 +326,9 @@ def linear_nf4(
         raise ValueError(f"w4: expected a weight of shape [N, K], got {list(w4.shape)}")
     if x.ndim == 0 or x.shape[-1] != w4.shape[1]:
         raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {list(x.shape)}")
+    adapters: tuple[Any, ...] = ()
+    if isinstance(lora_a, list | tuple) or adapter_of_row is not None:
+        lora_a, lora_b, scaling, seed, adapters = _several(x, lora_a, lora_b, scaling, seed, adapter_of_row)
     if seed is None:
         seed = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else 0
     if not isinstance(seed, Tensor):
@@ -295,4 +342,5 @@ def linear_nf4(
         )
     seed, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (seed, None)
     lora = lora_a, lora_b, scaling, dropout_p, seed, seed_tensor
-    return call_linear_nf4(x.device.type, x, *w4.packed_args(), w4.shape[0], bias, *lora, *w4.last_args())
+    last = *w4.last_args(), *adapters
+    return call_linear_nf4(x.device.type, x, *w4.packed_args(), w4.shape[0], bias, *lora, *last)

@@ -167,12 +167,40 @@ def _(
     return packed.new_empty(shape, dtype=dtype)
 
 
-def low_rank_like(x: Tensor, lora_a: Tensor | None) -> Tensor:
-    """An empty tensor for the low-rank product h or g: [..., R], for lora_a [R, K] or, of experts, [E, R, K]."""
+def low_rank_like(x: Tensor, lora_a: Tensor | None, max_rank: int | None = None) -> Tensor:
+    """An empty tensor for the low-rank product h or g: [..., R], for lora_a [R, K] or, of experts, [E, R, K].
+
+    Of several adapters per call, it is [..., max_rank].
+    """
     if lora_a is None:
         raise ValueError("lora_a: expected a tensor, got None")
-    low_rank: Tensor = x.new_empty((*x.shape[:-1], lora_a.shape[-2]))
+    low_rank: Tensor = x.new_empty((*x.shape[:-1], lora_a.shape[-2] if max_rank is None else max_rank))
     return low_rank
+
+
+def _max_rank(a: Any) -> int | None:
+    """The ``max_rank`` of a call with several adapters, None if it has one.
+
+    Raises:
+        ValueError: one of their tensors has the wrong dtype, or they are on a CUDA device.
+    """
+    if a.adapter_of_row is None:
+        return None
+    if a.adapter_of_row.is_cuda:
+        raise ValueError("adapter_of_row: several adapters per call run on the CPU only so far")
+    for name, dtypes in (
+        ("adapter_of_row", (torch.int32,)),
+        ("rank_offsets", (torch.int32,)),
+        ("scalings", (torch.float32, torch.float64)),
+        ("seeds", (torch.int64,)),
+    ):
+        tensor = getattr(a, name)
+        if tensor is None and name != "seeds":
+            raise ValueError(f"{name}: expected a tensor with adapter_of_row, got None")
+        if tensor is not None and tensor.dtype not in dtypes:
+            raise ValueError(f"{name}: expected {dtypes[-1]}, got {tensor.dtype}")
+    max_rank: int = a.max_rank
+    return max_rank
 
 
 def _fake_linear_nf4(*args: Any) -> Tensor:
@@ -182,6 +210,7 @@ def _fake_linear_nf4(*args: Any) -> Tensor:
     check_lora_numbers(a.scaling, a.dropout_p)
     check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4", *args)
+    _max_rank(a)
     y: Tensor = a.x.new_empty((*a.x.shape[:-1], a.out_features))
     return y
 
@@ -191,8 +220,8 @@ torch.library.register_fake("qlora::linear_nf4", _fake_linear_nf4)
 
 @torch.library.register_fake("qlora::linear_nf4_with_h")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    a = LINEAR_NF4(*args)
-    return _fake_linear_nf4(*args), low_rank_like(a.x, a.lora_a)
+    a = given_linear_nf4(*args)
+    return _fake_linear_nf4(*args), low_rank_like(a.x, a.lora_a, _max_rank(a))
 
 
 def _fake_linear_nf4_dx(*args: Any) -> Tensor:
@@ -202,6 +231,7 @@ def _fake_linear_nf4_dx(*args: Any) -> Tensor:
     check_lora_numbers(a.scaling, a.dropout_p)
     check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4_dx", *args)
+    _max_rank(a)
     dx: Tensor = a.dy.new_empty((*a.dy.shape[:-1], a.in_features))
     return dx
 
@@ -212,7 +242,7 @@ torch.library.register_fake("qlora::linear_nf4_dx", _fake_linear_nf4_dx)
 @torch.library.register_fake("qlora::linear_nf4_dx_with_g")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     a = given_linear_nf4_dx(*args)
-    return _fake_linear_nf4_dx(*args), low_rank_like(a.dy, a.lora_a)
+    return _fake_linear_nf4_dx(*args), low_rank_like(a.dy, a.lora_a, _max_rank(a))
 
 
 @torch.library.register_fake("qlora::linear_nf4_dlora")
@@ -221,6 +251,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     check_lora_numbers(a.scaling, a.dropout_p)
     check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4_dlora", *args)
+    _max_rank(a)
     return a.lora_a.new_empty(a.lora_a.shape), a.lora_b.new_empty(a.lora_b.shape)
 
 

@@ -50,7 +50,8 @@ def _vmap_rule(name: str, operator: OpOverload) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         a = named(*args)
         only_tokens = in_dims[0] is not None and not any(isinstance(dim, int) for dim in in_dims[1:])
-        if of_tokens and only_tokens and (getattr(a, "lora_a", None) is None or not a.dropout_p):
+        one_adapter = getattr(a, "adapter_of_row", None) is None
+        if of_tokens and only_tokens and one_adapter and (getattr(a, "lora_a", None) is None or not a.dropout_p):
             outputs = operator(args[0].movedim(in_dims[0], 0), *args[1:])
         else:  # also with dropout, whose mask depends on an element's index within its sample
             samples = (

@@ -87,6 +87,11 @@ def test_schemas_are_those_of_the_design() -> None:
     code = 'str code="nf4"'
     form = f"{code}, Tensor? scale_table=None, Tensor? block_offsets=None, Tensor? offset_scale=None"
     defaults = lora.replace("dropout_p,", "dropout_p=0.,").replace("SymInt seed,", "SymInt seed=0,")
+    adapters = (
+        "Tensor? adapter_of_row=None, Tensor? rank_offsets=None, Tensor? scalings=None, Tensor? seeds=None, "
+        "int max_rank=0"
+    )
+    last = f"{form}, {adapters}"
     expected = {
         "quantize_nf4": f"(Tensor w, int block_size, {code}) -> (Tensor packed, Tensor absmax)",
         "search_absmax_nf4": f"(Tensor w, Tensor importance, int block_size, {code}) -> Tensor absmax",
@@ -99,13 +104,13 @@ def test_schemas_are_those_of_the_design() -> None:
         "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset, int nested_block_size) "
         "-> Tensor",
         "dequantize_nf4": f"({packed}, SymInt[] shape, ScalarType dtype, {form}) -> Tensor",
-        "linear_nf4": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}, {form}) -> Tensor",
-        "linear_nf4_with_h": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}, {form}) "
+        "linear_nf4": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}, {last}) -> Tensor",
+        "linear_nf4_with_h": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}, {last}) "
         "-> (Tensor y, Tensor h)",
-        "linear_nf4_dx": f"(Tensor dy, {packed}, SymInt in_features, {lora}, {form}) -> Tensor",
-        "linear_nf4_dx_with_g": f"(Tensor dy, {packed}, SymInt in_features, {lora}, {form}) -> (Tensor dx, Tensor g)",
+        "linear_nf4_dx": f"(Tensor dy, {packed}, SymInt in_features, {lora}, {last}) -> Tensor",
+        "linear_nf4_dx_with_g": f"(Tensor dy, {packed}, SymInt in_features, {lora}, {last}) -> (Tensor dx, Tensor g)",
         "linear_nf4_dlora": f"(Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, {seed}, "
-        "Tensor? h=None, Tensor? g=None) -> (Tensor da, Tensor db)",
+        f"Tensor? h=None, Tensor? g=None, {adapters}) -> (Tensor da, Tensor db)",
         "linear_dense": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
         "linear_dense_dx": "(Tensor dy, Tensor weight) -> Tensor",
         "grouped_linear_nf4": f"(Tensor x, {grouped}, SymInt out_features, Tensor? bias, {defaults}, {form}) -> Tensor",

@@ -19,10 +19,17 @@ def _tokens(shape: Any) -> int:
     return math.prod(shape[:-1])
 
 
+def _rank(a: Any) -> int:
+    """The rank of the adapter; of several adapters per call, the largest."""
+    if a.lora_a is None:
+        return 0
+    rank: int = a.lora_a[-2] if getattr(a, "adapter_of_row", None) is None else a.max_rank
+    return rank
+
+
 def _product(a: Any, tokens: int, n: int, k: int) -> int:
     """The operations of x · Wᵀ or dy · W, and of the two products of LoRA."""
-    rank = 0 if a.lora_a is None else a.lora_a[-2]
-    flops: int = 2 * tokens * (n * k + rank * (n + k))
+    flops: int = 2 * tokens * (n * k + _rank(a) * (n + k))
     return flops
 
 
@@ -36,7 +43,7 @@ def _dx(a: Any) -> int:
 
 def _dlora(a: Any) -> int:
     """The operations of dA = gᵀ · x and dB = dyᵀ · h, and of g and h unless they are given."""
-    of_g, of_h = (2 * _tokens(a.x) * a.lora_a[-2] * width for width in (a.dy[-1], a.x[-1]))
+    of_g, of_h = (2 * _tokens(a.x) * _rank(a) * width for width in (a.dy[-1], a.x[-1]))
     made = (of_g if getattr(a, "g", None) is None else 0) + (of_h if getattr(a, "h", None) is None else 0)
     flops: int = of_g + of_h + made
     return flops

@@ -1,0 +1,113 @@
+// Checks the arguments of calls whose rows use different adapters, and divides the stacks lora_a and lora_b.
+#pragma once
+
+#include <cstring>
+
+#include "cpp/ops/checks.h"
+
+namespace qlora::checks {
+
+// Checks a tensor [count] that is on the device of x, and returns its contiguous data.
+template <class T>
+const T* numbers(const char* name, const Tensor& t, ScalarType dtype, int64_t count, const char* per, Tensor* keep) {
+  has_dtype(name, t, dtype);
+  require(t.dim() == 1 && t.size(0) == count, name, ": expected shape [", count, "] (one per ", per, "), got ",
+          shape_text(t));
+  *keep = t.is_contiguous() ? t : stable::contiguous(t);
+  return keep->const_data_ptr<T>();
+}
+
+// The first rank of each adapter in the stacks, and their sum.
+inline std::vector<int64_t> rank_offsets(const Tensor& t, int64_t stack_rank, int64_t max_rank) {
+  require(t.dim() == 1 && t.size(0) >= 1, "rank_offsets: expected shape [adapters + 1], got ", shape_text(t));
+  Tensor keep;
+  const int64_t count = t.size(0);
+  const int32_t* const at =
+      numbers<int32_t>("rank_offsets", t, ScalarType::Int, count, "adapter, and their sum", &keep);
+  require(at[0] == 0, "rank_offsets: expected 0 first, got ", at[0]);
+  for (int64_t e = 0; e + 1 < count; ++e) {
+    require(at[e] <= at[e + 1], "rank_offsets: expected ascending numbers, got ", at[e + 1], " after ", at[e]);
+    require(at[e + 1] - at[e] <= max_rank, "max_rank: expected at least ", at[e + 1] - at[e], " (the rank of adapter ",
+            e, " by rank_offsets), got ", max_rank);
+  }
+  require(at[count - 1] == stack_rank, "rank_offsets: expected ", stack_rank,
+          " last (the rows of lora_a and the columns of lora_b), got ", at[count - 1]);
+  return {at, at + count};
+}
+
+inline std::vector<double> scalings(const Tensor& t, int64_t count) {
+  Tensor keep;
+  std::vector<double> out;
+  if (t.scalar_type() == ScalarType::Float) {
+    const float* const at = numbers<float>("scalings", t, ScalarType::Float, count, "adapter", &keep);
+    out.assign(at, at + count);
+  } else {
+    const double* const at = numbers<double>("scalings", t, ScalarType::Double, count, "adapter", &keep);
+    out.assign(at, at + count);
+  }
+  for (const double number : out)
+    require(std::abs(number) <= std::numeric_limits<float>::max(),
+            "scalings: expected finite numbers within float32's range, got ", number);
+  return out;
+}
+
+// Makes `operands`, whose a and b have been checked as those of one adapter, the operands of several. Does nothing if
+// the call has one adapter.
+inline void adapters(const AdapterArgs& args, const LoraNumbers& lora, int64_t m, int64_t k, const char* like_name,
+                     const Tensor& like, LoraOperands* operands) {
+  if (!args.of_row) {
+    require(!args.rank_offsets, "rank_offsets: expected None without adapter_of_row, got a tensor");
+    require(!args.scalings, "scalings: expected None without adapter_of_row, got a tensor");
+    require(!args.seeds, "seeds: expected None without adapter_of_row, got a tensor");
+    require(args.max_rank == 0, "max_rank: expected 0 without adapter_of_row, got ", args.max_rank);
+    return;
+  }
+  require(like.is_cpu(), "adapter_of_row: several adapters per call run on the CPU only so far, got ", like_name,
+          " on ", device_text(like));
+  require(operands->lora.a != nullptr || operands->a.defined(),
+          "lora_a: expected a tensor with adapter_of_row, got None");
+  require(args.rank_offsets.has_value(), "rank_offsets: expected a tensor with adapter_of_row, got None");
+  require(args.scalings.has_value(), "scalings: expected a tensor with adapter_of_row, got None");
+  require(args.max_rank >= 0, "max_rank: expected 0 or more, got ", args.max_rank);
+  require(lora.scaling == 1.0, "scaling: expected 1.0 with scalings, got ", lora.scaling);
+  require(!args.seeds || !lora.seed_tensor, "seed_tensor: expected None with seeds, got a tensor");
+  same_device("adapter_of_row", *args.of_row, like_name, like);
+  same_device("rank_offsets", *args.rank_offsets, like_name, like);
+  same_device("scalings", *args.scalings, like_name, like);
+
+  Lora& stack = operands->lora;
+  const std::vector<int64_t> first = rank_offsets(*args.rank_offsets, stack.rank, args.max_rank);
+  const int64_t count = static_cast<int64_t>(first.size()) - 1;
+  const std::vector<double> scaling = scalings(*args.scalings, count);
+  const int64_t* seeds = nullptr;
+  Tensor keeps_seeds;
+  if (args.seeds) {
+    same_device("seeds", *args.seeds, like_name, like);
+    seeds = numbers<int64_t>("seeds", *args.seeds, ScalarType::Long, count, "adapter", &keeps_seeds);
+  }
+  const int32_t* const of_row =
+      numbers<int32_t>("adapter_of_row", *args.of_row, ScalarType::Int, m, "row", &operands->adapter_of_row);
+  for (int64_t i = 0; i < m; ++i)
+    require(-1 <= of_row[i] && of_row[i] < count, "adapter_of_row: expected -1 (none) to ", count - 1, ", got ",
+            of_row[i], " for row ", i);
+
+  const int64_t bytes = static_cast<int64_t>(like.element_size());
+  const auto at = [&](const void* p, int64_t elements) -> const void* {
+    return p ? static_cast<const char*>(p) + elements * bytes : nullptr;
+  };
+  for (int64_t e = 0; e < count; ++e) {
+    Lora one = stack;
+    one.rank = first[e + 1] - first[e];
+    one.a = at(stack.a, first[e] * k);
+    one.b = at(stack.b, first[e]);
+    one.b_stride = stack.rank;
+    one.scaling = scaling[e];
+    if (seeds) one.dropout.seed = static_cast<uint64_t>(seeds[e]);
+    operands->each.push_back(one);
+  }
+  operands->adapters = std::make_unique<Adapters>(Adapters{operands->each.data(), count, of_row, stack.rank});
+  stack.adapters = operands->adapters.get();
+  stack.rank = args.max_rank;
+}
+
+}  // namespace qlora::checks

@@ -1,0 +1,376 @@
+"""Several adapters in one call: every row has the bits of the same call with its adapter alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+import qlora_ext
+from graphs import CountingBackend
+from qlora_ext.adapters import StackedAdapters, stack_adapters
+from qlora_ext.form import Form
+from qlora_ext.weight import Weight4bit, quantize
+from samples import DTYPES, OPCHECKS
+
+linear = torch.ops.qlora.linear_nf4
+RANKS = (4, 0, 8, 3)
+
+
+@dataclasses.dataclass
+class Batch:
+    """A layer, the tokens of several adapters, and the calls with one of them."""
+
+    x: Tensor
+    w4: Weight4bit
+    bias: Tensor | None
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    scaling: list[float]
+    of_row: Tensor
+    dropout_p: float = 0.0
+    seeds: list[int] | None = None
+
+    def together(self, x: Tensor | None = None) -> Tensor:
+        numbers = self.scaling, self.dropout_p, self.seeds or 7, self.of_row
+        return qlora_ext.linear_nf4(self.x if x is None else x, self.w4, self.bias, self.lora_a, self.lora_b, *numbers)
+
+    def alone(self, adapter: int) -> Tensor:
+        if adapter < 0:
+            return qlora_ext.linear_nf4(self.x, self.w4, self.bias)
+        lora = self.lora_a[adapter], self.lora_b[adapter], self.scaling[adapter]
+        seed = self.seeds[adapter] if self.seeds else 7
+        return qlora_ext.linear_nf4(self.x, self.w4, self.bias, *lora, self.dropout_p, seed)
+
+    def of_alone(self, compute=None) -> Tensor:
+        """Each row of the call with its adapter alone; ``compute(adapter)`` is what those calls give."""
+        compute = compute or self.alone
+        out = {e: compute(e) for e in set(self.of_row.tolist())}
+        return torch.stack([out[e][i] for i, e in enumerate(self.of_row.tolist())])
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [*self.lora_a, *self.lora_b]
+
+
+def batch(m=9, n=48, k=64, ranks=RANKS, dtype=torch.float32, order="random", requires_grad=False, **options) -> Batch:
+    generator = torch.Generator().manual_seed(m * n + k)
+
+    def randn(*shape: int, factor: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * factor).to(dtype).requires_grad_(requires_grad)
+
+    of_row = torch.randint(-1, len(ranks), (m,), generator=generator)
+    if order == "sorted":
+        of_row = of_row.sort()[0]
+    form = {name: options.pop(name) for name in ("block_size", "double_quant", "code") if name in options}
+    w = torch.randn(n, k, generator=generator) * 0.05
+    return Batch(
+        x=randn(m, k),
+        w4=quantize(w, Form.of(**form)),
+        bias=randn(n),
+        lora_a=[randn(rank, k, factor=k**-0.5) for rank in ranks],
+        lora_b=[randn(n, rank, factor=0.2) for rank in ranks],
+        scaling=[0.3 + 0.7 * e for e in range(len(ranks))],
+        of_row=of_row.int(),
+        **options,
+    )
+
+
+def dx_args(b: Batch, dy: Tensor, adapter: int | None) -> tuple:
+    """The arguments of linear_nf4_dx for one adapter, or for all of them (None)."""
+    head = dy, *b.w4.packed_args(), b.x.shape[-1]
+    if adapter is None:
+        s = stacked(b)
+        seed = 0 if b.seeds else 7
+        last = b.of_row, s.rank_offsets, s.scalings, s.seeds, s.max_rank
+        return *head, s.lora_a, s.lora_b, 1.0, b.dropout_p, seed, None, *b.w4.last_args(), *last
+    lora = (None, None, 1.0) if adapter < 0 else (b.lora_a[adapter], b.lora_b[adapter], b.scaling[adapter])
+    seed = b.seeds[adapter] if b.seeds and adapter >= 0 else 7
+    return *head, *lora, b.dropout_p, seed, None, *b.w4.last_args()
+
+
+def stacked(b: Batch) -> StackedAdapters:
+    return stack_adapters(b.lora_a, b.lora_b, b.scaling, b.seeds)
+
+
+def forward_args(b: Batch) -> tuple:
+    s = stacked(b)
+    last = b.of_row, s.rank_offsets, s.scalings, s.seeds, s.max_rank
+    lora = s.lora_a, s.lora_b, 1.0, b.dropout_p, 0 if b.seeds else 7, None
+    return b.x, *b.w4.packed_args(), b.w4.shape[0], b.bias, *lora, *b.w4.last_args(), *last
+
+
+def check_bits(b: Batch) -> None:
+    """y, dx and the retained h and g against calls with one adapter."""
+    assert torch.equal(b.together(), b.of_alone())
+    dy = torch.randn(*b.x.shape[:-1], b.w4.shape[0]).to(b.x.dtype)
+    dx, g = torch.ops.qlora.linear_nf4_dx_with_g(*dx_args(b, dy, None))
+    assert torch.equal(dx, b.of_alone(lambda e: torch.ops.qlora.linear_nf4_dx(*dx_args(b, dy, e))))
+    y, h = torch.ops.qlora.linear_nf4_with_h(*forward_args(b))
+    assert torch.equal(y, b.together())
+    for i, e in enumerate(b.of_row.tolist()):
+        rank = b.lora_a[e].shape[0] if e >= 0 else 0
+        assert not h[i, rank:].any()
+        assert not g[i, rank:].any()
+        if rank:
+            assert torch.equal(g[i, :rank], torch.ops.qlora.linear_nf4_dx_with_g(*dx_args(b, dy, e))[1][i])
+            lora = b.lora_a[e], b.lora_b[e], b.scaling[e], b.dropout_p, b.seeds[e] if b.seeds else 7, None
+            args = b.x, *b.w4.packed_args(), b.w4.shape[0], b.bias, *lora, *b.w4.last_args()
+            assert torch.equal(h[i, :rank], torch.ops.qlora.linear_nf4_with_h(*args)[1][i])
+
+
+@pytest.mark.parametrize("m", [1, 5, 9, 40])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_rows_have_the_bits_of_their_adapter_alone(dtype: torch.dtype, m: int) -> None:
+    check_bits(batch(m, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [4, 30])
+@pytest.mark.parametrize("seeds", [None, [3, 4, 5, -6]])
+def test_dropout_has_the_mask_of_the_call(seeds, m: int, dtype: torch.dtype) -> None:
+    check_bits(batch(m, k=128, dtype=dtype, dropout_p=0.3, seeds=seeds))
+    check_bits(batch(m, dtype=dtype, dropout_p=1.0, seeds=seeds))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [3, 27, 70])
+@pytest.mark.parametrize(
+    ("n", "k", "ranks", "options"),
+    [
+        (33, 72, (1, 17), {"block_size": 32}),
+        (40, 35, (5, 300), {}),
+        (130, 256, (16, 16, 16), {"code": "fp4", "double_quant": False}),
+        (321, 320, (40, 2), {}),
+    ],
+)
+def test_tails_and_ranks(n, k, ranks, options, m, dtype) -> None:
+    check_bits(batch(m, n, k, ranks, dtype, order="sorted" if m == 27 else "random", **options))
+
+
+@pytest.mark.parametrize("of_row", [[2] * 7, [-1] * 7, [1] * 7, []])
+def test_one_adapter_for_all_rows(of_row: list[int]) -> None:
+    b = batch(len(of_row))
+    b.of_row = torch.tensor(of_row, dtype=torch.int32)
+    y = b.together()
+    assert y.shape == (len(of_row), 48)
+    assert not of_row or torch.equal(y, b.alone(of_row[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [6, 50])
+def test_values_that_are_not_finite_stay_in_their_rows(m: int, dtype: torch.dtype) -> None:
+    """Rows of other adapters, and rows without one, are as if the bad values did not exist."""
+    b = batch(m, k=128, dtype=dtype)
+    b.of_row = torch.tensor([2, 0, -1, 3, 1, 0], dtype=torch.int32).repeat(m)[:m]
+    clean = b.together()
+    dy = torch.randn(m, 48).to(dtype)
+    clean_dx = torch.ops.qlora.linear_nf4_dx(*dx_args(b, dy, None))
+    b.lora_a[2][1, 5], b.lora_a[2][0, 9] = torch.inf, torch.nan
+    b.lora_b[2][7, 3] = -torch.inf
+    others = b.of_row != 2
+    assert torch.equal(b.together()[others], clean[others])
+    assert not b.together()[~others].isfinite().all()
+    dx = torch.ops.qlora.linear_nf4_dx(*dx_args(b, dy, None))
+    assert torch.equal(dx[others], clean_dx[others])
+    b = dataclasses.replace(batch(m, k=128, dtype=dtype), of_row=b.of_row)
+    b.x[0, 3], dy[0, 3] = torch.nan, torch.inf
+    y, clean = b.together(), b.of_alone()
+    assert y[0].isnan().all()
+    assert torch.equal(y[1:], clean[1:])
+    assert torch.equal(torch.ops.qlora.linear_nf4_dx(*dx_args(b, dy, None))[1:], clean_dx[1:])
+
+
+@pytest.mark.parametrize("order", ["random", "sorted"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [12, 40])
+def test_gradients_are_those_of_the_adapters_own_rows(m: int, dtype: torch.dtype, dropout_p: float, order: str) -> None:
+    b = batch(m, k=128, dtype=dtype, order=order, dropout_p=dropout_p, requires_grad=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    y = b.together()
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert torch.equal(b.x.grad, b.of_alone(lambda e: torch.ops.qlora.linear_nf4_dx(*dx_args(b, dy, e))))
+    for e, (a, lora_b) in enumerate(zip(b.lora_a, b.lora_b, strict=True)):
+        rows = (b.of_row == e).nonzero().flatten()
+        args = [t.detach() for t in (dy[rows], b.x[rows], a, lora_b)]
+        if dropout_p == 0.0:
+            expected = torch.ops.qlora.linear_nf4_dlora(*args, b.scaling[e], 0.0, 7)
+            equal = torch.equal
+        else:  # the rows of others give zeros: the same sums, in another order
+            dy_of_e = torch.where((b.of_row == e)[:, None], dy, 0)
+            args = [t.detach() for t in (dy_of_e, b.x, a, lora_b)]
+            expected = torch.ops.qlora.linear_nf4_dlora(*args, b.scaling[e], dropout_p, 7)
+            equal = functools.partial(torch.allclose, rtol=tolerance, atol=tolerance)
+        assert all(equal(got, want) for got, want in zip((a.grad, lora_b.grad), expected, strict=True))
+
+
+def test_dropout_of_consecutive_rows_and_of_scattered_rows_agree() -> None:
+    """Consecutive rows are read in place, others are copied and masked first."""
+    b = batch(12, k=96, dropout_p=0.5)
+    s = stack_adapters(b.lora_a[:1], b.lora_b[:1], b.scaling[:1])
+    dy = torch.randn(12, 48)
+
+    def dlora(rows: list[int]) -> tuple[Tensor, Tensor]:
+        of_row = torch.full((12,), -1, dtype=torch.int32)
+        of_row[rows] = 0
+        only = dy.clone()
+        only[8] = 0  # the row that the second call has in between
+        lora = s.lora_a, s.lora_b, 1.0, 0.5, 7, None, None, None
+        last = of_row, s.rank_offsets, s.scalings, None, s.max_rank
+        return torch.ops.qlora.linear_nf4_dlora(only, b.x, *lora, *last)
+
+    for consecutive, scattered in zip(dlora([6, 7, 8, 9]), dlora([6, 7, 9]), strict=True):
+        assert torch.allclose(consecutive, scattered, 1e-6, 1e-6)
+
+
+def test_the_seed_of_the_call_serves_all() -> None:
+    b = batch(dropout_p=0.5)
+    seeded = dataclasses.replace(b, seeds=[7] * 4)
+    assert torch.equal(b.together(), seeded.together())
+    drawn = qlora_ext.linear_nf4(b.x, b.w4, None, b.lora_a, b.lora_b, b.scaling, 0.5, adapter_of_row=b.of_row)
+    assert drawn.isfinite().all()
+    tensor = torch.tensor(7)
+    by_tensor = qlora_ext.linear_nf4(b.x, b.w4, b.bias, b.lora_a, b.lora_b, b.scaling, 0.5, tensor, b.of_row)
+    assert torch.equal(by_tensor, b.together())
+
+
+def test_adapters_of_sequences_and_stacks() -> None:
+    b = batch(12)
+    expected = b.together()
+    x, of_row = b.x.view(3, 4, 64), b.of_row.view(3, 4)
+    s = stacked(b)
+
+    def call(of_row: Tensor) -> Tensor:
+        return qlora_ext.linear_nf4(x, b.w4, b.bias, s, adapter_of_row=of_row)
+
+    assert torch.equal(call(of_row).view(12, -1), expected)
+    assert torch.equal(call(of_row.long().flatten()).view(12, -1), expected)
+    by_sequence = call(torch.tensor([2, -1, 0]))
+    assert torch.equal(by_sequence[1], qlora_ext.linear_nf4(x, b.w4, b.bias)[1])
+    assert torch.equal(by_sequence, call(torch.tensor([[2] * 4, [-1] * 4, [0] * 4])))
+
+
+def test_autocast() -> None:
+    b = batch(requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = b.together()
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in (b.x, *b.parameters))
+
+
+def test_opcheck() -> None:
+    b = batch(5, requires_grad=True, seeds=[1, 2, 3, 4], dropout_p=0.2)
+    torch.library.opcheck(linear, tuple(t.detach() if isinstance(t, Tensor) else t for t in forward_args(b)))
+    args = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in forward_args(b)]
+    torch.library.opcheck(linear, tuple(args), test_utils=OPCHECKS)
+    plain = tuple(t.detach() if isinstance(t, Tensor) else t for t in forward_args(b))
+    torch.library.opcheck(torch.ops.qlora.linear_nf4_with_h, plain)
+    dy = torch.randn(5, 48)
+    dx = tuple(t.detach() if isinstance(t, Tensor) else t for t in dx_args(b, dy, None))
+    torch.library.opcheck(torch.ops.qlora.linear_nf4_dx_with_g, dx)
+
+
+def test_fullgraph_compile() -> None:
+    b = batch(6, requires_grad=True)
+    backend = CountingBackend()
+    compiled = torch.compile(
+        lambda x, rows: dataclasses.replace(b, of_row=rows).together(x), backend=backend, fullgraph=True
+    )
+    y = compiled(b.x, b.of_row)
+    assert torch.equal(y, b.together())
+    y.sum().backward()
+    got = [t.grad.clone() for t in (b.x, *b.parameters)]
+    for t in (b.x, *b.parameters):
+        t.grad = None
+    b.together().sum().backward()
+    assert all(torch.equal(a, t.grad) for a, t in zip(got, (b.x, *b.parameters), strict=True))
+    other = b.of_row.flip(0)
+    assert torch.equal(compiled(b.x, other), dataclasses.replace(b, of_row=other).together())
+    assert backend.forward == 1
+
+
+def test_vmap() -> None:
+    b = batch(5)
+    xs = torch.randn(3, 5, 64)
+    y = torch.func.vmap(b.together)(xs)
+    assert torch.equal(y, torch.stack([b.together(x) for x in xs]))
+
+
+def _wrong(**changes) -> dict:
+    """Arguments of torch.ops.qlora.linear_nf4 by name, some of them wrong."""
+    b = batch(5)
+    names = [argument.name for argument in linear.default._schema.arguments]
+    return {**dict(zip(names, forward_args(b), strict=True)), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter_of_row": torch.tensor([0, 1, 4, 0, 0], dtype=torch.int32)}, "adapter_of_row: .* -1 .* 3, got 4"),
+        ({"adapter_of_row": torch.tensor([0, 1, -2, 0, 0], dtype=torch.int32)}, "adapter_of_row: .* got -2 for row 2"),
+        ({"adapter_of_row": torch.zeros(4, dtype=torch.int32)}, r"adapter_of_row: expected shape \[5\]"),
+        ({"adapter_of_row": torch.zeros(5)}, "adapter_of_row: expected Int"),
+        ({"adapter_of_row": None}, "rank_offsets: expected None"),
+        ({"rank_offsets": None}, "rank_offsets: expected a tensor"),
+        ({"rank_offsets": torch.tensor([0, 4, 4, 12, 14], dtype=torch.int32)}, "rank_offsets: expected 15 last"),
+        ({"rank_offsets": torch.tensor([0, 4, 3, 12, 15], dtype=torch.int32)}, "rank_offsets: expected ascending"),
+        ({"rank_offsets": torch.tensor([1, 4, 4, 12, 15], dtype=torch.int32)}, "rank_offsets: expected 0 first"),
+        ({"rank_offsets": torch.tensor([0, 4, 4, 12, 15])}, "rank_offsets: expected Int"),
+        ({"rank_offsets": torch.zeros(0, dtype=torch.int32)}, "rank_offsets: expected shape"),
+        ({"scalings": None}, "scalings: expected a tensor"),
+        ({"scalings": torch.ones(3)}, r"scalings: expected shape \[4\]"),
+        ({"scalings": torch.full((4,), torch.inf)}, "scalings: expected finite"),
+        ({"seeds": torch.zeros(3, dtype=torch.int64)}, r"seeds: expected shape \[4\]"),
+        ({"seeds": torch.zeros(4, dtype=torch.int64), "seed_tensor": torch.tensor(3)}, "seed_tensor: expected None"),
+        ({"max_rank": 7}, "max_rank: expected at least 8"),
+        ({"max_rank": -1}, "max_rank: expected 0 or more"),
+        ({"scaling": 2.0}, "scaling: expected 1.0"),
+        ({"lora_a": None, "lora_b": None}, "lora_a: expected a tensor"),
+    ],
+)
+def test_errors_of_the_operator_name_the_argument(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear(**_wrong(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"lora_b": []}, ValueError, "lora_b: expected a list of 4"),
+        ({"scaling": [1.0]}, ValueError, "scaling: expected a list of 4"),
+        ({"seed": [1, 2]}, ValueError, "seed: expected a list of 4"),
+        ({"lora_a": []}, ValueError, "lora_a: expected a list of at least one"),
+        ({"lora_a": torch.zeros(4, 64)}, TypeError, "lora_a: expected a list"),
+        ({"adapter_of_row": None}, TypeError, "adapter_of_row: expected a tensor"),
+        ({"adapter_of_row": torch.zeros(5)}, ValueError, "adapter_of_row: expected int32"),
+        ({"adapter_of_row": torch.zeros(2, dtype=torch.int32)}, ValueError, "adapter_of_row: expected the leading"),
+        ({"adapter_of_row": torch.full((5,), 2**32)}, ValueError, "adapter_of_row: .* got 2147483647"),
+    ],
+)
+def test_errors_of_the_function_name_the_argument(changes: dict, error: type, message: str) -> None:
+    b = batch(5)
+    given = {"lora_a": b.lora_a, "lora_b": b.lora_b, "scaling": b.scaling, "adapter_of_row": b.of_row, **changes}
+    with pytest.raises(error, match=message):
+        qlora_ext.linear_nf4(b.x, b.w4, **given)
+
+
+def test_matrices_that_do_not_fit_are_named() -> None:
+    b = batch(5)
+    for matrices, change, message in (
+        (b.lora_a, torch.zeros(8, 63), r"lora_a\[2\]: expected 64 columns"),
+        (b.lora_b, torch.zeros(47, 8), r"lora_b\[2\]: expected 48 rows"),
+        (b.lora_b, torch.zeros(48, 7), r"lora_b\[2\]: expected 8 columns"),
+        (b.lora_b, torch.zeros(48), r"lora_b\[2\]: expected two dimensions"),
+        (b.lora_b, torch.zeros(48, 8).double(), r"lora_b\[2\]: expected the dtype"),
+    ):
+        right = matrices[2]
+        matrices[2] = change
+        with pytest.raises(ValueError, match=message):
+            b.together()
+        matrices[2] = right
