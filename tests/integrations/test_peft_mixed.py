@@ -110,6 +110,7 @@ def one_layer(dtype: torch.dtype = torch.float32) -> Any:
 
 def test_gradients_reach_each_adapter_from_its_samples() -> None:
     layer = one_layer()
+    layer.set_adapter(["default", "wide"])  # makes both trainable
     x = torch.randn(4, 3, 64, requires_grad=True)
     names = ["wide", BASE, "default", "wide"]
     dy = torch.randn(4, 3, 48)
@@ -204,7 +205,7 @@ def test_what_cannot_run_fused_runs_as_in_peft() -> None:
     torch.testing.assert_close(layer(x, adapter_names=names), fused)
     assert seen == [(1, layer.r["wide"])]
     handle.remove()
-    layer.lora_dropout["wide"] = nn.Dropout(1.0)  # drawn in training mode only
+    layer.lora_dropout["wide"] = nn.Dropout(1.0).eval()
     assert torch.equal(layer(x, adapter_names=names), fused)
     layer.lora_dropout["wide"].train()
     dropped = layer(x, adapter_names=names)

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...adapters import StackedAdapters, stack_adapters
-from ...nn import Linear4bit
+from ...adapters import StackedAdapters, adapter_of_each_row, stack_adapters
 from .calls import once_per_call
 from .trained_weight import fold_scaling
 
@@ -43,12 +42,12 @@ def operands(layer: Any, x: Tensor, adapters: list[Adapter], names: Sequence[str
     dtype = layer.layer4bit.dtypes(x)[0]
     here = tuple(adapter.name for adapter in adapters)
     if names is None:
-        return once_per_call((layer, here, dtype), lambda: _summed(adapters, dtype))
-    if True or x.device.type != "cpu" or x.ndim < 2:
+        return once_per_call((_summed, layer, here, dtype), lambda: _summed(adapters, dtype))
+    if x.device.type != "cpu" or x.ndim < 2:
         return None
-    stacked = once_per_call((layer, here, dtype), lambda: _stacked(adapters, dtype))
-    key = (tuple(names), here, x.device)
-    return stacked, None, 1.0, 0.0, once_per_call(key, lambda: _adapter_of_sample(names, here, x.device))
+    stacked = once_per_call((_stacked, layer, here, dtype), lambda: _stacked(adapters, dtype))
+    of_row = once_per_call((_adapter_of_row, tuple(names), here, x.shape[:-1]), lambda: _adapter_of_row(names, here, x))
+    return stacked, None, 1.0, 0.0, of_row
 
 
 def _summed(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
@@ -76,6 +75,7 @@ def _stacked(adapters: list[Adapter], dtype: torch.dtype) -> StackedAdapters:
     )
 
 
-def _adapter_of_sample(names: Sequence[str], here: tuple[str, ...], device: torch.device) -> Tensor:
+def _adapter_of_row(names: Sequence[str], here: tuple[str, ...], x: Tensor) -> Tensor:
     place = {name: i for i, name in enumerate(here)}
-    return torch.tensor([place.get(name, -1) for name in names], dtype=torch.int32, device=device)
+    of_sample = torch.tensor([place.get(name, -1) for name in names], dtype=torch.int32, device=x.device)
+    return adapter_of_each_row(of_sample, x)
