@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
 from ...nn import Linear4bit
 from .merge import Over4bit
-from .operands import Adapter, operands
+from .operands import Adapter, added, by_sample
 from .reading import stand_in, unwrapped
 from .trained_weight import MergeAware, fold_scaling
 
@@ -202,7 +202,7 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
         update = super().update_layer if reads_weight else functools.partial(DenseLoraLinear.update_layer, self)
         update(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    def _plain_adapters(self, names: Iterable[str]) -> list[Adapter] | None:
+    def plain_adapters(self, names: Iterable[str]) -> list[Adapter] | None:
         """Those of the adapters ``names`` that this layer has; None if PEFT's code must call a module and its hooks."""
         modules = self._modules  # faster than nn.Module.__getattr__
         lora_a: Any = modules["lora_A"]
@@ -224,21 +224,15 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
     def cast_fused(self) -> None:
         """Casts the adapters that run fused to the layer's compute dtype, as each call would."""
         for name in self.lora_A:
-            if name not in self.merge_aware and self._plain_adapters([name]):
+            if name not in self.merge_aware and self.plain_adapters([name]):
                 self.lora_A[name].to(self.layer4bit.compute_dtype)
                 self.lora_B[name].to(self.layer4bit.compute_dtype)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, float | Tensor]:
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
 
-    def _as_merged(self, x: Tensor, adapters: list[Adapter] | None, names: list[str] | None) -> Tensor:
+    def _as_merged(self, x: Tensor, adapters: list[Adapter] | None) -> Tensor:
         """The layer with the merged weight of the merge-aware adapter that is active."""
-        if names is not None:
-            aware = ", ".join(sorted(self.merge_aware.intersection(names)))
-            raise ValueError(
-                "adapter_names: expected adapters that are not merge-aware, because a merged weight serves a whole "
-                f"batch, got {aware}; run it alone as the active adapter"
-            )
         if adapters is None or len(adapters) != 1:
             raise ValueError(
                 "adapters: merge-aware LoRA runs as the only active adapter, without hooks on its modules, "
@@ -252,17 +246,27 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
         b, scaling = fold_scaling(adapter.b, adapter.scaling)
         return self.layer4bit.merged_forward(x, self.merged_for(adapter.name), adapter.a, b, scaling)
 
+    def _check_names(self, x: Tensor, names: Sequence[str]) -> None:
+        self._check_forward_args(x, adapter_names=names)
+        if aware := self.merge_aware.intersection(names):
+            raise ValueError(
+                "adapter_names: expected adapters that are not merge-aware, because a merged weight serves a whole "
+                f"batch, got {', '.join(sorted(aware))}; make it the active adapter and leave adapter_names out"
+            )
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.disable_adapters and not self.merged:
+            lora: tuple[Any, ...] | None = None
             names = kwargs.get("adapter_names")
-            used = self.active_adapters if names is None else [*dict.fromkeys(n for n in names if n != "__base__")]
-            others = [key for key, value in kwargs.items() if value is not None and key != "adapter_names"]
-            adapters = None if others else self._plain_adapters(used)
-            if self.merge_aware.intersection(used):
-                return self._as_merged(x, adapters, names)
+            may_fuse = all(value is None or key == "adapter_names" for key, value in kwargs.items())
             if names is not None:
-                self._check_forward_args(x, adapter_names=names)
-            lora = None if adapters is None else operands(self, x, adapters, names)
+                self._check_names(x, names)
+                lora = by_sample(self, x, names) if may_fuse else None
+            else:
+                adapters = self.plain_adapters(self.active_adapters) if may_fuse else None
+                if self.merge_aware.intersection(self.active_adapters):
+                    return self._as_merged(x, adapters)
+                lora = None if adapters is None else added(self, x, adapters)
             if lora is not None:
                 return self.layer4bit.fused_forward(x, *lora)
             if self.lora_variant:

@@ -1,4 +1,4 @@
-"""What the fused operator gets for the plain adapters of a call: one, several that are summed, or one per sample."""
+"""What the fused operator gets for the plain adapters of a call: one, the sum of several, or one per sample."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from ...adapters import StackedAdapters, adapter_of_each_row, stack_adapters
 from .calls import once_per_call
 from .trained_weight import fold_scaling
 
+# The arguments of ``Linear4bit.fused_forward`` after x.
+Operands = tuple[Any, ...]
+
 
 class Adapter(NamedTuple):
     """A plain LoRA adapter of a layer: A [R, K], B [N, R], and the probability of dropout in this call."""
@@ -23,34 +26,29 @@ class Adapter(NamedTuple):
     dropout_p: float
 
 
-def operands(layer: Any, x: Tensor, adapters: list[Adapter], names: Sequence[str] | None) -> tuple[Any, ...] | None:
-    """The arguments of ``Linear4bit.fused_forward`` after x; None if the operator cannot compute the call.
+def _alone(adapter: Adapter) -> Operands:
+    return adapter.a, *fold_scaling(adapter.b, adapter.scaling), adapter.dropout_p
 
-    Args:
-        layer: a ``LoraLinear4bit``.
-        adapters: those of the call that the layer has.
-        names: the adapter of each sample; None if all adapters are added to all samples.
-    """
+
+def _draws(adapters: list[Adapter]) -> bool:
+    """Whether one of several adapters has dropout. PEFT draws a mask for each, the operator one for all."""
+    return any(adapter.dropout_p > 0.0 for adapter in adapters)
+
+
+def added(layer: Any, x: Tensor, adapters: list[Adapter]) -> Operands | None:
+    """The operands if all ``adapters`` of a ``LoraLinear4bit`` are added to all rows; None if PEFT's code has to run."""
+    if len(adapters) == 1:
+        return _alone(adapters[0])
     if not adapters:
         return ()
-    if len(adapters) == 1 and (names is None or names.count(adapters[0].name) == len(names)):
-        (adapter,) = adapters
-        b, scaling = fold_scaling(adapter.b, adapter.scaling)
-        return adapter.a, b, scaling, adapter.dropout_p
-    if any(adapter.dropout_p > 0.0 for adapter in adapters):  # PEFT draws a mask per adapter, the operator one
+    if _draws(adapters):
         return None
     dtype = layer.layer4bit.dtypes(x)[0]
-    here = tuple(adapter.name for adapter in adapters)
-    if names is None:
-        return once_per_call((_summed, layer, here, dtype), lambda: _summed(adapters, dtype))
-    if x.device.type != "cpu" or x.ndim < 2:
-        return None
-    stacked = once_per_call((_stacked, layer, here, dtype), lambda: _stacked(adapters, dtype))
-    of_row = once_per_call((_adapter_of_row, tuple(names), here, x.shape[:-1]), lambda: _adapter_of_row(names, here, x))
-    return stacked, None, 1.0, 0.0, of_row
+    key = added, layer, dtype, *(adapter.name for adapter in adapters)
+    return once_per_call(key, lambda: _sum(adapters, dtype))
 
 
-def _summed(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+def _sum(adapters: list[Adapter], dtype: torch.dtype) -> Operands:
     """One adapter that is the sum of ``adapters``: their ranks side by side.
 
     Different scalings are multiplied into B, in float32 or wider. This costs 16-bit layers no accuracy if B is stored
@@ -66,16 +64,34 @@ def _summed(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor
     return a, torch.cat(scaled, dim=1), 1.0
 
 
-def _stacked(adapters: list[Adapter], dtype: torch.dtype) -> StackedAdapters:
-    folded = [fold_scaling(adapter.b, adapter.scaling) for adapter in adapters]
-    return stack_adapters(
-        [adapter.a.to(dtype) for adapter in adapters],
-        [b.to(dtype) for b, _ in folded],
-        [scaling for _, scaling in folded],
-    )
+def by_sample(layer: Any, x: Tensor, names: Sequence[str]) -> Operands | None:
+    """The operands if ``names`` are the adapters of the samples of x; None if PEFT's code has to run."""
+    dtype = layer.layer4bit.dtypes(x)[0]
+    key = by_sample, layer, dtype, x.shape[:-1], *names
+    return once_per_call(key, lambda: _by_sample(layer, x, names, dtype))
 
 
-def _adapter_of_row(names: Sequence[str], here: tuple[str, ...], x: Tensor) -> Tensor:
-    place = {name: i for i, name in enumerate(here)}
-    of_sample = torch.tensor([place.get(name, -1) for name in names], dtype=torch.int32, device=x.device)
-    return adapter_of_each_row(of_sample, x)
+def _by_sample(layer: Any, x: Tensor, names: Sequence[str], dtype: torch.dtype) -> Operands | None:
+    adapters: list[Adapter] | None = layer.plain_adapters(dict.fromkeys(name for name in names if name != "__base__"))
+    if adapters is None:
+        return None
+    if not adapters:
+        return ()
+    here = tuple(adapter.name for adapter in adapters)
+    if all(name == here[0] for name in names):
+        return _alone(adapters[0])
+    if _draws(adapters) or x.device.type != "cpu" or x.ndim < 2:  # CUDA's operator takes one adapter
+        return None
+    stacked = once_per_call((_stack, layer, dtype, *here), lambda: _stack(adapters, dtype))
+    of_row = once_per_call((_adapter_of_row, here, x.shape[:-1], *names), lambda: _adapter_of_row(names, here, x))
+    return stacked, None, 1.0, 0.0, of_row
+
+
+def _stack(adapters: list[Adapter], dtype: torch.dtype) -> StackedAdapters:
+    a, b, scaling, _ = zip(*map(_alone, adapters), strict=True)
+    return stack_adapters([t.to(dtype) for t in a], [t.to(dtype) for t in b], scaling)
+
+
+def _adapter_of_row(names: Sequence[str], here: Sequence[str], x: Tensor) -> Tensor:
+    of_sample = [here.index(name) if name in here else -1 for name in names]
+    return adapter_of_each_row(torch.tensor(of_sample, dtype=torch.int32, device=x.device), x)
