@@ -43,8 +43,9 @@ const Kernel* forced_kernel() {
   throw std::invalid_argument("QLORA_CPU_KERNEL: expected one of " + names + ", got " + name);
 }
 
+// Returns false if the problem has several adapters and needs a kernel that takes one.
 template <class Problem>
-void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
+bool run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
   Choice choice;
   const Kernel* const forced = forced_kernel();
   if (!forced) {
@@ -57,11 +58,13 @@ void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool,
   }
   std::string tried;
   for (const Kernel kernel : choice) {
+    if (p.lora.adapters && !takes_adapters(kernel)) return false;
     const Outcome outcome = kernels[kernel](pool, p);
     if (outcome == Outcome::kDone) {
       print_kernel(name, "cpu", p, [&] { return tried + kernel_name(kernel) + " isa=" + current_isa().name; });
-      return;
+      return true;
     }
+    if (p.lora.adapters) return false;  // each adapter may have an outcome of its own
     tried += std::string(kernel_name(kernel)) + " (" + text(outcome) + "), ";
   }
   tried.resize(tried.size() - 2);
@@ -71,8 +74,7 @@ void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool,
 
 template <class Problem>
 void run_linear(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
-  const auto run_one = [&](const Problem& one) { run(name, kernels, pool, one); };
-  p.lora.adapters ? run_per_adapter(p, run_one) : run_one(p);
+  if (!run(name, kernels, pool, p)) run_per_adapter(p, [&](const Problem& one) { run(name, kernels, pool, one); });
 }
 
 Error failed(Error::Kind kind, const char* text) {

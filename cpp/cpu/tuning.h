@@ -122,6 +122,11 @@ constexpr bool accepts(Kernel kernel, const LoraGradProblem& p) {
   return info_of(kernel).types.has(p.dtype) && !info_of(kernel).few_tokens && kernel != Kernel::kManyTokensInt;
 }
 
+// Whether a kernel takes a call of several adapters. The others run once per adapter.
+constexpr bool takes_adapters(Kernel kernel) {
+  return kernel != Kernel::kManyTokensTiles && kernel != Kernel::kFloat64;
+}
+
 // ---- which of them is chosen ----
 
 // bfloat16 is multiplied in pairs where the processor does that well. On Intel's cores vdpbf16ps issues every second

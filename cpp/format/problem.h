@@ -39,6 +39,7 @@ struct Lora {
 
   // The distance between rows of b, if b is a part of the columns of a stack. 0: the rank.
   int64_t b_stride = 0;
+  constexpr int64_t b_row(int64_t row) const { return row * (b_stride ? b_stride : rank); }  // elements before it
 };
 
 // The adapters of a call whose tokens use different ones, or none. `rank` of the call's Lora is the width of h and g; a

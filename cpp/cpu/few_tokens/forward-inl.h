@@ -110,7 +110,8 @@ class ForwardWalk {
   int64_t first_row(int64_t super_tile) const { return min(super_tile * super_tiles_.rows, p_.w.n); }
 
   void prefetch_scales_and_lora_b(const ScaleReader& reader, int64_t first, int64_t last) const {
-    const int64_t row_bytes = p_.lora.rank * static_cast<int64_t>(sizeof(T));
+    const int64_t row_bytes =
+        (p_.lora.adapters ? p_.lora.adapters->stack_rank : p_.lora.rank) * static_cast<int64_t>(sizeof(T));
     if (row_bytes) prefetch(static_cast<const uint8_t*>(p_.lora.b) + first * row_bytes, (last - first) * row_bytes);
     reader.prefetch_blocks(first * p_.w.k, last * p_.w.k);
   }
@@ -169,14 +170,18 @@ void prepare(const Pool& pool, const LinearProblem& p, const Products& products,
   const T* in = static_cast<const T*>(p.x);
   for (int64_t i = 0; i < p.m * padded_rank(rank); ++i) x.h[i] = 0.0f;
   const bool drops = rank && p.lora.dropout.active();
-  if (drops) drop(p.lora.dropout, in, p.m, k, first_token, dropped);
-  const int64_t rank_groups = ceil_div(rank, kTileRanks), h_tiles = ceil_div(p.m, kTileTokens) * rank_groups;
+  for (int64_t i = 0; drops && i < p.m; ++i)
+    drop(lora_of(p.lora, first_token + i).dropout, in + i * k, 1, k, first_token + i, dropped + i * k);
+  const int64_t of_tile = p.lora.adapters ? 1 : kTileTokens;
+  const int64_t rank_groups = ceil_div(rank, kTileRanks), h_tiles = ceil_div(p.m, of_tile) * rank_groups;
   const int64_t arranged = p.m * period, units = h_tiles + arranged;
   auto prepare_units = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i * h_tiles / units, token = i - tile;
       if ((i + 1) * h_tiles / units > tile) {
-        low_rank_h(p.lora, drops ? dropped : in, p.m, k, tile / rank_groups, tile % rank_groups, x.h);
+        const int64_t first = tile / rank_groups * of_tile;
+        low_rank_h(lora_of(p.lora, first_token + first), drops ? dropped : in, p.m, k, first, min(of_tile, p.m - first),
+                   tile % rank_groups * kTileRanks, x.h);
       } else {
         arrange_token(products, plan, in, token / period, static_cast<int>(token % period), first_token, x);
       }

@@ -8,10 +8,12 @@
 #include "cpp/cpu/few_tokens/budget-inl.h"
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/kernels.h"
+#include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/dropout.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/tuning.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -19,6 +21,14 @@ namespace {
 namespace few_tokens {
 
 using namespace stream;
+
+// The adapter of token `token` of the call; its rank is 0 if there is none.
+inline constexpr Lora kNoLora{};
+inline const Lora& lora_of(const Lora& lora, int64_t token) {
+  if (!lora.adapters) return lora;
+  const int32_t adapter = lora.adapters->of_token[token];
+  return adapter < 0 ? kNoLora : lora.adapters->each[adapter];
+}
 
 inline int64_t padded_rank(int64_t rank) { return ceil_div(rank, kLanes) * kLanes; }
 
@@ -51,14 +61,15 @@ void h_tile(const T* x, const T* a, int64_t k, float factor, float* h) {
       [&](auto i) { unroll<kRanks>([&](auto j) { h[i * kLanes + j] = rounded<T>(sum(sums[i][j]) * factor); }); });
 }
 
-// Threads compute h in tiles of kTileTokens tokens and kTileRanks ranks.
+// Threads compute h in tiles of kTileTokens tokens, which use the same adapter, and kTileRanks ranks. This one begins
+// at token i of m and rank j.
 inline constexpr int kTileTokens = kLanes == 16 ? 4 : 2;
 inline constexpr int kTileRanks = 4;
 template <class T>
-void low_rank_h(const Lora& l, const T* x, int64_t m, int64_t k, int64_t token_group, int64_t rank_group, float* h) {
-  const int64_t i = token_group * kTileTokens, j = rank_group * kTileRanks;
+void low_rank_h(const Lora& l, const T* x, int64_t m, int64_t k, int64_t i, int64_t count, int64_t j, float* h) {
+  if (j >= l.rank) return;
   const float factor = static_cast<float>(l.scaling * l.dropout.keep_scale);
-  with_count<kTileTokens>(m - i < kTileTokens ? m - i : kTileTokens, [&](auto tokens) {
+  with_count<kTileTokens>(count, [&](auto tokens) {
     with_count<kTileRanks>(l.rank - j < kTileRanks ? l.rank - j : kTileRanks, [&](auto ranks) {
       h_tile<tokens, ranks>(x + i * k, static_cast<const T*>(l.a) + j * k, k, factor,
                             h + (j / kLanes * m + i) * kLanes + j % kLanes);
@@ -73,37 +84,100 @@ void save_low_rank(int64_t m, int64_t rank, const At& at, void* out) {
     for (int64_t j = 0; j < rank; j += kLanes) store(static_cast<T*>(out) + i * rank + j, load(at(i, j)), rank - j);
 }
 
-// Computes g. Rows of b are summed in slices, whose bounds depend on the shape alone, and the slices' sums in their
-// order. So the result does not depend on the number of threads.
+// The tokens of dy that use one adapter. Rows of its b are summed in slices, whose bounds depend on the shape alone,
+// and the slices' sums in their order. So the result does not depend on the number of threads.
+struct GTokens {
+  const Lora* lora;
+  const int8_t* tokens;
+  int64_t count, slices;
+  float* partial;  // [slice][token][padded rank]
+
+  int64_t slice_floats() const { return count * padded_rank(lora->rank); }
+};
+
+// All tokens of dy by adapter.
+class GTokenLists {
+ public:
+  explicit GTokenLists(const LinearDxProblem& p) {
+    bool listed[kMostDxFloatTokens] = {};
+    int8_t* next = tokens_;
+    for (int64_t t = 0; t < p.m; ++t) {
+      const Lora& lora = lora_of(p.lora, t);
+      if (listed[t] || lora.rank == 0) continue;
+      GTokens& group = groups_[count_++];
+      group = {&lora, next, 0, slices_of(p, padded_rank(lora.rank)), nullptr};
+      for (int64_t i = t; i < p.m; ++i) {
+        if (&lora_of(p.lora, i) != &lora) continue;
+        *next++ = static_cast<int8_t>(i);
+        listed[i] = true;
+      }
+      group.count = next - group.tokens;
+    }
+  }
+  void take(Carver* memory) {
+    for (GTokens& group : *this) group.partial = memory->take<float>(group.slices * group.slice_floats());
+  }
+  GTokens* begin() { return groups_; }
+  GTokens* end() { return groups_ + count_; }
+
+ private:
+  static int64_t slices_of(const LinearDxProblem& p, int64_t padded) {
+    int64_t slices = ceil_div(p.w.n, 512);
+    while (slices > 8 && slices * p.m * padded * 4 > kMaxScratchBytes / 2) slices = ceil_div(slices, 2);
+    return slices;
+  }
+
+  int8_t tokens_[kMostDxFloatTokens];
+  GTokens groups_[kMostDxFloatTokens];
+  int64_t count_ = 0;
+};
+
+// Computes a slice of the g of some tokens.
 template <class T>
-void low_rank_g(const Pool& pool, const LinearDxProblem& p, float* partial, int64_t slices, float* g) {
-  const int64_t n = p.w.n, rank = p.lora.rank, padded = padded_rank(rank), per_slice = ceil_div(n, slices);
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      float* sums = partial + s * p.m * padded;
-      for (int64_t i = 0; i < p.m * padded; i += kLanes) store(sums + i, zero());
-      const int64_t last = (s + 1) * per_slice < n ? (s + 1) * per_slice : n;
-      for (int64_t row = s * per_slice; row < last; row += 4) {
-        const int64_t rows = last - row < 4 ? last - row : 4;
-        for (int64_t j = 0; j < rank; j += kLanes) {
-          Floats b[4];
-          for (int64_t r = 0; r < 4; ++r)
-            b[r] = r < rows ? load(static_cast<const T*>(p.lora.b) + (row + r) * rank + j, rank - j) : zero();
-          for (int64_t i = 0; i < p.m; ++i) {
-            const T* dy = static_cast<const T*>(p.dy) + i * n + row;
-            Floats sum = load(sums + i * padded + j);
-            for (int64_t r = 0; r < rows; ++r) sum = fma(splat(to_float(dy[r])), b[r], sum);
-            store(sums + i * padded + j, sum);
-          }
-        }
+void g_slice(const LinearDxProblem& p, const GTokens& of, int64_t slice) {
+  const int64_t n = p.w.n, rank = of.lora->rank, padded = padded_rank(rank), per_slice = ceil_div(n, of.slices);
+  float* const sums = of.partial + slice * of.slice_floats();
+  for (int64_t i = 0; i < of.slice_floats(); i += kLanes) store(sums + i, zero());
+  const int64_t last = (slice + 1) * per_slice < n ? (slice + 1) * per_slice : n;
+  for (int64_t row = slice * per_slice; row < last; row += 4) {
+    const int64_t rows = last - row < 4 ? last - row : 4;
+    for (int64_t j = 0; j < rank; j += kLanes) {
+      Floats b[4];
+      for (int64_t r = 0; r < 4; ++r)
+        b[r] = r < rows ? load(static_cast<const T*>(of.lora->b) + of.lora->b_row(row + r) + j, rank - j) : zero();
+      for (int64_t i = 0; i < of.count; ++i) {
+        const T* dy = static_cast<const T*>(p.dy) + of.tokens[i] * n + row;
+        Floats sum = load(sums + i * padded + j);
+        for (int64_t r = 0; r < rows; ++r) sum = fma(splat(to_float(dy[r])), b[r], sum);
+        store(sums + i * padded + j, sum);
       }
     }
+  }
+}
+
+// Computes g, [m, padded rank of the call].
+template <class T>
+void low_rank_g(const Pool& pool, const LinearDxProblem& p, GTokenLists& lists, float* g) {
+  int64_t slices = 0;
+  for (const GTokens& of : lists) slices += of.slices;
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const GTokens* of = lists.begin();
+      int64_t slice = i;
+      for (; slice >= of->slices; ++of) slice -= of->slices;
+      g_slice<T>(p, *of, slice);
+    }
   };
-  run(pool, p.m * n * rank > kWorthThreads, slices, 1, body);
-  for (int64_t i = 0; i < p.m * padded; ++i) {
-    float sum = 0.0f;
-    for (int64_t s = 0; s < slices; ++s) sum += partial[s * p.m * padded + i];
-    g[i] = rounded<T>(sum * static_cast<float>(p.lora.scaling));
+  run(pool, p.m * p.w.n * p.lora.rank > kWorthThreads, slices, 1, body);
+  const int64_t stride = padded_rank(p.lora.rank);
+  for (int64_t i = 0; i < p.m * stride; i += kLanes) store(g + i, zero());
+  for (const GTokens& of : lists) {
+    const int64_t padded = padded_rank(of.lora->rank);
+    for (int64_t i = 0; i < of.count * padded; ++i) {
+      float sum = 0.0f;
+      for (int64_t s = 0; s < of.slices; ++s) sum += of.partial[s * of.slice_floats() + i];
+      g[of.tokens[i / padded] * stride + i % padded] = rounded<T>(sum * static_cast<float>(of.lora->scaling));
+    }
   }
 }
 

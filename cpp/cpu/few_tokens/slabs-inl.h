@@ -72,19 +72,25 @@ struct SlabSums {
 template <class T>
 void finish_dx(const LinearDxProblem& p, const float* g, const Slabs& slabs, int64_t first_column, int64_t begin,
                int64_t end) {
-  const int64_t rank = p.lora.rank, k = p.w.k;
-  const Dropout& dropout = p.lora.dropout;
-  const Floats keep_scale = splat(static_cast<float>(dropout.keep_scale));
-  float* column = Carver(scratch(ScratchUse::kThread, rank * kLanes * 4)).take<float>(rank * kLanes);
+  const int64_t most_ranks = p.lora.rank, k = p.w.k;
+  const Floats keep_scale = splat(static_cast<float>(p.lora.dropout.keep_scale));
+  float* column = Carver(scratch(ScratchUse::kThread, most_ranks * kLanes * 4)).take<float>(most_ranks * kLanes);
   for (int64_t c = begin; c < end; c += kLanes) {
-    const T* a = static_cast<const T*>(p.lora.a) + c;
-    for (int64_t j = 0; j < rank; ++j) store(column + j * kLanes, load(a + j * k, end - c));
+    const Lora* of_column = nullptr;  // whose a `column` holds
     for (int64_t i = 0; i < p.m; ++i) {
+      const Lora& of_token = lora_of(p.lora, i);
+      const int64_t rank = of_token.rank;
+      const Dropout& dropout = of_token.dropout;
       const float* sums = slabs.sums + i * slabs.stride() + c - first_column;
       Floats out = load(sums);
       for (int64_t s = 1; s < slabs.count; ++s) out = add(out, load(sums + s * slabs.floats()));
       if (rank) {
-        const float* row = g + i * padded_rank(rank);
+        if (of_column != &of_token) {
+          const T* a = static_cast<const T*>(of_token.a) + c;
+          for (int64_t j = 0; j < rank; ++j) store(column + j * kLanes, load(a + j * k, end - c));
+          of_column = &of_token;
+        }
+        const float* row = g + i * padded_rank(most_ranks);
         Floats lora = zero();
         for (int64_t j = 0; j < rank; ++j) lora = fma(splat(row[j]), load(column + j * kLanes), lora);
         if (dropout.active()) {
@@ -132,19 +138,18 @@ void dx_by_slabs(const Pool& pool, const LinearDxProblem& p, const float* g, con
 template <class T, class Kernel>
 void dx_with(const Pool& pool, const LinearDxProblem& p, const Kernel& kernel) {
   const int64_t padded = padded_rank(p.lora.rank);
-  int64_t slices = p.lora.rank ? ceil_div(p.w.n, 512) : 0;
-  while (slices > 8 && slices * p.m * padded * 4 > kMaxScratchBytes / 2) slices = ceil_div(slices, 2);
   Slabs slabs(p, kernel.tile_rows());
-  float *g = nullptr, *partial = nullptr;
+  GTokenLists lists(p);
+  float* g = nullptr;
   const auto lay_out = [&](void* base) {
     Carver memory(base);
     g = memory.take<float>(p.m * padded);
-    partial = memory.take<float>(slices * p.m * padded);
+    lists.take(&memory);
     slabs.sums = memory.take<float>(slabs.count * slabs.floats());
     return memory.used();
   };
   lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
-  if (slices) low_rank_g<T>(pool, p, partial, slices, g);
+  if (p.lora.rank) low_rank_g<T>(pool, p, lists, g);
   if (p.g) save_low_rank<T>(p.m, p.lora.rank, [&](int64_t i, int64_t j) { return g + i * padded + j; }, p.g);
   dx_by_slabs<T>(pool, p, g, kernel, slabs);
 }

@@ -21,6 +21,7 @@
 #include "cpp/cpu/few_tokens/arrange-inl.h"
 #include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/cpu/few_tokens/concentration-inl.h"
+#include "cpp/cpu/few_tokens/low_rank-inl.h"
 #include "cpp/cpu/few_tokens/products-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
 #include "cpp/cpu/isa/isa.h"
@@ -184,9 +185,11 @@ class ForwardTile {
   // Replaces the sums of weight row n by sums of float32 products of its own weights.
   [[gnu::noinline]] void sum_in_float(int64_t n, int64_t m0, int64_t tokens, const ScaleReader& reader,
                                       const GranuleScales& scales, float* sums) const {
-    const int64_t rank = p_.lora.rank, k = p_.w.k;
-    const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
+    const int64_t k = p_.w.k;
     for (int64_t i = 0; i < tokens; ++i) {
+      const Lora& lora = lora_of(p_.lora, first_token_ + m0 + i);
+      const int64_t rank = lora.rank;
+      const T* b = static_cast<const T*>(lora.b) + lora.b_row(n);
       Floats acc = zero();
       for (int64_t j = 0; j < rank; j += kLanes)
         acc = fma(load(b + j, rank - j), load(x_.h + (j / kLanes * p_.m + m0 + i) * kLanes), acc);
@@ -210,7 +213,7 @@ class ForwardTile {
   template <int kTokens>
   [[gnu::noinline]] void start(int64_t n, int64_t count, int64_t m0, const ScaleReader& reader,
                                const GranuleScales& scales, float* sums) const {
-    const int64_t rank = p_.lora.rank, row_stride = plan_.rows.period * rank;
+    const int64_t rank = p_.lora.adapters ? 0 : p_.lora.rank, row_stride = plan_.rows.period * rank;
     const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
     for (int64_t t = 0; t < kTileRows; ++t, b += row_stride, sums += kLanes) {
       Floats acc[kTokens];
@@ -220,10 +223,23 @@ class ForwardTile {
         const Floats row = load(b + j, rank - j);
         unroll<kTokens>([&](auto i) { acc[i] = fma(row, load(h + i * kLanes), acc[i]); });
       }
+      if (p_.lora.adapters && t < count) add_adapters<kTokens>(n + t * plan_.rows.period, m0, acc);
       if constexpr (kSumsOffsets) {
         if (t < count) add_offsets<kTokens>(n + t * plan_.rows.period, m0, reader, scales, acc);
       }
       unroll<kTokens>([&](auto i) { store(sums + i * kTileRows * kLanes, acc[i]); });
+    }
+  }
+
+  // Adds the lanes of h · bᵀ, where each token may use another adapter.
+  template <int kTokens>
+  void add_adapters(int64_t row, int64_t m0, Floats (&acc)[kTokens]) const {
+    for (int64_t i = 0; i < kTokens; ++i) {
+      const Lora& lora = lora_of(p_.lora, first_token_ + m0 + i);
+      const T* b = static_cast<const T*>(lora.b) + lora.b_row(row);
+      const float* h = x_.h + (m0 + i) * kLanes;
+      for (int64_t j = 0; j < lora.rank; j += kLanes, h += p_.m * kLanes)
+        acc[i] = fma(load(b + j, lora.rank - j), load(h), acc[i]);
     }
   }
 

@@ -30,12 +30,13 @@ using namespace panel;
 
 enum class Order { kMemory, kDecoded };
 
-// A row-major matrix, with or without dropout of its elements.
+// A row-major matrix, with or without dropout of its elements. If there are `rows`, row i is row rows[i] of `data`.
 template <class T>
 struct Matrix {
   const T* data;
   int64_t stride;  // elements from a row to the next
   Dropout dropout = {};
+  const int64_t* rows = nullptr;  // only load_broadcast takes such a matrix
 
   const T* at(int64_t row, int64_t column) const { return data + row * stride + column; }
 };
@@ -59,7 +60,8 @@ template <class W, class T>
 void load_broadcast(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                     typename W::Word* panel) {
   for (int64_t i = 0; i < rows; ++i) {
-    const T* in = m.at(row + i, column);
+    const int64_t of_data = m.rows ? m.rows[row + i] : row + i;
+    const T* in = m.at(of_data, column);
     if constexpr (W::kElements == 2) {
       if (!m.dropout.active()) {
         for (int64_t c = 0; c < columns; c += 2 * kLanes)
@@ -68,7 +70,7 @@ void load_broadcast(const Matrix<T>& m, int64_t row, int64_t rows, int64_t colum
         continue;
       }
     }
-    const Mask mask(m.dropout, (row + i) * m.stride + column, columns);
+    const Mask mask(m.dropout, of_data * m.stride + column, columns);
     for (int64_t c = 0; c < columns; c += kLanes)
       W::store_elements(panel + i * kDepth, c, mask(load_some(in + c, columns - c), c));
   }

@@ -11,6 +11,7 @@
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/isa/panel.h"
 #include "cpp/cpu/kernels.h"
+#include "cpp/cpu/many_tokens/adapters-inl.h"
 #include "cpp/cpu/many_tokens/dense-inl.h"
 #include "cpp/cpu/many_tokens/dropout_mask-inl.h"
 #include "cpp/cpu/many_tokens/low_rank-inl.h"
@@ -99,11 +100,16 @@ class DxTask {
         columns_(columns),
         width_(round_up(columns, kGroup)) {
     const int64_t offset_floats = p.w.scales.offsets ? 2 * shape_.scale_floats() : 0;
-    Carver memory(scratch(ScratchUse::kThread, kTaskBytes + 4 * offset_floats));
+    const int64_t copied_sums = p.lora.adapters ? tokens * round_up(pieces_.size, kGroup) : 0;
+    const int64_t copied_g = p.lora.adapters ? tokens * min(p.lora.rank, most_ranks()) : 0;
+    const int64_t copied_bytes = 4 * copied_sums + round_up(copied_g * static_cast<int64_t>(sizeof(T)), kCacheLine);
+    Carver memory(scratch(ScratchUse::kThread, kTaskBytes + 4 * offset_floats + copied_bytes));
     broadcast_ = memory.take<Word>(tokens * kDepth);
     lanes_ = memory.take<Word>(2 * shape_.piece_words());
     sums_ = memory.take<float>(tokens * width_);
     scales_ = memory.take<float>(2 * scale_floats_);
+    copied_sums_ = memory.take<float>(copied_sums);
+    copied_g_ = memory.take<T>(copied_g);
   }
 
   void operator()() {
@@ -115,10 +121,10 @@ class DxTask {
  protected:
   // The sums of the low-rank product.
   void begin() {
+    if (p_.lora.adapters) return begin_adapters();
     const int64_t rank = p_.lora.rank;
     if (p_.w.n == 0 && rank == 0) __builtin_memset(sums_, 0, static_cast<size_t>(tokens_ * width_) * sizeof(float));
-    const int64_t most_ranks = shape_.piece_depth * W::kElements;
-    for (int64_t r = 0; r < rank; r += most_ranks) add_ranks(r, min(most_ranks, rank - r));
+    for (int64_t r = 0; r < rank; r += most_ranks()) add_ranks(r, min(most_ranks(), rank - r));
     if (rank && p_.lora.dropout.active()) {
       drop_sums(p_.lora.dropout, sums_, [this](int64_t t) { return place(t); }, tokens_, p_.w.k, column_, columns_);
     }
@@ -137,6 +143,48 @@ class DxTask {
   }
 
  private:
+  int64_t most_ranks() const { return shape_.piece_depth * W::kElements; }
+
+  // The same for several adapters: the sums of the tokens of each are computed side by side and moved to their places.
+  void begin_adapters() {
+    const auto of_task = [this](int64_t t) { return place(t); };
+    for_each_adapter(*p_.lora.adapters, tokens_, of_task, [&](const Lora& lora, const int32_t* list, int64_t count) {
+      for (int64_t c = 0; c < columns_; c += pieces_.size) {
+        const int64_t some = min(pieces_.size, columns_ - c), lanes = round_up(some, kGroup);
+        multiply_adapter(lora, list, count, c, some, lanes);
+        if (lora.rank && lora.dropout.active()) {
+          drop_sums(
+              lora.dropout, copied_sums_, [&](int64_t i) { return place(list[i]); }, count, p_.w.k, column_ + c, some);
+        }
+        for (int64_t l = 0; l < lanes; l += kTileLanes) {
+          for (int64_t i = 0; i < count; ++i) {
+            float* const to = sums_ + (c + l) * tokens_ + list[i] * kTileLanes;
+            const float* const in = copied_sums_ + l * count + i * kTileLanes;
+            store(to, load(in));
+            store(to + kLanes, load(in + kLanes));
+          }
+        }
+      }
+    });
+  }
+
+  // Columns [column, column + columns) of the task, and `count` listed tokens, to copied_sums_.
+  void multiply_adapter(const Lora& lora, const int32_t* list, int64_t count, int64_t column, int64_t columns,
+                        int64_t lanes) {
+    if (lora.rank == 0) __builtin_memset(copied_sums_, 0, static_cast<size_t>(count * lanes) * sizeof(float));
+    const T* const g = g_ + (token_ - first_token_) * p_.lora.rank;
+    for (int64_t rank = 0; rank < lora.rank; rank += most_ranks()) {
+      const int64_t ranks = min(most_ranks(), lora.rank - rank);
+      copy_low_rank(g, p_.lora.rank, list, count, rank, ranks, copied_g_);
+      load_broadcast<W>(Matrix<T>{copied_g_, ranks}, 0, count, 0, ranks, broadcast_);
+      load_lanes<W, Order::kDecoded>(factor_of<Factor::kRankByFeature, T>(lora, p_.w.k), rank, ranks, column_ + column,
+                                     columns, lanes, lanes_);
+      WeightLinePrefetcher nothing;
+      multiply<W, kChain<T>>(broadcast_, count, lanes_, lanes, static_cast<int>(ceil_div(ranks, W::kElements)),
+                             copied_sums_, rank == 0, nothing);
+    }
+  }
+
   void add_ranks(int64_t rank, int64_t ranks) {
     const Matrix<T> low{g_, p_.lora.rank}, a{static_cast<const T*>(p_.lora.a), p_.w.k};
     load_broadcast<W>(low, token_ - first_token_, tokens_, rank, ranks, broadcast_);
@@ -176,7 +224,8 @@ class DxTask {
   const int64_t scale_floats_ = ScaledPiece::arrays(p_.w) * shape_.scale_floats();
   const Cut pieces_ = cut(columns_, shape_.piece_columns, kGroup);
   Word *broadcast_, *lanes_;
-  float *sums_, *scales_;
+  float *sums_, *scales_, *copied_sums_;
+  T* copied_g_;
 };
 
 // Runs run_task(token, tokens of the task, column, columns) for rectangles that cover `tokens` tokens and all columns,
@@ -203,9 +252,8 @@ void dx(const Pool& pool, const LinearDxProblem& p) {
   for (int64_t first = 0; first < p.m; first += some) {
     const int64_t tokens = min(some, p.m - first);
     if (p.lora.rank) {
-      const Matrix<T> dy{static_cast<const T*>(p.dy), p.w.n}, b{static_cast<const T*>(p.lora.b), p.lora.rank};
-      low_rank<W, Factor::kFeatureByRank>(pool, dy, first, tokens, p.w.n, b, 0, p.lora.rank, p.lora.scaling,
-                                          LowRankOut<T>{g, p.lora.rank, 1});
+      const Matrix<T> dy{static_cast<const T*>(p.dy), p.w.n};
+      low_rank_of_call<W, Factor::kFeatureByRank>(pool, dy, p.lora, first, tokens, p.w.n, g);
     }
     dx_with_g<W, T>(pool, p, g, first, tokens);
   }

@@ -247,9 +247,8 @@ class IntDx {
   void multiply(int64_t first, int64_t tokens, int64_t copied, T* g) {
     const T* const dy = static_cast<const T*>(p_.dy);
     if (rank_) {
-      const Matrix<T> in{dy, p_.w.n}, b{static_cast<const T*>(p_.lora.b), rank_};
-      low_rank<WordF32, Factor::kFeatureByRank>(pool_, in, first, tokens, p_.w.n, b, 0, rank_, p_.lora.scaling,
-                                                LowRankOut<T>{g, rank_, 1});
+      low_rank_of_call<WordF32, Factor::kFeatureByRank>(pool_, Matrix<T>{dy, p_.w.n}, p_.lora, first, tokens, p_.w.n,
+                                                        g);
     }
     const int64_t served = lists_.find(pool_, rounding_, dy, first, tokens);
     if (served == 0) return dx_with_g<WordF32, T>(pool_, p_, g, first, tokens);

@@ -11,6 +11,7 @@
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/isa/panel.h"
 #include "cpp/cpu/kernels.h"
+#include "cpp/cpu/many_tokens/adapters-inl.h"
 #include "cpp/cpu/many_tokens/dense-inl.h"
 #include "cpp/cpu/many_tokens/low_rank-inl.h"
 #include "cpp/cpu/many_tokens/multiply-inl.h"
@@ -55,6 +56,7 @@ class ForwardTask {
  public:
   using Word = typename W::Word;
   static constexpr int kStepElements = W::kElements * W::kWords;
+  static constexpr int64_t kRanks = kDepth * W::kElements;  // of h at once
   static constexpr int64_t kBytes = 4 * (StripShape::kPanelWords + kMostLaneWords + kMostSums + 2 * kStripScales);
 
   ForwardTask(const LinearProblem& p, const T* h, int64_t first_token, int64_t token, int64_t tokens, int64_t row,
@@ -68,16 +70,21 @@ class ForwardTask {
         row_(row),
         rows_(rows) {
     const int64_t offset_floats = p.w.scales.offsets ? 2 * kStripScales : 0;
-    Carver memory(scratch(ScratchUse::kThread, kTaskBytes + 4 * offset_floats));
+    const int64_t copied_sums = p.lora.adapters ? StripShape::kMostRows * round_up(token_lanes_, kLanes) : 0;
+    const int64_t copied_h = p.lora.adapters ? tokens * min(p.lora.rank, kRanks) : 0;
+    const int64_t copied_bytes = 4 * copied_sums + round_up(copied_h * static_cast<int64_t>(sizeof(T)), kCacheLine);
+    Carver memory(scratch(ScratchUse::kThread, kTaskBytes + 4 * offset_floats + copied_bytes));
     strip_ = memory.take<Word>(StripShape::kPanelWords);
     lanes_ = memory.take<Word>(kMostLaneWords);
     sums_ = memory.take<float>(rows * round_up(token_lanes_, kLanes));
     scales_ = memory.take<float>(2 * scale_floats_);
+    copied_sums_ = memory.take<float>(copied_sums);
+    copied_h_ = memory.take<T>(copied_h);
   }
 
   void operator()() {
     const int64_t rank = p_.lora.rank;
-    if (p_.w.k == 0 && rank == 0) {
+    if (p_.w.k == 0 && (rank == 0 || p_.lora.adapters)) {
       __builtin_memset(sums_, 0, static_cast<size_t>(rows_ * round_up(token_lanes_, kLanes)) * sizeof(float));
     }
     const int64_t most_columns = kMostLaneWords / round_up(tokens_, kLanes) * W::kElements;
@@ -89,8 +96,9 @@ class ForwardTask {
  protected:
   // Adds the low-rank product and the bias, and stores y.
   void finish() {
-    const int64_t rank = p_.lora.rank;
-    for (int64_t r = 0; r < rank; r += kDepth * W::kElements) add_ranks(r, min(kDepth * W::kElements, rank - r));
+    const int64_t rank = p_.lora.adapters ? 0 : p_.lora.rank;
+    if (p_.lora.adapters) add_adapters();
+    for (int64_t r = 0; r < rank; r += kRanks) add_ranks(r, min(kRanks, rank - r));
     if constexpr (W::kWords > 1) add_words();
     const T* bias = p_.bias ? static_cast<const T*>(p_.bias) + row_ : nullptr;
     for (int64_t t = 0; t < tokens_; t += kTileLanes) {
@@ -127,6 +135,57 @@ class ForwardTask {
     }
   }
 
+  // Adds the low-rank product of each adapter to the sums of its tokens. Unless these are all tokens, their sums are
+  // moved side by side and back.
+  void add_adapters() {
+    const auto place = [this](int64_t t) { return places_ ? places_[token_ + t] : token_ + t; };
+    for_each_adapter(*p_.lora.adapters, tokens_, place, [&](const Lora& lora, const int32_t* list, int64_t count) {
+      const T* const h = h_ + (token_ - first_token_) * p_.lora.rank;
+      for (int64_t rank = 0; rank < lora.rank; rank += kRanks) {
+        const int64_t ranks = min(kRanks, lora.rank - rank);
+        copy_low_rank(h, p_.lora.rank, list, count, rank, ranks, copied_h_);
+        const int depth = transpose_lanes<W, Order::kMemory>(Matrix<T>{copied_h_, ranks}, 0, count, 0, ranks, lanes_);
+        for (int64_t row = 0; row < rows_; row += strips_.size) {
+          const int64_t rows = min(strips_.size, rows_ - row);
+          load_broadcast<W>(factor_of<Factor::kFeatureByRank, T>(lora, p_.w.n), row_ + row, rows, rank, ranks, strip_);
+          WeightLinePrefetcher nothing;
+          if (count == tokens_) {
+            multiply_strip(strip_, row, rows, depth, 0, depth, false, nothing);
+            continue;
+          }
+          move_sums<false>(row, rows, list, count);
+          multiply<W, kChain<T>>(strip_, rows, lanes_, count * W::kWords, depth, copied_sums_, false, nothing);
+          move_sums<true>(row, rows, list, count);
+        }
+      }
+    });
+  }
+
+  // Copies the sums of the task's rows [row, row + rows) and the listed tokens to copied_sums_, or back.
+  template <bool kBack>
+  void move_sums(int64_t row, int64_t rows, const int32_t* list, int64_t count) {
+    const int64_t lanes = count * W::kWords;
+    for (int64_t lane = 0, some; lane < lanes; lane += some) {
+      const int64_t i = lane / W::kWords, from = list[i] * W::kWords + lane % W::kWords;
+      const int64_t tile = from & -kTileLanes, width = tile_width(token_lanes_ - tile);
+      const int64_t copied_tile = lane & -kTileLanes, copied_width = tile_width(lanes - copied_tile);
+      float* sum = sums_ + tile * rows_ + row * width + from - tile;
+      float* copied = copied_sums_ + copied_tile * rows + lane - copied_tile;
+      const bool neighbours = W::kWords == 1 && (lane | from) % kLanes == 0 && i + kLanes <= count &&
+                              list[i + kLanes - 1] - list[i] == kLanes - 1;
+      some = neighbours ? kLanes : 1;
+      for (int64_t r = 0; r < rows; ++r, sum += width, copied += copied_width) {
+        float* const to = kBack ? sum : copied;
+        const float* const in = kBack ? copied : sum;
+        if (neighbours) {
+          store(to, load(in));
+        } else {
+          *to = *in;
+        }
+      }
+    }
+  }
+
   // Multiplies the panel of the task's rows [row, row + rows) with steps [at, at + depth) of the lanes, and adds to
   // their sums.
   template <class Interleaved>
@@ -157,7 +216,8 @@ class ForwardTask {
   const int64_t scale_floats_ = ScaledPiece::arrays(p_.w) * kStripScales;
   const Cut strips_ = cut(rows_, shape_.rows, 1), pieces_ = cut(p_.w.k, kDepth* W::kElements, kGroup);
   Word *strip_, *lanes_;
-  float *sums_, *scales_;
+  float *sums_, *scales_, *copied_sums_;
+  T* copied_h_;
 };
 
 // Runs run_task(token, tokens of the task, row, rows) for rectangles that cover `tokens` tokens and all rows.
@@ -196,10 +256,8 @@ void forward(const Pool& pool, const LinearProblem& p) {
   for (int64_t first = 0; first < p.m; first += some) {
     const int64_t tokens = min(some, p.m - first);
     if (p.lora.rank) {
-      const Matrix<T> x{static_cast<const T*>(p.x), p.w.k, p.lora.dropout};
-      const Matrix<T> a{static_cast<const T*>(p.lora.a), p.w.k};
-      low_rank<W, Factor::kRankByFeature>(pool, x, first, tokens, p.w.k, a, 0, p.lora.rank, p.lora.scaling,
-                                          LowRankOut<T>{h, p.lora.rank, 1});
+      const Matrix<T> x{static_cast<const T*>(p.x), p.w.k};
+      low_rank_of_call<W, Factor::kRankByFeature>(pool, x, p.lora, first, tokens, p.w.k, h);
     }
     forward_with_h<W, T>(pool, p, h, first, tokens);
   }

@@ -186,9 +186,7 @@ class IntForward {
   void multiply(int64_t first, int64_t tokens, int64_t copied, T* h) {
     const T* const x = static_cast<const T*>(p_.x);
     if (rank_) {
-      const Matrix<T> dropped{x, p_.w.k, p_.lora.dropout}, a{static_cast<const T*>(p_.lora.a), p_.w.k};
-      low_rank<WordF32, Factor::kRankByFeature>(pool_, dropped, first, tokens, p_.w.k, a, 0, rank_, p_.lora.scaling,
-                                                LowRankOut<T>{h, rank_, 1});
+      low_rank_of_call<WordF32, Factor::kRankByFeature>(pool_, Matrix<T>{x, p_.w.k}, p_.lora, first, tokens, p_.w.k, h);
     }
     const int64_t served = lists_.find(pool_, rounding_, x, first, tokens);
     if (served == 0) return forward_with_h<WordF32, T>(pool_, p_, h, first, tokens);

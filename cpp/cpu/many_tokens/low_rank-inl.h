@@ -27,11 +27,15 @@ using namespace panel;
 enum class Factor { kRankByFeature, kFeatureByRank };  // A [r, k], B [n, r]
 
 // The output, h or g: token i and rank j, counted from the first requested ones, go to
-// out[i * token_stride + j * rank_stride].
+// out[i * token_stride + j * rank_stride]. If there are `rows`, token i goes to rows[i] - first_row instead.
 template <class T>
 struct LowRankOut {
   T* out;
   int64_t token_stride, rank_stride;
+  const int64_t* rows = nullptr;
+  int64_t first_row = 0;
+
+  T* of_token(int64_t i) const { return out + (rows ? rows[i] - first_row : i) * token_stride; }
 };
 
 template <class W, Factor layout, class T>
@@ -66,17 +70,20 @@ void low_rank_task(const Matrix<T>& in, int64_t features, const Matrix<T>& facto
     for (int64_t r = 0; r < rank; ++r) {
       const int64_t tile = r / kTileLanes * kTileLanes, width = tile_width(rank - tile);
       from_float(static_cast<float>(sums[tile * tokens + t * width + r - tile] * scale),
-                 &to.out[(token + t) * to.token_stride + r * to.rank_stride]);
+                 &to.of_token(token + t)[r * to.rank_stride]);
     }
   }
+}
+
+inline int64_t tokens_per_low_rank_task(int64_t rank) {
+  constexpr int64_t kMost = 128, kMostLowRankSums = 128 << 10;
+  return max(min(kMost, kMostLowRankSums / round_up(rank, kTileLanes)), 1);
 }
 
 template <class W, Factor layout, class T>
 void low_rank(const Pool& pool, const Matrix<T>& in, int64_t first_token, int64_t tokens, int64_t features,
               const Matrix<T>& factor, int64_t first_rank, int64_t rank, double scaling, const LowRankOut<T>& to) {
-  constexpr int64_t kMostTokens = 128, kMostSums = 128 << 10;  // of a task
-  const int64_t most = max(min(kMostTokens, kMostSums / round_up(rank, kTileLanes)), 1);
-  const int64_t tasks = max(ceil_div(tokens, most), min(pool.threads, ceil_div(tokens, 8)));
+  const int64_t tasks = max(ceil_div(tokens, tokens_per_low_rank_task(rank)), min(pool.threads, ceil_div(tokens, 8)));
   const Cut c = cut_by_count(tokens, tasks > pool.threads ? round_up(tasks, pool.threads) : tasks, 1);
   const double scale = scaling * in.dropout.keep_scale;
   run_tasks(pool, c.count, [&](int64_t i) {

@@ -19,7 +19,7 @@ struct Buffer {
 }  // namespace
 
 void* scratch(ScratchUse use, int64_t bytes) {
-  static thread_local Buffer buffers[3];
+  static thread_local Buffer buffers[4];
   Buffer& buffer = buffers[static_cast<int>(use)];
   if (bytes > buffer.bytes) {
     buffer.data.reset();

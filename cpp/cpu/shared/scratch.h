@@ -10,6 +10,7 @@ enum class ScratchUse {
   kCall,    // of the calling thread, for all threads of a call
   kThread,  // of each thread
   kBefore,  // of the calling thread, for what it computes before it requests kCall
+  kTokens,  // of the calling thread, for the tokens of each adapter
 };
 
 // 64-byte aligned, contents undefined, valid until the thread's next request for the same use.

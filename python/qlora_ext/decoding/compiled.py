@@ -260,6 +260,7 @@ def _digest(model: Any, state: dict[str, Tensor]) -> str:
         pathlib.Path(__file__).read_text(),
         {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         VERSION,
+        str(_OPTIONS["aot_inductor.custom_ops_to_c_shims"]),  # the arguments of C functions follow from the schema
         [sys.version, platform.machine(), *flags[:1]],
         torch.get_num_threads(),  # Inductor writes it into the code
         lm.config.to_json_string(use_diff=False),
