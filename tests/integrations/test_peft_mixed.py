@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import random
 from collections.abc import Sequence
@@ -93,8 +94,7 @@ def test_layers_take_samples_of_any_shape(shape: tuple[int, ...], dtype: torch.d
         assert torch.equal(mixed[same], layer(x)[same])
 
 
-def one_layer(dtype: torch.dtype = torch.float32) -> Any:
-    """A layer with all adapters, that of "few" in another dtype."""
+def one_model(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(4)
     model = peft.get_peft_model(
         qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 48))).to(dtype),
@@ -102,7 +102,12 @@ def one_layer(dtype: torch.dtype = torch.float32) -> Any:
     )
     for name, options in OTHERS.items():
         model.add_adapter(name, LoraConfig(**{**options, "target_modules": ["0"], "init_lora_weights": False}))
-    layer = model.base_model.model[0].eval()
+    return model.eval()
+
+
+def one_layer(dtype: torch.dtype = torch.float32) -> Any:
+    """A layer with all adapters, that of "few" in another dtype."""
+    layer = one_model(dtype).base_model.model[0]
     for module in (layer.lora_A, layer.lora_B):
         module["few"].bfloat16()
     return layer
@@ -126,7 +131,9 @@ def test_gradients_reach_each_adapter_from_its_samples() -> None:
         (layer(x) * dy)[samples].sum().backward()
         assert torch.equal(x.grad[samples], dx[samples])
         for m in "AB":
-            torch.testing.assert_close(layer.get_parameter(f"lora_{m}.{name}.weight").grad, mixed[f"lora_{m}.{name}.weight"])
+            torch.testing.assert_close(
+                layer.get_parameter(f"lora_{m}.{name}.weight").grad, mixed[f"lora_{m}.{name}.weight"]
+            )
 
 
 GENERATE = {"max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
@@ -142,9 +149,7 @@ def test_generate(options: dict[str, Any]) -> None:
     names = ["wide", "few", BASE, "default", "wide"]
 
     def generate(**more: Any) -> Tensor:
-        ids: Tensor = model.generate(
-            input_ids=IDS, attention_mask=MASK, do_sample=False, **GENERATE, **options, **more
-        )
+        ids: Tensor = model.generate(input_ids=IDS, attention_mask=MASK, do_sample=False, **GENERATE, **options, **more)
         return ids.unflatten(0, (len(IDS), -1))
 
     mixed = generate(adapter_names=names)
@@ -193,6 +198,46 @@ def test_a_failed_call_leaves_nothing_behind() -> None:
         logits(model, ["wide", "few", "typo", BASE, BASE])
     assert torch.equal(logits(model), expected)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_calls_of_other_threads_and_calls_inside_calls_have_their_own_names() -> None:
+    model = several()
+    model.add_adapter("dense", LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+    batches = [["wide"] * 5, None, ["few", BASE, "dense", "one", "few"], ["dense"] * 5]
+    expected = [logits(model, names) for names in batches]
+
+    def same(i: int) -> bool:
+        return torch.equal(logits(model, batches[i % 4]), expected[i % 4])
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, range(16)))
+    inner: list[bool] = []
+
+    def call(*_: Any) -> None:
+        if not inner:
+            inner.append(True)
+            inner.append(same(1))
+
+    model.base_model.model.model.register_forward_pre_hook(call)
+    assert torch.equal(logits(model, batches[2]), expected[2])
+    assert inner == [True, True]
+
+
+def test_compiled_code_runs_eagerly() -> None:
+    """Dynamo does not notice other names, which are in hooks, and would answer with the adapters of an earlier call."""
+    model = several()
+    batches = [["wide"] * 5, None, ["few", BASE, "default", "one", "few"], None]
+    expected = [logits(model, names) for names in batches]
+    compiled: list[Any] = []
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.forward = torch.compile(mlp.forward, backend=lambda graph, _: compiled.append(graph) or graph, fullgraph=True)
+    assert all(torch.equal(logits(model, n), y) for n, y in zip(batches, expected, strict=True))
+    assert len(compiled) == 1
+    small = one_model()
+    whole, x = torch.compile(small, backend="eager"), torch.randn(2, 64)
+    with pytest.raises(ValueError, match="adapter_names: expected a PeftModel that is not compiled"):
+        whole(x, adapter_names=["wide", BASE])
+    assert torch.equal(whole(x), small(x))
 
 
 def test_what_cannot_run_fused_runs_as_in_peft() -> None:

@@ -132,6 +132,11 @@ _LIST = (
         "chooses the LoRA layer by the class of the base, and does not know ours",
     ),
     Patch(
+        "peft.tuners.lora.model:_adapter_names_pre_forward_hook",
+        "peft >= 0.19",
+        "gives the adapter_names of one thread's call to the calls of other threads",
+    ),
+    Patch(
         "peft.tuners.tuners_utils:BaseTuner._create_and_replace",
         "peft >= 0.19; every method but LoRA overrides it, and each override is patched",
         "reads and writes the weight of the base as a dense one",

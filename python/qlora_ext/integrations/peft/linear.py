@@ -213,7 +213,7 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
         for name in names:
             if name not in lora_a._modules:
                 continue
-            a, b, dropout = (modules[m]._modules[name] for m in _ADAPTER_MODULES)  # type: ignore[union-attr]
+            a, b, dropout = (modules[m]._modules[name] for m in _ADAPTER_MODULES)
             if name in self.lora_variant or b.bias is not None:
                 return None
             if not (_is_plain(a, _LINEAR) and _is_plain(b, _LINEAR) and _is_plain(dropout, _DROPOUT)):

@@ -36,7 +36,7 @@ def _draws(adapters: list[Adapter]) -> bool:
 
 
 def added(layer: Any, x: Tensor, adapters: list[Adapter]) -> Operands | None:
-    """The operands if all ``adapters`` of a ``LoraLinear4bit`` are added to all rows; None if PEFT's code has to run."""
+    """The operands if all ``adapters`` of a layer are added to all rows; None if PEFT's code has to run."""
     if len(adapters) == 1:
         return _alone(adapters[0])
     if not adapters:
