@@ -1,7 +1,8 @@
 // Checks the arguments of calls whose rows use different adapters, and divides the stacks lora_a and lora_b.
 #pragma once
 
-#include <cstring>
+#include <algorithm>
+#include <vector>
 
 #include "cpp/ops/checks.h"
 
@@ -25,13 +26,14 @@ inline std::vector<int64_t> rank_offsets(const Tensor& t, int64_t stack_rank, in
   const int32_t* const at =
       numbers<int32_t>("rank_offsets", t, ScalarType::Int, count, "adapter, and their sum", &keep);
   require(at[0] == 0, "rank_offsets: expected 0 first, got ", at[0]);
+  int64_t largest = 0;
   for (int64_t e = 0; e + 1 < count; ++e) {
     require(at[e] <= at[e + 1], "rank_offsets: expected ascending numbers, got ", at[e + 1], " after ", at[e]);
-    require(at[e + 1] - at[e] <= max_rank, "max_rank: expected at least ", at[e + 1] - at[e], " (the rank of adapter ",
-            e, " by rank_offsets), got ", max_rank);
+    largest = std::max<int64_t>(largest, at[e + 1] - at[e]);
   }
   require(at[count - 1] == stack_rank, "rank_offsets: expected ", stack_rank,
           " last (the rows of lora_a and the columns of lora_b), got ", at[count - 1]);
+  require(max_rank == largest, "max_rank: expected ", largest, " (the largest rank of rank_offsets), got ", max_rank);
   return {at, at + count};
 }
 
@@ -64,11 +66,9 @@ inline void adapters(const AdapterArgs& args, const LoraNumbers& lora, int64_t m
   }
   require(like.is_cpu(), "adapter_of_row: several adapters per call run on the CPU only so far, got ", like_name,
           " on ", device_text(like));
-  require(operands->lora.a != nullptr || operands->a.defined(),
-          "lora_a: expected a tensor with adapter_of_row, got None");
+  require(operands->a.defined(), "lora_a: expected a tensor with adapter_of_row, got None");
   require(args.rank_offsets.has_value(), "rank_offsets: expected a tensor with adapter_of_row, got None");
   require(args.scalings.has_value(), "scalings: expected a tensor with adapter_of_row, got None");
-  require(args.max_rank >= 0, "max_rank: expected 0 or more, got ", args.max_rank);
   require(lora.scaling == 1.0, "scaling: expected 1.0 with scalings, got ", lora.scaling);
   require(!args.seeds || !lora.seed_tensor, "seed_tensor: expected None with seeds, got a tensor");
   same_device("adapter_of_row", *args.of_row, like_name, like);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from . import autograd, calibration, cpu, fidelity, nn, streaming, transforms
+from . import adapters, autograd, calibration, cpu, fidelity, nn, streaming, transforms
 from ._internal import hooks as _hooks
 from ._internal.lazy import lazily as _lazily
 from ._library import build_info
@@ -30,6 +30,7 @@ __all__ = [
     "NF4Weight",
     "QLoRAConfig",
     "Weight4bit",
+    "adapters",
     "adopt",
     "autograd",
     "build_info",

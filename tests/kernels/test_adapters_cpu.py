@@ -50,7 +50,7 @@ def test_every_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in _C.kernels("linear_nf4")[kernel]:
         for m in (12, 90):
             b = batch(
-                m, 96, 160, (4, 0, 20), getattr(torch, name), dropout_p=0.2, order="sorted" if m == 90 else "random"
+                m, 128, 192, (4, 0, 20), getattr(torch, name), dropout_p=0.2, order="sorted" if m == 90 else "random"
             )
             dy = torch.randn(m, 128).to(b.x.dtype)
             calls = b.together, lambda b=b, dy=dy: torch.ops.qlora.linear_nf4_dx(*dx_args(b, dy, None))

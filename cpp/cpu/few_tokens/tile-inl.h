@@ -213,17 +213,21 @@ class ForwardTile {
   template <int kTokens>
   [[gnu::noinline]] void start(int64_t n, int64_t count, int64_t m0, const ScaleReader& reader,
                                const GranuleScales& scales, float* sums) const {
-    const int64_t rank = p_.lora.adapters ? 0 : p_.lora.rank, row_stride = plan_.rows.period * rank;
+    const bool by_adapter = p_.lora.adapters != nullptr;
+    if (by_adapter) {
+      start_by_adapter(n, count, m0, kTokens, sums);
+      if (!kSumsOffsets) return;
+    }
+    const int64_t rank = by_adapter ? 0 : p_.lora.rank, row_stride = plan_.rows.period * rank;
     const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
     for (int64_t t = 0; t < kTileRows; ++t, b += row_stride, sums += kLanes) {
       Floats acc[kTokens];
-      unroll<kTokens>([&](auto i) { acc[i] = zero(); });
+      unroll<kTokens>([&](auto i) { acc[i] = by_adapter ? load(sums + i * kTileRows * kLanes) : zero(); });
       const float* h = x_.h + m0 * kLanes;
       for (int64_t j = 0; t < count && j < rank; j += kLanes, h += p_.m * kLanes) {
         const Floats row = load(b + j, rank - j);
         unroll<kTokens>([&](auto i) { acc[i] = fma(row, load(h + i * kLanes), acc[i]); });
       }
-      if (p_.lora.adapters && t < count) add_adapters<kTokens>(n + t * plan_.rows.period, m0, acc);
       if constexpr (kSumsOffsets) {
         if (t < count) add_offsets<kTokens>(n + t * plan_.rows.period, m0, reader, scales, acc);
       }
@@ -231,15 +235,30 @@ class ForwardTile {
     }
   }
 
-  // Adds the lanes of h · bᵀ, where each token may use another adapter.
-  template <int kTokens>
-  void add_adapters(int64_t row, int64_t m0, Floats (&acc)[kTokens]) const {
-    for (int64_t i = 0; i < kTokens; ++i) {
+  // Sets the sums to the lanes of h · bᵀ, where each token may use another adapter.
+  void start_by_adapter(int64_t n, int64_t count, int64_t m0, int64_t tokens, float* sums) const {
+    for (int64_t i = 0; i < tokens; ++i, sums += kTileRows * kLanes) {
       const Lora& lora = lora_of(p_.lora, first_token_ + m0 + i);
-      const T* b = static_cast<const T*>(lora.b) + lora.b_row(row);
-      const float* h = x_.h + (m0 + i) * kLanes;
-      for (int64_t j = 0; j < lora.rank; j += kLanes, h += p_.m * kLanes)
-        acc[i] = fma(load(b + j, lora.rank - j), load(h), acc[i]);
+      const T* const b = static_cast<const T*>(lora.b) + lora.b_row(n);
+      const int64_t row_stride = lora.b_row(plan_.rows.period), rank = lora.rank;
+      for (int64_t t = rank ? count : 0; t < kTileRows; ++t) store(sums + t * kLanes, zero());
+      // Ranks [j, j + ranks), for all rows while their h is in registers.
+      const auto add_ranks = [&](auto vectors, int64_t j, int64_t ranks) {
+        Floats h[vectors.value];
+        unroll<vectors.value>(
+            [&](auto v) { h[v.value] = load(x_.h + ((j / kLanes + v.value) * p_.m + m0 + i) * kLanes); });
+        for (int64_t t = 0; t < count; ++t) {
+          Floats acc = j ? load(sums + t * kLanes) : zero();
+          unroll<vectors.value>([&](auto v) {
+            acc = fma(load(b + t * row_stride + j + v.value * kLanes, ranks - v.value * kLanes), h[v.value], acc);
+          });
+          store(sums + t * kLanes, acc);
+        }
+      };
+      int64_t j = 0;
+      for (; j + 2 * kLanes <= rank; j += 2 * kLanes) add_ranks(Index<2>{}, j, 2 * kLanes);
+      for (; j + kLanes <= rank; j += kLanes) add_ranks(Index<1>{}, j, kLanes);
+      if (j < rank) add_ranks(Index<1>{}, j, rank - j);
     }
   }
 

@@ -175,8 +175,10 @@ class DxTask {
     const T* const g = g_ + (token_ - first_token_) * p_.lora.rank;
     for (int64_t rank = 0; rank < lora.rank; rank += most_ranks()) {
       const int64_t ranks = min(most_ranks(), lora.rank - rank);
-      copy_low_rank(g, p_.lora.rank, list, count, rank, ranks, copied_g_);
-      load_broadcast<W>(Matrix<T>{copied_g_, ranks}, 0, count, 0, ranks, broadcast_);
+      if (column == 0 || lora.rank > most_ranks()) {  // else the panel has them
+        copy_low_rank(g, p_.lora.rank, list, count, rank, ranks, copied_g_);
+        load_broadcast<W>(Matrix<T>{copied_g_, ranks}, 0, count, 0, ranks, broadcast_);
+      }
       load_lanes<W, Order::kDecoded>(factor_of<Factor::kRankByFeature, T>(lora, p_.w.k), rank, ranks, column_ + column,
                                      columns, lanes, lanes_);
       WeightLinePrefetcher nothing;
