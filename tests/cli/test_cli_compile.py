@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
@@ -83,6 +84,39 @@ def test_the_tokens_are_those_of_the_eager_model() -> None:
     got = everything()
     assert decoder.steps == 599 + 8 + 8 + 39  # the first token of each is computed with its prompt
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_other_adapters_run_eagerly(tmp_path: pathlib.Path) -> None:
+    """Compiled code contains the adapter that was active, and its scaling."""
+
+    def with_another() -> Any:
+        torch.manual_seed(3)
+        model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        return model
+
+    def answers() -> list[torch.Tensor]:
+        """Of the default adapter, then of others, then of the default one with another scaling."""
+        found = [decode(model, 6)]
+        found.append(decode(model, 6, adapter_names=["other"]))
+        with model.disable_adapter():
+            found.append(decode(model, 6))
+        model.set_adapter("other")
+        found.append(decode(model, 6))
+        model.set_adapter("default")
+        found.append(decode(model, 6))
+        hotswap_adapter(model, tmp_path, adapter_name="default")
+        return [*found, decode(model, 6)]
+
+    adapted(alpha=80).save_pretrained(tmp_path)
+    model = adapted()
+    with_another()
+    expected = answers()
+    assert len({str(tokens) for tokens in expected}) == 4
+    model = adapted()
+    decoder = decoder_of(model)
+    with_another()
+    assert all(torch.equal(a, b) for a, b in zip(answers(), expected, strict=True))
+    assert decoder.steps == 2 * 5
 
 
 def test_weights_of_other_forms(monkeypatch: pytest.MonkeyPatch) -> None:

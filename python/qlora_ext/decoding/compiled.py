@@ -22,6 +22,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..integrations.peft.fixed import FixedAdapters
 from ..nn import Linear16bit
 from .packages import (
     Code,
@@ -240,6 +241,7 @@ class Decoder:
         self._caches = new_caches(lm, CACHE_STEP)
         self._owner: Callable[[], DynamicCache | None] = lambda: None
         self._eager: Callable[..., Any] = lm.forward
+        self._adapters = FixedAdapters(lm)
 
         @functools.wraps(self._eager)  # transformers reads the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -254,8 +256,13 @@ class Decoder:
         return CausalLMOutputWithPast(logits=self._read(tokens, cache), **{CACHE: cache})
 
     def _serves(self, tokens: Tensor, cache: DynamicCache, options: dict[str, Any]) -> bool:
-        """Whether the package computes what a call asks for: the last logits of tokens that see all before them."""
+        """Whether the package computes what a call asks for: the last logits of tokens that see all before them.
+
+        It also has to ask for the adapters that were active when the model was compiled.
+        """
         if tokens.dim() != 2 or tokens.shape[0] != 1 or 2 * len(cache.layers) != len(self._caches):
+            return False
+        if not self._adapters.serve(fully=not self._holds(cache)):
             return False
         count, length = tokens.shape[1], cache.get_seq_length()
         if count != 1 and not (PROMPT in self._code and 1 < count <= MAX_PROMPT and options.get("logits_to_keep") == 1):

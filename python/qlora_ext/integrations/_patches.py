@@ -132,6 +132,11 @@ _LIST = (
         "chooses the LoRA layer by the class of the base, and does not know ours",
     ),
     Patch(
+        "peft.tuners.lora.model:_adapter_names_pre_forward_hook",
+        "peft >= 0.19",
+        "gives the adapter_names of one thread's call to the calls of other threads",
+    ),
+    Patch(
         "peft.tuners.tuners_utils:BaseTuner._create_and_replace",
         "peft >= 0.19; every method but LoRA overrides it, and each override is patched",
         "reads and writes the weight of the base as a dense one",
@@ -145,6 +150,11 @@ _LIST = (
         "peft.peft_model:PeftModel.get_nb_trainable_parameters",
         "peft >= 0.19",
         "counts as transformers' num_parameters does",
+    ),
+    Patch(
+        "peft.peft_model:PeftModel._enable_peft_forward_hooks",
+        "peft >= 0.19",
+        "keeps the adapter_names of a call that raised for the next calls, and ignores them for most methods",
     ),
     Patch(
         "peft.mixed_model:PeftMixedModel.get_nb_trainable_parameters",
@@ -181,6 +191,11 @@ _LIST = (
         "peft >= 0.19",
         "supports bitsandbytes' layers only",
         aliases=("peft.utils:replace_lora_weights_loftq", "peft:replace_lora_weights_loftq"),
+    ),
+    Patch(
+        "peft.utils.hotswap:hotswap_adapter_from_state_dict",
+        "peft >= 0.19",
+        "writes to the data of parameters, so that nothing tells a merge-aware layer to merge again",
     ),
     Patch(
         "peft.utils.other:prepare_model_for_kbit_training",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import StackedAdapters, adapter_of_each_row
 from ..autograd import call_linear_nf4, draw_seed
 from ..form import Form, FormKeywords
 from ..formats import NF4
@@ -144,34 +145,47 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     def fused_forward(
         self,
         x: Tensor,
-        lora_a: Tensor | None = None,
+        lora_a: Tensor | StackedAdapters | None = None,
         lora_b: Tensor | None = None,
         scaling: float = 1.0,
         dropout_p: float = 0.0,
+        adapter_of_row: Tensor | None = None,
     ) -> Tensor:
         """The layer with a LoRA branch in the same operator: adapters [R, K] and [N, R] of any floating dtype.
 
         Computed in ``compute_dtype`` and returned in x's dtype; under autocast, both are the autocast dtype.
+
+        Args:
+            adapter_of_row: which of several adapters each row of x uses, as in ``linear_nf4``. lora_a is then what
+                ``stack_adapters`` has made of them, which includes lora_b and scaling.
         """
         if self.residency is not None:
-            y: Tensor = _fused_streamed(self, x, lora_a, lora_b, scaling, dropout_p)
+            y: Tensor = _fused_streamed(self, x, lora_a, lora_b, scaling, dropout_p, adapter_of_row)
             return y
         packed: tuple[Tensor | None, ...] = self.weight, self.absmax, self.nested_absmax, self.nested_offset
         if self.form.has_more_tensors:  # reading an attribute of a module is slow
             packed = (*packed, self.scale_table, self.block_offsets, self.offset_scale)
-        return self._fused(packed, x, lora_a, lora_b, scaling, dropout_p)
+        return self._fused(packed, x, lora_a, lora_b, scaling, dropout_p, adapter_of_row)
 
     def _fused(
         self,
         packed: tuple[Tensor | None, ...],
         x: Tensor,
-        lora_a: Tensor | None,
+        lora_a: Tensor | StackedAdapters | None,
         lora_b: Tensor | None,
         scaling: float,
         dropout_p: float,
+        adapter_of_row: Tensor | None,
     ) -> Tensor:
-        seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None
-        cast, dtype = self._dtypes(x)
+        adapters: tuple[Any, ...] = ()
+        seeds = None
+        if isinstance(lora_a, StackedAdapters):
+            of_row = adapter_of_each_row(adapter_of_row, x)
+            lora_a, lora_b, rank_offsets, scalings, max_rank, seeds = lora_a
+            adapters = of_row, rank_offsets, scalings, seeds, max_rank
+            packed = (*packed, None, None, None)[:7]  # the operator takes all of them before the adapters
+        seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None and seeds is None else None
+        cast, dtype = self.dtypes(x)
         bias = self.bias  # read once, because reading a parameter is slower than a plain attribute
         with torch._C.DisableTorchFunctionSubclass():  # skips PackedParameter's checks, which take time
             y = call_linear_nf4(
@@ -190,6 +204,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
                 seed_tensor,
                 self.form.code,
                 *packed[4:],
+                *adapters,
             )
             return y.to(dtype)
 
@@ -201,11 +216,11 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         Args:
             merged: this layer's weight and the adapter, merged by ``merged_weight``.
         """
-        cast, dtype = self._dtypes(x)
+        cast, dtype = self.dtypes(x)
         bias = None if self.bias is None else self.bias.to(cast)
         return merged_linear_nf4(x.to(cast), merged, bias, lora_a.to(cast), lora_b.to(cast), scaling).to(dtype)
 
-    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    def dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """The dtype of the computation and the dtype of the output."""
         autocast = autocast_dtype(x.device.type)
         return (self.compute_dtype, x.dtype) if autocast is None else (autocast, autocast)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.lora.layer import Linear as DenseLoraLinear
@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
 from ...nn import Linear4bit
 from .merge import Over4bit
+from .operands import Adapter, added, by_sample
 from .reading import stand_in, unwrapped
 from .trained_weight import MergeAware, fold_scaling
 
@@ -171,13 +172,6 @@ class OverLinear4bit(Over4bit):
         return f"{super().__repr__()}".removeprefix("lora.")
 
 
-class _Adapter(NamedTuple):
-    name: str
-    a: Tensor
-    b: Tensor
-    dropout: nn.Module
-
-
 _ADAPTER_MODULES = "lora_A", "lora_B", "lora_dropout"
 _LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
 
@@ -185,9 +179,10 @@ _LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
 class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
     """PEFT's LoRA layer over a ``Linear4bit``.
 
-    A single plain adapter runs as one operator, y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias. Everything else
-    (several active adapters, adapters per sample, DoRA and other variants, biases on B, hooks on the base or on the
-    adapter's modules) runs PEFT's own code.
+    Plain adapters run in one operator, y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias: a single one, several active
+    ones without dropout, whose sum is one adapter, and on the CPU one per sample (``adapter_names``). Everything else
+    (several with dropout, DoRA and other variants, biases on B, hooks on the base or on the adapter's modules) runs
+    PEFT's own code.
     """
 
     def __init__(self, base_layer: Linear4bit, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -207,54 +202,75 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
         update = super().update_layer if reads_weight else functools.partial(DenseLoraLinear.update_layer, self)
         update(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    def _fused_adapter(self, kwargs: dict[str, Any]) -> _Adapter | None:
-        """The adapter that the fused operator can run; None if PEFT's code must call each module and its hooks."""
-        if self.disable_adapters or self.merged or any(value is not None for value in kwargs.values()):
-            return None
+    def plain_adapters(self, names: Iterable[str]) -> list[Adapter] | None:
+        """Those of the adapters ``names`` that this layer has; None if PEFT's code must call a module and its hooks."""
         modules = self._modules  # faster than nn.Module.__getattr__
         lora_a: Any = modules["lora_A"]
-        active = [name for name in self.active_adapters if name in lora_a._modules]
-        if len(active) != 1 or active[0] in self.lora_variant or has_global_hook():
+        base: Any = modules["base_layer"]
+        if has_global_hook() or not _is_plain(base, (type(base),)):
             return None
-        (name,) = active
-        base, a, b, dropout = (modules["base_layer"], *(modules[m]._modules[name] for m in _ADAPTER_MODULES))
-        if not (_is_plain(a, _LINEAR) and _is_plain(b, _LINEAR) and _is_plain(dropout, _DROPOUT)):
-            return None
-        if b.bias is not None or not _is_plain(base, (type(base),)):
-            return None
-        return _Adapter(name, a.weight, b.weight, dropout)
+        adapters = []
+        for name in names:
+            if name not in lora_a._modules:
+                continue
+            a, b, dropout = (modules[m]._modules[name] for m in _ADAPTER_MODULES)
+            if name in self.lora_variant or b.bias is not None:
+                return None
+            if not (_is_plain(a, _LINEAR) and _is_plain(b, _LINEAR) and _is_plain(dropout, _DROPOUT)):
+                return None
+            adapters.append(Adapter(name, a.weight, b.weight, self.scaling[name], active_dropout(dropout)))
+        return adapters
 
     def cast_fused(self) -> None:
-        """Casts the adapter that runs fused to the layer's compute dtype, as each call would."""
-        adapter = self._fused_adapter({})
-        if adapter is not None and not self.merge_aware:
-            self.lora_A[adapter.name].to(self.layer4bit.compute_dtype)
-            self.lora_B[adapter.name].to(self.layer4bit.compute_dtype)
+        """Casts the adapters that run fused to the layer's compute dtype, as each call would."""
+        for name in self.lora_A:
+            if name not in self.merge_aware and self.plain_adapters([name]):
+                self.lora_A[name].to(self.layer4bit.compute_dtype)
+                self.lora_B[name].to(self.layer4bit.compute_dtype)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, float | Tensor]:
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
 
-    def _as_merged(self, x: Tensor, adapter: _Adapter) -> Tensor:
-        dropout_p = active_dropout(adapter.dropout)
-        if dropout_p > 0.0:
-            raise ValueError(f"lora_dropout: expected 0, because a merged adapter has no dropout, got {dropout_p}")
-        b, scaling = fold_scaling(adapter.b, self.scaling[adapter.name])
-        return self.layer4bit.merged_forward(x, self.merged_for(adapter.name), adapter.a, b, scaling)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = self._fused_adapter(kwargs)
-        if adapter is not None and adapter.name in self.merge_aware:
-            return self._as_merged(x, adapter)
-        if adapter is not None:
-            b, scaling = fold_scaling(adapter.b, self.scaling[adapter.name])
-            return self.layer4bit.fused_forward(x, adapter.a, b, scaling, active_dropout(adapter.dropout))
-        if not self.disable_adapters and not self.merged and self.merge_aware.intersection(self.active_adapters):
+    def _as_merged(self, x: Tensor, adapters: list[Adapter] | None) -> Tensor:
+        """The layer with the merged weight of the merge-aware adapter that is active."""
+        if adapters is None or len(adapters) != 1:
             raise ValueError(
                 "adapters: merge-aware LoRA runs as the only active adapter, without hooks on its modules, "
                 f"got {', '.join(self.active_adapters)}"
             )
-        if self.lora_variant and not self.disable_adapters and not self.merged:
-            return super().forward(x, *args, **kwargs)
+        (adapter,) = adapters
+        if adapter.dropout_p > 0.0:
+            raise ValueError(
+                f"lora_dropout: expected 0, because a merged adapter has no dropout, got {adapter.dropout_p}"
+            )
+        b, scaling = fold_scaling(adapter.b, adapter.scaling)
+        return self.layer4bit.merged_forward(x, self.merged_for(adapter.name), adapter.a, b, scaling)
+
+    def _check_names(self, x: Tensor, names: Sequence[str]) -> None:
+        self._check_forward_args(x, adapter_names=names)
+        if aware := self.merge_aware.intersection(names):
+            raise ValueError(
+                "adapter_names: expected adapters that are not merge-aware, because a merged weight serves a whole "
+                f"batch, got {', '.join(sorted(aware))}; make it the active adapter and leave adapter_names out"
+            )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.disable_adapters and not self.merged:
+            lora: tuple[Any, ...] | None = None
+            names = kwargs.get("adapter_names")
+            may_fuse = all(value is None or key == "adapter_names" for key, value in kwargs.items())
+            if names is not None:
+                self._check_names(x, names)
+                lora = by_sample(self, x, names) if may_fuse else None
+            else:
+                adapters = self.plain_adapters(self.active_adapters) if may_fuse else None
+                if self.merge_aware.intersection(self.active_adapters):
+                    return self._as_merged(x, adapters)
+                lora = None if adapters is None else added(self, x, adapters)
+            if lora is not None:
+                return self.layer4bit.fused_forward(x, *lora)
+            if self.lora_variant:
+                return super().forward(x, *args, **kwargs)
         self._refuse_offloaded(x)
         y: Tensor = DenseLoraLinear.forward(self, x, *args, **kwargs)
         return y

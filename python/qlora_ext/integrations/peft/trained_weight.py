@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...merged import merged_weight
 from ...weight import Weight4bit, has_values
+from .._patches import extend
 from .merge import Over4bit
 
 
@@ -91,3 +92,11 @@ def _equal(copies: tuple[Tensor, Tensor] | None, now: tuple[Tensor, Tensor]) -> 
     return copies is not None and all(
         c.dtype == t.dtype and torch.equal(c, t) for c, t in zip(copies, now, strict=True)
     )
+
+
+@extend("peft.utils.hotswap:hotswap_adapter_from_state_dict")
+def _hotswap_adapter_from_state_dict(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    original(model, *args, **kwargs)
+    for module in model.modules():
+        if isinstance(module, MergeAware):
+            module._merged = None

@@ -1,0 +1,97 @@
+"""What the fused operator gets for the plain adapters of a call: one, the sum of several, or one per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...adapters import StackedAdapters, adapter_of_each_row, stack_adapters
+from .calls import once_per_call
+from .trained_weight import fold_scaling
+
+# The arguments of ``Linear4bit.fused_forward`` after x.
+Operands = tuple[Any, ...]
+
+
+class Adapter(NamedTuple):
+    """A plain LoRA adapter of a layer: A [R, K], B [N, R], and the probability of dropout in this call."""
+
+    name: str
+    a: Tensor
+    b: Tensor
+    scaling: float | Tensor
+    dropout_p: float
+
+
+def _alone(adapter: Adapter) -> Operands:
+    return adapter.a, *fold_scaling(adapter.b, adapter.scaling), adapter.dropout_p
+
+
+def _draws(adapters: list[Adapter]) -> bool:
+    """Whether one of several adapters has dropout. PEFT draws a mask for each, the operator one for all."""
+    return any(adapter.dropout_p > 0.0 for adapter in adapters)
+
+
+def added(layer: Any, x: Tensor, adapters: list[Adapter]) -> Operands | None:
+    """The operands if all ``adapters`` of a layer are added to all rows; None if PEFT's code has to run."""
+    if len(adapters) == 1:
+        return _alone(adapters[0])
+    if not adapters:
+        return ()
+    if _draws(adapters):
+        return None
+    dtype = layer.layer4bit.dtypes(x)[0]
+    key = added, layer, dtype, *(adapter.name for adapter in adapters)
+    return once_per_call(key, lambda: _sum(adapters, dtype))
+
+
+def _sum(adapters: list[Adapter], dtype: torch.dtype) -> Operands:
+    """One adapter that is the sum of ``adapters``: their ranks side by side.
+
+    Different scalings are multiplied into B, in float32 or wider. This costs 16-bit layers no accuracy if B is stored
+    in float32, as PEFT does by default, because B is rounded once anyway. A 16-bit B is rounded a second time, unless
+    the scaling is a power of two.
+    """
+    a = torch.cat([adapter.a.to(dtype) for adapter in adapters])
+    first = adapters[0].scaling
+    if not any(isinstance(adapter.scaling, Tensor) or adapter.scaling != first for adapter in adapters):
+        return a, torch.cat([adapter.b.to(dtype) for adapter in adapters], dim=1), first
+    wide = torch.promote_types(dtype, torch.float32)
+    scaled = [(adapter.b.to(wide) * adapter.scaling).to(dtype) for adapter in adapters]
+    return a, torch.cat(scaled, dim=1), 1.0
+
+
+def by_sample(layer: Any, x: Tensor, names: Sequence[str]) -> Operands | None:
+    """The operands if ``names`` are the adapters of the samples of x; None if PEFT's code has to run."""
+    dtype = layer.layer4bit.dtypes(x)[0]
+    key = by_sample, layer, dtype, x.shape[:-1], *names
+    return once_per_call(key, lambda: _by_sample(layer, x, names, dtype))
+
+
+def _by_sample(layer: Any, x: Tensor, names: Sequence[str], dtype: torch.dtype) -> Operands | None:
+    adapters: list[Adapter] | None = layer.plain_adapters(dict.fromkeys(name for name in names if name != "__base__"))
+    if adapters is None:
+        return None
+    if not adapters:
+        return ()
+    here = tuple(adapter.name for adapter in adapters)
+    if all(name == here[0] for name in names):
+        return _alone(adapters[0])
+    if _draws(adapters) or x.device.type != "cpu" or x.ndim < 2:  # CUDA's operator takes one adapter
+        return None
+    stacked = once_per_call((_stack, layer, dtype, *here), lambda: _stack(adapters, dtype))
+    of_row = once_per_call((_adapter_of_row, here, x.shape[:-1], *names), lambda: _adapter_of_row(names, here, x))
+    return stacked, None, 1.0, 0.0, of_row
+
+
+def _stack(adapters: list[Adapter], dtype: torch.dtype) -> StackedAdapters:
+    a, b, scaling, _ = zip(*map(_alone, adapters), strict=True)
+    return stack_adapters([t.to(dtype) for t in a], [t.to(dtype) for t in b], scaling)
+
+
+def _adapter_of_row(names: Sequence[str], here: Sequence[str], x: Tensor) -> Tensor:
+    of_sample = [here.index(name) if name in here else -1 for name in names]
+    return adapter_of_each_row(torch.tensor(of_sample, dtype=torch.int32, device=x.device), x)
