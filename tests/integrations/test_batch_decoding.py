@@ -258,6 +258,13 @@ def test_adapters_by_request() -> None:
         ValueError, match=r"adapter: expected one of \['first', 'second'\], '__base__' or None, got 'x'"
     ):
         engine.submit(given[0], adapter="x")
+    ended, other = engine.submit(given[0], GREEDY, "second"), engine.submit(given[1], GREEDY)
+    engine.step()
+    model.delete_adapter("second")
+    engine.run()
+    assert (ended.finish_reason, len(ended.tokens)) == ("error", 1)
+    assert other.tokens == alone(model, given[1], 12)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     model.base_model.set_adapter(["first", "second"])
     with pytest.raises(ValueError, match="adapter: expected None, because several are active"):
         engine.submit(given[0], adapter="first")
@@ -290,6 +297,9 @@ def test_wrong_arguments() -> None:
         (([],), "prompt: expected at least one token, got none"),
         (([5, 128],), "prompt: expected token ids from 0 to 127, got 5 to 128"),
         (([-1],), "prompt: expected token ids"),
+        (([5.5],), r"prompt: expected token ids, a list or a tensor of one dimension, got \[5.5\]"),
+        ((torch.ones(1, 3, dtype=torch.int64),), "prompt: expected token ids, a list"),
+        (("text",), "prompt: expected token ids, a list"),
         (([5] * 20,), "capacity: expected a prompt and max_new_tokens of together at most 20 tokens, got 20 and 1"),
         (([5] * 9, Sampling(12)), "capacity: expected .* got 9 and 12"),
         (([5], GREEDY, "x"), r"adapter: expected one of \[\], '__base__' or None, got 'x'"),

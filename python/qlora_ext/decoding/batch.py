@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,10 @@ _TOLERANCE = 0.1  # of the self-test: far above rounding in bfloat16, far below 
 
 
 def _ids(prompt: Iterable[int] | Tensor) -> list[int]:
-    return [int(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
+    try:
+        return [operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
+    except TypeError as error:
+        raise ValueError(f"prompt: expected token ids, a list or a tensor of one dimension, got {prompt!r}") from error
 
 
 class BatchDecoder:
@@ -216,7 +220,7 @@ class BatchDecoder:
                 self._continue(self._running, self._read_tokens(self._running))
                 self.steps += 1
             while self._waiting and len(self._running) < self.sequences:
-                self._start(self._waiting.popleft())
+                self._start(self._waiting[0])
             return bool(self._running or self._waiting)
         finally:
             self._stepping.release()
@@ -226,16 +230,26 @@ class BatchDecoder:
             raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
 
     def _start(self, request: Request) -> None:
-        if request.end_if_cancelled():
-            return
-        slot = len(self._running)
-        try:
-            logits = self._read_prompt(request.prompt, slot, self._forward_options([request]))
-        except Exception as error:  # for example, no memory for a long prompt
-            request.fail(error)
-            return
-        self._running.append(request)
-        self._continue([request], logits)
+        """Reads the prompt of the first request that waits."""
+        logits = None
+        if not self._has_ended(request):
+            try:
+                logits = self._read_prompt(request.prompt, len(self._running), self._forward_options([request]))
+            except Exception as error:  # for example, no memory for a long prompt
+                request.fail(error)
+        self._waiting.popleft()
+        if logits is not None:
+            self._running.append(request)
+            self._continue([request], logits)
+
+    def _has_ended(self, request: Request) -> bool:
+        """Whether a sequence has ended, for example because its adapter was deleted."""
+        if not request.end_if_cancelled():
+            try:
+                self._check_adapter(request.adapter)
+            except ValueError as error:
+                request.fail(error)
+        return request.done
 
     def _continue(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Adds a token to each sequence, and drops those that have ended."""
@@ -250,7 +264,7 @@ class BatchDecoder:
         """Frees the slots of sequences that have ended. The last sequence moves into a slot that becomes free."""
         for slot in reversed(range(len(self._running))):
             ended = self._running[slot]
-            if not ended.end_if_cancelled():
+            if not self._has_ended(ended):
                 continue
             if isinstance(ended.error, FloatingPointError):  # hidden tokens have weight 0, but 0 * NaN is NaN
                 for cache in self._caches:
