@@ -26,7 +26,7 @@ from forms import FORMS, random_weight
 from qlora_ext.cli import main
 from qlora_ext.cli.errors import UserError
 from qlora_ext.cli.generation.compiled import decode_compiled
-from qlora_ext.decoding import CompilationError, cache, compile_decoding, compiled, prepare_to_answer
+from qlora_ext.decoding import CompilationError, cache, compile_decoding, compiled, packages, prepare_to_answer
 from qlora_ext.nn import layers_of
 
 PROMPT = torch.tensor([[5, 9, 17, 40]])
@@ -86,7 +86,7 @@ def test_the_tokens_are_those_of_the_eager_model() -> None:
 
 
 def test_weights_of_other_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_keeps_last_logits", lambda lm: False)  # nothing is compiled for prompts
+    monkeypatch.setattr(compiled, "keeps_last_logits", lambda lm: False)  # nothing is compiled for prompts
     model = adapted()
     for i, (_, layer) in enumerate(layers_of(model)):
         form = FORMS[("mxfp4", "q4_k")[i % 2]]
@@ -100,7 +100,7 @@ def test_weights_of_other_forms(monkeypatch: pytest.MonkeyPatch) -> None:
 def read(model: Any, tokens: torch.Tensor, cache: DynamicCache, **more: Any) -> torch.Tensor:
     """The logits of the last token."""
     with torch.no_grad():
-        out = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{compiled._CACHE: cache}, **more)
+        out = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{compiled.CACHE: cache}, **more)
     logits: torch.Tensor = out.logits
     return logits
 
@@ -112,7 +112,7 @@ def drawn(*shape: int) -> torch.Tensor:
 def test_prompts_are_read_by_compiled_code() -> None:
     """Prompts of a few tokens, at the start and later, with one set of caches and larger ones."""
     model = adapted()
-    lengths = [1, 2, 8, 250, 3, compiled._MAX_PROMPT, 1, compiled._MAX_PROMPT + 1, 5]
+    lengths = [1, 2, 8, 250, 3, compiled.MAX_PROMPT, 1, compiled.MAX_PROMPT + 1, 5]
 
     def logits() -> list[torch.Tensor]:
         cache = DynamicCache(config=model.config)
@@ -170,10 +170,10 @@ def test_the_cache_stays_the_model_s_own() -> None:
     def last(token_by_token: torch.Tensor) -> torch.Tensor:
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=PROMPT, use_cache=True, **{compiled._CACHE: cache})
+            model(input_ids=PROMPT, use_cache=True, **{compiled.CACHE: cache})
             for token in token_by_token:
-                model(input_ids=token.reshape(1, 1), use_cache=True, **{compiled._CACHE: cache})
-            return model(input_ids=more, use_cache=True, **{compiled._CACHE: cache}).logits
+                model(input_ids=token.reshape(1, 1), use_cache=True, **{compiled.CACHE: cache})
+            return model(input_ids=more, use_cache=True, **{compiled.CACHE: cache}).logits
 
     expected = last(torch.tensor([11, 12]))
     decoder = decoder_of(model)
@@ -187,7 +187,7 @@ def test_bfloat16_is_no_further_from_float32_than_eager() -> None:
     def logits(model: Any) -> torch.Tensor:
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            steps = [model(input_ids=t.reshape(1, 1), use_cache=True, **{compiled._CACHE: cache}) for t in tokens[0]]
+            steps = [model(input_ids=t.reshape(1, 1), use_cache=True, **{compiled.CACHE: cache}) for t in tokens[0]]
         return torch.cat([step.logits for step in steps]).double()
 
     model = adapted(torch.bfloat16)
@@ -270,20 +270,20 @@ def test_without_a_compiler_or_where_it_fails_the_model_stays_eager(
 
 def test_models_that_are_not_compiled() -> None:
     sliding = AutoModelForCausalLM.from_config(MistralConfig(**tiny_models.SIZES, sliding_window=8))
-    assert compiled.obstacle(sliding) == "its cache holds more than keys and values"
+    assert packages.obstacle(sliding) == "its cache holds more than keys and values"
     prefix = get_peft_model(tiny_models.make("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert compiled.obstacle(prefix) == "the adapter is a prompt"
+    assert packages.obstacle(prefix) == "the adapter is a prompt"
     merge_aware = adapted()
     qlora_ext.integrations.peft.set_merge_aware(merge_aware)
-    assert compiled.obstacle(merge_aware) == "the adapter is merge-aware"
-    assert compiled.obstacle(adapted()) is None
+    assert packages.obstacle(merge_aware) == "the adapter is merge-aware"
+    assert packages.obstacle(adapted()) is None
 
 
 def test_a_directory_that_others_can_write_to_is_not_used(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = compiled.directory()
+    path = cache.directory()
     assert path.stat().st_mode & 0o777 == 0o700
     path.chmod(0o777)
     with pytest.raises(UserError, match="others can write to this directory"):
@@ -321,10 +321,8 @@ def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monke
     model = adapted()
     expected = decode(model, 5)
     decoder_of(adapted())
-    package = (
-        compiled.directory()
-        / f"{compiled._digest(model, compiled._state(compiled._Step(compiled.causal_lm(model))))}.pt2"
-    )
+    name = packages.digest(model, packages.state_of(compiled._Step(packages.causal_lm(model))), [compiled.__file__])
+    package = cache.directory() / f"{name}.pt2"
     full = package.read_bytes()
     compiled_anew = []
 

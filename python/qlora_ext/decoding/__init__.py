@@ -1,4 +1,4 @@
-"""Decoding: prepares a model for inference, and compiles code that reads a prompt or writes one token per call.
+"""Decoding: compiled code that reads a prompt or writes one token per call, and the decoding of many sequences at once.
 
 Compiled code skips the Python code of a model's layers, which takes most of the time per token of a small 4-bit model.
 
@@ -10,7 +10,22 @@ Example:
     ...     return tokenizer.decode(model.generate(ids, max_new_tokens=200)[0])
 """
 
-from .compiled import BREAK_EVEN_TOKENS, CompilationError, Decoder, compile_decoding, obstacle
+from .batch import BatchDecoder, generate
+from .compiled import BREAK_EVEN_TOKENS, Decoder, compile_decoding
+from .packages import CompilationError, obstacle
 from .prepare import prepare_to_answer
+from .requests import Request
+from .sampling import Sampling
 
-__all__ = ["BREAK_EVEN_TOKENS", "CompilationError", "Decoder", "compile_decoding", "obstacle", "prepare_to_answer"]
+__all__ = [
+    "BREAK_EVEN_TOKENS",
+    "BatchDecoder",
+    "CompilationError",
+    "Decoder",
+    "Request",
+    "Sampling",
+    "compile_decoding",
+    "generate",
+    "obstacle",
+    "prepare_to_answer",
+]

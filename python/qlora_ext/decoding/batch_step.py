@@ -1,0 +1,132 @@
+"""One token for each sequence of a batch whose lengths differ: the step that ``BatchDecoder`` repeats.
+
+Each sequence has a slot in caches [slots, H, capacity, D]. A step of B sequences uses the first B slots:
+
+    slot 0   [ t t t t t t t t n . . . | . . . . ]    t: tokens of the sequence
+    slot 1   [ t t t n . . . . . . . . | . . . . ]    n: the token of this step
+    slot 2   [ t t t t t t n . . . . . | . . . . ]
+               <-------- span ------->   capacity
+
+Attention reads the span: the longest sequence, rounded up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from ..nn import Linear16bit
+from . import compiled
+from .compiled import ATTENTION, CACHE, CACHE_STEP, MAX_CACHE, attention_over_caches, new_caches
+from .packages import Code, Function, causal_lm, compile_package, digest, load_code, state_of
+
+SPAN_STEP = 64  # a multiple of the vectors of every processor, so that the order of attention's sums is always the same
+STEP = "step"
+_MAX_SEQUENCES = 1 << 16
+
+
+class _Rows(StaticLayer):  # type: ignore[misc,unused-ignore]
+    """A layer's keys and values. Row b gets its token at ``positions[b]``, and attention reads ``span`` tokens."""
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, span: int) -> None:
+        super().__init__(span)
+        self.keys, self.values, self.positions = keys, values, positions.to(keys.device)
+        self.rows = torch.arange(positions.shape[0], dtype=torch.int64, device=keys.device)
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys[self.rows, :, self.positions] = key_states[:, :, 0]
+        self.values[self.rows, :, self.positions] = value_states[:, :, 0]
+        return self.keys[:, :, : self.max_cache_len], self.values[:, :, : self.max_cache_len]
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def get_seq_length(self, *_: Any, **__: Any) -> Tensor:
+        return self.positions[0]
+
+
+class BatchStep(nn.Module):
+    """From one token of each sequence to the logits [B, V] of the next ones. Writes to the caches."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, visible: Tensor, caches: list[Tensor], **options: Any
+    ) -> Tensor:
+        """Reads a token of each sequence.
+
+        Args:
+            tokens, positions: int64 [B]. A position is the number of tokens before.
+            visible: bool [B, span]: the tokens that attention sees, which include the one at the row's position.
+            caches: each [B, H, capacity, D]: the keys of all layers, then the values.
+            options: for the model's forward.
+        """
+        half, span, config = len(caches) // 2, visible.shape[1], self.model.config
+        cache = StaticCache(config, max_cache_len=span)
+        pairs = zip(caches[:half], caches[half:], strict=True)
+        cache.layers = [_Rows(keys, values, positions, span) for keys, values in pairs]
+        mask = visible[:, None, None]
+        if config._attn_implementation not in ("sdpa", ATTENTION):  # "eager" adds the mask to the scores
+            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
+        options |= {"attention_mask": mask, "position_ids": positions[:, None], "use_cache": True, CACHE: cache}
+        logits: Tensor = self.model(input_ids=tokens[:, None], **options).logits
+        return logits[:, -1]
+
+
+@contextlib.contextmanager
+def _head_of_16_bits(lm: Any) -> Iterator[None]:
+    """Computes a dense output head of 16 bits in float32: torch's product takes several times longer."""
+    head: Any = lm.get_output_embeddings()
+    is_plain = type(head) in (nn.Linear, Linear16bit) and "forward" not in vars(head)
+    if not is_plain or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+
+    def forward(x: Tensor) -> Tensor:
+        bias = None if head.bias is None else head.bias.float()
+        y: Tensor = torch.ops.qlora.linear_dense(x.float(), head.weight, bias).to(x.dtype)
+        return y
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _compile(lm: Any, step: BatchStep, package: pathlib.Path) -> None:
+    positions = torch.tensor([5, 6, 7], dtype=torch.int64, device="cpu")
+    visible = torch.ones((3, SPAN_STEP), dtype=torch.bool, device="cpu")
+    caches = new_caches(lm, CACHE_STEP, 3)
+    sequences = Dim("sequences", min=2, max=_MAX_SEQUENCES)
+    span, capacity = (Dim(name, min=2, max=MAX_CACHE) for name in ("span", "room"))
+    shapes = ({0: sequences}, {0: sequences}, {0: sequences, 1: span}, [{0: sequences, 2: capacity} for _ in caches])
+    with attention_over_caches(lm), _head_of_16_bits(lm):
+        compile_package({STEP: Function(step, (positions, positions, visible, caches), shapes)}, package)
+
+
+def load_step(model: Any, progress: Callable[[str], object] | None = None) -> Code:
+    """The code of ``STEP`` for a model, which is compiled if it is not in the user's cache.
+
+    Raises:
+        CompilationError: the compiler failed.
+    """
+    lm = causal_lm(model)
+    step = BatchStep(lm)
+    state = state_of(step)
+    name = digest(model, state, [__file__, compiled.__file__])
+    code = load_code(name, state, lambda package: _compile(lm, step, package), progress=progress)
+    assert code is not None
+    return code

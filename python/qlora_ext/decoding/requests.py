@@ -1,0 +1,91 @@
+"""A sequence that a ``BatchDecoder`` writes: what was asked for, and what has been written so far."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+from .sampling import Drawn, Sampling
+
+OnToken = Callable[["Request", int], object]
+
+
+class Request:
+    """A prompt and its continuation, from ``BatchDecoder.submit``.
+
+    Attributes:
+        prompt: the token ids of the prompt.
+        sampling: the options, with the seed that is used.
+        adapter: the name of the adapter; None for the model's active ones.
+        tokens: the token ids written so far. If ``finish_reason`` is "stop", the last one is the stop token.
+        logprobs: the log-probability of each token (a float32 value): log_softmax(logits / temperature), before
+            ``top_k``, ``top_p`` and ``min_p``. With temperature 0, it is that of temperature 1.
+        top_logprobs: for each token, the most likely ones with their log-probabilities, if ``sampling`` asks for them.
+        finish_reason: None until the end, then "stop" (a stop token), "length" (``max_new_tokens``), "cancelled", or
+            "error".
+        error: the reason for "error": the exception of ``on_token``, or what failed while the model computed.
+    """
+
+    def __init__(
+        self, prompt: list[int], sampling: Sampling, most: int, adapter: str | None, on_token: OnToken | None
+    ) -> None:
+        assert sampling.seed is not None
+        self.prompt, self.sampling, self.adapter = prompt, sampling, adapter
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[list[tuple[int, float]]] = []
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.numbers = random.Random(sampling.seed)
+        self._on_token = on_token
+        self._most = most
+        self._stops = frozenset(sampling.stop_tokens or ())
+        self._cancelled = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the sequence has ended."""
+        return self.finish_reason is not None
+
+    def cancel(self) -> None:
+        """Ends the sequence at the next step. Any thread may call it."""
+        self._cancelled = True
+
+    @property
+    def read(self) -> int:
+        """How many tokens are in the caches while it runs: all but the last one."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    def end_if_cancelled(self) -> bool:
+        """Ends the sequence if ``cancel`` was called. Returns whether it has ended."""
+        if self._cancelled and not self.done:
+            self.finish_reason = "cancelled"
+        return self.done
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.finish_reason = "error"
+
+    def add(self, drawn: Drawn) -> None:
+        """Appends a token, and ends the sequence if it is the last one."""
+        if math.isnan(drawn.logprob):
+            self.fail(FloatingPointError(f"the model's logits after {self.read + 1} tokens are not numbers"))
+            return
+        self.tokens.append(drawn.token)
+        self.logprobs.append(drawn.logprob)
+        if self.sampling.top_logprobs:
+            self.top_logprobs.append(drawn.top)
+        if drawn.token in self._stops:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self._most:
+            self.finish_reason = "length"
+
+    def report(self) -> None:
+        """Calls ``on_token`` with the last token. Its exception ends the sequence."""
+        if self._on_token is None or self.error is not None:
+            return
+        try:
+            self._on_token(self, self.tokens[-1])
+        except Exception as error:
+            self.fail(error)
