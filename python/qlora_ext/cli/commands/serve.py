@@ -139,6 +139,20 @@ def _decoder(model: Any, arguments: argparse.Namespace) -> Any:
         raise UserError(f"this model cannot be served: {first_line(error)}") from error
 
 
+def _try(decoder: Any, adapters: dict[str, str]) -> None:
+    """Writes a token with every model in one batch, because some adapters cannot be mixed."""
+    from ...decoding import Sampling
+
+    requests = [decoder.submit([0], Sampling(2, temperature=0.0), adapter) for adapter in adapters.values()]
+    try:
+        decoder.run()
+    except Exception as error:  # of PEFT, of many kinds
+        raise UserError(f"--adapter: these adapters cannot be served together: {first_line(error)}") from error
+    for name, request in zip(adapters, requests, strict=True):
+        if request.error is not None:
+            raise UserError(f"{excerpt(name)} cannot be served: {first_line(request.error)}") from request.error
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     _check(arguments)
@@ -164,6 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
                 adapters[name] = f"adapter_{i}"  # modules have the names of adapters, so these contain no dots
                 model = load(model, path, arguments.force, name=f"adapter_{i}")
         decoder = _decoder(prepare_to_answer(model), arguments)
+        _try(decoder, adapters)
         vocabulary = model.get_input_embeddings().num_embeddings
         loop = DecodingLoop(decoder)
         application = build(Application(adapters, adapted.tokenizer, vocabulary, loop), arguments.api_key, local)
