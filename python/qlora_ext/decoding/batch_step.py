@@ -20,17 +20,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import StaticCache
+from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from ..nn import Linear16bit
 from . import compiled
-from .compiled import ATTENTION, CACHE, CACHE_STEP, MAX_CACHE, attention_over_caches, new_caches
+from .compiled import CACHE, CACHE_STEP, MAX_CACHE, attention_over_caches, new_caches, require_plain_attention
 from .packages import Code, Function, causal_lm, compile_package, digest, load_code, state_of
 
 SPAN_STEP = 64  # a multiple of the vectors of every processor, so that the order of attention's sums is always the same
 STEP = "step"
 _MAX_SEQUENCES = 1 << 16
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one token per sequence. The heads that share keys become rows of one product.
+
+    Args:
+        query: [B, H, 1, D].
+        key, value: [B, G, L, D], where G divides H.
+        attention_mask: bool [B, 1, 1, L], True for visible keys.
+
+    Returns:
+        [B, 1, H, D], the layout of transformers.
+    """
+    require_plain_attention(kwargs)
+    batch, heads, _, size = query.shape
+    groups = key.shape[1]
+    rows = query.reshape(batch, groups, heads // groups, size)
+    y = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+    return y.reshape(batch, 1, heads, value.shape[3]), None
+
+
+_ATTENTION = "qlora_ext_batch"
+AttentionInterface.register(_ATTENTION, _attend)
 
 
 class _Rows(StaticLayer):  # type: ignore[misc,unused-ignore]
@@ -78,7 +109,7 @@ class BatchStep(nn.Module):
         pairs = zip(caches[:half], caches[half:], strict=True)
         cache.layers = [_Rows(keys, values, positions, span) for keys, values in pairs]
         mask = visible[:, None, None]
-        if config._attn_implementation not in ("sdpa", ATTENTION):  # "eager" adds the mask to the scores
+        if config._attn_implementation not in ("sdpa", _ATTENTION):  # "eager" adds the mask to the scores
             mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
         options |= {"attention_mask": mask, "position_ids": positions[:, None], "use_cache": True, CACHE: cache}
         logits: Tensor = self.model(input_ids=tokens[:, None], **options).logits
@@ -107,14 +138,14 @@ def _head_of_16_bits(lm: Any) -> Iterator[None]:
 
 
 def _compile(lm: Any, step: BatchStep, package: pathlib.Path) -> None:
-    positions = torch.tensor([5, 6, 7], dtype=torch.int64, device="cpu")
+    tokens, positions = (torch.tensor([0, 1, 2], dtype=torch.int64, device="cpu") for _ in range(2))
     visible = torch.ones((3, SPAN_STEP), dtype=torch.bool, device="cpu")
     caches = new_caches(lm, CACHE_STEP, 3)
     sequences = Dim("sequences", min=2, max=_MAX_SEQUENCES)
     span, capacity = (Dim(name, min=2, max=MAX_CACHE) for name in ("span", "room"))
     shapes = ({0: sequences}, {0: sequences}, {0: sequences, 1: span}, [{0: sequences, 2: capacity} for _ in caches])
-    with attention_over_caches(lm), _head_of_16_bits(lm):
-        compile_package({STEP: Function(step, (positions, positions, visible, caches), shapes)}, package)
+    with attention_over_caches(lm, _ATTENTION), _head_of_16_bits(lm):
+        compile_package({STEP: Function(step, (tokens, positions, visible, caches), shapes)}, package)
 
 
 def load_step(model: Any, progress: Callable[[str], object] | None = None) -> Code:

@@ -46,6 +46,12 @@ MAX_PROMPT = 512  # tokens of a compiled prompt; the Python code of a longer one
 TOKEN, PROMPT = "token", "prompt"
 
 
+def require_plain_attention(options: dict[str, Any]) -> None:
+    """Raises a NotImplementedError if transformers' ``options`` ask for more than scaled dot-product attention."""
+    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError("its attention is not plain scaled dot-product attention")
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -58,33 +64,32 @@ def _attend(
     """Attention in float32. For one token these are sums that compile to a few loops: torch's own is far slower.
 
     Args:
-        query: [B, H, T, D].
-        key, value: [B, G, L, D], where G divides H.
-        attention_mask: bool [B, 1, T, L], True for visible keys.
+        query: [1, H, T, D].
+        key, value: [1, G, L, D], where G divides H.
+        attention_mask: bool [1, 1, T, L], True for visible keys.
 
     Returns:
-        [B, T, H, D] in query's dtype, the layout of transformers.
+        [1, T, H, D] in query's dtype, the layout of transformers.
     """
-    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("its attention is not plain scaled dot-product attention")
-    batch, heads, tokens, size = query.shape
+    require_plain_attention(kwargs)
+    _, heads, tokens, size = query.shape
     groups = key.shape[1]
     if tokens > 1:
         q, k, v = query.float(), key.float(), value.float()
         grouped = heads > groups
         out = nn.functional.scaled_dot_product_attention(q, k, v, attention_mask, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2).to(query.dtype), None
-    q = query.float().reshape(batch, groups, heads // groups, 1, size) * (size**-0.5 if scaling is None else scaling)
+    q = query.float().reshape(1, groups, heads // groups, 1, size) * (size**-0.5 if scaling is None else scaling)
     # as_strided forces Inductor to materialize q. Otherwise it recomputes q, including the sines and cosines of its
     # rotation, inside the loop over the keys.
     q = q.as_strided(q.shape, q.stride())
-    scores = (q * key.float()[:, :, None]).sum(-1)  # [B, G, H / G, L]
+    scores = (q * key.float()[:, :, None]).sum(-1)  # [1, G, H / G, L]
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     # Dividing at the end takes D divisions instead of L.
     y = (weights[..., None] * value.float()[:, :, None]).sum(-2) / weights.sum(-1, keepdim=True)
-    return y.reshape(batch, 1, heads, value.shape[3]).to(query.dtype), None
+    return y.reshape(1, 1, heads, value.shape[3]).to(query.dtype), None
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -93,19 +98,19 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return mask
 
 
-ATTENTION = "qlora_ext_decoding"
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, _mask)
+_ATTENTION = "qlora_ext_decoding"
+AttentionInterface.register(_ATTENTION, _attend)
+AttentionMaskInterface.register(_ATTENTION, _mask)
 
 
 @contextlib.contextmanager
-def attention_over_caches(lm: Any) -> Iterator[None]:
-    """Replaces torch's SDPA by ``_attend``. Other attention implementations are kept."""
+def attention_over_caches(lm: Any, name: str = _ATTENTION) -> Iterator[None]:
+    """Replaces torch's SDPA by the implementation ``name``. Other attention implementations are kept."""
     usual = lm.config._attn_implementation
     if usual != "sdpa":
         yield
         return
-    lm.set_attn_implementation(ATTENTION)
+    lm.set_attn_implementation(name)
     try:
         yield
     finally:
