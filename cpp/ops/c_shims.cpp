@@ -65,7 +65,7 @@ using InCOfArgs = LinearInC<decltype(fields_of(std::declval<LinearArgs&>()))>;
 }  // namespace qlora
 
 // AOTInductor prescribes the name. The symbol is a function pointer, because a function would have to repeat all
-// argument types here. decoding/compiled.py declares it to compiled code.
+// argument types here. decoding/packages.py declares it to compiled code.
 extern "C" {
 extern QLORA_EXPORT const qlora::InCOfArgs::Function aoti_torch_cpu_linear_nf4;
 const qlora::InCOfArgs::Function aoti_torch_cpu_linear_nf4 = qlora::InCOfArgs::linear_nf4;

@@ -26,7 +26,17 @@ from forms import FORMS, random_weight
 from qlora_ext.cli import main
 from qlora_ext.cli.errors import UserError
 from qlora_ext.cli.generation.compiled import decode_compiled
-from qlora_ext.decoding import CompilationError, cache, compile_decoding, compiled, packages, prepare_to_answer
+from qlora_ext.decoding import (
+    BatchDecoder,
+    CompilationError,
+    Sampling,
+    batch,
+    cache,
+    compile_decoding,
+    compiled,
+    packages,
+    prepare_to_answer,
+)
 from qlora_ext.nn import layers_of
 
 PROMPT = torch.tensor([[5, 9, 17, 40]])
@@ -83,6 +93,34 @@ def test_the_tokens_are_those_of_the_eager_model() -> None:
     got = everything()
     assert decoder.steps == 599 + 8 + 8 + 39  # the first token of each is computed with its prompt
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_batches_are_those_of_the_eager_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after the weights have changed, and where steps must run eagerly."""
+    model = adapted()
+    prompts = [drawn(1, length)[0].tolist() for length in (4, 1, 30, 7, 7)]
+    options = [Sampling(30, temperature=i % 2, seed=i, stop_tokens=()) for i in range(5)]
+
+    def answers(engine: BatchDecoder) -> list[list[int]]:
+        requests = [engine.submit(prompt, each) for prompt, each in zip(prompts, options, strict=True)]
+        engine.run()
+        return [request.tokens for request in requests]
+
+    engine, eager = BatchDecoder(model, 3, compiled=True), BatchDecoder(model, 3, compiled=False)
+    assert (engine.compiled, eager.compiled) == (True, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "BatchStep", lambda *_: pytest.fail("a step ran eagerly"))
+        first = answers(engine)
+    assert first == answers(eager)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data *= 2
+    second = answers(engine)
+    assert second == answers(eager) != first
+    with model.disable_adapter():
+        assert answers(engine) == answers(eager) != second
+    model.get_base_model().model.layers[0].mlp.gate_proj.to(torch.float64).to(torch.float32)  # in other memory
+    assert answers(engine) == second
 
 
 def test_weights_of_other_forms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,8 @@ class BatchStep(nn.Module):
         cache.layers = [_Rows(keys, values, positions, span) for keys, values in pairs]
         mask = visible[:, None, None]
         if config._attn_implementation not in ("sdpa", _ATTENTION):  # "eager" adds the mask to the scores
-            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
+            dtype = caches[0].dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         options |= {"attention_mask": mask, "position_ids": positions[:, None], "use_cache": True, CACHE: cache}
         logits: Tensor = self.model(input_ids=tokens[:, None], **options).logits
         return logits[:, -1]
