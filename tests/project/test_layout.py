@@ -247,8 +247,16 @@ IMPORTED_BY = {
     "cli/exporting/": ("cli/commands/", "__init__.py"),
     "cli/training/": ("cli/commands/", "cli/exporting/", "__init__.py"),
     "cli/quantization/": ("cli/commands/", "cli/exporting/"),
+    "cli/serving/": ("cli/commands/",),
     "cli/generation/": ("cli/commands/", "cli/training/"),
-    "cli/data/": ("cli/commands/", "cli/exporting/", "cli/training/", "cli/quantization/", "cli/generation/"),
+    "cli/data/": (
+        "cli/commands/",
+        "cli/exporting/",
+        "cli/training/",
+        "cli/quantization/",
+        "cli/generation/",
+        "cli/serving/",
+    ),
     "cli/models/": ("cli/commands/", "cli/exporting/", "cli/training/", "cli/generation/", "cli/data/"),
     "cli/terminal/": ("cli/commands/", "cli/training/", "cli/quantization/"),
     "cli/outputs/": (

@@ -15,7 +15,21 @@ from typing import Any, NoReturn
 
 from .._internal.untrusted import excerpt, printable
 from . import suggestions
-from .commands import adapters, chat, check, completion, export, finetune, generate, info, merge, plan, quantize, run
+from .commands import (
+    adapters,
+    chat,
+    check,
+    completion,
+    export,
+    finetune,
+    generate,
+    info,
+    merge,
+    plan,
+    quantize,
+    run,
+    serve,
+)
 from .errors import UserError, first_line
 
 _TRACEBACK = "QLORA_TRACEBACK"
@@ -127,7 +141,21 @@ def _parser() -> argparse.ArgumentParser:
     # "run" changes the first two, because it replaces this process by another program.
     parser.set_defaults(quiet=True, needs_library=True, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (finetune, generate, chat, quantize, check, merge, export, adapters, plan, run, info, completion):
+    for command in (
+        finetune,
+        generate,
+        chat,
+        serve,
+        quantize,
+        check,
+        merge,
+        export,
+        adapters,
+        plan,
+        run,
+        info,
+        completion,
+    ):
         command.add_parser(commands)
     return parser
 

@@ -72,12 +72,15 @@ _OPTIONS = {
     "--base": "base-model base-model-name-or-path reference ref-model",
     "--tokens": "num-tokens max-tokens limit",
     "--memory": "gpu-memory vram",
+    "--context": "max-model-len num-ctx",
+    "--sequences": "max-num-seqs parallel",
 }
 _COMMANDS = {
     "finetune": "train training sft dpo fine-tune fine-tuning tune lora qlora finetune-lora",
     "check": "eval evaluate evaluation test validate verify perplexity",
     "generate": "infer inference predict complete completion ask answer",
     "chat": "talk interactive repl",
+    "serve": "server api api-server http openai",
     "merge": "fuse merge-lora merge-adapter merge-and-unload",
     "export": "deploy gguf ollama save-pretrained-gguf",
     "quantize": "quant quantise convert compress bnb",

@@ -108,12 +108,11 @@ def _check_base_retained(model: Any, adapter: pathlib.Path) -> None:
     """Rejects an adapter that would overwrite weights of the 4-bit base."""
     from ...nn import layers_of
 
-    packed = {f"{layer}.{name}" for layer, module in layers_of(model) for name in module.state_dict()}
-    base = [
-        name
-        for name in check_files(adapter)
-        if name.removeprefix("base_model.model.").replace(".base_layer", "") in packed
-    ]
+    def plain(name: str) -> str:  # without PEFT's additions
+        return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+    packed = {plain(f"{layer}.{name}") for layer, module in layers_of(model) for name in module.state_dict()}
+    base = [name for name in check_files(adapter) if plain(name) in packed]
     if base:
         named = validate_model.named(base)
         raise UserError(f"the adapter {adapter} would overwrite {len(base)} weights of its base: {named}")
@@ -149,8 +148,11 @@ def complete_adapter() -> Iterator[None]:
             raise UserError(first_line(warning)) from warning
 
 
-def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False) -> Any:
-    """Loads the adapter onto its 4-bit base.
+def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False, name: str = "default") -> Any:
+    """Loads the adapter onto its 4-bit base, which may have other adapters.
+
+    Args:
+        name: PEFT's name for the adapter.
 
     Raises:
         UserError: the adapter was trained on another base (unless ``force``), or its files are damaged or incomplete.
@@ -169,7 +171,12 @@ def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False
     _check_base_retained(model, adapter)
     try:
         with complete_adapter():  # on the meta device first, so that a rank of 10^9 in a damaged file allocates nothing
-            adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=True)
+            options = {"adapter_name": name, "is_trainable": trainable, "low_cpu_mem_usage": True}
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(adapter), **options)
+                adapted = model
+            else:
+                adapted = PeftModel.from_pretrained(model, str(adapter), **options)
     except safetensors.SafetensorError as error:
         raise UserError(
             f"{adapter / 'adapter_model.safetensors'} is truncated or damaged: {first_line(error)}"

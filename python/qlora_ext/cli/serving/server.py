@@ -1,0 +1,71 @@
+"""Listens on a socket, and runs the application on it until a signal ends it."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+import anyio
+import uvicorn
+from starlette.types import ASGIApp
+
+from ..errors import UserError
+from .loop import DecodingLoop
+
+_CONNECTIONS = 512  # beyond them, the server answers with 503
+_LINGER = 5  # seconds that connections get to send what is left when the server ends
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections; port 0 lets the system choose one.
+
+    Raises:
+        UserError: the address does not exist or is in use.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=128)
+    except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one of a host
+        reason = error.strerror if isinstance(error, OSError) else "not the name of a host"
+        raise UserError(f"--host {host} --port {port}: {reason}") from error
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine can connect."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def url(listener: socket.socket) -> str:
+    """The URL that clients of OpenAI's API call their base."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+class _Server(uvicorn.Server):  # type: ignore[misc,unused-ignore]
+    """Ends the decoder first, so that requests which still run get an error, and their connections close."""
+
+    def __init__(self, config: uvicorn.Config, loop: DecodingLoop) -> None:
+        super().__init__(config)
+        self._decoding = loop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await anyio.to_thread.run_sync(self._decoding.close)
+        await super().shutdown(sockets)
+
+
+def make(application: ASGIApp, loop: DecodingLoop) -> uvicorn.Server:
+    """A server of the application, whose ``run(sockets=[listener])`` returns after SIGINT, SIGTERM or ``should_exit``.
+
+    It then closes ``loop``, and raises the signal again, as it would act without a server.
+    """
+    config = uvicorn.Config(
+        application,
+        access_log=False,
+        log_config=None,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=_LINGER,
+    )
+    return _Server(config, loop)
