@@ -104,7 +104,7 @@ def test_a_resumed_run_has_the_same_bits(
         (["--max-new-tokens", "32"], "expected less than --seq-len"),
         (["--dropout", "0.1"], "--dropout: not supported with --method grpo"),
         (["--temperature", "0"], "expected a positive number"),
-        (["--sweep", "lr=1e-4,2e-4"], "--sweep and --method grpo exclude each other"),
+        (["--sweep", "seed=1,2"], "--sweep and --method grpo exclude each other"),
         (["--max-new-tokens", "31"], "0 of 160 prompts have at most 1 tokens"),
     ],
 )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 from ..._internal.untrusted import FileError, check
-from ..errors import UserError, as_arguments
+from ..errors import UserError, as_arguments, path_named
 from . import sweep as sweeping
 from .recipe import Finetuned
 from .run import Request
@@ -140,7 +139,7 @@ def finetune(
     """
     given = _options({"model": model, "data": data, **options})
     try:
-        if sweep is None and resume and sweeping.is_sweep(pathlib.Path(output)):
+        if sweep is None and resume and sweeping.is_sweep(path_named(os.fspath(output), "--output")):
             raise UserError(f"output {os.fspath(output)} has a sweep; give its values with sweep, to resume it")
         values = None if sweep is None else _values(sweep)
         return sweeping.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -49,6 +50,7 @@ def restored(model: Any) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
         _forget_optimizers()
+        gc.collect()  # adapters and the state of optimizers are in reference cycles
 
 
 def _forget_optimizers() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -331,7 +330,6 @@ def _train_one(found: _Sweep, name: str, run: Run, base: Base) -> None:
         run.report(f"this adapter diverged: {error}")
     finally:
         run.model = run.trainer = run.arguments = None
-        gc.collect()  # frees the optimizer's state, which is in reference cycles
 
 
 def _conclude(found: _Sweep) -> Swept:
