@@ -45,7 +45,8 @@ inline constexpr float kMinOfAll = 2.0f;
 struct GranuleScales {
   const float *scale, *offset;
   int64_t first, count;
-  float bound;  // no finite scale is above it; with offsets, no weight is (weight_bound)
+  float bound;                 // no finite scale is above it; with offsets, no weight is (weight_bound)
+  float* undecoded = nullptr;  // where `scale` points, if the scales have yet to be read
 };
 
 // A bound of the weights of some granules, and of the values and offsets of which they are sums. It is not finite if
