@@ -2,7 +2,7 @@
 // all tokens of a group.
 //
 //   arrange-inl.h      x in the order in which codes are decoded, once per call
-//   accumulate-inl.h   the inner loop
+//   accumulate-inl.h   the inner loops
 //   tile-inl.h         the outputs of kTileRows weight rows of one shift, and a group of tokens
 //   this file          the call, and the walk of its threads over W
 //
@@ -48,15 +48,16 @@ inline constexpr int64_t kLeastStolenBytes = 64 << 10;  // of packed weights
 
 // How W is cut for the threads. An item is some kilobytes, so that what is done once per item costs little.
 struct Items {
-  int64_t rows;
+  int64_t super_tile, rows;  // weight rows of a super-tile and of an item
 
-  Items(const Weight& w, const WeightRows& weight_rows) : rows(int64_t{kTileRows} * weight_rows.period) {
+  Items(const Weight& w, const WeightRows& weight_rows) : super_tile(int64_t{kTileRows} * weight_rows.period) {
     constexpr int64_t kItemBytes = 8 << 10;
-    const int64_t super_tiles = ceil_div(w.n, rows);
-    rows *= max(ceil_div(kItemBytes, max(rows * w.k / 2, 1)), ceil_div(super_tiles, WorkStealingRanges::kMaxItems));
+    rows = super_tile * max(ceil_div(kItemBytes, max(super_tile * w.k / 2, 1)),
+                            ceil_div(ceil_div(w.n, super_tile), WorkStealingRanges::kMaxItems));
   }
+  // Of a super-tile.
   int64_t scale_floats(const Weight& w) const {
-    return ceil_div(rows * w.k, ScaleReader(w.scales).granule()) + 2 + kLanes;
+    return ceil_div(super_tile * w.k, ScaleReader(w.scales).granule()) + 2 + kLanes;
   }
 };
 
@@ -92,7 +93,8 @@ class ForwardWalk {
       expected = item + 1;
       pages.reach((item + 2) * items_.rows);
       if (item + 1 < left.end) prefetch_scales_and_lora_b(reader, last, first_row(item + 2));
-      compute(first, last, reader, scales, offsets, sums);
+      for (int64_t n = first; n < last; n += items_.super_tile)
+        compute(n, min(n + items_.super_tile, last), reader, scales, offsets, sums);
     }
   }
 
@@ -107,7 +109,7 @@ class ForwardWalk {
     reader.prefetch_blocks(first * p_.w.k, last * p_.w.k);
   }
 
-  // Computes the item of weight rows first .. last - 1 for all tokens.
+  // Computes the super-tile of weight rows first .. last - 1 for all tokens.
   [[gnu::always_inline]] void compute(int64_t first, int64_t last, const ScaleReader& reader, float* scales,
                                       float* offsets, float* sums) const {
     const int64_t period = plan_.rows.period;
@@ -126,16 +128,13 @@ class ForwardWalk {
     } else if constexpr (!Products::kServesEveryRow) {
       of_rows.bound = reader.largest(of_rows.first, of_rows.count, scales);
     }
-    for (; first < last; first += kTileRows * period) {
-      const int64_t end = min(first + kTileRows * period, last);
-      RowBits apart[8];  // of the tile of each shift
-      for (int64_t group = 0; group < plan_.groups.count; ++group) {
-        with_count<Products::kMaxTokens>(plan_.groups.tokens(group), [&](auto tokens) {
-          for (int64_t n = first; n < end && n < first + period; ++n)
-            tile_.template compute<tokens>(n, ceil_div(end - n, period), group, reader, of_rows, apart + (n - first),
-                                           sums);
-        });
-      }
+    RowBits apart[8];  // of the tile of each shift
+    for (int64_t group = 0; group < plan_.groups.count; ++group) {
+      with_count<Products::kMaxTokens>(plan_.groups.tokens(group), [&](auto tokens) {
+        for (int64_t n = first; n < last && n < first + period; ++n)
+          tile_.template compute<tokens>(n, ceil_div(last - n, period), group, reader, of_rows, apart + (n - first),
+                                         sums);
+      });
     }
   }
 

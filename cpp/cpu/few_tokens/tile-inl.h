@@ -59,7 +59,7 @@ class ForwardTile {
     const int shift = plan_.rows.shift(n);
     const bool start_at_zero = p_.lora.rank == 0 && !kSumsOffsets && count == kTileRows;
     if (!start_at_zero) start<kTokens>(n, count, m0, reader, scales, sums);
-    FirstChunks first_chunks(large_codes(p_.w.code));
+    FirstChunks first_chunks(large_codes(p_.w.code), (shift + 1) / 2);
     first_chunks.start();
     const bool looks = !Products::kServesEveryRow && group == 0 && shift + p_.w.k >= kChunk;
     // Not a constant, or GCC compiles a copy of accumulate() without `first_chunks`. The copy has fewer registers for
@@ -68,7 +68,7 @@ class ForwardTile {
     add_products<kTokens>(n, count, m0, reader, scales, start_at_zero, counts ? &first_chunks : nullptr, sums);
     if (!Products::kServesEveryRow && group == 0) {
       RowBits left = (RowBits{1} << count) - 1;
-      if (counts && first_chunks.suffice(scales.bound, ceil_div(shift, 2))) left = 0;
+      if (counts && first_chunks.suffice(scales.bound)) left = 0;
       if constexpr (kSumsOffsets) {
         if (looks && scales.bound < bits_float(kInfinityBits))
           left &= rows_left_by_first_weights(n, count, reader, scales);
