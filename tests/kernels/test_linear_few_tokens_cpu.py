@@ -140,6 +140,22 @@ def test_same_bits_for_any_thread_count(shape: tuple[int, int, int], dtype: str)
         assert torch.equal(dx, outputs[0][1])
 
 
+@pytest.mark.parametrize("nested", [256, 96])
+@pytest.mark.parametrize("m", [1, 7])
+def test_nested_scales_are_those_of_the_format(m: int, nested: int) -> None:
+    """Where the inner loop decodes nested scales, it computes the same bits as with the decoded scales. Rows that are
+    summed in float32 lie among the others, and nested blocks begin within rows."""
+    n, k = 150, 576
+    w = torch.randn(n, k)
+    w[70], w[133, 5:] = 0.0, 0.0
+    weight = qlora_ext.quantize_nf4(w, nested_block_size=nested)
+    absmax = torch.ops.qlora.dequantize_absmax(*weight.packed_args()[1:4], nested)
+    x = torch.randn(m, k).to(torch.bfloat16)
+    none = (n, None, None, None, 1.0, 0.0, 0)
+    y = torch.ops.qlora.linear_nf4(x, *weight.packed_args(), *none)
+    assert torch.equal(y, torch.ops.qlora.linear_nf4(x, weight.packed, absmax, None, None, 64, 256, *none))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinities_and_nans_stay_in_their_rows(dtype: str) -> None:
     p = Problem.make(Case(5, 96, 1100, dtype, rank=0))

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cpp/cpu/few_tokens/concentration-inl.h"
+#include "cpp/cpu/few_tokens/weight-inl.h"
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
@@ -143,6 +144,57 @@ template <int kTokens, int kRows, class Products>
       starts = false;
     }
     first_packed += kRows * row_bytes, first_weight += kRows * segments.row_weights;
+  }
+}
+
+// The same, one row at a time, for rows of whole chunks with one scale each, which `scales` (weight-inl.h) yields by
+// the chunk's number, counted from the first of all rows. The inner loop has two thirds of the instructions.
+template <int kTokens, class Products, class ChunkScales>
+[[gnu::noinline, gnu::flatten]] void accumulate_chunks(const Products& of_code, const RowSegments& segments,
+                                                       ChunkScales scales, int64_t rows, const typename Products::X* x,
+                                                       const float* scale_of_x, FirstChunks* first_chunks,
+                                                       float* sums) {
+  const Products products = of_code;
+  const int64_t prefetch_ahead = segments.prefetch_ahead, row_chunks = segments.row_weights / kChunk;
+  const bool to_second_level = segments.prefetch_to_second_level;
+  const uint8_t* packed = segments.packed;
+  int64_t row = segments.first_weight / kChunk;  // the number of its first chunk
+  for (int64_t t = 0; t < rows; ++t, row += row_chunks, packed += row_chunks * kChunkBytes, sums += kLanes) {
+    if constexpr (!Products::kServesEveryRow) {
+      scales.begin(row);
+      if (first_chunks) first_chunks->see(load_chunk(packed), scales.of(row));
+    }
+    const typename Products::X* chunk_of_x = x;
+    const float* segment_scale = scale_of_x;
+    bool starts = segments.starts_sums;
+    for (int64_t c = 0; c < segments.chunks; segment_scale += kTokens) {
+      Floats acc[kTokens];
+      unroll<kTokens>([&](auto i) { acc[i] = zero(); });
+      const int64_t segment_end = min(c + segments.segment_chunks, segments.chunks);
+      while (c < segment_end) {
+        const int64_t end = min(scales.begin(row + c) - row, segment_end);
+        for (; c < end; ++c, chunk_of_x += kTokens * kChunk) {
+          const uint8_t* const at = packed + c * kChunkBytes;
+          const typename Products::Codes codes[1] = {products.codes(load_chunk(at))};
+          const Floats scale = scales.of(row + c);
+          if (to_second_level) {
+            __builtin_prefetch(at + prefetch_ahead, 0, 2);
+          } else {
+            __builtin_prefetch(at + prefetch_ahead, 0, 3);
+          }
+          unroll<kTokens>([&](auto i) {
+            Floats product[1];
+            Products::multiply(codes, chunk_of_x + i * kChunk, product);
+            acc[i] = fma(product[0], scale, acc[i]);
+          });
+        }
+      }
+      unroll<kTokens>([&](auto i) {
+        float* const sum = sums + i * kTileRows * kLanes;
+        store(sum, fma(acc[i], splat(segment_scale[i]), load(starts ? kZeros : sum)));
+      });
+      starts = false;
+    }
   }
 }
 

@@ -62,6 +62,7 @@ struct ForwardPlan {
   int64_t chunks;          // of a row with the largest shift
   int64_t segment_chunks;  // with all tokens of a group, a segment of x takes a third of the first-level cache
   int64_t segments;
+  bool has_whole_chunks;  // rows are whole chunks, with one scale each, and are processed one by one
 
   ForwardPlan(int64_t m, const Weight& w)
       : rows(w.k), groups(m, Products::kMaxTokens), runs(w), chunks(ceil_div(w.k + rows.max_shift(), kChunk)) {
@@ -72,6 +73,8 @@ struct ForwardPlan {
     // Of nearly equal size: a short last segment would often look as if it held an outlier.
     segment_chunks = ceil_div(chunks, ceil_div(chunks, weights / kChunk));
     segments = ceil_div(chunks, segment_chunks);
+    has_whole_chunks = Products::kOffsets == OffsetsEnter::kNothing && Products::kMaxPairedTokens == 0 &&
+                       w.k % kChunk == 0 && ScaleReader(w.scales).granule() == kChunk;
   }
   // An arrangement has values, [group][chunk][token of the group][kChunk], multipliers of the sums over its segments,
   // [group][segment][token of the group], and for offsets sums, [group][vector][token of the group][kLanes].

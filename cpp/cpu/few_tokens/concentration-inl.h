@@ -45,7 +45,8 @@ inline constexpr float kMinOfAll = 2.0f;
 struct GranuleScales {
   const float *scale, *offset;
   int64_t first, count;
-  float bound;  // no finite scale is above it; with offsets, no weight is (weight_bound)
+  float bound;                 // no finite scale is above it; with offsets, no weight is (weight_bound)
+  float* undecoded = nullptr;  // where `scale` points, if the scales have yet to be read
 };
 
 // A bound of the weights of some granules, and of the values and offsets of which they are sums. It is not finite if
@@ -111,34 +112,37 @@ class WeightPieces {
   alignas(64) float weights_[kWeights + 2 * codec::kGroup];
 };
 
-// The minimum over a tile's rows of what their first chunks contribute to the sum. It takes a dozen instructions per
-// row and no branch.
+// What the first chunks of a tile's rows contribute to the sum at least: per row, a count of large weights times a
+// scale. It takes a dozen instructions per row and no branch.
 class FirstChunks {
  public:
-  explicit FirstChunks(const LargeCodes& large) : large_(large.is_large), least_large_(large.least) {}
+  // Up to `others` bytes of a first chunk belong to the previous row.
+  FirstChunks(const LargeCodes& large, int others)
+      : large_(large.is_large), least_large_(large.least), others_(others) {}
   void see(Chunk chunk, Floats scales) {
-    const int count = count_bytes_with(large_, chunk);
+    const int count = count_bytes_with(large_, chunk) - others_;
     least_count_ = count < least_count_ ? count : least_count_;
-    store(least_scales_, min(absolute(scales), load(least_scales_)));
+    store(least_products_, min(mul(absolute(scales), splat(static_cast<float>(count) * kPart)), load(least_products_)));
   }
-  // Whether no row is concentrated, as far as the first chunks prove. No scale is above `largest`, which is finite. Up
-  // to `others` bytes of a first chunk belong to the previous row.
-  bool suffice(float largest, int64_t others) const {
-    const int64_t count = least_count_ - others;
-    if (count < static_cast<int64_t>(kMinOfAll / kMaxOfOne)) return false;
-    const float least = kMinOfAll * largest / (least_large_ * static_cast<float>(count));
+  // Whether no row is concentrated, as far as the first chunks prove. No scale is above `largest`, which is finite.
+  bool suffice(float largest) const {
+    if (least_count_ < static_cast<int>(kMinOfAll / kMaxOfOne)) return false;
+    const float least = kMinOfAll * kPart * largest / least_large_;
     // count_at_least compares magnitudes, so both sides are shifted to be positive.
-    return count_at_least(add(load(least_scales_), splat(largest)), largest + least) == kLanes;
+    return count_at_least(add(load(least_products_), splat(largest)), largest + least) == kLanes;
   }
   void start() {
     least_count_ = kChunk;
-    store(least_scales_, splat(bits_float(kInfinityBits)));
+    store(least_products_, splat(bits_float(kInfinityBits)));
   }
 
  private:
-  alignas(64) float least_scales_[kLanes];
+  static constexpr float kPart = 2.0f / kChunk;  // counts are multiplied by it, so that no product overflows
+
+  alignas(64) float least_products_[kLanes];
   const CodeSet large_;
   const float least_large_;
+  const int others_;
   int least_count_;
 };
 

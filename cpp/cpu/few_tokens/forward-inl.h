@@ -2,7 +2,7 @@
 // all tokens of a group.
 //
 //   arrange-inl.h      x in the order in which codes are decoded, once per call
-//   accumulate-inl.h   the inner loop
+//   accumulate-inl.h   the inner loops
 //   tile-inl.h         the outputs of kTileRows weight rows of one shift, and a group of tokens
 //   this file          the call, and the walk of its threads over W
 //
@@ -10,9 +10,9 @@
 // super-tiles at a time, an *item* (work_stealing-inl.h). While a thread computes one, it prefetches what follows:
 //
 // clang-format off
-//   super-tile s        its tiles, for each group of tokens
-//   super-tile s + 1    lines: of its packed weights in the inner loop; of its scales and rows of B here
-//   super-tile s + 2    pages of its packed weights
+//   super-tile s + 1    lines of its packed weights, in the inner loop
+//   item i + 1          lines of its scales and rows of B
+//   item i + 2          pages of its packed weights
 // clang-format on
 #pragma once
 
@@ -46,19 +46,18 @@ using namespace stream;
 inline constexpr int64_t kMaxPrefetchBytes = 64 << 10;  // at once
 inline constexpr int64_t kLeastStolenBytes = 64 << 10;  // of packed weights
 
-// How W is cut for the threads.
-struct SuperTiles {
-  int64_t rows;      // of a super-tile
-  int64_t per_item;  // super-tiles
+// How W is cut for the threads. An item is some kilobytes, so that what is done once per item costs little.
+struct Items {
+  int64_t super_tile, rows;  // weight rows of a super-tile and of an item
 
-  SuperTiles(const Weight& w, const WeightRows& weight_rows) : rows(int64_t{kTileRows} * weight_rows.period) {
-    constexpr int64_t kItemBytes = 4 << 10;
-    const int64_t tiles = ceil_div(w.n, rows);
-    per_item = max(ceil_div(kItemBytes, max(rows * w.k / 2, 1)), ceil_div(tiles, WorkStealingRanges::kMaxItems));
+  Items(const Weight& w, const WeightRows& weight_rows) : super_tile(int64_t{kTileRows} * weight_rows.period) {
+    constexpr int64_t kItemBytes = 8 << 10;
+    rows = super_tile * max(ceil_div(kItemBytes, max(super_tile * w.k / 2, 1)),
+                            ceil_div(ceil_div(w.n, super_tile), WorkStealingRanges::kMaxItems));
   }
-  int64_t item_rows() const { return per_item * rows; }
+  // Of a super-tile.
   int64_t scale_floats(const Weight& w) const {
-    return ceil_div(rows * w.k, ScaleReader(w.scales).granule()) + 2 + kLanes;
+    return ceil_div(super_tile * w.k, ScaleReader(w.scales).granule()) + 2 + kLanes;
   }
 };
 
@@ -67,12 +66,11 @@ template <class T, class Products>
 class ForwardWalk {
  public:
   using Tile = ForwardTile<T, Products>;
-  ForwardWalk(const LinearProblem& p, const ForwardPlan<Products>& plan, const SuperTiles& super_tiles,
-              const Tile& tile)
-      : p_(p), plan_(plan), super_tiles_(super_tiles), tile_(tile) {}
+  ForwardWalk(const LinearProblem& p, const ForwardPlan<Products>& plan, const Items& items, const Tile& tile)
+      : p_(p), plan_(plan), items_(items), tile_(tile) {}
 
   void operator()(WorkStealingRanges& ranges, int64_t thread) const {
-    const int64_t scale_floats = super_tiles_.scale_floats(p_.w);
+    const int64_t scale_floats = items_.scale_floats(p_.w);
     float *sums = nullptr, *scales = nullptr, *offsets = nullptr;
     const auto lay_out = [&](void* base) {
       Carver memory(base);
@@ -84,30 +82,26 @@ class ForwardWalk {
     lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
     ScaleReader reader(p_.w.scales);
     RowPagePrefetcher pages(p_.w, 0, p_.w.k);
-    const int64_t per_item = super_tiles_.per_item;
     int64_t expected = -1;
     for (WorkStealingRanges::Range left = ranges.next(thread); !left.empty(); left = ranges.next(thread)) {
-      const int64_t begin = left.first * per_item, end = begin + per_item, range_end = left.end * per_item;
-      if (begin != expected) {  // the first item of a range
-        pages.go_to(first_row(begin), first_row(range_end));
-        const int64_t bytes = (first_row(begin + 1) - first_row(begin)) * p_.w.k / 2;
-        prefetch(p_.w.packed + first_row(begin) * p_.w.k / 2, min(bytes, kMaxPrefetchBytes));
-        prefetch_scales_and_lora_b(reader, first_row(begin), first_row(begin + 1));
+      const int64_t item = left.first, first = first_row(item), last = first_row(item + 1);
+      if (item != expected) {  // the first item of a range
+        pages.go_to(first, first_row(left.end));
+        prefetch(p_.w.packed + first * p_.w.k / 2, min((last - first) * p_.w.k / 2, kMaxPrefetchBytes));
+        prefetch_scales_and_lora_b(reader, first, last);
       }
-      expected = end;
-      for (int64_t s = begin; s < end && first_row(s) < p_.w.n; ++s) {
-        pages.reach((s + 2) * super_tiles_.rows);
-        const int64_t first = first_row(s), last = first_row(s + 1);
-        if (s + 1 < range_end) prefetch_scales_and_lora_b(reader, last, first_row(s + 2));
-        compute(first, last, reader, scales, offsets, sums);
-      }
+      expected = item + 1;
+      pages.reach((item + 2) * items_.rows);
+      if (item + 1 < left.end) prefetch_scales_and_lora_b(reader, last, first_row(item + 2));
+      for (int64_t n = first; n < last; n += items_.super_tile)
+        compute(n, min(n + items_.super_tile, last), reader, scales, offsets, sums);
     }
   }
 
  private:
   static constexpr bool kHasOffsets = Products::kOffsets != OffsetsEnter::kNothing;
 
-  int64_t first_row(int64_t super_tile) const { return min(super_tile * super_tiles_.rows, p_.w.n); }
+  int64_t first_row(int64_t item) const { return min(item * items_.rows, p_.w.n); }
 
   void prefetch_scales_and_lora_b(const ScaleReader& reader, int64_t first, int64_t last) const {
     const int64_t row_bytes =
@@ -123,7 +117,11 @@ class ForwardWalk {
     const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
     const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
     GranuleScales of_rows{scales, offsets, first_granule, end_granule - first_granule, 0.0f};
-    reader.read(of_rows.first, of_rows.count, scales);
+    if (plan_.has_whole_chunks && reader.has_nested_chunks()) {
+      of_rows.undecoded = scales;
+    } else {
+      reader.read(of_rows.first, of_rows.count, scales);
+    }
     if constexpr (kHasOffsets) reader.read_offsets(of_rows.first, of_rows.count, scales, offsets);
     if constexpr (kHasOffsets) {
       if (!Products::kServesEveryRow || period > 1)
@@ -143,7 +141,7 @@ class ForwardWalk {
 
   const LinearProblem& p_;
   const ForwardPlan<Products>& plan_;
-  const SuperTiles super_tiles_;
+  const Items items_;
   const Tile tile_;
 };
 
@@ -198,7 +196,7 @@ template <class T, class Products>
 Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, FallbackTokens* fallback_tokens) {
   const Products products(p.w);
   const ForwardPlan<Products> plan(p.m, p.w);
-  const SuperTiles super_tiles(p.w, plan.rows);
+  const Items items(p.w, plan.rows);
   const int64_t k = p.w.k;
   ArrangedX<Products> x{};
   x.fallback_tokens = fallback_tokens;
@@ -213,7 +211,7 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, F
     return memory.used();
   };
   const int64_t bytes = lay_out(nullptr);
-  if (bytes > kMaxScratchBytes || 4 * super_tiles.scale_floats(p.w) > kMaxScratchBytes / 2) {
+  if (bytes > kMaxScratchBytes || 4 * items.scale_floats(p.w) > kMaxScratchBytes / 2) {
     if (p.m == 1) return Outcome::kTooLarge;
     const int64_t half = p.m / 2;
     const Outcome outcome = forward<T, Products>(pool, tokens_of<T>(p, 0, half), first_token, fallback_tokens);
@@ -223,10 +221,9 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, F
   lay_out(scratch(ScratchUse::kCall, bytes));
   prepare(pool, p, products, plan, first_token, dropped, x);
   if (fallback_tokens->contains_all(first_token, p.m)) return Outcome::kDone;
-  const int64_t item_rows = super_tiles.item_rows();
-  run_stealing(pool, ceil_div(p.w.n, item_rows), ceil_div(kWorthThreads, item_rows * k * p.m),
-               max(ceil_div(kLeastStolenBytes, max(item_rows * k / 2, 1)), 2),
-               ForwardWalk<T, Products>(p, plan, super_tiles, {p, products, plan, first_token, x}));
+  run_stealing(pool, ceil_div(p.w.n, items.rows), ceil_div(kWorthThreads, items.rows * k * p.m),
+               max(ceil_div(kLeastStolenBytes, max(items.rows * k / 2, 1)), 2),
+               ForwardWalk<T, Products>(p, plan, items, {p, products, plan, first_token, x}));
   return Outcome::kDone;
 }
 

@@ -54,13 +54,13 @@ class ForwardTile {
   // Computes `count` weight rows n, n + period, ... for a group of kTokens tokens. The first group finds the rows that
   // its Products do not serve, and `apart` keeps them for the other groups.
   template <int kTokens>
-  void compute(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const GranuleScales& scales,
+  void compute(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, GranuleScales& scales,
                RowBits* apart, float* sums) const {
     const int64_t m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n);
     const bool start_at_zero = p_.lora.rank == 0 && !kSumsOffsets && count == kTileRows;
     if (!start_at_zero) start<kTokens>(n, count, m0, reader, scales, sums);
-    FirstChunks first_chunks(large_codes(p_.w.code));
+    FirstChunks first_chunks(large_codes(p_.w.code), (shift + 1) / 2);
     first_chunks.start();
     const bool looks = !Products::kServesEveryRow && group == 0 && shift + p_.w.k >= kChunk;
     // Not a constant, or GCC compiles a copy of accumulate() without `first_chunks`. The copy has fewer registers for
@@ -69,19 +69,21 @@ class ForwardTile {
     add_products<kTokens>(n, count, m0, reader, scales, start_at_zero, counts ? &first_chunks : nullptr, sums);
     if (!Products::kServesEveryRow && group == 0) {
       RowBits left = (RowBits{1} << count) - 1;
-      if (counts && first_chunks.suffice(scales.bound, ceil_div(shift, 2))) left = 0;
+      if (counts && first_chunks.suffice(scales.bound)) left = 0;
       if constexpr (kSumsOffsets) {
         if (looks && scales.bound < bits_float(kInfinityBits))
           left &= rows_left_by_first_weights(n, count, reader, scales);
       }
+      if (left) decode(reader, scales);
       *apart = left ? concentrated_rows(n, left, reader, scales) : 0;
     }
     if (kDecodesOffsets && group == 0) *apart = padding_may_be_nan(scales) ? (RowBits{1} << count) - 1 : 0;
     for (RowBits left = Products::kServesEveryRow && !kDecodesOffsets ? 0 : *apart; left; left &= left - 1) {
       const int64_t t = __builtin_ctz(left);
+      decode(reader, scales);
       sum_in_float(n + t * plan_.rows.period, m0, kTokens, reader, scales, sums + t * kLanes);
     }
-    finish(n, count, m0, kTokens, scales, sums);
+    finish(n, count, m0, kTokens, reader, scales, sums);
   }
 
  private:
@@ -129,15 +131,28 @@ class ForwardTile {
       const typename Products::X* x_at = x + chunk * kTokens * kChunk;
       segments.starts_sums = start_at_zero && s == 0;
       FirstChunks* const look = s == 0 ? first_chunks : nullptr;
+      const float* const x_scales = scale_of_x + s * kTokens;
+      if constexpr (Products::kMaxPairedTokens == 0) {
+        const auto accumulate_with = [&](auto of_chunks) {
+          accumulate_chunks<kTokens>(products_, segments, of_chunks, count, x_at, x_scales, look, sums);
+        };
+        if (plan_.has_whole_chunks) {
+          if (scales.undecoded) {
+            accumulate_with(reader.nested_chunks(scales.first));
+          } else {
+            accumulate_with(DecodedChunkScales{scales.scale});
+          }
+          continue;
+        }
+      }
       int64_t t = 0;
       if constexpr (kTokens <= Products::kMaxPairedTokens) {
-        accumulate<kTokens, 2>(products_, segments, count, x_at, scale_of_x + s * kTokens, look, sums);
+        accumulate<kTokens, 2>(products_, segments, count, x_at, x_scales, look, sums);
         t = count & ~int64_t{1};
         segments.packed += t * segments.row_weights / 2;
         segments.first_weight += t * segments.row_weights;
       }
-      if (t < count)
-        accumulate<kTokens, 1>(products_, segments, count - t, x_at, scale_of_x + s * kTokens, look, sums + t * kLanes);
+      if (t < count) accumulate<kTokens, 1>(products_, segments, count - t, x_at, x_scales, look, sums + t * kLanes);
     }
   }
 
@@ -287,13 +302,13 @@ class ForwardTile {
   }
 
   // Writes the outputs. A token whose sums overflowed because of a huge scale becomes a fallback token.
-  void finish(int64_t n, int64_t count, int64_t m0, int64_t tokens, const GranuleScales& scales,
+  void finish(int64_t n, int64_t count, int64_t m0, int64_t tokens, const ScaleReader& reader, GranuleScales& scales,
               const float* sums) const {
     const T* bias = static_cast<const T*>(p_.bias);
     const int64_t period = plan_.rows.period;
     for (int64_t i = 0; i < tokens; ++i) {
       Floats out = sums_of(sums + i * kTileRows * kLanes);
-      if (Products::kMayOverflow && !all_finite(out) && any_huge(scales))
+      if (Products::kMayOverflow && !all_finite(out) && any_huge(reader, scales))
         x_.fallback_tokens->add(first_token_ + m0 + i);
       T* y = static_cast<T*>(p_.y) + (m0 + i) * p_.w.n + n;
       if (period == 1) {
@@ -312,7 +327,14 @@ class ForwardTile {
     }
   }
 
-  static bool any_huge(const GranuleScales& scales) {
+  // Reads the scales, if the inner loop has read them as they are stored.
+  static void decode(const ScaleReader& reader, GranuleScales& scales) {
+    if (scales.undecoded) reader.read(scales.first, scales.count, scales.undecoded);
+    scales.undecoded = nullptr;
+  }
+
+  static bool any_huge(const ScaleReader& reader, GranuleScales& scales) {
+    decode(reader, scales);
     return any_huge(scales.scale, scales.count) || (scales.offset && any_huge(scales.offset, scales.count));
   }
   static bool any_huge(const float* x, int64_t count) {

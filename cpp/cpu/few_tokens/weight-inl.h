@@ -18,6 +18,7 @@
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/dynamic8.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -34,6 +35,37 @@ struct WeightRows {
   int shift(int64_t row) const { return static_cast<int>((row * k) & 7); }
   int64_t first_weight(int64_t row) const { return (row * k) & ~int64_t{7}; }
   int max_shift() const { return 8 - 8 / period; }
+};
+
+// The scales of chunks that have one each, for a loop that decodes them where it uses them (accumulate_chunks).
+// begin(chunk) prepares for the scales of `chunk` and those after it, and returns the first chunk that needs another
+// begin. of(chunk) is the scale in every lane.
+struct DecodedChunkScales {
+  const float* scale;
+  int64_t begin(int64_t) const { return INT64_MAX; }
+  Floats of(int64_t chunk) const { return splat(scale[chunk]); }
+};
+// Nested 8-bit scales as they are stored. A nested block holds a power of two of them.
+struct NestedChunkScales {
+  const uint8_t* code;  // of chunk 0, which is block `first` of the weight
+  const float* nested_absmax;
+  int64_t first;
+  int log2_nested;
+  Floats offset, by;
+
+  NestedChunkScales(const Scales& scales, int64_t first_)
+      : code(scales.codes() + first_),
+        nested_absmax(scales.nested_absmax),
+        first(first_),
+        log2_nested(__builtin_ctzll(static_cast<uint64_t>(scales.nested_block_size))),
+        offset(splat(*scales.nested_offset)),
+        by(zero()) {}
+  int64_t begin(int64_t chunk) {
+    const int64_t nested_block = (first + chunk) >> log2_nested;
+    by = splat(nested_absmax[nested_block]);
+    return ((nested_block + 1) << log2_nested) - first;
+  }
+  Floats of(int64_t chunk) const { return add(mul(splat(kDynamic8.value[code[chunk]]), by), offset); }
 };
 
 // Reads scales as one float per *granule*: a quantization block or, if blocks are larger than a chunk, kChunk weights
@@ -66,6 +98,13 @@ class ScaleReader {
       QLORA_ISA::read_offsets(scales_, block, blocks, of_same_block, of_block);
     });
   }
+
+  // The scales of chunks that are blocks, if they are nested and a loop can decode them one by one.
+  bool has_nested_chunks() const {
+    const int64_t nested = scales_.nested_block_size;
+    return scales_.form == ScaleForm::kNested8 && scales_.block_size == kChunk && (nested & (nested - 1)) == 0;
+  }
+  NestedChunkScales nested_chunks(int64_t first) const { return NestedChunkScales(scales_, first); }
 
   // Prefetches the stored scales of weights begin .. end - 1.
   void prefetch_blocks(int64_t begin, int64_t end) const {

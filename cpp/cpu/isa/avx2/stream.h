@@ -206,6 +206,21 @@ inline void store_in_code_order(const Ints (&value)[8], int16_t* out, Order) {
     for (int i = 0; i < kLanes; ++i)
       for (int word = 0; word < 2; ++word) *out++ = static_cast<int16_t>(weight[Order::weight(s, i, word)]);
 }
+// In HalfOrder, a vector holds the odd or the even ones of 16 weights from each half of the chunk.
+inline void store_in_code_order(const Ints (&value)[8], int16_t* out, HalfOrder) {
+  const auto in_order = [](Ints packed) { return _mm256_permute4x64_epi64(packed, 0xD8); };
+  unroll<2>([&](auto part) {
+    const Ints first = in_order(_mm256_packs_epi32(value[2 * part], value[2 * part + 1]));
+    const Ints second = in_order(_mm256_packs_epi32(value[2 * part + 4], value[2 * part + 5]));
+    const auto store_words = [&](Ints a, Ints b) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), in_order(_mm256_packs_epi32(a, b)));
+      out += 2 * kLanes;
+    };
+    store_words(_mm256_srai_epi32(first, 16), _mm256_srai_epi32(second, 16));
+    const auto even = [](Ints words) { return _mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16); };
+    store_words(even(first), even(second));
+  });
+}
 
 inline Floats sums_of(const float* rows) {
   const Floats a = _mm256_hadd_ps(load(rows), load(rows + 8)), b = _mm256_hadd_ps(load(rows + 16), load(rows + 24));
