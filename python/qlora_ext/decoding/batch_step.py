@@ -25,7 +25,7 @@ from transformers.cache_utils import StaticLayer
 
 from ..nn import Linear16bit
 from . import compiled
-from .compiled import CACHE, CACHE_STEP, MAX_CACHE, attention_over_caches, new_caches, require_plain_attention
+from .compiled import CACHE, MAX_CACHE, attention_over_caches, new_caches, require_plain_attention
 from .packages import Code, Function, causal_lm, compile_package, digest, load_code, state_of
 
 SPAN_STEP = 64  # a multiple of the vectors of every processor, so that the order of attention's sums is always the same
@@ -141,7 +141,7 @@ def _head_of_16_bits(lm: Any) -> Iterator[None]:
 def _compile(lm: Any, step: BatchStep, package: pathlib.Path) -> None:
     tokens, positions = (torch.tensor([0, 1, 2], dtype=torch.int64, device="cpu") for _ in range(2))
     visible = torch.ones((3, SPAN_STEP), dtype=torch.bool, device="cpu")
-    caches = new_caches(lm, CACHE_STEP, 3)
+    caches = new_caches(lm, 4 * SPAN_STEP, 3)  # another size than that of visible, so that both stay dynamic
     sequences = Dim("sequences", min=2, max=_MAX_SEQUENCES)
     span, capacity = (Dim(name, min=2, max=MAX_CACHE) for name in ("span", "room"))
     shapes = ({0: sequences}, {0: sequences}, {0: sequences, 1: span}, [{0: sequences, 2: capacity} for _ in caches])
