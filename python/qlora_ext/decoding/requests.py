@@ -25,6 +25,15 @@ class Request:
         finish_reason: None until the end, then "stop" (a stop token), "length" (``max_new_tokens``), "cancelled", or
             "error".
         error: the reason for "error": the exception of ``on_token``, or what failed while the model computed.
+
+    Example:
+        >>> from qlora_ext.decoding import BatchDecoder, Sampling
+        >>> def ask(model, prompt):
+        ...     engine = BatchDecoder(model)
+        ...     request = engine.submit(prompt, Sampling(seed=1), on_token=lambda request, token: print(token))
+        ...     while not request.done:
+        ...         engine.step()
+        ...     return request.tokens
     """
 
     def __init__(
