@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -265,6 +266,21 @@ def test_bodies_that_are_no_json(server: Server) -> None:
     assert server.send("GET", "/v1/embeddings").status == 404
     assert server.send("GET", "/v1/embeddings").error["message"]
     assert server.send("GET", "/health").json == {"status": "ok"}
+
+
+def test_requests_that_never_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_ext.cli.serving.application._BODY_SECONDS", 0.05)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for raw, status in (
+        (head + "Content-Length: 100\r\n\r\n{", b"408"),
+        (head + "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", b"408"),
+        (head + "Content-Length: -1\r\n\r\n", b"400"),
+        ("\x00\xff\r\n\r\n", b"400"),
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
+            connection.sendall(raw.encode("latin-1"))
+            assert connection.recv(64).split()[1] == status
+    assert server.chat("hello").status == 200
 
 
 def test_a_template_that_rejects_messages(server: Server, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

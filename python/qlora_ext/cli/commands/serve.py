@@ -15,6 +15,7 @@ from ..errors import UserError, first_line
 from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
 from ..models.adapter_files import check_files, find, load
+from ..models.sources import PACKAGE
 from ..options import add_base_options, add_dtype_option
 
 _LIBRARIES = ("starlette", "uvicorn")  # of the extra [serve]
@@ -90,8 +91,8 @@ def _named(adapter: str) -> tuple[str, str]:
 
 def _base_name(adapted: Adapted) -> str:
     """The name of the base for requests: that of its directory, file or package, or the one on the hub."""
-    name = adapted.source.name
-    return pathlib.Path(name).name if adapted.source.on_disk else name.rpartition(":")[2]
+    name = adapted.source.name.removeprefix(PACKAGE)
+    return pathlib.Path(name).name if adapted.source.on_disk else name
 
 
 def _find(arguments: argparse.Namespace) -> tuple[Adapted, dict[str, pathlib.Path | None]]:
