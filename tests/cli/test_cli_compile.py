@@ -80,7 +80,7 @@ def decoder_of(model: Any) -> compiled.Decoder:
 
 
 def test_the_tokens_are_those_of_the_eager_model() -> None:
-    """Also with caches that grow twice, with several conversations, and with sampling."""
+    """Also with caches that grow, with several conversations, and with sampling."""
     model = adapted()
     drawn = {"do_sample": True, "temperature": 1.5, "top_k": 0}
 

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..integrations.peft.fixed import FixedAdapters
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits, load_decoding, new_caches
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
@@ -101,7 +102,7 @@ class BatchDecoder:
         self._caches = new_caches(self._lm, -(-self.capacity // SPAN_STEP) * SPAN_STEP, max(sequences, 2))
         self._codes = self._compiled_codes(compiled, progress)
         self._layer = next((m for m in self._lm.modules() if isinstance(m, BaseTunerLayer)), None)
-        self._compiled_adapters = self._adapters()
+        self._adapters = FixedAdapters(self._lm)  # of the compiled code
         with torch.no_grad():
             self._test()
 
@@ -275,19 +276,10 @@ class BatchDecoder:
                 for cache in self._caches:
                     cache[slot, :, : last.read] = cache[len(self._running), :, : last.read]
 
-    def _adapters(self) -> Any:
-        """What decides which adapters a forward uses."""
-        layer = self._layer
-        return (
-            None
-            if layer is None
-            else (list(layer.active_adapters), layer.disable_adapters, list(layer.merged_adapters))
-        )
-
     def _code(self, name: str, options: dict[str, Any]) -> Callable[[list[Tensor]], list[Tensor]] | None:
         """The compiled function ``name``, if it computes what the model does now."""
         code = self._codes.get(name)
-        if code is None or options or self._adapters() != self._compiled_adapters or not code.is_current():
+        if code is None or options or not self._adapters.serve(fully=name != STEP) or not code.is_current():
             return None
         return code[name]
 
