@@ -136,6 +136,8 @@ class GTokenLists {
 template <class T>
 void g_slice(const LinearDxProblem& p, const GTokens& of, int64_t slice) {
   const int64_t n = p.w.n, rank = of.lora->rank, padded = padded_rank(rank), per_slice = ceil_div(n, of.slices);
+  const T *const factor = static_cast<const T*>(of.lora->b), *const in = static_cast<const T*>(p.dy);
+  const int64_t stride = of.lora->b_row(1);
   float* const sums = of.partial + slice * of.slice_floats();
   for (int64_t i = 0; i < of.slice_floats(); i += kLanes) store(sums + i, zero());
   const int64_t last = (slice + 1) * per_slice < n ? (slice + 1) * per_slice : n;
@@ -143,10 +145,9 @@ void g_slice(const LinearDxProblem& p, const GTokens& of, int64_t slice) {
     const int64_t rows = last - row < 4 ? last - row : 4;
     for (int64_t j = 0; j < rank; j += kLanes) {
       Floats b[4];
-      for (int64_t r = 0; r < 4; ++r)
-        b[r] = r < rows ? load(static_cast<const T*>(of.lora->b) + of.lora->b_row(row + r) + j, rank - j) : zero();
+      for (int64_t r = 0; r < 4; ++r) b[r] = r < rows ? load(factor + (row + r) * stride + j, rank - j) : zero();
       for (int64_t i = 0; i < of.count; ++i) {
-        const T* dy = static_cast<const T*>(p.dy) + of.tokens[i] * n + row;
+        const T* dy = in + of.tokens[i] * n + row;
         Floats sum = load(sums + i * padded + j);
         for (int64_t r = 0; r < rows; ++r) sum = fma(splat(to_float(dy[r])), b[r], sum);
         store(sums + i * padded + j, sum);

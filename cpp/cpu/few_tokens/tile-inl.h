@@ -58,8 +58,12 @@ class ForwardTile {
                RowBits* apart, float* sums) const {
     const int64_t m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n);
-    const bool start_at_zero = p_.lora.rank == 0 && !kSumsOffsets && count == kTileRows;
-    if (!start_at_zero) start<kTokens>(n, count, m0, reader, scales, sums);
+    const bool start_at_zero = p_.lora.rank == 0 && !p_.lora.adapters && !kSumsOffsets && count == kTileRows;
+    if (p_.lora.adapters) {
+      start_by_adapter<kTokens>(n, count, m0, reader, scales, sums);
+    } else if (!start_at_zero) {
+      start<kTokens>(n, count, m0, reader, scales, sums);
+    }
     FirstChunks first_chunks(large_codes(p_.w.code), (shift + 1) / 2);
     first_chunks.start();
     const bool looks = !Products::kServesEveryRow && group == 0 && shift + p_.w.k >= kChunk;
@@ -228,16 +232,11 @@ class ForwardTile {
   template <int kTokens>
   [[gnu::noinline]] void start(int64_t n, int64_t count, int64_t m0, const ScaleReader& reader,
                                const GranuleScales& scales, float* sums) const {
-    const bool by_adapter = p_.lora.adapters != nullptr;
-    if (by_adapter) {
-      start_by_adapter(n, count, m0, kTokens, sums);
-      if (!kSumsOffsets) return;
-    }
-    const int64_t rank = by_adapter ? 0 : p_.lora.rank, row_stride = plan_.rows.period * rank;
+    const int64_t rank = p_.lora.rank, row_stride = plan_.rows.period * rank;
     const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
     for (int64_t t = 0; t < kTileRows; ++t, b += row_stride, sums += kLanes) {
       Floats acc[kTokens];
-      unroll<kTokens>([&](auto i) { acc[i] = by_adapter ? load(sums + i * kTileRows * kLanes) : zero(); });
+      unroll<kTokens>([&](auto i) { acc[i] = zero(); });
       const float* h = x_.h + m0 * kLanes;
       for (int64_t j = 0; t < count && j < rank; j += kLanes, h += p_.m * kLanes) {
         const Floats row = load(b + j, rank - j);
@@ -250,9 +249,12 @@ class ForwardTile {
     }
   }
 
-  // Sets the sums to the lanes of h · bᵀ, where each token may use another adapter.
-  void start_by_adapter(int64_t n, int64_t count, int64_t m0, int64_t tokens, float* sums) const {
-    for (int64_t i = 0; i < tokens; ++i, sums += kTileRows * kLanes) {
+  // The same, where each token may use another adapter.
+  template <int kTokens>
+  [[gnu::noinline]] void start_by_adapter(int64_t n, int64_t count, int64_t m0, const ScaleReader& reader,
+                                          const GranuleScales& scales, float* sums_of_tokens) const {
+    float* sums = sums_of_tokens;
+    for (int64_t i = 0; i < kTokens; ++i, sums += kTileRows * kLanes) {
       const Lora& lora = lora_of(p_.lora, first_token_ + m0 + i);
       const T* const b = static_cast<const T*>(lora.b) + lora.b_row(n);
       const int64_t row_stride = lora.b_row(plan_.rows.period), rank = lora.rank;
@@ -274,6 +276,15 @@ class ForwardTile {
       for (; j + 2 * kLanes <= rank; j += 2 * kLanes) add_ranks(Index<2>{}, j, 2 * kLanes);
       for (; j + kLanes <= rank; j += kLanes) add_ranks(Index<1>{}, j, kLanes);
       if (j < rank) add_ranks(Index<1>{}, j, rank - j);
+    }
+    if constexpr (kSumsOffsets) {
+      for (int64_t t = 0; t < count; ++t) {
+        const auto at = [&](int i) { return sums_of_tokens + (i * kTileRows + t) * kLanes; };
+        Floats acc[kTokens];
+        unroll<kTokens>([&](auto i) { acc[i] = load(at(i)); });
+        add_offsets<kTokens>(n + t * plan_.rows.period, m0, reader, scales, acc);
+        unroll<kTokens>([&](auto i) { store(at(i), acc[i]); });
+      }
     }
   }
 
