@@ -114,7 +114,7 @@ class Server:
     def __init__(self, decoder: Any, tokenizer: Any, models: dict[str, str], key: str | None = None) -> None:
         self.decoder = decoder
         self.loop = DecodingLoop(decoder)
-        self.socket = server.listen("127.0.0.1", 0)
+        self.socket = server.bind("127.0.0.1", 0)
         self.url = server.url(self.socket)
         self.port = self.socket.getsockname()[1]
         application = build(Application(models, tokenizer, END + 1, self.loop), key, local=True)
@@ -143,6 +143,7 @@ class Server:
 
     def start(self) -> None:
         self.loop.start()
+        self.socket.listen()
         self._thread.start()
 
     def stop(self) -> None:

@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..serving.application import Application, build
     from ..serving.loop import DecodingLoop
 
-    with server.listen(arguments.host, arguments.port) as listener:
+    with server.bind(arguments.host, arguments.port) as listener:
         local = server.is_loopback(listener)
         if not local and arguments.api_key is None:
             print(
@@ -183,9 +183,10 @@ def run(arguments: argparse.Namespace) -> int:
         vocabulary = model.get_input_embeddings().num_embeddings
         loop = DecodingLoop(decoder)
         application = build(Application(adapters, adapted.tokenizer, vocabulary, loop), arguments.api_key, local)
+        loop.start()
+        listener.listen()
         names = ", ".join(printable(name) for name in adapters)
         print(f"qlora-ext: serving {names} at {server.url(listener)} (Ctrl-C ends)", file=sys.stderr, flush=True)
-        loop.start()
         try:
             server.make(application, loop).run(sockets=[listener])
         except KeyboardInterrupt:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 
 import anyio
 import uvicorn
 from starlette.types import ASGIApp
 
+from ..._internal.untrusted import excerpt
 from ..errors import UserError
 from .loop import DecodingLoop
 
@@ -16,18 +18,26 @@ _CONNECTIONS = 512  # beyond them, the server answers with 503
 _LINGER = 5  # seconds that connections get to send what is left when the server ends
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that accepts connections; port 0 lets the system choose one.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket for connections, which are refused until it listens; port 0 lets the system choose one.
 
     Raises:
         UserError: the address does not exist or is in use.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address, family=family, backlog=128)
+        listener = socket.socket(family)
+        try:
+            if os.name == "posix":  # elsewhere it would let two servers share a port
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
     except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one of a host
         reason = error.strerror if isinstance(error, OSError) else "not the name of a host"
-        raise UserError(f"--host {host} --port {port}: {reason}") from error
+        raise UserError(f"--host {excerpt(host)} --port {port}: {reason}") from error
+    return listener
 
 
 def is_loopback(listener: socket.socket) -> bool:
