@@ -7,8 +7,8 @@ weights, h, g and the result once and sum in float32, so every kernel must give 
 
 Four kernels have additional errors. few_tokens_int rounds x to 15 bits of the largest value of its segment, and in dX
 dy times the scale to 14 bits of the largest value of a tile. many_tokens_int rounds x to 13 bits or more of the largest
-value of its piece, and in dX also W to 14 bits. few_tokens_bf16 and CUDA's tensor cores multiply codes by
-a factor that is not a power of two and divide by it in float32, which adds one float32 rounding.
+value of its piece, and in dX also scales and their products with dy to 15 bits. few_tokens_bf16 and CUDA's tensor cores
+multiply codes by a factor that is not a power of two and divide by it in float32, which adds one float32 rounding.
 
 Each problem runs with the default kernel and with every kernel that accepts it, forced by QLORA_CPU_KERNEL or
 QLORA_CUDA_KERNEL.
@@ -229,8 +229,8 @@ def integers_dx(a: Arguments) -> list[np.ndarray]:
 def many_integers_dx(a: Arguments) -> list[np.ndarray]:
     dy = np.abs(oracle.rows(a["dy"]))
     w = np.abs(oracle.decoded(a, dy.shape[1], a["in_features"]).astype(np.float64))
-    step, step_of_w = dy.max(1, initial=0.0) / 4095, w.max(initial=0.0) / 8191
-    return [step[:, None] / 2 * w.sum(0) + step_of_w / 2 * dy @ (w > 0) + 2.0**-20 * dy @ w]
+    largest = dy.max(1, initial=0.0) * np.abs(oracle.scales(a)).max(initial=0.0)
+    return [largest[:, None] * (1 / 4095 + 1 / 65536) * (w > 0).sum(0) + 2.0**-20 * dy @ w]
 
 
 def scaled_codes_forward(a: Arguments) -> list[np.ndarray]:

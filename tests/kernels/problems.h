@@ -49,6 +49,7 @@ inline constexpr LinearShape kLinearShapes[] = {
     {19, 40, 128, 4, 64, true, 0.0, true, false, Inputs::kOutliers},
     {24, 13, 1032, 4, 1024, true, 0.0, true, false},
     {33, 31, 95, 33, 64, false, 0.1, false, false},
+    {18, 128, 192, 2, 32, true, 0.1, true, true},
     {20, 26, 96, 2, 32, true, 0.0, true, false, Inputs::kHuge},
     {48, 48, 64, 8, 64, true, 0.0, true, true},
     {64, 18, 128, 2, 64, true, 0.0, true, false},

@@ -43,7 +43,8 @@ SHAPES = [
     (48, 176, 3, 16, True, 0.0, "shuffled"),  # every other row begins in the middle of a group
 ]
 WHOLE = [s for s in SHAPES if s[1] % 64 == 0 and s[3] >= 64]  # 64 columns have one scale
-DX_WHOLE = [(192, *WHOLE[0][1:]), (320, *WHOLE[-1][1:]), (1088, 192, 16, 64, True, 0.2)]  # and whole groups of rows
+INT_WHOLE = [s for s in SHAPES if s[1] % 64 == 0 and s[3] >= 32]
+DX_WHOLE = [(192, *WHOLE[0][1:]), (320, *WHOLE[-1][1:]), (1088, 192, 16, 32, True, 0.2)]  # and whole groups of rows
 DX_INT_TOKENS = 2 if _C.cpu_isa() == "scalar" else 16  # plain C++ is kept small
 FEW = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 18, 21, 24, 31, 32, 33, 40, 47, 48, 63, 64)
 MANY = (1, 4, 17, 33, 65, 130)
@@ -58,7 +59,7 @@ def cases(op: str, kernel: str) -> Iterator[tuple]:
         if (op, kernel) == ("linear_nf4_dx", "few_tokens_int"):
             shapes, tokens = WHOLE, range(1, DX_INT_TOKENS + 1)
     elif kernel == "many_tokens_int":
-        shapes = WHOLE if op == "linear_nf4" else DX_WHOLE
+        shapes = INT_WHOLE if op == "linear_nf4" else DX_WHOLE
     for i, m in enumerate(tokens):
         yield (m, *shapes[i % len(shapes)])
         if m in (1, 8, 16, 17, 33, 48):
@@ -101,7 +102,7 @@ def test_threads_do_not_change_a_bit(op: str, kernel: str, m: int, force: Callab
         m = min(m, DX_INT_TOKENS)
     force(kernel)
     threads = torch.get_num_threads()
-    for n, k, block in ((704, 576, 64), (333, 555, 32), (1216, 128, 64)):
+    for n, k, block in ((704, 576, 64), (333, 555, 32), (1216, 128, 32)):
         if k % 64 and ((op, kernel) == ("linear_nf4_dx", "few_tokens_int") or kernel == "many_tokens_int"):
             continue
         for dtype in KERNELS[op, kernel]:
@@ -126,7 +127,7 @@ REFUSED = [  # operator, kernel, case, type: problems that no set takes
     ("linear_nf4", "few_tokens_bf16", (4, *SHAPES[0]), F16),
     ("linear_nf4", "many_tokens_int", (4, *SHAPES[0]), F32),
     ("linear_nf4", "many_tokens_int", (4, *SHAPES[1]), BF16),  # ragged
-    ("linear_nf4", "many_tokens_int", (4, 40, 320, 1, 32, True, 0.0), BF16),
+    ("linear_nf4", "many_tokens_int", (4, 40, 320, 1, 16, True, 0.0), BF16),
     ("linear_nf4_dx", "many_tokens_int", (4, *DX_WHOLE[0]), F16),
     ("linear_nf4_dx", "many_tokens_int", (4, *SHAPES[0]), BF16),  # 96 rows
     ("linear_nf4_dlora", "many_tokens_int", (4, *SHAPES[0]), BF16),

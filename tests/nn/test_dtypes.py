@@ -121,11 +121,15 @@ def test_4bit_layers_multiply_in_bfloat16_in_a_float32_model() -> None:
     assert torch.equal(model.float()(ids), exact)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1"])
-def test_layers_that_integers_do_not_serve_stay_in_float32(name: str) -> None:
-    model = qlora_ext.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 48)), **blocks.form_of(name).keywords)
+@pytest.mark.parametrize(
+    ("form", "integers"),
+    [(blocks.form_of("Q4_0"), True), (blocks.form_of("Q4_1"), True), (qlora_ext.Form(block_size=16), False),
+     (qlora_ext.Form("nf4", "float32", offsets="float32"), False)],
+)  # fmt: skip
+def test_layers_that_integers_do_not_serve_stay_in_float32(form: qlora_ext.Form, integers: bool) -> None:
+    model = qlora_ext.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 48)), **form.keywords)
     qlora_ext.nn.multiply_in_bfloat16(model)
-    assert model[0].compute_dtype == torch.float32
+    assert model[0].compute_dtype == (torch.bfloat16 if integers else torch.float32)
 
 
 @pytest.mark.parametrize(("capability", "lacks_bfloat16"), [((7, 5), True), ((8, 0), False), ((12, 0), False)])

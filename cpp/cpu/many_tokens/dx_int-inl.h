@@ -1,9 +1,14 @@
 // many_tokens_int: dX of bfloat16 in integers. Tokens and groups of 64 columns that integers cannot serve fall back to
 // float32, each by its own values alone, and get the bits of many_tokens_float.
 //
-// A task is that of dx-inl.h. A slice of dy is rounded as a piece of x is (round_int-inl.h). Its weights are rounded to
-// 14 bits of the largest possible weight of the slice and a group of columns, so that a unit multiplies the sums of a
-// slice and not every weight row.
+// A task is that of dx-inl.h. A scale belongs to one row and a group of columns, so it cannot multiply a sum over rows,
+// but it can multiply dy:
+//
+//   dx [token, column] = sum over rows (dy [token, row] · scale [row, group]) · code [row, column]
+//
+// dy is rounded once per slice, as x is in the forward (round_int-inl.h), with a step for each chain of 64 rows. For
+// each group of columns, the integers are multiplied by scales of 15 bits and rounded again. Offsets multiply dy itself
+// in float32, one product for a whole block.
 #pragma once
 
 #include <cstdint>
@@ -36,79 +41,138 @@ namespace many_tokens {
 
 using namespace panel;
 
-inline constexpr int kLargestWeight = 8191;
+// The integers of W's codes. Beside offsets they are moved to lie around zero, and the offsets by `center` scales, so
+// that the two products do not nearly cancel.
+struct DxCodes {
+  IntCodeTable table;
+  float center = 0.0f;
 
-// The groups of kIntColumns columns of a weight: the largest scale of each in each slice of rows, and whether integers
-// can serve it.
+  explicit DxCodes(const Weight& w) : table(int_codes(w.code)) {
+    if (!w.scales.offsets) return;
+    int least = table.value[0], most = least;
+    for (const int value : table.value) least = min(least, value), most = max(most, value);
+    const int middle = (least + most + 1) / 2;
+    for (int16_t& value : table.value) value = static_cast<int16_t>(value - middle);
+    center = static_cast<float>(middle / table.per_one);
+  }
+};
+
+// The columns of a weight that integers can serve. Columns with common scales form *groups* of 32 or 64.
 class IntColumns {
  public:
-  IntColumns(const Weight& w, const Cut& slices)
-      : w_(w), slices_(slices), groups_(w.k / kIntColumns), reader_(w.scales, kIntColumns) {}
+  static constexpr int64_t kChainRows = 2 * kLongChain;
+
+  explicit IntColumns(const Weight& w)
+      : w_(w),
+        reader_(w.scales, kIntColumns),
+        chains_(w.n / kChainRows),
+        groups_(w.k / reader_.granule()),
+        units_(w.k / kIntColumns) {}
 
   void take(Carver* memory) {
-    largest_ = memory->take<float>(slices_.count * groups_);
-    in_float_ = memory->take<uint8_t>(slices_.count * groups_);
+    largest_ = memory->take<float>(chains_ * groups_);
+    squares_ = memory->take<float>(chains_ * groups_);
+    bounds_ = memory->take<float>(chains_ * groups_);
+    in_float_ = memory->take<uint8_t>(units_);
   }
-  // Returns the number of groups that integers cannot serve.
+  // Returns the number of units that integers cannot serve.
   int64_t find(const Pool& pool) {
-    auto scan_slices = [&](int64_t begin, int64_t end) {
-      for (int64_t slice = begin; slice < end; ++slice) scan_slice(slice);
+    auto scan_chains = [&](int64_t begin, int64_t end) {
+      for (int64_t chain = begin; chain < end; ++chain) scan_chain(chain);
     };
-    pool(slices_.count, 1, scan_slices);
-    auto scan_groups = [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group) in_float_[group] = !serves_group(group);
+    pool(chains_, 1, scan_chains);
+    auto scan_units = [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) in_float_[unit] = !serves_unit(unit);
     };
-    pool(groups_, 4, scan_groups);
+    pool(units_, 4, scan_units);
     int64_t count = 0;
-    for (int64_t group = 0; group < groups_; ++group) count += in_float_[group];
+    for (int64_t unit = 0; unit < units_; ++unit) count += in_float_[unit];
     return count;
   }
-  bool in_float(int64_t group) const { return in_float_[group]; }
-  float largest(int64_t slice, int64_t group) const { return largest_[slice * groups_ + group]; }
-  int64_t groups() const { return groups_; }
+
+  // Units of kIntColumns columns are served or not.
+  int64_t units() const { return units_; }
+  bool in_float(int64_t unit) const { return in_float_[unit]; }
+  int64_t group_columns() const { return reader_.granule(); }
+  // The largest scale of a group in a chain of rows.
+  float largest(int64_t chain, int64_t group) const { return largest_[chain * groups_ + group]; }
 
  private:
-  // Most rows of a slice must have similar scales, and all of them finite ones, or their weights are rounded too
-  // coarsely.
-  void scan_slice(int64_t slice) {
-    const int64_t first = slice * slices_.size, rows = min(slices_.size, w_.n - first),
-                  stride = groups_ + stream::kLanes + 2;
-    float* const scales =
-        static_cast<float*>(scratch(ScratchUse::kThread, rows * stride * static_cast<int64_t>(sizeof(float))));
-    float* const largest = largest_ + slice * groups_;
-    for (int64_t r = 0; r < rows; ++r) reader_.read((first + r) * groups_, groups_, scales + r * stride);
+  static constexpr float kLeastScale = 0x1p-100f;
+
+  void scan_chain(int64_t chain) {
+    const int64_t stride = groups_ + stream::kLanes + 2, offsets = kChainRows * stride;
+    const int64_t bytes = (w_.scales.offsets ? 2 : 1) * offsets * static_cast<int64_t>(sizeof(float));
+    float* const scales = static_cast<float*>(scratch(ScratchUse::kThread, bytes));
+    for (int64_t r = 0; r < kChainRows; ++r) {
+      float* const of_row = scales + r * stride;
+      reader_.read((chain * kChainRows + r) * groups_, groups_, of_row);
+      if (w_.scales.offsets)
+        reader_.read_offsets((chain * kChainRows + r) * groups_, groups_, of_row, of_row + offsets);
+    }
+    const float least = w_.table().ranked[0], most = w_.table().ranked[w_.table().ranks - 1];
     for (int64_t g = 0; g < groups_; ++g) {
-      uint32_t bits = 0;  // as an integer, a NaN is above all numbers
-      for (int64_t r = 0; r < rows; ++r) {
-        const uint32_t of_row = float_bits(__builtin_fabsf(scales[r * stride + g]));
-        bits = of_row > bits ? of_row : bits;
+      uint32_t largest_bits = 0, bound_bits = 0;  // as an integer, a NaN is above all numbers
+      for (int64_t r = 0; r < kChainRows; ++r) {
+        const float* const scale = scales + r * stride + g;
+        const float offset = w_.scales.offsets ? scale[offsets] : 0.0f;
+        raise(&largest_bits, size_bits(*scale));
+        raise(&bound_bits, size_bits(*scale * least + offset)), raise(&bound_bits, size_bits(*scale * most + offset));
       }
-      largest[g] = bits_float(bits);
+      const float largest = bits_float(largest_bits), inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+      float squares = 0.0f;
       int64_t similar = 0;
-      for (int64_t r = 0; r < rows; ++r) similar += __builtin_fabsf(scales[r * stride + g]) * 4.0f >= largest[g];
-      in_float_[slice * groups_ + g] = !(largest[g] <= few_tokens::kHugeScale) || 8 * similar < 5 * rows;
+      for (int64_t r = 0; r < kChainRows; ++r) {
+        const float relative = __builtin_fabsf(scales[r * stride + g]) * inverse;
+        similar += relative >= kLeastRelative, squares += relative * relative;
+      }
+      const bool in_range = largest == 0.0f || (largest >= kLeastScale && largest <= few_tokens::kHugeScale);
+      const bool serves = in_range && bound_bits < kInfinityBits && (8 * similar >= 5 * kChainRows || largest == 0.0f);
+      const int64_t at = chain * groups_ + g;
+      largest_[at] = largest, squares_[at] = squares, bounds_[at] = serves ? bits_float(bound_bits) : kNotServed;
     }
   }
+  static uint32_t size_bits(float x) { return float_bits(x) & 0x7FFFFFFFu; }
+  template <class Number>
+  static void raise(Number* largest, Number x) {
+    if (x > *largest) *largest = x;
+  }
 
-  // No column of the group may be concentrated (few_tokens/concentration-inl.h), as far as the largest possible weight
-  // of the group proves it.
-  bool serves_group(int64_t group) const {
+  bool serves_unit(int64_t unit) const {
+    const int64_t of_unit = kIntColumns / group_columns();
     float bound = 0.0f;
-    for (int64_t slice = 0; slice < slices_.count; ++slice) {
-      if (in_float_[slice * groups_ + group]) return false;
-      bound = largest(slice, group) > bound ? largest(slice, group) : bound;
+    for (int64_t g = unit * of_unit; g < (unit + 1) * of_unit; ++g) {
+      float largest = 0.0f, of_weights = 0.0f, of_steps = 0.0f;
+      for (int64_t chain = 0; chain < chains_; ++chain) {
+        const float of_chain = bounds_[chain * groups_ + g];
+        if (of_chain == kNotServed) return false;
+        raise(&bound, of_chain), raise(&largest, this->largest(chain, g));
+      }
+      if (largest == 0.0f) continue;
+      for (int64_t chain = 0; chain < chains_; ++chain) {
+        const float relative = this->largest(chain, g) / largest, square = relative * relative;
+        of_weights += square * squares_[chain * groups_ + g], of_steps += square * kChainRows;
+      }
+      if (of_weights < kLeastSquares * of_steps) return false;
     }
-    bound *= w_.table().largest;
-    if (bound == 0.0f) return true;
+    return bound == 0.0f || has_many_weights(unit, bound);
+  }
+
+  // Whether no column of the unit is concentrated (few_tokens/concentration-inl.h), as far as the largest possible
+  // weight of the unit, `bound`, proves it.
+  bool has_many_weights(int64_t unit, float bound) const {
     const stream::Floats most = stream::splat(bound * few_tokens::kMaxOfOne);
     stream::Floats sums[kIntColumns / stream::kLanes];
     for (stream::Floats& sum : sums) sum = stream::zero();
+    const int64_t of_unit = kIntColumns / group_columns();
     for (int64_t row = 0; row < w_.n; ++row) {
-      float scale[1 + stream::kLanes];
-      const int64_t granule = row * groups_ + group;
-      reader_.read(granule, 1, scale);
-      few_tokens::WeightPieces pieces(w_, reader_, {scale, nullptr, granule, 1, 0.0f});
-      const int64_t first = row * w_.k + group * kIntColumns;
+      float scale[2 + stream::kLanes], offset[2 + stream::kLanes];
+      const int64_t granule = row * groups_ + unit * of_unit;
+      reader_.read(granule, of_unit, scale);
+      if (w_.scales.offsets) reader_.read_offsets(granule, of_unit, scale, offset);
+      const few_tokens::GranuleScales scales{scale, w_.scales.offsets ? offset : nullptr, granule, of_unit, 0.0f};
+      few_tokens::WeightPieces pieces(w_, reader_, scales);
+      const int64_t first = row * w_.k + unit * kIntColumns;
       const float* const weights = pieces.decode(first, first + kIntColumns);
       for (int64_t i = 0; i < kIntColumns / stream::kLanes; ++i) {
         const stream::Floats size = stream::absolute(stream::load(weights + i * stream::kLanes));
@@ -116,7 +180,7 @@ class IntColumns {
       }
       if (row % 16 == 15 && suffice(sums, bound)) return true;
     }
-    return suffice(sums, bound);
+    return false;
   }
   static bool suffice(const stream::Floats (&sums)[kIntColumns / stream::kLanes], float bound) {
     for (const stream::Floats sum : sums)
@@ -124,12 +188,70 @@ class IntColumns {
     return true;
   }
 
+  // Of the rows of a chain 5/8 must have at least this part of the largest scale, and in the mean square of all chains
+  // scales must be at least a quarter of the largest: what is below the largest, dy · scale is rounded more coarsely.
+  static constexpr float kLeastRelative = 0.0625f, kLeastSquares = 0.0625f;
+  static constexpr float kNotServed = -1.0f;
+
   const Weight& w_;
-  const Cut slices_;
-  const int64_t groups_;
   const few_tokens::ScaleReader reader_;
-  float* largest_ = nullptr;
-  uint8_t* in_float_ = nullptr;  // first of every slice, then of the whole column
+  const int64_t chains_, groups_, units_;
+  float *largest_ = nullptr, *squares_ = nullptr;  // [chain][group]; the squares in units of the largest
+  float* bounds_ = nullptr;                        // [chain][group]: the largest possible weight, or kNotServed
+  uint8_t* in_float_ = nullptr;
+};
+
+// dy · offsets of the groups that a task's columns form, in float32.
+template <class T>
+class OffsetSums {
+ public:
+  OffsetSums(const Weight& w, int64_t group, int64_t column, int64_t columns, int64_t tokens)
+      : group_(group), column_(column), groups_(columns / group), lanes_(round_up(groups_, kLanes)), tokens_(tokens) {
+    if (!w.scales.offsets) return;
+    for (float& offset : offsets_) offset = 0.0f;
+  }
+
+  // Adds the product of rows [row, row + rows). `center` is what the codes' values miss of a block's scale, and
+  // dy(token) points to a token's first row.
+  template <class Dy>
+  void add(const ScaledPiece& source, int64_t row, int64_t rows, float center, const Dy& dy) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t g = 0; g < groups_; ++g) {
+        const ScaleAndOffset block = source.template block_of<true>(row + r, column_ + g * group_);
+        const int64_t tile = g / kTileLanes * kTileLanes, width = tile_width(lanes_ - tile);
+        offsets_[tile * rows + r * width + g - tile] = block.offset + center * block.scale;
+      }
+    }
+    WeightLinePrefetcher nothing;
+    for (int64_t t = 0; t < tokens_; t += kTokens) {
+      const int64_t some = min(tokens_ - t, kTokens);
+      for (int64_t i = 0; i < some; ++i)
+        load_broadcast<WordF32>(Matrix<T>{dy(t + i) + row, 0}, 0, 1, 0, rows, dy_ + i * kDepth);
+      multiply<WordF32, kChain<T>>(dy_, some, offsets_, lanes_, static_cast<int>(rows), sums_ + t * lanes_, row == 0,
+                                   nothing);
+    }
+  }
+
+  // Adds a token's sums to those of its columns, of which `columns` tiles lie `stride` floats apart.
+  void add_to(int64_t t, float* sums, int64_t columns, int64_t stride) const {
+    const int64_t first = t / kTokens * kTokens, some = min(tokens_ - first, kTokens);
+    for (int64_t c = 0; c < columns; c += kTileLanes, sums += stride) {
+      const int64_t g = c / group_, tile = g / kTileLanes * kTileLanes;
+      const F sum = splat(sums_[first * lanes_ + tile * some + (t - first) * tile_width(lanes_ - tile) + g - tile]);
+      store(sums, panel::add(load(sums), sum)), store(sums + kLanes, panel::add(load(sums + kLanes), sum));
+    }
+  }
+
+ private:
+  static constexpr int64_t kTokens = 32;  // at once
+  static constexpr int64_t kMostGroups = most_dx_columns(kFewDxTokens) / kLeastIntBlock, kMostSums = 4096;
+  static_assert(kMostTokens * most_dx_columns(kMostTokens) / kLeastIntBlock <= kMostSums &&
+                kFewDxTokens * kMostGroups <= kMostSums);
+
+  const int64_t group_, column_, groups_, lanes_, tokens_;
+  alignas(64) float dy_[kTokens * kDepth];
+  alignas(64) float offsets_[kMostGroups * kDepth / 2];  // lanes panel: few tokens have more columns and fewer rows
+  alignas(64) float sums_[kMostSums];                    // of kTokens tokens after the other, [tile][token][width]
 };
 
 // dx of the listed tokens [token, token + tokens) and columns [column, column + columns). `g` has the order of the
@@ -140,74 +262,151 @@ class DxIntTask : DxTask<WordF32, T> {
   using Base = DxTask<WordF32, T>;
   using Word = WordInt::Word;
 
-  DxIntTask(const LinearDxProblem& p, const TokenRounding<T>& rounding, const TokenLists<T>& lists,
-            const IntColumns& weights, const T* g, int64_t token, int64_t tokens, int64_t column, int64_t columns)
+  DxIntTask(const LinearDxProblem& p, const DxCodes& codes, const TokenLists<T>& lists, const IntColumns& weights,
+            const T* g, int64_t token, int64_t tokens, int64_t column, int64_t columns)
       : Base(p, g, 0, token, tokens, column, columns, lists.places()),
-        rounding_(rounding),
+        codes_(codes),
         lists_(lists),
         weights_(weights),
-        values_(panel::values_of(p.w.table())),
+        values_(WordInt::values_of(codes.table.value)),
         dy_(reinterpret_cast<Word*>(this->broadcast_)),
-        words_(reinterpret_cast<Word*>(this->lanes_)) {}
+        words_(reinterpret_cast<Word*>(this->lanes_)),
+        offset_sums_(p.w, weights.group_columns(), column, columns, tokens) {}
 
   void operator()() {
     this->begin();
+    if (halves_ && this->p_.lora.rank) exchange_halves(true);
     add_weight();
+    if (this->p_.w.scales.offsets) {
+      for (int64_t t = 0; t < this->tokens_; ++t)
+        offset_sums_.add_to(t, this->sums_ + t * kTileLanes, this->columns_, this->tokens_ * kTileLanes);
+    }
+    if (halves_) exchange_halves(false);
     this->finish();
   }
 
  private:
+  static constexpr int64_t kChainRows = IntColumns::kChainRows, kSliceChains = kDepth / kChainRows;
+  static constexpr int64_t kSliceWords = kDepth / 2;
+  static constexpr int64_t kScaledTokens = 48;  // so that they stay in the cache, and whole tiles of all sets
+
   void add_weight() {
     const LinearDxProblem& p = this->p_;
-    const Pieces pieces{{0, p.w.n, this->column_, this->columns_}, rounding_.pieces.size, kIntColumns};
+    const Cut slices = cut(p.w.n, 2 * this->shape_.piece_depth, kChainRows);
+    const Pieces pieces{{0, p.w.n, this->column_, this->columns_}, slices.size, kIntColumns};
+    const int64_t group = weights_.group_columns();
+    float units[kTileLanes];
+    for (float& unit : units) unit = 1.0f;
     ScaledPiece source;
     for (Piece piece = pieces.first(); piece.rows > 0; piece = pieces.after(piece)) {
       if (pieces.begins_strip(piece)) {
         source = ScaledPiece(p.w, pieces.strip(piece.row), this->scales_);
         round_slice(piece.row, piece.rows);
+        if (p.w.scales.offsets) {
+          offset_sums_.add(source, piece.row, piece.rows, codes_.center,
+                           [&](int64_t t) { return static_cast<const T*>(p.dy) + this->place(t) * p.w.n; });
+        }
       }
-      const float largest = weights_.largest(piece.row / rounding_.pieces.size, piece.column / kIntColumns);
-      const float unit = largest * p.w.table().largest / kLargestWeight;
-      decode(source, piece, unit > 0.0f ? 1.0f / unit : 0.0f);
-      float units[kTileLanes];
-      for (float& u : units) u = unit;
+      if (weights_.in_float(piece.column / kIntColumns)) continue;
+      decode(source, piece);
       WeightLinePrefetcher prefetcher = prefetch_piece(p.w, pieces.after(piece));
-      IntPanels in{dy_, units_, words_, units, static_cast<int>(piece.rows / TokenRounding<T>::kChainColumns)};
+      for (int64_t c = 0; c < kIntColumns; c += group) round_scales(source, piece, piece.column + c, c / group);
       float* const sums = this->sums_ + (piece.column - this->column_) * this->tokens_;
-      for (int64_t l = 0; l < kIntColumns; l += kTileLanes, in.lanes += kTileLanes * piece.rows / 2)
-        multiply_int<kIntChain<T>>(in, this->tokens_, kTileLanes, sums + l * this->tokens_,
+      for (int64_t t = 0; t < this->tokens_; t += kScaledTokens) {
+        const int64_t some = min(this->tokens_ - t, kScaledTokens);
+        IntPanels in{scaled_dy_, units_, words_, units, static_cast<int>(piece.rows / kChainRows)};
+        for (int64_t l = 0; l < kIntColumns; l += kTileLanes, in.lanes += kTileLanes * piece.rows / 2) {
+          if (l % group == 0) scale_slice(piece, t, some, l / group);
+          multiply_int<kLongChain>(in, some, kTileLanes, sums + l * this->tokens_ + t * kTileLanes,
                                    piece.row == 0 && p.lora.rank == 0, prefetcher);
+        }
+      }
     }
   }
 
-  // Rounds rows [row, row + rows) of dy into the broadcast panel.
+  // Rounds rows [row, row + rows) of dy to 15 bits of a step for each chain.
   void round_slice(int64_t row, int64_t rows) {
     for (int64_t t = 0; t < this->tokens_; ++t) {
       const int64_t token = this->place(t);
-      const float step = lists_.steps(token, rounding_.pieces.count)[row / rounding_.pieces.size];
-      const F inverse = splat(step > 0.0f ? 1.0f / step : 0.0f);
+      const float* const steps = lists_.steps(token, this->p_.w.n / kChainRows) + row / kChainRows;
       const T* const dy = static_cast<const T*>(this->p_.dy) + token * this->p_.w.n + row;
-      for (int64_t r = 0; r < rows; r += 2 * kLanes)
-        WordInt::store(dy_ + t * kDepth + r / 2, WordInt::round_row(dy + r, inverse));
-      for (int64_t chain = 0; chain < kMostChains; ++chain) units_[t * kMostChains + chain] = step;
+      const int64_t ahead = (this->place(min(t + 3, this->tokens_ - 1)) - token) * this->p_.w.n;
+      for (int64_t r = 0; r < rows; r += 64 / sizeof(T)) __builtin_prefetch(dy + ahead + r);
+      for (int64_t chain = 0; chain < rows / kChainRows; ++chain) {
+        const float step = steps[chain];
+        const F inverse = splat(step > 0.0f ? 1.0f / step : 0.0f);
+        for (int64_t r = chain * kChainRows; r < (chain + 1) * kChainRows; r += 2 * kLanes)
+          WordInt::store(dy_ + t * kSliceWords + r / 2, WordInt::round_row(dy + r, inverse));
+        steps_[t * kSliceChains + chain] = step;
+      }
     }
   }
 
-  void decode(const ScaledPiece& source, const Piece& piece, float inverse) {
-    Word* out = words_;
-    for (int64_t row = piece.row; row < piece.row + piece.rows; row += 2, out += kTileLanes)
-      WordInt::decode_lanes(values_, source.packed(row, piece.column), source.packed(row + 1, piece.column),
-                            source.template block_of<false>(row, piece.column) * inverse,
-                            source.template block_of<false>(row + 1, piece.column) * inverse, out,
-                            kTileLanes * piece.rows / 2);
+  // Rounds the scales of the piece's rows in the group of columns that begins at `column` to 15 bits of their largest
+  // in each chain.
+  void round_scales(const ScaledPiece& source, const Piece& piece, int64_t column, int64_t group) {
+    alignas(64) float scales[kDepth];
+    for (int64_t r = 0; r < piece.rows; ++r) scales[r] = *source.scale_at(piece.row + r, column);
+    for (int64_t chain = 0; chain < piece.rows / kChainRows; ++chain) {
+      const float most = weights_.largest(piece.row / kChainRows + chain, column / weights_.group_columns());
+      const F inverse = splat(most > 0.0f ? 32767.0f / most : 0.0f);
+      for (int64_t r = chain * kChainRows; r < (chain + 1) * kChainRows; r += 2 * kLanes)
+        WordInt::store(fractions_[group] + r / 2, WordInt::round_row(scales + r, inverse));
+      largest_[group][chain] = static_cast<float>(most * (32768.0 / 32767.0) / codes_.table.per_one);
+    }
   }
 
-  const TokenRounding<T>& rounding_;
+  // Multiplies the rounded slice of some tokens by the scales of a group.
+  void scale_slice(const Piece& piece, int64_t token, int64_t tokens, int64_t group) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Word* const dy = dy_ + (token + t) * kSliceWords;
+      for (int64_t i = 0; i < piece.rows / 2; i += kLanes)
+        WordInt::store(scaled_dy_ + t * kDepth + i,
+                       WordInt::multiply_fractions(WordInt::load(dy + i), WordInt::load(fractions_[group] + i)));
+      for (int64_t chain = 0; chain < piece.rows / kChainRows; ++chain)
+        units_[t * kMostChains + chain] = steps_[(token + t) * kSliceChains + chain] * largest_[group][chain];
+    }
+  }
+
+  void decode(const ScaledPiece& source, const Piece& piece) {
+    Word* out = words_;
+    for (int64_t row = piece.row; row < piece.row + piece.rows; row += 2, out += kTileLanes)
+      WordInt::decode_lanes(values_, source.packed(row, piece.column), source.packed(row + 1, piece.column), halves_,
+                            out, kTileLanes * piece.rows / 2);
+  }
+
+  // Sums of 16 lanes: between the order of a group and that of its halves (WordInt::decode_lanes). Of a group's vectors
+  // 0, 1, 2, 3 the first halves come first.
+  void exchange_halves(bool to_halves) {
+    constexpr int kHalf = kLanes / 2, kHalves = 8;
+    for (int64_t c = 0; c < this->columns_; c += kGroup) {
+      for (int64_t t = 0; t < this->tokens_; ++t) {
+        float* const tile = this->sums_ + c * this->tokens_ + t * kTileLanes;
+        const auto half = [&](int i) { return tile + i / 4 * kTileLanes * this->tokens_ + i % 4 * kHalf; };
+        float copy[kHalves][kHalf];
+        for (int i = 0; i < kHalves; ++i) __builtin_memcpy(copy[i], half(i), sizeof(copy[i]));
+        for (int i = 0; i < kHalves; ++i) {
+          const int other = i % 2 * 4 + i / 2;  // where the half goes in the order of halves
+          __builtin_memcpy(half(to_halves ? other : i), copy[to_halves ? i : other], sizeof(copy[i]));
+        }
+      }
+    }
+  }
+
+  const DxCodes& codes_;
   const TokenLists<T>& lists_;
   const IntColumns& weights_;
-  const Table values_;
-  Word *const dy_, *const words_;
-  alignas(64) float units_[kMostTokens * kMostChains];  // [token][chain]
+  const WordInt::Values values_;
+  const bool halves_ = weights_.group_columns() < kGroup;
+  Word *const dy_, *const words_;                        // dy_: the slice, [token][kSliceWords]
+  alignas(64) float steps_[kMostTokens * kSliceChains];  // of the slice, by token and chain
+  // Of the groups of a piece: the scales, and the largest of each chain.
+  alignas(64) Word fractions_[kIntColumns / kLeastIntBlock][kSliceWords];
+  float largest_[kIntColumns / kLeastIntBlock][kSliceChains];
+  // Some tokens of the scaled slice.
+  alignas(64) Word scaled_dy_[kScaledTokens * kDepth];
+  alignas(64) float units_[kScaledTokens * kMostChains];
+  OffsetSums<T> offset_sums_;
 };
 
 template <class T>
@@ -216,9 +415,9 @@ class IntDx {
   IntDx(const Pool& pool, const LinearDxProblem& p)
       : pool_(pool),
         p_(p),
-        rounding_(p.w.n, 2 * DxShape(p).piece_depth, kLargestWeight, false),
-        rank_(p.lora.rank),
-        columns_(p.w, rounding_.pieces) {}
+        codes_(p.w),
+        rounding_(p.w.n, IntColumns::kChainRows, codes_.table, kLongChain),
+        columns_(p.w) {}
 
   void operator()() {
     const auto carve = [&](void* base) {
@@ -227,26 +426,16 @@ class IntDx {
       return memory.used();
     };
     carve(scratch(ScratchUse::kBefore, carve(nullptr)));
-    if (4 * columns_.find(pool_) > columns_.groups()) return dx<WordF32, T>(pool_, p_);
-    const int64_t some = min(rank_ && !p_.g ? shared_tokens<T>(p_.m, rank_) : p_.m, kMostListed);
-    const int64_t copied = min(some, max(kMostCopied / p_.w.n, kTileLanes));
-    T* g = nullptr;
-    const auto lay_out = [&](void* base) {
-      Carver memory(base);
-      g = memory.take<T>(p_.g ? 0 : some * rank_);
-      lists_.take(&memory, some, p_.w.n, rank_, rounding_.pieces.count, copied);
-      return memory.used();
-    };
-    lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
-    for (int64_t first = 0; first < p_.m; first += some)
-      multiply(first, min(some, p_.m - first), copied, p_.g ? static_cast<T*>(p_.g) + first * rank_ : g);
+    if (4 * columns_.find(pool_) > columns_.units()) return dx<WordF32, T>(pool_, p_);
+    run_lists(p_.m, p_.w.n, p_.lora.rank, p_.g, rounding_.pieces.count, &lists_,
+              [&](int64_t first, int64_t tokens, int64_t copied, T* g) { multiply(first, tokens, copied, g); });
   }
 
  private:
   // Multiplies tokens [first, first + tokens), at most `copied` of them at once in float32. `g` is where theirs go.
   void multiply(int64_t first, int64_t tokens, int64_t copied, T* g) {
     const T* const dy = static_cast<const T*>(p_.dy);
-    if (rank_) {
+    if (p_.lora.rank) {
       low_rank_of_call<WordF32, Factor::kFeatureByRank>(pool_, Matrix<T>{dy, p_.w.n}, p_.lora, first, tokens, p_.w.n,
                                                         g);
     }
@@ -254,7 +443,7 @@ class IntDx {
     if (served == 0) return dx_with_g<WordF32, T>(pool_, p_, g, first, tokens);
     const T* const of_served = lists_.copy_low(g, 0, served);
     run_dx_tasks(pool_, p_, kIntColumns, served, [&](int64_t token, int64_t of_task, int64_t column, int64_t columns) {
-      DxIntTask<T>(p_, rounding_, lists_, columns_, of_served, token, of_task, column, columns)();
+      DxIntTask<T>(p_, codes_, lists_, columns_, of_served, token, of_task, column, columns)();
     });
     for (int64_t i = served; i < tokens; i += copied) {
       const int64_t some = min(copied, tokens - i);
@@ -265,20 +454,20 @@ class IntDx {
     multiply_columns(first, tokens, g);
   }
 
-  // Multiplies the groups of columns that integers cannot serve.
+  // Multiplies the columns that integers cannot serve.
   void multiply_columns(int64_t first, int64_t tokens, const T* g) const {
     auto body = [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group)
-        for (int64_t t = 0; t < tokens && columns_.in_float(group); t += kMostTokens)
-          DxTask<WordF32, T>(p_, g, first, first + t, min(kMostTokens, tokens - t), group * kIntColumns, kIntColumns)();
+      for (int64_t unit = begin; unit < end; ++unit)
+        for (int64_t t = 0; t < tokens && columns_.in_float(unit); t += kMostTokens)
+          DxTask<WordF32, T>(p_, g, first, first + t, min(kMostTokens, tokens - t), unit * kIntColumns, kIntColumns)();
     };
-    pool_(columns_.groups(), 1, body);
+    pool_(columns_.units(), 1, body);
   }
 
   const Pool& pool_;
   const LinearDxProblem& p_;
+  const DxCodes codes_;
   const TokenRounding<T> rounding_;
-  const int64_t rank_;
   IntColumns columns_;
   TokenLists<T> lists_;
 };

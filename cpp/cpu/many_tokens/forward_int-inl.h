@@ -1,7 +1,8 @@
 // many_tokens_int: the forward in integers. Tokens and weight rows that integers cannot serve fall back to float32,
 // each by its own values alone, and get the bits of many_tokens_float.
 //
-// A task is that of forward-inl.h, with x and W in int16. The low-rank product and the bias stay in float32.
+// A task is that of forward-inl.h, with x and W in int16. The low-rank product and the bias stay in float32. Offsets
+// multiply sums of the same rounded x.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +32,12 @@ namespace many_tokens {
 
 using namespace panel;
 
+// Words of a chain, which lies in one block. Roundings of x are coarser in long chains, which bfloat16 permits.
+template <class T>
+int int_chain(const Weight& w) {
+  return kMantissaBits<T> == 7 && w.scales.block_size >= 2 * kLongChain && !w.scales.offsets ? kLongChain : kShortChain;
+}
+
 // y of the listed tokens [token, token + tokens) and weight rows [row, row + rows). `h` has the order of the list.
 template <class T>
 class ForwardIntTask : ForwardTask<WordF32, T> {
@@ -44,6 +51,10 @@ class ForwardIntTask : ForwardTask<WordF32, T> {
         rounding_(rounding),
         lists_(lists),
         codes_(int_codes(p.w.code)),
+        chain_(int_chain<T>(p.w)),
+        multiply_(p.w.scales.offsets     ? &multiply_int<kShortChain, true>
+                  : chain_ == kLongChain ? &multiply_int<kLongChain>
+                                         : &multiply_int<kShortChain>),
         values_(WordInt::values_of(codes_.value)),
         panel_(reinterpret_cast<Word*>(this->strip_)),
         words_(reinterpret_cast<Word*>(this->lanes_)) {}
@@ -56,15 +67,15 @@ class ForwardIntTask : ForwardTask<WordF32, T> {
   }
 
  private:
-  static constexpr int64_t kMostUnits = 2048;
-  static constexpr int kChain = kIntChain<T>, kWords = kIntColumns / 2;  // words of a group
+  static constexpr int64_t kMostUnits = 2048, kMostLaneSums = 4 * kMostLaneWords / (2 * kShortChain);
+  static constexpr int kWords = kIntColumns / 2;  // of a group
 
   // Multiplies columns [column, column + columns) of x with those of the weight.
   void add_columns(int64_t column, int64_t columns) {
     const Weight& w = this->p_.w;
     for (int64_t c = 0; c < columns; c += piece_columns_)
       round_piece(column + c, min(piece_columns_, columns - c), columns / 2, c / 2,
-                  units_ + c / piece_columns_ * padded_tokens_);
+                  units_ + c / piece_columns_ * padded_tokens_, lane_sums_ + c / (2 * kShortChain) * padded_tokens_);
     const Pieces pieces{{this->row_, this->rows_, column, columns}, this->strips_.size, piece_columns_};
     RowPagePrefetcher pages(w, column, columns);
     pages.go_to(this->row_, this->row_ + this->rows_);
@@ -77,19 +88,21 @@ class ForwardIntTask : ForwardTask<WordF32, T> {
       decode(source, piece);
       WeightLinePrefetcher prefetcher = prefetch_piece(w, pieces.after(piece));
       const int64_t first = piece.column - column;
-      IntPanels in{panel_, chain_scales_, nullptr, nullptr, static_cast<int>(piece.columns / (2 * kChain))};
+      IntPanels in{panel_, chain_scales_, nullptr, nullptr, static_cast<int>(piece.columns / (2 * chain_))};
+      in.offsets = chain_offsets_, in.sums_stride = padded_tokens_;
       for (int64_t l = 0; l < this->tokens_; l += kTileLanes) {
         const int64_t some = min(this->tokens_ - l, kTileLanes), width = tile_width(some);
         in.lanes = words_ + l * (columns / 2) + first / 2 * width;
         in.units = units_ + first / piece_columns_ * padded_tokens_ + l;
-        multiply_int<kChain>(in, piece.rows, some, this->sums_ + l * this->rows_ + (piece.row - this->row_) * width,
-                             piece.column == 0, prefetcher);
+        in.lane_sums = lane_sums_ + first / (2 * kShortChain) * padded_tokens_ + l;
+        multiply_(in, piece.rows, some, this->sums_ + l * this->rows_ + (piece.row - this->row_) * width,
+                  piece.column == 0, prefetcher);
       }
     }
   }
 
-  // Rounds a piece of x into a lanes panel of `depth` words, from word `at` on.
-  void round_piece(int64_t column, int64_t columns, int64_t depth, int64_t at, float* units) {
+  // Rounds a piece of x into a lanes panel of `depth` words, from word `at` on, and if W has offsets sums its chains.
+  void round_piece(int64_t column, int64_t columns, int64_t depth, int64_t at, float* units, float* lane_sums) {
     const LinearProblem& p = this->p_;
     const int64_t piece = column / piece_columns_;
     for (int64_t first = 0; first < this->tokens_; first += kLanes) {
@@ -117,52 +130,61 @@ class ForwardIntTask : ForwardTask<WordF32, T> {
             WordInt::store_bits(out + kStep * width, v[i.value]);
           });
         });
+        if (!p.w.scales.offsets) continue;
+        for (int64_t chain = 0; chain < kWords; chain += kShortChain) {
+          auto sum = WordInt::no_sum();
+          for (int64_t d = chain; d < chain + kShortChain; ++d)
+            sum = WordInt::multiply_add(WordInt::broadcast(&kOnes), WordInt::load(out + d * width), sum);
+          store(lane_sums + (c / 2 + chain) / kShortChain * padded_tokens_ + first, WordInt::to_floats(sum));
+        }
       }
     }
   }
 
   void decode(const ScaledPiece& source, const Piece& piece) {
     Word* row_words = panel_;
-    float* row_scales = chain_scales_;
-    for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, row_words += kDepth, row_scales += kMostChains) {
-      for (int64_t c = 0; c < piece.columns; c += kIntColumns) {
+    const float per_one = static_cast<float>(codes_.per_one);
+    for (int64_t r = 0; r < piece.rows; ++r, row_words += kDepth) {
+      const int64_t row = piece.row + r;
+      for (int64_t c = 0; c < piece.columns; c += kIntColumns)
         WordInt::decode_row(values_, source.packed(row, piece.column + c), row_words + c / 2);
-        for (int64_t chain = c / (2 * kChain); chain < (c + kIntColumns) / (2 * kChain); ++chain)
-          row_scales[chain] = source.template block_of<false>(row, piece.column + c);
+      for (int64_t c = 0; c < piece.columns; c += 2 * chain_) {
+        const int64_t at = r * kMostChains + c / (2 * chain_);
+        if (source.has_offsets()) {
+          const ScaleAndOffset block = source.template block_of<true>(row, piece.column + c);
+          chain_scales_[at] = block.scale, chain_offsets_[at] = block.offset * per_one;
+        } else {
+          chain_scales_[at] = source.template block_of<false>(row, piece.column + c);
+        }
       }
     }
   }
 
   const TokenRounding<T>& rounding_;
   const TokenLists<T>& lists_;
+  static constexpr Word kOnes = 0x00010001;
   const IntCodeTable& codes_;
+  const int chain_;
+  void (*const multiply_)(const IntPanels&, int64_t, int64_t, float*, bool, WeightLinePrefetcher&);
   const WordInt::Values values_;
   Word *const panel_, *const words_;
   const int64_t piece_columns_ = rounding_.pieces.size, padded_tokens_ = round_up(this->tokens_, kTileLanes);
-  alignas(64) float units_[kMostUnits];  // [piece][lane]
+  alignas(64) float units_[kMostUnits];         // [piece][lane]
+  alignas(64) float lane_sums_[kMostLaneSums];  // [chain][lane]
   alignas(64) float chain_scales_[StripShape::kMostRows * kMostChains];
+  alignas(64) float chain_offsets_[StripShape::kMostRows * kMostChains];
 };
 
 template <class T>
 class IntForward {
  public:
   IntForward(const Pool& pool, const LinearProblem& p)
-      : pool_(pool), p_(p), rounding_(int_codes(p.w.code), p.w.k), rank_(p.lora.rank) {}
+      : pool_(pool), p_(p), rounding_(p.w.k, 2 * kDepth, int_codes(p.w.code), int_chain<T>(p.w)), rank_(p.lora.rank) {}
 
   void operator()() {
     if (8 * find_rows() > p_.w.n) return forward<WordF32, T>(pool_, p_);
-    const int64_t some = min(rank_ && !p_.h ? shared_tokens<T>(p_.m, rank_) : p_.m, kMostListed);
-    const int64_t copied = min(some, max(kMostCopied / p_.w.k, kTileLanes));
-    T* h = nullptr;
-    const auto lay_out = [&](void* base) {
-      Carver memory(base);
-      h = memory.take<T>(p_.h ? 0 : some * rank_);
-      lists_.take(&memory, some, p_.w.k, rank_, rounding_.pieces.count, copied);
-      return memory.used();
-    };
-    lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
-    for (int64_t first = 0; first < p_.m; first += some)
-      multiply(first, min(some, p_.m - first), copied, p_.h ? static_cast<T*>(p_.h) + first * rank_ : h);
+    run_lists(p_.m, p_.w.k, rank_, p_.h, rounding_.pieces.count, &lists_,
+              [&](int64_t first, int64_t tokens, int64_t copied, T* h) { multiply(first, tokens, copied, h); });
   }
 
  private:

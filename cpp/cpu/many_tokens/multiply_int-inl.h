@@ -1,10 +1,11 @@
 // The matrix multiplication of integers:
 //
-//   sums [height, lanes] (+)= unit [lanes] · sum over chains (scale [height, chain] · int32 sum over a chain)
+//   sums [height, lanes] (+)= unit [lanes] · sum over chains (scale [height, chain] · int32 sum over a chain
+//                                                             + offset [height, chain] · sum of lanes [chain, lanes])
 //
-// The panels are those of multiply-inl.h, in words of two int16 (WordInt). A chain of kIntChain words has one scale per
-// row of the broadcast panel and is summed exactly, whatever the order. The lanes, which are tokens, have a unit per
-// piece of the summed dimension.
+// The panels are those of multiply-inl.h, in words of two int16 (WordInt). A chain has one scale per row of the
+// broadcast panel and is summed exactly, whatever the order. The lanes have a unit per piece of the summed dimension.
+// Offsets are those of weights that have them, in the forward.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +24,10 @@ namespace many_tokens {
 
 using namespace panel;
 
-inline constexpr int kMostChains = kDepth / 16;  // of a row of a broadcast panel
-
-// Words of a chain. The fewer there are, the smaller the step to which x is rounded may be (round_int-inl.h).
-template <class T>
-inline constexpr int kIntChain = kMantissaBits<T> == 7 ? 32 : 16;
+// Words of a chain, 64 or 32 elements. In a short one, the step to which x is rounded may be smaller (round_int-inl.h),
+// and so may a quantization block.
+inline constexpr int kLongChain = 32, kShortChain = 16;
+inline constexpr int kMostChains = kDepth / kShortChain;  // of a row of a broadcast panel
 
 // A piece of the summed dimension as operands.
 struct IntPanels {
@@ -36,9 +36,12 @@ struct IntPanels {
   const WordInt::Word* lanes;      // [tile][depth][width], from the piece's first word on
   const float* units;              // [lanes]
   int chains;
+  const float* offsets = nullptr;    // [height][kMostChains]
+  const float* lane_sums = nullptr;  // of a chain's elements in each lane, chains `sums_stride` apart
+  int64_t sums_stride = 0;
 };
 
-template <int chain, int height, int vectors>
+template <int chain, bool kHasOffsets, int height, int vectors>
 void multiply_int_tile(const IntPanels& in, float* sums, bool first, WeightLinePrefetcher& prefetcher) {
   constexpr int kWidth = vectors * kLanes;
   const WordInt::Word *broadcast = in.broadcast, *lane = in.lanes;
@@ -64,6 +67,16 @@ void multiply_int_tile(const IntPanels& in, float* sums, bool first, WeightLineP
             multiply_add(WordInt::to_floats(sum[r.value][v.value]), scale, total[r.value][v.value]);
       });
     });
+    if constexpr (kHasOffsets) {
+      F of_lanes[vectors];
+      unroll<vectors>([&](auto v) { of_lanes[v.value] = load(in.lane_sums + c * in.sums_stride + v.value * kLanes); });
+      unroll<height>([&](auto r) {
+        const F offset = splat(in.offsets[r.value * kMostChains + c]);
+        unroll<vectors>([&](auto v) {
+          total[r.value][v.value] = multiply_add(of_lanes[v.value], offset, total[r.value][v.value]);
+        });
+      });
+    }
   }
   unroll<height>([&](auto r) {
     unroll<vectors>([&](auto v) {
@@ -74,8 +87,8 @@ void multiply_int_tile(const IntPanels& in, float* sums, bool first, WeightLineP
   });
 }
 
-// multiply_int_tile<chain, height, vectors> by height, 1 .. kAccumulators / vectors
-template <int chain, int vectors>
+// multiply_int_tile<..., height, vectors> by height, 1 .. kAccumulators / vectors
+template <int chain, bool kHasOffsets, int vectors>
 struct IntTiles {
   using Tile = void (*)(const IntPanels&, float*, bool, WeightLinePrefetcher&);
   static constexpr int kMostHeight = kAccumulators / vectors;
@@ -87,30 +100,31 @@ struct IntTiles {
   constexpr void fill() {
     if constexpr (height > 0) {
       fill<height - 1>();
-      by_height[height] = multiply_int_tile<chain, height, vectors>;
+      by_height[height] = multiply_int_tile<chain, kHasOffsets, height, vectors>;
     }
   }
 };
 
-template <int chain, int vectors>
+template <int chain, bool kHasOffsets, int vectors>
 void multiply_int_by_tiles(IntPanels in, int64_t height, float* sums, bool first, WeightLinePrefetcher& prefetcher) {
-  static constexpr IntTiles<chain, vectors> kTiles;
+  static constexpr IntTiles<chain, kHasOffsets, vectors> kTiles;
   const int64_t tiles = ceil_div(height, kTiles.kMostHeight);
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
     const int64_t of_tile = (height - row) / (tiles - t);
     kTiles.by_height[of_tile](in, sums + row * vectors * kLanes, first, prefetcher);
     row += of_tile, in.broadcast += of_tile * kDepth, in.scales += of_tile * kMostChains;
+    if constexpr (kHasOffsets) in.offsets += of_tile * kMostChains;
   }
 }
 
 // The product of a broadcast panel and one tile of up to kTileLanes lanes.
-template <int chain>
+template <int chain, bool kHasOffsets = false>
 void multiply_int(const IntPanels& in, int64_t height, int64_t lanes, float* sums, bool first,
                   WeightLinePrefetcher& prefetcher) {
   if (lanes > kLanes) {
-    multiply_int_by_tiles<chain, 2>(in, height, sums, first, prefetcher);
+    multiply_int_by_tiles<chain, kHasOffsets, 2>(in, height, sums, first, prefetcher);
   } else {
-    multiply_int_by_tiles<chain, 1>(in, height, sums, first, prefetcher);
+    multiply_int_by_tiles<chain, kHasOffsets, 1>(in, height, sums, first, prefetcher);
   }
 }
 

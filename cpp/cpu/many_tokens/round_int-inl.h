@@ -1,14 +1,16 @@
 // What integer products can serve, and to which steps they round x.
 //
-// A token is cut into pieces of up to 2 * kDepth columns. Each piece is rounded to steps of its own, the smallest for
-// which its values fit 15 bits and the int32 sum over every chain of products with the largest integer of the code is
-// exact:
+// A token is cut into pieces, of up to 2 * kDepth columns (dX: one chain each). Each piece is rounded to steps of its
+// own, the smallest for which its values fit 15 bits and the int32 sum over every chain of products with the largest
+// integer of the code is exact:
 //
 //   step = max(largest |x| / 32767,  largest sum of |x| over a chain / (2^31 / largest code))
 //
 // few_tokens_int rounds to `L / 32767` and asks for tokens that are even with respect to L (few_tokens/products-inl.h).
-// Here L is 32767 times the largest step of the token, which is at least its largest value. Tokens may be less even,
-// since rows must be less concentrated (kMinOfRow). README.md has what is promised.
+// Here a token is served if each of its pieces is even with respect to 32767 times its own step. Otherwise parts of up
+// to 2 * kDepth columns must be even with respect to 32767 times a step that is at least the root mean square of all,
+// and at least a quarter of the largest. Tokens may be less even, since rows must be less concentrated (kMinOfRow).
+// README.md has what is promised.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +26,7 @@
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/scratch.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -34,54 +37,65 @@ namespace many_tokens {
 template <class T>
 class TokenRounding {
  public:
-  static constexpr int64_t kChainColumns = 2 * kIntChain<T>;
-
-  // Tokens of `count` values, in pieces of at most `most`. They meet integers up to `largest`.
-  TokenRounding(int64_t count, int64_t most, int largest, bool limits_peak)
+  // Tokens of `count` values, in pieces of at most `most`, which meet `codes` in chains of `chain` words.
+  TokenRounding(int64_t count, int64_t most, const IntCodeTable& codes, int chain)
       : pieces(cut(count, most, kIntColumns)),
         count_(count),
-        limits_peak_(limits_peak),
+        chain_columns_(2 * chain),
+        limits_peak_(kMantissaBits<T> > 7 && codes.exact),
         // Rounding may add a half to each value.
-        largest_sum_(2147483647.0f / static_cast<float>(largest) * 0.9999f - static_cast<float>(kChainColumns) / 2) {}
-  // The x of a forward.
-  TokenRounding(const IntCodeTable& codes, int64_t k)
-      : TokenRounding(k, 2 * kDepth, largest_of(codes), kMantissaBits<T> > 7 && codes.exact) {}
+        largest_sum_(2147483647.0f / static_cast<float>(largest_of(codes)) * 0.9999f - static_cast<float>(chain)) {}
 
   const Cut pieces;
 
   // Sets the steps of token x, one for each piece. Returns false if integers cannot serve the token.
   bool find_steps(const T* x, float* steps) const {
-    float reference = 0.0f;
-    each_piece([&](int64_t piece, int64_t column, int64_t columns) {
+    float largest_value = 0.0f, largest_step = 0.0f;
+    double squares = 0.0;
+    const auto set_step = [&](int64_t piece, int64_t column, int64_t columns) {
       const float largest = bits_float(few_tokens::largest_bits_within(x + column, columns));
+      if (!(largest <= 0x1p60f)) return false;
       const float step = largest / 32767.0f, step_of_sums = largest_chain(x + column, columns) / largest_sum_;
       steps[piece] = step > step_of_sums ? step : step_of_sums;
-      const bool is_in_range = largest >= 0x1p-60f && largest <= 0x1p60f;
-      if (!is_in_range && largest != 0.0f) reference = bits_float(kInfinityBits);
-      if (32767.0f * steps[piece] > reference) reference = 32767.0f * steps[piece];
-    });
-    if (reference == 0.0f) return true;
-    bool serves = reference < bits_float(kInfinityBits);
-    each_piece([&](int64_t piece, int64_t column, int64_t columns) {
-      const T* const at = x + column;
-      serves = serves && is_even(at, columns, reference);
-      if (limits_peak_)
-        serves = serves && few_tokens::is_below_peak(at, columns, columns, 32767.0f * steps[piece], kMaxPeak);
-    });
-    return serves;
+      largest_value = largest > largest_value ? largest : largest_value;
+      largest_step = steps[piece] > largest_step ? steps[piece] : largest_step;
+      squares += static_cast<double>(columns) * steps[piece] * steps[piece];
+      return true;
+    };
+    if (!each_piece(pieces, set_step)) return false;
+    if (largest_step == 0.0f) return true;
+    if (largest_value < 0x1p-60f) return false;
+    for (int64_t piece = 0; piece < pieces.count; ++piece)
+      if (steps[piece] < largest_step * 0x1p-40f) steps[piece] = largest_step * 0x1p-40f;
+    float typical = largest_step;  // at least the root mean square
+    for (int i = 0; i < 2 && 0.25 * typical * typical * static_cast<double>(count_) >= squares; ++i) typical *= 0.5f;
+    const auto is_even_part = [&](int64_t, int64_t column, int64_t columns) {
+      return is_even(x + column, columns, 32767.0f * typical);
+    };
+    const auto is_even_piece = [&](int64_t piece, int64_t column, int64_t columns) {
+      return is_even(x + column, columns, 32767.0f * steps[piece]);
+    };
+    const auto is_below_peak = [&](int64_t piece, int64_t column, int64_t columns) {
+      return few_tokens::is_below_peak(x + column, columns, columns, 32767.0f * steps[piece], kMaxPeak);
+    };
+    return (each_piece(cut(count_, 2 * kDepth, kIntColumns), is_even_part) || each_piece(pieces, is_even_piece)) &&
+           (!limits_peak_ || each_piece(pieces, is_below_peak));
   }
 
  private:
   static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
   static constexpr float kMaxPeak = 6.0f;  // as few_tokens_int
 
-  template <class Body>
-  void each_piece(const Body& body) const {
+  // Whether `holds` of all pieces.
+  template <class Holds>
+  bool each_piece(const Cut& pieces, const Holds& holds) const {
     for (int64_t piece = 0; piece < pieces.count; ++piece)
-      body(piece, piece * pieces.size, min(pieces.size, count_ - piece * pieces.size));
+      if (!holds(piece, piece * pieces.size, min(pieces.size, count_ - piece * pieces.size))) return false;
+    return true;
   }
   // Whether enough of the values of x, none above `largest`, are large enough for its step: 3/4 are not zero, and of
-  // these 3/8 are at least largest / kSpread, 5/8 at least half of that, and 7/8 at least a sixteenth of that.
+  // these 3/8 are at least largest / kSpread, 5/8 at least half of that, and 7/8 at least a sixteenth of that. Zeros
+  // alone are even.
   static bool is_even(const T* x, int64_t count, float largest) {
     const auto at_least = [&](float bound) {
       int64_t found = 0;
@@ -92,32 +106,18 @@ class TokenRounding {
     const int64_t large = at_least(largest / kSpread);
     if (8 * large >= 7 * count) return true;  // of nearly every token
     const int64_t nonzero = at_least(bits_float(1));
+    if (nonzero == 0) return true;
     return 8 * large >= 3 * nonzero && 8 * at_least(largest / (2 * kSpread)) >= 5 * nonzero &&
            8 * at_least(largest / (16 * kSpread)) >= 7 * nonzero && 4 * nonzero >= 3 * count;
   }
-  // 1 for the columns of a group that belong to a chain, and 0 for the others: the words of a group are not multiplied
-  // in the order of memory.
-  struct Chains {
-    static constexpr int kCount = kIntColumns / kChainColumns;
-    float member[kCount][kIntColumns] = {};
-
-    constexpr Chains() {
-      for (int c = 0; c < kIntColumns; ++c) member[panel::WordInt::step_of(c / 4 * 2 + c % 2) / kIntChain<T>][c] = 1.0f;
-    }
-  };
-  static float largest_chain(const T* x, int64_t columns) {
-    static constexpr Chains kChains;
+  float largest_chain(const T* x, int64_t columns) const {
     float largest = 0.0f;
-    for (int64_t group = 0; group < columns; group += kIntColumns) {
-      for (const auto& member : kChains.member) {
-        stream::Floats sums = stream::zero();
-        for (int64_t c = 0; c < kIntColumns; c += stream::kLanes) {
-          const stream::Floats size = stream::absolute(stream::load(x + group + c, stream::kLanes));
-          sums = Chains::kCount == 1 ? stream::add(sums, size) : stream::fma(size, stream::load(member + c), sums);
-        }
-        const float sum = stream::sum(sums);
-        largest = sum > largest ? sum : largest;
-      }
+    for (int64_t chain = 0; chain < columns; chain += chain_columns_) {
+      stream::Floats sums = stream::zero();
+      for (int64_t c = chain; c < chain + chain_columns_; c += stream::kLanes)
+        sums = stream::add(sums, stream::absolute(stream::load(x + c, stream::kLanes)));
+      const float sum = stream::sum(sums);
+      largest = sum > largest ? sum : largest;
     }
     return largest;
   }
@@ -128,7 +128,7 @@ class TokenRounding {
     return largest;
   }
 
-  const int64_t count_;
+  const int64_t count_, chain_columns_;
   const bool limits_peak_;
   const float largest_sum_;
 };
@@ -184,8 +184,28 @@ class TokenLists {
   int64_t* places_ = nullptr;
   uint8_t* serves_ = nullptr;
 };
-inline constexpr int64_t kMostListed = 4096;     // tokens at once
-inline constexpr int64_t kMostCopied = 1 << 19;  // values of x at once
+
+// Calls multiply(first, tokens, copied, low) for tokens first .. first + tokens - 1 of m, until all are done: `lists`
+// has room for them, and for copies of `copied`. `low`, where their low-rank values go, is part of all_low if the
+// caller keeps those.
+template <class T, class Multiply>
+void run_lists(int64_t m, int64_t columns, int64_t rank, void* all_low, int64_t pieces, TokenLists<T>* lists,
+               const Multiply& multiply) {
+  constexpr int64_t kMostListed = 4096;     // tokens at once
+  constexpr int64_t kMostCopied = 1 << 19;  // values of x at once
+  const int64_t some = min(rank && !all_low ? shared_tokens<T>(m, rank) : m, kMostListed);
+  const int64_t copied = min(some, max(kMostCopied / columns, kTileLanes));
+  T* shared = nullptr;
+  const auto lay_out = [&](void* base) {
+    Carver memory(base);
+    shared = memory.take<T>(all_low ? 0 : some * rank);
+    lists->take(&memory, some, columns, rank, pieces, copied);
+    return memory.used();
+  };
+  lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
+  for (int64_t first = 0; first < m; first += some)
+    multiply(first, min(some, m - first), copied, all_low ? static_cast<T*>(all_low) + first * rank : shared);
+}
 
 // The least sum of all weights of a row or column that is not concentrated, in units of the largest weight: four times
 // that of few_tokens_int.
@@ -193,17 +213,23 @@ inline constexpr float kMinOfRow = 4 * few_tokens::kMinOfAll;
 
 // Whether integer products serve a row of W: its weights are finite, and it is not concentrated
 // (few_tokens/concentration-inl.h). `scales` has room for row_scales(w).
+inline int64_t row_scales(const Weight& w) {
+  const int64_t granules = ceil_div(w.k, few_tokens::ScaleReader(w.scales).granule());
+  return (w.scales.offsets ? 2 : 1) * (granules + 2 + stream::kLanes);
+}
 inline bool serves_row(const Weight& w, int64_t row, float* scales) {
   const few_tokens::ScaleReader reader(w.scales);
   const int64_t first = row * w.k / reader.granule(), count = ceil_div((row + 1) * w.k, reader.granule()) - first;
+  float* const offsets = w.scales.offsets ? scales + row_scales(w) / 2 : nullptr;
   reader.read(first, count, scales);
-  const uint32_t largest = few_tokens::largest_bits_within(scales, count);
-  if (bits_float(largest) > few_tokens::kHugeScale || largest >= kInfinityBits) return false;
-  const few_tokens::GranuleScales of_row{scales, nullptr, first, count, 0.0f};
+  if (offsets) reader.read_offsets(first, count, scales, offsets);
+  const float* const both[] = {scales, offsets};
+  for (const float* values : both) {
+    const uint32_t largest = values ? few_tokens::largest_bits_within(values, count) : 0;
+    if (bits_float(largest) > few_tokens::kHugeScale || largest >= kInfinityBits) return false;
+  }
+  const few_tokens::GranuleScales of_row{scales, offsets, first, count, 0.0f};
   return !few_tokens::RowConcentration(w, reader, of_row, kMinOfRow).is_concentrated(row);
-}
-inline int64_t row_scales(const Weight& w) {
-  return ceil_div(w.k, few_tokens::ScaleReader(w.scales).granule()) + 2 + stream::kLanes;
 }
 
 }  // namespace many_tokens

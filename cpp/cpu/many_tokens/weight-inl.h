@@ -113,8 +113,10 @@ class ScaledPiece {
   const uint8_t* packed(int64_t row, int64_t column) const { return w_->packed + (flat(row, column) >> 1); }
   template <bool kHasOffsets>
   auto block_of(int64_t row, int64_t column) const {
-    return block_at<kHasOffsets>(scales(row) + block(row, column), to_offset_);
+    return block_at<kHasOffsets>(scale_at(row, column), to_offset_);
   }
+  // The scale of the block of (row, column), which those of the row's next blocks follow.
+  const float* scale_at(int64_t row, int64_t column) const { return scales(row) + block(row, column); }
 
  private:
   static int64_t run_room(const Weight& w, int64_t rows) {

@@ -230,16 +230,16 @@ struct WordInt {
   struct Values {
     U low, high;
   };
-  static Values split_bytes(U values) {
+  static Values values_of(const int16_t* value) {
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-    const U halves = _mm256_shuffle_epi8(values, _mm256_broadcastsi128_si256(order));
+    const U halves =
+        _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const U*>(value)), _mm256_broadcastsi128_si256(order));
     return {_mm256_permute4x64_epi64(halves, 0x88), _mm256_permute4x64_epi64(halves, 0xDD)};
   }
-  static Values values_of(const int16_t* value) {
-    return split_bytes(_mm256_loadu_si256(reinterpret_cast<const U*>(value)));
-  }
   static void decode_row(const Values& values, const uint8_t* packed, Word* out) {
-    const U bytes = _mm256_loadu_si256(reinterpret_cast<const U*>(packed)), mask = _mm256_set1_epi8(15);
+    // 0xD8: unpacking then joins the halves of 32 weights
+    const U bytes = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const U*>(packed)), 0xD8);
+    const U mask = _mm256_set1_epi8(15);
     const auto look_up = [&](U codes, Word* to) {
       const U low = _mm256_shuffle_epi8(values.low, codes), high = _mm256_shuffle_epi8(values.high, codes);
       _mm256_storeu_si256(reinterpret_cast<U*>(to), _mm256_unpacklo_epi8(low, high));
@@ -248,16 +248,14 @@ struct WordInt {
     look_up(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), out);
     look_up(_mm256_and_si256(bytes, mask), out + kLanes);
   }
-  static constexpr int step_of(int word) {
-    const int quad = word / 2;
-    return quad % 8 / 4 * 2 * kLanes + word % 2 * kLanes + quad / 8 * 4 + quad % 4;
-  }
+  static constexpr int step_of(int word) { return word / 16 * 16 + word % 2 * 8 + word % 16 / 2; }
 
-  static void decode_lanes(const Table& values, const uint8_t* packed, const uint8_t* next, float scale,
-                           float next_scale, Word* out, int64_t tile_stride) {
+  // A group of lanes has 32 columns, so the order with `halves` is the same.
+  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, bool /*halves*/, Word* out,
+                           int64_t tile_stride) {
     U row[4], next_row[4];
-    decode_columns(values, packed, scale, row);
-    decode_columns(values, next, next_scale, next_row);
+    decode_columns(values, packed, row);
+    decode_columns(values, next, next_row);
     unroll<4>([&](auto j) {
       const U low = _mm256_unpacklo_epi16(row[j.value], next_row[j.value]);
       const U high = _mm256_unpackhi_epi16(row[j.value], next_row[j.value]);
@@ -266,20 +264,17 @@ struct WordInt {
       store(to + 2 * tile_stride, _mm256_permute2x128_si256(low, high, 0x31));
     });
   }
+  static Vector multiply_fractions(Vector v, Vector by) { return _mm256_mulhrs_epi16(v, by); }
 
  private:
-  // Decodes 64 weights, rounded: vector j has elements 4i + j, those of the first and of the second group in its
-  // halves.
-  static void decode_columns(const Table& values, const uint8_t* packed, float scale, U (&out)[4]) {
-    const Table t = scaled(values, splat(scale));
-    const U integers = _mm256_packs_epi32(_mm256_cvtps_epi32(t.low), _mm256_cvtps_epi32(t.high));
-    const Values bytes = split_bytes(_mm256_permute4x64_epi64(integers, 0xD8));
+  // Decodes 64 weights: vector j has elements 4i + j, those of the first and of the second group in its halves.
+  static void decode_columns(const Values& values, const uint8_t* packed, U (&out)[4]) {
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     const U codes =
         _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const U*>(packed)), _mm256_broadcastsi128_si256(order));
     const U mask = _mm256_set1_epi8(15);
     const auto look_up = [&](U code, U& first, U& second) {
-      const U low = _mm256_shuffle_epi8(bytes.low, code), high = _mm256_shuffle_epi8(bytes.high, code);
+      const U low = _mm256_shuffle_epi8(values.low, code), high = _mm256_shuffle_epi8(values.high, code);
       first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
     };
     look_up(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), out[0], out[2]);

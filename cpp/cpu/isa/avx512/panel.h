@@ -243,30 +243,42 @@ struct WordInt {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(value)));
   }
   static void decode_row(const Values& values, const uint8_t* packed, Word* out) {
-    const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), values));
-    _mm512_storeu_si512(out + kLanes, _mm512_permutexvar_epi16(bytes, values));
+    unroll<2>([&](auto half) {
+      const U bytes = _mm512_cvtepu8_epi16(twice(packed + half.value * 16));
+      const U codes = _mm512_srlv_epi16(bytes, first_half(_mm256_set1_epi16(4)));
+      _mm512_storeu_si512(out + half.value * kLanes, _mm512_permutexvar_epi16(codes, values));
+    });
   }
-  static constexpr int step_of(int word) { return word % 2 * kLanes + word / 2; }
+  static constexpr int step_of(int word) { return word / 16 * 16 + word % 2 * 8 + word % 16 / 2; }
 
-  // A lane looks up the codes in its halves in the tables of the two rows.
-  static void decode_lanes(const Table& values, const uint8_t* packed, const uint8_t* next, float scale,
-                           float next_scale, Word* out, int64_t tile_stride) {
-    const auto rounded = [&](float s) {
-      return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled(values, splat(s)).value));
-    };
-    const U table = _mm512_inserti64x4(_mm512_castsi256_si512(rounded(scale)), rounded(next_scale), 1);
-    const U codes = _mm512_or_si512(load_codes(packed), _mm512_slli_epi32(load_codes(next), 16));
-    const auto look_up = [&](U shifted) {  // 0xEA: (a & b) | c
-      return _mm512_permutexvar_epi16(
-          _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x000F000F), _mm512_set1_epi32(0x00100000), 0xEA),
-          table);
-    };
-    store(out, look_up(_mm512_srli_epi16(codes, 4)));
-    store(out + kLanes, look_up(codes));
-    store(out + tile_stride, look_up(_mm512_srli_epi16(codes, 12)));
-    store(out + tile_stride + kLanes, look_up(_mm512_srli_epi16(codes, 8)));
+  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, bool halves, Word* out,
+                           int64_t tile_stride) {
+    const auto look_up = [&](U codes, Word* to) { store(to, _mm512_permutexvar_epi16(codes, values)); };
+    const auto join = [](U row, U next_row) { return _mm512_or_si512(row, _mm512_slli_epi32(next_row, 16)); };
+    if (halves) {
+      unroll<2>([&](auto half) {
+        const U codes = join(_mm512_cvtepu16_epi32(twice(packed + half.value * 16)),
+                             _mm512_cvtepu16_epi32(twice(next + half.value * 16)));
+        Word* const to = out + half.value * tile_stride;
+        look_up(_mm512_srlv_epi16(codes, first_half(_mm256_set1_epi16(4))), to);
+        look_up(_mm512_srlv_epi16(_mm512_srli_epi16(codes, 8), first_half(_mm256_set1_epi16(4))), to + kLanes);
+      });
+      return;
+    }
+    const U codes = join(load_codes(packed), load_codes(next));
+    look_up(_mm512_srli_epi16(codes, 4), out);
+    look_up(codes, out + kLanes);
+    look_up(_mm512_srli_epi16(codes, 12), out + tile_stride);
+    look_up(_mm512_srli_epi16(codes, 8), out + tile_stride + kLanes);
   }
+  static Vector multiply_fractions(Vector v, Vector by) { return _mm512_mulhrs_epi16(v, by); }
+
+ private:
+  static __m256i twice(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  // `counts` in the first half and zeros in the second.
+  static U first_half(__m256i counts) { return _mm512_inserti64x4(_mm512_setzero_si512(), counts, 0); }
 };
 
 }  // namespace panel

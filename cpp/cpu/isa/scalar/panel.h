@@ -225,6 +225,7 @@ struct WordInt {
     for (int i = 0; i < kCodes; ++i) v.value[i] = value[i];
     return v;
   }
+  // The words of each half of the columns stay together.
   static void decode_row(const Values& values, const uint8_t* packed, Word* out) {
     const auto value = [&](int i) { return values.value[code_at(packed, i)]; };
     for (int word = 0; word < 32; ++word) {
@@ -233,19 +234,28 @@ struct WordInt {
     }
   }
   // Where decode_row puts a word that is word `word` in memory order.
-  static constexpr int step_of(int word) { return word % 2 * 16 + word / 2; }
+  static constexpr int step_of(int word) { return word / 16 * 16 + word % 2 * 8 + word % 16 / 2; }
 
   // Decodes kColumns weights of two rows to words (row, next row) of lanes, in tiles of two vectors that lie
-  // `tile_stride` words apart. Each value of the code is scaled and rounded. The order of the lanes is that of
-  // decode_lanes in float32: 4 * kLanes columns after the other, vector j with elements 4i + j.
-  static void decode_lanes(const Table& values, const uint8_t* packed, const uint8_t* next, float scale,
-                           float next_scale, Word* out, int64_t tile_stride) {
+  // `tile_stride` words apart. The order of the lanes is that of decode_lanes in float32: 4 * kLanes columns after the
+  // other, elements 4i + j in the order of j. `halves`: 32 columns after the other, even if that is half a group.
+  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, bool halves, Word* out,
+                           int64_t tile_stride) {
+    const int group = halves && 4 * kLanes > 32 ? 32 : 4 * kLanes;
     for (int column = 0; column < 64; ++column) {
-      const int vector = column / (4 * kLanes) * 4 + column % 4;
-      const auto decoded = [&](const uint8_t* row, float s) { return nearest(values.value[code_at(row, column)] * s); };
-      out[vector / 2 * tile_stride + vector % 2 * kLanes + column % (4 * kLanes) / 4] =
-          pair(decoded(packed, scale), decoded(next, next_scale));
+      const int lane = column / group * group + column % 4 * (group / 4) + column % group / 4;
+      out[lane / (2 * kLanes) * tile_stride + lane % (2 * kLanes)] =
+          pair(values.value[code_at(packed, column)], values.value[code_at(next, column)]);
     }
+  }
+
+  // Each int16 of v times that of `by`, in units of 2^15, rounded.
+  static Vector multiply_fractions(Vector v, Vector by) {
+    const auto product = [](int a, int b) { return (a * b + (1 << 14)) >> 15; };
+    for (int i = 0; i < kLanes; ++i)
+      v.lane[i] = pair(product(first_of(v.lane[i]), first_of(by.lane[i])),
+                       product(second_of(v.lane[i]), second_of(by.lane[i])));
+    return v;
   }
 
  private:

@@ -159,8 +159,7 @@ def kind_of(tensor: FileTensor, kind: str, embeddings: str) -> str:
 def _build(conversion: _Conversion) -> Callable[[pathlib.Path], None]:
     adapted = conversion.adapted
     if adapted.adapter is not None or is_4bit(adapted.source):
-        loader = dataclasses.replace(adapted.loader, compute=torch.float32)  # of the adapter too
-        model = dataclasses.replace(adapted, loader=loader).load()
+        model = adapted.load_to_merge()
         if conversion.unties:
             untie(model)
             print("the adapter changes the output head or the embeddings, which are tied: both are written")

@@ -147,8 +147,7 @@ def _size(target: str, file: pathlib.Path, kinds: dict[str, str]) -> int:
 
 
 def _build(merge: _Merge) -> Callable[[pathlib.Path], None]:
-    loader = dataclasses.replace(merge.adapted.loader, compute=torch.float32)  # of the adapter too
-    model = dataclasses.replace(merge.adapted, loader=loader).load()
+    model = merge.adapted.load_to_merge()
     source = merge.adapted.source
     in_file = GGUFWeights(merge.file, validate_model.skeleton(source, load_config(source)))
     calibrated = {} if merge.calibrated is None else merge.calibrated.weights

@@ -36,6 +36,17 @@ class Adapted:
         model = self.loader.while_loading()
         return model if self.adapter is None else load(model, self.adapter, self.force)
 
+    def load_to_merge(self) -> Any:
+        """Like ``load``, with the base and the adapter in float32, so that a merge rounds neither."""
+        import torch
+
+        from ...nn import layers_of
+
+        model = dataclasses.replace(self.loader, compute=torch.float32).while_loading()
+        for _, layer in layers_of(model):
+            layer.compute_dtype = torch.float32  # also where integers would multiply it in bfloat16
+        return model if self.adapter is None else load(model, self.adapter, self.force)
+
     def load_to_answer(self) -> Any:
         """Like ``load``, for inference only."""
         from ...decoding import prepare_to_answer
