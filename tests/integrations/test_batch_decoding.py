@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 from collections.abc import Callable, Iterator
@@ -325,6 +326,7 @@ def test_wrong_arguments() -> None:
 def without_masks(model: Any) -> Any:
     forward = model.forward
 
+    @functools.wraps(forward)
     def ignoring(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
@@ -344,6 +346,7 @@ def without_masks(model: Any) -> Any:
             "the adapter is a prompt",
         ),
         (lambda: tiny().train(), r"expected evaluation mode, got training mode; call model.eval\(\)"),
+        (lambda: tiny("mpt"), "its forward takes no position_ids"),
         (lambda: without_masks(tiny()), "its logits of a sequence in a batch differ from those of the sequence alone"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
 import threading
 from collections import deque
@@ -14,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import DynamicCache
 
+from .._internal.untrusted import first_line
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits, load_decoding, new_caches
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
@@ -22,7 +24,8 @@ from .sampling import Sampling, draw
 
 BASE = "__base__"  # PEFT's name for no adapter
 _USUAL_CAPACITY = 2048
-_TOLERANCE = 0.1  # of the self-test: far above rounding in bfloat16, far below the effect of a wrong position or mask
+# Of the self-test: far above rounding, far below the effect of a wrong position or mask.
+_TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 0.1
 
 
 def _ids(prompt: Iterable[int] | Tensor) -> list[int]:
@@ -30,6 +33,10 @@ def _ids(prompt: Iterable[int] | Tensor) -> list[int]:
         return [operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
     except TypeError as error:
         raise ValueError(f"prompt: expected token ids, a list or a tensor of one dimension, got {prompt!r}") from error
+
+
+def _rejected(why: str) -> ValueError:
+    return ValueError(f"model: batches of it cannot be decoded: {why}")
 
 
 class BatchDecoder:
@@ -76,16 +83,18 @@ class BatchDecoder:
         progress: Callable[[str], object] | None = None,
         reproducible: bool = False,
     ) -> None:
-        why = not_plain(model)
-        if why is not None:
-            raise ValueError(f"model: batches of it cannot be decoded: {why}")
         self._model, self._lm = model, causal_lm(model)
+        why = not_plain(model)
+        if why is None and "position_ids" not in inspect.signature(self._lm.forward).parameters:
+            why = "its forward takes no position_ids"
+        if why is not None:
+            raise _rejected(why)
         if self._lm.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(
                 "model: expected the attention implementation 'sdpa' or 'eager', "
                 f"got {self._lm.config._attn_implementation!r}; call model.set_attn_implementation('sdpa')"
             )
-        most = getattr(self._lm.config, "max_position_embeddings", None) or _USUAL_CAPACITY
+        most = max(getattr(self._lm.config, "max_position_embeddings", None) or 0, 0) or _USUAL_CAPACITY
         self.sequences, self.reproducible = sequences, reproducible
         self.capacity = min(_USUAL_CAPACITY, most) if capacity is None else capacity
         if sequences < 1:
@@ -97,12 +106,19 @@ class BatchDecoder:
         self._running: list[Request] = []  # the one at index i has slot i
         self._stepping = threading.Lock()
         self._require_evaluation()
-        # The self-test takes two slots.
-        self._caches = new_caches(self._lm, -(-self.capacity // SPAN_STEP) * SPAN_STEP, max(sequences, 2))
-        self._codes = self._compiled_codes(compiled, progress)
         self._layer = next((m for m in self._lm.modules() if isinstance(m, BaseTunerLayer)), None)
         self._compiled_adapters = self._adapters()
-        with torch.no_grad():
+        self._codes: dict[str, Code] = {}
+        try:
+            # The self-test takes two slots.
+            self._caches = new_caches(self._lm, -(-self.capacity // SPAN_STEP) * SPAN_STEP, max(sequences, 2))
+            self._test()
+        except ValueError:
+            raise
+        except Exception as error:  # models may raise any exception
+            raise _rejected(first_line(error)) from error
+        self._codes = self._compiled_codes(compiled, progress)
+        if self._codes:
             self._test()
 
     def _compiled_codes(self, wanted: bool | None, progress: Callable[[str], object] | None) -> dict[str, Code]:
@@ -345,6 +361,7 @@ class BatchDecoder:
             ours[slot, :, :count] = theirs[0, :, :count]
         return logits[:, -1]
 
+    @torch.no_grad()
     def _test(self) -> None:
         """Compares a step of two sequences with the model's own forward.
 
@@ -353,18 +370,19 @@ class BatchDecoder:
         """
         vocabulary = self._lm.get_input_embeddings().num_embeddings
         prompts = [[token % vocabulary for token in tokens] for tokens in ((5, 9, 3), (7, 5, 11, 2, 6))]
-        expected = torch.cat([self._read_prompt(prompt, 0, {}) for prompt in prompts])
+        expected = torch.cat([self._read_prompt(prompt, 0, {}) for prompt in prompts]).double()
         for slot, prompt in enumerate(prompts):
             self._read_prompt(prompt[:-1], slot, {})
         last = self._integers([prompt[-1] for prompt in prompts])
         logits = self._step(last, self._integers([len(prompt) - 1 for prompt in prompts]), {})
         for cache in self._caches:
             cache[:2].zero_()
-        error = float((logits.double() - expected.double()).norm() / expected.double().norm())
-        if bool(expected.isfinite().all()) and not error < _TOLERANCE:
-            raise ValueError(
-                "model: batches of it cannot be decoded: its logits of a sequence in a batch differ from those of the "
-                f"sequence alone by {error:.2g} of their norm"
+        error = float((logits.double() - expected).norm() / expected.norm())
+        tolerance = _TOLERANCE if self._caches[0].dtype == torch.float32 else _TOLERANCE_16_BITS
+        if bool(expected.isfinite().all()) and not error < tolerance:
+            raise _rejected(
+                "its logits of a sequence in a batch differ from those of the sequence alone by "
+                f"{error:.2g} of their norm"
             )
 
 
