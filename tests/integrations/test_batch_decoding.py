@@ -179,6 +179,7 @@ def test_how_sequences_end() -> None:
     waiting.cancel()
     while engine.step():
         assert engine.running <= 2
+        assert waiting.done  # it did not wait for a free slot
         if len(cancelled.tokens) == 4:
             cancelled.cancel()
     assert (engine.running, engine.waiting) == (0, 0)

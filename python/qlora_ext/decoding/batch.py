@@ -232,6 +232,9 @@ class BatchDecoder:
             raise RuntimeError("step: expected one call at a time, got a second one")
         try:
             self._require_evaluation()
+            for request in list(self._waiting):  # cancelled ones must not wait for a free slot
+                if request.end_if_cancelled():
+                    self._waiting.remove(request)
             self._drop_ended()
             if self._running:
                 self._continue(self._running, self._read_tokens(self._running))
