@@ -7,6 +7,7 @@
 
 #include "cpp/cpu/isa/avx512/bfloat16.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
 
