@@ -75,8 +75,8 @@ void dequantize_16(const codec::Table<bfloat16>& table, const uint8_t* packed, i
 FEW_TOKENS(few_tokens_int, IntProducts, 4)
 FEW_TOKENS(few_tokens_int, IntProducts, 8)
 void multiply_int(const many_tokens::IntPanels& in, float* sums, WeightLinePrefetcher& prefetcher) {
-  many_tokens::multiply_int_tile<many_tokens::kIntChain<bfloat16>, panel::kAccumulators / 2, 2>(in, sums, true,
-                                                                                                prefetcher);
+  many_tokens::multiply_int_tile<many_tokens::kLongChain, false, panel::kAccumulators / 2, 2>(in, sums, true,
+                                                                                              prefetcher);
 }
 #endif
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC

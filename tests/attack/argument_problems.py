@@ -178,6 +178,13 @@ def good_arguments(rng: random.Random) -> dict[str, Any]:
     good |= {"h": None, "g": None, "importance": torch.rand(k)}
     good |= {"feedback": torch.eye(k), "order": torch.randperm(k)}
     good["seed_tensor"] = rng.choice([None, torch.tensor(-12)])
+    good |= dict.fromkeys(("adapter_of_row", "rank_offsets", "scalings", "seeds")) | {"max_rank": 0}
+    if rng.random() < 0.3:  # two adapters, of which each row uses one or none
+        first = rank // 2
+        good |= {"adapter_of_row": torch.randint(-1, 2, (m,), dtype=torch.int32), "max_rank": rank - first}
+        good |= {"rank_offsets": torch.tensor([0, first, rank], dtype=torch.int32), "scaling": 1.0}
+        good |= {"scalings": torch.tensor([0.5, 2.0], dtype=torch.float64), "seed_tensor": None}
+        good["seeds"] = rng.choice([None, torch.tensor([3, -4])])
     good |= {"dropout_p": rng.choice([0.0, 0.3]), "w4": w4, "codes": codes.absmax, "_codes": codes}
     good |= {"offsets": torch.tensor(sorted(rng.randint(0, m) for _ in range(experts)))}
     good |= {"_experts": experts, "compute_dtype": dtype, "double_quant": double_quant}

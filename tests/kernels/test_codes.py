@@ -39,6 +39,8 @@ def test_every_operator_with_a_packed_weight_takes_the_form_last() -> None:
         names = [a.name for a in schema.arguments]
         encodes = schema.returns[0].name == "packed" or name == "search_absmax_nf4"
         last = ["code", "scale_table", "block_offsets", "offset_scale"]
+        if "adapter_of_row" in names:  # the adapters of a call with several follow the form
+            names = names[: names.index("adapter_of_row")]
         if "packed" in names:
             assert names[-4:] == last, name
         elif encodes:

@@ -103,7 +103,9 @@ def test_threads_do_not_change_a_bit(op: str, kernel: str, m: int, force: Callab
     force(kernel)
     threads = torch.get_num_threads()
     for n, k, block in ((704, 576, 64), (333, 555, 32), (1216, 128, 32)):
-        if k % 64 and ((op, kernel) == ("linear_nf4_dx", "few_tokens_int") or kernel == "many_tokens_int"):
+        if (k % 64 or block < 64) and (op, kernel) == ("linear_nf4_dx", "few_tokens_int"):
+            continue
+        if k % 64 and kernel == "many_tokens_int":
             continue
         for dtype in KERNELS[op, kernel]:
             s, dy = make((m, n, k, 24, block, True, 0.1), dtype)
@@ -187,12 +189,12 @@ MANY_BF16 = ["many_tokens_bf16", "many_tokens_float"]
 CHOICES = [  # operator, type, m, n, k, block size, set -> kernels
     ("linear_nf4", "bfloat16", 1, 96, 320, 64, "avx512", ["few_tokens_int", "many_tokens_int"]),
     ("linear_nf4", "bfloat16", 48, 96, 320, 64, "avx512", ["few_tokens_int", "many_tokens_int"]),
-    ("linear_nf4", "bfloat16", 48, 96, 320, 32, "avx512", ["few_tokens_int", "many_tokens_float"]),
+    ("linear_nf4", "bfloat16", 48, 96, 320, 32, "avx512", ["few_tokens_int", "many_tokens_int"]),
     ("linear_nf4", "bfloat16", 1, 96, 320, 16, "avx512", ["few_tokens_int", "many_tokens_float"]),
     ("linear_nf4", "bfloat16", 1, 96, 328, 16, "avx512", ["many_tokens_float"]),
     ("linear_nf4", "bfloat16", 49, 96, 320, 64, "avx512", ["many_tokens_int"]),
     ("linear_nf4", "bfloat16", 49, 96, 64, 64, "avx512", ["many_tokens_float"]),
-    ("linear_nf4", "bfloat16", 49, 96, 320, 32, "avx512", ["many_tokens_float"]),
+    ("linear_nf4", "bfloat16", 49, 96, 320, 32, "avx512", ["many_tokens_int"]),
     ("linear_nf4", "float16", 20, 96, 320, 64, "avx2", ["few_tokens_int", "many_tokens_int"]),
     ("linear_nf4", "float16", 21, 96, 320, 64, "avx2", ["many_tokens_int"]),
     ("linear_nf4", "float16", 49, 96, 320, 64, "avx512_bf16", ["many_tokens_int"]),

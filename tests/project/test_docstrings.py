@@ -35,7 +35,7 @@ MODULES = [
 WITHOUT = {
     *("Streaming", "Calibrator", "LayerReport", "Encoded", "Feedback", "CurvePoint", "LayerCost", "ModelCheck"),
     *("Sensitivity", "MergeError", "LoraLinear4bit", "IncompleteAdapterWarning", "QLoRAQuantizer", "DenseModules"),
-    *("Coverage", "Decoder", "CompilationError", "Header", "TensorInfo", "Streamed", "Switched", "Request"),
+    *("Coverage", "Decoder", "CompilationError", "Header", "TensorInfo", "Streamed", "Switched"),
     # Functions that only the integrations and the command use.
     *("Conv1D4bit", "attach", "write_base", "check_something_is_4bit", "report_coverage", "finished_weights"),
 }
