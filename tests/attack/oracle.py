@@ -116,6 +116,30 @@ def grouped(one: Callable[..., list[np.ndarray]], a: dict[str, Any], out: Sequen
     return expected
 
 
+def several(one: Callable[..., list[np.ndarray]], a: dict[str, Any], out: Sequence[Tensor], *of: Of) -> list:
+    """Results, in the shapes of ``out``, of a call whose rows use different adapters.
+
+    Each adapter is computed over all rows, and only its own rows are used.
+    """
+    expected = [np.zeros(tuple(t.shape)) for t in out]
+    of_row, ends = flat(a["adapter_of_row"]), flat(a["rank_offsets"])
+    for e in range(-1, len(ends) - 1):
+        ranks = slice(ends[e], ends[e + 1]) if e >= 0 else slice(0)
+        part = {**a, "lora_a": a["lora_a"][ranks], "lora_b": a["lora_b"][:, ranks]}
+        part["scaling"] = float(a["scalings"][e])
+        if a["seeds"] is not None:
+            part["seed"] = int(a["seeds"][e])
+        own = of_row == e
+        if one is linear_dlora:
+            dy = a["dy"].reshape(-1, a["dy"].shape[-1])
+            part["dy"] = torch.where(torch.from_numpy(own)[:, None], dy, torch.zeros_like(dy))
+            expected[0][ranks], expected[1][:, ranks] = one(part, *of)
+        elif expected[0].size:
+            width = expected[0].shape[-1]
+            expected[0].reshape(-1, width)[own] = one(part, *of)[0].reshape(-1, width)[own]
+    return expected
+
+
 def quantize_nf4(a: dict[str, Any]) -> list[np.ndarray]:
     return list(reference.quantize_nf4(flat(a["w"].float()), a["block_size"]))
 
@@ -198,6 +222,8 @@ def disagreement(name: str, a: dict[str, Any], out: Any) -> str | None:
     is_linear = "linear" in name
 
     def answers(*of: Of) -> list[np.ndarray]:
+        if a.get("adapter_of_row") is not None:
+            return several(one, a, outs, *of)
         return grouped(one, a, outs, *of) if name.startswith("grouped") else one(a, *of)
 
     expected = answers()
