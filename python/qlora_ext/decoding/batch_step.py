@@ -12,9 +12,8 @@ Attention reads the span: the longest sequence, rounded up.
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +22,8 @@ from torch.export import Dim
 from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from ..nn import Linear16bit
 from . import compiled
-from .compiled import CACHE, MAX_CACHE, attention_over_caches, new_caches, require_plain_attention
+from .compiled import CACHE, MAX_CACHE, attention_over_caches, head_computed_by, new_caches, require_plain_attention
 from .packages import Code, Function, causal_lm, compile_package, digest, load_code, state_of
 
 SPAN_STEP = 64  # a multiple of the vectors of every processor, so that the order of attention's sums is always the same
@@ -117,25 +115,11 @@ class BatchStep(nn.Module):
         return logits[:, -1]
 
 
-@contextlib.contextmanager
-def _head_of_16_bits(lm: Any) -> Iterator[None]:
-    """Computes a dense output head of 16 bits in float32: torch's product takes several times longer."""
-    head: Any = lm.get_output_embeddings()
-    is_plain = type(head) in (nn.Linear, Linear16bit) and "forward" not in vars(head)
-    if not is_plain or head.weight.dtype not in (torch.bfloat16, torch.float16):
-        yield
-        return
-
-    def forward(x: Tensor) -> Tensor:
-        bias = None if head.bias is None else head.bias.float()
-        y: Tensor = torch.ops.qlora.linear_dense(x.float(), head.weight, bias).to(x.dtype)
-        return y
-
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
+def _linear_dense(head: Any, x: Tensor) -> Tensor:
+    """A dense output head of 16 bits in float32: torch's product takes several times longer."""
+    bias = None if head.bias is None else head.bias.float()
+    y: Tensor = torch.ops.qlora.linear_dense(x.float(), head.weight, bias).to(x.dtype)
+    return y
 
 
 def _compile(lm: Any, step: BatchStep, package: pathlib.Path) -> None:
@@ -145,7 +129,7 @@ def _compile(lm: Any, step: BatchStep, package: pathlib.Path) -> None:
     sequences = Dim("sequences", min=2, max=_MAX_SEQUENCES)
     span, capacity = (Dim(name, min=2, max=MAX_CACHE) for name in ("span", "room"))
     shapes = ({0: sequences}, {0: sequences}, {0: sequences, 1: span}, [{0: sequences, 2: capacity} for _ in caches])
-    with attention_over_caches(lm, _ATTENTION), _head_of_16_bits(lm):
+    with attention_over_caches(lm, _ATTENTION), head_computed_by(lm, _linear_dense, (torch.bfloat16, torch.float16)):
         compile_package({STEP: Function(step, (tokens, positions, visible, caches), shapes)}, package)
 
 

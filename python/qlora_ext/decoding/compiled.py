@@ -12,7 +12,7 @@ import functools
 import inspect
 import pathlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -121,24 +121,31 @@ def attention_over_caches(lm: Any, name: str = _ATTENTION) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _head_of_one_token(lm: Any) -> Iterator[None]:
-    """Computes the dense output head as sums in float32: a loop that is memory-bound, unlike torch's matmul."""
+def head_computed_by(
+    lm: Any, forward: Callable[[Any, Tensor], Tensor], dtypes: Sequence[torch.dtype] | None = None
+) -> Iterator[None]:
+    """Replaces the forward of a plain dense output head by ``forward(head, x)``. Other heads are kept.
+
+    Args:
+        dtypes: of the weights of the heads that are replaced; None for all.
+    """
     head: Any = lm.get_output_embeddings()
     is_plain = type(head) in (nn.Linear, Linear16bit) and "forward" not in vars(head)
-    if not is_plain:
+    if not is_plain or (dtypes is not None and head.weight.dtype not in dtypes):
         yield
         return
-
-    def forward(x: Tensor) -> Tensor:
-        logits = (x.float()[..., None, :] * head.weight.float()).sum(-1)
-        y: Tensor = (logits if head.bias is None else logits + head.bias.float()).to(x.dtype)
-        return y
-
-    head.forward = forward
+    head.forward = functools.partial(forward, head)
     try:
         yield
     finally:
         del head.forward
+
+
+def _sums_in_float32(head: Any, x: Tensor) -> Tensor:
+    """The output head for one token: a loop that is memory-bound, unlike torch's matmul."""
+    logits = (x.float()[..., None, :] * head.weight.float()).sum(-1)
+    y: Tensor = (logits if head.bias is None else logits + head.bias.float()).to(x.dtype)
+    return y
 
 
 class _Slots(StaticLayer):  # type: ignore[misc,unused-ignore]
@@ -201,7 +208,7 @@ def _compile(lm: Any, step: _Step, package: pathlib.Path) -> None:
         dynamic = ({1: some}, {0: some}) if tokens > 1 else (None, None)
         shapes = (*dynamic, [{2: capacity} for _ in caches])
         functions[name] = Function(step, (_integers([[0] * tokens]), _integers(range(tokens)), caches), shapes)
-    with attention_over_caches(lm), _head_of_one_token(lm):
+    with attention_over_caches(lm), head_computed_by(lm, _sums_in_float32):
         compile_package(functions, package)
 
 
