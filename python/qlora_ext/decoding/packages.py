@@ -50,6 +50,8 @@ def _c_declaration(operator: OpOverload) -> str:
     return f"AOTITorchError (*const aoti_torch_cpu_{name})({', '.join(types)})"
 
 
+_PATHS = ("_name_or_path", "_commit_hash")  # of a model's config; compiled code does not depend on them
+
 _OPTIONS = {
     # The package contains no weights, not even as constants in the code, so it serves every adapter of the same shape.
     "aot_inductor.package": True,
@@ -108,6 +110,13 @@ def state_of(step: nn.Module) -> dict[str, Tensor]:
     return {**dict(step.named_parameters(remove_duplicate=False)), **dict(step.named_buffers(remove_duplicate=False))}
 
 
+def _without_paths(config: Any) -> Any:
+    """A config's values without the directory that the model came from, at any depth."""
+    if isinstance(config, dict):
+        return {name: _without_paths(value) for name, value in config.items() if name not in _PATHS}
+    return [_without_paths(value) for value in config] if isinstance(config, list) else config
+
+
 def digest(model: Any, state: dict[str, Tensor], sources: Iterable[str]) -> str:
     """A digest of everything that compiled code depends on: the model except its weights, software and processor.
 
@@ -127,7 +136,8 @@ def digest(model: Any, state: dict[str, Tensor], sources: Iterable[str]) -> str:
         str(_OPTIONS["aot_inductor.custom_ops_to_c_shims"]),  # the arguments of C functions follow from the schema
         [sys.version, platform.machine(), *flags[:1]],
         torch.get_num_threads(),  # Inductor writes it into the code
-        lm.config.to_json_string(use_diff=False),
+        _without_paths(json.loads(lm.config.to_json_string(use_diff=False))),
+        lm.config._attn_implementation,
         repr(model),
         [str(getattr(module, "scaling", "")) for module in lm.modules()],
         [str(getattr(module, "active_adapters", "")) for module in lm.modules()],
