@@ -8,6 +8,7 @@ import pathlib
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
@@ -40,6 +41,19 @@ def test_merge_to_4bit_prints_its_error(
     assert f"at most {max(error['by_layer'].values()):.2%} in " in printed
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.config.quantization_config.quant_method == "qlora_ext"
+
+
+def test_an_adapter_on_the_embeddings_and_the_head(paths: Paths, tmp_path: pathlib.Path) -> None:
+    from safetensors.torch import load_file
+
+    run, output = tmp_path / "run", tmp_path / "merged"
+    here(
+        "finetune", "--model", paths["model"], "--data", paths["data"], "--output", run, "--max-steps", "2",
+        "--seq-len", "32", "--batch-size", "2", "--eval-size", "4", "--target-modules", "embed_tokens,lm_head,q_proj",
+    )  # fmt: skip
+    here("generate", "--adapter", run, "--prompt", "count 3", "--max-new-tokens", "2", "--dtype", "float32")
+    here("merge", "--adapter", run, "--output", output, "--dtype", "float32")
+    assert {t.dtype for t in load_file(output / "model.safetensors").values()} == {torch.float32}
 
 
 def test_quantize_for_bitsandbytes(paths: Paths) -> None:

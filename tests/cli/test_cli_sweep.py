@@ -67,6 +67,22 @@ def test_the_base_and_the_data_are_read_once(paths: Paths, swept: pathlib.Path) 
         assert f"{number}/4  {name}\n" in printed
 
 
+def test_optimizers_have_overrides_of_their_own(paths: Paths, tmp_path: pathlib.Path) -> None:
+    """bitsandbytes' are global, and by the positions of parameters."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    options = ["--seq-len", "48", "--batch-size", "2", "--eval-size", "1", "--max-steps", "2", "--optimizer", "adamw_8bit"]
+    try:
+        for name in ("first", "second"):
+            here("finetune", *base(paths), "--output", tmp_path / name, *options)
+            assert not manager.module_weight_config_triple
+            manager.index2config[0, 0] = {"lr": 100.0}  # of the user's own optimizer
+        assert manager.index2config == {(0, 0): {"lr": 100.0}}
+    finally:
+        manager.initialize()
+    assert adapter_bytes(tmp_path / "first") == adapter_bytes(tmp_path / "second")
+
+
 def test_the_results(paths: Paths, swept: pathlib.Path) -> None:
     found = json.loads((swept / "sweep.json").read_text())
     assert found["sweep"] == {"lr": [0.003, 0.001], "neftune_alpha": [5.0, 0.0]}

@@ -99,6 +99,21 @@ def test_adapters_that_the_command_and_transformers_load(saved: pathlib.Path) ->
         assert_close(logits(adapted), expected)
 
 
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_loaded_adapters_are_not_rounded_and_retain_the_base(saved: pathlib.Path, low_memory: bool) -> None:
+    """The file has the bfloat16 weights of the head and the embeddings too."""
+    expected = adapters_of(PeftModel.from_pretrained(cast(), saved))
+    for dtype in (torch.bfloat16, torch.float32):
+        base = quantize_model(make("llama"), skip=SKIP).to(dtype)
+        base.lm_head.weight = base.model.embed_tokens.weight
+        model = PeftModel.from_pretrained(base, saved, low_cpu_mem_usage=low_memory)
+        found = adapters_of(model)
+        assert all(torch.equal(t, expected[name]) for name, t in found.items())
+        assert base.lm_head.base_layer.weight is base.model.embed_tokens.base_layer.weight
+        assert base.lm_head.base_layer.weight.dtype == dtype
+        logits(model)
+
+
 def test_a_head_that_is_saved_in_full_loads_in_float32(tmp_path: pathlib.Path) -> None:
     model = get_peft_model(stored(), lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     trained = model.base_model.model.lm_head.modules_to_save["default"].weight

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .._internal.untrusted import first_line
+from .._internal.vocabulary import vocabulary_size
 from ..integrations.peft.fixed import FixedAdapters
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits, load_decoding, new_caches
@@ -174,7 +175,7 @@ class BatchDecoder:
             ValueError: an argument is wrong, or the sequence may exceed the capacity.
         """
         ids = _ids(prompt)
-        vocabulary = self._lm.get_input_embeddings().num_embeddings
+        vocabulary = vocabulary_size(self._lm)
         if not ids:
             raise ValueError("prompt: expected at least one token, got none")
         if min(ids) < 0 or max(ids) >= vocabulary:
@@ -363,7 +364,7 @@ class BatchDecoder:
         Raises:
             ValueError: they differ, because the model ignores positions or masks of single sequences.
         """
-        vocabulary = self._lm.get_input_embeddings().num_embeddings
+        vocabulary = vocabulary_size(self._lm)
         prompts = [[token % vocabulary for token in tokens] for tokens in ((5, 9, 3), (7, 5, 11, 2, 6))]
         expected = torch.cat([self._read_prompt(prompt, 0, {}) for prompt in prompts]).double()
         for slot, prompt in enumerate(prompts):

@@ -137,6 +137,11 @@ _LIST = (
         "gives the adapter_names of one thread's call to the calls of other threads",
     ),
     Patch(
+        "peft.tuners.tuners_utils:BaseTunerLayer._get_base_layer_device_and_dtype",
+        "peft >= 0.19",
+        "has a loaded adapter rounded to the compute dtype of its layer before it is cast to float32",
+    ),
+    Patch(
         "peft.tuners.tuners_utils:BaseTuner._create_and_replace",
         "peft >= 0.19; every method but LoRA overrides it, and each override is patched",
         "reads and writes the weight of the base as a dense one",

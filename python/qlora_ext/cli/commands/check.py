@@ -7,6 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..._internal.untrusted import excerpt, printable
+from ..._internal.vocabulary import vocabulary_size
 from ..data import DEFAULT_DATA, held_out
 from ..errors import UserError, first_line
 from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
@@ -143,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
         ids = held_out.blocks(text, tokenizer, arguments.tokens, longest)
     check_tokens(model, ids.tolist())
     if base is not None:
-        known = [m.get_input_embeddings().num_embeddings for m in (base, model)]
+        known = [vocabulary_size(m) for m in (base, model)]
         if known[0] != known[1]:
             raise UserError(
                 f"{arguments.base or arguments.model}: expected the dense model that --model was quantized from, got "

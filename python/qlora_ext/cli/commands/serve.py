@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from ..._internal.untrusted import excerpt, printable
+from ..._internal.vocabulary import vocabulary_size
 from ..errors import UserError, first_line
 from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
@@ -180,7 +181,7 @@ def run(arguments: argparse.Namespace) -> int:
                 model = load(model, path, arguments.force, name=f"adapter_{i}")
         decoder = _decoder(prepare_to_answer(model), arguments)
         _try(decoder, adapters)
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = vocabulary_size(model)
         loop = DecodingLoop(decoder)
         application = build(Application(adapters, adapted.tokenizer, vocabulary, loop), arguments.api_key, local)
         loop.start()

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from ..._internal.untrusted import check, excerpt, parse_json, printable, read_json
+from ..._internal.vocabulary import vocabulary_size
 from ..errors import UserError, reading
 from .sources import ModelSource
 
@@ -169,7 +170,7 @@ def check_tokens(model: Any, rows: Iterable[list[int]]) -> None:
     Raises:
         UserError: there is such an id.
     """
-    known = model.get_input_embeddings().num_embeddings
+    known = vocabulary_size(model)
     largest = max((max(row) for row in rows if row), default=0)
     if largest >= known:
         raise UserError(f"the tokenizer has token {largest}, the model has {known} tokens: they do not belong together")

@@ -1,4 +1,4 @@
-"""Takes an adapter off its base without a trace, for the next adapter."""
+"""Undoes what training one adapter changes in the base and in this process, for the next adapter."""
 
 from __future__ import annotations
 
@@ -49,11 +49,28 @@ def restored(model: Any) -> Iterator[None]:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
-        _forget_optimizers()
         gc.collect()  # adapters and the state of optimizers are in reference cycles
 
 
-def _forget_optimizers() -> None:
-    """Clears what bitsandbytes records for the parameters of all optimizers, by their numbers and addresses."""
-    if (optim := sys.modules.get("bitsandbytes.optim")) is not None:
-        optim.GlobalOptimManager.get_instance().initialize()
+@contextlib.contextmanager
+def optimizer_overrides() -> Iterator[None]:
+    """Gives the optimizers in the ``with`` statement overrides of their own in bitsandbytes' global manager.
+
+    The manager identifies parameters by their positions and addresses, so the overrides of one optimizer also apply to
+    parameters of others.
+    """
+
+    def manager() -> Any:
+        optim = sys.modules.get("bitsandbytes.optim")
+        return None if optim is None else optim.GlobalOptimManager.get_instance()
+
+    before = None
+    if (found := manager()) is not None:
+        before = dict(vars(found))
+        found.initialize()
+    try:
+        yield
+    finally:
+        if (found := manager()) is not None:
+            found.initialize()
+            vars(found).update(before or {})

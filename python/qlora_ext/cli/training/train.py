@@ -13,6 +13,7 @@ from ..terminal.progress import ProgressCallback, describe
 from ..terminal.samples import show_sample
 from .checkpoints import checkpoints, step_of
 from .measuring import measure_before
+from .restoring import optimizer_overrides
 from .run import SETTINGS, Run
 from .settings import read_settings
 from .trainer import NameInertAdapters, OffloadCheckpoints, QLoRATrainer, Rescale, RunTrainer, run_trainer
@@ -28,6 +29,11 @@ def train(run: Run) -> None:
     # A checkpoint has the adapter and two moments. Up to three checkpoints exist at once, and the adapter at the end.
     trainable_bytes = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
     need_space(run.directory, 10 * trainable_bytes + (4 << 20), "the run's checkpoints")
+    with optimizer_overrides():
+        _train(run)
+
+
+def _train(run: Run) -> None:
     run.trainer = _trainer(run)
     before = measure_before(run)
     run.before = {"step": 0, **{f"eval_{key}": before[key] for key in before if key not in ("prompt", "sample")}}

@@ -36,6 +36,7 @@ from .experts import set_dropout
 from .gradients import inert_adapters
 from .initial import initialize_lora
 from .linear import LoraLinear4bit, cast_fused
+from .loading import loading
 from .merge import MergeError, merge_calibrated, merge_to_4bit
 from .merge_aware import set_merge_aware
 
@@ -144,14 +145,16 @@ def _incomplete(model: Any, adapter: str, result: Any) -> Iterator[str]:
 def _load_adapter(original: Any, self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     directory = pathlib.Path(model_id) / (kwargs.get("subfolder") or "")
     check_base(self, directory)
-    result = original(self, model_id, adapter_name, *args, **kwargs)
-    if is_4bit(self):
-        lora_dropout = recorded_dropout(directory)
-        if lora_dropout is not None:
-            set_dropout(self, adapter_name, lora_dropout)
-        if aware := recorded_merge_aware(directory):
-            set_merge_aware(self, adapter_name=adapter_name, code=aware if isinstance(aware, str) else None)
-        for fault in _incomplete(self, adapter_name, result):
-            message = f"the adapter {printable(model_id)} is incomplete: {fault}"
-            warnings.warn(message, IncompleteAdapterWarning, stacklevel=2)
+    if not is_4bit(self):
+        return original(self, model_id, adapter_name, *args, **kwargs)
+    with loading(self, kwargs.get("autocast_adapter_dtype", True)):
+        result = original(self, model_id, adapter_name, *args, **kwargs)
+    lora_dropout = recorded_dropout(directory)
+    if lora_dropout is not None:
+        set_dropout(self, adapter_name, lora_dropout)
+    if aware := recorded_merge_aware(directory):
+        set_merge_aware(self, adapter_name=adapter_name, code=aware if isinstance(aware, str) else None)
+    for fault in _incomplete(self, adapter_name, result):
+        message = f"the adapter {printable(model_id)} is incomplete: {fault}"
+        warnings.warn(message, IncompleteAdapterWarning, stacklevel=2)
     return result
