@@ -21,8 +21,8 @@ with e the expert of row i. The signatures are in ``cpp/ops/schema.cpp``:
     dropout_p, seed, seed_tensor: as in ``linear_nf4``.
     code, scale_table, block_offsets, offset_scale: of those weights, the tensors stacked.
     adapter_of_row, rank_offsets, scalings, seeds, max_rank: of several adapters per call (CPU only), as in
-        ``linear_nf4``. lora_a and lora_b are then [E, sum of ranks, K] and [E, N, sum of ranks]: all experts' slices are
-        divided alike (``adapters.py``).
+        ``linear_nf4``. lora_a and lora_b are then [E, sum of ranks, K] and [E, N, sum of ranks]. The slices of all
+        experts are divided alike (``adapters.py``).
 
 y is [S, N] in x's dtype, differentiable in x, bias, lora_a and lora_b; the gradients of an expert without rows are
 zeros. h = scaling · dropout(x) · lora_aᵀ and g = scaling · dy · lora_b are [S, R] in x's dtype, or

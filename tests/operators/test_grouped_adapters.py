@@ -1,4 +1,4 @@
-"""Several adapters in one call of the operators over experts: each row has the bits of the call with its adapter alone."""
+"""Several adapters in one call of the operators over experts: a row has the bits of the call with its adapter alone."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ class Mixed:
         return operator(dy=dy, **self.weight, in_features=self.g.k, **self.lora(adapter))
 
     def dlora(self, dy: Tensor, adapter: int | None = None, **low_rank: Tensor) -> tuple[Tensor, Tensor]:
-        return OPS.grouped_linear_nf4_dlora(
-            dy=dy, x=self.g.x, offsets=self.g.offsets, **self.lora(adapter), **low_rank
-        )
+        return OPS.grouped_linear_nf4_dlora(dy=dy, x=self.g.x, offsets=self.g.offsets, **self.lora(adapter), **low_rank)
 
     def only(self, adapter: int) -> Mixed:
         """The problem of the rows of an adapter."""

@@ -57,15 +57,16 @@ class ExpertsLora(NamedTuple):
         """lora_a and lora_b as the operators take them.
 
         Raises:
-            TypeError: there are two adapters in ``a`` and ``b``, or none.
+            TypeError: the fields are neither those of one adapter nor those of several.
         """
-        a, b = (self.a.lora_a, self.a.lora_b) if isinstance(self.a, StackedAdapters) and self.b is None else self[:2]
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        if isinstance(self.a, StackedAdapters) and self.b is None:
+            return self.a.lora_a, self.a.lora_b
+        if not isinstance(self.a, Tensor) or not isinstance(self.b, Tensor) or self.adapter_of_row is not None:
             raise TypeError(
-                "lora: expected tensors a and b, or a made by stack_adapters and b None, "
-                f"got {type(self.a).__name__} and {type(self.b).__name__}"
+                "lora: expected tensors a and b without adapter_of_row, or a made by stack_adapters and b None, got "
+                f"{type(self.a).__name__} and {type(self.b).__name__}"
             )
-        return a, b
+        return self.a, self.b
 
     def several(self) -> tuple[Any, ...]:
         """The last arguments of the operators, which describe several adapters; none of one adapter."""
@@ -327,7 +328,7 @@ class Experts4bit(Packed4bit):
 
 
 def _of_rows(lora: ExpertsLora, hidden_states: Tensor, k: int, order: Tensor) -> ExpertsLora:
-    """``lora`` with the adapter of each row of the products, which are each token's k experts in the order ``order``."""
+    """``lora`` with the adapter of each row of the products. The rows are each token k times, in the order ``order``."""
     if not isinstance(lora.a, StackedAdapters):
         return lora
     of_token = adapter_of_each_row(lora.adapter_of_row, hidden_states)
