@@ -112,7 +112,8 @@ struct LoraNumbers {
 };
 
 // Which adapter each row uses, if lora_a [sum of ranks, K] and lora_b [N, sum of ranks] are stacks of several: adapter
-// e has rows (of lora_b: columns) rank_offsets[e] .. rank_offsets[e + 1]. h and g are then [.., max_rank].
+// e has rows (of lora_b: columns) rank_offsets[e] .. rank_offsets[e + 1]. h and g are then [.., max_rank]. For experts,
+// lora_a and lora_b have a slice per expert, and all slices are divided alike.
 struct AdapterArgs {
   OptionalTensor of_row, rank_offsets, scalings, seeds;
   int64_t max_rank = 0;
@@ -195,7 +196,7 @@ auto fields_of(Args& a) {
   return std::tuple_cat(a.inputs(), a.others(false), a.adapters.fields());
 }
 
-// The same for experts, whose rows end at `offsets`, with one adapter per expert.
+// The same for experts, whose rows end at `offsets`.
 template <class Args>
 struct GroupedArgs : Args {
   Tensor offsets;
@@ -206,7 +207,7 @@ using GroupedLoraGradArgs = GroupedArgs<LoraGradArgs>;
 
 template <class Args>
 auto fields_of(GroupedArgs<Args>& a) {
-  return std::tuple_cat(a.inputs(), field("offsets", a.offsets), a.others(true));
+  return std::tuple_cat(a.inputs(), field("offsets", a.offsets), a.others(true), a.adapters.fields());
 }
 
 // Calls visit(field) for each of fields_of(args).

@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "cpp/format/grouped.h"
+#include "cpp/ops/adapter_checks.h"
 #include "cpp/ops/checks.h"
 
 namespace qlora {
@@ -83,6 +84,14 @@ inline LoraOperands stacked_lora(const OptionalTensor& a, const OptionalTensor& 
   return out;
 }
 
+// Like checks::adapters, for all experts. The adapters get their parts of the first expert's lora_a and lora_b.
+inline void stacked_adapters(const AdapterArgs& args, const LoraNumbers& lora, int64_t m, int64_t k,
+                             const char* like_name, const Tensor& like, LoraOperands* operands) {
+  require(!args.of_row || like.is_cpu(), "adapter_of_row: several adapters of experts per call run on the CPU only, ",
+          "got ", like_name, " on ", device_text(like));
+  adapters(args, lora, m, k, like_name, like, operands);
+}
+
 }  // namespace checks
 
 struct GroupedLinearCall {
@@ -105,6 +114,7 @@ struct GroupedLinearCall {
     }
     lora =
         checks::stacked_lora(args.lora_a, args.lora_b, problem.experts, args.out_features, k, args.lora, "x", args.x);
+    checks::stacked_adapters(args.adapters, args.lora, p.m, k, "x", args.x, &lora);
     p.lora = lora.lora;
     p.x = checks::operand("x", args.x, "x", args.x, &x);
     y = empty(args.x, checks::with_last(args.x, "out_features", args.out_features), args.x.scalar_type());
@@ -131,6 +141,7 @@ struct GroupedLinearDxCall {
     problem.offsets = checks::offsets(args.offsets, problem.experts, "dy", args.dy, &offsets);
     lora =
         checks::stacked_lora(args.lora_a, args.lora_b, problem.experts, n, args.in_features, args.lora, "dy", args.dy);
+    checks::stacked_adapters(args.adapters, args.lora, p.m, args.in_features, "dy", args.dy, &lora);
     p.lora = lora.lora;
     p.dy = checks::operand("dy", args.dy, "dy", args.dy, &dy);
     dx = empty(args.dy, checks::with_last(args.dy, "in_features", args.in_features), args.dy.scalar_type());
@@ -157,14 +168,16 @@ struct GroupedLoraGradCall {
     checks::has_shape("lora_a", args.lora_a, {checks::kAnySize, checks::kAnySize, p.k});
     problem.experts = args.lora_a.size(0);
     lora = checks::stacked_lora(args.lora_a, args.lora_b, problem.experts, p.n, p.k, args.lora, "x", args.x);
+    checks::stacked_adapters(args.adapters, args.lora, p.m, p.k, "x", args.x, &lora);
     problem.offsets = checks::offsets(args.offsets, problem.experts, "x", args.x, &offsets);
     p.lora = lora.lora;
     p.x = checks::operand("x", args.x, "x", args.x, &x);
     p.dy = checks::operand("dy", args.dy, "x", args.x, &dy);
     p.h = checks::given_low_rank("h", args.h, p.lora.rank, args.x, p.m, &h);
     p.g = checks::given_low_rank("g", args.g, p.lora.rank, args.x, p.m, &g);
-    da = empty(args.x, {problem.experts, p.lora.rank, p.k}, args.x.scalar_type());
-    db = empty(args.x, {problem.experts, p.n, p.lora.rank}, args.x.scalar_type());
+    const int64_t rank = args.lora_a.size(1);  // of several adapters, the sum
+    da = empty(args.x, {problem.experts, rank, p.k}, args.x.scalar_type());
+    db = empty(args.x, {problem.experts, p.n, rank}, args.x.scalar_type());
     p.da = da.mutable_data_ptr();
     p.db = db.mutable_data_ptr();
   }

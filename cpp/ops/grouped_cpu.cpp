@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <deque>
 #include <tuple>
 #include <vector>
 
@@ -40,50 +41,72 @@ Weight weight_of(Weight w, int64_t expert) {
   return w;
 }
 
-// The LoRA of one expert. `bytes` is the size of an element. Dropout is numbered by the elements of x [.., k].
-Lora lora_of(Lora lora, const Part& part, int64_t n, int64_t k, int64_t bytes) {
-  lora.a = at(lora.a, part.expert * lora.rank * k * bytes);
-  lora.b = at(lora.b, part.expert * n * lora.rank * bytes);
-  lora.dropout.first = part.begin * k;
+// The adapters of an expert's rows. Problems point into it.
+struct ExpertAdapters {
+  std::vector<Lora> each;
+  Adapters adapters;
+};
+using AdaptersOfExperts = std::deque<ExpertAdapters>;  // never moves its elements
+
+// The rank of lora_a and lora_b.
+int64_t stack_rank(const Lora& lora) { return lora.adapters ? lora.adapters->stack_rank : lora.rank; }
+
+// The LoRA of one expert, whose adapters are added to `owner`. `bytes` is the size of an element. Dropout is numbered
+// by the elements of x [.., k].
+Lora lora_of(const Lora& stack, const Part& part, int64_t n, int64_t k, int64_t bytes, AdaptersOfExperts* owner) {
+  const auto of_expert = [&](Lora lora) {
+    lora.a = at(lora.a, part.expert * stack_rank(stack) * k * bytes);
+    lora.b = at(lora.b, part.expert * n * stack_rank(stack) * bytes);
+    lora.dropout.first = part.begin * k;
+    return lora;
+  };
+  Lora lora = of_expert(stack);
+  if (!stack.adapters) return lora;
+  ExpertAdapters& own = owner->emplace_back();
+  own.adapters = *stack.adapters;
+  for (int64_t i = 0; i < own.adapters.count; ++i) own.each.push_back(of_expert(stack.adapters->each[i]));
+  own.adapters.each = own.each.data();
+  own.adapters.of_token += part.begin;
+  lora.adapters = &own.adapters;
   return lora;
 }
 
-LinearProblem problem_of(const LinearProblem& stack, const Part& part) {
+LinearProblem problem_of(const LinearProblem& stack, const Part& part, AdaptersOfExperts* owner) {
   const int64_t n = stack.w.n, k = stack.w.k, bytes = dtype_bytes(stack.dtype);
   LinearProblem p = stack;
   p.m = part.end - part.begin;
   p.x = at(stack.x, part.begin * k * bytes);
   p.w = weight_of(stack.w, part.expert);
   p.bias = at(stack.bias, part.expert * n * bytes);
-  p.lora = lora_of(stack.lora, part, n, k, bytes);
+  p.lora = lora_of(stack.lora, part, n, k, bytes, owner);
   p.y = at(stack.y, part.begin * n * bytes);
   p.h = at(stack.h, part.begin * p.lora.rank * bytes);
   return p;
 }
 
-LinearDxProblem problem_of(const LinearDxProblem& stack, const Part& part) {
+LinearDxProblem problem_of(const LinearDxProblem& stack, const Part& part, AdaptersOfExperts* owner) {
   const int64_t n = stack.w.n, k = stack.w.k, bytes = dtype_bytes(stack.dtype);
   LinearDxProblem p = stack;
   p.m = part.end - part.begin;
   p.dy = at(stack.dy, part.begin * n * bytes);
   p.w = weight_of(stack.w, part.expert);
-  p.lora = lora_of(stack.lora, part, n, k, bytes);
+  p.lora = lora_of(stack.lora, part, n, k, bytes, owner);
   p.dx = at(stack.dx, part.begin * k * bytes);
   p.g = at(stack.g, part.begin * p.lora.rank * bytes);
   return p;
 }
 
-LoraGradProblem problem_of(const LoraGradProblem& stack, const Part& part) {
+LoraGradProblem problem_of(const LoraGradProblem& stack, const Part& part, AdaptersOfExperts* owner) {
   const int64_t n = stack.n, k = stack.k, r = stack.lora.rank, bytes = dtype_bytes(stack.dtype);
   LoraGradProblem p = stack;
   p.m = part.end - part.begin;
   p.x = at(stack.x, part.begin * k * bytes);
   p.dy = at(stack.dy, part.begin * n * bytes);
-  p.lora = lora_of(stack.lora, part, n, k, bytes);
+  p.lora = lora_of(stack.lora, part, n, k, bytes, owner);
   p.h = at(stack.h, part.begin * r * bytes);
   p.g = at(stack.g, part.begin * r * bytes);
-  p.da = at(stack.da, part.expert * r * k * bytes);
-  p.db = at(stack.db, part.expert * n * r * bytes);
+  p.da = at(stack.da, part.expert * stack_rank(stack.lora) * k * bytes);
+  p.db = at(stack.db, part.expert * n * stack_rank(stack.lora) * bytes);
   return p;
 }
 
@@ -98,9 +121,10 @@ constexpr cpu::Pool kOneThread{[](int64_t count, int64_t, cpu::Pool::Body body, 
 template <class Problem>
 void run(const std::vector<Part>& parts, const Problem& stack, cpu::Error (*kernel)(const cpu::Pool&, const Problem&)) {
   const cpu::Pool threads = pool();
+  AdaptersOfExperts owner;
   std::vector<Problem> large, small;
   for (const Part& part : parts)
-    ((part.end - part.begin) * threads.threads > stack.m ? large : small).push_back(problem_of(stack, part));
+    ((part.end - part.begin) * threads.threads > stack.m ? large : small).push_back(problem_of(stack, part, &owner));
   if (static_cast<int>(small.size()) < threads.threads) {
     large.insert(large.end(), small.begin(), small.end());
     small.clear();

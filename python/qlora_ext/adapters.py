@@ -1,4 +1,4 @@
-"""Several adapters in one call of ``linear_nf4``: the operator takes them as stacks.
+"""Several adapters in one call of ``linear_nf4`` or ``grouped_linear_nf4``: the operators take them as stacks.
 
 ::
 
@@ -6,7 +6,8 @@
     lora_b   [ adapter 0 | adapter 1 |  ..  ]   [N, sum of ranks], adapters side by side
                ^0          ^rank_offsets[1]
 
-Each row of x uses the adapter that ``adapter_of_row`` names, or none (-1).
+Each row of x uses the adapter that ``adapter_of_row`` names, or none (-1). For experts, there are such stacks for each
+expert: lora_a [E, sum of ranks, K] and lora_b [E, N, sum of ranks].
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ class StackedAdapters(NamedTuple):
     """The adapters of one layer as ``torch.ops.qlora.linear_nf4`` takes them; ``stack_adapters`` makes it.
 
     Attributes:
-        lora_a, lora_b: [sum of ranks, K] and [N, sum of ranks].
-        rank_offsets: int32 [E + 1]. Adapter e has rows (columns of lora_b) rank_offsets[e] .. rank_offsets[e + 1].
-        scalings: float64 [E].
+        lora_a, lora_b: [sum of ranks, K] and [N, sum of ranks]; for experts [E, sum of ranks, K] and
+            [E, N, sum of ranks].
+        rank_offsets: int32 [adapters + 1]. Adapter i has rows (columns of lora_b) rank_offsets[i] ..
+            rank_offsets[i + 1].
+        scalings: float64 [adapters].
         max_rank: the largest rank.
-        seeds: of dropout, int64 [E]; None if all adapters use the seed of the call.
+        seeds: of dropout, int64 [adapters]; None if all adapters use the seed of the call.
     """
 
     lora_a: Tensor
@@ -53,7 +56,8 @@ def stack_adapters(
     """Stacks the adapters of one layer. For many calls with the same adapters, stack once: it copies all of them.
 
     Args:
-        lora_a, lora_b: [R, K] and [N, R] for each adapter. Ranks may differ, and may be 0. Gradients reach all of them.
+        lora_a, lora_b: [R, K] and [N, R] for each adapter, or for those of experts [E, R, K] and [E, N, R]. Ranks may
+            differ, and may be 0. Gradients reach all of them.
         scaling: of each adapter, or of all.
         seeds: of dropout, one per adapter. None: all use the seed of the call.
 
@@ -75,33 +79,35 @@ def stack_adapters(
     lora_b = _list("lora_b", lora_b, count)
     scaling = _list("scaling", scaling, count) if not isinstance(scaling, int | float) else [scaling] * count
     for e, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
-        for name, matrix in (("lora_a", a), ("lora_b", b)):
+        for name, matrix, first in (("lora_a", a, lora_a[0]), ("lora_b", b, lora_b[0])):
             if not isinstance(matrix, Tensor):
                 raise TypeError(f"{name}[{e}]: expected a torch.Tensor, got {type(matrix).__name__}")
-            if matrix.ndim != 2:
-                raise ValueError(f"{name}[{e}]: expected two dimensions, got shape {list(matrix.shape)}")
-            first = lora_a[0] if name == "lora_a" else lora_b[0]
+            if matrix.ndim not in (2, 3) or matrix.shape[:-2] != lora_a[0].shape[:-2]:
+                experts = [*lora_a[0].shape[:1]]
+                of_experts = f"three dimensions, the first of size {experts} (the experts of lora_a[0])"
+                expected = of_experts if lora_a[0].ndim == 3 else "two dimensions"
+                raise ValueError(f"{name}[{e}]: expected {expected}, got shape {list(matrix.shape)}")
             if matrix.dtype != first.dtype or matrix.device != first.device:
                 raise ValueError(
                     f"{name}[{e}]: expected the dtype and device of {name}[0] ({first.dtype}, {first.device}), "
                     f"got {matrix.dtype}, {matrix.device}"
                 )
-        if a.shape[1] != lora_a[0].shape[1]:
-            raise ValueError(f"lora_a[{e}]: expected {lora_a[0].shape[1]} columns as lora_a[0], got {list(a.shape)}")
-        if b.shape[0] != lora_b[0].shape[0]:
-            raise ValueError(f"lora_b[{e}]: expected {lora_b[0].shape[0]} rows as lora_b[0], got {list(b.shape)}")
-        if b.shape[1] != a.shape[0]:
+        if a.shape[-1] != lora_a[0].shape[-1]:
+            raise ValueError(f"lora_a[{e}]: expected {lora_a[0].shape[-1]} columns as lora_a[0], got {list(a.shape)}")
+        if b.shape[-2] != lora_b[0].shape[-2]:
+            raise ValueError(f"lora_b[{e}]: expected {lora_b[0].shape[-2]} rows as lora_b[0], got {list(b.shape)}")
+        if b.shape[-1] != a.shape[-2]:
             raise ValueError(
-                f"lora_b[{e}]: expected {a.shape[0]} columns (the rank of lora_a[{e}]), got {list(b.shape)}"
+                f"lora_b[{e}]: expected {a.shape[-2]} columns (the rank of lora_a[{e}]), got {list(b.shape)}"
             )
-    ranks = [a.shape[0] for a in lora_a]
+    ranks = [a.shape[-2] for a in lora_a]
     offsets = [0]
     for rank in ranks:
         offsets.append(offsets[-1] + rank)
     device = lora_a[0].device
     return StackedAdapters(
-        torch.cat([*lora_a]),
-        torch.cat([*lora_b], dim=1),
+        torch.cat([*lora_a], dim=-2),
+        torch.cat([*lora_b], dim=-1),
         torch.tensor(offsets, dtype=torch.int32, device=device),
         torch.tensor([float(number) for number in scaling], dtype=torch.float64, device=device),
         max(ranks),

@@ -20,10 +20,13 @@ with e the expert of row i. The signatures are in ``cpp/ops/schema.cpp``:
     lora_a, lora_b: [E, R, K] and [E, N, R], in x's dtype; both or neither.
     dropout_p, seed, seed_tensor: as in ``linear_nf4``.
     code, scale_table, block_offsets, offset_scale: of those weights, the tensors stacked.
+    adapter_of_row, rank_offsets, scalings, seeds, max_rank: of several adapters per call (CPU only), as in
+        ``linear_nf4``. lora_a and lora_b are then [E, sum of ranks, K] and [E, N, sum of ranks]. The slices of all
+        experts are divided alike (``adapters.py``).
 
 y is [S, N] in x's dtype, differentiable in x, bias, lora_a and lora_b; the gradients of an expert without rows are
-zeros. h = scaling · dropout(x) · lora_aᵀ and g = scaling · dy · lora_b are [S, R] in x's dtype. ``_dlora`` computes
-them unless they are given.
+zeros. h = scaling · dropout(x) · lora_aᵀ and g = scaling · dy · lora_b are [S, R] in x's dtype, or
+[S, max_rank]. ``_dlora`` computes them unless they are given.
 """
 
 from __future__ import annotations
@@ -65,29 +68,40 @@ class _GroupedLinearNF4(torch.autograd.Function):
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset, a.scale_table, a.block_offsets, a.offset_scale
         ctx.lender = lender_of(a.packed)
         saved = packed if ctx.lender is None else ()
-        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *saved)
+        adapters = a.adapter_of_row, a.rank_offsets, a.scalings, a.seeds
+        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *adapters, *saved)
         ctx.block_sizes, ctx.code = (a.block_size, a.nested_block_size), a.code
-        ctx.in_features, ctx.lora_numbers = a.x.shape[-1], (a.scaling, a.dropout_p, a.seed)
+        ctx.in_features = a.x.shape[-1]
+        ctx.lora_numbers, ctx.max_rank = (a.scaling, a.dropout_p, a.seed), a.max_rank
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_tangent("the backward of grouped_linear_nf4", dy)
-        x, h, lora_a, lora_b, offsets, seed_tensor, *packed = ctx.saved_tensors
+        x, h, lora_a, lora_b, offsets, seed_tensor, *others = ctx.saved_tensors
+        packed = others[4:]
+        adapters = () if others[0] is None else (*others[:4], ctx.max_rank)
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
         needs = _GROUPED(*ctx.needs_input_grad)
         loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
         with loan as packed:
             sizes = *ctx.block_sizes, ctx.in_features
             dx_args = dy, offsets, *packed[:4], *sizes, *lora, ctx.code, *packed[4:]
-            dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, offsets, *lora))
+            dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, offsets, *lora), adapters)
         dbias = expert_sums(dy, offsets) if needs.bias else None
         return (*_GROUPED(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 
 
 _differentiable = differentiable(_kernels.alone, _GroupedLinearNF4, lambda args: no_tangent("grouped_linear_nf4"))
 LIBRARY.impl("grouped_linear_nf4", _differentiable, "Autograd")
+
+
+def _max_rank(a: Any) -> int | None:
+    """As ``ops.max_rank_of``. Raises a ValueError too if several adapters are on a CUDA device."""
+    if a.adapter_of_row is not None and a.adapter_of_row.is_cuda:
+        raise ValueError("adapter_of_row: several adapters of experts per call run on the CPU only")
+    return ops.max_rank_of(a)
 
 
 def _fake_grouped(*args: Any) -> Tensor:
@@ -97,6 +111,7 @@ def _fake_grouped(*args: Any) -> Tensor:
     ops.check_lora_numbers(a.scaling, a.dropout_p)
     ops.check_seed_tensor(a.seed_tensor)
     ops.check_one_device("grouped_linear_nf4", *args)
+    _max_rank(a)
     y: Tensor = a.x.new_empty((a.x.shape[0], a.out_features))
     return y
 
@@ -107,7 +122,7 @@ torch.library.register_fake("qlora::grouped_linear_nf4", _fake_grouped)
 @torch.library.register_fake("qlora::grouped_linear_nf4_with_h")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     a = _given(*args)
-    return _fake_grouped(*args), ops.low_rank_like(a.x, a.lora_a)
+    return _fake_grouped(*args), ops.low_rank_like(a.x, a.lora_a, _max_rank(a))
 
 
 def _fake_grouped_dx(*args: Any) -> Tensor:
@@ -117,6 +132,7 @@ def _fake_grouped_dx(*args: Any) -> Tensor:
     ops.check_lora_numbers(a.scaling, a.dropout_p)
     ops.check_seed_tensor(a.seed_tensor)
     ops.check_one_device("grouped_linear_nf4_dx", *args)
+    _max_rank(a)
     dx: Tensor = a.dy.new_empty((a.dy.shape[0], a.in_features))
     return dx
 
@@ -127,7 +143,7 @@ torch.library.register_fake("qlora::grouped_linear_nf4_dx", _fake_grouped_dx)
 @torch.library.register_fake("qlora::grouped_linear_nf4_dx_with_g")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     a = _given_dx(*args)
-    return _fake_grouped_dx(*args), ops.low_rank_like(a.dy, a.lora_a)
+    return _fake_grouped_dx(*args), ops.low_rank_like(a.dy, a.lora_a, _max_rank(a))
 
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_dlora")
@@ -136,4 +152,5 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     ops.check_lora_numbers(a.scaling, a.dropout_p)
     ops.check_seed_tensor(a.seed_tensor)
     ops.check_one_device("grouped_linear_nf4_dlora", *args)
+    _max_rank(a)
     return a.lora_a.new_empty(a.lora_a.shape), a.lora_b.new_empty(a.lora_b.shape)

@@ -178,7 +178,7 @@ def low_rank_like(x: Tensor, lora_a: Tensor | None, max_rank: int | None = None)
     return low_rank
 
 
-def _max_rank(a: Any) -> int | None:
+def max_rank_of(a: Any) -> int | None:
     """The ``max_rank`` of a call with several adapters, None if it has one.
 
     Raises:
@@ -210,7 +210,7 @@ def _fake_linear_nf4(*args: Any) -> Tensor:
     check_lora_numbers(a.scaling, a.dropout_p)
     check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4", *args)
-    _max_rank(a)
+    max_rank_of(a)
     y: Tensor = a.x.new_empty((*a.x.shape[:-1], a.out_features))
     return y
 
@@ -221,7 +221,7 @@ torch.library.register_fake("qlora::linear_nf4", _fake_linear_nf4)
 @torch.library.register_fake("qlora::linear_nf4_with_h")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     a = given_linear_nf4(*args)
-    return _fake_linear_nf4(*args), low_rank_like(a.x, a.lora_a, _max_rank(a))
+    return _fake_linear_nf4(*args), low_rank_like(a.x, a.lora_a, max_rank_of(a))
 
 
 def _fake_linear_nf4_dx(*args: Any) -> Tensor:
@@ -231,7 +231,7 @@ def _fake_linear_nf4_dx(*args: Any) -> Tensor:
     check_lora_numbers(a.scaling, a.dropout_p)
     check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4_dx", *args)
-    _max_rank(a)
+    max_rank_of(a)
     dx: Tensor = a.dy.new_empty((*a.dy.shape[:-1], a.in_features))
     return dx
 
@@ -242,7 +242,7 @@ torch.library.register_fake("qlora::linear_nf4_dx", _fake_linear_nf4_dx)
 @torch.library.register_fake("qlora::linear_nf4_dx_with_g")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     a = given_linear_nf4_dx(*args)
-    return _fake_linear_nf4_dx(*args), low_rank_like(a.dy, a.lora_a, _max_rank(a))
+    return _fake_linear_nf4_dx(*args), low_rank_like(a.dy, a.lora_a, max_rank_of(a))
 
 
 @torch.library.register_fake("qlora::linear_nf4_dlora")
@@ -251,7 +251,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     check_lora_numbers(a.scaling, a.dropout_p)
     check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4_dlora", *args)
-    _max_rank(a)
+    max_rank_of(a)
     return a.lora_a.new_empty(a.lora_a.shape), a.lora_b.new_empty(a.lora_b.shape)
 
 

@@ -215,7 +215,7 @@ def operator_call(rng: random.Random, name: str) -> tuple[Callable[..., Any], di
         good["nested_absmax"], good["nested_offset"] = good["_codes"].nested_absmax, good["_codes"].nested_offset
     call = {a: good[a] for a in names}
     if name.startswith("grouped"):
-        shared = {"x", "dy", "offsets"}
+        shared = {"x", "dy", "offsets", "seed_tensor", "adapter_of_row", "rank_offsets", "scalings", "seeds"}
         call = {a: v if a in shared else stacked(v, good["_experts"]) for a, v in call.items()}
     return operator, call
 

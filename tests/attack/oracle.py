@@ -110,17 +110,20 @@ def grouped(one: Callable[..., list[np.ndarray]], a: dict[str, Any], out: Sequen
                 part[key] = torch.zeros_like(a[key])
                 part[key][own] = a[key][own]
         if end > begin and (by_expert or expected[0].size):
-            for whole, answer in zip(expected, one(part, *of), strict=True):
+            outs = [t[e] for t in out] if by_expert else out
+            for whole, answer in zip(expected, several(one, part, outs, *of), strict=True):
                 whole[e if by_expert else own] = answer if by_expert else answer[own]
         begin = end
     return expected
 
 
 def several(one: Callable[..., list[np.ndarray]], a: dict[str, Any], out: Sequence[Tensor], *of: Of) -> list:
-    """Results, in the shapes of ``out``, of a call whose rows use different adapters.
+    """Results, of several adapters in the shapes of ``out``.
 
     Each adapter is computed over all rows, and only its own rows are used.
     """
+    if a.get("adapter_of_row") is None:
+        return one(a, *of)
     expected = [np.zeros(tuple(t.shape)) for t in out]
     of_row, ends = flat(a["adapter_of_row"]), flat(a["rank_offsets"])
     for e in range(-1, len(ends) - 1):
@@ -222,9 +225,7 @@ def disagreement(name: str, a: dict[str, Any], out: Any) -> str | None:
     is_linear = "linear" in name
 
     def answers(*of: Of) -> list[np.ndarray]:
-        if a.get("adapter_of_row") is not None:
-            return several(one, a, outs, *of)
-        return grouped(one, a, outs, *of) if name.startswith("grouped") else one(a, *of)
+        return (grouped if name.startswith("grouped") else several)(one, a, outs, *of)
 
     expected = answers()
     sizes = answers(np.abs) if is_linear else expected

@@ -297,18 +297,6 @@ def test_methods_without_adapters_per_sample_are_rejected() -> None:
         logits(model, ["default"] * 5)
 
 
-def test_experts_and_parameters_are_rejected() -> None:
-    """Their adapters serve all samples, and the active one would silently answer for the others."""
-    from test_moe import moe
-
-    for target in ("mlp.experts.down_proj", "mlp.gate.weight"):
-        model = adapted(qlora_ext.nn.quantize_model(moe()), target_modules=["q_proj"], target_parameters=[target])
-        expected = logits(model)
-        with pytest.raises(ValueError, match="ParamWrapper does not support mixed adapter batches"):
-            logits(model, ["default", BASE, BASE, BASE, BASE])
-        assert torch.equal(logits(model), expected)
-
-
 def test_embeddings_and_dense_layers_run_as_in_peft() -> None:
     quantized = qlora_ext.nn.quantize_model(make("gemma3_text", torch.float32), embeddings=True, skip=["lm_head"])
     model = adapted(quantized, target_modules=["embed_tokens", "q_proj", "lm_head"])

@@ -8,10 +8,11 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import qlora_ext
-from qlora_ext.nn import Experts4bit, quantize_model
+from qlora_ext.adapters import stack_adapters
+from qlora_ext.nn import Experts4bit, ExpertsLora, quantize_model
 from samples import OPCHECKS
 from tiny_experts import Experts, routing
 
@@ -291,3 +292,62 @@ def test_on_the_meta_device_there_are_shapes() -> None:
     index, weights = (t.to("meta") for t in routing())
     y = module(torch.empty(11, 64, device="meta"), index, weights)
     assert (y.shape, y.device.type) == ((11, 64), "meta")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_token_has_the_bits_of_its_adapter_alone(kind: type[Experts], dtype: torch.dtype) -> None:
+    module = Experts4bit.from_experts(kind(dtype=dtype))
+    x = torch.randn(11, 64, dtype=dtype)
+    index, weights = routing()
+    index[3, 1], index[5] = 5, -1  # no expert
+    of_token = torch.tensor([0, 1, 2, -1, 1, 1, 0, 2, 2, -1, 0])
+    factors: dict[str, list[tuple[Tensor, Tensor]]] = {
+        name: [(torch.randn(5, r, k) / k**0.5, torch.randn(5, n, r)) for r in (3, 0, 5)]
+        for name, (_, n, k) in module.packed_shapes.items()
+    }
+
+    def together(of_token: Tensor) -> dict[str, ExpertsLora]:
+        stacks = {
+            name: stack_adapters(*zip(*pairs, strict=True), scaling=[0.5, 1, 2]) for name, pairs in factors.items()
+        }
+        return {name: ExpertsLora(stack, None, adapter_of_row=of_token) for name, stack in stacks.items()}
+
+    def alone(adapter: int) -> dict[str, ExpertsLora] | None:
+        if adapter < 0:
+            return None
+        return {name: ExpertsLora(*pairs[adapter], [0.5, 1.0, 2.0][adapter]) for name, pairs in factors.items()}
+
+    y = module(x, index, weights, together(of_token))
+    for adapter in range(-1, 3):
+        assert torch.equal(y[of_token == adapter], module(x, index, weights, alone(adapter))[of_token == adapter])
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, index, weights, together(of_token)), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(x, index, weights, together(of_token * 0))[0], module(x, index, weights, alone(0))[0])
+
+
+def test_several_adapters_that_do_not_fit_are_named() -> None:
+    module = Experts4bit.from_experts(Experts())
+    x, routed = torch.randn(11, 64), routing()
+    stack = stack_adapters([torch.randn(5, 2, 64)], [torch.randn(5, 96, 2)])
+    of_token = torch.zeros(11, dtype=torch.int32)
+    for lora, error, message in (
+        (ExpertsLora(stack, torch.randn(5, 96, 2), adapter_of_row=of_token), TypeError, "lora: expected .* b None"),
+        (ExpertsLora(torch.randn(5, 2, 64), None), TypeError, "lora: expected tensors a and b"),
+        (ExpertsLora(stack, None), TypeError, "adapter_of_row: expected a tensor with several adapters, got NoneType"),
+        (ExpertsLora(stack, None, adapter_of_row=of_token[:4]), ValueError, "adapter_of_row: expected the leading"),
+        (
+            ExpertsLora(stack, None, adapter_of_row=of_token + 1),
+            ValueError,
+            "adapter_of_row: expected -1 .* to 0, got 1",
+        ),
+        (ExpertsLora(stack, None, 2.0, adapter_of_row=of_token), ValueError, "scaling: expected 1.0"),
+        (
+            ExpertsLora(stack.lora_a, stack.lora_b, adapter_of_row=of_token),
+            TypeError,
+            "lora: expected .* adapter_of_row",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            module(x, *routed, {"gate_up_proj": lora})

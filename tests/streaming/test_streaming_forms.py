@@ -11,6 +11,7 @@ from torch import Tensor, nn
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 from forms import FORMS, random_weight
+from qlora_ext.adapters import stack_adapters
 from qlora_ext.nn import Experts4bit, ExpertsLora, Linear4bit
 from qlora_ext.streaming import stream, streaming_of
 from qlora_ext.weight import Weight4bit
@@ -48,6 +49,14 @@ def from_disk(model: nn.Module, path: pathlib.Path) -> nn.Module:
     return stream(model, source="disk")
 
 
+def two_adapters(tokens: int) -> dict[str, ExpertsLora]:
+    """Adapters of which each token uses one."""
+    a, b = (
+        [torch.randn(5, *shape).double() for shape in shapes] for shapes in (((2, 64), (3, 64)), ((96, 2), (96, 3)))
+    )
+    return {"gate_up_proj": ExpertsLora(stack_adapters(a, b), None, adapter_of_row=torch.arange(tokens) % 2)}
+
+
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("experts", [False, True], ids=["linear", "experts"])
 def test_a_streamed_model_has_the_same_bits(name: str, experts: bool, tmp_path: pathlib.Path) -> None:
@@ -57,7 +66,7 @@ def test_a_streamed_model_has_the_same_bits(name: str, experts: bool, tmp_path: 
     streamed = from_disk(Layered(weights), tmp_path / "state.safetensors")
     assert len(streaming_of(streamed).slots) == 2
     for tokens in (1, 7):
-        more = routing(tokens) if experts else ()
+        more = (*routing(tokens), two_adapters(tokens)) if experts else ()
         x = torch.randn(tokens, 64, dtype=torch.float64, requires_grad=True)
         y, expected = streamed(x, *more), resident(x, *more)
         assert torch.equal(y, expected)

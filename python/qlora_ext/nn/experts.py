@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import grouped
+from ..adapters import StackedAdapters, adapter_of_each_row
 from ..autograd import draw_seed
 from ..form import Form, FormKeywords
 from ..merged import merged_linear_nf4
@@ -30,12 +31,14 @@ class ExpertsLora(NamedTuple):
     """An adapter on one stack of weights: y += scaling · dropout(x) · a[e]ᵀ · b[e]ᵀ for the tokens of expert e.
 
     Attributes:
-        a, b: [E, R, K] and [E, N, R], of any floating dtype.
+        a, b: [E, R, K] and [E, N, R], of any floating dtype. Of several adapters per call (CPU only), ``a`` is what
+            ``adapters.stack_adapters`` has made of them, which includes ``b`` (then None) and ``scaling``.
         scaling: lora_alpha / R.
         dropout_p: probability of dropping an element of x, 0 to 1. Each expert of a token draws its own mask, as if the
             experts were separate layers.
         merged: the weights with the adapter, by ``qlora_ext.merged``. If given, the experts run with these, without
             dropout, and ``a`` and ``b`` only get gradients.
+        adapter_of_row: which of several adapters each token uses, -1 for none: integers [tokens].
 
     Example:
         >>> lora = qlora_ext.nn.ExpertsLora(a=torch.randn(4, 8, 64), b=torch.zeros(4, 32, 8), scaling=2.0)
@@ -43,11 +46,33 @@ class ExpertsLora(NamedTuple):
         0.0
     """
 
-    a: Tensor
-    b: Tensor
+    a: Tensor | StackedAdapters
+    b: Tensor | None
     scaling: float = 1.0
     dropout_p: float = 0.0
     merged: Weight4bit | None = None
+    adapter_of_row: Tensor | None = None
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """lora_a and lora_b as the operators take them.
+
+        Raises:
+            TypeError: the fields are neither those of one adapter nor those of several.
+        """
+        if isinstance(self.a, StackedAdapters) and self.b is None:
+            return self.a.lora_a, self.a.lora_b
+        if not isinstance(self.a, Tensor) or not isinstance(self.b, Tensor) or self.adapter_of_row is not None:
+            raise TypeError(
+                "lora: expected tensors a and b without adapter_of_row, or a made by stack_adapters and b None, got "
+                f"{type(self.a).__name__} and {type(self.b).__name__}"
+            )
+        return self.a, self.b
+
+    def several(self) -> tuple[Any, ...]:
+        """The last arguments of the operators, which describe several adapters; none of one adapter."""
+        if not isinstance(self.a, StackedAdapters):
+            return ()
+        return self.adapter_of_row, self.a.rank_offsets, self.a.scalings, self.a.seeds, self.a.max_rank
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -203,14 +228,15 @@ class Experts4bit(Packed4bit):
         if lora is not None and lora.merged is not None:
             given = self._parameters.get(f"{name}_bias")
             bias = None if given is None else given.to(x.dtype).contiguous()
-            a, b = (t.to(x.dtype).contiguous() for t in (lora.a, lora.b))
+            a, b = (t.to(x.dtype).contiguous() for t in lora.dense())
             return merged_linear_nf4(x, lora.merged, bias, a, b, lora.scaling, offsets)
-        dense = self._parameters.get(f"{name}_bias"), *((None, None) if lora is None else (lora.a, lora.b))
+        dense = self._parameters.get(f"{name}_bias"), *((None, None) if lora is None else lora.dense())
         numbers = (1.0, 0.0) if lora is None else (lora.scaling, lora.dropout_p)
+        several = () if lora is None else lora.several()
         if self.residency is not None:
-            y: Tensor = _grouped_streamed(self, name, x, offsets, dense, numbers)
+            y: Tensor = _grouped_streamed(self, name, x, offsets, dense, numbers, several)
             return y
-        return self._grouped(self.packed_weight(name), x, offsets, dense, numbers)
+        return self._grouped(self.packed_weight(name), x, offsets, dense, numbers, several)
 
     def _grouped(
         self,
@@ -219,8 +245,10 @@ class Experts4bit(Packed4bit):
         offsets: Tensor,
         dense: tuple[Tensor | None, ...],
         numbers: tuple[float, float],
+        several: tuple[Any, ...],
     ) -> Tensor:
         scaling, dropout_p = numbers
+        own_seeds = bool(several) and several[3] is not None
         y: Tensor = torch.ops.qlora.grouped_linear_nf4.default(
             x,
             offsets,
@@ -230,8 +258,9 @@ class Experts4bit(Packed4bit):
             scaling,
             dropout_p,
             0,
-            draw_seed(x.device) if dropout_p > 0.0 else None,
+            draw_seed(x.device) if dropout_p > 0.0 and not own_seeds else None,
             *w4.last_args(),
+            *several,
         )
         return y
 
@@ -265,7 +294,7 @@ class Experts4bit(Packed4bit):
         if top_k_index.is_floating_point():
             raise TypeError(f"top_k_index: expected integer expert numbers, got {top_k_index.dtype}")
         tokens, k = top_k_index.shape
-        cast = autocast_dtype(hidden_states.device.type) or self.compute_dtype
+        cast, dtype = self.dtypes(hidden_states)
         experts = self._shapes["down_proj"][0]
         if top_k_weights.shape[-1] != k:
             top_k_weights = top_k_weights.gather(1, top_k_index)
@@ -277,7 +306,7 @@ class Experts4bit(Packed4bit):
         # Repeating each token k times and then permuting makes the gradient a sum in a fixed order.
         x = hidden_states.to(cast).repeat_interleave(k, dim=0).index_select(0, order)
         first, second = self._shapes
-        lora = lora or {}
+        lora = {name: _of_rows(adapters, hidden_states, k, order) for name, adapters in (lora or {}).items()}
         h = self._project(first, x, offsets, lora.get(first))
         if self.has_gate:
             h = self.experts_class._apply_gate(self, h)  # type: ignore[attr-defined]
@@ -287,11 +316,23 @@ class Experts4bit(Packed4bit):
         if self.has_post_expert_norm:
             y = self.post_expert_norm(y)  # type: ignore[operator]
         y = torch.zeros_like(y).index_copy(0, order, y).view(tokens, k, y.shape[1])
-        return (y * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+        return (y * top_k_weights.unsqueeze(-1)).sum(1).to(dtype)
+
+    def dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """The dtype of the computation and the dtype of the output."""
+        return autocast_dtype(x.device.type) or self.compute_dtype, x.dtype
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(shape)}" for name, shape in self._shapes.items())
         return f"{shapes}, {self.form}"
+
+
+def _of_rows(lora: ExpertsLora, hidden_states: Tensor, k: int, order: Tensor) -> ExpertsLora:
+    """``lora`` with the adapter of each row of the products. The rows are each token k times, in the order ``order``."""
+    if not isinstance(lora.a, StackedAdapters):
+        return lora
+    of_token = adapter_of_each_row(lora.adapter_of_row, hidden_states)
+    return lora._replace(adapter_of_row=of_token.repeat_interleave(k).index_select(0, order))
 
 
 @torch.compiler.disable  # as in a Linear4bit
@@ -302,6 +343,7 @@ def _grouped_streamed(
     offsets: Tensor,
     dense: tuple[Tensor | None, ...],
     numbers: tuple[float, float],
+    several: tuple[Any, ...],
 ) -> Tensor:
     assert experts.residency is not None
     if x.shape[0] < offsets.shape[0]:  # some experts have no token and are not loaded
@@ -309,6 +351,6 @@ def _grouped_streamed(
         chosen = (offsets > before).nonzero().squeeze(1)
         w4 = experts._some_experts(name, chosen.tolist())
         dense = tuple(None if t is None else t.index_select(0, chosen) for t in dense)
-        return experts._grouped(w4, x, offsets[chosen], dense, numbers)
+        return experts._grouped(w4, x, offsets[chosen], dense, numbers, several)
     with experts.residency.lend(name) as packed:
-        return experts._grouped(experts._as_weight(name, packed), x, offsets, dense, numbers)
+        return experts._grouped(experts._as_weight(name, packed), x, offsets, dense, numbers, several)

@@ -10,6 +10,9 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...nn import layers_of
 from .._patches import extend
@@ -47,6 +50,47 @@ def chooses_adapters_by_sample() -> bool:
     return not torch.compiler.is_compiling() and _by_sample.get()
 
 
+def samples_of_call(wrapper: ParamWrapper, x: Tensor) -> Tensor:
+    """x, or a view [samples, tokens, features] of x [samples · tokens, features], in a call with ``adapter_names``.
+
+    Args:
+        x: what ``wrapper`` got.
+
+    Raises:
+        ValueError: x has two dimensions, and the module that calls ``wrapper`` has not got x with three.
+    """
+    if x.ndim > 2:
+        return x
+    shape: torch.Size | None = (_computed.get() or {}).get((samples_of_call, wrapper))
+    if shape is None or len(x) != shape.numel():
+        raise ValueError(
+            f"adapter_names: adapters on {wrapper.parameter_name} need a model that passes them the tokens of "
+            f"hidden states [samples, tokens, features], got {list(x.shape)} of {None if shape is None else [*shape]}; "
+            "activate the adapter with set_adapter instead"
+        )
+    return x.view(*shape, x.shape[1])
+
+
+def _record_samples(model: nn.Module, call: dict[Hashable, Any]) -> Iterator[RemovableHandle]:
+    """Adds hooks by which ``call`` knows the samples of layers that get the tokens of all samples in one dimension."""
+    for parent in model.modules():
+        wrappers = [child for child in parent.children() if isinstance(child, ParamWrapper)]
+        if not wrappers or isinstance(parent, ParamWrapper):
+            continue
+
+        def record(_: nn.Module, args: Any, kwargs: Any, wrappers: list[ParamWrapper] = wrappers) -> None:
+            if _computed.get() is not call:  # another thread's call
+                return
+            hidden = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+            shape = hidden.shape[:2] if hidden is not None and hidden.ndim == 3 else None
+            for wrapper in wrappers:
+                while isinstance(wrapper, ParamWrapper):
+                    call[samples_of_call, wrapper] = shape
+                    wrapper = wrapper.base_layer
+
+        yield parent.register_forward_pre_hook(record, with_kwargs=True)
+
+
 class _Name(str):
     """An adapter's name among the ``adapter_names`` of a call, which it knows by what the call has computed."""
 
@@ -75,10 +119,11 @@ def _eagerly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_call(
-    hooks: contextlib.AbstractContextManager[None], call: dict[Hashable, Any], by_sample: bool
+    model: nn.Module, hooks: contextlib.AbstractContextManager[None], call: dict[Hashable, Any], by_sample: bool
 ) -> Iterator[None]:
     with _lock:  # torch numbers hooks without one, and two of the same number would replace each other
         hooks.__enter__()
+        handles = [*_record_samples(model, call)] if by_sample else []
     tokens = _computed.set(call), _by_sample.set(by_sample)
     try:
         with _eagerly() if by_sample and "torch._dynamo" in sys.modules else contextlib.nullcontext():
@@ -87,6 +132,8 @@ def _one_call(
         _computed.reset(tokens[0])
         _by_sample.reset(tokens[1])
         call.clear()  # its keys are names, which refer to it
+        for handle in handles:
+            handle.remove()
         # Without the exception: PEFT would leave its hooks in place, and later calls would run with these names.
         hooks.__exit__(None, None, None)
 
@@ -106,7 +153,7 @@ def _enable_peft_forward_hooks(original: Any, self: Any, *args: Any, **kwargs: A
         for name in kwargs["adapter_names"]:
             name.call = call
     by_sample = names is not None or kwargs.get("alora_offsets") is not None
-    return _one_call(original(self, *args, **kwargs), call, by_sample)
+    return _one_call(self, original(self, *args, **kwargs), call, by_sample)
 
 
 @extend("peft.tuners.lora.model:_adapter_names_pre_forward_hook")

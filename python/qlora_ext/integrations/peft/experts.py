@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from ...nn import Experts4bit, ExpertsLora
+from .calls import samples_of_call
 from .linear import active_dropout
 from .merge import Over4bit
+from .operands import Adapter, added, by_sample
 from .trained_weight import MergeAware, fold_scaling
 
 
@@ -28,7 +30,7 @@ class LoraExperts4bit(MergeAware, Over4bit, ParamWrapper):
 
     It adds scaling · dropout(x) · A[e]ᵀ · B[e]ᵀ to expert e. As in PEFT, the layers wrap each other if several weights
     have adapters. Several active adapters run as one adapter whose rank is the sum of theirs. Unlike PEFT's layer, it
-    supports ``lora_dropout``, because it has access to x.
+    supports ``lora_dropout``, because it has access to x, and on the CPU adapters per sample (``adapter_names``).
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
@@ -64,26 +66,51 @@ class LoraExperts4bit(MergeAware, Over4bit, ParamWrapper):
         """A [E, R, K], B [E, N, R] and the scaling of an adapter."""
         return *expert_factors(self, adapter), self.scaling[adapter]
 
-    def _active_lora(self) -> ExpertsLora | None:
+    def plain_adapters(self, names: Iterable[str]) -> list[Adapter]:
+        """Those of the adapters ``names`` that this weight has, without dropout, which all share (``_dropout_of``)."""
+        return [Adapter(name, *self.factors(name), 0.0) for name in names if name in self.lora_A]
+
+    def _dropout_of(self, names: Iterable[str]) -> float:
+        """The probability of dropout of adapters that run together."""
+        dropout = {active_dropout(self.lora_dropout[name]) for name in names if name in self.lora_A}
+        if len(dropout) > 1:
+            raise ValueError(
+                f"lora_dropout: expected one probability for the adapters of {self.parameter_name} that are active "
+                f"together, got {sorted(dropout)}"
+            )
+        return max(dropout, default=0.0)
+
+    def _active_lora(self, x: Tensor) -> ExpertsLora | None:
         """The active adapters of this weight, combined into one; None if there are none."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not names:
             return None
         if self.merge_aware.intersection(names):
             return self._merged_lora(names)
-        dropout = {active_dropout(self.lora_dropout[name]) for name in names}
-        if len(dropout) > 1:
-            raise ValueError(
-                f"lora_dropout: expected one probability for the adapters of {self.parameter_name} that are active "
-                f"together, got {sorted(dropout)}"
+        return self._fused_lora(added(self, x, self.plain_adapters(names)), names)
+
+    def _lora_by_sample(self, x: Tensor, names: Sequence[str]) -> ExpertsLora | None:
+        """The adapters ``names`` of the samples whose tokens are x; None if no sample has an adapter of this weight."""
+        samples = samples_of_call(self, x)
+        LoraLayer._check_forward_args(self, samples, adapter_names=names)
+        self.refuse_merge_aware(names)
+        if self.disable_adapters:
+            return None
+        lora = by_sample(self, samples, names)
+        if lora is None:
+            raise NotImplementedError(
+                f"adapter_names: different adapters of {self.parameter_name} run together on the CPU only, got tokens "
+                f"on {x.device}"
             )
-        factors = [self.factors(name) for name in names]
-        if len(factors) > 1:
-            a = torch.cat([a for a, _, _ in factors], dim=1)
-            b = torch.cat([b * scaling for _, b, scaling in factors], dim=2)
-            factors = [(a, b, 1.0)]
-        a, b, scaling = factors[0]
-        return ExpertsLora(a, *fold_scaling(b, scaling), dropout.pop())
+        return self._fused_lora(lora, {*names})
+
+    def _fused_lora(self, operands: tuple[Any, ...] | None, names: Iterable[str]) -> ExpertsLora | None:
+        """The operands that ``added`` or ``by_sample`` gives, with dropout."""
+        if not operands:
+            return None
+        a, b, scaling, *others = operands
+        adapter_of_row = others[1] if len(others) > 1 else None
+        return ExpertsLora(a, b, scaling, self._dropout_of(names), adapter_of_row=adapter_of_row)
 
     def _merged_lora(self, names: list[str]) -> ExpertsLora:
         if len(names) > 1:
@@ -98,11 +125,10 @@ class LoraExperts4bit(MergeAware, Over4bit, ParamWrapper):
 
         PEFT replaces the weight of the experts during the call instead, which other threads would see.
         """
-        self._check_forward_args(x, *args, **kwargs)
-        kwargs.pop("adapter_names", None)
+        names = kwargs.pop("adapter_names", None)
+        own = self._active_lora(x) if names is None else self._lora_by_sample(x, names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        own = self._active_lora()
         if own is not None:
             lora = {**(lora or {}), self.parameter_name: own}
         y: Tensor = self.base_layer(x, *args, **kwargs, **({"lora": lora} if lora else {}))

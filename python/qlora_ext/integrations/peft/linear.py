@@ -248,11 +248,7 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
 
     def _check_names(self, x: Tensor, names: Sequence[str]) -> None:
         self._check_forward_args(x, adapter_names=names)
-        if aware := self.merge_aware.intersection(names):
-            raise ValueError(
-                "adapter_names: expected adapters that are not merge-aware, because a merged weight serves a whole "
-                f"batch, got {', '.join(sorted(aware))}; make it the active adapter and leave adapter_names out"
-            )
+        self.refuse_merge_aware(names)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.disable_adapters and not self.merged:

@@ -17,7 +17,10 @@ Operands = tuple[Any, ...]
 
 
 class Adapter(NamedTuple):
-    """A plain LoRA adapter of a layer: A [R, K], B [N, R], and the probability of dropout in this call."""
+    """A plain LoRA adapter of a layer: A [R, K], B [N, R], and the probability of dropout in this call.
+
+    Of experts, A is [E, R, K] and B [E, N, R].
+    """
 
     name: str
     a: Tensor
@@ -55,13 +58,13 @@ def _sum(adapters: list[Adapter], dtype: torch.dtype) -> Operands:
     in float32, as PEFT does by default, because B is rounded once anyway. A 16-bit B is rounded a second time, unless
     the scaling is a power of two.
     """
-    a = torch.cat([adapter.a.to(dtype) for adapter in adapters])
+    a = torch.cat([adapter.a.to(dtype) for adapter in adapters], dim=-2)
     first = adapters[0].scaling
     if not any(isinstance(adapter.scaling, Tensor) or adapter.scaling != first for adapter in adapters):
-        return a, torch.cat([adapter.b.to(dtype) for adapter in adapters], dim=1), first
+        return a, torch.cat([adapter.b.to(dtype) for adapter in adapters], dim=-1), first
     wide = torch.promote_types(dtype, torch.float32)
     scaled = [(adapter.b.to(wide) * adapter.scaling).to(dtype) for adapter in adapters]
-    return a, torch.cat(scaled, dim=1), 1.0
+    return a, torch.cat(scaled, dim=-1), 1.0
 
 
 def by_sample(layer: Any, x: Tensor, names: Sequence[str]) -> Operands | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ class MergeAware(Over4bit):
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, float | Tensor]:
         """A, B and the scaling of an adapter. Of stacks, A and B are stacks too."""
         raise NotImplementedError  # not abstract: PEFT's layers change their class at run time
+
+    def refuse_merge_aware(self, names: Sequence[str]) -> None:
+        """Raises a ValueError if one of ``adapter_names`` is merge-aware."""
+        if aware := self.merge_aware.intersection(names):
+            raise ValueError(
+                "adapter_names: expected adapters that are not merge-aware, because a merged weight serves a whole "
+                f"batch, got {', '.join(sorted(aware))}; make it the active adapter and leave adapter_names out"
+            )
 
     def trained_weight(self, names: list[str]) -> Weight4bit | None:
         """The weight with the adapters ``names``, if it is the one that they were trained with; else None."""
