@@ -140,12 +140,21 @@ def test_batches_are_those_of_the_eager_model(monkeypatch: pytest.MonkeyPatch) -
         engine.run()
         return [request.tokens for request in requests]
 
-    engine, eager = BatchDecoder(model, 3, compiled=True), BatchDecoder(model, 3, compiled=False)
+    engine, eager = BatchDecoder(model, 3, compiled=True, prompt_part=13), BatchDecoder(model, 3, compiled=False)
     assert (engine.compiled, eager.compiled) == (True, False)
     with monkeypatch.context() as patch:
         patch.setattr(batch, "BatchStep", lambda *_: pytest.fail("a step ran eagerly"))
         first = answers(engine)
     assert first == answers(eager)
+    engine = BatchDecoder(model, 3, compiled=True, prompt_part=13, reproducible=True)
+    assert answers(engine) == first
+    both = []
+    for others in ([], ["__base__"]):  # which make compiled steps impossible
+        both.append(engine.submit(prompts[2], options[1], "default"))
+        for other in others:
+            engine.submit(prompts[0], options[0], other)
+        engine.run()
+    assert both[0].logprobs == both[1].logprobs
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data *= 2

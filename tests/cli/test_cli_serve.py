@@ -68,7 +68,7 @@ def test_a_chat(server: Server, tokenizer: Any) -> None:
     assert body["object"] == "chat.completion"
     assert body["model"] == "base"
     (choice,) = body["choices"]
-    assert choice["message"] == {"role": "assistant", "content": ANSWER}
+    assert choice["message"] == {"role": "assistant", "content": ANSWER, "refusal": None}
     assert choice["finish_reason"] == "stop"
     assert body["usage"] == usage(len(asked), len(ANSWER.encode()) + 1)
 
@@ -173,18 +173,22 @@ def test_the_model_chooses_the_adapter(server: Server) -> None:
 def test_parts_and_roles_of_messages(server: Server, tokenizer: Any) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     answer = {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "annotations": []}
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}, answer]
+    messages = [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}, answer]
     assert server.send("POST", "/v1/chat/completions", {"model": "base", "messages": messages}).status == 200
-    text = "<system>s</><user>a\nb</><assistant>c</><assistant>"
+    text = "<system>s</><user>a\nb</><assistant>c</><assistant>"  # templates know no developers
     assert tokenizer.decode(server.decoder.requests[-1].prompt) == text
 
 
 def test_defaults_that_clients_send_are_accepted(server: Server) -> None:
     same = {
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "tools": [], "stop": None,
-        "response_format": {"type": "text"}, "tool_choice": "auto", "n": None, "store": False, "logprobs": False,
+        "response_format": {"type": "text"}, "tool_choice": "auto", "store": False, "logprobs": False,
+        "metadata": {"a": "b"}, "parallel_tool_calls": True, "reasoning_effort": "none",
     }  # fmt: skip
     assert server.chat("hello", **same).status == 200
+    nothing = dict.fromkeys((*same, *REJECTED, "max_tokens", "suffix", "unknown"))
+    assert server.chat("hello", **{**nothing, **chat()}).status == 200
+    assert server.complete("hello", **{**nothing, "model": "base"}).status == 200
 
 
 REJECTED: dict[str, dict[str, Any]] = {

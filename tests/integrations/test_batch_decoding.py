@@ -66,13 +66,15 @@ def found(requests: list[Request]) -> list[tuple[list[int], list[float], str | N
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("qwen2", "sdpa"), ("gpt2", "sdpa")]
+    ("family", "attention", "part"),
+    [("llama", "sdpa", 7), ("llama", "eager", None), ("qwen2", "sdpa", 1), ("gpt2", "sdpa", 5)],
 )
-def test_the_tokens_are_those_of_the_model_s_own_generate(family: str, attention: str) -> None:
+def test_the_tokens_are_those_of_the_model_s_own_generate(family: str, attention: str, part: int | None) -> None:
     model = tiny(family)
     model.set_attn_implementation(attention)
-    given = prompts(9)
-    requests = generate(model, given, GREEDY, sequences=4, compiled=False)
+    given, engine = prompts(9), eager(model, prompt_part=part)
+    requests = [engine.submit(prompt, GREEDY) for prompt in given]
+    engine.run()
     assert [request.tokens for request in requests] == [alone(model, prompt, 12) for prompt in given]
     assert {request.finish_reason for request in requests} <= {"stop", "length"}
 
@@ -193,6 +195,24 @@ def test_how_sequences_end() -> None:
     assert (waiting.finish_reason, waiting.tokens) == ("cancelled", [])
     assert (after.finish_reason, len(after.tokens)) == ("cancelled", 1)
     assert all(told[id(request)] == request.tokens for request in (full, failing, stopped))
+
+
+def test_sequences_do_not_wait_for_long_prompts() -> None:
+    engine, (short, long) = eager(tiny(), 3, capacity=60, prompt_part=4), prompts(2, 1)
+    endless = Sampling(temperature=0, stop_tokens=(), max_new_tokens=30)
+    running = engine.submit(short, endless)
+    engine.step()
+    left, read, last = (engine.submit(long * 18, endless) for _ in range(3))
+    tokens = []
+    while not last.tokens:
+        engine.step()
+        tokens.append(len(running.tokens))
+        if len(tokens) == 2:
+            left.cancel()
+    assert tokens == [*range(2, 13)]  # 2 steps for the one that left and 9 for the others, whose 5 parts share a step
+    assert left.tokens == []
+    engine.run()
+    assert read.tokens == last.tokens == alone(engine._model, long * 18, 30, eos_token_id=None)
 
 
 def test_callbacks_may_submit_but_not_step() -> None:
@@ -348,6 +368,7 @@ def without_masks(model: Any) -> Any:
         ),
         (lambda: tiny().train(), r"expected evaluation mode, got training mode; call model.eval\(\)"),
         (lambda: tiny("mpt"), "its forward takes no position_ids"),
+        (lambda: tiny("blt").eval(), "transformers cannot make a cache for it: .*num_hidden_layers"),
         (lambda: without_masks(tiny()), "its logits of a sequence in a batch differ from those of the sequence alone"),
     ],
 )

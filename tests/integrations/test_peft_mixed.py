@@ -309,6 +309,29 @@ def test_embeddings_and_dense_layers_run_as_in_peft() -> None:
             torch.testing.assert_close(mixed[same], logits(model)[same], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 5, 60]}], ids=str
+)
+def test_modules_that_some_adapters_trained(options: dict[str, Any]) -> None:
+    """PEFT takes them for samples of that adapter only if it is also active, and then has none for the others."""
+    model = adapted(base(dtype=torch.float32), target_modules=["q_proj"])
+    model.add_adapter("trained", LoraConfig(r=2, target_modules=["v_proj"], **options))
+    for name, parameter in model.named_parameters():
+        if "trained" in name and "lora" not in name:
+            nn.init.normal_(parameter.data, std=0.1)
+    names = ["trained", "default", BASE, "trained", "default"]
+    expected = {}
+    for name in {*names}:
+        with alone(model, name):
+            expected[name] = logits(model)
+    assert not torch.allclose(expected["trained"], expected[BASE], atol=1e-2)
+    for active in ("default", "trained"):
+        model.set_adapter(active)
+        mixed = logits(model, names)
+        for sample, name in enumerate(names):
+            torch.testing.assert_close(mixed[sample], expected[name][sample], rtol=1e-4, atol=1e-4)
+
+
 def test_adapters_change_between_calls(tmp_path: Path) -> None:
     """Hot-swapped, combined, deleted and added again: mixed batches follow."""
     model = several()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import math
 import operator
 import threading
 from collections import deque
@@ -13,14 +15,14 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import DynamicCache
 
 from .._internal.untrusted import first_line
 from .._internal.vocabulary import vocabulary_size
 from ..integrations.peft.fixed import FixedAdapters
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
-from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits, load_decoding, new_caches
+from .compiled import PROMPT, TOKEN, load_decoding, new_caches
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
+from .prompts import PromptReader
 from .requests import OnToken, Request
 from .sampling import Sampling, draw
 
@@ -44,8 +46,8 @@ def _rejected(why: str) -> ValueError:
 class BatchDecoder:
     """Writes many sequences at once, one token per sequence and step.
 
-    A prompt is read alone, without padding, when a slot is free. All running sequences then share each step, so the
-    weights are read once per step.
+    A prompt is read alone, without padding, when a slot is free, either whole or in parts between steps. All running
+    sequences share each step, so the weights are read once per step.
 
     Args:
         model: a causal language model of transformers with full attention, 4-bit or dense, with or without adapters, in
@@ -56,7 +58,10 @@ class BatchDecoder:
         compiled: whether to decode with compiled code, as ``compile_decoding`` does. None: where possible.
         progress: called with a message before and after a compilation.
         reproducible: whether every step computes all slots, also idle ones. The kernels, which depend on the number of
-            rows, are then always the same, and so are the bits of a sequence, whatever else runs.
+            rows, are then always the same, and so are the bits of a sequence, whatever else runs. If sequences have
+            adapters, give each one a name: such steps run the model's own forward.
+        prompt_part: longer prompts are read in parts of this many tokens. A step ends after as many tokens of prompts,
+            so that running sequences do not wait for long ones. None: a step reads whole prompts into all free slots.
 
     Attributes:
         compiled: whether the model's code is compiled. It computes with the adapters that are active when the decoder
@@ -84,6 +89,7 @@ class BatchDecoder:
         compiled: bool | None = None,
         progress: Callable[[str], object] | None = None,
         reproducible: bool = False,
+        prompt_part: int | None = None,
     ) -> None:
         self._model, self._lm = model, causal_lm(model)
         why = not_plain(model)
@@ -101,11 +107,15 @@ class BatchDecoder:
         self.capacity = min(_USUAL_CAPACITY, most) if capacity is None else capacity
         if sequences < 1:
             raise ValueError(f"sequences: expected at least 1, got {sequences}")
+        if prompt_part is not None and prompt_part < 1:
+            raise ValueError(f"prompt_part: expected at least 1 or None, got {prompt_part}")
         if self.capacity < 2 or (capacity is not None and capacity > most):
             raise ValueError(f"capacity: expected 2 to {most}, the model's positions, got {capacity}")
         self.steps = 0
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # the one at index i has slot i
+        self._part = prompt_part
+        self._reader: PromptReader | None = None  # of the first one that waits
         self._stepping = threading.Lock()
         self._require_evaluation()
         self._layer = next((m for m in self._lm.modules() if isinstance(m, BaseTunerLayer)), None)
@@ -236,12 +246,15 @@ class BatchDecoder:
             for request in list(self._waiting):  # cancelled ones must not wait for a free slot
                 if request.end_if_cancelled():
                     self._waiting.remove(request)
+            if not self._waiting:
+                self._reader = None
             self._drop_ended()
             if self._running:
                 self._continue(self._running, self._read_tokens(self._running))
                 self.steps += 1
-            while self._waiting and len(self._running) < self.sequences:
-                self._start(self._waiting[0])
+            left = self._part or math.inf
+            while left > 0 and self._waiting and len(self._running) < self.sequences:
+                left -= self._start(self._waiting[0])
             return bool(self._running or self._waiting)
         finally:
             self._stepping.release()
@@ -250,18 +263,25 @@ class BatchDecoder:
         if self._lm.training:
             raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
 
-    def _start(self, request: Request) -> None:
-        """Reads the prompt of the first request that waits."""
-        logits = None
+    def _start(self, request: Request) -> int:
+        """Reads the next part of the prompt of the first request that waits. Returns its number of tokens."""
+        reader, logits = self._reader, None
+        if reader is None or reader.request is not request:
+            reader = PromptReader(request, self._caches)
+        first = reader.count
         if not self._has_ended(request):
             try:
-                logits = self._read_prompt(request.prompt, len(self._running), self._forward_options([request]))
+                logits = self._read(reader, self._part)
             except Exception as error:  # for example, no memory for a long prompt
                 request.fail(error)
-        self._waiting.popleft()
-        if logits is not None:
-            self._running.append(request)
-            self._continue([request], logits)
+        self._reader = None if request.done or reader.done else reader
+        if self._reader is None:
+            self._waiting.popleft()
+            if logits is not None:
+                reader.store(self._caches, len(self._running))
+                self._running.append(request)
+                self._continue([request], logits)
+        return reader.count - first
 
     def _has_ended(self, request: Request) -> bool:
         """Whether a sequence has ended, for example because its adapter was deleted."""
@@ -314,7 +334,8 @@ class BatchDecoder:
             return {}
         usual = active[0] if active else BASE
         names = [usual if request.adapter is None else request.adapter for request in requests]
-        return {} if set(names) == {usual} else {"adapter_names": names + [usual] * idle}
+        # Compiled steps and those with names differ in rounding, so reproducible ones always have names.
+        return {} if set(names) == {usual} and not self.reproducible else {"adapter_names": names + [usual] * idle}
 
     def _read_tokens(self, requests: Sequence[Request]) -> Tensor:
         """The logits [B, V] after each sequence's last token, which is read into the caches."""
@@ -338,24 +359,11 @@ class BatchDecoder:
     def _integers(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._lm.device)
 
-    def _read_prompt(self, prompt: list[int], slot: int, options: dict[str, Any]) -> Tensor:
-        """The logits [1, V] after a prompt, which is read into the caches."""
-        count, tokens = len(prompt), self._integers([prompt])
-        run = self._code(TOKEN if count == 1 else PROMPT, options) if count <= MAX_PROMPT else None
-        if run is not None:
-            room = -(-count // CACHE_STEP) * CACHE_STEP
-            written = [cache.new_zeros((1, cache.shape[1], room, cache.shape[3])) for cache in self._caches]
-            logits = run([tokens, self._integers(range(count)), *written])[0]
-        else:
-            cache = DynamicCache(config=self._lm.config)
-            if keeps_last_logits(self._lm):
-                options = {**options, "logits_to_keep": 1}
-            forward = self._model if "adapter_names" in options else self._lm
-            logits = forward(input_ids=tokens, use_cache=True, **{CACHE: cache}, **options).logits
-            written = [layer.keys for layer in cache.layers] + [layer.values for layer in cache.layers]
-        for ours, theirs in zip(self._caches, written, strict=True):
-            ours[slot, :, :count] = theirs[0, :, :count]
-        return logits[:, -1]
+    def _read(self, reader: PromptReader, most: int | None = None) -> Tensor:
+        """Reads at most ``most`` more tokens of a prompt. Returns the logits [1, V] after them."""
+        options = self._forward_options([reader.request])
+        forward = functools.partial(self._model if options else self._lm, **options)
+        return reader.read(self._lm, lambda name: self._code(name, options), forward, most)
 
     @torch.no_grad()
     def _test(self) -> None:
@@ -366,9 +374,15 @@ class BatchDecoder:
         """
         vocabulary = vocabulary_size(self._lm)
         prompts = [[token % vocabulary for token in tokens] for tokens in ((5, 9, 3), (7, 5, 11, 2, 6))]
-        expected = torch.cat([self._read_prompt(prompt, 0, {}) for prompt in prompts]).double()
-        for slot, prompt in enumerate(prompts):
-            self._read_prompt(prompt[:-1], slot, {})
+        whole, begun = (
+            [PromptReader(Request(prompt[:end], Sampling(seed=0), 1, None, None), self._caches) for prompt in prompts]
+            for end in (None, -1)
+        )
+        expected = torch.cat([self._read(reader) for reader in whole]).double()
+        for slot, reader in enumerate(begun):
+            for most in (1, None):
+                self._read(reader, most)
+            reader.store(self._caches, slot)
         last = self._integers([prompt[-1] for prompt in prompts])
         logits = self._step(last, self._integers([len(prompt) - 1 for prompt in prompts]), {})
         for cache in self._caches:

@@ -75,7 +75,11 @@ def not_plain(model: Any) -> str | None:
         return "the adapter is a prompt"
     if lm.config.get_text_config() is not lm.config or lm.config.is_encoder_decoder:
         return "it is not a plain text decoder"
-    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=lm.config).layers):
+    try:
+        layers = DynamicCache(config=lm.config).layers
+    except Exception as error:  # of configurations without the number of layers, for example
+        return f"transformers cannot make a cache for it: {first_line(error)}"
+    if any(type(layer) is not DynamicLayer for layer in layers):
         return "its cache holds more than keys and values"
     return None
 

@@ -167,6 +167,11 @@ _LIST = (
         "counts as transformers' num_parameters does",
     ),
     Patch(
+        "peft.utils.other:AuxiliaryTrainingWrapper.forward",
+        "peft >= 0.19",
+        "with adapter_names, asks the active adapters whether a module was trained, and fails for names without a copy",
+    ),
+    Patch(
         "peft.utils.other:ModulesToSaveWrapper.update",
         "peft >= 0.19",
         "trains a copy of a frozen weight in the 16 bits in which a float32 model stores it",

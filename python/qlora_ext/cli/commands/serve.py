@@ -21,6 +21,7 @@ from ..options import add_base_options, add_dtype_option
 
 _LIBRARIES = ("starlette", "uvicorn")  # of the extra [serve]
 _CONTEXT = 4096
+_PROMPT_PART = 256  # tokens of a prompt that are read while running answers wait: some tenths of a second on two cores
 _KEY_VARIABLE = "QLORA_API_KEY"
 _MAX_SEQUENCES = 256
 _MAX_CONTEXT = 1 << 20
@@ -58,6 +59,10 @@ def add_parser(commands: Any) -> None:
         "--compile", choices=("auto", "always", "never"), default="auto",
         help="decode with compiled code, which takes minutes to compile and is cached; auto: if the model can be "
         "compiled (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reproducible", action="store_true",
+        help="make answers to requests with a seed independent of other requests; costs as much as --sequences answers",
     )  # fmt: skip
     add_base_options(parser)
     add_dtype_option(parser)
@@ -134,7 +139,15 @@ def _decoder(model: Any, arguments: argparse.Namespace) -> Any:
     compiled = {"auto": None, "always": True, "never": False}[arguments.compile]
     context = _context(model, arguments.context)
     try:
-        return BatchDecoder(model, arguments.sequences, context, compiled=compiled, progress=report)
+        return BatchDecoder(
+            model,
+            arguments.sequences,
+            context,
+            compiled=compiled,
+            progress=report,
+            reproducible=arguments.reproducible,
+            prompt_part=_PROMPT_PART,
+        )
     except CompilationError as error:
         raise UserError(f"--compile always: this model cannot be compiled: {error}") from error
     except ValueError as error:

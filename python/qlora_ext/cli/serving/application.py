@@ -204,10 +204,16 @@ class Application:
             with tokenizing(param):
                 if isinstance(prompt, str):
                     return list(self._tokenizer(prompt)["input_ids"])
-                text = as_prompt(self._tokenizer, cast("list[Message]", prompt))
+                text = as_prompt(self._tokenizer, self._with_known_roles(cast("list[Message]", prompt)))
                 return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         except UserError as error:
             raise APIError(400, str(error), param) from error
+
+    def _with_known_roles(self, messages: list[Message]) -> list[Message]:
+        """The messages with the role "system" for "developer", OpenAI's newer name, unless the template has that."""
+        if "developer" in str(self._tokenizer.chat_template):
+            return messages
+        return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
 
 
 async def _whole(answers: Answers, replies: Replies) -> Response:

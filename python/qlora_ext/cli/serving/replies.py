@@ -43,7 +43,7 @@ class Replies:
                 index, "".join(p.text for p in own), [t for p in own for t in p.tokens], own[-1].finish_reason
             )
             content = (
-                {"message": {"role": "assistant", "content": whole.text}}
+                {"message": {"role": "assistant", "content": whole.text, "refusal": None}}
                 if self._request.chat
                 else {"text": whole.text}
             )

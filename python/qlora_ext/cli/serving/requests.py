@@ -21,11 +21,12 @@ _ROLES = ("system", "developer", "user", "assistant")
 _EXTRA_KEYS = ("name", "reasoning_content")  # texts of a message, for the chat template
 
 # Fields that do not change the answer.
-_IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+_IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 # Fields that are not supported -> the values with which the answer is the same as without them. Clients send these.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
+    "chat_template_kwargs": ({},),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
@@ -35,7 +36,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "presence_penalty": (0,),
-    "reasoning_effort": (),
+    "reasoning_effort": ("none",),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -43,7 +44,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "verbosity": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
 

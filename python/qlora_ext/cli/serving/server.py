@@ -15,6 +15,8 @@ from ..errors import UserError
 from .loop import DecodingLoop
 
 _CONNECTIONS = 512  # beyond them, the server answers with 503
+# Longer than clients keep idle connections (OpenAI's 5 seconds), which otherwise send requests while we close them.
+_IDLE = 75  # seconds
 _LINGER = 5  # seconds that connections get to send what is left when the server ends
 
 
@@ -76,6 +78,7 @@ def make(application: ASGIApp, loop: DecodingLoop) -> uvicorn.Server:
         ws="none",
         server_header=False,
         limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=_IDLE,
         timeout_graceful_shutdown=_LINGER,
     )
     return _Server(config, loop)

@@ -165,3 +165,13 @@ def _adapter_names_pre_forward_hook(
     if isinstance(first, _Name) and not torch.compiler.is_compiling() and first.call is not _computed.get():
         return None
     return original(target, args, kwargs, adapter_names)
+
+
+@extend("peft.utils.other:AuxiliaryTrainingWrapper.forward")
+def _forward_of_trained_copies(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    names = kwargs.get("adapter_names")
+    if names is None or self.disable_adapters:
+        return original(self, *args, **kwargs)
+    kwargs["adapter_names"] = [name if name in self._adapters else "__base__" for name in names]
+    self._check_forward_args(*args, **kwargs)
+    return self._mixed_batch_forward(*args, **kwargs)

@@ -1,0 +1,72 @@
+"""Reads a prompt, whole or in parts, into keys and values of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits
+from .requests import Request
+
+Run = Callable[[list[Tensor]], list[Tensor]]
+
+
+class PromptReader:
+    """The prompt of a request.
+
+    Args:
+        slots: the caches of a batch, each [slots, H, capacity, D]: the keys of all layers, then the values.
+
+    Attributes:
+        count: how many tokens have been read.
+    """
+
+    def __init__(self, request: Request, slots: Sequence[Tensor]) -> None:
+        self.request = request
+        self.count = 0
+        self._caches = [cache[:1, :, :0] for cache in slots]  # each [1, H, at least count, D]
+
+    @property
+    def done(self) -> bool:
+        return self.count == len(self.request.prompt)
+
+    def read(
+        self, lm: Any, code: Callable[[str], Run | None], forward: Callable[..., Any], most: int | None = None
+    ) -> Tensor:
+        """Reads at most ``most`` more tokens.
+
+        Args:
+            code: returns the compiled function of a name, or None.
+            forward: the model's, which runs where there is no such function.
+
+        Returns:
+            The logits [1, V] after them.
+        """
+        first, half = self.count, len(self._caches) // 2
+        tokens = self.request.prompt[first:][:most]
+        end = first + len(tokens)
+        ids = torch.tensor([tokens], dtype=torch.int64, device=lm.device)
+        run = code(TOKEN if len(tokens) == 1 else PROMPT) if len(tokens) <= MAX_PROMPT else None
+        if run is not None:
+            room = -(-end // CACHE_STEP) * CACHE_STEP
+            caches = [nn.functional.pad(cache, (0, 0, 0, room - cache.shape[2])) for cache in self._caches]
+            logits = run([ids, torch.arange(first, end, dtype=torch.int64, device=lm.device), *caches])[0]
+        else:
+            cache = DynamicCache(config=lm.config)
+            for layer, *read in zip(cache.layers, self._caches[:half], self._caches[half:], strict=True):
+                if first:
+                    layer.update(*(each[:, :, :first] for each in read))
+            last = {"logits_to_keep": 1} if keeps_last_logits(lm) else {}
+            logits = forward(input_ids=ids, use_cache=True, **{CACHE: cache}, **last).logits
+            caches = [layer.keys for layer in cache.layers] + [layer.values for layer in cache.layers]
+        self._caches, self.count = caches, end
+        return logits[:, -1]
+
+    def store(self, slots: Sequence[Tensor], slot: int) -> None:
+        """Copies what has been read into a slot of the batch's caches."""
+        for cache, read in zip(slots, self._caches, strict=True):
+            cache[slot, :, : self.count] = read[0, :, : self.count]
