@@ -19,6 +19,7 @@ from .._internal.untrusted import first_line
 from ..integrations.peft.fixed import FixedAdapters
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits, load_decoding, new_caches
+from .mixed import MixedSteps, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
 from .requests import OnToken, Request
 from .sampling import Sampling, draw
@@ -110,6 +111,7 @@ class BatchDecoder:
         self._layer = next((m for m in self._lm.modules() if isinstance(m, BaseTunerLayer)), None)
         self._adapters = FixedAdapters(self._lm)  # of the compiled code
         self._codes: dict[str, Code] = {}
+        self._mixed: MixedSteps | None = None
         try:
             # The self-test takes two slots.
             self._caches = new_caches(self._lm, -(-self.capacity // SPAN_STEP) * SPAN_STEP, max(sequences, 2))
@@ -121,6 +123,9 @@ class BatchDecoder:
         self._codes = self._compiled_codes(compiled, progress)
         if self._codes:
             self._test()
+            self._mixed = self._mixed_steps(compiled, progress)
+        if self._mixed is not None:
+            self._test([*self._model.peft_config][-2:])
 
     def _compiled_codes(self, wanted: bool | None, progress: Callable[[str], object] | None) -> dict[str, Code]:
         """The compiled functions by name; none if the model's own forward is to run."""
@@ -137,6 +142,15 @@ class BatchDecoder:
             return {}
         assert prompts is not None
         return {name: code for code in (prompts, steps) for name in (TOKEN, PROMPT, STEP) if name in code}
+
+    def _mixed_steps(self, wanted: bool | None, progress: Callable[[str], object] | None) -> MixedSteps | None:
+        """The compiled steps for sequences with different adapters; None if PEFT's code has to compute these."""
+        try:
+            return load_mixed(self._model, progress) if len(self._active()) == 1 else None
+        except CompilationError:
+            if wanted:
+                raise
+            return None
 
     @property
     def compiled(self) -> bool:
@@ -254,7 +268,10 @@ class BatchDecoder:
         logits = None
         if not self._has_ended(request):
             try:
-                logits = self._read_prompt(request.prompt, len(self._running), self._forward_options([request]))
+                options = self._forward_options([request.adapter])
+                if self._mixed is not None:
+                    self._mixed.renew(self._names(options, 1))
+                logits = self._read_prompt(request.prompt, len(self._running), options)
             except Exception as error:  # for example, no memory for a long prompt
                 request.fail(error)
         self._waiting.popleft()
@@ -298,7 +315,7 @@ class BatchDecoder:
     def _code(self, name: str, options: dict[str, Any]) -> Callable[[list[Tensor]], list[Tensor]] | None:
         """The compiled function ``name``, if it computes what the model does now."""
         code = self._codes.get(name)
-        if code is None or options or not self._adapters.serve(fully=name != STEP) or not code.is_current():
+        if code is None or options or not self._adapters.serve() or not code.is_current():
             return None
         return code[name]
 
@@ -306,19 +323,19 @@ class BatchDecoder:
         """The names of the active adapters."""
         return [] if self._layer is None or self._layer.disable_adapters else list(self._layer.active_adapters)
 
-    def _forward_options(self, requests: Sequence[Request], idle: int = 0) -> dict[str, Any]:
+    def _forward_options(self, adapters: Sequence[str | None], idle: int = 0) -> dict[str, Any]:
         """The adapters of sequences as an option of PEFT's forward; none if all use the active ones."""
         active = self._active()
-        if all(request.adapter is None for request in requests):
+        if all(adapter is None for adapter in adapters):
             return {}
         usual = active[0] if active else BASE
-        names = [usual if request.adapter is None else request.adapter for request in requests]
+        names = [usual if adapter is None else adapter for adapter in adapters]
         return {} if set(names) == {usual} else {"adapter_names": names + [usual] * idle}
 
     def _read_tokens(self, requests: Sequence[Request]) -> Tensor:
         """The logits [B, V] after each sequence's last token, which is read into the caches."""
         idle = self.sequences - len(requests) if self.reproducible else 0
-        options = self._forward_options(requests, idle)
+        options = self._forward_options([request.adapter for request in requests], idle)
         tokens = self._integers([request.tokens[-1] for request in requests] + [0] * idle)
         positions = self._integers([request.read for request in requests] + [0] * idle)
         return self._step(tokens, positions, options)[: len(requests)]
@@ -330,9 +347,18 @@ class BatchDecoder:
         run = self._code(STEP, options)
         if run is not None:
             return run([tokens, positions, visible, *caches])[0]
+        if self._mixed is not None and (names := self._names(options, len(tokens))):
+            mixed = self._mixed.run(names, [tokens, positions, visible, *caches])
+            if mixed is not None:
+                return mixed
         step = BatchStep(self._model if options else self._lm)
         logits: Tensor = step(tokens, positions, visible, caches, **options)
         return logits
+
+    def _names(self, options: dict[str, Any], count: int) -> list[str]:
+        """The adapter of each of ``count`` sequences; none if each uses several."""
+        names: list[str] = options.get("adapter_names") or (self._active() or [BASE]) * count
+        return names if len(names) == count else []
 
     def _integers(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._lm.device)
@@ -357,7 +383,7 @@ class BatchDecoder:
         return logits[:, -1]
 
     @torch.no_grad()
-    def _test(self) -> None:
+    def _test(self, adapters: Sequence[str | None] = (None, None)) -> None:
         """Compares a step of two sequences with the model's own forward.
 
         Raises:
@@ -365,11 +391,12 @@ class BatchDecoder:
         """
         vocabulary = self._lm.get_input_embeddings().num_embeddings
         prompts = [[token % vocabulary for token in tokens] for tokens in ((5, 9, 3), (7, 5, 11, 2, 6))]
-        expected = torch.cat([self._read_prompt(prompt, 0, {}) for prompt in prompts]).double()
+        of_each = [self._forward_options([adapter]) for adapter in adapters]
+        expected = torch.cat([self._read_prompt(*each) for each in zip(prompts, (0, 0), of_each, strict=True)]).double()
         for slot, prompt in enumerate(prompts):
-            self._read_prompt(prompt[:-1], slot, {})
+            self._read_prompt(prompt[:-1], slot, of_each[slot])
         last = self._integers([prompt[-1] for prompt in prompts])
-        logits = self._step(last, self._integers([len(prompt) - 1 for prompt in prompts]), {})
+        logits = self._step(last, self._integers([len(prompt) - 1 for prompt in prompts]), self._forward_options(adapters))
         for cache in self._caches:
             cache[:2].zero_()
         error = float((logits.double() - expected).norm() / expected.norm())
