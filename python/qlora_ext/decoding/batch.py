@@ -21,6 +21,7 @@ from .._internal.vocabulary import vocabulary_size
 from ..integrations.peft.fixed import FixedAdapters
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import PROMPT, TOKEN, load_decoding, new_caches
+from .mixed import MixedSteps, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
 from .prompts import PromptReader
 from .requests import OnToken, Request
@@ -121,6 +122,7 @@ class BatchDecoder:
         self._layer = next((m for m in self._lm.modules() if isinstance(m, BaseTunerLayer)), None)
         self._adapters = FixedAdapters(self._lm)  # of the compiled code
         self._codes: dict[str, Code] = {}
+        self._mixed: MixedSteps | None = None
         try:
             # The self-test takes two slots.
             self._caches = new_caches(self._lm, -(-self.capacity // SPAN_STEP) * SPAN_STEP, max(sequences, 2))
@@ -132,6 +134,9 @@ class BatchDecoder:
         self._codes = self._compiled_codes(compiled, progress)
         if self._codes:
             self._test()
+            self._mixed = self._mixed_steps(compiled, progress)
+        if self._mixed is not None:
+            self._test([*self._model.peft_config][-2:])
 
     def _compiled_codes(self, wanted: bool | None, progress: Callable[[str], object] | None) -> dict[str, Code]:
         """The compiled functions by name; none if the model's own forward is to run."""
@@ -148,6 +153,15 @@ class BatchDecoder:
             return {}
         assert prompts is not None
         return {name: code for code in (prompts, steps) for name in (TOKEN, PROMPT, STEP) if name in code}
+
+    def _mixed_steps(self, wanted: bool | None, progress: Callable[[str], object] | None) -> MixedSteps | None:
+        """The compiled steps for sequences with different adapters; None if PEFT's code has to compute these."""
+        try:
+            return load_mixed(self._model, progress) if len(self._active()) == 1 else None
+        except CompilationError:
+            if wanted:
+                raise
+            return None
 
     @property
     def compiled(self) -> bool:
@@ -271,6 +285,8 @@ class BatchDecoder:
         first = reader.count
         if not self._has_ended(request):
             try:
+                if self._mixed is not None:
+                    self._mixed.renew(self._names(self._forward_options([request.adapter]), 1))
                 logits = self._read(reader, self._part)
             except Exception as error:  # for example, no memory for a long prompt
                 request.fail(error)
@@ -319,7 +335,7 @@ class BatchDecoder:
     def _code(self, name: str, options: dict[str, Any]) -> Callable[[list[Tensor]], list[Tensor]] | None:
         """The compiled function ``name``, if it computes what the model does now."""
         code = self._codes.get(name)
-        if code is None or options or not self._adapters.serve(fully=name != STEP) or not code.is_current():
+        if code is None or options or not self._adapters.serve() or not code.is_current():
             return None
         return code[name]
 
@@ -327,20 +343,20 @@ class BatchDecoder:
         """The names of the active adapters."""
         return [] if self._layer is None or self._layer.disable_adapters else list(self._layer.active_adapters)
 
-    def _forward_options(self, requests: Sequence[Request], idle: int = 0) -> dict[str, Any]:
+    def _forward_options(self, adapters: Sequence[str | None], idle: int = 0) -> dict[str, Any]:
         """The adapters of sequences as an option of PEFT's forward; none if all use the active ones."""
         active = self._active()
-        if all(request.adapter is None for request in requests):
+        if all(adapter is None for adapter in adapters):
             return {}
         usual = active[0] if active else BASE
-        names = [usual if request.adapter is None else request.adapter for request in requests]
+        names = [usual if adapter is None else adapter for adapter in adapters]
         # Compiled steps and those with names differ in rounding, so reproducible ones always have names.
         return {} if set(names) == {usual} and not self.reproducible else {"adapter_names": names + [usual] * idle}
 
     def _read_tokens(self, requests: Sequence[Request]) -> Tensor:
         """The logits [B, V] after each sequence's last token, which is read into the caches."""
         idle = self.sequences - len(requests) if self.reproducible else 0
-        options = self._forward_options(requests, idle)
+        options = self._forward_options([request.adapter for request in requests], idle)
         tokens = self._integers([request.tokens[-1] for request in requests] + [0] * idle)
         positions = self._integers([request.read for request in requests] + [0] * idle)
         return self._step(tokens, positions, options)[: len(requests)]
@@ -352,21 +368,30 @@ class BatchDecoder:
         run = self._code(STEP, options)
         if run is not None:
             return run([tokens, positions, visible, *caches])[0]
+        if self._mixed is not None and (names := self._names(options, len(tokens))):
+            mixed = self._mixed.run(names, [tokens, positions, visible, *caches])
+            if mixed is not None:
+                return mixed
         step = BatchStep(self._model if options else self._lm)
         logits: Tensor = step(tokens, positions, visible, caches, **options)
         return logits
+
+    def _names(self, options: dict[str, Any], count: int) -> list[str]:
+        """The adapter of each of ``count`` sequences; none if each uses several."""
+        names: list[str] = options.get("adapter_names") or (self._active() or [BASE]) * count
+        return names if len(names) == count else []
 
     def _integers(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._lm.device)
 
     def _read(self, reader: PromptReader, most: int | None = None) -> Tensor:
         """Reads at most ``most`` more tokens of a prompt. Returns the logits [1, V] after them."""
-        options = self._forward_options([reader.request])
+        options = self._forward_options([reader.request.adapter])
         forward = functools.partial(self._model if options else self._lm, **options)
         return reader.read(self._lm, lambda name: self._code(name, options), forward, most)
 
     @torch.no_grad()
-    def _test(self) -> None:
+    def _test(self, adapters: Sequence[str | None] = (None, None)) -> None:
         """Compares a step of two sequences with the model's own forward.
 
         Raises:
@@ -375,7 +400,10 @@ class BatchDecoder:
         vocabulary = vocabulary_size(self._lm)
         prompts = [[token % vocabulary for token in tokens] for tokens in ((5, 9, 3), (7, 5, 11, 2, 6))]
         whole, begun = (
-            [PromptReader(Request(prompt[:end], Sampling(seed=0), 1, None, None), self._caches) for prompt in prompts]
+            [
+                PromptReader(Request(prompt[:end], Sampling(seed=0), 1, adapter, None), self._caches)
+                for prompt, adapter in zip(prompts, adapters, strict=True)
+            ]
             for end in (None, -1)
         )
         expected = torch.cat([self._read(reader) for reader in whole]).double()
@@ -384,7 +412,7 @@ class BatchDecoder:
                 self._read(reader, most)
             reader.store(self._caches, slot)
         last = self._integers([prompt[-1] for prompt in prompts])
-        logits = self._step(last, self._integers([len(prompt) - 1 for prompt in prompts]), {})
+        logits = self._step(last, self._integers([len(prompt) - 1 for prompt in prompts]), self._forward_options(adapters))
         for cache in self._caches:
             cache[:2].zero_()
         error = float((logits.double() - expected).norm() / expected.norm())

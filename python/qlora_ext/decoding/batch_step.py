@@ -122,15 +122,23 @@ def _linear_dense(head: Any, x: Tensor) -> Tensor:
     return y
 
 
-def _compile(lm: Any, step: BatchStep, package: pathlib.Path) -> None:
+def step_arguments(lm: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Examples of the arguments of ``BatchStep``, and which of their sizes are dynamic."""
     tokens, positions = (torch.tensor([0, 1, 2], dtype=torch.int64, device="cpu") for _ in range(2))
     visible = torch.ones((3, SPAN_STEP), dtype=torch.bool, device="cpu")
     caches = new_caches(lm, 4 * SPAN_STEP, 3)  # another size than that of visible, so that both stay dynamic
     sequences = Dim("sequences", min=2, max=_MAX_SEQUENCES)
     span, capacity = (Dim(name, min=2, max=MAX_CACHE) for name in ("span", "room"))
     shapes = ({0: sequences}, {0: sequences}, {0: sequences, 1: span}, [{0: sequences, 2: capacity} for _ in caches])
+    return (tokens, positions, visible, caches), shapes
+
+
+def compile_step(
+    lm: Any, name: str, step: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...], package: pathlib.Path
+) -> None:
+    """Compiles a step of ``lm`` with the attention and the output head of batches."""
     with attention_over_caches(lm, _ATTENTION), head_computed_by(lm, _linear_dense, (torch.bfloat16, torch.float16)):
-        compile_package({STEP: Function(step, (tokens, positions, visible, caches), shapes)}, package)
+        compile_package({name: Function(step, arguments, shapes)}, package)
 
 
 def load_step(model: Any, progress: Callable[[str], object] | None = None) -> Code:
@@ -143,6 +151,6 @@ def load_step(model: Any, progress: Callable[[str], object] | None = None) -> Co
     step = BatchStep(lm)
     state = state_of(step)
     name = digest(model, state, [__file__, compiled.__file__])
-    code = load_code(name, state, lambda package: _compile(lm, step, package), progress=progress)
+    code = load_code(name, state, lambda package: compile_step(lm, STEP, step, *step_arguments(lm), package), progress=progress)
     assert code is not None
     return code
