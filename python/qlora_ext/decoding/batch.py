@@ -19,6 +19,7 @@ from .._internal.untrusted import first_line
 from ..integrations.peft.fixed import FixedAdapters
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits, load_decoding, new_caches
+from .graphs import StepGraphs, load_graphs
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
 from .requests import OnToken, Request
 from .sampling import Sampling, draw
@@ -52,14 +53,17 @@ class BatchDecoder:
         sequences: the number of slots.
         capacity: the most tokens of a sequence, prompt included. None: 2048, or fewer if the model has fewer
             positions. The caches, [``sequences``, H, ``capacity``, D] per layer, are allocated once.
-        compiled: whether to decode with compiled code, as ``compile_decoding`` does. None: where possible.
+        compiled: whether to decode with compiled code, as ``compile_decoding`` does, and on CUDA by CUDA graphs. None:
+            where possible.
         progress: called with a message before and after a compilation.
         reproducible: whether every step computes all slots, also idle ones. The kernels, which depend on the number of
             rows, are then always the same, and so are the bits of a sequence, whatever else runs.
 
     Attributes:
         compiled: whether the model's code is compiled. It computes with the adapters that are active when the decoder
-            is made; steps with others run the model's own forward.
+            is made; steps with others run the model's own forward. On CUDA, whether steps are captured in CUDA graphs;
+            if adapters are switched, they are captured again.
+        not_compiled: the reason why nothing is compiled; None if it is.
         steps: the number of steps with running sequences so far.
 
     Raises:
@@ -110,6 +114,8 @@ class BatchDecoder:
         self._layer = next((m for m in self._lm.modules() if isinstance(m, BaseTunerLayer)), None)
         self._adapters = FixedAdapters(self._lm)  # of the compiled code
         self._codes: dict[str, Code] = {}
+        self._graphs: StepGraphs | None = None
+        self._obstacle: str | None = None
         try:
             # The self-test takes two slots.
             self._caches = new_caches(self._lm, -(-self.capacity // SPAN_STEP) * SPAN_STEP, max(sequences, 2))
@@ -123,24 +129,33 @@ class BatchDecoder:
             self._test()
 
     def _compiled_codes(self, wanted: bool | None, progress: Callable[[str], object] | None) -> dict[str, Code]:
-        """The compiled functions by name; none if the model's own forward is to run."""
+        """The compiled functions by name; none on CUDA, or if the model's own forward is to run."""
         if wanted is False:
+            self._obstacle = "compiled is False"
             return {}
         why = obstacle(self._model)
         try:
+            if self._lm.device.type == "cuda":
+                self._graphs = load_graphs(self._model, self._caches, self.reproducible)
+                return {}
             if why is not None:
                 raise CompilationError(why)
             prompts, steps = load_decoding(self._model, progress=progress), load_step(self._model, progress)
-        except CompilationError:
+        except CompilationError as error:
             if wanted:
                 raise
+            self._obstacle = str(error)
             return {}
         assert prompts is not None
         return {name: code for code in (prompts, steps) for name in (TOKEN, PROMPT, STEP) if name in code}
 
     @property
     def compiled(self) -> bool:
-        return bool(self._codes)
+        return self.not_compiled is None
+
+    @property
+    def not_compiled(self) -> str | None:
+        return self._obstacle if self._graphs is None else self._graphs.failure
 
     @property
     def running(self) -> int:
@@ -319,9 +334,13 @@ class BatchDecoder:
         """The logits [B, V] after each sequence's last token, which is read into the caches."""
         idle = self.sequences - len(requests) if self.reproducible else 0
         options = self._forward_options(requests, idle)
-        tokens = self._integers([request.tokens[-1] for request in requests] + [0] * idle)
-        positions = self._integers([request.read for request in requests] + [0] * idle)
-        return self._step(tokens, positions, options)[: len(requests)]
+        tokens = [request.tokens[-1] for request in requests] + [0] * idle
+        positions = [request.read for request in requests] + [0] * idle
+        if self._graphs is not None and not options and self._graphs.serve():
+            logits = self._graphs(tokens, positions)
+        else:
+            logits = self._step(self._integers(tokens), self._integers(positions), options)
+        return logits[: len(requests)]
 
     def _step(self, tokens: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
         span = -(-(int(positions.max()) + 1) // SPAN_STEP) * SPAN_STEP
