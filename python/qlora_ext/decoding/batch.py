@@ -21,6 +21,7 @@ from .._internal.vocabulary import vocabulary_size
 from ..integrations.peft.fixed import FixedAdapters
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import PROMPT, TOKEN, load_decoding, new_caches
+from .graphs import StepGraphs, load_graphs
 from .mixed import MixedSteps, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
 from .prompts import PromptReader
@@ -56,17 +57,20 @@ class BatchDecoder:
         sequences: the number of slots.
         capacity: the most tokens of a sequence, prompt included. None: 2048, or fewer if the model has fewer
             positions. The caches, [``sequences``, H, ``capacity``, D] per layer, are allocated once.
-        compiled: whether to decode with compiled code, as ``compile_decoding`` does. None: where possible.
+        compiled: whether to decode with compiled code, as ``compile_decoding`` does, and on CUDA by CUDA graphs. None:
+            where possible.
         progress: called with a message before and after a compilation.
         reproducible: whether every step computes all slots, also idle ones. The kernels, which depend on the number of
             rows, are then always the same, and so are the bits of a sequence, whatever else runs. If sequences have
-            adapters, give each one a name: such steps run the model's own forward.
+            adapters, give each one a name.
         prompt_part: longer prompts are read in parts of this many tokens. A step ends after as many tokens of prompts,
             so that running sequences do not wait for long ones. None: a step reads whole prompts into all free slots.
 
     Attributes:
         compiled: whether the model's code is compiled. It computes with the adapters that are active when the decoder
-            is made; steps with others run the model's own forward.
+            is made, and if only 4-bit layers have adapters, with any mixture of them. On CUDA, whether steps are
+            captured in CUDA graphs; if adapters are switched, they are captured again.
+        not_compiled: the reason why nothing is compiled; None if it is.
         steps: the number of steps with running sequences so far.
 
     Raises:
@@ -123,6 +127,8 @@ class BatchDecoder:
         self._adapters = FixedAdapters(self._lm)  # of the compiled code
         self._codes: dict[str, Code] = {}
         self._mixed: MixedSteps | None = None
+        self._graphs: StepGraphs | None = None
+        self._obstacle: str | None = None
         try:
             # The self-test takes two slots.
             self._caches = new_caches(self._lm, -(-self.capacity // SPAN_STEP) * SPAN_STEP, max(sequences, 2))
@@ -139,17 +145,22 @@ class BatchDecoder:
             self._test([*self._model.peft_config][-2:])
 
     def _compiled_codes(self, wanted: bool | None, progress: Callable[[str], object] | None) -> dict[str, Code]:
-        """The compiled functions by name; none if the model's own forward is to run."""
+        """The compiled functions by name; none on CUDA, or if the model's own forward is to run."""
         if wanted is False:
+            self._obstacle = "compiled is False"
             return {}
         why = obstacle(self._model)
         try:
+            if self._lm.device.type == "cuda":
+                self._graphs = load_graphs(self._model, self._caches, self.reproducible)
+                return {}
             if why is not None:
                 raise CompilationError(why)
             prompts, steps = load_decoding(self._model, progress=progress), load_step(self._model, progress)
-        except CompilationError:
+        except CompilationError as error:
             if wanted:
                 raise
+            self._obstacle = str(error)
             return {}
         assert prompts is not None
         return {name: code for code in (prompts, steps) for name in (TOKEN, PROMPT, STEP) if name in code}
@@ -165,7 +176,11 @@ class BatchDecoder:
 
     @property
     def compiled(self) -> bool:
-        return bool(self._codes)
+        return self.not_compiled is None
+
+    @property
+    def not_compiled(self) -> str | None:
+        return self._obstacle if self._graphs is None else self._graphs.failure
 
     @property
     def running(self) -> int:
@@ -357,9 +372,13 @@ class BatchDecoder:
         """The logits [B, V] after each sequence's last token, which is read into the caches."""
         idle = self.sequences - len(requests) if self.reproducible else 0
         options = self._forward_options([request.adapter for request in requests], idle)
-        tokens = self._integers([request.tokens[-1] for request in requests] + [0] * idle)
-        positions = self._integers([request.read for request in requests] + [0] * idle)
-        return self._step(tokens, positions, options)[: len(requests)]
+        tokens = [request.tokens[-1] for request in requests] + [0] * idle
+        positions = [request.read for request in requests] + [0] * idle
+        if self._graphs is not None and not options and self._graphs.serve():
+            logits = self._graphs(tokens, positions)
+        else:
+            logits = self._step(self._integers(tokens), self._integers(positions), options)
+        return logits[: len(requests)]
 
     def _step(self, tokens: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
         span = -(-(int(positions.max()) + 1) // SPAN_STEP) * SPAN_STEP

@@ -84,6 +84,17 @@ def not_plain(model: Any) -> str | None:
     return None
 
 
+def not_traceable(model: Any) -> str | None:
+    """The reason why one run of the model's code may not show what every run computes; None if there is none."""
+    lm = causal_lm(model)
+    if not type(lm).__module__.startswith("transformers."):
+        return "its code comes with the model"
+    why = not_plain(model)
+    if why is None and any(getattr(module, "merge_aware", None) for module in lm.modules()):
+        why = "the adapter is merge-aware"
+    return why
+
+
 def obstacle(model: Any) -> str | None:
     """The reason why decoding with ``model`` cannot be compiled; None if it can be tried.
 
@@ -94,16 +105,11 @@ def obstacle(model: Any) -> str | None:
         >>> qlora_ext.decoding.obstacle(model.to("meta"))
         'it is compiled for the CPU only'
     """
-    lm = causal_lm(model)
-    if lm.device.type != "cpu":
+    if causal_lm(model).device.type != "cpu":
         return "it is compiled for the CPU only"
-    if not type(lm).__module__.startswith("transformers."):
-        return "its code comes with the model"
-    why = not_plain(model)
+    why = not_traceable(model)
     if why is not None:
         return why
-    if any(getattr(module, "merge_aware", None) for module in lm.modules()):
-        return "the adapter is merge-aware"
     if not any(shutil.which(name) for name in ("g++", "clang++", os.environ.get("CXX", "c++"))):
         return "there is no C++ compiler"
     return None

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 
+def as_matrix(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A hook of an output head, which gives its input the strides of a matrix."""
+    return inputs[0].flatten(0, -2).unflatten(0, inputs[0].shape[:-1]), *inputs[1:]
+
+
 def prepare_to_answer(model: Any) -> Any:
     """Prepares ``model``, with or without an adapter, for inference.
 
@@ -25,9 +30,6 @@ def prepare_to_answer(model: Any) -> Any:
         False
     """
     from ..integrations.peft import cast_fused
-
-    def as_matrix(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return inputs[0].flatten(0, -2).unflatten(0, inputs[0].shape[:-1]), *inputs[1:]
 
     model.eval().requires_grad_(False)
     cast_fused(model)

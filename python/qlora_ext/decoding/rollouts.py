@@ -27,8 +27,8 @@ class Rollouts:
     Args:
         sequences: answers that are written at once.
         encode: makes token ids of a prompt. By default the tokenizer encodes a text, and its chat template messages.
-        compiled: whether to compile the decoding, as for ``BatchDecoder``. By default it is compiled if the run is long
-            enough to save more time than compiling takes.
+        compiled: whether to compile the decoding, as for ``BatchDecoder``. By default it is compiled on the CPU if the
+            run is long enough to save more time than compiling takes, and on CUDA always.
         progress: called with a message before and after a compilation.
 
     Example:
@@ -102,7 +102,8 @@ class Rollouts:
         """A decoder with room for ``tokens`` tokens per sequence."""
         if self._engine is None or self._model() is not trainer.model or self._engine.capacity < tokens:
             compiled = self._compiled
-            if compiled is None and not self._pays(trainer.args):
+            on_cpu = trainer.model.device.type == "cpu"
+            if compiled is None and on_cpu and not self._pays(trainer.args):
                 compiled = False
             capacity = -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP
             self._engine = BatchDecoder(trainer.model, self._sequences, capacity, compiled, self._progress)

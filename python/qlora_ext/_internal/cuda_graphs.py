@@ -1,0 +1,146 @@
+"""CUDA graphs of work that repeats: capturing and replaying it, and noticing when a module is no longer as captured."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _global
+
+from .untrusted import first_line
+
+
+class GraphCache:
+    """Runs functions, which it captures in CUDA graphs when they are called again.
+
+    A function without arguments reads and writes tensors that stay where they are. With the same key, it has to do the
+    same work. The first call runs it on a side stream, which is the warm-up that a capture needs. The second call
+    captures it, and from then on the graph is replayed. All graphs take their memory from one pool, because their
+    intermediate results are never needed at the same time.
+
+    Attributes:
+        failure: why a capture failed; None if none has failed. Since then, functions run eagerly.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.failure: str | None = None
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._warm: set[Hashable] = set()
+        self._failed: torch.cuda.CUDAGraph | None = None
+        self.clear()
+
+    def __len__(self) -> int:
+        """The number of graphs."""
+        return len(self._graphs)
+
+    def clear(self) -> None:
+        """Deletes all graphs and frees their memory."""
+        self._graphs.clear()
+        self._warm.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, key: Hashable, function: Callable[[], object]) -> None:
+        """Does the work of ``function`` in torch's current stream."""
+        if self.failure is None and key in self._warm and key not in self._graphs:
+            self._capture(key, function)
+        if key in self._graphs:
+            self._graphs[key].replay()
+        elif self.failure is not None:
+            function()
+        else:
+            self._warm_up(function)
+            self._warm.add(key)
+
+    def _warm_up(self, function: Callable[[], object]) -> None:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            function()
+        current.wait_stream(self._stream)
+
+    def _capture(self, key: Hashable, function: Callable[[], object]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            self._record(graph, self._pool, function)
+        except Exception as error:  # models may raise any exception
+            self.failure = self.failure or first_line(error)
+            self._failed = graph
+            self._recover()
+            self.clear()
+        else:
+            self._graphs[key] = graph
+
+    def _record(self, graph: torch.cuda.CUDAGraph, pool: Any, function: Callable[[], object]) -> None:
+        # torch.cuda.graph leaves its stream current if the capture fails; the outer context does not. With
+        # "thread_local", other threads may go on using CUDA.
+        with (
+            torch.cuda.stream(self._stream),
+            torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"),
+        ):
+            try:
+                function()
+            except Exception as error:  # the end of the capture raises another one, which does not say why
+                self.failure = first_line(error)
+                raise
+
+    def _recover(self) -> None:
+        """Ends what torch leaves unfinished after a failed capture.
+
+        Its allocator still takes memory for the pool, for which it asks the failed graph, and its random generator
+        still counts for a graph. The latter ends with the next capture that succeeds.
+        """
+        with contextlib.suppress(RuntimeError):  # if the capture itself has ended, so has the use of the pool
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+            torch._C._cuda_releasePool(self._device.index or 0, self._pool)
+        with contextlib.suppress(RuntimeError):
+            self._record(torch.cuda.CUDAGraph(), None, lambda: torch.zeros(1, dtype=torch.int8, device=self._device))
+
+
+class ModuleState:
+    """What a captured forward of ``module`` depends on, beside the values in its tensors.
+
+    Attributes:
+        hooks: the functions that the module and its submodules call before and after their forwards.
+        tensors: the parameters and buffers.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = [*module.modules()]
+        held = [entries for m in modules for entries in (m._modules, m._parameters, m._buffers)]
+        self._entries: list[dict[str, Any]] = [entries for entries in held for _ in entries]
+        self._names = [name for entries in held for name in entries]
+        self._parts = [part for entries in held for part in entries.values()]
+        self.tensors = [*{id(part): part for part in self._parts if isinstance(part, Tensor)}.values()]
+        self._addresses = [*map(Tensor.data_ptr, self.tensors)]
+        self._hooks: list[dict[int, Any]] = [_global._global_forward_pre_hooks, _global._global_forward_hooks]
+        self._hooks += [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+        self._hooks_found = self._present()
+        self.hooks = [hook for hooks in self._hooks_found for hook in hooks.values()]
+        self._modules = [*map(vars, modules)]
+        self._modes = self._training()
+
+    def _present(self) -> list[dict[int, Any]]:
+        return [dict(hooks) for hooks in filter(None, self._hooks)]
+
+    def _training(self) -> list[bool]:
+        return [*map(operator.itemgetter("training"), self._modules)]
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the module or a submodule is in training mode."""
+        return any(self._modes)
+
+    def is_current(self) -> bool:
+        """Whether submodules, tensors, addresses, hooks and modes are the same now. The loops run in C."""
+        return (
+            all(map(operator.is_, map(dict.get, self._entries, self._names), self._parts))
+            and [*map(Tensor.data_ptr, self.tensors)] == self._addresses
+            and self._present() == self._hooks_found
+            and self._training() == self._modes
+        )
