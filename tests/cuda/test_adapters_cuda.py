@@ -14,15 +14,23 @@ pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# m, n, k, dtype and ranks: the kernel for few tokens; tiles of many tokens whose sums are split; wide ranks; rows that
-# need the kernels for any shape; and float32.
+# m, n, k, dtype and ranks: the kernels for few and for many tokens; more adapters than a wgmma's chunk of ranks holds;
+# rows that need the kernels for any shape; and float32.
 SHAPES = [
-    (9, 136, 1088, BF16, (4, 0, 16, 8, 40)),
-    (50, 136, 1088, FP16, (4, 0, 16, 8, 40)),
-    (40, 72, 704, BF16, (16, 16, 16, 16, 16, 16, 16, 16, 16, 16)),
-    (36, 72, 256, BF16, (130, 16, 3)),
+    (9, 136, 576, BF16, (4, 0, 16, 8, 40)),
+    (36, 72, 320, FP16, (4, 0, 16, 8, 40)),
+    (34, 72, 128, BF16, (16,) * 10),
     (6, 37, 102, BF16, (5, 0, 40)),
     (19, 40, 96, FP32, (5, 0, 40, 16)),
+]
+# Kernels whose CTAs divide the ranks, and those for thousands of tokens: m, k, the kernel, the oldest and newest
+# architecture, and whether dX has it.
+FORCED = [
+    (8, 1088, "few_tokens:splits=2", 80, 120, False),
+    (20, 320, "tensor_cores:splits=2", 80, 120, True),
+    (36, 320, "sm90:tokens=64,splits=2,multicast=1", 90, 90, True),
+    (20, 320, "gemm", 80, 120, True),
+    (20, 320, "library", 75, 90, True),  # on B200, the library adds a single adapter's terms itself
 ]
 
 
@@ -46,24 +54,29 @@ def forward_alone(b: Batch, adapter: int) -> tuple[Tensor, Tensor]:
     return OPS.linear_nf4_with_h(b.x, *b.w4.packed_args(), b.w4.shape[0], b.bias, *lora, *b.w4.last_args())
 
 
-def check_bits(b: Batch, dy: Tensor, rows: Tensor | None = None) -> None:
-    """y, dx and the retained h and g, of some rows, against calls with one adapter."""
-    y, h = OPS.linear_nf4_with_h(*forward_args(b))
-    assert torch.equal(OPS.linear_nf4(*forward_args(b)).nan_to_num(7), y.nan_to_num(7))
-    dx, g = OPS.linear_nf4_dx_with_g(*dx_args(b, dy, None))
-    alone = without(b)
+def check(b: Batch, got: tuple[Tensor, Tensor], alone, rows: Tensor | None) -> None:
+    """The results and the retained h or g of some rows, against calls with one adapter."""
     for e in set(b.of_row.tolist()):
         of_e = b.of_row == e
         if rows is not None:
             of_e &= rows
-        for got, low_rank, (want, want_low_rank) in (
-            (y, h, forward_alone(alone, e)),
-            (dx, g, OPS.linear_nf4_dx_with_g(*dx_args(alone, dy, e % len(alone.lora_a)))),
-        ):
-            assert torch.equal(got[of_e], want[of_e])
-            rank = b.lora_a[e].shape[0] if e >= 0 else 0
-            assert torch.equal(low_rank[of_e, :rank], want_low_rank[of_e, :rank])
-            assert not low_rank[of_e, rank:].any()
+        rank = b.lora_a[e].shape[0] if e >= 0 else 0
+        for ours, want, columns in zip(got, alone(e), (None, rank), strict=True):
+            assert torch.equal(ours[of_e, :columns], want[of_e, :columns])
+        assert not got[1][of_e, rank:].any()
+
+
+def check_forward(b: Batch, rows: Tensor | None = None) -> None:
+    y, h = OPS.linear_nf4_with_h(*forward_args(b))
+    assert torch.equal(OPS.linear_nf4(*forward_args(b)).nan_to_num(7), y.nan_to_num(7))
+    alone = without(b)
+    check(b, (y, h), lambda e: forward_alone(alone, e), rows)
+
+
+def check_dx(b: Batch, dy: Tensor, rows: Tensor | None = None) -> None:
+    alone = without(b)
+    got = OPS.linear_nf4_dx_with_g(*dx_args(b, dy, None))
+    check(b, got, lambda e: OPS.linear_nf4_dx_with_g(*dx_args(alone, dy, e % len(alone.lora_a))), rows)
 
 
 def cuda_batch(m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...], **options: object) -> Batch:
@@ -72,21 +85,30 @@ def cuda_batch(m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...
     return b
 
 
+@pytest.mark.parametrize("dropout", ["none", "one seed", "seeds"])
 @pytest.mark.parametrize(("m", "n", "k", "dtype", "ranks"), SHAPES)
 def test_rows_have_the_bits_of_their_adapter_alone(
-    m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...]
+    m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...], dropout: str
 ) -> None:
-    b = cuda_batch(m, n, k, dtype, ranks)
-    check_bits(b, torch.randn(m, n).to("cuda", dtype))
+    seeds = [11 * e for e in range(len(ranks))] if dropout == "seeds" else None
+    b = cuda_batch(m, n, k, dtype, ranks, dropout_p=0.0 if dropout == "none" else 0.4, seeds=seeds)
+    b.of_row[2:].remainder_(3)  # fewer calls to compare with
+    check_forward(b)
+    check_dx(b, torch.randn(m, n).to("cuda", dtype))
 
 
-@pytest.mark.parametrize("seeds", [True, False])
-@pytest.mark.parametrize(("m", "n", "k", "dtype", "ranks"), [SHAPES[0], SHAPES[3], SHAPES[4], SHAPES[5]])
-def test_dropout_of_each_adapter(
-    m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...], seeds: bool
+@pytest.mark.parametrize(("m", "k", "kernel", "oldest", "newest", "has_dx"), FORCED)
+def test_kernels_that_divide_the_ranks(
+    m: int, k: int, kernel: str, oldest: int, newest: int, has_dx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    b = cuda_batch(m, n, k, dtype, ranks, dropout_p=0.4, seeds=[11 * e for e in range(len(ranks))] if seeds else None)
-    check_bits(b, torch.randn(m, n).to("cuda", dtype))
+    major, minor = torch.cuda.get_device_capability()
+    if not oldest <= 10 * major + minor <= newest:
+        pytest.skip(f"{kernel} does not run on compute capability {major}.{minor}, or not for one adapter")
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", kernel)
+    b = cuda_batch(m, 136, k, FP16, (130, 16, 3))
+    check_forward(b)
+    if has_dx:
+        check_dx(b, torch.randn(m, 136).to("cuda", FP16))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -97,13 +119,17 @@ def test_values_that_are_not_finite_stay_in_their_rows(dtype: torch.dtype) -> No
     b.x[b.of_row == 2] = torch.nan
     others = (b.of_row != 1) & (b.of_row != 2)
     assert others.any()
-    check_bits(b, dy, others)
-    y, dx = OPS.linear_nf4(*forward_args(b)), OPS.linear_nf4_dx(*dx_args(b, dy, None))
+    check_forward(b, others)
+    check_dx(b, dy, others)
     of_1 = b.of_row == 1
-    alone = OPS.linear_nf4_dx(*dx_args(b, dy, 1))
-    assert not y[of_1].isfinite().any()
-    assert torch.equal(dx[of_1].isfinite(), alone[of_1].isfinite())
-    assert torch.equal(dx[of_1][dx[of_1].isfinite()], alone[of_1][alone[of_1].isfinite()])
+    for got, alone in (
+        (OPS.linear_nf4(*forward_args(b)), forward_alone(b, 1)[0]),
+        (OPS.linear_nf4_dx(*dx_args(b, dy, None)), OPS.linear_nf4_dx(*dx_args(b, dy, 1))),
+    ):
+        ours, want = got[of_1], alone[of_1]
+        assert not ours.isfinite().all()
+        assert torch.equal(ours.isfinite(), want.isfinite())
+        assert torch.equal(ours[ours.isfinite()], want[want.isfinite()])
 
 
 def test_values_of_b_that_are_not_finite() -> None:
@@ -236,7 +262,7 @@ def test_autograd_and_arguments() -> None:
     for index, value, message in (
         (-1, 5, "max_rank: expected the largest rank of 2 adapters with ranks of 12"),
         (-1, 13, "max_rank: expected 0 to 12"),
-        (-5, args[-5].cpu(), "adapter_of_row: expected on cuda"),
+        (-5, args[-5].cpu(), "adapter_of_row: expected on the device of x"),
         (-4, args[-4].long(), "rank_offsets: expected Int"),
         (-3, args[-3][:1], r"scalings: expected shape \[2\]"),
     ):
