@@ -12,6 +12,7 @@
 #include "cpp/ops/encode_calls.h"
 #include "cpp/ops/grouped_calls.h"
 #include "cpp/ops/value_error.h"
+#include "cuda/launch/any/adapters.h"
 #include "cuda/launch/any/codec.h"
 #include "cuda/launch/any/launchers.h"
 #include "cuda/launch/device.h"
@@ -107,6 +108,22 @@ void run(const char* op, const Problem& p, OnDevice& on) {
   cudaError_t error = run_once(op, p, on);
   if (error != cudaSuccess && on.gave_up_clusters()) error = run_once(op, p, on);
   check_launch(op, error);
+}
+
+// The same for a problem whose tokens use different adapters.
+template <class Problem>
+void run_adapters(const char* op, const Problem& p, const Tensor& like, OnDevice& on) {
+  // Kernels that multiply in float32 add ranks in units of 32, and the others in units of 16.
+  const std::string forced = forced_kernel();
+  const cuda::Kernel kernel =
+      (forced.empty() ? cuda::choose(p, on.device()) : cuda::choose_forced(forced, op, p, on.device())).kernel;
+  cuda::AdapterCall<Problem> call(p, kernel == cuda::Kernel::kExact || kernel == cuda::Kernel::kRagged ? 32 : 16);
+  const Tensor workspace = empty(like, {call.workspace_bytes()}, ScalarType::Byte);
+  check_launch(op, call.prepare(workspace.mutable_data_ptr<uint8_t>(), on.device(), on.stream()));
+  for (int64_t pass = 0; pass < call.passes(); ++pass) {
+    run(op, call.problem(pass), on);
+    check_launch(op, call.finish(pass, on.stream()));
+  }
 }
 
 // Tensor-core kernels copy 16 bytes at a time. A view with another alignment is copied first, which reads it once more:
@@ -223,7 +240,10 @@ auto linear_nf4(LinearArgs args) {
   const LinearCall call(args, kWithH);
   if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
-  run("linear_nf4", call.problem, on);
+  if (call.problem.lora.adapters)
+    run_adapters("linear_nf4", call.problem, call.x, on);
+  else
+    run("linear_nf4", call.problem, on);
   return checks::results<kWithH>(call.y, call.h);
 }
 
@@ -234,7 +254,10 @@ auto linear_nf4_dx(LinearDxArgs args) {
   const LinearDxCall call(args, kWithG);
   if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);
-  run("linear_nf4_dx", call.problem, on);
+  if (call.problem.lora.adapters)
+    run_adapters("linear_nf4_dx", call.problem, call.dy, on);
+  else
+    run("linear_nf4_dx", call.problem, on);
   return checks::results<kWithG>(call.dx, call.g);
 }
 
@@ -245,7 +268,9 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(LoraGradArgs args) {
   if (call.is_empty()) return {call.da, call.db};
   OnDevice on(call.dy);
   if (call.problem.m == 0)
-    check_launch("linear_nf4_dlora", cuda::any::clear_gradients(call.problem, on.stream()));
+    check_launch("linear_nf4_dlora", cuda::any::clear_gradients(call.problem, call.da.size(0), on.stream()));
+  else if (call.problem.lora.adapters)
+    run_adapters("linear_nf4_dlora", call.problem, call.dy, on);
   else
     run("linear_nf4_dlora", call.problem, on);
   return {call.da, call.db};

@@ -53,6 +53,45 @@ inline std::vector<double> scalings(const Tensor& t, int64_t count) {
   return out;
 }
 
+// The same on CUDA, where the host checks types and sizes alone: it would have to wait for the numbers. Kernels neither
+// read nor write out of bounds, whatever these are (cuda/tile/any/adapters.cuh).
+inline void device_adapters(const AdapterArgs& args, int64_t m, const char* like_name, const Tensor& like,
+                            LoraOperands* operands) {
+  Lora& stack = operands->lora;
+  const Tensor& offsets = *args.rank_offsets;
+  require(offsets.dim() == 1 && offsets.size(0) >= 1, "rank_offsets: expected shape [adapters + 1], got ",
+          shape_text(offsets));
+  const int64_t count = offsets.size(0) - 1;
+  require(count < (int64_t{1} << 16), "rank_offsets: expected fewer than 65536 adapters on CUDA, got ", count);
+  // Together with 0 <= max_rank, this also bounds it by stack.rank or, without adapters, by 0.
+  require(0 <= args.max_rank && args.max_rank <= (count > 0 ? stack.rank : 0), "max_rank: expected 0 to ",
+          count > 0 ? stack.rank : 0, " (the rows of lora_a), got ", args.max_rank);
+  require(args.max_rank * count >= stack.rank, "max_rank: expected the largest rank of ", count,
+          " adapters with ranks of ", stack.rank, " in total, got ", args.max_rank);
+  area("max_rank", count * (args.max_rank + 31), std::max<int64_t>(m, 1));
+
+  auto own = std::make_unique<DeviceAdapters>();
+  own->count = count;
+  own->stack_rank = stack.rank;
+  own->of_token =
+      numbers<int32_t>("adapter_of_row", *args.of_row, ScalarType::Int, m, "row", &operands->adapter_of_row);
+  own->rank_offsets = numbers<int32_t>("rank_offsets", offsets, ScalarType::Int, count + 1, "adapter, and their sum",
+                                       &operands->rank_offsets);
+  if (args.scalings->scalar_type() == ScalarType::Float)
+    own->scalings =
+        numbers<float>("scalings", *args.scalings, ScalarType::Float, count, "adapter", &operands->scalings);
+  else
+    own->scalings64 =
+        numbers<double>("scalings", *args.scalings, ScalarType::Double, count, "adapter", &operands->scalings);
+  if (args.seeds) {
+    same_device("seeds", *args.seeds, like_name, like);
+    own->seeds = numbers<int64_t>("seeds", *args.seeds, ScalarType::Long, count, "adapter", &operands->seeds);
+  }
+  operands->device_adapters = std::move(own);
+  stack.adapters = operands->device_adapters.get();
+  stack.rank = args.max_rank;
+}
+
 // Makes `operands`, whose a and b have been checked as those of one adapter, the operands of several. Does nothing if
 // the call has one adapter.
 inline void adapters(const AdapterArgs& args, const LoraNumbers& lora, int64_t m, int64_t k, const char* like_name,
@@ -64,8 +103,6 @@ inline void adapters(const AdapterArgs& args, const LoraNumbers& lora, int64_t m
     require(args.max_rank == 0, "max_rank: expected 0 without adapter_of_row, got ", args.max_rank);
     return;
   }
-  require(like.is_cpu(), "adapter_of_row: several adapters per call run on the CPU only so far, got ", like_name,
-          " on ", device_text(like));
   require(operands->a.defined(), "lora_a: expected a tensor with adapter_of_row, got None");
   require(args.rank_offsets.has_value(), "rank_offsets: expected a tensor with adapter_of_row, got None");
   require(args.scalings.has_value(), "scalings: expected a tensor with adapter_of_row, got None");
@@ -75,6 +112,7 @@ inline void adapters(const AdapterArgs& args, const LoraNumbers& lora, int64_t m
   same_device("rank_offsets", *args.rank_offsets, like_name, like);
   same_device("scalings", *args.scalings, like_name, like);
 
+  if (!like.is_cpu()) return device_adapters(args, m, like_name, like, operands);
   Lora& stack = operands->lora;
   const std::vector<int64_t> first = rank_offsets(*args.rank_offsets, stack.rank, args.max_rank);
   const int64_t count = static_cast<int64_t>(first.size()) - 1;

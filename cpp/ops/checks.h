@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpp/format/device_adapters.h"
 #include "cpp/format/problem.h"
 #include "cpp/ops/arguments.h"
 #include "cpp/ops/stable.h"
@@ -330,6 +331,8 @@ struct LoraOperands {
   Tensor a, b, adapter_of_row;
   std::vector<Lora> each;
   std::unique_ptr<Adapters> adapters;
+  std::unique_ptr<DeviceAdapters> device_adapters;  // and what owns their data:
+  Tensor rank_offsets, scalings, seeds;
 };
 
 inline LoraOperands lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k,
@@ -373,12 +376,12 @@ inline std::vector<int64_t> with_last(const Tensor& x, const char* name, int64_t
 }
 
 // Allocates h [.., rank] for x [.., last], or g for dy, which the kernels fill. It is filled with zeros in an
-// `empty_call`, where no kernel runs, and for several adapters, of which some may have a smaller rank.
+// `empty_call`, where no kernel runs, and on the CPU for several adapters, of which some may have a smaller rank.
 inline void* kept_low_rank(const Tensor& like, const OptionalTensor& lora_a, const Lora& lora, bool empty_call,
                            Tensor* keep) {
   require(lora_a.has_value(), "lora_a: expected a tensor, got None");
   *keep = empty(like, with_last(like, "lora_a", lora.rank), like.scalar_type());
-  if (empty_call || lora.adapters) stable::zero_(*keep);
+  if (empty_call || (lora.adapters && like.is_cpu())) stable::zero_(*keep);
   return keep->mutable_data_ptr();
 }
 

@@ -164,20 +164,22 @@ constexpr bool is_ahead(const Problem& p, const Device& device) {
 // On B200 and B300, LoRA and bias are further terms of the library's sums: [x | h | 1] · [w | lora_b | bias]ᵀ and
 // [dy | g] · [w; lora_a]. This takes a copy of x or dy, whose rows the low-rank product extends. Cards with slower
 // memory would lose more by the copy than they gain without float32 sums. Dropout of dX masks LoRA's part alone, which
-// terms of a sum cannot express. The terms are padded, so that rows stay aligned to 16 bytes.
+// terms of a sum cannot express, and the library's order of the terms of several adapters is unknown. The terms are
+// padded, so that rows stay aligned to 16 bytes.
 constexpr int64_t padded_terms(int64_t terms) { return ceil_div(terms, int64_t{8}) * 8; }
-constexpr bool extends_sums(DType dtype, int64_t rank, int64_t inner, const Device& device) {
-  return device.arch / 10 == 10 && dtype_bytes(dtype) == 2 && rank > 0 && inner % 8 == 0;
+constexpr bool extends_sums(DType dtype, const Lora& lora, int64_t inner, const Device& device) {
+  const bool one_adapter = lora.rank > 0 && lora.adapters == nullptr;
+  return device.arch / 10 == 10 && dtype_bytes(dtype) == 2 && one_adapter && inner % 8 == 0;
 }
 
 // The number of further terms, or 0.
 constexpr int64_t further_terms(const LinearProblem& p, const Device& device) {
-  if (!extends_sums(p.dtype, p.lora.rank, p.w.k, device)) return 0;
+  if (!extends_sums(p.dtype, p.lora, p.w.k, device)) return 0;
   return padded_terms(p.lora.rank + (p.bias != nullptr ? 1 : 0));
 }
 constexpr int64_t further_terms(const LinearDxProblem& p, const Device& device) {
   const bool fits = p.lora.rank % 2 == 0 && !p.lora.dropout.active();
-  return fits && extends_sums(p.dtype, p.lora.rank, p.w.n, device) ? padded_terms(p.lora.rank) : 0;
+  return fits && extends_sums(p.dtype, p.lora, p.w.n, device) ? padded_terms(p.lora.rank) : 0;
 }
 
 // Sums are float32 if LoRA or bias are added to them afterwards.

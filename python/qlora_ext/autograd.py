@@ -255,8 +255,6 @@ def _several(
     """lora_a, lora_b, scaling and seed as the operator takes them for several adapters, and its last arguments."""
     if not isinstance(lora_a, list | tuple):
         raise TypeError(f"lora_a: expected a list with adapter_of_row, got {type(lora_a).__name__}")
-    if x.is_cuda:
-        raise NotImplementedError("linear_nf4: several adapters per call (adapter_of_row) run on the CPU only so far")
     if isinstance(lora_a, StackedAdapters):
         if lora_b is not None or scaling != 1.0 or isinstance(seed, list | tuple):
             raise ValueError("lora_b, scaling, seed: StackedAdapters has them already; leave them out")
@@ -294,12 +292,13 @@ def linear_nf4(
         dropout_p: probability of dropping an element of x on the LoRA branch, 0 to 1.
         seed: of dropout's Philox stream: an integer of 64 bits, or a 0-dim int64 tensor on x's device that holds it.
             With None, it is drawn from that device's generator if ``dropout_p`` > 0.
-        adapter_of_row: for several adapters in one call (CPU only so far): which of them each row of x uses, -1 for
-            none. lora_a, lora_b, and optionally scaling and seed, are then lists with one entry per adapter, whose
-            ranks may differ; or lora_a is what ``adapters.stack_adapters`` has made of them. Integers, int32 without a
-            copy, in the shape of x's leading dimensions, of the first of them (x [B, S, K]: [B]), or flat. The base
-            weight is read once. A row has the bits of the same call with its adapter alone, and dropout's mask is that
-            of this call. An adapter's gradients have the bits of a call with its rows alone, but for the mask.
+        adapter_of_row: for several adapters in one call: which of them each row of x uses, -1 for none. lora_a,
+            lora_b, and optionally scaling and seed, are then lists with one entry per adapter, whose ranks may differ;
+            or lora_a is what ``adapters.stack_adapters`` has made of them. Integers, int32 without a copy, in the
+            shape of x's leading dimensions, of the first of them (x [B, S, K]: [B]), or flat. The base weight is read
+            once. A row has the bits of the same call with its adapter alone, and dropout's mask is that
+            of this call. An adapter's gradients are those of a call with its rows alone, but for the mask.
+            docs/operators.md says where CUDA differs: it cannot reject numbers of adapters that do not exist.
 
     Returns:
         y [..., N] in x's dtype, differentiable in x, bias, lora_a and lora_b. Under autocast the dense arguments

@@ -182,12 +182,10 @@ def max_rank_of(a: Any) -> int | None:
     """The ``max_rank`` of a call with several adapters, None if it has one.
 
     Raises:
-        ValueError: one of their tensors has the wrong dtype, or they are on a CUDA device.
+        ValueError: one of their tensors has the wrong dtype.
     """
     if a.adapter_of_row is None:
         return None
-    if a.adapter_of_row.is_cuda:
-        raise ValueError("adapter_of_row: several adapters per call run on the CPU only so far")
     for name, dtypes in (
         ("adapter_of_row", (torch.int32,)),
         ("rank_offsets", (torch.int32,)),

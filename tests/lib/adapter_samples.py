@@ -51,17 +51,19 @@ class Batch:
         return [*self.lora_a, *self.lora_b]
 
 
-def batch(m=9, n=48, k=64, ranks=RANKS, dtype=torch.float32, order="random", requires_grad=False, **options) -> Batch:
+def batch(
+    m=9, n=48, k=64, ranks=RANKS, dtype=torch.float32, order="random", requires_grad=False, device="cpu", **options
+) -> Batch:
     generator = torch.Generator().manual_seed(m * n + k)
 
     def randn(*shape: int, factor: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * factor).to(dtype).requires_grad_(requires_grad)
+        return (torch.randn(*shape, generator=generator) * factor).to(device, dtype).requires_grad_(requires_grad)
 
     of_row = torch.randint(-1, len(ranks), (m,), generator=generator)
     if order == "sorted":
         of_row = of_row.sort()[0]
     form = {name: options.pop(name) for name in ("block_size", "double_quant", "code") if name in options}
-    w = torch.randn(n, k, generator=generator) * 0.05
+    w = (torch.randn(n, k, generator=generator) * 0.05).to(device)
     return Batch(
         x=randn(m, k),
         w4=quantize(w, Form.of(**form)),
@@ -69,7 +71,7 @@ def batch(m=9, n=48, k=64, ranks=RANKS, dtype=torch.float32, order="random", req
         lora_a=[randn(rank, k, factor=k**-0.5) for rank in ranks],
         lora_b=[randn(n, rank, factor=0.2) for rank in ranks],
         scaling=[0.3 + 0.7 * e for e in range(len(ranks))],
-        of_row=of_row.int(),
+        of_row=of_row.int().to(device),
         **options,
     )
 

@@ -177,14 +177,14 @@ __device__ __forceinline__ void multiply_scaled_segment(const LaneAddresses<Tile
 template <class Tile, class T>
 __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, tile::KPart part, int64_t row0,
                                          int64_t token0, int group, Accumulators<Tile>& acc) {
-  const int64_t steps = (lora.rank + 15) / 16;
   const bool vector = lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
-  for (int64_t step = part.index * Tile::kWarpsK + group; step < steps; step += part.count * Tile::kWarpsK) {
-    if (vector)
-      tile::lora_step<T, true>(lora, row0, token0, step, acc);
-    else
-      tile::lora_step<T, false>(lora, row0, token0, step, acc);
-  }
+  tile::for_lora_steps(lora.rank, lora.adapter_ranks, part.index * Tile::kWarpsK + group, part.count * Tile::kWarpsK,
+                       [&](int64_t step) {
+                         if (vector)
+                           tile::lora_step<T, true>(lora, row0, token0, step, acc);
+                         else
+                           tile::lora_step<T, false>(lora, row0, token0, step, acc);
+                       });
 }
 
 // Computes the tile of rows n0.. of w and tokens token0.. of x, over a slice of k. This is the work of a whole CTA.

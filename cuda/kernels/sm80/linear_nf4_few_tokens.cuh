@@ -169,11 +169,12 @@ __device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile
     return make_float4(low.x, low.y, high.x, high.y);
   };
   float sum[Tile::kTokenTiles][2] = {};
-  for (int64_t step = folded ? 0 : part.index; 16 * step < lora.rank; step += folded ? 1 : part.count) {
-    uint2 b[2];
-    tile::load_lora_b(lora, row0, p.n, step, b);
-    tile::add_h_step<Tile>(b, tokens, step, h4, sum);
-  }
+  tile::for_lora_steps(lora.rank, lora.adapter_ranks, folded ? 0 : part.index, folded ? 1 : part.count,
+                       [&](int64_t step) {
+                         uint2 b[2];
+                         tile::load_lora_b(lora, row0, p.n, step, b);
+                         tile::add_h_step<Tile>(b, tokens, step, h4, sum);
+                       });
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i)
     if (group == i)

@@ -154,16 +154,15 @@ __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& 
       scales.store_and_load(slot, lane_table, offset, scale_address + slot * Tile::kStageScaleBytes);
       ring.publish(slot);
     });
-    work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
+    work.for_chunks(ring.parity, pass, [&](auto slot, int rank, int steps) {
       ring.wait(slot);
       ring.arrive_without_copies(slot);
       const uint32_t lines = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes;
-      const int64_t rank = int64_t{chunk} * work.kChunk;
       const auto& p = work.args_of(all);
       if (lora_is_vector(p.lora))
-        tile::store_low_rank<Tile, true>(p.lora, token0, rank, work.chunk_steps(chunk), lines);
+        tile::store_low_rank<Tile, true>(p.lora, token0, rank, steps, lines);
       else
-        tile::store_low_rank<Tile, false>(p.lora, token0, rank, work.chunk_steps(chunk), lines);
+        tile::store_low_rank<Tile, false>(p.lora, token0, rank, steps, lines);
       ring.publish(slot);
     });
     started = 0;
@@ -243,13 +242,11 @@ __device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& 
       add_scaled<Tile>(acc, sum, scale.y, scale8.y);
     });
     const auto& p = work.args_of(all);
-    work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
-      const int64_t rank = int64_t{chunk} * work.kChunk;
+    work.for_chunks(ring.parity, pass, [&](auto slot, int rank, int steps) {
       if (lora_is_vector(p.lora))
         load_lora_b<Tile, true>(p.lora, n0 + row, rank, a);
       else
         load_lora_b<Tile, false>(p.lora, n0 + row, rank, a);
-      const int steps = work.chunk_steps(chunk);
       ring.wait(slot);
 #pragma unroll
       for (int step = 0; step < 8; ++step) {

@@ -86,16 +86,15 @@ __device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& a
     const float offset = tile::nested_offset(view);
     DxSm90Scales<Tile> scales(view, int64_t{work.stage0} * Tile::kStageRows + stage_row,
                               column0 + group * Tile::kGroupColumns, all.n, all.k);
-    work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
+    work.for_chunks(ring.parity, pass, [&](auto slot, int rank, int steps) {
       ring.wait(slot);
       ring.arrive_without_copies(slot);
       const uint32_t lines = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes;
-      const int64_t rank = int64_t{chunk} * work.kChunk;
       const auto& p = work.args_of(all);
       if (p.g.rank % 4 == 0)
-        tile::store_low_rank<Tile, true>(p.g, token0, rank, work.chunk_steps(chunk), lines);
+        tile::store_low_rank<Tile, true>(p.g, token0, rank, steps, lines);
       else
-        tile::store_low_rank<Tile, false>(p.g, token0, rank, work.chunk_steps(chunk), lines);
+        tile::store_low_rank<Tile, false>(p.g, token0, rank, steps, lines);
       ring.publish(slot);
     });
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
@@ -180,9 +179,8 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& a
   work.for_tiles([&](auto token0, auto column0) {
 #pragma unroll
     for (int j = 0; j < Tile::kTokenTiles; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
-    work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
-      load_lora_a(work.args_of(all), column0 + lane.column, int64_t{chunk} * work.kChunk, a);
-      const int steps = work.chunk_steps(chunk);
+    work.for_chunks(ring.parity, pass, [&](auto slot, int rank, int steps) {
+      load_lora_a(work.args_of(all), column0 + lane.column, rank, a);
       ring.wait(slot);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
@@ -194,7 +192,7 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& a
       ptx::wgmma_wait(acc);
       ring.release(slot);
     });
-    apply_dropout<Tile>(all.dropout, work.split < work.chunks && all.dropout.active(), token0 + threadIdx.x % 4 * 2,
+    apply_dropout<Tile>(all.dropout, work.has_chunks() && all.dropout.active(), token0 + threadIdx.x % 4 * 2,
                         column0 + lane.column, all.k, base, acc);
 
     // Decodes a step while the products of the previous three steps run.
@@ -232,7 +230,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const tile::Sm90Work<Tile> work(p.plan);
   tile::Sm90Copies<Tile> copies(work, base, dy_map, packed_map);
   // Chunks of ranks come first, and would take the slots of stages that were started early.
-  const int early = work.split < work.chunks ? 0 : work.first_stages();
+  const int early = work.has_chunks() ? 0 : work.first_stages();
   if (threadIdx.x == 0) {
     tile::start_ring<Tile>(base, dy_map, packed_map);
     copies.start_early(early);

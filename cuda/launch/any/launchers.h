@@ -22,7 +22,7 @@ cudaError_t plan_exact(const LoraGradProblem& p, const Device& device, Config* c
 cudaError_t launch_exact(const LoraGradProblem& p, const Config& config, const Context& context);
 cudaError_t launch_exact(const Grouped<LoraGradProblem>& problem, const Config& config, const Context& context);
 
-// Writes the gradients of LoRA's weights over zero tokens: zeros.
-cudaError_t clear_gradients(const LoraGradProblem& p, cudaStream_t stream);
+// Writes the gradients of LoRA's weights, which have `rank` ranks in total, over zero tokens: zeros.
+cudaError_t clear_gradients(const LoraGradProblem& p, int64_t rank, cudaStream_t stream);
 
 }  // namespace qlora::cuda::any

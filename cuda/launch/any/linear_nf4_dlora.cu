@@ -22,7 +22,7 @@ kernels::DLoraArgs make_args(const LoraGradProblem& p, const void* h, const void
             .low_rank = g,
             .out = p.da,
             .columns = p.k,
-            .factor = dropout.active() ? static_cast<float>(dropout.keep_scale) : 1.0f,
+            .factor = static_cast<float>(dropout.keep_scale),
             .columns_first = false,
             .masked = dropout.active()};
   args.b = {
@@ -144,8 +144,8 @@ cudaError_t launch_exact(const Grouped<LoraGradProblem>& problem, const Config& 
   });
 }
 
-cudaError_t clear_gradients(const LoraGradProblem& p, cudaStream_t stream) {
-  const auto column = static_cast<size_t>(p.lora.rank * dtype_bytes(p.dtype));  // bytes per column of x or dy
+cudaError_t clear_gradients(const LoraGradProblem& p, int64_t rank, cudaStream_t stream) {
+  const auto column = static_cast<size_t>(rank * dtype_bytes(p.dtype));  // bytes per column of x or dy
   const cudaError_t error = p.k > 0 ? cudaMemsetAsync(p.da, 0, column * p.k, stream) : cudaSuccess;
   return error == cudaSuccess && p.n > 0 ? cudaMemsetAsync(p.db, 0, column * p.n, stream) : error;
 }

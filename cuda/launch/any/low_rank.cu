@@ -2,11 +2,14 @@
 #include "cuda/launch/any/low_rank.h"
 
 #include <algorithm>
+#include <span>
 
 #include "cuda/kernels/any/low_rank.cuh"
+#include "cuda/launch/any/low_rank_splits.h"
 #include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/types.h"
+#include "cuda/tile/any/unroll.cuh"
 #include "cuda/tuning/any.h"
 
 namespace qlora::cuda {
@@ -49,6 +52,28 @@ cudaError_t launch_mma(const kernels::LowRankArgs<T>& args, cudaStream_t stream)
               : launch_tiles<T, kTransposed, 4, 1>(args, split_tiles, stream);
 }
 
+// `of_16` is for up to 16 ranks.
+template <class T, bool kTransposed>
+cudaError_t query_splits(int64_t m, int64_t k, const Device& device, uint8_t* of_16, std::span<uint8_t> of_more) {
+  const bool many = m >= kManyTokens;
+  int ctas = 1, more_ctas = 1;
+  const auto query = [&](auto rank_tiles, auto token_tiles, int* most) {
+    constexpr auto kKernel = kernels::low_rank_kernel<T, kTransposed, rank_tiles, token_tiles, false>;
+    return ctas_per_cluster<kKernel>(device, kernels::kLowRankThreads, 0, most);
+  };
+  using tile::Index;
+  cudaError_t error = many ? query(Index<1>{}, Index<4>{}, &ctas) : query(Index<1>{}, Index<1>{}, &ctas);
+  if (error == cudaSuccess)
+    error = many ? query(Index<4>{}, Index<2>{}, &more_ctas) : query(Index<4>{}, Index<1>{}, &more_ctas);
+  if (error != cudaSuccess) return error;
+  *of_16 = static_cast<uint8_t>(low_rank_splits(tiles(m, 16, 1, many ? 4 : 1), k, ctas, device));
+  for (size_t i = 0; i < of_more.size(); ++i) {
+    const int64_t all = tiles(m, 64 * static_cast<int64_t>(i + 1), 4, many ? 2 : 1);
+    of_more[i] = static_cast<uint8_t>(low_rank_splits(all, k, more_ctas, device));
+  }
+  return cudaSuccess;
+}
+
 template <class T, bool kTransposed>
 cudaError_t launch_scalar(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
   constexpr int64_t kRanks = kernels::kLowRankScalarThreads / 32 * kernels::kLowRankScalarRanks;
@@ -85,6 +110,15 @@ cudaError_t launch(const LowRankProblem& problem, cudaStream_t stream) {
 cudaError_t launch_low_rank(const LowRankProblem& problem, cudaStream_t stream) {
   if (problem.m == 0 || problem.rank == 0) return problem.clear.clear(stream);
   return with_type(problem.dtype, [&](auto element) { return launch<decltype(element)>(problem, stream); });
+}
+
+cudaError_t query_low_rank_splits(DType dtype, int64_t m, int64_t k, bool transposed, const Device& device,
+                                  uint8_t* of_16, std::span<uint8_t> of_more) {
+  return with_16_bit_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    return transposed ? query_splits<T, true>(m, k, device, of_16, of_more)
+                      : query_splits<T, false>(m, k, device, of_16, of_more);
+  });
 }
 
 }  // namespace qlora::cuda

@@ -30,12 +30,18 @@ struct LowRankProblem {
   Tickets clear = {};  // also set to zero by the kernel, which saves the next kernel a memset
 };
 
+// The ranks of each adapter. A launcher gets those of several adapters (Lora::adapters) as one stack, in which each has
+// as many ranks, and with h or g computed (cuda/launch/any/adapters.h).
+inline int64_t adapter_ranks(const Lora& lora) {
+  return lora.adapters != nullptr && lora.adapters->count > 0 ? lora.rank / lora.adapters->count : lora.rank;
+}
+
 // The problem of h = scaling · dropout(x) · lora_aᵀ for x [m, k].
 inline LowRankProblem h_problem(DType dtype, int64_t m, int64_t k, const void* x, const Lora& lora, void* out) {
   return {.dtype = dtype,
           .m = m,
           .k = k,
-          .rank = lora.rank,
+          .rank = lora.adapters != nullptr ? 0 : lora.rank,
           .x = x,
           .a = lora.a,
           .scaling = lora.scaling,
@@ -48,7 +54,7 @@ inline LowRankProblem g_problem(DType dtype, int64_t m, int64_t n, const void* d
   return {.dtype = dtype,
           .m = m,
           .k = n,
-          .rank = lora.rank,
+          .rank = lora.adapters != nullptr ? 0 : lora.rank,
           .x = dy,
           .a = lora.b,
           .transposed = true,

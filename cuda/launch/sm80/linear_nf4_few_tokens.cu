@@ -71,7 +71,7 @@ cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, cons
         .n = p.w.n,
         .k = p.w.k,
         .lora = {folds ? static_cast<const T*>(lora.a) : nullptr, split.h(), static_cast<const T*>(lora.b), lora.rank,
-                 static_cast<float>(lora.scaling * lora.dropout.keep_scale), lora.dropout},
+                 adapter_ranks(lora), static_cast<float>(lora.scaling * lora.dropout.keep_scale), lora.dropout},
         .out = split.output(),
         .segments_per_split = split.segments_per_split};
     return split.launch(args);

@@ -7,6 +7,7 @@
 
 #include "cpp/format/problem.h"
 #include "cuda/kernels/sm80/linear_nf4.cuh"
+#include "cuda/launch/any/low_rank.h"
 #include "cuda/tile/sm80/linear_tile.cuh"
 #include "cuda/tuning/sm80.h"
 
@@ -56,7 +57,7 @@ kernels::LinearArgs<T> make_linear_args(const LinearProblem& p, const T* h, cons
           .m = p.m,
           .n = p.w.n,
           .k = p.w.k,
-          .lora = {h, static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
+          .lora = {h, static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n, adapter_ranks(p.lora)},
           .out = out,
           .token_tiles = token_tiles,
           .segments_per_split = segments_per_split};

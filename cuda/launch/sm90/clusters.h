@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "cpp/format/problem.h"
+#include "cuda/launch/any/low_rank.h"
 #include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/sm90/tensor_map.h"
@@ -44,7 +45,7 @@ inline cudaError_t make_packed_map(const Weight& w, int box_rows, CUtensorMap* m
 }
 
 // Splits the sum in whole stages.
-inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int64_t stages, int64_t rank,
+inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int64_t stages, const Lora& lora,
                                 const Device& device) {
   return {.token_tiles = static_cast<int>(ceil_div(m, c.tokens)),
           .tiles = static_cast<int>(cluster_tiles(m, outputs, c)),
@@ -53,7 +54,8 @@ inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int
           .multicast = static_cast<int>(c.multicast),
           .stages = static_cast<int>(stages),
           .stages_per_split = static_cast<int>(ceil_div(stages, c.splits)),
-          .rank = rank};
+          .rank = static_cast<int>(lora.rank),
+          .adapter_ranks = static_cast<int>(adapter_ranks(lora))};
 }
 
 // With LoRA, the previous launch computes its low-rank product, which is all that the kernel waits for.

@@ -26,11 +26,11 @@ inline constexpr int64_t kMostFoldedK = int64_t{1} << 30;
 
 template <class T>
 struct FewTokensLora {
-  const T* a;  // [rank, k], or null if h is given
-  const T* h;  // [m, rank]
-  const T* b;  // [n, rank]
-  int64_t rank;
-  float factor;  // scaling times dropout's keep_scale
+  const T* a;                   // [rank, k], or null if h is given
+  const T* h;                   // [m, rank]
+  const T* b;                   // [n, rank]
+  int64_t rank, adapter_ranks;  // as in LoraOperands
+  float factor;                 // scaling times dropout's keep_scale
   Dropout dropout;
 
   __device__ __forceinline__ int folded_ranks() const { return a == nullptr ? 0 : static_cast<int>(rank); }

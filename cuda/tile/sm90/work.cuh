@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/hold.cuh"
 #include "cuda/tile/any/block_scale.cuh"
 #include "cuda/tile/any/unroll.cuh"
 #include "cuda/tile/sm90/layout.cuh"
@@ -22,7 +23,7 @@ struct Sm90Plan {
   int splits;
   int multicast;  // 2 for pairs, or 1; a cluster has splits · multicast CTAs
   int stages, stages_per_split;
-  int64_t rank;  // LoRA's rank, 0 without LoRA
+  int rank, adapter_ranks;  // of LoRA, as in LoraOperands; 0 without LoRA
 };
 
 template <class Layout>
@@ -30,8 +31,8 @@ struct Sm90Work {
   static constexpr int kChunk = Layout::kStageTerms;  // ranks per stage
 
   const Sm90Plan& plan;
-  int pair_tile;  // 0, or 1 for the second tile of a pair
-  int split, stage0, stages, chunks;
+  int pair_tile;                      // 0, or 1 for the second tile of a pair
+  int split, stage0, stages;
 
   __device__ __forceinline__ explicit Sm90Work(const Sm90Plan& p)
       : Sm90Work(p, static_cast<int>(blockIdx.x) % (p.splits * p.multicast) / p.splits,
@@ -41,8 +42,7 @@ struct Sm90Work {
         pair_tile(of_pair),
         split(of_split),
         stage0(split * p.stages_per_split),
-        stages(min(p.stages - stage0, p.stages_per_split)),
-        chunks(static_cast<int>((p.rank + kChunk - 1) / kChunk)) {}
+        stages(min(p.stages - stage0, p.stages_per_split)) {}
 
   // Calls use(first token, first output) for each tile.
   template <class Use>
@@ -83,12 +83,21 @@ struct Sm90Work {
     }
   }
 
-  // Calls use(slot, chunk) for this split's chunks of ranks. Each chunk takes a round.
+  // Whether for_chunks calls `use` at all.
+  __device__ __forceinline__ bool has_chunks() const { return split * kChunk < plan.adapter_ranks; }
+
+  // Calls use(slot, first rank, steps) for this split's chunks of ranks: the number of wgmma steps, 16 ranks each. Each
+  // chunk takes a round. As in for_lora_steps, splits take turns anew with each adapter of a stack.
   template <class Pass, class Use>
   __device__ __forceinline__ void for_chunks(uint32_t& parity, const Pass& pass, const Use& use) const {
-    for (int chunk = split; chunk < chunks; chunk += plan.splits, parity ^= 1) {
-      use(Index<0>{}, chunk);
+    if (!has_chunks()) return;
+    const auto end = [&](int rank) { return (rank / plan.adapter_ranks + 1) * plan.adapter_ranks; };  // of its adapter
+    for (int rank = split * kChunk; rank < plan.rank; parity ^= 1) {
+      use(Index<0>{}, rank, (min(end(rank) - rank, kChunk) + 15) / 16);
       unroll<Layout::kStages - 1>([&](auto slot) { pass(Index<slot + 1>{}); });
+      ptx::hold(rank);  // computes its adapter's end again, which is not worth a register
+      const int next = rank + plan.splits * kChunk;
+      rank = next < end(rank) ? next : end(rank) + split * kChunk;
     }
   }
 
@@ -108,12 +117,6 @@ struct Sm90Work {
 
   // With pairs: the rank of the CTA with the same split of the other tile.
   __device__ __forceinline__ int partner() const { return (1 - pair_tile) * plan.splits + split; }
-
-  // The number of wgmma steps, 16 ranks each, that a chunk takes.
-  __device__ __forceinline__ int chunk_steps(int chunk) const {
-    const int64_t left = plan.rank - int64_t{chunk} * kChunk;
-    return static_cast<int>((left < kChunk ? left + 15 : kChunk) / 16);
-  }
 };
 
 }  // namespace qlora::tile

@@ -180,7 +180,7 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
     """PEFT's LoRA layer over a ``Linear4bit``.
 
     Plain adapters run in one operator, y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias: a single one, several active
-    ones without dropout, whose sum is one adapter, and on the CPU one per sample (``adapter_names``). Everything else
+    ones without dropout, whose sum is one adapter, and one per sample (``adapter_names``). Everything else
     (several with dropout, DoRA and other variants, biases on B, hooks on the base or on the adapter's modules) runs
     PEFT's own code.
     """

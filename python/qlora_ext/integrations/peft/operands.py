@@ -83,7 +83,7 @@ def _by_sample(layer: Any, x: Tensor, names: Sequence[str], dtype: torch.dtype) 
     here = tuple(adapter.name for adapter in adapters)
     if all(name == here[0] for name in names):
         return _alone(adapters[0])
-    if _draws(adapters) or x.device.type != "cpu" or x.ndim < 2:  # CUDA's operator takes one adapter
+    if _draws(adapters) or x.ndim < 2:
         return None
     stacked = once_per_call((_stack, layer, dtype, *here), lambda: _stack(adapters, dtype))
     of_row = once_per_call((_adapter_of_row, here, x.shape[:-1], *names), lambda: _adapter_of_row(names, here, x))
