@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from forms import FORMS
 from grouped_samples import OPS, SKEWED, GroupedSample, grouped_sample
@@ -110,7 +111,7 @@ def mixed(counts: list[int], ranks: tuple[int, ...] = RANKS, order: str = "rando
     generator = torch.Generator().manual_seed(len(g.x) * g.n + g.k)
 
     def randn(*shape: int, factor: float) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * factor).to(g.x.dtype)
+        return (torch.randn(*shape, generator=generator) * factor).to(g.x)
 
     of_row = torch.randint(-1, len(ranks), (len(g.x),), generator=generator)
     return Mixed(
@@ -118,7 +119,7 @@ def mixed(counts: list[int], ranks: tuple[int, ...] = RANKS, order: str = "rando
         lora_a=[randn(len(counts), rank, g.k, factor=g.k**-0.5) for rank in ranks],
         lora_b=[randn(len(counts), g.n, rank, factor=0.2) for rank in ranks],
         scaling=[0.3 + 0.7 * e for e in range(len(ranks))],
-        of_row=(of_row.sort()[0] if order == "sorted" else of_row).int(),
+        of_row=(of_row.sort()[0] if order == "sorted" else of_row).int().to(g.x.device),
         **more,
     )
 
@@ -275,3 +276,14 @@ def test_stacks_that_do_not_fit_are_named() -> None:
         given = {"lora_a": a, "lora_b": b}
         with pytest.raises(ValueError, match=message):
             stack_adapters(**{**given, name: [given[name][0], change]})
+
+
+@pytest.mark.cuda
+def test_cuda_takes_one_adapter_per_call() -> None:
+    m = mixed([2, 0, 3], device="cuda")
+    dy = m.g.dy()
+    for call in (m.forward, lambda: m.dx(dy), lambda: m.dlora(dy)):
+        with pytest.raises(ValueError, match=r"adapter_of_row: .* run on the CPU only, got d?[xy] on cuda"):
+            call()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="adapter_of_row: .* CPU only"):
+        m.forward()

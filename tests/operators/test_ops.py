@@ -113,8 +113,8 @@ def test_schemas_are_those_of_the_design() -> None:
         f"Tensor? h=None, Tensor? g=None, {adapters}) -> (Tensor da, Tensor db)",
         "linear_dense": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
         "linear_dense_dx": "(Tensor dy, Tensor weight) -> Tensor",
-        "grouped_linear_nf4": f"(Tensor x, {grouped}, SymInt out_features, Tensor? bias, {defaults}, {form}) -> Tensor",
-        "grouped_linear_nf4_dx": f"(Tensor dy, {grouped}, SymInt in_features, {defaults}, {form}) -> Tensor",
+        "grouped_linear_nf4": f"(Tensor x, {grouped}, SymInt out_features, Tensor? bias, {defaults}, {last}) -> Tensor",
+        "grouped_linear_nf4_dx": f"(Tensor dy, {grouped}, SymInt in_features, {defaults}, {last}) -> Tensor",
     }
     for name, schema in expected.items():
         assert str(getattr(OPS, name).default._schema) == f"qlora::{name}{schema}"

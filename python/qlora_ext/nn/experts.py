@@ -328,7 +328,7 @@ class Experts4bit(Packed4bit):
 
 
 def _of_rows(lora: ExpertsLora, hidden_states: Tensor, k: int, order: Tensor) -> ExpertsLora:
-    """``lora`` with the adapter of each row of the products. The rows are each token k times, in the order ``order``."""
+    """``lora`` with the adapter of each row of the products. The rows are the tokens, k times each, in that order."""
     if not isinstance(lora.a, StackedAdapters):
         return lora
     of_token = adapter_of_each_row(lora.adapter_of_row, hidden_states)
