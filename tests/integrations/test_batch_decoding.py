@@ -105,6 +105,10 @@ def test_a_sequence_does_not_depend_on_the_batch(dtype: torch.dtype, reproducibl
     assert run(random.Random(1).sample(range(9), 9)) == expected
 
 
+def test_layers_may_round_to_16_bits_in_a_float32_model() -> None:
+    eager(qlora_ext.nn.set_compute_dtype(tiny("gpt2", torch.float32), torch.bfloat16))
+
+
 def test_log_probabilities_are_those_of_a_forward() -> None:
     model, prompt = tiny(), prompts(1)[0]
     options = Sampling(15, temperature=0.5, top_k=5, seed=3, stop_tokens=(), top_logprobs=3)
@@ -198,21 +202,26 @@ def test_how_sequences_end() -> None:
 
 
 def test_sequences_do_not_wait_for_long_prompts() -> None:
-    engine, (short, long) = eager(tiny(), 3, capacity=60, prompt_part=4), prompts(2, 1)
+    """Neither those that run nor those with short prompts."""
+    engine, (short, other) = eager(tiny(), 4, capacity=60, prompt_part=4), prompts(2, 1)
+    long = other * 18  # 5 parts
     endless = Sampling(temperature=0, stop_tokens=(), max_new_tokens=30)
     running = engine.submit(short, endless)
     engine.step()
-    left, read, last = (engine.submit(long * 18, endless) for _ in range(3))
-    tokens = []
-    while not last.tokens:
+    left, first, second = (engine.submit(long, endless) for _ in range(3))
+    engine.step()
+    left.cancel()
+    brief = engine.submit(short, Sampling(max_new_tokens=1))
+    started: list[Request] = []
+    while len(started) < 3:
         engine.step()
-        tokens.append(len(running.tokens))
-        if len(tokens) == 2:
-            left.cancel()
-    assert tokens == [*range(2, 13)]  # 2 steps for the one that left and 9 for the others, whose 5 parts share a step
+        assert len(running.tokens) == engine.steps + 1
+        started += [each for each in (first, second, brief) if each.tokens and each not in started]
+    assert started == [brief, first, second]
     assert left.tokens == []
     engine.run()
-    assert read.tokens == last.tokens == alone(engine._model, long * 18, 30, eos_token_id=None)
+    assert not engine._readers
+    assert first.tokens == second.tokens == alone(engine._model, long, 30, eos_token_id=None)
 
 
 def test_callbacks_may_submit_but_not_step() -> None:
