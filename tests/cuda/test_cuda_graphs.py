@@ -114,6 +114,7 @@ def test_errors_of_the_step_itself_are_raised_while_it_warms_up() -> None:
 
     def fails_in_the_capture() -> None:
         calls.append(1)
+        torch.zeros(1, device="cuda")
         if torch.cuda.is_current_stream_capturing():
             raise KeyError("not twice")
 

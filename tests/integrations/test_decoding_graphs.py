@@ -49,7 +49,7 @@ class Functions:
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(graphs, "GraphCache", Functions)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's products of float32 have the same bits for any number of rows with one thread only
+    torch.set_num_threads(1)  # with more, the bits of torch's float32 products depend on the number of rows
     yield
     torch.set_num_threads(threads)
 
@@ -75,7 +75,8 @@ def answers(engine: BatchDecoder, adapter: str | None = None, tokens: int = 9) -
     return [(request.tokens, request.logprobs, request.error) for request in requests]
 
 
-def test_steps_share_few_graphs(_on_cpu: None) -> None:
+@pytest.mark.usefixtures("_on_cpu")
+def test_steps_share_few_graphs() -> None:
     model = adapted()
     engine = decoder(model, 3, capacity=64)
     expected = answers(BatchDecoder(model, 3, capacity=64, compiled=False))
@@ -97,7 +98,8 @@ def test_sizes() -> None:
     assert graphs._sizes(64, 320) == [64, 128, 256, 320]
 
 
-def test_rows_without_a_sequence_change_free_slots_only(_on_cpu: None) -> None:
+@pytest.mark.usefixtures("_on_cpu")
+def test_rows_without_a_sequence_change_free_slots_only() -> None:
     model = adapted()
     lm = model.get_base_model()
     shape = (6, lm.config.num_key_value_heads, 192, lm.config.hidden_size // lm.config.num_attention_heads)
@@ -114,7 +116,8 @@ def test_rows_without_a_sequence_change_free_slots_only(_on_cpu: None) -> None:
         assert changed == [[0, 100], [1, 3], [2, 64], [3, 0]]
 
 
-def test_reproducible_steps_have_one_graph(_on_cpu: None) -> None:
+@pytest.mark.usefixtures("_on_cpu")
+def test_reproducible_steps_have_one_graph() -> None:
     engine = decoder(adapted(), 8, capacity=64, reproducible=True)
     answers(engine)
     engine._graphs._graphs.clear()  # type: ignore[union-attr]
@@ -136,10 +139,11 @@ def _replace(model: Any) -> None:
     norm.weight = torch.nn.Parameter(norm.weight.detach() * 2)
 
 
+@pytest.mark.usefixtures("_on_cpu")
 @pytest.mark.parametrize(
     "change", [_move, _scale, _replace, lambda model: model.set_adapter("second"), lambda model: model.merge_adapter()]
 )
-def test_a_changed_model_is_captured_again(_on_cpu: None, change: Callable[[Any], object]) -> None:
+def test_a_changed_model_is_captured_again(change: Callable[[Any], object]) -> None:
     model = adapted()
     engine = decoder(model, reproducible=True)  # then bits do not depend on how the numbers of rows are rounded
     first = answers(engine)
@@ -153,7 +157,8 @@ def test_a_changed_model_is_captured_again(_on_cpu: None, change: Callable[[Any]
     assert len(engine._graphs) > 0  # type: ignore[arg-type]
 
 
-def test_what_runs_eagerly(_on_cpu: None) -> None:
+@pytest.mark.usefixtures("_on_cpu")
+def test_what_runs_eagerly() -> None:
     model = adapted()
     engine = decoder(model)
     steps: Any = engine._graphs
@@ -181,12 +186,13 @@ def test_what_runs_eagerly(_on_cpu: None) -> None:
         torch.set_autocast_enabled("cuda", False)
     answers(engine, "second")  # of the whole batch: PEFT chooses it for each sequence
     assert len(steps) == 0
+    lm.model.norm.register_forward_hook(lambda *_: None)
     with pytest.raises(CompilationError, match="it has the hook"):
-        lm.model.norm.register_forward_hook(lambda *_: None)
         load_graphs(model, engine._caches, False)
 
 
-def test_a_failure_is_reported_and_costs_no_token(_on_cpu: None) -> None:
+@pytest.mark.usefixtures("_on_cpu")
+def test_a_failure_is_reported_and_costs_no_token() -> None:
     model = adapted()
     engine = decoder(model)
     steps: Any = engine._graphs
@@ -200,7 +206,8 @@ def test_a_failure_is_reported_and_costs_no_token(_on_cpu: None) -> None:
     assert BatchDecoder(model, compiled=False).not_compiled == "compiled is False"
 
 
-def test_replays_that_differ_are_noticed(_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_on_cpu")
+def test_replays_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stale(Functions):
         def run(self, key: Hashable, function: Callable[[], object]) -> None:
             if key not in self.seen:
