@@ -1,9 +1,13 @@
-"""The step of a ``BatchDecoder`` on CUDA: captured in CUDA graphs, because launching its kernels one by one takes longer
-than they run.
+"""CUDA graphs of the step of a ``BatchDecoder``. A replay is one launch, the model's own forward dozens per layer.
 
-There is a graph per number of rows and span, both rounded up to few sizes. Rows that no sequence uses read token 0 at
-position 0 of a free slot, which the slot's next prompt overwrites. A replay reads the weights where they are, so it
-computes with new values of the same tensors. If anything else changes (``ModuleState``), all graphs are captured again.
+There is one graph per number of rows and span. Both are rounded up, so that few graphs are needed:
+
+    rows   1, 2, 4, ... and the number of slots
+    span   64, 128, 256, ... and the capacity of the caches
+
+A row without a sequence reads token 0 at position 0 of a free slot, which the next prompt in that slot overwrites. A
+replay reads the weights from memory, so it sees what an optimizer writes there. If anything else changes
+(``ModuleState``, ``FixedAdapters``), the graphs are deleted and captured again.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._internal.cuda_graphs import GraphCache, ModuleState
+from .._internal.untrusted import first_line
 from ..integrations.peft.fixed import FixedAdapters
 from .batch_step import SPAN_STEP, BatchStep
 from .packages import CompilationError, causal_lm, not_traceable
@@ -33,11 +38,11 @@ def _sizes(least: int, most: int) -> list[int]:
 
 
 def _is_pure(hook: Any) -> bool:
-    """Whether a replay may leave out a hook: it changes strides, or asks for gradients (transformers and PEFT)."""
+    """Whether a replay may skip a hook's Python code: ours changes strides, those of PEFT ask for gradients."""
     return hook is as_matrix or getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
 
 
-def _variable(lm: Any, state: ModuleState) -> str | None:
+def _obstacle(lm: Any, state: ModuleState) -> str | None:
     """The reason why a replay may differ from the model's forward; None if there is none."""
     if any(tensor.device != lm.device for tensor in state.tensors):
         return "its weights are on several devices"
@@ -48,7 +53,7 @@ def _variable(lm: Any, state: ModuleState) -> str | None:
 
 
 class StepGraphs:
-    """Computes steps of a language model by CUDA graphs.
+    """Computes steps of a language model with CUDA graphs, which it captures as they are needed.
 
     Args:
         lm: the language model.
@@ -70,11 +75,11 @@ class StepGraphs:
         }
         self._pinned = lm.device.type == "cuda"  # so that the copy to the device does not wait
         self._logits: Tensor | None = None
-        self._look()
+        self._remember_model()
 
-    def _look(self) -> None:
+    def _remember_model(self) -> None:
         self._state, self._adapters = ModuleState(self._lm), FixedAdapters(self._lm)
-        self.obstacle = _variable(self._lm, self._state)
+        self.obstacle = _obstacle(self._lm, self._state)
 
     @property
     def failure(self) -> str | None:
@@ -86,12 +91,12 @@ class StepGraphs:
         return len(self._graphs)
 
     def serve(self) -> bool:
-        """Whether graphs compute what the model does now. If it has changed, they are deleted and captured again."""
+        """Whether graphs can compute what the model does now. If the model has changed, the old graphs are deleted."""
         if self.failure is not None or torch.is_autocast_enabled("cuda"):
             return False
         if not (self._state.is_current() and self._adapters.serve()):
             self._graphs.clear()
-            self._look()
+            self._remember_model()
         return self.obstacle is None
 
     def __call__(self, tokens: list[int], positions: list[int]) -> Tensor:
@@ -117,24 +122,25 @@ class StepGraphs:
         self._logits[:rows] = logits
 
     def test(self) -> None:
-        """Compares a replay with the step that warms it up.
+        """Compares a replay of a step of all slots with the step that warms it up.
 
         Raises:
             CompilationError: the step cannot be captured, or they differ.
         """
-        most = min(2, self._rows[-1])
-        first, replayed = (self([0] * most, [*range(most)]).double() for _ in range(2))
+        vocabulary, slots = self._lm.get_input_embeddings().num_embeddings, range(self._rows[-1])
+        tokens, positions = [(slot + 5) % vocabulary for slot in slots], [slot % 2 for slot in slots]
+        first, replayed = (self(tokens, positions).double() for _ in range(2))
         for cache in self._caches:
-            cache[:most].zero_()
+            cache[:, :, :2].zero_()
         if self.failure is not None:
             raise CompilationError(f"its step cannot be captured: {self.failure}")
-        if bool(first.isfinite().all()) and not (replayed - first).norm() < _TOLERANCE * first.norm():
+        if bool(first.isfinite().all()) and not (replayed - first).norm() <= _TOLERANCE * first.norm():
             raise CompilationError("a replay of its step differs from the step")
 
 
 @torch.no_grad()
 def load_graphs(model: Any, caches: Sequence[Tensor], reproducible: bool) -> StepGraphs:
-    """The graphs of steps of ``model``, which are captured as they are needed. The arguments are those of ``StepGraphs``.
+    """Graphs for the steps of ``model``. The other arguments are those of ``StepGraphs``.
 
     Raises:
         CompilationError: they cannot compute steps of the model.
@@ -143,5 +149,10 @@ def load_graphs(model: Any, caches: Sequence[Tensor], reproducible: bool) -> Ste
     why = not_traceable(model) or graphs.obstacle
     if why is not None:
         raise CompilationError(why)
-    graphs.test()
+    try:
+        graphs.test()
+    except CompilationError:
+        raise
+    except Exception as error:  # models may raise any exception
+        raise CompilationError(first_line(error)) from error
     return graphs

@@ -57,8 +57,8 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--compile", choices=("auto", "always", "never"), default="auto",
-        help="decode with compiled code, which takes minutes to compile and is cached; auto: if the model can be "
-        "compiled (default: %(default)s)",
+        help="decode with compiled code, which takes minutes to compile and is cached, or on a GPU with CUDA graphs; "
+        "auto: if the model can be compiled (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--reproducible", action="store_true",
