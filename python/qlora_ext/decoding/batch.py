@@ -60,7 +60,8 @@ class BatchDecoder:
 
     Attributes:
         compiled: whether the model's code is compiled. It computes with the adapters that are active when the decoder
-            is made; steps with others run the model's own forward.
+            is made or, if the model has several plain LoRA adapters then, with any mixture. Other steps run the model's
+            own forward.
         steps: the number of steps with running sequences so far.
 
     Raises:
@@ -396,7 +397,9 @@ class BatchDecoder:
         for slot, prompt in enumerate(prompts):
             self._read_prompt(prompt[:-1], slot, of_each[slot])
         last = self._integers([prompt[-1] for prompt in prompts])
-        logits = self._step(last, self._integers([len(prompt) - 1 for prompt in prompts]), self._forward_options(adapters))
+        logits = self._step(
+            last, self._integers([len(prompt) - 1 for prompt in prompts]), self._forward_options(adapters)
+        )
         for cache in self._caches:
             cache[:2].zero_()
         error = float((logits.double() - expected).norm() / expected.norm())

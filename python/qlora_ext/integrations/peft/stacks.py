@@ -78,9 +78,9 @@ def _largest_rank(layer: LoraLinear4bit) -> int:
 class AdapterStacks:
     """Copies of all adapters of a model, which follow the adapters.
 
-    ``follow`` notices changes by torch's version counters, as an optimizer makes, moved tensors, scalings, and adapters
-    that were added or deleted. Version counters do not count what a program writes through ``parameter.data``; ``renew``
-    has an adapter copied in any case.
+    ``follow`` notices in-place changes by torch's version counters, and also moved tensors, other scalings, and
+    adapters that were added or deleted. Version counters do not count what a program writes through ``parameter.data``. After
+    ``renew``, an adapter is copied in any case.
 
     Attributes:
         layers: the model's 4-bit layers with adapters, in the order of the stacks.
@@ -106,9 +106,11 @@ class AdapterStacks:
     def can_serve(model: nn.Module) -> bool:
         """Whether all adapters of ``model`` are LoRA on 4-bit layers."""
         layers = tuner_layers(model)
-        return bool(layers) and not any(
-            isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()
-        ) and all(isinstance(layer, LoraLinear4bit) for layer in layers)
+        return (
+            bool(layers)
+            and not any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+            and all(isinstance(layer, LoraLinear4bit) for layer in layers)
+        )
 
     def index(self, name: str) -> int:
         """The number of an adapter, which ``follow`` has been asked for; -1 for none."""
@@ -154,8 +156,12 @@ class AdapterStacks:
         offsets = [[0, *itertools.accumulate([*(of.get(name, 0) for name in names), self.max_rank])] for of in ranks]
         dtypes = [layer.layer4bit.compute_dtype for layer in self.layers]
         every = [*zip(self.layers, offsets, dtypes, strict=True)]
-        self.lora_a = [torch.zeros((at[-1], layer.in_features), dtype=dtype, device="cpu") for layer, at, dtype in every]
-        self.lora_b = [torch.zeros((layer.out_features, at[-1]), dtype=dtype, device="cpu") for layer, at, dtype in every]
+        self.lora_a = [
+            torch.zeros((at[-1], layer.in_features), dtype=dtype, device="cpu") for layer, at, dtype in every
+        ]
+        self.lora_b = [
+            torch.zeros((layer.out_features, at[-1]), dtype=dtype, device="cpu") for layer, at, dtype in every
+        ]
         self.rank_offsets = torch.tensor(offsets, dtype=torch.int32, device="cpu")
         self.scalings = torch.ones((len(self.layers), len(names) + 1), dtype=torch.float64, device="cpu")
         for e, name in enumerate(names):
