@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import zipfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from qlora_ext.cli.generation.compiled import decode_compiled
 from qlora_ext.decoding import (
     BatchDecoder,
     CompilationError,
+    Request,
     Sampling,
     batch,
     cache,
@@ -38,6 +40,8 @@ from qlora_ext.decoding import (
     packages,
     prepare_to_answer,
 )
+from qlora_ext.decoding.batch_step import BatchStep
+from qlora_ext.integrations.peft import LoraLinear4bit
 from qlora_ext.nn import layers_of
 
 PROMPT = torch.tensor([[5, 9, 17, 40]])
@@ -164,6 +168,92 @@ def test_batches_are_those_of_the_eager_model(monkeypatch: pytest.MonkeyPatch) -
         assert answers(engine) == answers(eager) != second
     model.get_base_model().model.layers[0].mlp.gate_proj.to(torch.float64).to(torch.float32)  # in other memory
     assert answers(engine) == second
+
+
+def test_sequences_with_different_adapters_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits of each sequence alone, and with the adapters as they are at each step."""
+    model = adapted()
+    engine, eager = (BatchDecoder(model, 4, compiled=compiled, reproducible=True) for compiled in (True, False))
+
+    def add(name: str, rank: int, *modules: str, **more: Any) -> None:
+        config = LoraConfig(r=rank, target_modules=modules, lora_alpha=9, init_lora_weights=False, **more)
+        model.add_adapter(name, config)
+        model.requires_grad_(False).eval()
+
+    torch.manual_seed(4)
+    add("one", 2, "q_proj", "down_proj")
+    add("two", 9, "v_proj", "down_proj")
+    engine._mixed = engine._mixed_steps(True, None)  # as if the decoder were made now
+    engine._test(["one", "two"])
+    names = [None, "one", "__base__", "two"]
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear4bit)]
+    steps: list[BatchDecoder] = []
+    stepping: list[BatchDecoder] = []
+    monkeypatch.setattr(batch, "BatchStep", lambda lm: steps.append(stepping[-1]) or BatchStep(lm))
+
+    def submit(each: BatchDecoder, i: int, name: str | None) -> Request:
+        return each.submit(drawn(1, 4 + i)[0].tolist(), Sampling(8, seed=i, stop_tokens=()), name)
+
+    def runs_compiled(change: Callable[[], object] = lambda: None, names: Sequence[str | None] = names) -> bool:
+        """Whether all steps did, with ``change`` after the fourth. The tokens are those of the eager decoder."""
+        steps.clear()
+        requests = [[submit(each, i, name) for i, name in enumerate(names)] for each in (engine, eager)]
+        for i in range(8):
+            for each in (engine, eager):
+                stepping.append(each)
+                each.step()
+            if i == 3:
+                change()
+        assert [r.tokens for r in requests[0]] == [r.tokens for r in requests[1]]
+        assert all(len(r.tokens) == 8 for r in requests[0])
+        return engine not in steps
+
+    def scale(name: str, factor: float = 3) -> None:
+        for layer in layers:
+            if name in layer.scaling:
+                layer.scaling[name] *= factor
+
+    def write(name: str, through_data: bool = False) -> None:
+        for layer in layers:
+            if name in layer.lora_B:
+                weight = layer.lora_B[name].weight
+                (weight.data if through_data else weight).mul_(-1)
+
+    def found(requests: list[Request]) -> list[tuple[list[int], list[float]]]:
+        return [(request.tokens, request.logprobs) for request in requests]
+
+    assert runs_compiled()
+    together = [submit(engine, i, name) for i, name in enumerate(names)]
+    engine.run()
+    for i, name in enumerate(names):
+        request = submit(engine, i, name)
+        engine.run()
+        assert found([request]) == found([together[i]]), name
+    assert runs_compiled(names=["two", "two"])
+    assert runs_compiled(lambda: model.set_adapter("two"), [None] * 4)  # no longer the adapter that was compiled
+    model.set_adapter("default")
+    assert runs_compiled(lambda: write("two"))
+    assert runs_compiled(lambda: scale("two"))
+    write("one", through_data=True)  # noticed by prompts
+    assert runs_compiled()
+    assert runs_compiled(lambda: scale("default"), [None] * 4)
+    assert runs_compiled(lambda: scale("default", 1 / 3), [None] * 4)
+    assert runs_compiled(lambda: [layer.lora_A["one"].to(torch.float64) for layer in layers if "one" in layer.lora_A])
+    assert runs_compiled(lambda: add("three", 16, "v_proj"))
+    assert runs_compiled(names=["three", "one"])
+    model.delete_adapter("one")
+    assert runs_compiled(names=["three", "two", None])
+    with model.disable_adapter():
+        assert not runs_compiled(names=[None, None])
+    add("large", 17, "v_proj")
+    add("dora", 2, "q_proj", use_dora=True)
+    assert not runs_compiled(names=["three", "large"])
+    assert runs_compiled(names=["three", "two"])
+    model.set_adapter("dora")
+    assert not runs_compiled(names=[None, None])
+    model.set_adapter("default")
+    add("elsewhere", 2, "lm_head")
+    assert not runs_compiled(names=["three", "two"])
 
 
 def test_weights_of_other_forms(monkeypatch: pytest.MonkeyPatch) -> None:

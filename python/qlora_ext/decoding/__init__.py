@@ -10,7 +10,8 @@ Example:
     ...     return tokenizer.decode(model.generate(ids, max_new_tokens=200)[0])
 """
 
-from .batch import BatchDecoder, generate
+from .answers import generate
+from .batch import BatchDecoder
 from .compiled import BREAK_EVEN_TOKENS, Decoder, compile_decoding
 from .packages import CompilationError, obstacle
 from .prepare import prepare_to_answer

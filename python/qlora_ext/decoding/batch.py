@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import inspect
 import math
-import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -25,20 +24,13 @@ from .graphs import StepGraphs, load_graphs
 from .mixed import MixedSteps, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
 from .prompts import PromptReader
-from .requests import OnToken, Request
+from .requests import OnToken, Request, token_ids
 from .sampling import Sampling, draw
 
 BASE = "__base__"  # PEFT's name for no adapter
 _USUAL_CAPACITY = 2048
 # Of the self-test: far above rounding, far below the effect of a wrong position or mask.
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 0.1
-
-
-def _ids(prompt: Iterable[int] | Tensor) -> list[int]:
-    try:
-        return [operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
-    except TypeError as error:
-        raise ValueError(f"prompt: expected token ids, a list or a tensor of one dimension, got {prompt!r}") from error
 
 
 def _rejected(why: str) -> ValueError:
@@ -68,8 +60,9 @@ class BatchDecoder:
 
     Attributes:
         compiled: whether the model's code is compiled. It computes with the adapters that are active when the decoder
-            is made, and if only 4-bit layers have adapters, with any mixture of them. On CUDA, whether steps are
-            captured in CUDA graphs; if adapters are switched, they are captured again.
+            is made or, if the model has several plain LoRA adapters then, with any mixture. Other steps run the model's
+            own forward. On CUDA, whether steps are captured in CUDA graphs; if adapters are switched, they are captured
+            again.
         not_compiled: the reason why nothing is compiled; None if it is.
         steps: the number of steps with running sequences so far.
 
@@ -213,7 +206,7 @@ class BatchDecoder:
         Raises:
             ValueError: an argument is wrong, or the sequence may exceed the capacity.
         """
-        ids = _ids(prompt)
+        ids = token_ids(prompt)
         vocabulary = vocabulary_size(self._lm)
         if not ids:
             raise ValueError("prompt: expected at least one token, got none")
@@ -428,7 +421,9 @@ class BatchDecoder:
                 self._read(reader, most)
             reader.store(self._caches, slot)
         last = self._integers([prompt[-1] for prompt in prompts])
-        logits = self._step(last, self._integers([len(prompt) - 1 for prompt in prompts]), self._forward_options(adapters))
+        logits = self._step(
+            last, self._integers([len(prompt) - 1 for prompt in prompts]), self._forward_options(adapters)
+        )
         for cache in self._caches:
             cache[:2].zero_()
         error = float((logits.double() - expected).norm() / expected.norm())
@@ -440,59 +435,3 @@ class BatchDecoder:
                 "its logits of a sequence in a batch differ from those of the sequence alone by "
                 f"{error:.2g} of their norm"
             )
-
-
-def generate(
-    model: Any,
-    prompts: Sequence[Iterable[int] | Tensor],
-    sampling: Sampling | Sequence[Sampling] | None = None,
-    adapters: Sequence[str | None] | None = None,
-    *,
-    sequences: int = 16,
-    compiled: bool | None = None,
-) -> list[Request]:
-    """Continues prompts of token ids, up to ``sequences`` at once.
-
-    Args:
-        model: as for ``BatchDecoder``.
-        prompts: the token ids of each prompt.
-        sampling: one for each prompt, or one for all. With one for all that has a seed, prompt i gets ``seed + i``.
-        adapters: an adapter's name for each prompt. None: the active ones.
-        sequences, compiled: as for ``BatchDecoder``.
-
-    Returns:
-        The finished requests, in the order of the prompts.
-
-    Raises:
-        ValueError: an argument is wrong.
-        Exception: the error of the first request that failed.
-
-    Example:
-        >>> from qlora_ext.decoding import Sampling, generate
-        >>> def four_answers(model, prompt):
-        ...     requests = generate(model, [prompt] * 4, Sampling(temperature=0.8, seed=0, max_new_tokens=100))
-        ...     return [request.tokens for request in requests]
-    """
-    prompts = list(prompts)
-    count = len(prompts)
-    if sampling is None or isinstance(sampling, Sampling):
-        one = sampling or Sampling()
-        each = [one if one.seed is None else dataclasses.replace(one, seed=one.seed + i) for i in range(count)]
-    else:
-        each = list(sampling)
-    names = [None] * count if adapters is None else list(adapters)
-    for name, given in (("sampling", each), ("adapters", names)):
-        if len(given) != count:
-            raise ValueError(f"{name}: expected one for each of {count} prompts, got {len(given)}")
-    if not prompts:
-        return []
-    ids = [_ids(prompt) for prompt in prompts]
-    most = [len(prompt) + (one.max_new_tokens or 0) for prompt, one in zip(ids, each, strict=True)]
-    bounded = all(one.max_new_tokens is not None for one in each)
-    engine = BatchDecoder(model, min(sequences, count), max(most) if bounded else None, compiled)
-    requests = [engine.submit(*arguments) for arguments in zip(ids, each, names, strict=True)]
-    engine.run()
-    for request in requests:
-        if request.error is not None:
-            raise request.error
-    return requests

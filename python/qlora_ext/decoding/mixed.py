@@ -1,8 +1,8 @@
 """Compiled steps of batches whose sequences use different adapters of a model.
 
-The code is that of ``batch_step.py`` for the model without its adapters. Each 4-bit layer gets stacks of all adapters
-instead, which are inputs, as is the adapter of each sequence. So one package serves all adapters of these layers, of any
-number and rank up to ``max_rank``.
+The code is that of ``batch_step.py`` for the model without its adapters. Instead, each 4-bit layer gets stacks of all
+adapters, which are inputs, as is the adapter of each sequence. So one package serves any number of adapters of these
+layers, with ranks up to ``max_rank``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _over_stacks(module: Any, max_rank: int, made: dict[int, Any]) -> Any:
 
 
 class _MixedStep(nn.Module):
-    """``BatchStep`` with the adapters as arguments: those of ``AdapterStacks``, and int32 [B], the adapter of each row."""
+    """``BatchStep`` with more arguments: int32 [B], the adapter of each row or -1, and what ``AdapterStacks`` holds."""
 
     def __init__(self, lm: Any) -> None:
         super().__init__()

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
 
 from .sampling import Drawn, Sampling
 
 OnToken = Callable[["Request", int], object]
+
+
+def token_ids(prompt: Iterable[int] | Tensor) -> list[int]:
+    """A prompt as a list.
+
+    Raises:
+        ValueError: ``prompt`` is something else than integers in one dimension.
+    """
+    try:
+        return [operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
+    except TypeError as error:
+        raise ValueError(f"prompt: expected token ids, a list or a tensor of one dimension, got {prompt!r}") from error
 
 
 class Request:

@@ -70,13 +70,15 @@ class FixedAdapters:
     def __init__(self, model: nn.Module) -> None:
         self._layers = tuner_layers(model)
         self._switches = [_copied(_switches(layer)) for layer in self._layers]  # PEFT may change its lists
-        scaled = [(getattr(layer, "scaling", None), name) for layer in self._layers for name in layer.active_adapters]
-        self._scalings = [held for held, _ in scaled if isinstance(held, dict)]
-        self._scaled = [name for held, name in scaled if isinstance(held, dict)]
-        self._numbers = [*map(dict.get, self._scalings, self._scaled)]
+        scaled = [layer for layer in self._layers if isinstance(getattr(layer, "scaling", None), dict)]
+        self._scaled = [(layer, name) for layer in scaled for name in layer.active_adapters]
+        self._numbers = self._scalings()
         # prepare_model_for_compiled_hotswap makes scalings tensors, which then change in place.
         self._tensors = [(number, float(number)) for number in self._numbers if isinstance(number, Tensor)]
         self._entries = FixedEntries(e for layer in self._layers for e in entries_of(layer, layer.active_adapters))
+
+    def _scalings(self) -> list[Any]:
+        return [layer.scaling.get(name) for layer, name in self._scaled]  # torch.export replaces the dicts by copies
 
     def serve(self, fully: bool = True) -> bool:
         """Whether the current call uses them.
@@ -91,7 +93,7 @@ class FixedAdapters:
             return [*map(_switches, self._layers[:1])] == self._switches[:1]
         return (
             [*map(_switches, self._layers)] == self._switches
-            and [*map(dict.get, self._scalings, self._scaled)] == self._numbers
+            and self._scalings() == self._numbers
             and all(float(tensor) == number for tensor, number in self._tensors)
             and self._entries.are_current()
         )

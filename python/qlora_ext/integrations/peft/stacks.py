@@ -11,6 +11,7 @@ The spare adapter has the rank ``max_rank`` and belongs to no row. It makes the 
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ class _Copy:
 
     def __init__(self, name: str, index: int, layers: Sequence[LoraLinear4bit], places: list[_Place]) -> None:
         self.index, self.places = index, places
-        self._name, self._scalings = name, [layers[place.layer].scaling for place in places]
+        self._name, self._layers = name, [layers[place.layer] for place in places]
         self._entries = FixedEntries(e for layer in layers for e in entries_of(layer, [name]))
         self._versions: list[int] = []
         self._numbers: list[Any] = []
@@ -55,7 +56,7 @@ class _Copy:
     def take(self, stacks: AdapterStacks) -> bool:
         """Copies the tensors if they have changed. Returns False if a scaling cannot be stacked."""
         versions = [*map(_version, self._entries.parameters)]
-        numbers = [scaling.get(self._name) for scaling in self._scalings]
+        numbers = [layer.scaling.get(self._name) for layer in self._layers]  # torch.export replaces the dicts by copies
         if not all(isinstance(number, float | int) for number in numbers):
             return False
         if self.is_stale or versions != self._versions:
@@ -77,9 +78,9 @@ def _largest_rank(layer: LoraLinear4bit) -> int:
 class AdapterStacks:
     """Copies of all adapters of a model, which follow the adapters.
 
-    ``follow`` notices changes by torch's version counters, as an optimizer makes, moved tensors, scalings, and adapters
-    that were added or deleted. Version counters do not count what a program writes through ``parameter.data``; ``renew``
-    has an adapter copied in any case.
+    ``follow`` notices in-place changes by torch's version counters, and also moved tensors, other scalings, and
+    adapters that were added or deleted. Version counters do not count what a program writes through ``parameter.data``. After
+    ``renew``, an adapter is copied in any case.
 
     Attributes:
         layers: the model's 4-bit layers with adapters, in the order of the stacks.
@@ -98,15 +99,18 @@ class AdapterStacks:
         self.lora_b: list[Tensor] = []
         self.rank_offsets = self.scalings = torch.zeros(0, dtype=torch.int32, device="cpu")
         self._copies: dict[str, _Copy] = {}
-        self._rejected: list[str] | None = None
+        self._built_for: list[str] | None = None
+        self._rejected: set[str] = set()
 
     @staticmethod
     def can_serve(model: nn.Module) -> bool:
         """Whether all adapters of ``model`` are LoRA on 4-bit layers."""
         layers = tuner_layers(model)
-        return bool(layers) and not any(
-            isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()
-        ) and all(isinstance(layer, LoraLinear4bit) for layer in layers)
+        return (
+            bool(layers)
+            and not any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+            and all(isinstance(layer, LoraLinear4bit) for layer in layers)
+        )
 
     def index(self, name: str) -> int:
         """The number of an adapter, which ``follow`` has been asked for; -1 for none."""
@@ -114,7 +118,7 @@ class AdapterStacks:
 
     def renew(self, names: Iterable[str]) -> None:
         """Has ``follow`` copy the adapters ``names`` in any case, and try again if it returned False."""
-        self._rejected = None
+        self._rejected = set()
         for name in names:
             if name in self._copies:
                 self._copies[name].is_stale = True
@@ -129,51 +133,54 @@ class AdapterStacks:
         """
         if any(disabled or merged for disabled, merged in map(_switches, self.layers)):
             return False
-        known = [*self._known]
-        if known == self._rejected:
-            return False
         used = [name for name in names if name in self._known]
-        is_built = [*self._copies] == known and all(self._copies[name].is_there() for name in used)
-        if (is_built or self._build(known)) and all(self._copies[name].take(self) for name in used):
-            return True
-        self._rejected = known
-        return False
-
-    def _build(self, names: list[str]) -> bool:
-        """Allocates stacks for all adapters. Returns False if they take other stacks than ``layers`` had."""
-        self._copies = {}
-        if not self.can_serve(self._model) or tuner_layers(self._model) != self.layers:
+        if not self._rejected.isdisjoint(used):
             return False
-        places: dict[str, list[_Place]] = {name: [] for name in names}
-        offsets, shapes = [], []
-        for i, layer in enumerate(self.layers):
-            adapters = layer.plain_adapters(names)
-            if adapters is None or not all(map(self._fits, adapters)):
-                return False
-            ranks = {adapter.name: adapter.a.shape[0] for adapter in adapters}
-            starts = [0]
-            for name in names:
-                starts.append(starts[-1] + ranks.get(name, 0))
-            for adapter in adapters:
-                places[adapter.name].append(_Place(i, starts[names.index(adapter.name)], adapter))
-            offsets.append([*starts, starts[-1] + self.max_rank])
-            shapes.append((offsets[-1][-1], layer))
+        missing = [name for name in used if name not in self._copies or not self._copies[name].is_there()]
+        if missing or self._built_for != [*self._known]:
+            self._build()
+            missing = [name for name in used if name not in self._copies]
+        missing += [name for name in used if name not in missing and not self._copies[name].take(self)]
+        self._rejected.update(missing)
+        return not missing
+
+    def _build(self) -> None:
+        """Allocates stacks for all adapters that can be stacked."""
+        names = self._built_for = [*self._known]
+        self._copies = {}
+        if not self.can_serve(self._model) or tuner_layers(self._model) != self.layers:  # other layers have adapters
+            return
+        names = [name for name in names if all(self._fits(layer, name) for layer in self.layers)]
+        found = [layer.plain_adapters(names) or [] for layer in self.layers]
+        ranks = [{adapter.name: adapter.a.shape[0] for adapter in of_layer} for of_layer in found]
+        offsets = [[0, *itertools.accumulate([*(of.get(name, 0) for name in names), self.max_rank])] for of in ranks]
+        dtypes = [layer.layer4bit.compute_dtype for layer in self.layers]
+        every = [*zip(self.layers, offsets, dtypes, strict=True)]
         self.lora_a = [
-            torch.zeros((ranks, layer.in_features), dtype=layer.layer4bit.compute_dtype, device="cpu")
-            for ranks, layer in shapes
+            torch.zeros((at[-1], layer.in_features), dtype=dtype, device="cpu") for layer, at, dtype in every
         ]
         self.lora_b = [
-            torch.zeros((layer.out_features, ranks), dtype=layer.layer4bit.compute_dtype, device="cpu")
-            for ranks, layer in shapes
+            torch.zeros((layer.out_features, at[-1]), dtype=dtype, device="cpu") for layer, at, dtype in every
         ]
         self.rank_offsets = torch.tensor(offsets, dtype=torch.int32, device="cpu")
         self.scalings = torch.ones((len(self.layers), len(names) + 1), dtype=torch.float64, device="cpu")
-        self._copies = {name: _Copy(name, i, self.layers, places[name]) for i, name in enumerate(names)}
-        return True
+        for e, name in enumerate(names):
+            places = [
+                _Place(i, offsets[i][e], adapter)
+                for i, of_layer in enumerate(found)
+                for adapter in of_layer
+                if adapter.name == name
+            ]
+            self._copies[name] = _Copy(name, e, self.layers, places)
 
-    def _fits(self, adapter: Adapter) -> bool:
-        a, b = adapter.a, adapter.b
-        if a.is_inference() or b.is_inference():  # they have no version counters
+    def _fits(self, layer: LoraLinear4bit, name: str) -> bool:
+        """Whether an adapter of a layer, if it has one, can be stacked."""
+        adapters = layer.plain_adapters([name])
+        if adapters is None:
             return False
-        return a.shape[0] <= self.max_rank and a.device.type == b.device.type == "cpu"
-
+        for _, a, b, *_ in adapters:
+            if a.is_inference() or b.is_inference():  # they have no version counters
+                return False
+            if a.shape[0] > self.max_rank or a.device.type != "cpu" or b.device.type != "cpu":
+                return False
+        return True
