@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import operator
@@ -17,14 +18,26 @@ from transformers import DynamicCache
 
 from .._internal.untrusted import first_line
 from ..integrations.peft.fixed import FixedAdapters
-from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
-from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits, load_decoding, new_caches
+from .batch_step import ATTENTION, SPAN_STEP, STEP, BatchStep, load_step
+from .compiled import (
+    CACHE,
+    CACHE_STEP,
+    MAX_PROMPT,
+    PROMPT,
+    TOKEN,
+    attention_over_caches,
+    keeps_last_logits,
+    load_decoding,
+    new_caches,
+)
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
 from .requests import OnToken, Request
 from .sampling import Sampling, draw
 
 BASE = "__base__"  # PEFT's name for no adapter
 _USUAL_CAPACITY = 2048
+# Of a prompt, for whose last tokens the model computes logits: enough for the kernel of the head that training runs.
+_HEAD_ROWS = 8
 # Of the self-test: far above rounding, far below the effect of a wrong position or mask.
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 0.1
 
@@ -213,13 +226,15 @@ class BatchDecoder:
             )
 
     def run(self) -> None:
-        """Calls ``step`` until all sequences have ended."""
-        while self.step():
-            pass
+        """Calls ``step`` until all sequences have ended. Weights and active adapters must not change meanwhile."""
+        left = self.step()
+        while left:
+            left = self._advance(weights_may_differ=False)
 
-    @torch.no_grad()
     def step(self) -> bool:
         """Writes a token of every running sequence, then reads prompts into free slots and writes their first tokens.
+
+        A prompt that several sequences start with is read once, and copied to the slots of the others.
 
         Returns:
             Whether sequences are left.
@@ -228,10 +243,18 @@ class BatchDecoder:
             RuntimeError: another call of ``step`` has not returned yet.
             ValueError: the model is in training mode.
         """
+        return self._advance(weights_may_differ=True)
+
+    @torch.no_grad()
+    def _advance(self, weights_may_differ: bool) -> bool:
+        """The work of ``step``. ``weights_may_differ``: from those by which running sequences' prompts were read."""
         if not self._stepping.acquire(blocking=False):
             raise RuntimeError("step: expected one call at a time, got a second one")
         try:
             self._require_evaluation()
+            if weights_may_differ:
+                for request in self._running:
+                    request.prompt_logits = None
             for request in list(self._waiting):  # cancelled ones must not wait for a free slot
                 if request.end_if_cancelled():
                     self._waiting.remove(request)
@@ -254,13 +277,26 @@ class BatchDecoder:
         logits = None
         if not self._has_ended(request):
             try:
-                logits = self._read_prompt(request.prompt, len(self._running), self._forward_options([request]))
+                logits = self._copied_prompt(request)
+                if logits is None:
+                    logits = self._read_prompt(request.prompt, len(self._running), self._forward_options([request]))
+                request.prompt_logits = logits
             except Exception as error:  # for example, no memory for a long prompt
                 request.fail(error)
         self._waiting.popleft()
         if logits is not None:
             self._running.append(request)
             self._continue([request], logits)
+
+    def _copied_prompt(self, request: Request) -> Tensor | None:
+        """The logits after a prompt that a running sequence has too, and that is copied into the next slot."""
+        for slot, other in enumerate(self._running):
+            if other.prompt_logits is not None and (other.prompt, other.adapter) == (request.prompt, request.adapter):
+                count = len(request.prompt)
+                for cache in self._caches:
+                    cache[len(self._running), :, :count] = cache[slot, :, :count]
+                return other.prompt_logits
+        return None
 
     def _has_ended(self, request: Request) -> bool:
         """Whether a sequence has ended, for example because its adapter was deleted."""
@@ -289,6 +325,7 @@ class BatchDecoder:
             if isinstance(ended.error, FloatingPointError):  # hidden tokens have weight 0, but 0 * NaN is NaN
                 for cache in self._caches:
                     cache[slot].zero_()
+            ended.prompt_logits = None
             last = self._running.pop()
             if last is not ended:
                 self._running[slot] = last
@@ -331,7 +368,8 @@ class BatchDecoder:
         if run is not None:
             return run([tokens, positions, visible, *caches])[0]
         step = BatchStep(self._model if options else self._lm)
-        logits: Tensor = step(tokens, positions, visible, caches, **options)
+        with attention_over_caches(self._lm, ATTENTION) if self._lm.device.type == "cpu" else contextlib.nullcontext():
+            logits: Tensor = step(tokens, positions, visible, caches, **options)
         return logits
 
     def _integers(self, values: Any) -> Tensor:
@@ -348,7 +386,7 @@ class BatchDecoder:
         else:
             cache = DynamicCache(config=self._lm.config)
             if keeps_last_logits(self._lm):
-                options = {**options, "logits_to_keep": 1}
+                options = {**options, "logits_to_keep": _HEAD_ROWS}
             forward = self._model if "adapter_names" in options else self._lm
             logits = forward(input_ids=tokens, use_cache=True, **{CACHE: cache}, **options).logits
             written = [layer.keys for layer in cache.layers] + [layer.values for layer in cache.layers]
