@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -27,6 +27,7 @@ from transformers.generation.logits_process import (
 import qlora_ext
 import tiny_models
 from qlora_ext.decoding import BatchDecoder, Request, Sampling, generate, sampling
+from qlora_ext.decoding.prompts import PromptReader
 from qlora_ext.decoding.sampling import draw
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
@@ -109,6 +110,46 @@ def test_layers_may_round_to_16_bits_in_a_float32_model() -> None:
     eager(qlora_ext.nn.set_compute_dtype(tiny("gpt2", torch.float32), torch.bfloat16))
 
 
+def test_a_prompt_of_several_sequences_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (first, second) = tiny(), prompts(2)
+    given = [first] * 6 + [second] * 5
+    read: list[list[int]] = []
+    usual = PromptReader.read
+
+    def counted(self: PromptReader, *more: Any) -> torch.Tensor:
+        read.append(self.request.prompt)
+        return usual(self, *more)
+
+    def run() -> list[Request]:
+        """With four slots, so that the sequences of a group start in different steps."""
+        engine = eager(model, 4)
+        read.clear()
+        options = [Sampling(3 + i % 4, temperature=2.0, seed=i, stop_tokens=()) for i in range(len(given))]
+        requests = [engine.submit(*each) for each in zip(given, options, strict=True)]
+        engine.run()
+        return requests
+
+    monkeypatch.setattr(PromptReader, "read", counted)
+    requests = run()
+    assert read == [first, second]
+    assert all(request.prompt_logits is None for request in requests)
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchDecoder, "_copied", lambda *_: None)
+        assert found(run()) == found(requests)
+    assert read == given
+
+    engine = eager(model, 2)
+    read.clear()
+    long = Sampling(9, temperature=0, stop_tokens=())
+    before = engine.submit(first, long)
+    engine.step()
+    model.get_output_embeddings().weight.data.neg_()  # as an optimizer may change weights between steps
+    after = engine.submit(first, long)
+    engine.run()
+    assert read == [first, first]
+    assert after.tokens[0] == alone(model, first, 1)[0] != before.tokens[0]
+
+
 def test_log_probabilities_are_those_of_a_forward() -> None:
     model, prompt = tiny(), prompts(1)[0]
     options = Sampling(15, temperature=0.5, top_k=5, seed=3, stop_tokens=(), top_logprobs=3)
@@ -122,6 +163,40 @@ def test_log_probabilities_are_those_of_a_forward() -> None:
     assert [[token for token, _ in top] for top in request.top_logprobs] == ids.tolist()
     tops = torch.tensor([[value for _, value in top] for top in request.top_logprobs])
     torch.testing.assert_close(tops, values, rtol=1e-4, atol=1e-5)
+
+
+def torch_adds_in_one_order() -> bool:
+    """Whether torch's attention has the same bits for four rows as for all rows of a sequence."""
+    q, k, v = torch.randn(3, 2, 2, 80, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    mask = torch.ones(80, 80, dtype=torch.bool).tril()[None, None]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return torch.equal(attend(q[:, :, 60:64], k, v, mask[:, :, 60:64]), attend(q, k, v, mask)[:, :, 60:64])
+
+
+@pytest.mark.parametrize("layers", [torch.float32, torch.bfloat16])
+def test_sampling_has_the_bits_of_the_training_forward(layers: torch.dtype) -> None:
+    """If prompts have one length, a multiple of torch's vectors, and every product has the rows of many tokens."""
+    if not torch_adds_in_one_order():
+        pytest.skip("torch's attention has other bits for few rows on this processor")
+    config = LlamaConfig(**{**tiny_models.SIZES, "max_position_embeddings": 128, "hidden_size": 128})
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    base = qlora_ext.nn.set_compute_dtype(qlora_ext.quantize_model(dense), torch.float32)
+    for _, layer in qlora_ext.nn.layers_of(base):
+        layer.compute_dtype = layers
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    sequences, read, new = 64, 64, 16
+    numbers = random.Random(0)
+    given = [[numbers.randrange(3, 128) for _ in range(read)] for _ in range(sequences)]
+    engine = eager(model, sequences, capacity=128, reproducible=True)
+    requests = [engine.submit(p, Sampling(new - i % 5, seed=i, stop_tokens=())) for i, p in enumerate(given)]
+    engine.run()
+    ids = torch.tensor([(request.prompt + request.tokens + [0] * 9)[: read + new] for request in requests])
+    with torch.enable_grad():
+        logits = model.train()(input_ids=ids).logits.detach()
+    for request, row in zip(requests, logits, strict=True):
+        rows, tokens = row[read - 1 :][: len(request.tokens)].contiguous(), torch.tensor(request.tokens)[:, None]
+        expected = rows.gather(1, tokens)[:, 0] - rows.logsumexp(-1)
+        assert request.logprobs == expected.tolist()
 
 
 @pytest.mark.parametrize(

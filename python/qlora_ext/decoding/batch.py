@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -18,8 +19,8 @@ from torch import Tensor
 from .._internal.untrusted import first_line
 from .._internal.vocabulary import vocabulary_size
 from ..integrations.peft.fixed import FixedAdapters
-from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
-from .compiled import PROMPT, TOKEN, load_decoding, new_caches
+from .batch_step import ATTENTION, SPAN_STEP, STEP, BatchStep, load_step
+from .compiled import PROMPT, TOKEN, attention_over_caches, load_decoding, new_caches
 from .graphs import StepGraphs, load_graphs
 from .mixed import MixedSteps, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
@@ -246,13 +247,15 @@ class BatchDecoder:
             )
 
     def run(self) -> None:
-        """Calls ``step`` until all sequences have ended."""
-        while self.step():
-            pass
+        """Calls ``step`` until all sequences have ended. Weights and active adapters must not change meanwhile."""
+        left = self.step()
+        while left:
+            left = self._advance(weights_may_differ=False)
 
-    @torch.no_grad()
     def step(self) -> bool:
         """Writes a token of every running sequence, then reads prompts into free slots and writes their first tokens.
+
+        A prompt that several sequences start with is read once, and copied to the slots of the others.
 
         Returns:
             Whether sequences are left.
@@ -261,10 +264,18 @@ class BatchDecoder:
             RuntimeError: another call of ``step`` has not returned yet.
             ValueError: the model is in training mode.
         """
+        return self._advance(weights_may_differ=True)
+
+    @torch.no_grad()
+    def _advance(self, weights_may_differ: bool) -> bool:
+        """The work of ``step``. ``weights_may_differ``: from those by which running sequences' prompts were read."""
         if not self._stepping.acquire(blocking=False):
             raise RuntimeError("step: expected one call at a time, got a second one")
         try:
             self._require_evaluation()
+            if weights_may_differ:
+                for request in self._running:
+                    request.prompt_logits = None
             for request in list(self._waiting):  # cancelled ones must not wait for a free slot
                 if request.end_if_cancelled():
                     self._waiting.remove(request)
@@ -292,17 +303,29 @@ class BatchDecoder:
             try:
                 if self._mixed is not None:
                     self._mixed.renew(self._names(self._forward_options([request.adapter]), 1))
-                logits = self._read(reader, self._part)
+                logits = self._copied(reader)
+                if logits is None:
+                    logits = self._read(reader, self._part)
             except Exception as error:  # for example, no memory for a long prompt
                 request.fail(error)
         if logits is not None and reader.done:
             reader.store(self._caches, len(self._running))
+            request.prompt_logits = logits
             self._running.append(request)
             self._continue([request], logits)
         elif logits is not None:  # prompts with a slot take turns, so that short ones do not wait for long ones
             self._readers[request] = reader
             self._waiting.insert(self.sequences - len(self._running) - 1, request)
         return reader.count - first
+
+    def _copied(self, reader: PromptReader) -> Tensor | None:
+        """The logits after a prompt that a running sequence has too, whose keys and values the reader takes."""
+        request = reader.request
+        for slot, other in enumerate(self._running):
+            if other.prompt_logits is not None and (other.prompt, other.adapter) == (request.prompt, request.adapter):
+                reader.take(self._caches, slot)
+                return other.prompt_logits
+        return None
 
     def _has_ended(self, request: Request) -> bool:
         """Whether a sequence has ended, for example because its adapter was deleted."""
@@ -331,6 +354,7 @@ class BatchDecoder:
             if isinstance(ended.error, FloatingPointError):  # hidden tokens have weight 0, but 0 * NaN is NaN
                 for cache in self._caches:
                     cache[slot].zero_()
+            ended.prompt_logits = None
             last = self._running.pop()
             if last is not ended:
                 self._running[slot] = last
@@ -382,7 +406,8 @@ class BatchDecoder:
             if mixed is not None:
                 return mixed
         step = BatchStep(self._model if options else self._lm)
-        logits: Tensor = step(tokens, positions, visible, caches, **options)
+        with attention_over_caches(self._lm, ATTENTION) if self._lm.device.type == "cpu" else contextlib.nullcontext():
+            logits: Tensor = step(tokens, positions, visible, caches, **options)
         return logits
 
     def _names(self, options: dict[str, Any], count: int) -> list[str]:

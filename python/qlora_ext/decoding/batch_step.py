@@ -28,6 +28,8 @@ from .packages import Code, Function, causal_lm, compile_package, digest, load_c
 
 SPAN_STEP = 64  # a multiple of the vectors of every processor, so that the order of attention's sums is always the same
 STEP = "step"
+# Of a product. With fewer, torch on x86-64 adds in another order than for a whole sequence, as in training.
+_LEAST_ROWS = 4
 _MAX_SEQUENCES = 1 << 16
 
 
@@ -53,13 +55,14 @@ def _attend(
     require_plain_attention(kwargs)
     batch, heads, _, size = query.shape
     groups = key.shape[1]
-    rows = query.reshape(batch, groups, heads // groups, size)
-    y = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+    count = heads // groups
+    rows = nn.functional.pad(query.reshape(batch, groups, count, size), (0, 0, 0, max(_LEAST_ROWS - count, 0)))
+    y = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)[:, :, :count]
     return y.reshape(batch, 1, heads, value.shape[3]), None
 
 
-_ATTENTION = "qlora_ext_batch"
-AttentionInterface.register(_ATTENTION, _attend)
+ATTENTION = "qlora_ext_batch"
+AttentionInterface.register(ATTENTION, _attend)
 
 
 class _Rows(StaticLayer):  # type: ignore[misc,unused-ignore]
@@ -107,7 +110,7 @@ class BatchStep(nn.Module):
         pairs = zip(caches[:half], caches[half:], strict=True)
         cache.layers = [_Rows(keys, values, positions, span) for keys, values in pairs]
         mask = visible[:, None, None]
-        if config._attn_implementation not in ("sdpa", _ATTENTION):  # "eager" adds the mask to the scores
+        if config._attn_implementation not in ("sdpa", ATTENTION):  # "eager" adds the mask to the scores
             dtype = caches[0].dtype
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         options |= {"attention_mask": mask, "position_ids": positions[:, None], "use_cache": True, CACHE: cache}
@@ -137,7 +140,7 @@ def compile_step(
     lm: Any, name: str, step: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...], package: pathlib.Path
 ) -> None:
     """Compiles a step of ``lm`` with the attention and the output head of batches."""
-    with attention_over_caches(lm, _ATTENTION), head_computed_by(lm, _linear_dense, (torch.bfloat16, torch.float16)):
+    with attention_over_caches(lm, ATTENTION), head_computed_by(lm, _linear_dense, (torch.bfloat16, torch.float16)):
         compile_package({name: Function(step, arguments, shapes)}, package)
 
 

@@ -12,6 +12,9 @@ from transformers import DynamicCache
 from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits
 from .requests import Request
 
+# For so many of the last tokens, the model computes logits: enough for the kernel of the head that training runs.
+_HEAD_ROWS = 8
+
 Run = Callable[[list[Tensor]], list[Tensor]]
 
 
@@ -60,11 +63,15 @@ class PromptReader:
             for layer, *read in zip(cache.layers, self._caches[:half], self._caches[half:], strict=True):
                 if first:
                     layer.update(*(each[:, :, :first] for each in read))
-            last = {"logits_to_keep": 1} if keeps_last_logits(lm) else {}
+            last = {"logits_to_keep": _HEAD_ROWS} if keeps_last_logits(lm) else {}
             logits = forward(input_ids=ids, use_cache=True, **{CACHE: cache}, **last).logits
             caches = [layer.keys for layer in cache.layers] + [layer.values for layer in cache.layers]
         self._caches, self.count = caches, end
         return logits[:, -1]
+
+    def take(self, slots: Sequence[Tensor], slot: int) -> None:
+        """Has the whole prompt come from a slot, whose sequence begins with it."""
+        self._caches, self.count = [cache[slot : slot + 1] for cache in slots], len(self.request.prompt)
 
     def store(self, slots: Sequence[Tensor], slot: int) -> None:
         """Copies what has been read into a slot of the batch's caches."""

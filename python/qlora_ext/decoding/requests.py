@@ -62,6 +62,7 @@ class Request:
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.numbers = random.Random(sampling.seed)
+        self.prompt_logits: Tensor | None = None  # [1, V], while others with the same prompt may use them
         self._on_token = on_token
         self._most = most
         self._stops = frozenset(sampling.stop_tokens or ())

@@ -30,6 +30,7 @@ class Rollouts:
         compiled: whether to compile the decoding, as for ``BatchDecoder``. By default it is compiled on the CPU if the
             run is long enough to save more time than compiling takes, and on CUDA always.
         progress: called with a message before and after a compilation.
+        reproducible: as for ``BatchDecoder``.
 
     Example:
         >>> from qlora_ext.decoding import Rollouts
@@ -45,8 +46,10 @@ class Rollouts:
         encode: Callable[[Any], list[int]] | None = None,
         compiled: bool | None = None,
         progress: Callable[[str], object] | None = None,
+        reproducible: bool = False,
     ) -> None:
         self._sequences, self._encode, self._compiled, self._progress = sequences, encode, compiled, progress
+        self._reproducible = reproducible
         self._engine: BatchDecoder | None = None
         self._model: Callable[[], Any] = lambda: None
 
@@ -106,7 +109,9 @@ class Rollouts:
             if compiled is None and on_cpu and not self._pays(trainer.args):
                 compiled = False
             capacity = -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP
-            self._engine = BatchDecoder(trainer.model, self._sequences, capacity, compiled, self._progress)
+            self._engine = BatchDecoder(
+                trainer.model, self._sequences, capacity, compiled, self._progress, self._reproducible
+            )
             self._model = weakref.ref(trainer.model)
         return self._engine
 

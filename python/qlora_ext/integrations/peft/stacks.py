@@ -79,8 +79,8 @@ class AdapterStacks:
     """Copies of all adapters of a model, which follow the adapters.
 
     ``follow`` notices in-place changes by torch's version counters, and also moved tensors, other scalings, and
-    adapters that were added or deleted. Version counters do not count what a program writes through ``parameter.data``. After
-    ``renew``, an adapter is copied in any case.
+    adapters that were added or deleted. Version counters do not count what a program writes through ``parameter.data``.
+    After ``renew``, an adapter is copied in any case.
 
     Attributes:
         layers: the model's 4-bit layers with adapters, in the order of the stacks.
