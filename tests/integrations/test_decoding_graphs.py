@@ -237,9 +237,17 @@ def test_a_model_on_cuda(dtype: torch.dtype) -> None:
     first = answers(eager, tokens=6)
     assert answers(engine, tokens=6) == first
     assert len(engine._graphs) == 1  # type: ignore[arg-type]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert engine._graphs.serve()  # type: ignore[union-attr]
+        with torch.no_grad():
+            engine._graphs([5, 6, 7, 8], [0, 1, 2, 3])  # type: ignore[misc]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.mul_(2 if "lora_B.first" in name else 1)
+            if "lora_B.first" in name:
+                parameter.mul_(2)
     second = answers(eager, tokens=6)
     assert answers(engine, tokens=6) == second != first
     _move(model)
