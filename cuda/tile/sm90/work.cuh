@@ -31,7 +31,7 @@ struct Sm90Work {
   static constexpr int kChunk = Layout::kStageTerms;  // ranks per stage
 
   const Sm90Plan& plan;
-  int pair_tile;                      // 0, or 1 for the second tile of a pair
+  int pair_tile;  // 0, or 1 for the second tile of a pair
   int split, stage0, stages;
 
   __device__ __forceinline__ explicit Sm90Work(const Sm90Plan& p)
