@@ -17,6 +17,7 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 
 from peft import LoraConfig, get_peft_model
 
+import moe_families
 from qlora_ext.integrations import peft as integration
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
 from qlora_ext.nn import Experts4bit, quantize_model
@@ -101,6 +102,20 @@ def test_samples_have_the_bits_of_batches_with_one_adapter(build: Any, dtype: to
                 mixed = by_sample(model, block, x, names)
                 for sample, name in enumerate(names):
                     assert torch.equal(mixed[sample], expected[name][sample]), (names, sample)
+
+
+def test_shared_experts_which_see_flattened_tokens() -> None:
+    model = get_peft_model(quantize_model(moe_families.build("Qwen2-MoE")), LoraConfig(target_modules="all-linear"))
+    model.add_adapter("wide", LoraConfig(r=5, target_modules=["up_proj", "shared_expert_gate"]))
+    draw(model.eval(), "default")
+    draw(model, "wide")
+    names = ["wide", "default", BASE, "wide", "default"]
+    mixed = logits(model, names)
+    for sample, name in enumerate(names):
+        with alone(model, name):
+            torch.testing.assert_close(mixed[sample], logits(model)[sample], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="got 3 and 5"):
+        logits(model, names[:3])
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -193,7 +208,7 @@ def test_experts_outside_of_a_block_are_rejected() -> None:
     index, weights = torch.zeros(10, 1, dtype=torch.int64), torch.ones(10, 1)
     with (
         pytest.raises(
-            ValueError, match=r"adapter_names: adapters on \w+_proj need a model that passes them the tokens"
+            ValueError, match=r"adapter_names: adapters on \w+_proj need a model that passes them all tokens"
         ),
         model._enable_peft_forward_hooks(adapter_names=["wide"] * 5),
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...nn import layers_of
+from ...nn import Experts4bit, layers_of
 from .._patches import extend
 
 Result = TypeVar("Result")
@@ -50,45 +50,45 @@ def chooses_adapters_by_sample() -> bool:
     return not torch.compiler.is_compiling() and _by_sample.get()
 
 
-def samples_of_call(wrapper: ParamWrapper, x: Tensor) -> Tensor:
-    """x, or a view [samples, tokens, features] of x [samples · tokens, features], in a call with ``adapter_names``.
+def samples_of_call(layer: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
+    """x with a first dimension for the samples, whose adapters are ``names``.
+
+    Mixtures of experts flatten hidden states [samples, tokens, features] to [samples · tokens, features] before they
+    call experts, shared experts and routers.
 
     Args:
-        x: what ``wrapper`` got.
+        x: what ``layer`` got.
 
     Raises:
-        ValueError: x has two dimensions, and the module that calls ``wrapper`` has not got x with three.
+        ValueError: nothing tells which rows belong to a sample.
     """
-    if x.ndim > 2:
+    is_wrapper = isinstance(layer, ParamWrapper)
+    if x.ndim != 2 or (len(x) == len(names) and not is_wrapper):
         return x
-    shape: torch.Size | None = (_computed.get() or {}).get((samples_of_call, wrapper))
-    if shape is None or len(x) != shape.numel():
+    shape: torch.Size | None = (_computed.get() or {}).get(samples_of_call)
+    if shape is not None and len(x) == shape.numel():
+        return x.view(*shape, x.shape[1])
+    if is_wrapper:
         raise ValueError(
-            f"adapter_names: adapters on {wrapper.parameter_name} need a model that passes them the tokens of "
-            f"hidden states [samples, tokens, features], got {list(x.shape)} of {None if shape is None else [*shape]}; "
+            f"adapter_names: adapters on {layer.parameter_name} need a model that passes them all tokens of hidden "
+            f"states [samples, tokens, features], got {list(x.shape)} of {None if shape is None else [*shape]}; "
             "activate the adapter with set_adapter instead"
         )
-    return x.view(*shape, x.shape[1])
+    return x  # PEFT compares its length with the number of names
 
 
-def _record_samples(model: nn.Module, call: dict[Hashable, Any]) -> Iterator[RemovableHandle]:
-    """Adds hooks by which ``call`` knows the samples of layers that get the tokens of all samples in one dimension."""
-    for parent in model.modules():
-        wrappers = [child for child in parent.children() if isinstance(child, ParamWrapper)]
-        if not wrappers or isinstance(parent, ParamWrapper):
-            continue
+def _record_shape(model: nn.Module, call: dict[Hashable, Any]) -> Iterator[RemovableHandle]:
+    """Adds hooks by which ``call`` knows the shape of the hidden states that a mixture of experts flattens."""
 
-        def record(_: nn.Module, args: Any, kwargs: Any, wrappers: list[ParamWrapper] = wrappers) -> None:
-            if _computed.get() is not call:  # another thread's call
-                return
+    def record(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if _computed.get() is call:  # not another thread's call
             hidden = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-            shape = hidden.shape[:2] if hidden is not None and hidden.ndim == 3 else None
-            for wrapper in wrappers:
-                while isinstance(wrapper, ParamWrapper):
-                    call[samples_of_call, wrapper] = shape
-                    wrapper = wrapper.base_layer
+            call[samples_of_call] = hidden.shape[:2] if hidden is not None and hidden.ndim == 3 else None
 
-        yield parent.register_forward_pre_hook(record, with_kwargs=True)
+    of_experts = ParamWrapper, Experts4bit
+    for module in model.modules():
+        if not isinstance(module, of_experts) and any(isinstance(child, of_experts) for child in module.children()):
+            yield module.register_forward_pre_hook(record, with_kwargs=True)
 
 
 class _Name(str):
@@ -123,7 +123,7 @@ def _one_call(
 ) -> Iterator[None]:
     with _lock:  # torch numbers hooks without one, and two of the same number would replace each other
         hooks.__enter__()
-        handles = [*_record_samples(model, call)] if by_sample else []
+        handles = [*_record_shape(model, call)] if by_sample else []
     tokens = _computed.set(call), _by_sample.set(by_sample)
     try:
         with _eagerly() if by_sample and "torch._dynamo" in sys.modules else contextlib.nullcontext():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
 from ...nn import Linear4bit
+from .calls import samples_of_call
 from .merge import Over4bit
 from .operands import Adapter, added, by_sample
 from .reading import stand_in, unwrapped
@@ -256,6 +257,9 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
             names = kwargs.get("adapter_names")
             may_fuse = all(value is None or key == "adapter_names" for key, value in kwargs.items())
             if names is not None:
+                samples = samples_of_call(self, x, names)
+                if samples is not x:
+                    return self.forward(samples, *args, **kwargs).flatten(0, 1)
                 self._check_names(x, names)
                 lora = by_sample(self, x, names) if may_fuse else None
             else:
