@@ -65,7 +65,7 @@ def test_answers_are_those_of_generate(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     adapters = ["--adapter", finished_run, "--adapter", louder]
-    process = Command("serve", *adapters, "--port", port, "--context", "100", *OPTIONS)
+    process = Command("serve", *adapters, "--port", port, "--context", "100", "--reproducible", *OPTIONS)
     try:
         wait_for_server(process, port)
         with concurrent.futures.ThreadPoolExecutor() as clients:

@@ -57,7 +57,7 @@ class BatchDecoder:
             rows, are then always the same, and so are the bits of a sequence, whatever else runs. If sequences have
             adapters, give each one a name.
         prompt_part: longer prompts are read in parts of this many tokens. A step ends after as many tokens of prompts,
-            so that running sequences do not wait for long ones. None: a step reads whole prompts into all free slots.
+            so that other sequences do not wait for long ones. None: a step reads whole prompts into all free slots.
 
     Attributes:
         compiled: whether the model's code is compiled. It computes with the adapters that are active when the decoder
