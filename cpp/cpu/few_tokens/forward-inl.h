@@ -44,7 +44,6 @@ namespace few_tokens {
 using namespace stream;
 
 inline constexpr int64_t kMaxPrefetchBytes = 64 << 10;  // at once
-inline constexpr int64_t kPrefetchedRowBytes = 4 << 10;  // of a row of A; the hardware prefetches what follows
 inline constexpr int64_t kLeastStolenBytes = 64 << 10;  // of packed weights
 
 // How W is cut for the threads. An item is some kilobytes, so that what is done once per item costs little.
@@ -164,7 +163,7 @@ void prepare(const Pool& pool, const LinearProblem& p, const Products& products,
              int64_t first_token, T* dropped, const ArrangedX<Products>& x) {
   const int64_t k = p.w.k, rank = p.lora.rank, period = plan.rows.period;
   // A is read a few rows at a time, too few for the hardware to start prefetching.
-  if (!p.lora.adapters) prefetch(p.lora.a, min(rank * k * static_cast<int64_t>(sizeof(T)), kMaxPrefetchBytes));
+  prefetch(p.lora.a, min(rank * k * static_cast<int64_t>(sizeof(T)), kMaxPrefetchBytes));
 
   const T* in = static_cast<const T*>(p.x);
   for (int64_t i = 0; i < p.m * padded_rank(rank); ++i) x.h[i] = 0.0f;
@@ -174,19 +173,10 @@ void prepare(const Pool& pool, const LinearProblem& p, const Products& products,
   const int64_t of_tile = p.lora.adapters ? 1 : kTileTokens;
   const int64_t rank_groups = ceil_div(rank, kTileRanks), h_tiles = ceil_div(p.m, of_tile) * rank_groups;
   const int64_t arranged = p.m * period, units = h_tiles + arranged;
-  // Of several adapters, each token has its own A, which is prefetched a tile of h ahead.
-  const auto prefetch_a = [&](int64_t tile) {
-    if (!p.lora.adapters || tile >= h_tiles) return;
-    const Lora& lora = lora_of(p.lora, first_token + tile / rank_groups);
-    const int64_t begin = tile % rank_groups * kTileRanks, end = min(begin + kTileRanks, lora.rank);
-    for (int64_t j = begin; j < end; ++j)
-      prefetch(static_cast<const T*>(lora.a) + j * k, min(k * static_cast<int64_t>(sizeof(T)), kPrefetchedRowBytes));
-  };
   auto prepare_units = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i * h_tiles / units, token = i - tile;
       if ((i + 1) * h_tiles / units > tile) {
-        prefetch_a(tile + 1);
         const int64_t first = tile / rank_groups * of_tile;
         low_rank_h(lora_of(p.lora, first_token + first), drops ? dropped : in, p.m, k, first, min(of_tile, p.m - first),
                    tile % rank_groups * kTileRanks, x.h);

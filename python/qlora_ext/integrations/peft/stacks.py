@@ -44,14 +44,19 @@ class _Copy:
     def __init__(self, name: str, index: int, layers: Sequence[LoraLinear4bit], places: list[_Place]) -> None:
         self.index, self.places = index, places
         self._name, self._layers = name, [layers[place.layer] for place in places]
-        self._entries = FixedEntries(e for layer in layers for e in entries_of(layer, [name]))
+        self._entries = FixedEntries(e for layer in self._layers for e in entries_of(layer, [name]))
+        self._first_entries = FixedEntries(e for layer in self._layers[:1] for e in entries_of(layer, [name]))
         self._versions: list[int] = []
         self._numbers: list[Any] = []
         self.is_stale = True
 
     def is_there(self) -> bool:
-        """Whether the adapter's tensors are those that were found first."""
-        return self._entries.are_current()
+        """Whether the adapter's tensors are those that were found first.
+
+        Looks at all layers if the adapter is to be copied anyway. Otherwise only at the first one, because this takes
+        longer than anything else here: PEFT adds, deletes and swaps the tensors of all layers together.
+        """
+        return (self._entries if self.is_stale else self._first_entries).are_current()
 
     def take(self, stacks: AdapterStacks) -> bool:
         """Copies the tensors if they have changed. Returns False if a scaling cannot be stacked."""
@@ -78,9 +83,9 @@ def _largest_rank(layer: LoraLinear4bit) -> int:
 class AdapterStacks:
     """Copies of all adapters of a model, which follow the adapters.
 
-    ``follow`` notices in-place changes by torch's version counters, and also moved tensors, other scalings, and
-    adapters that were added or deleted. Version counters do not count what a program writes through ``parameter.data``.
-    After ``renew``, an adapter is copied in any case.
+    ``follow`` notices in-place changes by torch's version counters, and also other scalings, and adapters that were
+    added, deleted or swapped. Version counters do not count what a program writes through ``parameter.data``. After
+    ``renew``, an adapter is copied in any case.
 
     Attributes:
         layers: the model's 4-bit layers with adapters, in the order of the stacks.
