@@ -71,7 +71,18 @@ def test_optimizers_have_overrides_of_their_own(paths: Paths, tmp_path: pathlib.
     """bitsandbytes' are global, and by the positions of parameters."""
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     manager = bnb.optim.GlobalOptimManager.get_instance()
-    options = ["--seq-len", "48", "--batch-size", "2", "--eval-size", "1", "--max-steps", "2", "--optimizer", "adamw_8bit"]
+    options = [
+        "--seq-len",
+        "48",
+        "--batch-size",
+        "2",
+        "--eval-size",
+        "1",
+        "--max-steps",
+        "2",
+        "--optimizer",
+        "adamw_8bit",
+    ]
     try:
         for name in ("first", "second"):
             here("finetune", *base(paths), "--output", tmp_path / name, *options)
