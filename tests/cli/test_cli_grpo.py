@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ import qlora_ext
 from commands import Paths, adapter_bytes, here, read_lines
 from qlora_ext.cli.data.prompts import prompt_of
 from qlora_ext.cli.errors import UserError
+from qlora_ext.cli.training.reward_function import find_reward
+from qlora_ext.cli.training.rewards import CheckedReward
 
 REWARD = '''
 def share(completions, wanted, **columns):
@@ -116,12 +119,65 @@ def test_wrong_options(
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("few", "expected 8 finite numbers from few, one per answer, got 1"), ("wrong", "wrong raised KeyError")],
+    [("few", "expected 8 finite numbers from few, one per answer, got [1.0]"), ("wrong", "wrong raised KeyError")],
 )
 def test_wrong_rewards(
     refused: Any, task: dict[str, pathlib.Path], tmp_path: pathlib.Path, function: str, message: str
 ) -> None:
     assert message in refused("finetune", *options(task, function), "--output", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [None, 1.0, [None, 1.0], [float("nan"), 0], [1e300, 0], [10**400, 0], "12", {0: 1.0, 1: 1.0}, torch.zeros(2, 2)],
+    ids=str,
+)
+def test_rewards_that_are_not_one_number_per_answer(returned: Any) -> None:
+    with pytest.raises(UserError, match="--reward: expected 2 finite numbers from <lambda>, one per answer, got"):
+        CheckedReward(lambda **_: returned)(completions=["a", "b"])
+
+
+def test_rewards_of_other_types() -> None:
+    async def later(completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    def greedy(completions: list[str], **columns: Any) -> Any:
+        torch.set_grad_enabled(False)
+        return (torch.tensor(len(completions.pop(0))) for _ in range(2))
+
+    answers = ["a", "bcd"]
+    for reward in (later, greedy, lambda **_: torch.tensor([1.0, 3.0], requires_grad=True)):
+        assert CheckedReward(reward)(completions=answers, level=[1, 1]) == [1.0, 3.0]
+    assert answers == ["a", "bcd"]
+    assert torch.is_grad_enabled()
+
+
+def test_reward_functions_without_the_parameters() -> None:
+    def short(completions: list[str]) -> list[float]:
+        return [1.0 for _ in completions]
+
+    message = r"expected short to take the keyword arguments completions, level \(\*\*columns .*argument 'level'"
+    with pytest.raises(UserError, match=message):
+        CheckedReward(short)(completions=["a"], level=[1])
+
+
+def test_modules_next_to_the_file_and_in_the_working_directory(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a script. A dataclass looks for its module among the imported ones."""
+    (tmp_path / "scoring").mkdir()
+    (tmp_path / "scoring" / "share.py").write_text("def score(completions, **columns):\n    return [1.0]\n")
+    (tmp_path / "leave.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom scoring.share import score\n"
+        "@dataclasses.dataclass\nclass Level:\n    number: int\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    for name in ("scoring.share:score", "mine.py:score"):
+        assert find_reward(name)(completions=["a"]) == [1.0]
+    with pytest.raises(UserError, match="cannot import leave.py"):
+        find_reward("leave.py:score")
 
 
 def test_the_python_function_takes_a_function(task: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:

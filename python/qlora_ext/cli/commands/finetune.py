@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--sweep",
+        action="append",
         metavar="VALUES",
         help='train an adapter with each combination of these values, such as "lr=1e-4,2e-4 rank=8,16"',
     )
@@ -64,7 +65,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     options = named_settings(vars(arguments))
-    varied = None if arguments.sweep is None else parse_sweep(arguments.sweep)
+    varied = None if arguments.sweep is None else parse_sweep(" ".join(arguments.sweep))
     if arguments.config is not None:
         options = {**read_config(arguments.config, {**options, **(varied or {})}), **options}
     output, in_file = options.pop("output", DEFAULT_RUN), options.pop("sweep", None)

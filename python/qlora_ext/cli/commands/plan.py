@@ -93,7 +93,10 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     several = parser.add_mutually_exclusive_group()
     several.add_argument(
-        "--sweep", metavar="VALUES", help="as in finetune: memory of the largest adapter, and disk of all of them"
+        "--sweep",
+        action="append",
+        metavar="VALUES",
+        help="as in finetune: memory of the largest adapter, and disk of all of them",
     )
     several.add_argument(
         "--adapters", type=int, default=1, metavar="N", help="number of adapters of this size in a sweep (default: 1)"
@@ -184,7 +187,7 @@ def _adapters(arguments: argparse.Namespace) -> dict[str, argparse.Namespace]:
         raise UserError(f"--adapters {arguments.adapters}: expected 1 to {MAX_ADAPTERS}")
     if arguments.sweep is None:
         return {"": arguments}
-    values = parse_sweep(arguments.sweep)
+    values = parse_sweep(" ".join(arguments.sweep))
     if unsupported := {"dora", "layers"} & values.keys():
         raise UserError(f"--sweep {min(unsupported)}: the planner does not support it")
     return {name: argparse.Namespace(**{**vars(arguments), **found}) for name, found in combinations(values).items()}

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -33,7 +34,7 @@ def find_reward(name: str | Reward) -> Reward:
         module = _imported(where)
     except UserError:
         raise
-    except Exception as error:  # the user's code may raise any exception
+    except (Exception, SystemExit) as error:  # the user's code may raise any exception
         raise UserError(f"--reward {excerpt(name)}: cannot import {excerpt(where)} ({first_line(error)})") from error
     found = getattr(module, function, None)
     if not callable(found):
@@ -45,15 +46,25 @@ def find_reward(name: str | Reward) -> Reward:
 def _imported(where: str) -> Any:
     path = pathlib.Path(where).expanduser()
     if path.suffix != ".py":
+        _make_importable(pathlib.Path.cwd())
         return importlib.import_module(where)
     if not path.is_file():
         raise UserError(f"--reward {excerpt(where)}: no such file")
-    spec = importlib.util.spec_from_file_location("qlora_ext_reward", path.resolve())
+    path = path.resolve()
+    _make_importable(path.parent)  # the modules next to it, as for a script
+    spec = importlib.util.spec_from_file_location("qlora_ext_reward", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses find the module of a class there
     spec.loader.exec_module(module)
     return module
+
+
+def _make_importable(directory: pathlib.Path) -> None:
+    """Makes the modules in ``directory`` importable, after all others. A console script does not find them."""
+    if str(directory) not in sys.path:
+        sys.path.append(str(directory))
 
 
 def digest_of_reward(reward: Reward) -> str:

@@ -5,10 +5,12 @@ The answers come from ``decoding.Rollouts``, with the adapter as it is at that s
 
 from __future__ import annotations
 
-import math
+import asyncio
+import inspect
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from ..._internal.untrusted import excerpt
 from ...decoding import Rollouts, Sampling
 from ..errors import UserError, first_line
 from .reward_function import Reward
@@ -24,6 +27,8 @@ from .trainer import RunTrainer, training_arguments
 if TYPE_CHECKING:
     from ..data import Row
     from .settings import Settings
+
+_LARGEST = torch.finfo(torch.float32).max  # of a reward: TRL computes in float32
 
 
 def reward_arguments(settings: Settings, steps: int, directory: pathlib.Path, device: torch.device) -> Any:
@@ -48,11 +53,11 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-class _Checked:
+class CheckedReward:
     """A reward function whose exceptions and results are checked.
 
     Raises:
-        UserError: it raised an exception, or did not return one finite number per answer.
+        UserError: it lacks parameters, raised an exception, or did not return one finite number per answer.
     """
 
     def __init__(self, reward: Reward) -> None:
@@ -60,16 +65,49 @@ class _Checked:
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL logs by it
 
     def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        returned = self._returned({"completions": [*completions], **columns})
         try:
-            rewards = [float(reward) for reward in self._reward(completions=completions, **columns)]
-        except Exception as error:  # the user's code may raise any exception
-            raise UserError(f"--reward: {self.__name__} raised {type(error).__name__}: {first_line(error)}") from error
-        if len(rewards) != len(completions) or not all(map(math.isfinite, rewards)):
+            if isinstance(returned, str | Mapping | Set):  # its elements are not the rewards in their order
+                raise TypeError
+            rewards = [float(reward) for reward in returned]
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # torch raises a RuntimeError
+            rewards = []
+        if len(rewards) != len(completions) or not all(abs(reward) <= _LARGEST for reward in rewards):
             raise UserError(
                 f"--reward: expected {len(completions)} finite numbers from {self.__name__}, one per answer, got "
-                f"{len(rewards)}: {rewards[:8]}"
+                f"{excerpt(returned)}"
             )
         return rewards
+
+    def _returned(self, arguments: dict[str, Any]) -> Any:
+        """What the function returns for keyword ``arguments``; if that is awaitable, its result."""
+        self._check_parameters(arguments)
+        try:
+            with torch.no_grad():
+                returned: Any = self._reward(**arguments)
+                if inspect.isawaitable(returned):
+                    with ThreadPoolExecutor(1) as thread:  # in a notebook, this thread has a running event loop
+                        returned = thread.submit(asyncio.run, _awaited(returned)).result()
+                return [*returned] if isinstance(returned, Iterator) else returned
+        except (Exception, SystemExit) as error:  # the user's code may raise any exception
+            raise UserError(f"--reward: {self.__name__} raised {type(error).__name__}: {first_line(error)}") from error
+
+    def _check_parameters(self, arguments: dict[str, Any]) -> None:
+        try:
+            signature = inspect.signature(self._reward)
+        except (TypeError, ValueError):  # a function that is not written in Python
+            return
+        try:
+            signature.bind(**arguments)
+        except TypeError as error:
+            raise UserError(
+                f"--reward: expected {self.__name__} to take the keyword arguments {', '.join(arguments)} (**columns "
+                f"takes those that it does not need), got {self.__name__}{signature}: {first_line(error)}"
+            ) from error
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
 
 
 class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore]
@@ -86,7 +124,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore
         report: Callable[[str], None],
     ) -> None:
         self.held_out = held_out
-        self._reward = _Checked(reward)
+        self._reward = CheckedReward(reward)
         # The prompts are formatted already, special tokens included.
         self._rollouts = Rollouts(encode=lambda text: _ids(tokenizer, text), progress=report)
         with warnings.catch_warnings():
