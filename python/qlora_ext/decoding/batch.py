@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from .._internal.untrusted import first_line
 from ..integrations.peft.fixed import FixedAdapters
+from ..nn import layers_of
 from .batch_step import ATTENTION, SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import (
     CACHE,
@@ -411,7 +412,8 @@ class BatchDecoder:
         for cache in self._caches:
             cache[:2].zero_()
         error = float((logits.double() - expected).norm() / expected.norm())
-        tolerance = _TOLERANCE if self._caches[0].dtype == torch.float32 else _TOLERANCE_16_BITS
+        dtypes = {self._caches[0].dtype, *(layer.compute_dtype for _, layer in layers_of(self._lm))}
+        tolerance = _TOLERANCE if dtypes == {torch.float32} else _TOLERANCE_16_BITS
         if bool(expected.isfinite().all()) and not error < tolerance:
             raise _rejected(
                 "its logits of a sequence in a batch differ from those of the sequence alone by "
