@@ -180,8 +180,21 @@ def test_modules_next_to_the_file_and_in_the_working_directory(
         find_reward("leave.py:score")
 
 
-def test_the_python_function_takes_a_function(task: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+def test_the_python_function_takes_a_function(
+    task: dict[str, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And TRL compares the training forward's log-probabilities with themselves, so that their ratio is 1."""
+    from trl import GRPOTrainer
+
     seen: list[int] = []
+    compared: list[Any] = []
+    usual = GRPOTrainer._compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: Any) -> Any:
+        compared.append([inputs.get(name) for name in ("old_per_token_logps", "importance_sampling_ratio")])
+        return usual(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", compute_loss)
 
     def longest(completions: list[str], wanted: list[int], **columns: Any) -> list[float]:
         seen.extend(wanted)
@@ -189,8 +202,9 @@ def test_the_python_function_takes_a_function(task: dict[str, pathlib.Path], tmp
 
     done = qlora_ext.finetune(
         model=task["model"], data=task["data"], output=tmp_path / "run", method="grpo", reward=longest, rank=2,
-        seq_len=32, max_new_tokens=4, generations=2, batch_size=2, max_steps=1, eval_size=2,
+        seq_len=32, max_new_tokens=4, generations=2, batch_size=2, grad_accum=2, max_steps=1, eval_size=2,
     )  # fmt: skip
+    assert compared == [[None, None]] * 2
     assert "reward_after" in done.metrics
     assert set(seen) == {128}
 

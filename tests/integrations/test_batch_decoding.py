@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import random
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers.generation.logits_process import (
 
 import qlora_ext
 import tiny_models
-from qlora_ext.decoding import BatchDecoder, Request, Sampling, generate, sampling
+from qlora_ext.decoding import BatchDecoder, Request, Rollouts, Sampling, generate, sampling
 from qlora_ext.decoding.prompts import PromptReader
 from qlora_ext.decoding.sampling import draw
 
@@ -374,6 +375,18 @@ def test_adapters_by_request() -> None:
     model.base_model.set_adapter(["first", "second"])
     with pytest.raises(ValueError, match="adapter: expected None, because several are active"):
         engine.submit(given[0], adapter="first")
+
+
+def test_rollouts_use_all_positions_of_a_model() -> None:
+    model = tiny().train()
+    (given,) = prompts(1, longest=1)
+    rollouts, trainer = Rollouts(4, compiled=False), types.SimpleNamespace(model=model)
+    positions = model.config.max_position_embeddings
+    (answer,) = rollouts.answers(trainer, [given], Sampling(positions - 1, stop_tokens=()))
+    assert len(answer.tokens) == positions - 1
+    assert model.training
+    with pytest.raises(ValueError, match="capacity: expected 2 to 64, the model's positions, got 65"):
+        rollouts.answers(trainer, [given], Sampling(positions))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor
 from .._internal.untrusted import first_line
 from .._internal.vocabulary import vocabulary_size
 from ..integrations.peft.fixed import FixedAdapters
+from ..nn import layers_of
 from .batch_step import ATTENTION, SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import PROMPT, TOKEN, attention_over_caches, load_decoding, new_caches
 from .graphs import StepGraphs, load_graphs
@@ -452,9 +453,8 @@ class BatchDecoder:
         for cache in self._caches:
             cache[:2].zero_()
         error = float((logits.double() - expected).norm() / expected.norm())
-        # 4-bit layers round their inputs to their own dtype, also in a model whose caches are float32.
-        dtypes = {self._caches[0].dtype, *(getattr(module, "compute_dtype", None) for module in self._lm.modules())}
-        tolerance = _TOLERANCE_16_BITS if dtypes & {torch.bfloat16, torch.float16} else _TOLERANCE
+        dtypes = {self._caches[0].dtype, *(layer.compute_dtype for _, layer in layers_of(self._lm))}
+        tolerance = _TOLERANCE if dtypes == {torch.float32} else _TOLERANCE_16_BITS
         if bool(expected.isfinite().all()) and not error < tolerance:
             raise _rejected(
                 "its logits of a sequence in a batch differ from those of the sequence alone by "

@@ -10,6 +10,7 @@ from typing import Any
 
 from .batch import BatchDecoder
 from .compiled import BREAK_EVEN_TOKENS
+from .packages import causal_lm
 from .requests import Request
 from .sampling import Sampling
 
@@ -20,9 +21,13 @@ class Rollouts:
     """A ``rollout_func`` for TRL's ``GRPOTrainer``, which samples by batched decoding.
 
     It reads the trained weights in place: nothing is merged or copied, and each answer comes from the adapter as it is
-    at that step. Temperature, ``top_p``, ``top_k``, ``min_p`` and the
+    at that step. The prompt of a group is read once. Temperature, ``top_p``, ``top_k``, ``min_p`` and the
     number of tokens are those of the trainer's ``GRPOConfig``. Seeds come from torch's default generator, so a run that
     is resumed from a checkpoint samples the same answers.
+
+    The log-probabilities returned are those by which the tokens were drawn. docs/compile.md says where they have the
+    bits of the training forward. TRL corrects nothing by them: while each batch of answers is used for one step, it
+    compares the training forward's log-probabilities with themselves.
 
     Args:
         sequences: answers that are written at once.
@@ -109,6 +114,8 @@ class Rollouts:
             if compiled is None and on_cpu and not self._pays(trainer.args):
                 compiled = False
             capacity = -(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP
+            positions = getattr(causal_lm(trainer.model).config, "max_position_embeddings", None) or capacity
+            capacity = max(min(capacity, positions), tokens)
             self._engine = BatchDecoder(
                 trainer.model, self._sequences, capacity, compiled, self._progress, self._reproducible
             )
