@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._internal.untrusted import first_line
 from ..integrations.peft.fixed import FixedAdapters
+from ..nn import layers_of
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import PROMPT, TOKEN, load_decoding, new_caches
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
@@ -252,7 +253,7 @@ class BatchDecoder:
                 self.steps += 1
             left = self._part or math.inf
             while left > 0 and self._waiting and len(self._running) < self.sequences:
-                left -= self._start(self._waiting.popleft())
+                left -= self._start(self._waiting[0])
             return bool(self._running or self._waiting)
         finally:
             self._stepping.release()
@@ -262,22 +263,25 @@ class BatchDecoder:
             raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
 
     def _start(self, request: Request) -> int:
-        """Reads the next part of a prompt, for which there is a slot. Returns its number of tokens."""
-        reader = self._readers.pop(request, None) or PromptReader(request, self._caches)
-        first, logits = reader.count, None
+        """Reads the next part of the prompt of the first request that waits. Returns its number of tokens."""
+        logits = None
+        reader = self._readers.pop(request, None) or PromptReader(request.prompt, self._caches)
+        before = reader.count
         if not self._has_ended(request):
             try:
-                logits = self._read(reader, self._part)
+                options = self._forward_options([request])
+                logits = self._read_prompt(request.prompt, len(self._running), options, reader)
             except Exception as error:  # for example, no memory for a long prompt
                 request.fail(error)
-        if logits is not None and reader.done:
-            reader.store(self._caches, len(self._running))
-            self._running.append(request)
-            self._continue([request], logits)
-        elif logits is not None:  # prompts with a slot take turns, so that short ones do not wait for long ones
+        self._waiting.popleft()
+        if logits is not None and not reader.done:
+            # Prompts that have a slot take turns, so that short ones do not wait for long ones.
             self._readers[request] = reader
             self._waiting.insert(self.sequences - len(self._running) - 1, request)
-        return reader.count - first
+        elif logits is not None:
+            self._running.append(request)
+            self._continue([request], logits)
+        return reader.count - before
 
     def _has_ended(self, request: Request) -> bool:
         """Whether a sequence has ended, for example because its adapter was deleted."""
@@ -331,7 +335,8 @@ class BatchDecoder:
         usual = active[0] if active else BASE
         names = [usual if request.adapter is None else request.adapter for request in requests]
         # Compiled steps and those with names differ in rounding, so reproducible ones always have names.
-        return {} if set(names) == {usual} and not self.reproducible else {"adapter_names": names + [usual] * idle}
+        always = self.reproducible and self._layer is not None
+        return {} if set(names) == {usual} and not always else {"adapter_names": names + [usual] * idle}
 
     def _read_tokens(self, requests: Sequence[Request]) -> Tensor:
         """The logits [B, V] after each sequence's last token, which is read into the caches."""
@@ -355,11 +360,16 @@ class BatchDecoder:
     def _integers(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._lm.device)
 
-    def _read(self, reader: PromptReader, most: int | None = None) -> Tensor:
-        """Reads at most ``most`` more tokens of a prompt. Returns the logits [1, V] after them."""
-        options = self._forward_options([reader.request])
+    def _read_prompt(
+        self, prompt: list[int], slot: int, options: dict[str, Any], reader: PromptReader | None = None
+    ) -> Tensor:
+        """The logits [1, V] after a prompt, which is read into the caches, or after the next part of its ``reader``."""
+        most, reader = (None, PromptReader(prompt, self._caches)) if reader is None else (self._part, reader)
         forward = functools.partial(self._model if options else self._lm, **options)
-        return reader.read(self._lm, lambda name: self._code(name, options), forward, most)
+        logits = reader.read(self._lm, lambda name: self._code(name, options), forward, most)
+        if reader.done:
+            reader.store(self._caches, slot)
+        return logits
 
     @torch.no_grad()
     def _test(self) -> None:
@@ -370,23 +380,16 @@ class BatchDecoder:
         """
         vocabulary = self._lm.get_input_embeddings().num_embeddings
         prompts = [[token % vocabulary for token in tokens] for tokens in ((5, 9, 3), (7, 5, 11, 2, 6))]
-        whole, begun = (
-            [PromptReader(Request(prompt[:end], Sampling(seed=0), 1, None, None), self._caches) for prompt in prompts]
-            for end in (None, -1)
-        )
-        expected = torch.cat([self._read(reader) for reader in whole]).double()
-        for slot, reader in enumerate(begun):
-            for most in (1, None):
-                self._read(reader, most)
-            reader.store(self._caches, slot)
+        expected = torch.cat([self._read_prompt(prompt, 0, {}) for prompt in prompts]).double()
+        for slot, prompt in enumerate(prompts):
+            self._read_prompt(prompt[:-1], slot, {})
         last = self._integers([prompt[-1] for prompt in prompts])
         logits = self._step(last, self._integers([len(prompt) - 1 for prompt in prompts]), {})
         for cache in self._caches:
             cache[:2].zero_()
         error = float((logits.double() - expected).norm() / expected.norm())
-        # 4-bit layers round their inputs to their own dtype, also in a model whose caches are float32.
-        dtypes = {self._caches[0].dtype, *(getattr(module, "compute_dtype", None) for module in self._lm.modules())}
-        tolerance = _TOLERANCE_16_BITS if dtypes & {torch.bfloat16, torch.float16} else _TOLERANCE
+        dtypes = {self._caches[0].dtype, *(layer.compute_dtype for _, layer in layers_of(self._lm))}
+        tolerance = _TOLERANCE if dtypes == {torch.float32} else _TOLERANCE_16_BITS
         if bool(expected.isfinite().all()) and not error < tolerance:
             raise _rejected(
                 "its logits of a sequence in a batch differ from those of the sequence alone by "

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits
-from .requests import Request
 
 Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 class PromptReader:
-    """The prompt of a request.
+    """A prompt that is read whole or in parts.
 
     Args:
         slots: the caches of a batch, each [slots, H, capacity, D]: the keys of all layers, then the values.
@@ -25,14 +24,14 @@ class PromptReader:
         count: how many tokens have been read.
     """
 
-    def __init__(self, request: Request, slots: Sequence[Tensor]) -> None:
-        self.request = request
+    def __init__(self, prompt: list[int], slots: Sequence[Tensor]) -> None:
         self.count = 0
+        self._prompt = prompt
         self._caches = [cache[:1, :, :0] for cache in slots]  # each [1, H, at least count, D]
 
     @property
     def done(self) -> bool:
-        return self.count == len(self.request.prompt)
+        return self.count == len(self._prompt)
 
     def read(
         self, lm: Any, code: Callable[[str], Run | None], forward: Callable[..., Any], most: int | None = None
@@ -47,7 +46,7 @@ class PromptReader:
             The logits [1, V] after them.
         """
         first, half = self.count, len(self._caches) // 2
-        tokens = self.request.prompt[first:][:most]
+        tokens = self._prompt[first:][:most]
         end = first + len(tokens)
         ids = torch.tensor([tokens], dtype=torch.int64, device=lm.device)
         run = code(TOKEN if len(tokens) == 1 else PROMPT) if len(tokens) <= MAX_PROMPT else None
