@@ -98,7 +98,7 @@ def test_a_sequence_does_not_depend_on_the_batch(dtype: torch.dtype, reproducibl
 
     def run(order: list[int], sequences: int = slots) -> dict[int, Any]:
         engine = eager(model, sequences, reproducible=reproducible)
-        requests = [engine.submit(given[i], options[i]) for i in order]
+        requests = [engine.submit(given[i], options[i], "__base__" if reproducible else None) for i in order]
         engine.run()
         return dict(zip(order, found(requests), strict=True))
 
@@ -118,7 +118,7 @@ def test_a_prompt_of_several_sequences_is_read_once(monkeypatch: pytest.MonkeyPa
     usual = PromptReader.read
 
     def counted(self: PromptReader, *more: Any) -> torch.Tensor:
-        read.append(self.request.prompt)
+        read.append(self.prompt)
         return usual(self, *more)
 
     def run() -> list[Request]:
@@ -412,6 +412,8 @@ def test_wrong_sampling(options: dict[str, Any], message: str) -> None:
 def test_wrong_arguments() -> None:
     model = tiny()
     engine = eager(model, capacity=20)
+    with pytest.raises(ValueError, match="prompt_part: expected at least 1 or None, got 0"):
+        eager(model, prompt_part=0)
     for arguments, message in [
         (([],), "prompt: expected at least one token, got none"),
         (([5, 128],), "prompt: expected token ids from 0 to 127, got 5 to 128"),

@@ -298,15 +298,16 @@ class BatchDecoder:
 
     def _start(self, request: Request) -> int:
         """Reads the next part of a prompt, for which there is a slot. Returns its number of tokens."""
-        reader = self._readers.pop(request, None) or PromptReader(request, self._caches)
+        reader = self._readers.pop(request, None) or PromptReader(request.prompt, self._caches)
         first, logits = reader.count, None
         if not self._has_ended(request):
             try:
-                if self._mixed is not None:
-                    self._mixed.renew(self._names(self._forward_options([request.adapter]), 1))
-                logits = self._copied(reader)
+                logits = self._copied(request, reader)
                 if logits is None:
-                    logits = self._read(reader, self._part)
+                    options = self._forward_options([request.adapter])
+                    if self._mixed is not None:
+                        self._mixed.renew(self._names(options, 1))
+                    logits = self._read(reader, options, self._part)
             except Exception as error:  # for example, no memory for a long prompt
                 request.fail(error)
         if logits is not None and reader.done:
@@ -319,9 +320,8 @@ class BatchDecoder:
             self._waiting.insert(self.sequences - len(self._running) - 1, request)
         return reader.count - first
 
-    def _copied(self, reader: PromptReader) -> Tensor | None:
+    def _copied(self, request: Request, reader: PromptReader) -> Tensor | None:
         """The logits after a prompt that a running sequence has too, whose keys and values the reader takes."""
-        request = reader.request
         for slot, other in enumerate(self._running):
             if other.prompt_logits is not None and (other.prompt, other.adapter) == (request.prompt, request.adapter):
                 reader.take(self._caches, slot)
@@ -381,7 +381,8 @@ class BatchDecoder:
         usual = active[0] if active else BASE
         names = [usual if adapter is None else adapter for adapter in adapters]
         # Compiled steps and those with names differ in rounding, so reproducible ones always have names.
-        return {} if set(names) == {usual} and not self.reproducible else {"adapter_names": names + [usual] * idle}
+        always = self.reproducible and self._layer is not None
+        return {} if set(names) == {usual} and not always else {"adapter_names": names + [usual] * idle}
 
     def _read_tokens(self, requests: Sequence[Request]) -> Tensor:
         """The logits [B, V] after each sequence's last token, which is read into the caches."""
@@ -419,9 +420,8 @@ class BatchDecoder:
     def _integers(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._lm.device)
 
-    def _read(self, reader: PromptReader, most: int | None = None) -> Tensor:
+    def _read(self, reader: PromptReader, options: dict[str, Any], most: int | None = None) -> Tensor:
         """Reads at most ``most`` more tokens of a prompt. Returns the logits [1, V] after them."""
-        options = self._forward_options([reader.request.adapter])
         forward = functools.partial(self._model if options else self._lm, **options)
         return reader.read(self._lm, lambda name: self._code(name, options), forward, most)
 
@@ -434,17 +434,12 @@ class BatchDecoder:
         """
         vocabulary = vocabulary_size(self._lm)
         prompts = [[token % vocabulary for token in tokens] for tokens in ((5, 9, 3), (7, 5, 11, 2, 6))]
-        whole, begun = (
-            [
-                PromptReader(Request(prompt[:end], Sampling(seed=0), 1, adapter, None), self._caches)
-                for prompt, adapter in zip(prompts, adapters, strict=True)
-            ]
-            for end in (None, -1)
-        )
-        expected = torch.cat([self._read(reader) for reader in whole]).double()
+        of_each = [self._forward_options([adapter]) for adapter in adapters]
+        whole, begun = ([PromptReader(prompt[:end], self._caches) for prompt in prompts] for end in (None, -1))
+        expected = torch.cat([self._read(*each) for each in zip(whole, of_each, strict=True)]).double()
         for slot, reader in enumerate(begun):
             for most in (1, None):
-                self._read(reader, most)
+                self._read(reader, of_each[slot], most)
             reader.store(self._caches, slot)
         last = self._integers([prompt[-1] for prompt in prompts])
         logits = self._step(

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits
-from .requests import Request
 
 # For so many of the last tokens, the model computes logits: enough for the kernel of the head that training runs.
 _HEAD_ROWS = 8
@@ -19,7 +18,7 @@ Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 class PromptReader:
-    """The prompt of a request.
+    """A prompt that is read whole or in parts.
 
     Args:
         slots: the caches of a batch, each [slots, H, capacity, D]: the keys of all layers, then the values.
@@ -28,14 +27,13 @@ class PromptReader:
         count: how many tokens have been read.
     """
 
-    def __init__(self, request: Request, slots: Sequence[Tensor]) -> None:
-        self.request = request
-        self.count = 0
+    def __init__(self, prompt: list[int], slots: Sequence[Tensor]) -> None:
+        self.prompt, self.count = prompt, 0
         self._caches = [cache[:1, :, :0] for cache in slots]  # each [1, H, at least count, D]
 
     @property
     def done(self) -> bool:
-        return self.count == len(self.request.prompt)
+        return self.count == len(self.prompt)
 
     def read(
         self, lm: Any, code: Callable[[str], Run | None], forward: Callable[..., Any], most: int | None = None
@@ -50,7 +48,7 @@ class PromptReader:
             The logits [1, V] after them.
         """
         first, half = self.count, len(self._caches) // 2
-        tokens = self.request.prompt[first:][:most]
+        tokens = self.prompt[first:][:most]
         end = first + len(tokens)
         ids = torch.tensor([tokens], dtype=torch.int64, device=lm.device)
         run = code(TOKEN if len(tokens) == 1 else PROMPT) if len(tokens) <= MAX_PROMPT else None
@@ -71,7 +69,7 @@ class PromptReader:
 
     def take(self, slots: Sequence[Tensor], slot: int) -> None:
         """Has the whole prompt come from a slot, whose sequence begins with it."""
-        self._caches, self.count = [cache[slot : slot + 1] for cache in slots], len(self.request.prompt)
+        self._caches, self.count = [cache[slot : slot + 1] for cache in slots], len(self.prompt)
 
     def store(self, slots: Sequence[Tensor], slot: int) -> None:
         """Copies what has been read into a slot of the batch's caches."""
