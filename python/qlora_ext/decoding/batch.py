@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -20,8 +19,8 @@ from .._internal.untrusted import first_line
 from .._internal.vocabulary import vocabulary_size
 from ..integrations.peft.fixed import FixedAdapters
 from ..nn import layers_of
-from .batch_step import ATTENTION, SPAN_STEP, STEP, BatchStep, load_step
-from .compiled import PROMPT, TOKEN, attention_over_caches, load_decoding, new_caches
+from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
+from .compiled import PROMPT, TOKEN, load_decoding, new_caches
 from .graphs import StepGraphs, load_graphs
 from .mixed import MixedSteps, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
@@ -408,8 +407,7 @@ class BatchDecoder:
             if mixed is not None:
                 return mixed
         step = BatchStep(self._model if options else self._lm)
-        with attention_over_caches(self._lm, ATTENTION) if self._lm.device.type == "cpu" else contextlib.nullcontext():
-            logits: Tensor = step(tokens, positions, visible, caches, **options)
+        logits: Tensor = step(tokens, positions, visible, caches, **options)
         return logits
 
     def _names(self, options: dict[str, Any], count: int) -> list[str]:

@@ -12,6 +12,7 @@ Attention reads the span: the longest sequence, rounded up.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -61,8 +62,8 @@ def _attend(
     return y.reshape(batch, 1, heads, value.shape[3]), None
 
 
-ATTENTION = "qlora_ext_batch"
-AttentionInterface.register(ATTENTION, _attend)
+_ATTENTION = "qlora_ext_batch"
+AttentionInterface.register(_ATTENTION, _attend)
 
 
 class _Rows(StaticLayer):  # type: ignore[misc,unused-ignore]
@@ -110,11 +111,13 @@ class BatchStep(nn.Module):
         pairs = zip(caches[:half], caches[half:], strict=True)
         cache.layers = [_Rows(keys, values, positions, span) for keys, values in pairs]
         mask = visible[:, None, None]
-        if config._attn_implementation not in ("sdpa", ATTENTION):  # "eager" adds the mask to the scores
+        if config._attn_implementation != "sdpa":  # "eager" adds the mask to the scores
             dtype = caches[0].dtype
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         options |= {"attention_mask": mask, "position_ids": positions[:, None], "use_cache": True, CACHE: cache}
-        logits: Tensor = self.model(input_ids=tokens[:, None], **options).logits
+        lm = causal_lm(self.model)
+        with attention_over_caches(lm, _ATTENTION) if lm.device.type == "cpu" else contextlib.nullcontext():
+            logits: Tensor = self.model(input_ids=tokens[:, None], **options).logits
         return logits[:, -1]
 
 
@@ -139,8 +142,8 @@ def step_arguments(lm: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 def compile_step(
     lm: Any, name: str, step: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...], package: pathlib.Path
 ) -> None:
-    """Compiles a step of ``lm`` with the attention and the output head of batches."""
-    with attention_over_caches(lm, ATTENTION), head_computed_by(lm, _linear_dense, (torch.bfloat16, torch.float16)):
+    """Compiles a step of ``lm`` with the output head of batches."""
+    with head_computed_by(lm, _linear_dense, (torch.bfloat16, torch.float16)):
         compile_package({name: Function(step, arguments, shapes)}, package)
 
 

@@ -65,7 +65,7 @@ _OPTIONS = {
 
 def causal_lm(model: Any) -> Any:
     """The language model inside PEFT's wrapper, or ``model`` itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def not_plain(model: Any) -> str | None:
