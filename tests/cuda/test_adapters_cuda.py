@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from adapter_samples import Batch, batch, dx_args, forward_args, stacked
+from qlora_ext.form import Form
+from qlora_ext.weight import quantize
 
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
@@ -26,11 +28,11 @@ SHAPES = [
 # Kernels whose CTAs divide the ranks, and those for thousands of tokens: m, k, the kernel, the oldest and newest
 # architecture, and whether dX has it.
 FORCED = [
-    (8, 1088, "few_tokens:splits=2", 80, 120, False),
-    (20, 320, "tensor_cores:splits=2", 80, 120, True),
-    (36, 320, "sm90:tokens=64,splits=2,multicast=1", 90, 90, True),
-    (20, 320, "gemm", 80, 120, True),
-    (20, 320, "library", 75, 90, True),  # on B200, the library adds a single adapter's terms itself
+    (8, 1152, "few_tokens:splits=2", 80, 120, False),
+    (20, 384, "tensor_cores:splits=2", 80, 120, True),
+    (36, 384, "sm90:tokens=64,splits=2,multicast=1", 90, 90, True),
+    (20, 384, "gemm", 80, 120, True),
+    (20, 384, "library", 75, 90, True),  # on B200, the library adds a single adapter's terms itself
 ]
 
 
@@ -85,6 +87,11 @@ def cuda_batch(m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...
     return b
 
 
+def cancelling(rows: int, columns: int) -> Tensor:
+    half = 64 * torch.randn(rows, columns // 2)
+    return torch.cat([half, -half], dim=1).to("cuda", FP16)
+
+
 @pytest.mark.parametrize("has_dropout", [False, True])
 @pytest.mark.parametrize(("m", "n", "k", "dtype", "ranks"), SHAPES)
 def test_rows_have_the_bits_of_their_adapter_alone(
@@ -105,10 +112,12 @@ def test_kernels_that_divide_the_ranks(
     if not oldest <= 10 * major + minor <= newest:
         pytest.skip(f"{kernel} does not run on compute capability {major}.{minor}, or not for one adapter")
     monkeypatch.setenv("QLORA_CUDA_KERNEL", kernel)
-    b = cuda_batch(m, 136, k, FP16, (130, 16, 3), dropout_p=0.3)
-    check_forward(b)
+    # The base's parts are large and cancel, and what they round off the adapter's product tells which part it was in.
+    b = cuda_batch(m, 128, k, FP16, (130, 16, 3), dropout_p=0.3)
+    b = dataclasses.replace(b, w4=quantize(torch.randn(64, k // 2, device="cuda").repeat(2, 2), Form.of()), bias=None)
+    check_forward(dataclasses.replace(b, x=cancelling(m, k), lora_a=[t / 64 for t in b.lora_a]))
     if has_dx:
-        check_dx(b, torch.randn(m, 136).to("cuda", FP16))
+        check_dx(dataclasses.replace(b, lora_b=[t / 64 for t in b.lora_b]), cancelling(m, 128))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
