@@ -63,12 +63,15 @@ inline void device_adapters(const AdapterArgs& args, int64_t m, const char* like
           shape_text(offsets));
   const int64_t count = offsets.size(0) - 1;
   require(count < (int64_t{1} << 16), "rank_offsets: expected fewer than 65536 adapters on CUDA, got ", count);
-  // Together with 0 <= max_rank, this also bounds it by stack.rank or, without adapters, by 0.
-  require(0 <= args.max_rank && args.max_rank <= (count > 0 ? stack.rank : 0), "max_rank: expected 0 to ",
-          count > 0 ? stack.rank : 0, " (the rows of lora_a), got ", args.max_rank);
+  // Kernels see a stack in which each adapter has max_rank ranks, rounded up to a multiple of 32 at most.
+  constexpr int64_t kMostRanks = int64_t{1} << 30;
+  const int64_t most = count > 0 ? std::min(stack.rank, kMostRanks / count - 31) : 0;
+  require(0 <= args.max_rank && args.max_rank <= most, "max_rank: expected 0 to ", most, " for ", count,
+          " adapters with ranks of ", stack.rank, " in total, got ", args.max_rank);
   require(args.max_rank * count >= stack.rank, "max_rank: expected the largest rank of ", count,
           " adapters with ranks of ", stack.rank, " in total, got ", args.max_rank);
-  area("max_rank", count * (args.max_rank + 31), std::max<int64_t>(m, 1));
+  for (const int64_t size : {m, operands->a.size(1), operands->b.size(0)})
+    area("max_rank", count * (args.max_rank + 31), size);
 
   auto own = std::make_unique<DeviceAdapters>();
   own->count = count;

@@ -18,18 +18,18 @@ inline constexpr int64_t kForwardStageK = 128, kDxStageRows = 64;  // terms of t
 inline constexpr int64_t kMostSplits = kMostClusterCtas;           // the CTAs of a cluster divide a tile's sum
 inline constexpr int64_t kMostMulticast = 2;                       // and share copies of the tokens with a partner
 
-// k has groups of 64 with one scale each and no offset, and the sizes fit TMA's coordinates.
-constexpr bool accepts_weight(DType dtype, int64_t m, const Weight& w, const Device& device) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+// k has groups of 64 with one scale each and no offset, the sizes fit TMA's coordinates, and the ranks an int.
+constexpr bool accepts_sizes(DType dtype, int64_t m, const Weight& w, const Lora& lora, const Device& device) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max(), kMostRanks = kMost / 2;
   return device.arch == 90 && is_16_bit(dtype) && m > 0 && w.n > 0 && w.k > 0 && has_one_scale_per(64, w) &&
-         !has_offsets(w) && m <= kMost && w.n <= kMost && w.k <= kMost;
+         !has_offsets(w) && m <= kMost && w.n <= kMost && w.k <= kMost && lora.rank <= kMostRanks;
 }
 constexpr bool accepts(const LinearProblem& p, const Device& device) {
-  return accepts_weight(p.dtype, p.m, p.w, device);
+  return accepts_sizes(p.dtype, p.m, p.w, p.lora, device);
 }
 // TMA requires that rows of dy begin at multiples of 16 bytes.
 constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
-  return accepts_weight(p.dtype, p.m, p.w, device) && p.w.n % 8 == 0;
+  return accepts_sizes(p.dtype, p.m, p.w, p.lora, device) && p.w.n % 8 == 0;
 }
 
 // Up to kFewestTokens - 1 tokens, the tiles on mma.sync decode each weight only once, too. Up to kMostTokens, these

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from adapter_samples import Batch, batch, dx_args, forward_args, stacked
+from qlora_ext.form import Form
+from qlora_ext.weight import quantize
 
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
@@ -18,7 +20,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # rows that need the kernels for any shape; and float32.
 SHAPES = [
     (9, 136, 576, BF16, (4, 0, 16, 8, 40)),
-    (36, 72, 320, FP16, (4, 0, 16, 8, 40)),
+    (34, 72, 192, FP16, (4, 0, 16, 8, 40)),
     (34, 72, 128, BF16, (16,) * 10),
     (6, 37, 102, BF16, (5, 0, 40)),
     (19, 40, 96, FP32, (5, 0, 40, 16)),
@@ -26,11 +28,11 @@ SHAPES = [
 # Kernels whose CTAs divide the ranks, and those for thousands of tokens: m, k, the kernel, the oldest and newest
 # architecture, and whether dX has it.
 FORCED = [
-    (8, 1088, "few_tokens:splits=2", 80, 120, False),
-    (20, 320, "tensor_cores:splits=2", 80, 120, True),
-    (36, 320, "sm90:tokens=64,splits=2,multicast=1", 90, 90, True),
-    (20, 320, "gemm", 80, 120, True),
-    (20, 320, "library", 75, 90, True),  # on B200, the library adds a single adapter's terms itself
+    (8, 1152, "few_tokens:splits=2", 80, 120, False),
+    (20, 384, "tensor_cores:splits=2", 80, 120, True),
+    (36, 384, "sm90:tokens=64,splits=2,multicast=1", 90, 90, True),
+    (20, 384, "gemm", 80, 120, True),
+    (20, 384, "library", 75, 90, True),  # on B200, the library adds a single adapter's terms itself
 ]
 
 
@@ -85,13 +87,18 @@ def cuda_batch(m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...
     return b
 
 
-@pytest.mark.parametrize("dropout", ["none", "one seed", "seeds"])
+def cancelling(rows: int, columns: int) -> Tensor:
+    half = 64 * torch.randn(rows, columns // 2)
+    return torch.cat([half, -half], dim=1).to("cuda", FP16)
+
+
+@pytest.mark.parametrize("has_dropout", [False, True])
 @pytest.mark.parametrize(("m", "n", "k", "dtype", "ranks"), SHAPES)
 def test_rows_have_the_bits_of_their_adapter_alone(
-    m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...], dropout: str
+    m: int, n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...], has_dropout: bool
 ) -> None:
-    seeds = [11 * e for e in range(len(ranks))] if dropout == "seeds" else None
-    b = cuda_batch(m, n, k, dtype, ranks, dropout_p=0.0 if dropout == "none" else 0.4, seeds=seeds)
+    dropout = {"dropout_p": 0.4, "seeds": [11 * e for e in range(len(ranks))]} if has_dropout else {}
+    b = cuda_batch(m, n, k, dtype, ranks, **dropout)
     b.of_row[2:].remainder_(3)  # fewer calls to compare with
     check_forward(b)
     check_dx(b, torch.randn(m, n).to("cuda", dtype))
@@ -105,10 +112,12 @@ def test_kernels_that_divide_the_ranks(
     if not oldest <= 10 * major + minor <= newest:
         pytest.skip(f"{kernel} does not run on compute capability {major}.{minor}, or not for one adapter")
     monkeypatch.setenv("QLORA_CUDA_KERNEL", kernel)
-    b = cuda_batch(m, 136, k, FP16, (130, 16, 3))
-    check_forward(b)
+    # The base's parts are large and cancel, and what they round off the adapter's product tells which part it was in.
+    b = cuda_batch(m, 128, k, FP16, (130, 16, 3), dropout_p=0.3)
+    b = dataclasses.replace(b, w4=quantize(torch.randn(64, k // 2, device="cuda").repeat(2, 2), Form.of()), bias=None)
+    check_forward(dataclasses.replace(b, x=cancelling(m, k), lora_a=[t / 64 for t in b.lora_a]))
     if has_dx:
-        check_dx(b, torch.randn(m, 136).to("cuda", FP16))
+        check_dx(dataclasses.replace(b, lora_b=[t / 64 for t in b.lora_b]), cancelling(m, 128))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -261,7 +270,7 @@ def test_autograd_and_arguments() -> None:
     args = [t.detach() if isinstance(t, Tensor) else t for t in forward_args(b)]
     for index, value, message in (
         (-1, 5, "max_rank: expected the largest rank of 2 adapters with ranks of 12"),
-        (-1, 13, "max_rank: expected 0 to 12"),
+        (-1, 13, "max_rank: expected 0 to 12 for 2 adapters"),
         (-5, args[-5].cpu(), "adapter_of_row: expected on the device of x"),
         (-4, args[-4].long(), "rank_offsets: expected Int"),
         (-3, args[-3][:1], r"scalings: expected shape \[2\]"),
