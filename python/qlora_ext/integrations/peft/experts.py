@@ -91,7 +91,7 @@ class LoraExperts4bit(MergeAware, Over4bit, ParamWrapper):
 
     def _lora_by_sample(self, x: Tensor, names: Sequence[str]) -> ExpertsLora | None:
         """The adapters ``names`` of the samples whose tokens are x; None if no sample has an adapter of this weight."""
-        samples = samples_of_call(self, x, names)
+        samples = samples_of_call(self, x)
         LoraLayer._check_forward_args(self, samples, adapter_names=names)
         self.refuse_merge_aware(names)
         if self.disable_adapters:
