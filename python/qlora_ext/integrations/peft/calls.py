@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -50,8 +50,8 @@ def chooses_adapters_by_sample() -> bool:
     return not torch.compiler.is_compiling() and _by_sample.get()
 
 
-def samples_of_call(layer: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
-    """x with a first dimension for the samples, whose adapters are ``names``.
+def samples_of_call(layer: nn.Module, x: Tensor) -> Tensor:
+    """x with a first dimension for the samples, in a call with ``adapter_names``.
 
     Mixtures of experts flatten hidden states [samples, tokens, features] to [samples · tokens, features] before they
     call experts, shared experts and routers.
@@ -62,13 +62,12 @@ def samples_of_call(layer: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor
     Raises:
         ValueError: nothing tells which rows belong to a sample.
     """
-    is_wrapper = isinstance(layer, ParamWrapper)
-    if x.ndim != 2 or (len(x) == len(names) and not is_wrapper):
+    if x.ndim != 2:
         return x
     shape: torch.Size | None = (_computed.get() or {}).get(samples_of_call)
     if shape is not None and len(x) == shape.numel():
         return x.view(*shape, x.shape[1])
-    if is_wrapper:
+    if isinstance(layer, ParamWrapper):
         raise ValueError(
             f"adapter_names: adapters on {layer.parameter_name} need a model that passes them all tokens of hidden "
             f"states [samples, tokens, features], got {list(x.shape)} of {None if shape is None else [*shape]}; "

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
+from ...adapters import StackedAdapters
 from ...nn import Experts4bit, ExpertsLora
 from .calls import samples_of_call
 from .linear import active_dropout
@@ -91,13 +92,14 @@ class LoraExperts4bit(MergeAware, Over4bit, ParamWrapper):
 
     def _lora_by_sample(self, x: Tensor, names: Sequence[str]) -> ExpertsLora | None:
         """The adapters ``names`` of the samples whose tokens are x; None if no sample has an adapter of this weight."""
-        samples = samples_of_call(self, x, names)
+        samples = samples_of_call(self, x)
         LoraLayer._check_forward_args(self, samples, adapter_names=names)
         self.refuse_merge_aware(names)
         if self.disable_adapters:
             return None
         lora = by_sample(self, samples, names)
-        if lora is None:
+        is_stack = lora is None or isinstance(next(iter(lora), None), StackedAdapters)
+        if is_stack and x.device.type != "cpu":
             raise NotImplementedError(
                 f"adapter_names: different adapters of {self.parameter_name} run together on the CPU only, got tokens "
                 f"on {x.device}"

@@ -257,7 +257,7 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
             names = kwargs.get("adapter_names")
             may_fuse = all(value is None or key == "adapter_names" for key, value in kwargs.items())
             if names is not None:
-                samples = samples_of_call(self, x, names)
+                samples = samples_of_call(self, x)
                 if samples is not x:
                     return self.forward(samples, *args, **kwargs).flatten(0, 1)
                 self._check_names(x, names)

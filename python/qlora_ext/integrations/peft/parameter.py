@@ -63,7 +63,7 @@ class LoraParameter(ParamWrapper):
         return parameters
 
     def _by_sample(self, base: nn.Module, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        samples = samples_of_call(self, x, names)
+        samples = samples_of_call(self, x)
         for layer in self._wrappers():
             LoraLayer._check_forward_args(layer, samples, adapter_names=names)
         distinct = [*dict.fromkeys(names)]
