@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from .._internal.untrusted import first_line
 from .._internal.vocabulary import vocabulary_size
+from ..formats import is_integer
 from ..integrations.peft.fixed import FixedAdapters
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits, load_decoding, new_caches
@@ -86,6 +87,8 @@ class BatchDecoder:
         reproducible: bool = False,
     ) -> None:
         self._model, self._lm = model, causal_lm(model)
+        if not hasattr(self._lm, "config"):
+            raise ValueError(f"model: expected a language model of transformers, got {type(model).__name__}")
         why = not_plain(model)
         if why is None and "position_ids" not in inspect.signature(self._lm.forward).parameters:
             why = "its forward takes no position_ids"
@@ -99,10 +102,13 @@ class BatchDecoder:
         most = max(getattr(self._lm.config, "max_position_embeddings", None) or 0, 0) or _USUAL_CAPACITY
         self.sequences, self.reproducible = sequences, reproducible
         self.capacity = min(_USUAL_CAPACITY, most) if capacity is None else capacity
-        if sequences < 1:
-            raise ValueError(f"sequences: expected at least 1, got {sequences}")
-        if self.capacity < 2 or (capacity is not None and capacity > most):
-            raise ValueError(f"capacity: expected 2 to {most}, the model's positions, got {capacity}")
+        if not is_integer(sequences) or sequences < 1:
+            raise ValueError(f"sequences: expected an integer from 1 on, got {sequences!r}")
+        if not is_integer(self.capacity) or not 2 <= self.capacity <= most:
+            raise ValueError(
+                f"capacity: expected 2 to {most} tokens, the model's positions, for a prompt and its max_new_tokens, "
+                f"got {capacity!r}"
+            )
         self.steps = 0
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # the one at index i has slot i
@@ -180,7 +186,9 @@ class BatchDecoder:
             raise ValueError("prompt: expected at least one token, got none")
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise ValueError(f"prompt: expected token ids from 0 to {vocabulary - 1}, got {min(ids)} to {max(ids)}")
-        sampling = sampling or Sampling()
+        sampling = Sampling() if sampling is None else sampling
+        if not isinstance(sampling, Sampling):
+            raise ValueError(f"sampling: expected a Sampling, got {sampling!r}")
         room = self.capacity - len(ids)
         most = max(room, 0) if sampling.max_new_tokens is None else sampling.max_new_tokens
         if room < max(most, 1):
@@ -205,7 +213,7 @@ class BatchDecoder:
 
     def _check_adapter(self, adapter: str | None) -> None:
         known = getattr(self._model, "peft_config", {})
-        if adapter is not None and adapter != BASE and adapter not in known:
+        if adapter is not None and adapter not in (BASE, *known):
             raise ValueError(f"adapter: expected one of {sorted(known)}, {BASE!r} or None, got {adapter!r}")
         active = self._active()
         if adapter is not None and len(active) > 1:
@@ -413,13 +421,17 @@ def generate(
         ...     requests = generate(model, [prompt] * 4, Sampling(temperature=0.8, seed=0, max_new_tokens=100))
         ...     return [request.tokens for request in requests]
     """
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts: expected a list of lists of token ids, got {prompts!r}")
     prompts = list(prompts)
     count = len(prompts)
     if sampling is None or isinstance(sampling, Sampling):
         one = sampling or Sampling()
         each = [one if one.seed is None else dataclasses.replace(one, seed=one.seed + i) for i in range(count)]
-    else:
+    elif isinstance(sampling, Sequence) and all(isinstance(one, Sampling) for one in sampling):
         each = list(sampling)
+    else:
+        raise ValueError(f"sampling: expected a Sampling, or a list of one for each prompt, got {sampling!r}")
     names = [None] * count if adapters is None else list(adapters)
     for name, given in (("sampling", each), ("adapters", names)):
         if len(given) != count:
