@@ -243,6 +243,7 @@ def test_foreign_files_are_not_overwritten(refused: Any, paths: Paths, interrupt
         (["--sweep", "dora=yes"], "--sweep dora=yes: expected true or false"),
         (["--sweep", "lr=1e-4,0.0001"], "--sweep lr: the value 0.0001 is given twice"),
         (["--sweep", "lr=1e-4 lr=2e-4"], "--sweep lr: given twice"),
+        (["--sweep", "lr=1e-4", "--sweep", "lr=2e-4"], "--sweep lr: given twice"),
         (["--sweep", f"seed={','.join(map(str, range(51)))} rank=1,2"], "--sweep: 102 combinations"),
         (["--sweep", "rank=2,0"], "--sweep rank=0: --rank 0: expected a value of at least 1"),
         (["--sweep", "epochs=1 max_steps=5,6"], "--epochs and --max-steps exclude each other"),

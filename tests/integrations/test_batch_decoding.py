@@ -402,6 +402,7 @@ def test_rollouts_use_all_positions_of_a_model() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens: expected an integer from 1 on or None, got 0"),
         ({"stop_tokens": "end"}, "stop_tokens: expected token ids, got 'end'"),
         ({"stop_tokens": [1.5]}, "stop_tokens: expected token ids"),
+        ({"stop_tokens": 5}, "stop_tokens: expected token ids, got 5"),
     ],
 )
 def test_wrong_sampling(options: dict[str, Any], message: str) -> None:
@@ -412,7 +413,7 @@ def test_wrong_sampling(options: dict[str, Any], message: str) -> None:
 def test_wrong_arguments() -> None:
     model = tiny()
     engine = eager(model, capacity=20)
-    with pytest.raises(ValueError, match="prompt_part: expected at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="prompt_part: expected an integer from 1 on or None, got 0"):
         eager(model, prompt_part=0)
     for arguments, message in [
         (([],), "prompt: expected at least one token, got none"),
@@ -424,22 +425,29 @@ def test_wrong_arguments() -> None:
         (([5] * 20,), "capacity: expected a prompt and max_new_tokens of together at most 20 tokens, got 20 and 1"),
         (([5] * 9, Sampling(12)), "capacity: expected .* got 9 and 12"),
         (([5], GREEDY, "x"), r"adapter: expected one of \[\], '__base__' or None, got 'x'"),
+        (([5], GREEDY, ["x"]), "adapter: expected one of"),
+        (([5], {"seed": 1}), "sampling: expected a Sampling, got {'seed': 1}"),
     ]:
         with pytest.raises(ValueError, match=message):
             engine.submit(*arguments)
     assert engine.waiting == 0
     for options, message in [
         ({"sequences": 0}, "sequences: expected"),
+        ({"sequences": "4"}, "sequences: expected an integer from 1 on, got '4'"),
         ({"capacity": 65}, "capacity: expected 2 to 64"),
+        ({"capacity": 3.5}, "capacity: expected 2 to 64"),
     ]:
         with pytest.raises(ValueError, match=message):
             eager(model, **options)
     for given, message in [
         ({"sampling": [GREEDY]}, "sampling: expected one for each of 2 prompts, got 1"),
+        ({"sampling": [GREEDY, None]}, "sampling: expected a Sampling, or a list of one for each prompt, got"),
         ({"adapters": [None] * 3}, "adapters: expected one for each of 2 prompts, got 3"),
+        ({"prompts": 5}, "prompts: expected a list of lists of token ids, got 5"),
+        ({"model": "gpt2"}, "model: expected a language model of transformers, got str"),
     ]:
         with pytest.raises(ValueError, match=message):
-            generate(model, [[5], [6]], compiled=False, **given)
+            generate(**{"model": model, "prompts": [[5], [6]], "compiled": False, **given})
     assert generate(model, [], compiled=False) == []
 
 

@@ -44,13 +44,17 @@ def generate(
         ...     requests = generate(model, [prompt] * 4, Sampling(temperature=0.8, seed=0, max_new_tokens=100))
         ...     return [request.tokens for request in requests]
     """
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts: expected a list of lists of token ids, got {prompts!r}")
     prompts = list(prompts)
     count = len(prompts)
     if sampling is None or isinstance(sampling, Sampling):
         one = sampling or Sampling()
         each = [one if one.seed is None else dataclasses.replace(one, seed=one.seed + i) for i in range(count)]
-    else:
+    elif isinstance(sampling, Sequence) and all(isinstance(one, Sampling) for one in sampling):
         each = list(sampling)
+    else:
+        raise ValueError(f"sampling: expected a Sampling, or a list of one for each prompt, got {sampling!r}")
     names = [None] * count if adapters is None else list(adapters)
     for name, given in (("sampling", each), ("adapters", names)):
         if len(given) != count:

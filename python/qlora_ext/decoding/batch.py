@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._internal.untrusted import first_line
 from .._internal.vocabulary import vocabulary_size
+from ..formats import is_integer
 from ..integrations.peft.fixed import FixedAdapters
 from ..nn import layers_of
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
@@ -91,6 +92,8 @@ class BatchDecoder:
         prompt_part: int | None = None,
     ) -> None:
         self._model, self._lm = model, causal_lm(model)
+        if not hasattr(self._lm, "config"):
+            raise ValueError(f"model: expected a language model of transformers, got {type(model).__name__}")
         why = not_plain(model)
         if why is None and "position_ids" not in inspect.signature(self._lm.forward).parameters:
             why = "its forward takes no position_ids"
@@ -104,12 +107,15 @@ class BatchDecoder:
         most = max(getattr(self._lm.config, "max_position_embeddings", None) or 0, 0) or _USUAL_CAPACITY
         self.sequences, self.reproducible = sequences, reproducible
         self.capacity = min(_USUAL_CAPACITY, most) if capacity is None else capacity
-        if sequences < 1:
-            raise ValueError(f"sequences: expected at least 1, got {sequences}")
-        if prompt_part is not None and prompt_part < 1:
-            raise ValueError(f"prompt_part: expected at least 1 or None, got {prompt_part}")
-        if self.capacity < 2 or (capacity is not None and capacity > most):
-            raise ValueError(f"capacity: expected 2 to {most}, the model's positions, got {capacity}")
+        if not is_integer(sequences) or sequences < 1:
+            raise ValueError(f"sequences: expected an integer from 1 on, got {sequences!r}")
+        if prompt_part is not None and (not is_integer(prompt_part) or prompt_part < 1):
+            raise ValueError(f"prompt_part: expected an integer from 1 on or None, got {prompt_part!r}")
+        if not is_integer(self.capacity) or not 2 <= self.capacity <= most:
+            raise ValueError(
+                f"capacity: expected 2 to {most} tokens, the model's positions, for a prompt and its max_new_tokens, "
+                f"got {capacity!r}"
+            )
         self.steps = 0
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # the one at index i has slot i
@@ -213,7 +219,9 @@ class BatchDecoder:
             raise ValueError("prompt: expected at least one token, got none")
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise ValueError(f"prompt: expected token ids from 0 to {vocabulary - 1}, got {min(ids)} to {max(ids)}")
-        sampling = sampling or Sampling()
+        sampling = Sampling() if sampling is None else sampling
+        if not isinstance(sampling, Sampling):
+            raise ValueError(f"sampling: expected a Sampling, got {sampling!r}")
         room = self.capacity - len(ids)
         most = max(room, 0) if sampling.max_new_tokens is None else sampling.max_new_tokens
         if room < max(most, 1):
@@ -238,7 +246,7 @@ class BatchDecoder:
 
     def _check_adapter(self, adapter: str | None) -> None:
         known = getattr(self._model, "peft_config", {})
-        if adapter is not None and adapter != BASE and adapter not in known:
+        if adapter is not None and adapter not in (BASE, *known):
             raise ValueError(f"adapter: expected one of {sorted(known)}, {BASE!r} or None, got {adapter!r}")
         active = self._active()
         if adapter is not None and len(active) > 1:

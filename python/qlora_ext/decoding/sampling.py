@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats import is_integer
+
 _SORTED_FIRST = 256  # the most likely tokens, which nearly always hold all of top_p; a full sort takes far longer
 _BITS = 48  # of a draw; few enough that draw * total is below the total in float64
 
@@ -55,14 +57,14 @@ class Sampling:
         for name, lowest in least.items():
             value = getattr(self, name)
             optional = name in ("max_new_tokens", "seed")
-            if not ((value is None and optional) or (_is_integer(value) and value >= lowest)):
+            if not ((value is None and optional) or (is_integer(value) and value >= lowest)):
                 raise ValueError(f"{name}: expected an integer from {lowest} on{' or None' * optional}, got {value!r}")
         self._require("temperature", lambda value: value == 0 or 1e-6 <= value < math.inf, "0 or a number from 1e-6 on")
         self._require("top_p", lambda value: 0 < value <= 1, "a number above 0 and at most 1")
         self._require("min_p", lambda value: 0 <= value <= 1, "a number from 0 to 1")
         if self.stop_tokens is not None:
-            ids = () if isinstance(self.stop_tokens, str) else tuple(self.stop_tokens)
-            if isinstance(self.stop_tokens, str) or not all(map(_is_integer, ids)):
+            ids = tuple(self.stop_tokens) if isinstance(self.stop_tokens, Iterable) else (None,)
+            if not all(map(is_integer, ids)):
                 raise ValueError(f"stop_tokens: expected token ids, got {self.stop_tokens!r}")
             object.__setattr__(self, "stop_tokens", ids)
 
@@ -70,10 +72,6 @@ class Sampling:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_valid(value):
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Drawn(NamedTuple):
