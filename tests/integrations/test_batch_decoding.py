@@ -27,7 +27,7 @@ from transformers.generation.logits_process import (
 
 import qlora_ext
 import tiny_models
-from qlora_ext.decoding import BatchDecoder, Request, Rollouts, Sampling, generate, sampling
+from qlora_ext.decoding import BatchDecoder, Request, Rollouts, Sampling, batch, generate, sampling
 from qlora_ext.decoding.prompts import PromptReader
 from qlora_ext.decoding.sampling import draw
 
@@ -375,6 +375,16 @@ def test_adapters_by_request() -> None:
     model.base_model.set_adapter(["first", "second"])
     with pytest.raises(ValueError, match="adapter: expected None, because several are active"):
         engine.submit(given[0], adapter="first")
+
+
+def test_layers_of_16_bits_have_their_tolerance_in_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_TOLERANCE", 0.0)
+    model = tiny()
+    with pytest.raises(ValueError, match="its logits of a sequence in a batch differ"):
+        eager(model)
+    for _, layer in qlora_ext.nn.layers_of(model):
+        layer.compute_dtype = torch.bfloat16
+    eager(model)
 
 
 def test_rollouts_use_all_positions_of_a_model() -> None:
