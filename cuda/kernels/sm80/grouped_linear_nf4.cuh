@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     return;
   }
   if constexpr (Tile::kSharedBytes <= tile::kMostSharedBytes)
-    linear_nf4_tile<Tile>(expert_args(p, tile.group), n0, tile.row0,
-                          tile::SplitSlice(p.stack.k, p.stack.segments_per_split));
+    linear_nf4_tile<Tile, false>(expert_args(p, tile.group), n0, tile.row0,
+                                 tile::SplitSlice(p.stack.k, p.stack.segments_per_split));
 }
 
 }  // namespace qlora::kernels

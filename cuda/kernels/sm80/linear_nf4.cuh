@@ -174,23 +174,24 @@ __device__ __forceinline__ void multiply_scaled_segment(const LaneAddresses<Tile
 }
 
 // The parts of a tile's sum and the warp groups take turns at the LoRA steps.
-template <class Tile, class T>
+template <class Tile, bool kStack, class T>
 __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, tile::KPart part, int64_t row0,
                                          int64_t token0, int group, Accumulators<Tile>& acc) {
   const bool vector = lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
-  tile::for_lora_steps(lora.rank, lora.adapter_ranks, part.index * Tile::kWarpsK + group, part.count * Tile::kWarpsK,
-                       [&](int64_t step) {
-                         if (vector)
-                           tile::lora_step<T, true>(lora, row0, token0, step, acc);
-                         else
-                           tile::lora_step<T, false>(lora, row0, token0, step, acc);
-                       });
+  const auto add = [&](int64_t step) {
+    if (vector)
+      tile::lora_step<T, true>(lora, row0, token0, step, acc);
+    else
+      tile::lora_step<T, false>(lora, row0, token0, step, acc);
+  };
+  tile::for_lora_steps<kStack>(lora.rank, lora.adapter_ranks, part.index * Tile::kWarpsK + group,
+                               part.count * Tile::kWarpsK, add);
 }
 
 // Computes the tile of rows n0.. of w and tokens token0.. of x, over a slice of k. This is the work of a whole CTA.
 // Requires k % 64 == 0, a block size of at least kScaleColumns, no offsets if that is 64, except zero points of an
-// integer code with kZeroPoints, and x and packed aligned to 16 bytes.
-template <class Tile, class Slice>
+// integer code with kZeroPoints, and x and packed aligned to 16 bytes. kStack: LoRA may be a stack of several adapters.
+template <class Tile, bool kStack = true, class Slice>
 __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::T>& p, int64_t n0, int64_t token0,
                                                 const Slice& slice) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -214,7 +215,7 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
   Accumulators<Tile> acc = {};
   ptx::wait_for_previous_grid();  // which computes h, and clears the tickets
-  add_lora<Tile>(p.lora, slice.part(), n0 + warp_row, token0, group, acc);
+  add_lora<Tile, kStack>(p.lora, slice.part(), n0 + warp_row, token0, group, acc);
 
   const LaneAddresses<Tile> lane(shared, warp_row, threadIdx.x % 32);
   [[maybe_unused]] const bool fused = Tile::kScalesWeights && tile::fuses_offset(p.scales);

@@ -35,13 +35,16 @@ struct LoraOperands {
 };
 
 // Calls use(step) for the steps of 16 ranks that belong to turn `turn` of `turns`. Turns begin anew with each adapter
-// of a stack, so a token's sum has the parts that it has in a call with the token's adapter alone.
-template <class Use>
+// of a stack, so a token's sum has the parts that it has in a call with the token's adapter alone. Without kStack,
+// there is one adapter, which takes fewer registers.
+template <bool kStack = true, class Use>
 __device__ __forceinline__ void for_lora_steps(int64_t rank, int64_t adapter_ranks, int64_t turn, int64_t turns,
                                                const Use& use) {
-  const int64_t steps = (rank + 15) / 16, adapter_steps = (adapter_ranks + 15) / 16;
-  for (int64_t first = 0; first < steps; first += adapter_steps)
+  const int64_t steps = (rank + 15) / 16, adapter_steps = kStack ? (adapter_ranks + 15) / 16 : steps;
+  for (int64_t first = 0; first < steps; first += adapter_steps) {
     for (int64_t step = turn; step < adapter_steps; step += turns) use(first + step);
+    if constexpr (!kStack) return;
+  }
 }
 
 // Adds the ranks [16 step, 16 step + 16) to acc[i][j], for the rows from row0 + 16 i and the tokens from token0 + 8 j.
