@@ -441,17 +441,6 @@ def test_models_that_are_not_compiled() -> None:
     assert packages.obstacle(adapted()) is None
 
 
-def test_a_directory_that_others_can_write_to_is_not_used(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = cache.directory()
-    assert path.stat().st_mode & 0o777 == 0o700
-    path.chmod(0o777)
-    with pytest.raises(UserError, match="others can write to this directory"):
-        decode_compiled(adapted(), "always", worthwhile=True)
-
-
 def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     expected = decode(model, 5)

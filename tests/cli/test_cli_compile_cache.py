@@ -13,6 +13,10 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
+import qlora_ext
+import tiny_models
+from qlora_ext.cli.errors import UserError
+from qlora_ext.cli.generation.compiled import decode_compiled
 from qlora_ext.decoding import cache
 
 
@@ -73,3 +77,14 @@ def test_a_package_takes_its_name_when_it_is_written(tmp_path: pathlib.Path) -> 
         assert path.exists()
     assert [p.name for p in tmp_path.iterdir()] == [package.name]
     assert package.read_text() == "whole"
+
+
+def test_a_directory_that_others_can_write_to_is_not_used(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = cache.directory()
+    assert path.stat().st_mode & 0o777 == 0o700
+    path.chmod(0o777)
+    with pytest.raises(UserError, match="others can write to this directory"):
+        decode_compiled(qlora_ext.quantize_model(tiny_models.make("llama")), "always", worthwhile=True)

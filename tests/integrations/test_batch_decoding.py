@@ -395,7 +395,7 @@ def test_rollouts_use_all_positions_of_a_model() -> None:
     (answer,) = rollouts.answers(trainer, [given], Sampling(positions - 1, stop_tokens=()))
     assert len(answer.tokens) == positions - 1
     assert model.training
-    with pytest.raises(ValueError, match="capacity: expected 2 to 64, the model's positions, got 65"):
+    with pytest.raises(ValueError, match="capacity: expected 2 to 64 tokens, the model's positions, for .*, got 65"):
         rollouts.answers(trainer, [given], Sampling(positions))
 
 
