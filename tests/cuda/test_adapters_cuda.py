@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_samples import Batch, batch, dx_args, forward_args, stacked
+from adapter_samples import Batch, batch, dx_args, forward_args
 from qlora_ext.form import Form
 from qlora_ext.weight import quantize
 
@@ -186,7 +186,7 @@ def test_gradients_of_a_and_b(m: int, k: int, dtype: torch.dtype, dropout_p: flo
     """Against the operator on the CPU. Rows of other adapters are not even multiplied by zero."""
     b = batch(m, 40, k, (4, 0, 8, 3), dtype, dropout_p=dropout_p, seeds=[5, 6, 7, 8])
     dy = torch.randn(m, 40).to(dtype)
-    s = stacked(b)
+    s = b.stacked()
     lora = s.lora_a, s.lora_b, 1.0, dropout_p, 0, None
     last = b.of_row, s.rank_offsets, s.scalings, s.seeds, s.max_rank
     tolerance = 1e-4 if dtype == FP32 else 3e-2
@@ -214,7 +214,7 @@ def test_gradients_of_a_and_b(m: int, k: int, dtype: torch.dtype, dropout_p: flo
 
 def test_no_rows() -> None:
     b = batch(0, 40, 64, (4, 8), BF16, device="cuda")
-    s = stacked(b)
+    s = b.stacked()
     last = b.of_row, s.rank_offsets, s.scalings, None, s.max_rank
     lora = s.lora_a, s.lora_b, 1.0, 0.0, 0, None, None, None
     da, db = OPS.linear_nf4_dlora(b.x.new_zeros(0, 40), b.x, *lora, *last)
@@ -228,7 +228,7 @@ def test_no_rows() -> None:
 def test_a_captured_graph_takes_other_adapters_at_each_replay() -> None:
     b = batch(9, 72, 128, (4, 16, 8), BF16, device="cuda")
     dy = torch.randn(9, 72).to("cuda", BF16)
-    s = stacked(b)
+    s = b.stacked()
     last = b.of_row, s.rank_offsets, s.scalings, s.seeds, s.max_rank
     lora = s.lora_a, s.lora_b, 1.0, 0.0, 7, None
 

@@ -15,19 +15,31 @@ from qlora_ext.weight import Weight4bit, quantize
 RANKS = (4, 0, 8, 3)
 
 
-@dataclasses.dataclass
-class Batch:
-    """A layer, the tokens of several adapters, and the calls with one of them."""
+@dataclasses.dataclass(kw_only=True)
+class Adapters:
+    """Several adapters, and the one of each row."""
 
-    x: Tensor
-    w4: Weight4bit
-    bias: Tensor | None
     lora_a: list[Tensor]
     lora_b: list[Tensor]
     scaling: list[float]
     of_row: Tensor
     dropout_p: float = 0.0
     seeds: list[int] | None = None
+
+    def seed_of(self, adapter: int) -> int:
+        return self.seeds[adapter] if self.seeds and adapter >= 0 else 7
+
+    def stacked(self) -> StackedAdapters:
+        return stack_adapters(self.lora_a, self.lora_b, self.scaling, self.seeds)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Batch(Adapters):
+    """A layer, the tokens of several adapters, and the calls with one of them."""
+
+    x: Tensor
+    w4: Weight4bit
+    bias: Tensor | None
 
     def together(self, x: Tensor | None = None) -> Tensor:
         numbers = self.scaling, self.dropout_p, self.seeds or 7, self.of_row
@@ -37,8 +49,7 @@ class Batch:
         if adapter < 0:
             return qlora_ext.linear_nf4(self.x, self.w4, self.bias)
         lora = self.lora_a[adapter], self.lora_b[adapter], self.scaling[adapter]
-        seed = self.seeds[adapter] if self.seeds else 7
-        return qlora_ext.linear_nf4(self.x, self.w4, self.bias, *lora, self.dropout_p, seed)
+        return qlora_ext.linear_nf4(self.x, self.w4, self.bias, *lora, self.dropout_p, self.seed_of(adapter))
 
     def of_alone(self, compute=None) -> Tensor:
         """Each row of the call with its adapter alone; ``compute(adapter)`` is what those calls give."""
@@ -80,21 +91,16 @@ def dx_args(b: Batch, dy: Tensor, adapter: int | None) -> tuple:
     """The arguments of linear_nf4_dx for one adapter, or for all of them (None)."""
     head = dy, *b.w4.packed_args(), b.x.shape[-1]
     if adapter is None:
-        s = stacked(b)
+        s = b.stacked()
         seed = 0 if b.seeds else 7
         last = b.of_row, s.rank_offsets, s.scalings, s.seeds, s.max_rank
         return *head, s.lora_a, s.lora_b, 1.0, b.dropout_p, seed, None, *b.w4.last_args(), *last
     lora = (None, None, 1.0) if adapter < 0 else (b.lora_a[adapter], b.lora_b[adapter], b.scaling[adapter])
-    seed = b.seeds[adapter] if b.seeds and adapter >= 0 else 7
-    return *head, *lora, b.dropout_p, seed, None, *b.w4.last_args()
-
-
-def stacked(b: Batch) -> StackedAdapters:
-    return stack_adapters(b.lora_a, b.lora_b, b.scaling, b.seeds)
+    return *head, *lora, b.dropout_p, b.seed_of(adapter), None, *b.w4.last_args()
 
 
 def forward_args(b: Batch) -> tuple:
-    s = stacked(b)
+    s = b.stacked()
     last = b.of_row, s.rank_offsets, s.scalings, s.seeds, s.max_rank
     lora = s.lora_a, s.lora_b, 1.0, b.dropout_p, 0 if b.seeds else 7, None
     return b.x, *b.w4.packed_args(), b.w4.shape[0], b.bias, *lora, *b.w4.last_args(), *last

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import qlora_ext
-from adapter_samples import batch, dx_args, forward_args, stacked
+from adapter_samples import batch, dx_args, forward_args
 from graphs import CountingBackend
 from qlora_ext.adapters import stack_adapters
 from samples import DTYPES, OPCHECKS
@@ -110,7 +110,7 @@ def test_adapters_of_sequences_and_stacks() -> None:
     b = batch(12)
     expected = b.together()
     x, of_row = b.x.view(3, 4, 64), b.of_row.view(3, 4)
-    s = stacked(b)
+    s = b.stacked()
 
     def call(of_row: Tensor) -> Tensor:
         return qlora_ext.linear_nf4(x, b.w4, b.bias, s, adapter_of_row=of_row)

@@ -11,40 +11,34 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from adapter_samples import RANKS, Adapters
 from forms import FORMS
 from grouped_samples import OPS, SKEWED, GroupedSample, grouped_sample
 from qlora_ext.adapters import stack_adapters
 from samples import DTYPES, OPCHECKS
 
-RANKS = (4, 0, 8, 3)
 WEIGHT = "packed", "absmax", "nested_absmax", "nested_offset", "block_size", "nested_block_size"
 FORM = "scale_table", "block_offsets", "offset_scale"
 
 
-@dataclasses.dataclass
-class Mixed:
+@dataclasses.dataclass(kw_only=True)
+class Mixed(Adapters):
     """Experts, adapters [E, R, K] and [E, N, R], and the adapter of each row."""
 
     g: GroupedSample
-    lora_a: list[Tensor]
-    lora_b: list[Tensor]
-    scaling: list[float]
-    of_row: Tensor
-    dropout_p: float = 0.0
-    seeds: list[int] | None = None
 
     def lora(self, adapter: int | None) -> dict[str, Any]:
         """The arguments for one adapter, for none (-1) or for all (None)."""
         if adapter is None:
-            s = stack_adapters(self.lora_a, self.lora_b, self.scaling, self.seeds)
+            s = self.stacked()
             several = {"adapter_of_row": self.of_row, "rank_offsets": s.rank_offsets, "scalings": s.scalings}
             several |= {"seeds": s.seeds, "max_rank": s.max_rank, "seed": 0 if self.seeds else 7}
             return {"lora_a": s.lora_a, "lora_b": s.lora_b, "scaling": 1.0, "dropout_p": self.dropout_p, **several}
         if adapter < 0:
             return {"lora_a": None, "lora_b": None, "scaling": 1.0}
         numbers = {"scaling": self.scaling[adapter], "dropout_p": self.dropout_p}
-        seed = self.seeds[adapter] if self.seeds else 7
-        return {"lora_a": self.lora_a[adapter], "lora_b": self.lora_b[adapter], **numbers, "seed": seed}
+        lora = {"lora_a": self.lora_a[adapter], "lora_b": self.lora_b[adapter], **numbers}
+        return {**lora, "seed": self.seed_of(adapter)}
 
     @property
     def weight(self) -> dict[str, Any]:
@@ -115,7 +109,7 @@ def mixed(counts: list[int], ranks: tuple[int, ...] = RANKS, order: str = "rando
 
     of_row = torch.randint(-1, len(ranks), (len(g.x),), generator=generator)
     return Mixed(
-        g,
+        g=g,
         lora_a=[randn(len(counts), rank, g.k, factor=g.k**-0.5) for rank in ranks],
         lora_b=[randn(len(counts), g.n, rank, factor=0.2) for rank in ranks],
         scaling=[0.3 + 0.7 * e for e in range(len(ranks))],

@@ -52,7 +52,7 @@ cudaError_t launch_mma(const kernels::LowRankArgs<T>& args, cudaStream_t stream)
               : launch_tiles<T, kTransposed, 4, 1>(args, split_tiles, stream);
 }
 
-// `of_16` is for up to 16 ranks.
+// See query_low_rank_splits.
 template <class T, bool kTransposed>
 cudaError_t query_splits(int64_t m, int64_t k, const Device& device, uint8_t* of_16, std::span<uint8_t> of_more) {
   const bool many = m >= kManyTokens;

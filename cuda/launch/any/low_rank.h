@@ -30,8 +30,8 @@ struct LowRankProblem {
   Tickets clear = {};  // also set to zero by the kernel, which saves the next kernel a memset
 };
 
-// The ranks of each adapter. A launcher gets those of several adapters (Lora::adapters) as one stack, in which each has
-// as many ranks, and with h or g computed (cuda/launch/any/adapters.h).
+// The ranks of each adapter. A launcher gets several adapters (Lora::adapters) as one stack, in which all have equally
+// many ranks. Their h or g has been computed before (cuda/launch/any/adapters.h).
 inline int64_t adapter_ranks(const Lora& lora) {
   return lora.adapters != nullptr && lora.adapters->count > 0 ? lora.rank / lora.adapters->count : lora.rank;
 }
