@@ -233,7 +233,15 @@ class TiedLinear4bit(Linear4bit):
         table: Embedding4bit = self.__dict__["embedding"]
         return table
 
-    form, weight_dtype = _of_table("form"), _of_table("weight_dtype")
+    @property
+    def weight_dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.embedding.weight_dtype
+
+    @weight_dtype.setter
+    def weight_dtype(self, dtype: torch.dtype) -> None:
+        self.embedding.weight_dtype = dtype
+
+    form = _of_table("form")
     absmax, nested_absmax, nested_offset = _of_table("absmax"), _of_table("nested_absmax"), _of_table("nested_offset")
     scale_table, block_offsets = _of_table("scale_table"), _of_table("block_offsets")
     offset_scale = _of_table("offset_scale")

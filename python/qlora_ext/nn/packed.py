@@ -296,7 +296,7 @@ class Packed4bit(nn.Module, abc.ABC):
         if self.residency is not None:  # the packed state does not move
             with self._packed_aside():
                 super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
+            self._cast_dtypes(fn)
             return self
         with torch._C.DisableTorchFunctionSubclass():
             before = {name: t.detach() for name, t in self.packed_state().items()}
@@ -309,8 +309,13 @@ class Packed4bit(nn.Module, abc.ABC):
                     after.data = saved.to(after.device)
                 else:
                     self._buffers[name] = saved.to(after.device)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
+        self._cast_dtypes(fn)
         return self
+
+    def _cast_dtypes(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Changes the dtypes of the computation and of the decoded weights as ``fn`` changes tensors."""
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
 
     @contextlib.contextmanager
     def _packed_aside(self) -> Iterator[None]:
