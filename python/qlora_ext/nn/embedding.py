@@ -174,7 +174,7 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         return decode_rows(self.packed_weight(), ids, self.compute_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded table [V, D], in ``dtype`` or the dtype of the table that was quantized."""
+        """The decoded table [V, D], in ``dtype`` or ``weight_dtype``."""
         return self.weight4bit.dequantize(dtype)
 
     def to_embedding(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Embedding:
@@ -234,7 +234,7 @@ class TiedLinear4bit(Linear4bit):
         return table
 
     @property
-    def weight_dtype(self) -> torch.dtype:  # type: ignore[override]
+    def weight_dtype(self) -> torch.dtype:
         return self.embedding.weight_dtype
 
     @weight_dtype.setter

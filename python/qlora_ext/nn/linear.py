@@ -226,11 +226,11 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         return (self.compute_dtype, x.dtype) if autocast is None else (autocast, autocast)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight [N, K], in ``dtype`` or the dtype of the weight that was quantized."""
+        """The decoded weight [N, K], in ``dtype`` or ``weight_dtype``."""
         return self.weight4bit.dequantize(dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Linear:
-        """The dense layer for this one, in ``dtype`` or the dtype of the weight that was quantized.
+        """The dense layer for this one, in ``dtype`` or ``weight_dtype``.
 
         It has the decoded weight, or ``weight`` [N, K] if given (for example with a merged adapter).
         """

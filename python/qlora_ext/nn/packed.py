@@ -77,9 +77,13 @@ class Packed4bit(nn.Module, abc.ABC):
     Each weight named in ``packed_shapes`` is uint8 and has the scales ``scale_names``, of which those that its form
     lacks are None. The weight and the tensors with an entry per block (its absmax and block_offsets) are parameters
     without gradient, so that FSDP2 shards them; the others, which are small, are buffers. Moving the module moves them.
-    Changing its dtype changes ``compute_dtype`` and other floating-point tensors, but no packed state. Loading a state
-    of another form is an error, even with ``strict=False``, and so is arithmetic on the parameters
-    (``no_arithmetic``). A weight with more than two dimensions is a stack of separately quantized matrices.
+    Changing its dtype changes ``compute_dtype``, ``weight_dtype`` and other floating-point tensors, but no packed
+    state. Loading a state of another form is an error, even with ``strict=False``, and so is arithmetic on the
+    parameters (``no_arithmetic``). A weight with more than two dimensions is a stack of separately quantized matrices.
+
+    Attributes:
+        weight_dtype: the dtype to which weights are decoded. It is that of the weights that were quantized, until the
+            module is cast to another one.
 
     Example:
         >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
@@ -285,7 +289,7 @@ class Packed4bit(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The decoded dense module, in ``dtype`` or the dtype of the weights that were quantized."""
+        """The decoded dense module, in ``dtype`` or ``weight_dtype``."""
 
     def reset_parameters(self) -> None:
         """Does nothing, because the weights are frozen and come from a checkpoint or a dense module."""

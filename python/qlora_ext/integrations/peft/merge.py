@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...form import Form
 from ...formats import FP4, NF4
 from ...merged import RETAINED_BY_NEAREST, retained_update, seed_of, with_nearest_codes, with_update
-from ...nn import Packed4bit, computing_in, is_dense, quantize_model
+from ...nn import Embedding4bit, Linear4bit, Packed4bit, computing_in, is_dense, quantize_model
 from ...weight import Weight4bit
 from .._patches import extend
 from ..transformers.modules import dequantize_modules
@@ -34,12 +34,13 @@ class _Backend(QuantizationBackend):
     layer_type = "linear"
 
     def get_base_weight(self, base_layer: Any) -> Tensor:
-        weight: Tensor = base_layer.dequantize() if isinstance(base_layer, Packed4bit) else base_layer.weight.data
+        is_4bit = isinstance(base_layer, Linear4bit | Embedding4bit)
+        weight: Tensor = base_layer.dequantize() if is_4bit else base_layer.weight.data
         return weight
 
     def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
         base_layer = peft_layer.get_base_layer()
-        if isinstance(base_layer, Packed4bit):
+        if isinstance(base_layer, Linear4bit | Embedding4bit):
             peft_layer.requantize(weight_data)
         else:
             base_layer.weight.data = weight_data
@@ -93,7 +94,7 @@ class Over4bit:
         raise NotImplementedError  # not abstract: PEFT's layers change their class at run time
 
     def to_dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """The dense module with the results of ``merged_weights``, in the dtype of the quantized weight."""
+        """The dense module with the results of ``merged_weights``, in the dtype of the weight."""
         raise NotImplementedError
 
     def requantize(self, weight: Tensor) -> None:
@@ -210,7 +211,7 @@ class Over4bit:
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The module without adapters: the 4-bit module, or if merged, dense in the dtype of the quantized weight."""
+        """The module without adapters: the 4-bit module, or if merged, dense in the dtype of the weight."""
         merged = self.take_merged(safe_merge, adapter_names) if merge else None
         return self.layer4bit if merged is None else self.to_dense(*merged)
 
@@ -312,7 +313,7 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
             f"model: expected adapters on layers of the same form, got {sorted({*map(str, forms.values())})}"
         )
     # PEFT's own function, because our patch would also decode the other layers.
-    base = _merge_into_dense(BaseTuner.merge_and_unload.__wrapped__, model.base_model)
+    base: nn.Module = _merge_into_dense(BaseTuner.merge_and_unload.__wrapped__, model.base_model)
     others = [name for name, module in base.named_modules() if is_dense(module) and name not in forms]
     with contextlib.nullcontext() if compute_dtype is None else computing_in(base, compute_dtype):
         return quantize_model(

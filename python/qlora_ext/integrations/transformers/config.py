@@ -366,7 +366,8 @@ class QLoRAConfig(QuantizationConfigMixin):
                 NF4 only.
 
         Raises:
-            ValueError: ``config`` is for int8 or FP4, or quantizes nothing. TypeError: ``config`` is not such a configuration.
+            ValueError: ``config`` is for int8 or FP4, or quantizes nothing. TypeError: ``config`` is not such a
+                configuration.
 
         Example:
             >>> config = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
