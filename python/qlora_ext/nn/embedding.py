@@ -80,7 +80,7 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     if not aligned:
         begin = (index * width - first * w4.block_size).unsqueeze(1)
         out = out.gather(1, begin + torch.arange(width, dtype=torch.int64, device=index.device))
-    return out.reshape(*rows.shape, width)
+    return w4.columns_in_order(out).reshape(*rows.shape, width)
 
 
 class Embedding4bit(PackedWeight4bit, nn.Embedding):
@@ -112,6 +112,7 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
     scale_table: Tensor | None
     block_offsets: Tensor | None
     offset_scale: Tensor | None
+    column_order: Tensor | None
     packed_is_tied = True
 
     def __init__(
@@ -236,7 +237,7 @@ class TiedLinear4bit(Linear4bit):
     form, weight_dtype = _of_table("form"), _of_table("weight_dtype")
     absmax, nested_absmax, nested_offset = _of_table("absmax"), _of_table("nested_absmax"), _of_table("nested_offset")
     scale_table, block_offsets = _of_table("scale_table"), _of_table("block_offsets")
-    offset_scale = _of_table("offset_scale")
+    offset_scale, column_order = _of_table("offset_scale"), _of_table("column_order")
 
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
         return {}  # the weight is the table's
