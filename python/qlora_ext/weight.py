@@ -190,7 +190,7 @@ class Weight4bit(NoArithmetic):
         return self.columns_in_order(out)
 
     def columns_in_order(self, decoded: Tensor) -> Tensor:
-        """Puts the last dimension of decoded values, which is in the order of the stored columns, in their own order."""
+        """Puts decoded values [..., K], which are in the order of the stored columns, in the order of the weight's."""
         if self.column_order is None:
             return decoded
         return torch.empty_like(decoded).index_copy_(-1, self.column_order.long(), decoded)

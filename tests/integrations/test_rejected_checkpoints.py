@@ -155,7 +155,9 @@ def test_a_truncated_file(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changed", "message"),
     [
-        ("gptq", {"desc_act": True}, "desc_act false"),
+        ("mlx", {"bits": 8}, "4 bits, got 8, .*load the model's original checkpoint"),
+        ("mlx", {"mode": "nvfp4", "group_size": 16}, "expected the mode affine, got nvfp4"),
+        ("auto-round", {"packing_format": "auto_round:llm_compressor"}, "packing_format auto_round:auto_gptq or"),
         ("gptq", {"bits": 3}, "4 bits, got 3, .*load the model's original checkpoint"),
         ("awq", {"bits": 2}, "4 bits, got 2, .*load the model's original checkpoint"),
         ("gptq", {"bits": 8}, "4 bits"),
@@ -268,7 +270,7 @@ def test_experts_in_one_tensor(tmp_path: pathlib.Path) -> None:
         load(checkpoint.path)
 
 
-@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq", "modelopt"])
+@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq", "modelopt", "mlx"])
 def test_codes_without_a_configuration(kind: str, tmp_path: pathlib.Path) -> None:
     """transformers reports mismatched or missing weights, and may go on with random ones."""
     checkpoint = packed_models.save(tmp_path, "llama", kind)

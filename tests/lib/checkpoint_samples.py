@@ -158,7 +158,7 @@ def decode(sample: Sample) -> np.ndarray:
             values = decode_awq(tensors, shape[1] if size == -1 else size)
         case "mlx", _:
             values = decode_mlx(tensors, size, config["bits"])
-        case ("gptq" | "auto-round"), _:
+        case (("gptq" | "auto-round"), _):
             version = 1 if config.get("checkpoint_format", "gptq") == "gptq" else 2
             values = decode_gptq(tensors, shape[1] if size == -1 else size, version)
     return values.astype(F32)

@@ -62,21 +62,22 @@ class GPTQ(Format):
                 f"{_SOURCE}: expected the checkpoint_format gptq or gptq_v2 in int32 words, got {excerpt(layout)} in "
                 f"{excerpt(config.get('pack_dtype') or 'int32')} words, which is not supported"
             )
+        group_size = group_size_of(config, _SOURCE)
         ignored = [] if config.get("lm_head") else [r"(.*\.)?lm_head$"]
         ignored += _exceptions(config)
         modules = _modules(config)
         return Settings(
-            group_size=group_size_of(config, _SOURCE),
+            group_size=group_size,
             symmetric=config.get("sym") is not False,
             scale_dtype=torch.float16,
             zero_point_bias=_BIASES[layout],
-            reorders=bool(config.get("desc_act")),
+            reorders=group_size is not None and not config.get("static_groups") and _has_order(config),
             targets=None if modules is None else patterns(modules, _SOURCE),
             ignored=patterns(ignored, _SOURCE),
         )
 
     def tensors(self, settings: Settings) -> dict[str, bool]:
-        return {"qweight": True, "qzeros": True, "scales": True, "g_idx": False}
+        return {"qweight": True, "qzeros": True, "scales": True, "g_idx": settings.reorders}
 
     def form(self, settings: Settings, shape: Sequence[int]) -> Form:
         return integers.form_of(self._groups(settings, shape), settings.scale_dtype, settings.symmetric)
@@ -138,18 +139,28 @@ def _exceptions(config: Mapping[str, Any]) -> list[str]:
         ValueError: it gives modules other settings.
     """
     found = []
-    for pattern, changes in (config.get("dynamic") or {}).items():
+    for pattern, changes in _dynamic(config).items():
         if pattern.startswith("-:"):
             found.append(pattern[2:])
             continue
-        names = ("bits", "group_size", "sym", "desc_act")
-        changes = changes if isinstance(changes, dict) else {}
+        names = ("bits", "group_size", "sym")
         if any(name in changes and changes[name] != config.get(name) for name in names):
             raise ValueError(
                 f"{_SOURCE}: expected the same settings for all modules, got others in dynamic for {excerpt(pattern)}, "
                 "which is not supported"
             )
     return found
+
+
+def _dynamic(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings that GPTQModel gives to the modules whose names match a pattern."""
+    given = config.get("dynamic") or {}
+    return {pattern: own if isinstance(own, dict) else {} for pattern, own in given.items()}
+
+
+def _has_order(config: Mapping[str, Any]) -> bool:
+    """Whether modules have columns in activation order."""
+    return any(own.get("desc_act") for own in (config, *_dynamic(config).values()))
 
 
 def _modules(config: Mapping[str, Any]) -> list[str] | None:

@@ -36,9 +36,7 @@ class MLX(Format):
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         found = _settings(config, _SOURCE)
         if found.bits != 4:
-            raise ValueError(
-                f"{_SOURCE}: expected 4 bits, got {found.bits}, which are not supported; {LOAD_ORIGINAL}"
-            )
+            raise ValueError(f"{_SOURCE}: expected 4 bits, got {found.bits}, which are not supported; {LOAD_ORIGINAL}")
         layers = {
             name: _settings(own, f"{_SOURCE}: {excerpt(name, 200)}")
             for name, own in config.items()
@@ -125,7 +123,7 @@ def _settings(config: Mapping[str, Any], source: str) -> Settings:
         )
     for name, expected in (("bits", _BITS), ("group_size", _GROUP_SIZES)):
         if config[name] not in expected:
-            raise ValueError(f"{source}: expected a {name} of {', '.join(map(str, expected))}, got {config[name]}")
+            raise ValueError(f"{source}: expected {name} among {', '.join(map(str, expected))}, got {config[name]}")
     return Settings(config["group_size"], symmetric=False, bits=config["bits"])
 
 

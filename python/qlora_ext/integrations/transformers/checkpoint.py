@@ -330,8 +330,8 @@ class CheckpointSource(Source):
             matrices = [self._read(weight, matrix, given, shape, dtype) for matrix in parts]
             if matrices[0].column_order is not None and not isinstance(module, Linear4bit):
                 raise ValueError(
-                    f"{parts[0].where}: expected columns in order in {type(module).__name__}, got an activation order "
-                    f"(desc_act), which only linear layers support; {LOAD_ORIGINAL}"
+                    f"{parts[0].where}: expected groups of neighbouring columns in {type(module).__name__}, got an "
+                    f"activation order (desc_act), which only linear layers support; {LOAD_ORIGINAL}"
                 )
             w4 = joined.in_blocks_of(joined.join_rows(matrices, parts[0].where), weight.block_size)
             if weight.alternates:

@@ -64,7 +64,12 @@ class DecodedWeight:
 
 
 def decoded_weights(
-    model: nn.Module, names: Names, found: Mapping[str, Matrix], headers: Mapping[str, Header], kind: MLX, all_: Settings
+    model: nn.Module,
+    names: Names,
+    found: Mapping[str, Matrix],
+    headers: Mapping[str, Header],
+    kind: MLX,
+    settings: Settings,
 ) -> dict[str, DecodedWeight]:
     """The weights to decode, by their names in the model: those of other than 4 bits, and those that have to be dense.
 
@@ -74,22 +79,22 @@ def decoded_weights(
     always = {*dense_modules(model).always}
     chosen: dict[str, tuple[Matrix, Settings]] = {}
     for dense, matrix in found.items():
-        (target, pattern), settings = names.place(dense), all_.layers.get(module_of(dense), all_)
+        (target, pattern), own = names.place(dense), settings.layers.get(module_of(dense), settings)
         if target is None or pattern is not None:
             continue
         module, name = get_module_from_name(model, target)
         is_packed = name in packed_weights(module) and always.isdisjoint(paths_to(module_of(target)))
-        if settings.bits != 4 or not is_packed:
-            chosen[target] = matrix, settings
+        if own.bits != 4 or not is_packed:
+            chosen[target] = matrix, own
     stored = map_tensors({key: headers[key] for matrix, _ in chosen.values() for key in matrix.tensors.values()})
     if chosen:
-        shown = ", ".join(f"{name} ({settings.bits} bits)" for name, (_, settings) in [*chosen.items()][:3])
+        shown = ", ".join(f"{name} ({own.bits} bits)" for name, (_, own) in [*chosen.items()][:3])
         warnings.warn(
-            f"{len(chosen)} weights of the {kind.name} checkpoint are decoded and dense, because they have other than 4 "
-            f"bits, or no 4-bit layer can replace theirs: {shown}{', ...' if len(chosen) > 3 else ''}",
+            f"{len(chosen)} weights of the {kind.name} checkpoint are decoded and dense, because they have other than "
+            f"4 bits, or no 4-bit layer can replace theirs: {shown}{', ...' if len(chosen) > 3 else ''}",
             stacklevel=2,
         )
     return {
-        target: DecodedWeight(kind, matrix, settings, {key: stored[key] for key in matrix.tensors.values()})
-        for target, (matrix, settings) in chosen.items()
+        target: DecodedWeight(kind, matrix, own, {key: stored[key] for key in matrix.tensors.values()})
+        for target, (matrix, own) in chosen.items()
     }
