@@ -137,7 +137,8 @@ def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float
 def _merge_on_cuda(*args: Any) -> Tensor:
     """``merge_lora_nf4`` on CUDA, where it is a sequence of other operators."""
     a = MERGE_LORA_NF4(*args)
-    tensors = {name: getattr(a, name, None) for name in TENSORS}  # the adapter is in the order of the columns
+    # Of a weight with a column order, the adapter is in that order already.
+    tensors = {name: getattr(a, name) for name in TENSORS if name != "column_order"}
     form = {name: getattr(a, name) for name in ("block_size", "nested_block_size", "code")}
     shape = torch.Size((a.lora_b.shape[0], a.lora_a.shape[1]))
     w4 = Weight4bit(**tensors, **form, shape=shape, dtype=torch.float32)

@@ -98,7 +98,7 @@ def test_another_order_is_not_saved(tmp_path: pathlib.Path) -> None:
 def test_experts_are_rejected(tmp_path: pathlib.Path) -> None:
     checkpoint = packed_models.save(tmp_path, "qwen3_moe", "gptq-order")
     with pytest.raises(
-        ValueError, match=r"experts\.0\.down_proj\.weight: expected .* an activation order \(desc_act\)"
+        ValueError, match=r"experts\.0\.down_proj\.weight: expected .* got an activation order \(desc_act\)"
     ):
         load(checkpoint.path)
     for name in [name for name in checkpoint.tensors if ".experts." in name and name.endswith("g_idx")]:

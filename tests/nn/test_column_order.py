@@ -60,8 +60,8 @@ def test_encoding_under_the_scales_of_the_weight() -> None:
     w4, w = reordered()
     assert torch.equal(with_nearest_codes(w4, w).dequantize(), w)
     a, b = torch.randn(4, K), torch.randn(N, 4) * 0.02
-    for w4 in (merged_weight(w4, a, b, 1.0), with_update(w4, w + b @ a)):
-        retained, total = retained_update(b @ a, w, w4.dequantize(torch.float32))
+    for merged in (merged_weight(w4, a, b, 1.0), with_update(w4, w + b @ a)):
+        retained, total = retained_update(b @ a, w, merged.dequantize(torch.float32))
         assert 0.8 * total < retained < 1.2 * total
 
 
