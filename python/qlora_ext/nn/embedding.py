@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..form import Form, FormKeywords
-from ..weight import Weight4bit
+from ..weight import Weight4bit, has_values
 from .linear import Linear4bit
 from .packed import PackedWeight4bit
 
@@ -34,9 +34,9 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     count, width = w4.shape
     index = rows.reshape(-1).long()
     aligned = width % w4.block_size == 0
-    # Row numbers cannot be read while a graph is traced or inside torch.func.
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index)
-    if index.is_cpu and not traced and index.numel():
+    # Row numbers cannot be read while a graph is traced, from fake tensors, or inside torch.func.
+    readable = has_values(index) and not torch._C._functorch.is_functorch_wrapped_tensor(index)
+    if index.is_cpu and readable and index.numel():
         low, high = index.aminmax()
         if low < 0 or high >= count:
             raise IndexError(f"rows: expected row numbers from 0 to {count - 1}, got {int(low)} to {int(high)}")
