@@ -69,6 +69,13 @@ BAD: dict[str, tuple[tuple[str, str], str, Any, str]] = {
         lambda t: t.float(),
         "expected weight_packed to be 4-bit codes, got F32",
     ),
+    "no codes' dtype, of MLX": (
+        ("llama", "mlx"),
+        f"{Q}.weight",
+        lambda t: torch.zeros(64, 64),
+        "expected weight to be 4-bit codes, got F32",
+    ),
+    "no scales of MLX": (("llama", "mlx"), f"{Q}.scales", lambda t: None, "expected the tensor scales of mlx too"),
     "dense too": (
         NVFP4,
         f"{Q}.weight",

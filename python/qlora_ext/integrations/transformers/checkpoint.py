@@ -118,7 +118,7 @@ class CheckpointSource(Source):
                     raise ValueError(f"{where}: expected a dense weight or the tensor {codes} of {self.name}, got both")
                 if headers[key].dtype in _CODE_DTYPES:
                     found[dense] = Matrix(where, tensors)
-                elif key != dense:
+                elif key != dense or (isinstance(self.format, MLX) and len(tensors) > 1):
                     raise ValueError(f"{where}: expected {codes} to be 4-bit codes, got {headers[key].dtype}")
             elif dense not in headers and any(names[tensor] for tensor in tensors):
                 raise ValueError(
