@@ -42,6 +42,7 @@ class Weight4bit(NoArithmetic):
             and then the offset is minus their product with ``offset_scale``.
         offset_scale: float32 [nested blocks], the unit of uint8 offsets; without it, the unit is the block's scale, and
             the offsets are zero points.
+        column_order: int32 [K], for each stored column of a matrix [N, K] its number; None if they are in order.
 
     Example:
         >>> w4 = qlora_ext.quantize(torch.randn(48, 64), "q4_1")
@@ -61,6 +62,7 @@ class Weight4bit(NoArithmetic):
     scale_table: Tensor | None = None
     block_offsets: Tensor | None = None
     offset_scale: Tensor | None = None
+    column_order: Tensor | None = None
 
     @property
     def double_quant(self) -> bool:
@@ -83,7 +85,8 @@ class Weight4bit(NoArithmetic):
             offsets = formats.ZERO_POINT8 if self.offset_scale is None else formats.SCALED8
         elif self.block_offsets is not None:
             offsets = name_of(self.block_offsets.dtype)
-        return Form(self.code, scales, self.block_size, self.nested_block_size, offsets)
+        reordered = self.column_order is not None
+        return Form(self.code, scales, self.block_size, self.nested_block_size, offsets, reordered)
 
     @property
     def device(self) -> torch.device:
@@ -153,12 +156,14 @@ class Weight4bit(NoArithmetic):
         return -(self.block_offsets.float() * unit)
 
     def without_offsets(self, w: Tensor, scales: Tensor | None = None) -> Tensor:
-        """``w``, of this weight's shape, less the offsets: what the codes and scales encode.
+        """``w``, of this weight's shape, less the offsets, in the order of its columns: what the codes encode.
 
         Args:
             scales: as in ``decoded_offsets``.
         """
         offsets = self.decoded_offsets(scales)
+        if self.column_order is not None:
+            w = w.index_select(-1, self.column_order)
         if offsets is None:
             return w
         per_element = offsets.repeat_interleave(self.block_size, -1)[..., : math.prod(self.shape[offsets.ndim - 1 :])]
@@ -184,7 +189,13 @@ class Weight4bit(NoArithmetic):
                 matrix.copy_(self.matrix(e).dequantize(dtype))
             return stack
         out: Tensor = torch.ops.qlora.dequantize_nf4(*self.packed_args(), self.shape, dtype, *self.last_args())
-        return out
+        return self.columns_in_order(out)
+
+    def columns_in_order(self, decoded: Tensor) -> Tensor:
+        """Puts decoded values [..., K], which are in the order of the stored columns, in the order of the weight's."""
+        if self.column_order is None:
+            return decoded
+        return torch.empty_like(decoded).index_copy_(-1, self.column_order.long(), decoded)
 
     def to(self: Self, device: torch.device | str | int) -> Self:
         """The same bits on another device.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..form import Form, FormKeywords
-from ..weight import Weight4bit
+from ..weight import Weight4bit, has_values
 from .linear import Linear4bit
 from .packed import PackedWeight4bit
 
@@ -34,9 +34,9 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     count, width = w4.shape
     index = rows.reshape(-1).long()
     aligned = width % w4.block_size == 0
-    # Row numbers cannot be read while a graph is traced or inside torch.func.
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index)
-    if index.is_cpu and not traced and index.numel():
+    # Row numbers cannot be read while a graph is traced, from fake tensors, or inside torch.func.
+    readable = has_values(index) and not torch._C._functorch.is_functorch_wrapped_tensor(index)
+    if index.is_cpu and readable and index.numel():
         low, high = index.aminmax()
         if low < 0 or high >= count:
             raise IndexError(f"rows: expected row numbers from 0 to {count - 1}, got {int(low)} to {int(high)}")
@@ -80,7 +80,7 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     if not aligned:
         begin = (index * width - first * w4.block_size).unsqueeze(1)
         out = out.gather(1, begin + torch.arange(width, dtype=torch.int64, device=index.device))
-    return out.reshape(*rows.shape, width)
+    return w4.columns_in_order(out).reshape(*rows.shape, width)
 
 
 class Embedding4bit(PackedWeight4bit, nn.Embedding):
@@ -112,6 +112,7 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
     scale_table: Tensor | None
     block_offsets: Tensor | None
     offset_scale: Tensor | None
+    column_order: Tensor | None
     packed_is_tied = True
 
     def __init__(
@@ -244,7 +245,7 @@ class TiedLinear4bit(Linear4bit):
     form = _of_table("form")
     absmax, nested_absmax, nested_offset = _of_table("absmax"), _of_table("nested_absmax"), _of_table("nested_offset")
     scale_table, block_offsets = _of_table("scale_table"), _of_table("block_offsets")
-    offset_scale = _of_table("offset_scale")
+    offset_scale, column_order = _of_table("offset_scale"), _of_table("column_order")
 
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
         return {}  # the weight is the table's

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import StackedAdapters, adapter_of_each_row
-from ..autograd import call_linear_nf4, draw_seed
+from ..autograd import call_linear_nf4, draw_seed, in_order_of
 from ..form import Form, FormKeywords
 from ..formats import NF4
 from ..merged import merged_linear_nf4
@@ -42,6 +42,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         code: the name of the 16 values, or the values themselves, by code.
         scales: the form of the scales, one of ``formats.SCALE_FORMS``; None for the one that ``double_quant`` chooses.
         offsets: the form of the offsets, one of ``formats.OFFSET_FORMS``; None if there are none.
+        reordered: whether the weight's columns are stored in the order of the buffer ``column_order``, int32 [K]. Each
+            call brings x into that order.
 
     Example:
         >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
@@ -57,6 +59,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     scale_table: Tensor | None
     block_offsets: Tensor | None
     offset_scale: Tensor | None
+    column_order: Tensor | None
     # The class of the dense layer that this one replaces, and its attributes in addition to those of an nn.Linear.
     dense_class: type[nn.Linear] = nn.Linear
     dense_attributes: Mapping[str, Any] = MappingProxyType({})
@@ -74,6 +77,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         code: str | Sequence[float] | Tensor = NF4,
         scales: str | None = None,
         offsets: str | None = None,
+        reordered: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
@@ -84,6 +88,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             code=code,
             scales=scales,
             offsets=offsets,
+            reordered=reordered,
         )
         self._set_form(form, compute_dtype)
         self._register_packed(device)
@@ -165,6 +170,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         packed: tuple[Tensor | None, ...] = self.weight, self.absmax, self.nested_absmax, self.nested_offset
         if self.form.has_more_tensors:  # reading an attribute of a module is slow
             packed = (*packed, self.scale_table, self.block_offsets, self.offset_scale)
+            if self.column_order is not None:
+                x, lora_a = in_order_of(self.column_order, x, lora_a)
         return self._fused(packed, x, lora_a, lora_b, scaling, dropout_p, adapter_of_row)
 
     def _fused(
@@ -255,8 +262,11 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
 
 # The memory of a streamed weight differs from call to call, so no compiled graph may contain it.
 @torch.compiler.disable
-def _fused_streamed(layer: Linear4bit, *args: Any) -> Tensor:
+def _fused_streamed(layer: Linear4bit, x: Tensor, lora_a: Any, *args: Any) -> Tensor:
     assert layer.residency is not None
-    with layer.residency.lend("weight") as packed:
-        y: Tensor = layer._fused(packed, *args)
+    with layer.residency.lend("weight") as lent:
+        *packed, column_order = lent
+        if column_order is not None:  # copied, because the backward needs it after the loan
+            x, lora_a = in_order_of(column_order.clone(), x, lora_a)
+        y: Tensor = layer._fused((*packed,), x, lora_a, *args)
     return y
