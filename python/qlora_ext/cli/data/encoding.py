@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from ..._internal.special_tokens import prompt_tokens, sequences, special_tokens
+from ..._internal.special_tokens import prompt_tokens, sequences, special_tokens, with_beginning
 from ..errors import UserError, first_line, is_panic
 from .examples import Example, Message, is_conversation, question
 from .store import Stored
@@ -178,12 +178,12 @@ def _preference_row(tokenizer: Any, example: dict[str, Any], seq_len: int) -> Ro
 
 
 def _begin(row: Row, beginning: list[int]) -> None:
-    """Puts special tokens, which are not learnt, before a row that does not begin with them."""
+    """Puts special tokens before a row, unless it has them already. They are not learnt."""
     key = "prompt_ids" if "prompt_ids" in row else "input_ids"
-    if row[key][: len(beginning)] != beginning:
-        row[key] = beginning + row[key]
-        if "labels" in row:
-            row["labels"] = [-100] * len(beginning) + row["labels"]
+    ids = with_beginning(row[key], beginning)
+    if "labels" in row:
+        row["labels"] = [-100] * (len(ids) - len(row[key])) + row["labels"]
+    row[key] = ids
 
 
 def _cut(row: Row, seq_len: int) -> bool:
