@@ -19,6 +19,7 @@ from .encoding import as_prompt as as_prompt
 from .encoding import as_question as as_question
 from .encoding import check_template as check_template
 from .encoding import encode as encode
+from .encoding import formatted_tokens as formatted_tokens
 from .encoding import in_order as in_order
 from .encoding import pack as pack
 from .encoding import split as split

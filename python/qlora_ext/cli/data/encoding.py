@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+from ..._internal.special_tokens import prompt_tokens, sequences, special_tokens, with_beginning
 from ..errors import UserError, first_line, is_panic
 from .examples import Example, Message, is_conversation, question
 from .store import Stored
@@ -88,6 +89,11 @@ def as_prompt(tokenizer: Any, messages: list[Message]) -> str:
 def as_question(tokenizer: Any, prompt: str) -> str:
     """A user's prompt, formatted as in ``encode``, up to the beginning of the assistant's answer."""
     return as_prompt(tokenizer, [question(prompt)])
+
+
+def formatted_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text from ``as_prompt`` or ``as_question``."""
+    return prompt_tokens(tokenizer, text, formatted=bool(tokenizer.chat_template))
 
 
 def _plain(tokenizer: Any, messages: list[Message]) -> str:
@@ -171,6 +177,15 @@ def _preference_row(tokenizer: Any, example: dict[str, Any], seq_len: int) -> Ro
     return row
 
 
+def _begin(row: Row, beginning: list[int]) -> None:
+    """Puts special tokens before a row, unless it has them already. They are not learnt."""
+    key = "prompt_ids" if "prompt_ids" in row else "input_ids"
+    ids = with_beginning(row[key], beginning)
+    if "labels" in row:
+        row["labels"] = [-100] * (len(ids) - len(row[key])) + row["labels"]
+    row[key] = ids
+
+
 def _cut(row: Row, seq_len: int) -> bool:
     """Cuts a row to ``seq_len`` tokens. Returns whether it was longer."""
     if "prompt_ids" not in row:
@@ -203,15 +218,25 @@ def _encode(tokenizer: Any, example: list[Message] | dict[str, Any], preferences
     return _conversation_rows(tokenizer, example["prompt"] + example["chosen"], example.get("tools"), seq_len)[-1:]
 
 
-def _text_rows(tokenizer: Any, text: str, seq_len: int, counts: collections.Counter[str]) -> Iterator[Row]:
-    """The rows of a text, of ``seq_len`` tokens each. All tokens are learnt."""
-    size = 0
+def _text_rows(
+    tokenizer: Any, text: str, seq_len: int, counts: collections.Counter[str], beginning: list[int], end: list[int]
+) -> Iterator[Row]:
+    """The rows of a text, of ``seq_len`` tokens each. All tokens are learnt.
+
+    Args:
+        beginning: the special tokens before each row. Rows inside the text have them too, because a model that has
+            never seen a text without them predicts badly without them.
+        end: the special tokens after the text.
+    """
+    size, remaining = 0, len(text)
     for piece in _pieces(text):
         with tokenizing("--data"):
-            ids: list[int] = tokenizer(piece)["input_ids"]
-        size += len(ids)
-        for start in range(0, len(ids), seq_len):
-            part = ids[start : start + seq_len]
+            ids: list[int] = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        remaining -= len(piece)
+        if ids and not remaining and ids[len(ids) - len(end) :] != end:
+            ids += end
+        for part in sequences(ids, seq_len, beginning):
+            size += len(part)
             row = {"input_ids": part, "labels": list(part)}
             if _has_learnt_tokens(row):
                 yield row
@@ -232,9 +257,12 @@ def encode(
         preferences: whether preferences stay preferences. Otherwise the chosen answer is learnt like any answer.
     """
     counts = collections.Counter() if counts is None else counts
+    with tokenizing("--data"):
+        ends = special_tokens(tokenizer)
+        beginning, _ = special_tokens(tokenizer, formatted=bool(tokenizer.chat_template))
     for example in examples:
         if isinstance(example, str):
-            yield from _text_rows(tokenizer, example, seq_len, counts)
+            yield from _text_rows(tokenizer, example, seq_len, counts, *ends)
             continue
         with tokenizing("--data"):
             try:
@@ -245,6 +273,7 @@ def encode(
                 continue
         counts[_NOTHING_LEARNT] += not rows
         for row in rows:
+            _begin(row, beginning)
             longer = _cut(row, seq_len)
             if _has_learnt_tokens(row):
                 counts[CUT] += longer

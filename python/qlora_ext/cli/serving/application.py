@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..._internal.special_tokens import prompt_tokens
 from ..._internal.untrusted import excerpt
-from ..data import Message, as_prompt, tokenizing
+from ..data import Message, as_prompt, formatted_tokens, tokenizing
 from ..errors import UserError
 from .answers import Answers
 from .errors import APIError, invalid
@@ -203,9 +204,9 @@ class Application:
         try:
             with tokenizing(param):
                 if isinstance(prompt, str):
-                    return list(self._tokenizer(prompt)["input_ids"])
+                    return prompt_tokens(self._tokenizer, prompt)
                 text = as_prompt(self._tokenizer, self._with_known_roles(cast("list[Message]", prompt)))
-                return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+                return formatted_tokens(self._tokenizer, text)
         except UserError as error:
             raise APIError(400, str(error), param) from error
 

@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..._internal.untrusted import excerpt
 from ...decoding import Rollouts, Sampling
+from ..data import formatted_tokens
 from ..errors import UserError, first_line
 from .reward_function import Reward
 from .trainer import RunTrainer, training_arguments
@@ -46,11 +47,6 @@ def reward_arguments(settings: Settings, steps: int, directory: pathlib.Path, de
 
 def _columns(row: Any) -> dict[str, Any]:
     return {"prompt": row["prompt"], **row["columns"]}
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 class CheckedReward:
@@ -125,8 +121,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore
     ) -> None:
         self.held_out = held_out
         self._reward = CheckedReward(reward)
-        # The prompts are formatted already, special tokens included.
-        self._rollouts = Rollouts(encode=lambda text: _ids(tokenizer, text), progress=report)
+        self._rollouts = Rollouts(encode=lambda text: formatted_tokens(tokenizer, text), progress=report)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # TRL says that rollout_func is experimental
             super().__init__(
