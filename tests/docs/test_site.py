@@ -52,7 +52,7 @@ def browser() -> Iterator[Any]:
         try:
             found = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
         except Error as error:
-            pytest.skip(f"no Chromium (apt-get install chromium, or playwright install chromium): {error}"[:300])
+            pytest.skip(f"no Chromium (apt-get install chromium, or playwright install chromium): {str(error).splitlines()[0]}")
         yield found
         found.close()
 
