@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..data import Example, Parts, is_preference
+from ..data import Example, Parts, is_labelled, is_preference
 from ..models.sources import ModelSource
 from ..options import DEFAULT_RUN
 from ..outputs.directory import Output
@@ -112,9 +112,17 @@ class Run:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
+    def method(self) -> str:
+        """The method of the run: that of its settings, or the one that its data are for."""
+        if self.settings.method != "auto":
+            return self.settings.method
+        first = self.examples[0]
+        return "dpo" if is_preference(first) else "kto" if is_labelled(first) else "sft"
+
+    @property
     def preferences(self) -> bool:
-        """Whether the run learns preferences (DPO)."""
-        return self.settings.method != "sft" and is_preference(self.examples[0])
+        """Whether the run learns which answers are preferred (DPO), or good (KTO)."""
+        return self.method in ("dpo", "kto")
 
     @property
     def directory(self) -> pathlib.Path:

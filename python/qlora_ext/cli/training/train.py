@@ -85,9 +85,10 @@ def _trainer(run: Run) -> RunTrainer:
         rows = run.parts.train, run.parts.held_out
         return RewardTrainer(run.model, run.arguments, *rows, run.tokenizer, run.reward, run.report)
     if run.preferences:
-        from .preferences import PreferenceTrainer
+        from .preferences import TRAINERS
 
-        return PreferenceTrainer(run.model, run.arguments, run.parts.train, run.parts.held_out, run.tokenizer)
+        rows = run.parts.train, run.parts.held_out
+        return TRAINERS[run.method](run.model, run.arguments, *rows, run.tokenizer)
     chunked = run.settings.chunked_loss
     return QLoRATrainer(run.model, run.arguments, run.parts.train, run.parts.held_out, chunked=chunked)
 
