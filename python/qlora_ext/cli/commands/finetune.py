@@ -50,8 +50,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--reward",
+        action="append",
+        default=[],
         metavar="FILE.py:FUNCTION",
-        help="with --method grpo: the function that scores answers, in a file or a module; it is executed",
+        help="with --method grpo: a function that scores answers, in a file or a module; it is executed. Several "
+        "options add up their rewards",
     )
     add_trust_option(parser)  # not a recorded setting: it must be given each time, also with --resume
     add_options(parser)

@@ -296,7 +296,7 @@ def pack(rows: Iterable[Row], seq_len: int, max_rows: int | None = None) -> Sequ
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Rows to train on (packed, unless they have ``prompt_ids``), held-out rows (never packed), and counts by reason."""
+    """Rows to train on (packed, unless they have ``prompt_ids``), held-out rows (never packed), counts by reason."""
 
     train: Sequence[Row]
     held_out: list[Row]

@@ -1,4 +1,4 @@
-"""Training examples (a text, a conversation, a preference or a labelled answer), and how rows of data represent them."""
+"""Training examples (text, conversation, preference or labelled answer), and how rows of data represent them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from ..outputs.ownership import foreign_in_adapter
 from . import adapting
 from .checkpoints import newest_checkpoint
 from .identity import digest_of_adapter, digest_of_examples, digest_of_rows
-from .reward_function import digest_of_reward, find_reward
+from .reward_function import digest_of_rewards, find_rewards
 from .run import SETTINGS, Request, Run, Shared
 from .settings import NO_NEFTUNE, Settings, flag, given, read_settings, resumed
 
@@ -87,7 +87,7 @@ def _find(request: Request, typed: dict[str, Any], output: Output, shared: Share
             raise UserError(
                 f"--output {directory} already has a run; add --resume to continue it, or --overwrite to start over"
             )
-    if request.reward is not None and settings.method != "grpo":
+    if request.rewards and settings.method != "grpo":
         raise UserError("--reward is an option of --method grpo")
     device = parse_device(settings.device)
     source = resolve(settings.model, request.trust_remote_code, trusted=not resumes or "model" in typed)
@@ -122,7 +122,7 @@ def _check_adapter(run: pathlib.Path) -> None:
 def _check_method(run: Run, typed: dict[str, Any]) -> None:
     s, first, name = run.settings, run.examples[0], run.method.upper()
     if s.method == "grpo":
-        _check_reward(run)
+        _check_rewards(run)
         return
     if given := [flag(name) for name in ("generations", "max_new_tokens", "temperature") if name in typed]:
         raise UserError(f"{given[0]} is an option of --method grpo")
@@ -154,15 +154,15 @@ def _check_method(run: Run, typed: dict[str, Any]) -> None:
         )
 
 
-def _check_reward(run: Run) -> None:
-    """Finds the reward function. A resumed run needs it again."""
-    if run.request.reward is None:
+def _check_rewards(run: Run) -> None:
+    """Finds the reward functions. A resumed run needs them again."""
+    if not run.request.rewards:
         again = " again: the run does not record which code to run" if run.resumes else ""
         raise UserError(f"--method grpo: expected --reward FILE.py:FUNCTION{again}")
     if importlib.util.find_spec("trl") is None:
         raise UserError("--method grpo needs TRL; install it with: pip install 'trl>=1.16'")
-    run.reward = find_reward(run.request.reward)
-    run.identify("reward", digest_of_reward(run.reward), "--reward")
+    run.rewards = find_rewards(run.request.rewards)
+    run.identify("reward", digest_of_rewards(run.rewards), "--reward")
 
 
 def _check_init_adapter(run: Run, typed: dict[str, Any]) -> None:
@@ -244,7 +244,7 @@ def _split(run: Run, options: tuple[Any, ...]) -> Parts:
 def _arguments(run: Run) -> Any:
     """The arguments of the trainer, whose construction checks them."""
     steps = run.settings.steps(len(run.parts.train))
-    if run.reward is not None:
+    if run.rewards:
         from .rewards import reward_arguments
 
         return reward_arguments(run.settings, steps, run.directory, run.device)

@@ -36,8 +36,8 @@ class Request:
         overwrite: replace what an earlier command wrote to ``output``.
         force: with ``resume``, continue even if the base or the data have changed.
         trust_remote_code: run Python code that comes with the model.
-        reward: with the method grpo, the function that scores answers, or its name (``find_reward``). The run does not
-            record it, because whoever writes to its directory must not choose which code runs.
+        rewards: with the method grpo, the functions that score answers, or their names (``find_rewards``). The run does
+            not record them, because whoever writes to its directory must not choose which code runs.
         sweep: several values of some options, see ``sweep_options``. ``output`` is then the directory of the sweep.
     """
 
@@ -47,7 +47,7 @@ class Request:
     overwrite: bool = False
     force: bool = False
     trust_remote_code: bool = False
-    reward: str | Reward | None = None
+    rewards: Sequence[str | Reward] = ()
     sweep: Mapping[str, list[Any]] | None = None
 
 
@@ -80,7 +80,7 @@ class Run:
         longer: whether this command extends the run.
         checkpoint: the checkpoint from which the run resumes.
         digests: of a new run's inputs, for its marker.
-        reward: of a run with the method grpo.
+        rewards: of a run with the method grpo.
         shared: with the other runs of a sweep.
         sweep: the directory of the sweep that the run belongs to.
         tokenizer, parts, arguments: set by ``prepare``: the tokenizer, the rows, and the trainer's arguments.
@@ -102,7 +102,7 @@ class Run:
     shared: Shared = dataclasses.field(default_factory=Shared)
     sweep: pathlib.Path | None = None
     console: Console = dataclasses.field(default_factory=_console)
-    reward: Reward | None = None
+    rewards: Sequence[Reward] = ()
     tokenizer: Any = None
     parts: Parts = dataclasses.field(init=False)
     arguments: Any = None

@@ -191,7 +191,7 @@ def _check_options(request: Request, values: dict[str, Any]) -> None:
     for name in options:
         if name in values:
             raise UserError(f"{flag(name)}: --sweep varies it; give its values in one place")
-    if options.get("method") == "grpo" or request.reward is not None:
+    if options.get("method") == "grpo" or request.rewards:
         raise UserError("--sweep and --method grpo exclude each other; give each adapter a run of its own")
     if options.get("merge_aware") not in (None, "", BASE_FORMAT, True, False):
         raise UserError(
