@@ -268,6 +268,35 @@ def test_parquet(tmp_path: pathlib.Path) -> None:
         read_examples(str(cut))
 
 
+def test_arrow(tmp_path: pathlib.Path) -> None:
+    """Arrow files, and streams, which datasets writes to .arrow files."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    table = pyarrow.Table.from_pylist([{"id": i, **TALK} for i in range(600)])
+    for name, writer in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with writer(str(tmp_path / name), table.schema) as file:
+            file.write_table(table)
+        assert list(read_examples(str(tmp_path / name))) == [TALK] * 600
+        content = (tmp_path / name).read_bytes()
+        assert "damaged, or not Arrow" in refusal(tmp_path, "cut.arrow", content[: len(content) // 2])
+    assert "damaged, or not Arrow" in refusal(tmp_path, "none.arrow", b"")
+
+
+def test_directories_of_save_to_disk(tmp_path: pathlib.Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    one = datasets.Dataset.from_list([{"id": i, "prompt": "a", "completion": "b"} for i in range(3)])
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=one, test=one.select([0])).save_to_disk(tmp_path / "several")
+    assert list(read_examples(str(tmp_path / "one"))) == [PAIR] * 3
+    assert list(read_examples(str(tmp_path / "several"), "test")) == [PAIR]
+    with pytest.raises(UserError, match="no split dev; --split takes one of train, test"):
+        read_examples(str(tmp_path / "several"), "dev")
+    with pytest.raises(UserError, match="one was written by save_to_disk; name that directory alone"):
+        read_examples(str(tmp_path))
+    (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"")
+    with pytest.raises(UserError, match=f"--data {tmp_path / 'one'}: damaged"):
+        read_examples(str(tmp_path / "one"))
+
+
 def test_parquet_without_pyarrow(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install pyarrow" in refusal(tmp_path, "a.parquet", b"PAR1")

@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.trust_remote_code,
         arguments.reward,
         varied,
+        arguments.config is not None,
     )
     sweep.run(request)
     return 0

@@ -42,6 +42,8 @@ def _rows(name: str, split: str, prompts: bool) -> Rows:
     if name.startswith(PACKAGE):
         return packages.rows(name)
     path = path_named(name, "--data")
+    if path.is_dir() and hub.is_saved(path):
+        return hub.saved_rows(path, split)
     if path.is_dir():
         return directory.rows(path, split, prompts)
     if path.is_file():

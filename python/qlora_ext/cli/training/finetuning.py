@@ -57,11 +57,11 @@ def _rewards(reward: str | Reward | Sequence[str | Reward] | None) -> Sequence[s
     Raises:
         TypeError: one is neither.
     """
-    rewards = reward if isinstance(reward, list | tuple) else [] if reward is None else [reward]
+    rewards: Any = reward if isinstance(reward, list | tuple) else [] if reward is None else [reward]
     for found in rewards:
         if not isinstance(found, str) and not callable(found):
             raise TypeError(f"reward: expected a function, its name, or a list of these, got {excerpt(found)}")
-    return rewards
+    return tuple(rewards)
 
 
 @overload

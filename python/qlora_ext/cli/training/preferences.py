@@ -107,9 +107,7 @@ class LabelTrainer(_EncodedTrainer, KTOTrainer):  # type: ignore[misc,unused-ign
     def measure(self) -> dict[str, Any]:
         loss, metrics = self._held_out_metrics()
         measured = {"step": self.state.global_step, "eval_loss": loss}
-        good, bad = (
-            self._mean(metrics.get(f"rewards/{name}"), label) for name, label in (("chosen", 1), ("rejected", 0))
-        )
+        good, bad = self._mean(metrics.get("rewards/chosen"), 1), self._mean(metrics.get("rewards/rejected"), 0)
         return measured if good is None or bad is None else {**measured, "eval_reward_margin": good - bad}
 
     def _mean(self, means: list[float] | None, label: int) -> float | None:

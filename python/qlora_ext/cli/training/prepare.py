@@ -71,6 +71,8 @@ def _find(request: Request, typed: dict[str, Any], output: Output, shared: Share
     resumes = request.resume and begun
     if request.resume and not begun and (directory.parent / SETTINGS).is_file():
         raise UserError(f"--output {directory} is inside the run {directory.parent}; name the run with --output")
+    if request.resume and not begun:
+        request.begin_anew()
     if not typed and not request.resume:
         print(
             "no options: running a demonstration (SmolLM2-135M on conversations), which takes about 4 minutes on a "

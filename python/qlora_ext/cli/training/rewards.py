@@ -150,7 +150,10 @@ class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore
         """Does nothing. TRL would write a model card into the run's directory."""
 
     def measure(self) -> dict[str, Any]:
-        """The mean reward, added up over the functions, of an answer to each held-out prompt. The seeds are the same at each measurement."""
+        """The mean reward of an answer to each held-out prompt, added up over the functions.
+
+        The seeds are the same at each measurement.
+        """
         prompts = [row["prompt_ids"] for row in self.held_out]
         sampling = Sampling(
             max_new_tokens=self.args.max_completion_length,

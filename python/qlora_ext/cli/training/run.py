@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..data import Example, Parts, is_labelled, is_preference
+from ..errors import UserError
 from ..models.sources import ModelSource
 from ..options import DEFAULT_RUN
 from ..outputs.directory import Output
@@ -39,6 +40,7 @@ class Request:
         rewards: with the method grpo, the functions that score answers, or their names (``find_rewards``). The run does
             not record them, because whoever writes to its directory must not choose which code runs.
         sweep: several values of some options, see ``sweep_options``. ``output`` is then the directory of the sweep.
+        configured: whether ``options`` come from a file, at least in part.
     """
 
     options: Mapping[str, Any]
@@ -49,6 +51,18 @@ class Request:
     trust_remote_code: bool = False
     rewards: Sequence[str | Reward] = ()
     sweep: Mapping[str, list[Any]] | None = None
+    configured: bool = False
+
+    def begin_anew(self) -> None:
+        """Reports that ``output`` has nothing to resume, so that a new run begins.
+
+        Raises:
+            UserError: the request does not say what to train, so that the name of ``output`` may be a mistake.
+        """
+        where = f"--resume: --output {self.output} has no run to continue"
+        if not (self.configured or self.options.keys() & {"model", "data"}):
+            raise UserError(f"{where}; to begin a new one, give --model, --data or --config")
+        print(f"{where}: a new one begins", flush=True)
 
 
 class Shared:
