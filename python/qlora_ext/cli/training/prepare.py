@@ -50,10 +50,15 @@ def prepare(request: Request, output: Output, shared: Shared | None = None) -> R
     digest = run.shared.once(("digest", s.data, s.split), lambda: digest_of_examples(run.examples))
     run.identify("data", digest, f"--data {s.data}")
     config = load_config(run.source)
-    run.shared.once(
+    largest = run.shared.once(
         ("adapter", s.target_modules, s.layers, s.modules_to_save),
         lambda: adapting.check_without_weights(run.source, config, s),
     )
+    if largest is not None and s.rank > largest and not s.init_adapter:
+        run.report(
+            f"note: --rank {s.rank} is larger than the layers, whose weights have at most rank {largest}: the adapter "
+            "takes more memory without learning more"
+        )
     _fit(run, config)
     _encode(run)
     run.arguments = _arguments(run)
