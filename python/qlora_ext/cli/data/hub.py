@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import pathlib
+import re
 from typing import Any
 
 from ..._internal.untrusted import excerpt, printable

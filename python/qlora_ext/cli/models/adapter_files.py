@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from ..._internal.patterns import compiled
 from ..._internal.untrusted import FileError, Schema, check, excerpt, printable, read_json
 from ..errors import UserError, first_line, path_named
 from ..outputs.ownership import RECORD as RECORD
@@ -29,6 +30,7 @@ CONFIG_SCHEMA: Schema = {
     "lora_alpha?": float,
     "alpha_pattern?": dict,
 }
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 _MAX_ALPHA = 1e6  # as in finetune; far larger ones overflow
 
 
@@ -69,7 +71,7 @@ def config_of(adapter: pathlib.Path) -> dict[str, Any]:
     """PEFT's configuration of the adapter.
 
     Raises:
-        FileError: it is damaged, or a factor is not finite or very large.
+        FileError: it is damaged; a factor is not finite or very large; or a regular expression may take very long.
     """
     path = adapter / "adapter_config.json"
     config: dict[str, Any] = read_json(path, CONFIG_SCHEMA)
@@ -81,6 +83,12 @@ def config_of(adapter: pathlib.Path) -> dict[str, Any]:
             raise FileError(
                 f"{printable(path)}: expected {excerpt(name)} to be a number of at most {_MAX_ALPHA:g}, got {alpha}"
             )
+    for name in _PATTERNS:  # PEFT compiles a text, the elements of layers_pattern, and the keys of an object
+        found = config.get(name) or ()
+        if isinstance(found, str | dict) or name == "layers_pattern":
+            for pattern in [found] if isinstance(found, str) else found:
+                check(pattern, str, printable(path), name)
+                compiled(pattern, f"{printable(path)}: {name}")
     return config
 
 
