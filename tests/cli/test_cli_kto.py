@@ -134,7 +134,9 @@ def test_the_good_answers_alone(
     assert "eval_perplexity" in read_lines(tmp_path / "run" / "metrics.jsonl")[0]
 
 
-@pytest.mark.parametrize(("label", "note"), [(False, "no label is true"), (True, "every label is true")])
+@pytest.mark.parametrize(
+    ("label", "note"), [(False, "all these labels are false"), (True, "all these labels are true")]
+)
 def test_labels_of_one_kind_are_reported(
     label: bool, note: str, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +155,7 @@ def test_what_kto_cannot_do(refused: Any, paths: Paths, labelled: pathlib.Path, 
         (["--chunked-loss"], "--chunked-loss: not supported with KTO"),
         (["--max-memory", "4GB"], "--max-memory: the planner does not support KTO"),
         (["--neftune-alpha", "5"], "--neftune-alpha: not supported with DPO and KTO"),
+        (["--target-modules", "lm_head"], "--method kto: an adapter on the output head is not supported"),
         (["--method", "dpo"], "rows with prompt, chosen and rejected"),
     ):
         assert part in refused(*arguments, labelled, *options)

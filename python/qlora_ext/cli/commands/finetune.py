@@ -22,8 +22,9 @@ def add_parser(commands: Any) -> None:
         epilog="Data with chosen and rejected answers are learnt as preferences (DPO, by TRL), pairs with a label as "
         "good or bad answers (KTO, by TRL). "
         'A row of --data is {"text": ...}, a pair such as {"prompt": ..., "completion": ...}, a conversation '
-        '{"messages": [{"role": ..., "content": ...}, ...]} a preference {"prompt": ..., "chosen": ..., "rejected": '
-        '...}, or a labelled answer {"prompt": ..., "completion": ..., "label": true}; docs/data.md lists all forms. --resume continues an interrupted run from its last checkpoint; other "
+        '{"messages": [{"role": ..., "content": ...}, ...]}, a preference {"prompt": ..., "chosen": ..., "rejected": '
+        '...}, or a labelled answer {"prompt": ..., "completion": ..., "label": true}; docs/data.md lists all forms. '
+        "--resume continues an interrupted run from its last checkpoint; other "
         "options need not be repeated, and the final adapter is bit for bit the same. "
         "With a larger --max-steps (or --epochs), --resume extends a finished run. --overwrite replaces only files "
         "that qlora-ext wrote. --sweep trains its adapters one after the other over one base in "

@@ -93,8 +93,12 @@ def adapt(run: Run, base: Base) -> None:
     Raises:
         UserError: an option does not fit the model.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     s = run.settings
     run.model = adapting.add_adapter(base.model, run.source, s, run.request.force)
+    if run.preferences and isinstance(run.model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(f"--method {run.method}: an adapter on the output head is not supported; train other modules")
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = base.parameters + trainable
     run.report(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")

@@ -228,9 +228,9 @@ def _check_labels(run: Run) -> None:
     good = sum(labels)
     run.report(f"      {good:,} with the label true (good), {len(labels) - good:,} with false (bad)")
     if good == 0:
-        run.report("note: no label is true: KTO only makes these answers less likely, and learns no good ones")
+        run.report("note: all these labels are false: KTO only makes the answers less likely, and learns no good ones")
     elif good == len(labels):
-        run.report("note: every label is true: KTO learns no bad answers; --method sft learns good ones alone")
+        run.report("note: all these labels are true: KTO learns no bad answers; --method sft learns good ones alone")
 
 
 def _split(run: Run, options: tuple[Any, ...]) -> Parts:
