@@ -64,7 +64,8 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(refused, own_code: Any, t
         ({"alpha_pattern": {"q_proj": "8"}}, "expected alpha_pattern.q_proj to be a number"),
         ({"target_modules": "(.*)*_proj"}, "target_modules: expected regular expressions"),
         ({"rank_pattern": {"(a|a)*": 4}}, "rank_pattern: expected regular expressions"),
-        ({"layers_pattern": [5]}, "layers_pattern"),
+        ({"layers_pattern": [5]}, "expected layers_pattern to be a text"),
+        ({"layers_pattern": 5}, "expected layers_pattern to be a text"),
         ({"target_modules": "("}, "target_modules: expected regular expressions"),
     ],
 )

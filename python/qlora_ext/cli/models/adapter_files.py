@@ -86,7 +86,7 @@ def config_of(adapter: pathlib.Path) -> dict[str, Any]:
     for name in _PATTERNS:  # PEFT compiles a text, the elements of layers_pattern, and the keys of an object
         found = config.get(name) or ()
         if isinstance(found, str | dict) or name == "layers_pattern":
-            for pattern in [found] if isinstance(found, str) else found:
+            for pattern in found if isinstance(found, list | dict | tuple) else [found]:
                 check(pattern, str, printable(path), name)
                 compiled(pattern, f"{printable(path)}: {name}")
     return config

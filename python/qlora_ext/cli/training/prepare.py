@@ -134,7 +134,7 @@ def _check_method(run: Run, typed: dict[str, Any]) -> None:
     if given := [flag(name) for name in ("generations", "max_new_tokens", "temperature") if name in typed]:
         raise UserError(f"{given[0]} is an option of --method grpo")
     if "beta" in typed and not run.preferences:
-        raise UserError("--beta is an option of DPO and KTO, but the data are answers without preferences or labels")
+        raise UserError("--beta is an option of DPO, KTO and GRPO, but this run only learns answers (sft)")
     if s.method == "dpo" and not is_preference(first):
         raise UserError(f"--method dpo: expected preferences in --data {s.data}: rows with prompt, chosen and rejected")
     if s.method == "kto" and not is_labelled(first):
@@ -221,7 +221,11 @@ def _encode(run: Run) -> None:
 
 
 def _check_labels(run: Run) -> None:
-    """Reports how many answers to train on are good and bad; KTO needs two of them, and is for both kinds."""
+    """Reports how many answers to train on are good and bad.
+
+    Raises:
+        UserError: there is only one, and KTO compares each with another.
+    """
     labels = [bool(row["label"][0]) for row in run.parts.train]
     if len(labels) < 2:
         raise UserError(f"--data {run.settings.data}: expected at least two answers with a label to train on, got one")
@@ -235,8 +239,8 @@ def _check_labels(run: Run) -> None:
 
 def _split(run: Run, options: tuple[Any, ...]) -> Parts:
     s, first = run.settings, run.examples[0]
-    what = "prompts" if is_prompt(first) else "preferences" if is_preference(first) else "examples"
-    what = "labelled answers" if is_labelled(first) else what
+    kinds = {"prompts": is_prompt, "preferences": is_preference, "labelled answers": is_labelled}
+    what = next((name for name, fits in kinds.items() if fits(first)), "examples")
     run.report(f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} {what})")
     check_template(run.tokenizer, run.examples, s.data, run.source.name)
     if is_prompt(first):
