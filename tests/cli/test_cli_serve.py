@@ -19,6 +19,7 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 import chat_templates
 from commands import Paths
 from openai_server import FakeDecoder, Server, chat, running
+from qlora_ext.cli.serving.text import token_places
 
 ANSWER = "Grüße, 世界! 😀 1 2 3"
 MODELS = {"base": "__base__", "tuned": "adapter_1"}
@@ -109,6 +110,8 @@ def test_stop_strings_are_never_sent(server: Server) -> None:
             text = reply.json["choices"][0]["message"]["content"]
         assert text == "Grüße, 世"
     wait_until(lambda: all(request.finish_reason for request in server.decoder.requests))
+    many = [f"not {i}" for i in range(10_000)]
+    assert server.chat("hello", stop=[*many, "世界"]).json["choices"][0]["message"]["content"] == "Grüße, "
     assert server.chat("hello", stop="3!").json["choices"][0]["message"]["content"] == ANSWER
     body = server.chat("hello", stop="ü").json
     assert body["usage"]["completion_tokens"] == len("Grü".encode())
@@ -156,6 +159,49 @@ def test_log_probabilities(server: Server) -> None:
     assert server.chat("hello").json["choices"][0]["logprobs"] is None
 
 
+def test_echo(server: Server, tokenizer: Any) -> None:
+    """As lm-eval asks for log probabilities of prompts."""
+    asked = {"echo": True, "logprobs": 1, "temperature": 0, "seed": 1}
+    tokens = tokenizer("aü")["input_ids"]
+    for prompt in ("aü", tokens):
+        for most, answer in ((0, []), (1, ["G"])):
+            body = server.complete(prompt, max_tokens=most, **asked).json
+            (choice,) = body["choices"]
+            assert choice["text"] == "".join(["aü", *answer])
+            assert choice["finish_reason"] == "length"
+            found = choice["logprobs"]
+            assert found["tokens"] == ["a", "\ufffd", "\ufffd", *answer]
+            assert found["token_logprobs"] == [None, -0.25, -0.25, *(-0.5 for _ in answer)]
+            assert found["text_offset"] == [0, 1, 1, *(2 for _ in answer)]
+            assert found["top_logprobs"][:2] == [None, {"\ufffd": -0.25}]
+            assert body["usage"] == usage(3, most)
+            assert server.decoder.requests[-1].prompt == tokens
+    several = server.complete(["a", "bc"], max_tokens=0, **asked).json["choices"]
+    assert [choice["text"] for choice in several] == ["a", "bc"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in several] == [1, 2]
+    events = server.complete("bc", max_tokens=2, stream=True, **asked).events
+    assert "".join(event["choices"][0]["text"] for event in events) == "bcGr"
+    places = [place for event in events for place in event["choices"][0]["logprobs"]["text_offset"]]
+    assert places == [0, 1, 2, 3]
+    plain = server.complete("a", max_tokens=1, echo=True).json["choices"][0]
+    assert (plain["text"], plain["logprobs"]) == ("aG", None)
+    assert server.complete([65] * 200, max_tokens=0, **asked).status == 200  # fills the context
+
+
+def test_places_of_special_tokens_in_a_prompt() -> None:
+    """A text prompt is returned as it was sent, without what the tokenizer adds."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2}, "a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    tokenizer.backend_tokenizer.decoder = __import__("tokenizers").decoders.Fuse()
+    assert token_places(tokenizer, [0, 1, 2], "ab") == ("ab", [0, 0, 1])
+    assert token_places(tokenizer, [0, 1, 2], None) == ("<s>ab", [0, 3, 4])
+    assert token_places(tokenizer, [0, 0, 2], "<s>b") == ("<s>b", [0, 0, 3])
+
+
 def test_the_model_chooses_the_adapter(server: Server) -> None:
     listed = server.send("GET", "/v1/models").json["data"]
     assert [model["id"] for model in listed] == ["base", "tuned"]
@@ -195,7 +241,7 @@ REJECTED: dict[str, dict[str, Any]] = {
     "model": {"model": None},
     "messages": {"messages": []},
     "messages[0]": {"messages": ["hello"]},
-    "messages[0].role": {"messages": [{"role": "tool", "content": "a"}]},
+    "messages[0].role": {"messages": [{"role": "function", "content": "a"}]},
     "messages[0].content": {"messages": [{"role": "user"}]},
     "messages[0].content[0]": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
     "messages[0].tool_calls": {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
@@ -208,14 +254,22 @@ REJECTED: dict[str, dict[str, Any]] = {
     "max_completion_tokens": {"max_completion_tokens": True},
     "seed": {"seed": 2**64},
     "n": {"n": 10**9},
-    "stop": {"stop": ["a", "b", "c", "d", "e"]},
+    "stop": {"stop": ["a", ""]},
     "stream": {"stream": "yes"},
     "stream_options": {"stream_options": {"include_usage": True}},
     "include_usage": {"stream": True, "stream_options": {"include_usage": 1}},
     "logprobs": {"logprobs": 3},
     "top_logprobs": {"logprobs": True, "top_logprobs": 21},
-    "tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
-    "response_format": {"response_format": {"type": "json_object"}},
+    "tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},  # which the template ignores
+    "tools[0]": {"tools": [{"type": "retrieval"}]},
+    "tools[0].function": {"tools": [{"type": "function", "function": {"description": "f"}}]},
+    "tools[0].function.parameters": {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+    "tool_calls": {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
+    "tool_choice": {"tool_choice": "required"},
+    "parallel_tool_calls": {"parallel_tool_calls": 1},
+    "response_format": {"response_format": {"type": "grammar"}},
+    "response_format.json_schema.schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+    "echo": {"echo": True},
     "logit_bias": {"logit_bias": {"50256": -100}},
     "presence_penalty": {"presence_penalty": 1},
     "top_a": {"top_a": 0.1},
@@ -248,7 +302,8 @@ def test_more_values_that_are_rejected(server: Server) -> None:
         assert server.complete(prompt).status == 400, prompt
     assert server.complete("x" * 200).error["code"] == "context_length_exceeded"
     assert server.complete(["a"] * 65).error["param"] == "n"
-    assert server.complete("a", echo=True).error["param"] == "echo"
+    assert server.complete("a", tools=[1]).error["param"] == "tools"
+    assert server.complete([65] * 201, max_tokens=0).error["code"] == "context_length_exceeded"
     assert server.complete("a", messages=[]).status == 400
     assert server.decoder.requests == []
 
@@ -285,6 +340,73 @@ def test_requests_that_never_end(server: Server, monkeypatch: pytest.MonkeyPatch
             connection.sendall(raw.encode("latin-1"))
             assert connection.recv(64).split()[1] == status
     assert server.chat("hello").status == 200
+
+
+def half_a_request(server: Server) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port), 20)
+    connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+    return connection
+
+
+def is_closed(connection: socket.socket, more: bytes) -> bool:
+    """Whether the server closes a connection to which ``more`` is sent again and again."""
+    connection.settimeout(0.05)
+    deadline = time.monotonic() + 10
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() < deadline:
+            try:
+                if not connection.recv(4096):
+                    return True
+            except TimeoutError:
+                connection.sendall(more)
+        return False
+    return True
+
+
+def test_headers_that_never_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a client that sends a byte now and then, after another request, or instead of a body."""
+    monkeypatch.setattr("qlora_ext.cli.serving.connections._HEADER_SECONDS", 0.3)
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    for begin in (b"", b"G", head + b"\r\nG", head + b"Content-Length: 999\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
+            connection.sendall(begin)
+            assert is_closed(connection, b"a" if begin else b""), begin
+    with contextlib.closing(server.connect()) as connection:  # a request in time keeps its connection
+        for _ in range(2):
+            connection.request("GET", "/health")
+            assert connection.getresponse().read()
+            time.sleep(0.4)
+
+
+def test_many_connections_lock_nobody_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait for their clients are closed, the oldest first, and none that waits for the server."""
+    monkeypatch.setattr("qlora_ext.cli.serving.connections._WAITING", 5)
+    with contextlib.ExitStack() as stack:
+        with closed_gate(server):
+            asked = server.connect()
+            asked.request("POST", "/v1/chat/completions", json.dumps(chat()), {"Content-Type": "application/json"})
+            wait_until(lambda: len(server.decoder.requests) == 1)
+            held = [stack.enter_context(half_a_request(server)) for _ in range(20)]
+            assert server.send("GET", "/health").status == 200
+            with contextlib.suppress(ConnectionResetError):
+                assert held[0].recv(1) == b""
+            held[-1].sendall(b"1\r\nHost: localhost\r\n\r\n")
+            assert held[-1].recv(64).split()[1] == b"200"
+        assert asked.getresponse().status == 200
+        asked.close()
+
+
+def test_a_client_that_does_not_read(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_ext.cli.serving.connections._READ_SECONDS", 0.1)
+    monkeypatch.setattr("qlora_ext.cli.serving.application.Application._model", lambda *_: {"id": "x" * (16 << 20)})
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        client, served = connection.getsockname(), server._server.server_state.connections
+        wait_until(lambda: client in [one.client for one in served])
+        wait_until(lambda: client not in [one.client for one in served])
+        wait_until(lambda: not server._server.server_state.tasks)
 
 
 def test_a_template_that_rejects_messages(server: Server, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,6 +516,109 @@ def test_requests_that_run_when_the_server_ends(tokenizer: Any) -> None:
             server.connect().connect()
 
 
+FUNCTION = {"name": "find", "parameters": {"type": "object", "properties": {"name": {"type": "string"}}}}
+CALL = {"name": "find", "arguments": {"name": "Grüße"}}
+HERMES = chat_templates.TOOLS.replace("call>", "tool_call>")
+
+
+@pytest.fixture
+def calling(server: Server, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Sets the answer of the model, which has a template with tools, and returns the client's question."""
+    monkeypatch.setattr(tokenizer, "chat_template", HERMES)
+    monkeypatch.setattr(server.decoder, "capacity", 2000, raising=False)
+
+    def ask(answer: str, **fields: Any) -> Any:
+        monkeypatch.setattr(server.decoder, "answer", lambda prompt: tokenizer(answer)["input_ids"])
+        return server.chat("hello", tools=[{"type": "function", "function": FUNCTION}], **fields)
+
+    return ask
+
+
+def test_calls_of_tools(server: Server, tokenizer: Any, calling: Any) -> None:
+    written = f"<tool_call>\n{json.dumps(CALL, ensure_ascii=False)}\n</tool_call>"
+    (choice,) = calling(f"I ask.\n{written}\n{written}\n").json["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert message["content"] == "I ask."
+    assert [json.loads(call["function"]["arguments"]) for call in message["tool_calls"]] == [CALL["arguments"]] * 2
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["find"] * 2
+    assert len({call["id"] for call in message["tool_calls"]}) == 2
+    prompt = tokenizer.decode(server.decoder.requests[-1].prompt)
+    assert prompt.startswith(f"<tools>{json.dumps({'type': 'function', 'function': FUNCTION})}</tools>")
+    # The client sends the calls back, with their results.
+    result = {"role": "tool", "content": "found", "tool_call_id": message["tool_calls"][0]["id"]}
+    more = [{"role": "user", "content": "hello"}, {**message, "content": None}, result]
+    assert calling("Yes.", messages=more).json["choices"][0]["message"]["content"] == "Yes."
+    assert "</tool_call></><tool>found</>" in tokenizer.decode(server.decoder.requests[-1].prompt)
+
+    one = calling(f"{written}\n{written}", parallel_tool_calls=False).json["choices"][0]
+    assert (one["message"]["content"], one["finish_reason"]) == (None, "tool_calls")
+    assert len(one["message"]["tool_calls"]) == 1
+    events = calling(f"I <ask>. {written} ", stream=True).events
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content", "") for delta in deltas) == "I <ask>."
+    ((call,),) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+    assert (call["index"], json.loads(call["function"]["arguments"])) == (0, CALL["arguments"])
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    "text", ["<tool_call>{}</tool_call>", "a <tool_call>{", "a <tool", "<tool_call>\n[1]</tool_call> b\n ", "a\n"]
+)
+def test_answers_that_are_no_calls(text: str, calling: Any) -> None:
+    (choice,) = calling(text).json["choices"]
+    assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    deltas = [event["choices"][0]["delta"] for event in calling(text, stream=True).events]
+    assert "".join(delta.get("content", "") for delta in deltas) == text
+
+
+def test_no_choice_of_tools(server: Server, tokenizer: Any, calling: Any) -> None:
+    """The model does not see the tools."""
+    written = f"<tool_call>{json.dumps(CALL)}</tool_call>"
+    assert calling(written, tool_choice="none").json["choices"][0]["message"]["content"] == written
+    assert tokenizer.decode(server.decoder.requests[-1].prompt).startswith("<user>")
+    named = {"type": "function", "function": {"name": "find"}}
+    assert calling("", tool_choice=named).error["param"] == "tool_choice"
+
+
+def test_answers_in_json(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    choices = server.chat("hello", response_format=form, n=2).json["choices"]
+    assert [json.loads(choice["message"]["content"]) for choice in choices] == [{"a": "x"}] * 2
+    assert [choice["finish_reason"] for choice in choices] == ["stop"] * 2
+    begun = server.chat("hello", response_format={"type": "json_object"}, max_tokens=1).json["choices"][0]
+    assert begun["message"]["content"] == "{"
+    wrong = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "sentence"}}}
+    assert "sentence" in server.chat("hello", response_format=wrong).error["message"]
+    tools = [{"type": "function", "function": FUNCTION}]
+    assert server.chat("hello", response_format=form, tools=tools).error["param"] == "response_format"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    server.application._grammars = None
+    assert "llguidance, which is not installed" in server.chat("hello", response_format=form).error["message"]
+
+
+def test_pages_of_other_origins(tokenizer: Any) -> None:
+    page = {"Origin": "http://localhost:3000"}
+    asks = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization,x-stainless-os"}
+    decoder = FakeDecoder(lambda prompt: [65])
+    with running(decoder, tokenizer, MODELS, key="secret", origins=[page["Origin"]]) as one:
+        reply = one.send("OPTIONS", "/v1/chat/completions", **page, **asks)
+        assert reply.status == 200
+        assert reply.headers["access-control-allow-origin"] == page["Origin"]
+        assert "x-stainless-os" in reply.headers["access-control-allow-headers"]
+        assert one.send("POST", "/v1/chat/completions", chat(), **page).headers["access-control-allow-origin"]
+        assert "access-control-allow-origin" not in one.send("GET", "/health", Origin="http://evil.example").headers
+        assert one.send("OPTIONS", "/v1/models", **{**asks, "Origin": "http://evil.example"}).status == 400
+
+
+def test_without_cors_no_page_gets_permission(server: Server) -> None:
+    reply = server.send("GET", "/v1/models", Origin="http://localhost:3000")
+    assert "access-control-allow-origin" not in reply.headers
+
+
 def test_the_openai_client(server: Server) -> None:
     openai = pytest.importorskip("openai", reason="openai is not installed")
     with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
@@ -409,5 +634,7 @@ def test_the_openai_client(server: Server) -> None:
         assert client.completions.create(model="base", prompt="a").choices[0].text == ANSWER[:10]
         with pytest.raises(openai.NotFoundError, match="nobody"):
             client.chat.completions.create(model="nobody", messages=messages)
-        with pytest.raises(openai.BadRequestError, match="tools: not supported"):
+        with pytest.raises(openai.BadRequestError, match="presence_penalty: not supported"):
+            client.chat.completions.create(model="base", messages=messages, presence_penalty=1)
+        with pytest.raises(openai.BadRequestError, match=r"tools\[0\]"):
             client.chat.completions.create(model="base", messages=messages, tools=[{"type": "function"}])

@@ -48,6 +48,11 @@ def add_parser(commands: Any) -> None:
         "--api-key", metavar="KEY", help=f"key that clients have to send (default: ${_KEY_VARIABLE}; none if unset)"
     )
     parser.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN",
+        help="let web pages of this origin, such as http://localhost:3000, use the server; repeat it for several "
+        "origins; *: all pages",
+    )  # fmt: skip
+    parser.add_argument(
         "--sequences", type=int, default=8, metavar="N",
         help="how many answers are written at the same time (default: %(default)s)",
     )  # fmt: skip
@@ -82,6 +87,12 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.api_key = os.environ.get(_KEY_VARIABLE) or None
     if arguments.api_key is not None and not re.fullmatch(r"[!-~]+", arguments.api_key):
         raise UserError("--api-key: expected printable ASCII characters without spaces")
+    for origin in arguments.cors:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
+            raise UserError(
+                f"--cors {excerpt(origin)}: expected * or an origin in lower case, without a path, such as "
+                "https://chat.example.com or http://localhost:3000"
+            )
 
 
 def _named(adapter: str) -> tuple[str, str]:
@@ -196,7 +207,8 @@ def run(arguments: argparse.Namespace) -> int:
         _try(decoder, adapters)
         vocabulary = vocabulary_size(model)
         loop = DecodingLoop(decoder)
-        application = build(Application(adapters, adapted.tokenizer, vocabulary, loop), arguments.api_key, local)
+        routes = Application(adapters, adapted.tokenizer, vocabulary, loop)
+        application = build(routes, arguments.api_key, local, arguments.cors)
         loop.start()
         listener.listen()
         names = ", ".join(printable(name) for name in adapters)
