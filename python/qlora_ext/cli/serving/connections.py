@@ -12,6 +12,22 @@ _HEADER_SECONDS = 10  # from the beginning of a connection, or of its next reque
 _READ_SECONDS = 60  # within which a client has to read what has been sent
 
 
+class _Timer:
+    """Closes a connection unless it is stopped in time."""
+
+    def __init__(self) -> None:
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self, connection: Connection, seconds: float) -> None:
+        if self._handle is None:
+            self._handle = connection.loop.call_later(seconds, connection.transport.abort)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+
 class Connection(H11Protocol):  # type: ignore[misc,unused-ignore]
     """A connection with deadlines, which uvicorn lacks: a client that sends a byte now and then is never idle.
 
@@ -23,8 +39,7 @@ class Connection(H11Protocol):  # type: ignore[misc,unused-ignore]
     def __init__(self, *arguments: Any, waiting: dict[Connection, None], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._waiting = waiting
-        self._header_deadline: asyncio.TimerHandle | None = None
-        self._read_deadline: asyncio.TimerHandle | None = None
+        self._headers, self._reading = _Timer(), _Timer()
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -40,25 +55,29 @@ class Connection(H11Protocol):  # type: ignore[misc,unused-ignore]
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._read_deadline = self.loop.call_later(_READ_SECONDS, self.transport.abort)
+        self._reading.start(self, _READ_SECONDS)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._read_deadline = _cancelled(self._read_deadline)
+        self._reading.stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._header_deadline = _cancelled(self._header_deadline)
-        self._read_deadline = _cancelled(self._read_deadline)
+        self._headers.stop()
+        self._reading.stop()
         self._waiting.pop(self, None)
 
     def _follow(self, begun: bool) -> None:
-        """Notes whom the connection waits for now. ``begun``: the client has connected or sent something."""
+        """Notes whom the connection waits for now.
+
+        Args:
+            begun: whether the client has connected or sent something.
+        """
         answering = self.cycle is not None and not self.cycle.response_complete
         if answering:
-            self._header_deadline = _cancelled(self._header_deadline)
-        elif begun and self._header_deadline is None:
-            self._header_deadline = self.loop.call_later(_HEADER_SECONDS, self.transport.abort)
+            self._headers.stop()
+        elif begun:
+            self._headers.start(self, _HEADER_SECONDS)
         if self.transport.is_closing() or (answering and not self.cycle.more_body):
             self._waiting.pop(self, None)
             return
@@ -67,8 +86,3 @@ class Connection(H11Protocol):  # type: ignore[misc,unused-ignore]
             oldest = next(iter(self._waiting))
             del self._waiting[oldest]
             oldest.transport.abort()
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()

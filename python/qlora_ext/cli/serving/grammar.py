@@ -14,8 +14,7 @@ from ..errors import first_line
 from .errors import invalid
 
 _PARAM = "response_format"
-# Between tokens of JSON. Without a limit, some models write spaces for ever.
-_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
+_SPACES = r"[ \n\t]{0,16}"  # between tokens of JSON; without a limit, some models write spaces for ever
 
 
 class JSONGrammar:
@@ -63,7 +62,7 @@ class JSONGrammars:
         """
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _SPACES})
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise invalid(_PARAM, f"this JSON schema is not supported: {excerpt(matcher.get_error(), 400)}")

@@ -134,7 +134,7 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
 
 
 def _message(answer: Piece) -> dict[str, Any]:
-    message = {"role": "assistant", "content": answer.text, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
     if answer.calls:
         message |= {"content": answer.text or None, "tool_calls": [_tool_call(call) for call in answer.calls]}
     return {"message": message}
