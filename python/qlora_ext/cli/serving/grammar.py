@@ -47,6 +47,8 @@ class JSONGrammars:
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Sequence[int]) -> None:
         if importlib.util.find_spec("llguidance") is None:
             raise invalid(_PARAM, "needs the package llguidance, which is not installed on the server")
+        if not end_tokens:
+            raise invalid(_PARAM, "not supported with this model, which has no token that ends an answer")
         from llguidance import hf
 
         try:
