@@ -101,7 +101,8 @@ def test_invalid_arguments_are_rejected(
     model = ["--model", paths["model"]]
     for option, value in (
         ("--port", "65536"), ("--sequences", "0"), ("--context", "1"), ("--api-key", "a b"), ("--host", "no such host"),
-        ("--adapter", "=x"), ("--adapter", paths["root"] / "nowhere"),
+        ("--adapter", "=x"), ("--adapter", paths["root"] / "nowhere"), ("--cors", "localhost:3000"),
+        ("--cors", "http://localhost:3000/"),
     ):  # fmt: skip
         assert option in refused("serve", *model, option, value)
     assert "adapter" in refused("serve", "--model", finished_run)  # it is one

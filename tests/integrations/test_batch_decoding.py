@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gc
 import random
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -110,57 +109,6 @@ def test_a_sequence_does_not_depend_on_the_batch(dtype: torch.dtype, reproducibl
 
 def test_layers_may_round_to_16_bits_in_a_float32_model() -> None:
     eager(qlora_ext.nn.set_compute_dtype(tiny("gpt2", torch.float32), torch.bfloat16))
-
-
-@pytest.mark.parametrize("part", [None, 7])
-def test_log_probabilities_of_prompts(part: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the model's own forward, whether tokens follow or not."""
-    monkeypatch.setattr(batch, "_SCORED", 9)
-    model, given = tiny(), [*prompts(4), [5], [5]]
-    engine = eager(model, 2, capacity=40, prompt_part=part)
-    scored = Sampling(0, temperature=0, prompt_logprobs=True, top_logprobs=2)
-    requests = [engine.submit(prompt, scored) for prompt in given]
-    more = [engine.submit(prompt, dataclasses.replace(scored, max_new_tokens=3)) for prompt in given]
-    usual = [engine.submit(prompt, Sampling(3, temperature=0)) for prompt in given]
-    whole = engine.submit([7] * 40, scored)  # fills the slot
-    engine.run()
-    for prompt, request, longer, other in zip(given, requests, more, usual, strict=True):
-        assert (request.tokens, request.finish_reason) == ([], "length")
-        assert longer.tokens == other.tokens
-        assert longer.prompt_logprobs == request.prompt_logprobs
-        assert other.prompt_logprobs == []
-        expected = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
-        exact = expected.gather(1, torch.tensor(prompt[1:], dtype=torch.int64)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(request.prompt_logprobs), exact.detach(), atol=1e-5, rtol=0)
-        likeliest = [top[0][0] for top in request.prompt_top_logprobs]
-        assert likeliest == expected.argmax(-1).tolist()
-    assert len(whole.prompt_logprobs) == 39
-
-
-def test_only_allowed_tokens_are_written() -> None:
-    model, (prompt,) = tiny(), prompts(1)
-
-    def odd(written: Sequence[int]) -> torch.Tensor:
-        """An odd token, then the one that is larger by 1."""
-        allowed = torch.zeros(128, dtype=torch.bool)
-        allowed[written[-1] + 1 if len(written) % 2 else torch.arange(1, 127, 2)] = True
-        return allowed
-
-    def failing(written: Sequence[int]) -> torch.Tensor:
-        raise LookupError("no grammar")
-
-    engine = eager(model)
-    options = [Sampling(8, temperature, seed=1, stop_tokens=(), allowed_tokens=odd) for temperature in (0, 1.0)]
-    options += [Sampling(8, allowed_tokens=failing), Sampling(8, 0, stop_tokens=())]
-    limited, drawn, failed, free = requests = [engine.submit(prompt, each) for each in options]
-    engine.run()
-    for request in (limited, drawn):
-        assert [token % 2 for token in request.tokens] == [1, 0] * 4
-        assert request.tokens[1::2] == [token + 1 for token in request.tokens[::2]]
-        assert request.logprobs[1::2] == [0] * 4
-    assert isinstance(failed.error, LookupError)
-    assert free.tokens == alone(model, prompt, 8, eos_token_id=None)
-    assert all(request.done for request in requests)
 
 
 def test_a_prompt_of_several_sequences_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

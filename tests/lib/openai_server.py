@@ -7,6 +7,7 @@ import dataclasses
 import http.client
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from qlora_ext.cli.serving import server
 from qlora_ext.cli.serving.application import Application, build
 from qlora_ext.cli.serving.loop import DecodingLoop
 
+ANSWER = "Grüße, 世界! 😀 1 2 3"
+MODELS = {"base": "__base__", "tuned": "adapter_1"}
 END = 256  # the end-of-text token of ``tiny_models.save_tiny_llama``
 
 
@@ -185,3 +188,19 @@ def running(*arguments: Any, **options: Any) -> Iterator[Server]:
     finally:
         one.decoder.gate.set()
         one.stop()
+
+
+@contextlib.contextmanager
+def closed_gate(server: Server) -> Iterator[None]:
+    server.decoder.gate.clear()
+    try:
+        yield
+    finally:
+        server.decoder.gate.set()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

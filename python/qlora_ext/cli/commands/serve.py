@@ -49,8 +49,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN",
-        help="let web pages of this origin, such as http://localhost:3000, use the server; repeat it for several "
-        "origins; *: all pages",
+        help="let web pages of ORIGIN use the server (*: all pages)",
     )  # fmt: skip
     parser.add_argument(
         "--sequences", type=int, default=8, metavar="N",
