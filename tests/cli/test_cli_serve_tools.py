@@ -51,6 +51,7 @@ def test_calls_of_tools(server: Server, tokenizer: Any, calling: Any) -> None:
     assert calling("Yes.", messages=more).json["choices"][0]["message"]["content"] == "Yes."
     assert "</tool_call></><tool>found</>" in tokenizer.decode(server.decoder.requests[-1].prompt)
 
+    assert calling(written.removesuffix("</tool_call>")).json["choices"][0]["finish_reason"] == "tool_calls"
     one = calling(f"{written}\n{written}", parallel_tool_calls=False).json["choices"][0]
     assert (one["message"]["content"], one["finish_reason"]) == (None, "tool_calls")
     assert len(one["message"]["tool_calls"]) == 1
@@ -63,7 +64,15 @@ def test_calls_of_tools(server: Server, tokenizer: Any, calling: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["<tool_call>{}</tool_call>", "a <tool_call>{", "a <tool", "<tool_call>\n[1]</tool_call> b\n ", "a\n"]
+    "text",
+    [
+        "<tool_call>{}</tool_call>",
+        '<tool_call>{"name": "f"',
+        "a <tool_call>{",
+        "a <tool",
+        "<tool_call>\n[1]</tool_call> b\n ",
+        "a\n",
+    ],
 )
 def test_answers_that_are_no_calls(text: str, calling: Any) -> None:
     (choice,) = calling(text).json["choices"]

@@ -45,18 +45,20 @@ class ToolCallText:
         """The text that belongs to no call, and the calls that ``text`` completes. ``last``: no text follows."""
         text, self._held = self._held + text, ""
         shown, calls = "", list[ToolCall]()
-        while (begin := text.find(BEGIN)) >= 0 and (end := text.find(_END, begin)) >= 0:
-            call = self._call(text[begin + len(BEGIN) : end])
-            end += len(_END)
-            if call is None:  # remains text
-                shown += text[:end]
+        while (begin := text.find(BEGIN)) >= 0:
+            call, ended, rest = text[begin + len(BEGIN) :].partition(_END)
+            if not ended and not last:
+                break
+            found = self._call(call)
+            if found is None:  # remains text
+                shown += text[: len(text) - len(rest)]
             else:
-                calls.append(call)
+                calls.append(found)
                 shown += text[:begin].rstrip()
                 if not self._several:
                     self.ended = True
                     return shown, calls
-            text = text[end:]
+            text = rest
         if last:
             return shown + ("" if self.found and text.isspace() else text), calls
         if begin < 0:
