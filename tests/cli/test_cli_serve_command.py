@@ -124,9 +124,11 @@ def test_an_address_for_everybody_without_a_key(
         raise Loaded
 
     monkeypatch.setattr("qlora_ext.cli.models.loading.Loader.while_loading", load)
-    arguments = ["serve", "--model", str(paths["model"]), "--host", "0.0.0.0", "--port", "0"]
+    arguments = ["serve", "--model", str(paths["model"]), "--host", "0.0.0.0", "--port", "0", "--cors", "*"]
     assert main(arguments) == 1
-    assert "lets other machines use this server" in capfd.readouterr().err
+    warned = capfd.readouterr().err
+    assert "lets other machines use this server" in warned
+    assert "lets all web pages use this server" in warned
     monkeypatch.setenv("QLORA_API_KEY", "secret")
     assert main(arguments) == 1
     assert "warning" not in capfd.readouterr().err

@@ -178,6 +178,16 @@ def _try(decoder: Any, adapters: dict[str, str]) -> None:
             raise UserError(f"{excerpt(name)} cannot be served: {first_line(request.error)}") from request.error
 
 
+def _warn_of_strangers(arguments: argparse.Namespace, local: bool) -> None:
+    strangers = {
+        f"--host {printable(arguments.host)} lets other machines": not local,
+        "--cors * lets all web pages": "*" in arguments.cors,
+    }
+    for let, is_open in strangers.items():
+        if is_open and arguments.api_key is None:
+            print(f"qlora-ext: warning: {let} use this server; require a key with --api-key", file=sys.stderr)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     _check(arguments)
@@ -189,12 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with server.bind(arguments.host, arguments.port) as listener:
         local = server.is_loopback(listener)
-        if not local and arguments.api_key is None:
-            print(
-                f"qlora-ext: warning: --host {printable(arguments.host)} lets other machines use this server; "
-                "require a key with --api-key",
-                file=sys.stderr,
-            )
+        _warn_of_strangers(arguments, local)
         model = adapted.loader.while_loading()
         adapters: dict[str, str] = {}
         for i, (name, path) in enumerate(paths.items()):
