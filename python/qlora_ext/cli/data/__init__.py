@@ -26,12 +26,14 @@ from .encoding import pack as pack
 from .encoding import split as split
 from .encoding import summary as summary
 from .encoding import tokenizing as tokenizing
+from .encoding import unsupported_part as unsupported_part
 from .examples import Example as Example
 from .examples import Message as Message
 from .examples import example_of, kind_of
 from .examples import is_labelled as is_labelled
 from .examples import is_preference as is_preference
 from .examples import is_prompt as is_prompt
+from .examples import tool_call as tool_call
 from .files import READERS, Rows, reader_of
 from .packages import DEFAULT_DATA as DEFAULT_DATA
 from .prompts import prompt_of

@@ -75,17 +75,24 @@ def check_template(tokenizer: Any, examples: Iterable[Example], data: str, model
         messages = example.get("messages") or [
             message for name in ("prompt", *_ANSWERS) for message in example.get(name, ())
         ]
-        template = str(tokenizer.get_chat_template(tools=tools))
-        for name, there in (("tools", tools), ("tool_calls", any("tool_calls" in m for m in messages))):
-            if there and name not in template:
-                raise UserError(f"--data {data} has {name}, which the chat template of {model} does not support")
+        ignored = unsupported_part(tokenizer, messages, tools)
+        if ignored is not None:
+            raise UserError(f"--data {data} has {ignored}, which the chat template of {model} does not support")
 
 
-def as_prompt(tokenizer: Any, messages: list[Message]) -> str:
+def unsupported_part(tokenizer: Any, messages: Iterable[Message], tools: list[Any] | None) -> str | None:
+    """What the tokenizer's chat template would ignore of a conversation: "tools", "tool_calls" or nothing."""
+    template = str(tokenizer.get_chat_template(tools=tools)) if tokenizer.chat_template else ""
+    there = {"tools": bool(tools), "tool_calls": any("tool_calls" in message for message in messages)}
+    return next((name for name, found in there.items() if found and name not in template), None)
+
+
+def as_prompt(tokenizer: Any, messages: list[Message], tools: list[Any] | None = None) -> str:
     """Messages, formatted as in ``encode``, up to the beginning of the assistant's answer."""
     if not tokenizer.chat_template:
         return _plain(tokenizer, messages)
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    options = {"tokenize": False, "add_generation_prompt": True, **({"tools": tools} if tools else {})}
+    text: str = tokenizer.apply_chat_template(messages, **options)
     return text
 
 

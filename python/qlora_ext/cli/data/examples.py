@@ -99,7 +99,7 @@ def _from_json(value: Any, place: str, name: str) -> Any:
         try:
             return parse_json(value, place)
         except FileError as error:
-            raise UserError(f"{place}: {name}: expected a list, or JSON of a list ({error})") from error
+            raise UserError(f"{place}: {name}: expected JSON ({error})") from error
     return value
 
 
@@ -117,7 +117,7 @@ def _content(value: Any, place: str, name: str) -> str:
     return "".join(texts)
 
 
-def _tool_call(value: Any, place: str, name: str) -> dict[str, Any]:
+def tool_call(value: Any, place: str, name: str) -> dict[str, Any]:
     call = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         _refuse(place, name, 'a call such as {"function": {"name": "...", "arguments": {}}}', value)
@@ -147,7 +147,7 @@ def _message(turn: Any, place: str, name: str) -> Message:
     if calls:
         if not isinstance(calls, list):
             _refuse(place, f"{name}.tool_calls", "a list", calls)
-        message["tool_calls"] = [_tool_call(call, place, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
+        message["tool_calls"] = [tool_call(call, place, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
     return message | {key: turn[key] for key in _EXTRA_KEYS if isinstance(turn.get(key), str)}
 
 
