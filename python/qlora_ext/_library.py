@@ -119,13 +119,29 @@ def _explain_layouts() -> None:
         )
 
 
+def _define_4bit_names() -> None:
+    """Defines ``linear_4bit`` for ``linear_nf4`` and so on: all of these operators take every 4-bit code.
+
+    torch replaces such an operator by the other one before gradients, autocast and compilation see it.
+    """
+    for name in OPERATORS:
+        if "nf4" not in name:
+            continue
+        operator, alias = getattr(torch.ops.qlora, name).default, name.replace("nf4", "4bit")
+        _, _, signature = str(operator._schema).partition("(")
+        NAMES.define(f"{alias}({signature}")
+        NAMES.impl(alias, operator, "CompositeImplicitAutograd")
+
+
 _require_torch()
 _load_cpu()
+NAMES = torch.library.Library("qlora", "FRAGMENT")
 LIBRARY = torch.library.Library("qlora", "IMPL")
 cuda_error = _load_cuda()
 if cuda_error is not None:
     _explain_on_cuda(cuda_error)
 _explain_layouts()
+_define_4bit_names()
 
 
 def serves(archs: str, capability: tuple[int, int]) -> bool:

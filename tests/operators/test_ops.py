@@ -309,6 +309,25 @@ def test_dropout_keeps_the_share_it_says() -> None:
     assert abs(float(y.mean()) - 1.0) < 5 * np.sqrt(0.3 / 0.7 / (64 * k))
 
 
+@pytest.mark.parametrize("name", [name for name in OP_NAMES if "nf4" in name])
+def test_operators_of_all_4bit_codes_have_a_name_that_says_so(name: str) -> None:
+    operator, alias = getattr(OPS, name).default, getattr(OPS, name.replace("nf4", "4bit")).default
+    assert str(alias._schema) == str(operator._schema).replace(name, name.replace("nf4", "4bit"), 1)
+    args = op_calls("cpu")[name]
+    expected, found = operator(*args), alias(*args)
+    pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_other_names_are_differentiable_and_compile() -> None:
+    s = linear_sample(m=3)
+    call = lambda x: OPS.linear_4bit(x, *s.w4.packed_args(), s.w4.shape[0], None, s.lora_a, s.lora_b, 1.0, 0.0, 0)  # noqa: E731
+    x = s.x.detach().requires_grad_()
+    (dx,) = torch.autograd.grad(call(x).sum(), [x])
+    (again,) = torch.autograd.grad(torch.compile(call, fullgraph=True, backend="aot_eager")(x).sum(), [x])
+    assert torch.equal(dx, again) and dx.abs().sum() > 0
+
+
 HAS_CUDA_KERNELS = qlora_ext.build_info()["cuda_error"] is None
 
 
