@@ -8,7 +8,7 @@ import pathlib
 import re
 import stat
 from collections.abc import Mapping
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, BinaryIO, NoReturn, TypeAlias
 
 # The expected value: a type, one of several types, a list of a schema, or an object with fields of schemas. A field
 # whose name ends in "?" may be absent or null. ``int`` means 64 bits, ``float`` any number; a bool is not a number.
@@ -159,6 +159,20 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file to read its bytes.
+
+    Raises:
+        FileError: it is of another kind, such as a FIFO, which is rejected without waiting. OSError: it cannot be
+            opened.
+    """
+    file = open(path, "rb", opener=_without_waiting)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileError(f"cannot read {printable(path)}: not a regular file")
+    return file
+
+
 def read_text(path: pathlib.Path, limit: int = _MAX_BYTES) -> str:
     """The text of a UTF-8 file of at most ``limit`` bytes.
 
@@ -166,9 +180,7 @@ def read_text(path: pathlib.Path, limit: int = _MAX_BYTES) -> str:
         FileError: it cannot be read, is not a regular file, is larger, or is not UTF-8.
     """
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FileError(f"cannot read {printable(path)}: not a regular file")
+        with open_regular(path) as file:
             raw = file.read(limit + 1)
         if len(raw) > limit:
             raise FileError(f"{printable(path)}: larger than the limit of {limit} bytes")
