@@ -10,7 +10,7 @@ import re
 import struct
 from typing import Any
 
-from .._internal.untrusted import FileError, check, excerpt, open_regular, printable
+from .._internal.untrusted import FileError, check, excerpt, printable, regular_only
 
 # llama.cpp's architectures, by transformers' ``model_type``: those for which files are written.
 ARCHITECTURES = {
@@ -188,7 +188,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     path = pathlib.Path(path)
     source = printable(path)
     try:
-        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            open(path, "rb", opener=regular_only) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             return _read(_Reader(data, source), len(data))
     except (OSError, ValueError) as error:
         if isinstance(error, FileError):
