@@ -107,6 +107,17 @@ def test_the_package_reads_the_model(variant: str, exported: Callable[..., Any])
     assert without_single_precision(config["rope_parameters"]) == without_single_precision(rope)
 
 
+@pytest.mark.parametrize(("variant", "written"), [("olmo2", True), ("gpt_oss", True), ("llama", False)])
+def test_a_tied_head_is_written_where_llama_cpp_needs_it(tmp_path: pathlib.Path, variant: str, written: bool) -> None:
+    model = make(config_of(variant, tie_word_embeddings=True))
+    base, path = save(tmp_path / "base", model), tmp_path / "out.gguf"
+    here("export", "--check", "none", "--model", base, "--to", "gguf:f16", "--output", path)
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    assert ("output.weight" in tensors) == written
+    assert not written or np.array_equal(tensors["output.weight"], tensors["token_embd.weight"])
+    assert error(logits(read(path)), logits(model)) < 2e-3
+
+
 def without_single_precision(rope: dict[str, Any]) -> dict[str, Any]:
     """RoPE's parameters without what float32 does to them, and defaults."""
     return {

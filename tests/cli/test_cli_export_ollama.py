@@ -173,7 +173,7 @@ def test_the_directory(
     else:
         assert "FROM ./model.gguf\n" in text
     assert 'TEMPLATE """' in text
-    assert "held-out loss" in printed
+    assert "loss on" in printed
     assert f"ollama create NAME -f {output / 'Modelfile'}" in printed
     gguf = "gguf-adapter" if to.endswith("adapter") else f"gguf:{to.partition(':')[2] or 'q8_0'}"
     here("export", "--adapter", adapter, "--to", gguf, "--output", tmp_path / "alone.gguf", "--check", "none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import signal
 import struct
@@ -26,7 +27,7 @@ from qlora_ext.cli import main
 from qlora_ext.cli.models.loading import Loader
 from qlora_ext.cli.models.sources import resolve
 from qlora_ext.form import Form
-from qlora_ext.gguf import weights
+from qlora_ext.gguf import read_header, weights
 from test_cli_stream import killed_at_the_sixth_weight
 from tiny_models import SIZES, make, same_state
 
@@ -47,11 +48,14 @@ def test_incomplete_files(refused, llama_file: pathlib.Path, tmp_path: pathlib.P
     count = struct.unpack_from("<Q", complete, 8)[0]
     assert count == 21
     blocks = complete.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    vocabulary = complete.index(b"llama.vocab_size") + len(b"llama.vocab_size") + 4
     norm = complete.index(b"output_norm.weight")
     cases = {
         **{f"{n} tensors": (8, struct.pack("<Q", n)) for n in (0, 1, count - 1, count + 1, 2**40)},
         "1 layer": (blocks, struct.pack("<I", 1)),
         "3 layers": (blocks, struct.pack("<I", 3)),
+        "a number of layers that is a float": (blocks - 4, struct.pack("<I", 6)),
+        "a vocabulary of 2^32": (vocabulary, struct.pack("<I", 2**32 - 1)),
         "no norm": (norm, b"output_nomr.weight"),
         "metadata": (16, struct.pack("<Q", 2**60)),
         "version": (4, struct.pack("<I", 99)),
@@ -59,10 +63,31 @@ def test_incomplete_files(refused, llama_file: pathlib.Path, tmp_path: pathlib.P
     for name, (at, change) in cases.items():
         path.write_bytes(complete[:at] + change + complete[at + len(change) :])
         assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), name
+        if name.startswith("a "):
+            assert "changed.gguf" in refused("plan", "--model", path), name
     for size in (len(complete) - 64, len(complete) // 2, 200, 24, 5, 0):
         path.write_bytes(complete[:size])
         assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), size
     assert not output.exists()
+
+
+def test_headers_that_are_no_header(llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "changed.gguf"
+    complete = llama_file.read_bytes()
+    name = complete.index(b"general.architecture") + len(b"general.architecture")
+    text = complete[name + 12 : name + 12 + struct.unpack_from("<Q", complete, name + 4)[0]]
+    changes = {
+        "general.architecture to be a text, got an array of 5 values": struct.pack("<IIQ", 9, 0, len(text)),
+        "general.architecture to be a text, got 5": struct.pack("<IQ", 10, len(text)),
+    }
+    for told, change in changes.items():
+        rest = text if "array" in told else b""
+        path.write_bytes(complete[:name] + change + rest + complete[name + 12 + len(text) :])
+        with pytest.raises(ValueError, match=told):
+            read_header(path)
+    os.mkfifo(tmp_path / "fifo.gguf")
+    with pytest.raises(ValueError, match=r"fifo\.gguf: not a regular file"):
+        read_header(tmp_path / "fifo.gguf")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])

@@ -75,6 +75,14 @@ def test_the_commands_of_other_tools(refused: Any, typed: str, meant: str) -> No
     assert f"did you mean {meant}? (see" in refused(typed)
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("completion nosh", "zsh"), ("export --to gguf --output x", "gguf:f16"), ("plan --model llama3", "llama-3-8b")],
+)
+def test_values_that_are_not_complete(refused: Any, typed: str, meant: str) -> None:
+    assert f"did you mean {meant}?" in refused(*shlex.split(typed))
+
+
 @pytest.mark.parametrize("typed", ["finetune --wandb-entity x", "finetune --deepspeed x", "serve", "xyz", "export"])
 def test_nothing_is_suggested_that_is_not_alike(refused: Any, typed: str) -> None:
     assert "did you mean" not in refused(*shlex.split(typed))

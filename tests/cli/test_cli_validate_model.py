@@ -152,6 +152,14 @@ def test_no_tokenizer(refused, model: pathlib.Path, tmp_path: pathlib.Path) -> N
     assert "tokenizer" in refused("quantize", "--model", model, "--output", tmp_path / "out")
 
 
+@pytest.mark.parametrize("options", [[], ["--temperature", "1"]])
+def test_a_model_that_computes_infinity_does_not_answer(refused, model: pathlib.Path, options: list[str]) -> None:
+    change_weights(model, put("model.norm.weight", lambda w: torch.full_like(w, 3e38)))
+    message = refused("generate", "--model", model, "--raw", "1", *options)
+    assert "the model computes NaN or infinity as the logits after " in message
+    assert "try --dtype float32" in message
+
+
 def test_a_tokenizer_of_more_tokens(refused, paths: Paths, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     tokenizer = model / "tokenizer.json"
     text = tokenizer.read_text().replace('"c":', '"c": 300, "\\u0100\\u0101":')

@@ -154,9 +154,17 @@ def parse_json(text: str, source: str, schema: Schema | None = None, lenient: bo
     return value
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a file without blocking, also if it is a FIFO without a writer."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+def regular_only(path: str, flags: int) -> int:
+    """An opener for ``open`` that rejects anything but a regular file. It does not wait for the writer of a FIFO.
+
+    Raises:
+        FileError: the file is of another kind. OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileError(f"cannot read {printable(path)}: not a regular file")
+    return descriptor
 
 
 def read_text(path: pathlib.Path, limit: int = _MAX_BYTES) -> str:
@@ -166,9 +174,7 @@ def read_text(path: pathlib.Path, limit: int = _MAX_BYTES) -> str:
         FileError: it cannot be read, is not a regular file, is larger, or is not UTF-8.
     """
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FileError(f"cannot read {printable(path)}: not a regular file")
+        with open(path, "rb", opener=regular_only) as file:
             raw = file.read(limit + 1)
         if len(raw) > limit:
             raise FileError(f"{printable(path)}: larger than the limit of {limit} bytes")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._internal.finite_logits import require_finite
+
 
 @torch.no_grad()
 def write(model: Any, sequences: int, length: int, seed: int) -> Tensor:
@@ -19,8 +21,10 @@ def write(model: Any, sequences: int, length: int, seed: int) -> Tensor:
     The same model, device and seed give the same tokens. The global random state does not change.
 
     Raises:
-        TypeError: ``model`` cannot generate text.
+        TypeError: ``model`` cannot generate text. NotFiniteError: it computes NaN or infinity.
     """
+    from transformers import LogitsProcessorList
+
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(
@@ -49,6 +53,7 @@ def write(model: Any, sequences: int, length: int, seed: int) -> Tensor:
             top_k=0,
             top_p=1.0,
             use_cache=True,
+            logits_processor=LogitsProcessorList([require_finite]),
             pad_token_id=(_flat(text_config.pad_token_id, text_config.eos_token_id) or [0])[0],
         )
     model.train(was_training)

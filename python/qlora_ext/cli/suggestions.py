@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
-# Below this similarity, a suggestion misleads more often than it helps.
-_LIKENESS = 0.75
+# Below this similarity, a suggestion misleads more often than it helps. One of few values may be less similar.
+_LIKENESS, _LIKENESS_OF_CHOICES = 0.75, 0.5
 
 # Our option -> what Hugging Face's Trainer, PEFT, TRL, axolotl, LLaMA-Factory, LitGPT, MLX-LM, Unsloth and llama.cpp
 # call it, without dashes in front. A name may stand for several options; a command has at most one of them.
@@ -104,7 +105,12 @@ def _likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 
-def _nearest(typed: str, known: Iterable[str], elsewhere: dict[str, str]) -> str | None:
+def _words(name: str) -> list[str]:
+    """The words and numbers in a name: llama, 3, 8 and b for llama-3-8b."""
+    return re.findall("[a-z]+|[0-9]+", name.lower())
+
+
+def _nearest(typed: str, known: Iterable[str], elsewhere: dict[str, str], likeness: float = _LIKENESS) -> str | None:
     names, key = list(known), _key(typed)
     by_key = {_key(name): name for name in names}
     if key in by_key:
@@ -113,7 +119,7 @@ def _nearest(typed: str, known: Iterable[str], elsewhere: dict[str, str]) -> str
         if key in elsewhere.get(name, "").split():
             return name
     best = max(by_key, key=lambda other: _likeness(key, other), default="")
-    return by_key[best] if best and _likeness(key, best) >= _LIKENESS else None
+    return by_key[best] if best and _likeness(key, best) >= likeness else None
 
 
 def option(typed: str, known: Iterable[str]) -> str:
@@ -130,5 +136,17 @@ def command(typed: str, known: Iterable[str]) -> str:
 
 def value(typed: str, known: Iterable[str]) -> str:
     """The same as ``option``, for the values of an option."""
-    found = _nearest(typed, known, _VALUES)
+    return _completion(typed, known, _LIKENESS_OF_CHOICES)
+
+
+def model(typed: str, known: Iterable[str]) -> str:
+    """The same as ``option``, for the names of models, of which ``known`` are a few."""
+    return _completion(typed, known, _LIKENESS)
+
+
+def _completion(typed: str, known: Iterable[str], likeness: float) -> str:
+    """The shortest name that continues what was typed, or else one that is similar to it."""
+    names, begin = list(known), _words(typed)
+    longer = [name for name in names if begin and _words(name)[: len(begin)] == begin]
+    found = min(longer, key=len) if longer else _nearest(typed, names, _VALUES, likeness)
     return f"; did you mean {found}?" if found else ""

@@ -10,7 +10,7 @@ import re
 import struct
 from typing import Any
 
-from .._internal.untrusted import FileError, excerpt, printable
+from .._internal.untrusted import FileError, check, excerpt, printable, regular_only
 
 # llama.cpp's architectures, by transformers' ``model_type``: those for which files are written.
 ARCHITECTURES = {
@@ -74,6 +74,16 @@ class Header:
     is_adapter: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """An array of the metadata, whose values are not read."""
+
+    count: int
+
+    def __repr__(self) -> str:
+        return f"an array of {self.count} values"
+
+
 class _Reader:
     """Reads the little-endian header sequentially, with bounds checks."""
 
@@ -98,7 +108,7 @@ class _Reader:
         return self.data[begin : begin + size].decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """A value of the metadata. Of an array, only the length is returned."""
+        """A value of the metadata."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
@@ -113,7 +123,7 @@ class _Reader:
                 self.skip(self.scalar("Q"))
         else:
             raise FileError(f"{self.source}: damaged: unsupported array of type {kind} in the metadata")
-        return count
+        return _Array(count)
 
 
 def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
@@ -178,12 +188,23 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     path = pathlib.Path(path)
     source = printable(path)
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            open(path, "rb", opener=regular_only) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             return _read(_Reader(data, source), len(data))
     except (OSError, ValueError) as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"cannot read {source}: {error}") from error  # mmap raises a ValueError for an empty file
+
+
+def _typed(reader: _Reader, metadata: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """The value of a key, or ``default`` if the metadata lack it."""
+    value = metadata.get(key, default)
+    if value is not None:
+        check(value, kind, f"{reader.source}: damaged", excerpt(key))
+    return value
 
 
 def _read(reader: _Reader, size: int) -> Header:
@@ -195,8 +216,10 @@ def _read(reader: _Reader, size: int) -> Header:
         raise FileError(f"{source}: expected a little-endian GGUF file of version 2 or 3, got version {version}")
     tensors, values = reader.scalar("Q"), reader.scalar("Q")
     metadata = _metadata(reader, values)
-    alignment = metadata.get("general.alignment", 32)
-    if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+    architecture = _typed(reader, metadata, "general.architecture", str)
+    layers = _typed(reader, metadata, f"{architecture}.block_count", int)
+    alignment = _typed(reader, metadata, "general.alignment", int, 32)
+    if alignment < 1 or alignment & (alignment - 1):
         raise FileError(f"{source}: damaged: general.alignment is {excerpt(alignment)}, expected a power of two")
     found = _tensors(reader, tensors, alignment)
     end = max((tensor.begin + tensor.nbytes for tensor in found.values()), default=0)
@@ -205,10 +228,8 @@ def _read(reader: _Reader, size: int) -> Header:
         raise FileError(
             f"{source}: truncated or damaged: its {tensors} tensors end at byte {data + end}, the file at byte {size}"
         )
-    architecture = metadata.get("general.architecture")
-    layers = metadata.get(f"{architecture}.block_count")
     beyond = [name for name in found if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= (layers or 0)]
-    if isinstance(layers, int) and beyond:
+    if layers is not None and beyond:
         raise FileError(
             f"{source}: damaged: its metadata has {layers} layers, but {len(beyond)} of its {tensors} tensors belong "
             f"to other layers, such as {excerpt(min(beyond))}"

@@ -37,6 +37,7 @@ class _Family:
         ropes: the types of RoPE.
         more: fields of the configuration that transformers' table lacks, by llama.cpp's keys.
         layers_of_27b: the number of layers with which llama.cpp scales attention by the hidden size per head.
+        needs_head: whether llama.cpp loads no file without an output head, not even if it is tied to the embeddings.
     """
 
     model_type: str
@@ -46,6 +47,7 @@ class _Family:
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     more: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layers_of_27b: int | None = None
+    needs_head: bool = False
 
 
 _HEAD = {"attention.key_length": "head_dim"}
@@ -71,12 +73,13 @@ _FAMILIES = {
     "gemma3": _Family("gemma3_text", _GELU, full_attention_every=6, more={**_WINDOW, **_FINAL_CAP}, layers_of_27b=62),
     "phi3": _Family("phi3", ropes=("default", "longrope"), more=_WINDOW),
     "smollm3": _Family("smollm3"),
-    "olmo2": _Family("olmo2"),
+    "olmo2": _Family("olmo2", needs_head=True),
     "gpt-oss": _Family(
         "gpt_oss",
         biases=True,
         full_attention_every=2,
         more={**_HEAD, **_WINDOW, "expert_feed_forward_length": "intermediate_size"},
+        needs_head=True,
     ),
 }
 # Parameters of YaRN that llama.cpp does not read in the files of these architectures.
@@ -125,6 +128,11 @@ def check(architecture: str, config: Any) -> None:
                 raise ValueError(f"{field} of YaRN is {value}, and llama.cpp has {usual:.4g} in {architecture} models")
     if local is not None and local.get("rope_type", "default") != "default":
         raise ValueError("the RoPE of layers with a window is scaled, and llama.cpp does not scale it")
+
+
+def needs_head(architecture: str) -> bool:
+    """Whether a file must have an output head, even if the model ties it to the embeddings."""
+    return _FAMILIES[architecture].needs_head
 
 
 def _scalar_of_27b(family: _Family, layers: int, hidden_size: int, heads: int, head_dim: int) -> int:

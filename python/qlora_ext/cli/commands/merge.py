@@ -18,7 +18,7 @@ from ..options import add_base_options
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
 from ..quantization import calibrate
-from ..training.evaluation import held_out_rows, loss_on
+from ..training.evaluation import rows_of_run, token_losses
 
 ERROR_FILE = "merge_error.json"
 
@@ -87,11 +87,11 @@ def _merge(
     adapted = find_adapted(arguments)
     tokenizer = adapted.tokenizer
     if arguments.evaluate:
-        rows, size, _ = held_out_rows(find(arguments.adapter), tokenizer, "--evaluate")
+        parts, size, _ = rows_of_run(find(arguments.adapter), tokenizer, "--evaluate")
     model = adapted.load()
     compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
     if arguments.evaluate:
-        unmerged = loss_on(model, rows, size, compute)
+        unmerged = token_losses(model, parts.held_out, size, compute).mean()
     tied = untie(model)
     merged: Any
     error, report = None, []
@@ -126,6 +126,6 @@ def _merge(
             f"the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
     if arguments.evaluate:
-        loss = loss_on(merged, rows, size, compute)
+        loss = token_losses(merged, parts.held_out, size, compute).mean()
         print(f"held-out loss: {unmerged:.4f} unmerged, {loss:.4f} merged ({loss - unmerged:+.4f})")
     return 0

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..._internal.sizes import parse_size
 from ..._internal.untrusted import excerpt, printable
+from .. import suggestions
 from ..errors import UserError, path_named, reading
+from ..models import validate_model
 from ..models.devices import check_dtype
 from ..models.pretrained import load_config
 from ..models.sources import DEFAULT_MODEL, ModelSource, resolve
@@ -150,7 +152,13 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any, ModelSource | None
     if not path.exists() and families.known(name):
         return name, families.config(name), None
     source = resolve(name, arguments.trust_remote_code)
-    return name, load_config(source), source
+    try:
+        config = load_config(source)
+    except UserError as error:
+        meant = suggestions.model(name, families.names())
+        raise UserError(f"{error}{meant}") from error
+    validate_model.check_room(source, config)
+    return name, config, source
 
 
 def _job(arguments: argparse.Namespace, config: Any, source: ModelSource | None) -> Job:

@@ -311,6 +311,7 @@ def pack(rows: Iterable[Row], seq_len: int, max_rows: int | None = None) -> Sequ
     transformers derives the attention mask from the positions, so no token attends to another original row.
 
     Args:
+        rows: some may be packed already.
         max_rows: the maximum number of packed rows; None for all.
     """
     packed: Stored[Row] = Stored()
@@ -324,7 +325,7 @@ def pack(rows: Iterable[Row], seq_len: int, max_rows: int | None = None) -> Sequ
                 break
         last["input_ids"] += row["input_ids"]
         last["labels"] += [-100, *row["labels"][1:]]  # the first token is not predicted from the previous row
-        last["position_ids"] += range(size)
+        last["position_ids"] += row.get("position_ids", range(size))
     if last["input_ids"]:
         packed.append(last)
     return packed

@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..._internal.untrusted import printable
-from ..data import Row, held_out
+from ..data import Parts, Row, held_out
 from ..errors import UserError
 from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
@@ -18,16 +18,22 @@ from ..models.adapter_files import base_of, find
 from ..models.loading import Loader, load_dense
 from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
 from ..models.sources import resolve
-from ..training.evaluation import held_out_rows, loss_on
+from ..training.evaluation import rows_of_run, token_losses
 from .job import Factors, Job
 from .targets import CHECKS
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from .weight_errors import WeightError
 
 _BATCH = 4  # rows
 _WRITTEN_TOKENS = 8192  # that a model writes at most, because that takes longer than reading them
 _WRITTEN = "a text that the model wrote"
+_ERRORS = 2  # standard errors by which an increase must exceed the limit, so that chance alone rejects few exports
+_OTHER_WEIGHT = 0.5  # relative error from which a weight is another one; no target rounds so coarsely
+_LOST = 0.1  # share of the adapter's update below which it is missing; no target rounds so much of it away
 
 
 class CheckError(RuntimeError):
@@ -40,13 +46,15 @@ class _Text:
 
     Attributes:
         name: of the data, for the report.
-        rows: empty if the model is to write them.
+        rows: of the data.
         size: rows per batch.
+        written: the number of tokens that the model is to write as well.
     """
 
     name: str
     rows: list[Row]
     size: int = _BATCH
+    written: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +62,26 @@ class Report:
     """The result of a check.
 
     Attributes:
-        text, tokens: the name of the text, and the number of tokens that were predicted.
-        trained, exported: the losses in nats per token; None if they were not measured.
+        text: its name.
+        losses: of the trained and of the exported model, in nats, for each token that was predicted; None if they were
+            not measured.
         errors: of the weights, or for an adapter alone, of its updates.
         of_updates: whether they are of updates.
     """
 
     text: str
-    tokens: int
-    trained: float | None
-    exported: float | None
+    losses: tuple[Tensor, Tensor] | None
     errors: list[WeightError]
     of_updates: bool
 
     @property
-    def increase(self) -> float:
-        """Of the loss, in nats per token; NaN if the exported model's is."""
-        return 0.0 if self.trained is None or self.exported is None else self.exported - self.trained
+    def increase(self) -> tuple[float, float]:
+        """The mean increase of the loss, in nats per token, and its standard error. Both are NaN if a loss is."""
+        if self.losses is None:
+            return 0.0, 0.0
+        trained, exported = self.losses
+        increases = exported - trained
+        return increases.mean().item(), increases.std(correction=0).item() / math.sqrt(len(increases))
 
 
 def check_options(arguments: argparse.Namespace) -> None:
@@ -121,51 +132,60 @@ class Check:
 
         factors = {} if self._job.read_adapter is None else self._job.read_adapter(path)
         if self._adapted is None:
-            return Report("", 0, None, None, [*update_errors(factors)], True)
+            return Report("", None, [*update_errors(factors)], True)
         trained = self._trained() if self._model is None else self._model
-        text = self._text if self._text.rows else self._written_by(trained)
-        before = self._loss(trained, text)
+        text = self._complete(trained)
+        before = self._losses(trained, text)
         if self._job.read_adapter is not None:
             _put(factors, trained)
-            after, errors = self._loss(trained, text), [*update_errors(factors)]
-        else:
-            source = resolve(str(path))
-            exported = self._exported(path)
-            after = self._loss(exported, text)
-            errors = [*weight_errors(weights_of(trained), weights_in(source, exported))]
-        tokens = sum(label != -100 for row in text.rows for label in row["labels"][1:])
-        return Report(text.name, tokens, before, after, errors, self._job.read_adapter is not None)
+            return Report(text.name, (before, self._losses(trained, text)), [*update_errors(factors)], True)
+        exported = self._exported(path)
+        after = self._losses(exported, text)
+        errors = weight_errors(weights_of(trained), weights_in(resolve(str(path)), exported))
+        return Report(text.name, (before, after), [*errors], False)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype in which both models compute. On a GPU, a dense model in float32 may be too large."""
+        import torch
+
+        from ...dtypes import computing_dtype
+
+        assert self._adapted is not None
+        loader = self._adapted.loader
+        return torch.float32 if loader.device.type == "cpu" else computing_dtype(loader.dtype, loader.device)
 
     def _trained(self) -> Any:
         assert self._adapted is not None
         loader, source = self._adapted.loader, self._adapted.source
         if self._adapted.adapter is not None or is_4bit(source) or has_4bit_blocks(source):
             return self._adapted.load()
-        return load_dense(source, loader.dtype, loader.device)
+        return load_dense(source, self._dtype, loader.device)
 
     def _exported(self, path: pathlib.Path) -> Any:
         """The model at ``path``. Weights that are not 4-bit there stay dense."""
         from ...form import Form
 
         assert self._adapted is not None
-        source, loader = resolve(str(path)), self._adapted.loader
+        source, device = resolve(str(path)), self._adapted.loader.device
         if is_4bit(source) or has_4bit_blocks(source):
-            return Loader(source, Form(), loader.dtype, loader.device).while_loading()
-        return load_dense(source, loader.dtype, loader.device)
+            return Loader(source, Form(), self._dtype, device).while_loading()
+        return load_dense(source, self._dtype, device)
 
-    def _written_by(self, model: Any) -> _Text:
+    def _complete(self, model: Any) -> _Text:
+        """The text, with what the model is to write."""
         from ...calibration import self_text
 
-        length = min(held_out.LENGTH, validate_model.longest_input(model) or held_out.LENGTH)
-        ids = self_text.write(model, max(1, min(self._tokens, _WRITTEN_TOKENS) // length), length, 0)
-        return _Text(_WRITTEN, _rows_of(ids.tolist()))
+        text, limit = self._text, validate_model.longest_input(model) or held_out.LENGTH
+        length = min(held_out.LENGTH, limit)
+        if text.rows and text.written < length:
+            return text
+        ids = self_text.write(model, max(1, text.written // length), length, 0)
+        name = f"{text.name} and {_WRITTEN}" if text.rows else _WRITTEN
+        return dataclasses.replace(text, name=name, rows=[*text.rows, *_rows_of(ids.tolist())])
 
-    def _loss(self, model: Any, text: _Text) -> float:
-        from ...dtypes import computing_dtype
-
-        assert self._adapted is not None
-        loader = self._adapted.loader
-        return loss_on(model, text.rows, text.size, computing_dtype(loader.dtype, loader.device))
+    def _losses(self, model: Any, text: _Text) -> Tensor:
+        return token_losses(model, text.rows, text.size, self._dtype)
 
 
 def _without_weights(arguments: argparse.Namespace, job: Job) -> bool:
@@ -180,28 +200,49 @@ def _without_weights(arguments: argparse.Namespace, job: Job) -> bool:
 
 
 def _text(arguments: argparse.Namespace, adapted: Adapted, tokens: int) -> _Text:
-    """The text that ``--data`` names; by default the examples that a run has held out.
+    """The text that ``--data`` names; by default the examples of the run, first those that it has held out.
 
     Raises:
         UserError: the data do not exist, or do not fit the model.
     """
+    written = _Text("", [], written=min(tokens, _WRITTEN_TOKENS))
     if arguments.data == "self":
-        return _Text(_WRITTEN, [])
+        return written
     model = validate_model.skeleton(adapted.source, load_config(adapted.source))
     if arguments.data is not None:
         longest = validate_model.longest_input(model) or held_out.LENGTH
         text = _Text(arguments.data, _rows_of(held_out.blocks(arguments.data, adapted.tokenizer, tokens, longest)))
     elif adapted.adapter is None or not (adapted.adapter.parent / "settings.json").is_file():
-        return _Text(_WRITTEN, [])
+        return written
     else:
         try:
-            rows, size, name = held_out_rows(adapted.adapter, adapted.tokenizer, "--check")
+            parts, size, name = rows_of_run(adapted.adapter, adapted.tokenizer, "--check")
         except UserError as error:
             print(f"{printable(error)}; the model writes the text instead", flush=True)
-            return _Text(_WRITTEN, [])
-        text = _Text(f"{name} (held out by the run)", _first(rows, tokens), size)
+            return written
+        text = _of_run(parts, size, name, tokens)
     validate_model.check_tokens(model, [row["input_ids"] for row in text.rows])
     return text
+
+
+def _of_run(parts: Parts, size: int, name: str, tokens: int) -> _Text:
+    """The rows that a run has held out, with at most ``tokens`` tokens if they are several.
+
+    If they have too few tokens for the mean of their losses to be precise, rows follow that the run was trained on, and
+    then what the model writes.
+    """
+    rows = _first(parts.held_out, tokens)
+    missing = CHECKS["short"] - _tokens_in(rows)
+    if missing <= 0:
+        return _Text(f"{name} (held out by the run)", rows, size)
+    learnt = sum(label != -100 for row in rows for label in row["labels"][1:])
+    trained = [*_beginning(parts.train, missing)]
+    name = f"{name} ({learnt:,} of them held out by the run)"
+    return _Text(name, [*rows, *trained], size, missing - _tokens_in(trained))
+
+
+def _tokens_in(rows: list[Row]) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
 
 
 def _first(rows: list[Row], tokens: int) -> list[Row]:
@@ -213,6 +254,15 @@ def _first(rows: list[Row], tokens: int) -> list[Row]:
             break
         end += 1
     return rows[:end]
+
+
+def _beginning(rows: Iterable[Row], tokens: int) -> Iterator[Row]:
+    """The first ``tokens`` tokens of rows."""
+    for row in rows:
+        if tokens < 2:
+            return
+        yield {key: values[:tokens] for key, values in row.items()}
+        tokens -= len(row["input_ids"])
 
 
 def _rows_of(blocks: Any) -> list[Row]:
@@ -252,10 +302,12 @@ def show(found: Report) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    if found.trained is not None and found.exported is not None:
+    if found.losses is not None:
+        increase, error = found.increase
+        trained, exported = (losses.mean().item() for losses in found.losses)
         line = (
-            f"held-out loss on {found.tokens:,} tokens of {found.text}: {found.trained:.4f} trained, "
-            f"{found.exported:.4f} exported ({found.increase:+.4f})"
+            f"loss on {len(found.losses[0]):,} tokens of {found.text}: {trained:.4f} trained, {exported:.4f} exported "
+            f"({increase:+.4f}), standard error {error:.4f}"
         )
         console.print(printable(line), markup=False)
     if not found.errors:
@@ -287,16 +339,32 @@ def _table(worst: list[WeightError], count: int) -> Any:
 
 
 def require(found: Report, path: pathlib.Path, limit: float) -> None:
-    """Rejects an export whose loss exceeds that of the trained model by more than ``limit``.
+    """Rejects an export whose loss certainly exceeds that of the trained model by more than ``limit``.
 
     Raises:
-        CheckError: it does, or is NaN.
+        CheckError: it does, or is NaN, or a weight is not that of the trained model.
     """
-    if found.increase <= limit:
+    _require_weights(found, path)
+    increase, error = found.increase
+    if increase - _ERRORS * error <= limit:
         return
-    if math.isnan(found.increase):
+    if math.isnan(increase):
         raise CheckError(f"the loss of {printable(path)} is NaN; do not serve it")
     raise CheckError(
-        f"the loss of {printable(path)} is {found.increase:.4f} nats per token above that of the trained model, more "
-        f"than --max-loss-increase {limit:g}; do not serve it"
+        f"the loss of {printable(path)} is {increase:.4f} nats per token above that of the trained model, with a "
+        f"standard error of {error:.4f}: more than --max-loss-increase {limit:g}; do not serve it"
     )
+
+
+def _require_weights(found: Report, path: pathlib.Path) -> None:
+    """Rejects a model with another weight, or without the adapter, which may change the loss by less than the limit."""
+    errors = () if found.of_updates else found.errors
+    retained, update = sum(e.retained for e in errors), sum(e.update for e in errors)
+    if retained + _ERRORS * math.hypot(*(e.noise for e in errors)) < _LOST * update:
+        raise CheckError(f"{printable(path)} holds {retained / update:.1%} of the adapter's update; do not serve it")
+    for e in errors:
+        if not e.relative < _OTHER_WEIGHT:
+            raise CheckError(
+                f"{printable(e.name)} of {printable(path)} is not the trained weight: its relative error is "
+                f"{e.relative:.3g}; do not serve it"
+            )

@@ -53,7 +53,7 @@ class _Conversion:
         sampling: from ``modelfile.sampling``.
         kinds: the tensors that come from weights, and their types.
         factors: tensors that do not, float32.
-        unties: whether the file has an output head, although the base ties it to the embeddings.
+        unties: whether the adapter changes the output head or the embeddings, although the base ties them.
         calibrated: the weights that ``--calibrate`` has encoded; None if the target has no 4-bit weights.
     """
 
@@ -82,7 +82,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
     if adapted.adapter is not None:
         check_mergeable(target, adapted.adapter)
     unties = adapted.adapter is not None and tied_layer(adapted.adapter, skeleton) is not None
-    if unties:
+    if unties or metadata.needs_head(architecture):
         head = skeleton.get_output_embeddings()
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
     sampling = modelfile.sampling(modelfile.generation_config(source))

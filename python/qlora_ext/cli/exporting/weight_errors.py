@@ -34,6 +34,7 @@ class WeightError:
         name: of the layer in the model.
         error, size: the norms of the difference, and of the trained weight.
         retained, update: as in ``retained_update``; 0 without an adapter.
+        noise: the standard deviation of ``retained`` by the rounding of the weight.
     """
 
     name: str
@@ -41,6 +42,7 @@ class WeightError:
     size: float
     retained: float = 0.0
     update: float = 0.0
+    noise: float = 0.0
 
     @property
     def relative(self) -> float:
@@ -123,9 +125,9 @@ def weight_errors(trained: Mapping[str, Pair], exported: Mapping[str, Callable[[
         weight = exported[name]().cpu()
         update = after - before
         retained, total = retained_update(update, before, weight) if update.any() else (0.0, 0.0)
-        yield WeightError(
-            name.removesuffix(".weight"), (weight - after).norm().item(), after.norm().item(), retained, total
-        )
+        error = (weight - after).norm().item()
+        noise = error * math.sqrt(total / update.numel())
+        yield WeightError(name.removesuffix(".weight"), error, after.norm().item(), retained, total, noise)
 
 
 def update_errors(factors: Mapping[str, tuple[Factors, Factors]]) -> Iterator[WeightError]:

@@ -17,8 +17,14 @@ def complete(
 
     Args:
         streamer: a streamer of transformers, which gets each token when it is generated.
+
+    Raises:
+        UserError: the model computes NaN or infinity.
     """
     import torch
+    from transformers import LogitsProcessorList
+
+    from ..._internal.finite_logits import require_finite
 
     was_training = model.training
     model.eval()
@@ -32,6 +38,7 @@ def complete(
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
             streamer=streamer,
+            logits_processor=LogitsProcessorList([require_finite]),
             **sampling,
         )
     model.train(was_training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 import struct
@@ -11,6 +12,7 @@ from typing import Any
 
 from ..._internal.untrusted import check, excerpt, parse_json, printable, read_json
 from ..._internal.vocabulary import vocabulary_size
+from ...gguf import read_header
 from ..errors import UserError, reading
 from .sources import ModelSource
 
@@ -79,29 +81,36 @@ def skeleton(source: ModelSource, config: Any) -> Any:
 
 
 def check_room(source: ModelSource, config: Any) -> None:
-    """Rejects a model directory whose configuration does not match its files, before anything is allocated.
+    """Rejects a model whose configuration does not match its files, before anything is allocated.
 
     Raises:
         UserError: the configuration has more parameters than the files can hold, or tensors have other shapes.
     """
     import torch
 
-    files = weight_files(source.directory) if source.directory is not None else []
-    if not files:
+    found: dict[str, list[int]]
+    if source.gguf_file is not None:
+        header = read_header(pathlib.Path(source.path) / source.gguf_file)
+        found = {tensor.name: list(tensor.shape) for tensor in header.tensors}
+        room = 2 * sum(map(math.prod, found.values()))  # a model may compute a part of its weights
+    else:
+        files = weight_files(source.directory) if source.directory is not None else []
+        found = {name: shape for file in files for name, shape in shapes(file).items()}
+        room = 2 * sum(file.stat().st_size for file in files)  # at most two parameters per byte (4 bits)
+    if not found:
         return
-    found = {name: shape for file in files for name, shape in shapes(file).items()}
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    room = 2 * sum(file.stat().st_size for file in files)  # at most two parameters per byte (4 bits)
     if layers > len(found):
         raise UserError(
-            f"{source.name} is incomplete: config.json has {layers} layers, its files have {len(found)} weights"
+            f"{source.name} is incomplete: its configuration has {layers} layers, its files have {len(found)} weights"
         )
     model = skeleton(source, config)
     needed = sum(tensor.numel() for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
     tied = sum(p.numel() for p in (model.get_output_embeddings() or torch.nn.Module()).parameters())
     if needed - tied > room:
         raise UserError(
-            f"{source.name} is incomplete: config.json needs {needed:,} parameters, its files hold at most {room:,}"
+            f"{source.name} is incomplete: its configuration needs {needed:,} parameters, its files hold at most "
+            f"{room:,}"
         )
     if getattr(config, "quantization_config", None) is not None:
         return  # the shapes of packed weights are checked while they load

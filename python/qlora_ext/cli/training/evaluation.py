@@ -1,11 +1,12 @@
-"""The loss of a model on the examples that a finished run has held out."""
+"""The loss of a model on the examples of a finished run."""
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data import Row, is_labelled, is_preference, read_examples, split
+from ..data import Parts, Row, is_labelled, is_preference, pack, read_examples, split
 from ..errors import UserError
 from ..models.adapter_files import RECORD, record_of
 from .settings import recorded
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def held_out_rows(adapter: pathlib.Path, tokenizer: Any, option: str) -> tuple[list[Row], int, str]:
-    """The rows that the run of ``adapter`` has held out, its batch size, and the name of its data.
+def rows_of_run(adapter: pathlib.Path, tokenizer: Any, option: str) -> tuple[Parts, int, str]:
+    """The rows of the run of ``adapter``, its batch size, and the name of its data.
 
     Args:
         option: the option that needs them, for the error message.
@@ -34,13 +35,22 @@ def held_out_rows(adapter: pathlib.Path, tokenizer: Any, option: str) -> tuple[l
         kind = "preferences (DPO)" if is_preference(examples[0]) else "labels (KTO)"
         raise UserError(f"{option}: expected a run that was trained on answers, got one trained on {kind}")
     parts = split(tokenizer, examples, s.seq_len, s.first_rows, s.eval_size, s.seed, packing=not s.no_packing)
-    return parts.held_out, s.batch_size, s.data
+    return parts, s.batch_size, s.data
 
 
-def loss_on(model: Any, rows: list[Row], size: int, compute: torch.dtype) -> float:
-    """The mean loss per learnt token of rows, ``size`` at a time, computed in ``compute``."""
+def token_losses(model: Any, rows: Sequence[Row], size: int, compute: torch.dtype) -> torch.Tensor:
+    """The loss of each learnt token of rows, float64 on the CPU, ``size`` rows at a time, computed in ``compute``."""
+    import torch
+
     from ...nn import computing_in
-    from .trainer import held_out_loss
+    from .trainer import collate
 
-    with computing_in(model, compute):
-        return held_out_loss(model, rows, size, lambda model, batch: model(**batch, use_cache=False).loss)
+    rows = pack(rows, max(len(row["input_ids"]) for row in rows))
+    losses = []
+    with computing_in(model.eval(), compute), torch.no_grad():
+        for start in range(0, len(rows), size):
+            batch = {key: value.to(model.device) for key, value in collate(rows[start : start + size]).items()}
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch, use_cache=False).logits[:, :-1][labels != -100]
+            losses.append(torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100], reduction="none"))
+    return torch.cat(losses).double().cpu()
