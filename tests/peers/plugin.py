@@ -101,6 +101,15 @@ class _EveryModel(collections.Counter):
         return True
 
 
+def _why(error: Any) -> str:
+    """The message of a failed or skipped test, and the statement that failed."""
+    if isinstance(error, tuple):
+        return str(error[2])
+    if not hasattr(error, "reprcrash"):
+        return str(error)
+    return "\n".join([error.reprcrash.message, *error.reprtraceback.reprentries[-1].lines])
+
+
 class Plugin:
     """Chooses the tests, and reports what became of them."""
 
@@ -143,11 +152,7 @@ class Plugin:
         outcome["layers"] = max([outcome["layers"], *(count for _, count in report.user_properties)])
         if report.outcome != "passed" and outcome["outcome"] != "failed":
             outcome["outcome"] = report.outcome
-            if isinstance(report.longrepr, tuple):
-                outcome["why"] = report.longrepr[2]
-            else:
-                crash = getattr(report.longrepr, "reprcrash", None)
-                outcome["why"] = str(report.longrepr)[-500:] if crash is None else crash.message
+            outcome["why"] = _why(report.longrepr)
 
     def pytest_sessionfinish(self) -> None:
         if not hasattr(self.config, "workerinput"):

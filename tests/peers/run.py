@@ -63,7 +63,11 @@ def run(directory: pathlib.Path, suite: dict[str, Any], layers: str, *chosen: st
     hub = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(BUILD / "hub")}
     print(f"  with {layers} layers: {log}", flush=True)
     with log.open("w") as output:
-        environment = {**os.environ, **hub, "PYTHONPATH": str(HERE)}
+        environment = {
+            **os.environ,
+            **hub,
+            "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
         process = subprocess.run(command, cwd=directory, env=environment, stdout=output, stderr=output, check=False)
     if process.returncode > 1 or not outcomes.exists():
         sys.exit(f"pytest failed with status {process.returncode}: see {log}")
