@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, OPTConfig, PreTrainedConfig
+from transformers import AutoModel, BertConfig, GPT2Config, OPTConfig, PreTrainedConfig
+from transformers.utils import logging
 
 _OPT = {"vocab_size": 1000, "hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64}
 _GPT2 = {"vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0, "n_embd": 64, "n_head": 4, "n_layer": 2}
@@ -21,9 +22,10 @@ _COMMIT = "0" * 40
 
 def make(cache: pathlib.Path) -> None:
     """Writes the models into ``cache``, as huggingface_hub does, unless they are there."""
+    logging.disable_progress_bar()
     for name, config in MODELS.items():
         directory = cache / f"models--{name.replace('/', '--')}"
         if not directory.exists():
-            AutoModelForCausalLM.from_config(config).save_pretrained(directory / "snapshots" / _COMMIT)
+            AutoModel.from_config(config).save_pretrained(directory / "snapshots" / _COMMIT)
             (directory / "refs").mkdir()
             (directory / "refs" / "main").write_text(_COMMIT)
