@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from bitsandbytes.nn import Linear4bit as BitsandbytesLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -33,7 +34,10 @@ class Replacement:
 
     Attributes:
         layers: how many layers it has replaced or counted since ``layers`` was last set to 0.
+        only_asked: only models that are loaded with a ``BitsAndBytesConfig`` become 4-bit.
     """
+
+    only_asked = False
 
     def __init__(self, dense: bool) -> None:
         self.dense = dense
@@ -45,7 +49,7 @@ class Replacement:
         if conversion_of(model) is not None or any(isinstance(module, BaseTunerLayer) for module in modules):
             return
         self.layers += sum(isinstance(module, (Packed4bit, BitsandbytesLinear)) for module in modules)
-        found = len(to_be_quantized(model))
+        found = 0 if self.only_asked else len(to_be_quantized(model))
         self.layers += found
         if found and not self.dense:
             qlora_ext.quantize_model(model, block_size=BLOCK_SIZE)
@@ -119,6 +123,7 @@ class Plugin:
         self.replacement = Replacement(config.getoption("layers") == "dense")
         self.replacement.install()
 
+    @pytest.hookimpl(trylast=True)  # after -k
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         only = self.config.getoption("only")
         wanted = self._sample(items) if only is None else set(json.loads(pathlib.Path(only).read_text()))
@@ -139,8 +144,11 @@ class Plugin:
             for case in random.Random(f"{seed} {test}").sample(sorted(ids), min(size, len(ids)))
         }
 
-    def pytest_runtest_setup(self) -> None:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        torch.manual_seed(0)
         self.replacement.layers = 0
+        self.replacement.only_asked = "BitsAndBytesConfig" in vars(getattr(item, "module", None) or object)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:

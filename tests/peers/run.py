@@ -60,14 +60,10 @@ def run(directory: pathlib.Path, suite: dict[str, Any], layers: str, *chosen: st
     quiet = ["-q", "--tb=short", "--no-header", "-r=", "--disable-warnings", "-p", "no:cacheprovider", "-n", "auto"]
     ours = ["-c", "/dev/null", "--rootdir", ".", "-p", "plugin", "--layers", layers, "--outcomes", str(outcomes)]
     command = [sys.executable, "-m", "pytest", *quiet, *ours, *suite.get("options", []), *chosen, *suite["files"]]
-    hub = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(BUILD / "hub")}
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(BUILD / "hub"), "PYTHONPATH": path}
     print(f"  with {layers} layers: {log}", flush=True)
     with log.open("w") as output:
-        environment = {
-            **os.environ,
-            **hub,
-            "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        }
         process = subprocess.run(command, cwd=directory, env=environment, stdout=output, stderr=output, check=False)
     if process.returncode > 1 or not outcomes.exists():
         sys.exit(f"pytest failed with status {process.returncode}: see {log}")
@@ -90,9 +86,8 @@ def print_counts(title: str, reasons: Iterable[str]) -> None:
 def that_count(dense: Outcomes) -> list[str]:
     """The tests that pass with dense layers and have layers that can be 4-bit. Prints why the others are left out."""
     for outcome, title in (("skipped", "skipped by the library"), ("failed", "fail with dense layers")):
-        print_counts(
-            f"left out, {title}", (first_line(found) for found in dense.values() if found["outcome"] == outcome)
-        )
+        reasons = (first_line(found) for found in dense.values() if found["outcome"] == outcome)
+        print_counts(f"left out, {title}", reasons)
     passed = [test for test, found in dense.items() if found["outcome"] == "passed"]
     count = sorted(test for test in passed if dense[test]["layers"])
     print(f"  left out, no layer can be 4-bit: {len(passed) - len(count)}")
@@ -120,7 +115,7 @@ def compare(rows: list[Row], count: list[str], found: Outcomes, recorded: bool) 
     listed = {test for row in rows for test in row["tests"]}
     rows = list(rows)
     failed: dict[int, list[str]] = collections.defaultdict(list)  # by the row's number
-    unexpected = []
+    unexpected = [f"listed, but left out: {test}" for test in sorted(listed.difference(count)) if recorded]
     for test in count:
         outcome = found.get(test, {"outcome": "failed", "why": "did not run"})
         if outcome["outcome"] == "passed":
@@ -156,12 +151,13 @@ def main() -> None:
     import hub  # imports transformers
 
     hub.make(BUILD / "hub")
-    unexpected = []
+    unexpected, ran = [], False
     for name in arguments.suites or suites:
         suite = suites[name]
         directory = unpack(name, suite)
         if directory is None:
             continue
+        ran = True
         asked = {key: getattr(arguments, key) for key in ("sample", "seed")}
         wanted = {key: suite[key] if value is None else value for key, value in asked.items()}
         print(f"{name} {suite['version']}: up to {wanted['sample']} cases of each test, seed {wanted['seed']}")
@@ -173,6 +169,8 @@ def main() -> None:
         news, rows = compare(suite["rows"], count, found, all(suite[key] == wanted[key] for key in wanted))
         unexpected += news
         suite.update(wanted, rows=rows)
+    if not ran:
+        sys.exit("no tests ran: see above")
     if arguments.record:
         EXPECTED.write_text(HEADER + yaml.safe_dump(suites, sort_keys=False, width=120, allow_unicode=True))
     elif unexpected:

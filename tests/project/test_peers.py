@@ -42,6 +42,7 @@ def test_recording_moves_failures_to_the_rows_that_match_and_to_new_ones() -> No
     assert len(unexpected) == 2
     assert [(row["reason"], row["tests"]) for row in rows] == [("packed", ["a"]), ("shape", ["b"]), ("", ["c"])]
     assert run.compare(rows[:2], ["a", "b"], found, recorded=True) == ([], rows[:2])
+    assert run.compare(rows[:2], ["b"], found, recorded=True)[0] == ["listed, but left out: a"]
     assert run.compare(rows, ["a", "b", "c"], found, recorded=True)[0] == ["unexpected failure: c: new (error)"]
 
 
