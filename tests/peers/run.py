@@ -172,7 +172,7 @@ def main() -> None:
     if not ran:
         sys.exit("no tests ran: see above")
     if arguments.record:
-        EXPECTED.write_text(HEADER + yaml.safe_dump(suites, sort_keys=False, width=120, allow_unicode=True))
+        EXPECTED.write_text(HEADER + yaml.safe_dump(suites, sort_keys=False, width=1000, allow_unicode=True))
     elif unexpected:
         sys.exit(f"{len(unexpected)} unexpected results: see above")
 
