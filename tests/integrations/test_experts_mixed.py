@@ -286,3 +286,30 @@ def test_parameters_whose_outputs_have_no_rows_of_tokens_are_rejected() -> None:
         ValueError, match=r"adapter_names: expected outputs with a row per token \(12\).*got shape \[\]"
     ):
         model(torch.randn(3, 4, 64), adapter_names=["wide", BASE, "default"])
+
+
+def test_the_weight_of_a_linear_layer_is_a_parameter_with_several_adapters() -> None:
+    torch.manual_seed(0)
+    base = quantize_model(nn.Sequential(OrderedDict(linear=nn.Linear(64, 48))))
+    parameters = {"target_modules": [], "target_parameters": ["linear.weight"]}
+    model = draw(get_peft_model(base, LoraConfig(r=3, **parameters)).eval())
+    try:
+        model.add_adapter("wide", LoraConfig(r=5, **parameters))
+    except ValueError as error:  # PEFT 0.19
+        pytest.skip(f"this PEFT has one adapter of target_parameters: {error}")
+    draw(model, "wide")
+    layer, x = model.base_model.model.linear, torch.randn(4, 64)
+    for name in ("default", "wide"):
+        model.set_adapter(name)
+        expected = layer.base_layer(x) + x @ layer.get_delta_weight(name).T
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear.bias", "embed.weight"])
+def test_other_parameters_of_4bit_modules_are_rejected(name: str) -> None:
+    layers = OrderedDict(embed=nn.Embedding(16, 64), linear=nn.Linear(64, 48))
+    model = quantize_model(nn.Sequential(layers), embeddings=True)
+    with pytest.raises(
+        ValueError, match=f"target_parameters: expected weights of linear layers or experts, got {name}"
+    ):
+        get_peft_model(model, LoraConfig(target_modules=[], target_parameters=[name]))

@@ -282,6 +282,13 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
         return y
 
 
+class LoraWeight4bit(LoraLinear4bit):
+    """The layer for a ``Linear4bit`` whose weight is named in ``target_parameters``."""
+
+
+LoraWeight4bit.__name__ = "ParamWrapper"  # PEFT finds the wrapper for a second adapter by this name
+
+
 def cast_fused(model: nn.Module) -> None:
     """Casts the fused adapters of ``model`` to their layers' compute dtypes once, instead of at each call.
 

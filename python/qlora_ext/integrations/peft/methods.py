@@ -24,7 +24,7 @@ from .base_file import is_4bit
 from .dense_16bit import merging_in_compute_dtype, widen_written
 from .embedding import LoraEmbedding4bit
 from .experts import LoraExperts4bit, without_dropout
-from .linear import READERS, LoraLinear4bit, OverLinear4bit, decoded, reader
+from .linear import READERS, LoraLinear4bit, LoraWeight4bit, OverLinear4bit, decoded, reader
 from .merge import Over4bit
 from .parameter import LoraParameter
 
@@ -122,8 +122,15 @@ for _method in {*_methods(BaseTuner)} - {LoraModel, MixedModel}:  # MixedModel c
 
 @extend("peft.tuners.lora:LoraModel._create_new_module")
 def _create_new_module(original: Any, lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
-    if isinstance(target, Linear4bit):
-        return LoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
+    parameter = kwargs.get("parameter_name")
+    if isinstance(target, Linear4bit) and parameter in (None, "weight"):
+        layer = LoraLinear4bit if parameter is None else LoraWeight4bit
+        return layer(target, adapter_name, config=lora_config, **kwargs)
+    if isinstance(target, Linear4bit | Embedding4bit) and parameter is not None:
+        raise ValueError(
+            f"target_parameters: expected weights of linear layers or experts, got {kwargs['target_name']} of a "
+            f"{type(target).__name__}"
+        )
     over = _create_over_weights(target, adapter_name, lora_config, **kwargs)
     if over is None:
         over = merging_in_compute_dtype(original(lora_config, adapter_name, target, **kwargs))
