@@ -24,6 +24,7 @@ from ._library import LIBRARY
 from .adapters import StackedAdapters, adapter_of_each_row, stack_adapters
 from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args, given_linear_nf4
 from .weight import Weight4bit
+from .weight_ops import FUNCTIONS, implements
 
 
 def below_autograd(operator: OpOverload) -> Callable[..., Any]:
@@ -238,6 +239,14 @@ def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
         y: Tensor = torch.ops.qlora.linear_nf4.default(*args)
         return y
     return differentiable_linear_nf4(*args)
+
+
+@implements(FUNCTIONS, torch.nn.functional.linear)
+def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, Weight4bit) or isinstance(x, Weight4bit) or weight.ndim != 2:
+        return NotImplemented
+    lora = None, None, 1.0, 0.0, 0, None
+    return call_linear_nf4(x.device.type, x, *weight.packed_args(), weight.shape[0], bias, *lora, *weight.last_args())
 
 
 def draw_seed(device: torch.device) -> Tensor:

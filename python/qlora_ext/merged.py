@@ -64,7 +64,7 @@ def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
     scales = w4.decoded_scales()
     scaled = w4.without_offsets(moved, scales).contiguous()
     packed = torch.ops.qlora.encode_nf4_stochastic(scaled, scales, w4.block_size, seed, w4.code)
-    return dataclasses.replace(w4, packed=packed)
+    return w4.replace(packed=packed)
 
 
 def with_nearest_codes(w4: Weight4bit, moved: Tensor) -> Weight4bit:
@@ -75,7 +75,7 @@ def with_nearest_codes(w4: Weight4bit, moved: Tensor) -> Weight4bit:
     scales = w4.decoded_scales()
     scaled = w4.without_offsets(moved, scales).contiguous()
     packed = torch.ops.qlora.encode_nf4(scaled, scales, w4.block_size, code=w4.code)
-    return dataclasses.replace(w4, packed=packed)
+    return w4.replace(packed=packed)
 
 
 def retained_update(update: Tensor, before: Tensor, after: Tensor) -> tuple[float, float]:
@@ -129,7 +129,7 @@ def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float
         matrices = ((w4.matrix(e), lora_a[e], lora_b[e], seed_of(f"{seed}.{e}")) for e in range(len(lora_a)))
         return Weight4bit.stack([merged_weight(w, a, b, scaling, own) for w, a, b, own in matrices])
     arguments = *w4.packed_args(), lora_a.float(), lora_b.float(), scaling, seed, *w4.last_args()
-    return dataclasses.replace(w4, packed=torch.ops.qlora.merge_lora_nf4(*arguments))
+    return w4.replace(packed=torch.ops.qlora.merge_lora_nf4(*arguments))
 
 
 def _merge_on_cuda(*args: Any) -> Tensor:

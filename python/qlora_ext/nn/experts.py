@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +15,7 @@ from ..form import Form, FormKeywords
 from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
-from .packed import Packed4bit
+from .packed import Packed4bit, scale_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -165,6 +164,15 @@ class Experts4bit(Packed4bit):
         self._register_packed(device)
         self.train(experts.training)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            names = {part for weight in self._shapes for part in scale_names(weight).values()}
+            if name not in names:
+                raise
+            return self.packed_state().get(name)
+
     @property
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -268,7 +276,7 @@ class Experts4bit(Packed4bit):
         """The stacked weights of some experts of a streamed module."""
         assert self.residency is not None
         w4 = self._as_weight(name, self.residency.read_experts(name, experts))
-        return dataclasses.replace(w4, shape=torch.Size((len(experts), *w4.shape[1:])))
+        return w4.replace(shape=torch.Size((len(experts), *w4.shape[1:])))
 
     def forward(
         self,

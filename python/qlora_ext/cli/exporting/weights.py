@@ -50,7 +50,7 @@ def finished_in(form: Form, layers: Sequence[Any]) -> Weight4bit | None:
     if not all(torch.equal(first.tensors["scale_table"], w4.tensors["scale_table"]) for w4 in found):
         return None
     packed, absmax = (torch.cat([w4.tensors[name] for w4 in found]) for name in ("packed", "absmax"))
-    return dataclasses.replace(first, packed=packed, absmax=absmax, shape=torch.Size((len(packed), *first.shape[1:])))
+    return first.replace(packed=packed, absmax=absmax, shape=torch.Size((len(packed), *first.shape[1:])))
 
 
 def _finished(layer: Any) -> Weight4bit | None:

@@ -78,7 +78,7 @@ class Over4bit:
         """
         layer = self.layer4bit
         if layer.form.code in (NF4, FP4):
-            w4 = dataclasses.replace(layer.quantize(weight), dtype=layer.weight_dtype)
+            w4 = layer.quantize(weight).replace(dtype=layer.weight_dtype)
         else:
             w4 = with_nearest_codes(layer.packed_weight(self.parameter_name), layer.as_quantized(weight))
         layer.set_packed(self.parameter_name, w4)
