@@ -72,6 +72,7 @@ _hooks.after_import("diffusers.loaders.lora_pipeline", "qlora_ext.integrations.d
 _hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
 _hooks.after_import("torch.utils.flop_counter", "qlora_ext.integrations.flops")
 _hooks.after_import("torch.distributed.fsdp._fully_shard._fsdp_param", "qlora_ext.integrations.fsdp")
+_hooks.after_import("accelerate.hooks", "qlora_ext.integrations.accelerate")
 _hooks.after_import("torch.onnx", "qlora_ext.integrations.onnx")
 _hooks.after_import("torch.optim.swa_utils", "qlora_ext.integrations.averaging")
 _hooks.after_import("bitsandbytes.nn.modules", "qlora_ext.integrations.bitsandbytes.adoption")

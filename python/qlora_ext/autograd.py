@@ -23,7 +23,7 @@ from ._internal.loans import lender_of
 from ._library import LIBRARY
 from .adapters import StackedAdapters, adapter_of_each_row, stack_adapters
 from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args, given_linear_nf4
-from .weight import Weight4bit
+from .weight_tensor import Weight4bit, last_args, packed_args
 from .weight_ops import FUNCTIONS, implements
 
 
@@ -246,7 +246,7 @@ def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, Weight4bit) or isinstance(x, Weight4bit) or weight.ndim != 2:
         return NotImplemented
     lora = None, None, 1.0, 0.0, 0, None
-    return call_linear_nf4(x.device.type, x, *weight.packed_args(), weight.shape[0], bias, *lora, *weight.last_args())
+    return call_linear_nf4(x.device.type, x, *packed_args(weight), weight.shape[0], bias, *lora, *last_args(weight))
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -350,5 +350,5 @@ def linear_nf4(
         )
     seed, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (seed, None)
     lora = lora_a, lora_b, scaling, dropout_p, seed, seed_tensor
-    last = *w4.last_args(), *adapters
-    return call_linear_nf4(x.device.type, x, *w4.packed_args(), w4.shape[0], bias, *lora, *last)
+    last = *last_args(w4), *adapters
+    return call_linear_nf4(x.device.type, x, *packed_args(w4), w4.shape[0], bias, *lora, *last)

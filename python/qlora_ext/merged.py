@@ -19,7 +19,7 @@ from ._library import LIBRARY, cuda_error
 from .autograd import LinearKernels, refuse_tangent
 from .grouped import expert_sums
 from .ops import MERGE_LORA_NF4
-from .weight import TENSORS, Weight4bit, quantize
+from .weight import TENSORS, Weight4bit, last_args, packed_args, quantize
 
 # If rounding to the nearest codes retains this share of an update, it is used. Stochastic rounding has larger errors.
 RETAINED_BY_NEAREST = 0.95
@@ -128,7 +128,7 @@ def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float
     if len(w4.shape) == 3:
         matrices = ((w4.matrix(e), lora_a[e], lora_b[e], seed_of(f"{seed}.{e}")) for e in range(len(lora_a)))
         return Weight4bit.stack([merged_weight(w, a, b, scaling, own) for w, a, b, own in matrices])
-    arguments = *w4.packed_args(), lora_a.float(), lora_b.float(), scaling, seed, *w4.last_args()
+    arguments = *packed_args(w4), lora_a.float(), lora_b.float(), scaling, seed, *last_args(w4)
     return w4.replace(packed=torch.ops.qlora.merge_lora_nf4(*arguments))
 
 
@@ -218,6 +218,6 @@ def merged_linear_nf4(
         y [..., N], which has first derivatives in x, bias, lora_a and lora_b.
     """
     y: Tensor = MergedLinearNF4Function.apply(  # type: ignore[no-untyped-call]
-        x, offsets, bias, lora_a, lora_b, scaling, *merged.last_args(), *merged.packed_args()
+        x, offsets, bias, lora_a, lora_b, scaling, *last_args(merged), *packed_args(merged)
     )
     return y

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import recipes
 from .form import Form
-from .weight_tensor import TENSORS, NF4Weight, Weight4bit, weight_of
+from .weight_tensor import TENSORS, NF4Weight, Weight4bit, last_args, packed_args, weight_of
 
 __all__ = [
     "TENSORS",
@@ -16,6 +16,8 @@ __all__ = [
     "Weight4bit",
     "dequantize_nf4",
     "has_values",
+    "last_args",
+    "packed_args",
     "quantize",
     "quantize_nf4",
     "weight_of",

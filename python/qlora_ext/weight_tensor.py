@@ -177,21 +177,6 @@ class Weight4bit(Tensor):
         """Bits per element, including scales: about 4.127 with the default blocks and double quantization."""
         return 8.0 * self.element_size()
 
-    def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
-        """The first six arguments that describe a packed weight to every operator of ``torch.ops.qlora``."""
-        return (
-            self.packed,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            self.block_size,
-            self.nested_block_size,
-        )
-
-    def last_args(self) -> tuple[str, Tensor | None, Tensor | None, Tensor | None]:
-        """The last four arguments of every such operator."""
-        return self.code, self.scale_table, self.block_offsets, self.offset_scale
-
     def decoded_scales(self) -> Tensor:
         """The decoded scales, float32 [blocks]; of a stack [E, blocks]."""
         if self.double_quant and self._is_stack:
@@ -255,7 +240,7 @@ class Weight4bit(Tensor):
             for e, matrix in enumerate(stack):
                 matrix.copy_(self.matrix(e).dequantize(dtype))
             return stack
-        out: Tensor = torch.ops.qlora.dequantize_nf4(*self.packed_args(), self.shape, dtype, *self.last_args())
+        out: Tensor = torch.ops.qlora.dequantize_nf4(*packed_args(self), self.shape, dtype, *last_args(self))
         return out
 
     def matrix(self: Self, e: int) -> Self:
@@ -368,6 +353,17 @@ class NF4Weight(Weight4bit):
                 values.
         """
         return cls(**bitsandbytes_format.read(state_dict, prefix))
+
+
+# Functions, because Dynamo does not trace the methods of a tensor that return strings.
+def packed_args(w4: Weight4bit) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+    """The first six arguments that describe a packed weight to every operator of ``torch.ops.qlora``."""
+    return w4.packed, w4.absmax, w4.nested_absmax, w4.nested_offset, w4.block_size, w4.nested_block_size
+
+
+def last_args(w4: Weight4bit) -> tuple[str, Tensor | None, Tensor | None, Tensor | None]:
+    """The last four arguments of every such operator."""
+    return w4.code, w4.scale_table, w4.block_offsets, w4.offset_scale
 
 
 def weight_of(form: Form, **fields: Any) -> Weight4bit:

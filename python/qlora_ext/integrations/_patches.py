@@ -262,6 +262,17 @@ _LIST = (
         "averages packed bytes, which are codes, not numbers",
     ),
     Patch(
+        "torch.distributed.fsdp._fully_shard._fsdp_init:_get_managed_states",
+        "torch >= 2.11",
+        "shards each parameter as one tensor of its own shape, so 4-bit layers have to expose theirs",
+        aliases=("torch.distributed.fsdp._fully_shard._fully_shard:_get_managed_states",),
+    ),
+    Patch(
+        "accelerate.hooks:AlignDevicesHook.init_hook",
+        "accelerate >= 1.10",
+        "offloads parameters by their names in the state, so 4-bit layers have to expose their tensors",
+    ),
+    Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs",
         "torch >= 2.11",
         "casts float32 scales to the dtype of a MixedPrecisionPolicy and, before torch 2.13, packed bytes too",

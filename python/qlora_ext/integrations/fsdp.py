@@ -16,6 +16,14 @@ from ..nn import Packed4bit
 from ._patches import extend
 
 
+@extend("torch.distributed.fsdp._fully_shard._fsdp_init:_get_managed_states")
+def managed_states(original: Any, modules: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    for module in modules:
+        if isinstance(module, Packed4bit):
+            module.expose()
+    return original(modules, *args, **kwargs)
+
+
 @extend("torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs")
 def init_dtype_attrs(original: Any, self: Any, mp_policy: Any) -> None:
     owner = self._module_info

@@ -172,7 +172,8 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         def __call__(self, ids: Tensor) -> Tensor: ...
 
     def forward(self, ids: Tensor) -> Tensor:
-        return decode_rows(self.packed_weight(), ids, self.compute_dtype)
+        held = self._parameters["weight"]
+        return decode_rows(held if isinstance(held, Weight4bit) else self.packed_weight(), ids, self.compute_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded table [V, D], in ``dtype`` or the dtype of the table that was quantized."""

@@ -14,7 +14,7 @@ from ..autograd import draw_seed
 from ..form import Form, FormKeywords
 from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
-from ..weight import Weight4bit
+from ..weight import Weight4bit, last_args, packed_args
 from .packed import Packed4bit, scale_names
 
 if TYPE_CHECKING:
@@ -244,7 +244,9 @@ class Experts4bit(Packed4bit):
         if self.residency is not None:
             y: Tensor = _grouped_streamed(self, name, x, offsets, dense, numbers, several)
             return y
-        return self._grouped(self.packed_weight(name), x, offsets, dense, numbers, several)
+        held = self._parameters[name]
+        w4 = held if isinstance(held, Weight4bit) else self.packed_weight(name)
+        return self._grouped(w4, x, offsets, dense, numbers, several)
 
     def _grouped(
         self,
@@ -260,14 +262,14 @@ class Experts4bit(Packed4bit):
         y: Tensor = torch.ops.qlora.grouped_linear_nf4.default(
             x,
             offsets,
-            *w4.packed_args(),
+            *packed_args(w4),
             w4.shape[1],
             *(None if t is None else t.to(x.dtype).contiguous() for t in dense),
             scaling,
             dropout_p,
             0,
             draw_seed(x.device) if dropout_p > 0.0 and not own_seeds else None,
-            *w4.last_args(),
+            *last_args(w4),
             *several,
         )
         return y

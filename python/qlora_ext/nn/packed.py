@@ -279,7 +279,7 @@ class Packed4bit(nn.Module, abc.ABC):
         return any(hasattr(self._parameters[name], "full_tensor") for name in self.packed_shapes)
 
     def packed_weight(self, name: str = "weight") -> Weight4bit:
-        """The 4-bit weight ``name`` over the module's memory.
+        """The 4-bit weight ``name`` over the module's memory, which a later ``set_packed`` does not change.
 
         For a module that FSDP2 has sharded, the full weight is gathered: every rank has to call this. For a streamed
         module, the result is a copy on the device that computes.
@@ -288,7 +288,7 @@ class Packed4bit(nn.Module, abc.ABC):
             return self._as_weight(name, self.residency.read(name))
         w4 = self._parameters[name]
         if isinstance(w4, Weight4bit):
-            return w4
+            return w4.replace()
         parts = {tensor: self._tensor(part) for tensor, part in _names_of(name).items()}
         full = {tensor: None if t is None else full_tensor(t.detach()) for tensor, t in parts.items()}
         return self._as_weight(name, PackedTensors(**full))  # type: ignore[arg-type]

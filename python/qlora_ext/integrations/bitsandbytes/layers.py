@@ -87,16 +87,6 @@ class FromBitsandbytes(Linear4bit):
             self.compute_dtype, self.compute_type_is_set = x.dtype, True
         return super().fused_forward(x, *args, **kwargs)
 
-    def hide_scales(self) -> None:
-        """Makes ``absmax`` a buffer, because training scripts cast all one-dimensional parameters, to reach norms."""
-        absmax = self._parameters.pop("absmax", None)
-        if absmax is not None:
-            self.register_buffer("absmax", absmax.detach())
-
-    def set_packed(self, name: str, w4: Weight4bit) -> None:
-        super().set_packed(name, w4)
-        self.hide_scales()
-
 
 class AdoptedLinear4bit(FromBitsandbytes, bnb.nn.Linear4bit):
     """Our ``Linear4bit`` as a subclass of ``bnb.nn.Linear4bit``, so that scripts that look for that class find it.
@@ -116,4 +106,3 @@ def stand_in(layer: Linear4bit) -> None:
     layer.__class__ = ADOPTED[type(layer)]
     assert isinstance(layer, FromBitsandbytes)
     layer.compute_type_is_set = True
-    layer.hide_scales()

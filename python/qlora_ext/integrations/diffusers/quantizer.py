@@ -143,7 +143,9 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
         self.places = places_in(model)
         for name, module in list(self._selected(model, keep_in_fp32_modules or [])):
             if self.pre_quantized:
-                self._replace(module, self._empty(module))
+                empty = self._empty(module)
+                empty.expose()  # diffusers loads tensors by the names in files
+                self._replace(module, empty)
             else:
                 self.awaited[f"{name}.weight"] = module
 
@@ -236,6 +238,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
         self._check_loaded(model)
         for _, layer in layers_of(model):
             layer.freeze_packed()
+            layer.join()
         del self.places
         align(model)
         self.describe(model)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ...nn import Packed4bit
+from ...nn import Packed4bit, scale_names
 from .loading import UncastOperation, fill
 
 # The name under which transformers collects the tensors of a weight.
@@ -43,7 +43,7 @@ class Fill(UncastOperation):
         finally:
             source.release(*tensors)
         is_packed = isinstance(module, Packed4bit) and name in module.packed_shapes
-        parts = module.packed_parts(name) if is_packed else (name,)
+        parts = (name, *scale_names(name).values()) if is_packed else (name,)
         if missing is not None:
             missing.difference_update(f"{module_of(full_layer_name)}.{part}" for part in parts)
         return {}

@@ -1,0 +1,25 @@
+"""accelerate offloads tensors by the names that they have in ``state_dict()``, so 4-bit layers expose theirs.
+
+This module is imported automatically with ``accelerate.hooks``. ``_patches`` lists what it changes there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..nn import layers_of
+from ._patches import extend
+
+
+@extend("accelerate.hooks:AlignDevicesHook.init_hook")
+def init_hook(original: Any, self: Any, module: nn.Module) -> nn.Module:
+    layers = [layer for _, layer in layers_of(module)]
+    for layer in layers:
+        layer.expose()
+    module = original(self, module)
+    if not self.offload:
+        for layer in layers:
+            layer.join()
+    return module
