@@ -17,7 +17,6 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
-from qlora_ext.integrations.peft.reading import LazyWeight, reading
 from qlora_ext.nn import Linear4bit, layers_of
 from tiny_models import make, token_ids
 

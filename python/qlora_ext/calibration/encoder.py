@@ -210,7 +210,7 @@ def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: Weight4bit) ->
     if feedback.factor is not None:
         attempts.append(("feedback", feedback))
     for method, given in attempts:
-        w4 = _encoded(w, searched or plain, given)
+        w4 = _encoded(w, plain if searched is None else searched, given)
         error = error_of(w4)
         if error < best.error:
             best = Encoded(w4, method, error, absmax_error)

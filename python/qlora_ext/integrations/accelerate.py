@@ -15,11 +15,11 @@ from ._patches import extend
 
 @extend("accelerate.hooks:AlignDevicesHook.init_hook")
 def init_hook(original: Any, self: Any, module: nn.Module) -> nn.Module:
-    layers = [layer for _, layer in layers_of(module)]
+    layers = [layer for _, layer in layers_of(module) if self.place_submodules or layer is module]
     for layer in layers:
         layer.expose()
     module = original(self, module)
-    if not self.offload:
-        for layer in layers:
+    for layer in layers:
+        if not any(t.is_meta for t in layer.packed_state().values()):  # it is not offloaded
             layer.join()
     return module

@@ -14,7 +14,6 @@ from ...nn import AFTER_QUANTIZE, DENSE_RULES, DenseModules, Packed4bit, layers_
 from .._patches import extend
 from ..bitsandbytes.state import state_dict
 from ..transformers import METHOD, QLoRAConfig
-from ..transformers.counting import uncounted_parameters
 from ..transformers.modules import compute_dtype_of
 from .quantizer import DiffusersQLoRAQuantizer, align, forget
 
@@ -115,12 +114,6 @@ def _cast(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         self.is_quantized = True
 
 
-@extend("diffusers.models.modeling_utils:ModelMixin.num_parameters")
-def _num_parameters(original: Any, self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    counted: int = original(self, only_trainable, exclude_embeddings)
-    return counted if only_trainable else counted + uncounted_parameters(self, not exclude_embeddings)
-
-
 @extend("diffusers.models.modeling_utils:get_parameter_dtype")
 def _get_parameter_dtype(original: Any, parameter: nn.Module) -> torch.dtype:
     dtype: torch.dtype = original(parameter)
@@ -134,19 +127,6 @@ def _get_parameter_dtype(original: Any, parameter: nn.Module) -> torch.dtype:
         if p.is_floating_point() and p not in skipped and not any(part in name for part in float32):
             return p.dtype
     return dtype
-
-
-@extend("diffusers.models.attention:AttentionMixin.fuse_qkv_projections", optional=True)
-@extend("diffusers.models.attention_processor:Attention.fuse_projections", optional=True)
-def _fuse_projections(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    for name, module in self.named_modules():
-        fuses = hasattr(module, "fuse_projections") and getattr(module, "_supports_qkv_fusion", True)
-        if fuses and any(True for _ in layers_of(module)):
-            raise ValueError(
-                f"{name or type(module).__name__}: expected dense projections to fuse, got 4-bit ones, which cannot be "
-                "concatenated; remove the call, or keep them dense with skip_modules"
-            )
-    return original(self, *args, **kwargs)
 
 
 def _casts_layerwise(model: nn.Module) -> bool:
