@@ -23,8 +23,8 @@ from ._internal.loans import lender_of
 from ._library import LIBRARY
 from .adapters import StackedAdapters, adapter_of_each_row, stack_adapters
 from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args, given_linear_nf4
-from .weight_tensor import Weight4bit, last_args, packed_args
 from .weight_ops import FUNCTIONS, implements
+from .weight_tensor import Weight4bit, last_args, packed_args
 
 
 def below_autograd(operator: OpOverload) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import dtypes
+from ._internal.dynamo import constant_in_graphs
 from ._library import LIBRARY
 from .autograd import below_autograd, differentiable, no_tangent, refuse_tangent
 from .ops import autocast_dtype, check_one_device
@@ -67,7 +68,7 @@ def _(dy: Tensor, weight: Tensor) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], weight.shape[1]))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _native_bfloat16() -> bool:
     return dtypes.native_bfloat16()
 

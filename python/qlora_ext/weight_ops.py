@@ -74,15 +74,23 @@ class DecodedView(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__
-        if (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__setitem")) or "out" in (kwargs or {}):
+        if (
+            (name.endswith("_") and not name.endswith("__"))
+            or name.startswith(("__i", "__setitem"))
+            or "out" in (kwargs or {})
+        ):
             written = args[:1] if "out" not in (kwargs or {}) else [kwargs["out"]]
             if any(isinstance(t, cls) for t in pytree.tree_leaves(written)) and name not in ("__index__", "__int__"):
                 _refuse(name)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not isinstance(result, cls) and any(
-            isinstance(t, cls) and t.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
-            for t in args
+        if (
+            isinstance(result, Tensor)
+            and not isinstance(result, cls)
+            and any(
+                isinstance(t, cls) and t.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
+                for t in args
+            )
         ):
             return result.as_subclass(cls)
         return result
@@ -188,7 +196,8 @@ def _(w: Any, *, dtype: Any = None, device: Any = None, non_blocking: bool = Fal
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
     return w.map(
-        lambda t: t.to(device=device, non_blocking=non_blocking, copy=True), **({} if dtype is None else {"dtype": dtype})
+        lambda t: t.to(device=device, non_blocking=non_blocking, copy=True),
+        **({} if dtype is None else {"dtype": dtype}),
     )
 
 

@@ -177,6 +177,14 @@ class Weight4bit(Tensor):
         """Bits per element, including scales: about 4.127 with the default blocks and double quantization."""
         return 8.0 * self.element_size()
 
+    def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+        """The first six arguments that describe a packed weight to every operator of ``torch.ops.qlora``."""
+        return packed_args(self)
+
+    def last_args(self) -> tuple[str, Tensor | None, Tensor | None, Tensor | None]:
+        """The last four arguments of every such operator."""
+        return last_args(self)
+
     def decoded_scales(self) -> Tensor:
         """The decoded scales, float32 [blocks]; of a stack [E, blocks]."""
         if self.double_quant and self._is_stack:
@@ -355,14 +363,14 @@ class NF4Weight(Weight4bit):
         return cls(**bitsandbytes_format.read(state_dict, prefix))
 
 
-# Functions, because Dynamo does not trace the methods of a tensor that return strings.
+# Functions for our own code, because Dynamo does not trace methods of a tensor that return strings.
 def packed_args(w4: Weight4bit) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
-    """The first six arguments that describe a packed weight to every operator of ``torch.ops.qlora``."""
+    """``w4.packed_args()``."""
     return w4.packed, w4.absmax, w4.nested_absmax, w4.nested_offset, w4.block_size, w4.nested_block_size
 
 
 def last_args(w4: Weight4bit) -> tuple[str, Tensor | None, Tensor | None, Tensor | None]:
-    """The last four arguments of every such operator."""
+    """``w4.last_args()``."""
     return w4.code, w4.scale_table, w4.block_offsets, w4.offset_scale
 
 

@@ -179,10 +179,9 @@ _LIST = (
         "fails for packed layers, with long errors that do not name them",
     ),
     Patch(
-        "torch.distributed.fsdp._fully_shard._fsdp_init:_get_managed_states",
+        "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState.__init__",
         "torch >= 2.11",
-        "shards each parameter as one tensor of its own shape, so 4-bit layers have to expose theirs",
-        aliases=("torch.distributed.fsdp._fully_shard._fully_shard:_get_managed_states",),
+        "shards each parameter as one tensor of its own shape, so 4-bit layers have to expose their tensors before",
     ),
     Patch(
         "accelerate.hooks:AlignDevicesHook.init_hook",

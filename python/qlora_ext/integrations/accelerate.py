@@ -15,11 +15,12 @@ from ._patches import extend
 
 @extend("accelerate.hooks:AlignDevicesHook.init_hook")
 def init_hook(original: Any, self: Any, module: nn.Module) -> nn.Module:
-    layers = [layer for _, layer in layers_of(module) if self.place_submodules or layer is module]
+    placed = (layer for _, layer in layers_of(module) if self.place_submodules or layer is module)
+    layers = [layer for layer in placed if not layer.is_exposed]
     for layer in layers:
         layer.expose()
     module = original(self, module)
     for layer in layers:
-        if not any(t.is_meta for t in layer.packed_state().values()):  # it is not offloaded
+        if not layer.is_offloaded:
             layer.join()
     return module

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import grouped
+from .._internal.dynamo import outside_graphs
 from ..adapters import StackedAdapters, adapter_of_each_row
 from ..autograd import draw_seed
 from ..form import Form, FormKeywords
@@ -345,7 +346,7 @@ def _of_rows(lora: ExpertsLora, hidden_states: Tensor, k: int, order: Tensor) ->
     return lora._replace(adapter_of_row=of_token.repeat_interleave(k).index_select(0, order))
 
 
-@torch.compiler.disable  # as in a Linear4bit
+@outside_graphs  # as in a Linear4bit
 def _grouped_streamed(
     experts: Experts4bit,
     name: str,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._internal.dynamo import outside_graphs
 from ..adapters import StackedAdapters, adapter_of_each_row
 from ..autograd import call_linear_nf4, draw_seed
 from ..form import Form, FormKeywords
@@ -248,7 +249,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
 
 
 # The memory of a streamed weight differs from call to call, so no compiled graph may contain it.
-@torch.compiler.disable
+@outside_graphs
 def _fused_streamed(layer: Linear4bit, *args: Any) -> Tensor:
     assert layer.residency is not None
     with layer.residency.lend("weight") as packed:

@@ -170,6 +170,16 @@ class Packed4bit(nn.Module, abc.ABC):
                 self.form = param.form
         super().register_parameter(name, param)
 
+    @property
+    def is_exposed(self) -> bool:
+        """Whether the tensors of the weights are registered separately, see ``expose``."""
+        return not self._weights()
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether accelerate keeps exposed tensors elsewhere between uses."""
+        return self.is_exposed and any(t.is_meta for t in self.packed_state().values())
+
     def _weights(self) -> dict[str, Weight4bit]:
         """The weights that are one parameter each, that is, not exposed."""
         own = {name: self._parameters.get(name) for name in self.packed_shapes}

@@ -301,7 +301,8 @@ class QLoRAQuantizer(HfQuantizer):
                 self.source = self.qlora_config._source = None
         for _, layer in layers_of(model):
             layer.freeze_packed()  # transformers makes every floating-point parameter trainable
-            layer.join()
+            if not layer.is_offloaded:
+                layer.join()
         if self.bitsandbytes_storage is not None:
             forget_bitsandbytes_keys(model)
             self.qlora_config.embeddings = False
