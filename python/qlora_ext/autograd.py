@@ -204,7 +204,7 @@ class LinearNF4Function(torch.autograd.Function):
         loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
         with loan as packed:
             sizes = *ctx.block_sizes, ctx.in_features
-            dx_args = dy, *packed[:4], *sizes, *lora, ctx.code, *packed[4:]
+            dx_args = dy, *packed[:4], *sizes, *lora, ctx.code, *packed[4:7]
             dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, *lora), adapters)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs.bias else None
         return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
@@ -245,8 +245,25 @@ def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
 def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, Weight4bit) or isinstance(x, Weight4bit) or weight.ndim != 2:
         return NotImplemented
+    if weight.column_order is not None:
+        x, _ = in_order_of(weight.column_order, x, None)
     lora = None, None, 1.0, 0.0, 0, None
     return call_linear_nf4(x.device.type, x, *packed_args(weight), weight.shape[0], bias, *lora, *last_args(weight))
+
+
+def in_order_of(column_order: Tensor, x: Tensor, lora_a: Any) -> tuple[Tensor, Any]:
+    """x [..., K] and one or several adapters, with their columns in the order in which a weight stores its own.
+
+    Operators reject tensors with another number of columns, which are left as they are.
+    """
+    if isinstance(lora_a, StackedAdapters):
+        x, a = in_order_of(column_order, x, lora_a.lora_a)
+        return x, lora_a._replace(lora_a=a)
+
+    def ordered(t: Tensor) -> Tensor:
+        return t.index_select(-1, column_order) if t.shape[-1] == len(column_order) else t
+
+    return ordered(x), None if lora_a is None else ordered(lora_a)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -349,6 +366,8 @@ def linear_nf4(
             f"got {reprlib.repr(seed)}"
         )
     seed, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (seed, None)
+    if w4.column_order is not None:
+        x, lora_a = in_order_of(w4.column_order, x, lora_a)
     lora = lora_a, lora_b, scaling, dropout_p, seed, seed_tensor
     last = *last_args(w4), *adapters
     return call_linear_nf4(x.device.type, x, *packed_args(w4), w4.shape[0], bias, *lora, *last)

@@ -30,6 +30,7 @@ class FormKeywords(TypedDict, total=False):
     code: str | Sequence[float] | Tensor
     scales: str | None
     offsets: str | None
+    reordered: bool
 
 
 class TensorSpec(NamedTuple):
@@ -59,6 +60,7 @@ class Form:
         block_size: elements per scale: a power of two from 16 to 4096.
         nested_block_size: scales per nested scale: from 1 to 2^20.
         offsets: the name of the form of the offsets, one of ``formats.OFFSET_FORMS``; None if there are none.
+        reordered: whether a matrix stores its columns in an order of its own, as GPTQ's activation order does.
 
     Raises:
         ValueError: an attribute is none of these.
@@ -75,6 +77,7 @@ class Form:
     block_size: int = 64
     nested_block_size: int = 256
     offsets: str | None = None
+    reordered: bool = False
 
     def __post_init__(self) -> None:
         formats.check_block_sizes(self.block_size, self.nested_block_size)
@@ -105,6 +108,8 @@ class Form:
             keywords["scales"] = self.scales
         if self.offsets is not None:
             keywords["offsets"] = self.offsets
+        if self.reordered:
+            keywords["reordered"] = True
         return keywords
 
     @property
@@ -120,7 +125,7 @@ class Form:
     @property
     def has_more_tensors(self) -> bool:
         """Whether a weight has more tensors than its codes, ``absmax``, ``nested_absmax`` and ``nested_offset``."""
-        return self.has_table or self.offsets is not None
+        return self.has_table or self.offsets is not None or self.reordered
 
     def tensors(self, shape: Sequence[int], stack: Sequence[int] = ()) -> dict[str, TensorSpec]:
         """The tensors of a weight of that shape, by their names in ``Weight4bit``.
@@ -128,6 +133,9 @@ class Form:
         Args:
             shape: of a weight that is quantized as one tensor.
             stack: the number of such weights, as leading dimensions.
+
+        Raises:
+            ValueError: there is a stack, and the form is reordered.
 
         Example:
             >>> from qlora_ext.form import Form
@@ -148,6 +156,10 @@ class Form:
             found["block_offsets"] = TensorSpec((blocks,), FLOAT_DTYPES.get(self.offsets, torch.uint8))
         if self.offsets == formats.SCALED8:
             found["offset_scale"] = TensorSpec(nested, torch.float32)
+        if self.reordered:
+            if stack:
+                raise ValueError(f"form: expected columns in order in a stack of {stack[0]} matrices, got {self}")
+            found["column_order"] = TensorSpec((shape[-1],), torch.int32)
         return {name: TensorSpec((*stack, *spec.shape), spec.dtype) for name, spec in found.items()}
 
     @classmethod

@@ -87,7 +87,7 @@ class _GroupedLinearNF4(torch.autograd.Function):
         loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
         with loan as packed:
             sizes = *ctx.block_sizes, ctx.in_features
-            dx_args = dy, offsets, *packed[:4], *sizes, *lora, ctx.code, *packed[4:]
+            dx_args = dy, offsets, *packed[:4], *sizes, *lora, ctx.code, *packed[4:7]
             dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, offsets, *lora), adapters)
         dbias = expert_sums(dy, offsets) if needs.bias else None
         return (*_GROUPED(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)

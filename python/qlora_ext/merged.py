@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._library import LIBRARY, cuda_error
-from .autograd import LinearKernels, refuse_tangent
+from .autograd import LinearKernels, in_order_of, refuse_tangent
 from .grouped import expert_sums
 from .ops import MERGE_LORA_NF4
 from .weight import TENSORS, Weight4bit, last_args, packed_args, quantize
@@ -128,6 +128,8 @@ def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float
     if len(w4.shape) == 3:
         matrices = ((w4.matrix(e), lora_a[e], lora_b[e], seed_of(f"{seed}.{e}")) for e in range(len(lora_a)))
         return Weight4bit.stack([merged_weight(w, a, b, scaling, own) for w, a, b, own in matrices])
+    if w4.column_order is not None:
+        lora_a = lora_a.index_select(-1, w4.column_order)
     arguments = *packed_args(w4), lora_a.float(), lora_b.float(), scaling, seed, *last_args(w4)
     return w4.replace(packed=torch.ops.qlora.merge_lora_nf4(*arguments))
 
@@ -135,7 +137,8 @@ def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float
 def _merge_on_cuda(*args: Any) -> Tensor:
     """``merge_lora_nf4`` on CUDA, where it is a sequence of other operators."""
     a = MERGE_LORA_NF4(*args)
-    tensors = {name: getattr(a, name) for name in TENSORS}
+    # Of a weight with a column order, the adapter is in that order already.
+    tensors = {name: getattr(a, name) for name in TENSORS if name != "column_order"}
     form = {name: getattr(a, name) for name in ("block_size", "nested_block_size", "code")}
     shape = torch.Size((a.lora_b.shape[0], a.lora_a.shape[1]))
     w4 = Weight4bit(**tensors, **form, shape=shape, dtype=torch.float32)
@@ -217,6 +220,8 @@ def merged_linear_nf4(
     Returns:
         y [..., N], which has first derivatives in x, bias, lora_a and lora_b.
     """
+    if merged.column_order is not None:
+        x, lora_a = in_order_of(merged.column_order, x, lora_a)
     y: Tensor = MergedLinearNF4Function.apply(  # type: ignore[no-untyped-call]
         x, offsets, bias, lora_a, lora_b, scaling, *last_args(merged), *packed_args(merged)
     )

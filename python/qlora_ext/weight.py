@@ -136,7 +136,7 @@ def dequantize_nf4(w4: Weight4bit, dtype: torch.dtype | None = None) -> Tensor:
     """The decoded tensor, of shape ``w4.shape``, rounded once from float32. The same as ``w4.dequantize(dtype)``.
 
     Args:
-        dtype: float32, bfloat16 or float16. None is the dtype of the tensor that was quantized.
+        dtype: float64, float32, bfloat16 or float16. None is the dtype of the tensor that was quantized.
 
     Raises:
         TypeError: ``w4`` is not a 4-bit weight. ValueError: ``dtype`` is none of these.

@@ -47,6 +47,7 @@ class Weight4bit(Tensor):
             and then the offset is minus their product with ``offset_scale``.
         offset_scale: float32 [nested blocks], the unit of uint8 offsets; without it, the unit is the block's scale, and
             the offsets are zero points.
+        column_order: int32 [K], for each stored column of a matrix [N, K] its number; None if they are in order.
 
     Example:
         >>> w4 = qlora_ext.quantize(torch.randn(48, 64), "q4_1")
@@ -69,6 +70,7 @@ class Weight4bit(Tensor):
     scale_table: Tensor | None
     block_offsets: Tensor | None
     offset_scale: Tensor | None
+    column_order: Tensor | None
 
     def __new__(cls: type[Self], packed: Tensor | None = None, **fields: Any) -> Self:
         # Pickles of version 0.1.0 make an empty object and then call __setstate__.
@@ -92,10 +94,12 @@ class Weight4bit(Tensor):
         scale_table: Tensor | None = None,
         block_offsets: Tensor | None = None,
         offset_scale: Tensor | None = None,
+        column_order: Tensor | None = None,
     ) -> None:
         self.packed, self.absmax = packed, absmax
         self.nested_absmax, self.nested_offset = nested_absmax, nested_offset
         self.scale_table, self.block_offsets, self.offset_scale = scale_table, block_offsets, offset_scale
+        self.column_order = column_order
         self.block_size, self.nested_block_size, self.code = block_size, nested_block_size, code
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
@@ -151,7 +155,8 @@ class Weight4bit(Tensor):
             offsets = formats.ZERO_POINT8 if self.offset_scale is None else formats.SCALED8
         elif self.block_offsets is not None:
             offsets = name_of(self.block_offsets.dtype)
-        return Form(self.code, scales, self.block_size, self.nested_block_size, offsets)
+        reordered = self.column_order is not None
+        return Form(self.code, scales, self.block_size, self.nested_block_size, offsets, reordered)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -218,12 +223,14 @@ class Weight4bit(Tensor):
         return -(self.block_offsets.float() * unit)
 
     def without_offsets(self, w: Tensor, scales: Tensor | None = None) -> Tensor:
-        """``w``, of this weight's shape, less the offsets: what the codes and scales encode.
+        """``w``, of this weight's shape, less the offsets, in the order of its columns: what the codes encode.
 
         Args:
             scales: as in ``decoded_offsets``.
         """
         offsets = self.decoded_offsets(scales)
+        if self.column_order is not None:
+            w = w.index_select(-1, self.column_order)
         if offsets is None:
             return w
         per_element = offsets.repeat_interleave(self.block_size, -1)[..., : math.prod(self.shape[offsets.ndim - 1 :])]
@@ -249,7 +256,13 @@ class Weight4bit(Tensor):
                 matrix.copy_(self.matrix(e).dequantize(dtype))
             return stack
         out: Tensor = torch.ops.qlora.dequantize_nf4(*packed_args(self), self.shape, dtype, *last_args(self))
-        return out
+        return self.columns_in_order(out)
+
+    def columns_in_order(self, decoded: Tensor) -> Tensor:
+        """Puts decoded values [..., K], which are in the order of the stored columns, in the order of the weight's."""
+        if self.column_order is None:
+            return decoded
+        return torch.empty_like(decoded).index_copy_(-1, self.column_order.long(), decoded)
 
     def matrix(self: Self, e: int) -> Self:
         """Matrix ``e`` [N, K] of a stack [E, N, K], as a view. The matrices of a stack are quantized separately."""

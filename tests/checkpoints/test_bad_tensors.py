@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint_samples import SAMPLES, Sample, awq, compressed_mxfp4, compressed_nvfp4, gptq, modelopt, mxfp4, packed
+from checkpoint_samples import (
+    SAMPLES,
+    Sample,
+    awq,
+    compressed_mxfp4,
+    compressed_nvfp4,
+    gptq,
+    mlx,
+    modelopt,
+    mxfp4,
+    packed,
+)
 from qlora_ext.checkpoints import format_of
 from qlora_ext.weight import Weight4bit
 
@@ -105,6 +116,7 @@ def test_impossible_shapes_are_rejected(name: str) -> None:
         (awq, (12, 256), "a multiple of 8 rows"),
         (gptq, (12, 256), "a multiple of 8 rows"),
         (lambda: gptq(group=-1), (16, 24), "got groups of 24 in rows of 24"),
+        (mlx, (16, 96), "got groups of 64 in rows of 96"),
     ],
 )
 def test_rows_without_whole_groups_are_rejected(
@@ -138,13 +150,19 @@ def test_factors_that_make_no_scales_are_rejected(value: float) -> None:
     rejected("weight_scale_2", modelopt(), weight_scale_2=torch.tensor(1e37))
 
 
-def test_an_activation_order_is_rejected() -> None:
+def test_an_activation_order_that_the_configuration_does_not_mention_is_rejected() -> None:
     order = torch.arange(256, dtype=torch.int32) // 128
     order[[3, 200]] = order[[200, 3]]
-    assert "activation order (desc_act), which is not supported" in rejected("g_idx", gptq(), g_idx=order)
+    assert "an activation order, which the configuration does not mention" in rejected("g_idx", gptq(), g_idx=order)
     rejected("weight_g_idx", packed((12, 256), 128), weight_g_idx=order)
-    other = torch.arange(256, dtype=torch.int32) // 64
-    assert "expected g_idx to be groups of 128 columns" in rejected("g_idx", gptq(), g_idx=other)
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_groups_of_another_size_are_rejected(desc_act: bool) -> None:
+    columns = torch.arange(256, dtype=torch.int32)
+    for other in (columns // 64, columns // 200, columns // 128 + 1, columns // 128 - 2, columns.flip(0) // 64):
+        message = rejected("g_idx", gptq(desc_act=desc_act), g_idx=other)
+        assert "expected g_idx to be groups of 128 columns" in message
 
 
 def test_zero_points_out_of_range_are_rejected() -> None:
@@ -169,6 +187,13 @@ def test_scales_too_large_for_zero_points_are_rejected() -> None:
         rejected("weight_scale", sample, weight_scale=with_value(sample.tensors["weight_scale"], 2.0**125))
         sample = packed(dtype=dtype)
         read(sample, weight_scale=with_value(sample.tensors["weight_scale"], 2.0**125))
+
+
+def test_scales_of_mlx_that_make_infinite_values_are_rejected() -> None:
+    sample = mlx()
+    for value in (3e37, -3e37):
+        rejected("scales", sample, scales=with_value(sample.tensors["scales"], value))
+    rejected("biases", sample, biases=with_value(sample.tensors["biases"], float("inf")))
 
 
 def test_another_weight_shape_is_named() -> None:

@@ -100,8 +100,8 @@ def test_the_form_is_known_before_the_tensors(name: str) -> None:
     if scale is not None and scale.dtype in (torch.float16, torch.float32):
         settings = dataclasses.replace(settings, scale_dtype=scale.dtype)
     form = kind.form(dataclasses.replace(settings, scale_dtype=settings.scale_dtype), sample.shape)
-    if name != "awq-bfloat16":
-        assert form == read(sample).form
+    if name != "awq-bfloat16":  # nor is the order of columns known
+        assert form == dataclasses.replace(read(sample).form, reordered=False)
     required = {key for key, needed in kind.tensors(settings).items() if needed}
     assert required <= set(sample.tensors) <= set(kind.tensors(settings))
 

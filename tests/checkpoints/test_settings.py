@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_samples import awq, compressed_config, compressed_mxfp4, compressed_nvfp4, gptq, modelopt, mxfp4, packed
+from checkpoint_samples import (
+    auto_round,
+    awq,
+    compressed_config,
+    compressed_mxfp4,
+    compressed_nvfp4,
+    gptq,
+    mlx,
+    modelopt,
+    mxfp4,
+    packed,
+)
 from qlora_ext.checkpoints import Settings, format_of
 
 # As moonshotai/Kimi-K2-Thinking has it.
@@ -81,7 +92,7 @@ def test_the_format_of_a_group_goes_before_that_of_the_checkpoint() -> None:
         format_of(changed(KIMI, "format", value="mixed-precision"))
 
 
-@pytest.mark.parametrize("method", ["bitnet", "quark", "auto-round", "", "\x1b[2J" * 100])
+@pytest.mark.parametrize("method", ["bitnet", "quark", "hqq", "", "\x1b[2J" * 100])
 def test_other_methods_are_rejected_by_their_name(method: str) -> None:
     with pytest.raises(ValueError, match="expected a 4-bit format among mxfp4, modelopt, awq, gptq") as error:
         format_of({"quant_method": method})
@@ -174,13 +185,31 @@ def test_settings_of_gptq() -> None:
     assert settings_of(gptq().config).zero_point_bias == 1
     assert settings_of(gptq().config | {"group_size": -1}).group_size is None
     assert settings_of(gptq().config | {"group_size": -1, "desc_act": True}).group_size is None
-    assert settings_of(gptq().config | {"static_groups": True, "desc_act": True}).group_size == 128
+    assert not settings_of(gptq().config).reorders
+    assert settings_of(gptq(desc_act=True).config).reorders
+    for never in ({"static_groups": True}, {"group_size": -1}):
+        assert not settings_of(gptq(desc_act=True).config | never).reorders
+    assert settings_of(gptq().config | {"dynamic": {".*up.*": {"desc_act": True}}}).reorders
+
+
+@pytest.mark.parametrize("name", ["auto-round", "auto_round", "intel/auto-round"])
+def test_auto_round_has_the_settings_of_the_format_that_packs_its_weights(name: str) -> None:
+    for sample in (gptq(), awq()):
+        kind, settings = format_of(auto_round(sample).config | {"quant_method": name})
+        assert (kind.name, settings.group_size) == (sample.config["quant_method"], 128)
+        assert settings.symmetric == settings_of(sample.config).symmetric
+
+
+def test_layers_of_mlx_with_settings_of_their_own() -> None:
+    config = mlx().config | {"mode": "affine", "model.a": {"bits": 8, "group_size": 32}, "model.b": False}
+    settings = settings_of(config)
+    assert (settings.bits, settings.group_size) == (4, 64)
+    assert {name: (own.bits, own.group_size) for name, own in settings.layers.items()} == {"model.a": (8, 32)}
 
 
 INT = compressed_config("pack-quantized", type="int", strategy="group", group_size=32)
 WEIGHTS = ("config_groups", "group_0", "weights")
 REJECTED: dict[str, tuple[dict[str, Any], str]] = {
-    "gptq act-order": (gptq().config | {"desc_act": True}, "activation order are not supported; use a checkpoint"),
     "gptq 3 bits": (gptq().config | {"bits": 3}, "expected 4 bits, got 3"),
     "gptq marlin": (gptq().config | {"checkpoint_format": "marlin"}, "got marlin"),
     "gptq older marlin": (gptq().config | {"is_marlin_format": True}, "got marlin"),
@@ -189,6 +218,22 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "gptq mixed": (gptq().config | {"dynamic": {".*up.*": {"bits": 8}}}, "got others in dynamic for .*up.*"),
     "gptq modules": (gptq().config | {"modules_in_block_to_quantize": [[3]]}, "modules_in_block_to_quantize"),
     "gptq pattern": (gptq().config | {"dynamic": {"-:(": {}}}, "expected regular expressions"),
+    "auto-round packing": (
+        auto_round(gptq()).config | {"packing_format": "auto_round:llm_compressor"},
+        "expected the packing_format auto_round:auto_gptq or auto_round:auto_awq, got auto_round:llm_compressor",
+    ),
+    "auto-round no packing": ({"quant_method": "auto-round", "bits": 4}, "expected packing_format in it"),
+    "auto-round float": (auto_round(gptq()).config | {"data_type": "mx_fp"}, "expected the data_type int, got mx_fp"),
+    "auto-round mixed": (
+        auto_round(gptq()).config | {"extra_config": {"model.a": {"bits": 8}}},
+        "extra_config.model.a: expected the same settings for all modules, got bits 8",
+    ),
+    "auto-round bits": (auto_round(gptq()).config | {"bits": 2}, "expected 4 bits, got 2"),
+    "mlx 8 bits": (mlx().config | {"bits": 8}, "expected 4 bits, got 8"),
+    "mlx mode": (mlx().config | {"mode": "mxfp4", "group_size": 32}, "expected the mode affine, got mxfp4"),
+    "mlx group": (mlx().config | {"group_size": 16}, "expected group_size among 32, 64, 128, got 16"),
+    "mlx layer": (mlx().config | {"model.a": {"bits": 7, "group_size": 64}}, "mlx: model.a: expected bits among 2, 3"),
+    "mlx nothing": ({"quant_method": "mlx", "group_size": 64}, "expected bits in it"),
     "awq 8 bits": (awq().config | {"bits": 8}, "expected 4 bits, got 8"),
     "awq gemv": (awq().config | {"version": "gemv"}, "expected the layout gemm, got gemv"),
     "awq llm-awq": (awq().config | {"backend": "llm-awq"}, "expected the layout gemm, got llm-awq"),

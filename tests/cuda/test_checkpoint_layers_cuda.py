@@ -11,7 +11,7 @@ import torch
 
 import accuracy
 from accuracy import assert_accurate
-from checkpoint_samples import Sample, awq, compressed_nvfp4, gptq, modelopt, mxfp4, packed
+from checkpoint_samples import Sample, awq, compressed_nvfp4, gptq, mlx, modelopt, mxfp4, packed
 from forms import FORMS, oracle, random_weight
 from qlora_ext.checkpoints import format_of
 from qlora_ext.nn import Linear4bit
@@ -49,6 +49,8 @@ WEIGHTS: dict[str, Callable[[], tuple[Weight4bit, torch.Tensor]]] = {
     "AWQ": lambda: read(awq((40, 384))),
     "AWQ in groups of 32": lambda: read(awq((136, 96), 32)),
     "GPTQ": lambda: read(gptq((40, 384), symmetric=False)),
+    "GPTQ in activation order": lambda: read(gptq((40, 384), symmetric=False, desc_act=True)),
+    "MLX": lambda: read(mlx((37, 192))),
     "Q4_1": lambda: of_gguf("q4_1", 37, 96),
     "Q4_K": lambda: of_gguf("q4_k", 37, 256),
 }

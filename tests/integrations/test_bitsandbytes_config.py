@@ -60,6 +60,15 @@ def test_unsupported_arguments_are_rejected_by_name(arguments: dict[str, Any], m
         QLoRAConfig(bnb_4bit_colour="red")
 
 
+def test_unsupported_arguments_cannot_be_assigned() -> None:
+    config = QLoRAConfig()
+    for name, value in (("load_in_8bit", True), ("load_in_4bit", False), ("bnb_4bit_quant_type", "fp4")):
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got {value!r}"):
+            setattr(config, name, value)
+    config.load_in_8bit, config.llm_int8_skip_modules = False, ["lm_head"]
+    assert config.to_dict() == QLoRAConfig(skip_modules=["lm_head"]).to_dict()
+
+
 def test_misspelt_arguments_get_a_suggestion() -> None:
     for typed, meant in (
         ("blocksize", "block_size"),
@@ -110,6 +119,8 @@ def test_from_bitsandbytes_rejects_other_formats() -> None:
     for arguments, kind in (({"load_in_8bit": True}, "int8"), ({"load_in_4bit": True}, "FP4")):
         with pytest.raises(ValueError, match=f"NF4 checkpoint, got {kind}"):
             QLoRAConfig.from_bitsandbytes(BitsAndBytesConfig(**arguments))
+    with pytest.raises(ValueError, match="load_in_4bit=True, got one that quantizes nothing"):
+        QLoRAConfig.from_bitsandbytes(BitsAndBytesConfig())
     for other in (None, "nf4", QLoRAConfig(), {"quant_method": "gptq"}):
         with pytest.raises(TypeError, match="config: expected a BitsAndBytesConfig or its fields"):
             QLoRAConfig.from_bitsandbytes(other)

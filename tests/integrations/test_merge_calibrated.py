@@ -27,9 +27,10 @@ def base(**more: Any) -> Any:
     return qlora_ext.quantize_model(transformers.LlamaForCausalLM(config))
 
 
-def adapted(size: float = 0.004, **config: Any) -> Any:
+def adapted(size: float = 0.004, mixed: bool = False, **config: Any) -> Any:
     """A model with an adapter that changes no weight enough for a different code."""
-    model = peft.get_peft_model(base(), peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, **config))
+    lora = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, **config)
+    model = peft.get_peft_model(base(), lora, mixed=mixed)
     torch.manual_seed(1)
     for name, p in model.named_parameters():
         if "lora_" in name:
@@ -68,6 +69,12 @@ def test_layers_without_an_adapter_keep_their_bits() -> None:
             changed.add(name.rpartition(".")[2])
     assert changed == {"up_proj"}
     assert [r.name for r in calibration_of(merged)] == [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+
+
+def test_mixed_models_merge_like_others() -> None:
+    models = (adapted(mixed=mixed, target_modules=["up_proj"]) for mixed in (False, True))
+    one, other = (integrations.peft.merge_calibrated(model, Calibration(IDS)) for model in models)
+    assert torch.equal(logits(one), logits(other))
 
 
 def test_experts_are_merged_one_by_one() -> None:

@@ -239,6 +239,17 @@ def test_merges_in_the_dtype_of_the_base() -> None:
     assert type(merged.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
 
 
+@pytest.mark.parametrize("cast_first", [True, False])
+def test_merges_in_the_dtype_to_which_the_model_was_cast(cast_first: bool) -> None:
+    model = adapted(base().to(torch.float16)) if cast_first else adapted().to(torch.float16)
+    expected = logits(model)
+    model.merge_adapter()
+    model.to(torch.bfloat16).unmerge_adapter()
+    merged = model.to(torch.float16).merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.float16}
+    torch.testing.assert_close(logits(merged), expected, rtol=0.02, atol=0.02)
+
+
 def test_merge_adapter_in_place_is_undone_to_the_bit() -> None:
     model = adapted()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

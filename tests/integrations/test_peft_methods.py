@@ -69,6 +69,7 @@ def test_methods_compute_train_and_merge_as_over_decoded_layers(method: str) -> 
     frozen = {name for name in theirs.state_dict() if name.startswith("base_model.vera") or "randlora" in name}
     adapter = {name: t for name, t in theirs.state_dict().items() if name in trained | frozen}
     assert not ours.load_state_dict(adapter, strict=False).unexpected_keys
+    assert all(getattr(status, "quantization_backend", "4bit") for status in peft.get_layer_status(ours))
     expected = logits(theirs)
     assert error(logits(base()), expected) > 0.01
     assert error(logits(ours), expected) < 1e-5
@@ -87,6 +88,36 @@ def test_methods_compute_train_and_merge_as_over_decoded_layers(method: str) -> 
     dense = ours.merge_and_unload()
     assert not any(isinstance(m, Linear4bit) for m in dense.modules())
     assert error(logits(dense), expected) < 1e-5
+
+
+@pytest.mark.parametrize("method", [*METHODS, "Lora", "TinyLora", "OSF"])
+def test_adapters_start_as_over_decoded_layers(method: str) -> None:
+    """Also a second one, and in the dtype of the base if PEFT is told not to cast them."""
+    config_class = getattr(peft, f"{method}Config", None)
+    if config_class is None:
+        pytest.skip(f"PEFT {peft.__version__} has no {method}")
+    options = METHODS.get(method, {"use_dora": True} if method == "Lora" else {})
+
+    def start(model: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+        torch.manual_seed(1)
+        first, second = (config_class(target_modules=TARGETS, **options) for _ in range(2))
+        model = get_peft_model(model, first, "first", autocast_adapter_dtype=False).eval()
+        outputs = [logits(model)]
+        if method != "AdaLora":  # PEFT has one of these to train
+            model.add_adapter("second", second, autocast_adapter_dtype=False)
+            model.set_adapter("second")
+            outputs.append(logits(model.eval()))
+        return {name: p for name, p in model.named_parameters() if {"first", "second"} & {*name.split(".")}}, outputs
+
+    (expected, theirs), (ours, found) = (
+        start(base(dtype=torch.bfloat16).dequantize()),
+        start(base(dtype=torch.bfloat16)),
+    )
+    assert {p.dtype for p in ours.values()} == {torch.bfloat16}
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(p, expected[name]) for name, p in ours.items())
+    assert [y.dtype for y in found] == [y.dtype for y in theirs]
+    assert all(error(*pair) < 0.03 for pair in zip(found, theirs, strict=True))
 
 
 def test_a_method_without_a_base_layer_is_refused() -> None:
@@ -214,6 +245,9 @@ def test_mixed_methods_have_layers_of_their_own(first: str, second: str) -> None
     adapters = {name: p for name, p in model.named_parameters() if p.is_floating_point() and "base_layer" not in name}
     assert not twin.load_state_dict(adapters, strict=False).unexpected_keys
     assert error(both, logits(twin.eval())) < 1e-5
+    merged = model.merge_and_unload()
+    assert not any(isinstance(m, Linear4bit) for m in merged.modules())
+    assert error(logits(merged), both) < 1e-5
 
     model = get_peft_model(base(), MIXED[first](["q_proj"]), "first", mixed=True)
     with pytest.raises(ValueError, match=r"q_proj is a 4-bit layer with adapters of \w+ and cannot also have \w+"):

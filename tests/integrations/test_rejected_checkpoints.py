@@ -69,6 +69,13 @@ BAD: dict[str, tuple[tuple[str, str], str, Any, str]] = {
         lambda t: t.float(),
         "expected weight_packed to be 4-bit codes, got F32",
     ),
+    "no codes' dtype, of MLX": (
+        ("llama", "mlx"),
+        f"{Q}.weight",
+        lambda t: torch.zeros(64, 64),
+        "expected weight to be 4-bit codes, got F32",
+    ),
+    "no scales of MLX": (("llama", "mlx"), f"{Q}.scales", lambda t: None, "expected the tensor scales of mlx too"),
     "dense too": (
         NVFP4,
         f"{Q}.weight",
@@ -99,7 +106,7 @@ def test_bad_tensors(case: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         load(checkpoint.path)
     assert "model.safetensors" in str(raised.value)
-    weight = re.sub(r"(\.weight(_\w+)?|_blocks|_scales)$", "", name)
+    weight = re.sub(r"(\.weight(_\w+)?|[._]scales|_blocks)$", "", name)
     assert weight in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -155,7 +162,9 @@ def test_a_truncated_file(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changed", "message"),
     [
-        ("gptq", {"desc_act": True}, "desc_act false"),
+        ("mlx", {"bits": 8}, "4 bits, got 8, .*load the model's original checkpoint"),
+        ("mlx", {"mode": "nvfp4", "group_size": 16}, "expected the mode affine, got nvfp4"),
+        ("auto-round", {"packing_format": "auto_round:llm_compressor"}, "packing_format auto_round:auto_gptq or"),
         ("gptq", {"bits": 3}, "4 bits, got 3, .*load the model's original checkpoint"),
         ("awq", {"bits": 2}, "4 bits, got 2, .*load the model's original checkpoint"),
         ("gptq", {"bits": 8}, "4 bits"),
@@ -268,7 +277,7 @@ def test_experts_in_one_tensor(tmp_path: pathlib.Path) -> None:
         load(checkpoint.path)
 
 
-@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq", "modelopt"])
+@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq", "modelopt", "mlx"])
 def test_codes_without_a_configuration(kind: str, tmp_path: pathlib.Path) -> None:
     """transformers reports mismatched or missing weights, and may go on with random ones."""
     checkpoint = packed_models.save(tmp_path, "llama", kind)

@@ -6,7 +6,8 @@ The decoders are written in numpy from each format's own reference and share no 
 - compressed-tensors: ``quantization/lifecycle/forward_helpers.py`` (``_dequantize``) and its packing helpers
 - ModelOpt: ``quantization/qtensor/nvfp4_tensor.py``
 - AWQ: AutoAWQ, ``awq/utils/packing_utils.py``
-- GPTQ: AutoGPTQ, ``nn_modules/qlinear/qlinear_cuda.py``
+- GPTQ: AutoGPTQ, ``nn_modules/qlinear/qlinear_cuda.py``; columns in activation order have the group ``g_idx[k]``
+- MLX: the documentation of ``mlx.core.quantize`` and ``dequantize``, mode ``affine``
 """
 
 from __future__ import annotations
@@ -68,9 +69,14 @@ def decode_nvfp4(packed: Tensor, scale: Tensor, factor: Tensor, divides: bool) -
     return E2M1[low_first(packed)] * np.repeat(scales, 16, axis=1)
 
 
-def decode_integers(codes: np.ndarray, scale: np.ndarray, zero_points: Any, group: int) -> np.ndarray:
-    """(q - z) * scale of codes [N, K], scales [N, G] and zero points [N, G] or a number."""
-    columns = np.arange(codes.shape[1]) // group
+def decode_integers(codes: np.ndarray, scale: np.ndarray, zero_points: Any, columns: Any) -> np.ndarray:
+    """(q - z) * scale of codes [N, K], scales [N, G] and zero points [N, G] or a number.
+
+    Args:
+        columns: the size of the groups, or the group of each column.
+    """
+    if isinstance(columns, int):
+        columns = np.arange(codes.shape[1]) // columns
     zeros = zero_points[:, columns] if isinstance(zero_points, np.ndarray) else zero_points
     with np.errstate(over="ignore"):
         return (codes.astype(F32) - F32(zeros)) * scale[:, columns]
@@ -101,7 +107,17 @@ def decode_gptq(tensors: dict[str, Tensor], group: int, version: int) -> np.ndar
     words = nibbles(tensors["qweight"])  # [K/8, N, 8]
     codes = words.transpose(0, 2, 1).reshape(-1, words.shape[1])
     zero_points = nibbles(tensors["qzeros"]).reshape(len(tensors["qzeros"]), -1) + (1 if version == 1 else 0) & 15
-    return decode_integers(codes.T, array(tensors["scales"]).T, zero_points.T.astype(F32), group)
+    columns = array(tensors["g_idx"]) if "g_idx" in tensors else group
+    return decode_integers(codes.T, array(tensors["scales"]).T, zero_points.T.astype(F32), columns)
+
+
+def decode_mlx(tensors: dict[str, Tensor], group: int, bits: int = 4) -> np.ndarray:
+    """q * scale + bias. The codes of a row are a stream of bits, of each code the lowest first."""
+    words = tensors["weight"].numpy()
+    stream = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").reshape(len(words), -1, bits)
+    codes = (stream.astype(np.int64) << np.arange(bits)).sum(-1).astype(F32)
+    scale, bias = (np.repeat(array(tensors[name]), group, axis=1) for name in ("scales", "biases"))
+    return codes * scale + bias
 
 
 @dataclasses.dataclass
@@ -138,8 +154,12 @@ def decode(sample: Sample) -> np.ndarray:
             )
         case "awq", _:
             values = decode_awq(tensors, shape[1] if size == -1 else size)
-        case "gptq", _:
-            version = 1 if config["checkpoint_format"] == "gptq" else 2
+        case "auto-round", _ if config["packing_format"] == "auto_round:auto_awq":
+            values = decode_awq(tensors, shape[1] if size == -1 else size)
+        case "mlx", _:
+            values = decode_mlx(tensors, size, config["bits"])
+        case (("gptq" | "auto-round"), _):
+            version = 1 if config.get("checkpoint_format", "gptq") == "gptq" else 2
             values = decode_gptq(tensors, shape[1] if size == -1 else size, version)
     return values.astype(F32)
 
@@ -278,6 +298,7 @@ def gptq(
     version: int = 1,
     order: bool = True,
     dtype: torch.dtype = torch.float16,
+    desc_act: bool = False,
 ) -> Sample:
     rows, columns = shape
     size = columns if group == -1 else group
@@ -291,15 +312,44 @@ def gptq(
     }
     if order:
         tensors["g_idx"] = torch.arange(columns, dtype=torch.int32) // size
+        if desc_act:
+            tensors["g_idx"] = tensors["g_idx"][torch.randperm(columns)]
     config = {
         "quant_method": "gptq",
         "bits": 4,
         "group_size": group,
         "sym": symmetric,
-        "desc_act": False,
+        "desc_act": desc_act,
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
     }
     return Sample(config, shape, tensors)
+
+
+def auto_round(packed: Sample) -> Sample:
+    """A weight of AutoGPTQ or AutoAWQ, in a checkpoint of AutoRound."""
+    config = {
+        "quant_method": "auto-round",
+        "packing_format": f"auto_round:auto_{packed.config['quant_method']}",
+        "bits": 4,
+        "group_size": packed.config["group_size"],
+        "data_type": "int",
+        "sym": packed.config.get("sym", False),
+        "autoround_version": "0.9.1",
+        "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}},
+    }
+    return dataclasses.replace(packed, config=config)
+
+
+def mlx(
+    shape: tuple[int, int] = (24, 256), group: int = 64, dtype: torch.dtype = torch.bfloat16, bits: int = 4
+) -> Sample:
+    rows, columns = shape
+    tensors = {
+        "weight": random_words(rows, columns * bits // 32).view(torch.uint32),
+        "scales": random_scales(dtype, rows, columns // group),
+        "biases": random_scales(dtype, rows, columns // group),
+    }
+    return Sample({"quant_method": "mlx", "group_size": group, "bits": bits}, shape, tensors)
 
 
 # One weight of each kind, by a name for the test's report.
@@ -331,4 +381,11 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "gptq-zero-points-v2": lambda: gptq((8, 64), 32, symmetric=False, version=2),
     "gptq-short-last-group": lambda: gptq((16, 320), 128, symmetric=False),
     "gptq-channel": lambda: gptq((16, 80), -1, symmetric=False, order=False),
+    "gptq-order": lambda: gptq(desc_act=True),
+    "gptq-order-zero-points": lambda: gptq((16, 320), 128, symmetric=False, desc_act=True),
+    "auto-round": lambda: auto_round(gptq()),
+    "auto-round-awq": lambda: auto_round(awq()),
+    "mlx": mlx,
+    "mlx-32-half": lambda: mlx((13, 96), 32, torch.float16),
+    "mlx-128-float32": lambda: mlx((1, 384), 128, torch.float32),
 }

@@ -50,7 +50,7 @@ IDS = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(1))
 def _moderate(sample: Sample) -> Sample:
     """The sample with scales such that its values are below 1, as a model needs them."""
     tensors = dict(sample.tensors)
-    for name in ("scales", "weight_scale"):
+    for name in ("scales", "weight_scale", "biases"):
         t = tensors.get(name)
         if t is None:
             continue
@@ -81,6 +81,9 @@ FORMATS: dict[str, Callable[[Any], Sample]] = {
     "awq": lambda shape: _moderate(samples.awq(shape, 32)),
     "gptq": lambda shape: _moderate(samples.gptq(shape, 32)),
     "gptq-v2-zero-points": lambda shape: _moderate(samples.gptq(shape, 32, symmetric=False, version=2)),
+    "gptq-order": lambda shape: _moderate(samples.gptq(shape, 32, symmetric=False, desc_act=True)),
+    "auto-round": lambda shape: _moderate(samples.auto_round(samples.gptq(shape, 32))),
+    "mlx": lambda shape: _moderate(samples.mlx(shape, 32)),
 }
 # The names of the weights that are 4-bit in the checkpoints.
 _LINEAR = r"(proj|w[123])\.weight$"
@@ -172,6 +175,8 @@ def save(
         tensors |= {prefix + tensor: value for tensor, value in sample.tensors.items()}
         config = sample.config
     config = {**config, **(changed or {})}
+    if kind == "mlx":
+        del config["quant_method"]  # MLX does not write it
     safetensors.save_file(
         {k: t.contiguous() for k, t in decoded.items()}, plain / "model.safetensors", {"format": "pt"}
     )

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qlora_ext
 from qlora_ext.nn import Embedding4bit, Linear4bit, TiedLinear4bit, quantize_model
@@ -178,6 +179,12 @@ class Tied(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.lm_head(self.up(self.embed(ids)))
+
+
+def test_fake_rows() -> None:
+    table = Embedding4bit.from_embedding(nn.Embedding(10, 64))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert table(torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 3, 64)
 
 
 def test_a_tied_head_runs_on_the_table() -> None:

@@ -60,9 +60,11 @@ def test_no_change_of_the_module_touches_the_packed_state(change, block_size: in
     assert_same_bits(change(module), before)
 
 
-def test_dtype_changes_reach_bias_and_compute_dtype() -> None:
-    module = layer().half()
-    assert module.bias.dtype == module.compute_dtype == torch.float16
+def test_dtype_changes_reach_bias_decoded_weight_and_compute_dtype() -> None:
+    module = layer()
+    for dtype in (torch.float16, torch.float64):
+        module.to(dtype)
+        assert module.bias.dtype == module.dequantize().dtype == module.compute_dtype == dtype
     bare = Linear4bit(64, 8, bias=False).to(torch.float32)
     assert bare.compute_dtype == torch.float32
 

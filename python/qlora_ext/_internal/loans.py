@@ -23,6 +23,7 @@ class PackedTensors(NamedTuple):
     scale_table: Tensor | None = None
     block_offsets: Tensor | None = None
     offset_scale: Tensor | None = None
+    column_order: Tensor | None = None
 
 
 Loan: TypeAlias = AbstractContextManager[PackedTensors]

@@ -10,19 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._internal.untrusted import check, excerpt
-from . import awq, compressed_tensors, gptq, modelopt, mxfp4
+from . import auto_round, awq, compressed_tensors, gptq, mlx, modelopt, mxfp4
 from .format import LOAD_ORIGINAL as LOAD_ORIGINAL
 from .format import Format as Format
 from .format import Settings as Settings
 from .format import retained_of as retained_of
+from .mlx import MLX as MLX
 from .rows import alternating_rows as alternating_rows
 from .rows import grouped_rows as grouped_rows
 from .rows import select_rows as select_rows
 
 _COMPRESSED_TENSORS = (compressed_tensors.MXFP4(), compressed_tensors.NVFP4(), compressed_tensors.Packed())
 _FORMATS: dict[str, Format] = {
-    kind.name: kind for kind in (mxfp4.MXFP4(), modelopt.ModelOptNVFP4(), awq.AWQ(), gptq.GPTQ(), *_COMPRESSED_TENSORS)
+    kind.name: kind
+    for kind in (mxfp4.MXFP4(), modelopt.ModelOptNVFP4(), awq.AWQ(), gptq.GPTQ(), mlx.MLX(), *_COMPRESSED_TENSORS)
 }
+_AUTO_ROUND = ("auto-round", "auto_round", "intel/auto-round")
 _SOURCE = "quantization_config"
 
 
@@ -34,6 +37,9 @@ def format_of(config: Mapping[str, Any]) -> tuple[Format, Settings]:
     """
     check(config, {"quant_method": str}, _SOURCE)
     name = config["quant_method"].lower()
+    if name in _AUTO_ROUND:
+        config = auto_round.packed_as(config)
+        name = config["quant_method"]
     if name == "compressed-tensors":
         name = _compressed_tensors_name(config)
     if name == "fp8":

@@ -193,7 +193,7 @@ class Packed(_CompressedTensors):
         if found != [rows, columns]:
             given.refuse("weight_shape", str([rows, columns]), str(found))
         if "weight_g_idx" in given:
-            integers.check_order(given, "weight_g_idx", groups)
+            integers.column_order(given, "weight_g_idx", groups, reorders=False)
         words = given.take("weight_packed", (rows, columns // 8), torch.int32)
         scale = given.take_finite("weight_scale", (rows, groups.count), *integers.FLOATS)
         zero_points = None

@@ -32,6 +32,9 @@ class Settings:
         scale_dtype: the dtype of scales that are not 8-bit codes. ``Format.read`` takes it from the scales themselves;
             a caller that knows the file's sets it (``dataclasses.replace``) before it asks for the form.
         zero_point_bias: what is added to a stored zero point.
+        reorders: whether the columns of weights may belong to groups in any order.
+        bits: of the codes. Weights of other than 4 bits can only be decoded.
+        layers: for modules with settings of their own, these settings, by name.
         targets: the modules with 4-bit weights, as patterns of their names or as names of their classes. None: all
             linear layers.
         ignored: patterns of the names of modules that stay as they are, though they match a target.
@@ -42,6 +45,9 @@ class Settings:
     symmetric: bool = True
     scale_dtype: torch.dtype = torch.bfloat16
     zero_point_bias: int = 0
+    reorders: bool = False
+    bits: int = 4
+    layers: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
     targets: tuple[re.Pattern[str], ...] | None = None
     ignored: tuple[re.Pattern[str], ...] = ()
     others: Mapping[str, int] = dataclasses.field(default_factory=dict)

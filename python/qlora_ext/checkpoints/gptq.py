@@ -5,7 +5,7 @@ The tensors of a weight [N, K], with G = ceil(K / group_size), are transposed::
     qweight int32 [K/8, N]    packed along K
     qzeros  int32 [G, N/8]    packed along N; version 1 stores zero points minus 1, in 4 bits, so that 15 stands for 0
     scales  float16 [G, N]
-    g_idx   int32 [K]         the group of each column; only groups in order are supported
+    g_idx   int32 [K]         the group of each column, in any order with desc_act
 """
 
 from __future__ import annotations
@@ -63,11 +63,6 @@ class GPTQ(Format):
                 f"{excerpt(config.get('pack_dtype') or 'int32')} words, which is not supported"
             )
         group_size = group_size_of(config, _SOURCE)
-        if config.get("desc_act") and group_size is not None and not config.get("static_groups"):
-            raise ValueError(
-                f"{_SOURCE}: expected desc_act false, got true: weights whose columns belong to groups in activation "
-                "order are not supported; use a checkpoint made with desc_act false"
-            )
         ignored = [] if config.get("lm_head") else [r"(.*\.)?lm_head$"]
         ignored += _exceptions(config)
         modules = _modules(config)
@@ -76,12 +71,13 @@ class GPTQ(Format):
             symmetric=config.get("sym") is not False,
             scale_dtype=torch.float16,
             zero_point_bias=_BIASES[layout],
+            reorders=group_size is not None and not config.get("static_groups") and _has_order(config),
             targets=None if modules is None else patterns(modules, _SOURCE),
             ignored=patterns(ignored, _SOURCE),
         )
 
     def tensors(self, settings: Settings) -> dict[str, bool]:
-        return {"qweight": True, "qzeros": True, "scales": True, "g_idx": False}
+        return {"qweight": True, "qzeros": True, "scales": True, "g_idx": settings.reorders}
 
     def form(self, settings: Settings, shape: Sequence[int]) -> Form:
         return integers.form_of(self._groups(settings, shape), settings.scale_dtype, settings.symmetric)
@@ -92,8 +88,7 @@ class GPTQ(Format):
         groups = self._groups(settings, shape)
         rows, columns = shape
         given = Given(tensors, self.tensors(settings), self.name, where)
-        if "g_idx" in given:
-            integers.check_order(given, "g_idx", groups)
+        order = integers.column_order(given, "g_idx", groups, settings.reorders) if "g_idx" in given else None
         words = given.take("qweight", (columns // 8, rows), torch.int32)
         stored = nibbles.values_of(given.take("qzeros", (groups.count, rows // 8), torch.int32))
         scale = given.take_finite("scales", (groups.count, rows), *integers.FLOATS)
@@ -104,10 +99,15 @@ class GPTQ(Format):
         else:
             integers.check_range(given, "scales", scale)
             zero_points = ((stored + bias) & 15).t()
-        return integers.weight(groups, nibbles.from_gptq(words), scale.t(), zero_points, dtype)
+        packed = nibbles.from_gptq(words)
+        if order is not None:
+            packed = nibbles.select_columns(packed, order)
+        return integers.weight(groups, packed, scale.t(), zero_points, dtype, order)
 
     def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
-        integers.check_scales(self._groups(settings, w4.shape), w4)
+        groups = self._groups(settings, w4.shape)
+        integers.check_scales(groups, w4)
+        integers.check_column_order(groups, w4, retained.get("g_idx"))
 
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         groups = self._groups(settings, w4.shape)
@@ -115,8 +115,11 @@ class GPTQ(Format):
         zero_points = torch.full_like(scale, _MIDDLE, dtype=torch.uint8)
         if w4.block_offsets is not None:
             zero_points = groups.from_blocks(w4.block_offsets).t()
+        packed = w4.packed
+        if w4.column_order is not None:
+            packed = nibbles.select_columns(packed, w4.column_order.argsort())
         return {
-            "qweight": nibbles.to_gptq(w4.packed),
+            "qweight": nibbles.to_gptq(packed),
             "qzeros": nibbles.words_of((zero_points - settings.zero_point_bias) & 15),
             "scales": scale,
             **retained,
@@ -136,18 +139,28 @@ def _exceptions(config: Mapping[str, Any]) -> list[str]:
         ValueError: it gives modules other settings.
     """
     found = []
-    for pattern, changes in (config.get("dynamic") or {}).items():
+    for pattern, changes in _dynamic(config).items():
         if pattern.startswith("-:"):
             found.append(pattern[2:])
             continue
-        names = ("bits", "group_size", "sym", "desc_act")
-        changes = changes if isinstance(changes, dict) else {}
+        names = ("bits", "group_size", "sym")
         if any(name in changes and changes[name] != config.get(name) for name in names):
             raise ValueError(
                 f"{_SOURCE}: expected the same settings for all modules, got others in dynamic for {excerpt(pattern)}, "
                 "which is not supported"
             )
     return found
+
+
+def _dynamic(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings that GPTQModel gives to the modules whose names match a pattern."""
+    given = config.get("dynamic") or {}
+    return {pattern: own if isinstance(own, dict) else {} for pattern, own in given.items()}
+
+
+def _has_order(config: Mapping[str, Any]) -> bool:
+    """Whether modules have columns in activation order."""
+    return any(own.get("desc_act") for own in (config, *_dynamic(config).values()))
 
 
 def _modules(config: Mapping[str, Any]) -> list[str] | None:

@@ -82,7 +82,14 @@ def form_of(groups: Groups, scale_dtype: torch.dtype, symmetric: bool) -> Form:
     return Form("uint4", name_of(scale_dtype), groups.block_size, offsets="zero_point8")
 
 
-def weight(groups: Groups, packed: Tensor, scale: Tensor, zero_points: Tensor | None, dtype: torch.dtype) -> Weight4bit:
+def weight(
+    groups: Groups,
+    packed: Tensor,
+    scale: Tensor,
+    zero_points: Tensor | None,
+    dtype: torch.dtype,
+    column_order: Tensor | None = None,
+) -> Weight4bit:
     """The weight with these codes [N, K/2], and scales and uint8 zero points [N, groups]."""
     return weight_of(
         form_of(groups, scale.dtype, zero_points is None),
@@ -91,6 +98,7 @@ def weight(groups: Groups, packed: Tensor, scale: Tensor, zero_points: Tensor | 
         nested_absmax=None,
         nested_offset=None,
         block_offsets=None if zero_points is None else groups.to_blocks(zero_points),
+        column_order=column_order,
         shape=torch.Size((len(packed), groups.columns)),
         dtype=dtype,
     )
@@ -110,19 +118,47 @@ def check_scales(groups: Groups, w4: Weight4bit) -> None:
             raise ValueError(f"expected zero points of at most 15, got {zero_points.max().item()}")
 
 
-def check_order(given: Given, name: str, groups: Groups) -> None:
-    """Rejects an index of the columns' groups that is not in order. compressed-tensors writes -1 for that, too."""
-    order = given.take(name, (groups.columns,), torch.int32, torch.int64)
-    if bool((order == -1).all()) or torch.equal(order.long(), groups.in_order(order.device)):
-        return
-    if bool((order.diff() >= 0).all()):
+def column_order(given: Given, name: str, groups: Groups, reorders: bool) -> Tensor | None:
+    """The order of the columns, int32, in which those of each group are neighbours; None if they are so already.
+
+    Args:
+        name: the tensor with the group of each column.
+        reorders: whether there may be such an order. Otherwise it is rejected.
+    """
+    found = _group_of_column(groups, given.take(name, (groups.columns,), torch.int32, torch.int64))
+    in_order = groups.in_order(found.device)
+    if torch.equal(found, in_order):
+        return None
+    order = found.argsort(stable=True)
+    if not torch.equal(found[order], in_order):
         given.refuse(name, f"groups of {groups.size} columns, as the configuration says", "groups of another size")
-    else:
+    if not reorders:
         given.refuse(
             name,
             "the groups of the columns in order",
-            "an activation order (desc_act), which is not supported; use a checkpoint made without it",
+            "an activation order, which the configuration does not mention (desc_act)",
         )
+    return order.to(torch.int32)
+
+
+def check_column_order(groups: Groups, w4: Weight4bit, stored: Tensor | None) -> None:
+    """Rejects a weight whose blocks hold columns of several groups.
+
+    Args:
+        stored: the group of each column in the checkpoint; None: they are in order.
+
+    Raises:
+        ValueError: there is such a block.
+    """
+    in_order = groups.in_order(w4.device)
+    found = in_order if stored is None else _group_of_column(groups, stored.to(w4.device))
+    if not torch.equal(found if w4.column_order is None else found[w4.column_order.long()], in_order):
+        raise ValueError("expected the columns in the order of the checkpoint's groups, got another order")
+
+
+def _group_of_column(groups: Groups, stored: Tensor) -> Tensor:
+    """The group of each column, int64. compressed-tensors writes -1 where they are in order."""
+    return groups.in_order(stored.device) if bool((stored == -1).all()) else stored.long()
 
 
 def check_range(given: Given, name: str, scale: Tensor) -> None:

@@ -63,6 +63,16 @@ def to_gptq(packed: Tensor) -> Tensor:
     return out
 
 
+def select_columns(packed: Tensor, columns: Tensor) -> Tensor:
+    """Packed codes [N, K/2] of the columns ``columns`` [K] of those of ``packed``."""
+    out = torch.empty_like(packed)
+    rows = max(_CHUNK // packed.shape[1], 1)
+    for source, target in zip(packed.split(rows), out.split(rows), strict=True):
+        codes = torch.stack((source >> 4, source & 15), dim=-1).flatten(1).index_select(1, columns)
+        target.copy_(codes[:, 0::2] << 4 | codes[:, 1::2])
+    return out
+
+
 # An AWQ word's byte 2p + a has element 4a + p of the eight in its low nibble (h = 0) and 4a + 2 + p in its high one
 # (h = 1). So a column of words is [a, h, p, K/2] in our layout, where a byte joins two of its words, and [K/2, p, a]
 # for each h in AWQ's.

@@ -282,6 +282,8 @@ def in_form_of(kind: str, w4: Weight4bit) -> Weight4bit | None:
     form, fields = form_of(kind), dict(w4.tensors)
     if w4.block_size % form.block_size or w4.shape[-1] % w4.block_size or w4.form.scales == NESTED8:
         return None
+    if w4.form.reordered:
+        return None
     code = w4.code
     if (code, form.code) == ("uint4", "int4") and w4.form.offsets == ZERO_POINT8:
         if not bool(fields.pop("block_offsets").eq(8).all()):

@@ -157,7 +157,7 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Makes a 4-bit model compute in ``dtype``, without a float32 copy of its large dense weights on the CPU.
 
     4-bit layers compute in ``dtype``, and other floating-point tensors are cast to it. If it is float32, the 16-bit
-    weights of dense linear layers and of embeddings keep their dtype, and are frozen.
+    weights of dense linear layers and of embeddings keep their dtype, and are frozen. So do decoded 4-bit weights.
 
     Returns:
         ``model``, changed in place.
@@ -171,6 +171,7 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     kept = _kept(model) if dtype == torch.float32 else {}
     weights = {module: module.get_parameter("weight") for module in kept}
+    decoded = {layer: layer.weight_dtype for _, layer in layers_of(model)} if dtype == torch.float32 else {}
     for module, kind in kept.items():
         module.__class__ = kind
         module._parameters["weight"] = None
@@ -178,6 +179,8 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module, weight in weights.items():
         weight.requires_grad_(False)
         module._parameters["weight"] = weight
+    for layer, weight_dtype in decoded.items():
+        layer.weight_dtype = weight_dtype
     return model
 
 

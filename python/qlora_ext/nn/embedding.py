@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..form import Form, FormKeywords
-from ..weight import Weight4bit
+from ..weight import Weight4bit, has_values
 from ..weight_ops import FUNCTIONS, implements
 from .linear import Linear4bit
 from .packed import PackedWeight4bit
@@ -35,9 +35,9 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     count, width = w4.shape
     index = rows.reshape(-1).long()
     aligned = width % w4.block_size == 0
-    # Row numbers cannot be read while a graph is traced or inside torch.func.
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index)
-    if index.is_cpu and not traced and index.numel():
+    # Row numbers cannot be read while a graph is traced, from fake tensors, or inside torch.func.
+    readable = has_values(index) and not torch._C._functorch.is_functorch_wrapped_tensor(index)
+    if index.is_cpu and readable and index.numel():
         low, high = index.aminmax()
         if low < 0 or high >= count:
             raise IndexError(f"rows: expected row numbers from 0 to {count - 1}, got {int(low)} to {int(high)}")
@@ -80,7 +80,7 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     if not aligned:
         begin = (index * width - first * w4.block_size).unsqueeze(1)
         out = out.gather(1, begin + torch.arange(width, dtype=torch.int64, device=index.device))
-    return out.reshape(*rows.shape, width)
+    return w4.columns_in_order(out).reshape(*rows.shape, width)
 
 
 @implements(FUNCTIONS, nn.functional.embedding)
@@ -176,7 +176,7 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         return decode_rows(held if isinstance(held, Weight4bit) else self.packed_weight(), ids, self.compute_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded table [V, D], in ``dtype`` or the dtype of the table that was quantized."""
+        """The decoded table [V, D], in ``dtype`` or ``weight_dtype``."""
         return self.weight4bit.dequantize(dtype)
 
     def to_embedding(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Embedding:

@@ -213,7 +213,7 @@ class Experts4bit(Packed4bit):
         return out.transpose(1, 2).contiguous() if self.is_transposed else out
 
     def to_experts(self, dtype: torch.dtype | None = None, weights: dict[str, Tensor] | None = None) -> nn.Module:
-        """The dense module for this one, in ``dtype`` or the dtype of the weights that were quantized.
+        """The dense module for this one, in ``dtype`` or ``weight_dtype``.
 
         It has the decoded weights, or those in ``weights``, by name (for example with merged adapters).
         """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._internal.dynamo import outside_graphs
 from ..adapters import StackedAdapters, adapter_of_each_row
-from ..autograd import call_linear_nf4, draw_seed
+from ..autograd import call_linear_nf4, draw_seed, in_order_of
 from ..form import Form, FormKeywords
 from ..formats import NF4
 from ..merged import merged_linear_nf4
@@ -41,6 +41,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         code: the name of the 16 values, or the values themselves, by code.
         scales: the form of the scales, one of ``formats.SCALE_FORMS``; None for the one that ``double_quant`` chooses.
         offsets: the form of the offsets, one of ``formats.OFFSET_FORMS``; None if there are none.
+        reordered: whether the weight's columns are stored in the order of the buffer ``column_order``, int32 [K]. Each
+            call brings x into that order.
 
     Example:
         >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
@@ -67,6 +69,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         code: str | Sequence[float] | Tensor = NF4,
         scales: str | None = None,
         offsets: str | None = None,
+        reordered: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
@@ -77,6 +80,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             code=code,
             scales=scales,
             offsets=offsets,
+            reordered=reordered,
         )
         self._set_form(form, compute_dtype)
         self._register_packed(device)
@@ -161,6 +165,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         packed = w4.packed, w4.absmax, w4.nested_absmax, w4.nested_offset
         if self.form.has_more_tensors:
             packed = (*packed, w4.scale_table, w4.block_offsets, w4.offset_scale)
+            if w4.column_order is not None:
+                x, lora_a = in_order_of(w4.column_order, x, lora_a)
         return self._fused(packed, x, lora_a, lora_b, scaling, dropout_p, adapter_of_row)
 
     def _fused(
@@ -221,11 +227,11 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         return (self.compute_dtype, x.dtype) if autocast is None else (autocast, autocast)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight [N, K], in ``dtype`` or the dtype of the weight that was quantized."""
+        """The decoded weight [N, K], in ``dtype`` or ``weight_dtype``."""
         return self.weight4bit.dequantize(dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Linear:
-        """The dense layer for this one, in ``dtype`` or the dtype of the weight that was quantized.
+        """The dense layer for this one, in ``dtype`` or ``weight_dtype``.
 
         It has the decoded weight, or ``weight`` [N, K] if given (for example with a merged adapter).
         """
@@ -250,8 +256,11 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
 
 # The memory of a streamed weight differs from call to call, so no compiled graph may contain it.
 @outside_graphs
-def _fused_streamed(layer: Linear4bit, *args: Any) -> Tensor:
+def _fused_streamed(layer: Linear4bit, x: Tensor, lora_a: Any, *args: Any) -> Tensor:
     assert layer.residency is not None
-    with layer.residency.lend("weight") as packed:
-        y: Tensor = layer._fused(packed, *args)
+    with layer.residency.lend("weight") as lent:
+        *packed, column_order = lent
+        if column_order is not None:  # copied, because the backward needs it after the loan
+            x, lora_a = in_order_of(column_order.clone(), x, lora_a)
+        y: Tensor = layer._fused((*packed,), x, lora_a, *args)
     return y

@@ -339,7 +339,7 @@ class Packed4bit(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The decoded dense module, in ``dtype`` or the dtype of the weights that were quantized."""
+        """The decoded dense module, in ``dtype`` or ``weight_dtype``."""
 
     def reset_parameters(self) -> None:
         """Does nothing, because the weights are frozen and come from a checkpoint or a dense module."""
@@ -363,8 +363,8 @@ class Packed4bit(nn.Module, abc.ABC):
                 self._buffers[name] = saved.to(after.device)
         empty = torch.empty(0, dtype=self.compute_dtype, device="cpu")
         self.compute_dtype = fn(empty).dtype
-        if exposed:
-            self._exposed_dtype = fn(empty.to(self._exposed_dtype)).dtype
+        if exposed or self.residency is not None:
+            self.weight_dtype = fn(empty.to(self.weight_dtype)).dtype
         return self
 
     def packed_state(self) -> dict[str, Tensor]:
@@ -453,6 +453,7 @@ class PackedWeight4bit(Packed4bit):
 
     absmax, nested_absmax, nested_offset = _part("absmax"), _part("nested_absmax"), _part("nested_offset")
     scale_table, block_offsets, offset_scale = _part("scale_table"), _part("block_offsets"), _part("offset_scale")
+    column_order = _part("column_order")
 
     @property
     def weight4bit(self) -> Weight4bit:

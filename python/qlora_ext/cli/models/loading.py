@@ -77,8 +77,9 @@ def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype, layers: to
 
     if compute != dtype:
         set_compute_dtype(model, compute)
-    for _, layer in layers_of(model):
-        layer.to(compute)
+    else:
+        for _, layer in layers_of(model):
+            layer.to(compute)
     if (layers or layers_dtype(dtype, compute, model.device)) != compute:
         multiply_in_bfloat16(model)
 

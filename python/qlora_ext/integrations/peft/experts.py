@@ -147,7 +147,7 @@ class LoraExperts4bit(MergeAware, Over4bit, ParamWrapper):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The experts without adapters: the 4-bit module, or if merged, dense in the dtype of the quantized weights."""
+        """The experts without adapters: the 4-bit module, or if merged, dense in the dtype of the weights."""
         experts = self.layer4bit
         weights: dict[str, Tensor] = {}
         wrapper: Any = self

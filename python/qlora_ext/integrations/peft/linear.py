@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -62,22 +61,27 @@ class _Decoding(nn.Linear):
         return y
 
 
-def decoded(layer: Linear4bit) -> nn.Linear:
-    """The layer, decoded to a float32 ``nn.Linear`` [N, K], even if the model's own class is Conv1D."""
+def decoded(layer: Linear4bit, dtype: torch.dtype | None = None) -> nn.Linear:
+    """The layer, decoded to an ``nn.Linear`` [N, K], even if the model's own class is Conv1D.
+
+    Args:
+        dtype: the default is that of the layer's weight.
+    """
     dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     # Set without registration, because PEFT's low_cpu_mem_usage puts registered parameters on the meta device.
-    dense._parameters["weight"] = nn.Parameter(layer.dequantize(torch.float32), requires_grad=False)
+    dense._parameters["weight"] = weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
     if layer.bias is not None:
-        dense._parameters["bias"] = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+        dense._parameters["bias"] = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
     # Attributes that PEFT's preparations have set on the layer (CorDA's eigenvalues).
     dense.__dict__.update({key: value for key, value in vars(layer).items() if key not in vars(dense)})
+    dense.compute_dtype = layer.compute_dtype  # type: ignore[assignment]  # that of PEFT's adapters on the layer
     return dense.train(layer.training)
 
 
 Self = TypeVar("Self", bound="OverLinear4bit")
 
 # Methods of PEFT's layers that read the base's weight and are not overridden here.
-READERS = ("get_delta_weight", "get_delta_bias", "get_base_weight", "get_merged_weights", "update_scaling")
+READERS = ("get_delta_weight", "get_delta_bias", "get_merged_weights", "update_scaling")
 
 
 def reader(name: str) -> Callable[..., Any]:
@@ -127,6 +131,15 @@ class OverLinear4bit(Over4bit):
         finally:
             self.base_layer = layer
 
+    @contextlib.contextmanager
+    def decoded_base(self) -> Iterator[None]:
+        """Makes the decoded layer the base. A weight that PEFT's code has changed (PiSSA) is quantized again."""
+        with self._base_as(decoded(self.layer4bit)) as dense:
+            before = dense.weight.detach().clone()
+            yield
+        if not torch.equal(dense.weight, before):
+            self.requantize(dense.weight)
+
     def _refuse_offloaded(self, x: Tensor) -> None:
         """Raises a ValueError if accelerate has offloaded the layer: its adapter would be on the meta device."""
         if not self.layer4bit.weight.is_meta or x.is_meta or not torch.is_grad_enabled():
@@ -140,13 +153,6 @@ class OverLinear4bit(Over4bit):
                 'or QLoRAConfig(stream="ram") instead'
             )
 
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        with self._base_as(decoded(self.layer4bit)) as dense:
-            before = dense.weight.detach().clone()
-            super().update_layer(*args, **kwargs)  # type: ignore[misc]
-        if not torch.equal(dense.weight, before):  # PiSSA and similar methods subtract the adapter from the base
-            self.requantize(dense.weight)
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:  # type: ignore[attr-defined]
             self.unmerge()
@@ -159,7 +165,7 @@ class OverLinear4bit(Over4bit):
         return self.layer4bit.dequantize(torch.float32)
 
     def _merge_weights(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor | None]:
-        with self._base_as(decoded(self.layer4bit)) as dense:
+        with self._base_as(decoded(self.layer4bit, torch.float32)) as dense:
             # PEFT's own merge, which Over4bit overrides.
             super(Over4bit, self).merge(safe_merge=safe_merge, adapter_names=names)  # type: ignore[misc]
         return dense.weight, dense.bias
@@ -202,8 +208,8 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
                 "adapter with init_lora_weights=True and call peft.replace_lora_weights_loftq(model, model_path)"
             )
         reads_weight = (isinstance(init, str) and init != "gaussian") or self.resolve_lora_variant(config=config)
-        update = super().update_layer if reads_weight else functools.partial(DenseLoraLinear.update_layer, self)
-        update(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        with self.decoded_base() if reads_weight else contextlib.nullcontext():
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def plain_adapters(self, names: Iterable[str]) -> list[Adapter] | None:
         """Those of the adapters ``names`` that this layer has; None if PEFT's code must call a module and its hooks."""

@@ -8,16 +8,42 @@ import warnings
 from typing import Any
 
 import torch
+from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...form import Form
 from ...formats import FP4, NF4
 from ...merged import RETAINED_BY_NEAREST, retained_update, seed_of, with_nearest_codes, with_update
-from ...nn import Packed4bit, computing_in, is_dense, quantize_model
+from ...nn import Embedding4bit, Linear4bit, Packed4bit, computing_in, is_dense, quantize_model
 from ...weight import Weight4bit
 from .._patches import extend
 from ..transformers.modules import dequantize_modules
+
+try:
+    from peft.utils.quantization_utils import QuantizationBackend
+except ImportError:  # PEFT 0.19
+    QuantizationBackend = object
+
+
+class _Backend(QuantizationBackend):
+    """PEFT's (>= 0.20) interface to quantized layers, which some of its methods use."""
+
+    supports_merge = True
+    backend_name = "qlora_ext 4bit"
+    layer_type = "linear"
+
+    def get_base_weight(self, base_layer: Any) -> Tensor:
+        is_4bit = isinstance(base_layer, Linear4bit | Embedding4bit)
+        weight: Tensor = base_layer.dequantize() if is_4bit else base_layer.weight.data
+        return weight
+
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+        base_layer = peft_layer.get_base_layer()
+        if isinstance(base_layer, Linear4bit | Embedding4bit):
+            peft_layer.requantize(weight_data)
+        else:
+            base_layer.weight.data = weight_data
 
 
 class Over4bit:
@@ -26,6 +52,7 @@ class Over4bit:
     Merging rounds the sum of a weight and its adapters to 4 bits again. Unmerging restores the old bits.
     """
 
+    quantization_backend = _Backend()
     merged_adapters: list[str]
     parameter_name = "weight"
     # The seed for rounding merged weights, see ``set_name``.
@@ -67,7 +94,7 @@ class Over4bit:
         raise NotImplementedError  # not abstract: PEFT's layers change their class at run time
 
     def to_dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """The dense module with the results of ``merged_weights``, in the dtype of the quantized weight."""
+        """The dense module with the results of ``merged_weights``, in the dtype of the weight."""
         raise NotImplementedError
 
     def requantize(self, weight: Tensor) -> None:
@@ -163,7 +190,8 @@ class Over4bit:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         w4, stored, bias = self._unmerged
-        self.layer4bit.put_back(self.parameter_name, w4, stored)
+        layer = self.layer4bit
+        layer.put_back(self.parameter_name, w4.replace(dtype=layer.weight_dtype), stored)
         if self.bias4bit is not None and bias is not None:
             self.bias4bit.data = bias.to(self.bias4bit)
         self._unmerged = None
@@ -180,7 +208,7 @@ class Over4bit:
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The module without adapters: the 4-bit module, or if merged, dense in the dtype of the quantized weight."""
+        """The module without adapters: the 4-bit module, or if merged, dense in the dtype of the weight."""
         merged = self.take_merged(safe_merge, adapter_names) if merge else None
         return self.layer4bit if merged is None else self.to_dense(*merged)
 
@@ -281,8 +309,8 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
         raise ValueError(
             f"model: expected adapters on layers of the same form, got {sorted({*map(str, forms.values())})}"
         )
-    merge_into_dense = BaseTuner.merge_and_unload.__wrapped__  # our patch would also decode the other layers
-    base: nn.Module = merge_into_dense(model.base_model)
+    # PEFT's own function, because our patch would also decode the other layers.
+    base: nn.Module = _merge_into_dense(BaseTuner.merge_and_unload.__wrapped__, model.base_model)
     others = [name for name, module in base.named_modules() if is_dense(module) and name not in forms]
     with contextlib.nullcontext() if compute_dtype is None else computing_in(base, compute_dtype):
         return quantize_model(
@@ -290,10 +318,22 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
         )
 
 
+def _merge_into_dense(
+    original: Any, tuner: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
+) -> Any:
+    """The base model of ``tuner``, in which the layers with adapters are merged and dense."""
+    if isinstance(tuner, MixedModel):  # its own code merges in place, which would round the weights to 4 bits
+        for parent in [*tuner.model.modules()]:
+            for name, layer in [*parent.named_children()]:
+                if isinstance(layer, Over4bit) and not isinstance(parent, Over4bit):
+                    setattr(parent, name, layer.unload_and_optionally_merge_module(True, safe_merge, adapter_names))
+    return original(tuner, progressbar, safe_merge, adapter_names)
+
+
 @extend("peft.tuners.tuners_utils:BaseTuner.merge_and_unload")
 def _merge_and_unload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     has_4bit = any(isinstance(m, Packed4bit) for m in self.model.modules())
-    model = original(self, *args, **kwargs)
+    model = _merge_into_dense(original, self, *args, **kwargs)
     if not has_4bit:
         return model
     # The merged layers are dense, so the others become dense too, even if no 4-bit layer has an adapter.

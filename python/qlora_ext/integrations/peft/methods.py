@@ -12,9 +12,10 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
-from torch import Tensor, nn
+from torch import nn
 
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
 from ...nn.dense_16bit import Dense16bit, widen
@@ -27,35 +28,11 @@ from .linear import READERS, LoraLinear4bit, OverLinear4bit, decoded, reader
 from .merge import Over4bit
 from .parameter import LoraParameter
 
-try:
-    from peft.utils.quantization_utils import QuantizationBackend
-except ImportError:  # PEFT 0.19
-    QuantizationBackend = object
-
-
-class _Backend(QuantizationBackend):
-    """PEFT's (>= 0.20) interface to quantized layers, which some of its methods use."""
-
-    supports_merge = True
-    backend_name = "qlora_ext NF4"
-    layer_type = "linear"
-
-    def get_base_weight(self, base_layer: Any) -> Tensor:
-        weight: Tensor = base_layer.dequantize() if isinstance(base_layer, Linear4bit) else base_layer.weight.data
-        return weight
-
-    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
-        base_layer = peft_layer.get_base_layer()
-        if isinstance(base_layer, Linear4bit):
-            peft_layer.requantize(weight_data)
-        else:
-            base_layer.weight.data = weight_data
-
 
 @functools.cache
 def _over_4bit(cls: Any) -> Any:
     readers = {name: reader(name) for name in READERS if hasattr(cls, name)}
-    return type(f"{cls.__name__}4bit", (OverLinear4bit, cls), {"quantization_backend": _Backend(), **readers})
+    return type(f"{cls.__name__}4bit", (OverLinear4bit, cls), readers)
 
 
 def _base_of(target: nn.Module) -> nn.Module:
@@ -93,6 +70,10 @@ def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: A
     """
     target_name, parent = args[0], args[1]
     _refuse_mixture(config, target, target_name)
+    if isinstance(target, OverLinear4bit):
+        with target.decoded_base():
+            original(self, config, name, target, *args, **kwargs)
+        return
     if not isinstance(target, Linear4bit):
         if isinstance(_base_of(target), Dense16bit):  # the method's code may read or write the weight
             widen(_base_of(target))
@@ -108,6 +89,7 @@ def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: A
     layer.base_layer = target
     kind: Any = type(layer)
     layer.__class__ = _over_4bit(kind)
+    vars(layer).pop("quantization_backend", None)  # PEFT's for the decoded copy, which hides that of our class
     _set_names(layer, kwargs.get("current_key", target_name))
     if not torch.equal(dense.weight, before):
         layer.requantize(dense.weight)
@@ -133,8 +115,8 @@ def _methods(cls: type[BaseTuner]) -> Iterator[type[BaseTuner]]:
         yield from _methods(method)
 
 
-for _method in set(_methods(BaseTuner)):
-    if "_create_and_replace" in vars(_method) and _method is not LoraModel:
+for _method in {*_methods(BaseTuner)} - {LoraModel, MixedModel}:  # MixedModel calls those of the other methods
+    if "_create_and_replace" in vars(_method):
         extend("peft.tuners.tuners_utils:BaseTuner._create_and_replace", owner=_method)(create_over_4bit)
 
 

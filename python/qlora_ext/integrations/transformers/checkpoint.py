@@ -14,11 +14,12 @@ from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..._internal.untrusted import excerpt, printable
-from ...checkpoints import LOAD_ORIGINAL, Settings, format_of, joined, mxfp4, retained_of
+from ...checkpoints import LOAD_ORIGINAL, MLX, Settings, format_of, joined, mxfp4, retained_of
 from ...checkpoints.rows import alternating_rows, grouped_rows, select_rows
 from ...form import Form
-from ...nn import Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
+from ...nn import Linear4bit, Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
 from ...weight import Weight4bit
+from .checkpoint_decoded import DecodedWeight, decoded_weights
 from .checkpoint_experts import DenseExperts, alternates, dense_experts
 from .checkpoint_files import Header, Names, map_tensors, patterns_of, read_headers
 from .checkpoint_fp8 import ScaledWeight, scaled_weights
@@ -30,7 +31,8 @@ from .source import Source
 
 # The tensor with the codes is the first of these that a format has.
 _CODES = ("weight_packed", "qweight", "blocks", "weight")
-_CODE_DTYPES = ("U8", "I8", "I32")
+_CODE_DTYPES = ("U8", "I8", "I32", "U32")
+_EXPERTS = (".experts.", ".switch_mlp.")  # in names; the latter is MLX'
 _SCALES = ("weight_scale", "scales")
 _CACHE_SCALES = ("q_scale", "k_scale", "v_scale")  # of 8-bit keys and values, which are not applied
 _SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,8 +55,10 @@ class CheckpointSource(Source):
         self.format, self.settings = format_of(config)
         self.name = self.format.name
         self._config = copy.deepcopy(dict(config))
+        if isinstance(self.format, MLX):
+            del self._config["quant_method"]  # which MLX does not write
         self._weights: dict[str, StoredWeight] = {}
-        self._dense: dict[str, ScaledWeight | DenseExperts] = {}
+        self._dense: dict[str, ScaledWeight | DenseExperts | DecodedWeight] = {}
         self._headers: dict[str, Header] = {}
         self._places: dict[str, str] = {}  # of tensors that transformers loads as they are: their names in the model
         self._others: dict[str, Tensor] = {}  # tensors for which the model has no place
@@ -67,10 +71,14 @@ class CheckpointSource(Source):
     def forms(self, model: nn.Module, files: Sequence[str]) -> dict[str, Form]:
         headers, names = read_headers(files), Names(model)
         found = self._stored(headers)
-        self._weights = self._placed(model, names, found, headers)
+        decoded = {}
+        if isinstance(self.format, MLX):
+            decoded = decoded_weights(model, names, found, headers, self.format, self.settings)
+        packed = {dense: matrix for dense, matrix in found.items() if names.place(dense)[0] not in decoded}
+        self._weights = self._placed(model, names, packed, headers)
         read = {key for matrix in found.values() for key in matrix.tensors.values()}
         rest = {key: header for key, header in headers.items() if key not in read}
-        self._dense = {**scaled_weights(names, rest), **dense_experts(model, names, rest)}
+        self._dense = {**decoded, **scaled_weights(names, rest), **dense_experts(model, names, rest)}
         self._check_surplus(found, headers, names)
         self._headers, self._places, others = headers, {}, {}
         read = {key for weight in self._all.values() for key in weight.names}
@@ -110,7 +118,7 @@ class CheckpointSource(Source):
                     raise ValueError(f"{where}: expected a dense weight or the tensor {codes} of {self.name}, got both")
                 if headers[key].dtype in _CODE_DTYPES:
                     found[dense] = Matrix(where, tensors)
-                elif key != dense:
+                elif key != dense or (isinstance(self.format, MLX) and len(tensors) > 1):
                     raise ValueError(f"{where}: expected {codes} to be 4-bit codes, got {headers[key].dtype}")
             elif dense not in headers and any(names[tensor] for tensor in tensors):
                 raise ValueError(
@@ -128,7 +136,7 @@ class CheckpointSource(Source):
             ValueError: there is such a tensor.
         """
         for key, header in headers.items():
-            if header.dtype in _CODE_DTYPES and len(header.shape) == 3 and ".experts." in key:
+            if header.dtype in _CODE_DTYPES and len(header.shape) == 3 and any(name in key for name in _EXPERTS):
                 where = f"{printable(header.file)}: {excerpt(key, 200)}"
                 raise ValueError(
                     f"{where}: expected the {self.name} weights of each expert in tensors of their own, such as "
@@ -247,8 +255,9 @@ class CheckpointSource(Source):
     def _settings_of(self, matrices: list[list[Matrix]], headers: Mapping[str, Header]) -> Settings:
         """The settings with the dtype of the scales in the files."""
         tensors = matrices[0][0].tensors
+        settings = self.settings.layers.get(module_of(next(iter(tensors.values()))), self.settings)
         scale = next((headers[tensors[name]].dtype for name in _SCALES if name in tensors), "")
-        return dataclasses.replace(self.settings, scale_dtype=_SCALE_DTYPES.get(scale, self.settings.scale_dtype))
+        return dataclasses.replace(settings, scale_dtype=_SCALE_DTYPES.get(scale, settings.scale_dtype))
 
     def _form(self, weight: StoredWeight) -> Form:
         for parts in weight.matrices:
@@ -298,7 +307,7 @@ class CheckpointSource(Source):
         return [PackedTensors(self, targets), *conversions]
 
     @property
-    def _all(self) -> dict[str, StoredWeight | ScaledWeight | DenseExperts]:
+    def _all(self) -> dict[str, StoredWeight | ScaledWeight | DenseExperts | DecodedWeight]:
         """The weights that this source reads."""
         return {**self._weights, **self._dense}
 
@@ -319,6 +328,11 @@ class CheckpointSource(Source):
         limit = max(sum(t.nbytes for t in tensors) // 16, _RELEASED_AT_ONCE)
         for e, (parts, given, shape) in enumerate(experts):
             matrices = [self._read(weight, matrix, given, shape, dtype) for matrix in parts]
+            if matrices[0].column_order is not None and not isinstance(module, Linear4bit):
+                raise ValueError(
+                    f"{parts[0].where}: expected groups of neighbouring columns in {type(module).__name__}, got an "
+                    f"activation order (desc_act), which only linear layers support; {LOAD_ORIGINAL}"
+                )
             w4 = joined.in_blocks_of(joined.join_rows(matrices, parts[0].where), weight.block_size)
             if weight.alternates:
                 w4 = select_rows(w4, alternating_rows(w4.shape[0]))
@@ -381,7 +395,14 @@ class CheckpointSource(Source):
                 state |= self._saved(name, weight, layers[module_of(name)])
         for name, stored in self._dense.items():
             values = state.pop(name)
-            if isinstance(stored, ScaledWeight):
+            if isinstance(stored, DecodedWeight):
+                tied = [other for other, t in state.items() if t.data_ptr() == values.data_ptr()]
+                state = {other: t for other, t in state.items() if other not in tied}
+                try:
+                    state |= stored.write(values)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}; {_ADVICE}") from error
+            elif isinstance(stored, ScaledWeight):
                 state |= deferred(self._specs(stored.names), functools.partial(_items, stored.write, values))
             else:
                 parts = stored.write(values)
@@ -420,7 +441,8 @@ class CheckpointSource(Source):
             ValueError: the weight has another form than the checkpoint's.
         """
         form = self.format.form(weight.settings, weight.stored_shape)
-        expected = dataclasses.replace(form, block_size=weight.block_size)
+        reordered = weight.settings.reorders and w4.form.reordered
+        expected = dataclasses.replace(form, block_size=weight.block_size, reordered=reordered)
         if w4.form != expected:
             raise ValueError(f"{name}: expected {expected}, as {self.name} stores it, got {w4.form}; {_ADVICE}")
         for e, parts in enumerate(weight.matrices):

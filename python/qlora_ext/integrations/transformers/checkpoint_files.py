@@ -88,7 +88,7 @@ def check_dense(files: Sequence[str]) -> None:
         ValueError: there is such a tensor, or a file is damaged.
     """
     for key, header in read_headers(files).items():
-        if key.endswith(_CODES) or (key.endswith(".weight") and header.dtype in ("U8", "I8")):
+        if key.endswith(_CODES) or (key.endswith(".weight") and header.dtype in ("U8", "I8", "U32")):
             raise ValueError(
                 f"{printable(header.file)}: expected dense weights, because the model's configuration has no "
                 f"quantization_config, got the 4-bit codes {excerpt(key, 200)}; load the model with the config.json "

@@ -14,7 +14,7 @@ from ..._internal.untrusted import excerpt, printable
 from .checkpoint_files import Header, Names
 
 # Dtypes of safetensors that hold codes, not values.
-_CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U8", "I8", "I16", "I32")
+_CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U8", "I8", "I16", "I32", "U32")
 _DENSE = ("F32", "F16", "BF16")
 _TENSORS = ("weight", "weight_scale", "input_scale")
 _CHUNK = 1 << 18  # elements that are decoded at a time

@@ -198,7 +198,8 @@ class QLoRAConfig(QuantizationConfigMixin):
             multiple of its blocks.
 
     ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit,
-    in our format or in MXFP4, NVFP4, INT4, AWQ, GPTQ or bitsandbytes' formats, keeps its codes, block sizes and scales.
+    in our format or in MXFP4, NVFP4, INT4, AWQ, GPTQ, MLX' or bitsandbytes' formats, keeps its codes, block sizes and
+    scales.
 
     Arguments of transformers' ``BitsAndBytesConfig`` work too: ``bnb_4bit_use_double_quant``,
     ``bnb_4bit_compute_dtype`` and ``llm_int8_skip_modules`` mean ``double_quant``, ``compute_dtype`` and
@@ -280,6 +281,13 @@ class QLoRAConfig(QuantizationConfigMixin):
         self.stream = stream
         self.resident = resident
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute. Those of BitsAndBytesConfig are mapped or rejected, as in the constructor."""
+        given = {name: value}
+        theirs = _take_bitsandbytes(given)
+        for attribute, accepted in (given | theirs).items():
+            super().__setattr__(attribute, accepted)
+
     @property
     def form(self) -> Form:
         """The form of the 4-bit weights that are quantized to NF4."""
@@ -359,7 +367,8 @@ class QLoRAConfig(QuantizationConfigMixin):
                 NF4 only.
 
         Raises:
-            ValueError: ``config`` is for int8 or FP4. TypeError: ``config`` is not such a configuration.
+            ValueError: ``config`` is for int8 or FP4, or quantizes nothing. TypeError: ``config`` is not such a
+                configuration.
 
         Example:
             >>> config = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -370,8 +379,13 @@ class QLoRAConfig(QuantizationConfigMixin):
             config = config.to_dict()
         if not isinstance(config, Mapping) or config.get("quant_method", "bitsandbytes") != "bitsandbytes":
             raise TypeError(f"config: expected a BitsAndBytesConfig or its fields, got {reprlib.repr(config)}")
-        if config.get("load_in_8bit") or not config.get("load_in_4bit", True):
+        if config.get("load_in_8bit"):
             raise ValueError("quantization_config: expected a bitsandbytes NF4 checkpoint, got int8 (LLM.int8())")
+        if not config.get("load_in_4bit", True):
+            raise ValueError(
+                "quantization_config: expected a BitsAndBytesConfig with load_in_4bit=True, got one that quantizes "
+                "nothing: load_in_4bit and load_in_8bit are False"
+            )
         codes = bitsandbytes_format.CODES if stored else (NF4,)
         kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
         if kind not in codes:

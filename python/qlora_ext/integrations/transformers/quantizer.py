@@ -54,6 +54,7 @@ from .modules import (
     refuse_split_experts,
 )
 from .source import Source
+from .stored_config import forget_mlx
 
 # The field in which a configuration that transformers would ignore, because it does not know its method, is passed on.
 ORIGINAL = "original"
@@ -297,6 +298,7 @@ class QLoRAQuantizer(HfQuantizer):
         check_loaded(model)
         if self.source is not None:
             self.source.loaded(model)
+            self.qlora_config.embeddings = any(isinstance(m, Embedding4bit) for m in model.modules())
             if not self._saves_source:
                 self.source = self.qlora_config._source = None
         for _, layer in layers_of(model):
@@ -353,6 +355,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
+        forget_mlx(model.config)
         model._weight_conversions = self.conversions
         return model
 
@@ -418,6 +421,7 @@ def save_in_our_format(model: Any) -> None:
     if not quantizer._saves_source:
         return
     quantizer.source = quantizer.qlora_config._source = None
+    forget_mlx(model.config)
     quantizer.qlora_config.record(forms_of(model))
     quantizer.save_packed_state(model)
 

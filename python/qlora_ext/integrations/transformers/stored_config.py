@@ -9,6 +9,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from ..._internal.untrusted import FileError, check, excerpt, printable, read_json
 
+_MLX_FIELD = "quantization"
+_MLX = {"bits", "group_size", "mode"}
 _AWQ = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
@@ -16,14 +18,18 @@ def find_config(config: Any) -> dict[str, Any] | None:
     """The quantization_config of the checkpoint to which a model's ``config`` belongs; None if there is none.
 
     Libraries write it into ``quantization_config`` of ``config.json``, which transformers reads. Older versions of
-    compressed-tensors name it ``compression_config``. ModelOpt, AutoGPTQ and AutoAWQ write a file of their own, which
-    may be the only place that has it.
+    compressed-tensors name it ``compression_config``, and MLX ``quantization``. ModelOpt, AutoGPTQ and AutoAWQ write a
+    file of their own, which may be the only place that has it. MLX' configuration does not name the method, so that
+    the result has one more field.
 
     Raises:
         ValueError: such a file is damaged.
     """
     for part in (config, config.get_text_config(decoder=True)):
         saved: dict[str, Any] | None = getattr(part, "quantization_config", None)
+        of_mlx = getattr(part, _MLX_FIELD, None) if saved is None else saved
+        if isinstance(of_mlx, dict) and "quant_method" not in of_mlx and not _MLX.isdisjoint(of_mlx):
+            return {**of_mlx, "quant_method": "mlx"}
         if saved is not None:
             return saved
     older = getattr(config, "compression_config", None)
@@ -40,6 +46,12 @@ def find_config(config: Any) -> dict[str, Any] | None:
     if fields is not None:
         return {_AWQ.get(name, name): value for name, value in fields.items()} | {"quant_method": "awq"}
     return None
+
+
+def forget_mlx(config: Any) -> None:
+    """Removes MLX' own field from the ``config`` of a model that is no longer saved in its format."""
+    for part in (config, config.get_text_config(decoder=True)):
+        vars(part).pop(_MLX_FIELD, None)
 
 
 def check_index(config: Any) -> None:
