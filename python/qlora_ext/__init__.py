@@ -70,7 +70,7 @@ _hooks.after_import("diffusers.quantizers.auto", "qlora_ext.integrations.diffuse
 _hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.models")
 _hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
 _hooks.after_import("torch.utils.flop_counter", "qlora_ext.integrations.flops")
-_hooks.after_import("torch.distributed.fsdp._fully_shard._fsdp_param", "qlora_ext.integrations.fsdp")
+_hooks.after_import("torch.distributed.fsdp", "qlora_ext.integrations.fsdp")
 _hooks.after_import("accelerate.hooks", "qlora_ext.integrations.accelerate")
 _hooks.after_import("torch.onnx", "qlora_ext.integrations.onnx")
 _hooks.after_import("bitsandbytes.nn.modules", "qlora_ext.integrations.bitsandbytes.adoption")

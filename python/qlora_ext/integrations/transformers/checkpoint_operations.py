@@ -10,6 +10,7 @@ from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ...nn import Packed4bit, scale_names
+from ...weight import Weight4bit
 from .loading import UncastOperation, fill
 
 # The name under which transformers collects the tensors of a weight.
@@ -32,11 +33,9 @@ class Fill(UncastOperation):
         try:
             if source.error is None:
                 read = source.read(full_layer_name, tensors, module)
-                return (
-                    {full_layer_name: read}
-                    if isinstance(read, Tensor)
-                    else fill(module, full_layer_name, read, missing)
-                )
+                if isinstance(read, Weight4bit):
+                    return fill(module, full_layer_name, read, missing)
+                return {full_layer_name: read}
         except ValueError as error:
             # transformers would hide the message, so the quantizer raises the error after all weights are read.
             source.error = error
