@@ -8,6 +8,8 @@ import sys
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
+from torch.nested._internal.nested_tensor import NestedTensor
 
 from . import _C
 from .dtypes import native_bfloat16
@@ -33,6 +35,11 @@ OPERATORS = (
     "grouped_linear_nf4_dx",
     "grouped_linear_nf4_dx_with_g",
     "grouped_linear_nf4_dlora",
+)
+# Dispatch keys of sparse and nested tensors. Jagged ones have a class of their own.
+_NOT_DENSE = (
+    *("SparseCPU", "SparseCsrCPU", "NestedTensorCPU", "AutogradNestedTensor"),
+    *("SparseCUDA", "SparseCsrCUDA", "NestedTensorCUDA"),
 )
 
 
@@ -93,12 +100,32 @@ def _explain_on_cuda(reason: str) -> None:
         LIBRARY.impl(name, refuse, "CUDA")
 
 
+def _explain_layouts() -> None:
+    """Makes every operator name the tensor that is sparse or nested, instead of torch's list of registered backends."""
+
+    def refuse(operator: OpOverload, args: tuple[Any, ...]) -> Any:
+        for argument, a in zip(operator._schema.arguments, args, strict=False):
+            if isinstance(a, torch.Tensor) and (a.is_nested or a.layout != torch.strided):
+                kind = "nested" if a.is_nested else a.layout
+                raise ValueError(f"{argument.name}: expected a dense tensor, got a {kind} tensor")
+        raise AssertionError(f"{operator}: every tensor is dense")
+
+    for name in OPERATORS:
+        operator = getattr(torch.ops.qlora, name).default
+        for key in _NOT_DENSE:
+            LIBRARY.impl(name, lambda *args, operator=operator: refuse(operator, args), key)
+        torch.library.register_torch_dispatch(
+            f"qlora::{name}", NestedTensor, lambda cls, func, types, args, kwargs: refuse(func, args), lib=LIBRARY
+        )
+
+
 _require_torch()
 _load_cpu()
 LIBRARY = torch.library.Library("qlora", "IMPL")
 cuda_error = _load_cuda()
 if cuda_error is not None:
     _explain_on_cuda(cuda_error)
+_explain_layouts()
 
 
 def serves(archs: str, capability: tuple[int, int]) -> bool:

@@ -349,13 +349,22 @@ def linear_nf4(
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if len(w4.shape) != 2:
         raise ValueError(f"w4: expected a weight of shape [N, K], got {list(w4.shape)}")
-    if x.ndim == 0 or x.shape[-1] != w4.shape[1]:
-        raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {list(x.shape)}")
+    try:
+        fits = x.ndim > 0 and x.shape[-1] == w4.shape[1]
+    except RuntimeError:  # a nested tensor has no shape
+        fits = False
+    if not fits:
+        got = "a nested tensor" if x.is_nested else list(x.shape)
+        raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {got}")
     adapters: tuple[Any, ...] = ()
     if isinstance(lora_a, list | tuple) or adapter_of_row is not None:
         lora_a, lora_b, scaling, seed, adapters = _several(x, lora_a, lora_b, scaling, seed, adapter_of_row)
     if seed is None:
-        seed = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else 0
+        try:
+            drops = dropout_p > 0.0 and lora_a is not None
+        except TypeError:
+            raise TypeError(f"dropout_p: expected a probability from 0 to 1, got {reprlib.repr(dropout_p)}") from None
+        seed = draw_seed(x.device) if drops else 0
     if not isinstance(seed, Tensor):
         fits = isinstance(seed, int | torch.SymInt) and -(2**63) <= seed < 2**63
     else:

@@ -245,6 +245,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "group size": (changed(INT, *WEIGHTS, "group_size", value=None), "expected a positive group_size"),
     "targets": (changed(INT, "config_groups", "group_0", "targets", value="Linear"), "targets to be a list"),
     "ignored": (INT | {"ignore": ["re:("]}, "expected regular expressions"),
+    "costly pattern": (INT | {"ignore": ["re:(.*)*x"]}, "with at most five repetitions and none inside another"),
     "no groups": (INT | {"config_groups": {}}, "got no quantized weights"),
     "dense": (INT | {"format": "dense"}, "got dense"),
     "8 bits": (INT | {"format": "int-quantized"}, "got int-quantized"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 
@@ -9,3 +12,30 @@ import pytest
 def _short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts on which models are compared have short rows, which a model writes in a quarter of the time."""
     monkeypatch.setattr("qlora_ext.cli.data.held_out.LENGTH", 64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(paths: Any) -> Any:
+    """Of a served model: one token per byte."""
+    from transformers import AutoTokenizer
+
+    import chat_templates
+
+    tokenizer = AutoTokenizer.from_pretrained(paths["model"])
+    tokenizer.chat_template = chat_templates.PLAIN
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def shared(tokenizer: Any) -> Iterator[Any]:
+    from openai_server import ANSWER, MODELS, FakeDecoder, running
+
+    decoder = FakeDecoder(lambda prompt: tokenizer(ANSWER)["input_ids"])
+    with running(decoder, tokenizer, MODELS) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: Any) -> Any:
+    shared.decoder.requests.clear()
+    return shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -375,6 +376,18 @@ def test_advice_is_based_on_measurements(increase: Increase, changes: dict[str, 
     assert checked.is_sound == ("weight_ratio" not in changes)
     found = advice_on(checked)
     assert [advice[: len(begin)] for advice, begin in zip(found, begins, strict=True)] == begins
+
+
+def test_advice_on_a_calibrated_model() -> None:
+    """Calibrated on another text, a few layers have a larger error than plain NF4."""
+    found = [dataclasses.replace(layer, error=0.07) for layer in layers(loss=0.01)]
+    found[7] = dataclasses.replace(found[7], error=0.1)
+    checked = ModelCheck([], 4096, 25_000, 3.2, 3.0, Increase(0.2, 0.01), found)
+    assert checked.is_calibrated
+    assert advice_on(checked)[0].startswith("calibrate on text like this one: on this text 1 of 20 layers")
+    assert advice_on(dataclasses.replace(checked, increase=Increase(0.2, 0.2)))[0].startswith("nothing: ")
+    found[7] = dataclasses.replace(found[7], weight_ratio=2.0)
+    assert advice_on(checked)[0].startswith("quantize again: 1 of 20 layers")
 
 
 @pytest.mark.parametrize("error", [float("inf"), float("nan")])

@@ -191,6 +191,57 @@ def test_preferences(tmp_path: pathlib.Path) -> None:
     assert "line 2: expected no preference" in refusal(tmp_path, "c.jsonl", LINE.decode() + json.dumps(rows[0]))
 
 
+def test_labels(tmp_path: pathlib.Path) -> None:
+    good = {"prompt": [PAIR[0]], "completion": [PAIR[1]], "label": True}
+    rows = [
+        {"prompt": "a", "completion": "b", "label": True},
+        {"prompt": [PAIR[0]], "completion": [PAIR[1]], "label": 1},
+        {"question": "a", "answer": "b", "label": "True"},
+        {"messages": PAIR, "label": True},
+    ]
+    assert read(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows)) == [good] * 4
+    bad = good | {"label": False}
+    assert read(tmp_path, "a.csv", "prompt,completion,label\na,b,false\na,b,0\n") == [bad] * 2
+    labelled = json.dumps(rows[0]) + "\n"
+    unlabelled = json.dumps({**rows[0], "label": None})
+    assert "line 2: expected an answer with a label" in refusal(tmp_path, "b.jsonl", labelled + unlabelled)
+    assert "got an answer with a label" in refusal(tmp_path, "c.jsonl", LINE.decode() + labelled)
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        ({"label": "good"}, "label: expected true or false"),
+        ({"label": 0.5}, "label: expected true or false"),
+        ({"label": [True]}, "label: expected true or false"),
+        ({"label": True, "completion": [PAIR[1], PAIR[1]]}, "completion: expected one answer"),
+        ({"label": True, "messages": PAIR[:1]}, "label: expected a conversation that ends with an answer"),
+        ({"label": True, "messages": PAIR[1:]}, "label: expected a conversation that ends with an answer"),
+        ({"label": True, "messages": []}, "label: expected a conversation that ends with an answer"),
+        ({"label": True, "chosen": "b", "rejected": "c"}, "label: expected it beside a prompt"),
+        ({"label": False, "text": "b"}, "label: expected it beside a prompt"),
+        ({"rejected": "c"}, '"chosen" and "rejected"'),
+        ({"images": ["a.png"]}, "images: not supported"),
+        ({"messages": [PAIR[0], PAIR[1] | {"weight": 0}]}, "messages[1].weight"),
+        ({"messages": [PAIR[0], PAIR[1] | {"train": False}]}, "messages[1].train"),
+    ],
+)
+def test_columns_that_change_the_meaning_of_others_are_refused(
+    tmp_path: pathlib.Path, more: dict[str, Any], part: str
+) -> None:
+    row = {"prompt": "a", "completion": "b", **more}
+    assert part in refusal(tmp_path, "a.jsonl", json.dumps(row))
+
+
+def test_columns_that_may_be_ignored(tmp_path: pathlib.Path) -> None:
+    rows = [{"text": "a", "label": 3}, {"text": "a", "label": "spam", "images": []}, {"messages": PAIR, "weight": 2}]
+    asked = {**PAIR[0], "train": False}
+    rows.append({"messages": [asked, {**PAIR[1], "weight": 1, "train": True}]})
+    assert read(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows)) == [
+        "a", "a", {"messages": PAIR}, {"messages": PAIR},
+    ]  # fmt: skip
+
+
 def test_parquet(tmp_path: pathlib.Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from pyarrow import parquet
@@ -215,6 +266,35 @@ def test_parquet(tmp_path: pathlib.Path) -> None:
     cut.write_bytes(talk.read_bytes()[:-50])
     with pytest.raises(UserError, match="Parquet"):
         read_examples(str(cut))
+
+
+def test_arrow(tmp_path: pathlib.Path) -> None:
+    """Arrow files, and streams, which datasets writes to .arrow files."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    table = pyarrow.Table.from_pylist([{"id": i, **TALK} for i in range(600)])
+    for name, writer in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with writer(str(tmp_path / name), table.schema) as file:
+            file.write_table(table)
+        assert list(read_examples(str(tmp_path / name))) == [TALK] * 600
+        content = (tmp_path / name).read_bytes()
+        assert "damaged, or not Arrow" in refusal(tmp_path, "cut.arrow", content[: len(content) // 2])
+    assert "damaged, or not Arrow" in refusal(tmp_path, "none.arrow", b"")
+
+
+def test_directories_of_save_to_disk(tmp_path: pathlib.Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    one = datasets.Dataset.from_list([{"id": i, "prompt": "a", "completion": "b"} for i in range(3)])
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=one, test=one.select([0])).save_to_disk(tmp_path / "several")
+    assert list(read_examples(str(tmp_path / "one"))) == [PAIR] * 3
+    assert list(read_examples(str(tmp_path / "several"), "test")) == [PAIR]
+    with pytest.raises(UserError, match="no split dev; --split takes one of train, test"):
+        read_examples(str(tmp_path / "several"), "dev")
+    with pytest.raises(UserError, match="one was written by save_to_disk; name that directory alone"):
+        read_examples(str(tmp_path))
+    (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"")
+    with pytest.raises(UserError, match=f"--data {tmp_path / 'one'}: damaged"):
+        read_examples(str(tmp_path / "one"))
 
 
 def test_parquet_without_pyarrow(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

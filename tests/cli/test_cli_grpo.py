@@ -19,7 +19,7 @@ import qlora_ext
 from commands import Paths, adapter_bytes, here, read_lines
 from qlora_ext.cli.data.prompts import prompt_of
 from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.training.reward_function import find_reward
+from qlora_ext.cli.training.reward_function import find_rewards
 from qlora_ext.cli.training.rewards import CheckedReward
 
 REWARD = '''
@@ -174,10 +174,12 @@ def test_modules_next_to_the_file_and_in_the_working_directory(
     )
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
-    for name in ("scoring.share:score", "mine.py:score"):
-        assert find_reward(name)(completions=["a"]) == [1.0]
+    names = ["scoring.share:score", "mine.py:score", "mine.py:Level"]
+    share, mine, level = find_rewards(names)
+    assert share(completions=["a"]) == mine(completions=["a"]) == [1.0]
+    assert sys.modules[level.__module__].score is mine  # the file was executed once
     with pytest.raises(UserError, match="cannot import leave.py"):
-        find_reward("leave.py:score")
+        find_rewards(["leave.py:score"])
 
 
 def test_the_python_function_takes_a_function(
@@ -207,6 +209,21 @@ def test_the_python_function_takes_a_function(
     assert compared == [[None, None]] * 2
     assert "reward_after" in done.metrics
     assert set(seen) == {128}
+
+
+def test_several_rewards_add_up(refused: Any, task: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_text("def half(completions, **columns):\n    return [0.5] * len(completions)\n")
+    run = ["--output", tmp_path / "run", "--eval-size", "2", "--max-steps", "1"]
+    rewards = ["--reward", f"{other}:half", "--reward", f"{other}:half"]
+    here("finetune", *options(task)[:4], *rewards, *RUN, *run)
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["eval_reward"] for line in lines if "eval_reward" in line] == [1.0, 1.0]
+    assert [line["reward"] for line in lines if "reward" in line] == [1.0]
+    assert "--reward differs" in refused("finetune", "--output", tmp_path / "run", "--resume", *rewards[:2])
+    for reward in (3, ["a.py:f", None]):
+        with pytest.raises(TypeError, match="reward: expected a function, its name, or a list of these"):
+            qlora_ext.finetune(output=tmp_path / "other", method="grpo", reward=reward)
 
 
 def test_rows_of_prompts() -> None:

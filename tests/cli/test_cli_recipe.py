@@ -88,6 +88,16 @@ def test_invalid_arguments_are_rejected(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_above_that_of_the_layers(
+    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The hidden size of the tiny model is 64."""
+    for rank in (64, 65):
+        options = ["--rank", str(rank), "--max-steps", "1"]
+        here("finetune", *base(paths), "--output", tmp_path / f"{rank}", *SMALL, *options)
+        assert ("note: --rank 65 is larger than the layers" in capfd.readouterr().out) == (rank == 65)
+
+
 def weights(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 

@@ -114,6 +114,23 @@ def test_a_run_without_digests(refused, run: pathlib.Path, finished_run: pathlib
     assert adapter_bytes(run) == adapter_bytes(finished_run)
 
 
+def test_nothing_to_resume(refused, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A mistyped directory must not start the default job; a script may resume what does not exist yet."""
+    from qlora_ext.cli import main
+
+    resume = ["finetune", "--output", str(tmp_path / "RNU"), "--resume"]
+    nothing = f"--resume: --output {tmp_path / 'RNU'} has no run to continue"
+    sweep = ["--sweep", "rank=2,4"]
+    for more in (["--max-steps", "9"], sweep):
+        assert f"{nothing}; to begin a new one" in refused(*resume, *more)
+    (tmp_path / "config.yaml").write_text("rank: 2\nmodel: missing\n")
+    for more in (["--model", "missing"], ["--model", "missing", *sweep], ["--config", str(tmp_path / "config.yaml")]):
+        assert main([*resume, *more]) == 2
+        out, err = capfd.readouterr()
+        assert out.count(f"{nothing}: a new one begins") == 1
+        assert "no directory missing" in err
+
+
 def test_force_belongs_to_resume(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     assert "--resume" in refused("finetune", *base(paths), "--output", tmp_path / "run", "--force")
 

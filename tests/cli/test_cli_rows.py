@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import json
 import pathlib
 from typing import Any
@@ -14,9 +15,11 @@ pytest.importorskip("peft")
 
 import chat_templates
 from commands import Paths
-from qlora_ext.cli.data import check_template, encode, pack, split, summary
+from qlora_ext.cli.data import check_template, encode, held_out, pack, split, split_prompts, summary
 from qlora_ext.cli.errors import UserError
+from qlora_ext.cli.quantization.calibrate import tokens_of
 from qlora_ext.cli.training.settings import Settings
+from tiny_models import add_special_tokens
 
 ASKED, CALLED, FOUND, SAID = (
     {"role": "user", "content": "1+1"},
@@ -24,6 +27,7 @@ ASKED, CALLED, FOUND, SAID = (
     {"role": "tool", "content": "2"},
     {"role": "assistant", "content": "two", "reasoning_content": "easy"},
 )
+OTHER = {"role": "assistant", "content": "three"}
 TOOLS = [{"name": "add"}]
 
 
@@ -103,8 +107,7 @@ def test_cut_and_dropped_examples_are_counted(tokenizer: Any) -> None:
 
 def test_preferences(tokenizer: Any) -> None:
     tokenizer.chat_template = chat_templates.PLAIN
-    other = {"role": "assistant", "content": "three"}
-    pair = {"prompt": [ASKED, SAID, ASKED], "chosen": [SAID], "rejected": [other]}
+    pair = {"prompt": [ASKED, SAID, ASKED], "chosen": [SAID], "rejected": [OTHER]}
     (row,), _ = rows(tokenizer, pair)
     assert {name: tokenizer.decode(ids) for name, ids in row.items()} == {
         "prompt_ids": "<user>1+1</><assistant>two</><user>1+1</><assistant>",
@@ -124,8 +127,96 @@ def test_preferences(tokenizer: Any) -> None:
     (chosen,), _ = rows(tokenizer, pair, preferences=False)
     assert texts(tokenizer, chosen)[1] == "two</>two</>"
     tokenizer.chat_template = None
-    (plain,), _ = rows(tokenizer, {"prompt": [ASKED], "chosen": [SAID], "rejected": [other]})
+    (plain,), _ = rows(tokenizer, {"prompt": [ASKED], "chosen": [SAID], "rejected": [OTHER]})
     assert [tokenizer.decode(ids) for ids in plain.values()] == ["1+1\n", "two<eos>", "three<eos>"]
+
+
+@pytest.mark.parametrize(
+    ("single", "begin", "end"),
+    [("<bos> $A", "<bos>", ""), ("<bos> $A <eos>", "<bos>", "<eos>"), ("$A <eos>", "", "<eos>"), ("$A", "", "")],
+)
+def test_special_tokens_of_the_tokenizer(tokenizer: Any, single: str, begin: str, end: str) -> None:
+    """A prompt begins as the tokenizer begins a text, and only texts and answers end."""
+    add_special_tokens(tokenizer, single)
+    preference = {"prompt": [ASKED], "chosen": [SAID], "rejected": [OTHER]}
+    (pair, ranked), _ = rows(tokenizer, [ASKED, SAID], preference)
+    assert texts(tokenizer, pair) == (f"{begin}1+1\ntwo<eos>", "two<eos>")
+    assert [tokenizer.decode(ids) for ids in ranked.values()] == [f"{begin}1+1\n", "two<eos>", "three<eos>"]
+    prompt = {"prompt": [ASKED], "columns": {}}
+    for row in split_prompts(tokenizer, [prompt] * 2, 10, 1, 0).train:
+        assert row["prompt"] == "1+1\n"  # what a reward function gets
+        assert tokenizer.decode(row["prompt_ids"]) == f"{begin}1+1\n"
+    for text in ("count 1 2 3", f"{begin}count 1 2 3{end}"):
+        found, _ = rows(tokenizer, text, seq_len=8)
+        assert "".join(tokenizer.decode(row["input_ids"]).removeprefix(begin) for row in found) == f"count 1 2 3{end}"
+        assert all(tokenizer.decode(row["input_ids"]).startswith(begin) for row in found)
+        assert len(found[0]["input_ids"]) == 8
+    _, left_out = rows(tokenizer, "")
+    assert left_out == ["1 dropped: nothing to learn (no answer of the assistant, or a single token)"]
+
+
+def test_a_chat_template_writes_all_special_tokens(tokenizer: Any) -> None:
+    add_special_tokens(tokenizer, "<bos> $A <eos>")
+    for begin in ("", "{{ bos_token }}"):
+        tokenizer.chat_template = begin + chat_templates.PLAIN
+        expected = tokenizer.apply_chat_template([ASKED, SAID])["input_ids"]
+        preference = {"prompt": [ASKED], "chosen": [SAID], "rejected": [OTHER]}
+        (row, ranked), _ = rows(tokenizer, [ASKED, SAID], preference)
+        assert row["input_ids"] == ranked["prompt_ids"] + ranked["chosen_ids"] == expected
+        (prompt,) = split_prompts(tokenizer, [{"prompt": [ASKED], "columns": {}}] * 2, 50, 1, 0).train
+        assert prompt["prompt_ids"] == ranked["prompt_ids"]
+        (text,), _ = rows(tokenizer, tokenizer.decode(expected))
+        assert text["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("template", [None, "{{ bos_token }}" + chat_templates.PLAIN])
+def test_questions_are_encoded_as_in_rows(
+    paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, template: str | None
+) -> None:
+    """By ``generate``, ``chat``, ``serve`` and the decoding of TRL's GRPO."""
+    pytest.importorskip("starlette", reason="starlette is not installed")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qlora_ext.cli import main
+    from qlora_ext.cli.serving.application import Application
+    from qlora_ext.decoding.rollouts import _encoded
+
+    tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(paths["model"]), "<bos> $A <eos>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(paths["model"])
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    (row,), _ = rows(tokenizer, {"prompt": [ASKED], "chosen": [SAID], "rejected": [OTHER]})
+    seen: list[list[int]] = []
+
+    def complete(model: Any, tokenizer: Any, prompt: list[int], *options: Any) -> str:
+        seen.append(prompt)
+        return ""
+
+    monkeypatch.setattr("qlora_ext.cli.commands.generate.complete", complete)
+    monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+1\n"))
+    generate = ["generate", "1+1", "--model", str(tmp_path), "--compile", "never"]
+    for arguments in (generate, ["chat", *generate[2:]], [*generate, "--raw"]):
+        assert main(arguments) == 0
+    application = Application({}, tokenizer, len(tokenizer), None)
+    assert [*seen[:2], application._tokens([ASKED], "messages")] == [row["prompt_ids"]] * 3
+    raw = [tokenizer.bos_token_id, *tokenizer("1+1", add_special_tokens=False)["input_ids"]]
+    assert [seen[2], application._tokens("1+1", "prompt"), application._tokens("<bos>1+1", "prompt")] == [raw] * 3
+    assert _encoded(tokenizer, "1+1") == raw
+    assert template is None or _encoded(tokenizer, [ASKED]) == row["prompt_ids"]
+
+
+def test_sequences_to_measure_on_begin_as_texts(tokenizer: Any, tmp_path: pathlib.Path) -> None:
+    add_special_tokens(tokenizer, "<bos> $A <eos>")
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": "word " * n}) for n in range(1, 30)]
+    data.write_text("\n".join(lines))
+    for found in (held_out.blocks(str(data), tokenizer, 1000, 40), tokens_of(str(data), tokenizer, 1000, 40)):
+        assert found.shape[1] == 40
+        assert len(found) == 25
+        assert (found[:, 0] == tokenizer.bos_token_id).all()
 
 
 def test_conversations_need_a_template_that_supports_their_messages(tokenizer: Any) -> None:

@@ -101,7 +101,8 @@ def test_invalid_arguments_are_rejected(
     model = ["--model", paths["model"]]
     for option, value in (
         ("--port", "65536"), ("--sequences", "0"), ("--context", "1"), ("--api-key", "a b"), ("--host", "no such host"),
-        ("--adapter", "=x"), ("--adapter", paths["root"] / "nowhere"),
+        ("--adapter", "=x"), ("--adapter", paths["root"] / "nowhere"), ("--cors", "localhost:3000"),
+        ("--cors", "http://localhost:3000/"),
     ):  # fmt: skip
         assert option in refused("serve", *model, option, value)
     assert "adapter" in refused("serve", "--model", finished_run)  # it is one
@@ -123,9 +124,11 @@ def test_an_address_for_everybody_without_a_key(
         raise Loaded
 
     monkeypatch.setattr("qlora_ext.cli.models.loading.Loader.while_loading", load)
-    arguments = ["serve", "--model", str(paths["model"]), "--host", "0.0.0.0", "--port", "0"]
+    arguments = ["serve", "--model", str(paths["model"]), "--host", "0.0.0.0", "--port", "0", "--cors", "*"]
     assert main(arguments) == 1
-    assert "lets other machines use this server" in capfd.readouterr().err
+    warned = capfd.readouterr().err
+    assert "lets other machines use this server" in warned
+    assert "lets all web pages use this server" in warned
     monkeypatch.setenv("QLORA_API_KEY", "secret")
     assert main(arguments) == 1
     assert "warning" not in capfd.readouterr().err

@@ -55,6 +55,29 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(refused, own_code: Any, t
     assert mark.exists()
 
 
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"lora_alpha": float("nan")}, "expected lora_alpha to be a number of at most 1e+06, got nan"),
+        ({"lora_alpha": 1e308}, "expected lora_alpha to be a number of at most 1e+06, got 1e+308"),
+        ({"alpha_pattern": {"q_proj": -1e308}}, "expected alpha_pattern.q_proj to be a number"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "expected alpha_pattern.q_proj to be a number"),
+        ({"target_modules": "(.*)*_proj"}, "target_modules: expected regular expressions"),
+        ({"rank_pattern": {"(a|a)*": 4}}, "rank_pattern: expected regular expressions"),
+        ({"layers_pattern": [5]}, "expected layers_pattern to be a text"),
+        ({"layers_pattern": 5}, "expected layers_pattern to be a text"),
+        ({"target_modules": "("}, "target_modules: expected regular expressions"),
+    ],
+)
+def test_an_adapter_with_values_that_harm(
+    refused, adapter: pathlib.Path, paths: Paths, values: dict[str, Any], part: str
+) -> None:
+    change_json(adapter / "adapter_config.json", lambda config: config.update(values))
+    message = refused("generate", "--adapter", adapter, "--prompt", "1", "--model", paths["model"])
+    assert "adapter_config.json" in message
+    assert part in message
+
+
 def test_an_adapter_cannot_name_code_to_run(refused, own_code: Any, adapter: pathlib.Path) -> None:
     source, mark = own_code
     change_json(adapter / "adapter_config.json", lambda c: c.update(base_model_name_or_path=str(source)))

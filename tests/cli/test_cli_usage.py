@@ -25,6 +25,7 @@ from commands import SMALL, Paths, here
         ("generate --adaptr x --prompt y", ["did you mean --adapter?", "qlora-ext generate --help"]),
         ("chat hello", ["unexpected argument hello", "qlora-ext chat --help"]),
         ("finetune --rank", ["--rank", "qlora-ext finetune --help"]),
+        ("finetune --method orpo", ["--method orpo", "did you mean dpo?"]),
         ("finetune --method dop", ["--method dop", "did you mean dpo?", "qlora-ext finetune --help"]),
         ("quantize --model x --output y --format bitandbytes", ["did you mean bitsandbytes?"]),
         ("finetun", ["command finetun", "did you mean finetune?", "qlora-ext --help"]),

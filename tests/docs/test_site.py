@@ -52,7 +52,8 @@ def browser() -> Iterator[Any]:
         try:
             found = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
         except Error as error:
-            pytest.skip(f"no Chromium (apt-get install chromium, or playwright install chromium): {error}"[:300])
+            reason = str(error).splitlines()[0]
+            pytest.skip(f"no Chromium (apt-get install chromium, or playwright install chromium): {reason}")
         yield found
         found.close()
 

@@ -409,7 +409,7 @@ def test_rollouts_use_all_positions_of_a_model() -> None:
         ({"top_k": -1}, "top_k: expected an integer from 0 on, got -1"),
         ({"min_p": 1.5}, "min_p: expected a number from 0 to 1"),
         ({"seed": 0.5}, "seed: expected an integer from 0 on or None"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected an integer from 1 on or None, got 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected an integer from 0 on or None, got -1"),
         ({"stop_tokens": "end"}, "stop_tokens: expected token ids, got 'end'"),
         ({"stop_tokens": [1.5]}, "stop_tokens: expected token ids"),
         ({"stop_tokens": 5}, "stop_tokens: expected token ids, got 5"),

@@ -352,8 +352,8 @@ def test_incomplete_checkpoints_are_rejected(kind: str, damage: Break, message: 
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "float8": ({"torch_dtype": torch.float8_e4m3fn}, "torch_dtype: expected float32, bfloat16 or float16"),
-    "float64": ({"torch_dtype": torch.float64}, "torch_dtype: expected float32, bfloat16 or float16"),
+    "float8": ({"torch_dtype": torch.float8_e4m3fn}, "dtype: expected float32, bfloat16 or float16"),
+    "float64": ({"torch_dtype": torch.float64}, "dtype: expected float32, bfloat16 or float16"),
     "disk": ({"device_map": {"": "disk"}, "offload_folder": "x"}, "device_map: expected no layers on disk"),
     "streaming a dense file": (
         {"quantization_config": QLoRAConfig(stream="disk")},

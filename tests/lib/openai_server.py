@@ -7,13 +7,16 @@ import dataclasses
 import http.client
 import json
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qlora_ext.cli.serving import server
 from qlora_ext.cli.serving.application import Application, build
 from qlora_ext.cli.serving.loop import DecodingLoop
 
+ANSWER = "Grüße, 世界! 😀 1 2 3"
+MODELS = {"base": "__base__", "tuned": "adapter_1"}
 END = 256  # the end-of-text token of ``tiny_models.save_tiny_llama``
 
 
@@ -26,6 +29,8 @@ class FakeRequest:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
+    prompt_top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     error: Exception | None = None
     cancelled: bool = False
@@ -37,7 +42,16 @@ class FakeRequest:
         if self.cancelled:
             self.finish_reason = "cancelled"
             return
-        self.tokens.append(self.script[len(self.tokens)])
+        if self.sampling.prompt_logprobs and not self.prompt_logprobs:
+            self.prompt_logprobs = [-0.25] * (len(self.prompt) - 1)
+            top = [[(token, -0.25)] if self.sampling.top_logprobs else [] for token in self.prompt]
+            self.prompt_top_logprobs = top[1:]
+        if self.sampling.max_new_tokens == 0:
+            self.finish_reason = "length"
+            return
+        allowed = self.sampling.allowed_tokens
+        token = self.script[len(self.tokens)] if allowed is None else int(allowed(self.tokens).nonzero().max())
+        self.tokens.append(token)
         self.logprobs.append(-0.5)
         if self.sampling.top_logprobs:
             self.top_logprobs.append([(self.tokens[-1], -0.5), (0, float("-inf"))])
@@ -48,7 +62,7 @@ class FakeRequest:
 
 
 class FakeDecoder:
-    """Writes ``answer(prompt)``, a token of each sequence per step.
+    """Writes ``answer(prompt)``, or the last tokens that a grammar allows; a token of each sequence per step.
 
     Attributes:
         gate: a step waits until it is set.
@@ -57,6 +71,7 @@ class FakeDecoder:
 
     capacity = 200
     sequences = 2
+    end_tokens = (END,)
 
     def __init__(self, answer: Callable[[list[int]], list[int]]) -> None:
         self.answer = answer
@@ -111,13 +126,21 @@ class Reply:
 class Server:
     """A server in a thread."""
 
-    def __init__(self, decoder: Any, tokenizer: Any, models: dict[str, str], key: str | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Any,
+        tokenizer: Any,
+        models: dict[str, str],
+        key: str | None = None,
+        origins: Sequence[str] = (),
+    ) -> None:
         self.decoder = decoder
         self.loop = DecodingLoop(decoder)
         self.socket = server.bind("127.0.0.1", 0)
         self.url = server.url(self.socket)
         self.port = self.socket.getsockname()[1]
-        application = build(Application(models, tokenizer, END + 1, self.loop), key, local=True)
+        self.application = Application(models, tokenizer, END + 1, self.loop)
+        application = build(self.application, key, True, origins)
         self._server = server.make(application, self.loop)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
@@ -165,3 +188,19 @@ def running(*arguments: Any, **options: Any) -> Iterator[Server]:
     finally:
         one.decoder.gate.set()
         one.stop()
+
+
+@contextlib.contextmanager
+def closed_gate(server: Server) -> Iterator[None]:
+    server.decoder.gate.clear()
+    try:
+        yield
+    finally:
+        server.decoder.gate.set()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config
 
 from tiny_configs import config_of
@@ -70,6 +70,14 @@ def save_tiny_llama(directory: pathlib.Path, seed: int) -> None:
         eos_token_id=256,
     )
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
+
+
+def add_special_tokens(tokenizer: Any, single: str) -> Any:
+    """Has the tokenizer of ``save_tiny_llama`` put special tokens around each text, as in "<bos> $A <eos>"."""
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
+    return tokenizer
 
 
 def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:

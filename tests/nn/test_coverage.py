@@ -50,6 +50,20 @@ def test_all_is_counted() -> None:
     assert found.reasons["attention.out_proj"] == "the model's own code takes the weight"
 
 
+def test_dense_layers_are_named_exactly() -> None:
+    def blocks(*odd: int) -> nn.ModuleDict:
+        layers = [nn.ModuleDict({"up": Odd(64, 64) if i in odd else nn.Linear(64, 64)}) for i in range(8)]
+        return nn.ModuleDict({"blocks": nn.ModuleList(layers), "last": nn.Linear(64, 64)})
+
+    why = r" \(a Odd, for which there is no 4-bit layer\)"
+    for odd, name in (((3,), "3"), (range(8), r"\{0-7\}"), ((0, 1, 2, 5, 7), r"\{0-2,5,7\}")):
+        with pytest.warns(UserWarning, match=rf"dense are blocks\.{name}\.up{why};"):
+            quantize_model(blocks(*odd))
+    two = nn.ModuleList([blocks(0, 1), blocks(1)])
+    with pytest.warns(UserWarning, match=rf"dense are 3 of \{{0-1\}}\.blocks\.\{{0-1\}}\.up{why};"):
+        quantize_model(two)
+
+
 def test_layers_that_were_skipped_by_request_are_not_reported() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -61,6 +61,35 @@ def test_none_is_no_tensor(name: str, argument: str) -> None:
         call(name, "cpu", **{argument: None})
 
 
+NOT_DENSE = {
+    "torch.sparse_coo": lambda: torch.zeros(5, 64).to_sparse(),
+    "torch.sparse_csr": lambda: torch.zeros(5, 64).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2, 64), torch.zeros(3, 64)]),
+    "nested tensor": lambda: torch.nested.nested_tensor([torch.zeros(2, 64)], layout=torch.jagged),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested:UserWarning", "ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_tensors_that_are_not_dense_are_rejected(kind: str) -> None:
+    for name in OP_NAMES:
+        for argument in kinds(name, "Tensor", "Optional[Tensor]"):
+            if argument in named(name, "cpu"):
+                with pytest.raises(ValueError, match=f"^{argument}: expected a dense tensor, got a {kind}"):
+                    call(name, "cpu", **{argument: NOT_DENSE[kind]()})
+    s = linear_sample(rank=0)
+    for layer in (lambda x: qlora_ext.linear_nf4(x, s.w4), Linear4bit.from_linear(torch.nn.Linear(64, 48))):
+        with pytest.raises(ValueError, match=f"^x: expected .*, got a {kind}"):
+            layer(NOT_DENSE[kind]())
+
+
+def test_a_dropout_that_is_no_number_is_named() -> None:
+    s = linear_sample()
+    for value in ("0.1", None, [0.1]):
+        with pytest.raises(TypeError, match=r"^dropout_p: expected a probability from 0 to 1, got "):
+            qlora_ext.linear_nf4(s.x, s.w4, s.bias, s.lora_a, s.lora_b, dropout_p=value)
+
+
 @pytest.mark.parametrize("value", INTEGERS)
 def test_any_seed_will_do(value: int) -> None:
     for name in ("linear_nf4", "linear_nf4_dx", "linear_nf4_dlora"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._internal.dtype_names import name_of
+from .._internal.patterns import compiled
 from .._internal.untrusted import excerpt
 from ..form import Form
 from ..ops import check_shape
@@ -127,12 +128,9 @@ def patterns(texts: Sequence[str], source: str) -> tuple[re.Pattern[str], ...]:
     """Compiles regular expressions that were read from ``source``.
 
     Raises:
-        ValueError: a text is not a regular expression.
+        ValueError: a text is not a regular expression, or one that may take very long.
     """
-    try:
-        return tuple(re.compile(text) for text in texts)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{source}: expected regular expressions, got {excerpt(texts)} ({error})") from None
+    return tuple(compiled(text, source) for text in texts)
 
 
 def excluded(names: Sequence[str] | None, source: str) -> tuple[re.Pattern[str], ...]:

@@ -34,7 +34,7 @@ _OPTIONS = {
     "--rslora": "use-rslora peft-use-rslora lora-use-rslora",
     "--dora": "use-dora peft-use-dora lora-use-dora",
     "--method": "stage fine-tune-type finetuning-type train-type train-mode rl",
-    "--beta": "dpo-beta pref-beta rl-beta",
+    "--beta": "dpo-beta kto-beta pref-beta rl-beta",
     "--max-steps": "iters max-iters num-iters steps num-steps train-steps train-max-steps",
     "--epochs": "num-train-epochs num-epochs train-epochs n-epochs train-epochs",
     "--batch-size": "per-device-train-batch-size per-device-batch-size per-gpu-train-batch-size micro-batch-size "
@@ -76,7 +76,7 @@ _OPTIONS = {
     "--sequences": "max-num-seqs parallel",
 }
 _COMMANDS = {
-    "finetune": "train training sft dpo fine-tune fine-tuning tune lora qlora finetune-lora",
+    "finetune": "train training sft dpo kto grpo orpo fine-tune fine-tuning tune lora qlora finetune-lora",
     "check": "eval evaluate evaluation test validate verify perplexity",
     "generate": "infer inference predict complete completion ask answer",
     "chat": "talk interactive repl",
@@ -90,6 +90,7 @@ _COMMANDS = {
     "info": "env environment doctor system",
     "completion": "completions complete-shell autocomplete install-completion show-completion",
 }
+_VALUES = {"dpo": "orpo simpo cpo ipo"}  # of --method: other methods that learn from the same data
 
 
 def _key(name: str) -> str:
@@ -129,5 +130,5 @@ def command(typed: str, known: Iterable[str]) -> str:
 
 def value(typed: str, known: Iterable[str]) -> str:
     """The same as ``option``, for the values of an option."""
-    found = _nearest(typed, known, {})
+    found = _nearest(typed, known, _VALUES)
     return f"; did you mean {found}?" if found else ""

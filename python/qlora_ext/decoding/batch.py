@@ -27,10 +27,11 @@ from .mixed import MixedSteps, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
 from .prompts import PromptReader
 from .requests import OnToken, Request, token_ids
-from .sampling import Sampling, draw
+from .sampling import Sampling, draw, score
 
 BASE = "__base__"  # PEFT's name for no adapter
 _USUAL_CAPACITY = 2048
+_SCORED = 256  # tokens of a prompt that get logits [tokens, V] at once
 # Of the self-test: far above rounding, far below the effect of a wrong position or mask.
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 0.1
 
@@ -223,11 +224,11 @@ class BatchDecoder:
         if not isinstance(sampling, Sampling):
             raise ValueError(f"sampling: expected a Sampling, got {sampling!r}")
         room = self.capacity - len(ids)
-        most = max(room, 0) if sampling.max_new_tokens is None else sampling.max_new_tokens
-        if room < max(most, 1):
+        most = max(room, 1) if sampling.max_new_tokens is None else sampling.max_new_tokens
+        if room < most:
             raise ValueError(
                 f"capacity: expected a prompt and max_new_tokens of together at most {self.capacity} tokens, got "
-                f"{len(ids)} and {most or 1}"
+                f"{len(ids)} and {most}"
             )
         self._check_adapter(adapter)
         if sampling.seed is None:
@@ -235,14 +236,16 @@ class BatchDecoder:
                 sampling, seed=int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu"))
             )
         if sampling.stop_tokens is None:
-            sampling = dataclasses.replace(sampling, stop_tokens=self._end_tokens())
+            sampling = dataclasses.replace(sampling, stop_tokens=self.end_tokens)
         request = Request(ids, sampling, most, adapter, on_token)
         self._waiting.append(request)
         return request
 
-    def _end_tokens(self) -> Iterable[int]:
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The end-of-sequence ids of the model's generation config."""
         found = getattr(self._lm, "generation_config", self._lm.config).eos_token_id
-        return () if found is None else found if isinstance(found, (list, tuple)) else (found,)
+        return () if found is None else tuple(found) if isinstance(found, (list, tuple)) else (found,)
 
     def _check_adapter(self, adapter: str | None) -> None:
         known = getattr(self._model, "peft_config", {})
@@ -314,21 +317,36 @@ class BatchDecoder:
                     options = self._forward_options([request.adapter])
                     if self._mixed is not None:
                         self._mixed.renew(self._names(options, 1))
-                    logits = self._read(reader, options, self._part)
+                    logits = self._read_part(request, reader, options)
             except Exception as error:  # for example, no memory for a long prompt
                 request.fail(error)
-        if logits is not None and reader.done:
-            reader.store(self._caches, len(self._running))
-            request.prompt_logits = logits
-            self._running.append(request)
-            self._continue([request], logits)
-        elif logits is not None:  # prompts with a slot take turns, so that short ones do not wait for long ones
+        if logits is None or request.done:  # it failed
+            return reader.count - first
+        if not reader.done:  # prompts with a slot take turns, so that short ones do not wait for long ones
             self._readers[request] = reader
             self._waiting.insert(self.sequences - len(self._running) - 1, request)
+        elif not request.end_without_tokens():
+            reader.store(self._caches, len(self._running))
+            if not request.sampling.prompt_logprobs:  # whose logits are never those of compiled code
+                request.prompt_logits = logits
+            self._running.append(request)
+            self._continue([request], logits)
         return reader.count - first
+
+    def _read_part(self, request: Request, reader: PromptReader, options: dict[str, Any]) -> Tensor:
+        """Reads the next part of a prompt, and has the request record its log-probabilities if it wants them."""
+        if not request.sampling.prompt_logprobs:
+            return self._read(reader, options, self._part)
+        first = reader.count + 1
+        logits = self._read(reader, options, min(self._part or _SCORED, _SCORED), every=True)
+        scored = request.prompt[first : reader.count + 1]
+        request.add_prompt(score(logits[: len(scored)], scored, request.sampling))
+        return logits[-1:]
 
     def _copied(self, request: Request, reader: PromptReader) -> Tensor | None:
         """The logits after a prompt that a running sequence has too, whose keys and values the reader takes."""
+        if request.sampling.prompt_logprobs:
+            return None
         for slot, other in enumerate(self._running):
             if other.prompt_logits is not None and (other.prompt, other.adapter) == (request.prompt, request.adapter):
                 reader.take(self._caches, slot)
@@ -346,7 +364,8 @@ class BatchDecoder:
 
     def _continue(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Adds a token to each sequence, and drops those that have ended."""
-        drawn = draw(logits, [request.sampling for request in requests], [request.numbers for request in requests])
+        samplings, numbers = [request.sampling for request in requests], [request.numbers for request in requests]
+        drawn = draw(logits, samplings, numbers, [request.allowed() for request in requests])
         for request, each in zip(requests, drawn, strict=True):
             request.add(each)
         for request in requests:
@@ -426,10 +445,12 @@ class BatchDecoder:
     def _integers(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._lm.device)
 
-    def _read(self, reader: PromptReader, options: dict[str, Any], most: int | None = None) -> Tensor:
-        """Reads at most ``most`` more tokens of a prompt. Returns the logits [1, V] after them."""
+    def _read(
+        self, reader: PromptReader, options: dict[str, Any], most: int | None = None, every: bool = False
+    ) -> Tensor:
+        """Reads at most ``most`` more tokens of a prompt. Returns the logits of ``PromptReader.read``."""
         forward = functools.partial(self._model if options else self._lm, **options)
-        return reader.read(self._lm, lambda name: self._code(name, options), forward, most)
+        return reader.read(self._lm, lambda name: self._code(name, options), forward, most, every)
 
     @torch.no_grad()
     def _test(self, adapters: Sequence[str | None] = (None, None)) -> None:

@@ -36,22 +36,28 @@ class PromptReader:
         return self.count == len(self.prompt)
 
     def read(
-        self, lm: Any, code: Callable[[str], Run | None], forward: Callable[..., Any], most: int | None = None
+        self,
+        lm: Any,
+        code: Callable[[str], Run | None],
+        forward: Callable[..., Any],
+        most: int | None = None,
+        every: bool = False,
     ) -> Tensor:
         """Reads at most ``most`` more tokens.
 
         Args:
             code: returns the compiled function of a name, or None.
             forward: the model's, which runs where there is no such function.
+            every: return the logits after each of these tokens, which compiled functions do not compute.
 
         Returns:
-            The logits [1, V] after them.
+            The logits [1, V] after the last one, or [tokens, V].
         """
         first, half = self.count, len(self._caches) // 2
         tokens = self.prompt[first:][:most]
         end = first + len(tokens)
         ids = torch.tensor([tokens], dtype=torch.int64, device=lm.device)
-        run = code(TOKEN if len(tokens) == 1 else PROMPT) if len(tokens) <= MAX_PROMPT else None
+        run = code(TOKEN if len(tokens) == 1 else PROMPT) if len(tokens) <= MAX_PROMPT and not every else None
         if run is not None:
             room = -(-end // CACHE_STEP) * CACHE_STEP
             caches = [nn.functional.pad(cache, (0, 0, 0, room - cache.shape[2])) for cache in self._caches]
@@ -61,11 +67,11 @@ class PromptReader:
             for layer, *read in zip(cache.layers, self._caches[:half], self._caches[half:], strict=True):
                 if first:
                     layer.update(*(each[:, :, :first] for each in read))
-            last = {"logits_to_keep": _HEAD_ROWS} if keeps_last_logits(lm) else {}
+            last = {"logits_to_keep": _HEAD_ROWS} if keeps_last_logits(lm) and not every else {}
             logits = forward(input_ids=ids, use_cache=True, **{CACHE: cache}, **last).logits
             caches = [layer.keys for layer in cache.layers] + [layer.values for layer in cache.layers]
         self._caches, self.count = caches, end
-        return logits[:, -1]
+        return logits[0] if every else logits[:, -1]
 
     def take(self, slots: Sequence[Tensor], slot: int) -> None:
         """Has the whole prompt come from a slot, whose sequence begins with it."""

@@ -37,6 +37,8 @@ class Request:
         logprobs: the log-probability of each token (a float32 value): log_softmax(logits / temperature), before
             ``top_k``, ``top_p`` and ``min_p``. With temperature 0, it is that of temperature 1.
         top_logprobs: for each token, the most likely ones with their log-probabilities, if ``sampling`` asks for them.
+        prompt_logprobs, prompt_top_logprobs: the same for all tokens of the prompt but the first, if ``sampling`` asks
+            for them. They are complete when the sequence has a token or has ended.
         finish_reason: None until the end, then "stop" (a stop token), "length" (``max_new_tokens``), "cancelled", or
             "error".
         error: the reason for "error": the exception of ``on_token``, or what failed while the model computed.
@@ -59,6 +61,8 @@ class Request:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[list[tuple[int, float]]] = []
+        self.prompt_logprobs: list[float] = []
+        self.prompt_top_logprobs: list[list[tuple[int, float]]] = []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.numbers = random.Random(sampling.seed)
@@ -92,10 +96,37 @@ class Request:
         self.error = error
         self.finish_reason = "error"
 
+    def add_prompt(self, scored: Iterable[Drawn]) -> None:
+        """Appends log-probabilities of the prompt's next tokens."""
+        for each in scored:
+            if self._is_number(each.logprob, len(self.prompt_logprobs) + 1):
+                self.prompt_logprobs.append(each.logprob)
+                self.prompt_top_logprobs.append(each.top)
+
+    def end_without_tokens(self) -> bool:
+        """Ends the sequence if it writes no tokens. Returns whether it has ended."""
+        if self._most == 0:
+            self.finish_reason = "length"
+        return self.done
+
+    def allowed(self) -> Tensor | None:
+        """Which tokens may come next; None: all. An exception of ``allowed_tokens`` ends the sequence."""
+        if self.sampling.allowed_tokens is None:
+            return None
+        try:
+            return self.sampling.allowed_tokens(self.tokens)
+        except Exception as error:
+            self.fail(error)
+            return None
+
+    def _is_number(self, logprob: float, tokens: int) -> bool:
+        if math.isnan(logprob):
+            self.fail(FloatingPointError(f"the model's logits after {tokens} tokens are not numbers"))
+        return not self.done
+
     def add(self, drawn: Drawn) -> None:
         """Appends a token, and ends the sequence if it is the last one."""
-        if math.isnan(drawn.logprob):
-            self.fail(FloatingPointError(f"the model's logits after {self.read + 1} tokens are not numbers"))
+        if self.done or not self._is_number(drawn.logprob, self.read + 1):  # ``allowed_tokens`` may have failed
             return
         self.tokens.append(drawn.token)
         self.logprobs.append(drawn.logprob)

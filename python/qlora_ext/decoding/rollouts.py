@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .._internal.special_tokens import prompt_tokens
 from .batch import BatchDecoder
 from .compiled import BREAK_EVEN_TOKENS
 from .packages import causal_lm
@@ -31,7 +32,8 @@ class Rollouts:
 
     Args:
         sequences: answers that are written at once.
-        encode: makes token ids of a prompt. By default the tokenizer encodes a text, and its chat template messages.
+        encode: makes token ids of a prompt. By default the tokenizer encodes a text, without the special tokens that
+            end it, and its chat template formats messages.
         compiled: whether to compile the decoding, as for ``BatchDecoder``. By default it is compiled on the CPU if the
             run is long enough to save more time than compiling takes, and on CUDA always.
         progress: called with a message before and after a compilation.
@@ -135,8 +137,6 @@ def _numbered(sampling: Sampling, number: int) -> Sampling:
 
 def _encoded(tokenizer: Any, prompt: Any) -> list[int]:
     if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        return ids
+        return prompt_tokens(tokenizer, prompt)
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes special tokens
-    return list(ids)
+    return prompt_tokens(tokenizer, text, formatted=True)

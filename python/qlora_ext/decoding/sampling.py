@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ class Sampling:
     The filters apply in the order of transformers: temperature, ``top_k``, ``top_p``, ``min_p``.
 
     Args:
-        max_new_tokens: the most tokens to write. None: as many as fit into the decoder's capacity.
+        max_new_tokens: the most tokens to write. None: as many as fit into the decoder's capacity. 0: only reads the
+            prompt.
         temperature: logits are divided by it. 0 always takes the most likely token.
         top_p: draws from the fewest most likely tokens that have this probability together.
         top_k: draws from this many most likely tokens. 0: from all.
@@ -32,7 +33,10 @@ class Sampling:
         seed: the same seed, prompt and weights give the same tokens, whatever else is in the batch (docs/compile.md
             says where kernels limit that). None: torch's default generator chooses one.
         stop_tokens: ids after which the sequence ends. None: the end-of-sequence ids of the model's generation config.
-        top_logprobs: how many of the most likely tokens are recorded for each token written.
+        top_logprobs: how many of the most likely tokens are recorded for each token that has a log-probability.
+        prompt_logprobs: whether the tokens of the prompt have log-probabilities, too.
+        allowed_tokens: called with the tokens written so far, returns which may come next: bool [V] on the CPU. The
+            others have probability 0. None: all may come.
 
     Raises:
         ValueError: a value is out of range.
@@ -51,9 +55,11 @@ class Sampling:
     seed: int | None = None
     stop_tokens: Iterable[int] | None = None
     top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    allowed_tokens: Callable[[Sequence[int]], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        least = {"max_new_tokens": 1, "seed": 0, "top_k": 0, "top_logprobs": 0}
+        least = {"max_new_tokens": 0, "seed": 0, "top_k": 0, "top_logprobs": 0}
         for name, lowest in least.items():
             value = getattr(self, name)
             optional = name in ("max_new_tokens", "seed")
@@ -82,25 +88,44 @@ class Drawn(NamedTuple):
     top: list[tuple[int, float]]
 
 
-def draw(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[random.Random]) -> list[Drawn]:
+def draw(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    numbers: Sequence[random.Random],
+    allowed: Sequence[Tensor | None] = (),
+) -> list[Drawn]:
     """Chooses a token for each row of ``logits`` [B, V]. A row's result does not depend on the other rows.
 
     Args:
         numbers: a source of random numbers for each row. A row with temperature 0 draws none.
+        allowed: which tokens each row may choose: bool [V], or None for all.
 
     Returns:
         A ``Drawn`` for each row. Its ``logprob`` is NaN if the row has a NaN or no largest finite logit.
     """
     temperatures = torch.tensor([s.temperature or 1.0 for s in samplings], dtype=torch.float32, device="cpu")
     scaled = logits.detach().float().cpu() / temperatures[:, None]
+    for row, mask in zip(scaled, allowed, strict=False):
+        if mask is not None:
+            row.masked_fill_(~mask, -math.inf)
     totals = scaled.logsumexp(-1)
     largest = scaled.argmax(-1)
     tokens = [
         _chosen(row, total, sampling, source) if sampling.temperature > 0 and bool(total.isfinite()) else int(likeliest)
         for row, total, likeliest, sampling, source in zip(scaled, totals, largest, samplings, numbers, strict=True)
     ]
+    return _with_logprobs(scaled, totals, tokens, [sampling.top_logprobs for sampling in samplings])
+
+
+def score(logits: Tensor, tokens: Sequence[int], sampling: Sampling) -> list[Drawn]:
+    """The log-probability of a given token at each row of ``logits`` [T, V], as ``draw`` computes it."""
+    scaled = logits.detach().float().cpu() / (sampling.temperature or 1.0)
+    return _with_logprobs(scaled, scaled.logsumexp(-1), tokens, [sampling.top_logprobs] * len(tokens))
+
+
+def _with_logprobs(scaled: Tensor, totals: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Drawn]:
     logprobs = scaled.gather(1, torch.tensor(tokens, dtype=torch.int64, device="cpu")[:, None])[:, 0] - totals
-    tops = [_top(row - total, s.top_logprobs) for row, total, s in zip(scaled, totals, samplings, strict=True)]
+    tops = [_top(row - total, count) for row, total, count in zip(scaled, totals, counts, strict=True)]
     return [Drawn(*each) for each in zip(tokens, logprobs.tolist(), tops, strict=True)]
 
 

@@ -24,20 +24,25 @@ def advice_on(check: ModelCheck) -> list[str]:
         return []
     advice = []
     worse = check.damaged or check.worse_than_plain
+    found = ""
     if worse:
         layer = worse[0]
         found = (
             f"{len(worse)} of {len(check.layers)} layers have a larger error than plain NF4 of the dense model, the "
             f"largest in {layer.name} (error {layer.error:.3f}, plain NF4 {layer.plain_error:.3f})"
         )
-        advice.append(
-            f"quantize again: {found}: its codes or scales are damaged, or belong to another model"
-            if check.damaged
-            else f"quantize again, unless an adapter was merged into these 4 bits: {found}"
-        )
+    if check.damaged:
+        advice.append(f"quantize again: {found}: its codes or scales are damaged, or belong to another model")
+    elif worse and not check.is_calibrated:
+        advice.append(f"quantize again, unless an adapter was merged into these 4 bits: {found}")
     if check.increase.nats < max(_SMALL, _ERRORS * check.increase.error):
         return advice or ["nothing: the increase of the loss is small, or not significant on this text"]
-    if not worse and not check.is_calibrated:
+    if worse and not advice:
+        advice.append(
+            f"calibrate on text like this one: on this text {found}; calibration reduces the errors of the layers' "
+            "outputs on its own text"
+        )
+    elif not worse and not check.is_calibrated:
         advice.append(
             f"calibrate: the layers are plain NF4, which costs {check.increase.nats:.3f} nats per token on this text; "
             "quantize --calibrate self makes a better model of the same size"

@@ -100,9 +100,9 @@ class ModelCheck:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the outputs of most layers have a smaller error than those of plain NF4."""
-        nearer = sum(layer.error < (1 - _TOLERANCE) * layer.plain_error for layer in self.layers)
-        return 2 * nearer > len(self.layers)
+        """Whether more layers have outputs with a smaller error than plain NF4's than with a larger one."""
+        better = sum(layer.error < (1 - _TOLERANCE) * layer.plain_error for layer in self.layers)
+        return better > len(self.worse_than_plain)
 
     def chosen(self, budget: int | str) -> list[LayerCost]:
         """The layers to leave dense; see ``Sensitivity.chosen``."""

@@ -20,6 +20,8 @@ from typing import Any
 import gguf
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .._internal.special_tokens import special_tokens
+
 try:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 except ImportError:  # older versions lack the table
@@ -186,11 +188,8 @@ def _adds_space(parts: dict[str, Any]) -> bool:
 
 def _adds(tokenizer: Any) -> dict[str, bool]:
     """Whether a text begins and ends with special tokens."""
-    plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    return {
-        "bos": full[:1] == [tokenizer.bos_token_id] != plain[:1],
-        "eos": full[-1:] == [tokenizer.eos_token_id] != plain[-1:],
-    }
+    beginning, end = special_tokens(tokenizer)
+    return {"bos": beginning[:1] == [tokenizer.bos_token_id], "eos": end[-1:] == [tokenizer.eos_token_id]}
 
 
 def _by_converter(converter: str, tokenizer: Any, config: Any, count: int) -> GGUFTokenizer:

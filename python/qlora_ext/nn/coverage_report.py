@@ -21,6 +21,7 @@ from .packed import Packed4bit
 _TOLERATED_SHARE = 0.01
 # Names of matrix parameters outside linear layers: in fused attention, experts, routers and recurrent cells.
 _MATRIX = re.compile(r"(^|_)(weight|proj|w\d*)($|_)")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
 _NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
 
@@ -59,13 +60,28 @@ class Coverage:
 
 
 def _listed(dense: dict[str, int], reasons: dict[str, str]) -> str:
-    """The names of the modules in ``dense``, the largest first. Layer numbers become "*", to group equal modules."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for name, count in dense.items():
-        groups.setdefault((re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), reasons[name]), []).append(count)
-    largest = sorted(groups.items(), key=lambda group: -sum(group[1]))
-    shown = [f"{name} ({why})" for (name, why), _ in largest[:3]]
+    """The names of the modules in ``dense``, the largest first. Modules whose names differ in numbers are one entry."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in dense:
+        groups.setdefault((_NUMBER.sub("*", name), reasons[name]), []).append(name)
+    largest = sorted(groups.items(), key=lambda group: -sum(dense[name] for name in group[1]))
+    shown = [f"{_joined(names)} ({why})" for (_, why), names in largest[:3]]
     return ", ".join(shown) + (f" and {len(largest) - 3} more" if len(largest) > 3 else "")
+
+
+def _joined(names: list[str]) -> str:
+    """Names that differ in numbers as one: layers.{0-2,5}.up_proj."""
+    columns = [sorted(set(map(int, column))) for column in zip(*map(_NUMBER.findall, names), strict=True)]
+    texts = iter([str(c[0]) if len(c) == 1 else f"{{{_ranges(c)}}}" for c in columns])
+    some = "" if len(names) == math.prod(map(len, columns)) else f"{len(names)} of "  # not every combination
+    return some + _NUMBER.sub(lambda _: next(texts), names[0])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers as text: 0-2,5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:

@@ -19,10 +19,12 @@ def add_parser(commands: Any) -> None:
         help="train LoRA adapters on a 4-bit model",
         description="Quantizes a language model to 4 bits, trains LoRA adapters on it, and saves them as a PEFT "
         "adapter. With no options: SmolLM2-135M-Instruct on human conversations.",
-        epilog="Data with chosen and rejected answers are learnt as preferences (DPO, by TRL). "
+        epilog="Data with chosen and rejected answers are learnt as preferences (DPO, by TRL), pairs with a label as "
+        "good or bad answers (KTO, by TRL). "
         'A row of --data is {"text": ...}, a pair such as {"prompt": ..., "completion": ...}, a conversation '
-        '{"messages": [{"role": ..., "content": ...}, ...]} or a preference {"prompt": ..., "chosen": ..., "rejected": '
-        "...}; docs/data.md lists all forms. --resume continues an interrupted run from its last checkpoint; other "
+        '{"messages": [{"role": ..., "content": ...}, ...]}, a preference {"prompt": ..., "chosen": ..., "rejected": '
+        '...}, or a labelled answer {"prompt": ..., "completion": ..., "label": true}; docs/data.md lists all forms. '
+        "--resume continues an interrupted run from its last checkpoint; other "
         "options need not be repeated, and the final adapter is bit for bit the same. "
         "With a larger --max-steps (or --epochs), --resume extends a finished run. --overwrite replaces only files "
         "that qlora-ext wrote. --sweep trains its adapters one after the other over one base in "
@@ -50,8 +52,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--reward",
+        action="append",
+        default=[],
         metavar="FILE.py:FUNCTION",
-        help="with --method grpo: the function that scores answers, in a file or a module; it is executed",
+        help="with --method grpo: a function that scores answers, in a file or a module; it is executed. Several "
+        "options add up their rewards",
     )
     add_trust_option(parser)  # not a recorded setting: it must be given each time, also with --resume
     add_options(parser)
@@ -80,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.trust_remote_code,
         arguments.reward,
         varied,
+        arguments.config is not None,
     )
     sweep.run(request)
     return 0

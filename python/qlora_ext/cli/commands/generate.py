@@ -6,8 +6,9 @@ import argparse
 import sys
 from typing import Any
 
+from ..._internal.special_tokens import prompt_tokens
 from ..._internal.untrusted import printable
-from ..data import as_question, tokenizing
+from ..data import as_question, formatted_tokens, tokenizing
 from ..errors import UserError, check_prompt
 from ..generation.completion import complete
 from ..models import validate_model
@@ -62,9 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = adapted.tokenizer
     with tokenizing("--prompt"):
         if arguments.raw:
-            prompt = tokenizer(text)["input_ids"]
+            prompt = prompt_tokens(tokenizer, text)
         else:
-            prompt = tokenizer(as_question(tokenizer, text), add_special_tokens=False)["input_ids"]
+            prompt = formatted_tokens(tokenizer, as_question(tokenizer, text))
     if not prompt:
         raise UserError("--prompt: expected at least one token, got none")
     model = adapted.load_to_answer()

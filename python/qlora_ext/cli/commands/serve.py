@@ -48,6 +48,10 @@ def add_parser(commands: Any) -> None:
         "--api-key", metavar="KEY", help=f"key that clients have to send (default: ${_KEY_VARIABLE}; none if unset)"
     )
     parser.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN",
+        help="let web pages of ORIGIN use the server (*: all pages)",
+    )  # fmt: skip
+    parser.add_argument(
         "--sequences", type=int, default=8, metavar="N",
         help="how many answers are written at the same time (default: %(default)s)",
     )  # fmt: skip
@@ -82,6 +86,12 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.api_key = os.environ.get(_KEY_VARIABLE) or None
     if arguments.api_key is not None and not re.fullmatch(r"[!-~]+", arguments.api_key):
         raise UserError("--api-key: expected printable ASCII characters without spaces")
+    for origin in arguments.cors:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
+            raise UserError(
+                f"--cors {excerpt(origin)}: expected * or an origin in lower case, without a path, such as "
+                "https://chat.example.com or http://localhost:3000"
+            )
 
 
 def _named(adapter: str) -> tuple[str, str]:
@@ -168,6 +178,16 @@ def _try(decoder: Any, adapters: dict[str, str]) -> None:
             raise UserError(f"{excerpt(name)} cannot be served: {first_line(request.error)}") from request.error
 
 
+def _warn_of_strangers(arguments: argparse.Namespace, local: bool) -> None:
+    strangers = {
+        f"--host {printable(arguments.host)} lets other machines": not local,
+        "--cors * lets all web pages": "*" in arguments.cors,
+    }
+    for let, is_open in strangers.items():
+        if is_open and arguments.api_key is None:
+            print(f"qlora-ext: warning: {let} use this server; require a key with --api-key", file=sys.stderr)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     _check(arguments)
@@ -179,12 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with server.bind(arguments.host, arguments.port) as listener:
         local = server.is_loopback(listener)
-        if not local and arguments.api_key is None:
-            print(
-                f"qlora-ext: warning: --host {printable(arguments.host)} lets other machines use this server; "
-                "require a key with --api-key",
-                file=sys.stderr,
-            )
+        _warn_of_strangers(arguments, local)
         model = adapted.loader.while_loading()
         adapters: dict[str, str] = {}
         for i, (name, path) in enumerate(paths.items()):
@@ -196,7 +211,8 @@ def run(arguments: argparse.Namespace) -> int:
         _try(decoder, adapters)
         vocabulary = vocabulary_size(model)
         loop = DecodingLoop(decoder)
-        application = build(Application(adapters, adapted.tokenizer, vocabulary, loop), arguments.api_key, local)
+        routes = Application(adapters, adapted.tokenizer, vocabulary, loop)
+        application = build(routes, arguments.api_key, local, arguments.cors)
         loop.start()
         listener.listen()
         names = ", ".join(printable(name) for name in adapters)

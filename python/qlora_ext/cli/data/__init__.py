@@ -15,20 +15,25 @@ from ..models.sources import PACKAGE
 from . import directory, hub, packages
 from .encoding import Parts as Parts
 from .encoding import Row as Row
+from .encoding import answers_of as answers_of
 from .encoding import as_prompt as as_prompt
 from .encoding import as_question as as_question
 from .encoding import check_template as check_template
 from .encoding import encode as encode
+from .encoding import formatted_tokens as formatted_tokens
 from .encoding import in_order as in_order
 from .encoding import pack as pack
 from .encoding import split as split
 from .encoding import summary as summary
 from .encoding import tokenizing as tokenizing
+from .encoding import unsupported_part as unsupported_part
 from .examples import Example as Example
 from .examples import Message as Message
-from .examples import example_of
+from .examples import example_of, kind_of
+from .examples import is_labelled as is_labelled
 from .examples import is_preference as is_preference
 from .examples import is_prompt as is_prompt
+from .examples import tool_call as tool_call
 from .files import READERS, Rows, reader_of
 from .packages import DEFAULT_DATA as DEFAULT_DATA
 from .prompts import prompt_of
@@ -40,6 +45,8 @@ def _rows(name: str, split: str, prompts: bool) -> Rows:
     if name.startswith(PACKAGE):
         return packages.rows(name)
     path = path_named(name, "--data")
+    if path.is_dir() and hub.is_saved(path):
+        return hub.saved_rows(path, split)
     if path.is_dir():
         return directory.rows(path, split, prompts)
     if path.is_file():
@@ -65,15 +72,14 @@ def read_examples(name: str, split: str = "train", prompts: bool = False) -> Seq
         UserError: the data do not exist or are empty, or a row is not an example; the message gives its place.
     """
     examples: Stored[Example] = Stored()
-    preferences = 0
+    first: str | None = None
     try:
         for place, record in _rows(name, split, prompts):
             example = prompt_of(record, place) if prompts else example_of(record, place)
-            preferences += is_preference(example)
+            first = first or kind_of(example)
+            if kind_of(example) != first:
+                raise UserError(f"{place}: expected {first}, like the rows before it, got {kind_of(example)}")
             examples.append(example)
-            if preferences not in (0, len(examples)):
-                expected = "no preference" if is_preference(example) else "a preference"
-                raise UserError(f"{place}: expected {expected}, like the rows before it")
     except FileError as error:
         raise UserError(str(error) if "--data" in str(error) else f"--data {error}") from error
     if not examples:

@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..outputs.files import is_unfinished_name
 from ..outputs.ownership import MARKER, is_ours
 from .files import READERS, Rows, reader_of
+from .hub import is_saved
 
 _SPLITS = {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "dev": "validation"}
 _KNOWN = {"train", "test", "validation", *_SPLITS}
@@ -38,7 +39,7 @@ def rows(directory: pathlib.Path, split: str, prompts: bool) -> Rows:
         within = path.relative_to(directory)
         return (
             path.is_file()
-            and not path.name.startswith(".")
+            and not path.name.startswith((".", "dataset_info"))  # which datasets writes beside its data
             and not any(is_unfinished_name(part) for part in within.parts)
             and ours.isdisjoint(path.parents)
         )
@@ -47,10 +48,8 @@ def rows(directory: pathlib.Path, split: str, prompts: bool) -> Rows:
     data = [path for path in files if reader_of(path) is not None]
     if not data:
         raise UserError(f"--data {shown}: expected files in it that end in {', '.join(READERS)}; found none")
-    if (directory / "dataset_info.json").is_file() and list(directory.rglob("*.arrow")):
-        raise UserError(
-            f"--data {shown}: written by datasets' save_to_disk; write Parquet or JSON instead (to_parquet)"
-        )
+    if saved := next((path.parent for path in data if path.suffix == ".arrow" and is_saved(path.parent)), None):
+        raise UserError(f"--data {shown}: {printable(saved)} was written by save_to_disk; name that directory alone")
     splits = {path: _split_of(path.relative_to(directory)) for path in data}
     named = {name for name in splits.values() if name}
     if named:

@@ -11,20 +11,24 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+from ..._internal.special_tokens import prompt_tokens, sequences, special_tokens, with_beginning
 from ..errors import UserError, first_line, is_panic
-from .examples import Example, Message, is_conversation, question
+from .examples import Example, Message, is_conversation, is_labelled, question
 from .store import Stored
 
 # Lists of equal length: "input_ids", "labels" (-100: not learnt) and, in packed rows, "position_ids". A preference has
-# "prompt_ids", "chosen_ids" and "rejected_ids" instead.
+# "prompt_ids", "chosen_ids" and "rejected_ids" instead, a labelled answer "prompt_ids", "completion_ids" and "label" (a
+# single 0 or 1).
 Row: TypeAlias = "dict[str, list[int]]"
 
+_ANSWERS = ("chosen", "rejected", "completion")
 _PIECE = 1 << 20  # approximate number of characters per tokenizer call, which needs 70 times as many bytes
 _MAX_TOKEN_CHARACTERS = 512  # characters, of any tokenizer known
 CUT = "cut to --seq-len"
 _ANSWER_BEYOND = "dropped: the answer begins beyond --seq-len"
 _NOTHING_LEARNT = "dropped: nothing to learn (no answer of the assistant, or a single token)"
 _REWRITTEN = "dropped: the chat template changes the question after it is answered"
+_BAD_ANSWER = "dropped: the label calls the answer bad"
 _SAME_ANSWERS = "dropped: chosen and rejected are the same, up to --seq-len"
 
 
@@ -69,25 +73,37 @@ def check_template(tokenizer: Any, examples: Iterable[Example], data: str, model
             continue
         tools = example.get("tools")
         messages = example.get("messages") or [
-            message for name in ("prompt", "chosen", "rejected") for message in example.get(name, ())
+            message for name in ("prompt", *_ANSWERS) for message in example.get(name, ())
         ]
-        template = str(tokenizer.get_chat_template(tools=tools))
-        for name, there in (("tools", tools), ("tool_calls", any("tool_calls" in m for m in messages))):
-            if there and name not in template:
-                raise UserError(f"--data {data} has {name}, which the chat template of {model} does not support")
+        ignored = unsupported_part(tokenizer, messages, tools)
+        if ignored is not None:
+            raise UserError(f"--data {data} has {ignored}, which the chat template of {model} does not support")
 
 
-def as_prompt(tokenizer: Any, messages: list[Message]) -> str:
+def unsupported_part(tokenizer: Any, messages: Iterable[Message], tools: list[Any] | None) -> str | None:
+    """What the tokenizer's chat template would ignore of a conversation: "tools", "tool_calls" or nothing."""
+    template = str(tokenizer.get_chat_template(tools=tools)) if tokenizer.chat_template else ""
+    there = {"tools": bool(tools), "tool_calls": any("tool_calls" in message for message in messages)}
+    return next((name for name, found in there.items() if found and name not in template), None)
+
+
+def as_prompt(tokenizer: Any, messages: list[Message], tools: list[Any] | None = None) -> str:
     """Messages, formatted as in ``encode``, up to the beginning of the assistant's answer."""
     if not tokenizer.chat_template:
         return _plain(tokenizer, messages)
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    options = {"tokenize": False, "add_generation_prompt": True, **({"tools": tools} if tools else {})}
+    text: str = tokenizer.apply_chat_template(messages, **options)
     return text
 
 
 def as_question(tokenizer: Any, prompt: str) -> str:
     """A user's prompt, formatted as in ``encode``, up to the beginning of the assistant's answer."""
     return as_prompt(tokenizer, [question(prompt)])
+
+
+def formatted_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text from ``as_prompt`` or ``as_question``."""
+    return prompt_tokens(tokenizer, text, formatted=bool(tokenizer.chat_template))
 
 
 def _plain(tokenizer: Any, messages: list[Message]) -> str:
@@ -163,12 +179,27 @@ def _conversation_rows(tokenizer: Any, messages: list[Message], tools: list[Any]
     return rows
 
 
-def _preference_row(tokenizer: Any, example: dict[str, Any], seq_len: int) -> Row:
+def _row_of_answers(tokenizer: Any, example: dict[str, Any], seq_len: int) -> Row:
+    """The row of a preference or a labelled answer."""
     row: Row = {}
-    for name in ("chosen", "rejected"):
+    for name in filter(example.__contains__, _ANSWERS):
         before, after = _split_at_answer(tokenizer, example["prompt"], example[name][0], example.get("tools"))
         row |= {"prompt_ids": _tokens(tokenizer, before, seq_len), f"{name}_ids": _tokens(tokenizer, after, seq_len)}
-    return row
+    return row | ({"label": [int(example["label"])]} if is_labelled(example) else {})
+
+
+def answers_of(row: Row) -> list[list[int]]:
+    """The tokens of the answers in the row of a preference or a labelled answer."""
+    return [row[key] for key in (f"{name}_ids" for name in _ANSWERS) if key in row]
+
+
+def _begin(row: Row, beginning: list[int]) -> None:
+    """Puts special tokens before a row, unless it has them already. They are not learnt."""
+    key = "prompt_ids" if "prompt_ids" in row else "input_ids"
+    ids = with_beginning(row[key], beginning)
+    if "labels" in row:
+        row["labels"] = [-100] * (len(ids) - len(row[key])) + row["labels"]
+    row[key] = ids
 
 
 def _cut(row: Row, seq_len: int) -> bool:
@@ -179,15 +210,17 @@ def _cut(row: Row, seq_len: int) -> bool:
             del row[key][seq_len:]
         return longer
     room = max(0, seq_len - len(row["prompt_ids"]))
-    longer = max(len(row["chosen_ids"]), len(row["rejected_ids"])) > room
-    for key in ("chosen_ids", "rejected_ids"):
-        del row[key][room:]
+    answers = answers_of(row)
+    longer = max(map(len, answers)) > room
+    for ids in answers:
+        del ids[room:]
     return longer
 
 
 def _has_learnt_tokens(row: Row) -> bool:
     if "prompt_ids" in row:
-        return bool(row["prompt_ids"]) and row["chosen_ids"] != row["rejected_ids"]
+        first, *other = answers_of(row)
+        return bool(row["prompt_ids"]) and [first] != (other or [[]])
     return any(label != -100 for label in row["labels"][1:])  # the first token is never predicted
 
 
@@ -196,22 +229,33 @@ def _encode(tokenizer: Any, example: list[Message] | dict[str, Any], preferences
         return _conversation_rows(tokenizer, example, None, seq_len)
     if is_conversation(example):
         return _conversation_rows(tokenizer, example["messages"], example.get("tools"), seq_len)
-    if not _has_content(example["chosen"][-1]):
+    answer = example["completion" if is_labelled(example) else "chosen"]
+    if not _has_content(answer[-1]) and example.get("label", True):
         return []
     if preferences:
-        return [_preference_row(tokenizer, example, seq_len)]
-    return _conversation_rows(tokenizer, example["prompt"] + example["chosen"], example.get("tools"), seq_len)[-1:]
+        return [_row_of_answers(tokenizer, example, seq_len)]
+    return _conversation_rows(tokenizer, example["prompt"] + answer, example.get("tools"), seq_len)[-1:]
 
 
-def _text_rows(tokenizer: Any, text: str, seq_len: int, counts: collections.Counter[str]) -> Iterator[Row]:
-    """The rows of a text, of ``seq_len`` tokens each. All tokens are learnt."""
-    size = 0
+def _text_rows(
+    tokenizer: Any, text: str, seq_len: int, counts: collections.Counter[str], beginning: list[int], end: list[int]
+) -> Iterator[Row]:
+    """The rows of a text, of ``seq_len`` tokens each. All tokens are learnt.
+
+    Args:
+        beginning: the special tokens before each row. Rows inside the text have them too, because a model that has
+            never seen a text without them predicts badly without them.
+        end: the special tokens after the text.
+    """
+    size, remaining = 0, len(text)
     for piece in _pieces(text):
         with tokenizing("--data"):
-            ids: list[int] = tokenizer(piece)["input_ids"]
-        size += len(ids)
-        for start in range(0, len(ids), seq_len):
-            part = ids[start : start + seq_len]
+            ids: list[int] = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        remaining -= len(piece)
+        if ids and not remaining and ids[len(ids) - len(end) :] != end:
+            ids += end
+        for part in sequences(ids, seq_len, beginning):
+            size += len(part)
             row = {"input_ids": part, "labels": list(part)}
             if _has_learnt_tokens(row):
                 yield row
@@ -229,12 +273,19 @@ def encode(
 
     Args:
         counts: receives the numbers of cut and dropped examples, by reason.
-        preferences: whether preferences stay preferences. Otherwise the chosen answer is learnt like any answer.
+        preferences: whether preferences and labels are retained. Otherwise the chosen or good answer is learnt like
+            any answer, and bad answers are dropped.
     """
     counts = collections.Counter() if counts is None else counts
+    with tokenizing("--data"):
+        ends = special_tokens(tokenizer)
+        beginning, _ = special_tokens(tokenizer, formatted=bool(tokenizer.chat_template))
     for example in examples:
         if isinstance(example, str):
-            yield from _text_rows(tokenizer, example, seq_len, counts)
+            yield from _text_rows(tokenizer, example, seq_len, counts, *ends)
+            continue
+        if not preferences and is_labelled(example) and not example["label"]:
+            counts[_BAD_ANSWER] += 1
             continue
         with tokenizing("--data"):
             try:
@@ -245,12 +296,13 @@ def encode(
                 continue
         counts[_NOTHING_LEARNT] += not rows
         for row in rows:
+            _begin(row, beginning)
             longer = _cut(row, seq_len)
             if _has_learnt_tokens(row):
                 counts[CUT] += longer
                 yield row
             else:
-                counts[_ANSWER_BEYOND if longer else _SAME_ANSWERS if "prompt_ids" in row else _NOTHING_LEARNT] += 1
+                counts[_ANSWER_BEYOND if longer else _SAME_ANSWERS if "rejected_ids" in row else _NOTHING_LEARNT] += 1
 
 
 def pack(rows: Iterable[Row], seq_len: int, max_rows: int | None = None) -> Sequence[Row]:
@@ -280,7 +332,7 @@ def pack(rows: Iterable[Row], seq_len: int, max_rows: int | None = None) -> Sequ
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Rows to train on (packed, unless they are preferences), held-out rows (never packed), and counts by reason."""
+    """Rows to train on (packed, unless they have ``prompt_ids``), held-out rows (never packed), counts by reason."""
 
     train: Sequence[Row]
     held_out: list[Row]

@@ -1,4 +1,4 @@
-"""Training examples (a text, a conversation or a preference), and how rows of data represent them."""
+"""Training examples (text, conversation, preference or labelled answer), and how rows of data represent them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from ..errors import UserError
 
 Message: TypeAlias = dict[str, Any]  # role, content, and further keys for the chat template
 # A text, all tokens of which are learnt; a question and its answer; or an object: a conversation ("messages", optional
-# "tools"), a preference ("prompt", "chosen" and "rejected", each a list of messages, and optional "tools"), or a prompt
-# for GRPO ("prompt" and "columns").
+# "tools"), a preference ("prompt", "chosen" and "rejected", each a list of messages, and optional "tools"), a labelled
+# answer ("prompt" and "completion", each a list of messages, "label", which is true for a good answer, and optional
+# "tools"), or a prompt for GRPO ("prompt" and "columns").
 Example: TypeAlias = "str | list[Message] | dict[str, Any]"
 
 # Column names of published datasets for a question and its answer, and for an addition to the question.
@@ -27,17 +28,24 @@ _PAIRS = (
 _MORE = ("input", "context")
 _CONVERSATIONS = ("messages", "conversations")
 QUESTIONS = ("prompt", "question", "instruction", "input")
+# Columns that change what a row means, and that are not supported.
+_UNSUPPORTED = ("image", "images", "video", "videos", "audio", "audios", "functions", "chat_template_kwargs")
 COLUMNS = frozenset(
-    {"text", "chosen", "rejected", "tools", "system", *_MORE, *_CONVERSATIONS, *(name for p in _PAIRS for name in p)}
-)
+    {
+        "text", "chosen", "rejected", "label", "tools", "system", *_MORE, *_CONVERSATIONS, *_UNSUPPORTED,
+        *(name for pair in _PAIRS for name in pair),
+    }
+)  # fmt: skip
 EXPECTED = (
     '"text", "messages", a pair such as "prompt" and "completion", or a preference: "prompt", "chosen" and "rejected"'
 )
+_LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython")},
     "human": "user",
     "gpt": "assistant",
 }
+_WEIGHTS = ("weight", "train", "training")  # keys of a message that say how much of it is learnt
 _EXTRA_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking")  # of a message, for the chat template
 
 
@@ -62,6 +70,17 @@ def is_preference(example: Example) -> TypeGuard[dict[str, Any]]:
     return isinstance(example, dict) and "chosen" in example
 
 
+def is_labelled(example: Example) -> TypeGuard[dict[str, Any]]:
+    return isinstance(example, dict) and "label" in example
+
+
+def kind_of(example: Example) -> str:
+    """What kind of example it is, of those that no file may mix."""
+    if is_preference(example):
+        return "a preference"
+    return "an answer with a label" if is_labelled(example) else "no preference or label"
+
+
 def question(text: str) -> Message:
     return {"role": "user", "content": text}
 
@@ -80,7 +99,7 @@ def _from_json(value: Any, place: str, name: str) -> Any:
         try:
             return parse_json(value, place)
         except FileError as error:
-            raise UserError(f"{place}: {name}: expected a list, or JSON of a list ({error})") from error
+            raise UserError(f"{place}: {name}: expected JSON ({error})") from error
     return value
 
 
@@ -98,7 +117,7 @@ def _content(value: Any, place: str, name: str) -> str:
     return "".join(texts)
 
 
-def _tool_call(value: Any, place: str, name: str) -> dict[str, Any]:
+def tool_call(value: Any, place: str, name: str) -> dict[str, Any]:
     call = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         _refuse(place, name, 'a call such as {"function": {"name": "...", "arguments": {}}}', value)
@@ -119,13 +138,16 @@ def _message(turn: Any, place: str, name: str) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         _refuse(place, f"{name}.role", f"one of {', '.join(_ROLES)}", role)
     message: Message = {"role": _ROLES[role]}
+    for key in _WEIGHTS:
+        if message["role"] == "assistant" and turn.get(key, 1) != 1:
+            _refuse(place, f"{name}.{key}", "1 or true (every answer is learnt in full)", turn[key])
     calls = turn.get("tool_calls")
     content = turn.get("content", turn.get("value", "" if calls else None))
     message["content"] = _content(content, place, f"{name}.content")
     if calls:
         if not isinstance(calls, list):
             _refuse(place, f"{name}.tool_calls", "a list", calls)
-        message["tool_calls"] = [_tool_call(call, place, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
+        message["tool_calls"] = [tool_call(call, place, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
     return message | {key: turn[key] for key in _EXTRA_KEYS if isinstance(turn.get(key), str)}
 
 
@@ -188,6 +210,23 @@ def _preference(record: Mapping[str, Any], place: str) -> Example:
     }
 
 
+def _labelled(example: Example, record: Mapping[str, Any], place: str) -> Example:
+    """The example of a row with a label: the last answer of a conversation is good or bad."""
+    value = record["label"]
+    key = value.strip().lower() if isinstance(value, str) else value
+    label = _LABELS.get(key) if isinstance(key, str | int | float) else None
+    if label is None:
+        raise UserError(
+            f"{place}: label: expected true or false (whether the answer is good), got {excerpt(value)}; rename or "
+            "remove a column that means something else"
+        )
+    talk: dict[str, Any] = example if is_conversation(example) else {"messages": example}
+    *prompt, last = talk.pop("messages") or [{"role": None}]
+    if not prompt or last["role"] != "assistant":
+        _refuse(place, "label", "a conversation that ends with an answer of the assistant", [*prompt, last])
+    return {"prompt": prompt, "completion": [last], "label": label, **talk}
+
+
 def _pair(record: Mapping[str, Any], names: tuple[str, str], place: str) -> Example:
     first, second = (record[name] for name in names)
     if isinstance(first, str) and isinstance(second, str):
@@ -198,11 +237,29 @@ def _pair(record: Mapping[str, Any], names: tuple[str, str], place: str) -> Exam
         if not record.get("system") and not record.get("tools"):
             return messages
     else:
-        messages = [
-            *_as_messages(first, place, names[0], "user"),
-            *_as_messages(second, place, names[1], "assistant"),
-        ]
+        answers = _as_messages(second, place, names[1], "assistant")
+        if record.get("label") is not None and len(answers) != 1:
+            _refuse(place, names[1], "one answer of the assistant, which the label is about", answers)
+        messages = [*_as_messages(first, place, names[0], "user"), *answers]
     return {"messages": with_system(record, messages, place), **_tools(record, place)}
+
+
+def _check_columns(record: Mapping[str, Any], found: set[str], place: str) -> None:
+    """Rejects columns without which the others mean something else."""
+    if unsupported := [name for name in _UNSUPPORTED if record.get(name)]:
+        raise UserError(
+            f"{place}: {unsupported[0]}: not supported, and the rest of the row means something else without it; "
+            "remove the column to train on the text alone"
+        )
+    if len(found & {"chosen", "rejected"}) == 1:
+        raise UserError(f'{place}: expected "chosen" and "rejected", the two answers of a preference, got one of them')
+    if "label" in found and (
+        {"chosen", "rejected"} <= found or ("text" in found and str(record["label"]).lower() in ("true", "false"))
+    ):
+        raise UserError(
+            f"{place}: label: expected it beside a prompt and its answer, which it calls good or bad, got one beside "
+            f"{'a text' if 'text' in found else 'a preference'}; remove the column"
+        )
 
 
 def example_of(record: Any, place: str) -> Example:
@@ -217,18 +274,21 @@ def example_of(record: Any, place: str) -> Example:
     """
     if isinstance(record, dict):
         found = {name for name in COLUMNS if record.get(name) is not None}
+        _check_columns(record, found, place)
         if {"chosen", "rejected"} <= found:
             return _preference(record, place)
         conversation = conversation_in(record, place)
+        example: Example | None = None
         if conversation is not None:
-            return {"messages": with_system(record, conversation[1], place), **_tools(record, place)}
-        if "text" in found:
+            example = {"messages": with_system(record, conversation[1], place), **_tools(record, place)}
+        elif "text" in found:
             if not isinstance(record["text"], str):
                 _refuse(place, "text", "a text", record["text"])
             return str(record["text"])
-        for names in _PAIRS:
-            if found.issuperset(names):
-                return _pair(record, names, place)
+        elif names := next((names for names in _PAIRS if found.issuperset(names)), None):
+            example = _pair(record, names, place)
+        if example is not None:
+            return _labelled(example, record, place) if "label" in found else example
     got = record
     if isinstance(record, dict):
         columns = (f"{name!r}{' (null)' if value is None else ''}" for name, value in record.items())

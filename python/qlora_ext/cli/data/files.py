@@ -24,6 +24,8 @@ _MAX_LINE = 256 << 20  # bytes of a line, which is read into memory
 _MAX_TEXT_BYTES = 4 << 30  # bytes of a file that must be read into memory at once
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "zip"}
 _MAX_BLANK_BYTES = 1 << 20  # bytes of consecutive blank lines, of which a decompression bomb has millions
+_ARROW_FILE = b"ARROW1"  # the beginning of a file, which a stream lacks
+_BATCH = 256  # rows of a table that are decoded at a time
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _PIECE = 1 << 20  # approximate number of characters of a piece of text
 
@@ -280,30 +282,67 @@ def _csv(path: pathlib.Path, split: str, prompts: bool) -> Rows:
             yield place, dict(zip(names, fields, strict=True))
 
 
-def _parquet(path: pathlib.Path, split: str, prompts: bool) -> Rows:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise UserError(f"--data {printable(path)}: reading Parquet needs pyarrow; pip install pyarrow") from error
+def _table(path: pathlib.Path, names: list[str], batches: Callable[[list[str]], Iterator[Any]], prompts: bool) -> Rows:
+    """The rows of a file with the columns ``names``.
+
+    Args:
+        batches: reads the columns that it gets, as batches of pyarrow.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"--data {printable(path)}: the column {excerpt(twice[0])} appears {names.count(twice[0])} times"
+        )
+    wanted = [name for name in names if prompts or name in COLUMNS]
+    if not named(wanted, prompts):
+        expected, got = _expected(prompts), excerpt(", ".join(names), 160)
+        raise UserError(f"--data {printable(path)}: expected the columns {expected}; got {got}")
     number = 0
+    for batch in batches(wanted):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"--data {printable(path)}, row {number}", record
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path, kind: str) -> Iterator[None]:
+    """Turns errors of pyarrow, which may also be missing, into a ``UserError``."""
     try:
+        from pyarrow import ArrowException
+    except ImportError as error:
+        raise UserError(f"--data {printable(path)}: reading {kind} needs pyarrow; pip install pyarrow") from error
+    try:
+        yield
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {printable(path)}: damaged, or not {kind} ({first_line(error)})") from error
+
+
+def _parquet(path: pathlib.Path, split: str, prompts: bool) -> Rows:
+    with _reading(path, "Parquet"):
+        from pyarrow import parquet
+
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise UserError(
-                    f"--data {printable(path)}: the column {excerpt(twice[0])} appears {names.count(twice[0])} times"
-                )
-            wanted = [name for name in names if prompts or name in COLUMNS]
-            if not named(wanted, prompts):
-                expected, got = _expected(prompts), excerpt(", ".join(names), 160)
-                raise UserError(f"--data {printable(path)}: expected the columns {expected}; got {got}")
-            for batch in file.iter_batches(batch_size=256, columns=wanted):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"--data {printable(path)}, row {number}", record
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {printable(path)}: damaged, or not Parquet ({first_line(error)})") from error
+            yield from _table(path, names, lambda wanted: file.iter_batches(_BATCH, columns=wanted), prompts)
+
+
+def _arrow(path: pathlib.Path, split: str, prompts: bool) -> Rows:
+    """The rows of an Arrow file, or of an Arrow stream, which datasets writes to files of the same name."""
+    with _reading(path, "Arrow"):
+        from pyarrow import ipc, memory_map
+
+        with memory_map(str(path)) as source:
+            is_file = source.read(len(_ARROW_FILE)) == _ARROW_FILE
+            source.seek(0)
+            reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
+
+            def batches(wanted: list[str]) -> Iterator[Any]:
+                stored = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+                for batch in stored:
+                    for start in range(0, batch.num_rows, _BATCH):
+                        yield batch.select(wanted).slice(start, _BATCH)
+
+            yield from _table(path, reader.schema.names, batches, prompts)
 
 
 def _dictd(path: pathlib.Path, split: str, prompts: bool) -> Rows:
@@ -317,6 +356,7 @@ READERS: dict[str, Callable[[pathlib.Path, str, bool], Rows]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".arrow": _arrow,
     ".txt": _txt,
     ".dict.dz": _dictd,
 }
@@ -327,4 +367,4 @@ def reader_of(path: pathlib.Path) -> Callable[[pathlib.Path, str, bool], Rows] |
     name = path.name.lower()
     packed = name.endswith(".gz")
     ending = next((ending for ending in READERS if name.removesuffix(".gz").endswith(ending)), None)
-    return None if ending is None or (packed and ending in (".parquet", ".dict.dz")) else READERS[ending]
+    return None if ending is None or (packed and ending in (".parquet", ".arrow", ".dict.dz")) else READERS[ending]

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..._internal.special_tokens import sequences, special_tokens
 from ..errors import UserError
 from ..models.sources import PACKAGE
 from . import DEFAULT_DATA, Example, Row, encode, in_order, read_examples
@@ -53,4 +54,5 @@ def blocks(name: str, tokenizer: Any, count: int, longest: int) -> Any:
     if len(ids) < _MIN_TOKENS:
         raise UserError(f"--data {name}: expected a text of at least {_MIN_TOKENS} tokens, got {len(ids)}")
     length = min(LENGTH, longest, len(ids) // 4)
-    return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64, device="cpu").reshape(-1, length)
+    found = [part for part in sequences(ids, length, special_tokens(tokenizer)[0]) if len(part) == length]
+    return torch.tensor(found, dtype=torch.int64, device="cpu")

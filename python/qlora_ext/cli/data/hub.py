@@ -1,10 +1,12 @@
-"""Datasets of the Hugging Face hub, streamed by the library ``datasets``, without running their code."""
+"""Datasets of the library ``datasets``: of the Hugging Face hub, streamed without running their code, or saved."""
 
 from __future__ import annotations
 
+import pathlib
 import re
 from typing import Any
 
+from ..._internal.untrusted import excerpt, printable
 from ..errors import UserError, first_line
 from .files import Rows
 
@@ -23,22 +25,63 @@ def _builder_kind(builder: Any) -> str:
     return modules[0].split(".packaged_modules.")[1].partition(".")[0] if modules else type(builder).__name__
 
 
+def _library(problem: str) -> Any:
+    """The library ``datasets``.
+
+    Args:
+        problem: the beginning of the error message.
+
+    Raises:
+        UserError: it is missing, or too old.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{problem} the package datasets; install it with: pip install 'datasets>={_FIRST_VERSION}'"
+        ) from error
+    if int(datasets.__version__.partition(".")[0]) < _FIRST_VERSION:
+        raise UserError(f"{problem} datasets >= {_FIRST_VERSION}, got {datasets.__version__}")
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def is_saved(directory: pathlib.Path) -> bool:
+    """Whether ``directory`` is a dataset, or one per split, that ``save_to_disk`` wrote."""
+    one, several = ("state.json", "dataset_info.json"), ("dataset_dict.json",)
+    return any(all((directory / name).is_file() for name in names) for names in (one, several))
+
+
+def saved_rows(directory: pathlib.Path, split: str) -> Rows:
+    """The rows of a dataset that ``save_to_disk`` wrote, one at a time.
+
+    Raises:
+        UserError: it is damaged, has no such split, or the library does not exist.
+    """
+    shown = f"--data {printable(directory)}"
+    datasets = _library(f"{shown}: written by save_to_disk, which needs")
+    try:
+        found = datasets.load_from_disk(str(directory))
+        if isinstance(found, datasets.DatasetDict):
+            if split not in found:
+                known = ", ".join(map(excerpt, found))
+                raise UserError(f"{shown}: no split {excerpt(split)}; --split takes one of {known}")
+            found = found[split]
+        for number, record in enumerate(found, 1):
+            yield f"{shown}, row {number}", record
+    except UserError:
+        raise
+    except Exception as error:  # from the library, which does not check its files
+        raise UserError(f"{shown}: damaged, or not written by save_to_disk ({first_line(error)})") from error
+
+
 def rows(name: str, split: str) -> Rows:
     """The rows of a split of the dataset ``name``, one at a time.
 
     Raises:
         UserError: the dataset, the split or the library does not exist, or the hub cannot be reached.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"--data {name}: no such file or directory, and hub datasets need the package datasets; "
-            f"install it with: pip install 'datasets>={_FIRST_VERSION}'"
-        ) from error
-    if int(datasets.__version__.partition(".")[0]) < _FIRST_VERSION:
-        raise UserError(f"--data {name}: expected datasets >= {_FIRST_VERSION}, got {datasets.__version__}")
-    datasets.disable_progress_bars()
+    datasets = _library(f"--data {name}: no such file or directory, and hub datasets need")
     repository, _, subset = name.partition(":")
     try:
         kind = _builder_kind(datasets.load_dataset_builder(repository, subset or None))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..._internal.untrusted import excerpt
 from ..errors import UserError
-from .encoding import Parts, Row, as_prompt, in_order, tokenizing
+from .encoding import Parts, Row, as_prompt, formatted_tokens, in_order, tokenizing
 from .examples import QUESTIONS, Example, Message, conversation_in, question, with_system
 from .store import Stored
 
@@ -92,7 +92,7 @@ def split_prompts(
         example: Any = examples[i]
         with tokenizing("--data"):
             text = as_prompt(tokenizer, example["prompt"])
-            ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = formatted_tokens(tokenizer, text)
         if not ids or len(ids) > longest:
             counts[_TOO_LONG] += 1
             continue

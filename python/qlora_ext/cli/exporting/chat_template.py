@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..._internal.special_tokens import special_tokens
 from .. import data
 
 Message = data.Message
@@ -109,7 +110,8 @@ def fit(tokenizer: Any) -> ChatTemplate | None:
     """
     if not tokenizer.chat_template or "strftime_now" in str(tokenizer.chat_template):
         return None  # the date of the export would be in the template
-    bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1] else None
+    beginning, _ = special_tokens(tokenizer)
+    bos = tokenizer.bos_token if beginning[:1] == [tokenizer.bos_token_id] else None
 
     def render(messages: list[Message], begin: bool = True) -> str | None:
         try:

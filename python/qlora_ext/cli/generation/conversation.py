@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TextStreamer
 
-from ..data import Message, as_prompt, tokenizing
+from ..data import Message, as_prompt, formatted_tokens, tokenizing
 from ..errors import UserError
 from ..models import validate_model
 from .completion import complete
@@ -48,8 +48,7 @@ class Conversation:
 
     def _prompt(self, messages: list[Message]) -> list[int]:
         with tokenizing("the message"):
-            text = as_prompt(self._tokenizer, [*self._system, *messages])
-            ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = formatted_tokens(self._tokenizer, as_prompt(self._tokenizer, [*self._system, *messages]))
         validate_model.check_tokens(self._model, [ids])
         return ids
 

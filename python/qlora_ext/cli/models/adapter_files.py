@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from ..._internal.untrusted import FileError, Schema, excerpt, printable, read_json
+from ..._internal.patterns import compiled
+from ..._internal.untrusted import FileError, Schema, check, excerpt, printable, read_json
 from ..errors import UserError, first_line, path_named
 from ..outputs.ownership import RECORD as RECORD
 from ..outputs.ownership import SWEEP
@@ -22,7 +23,15 @@ RECORD_SCHEMA: Schema = {
     "settings?": {"block_size?": int},
     "metrics?": _METRICS,
 }
-CONFIG_SCHEMA: Schema = {"peft_type?": str, "base_model_name_or_path?": str, "r?": int, "lora_alpha?": float}
+CONFIG_SCHEMA: Schema = {
+    "peft_type?": str,
+    "base_model_name_or_path?": str,
+    "r?": int,
+    "lora_alpha?": float,
+    "alpha_pattern?": dict,
+}
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+_MAX_ALPHA = 1e6  # as in finetune; far larger ones overflow
 
 
 def find(name: str, option: str = "--adapter") -> pathlib.Path:
@@ -59,8 +68,27 @@ def record_of(adapter: pathlib.Path) -> dict[str, Any]:
 
 
 def config_of(adapter: pathlib.Path) -> dict[str, Any]:
-    """PEFT's configuration of the adapter."""
-    config: dict[str, Any] = read_json(adapter / "adapter_config.json", CONFIG_SCHEMA)
+    """PEFT's configuration of the adapter.
+
+    Raises:
+        FileError: it is damaged; a factor is not finite or very large; or a regular expression may take very long.
+    """
+    path = adapter / "adapter_config.json"
+    config: dict[str, Any] = read_json(path, CONFIG_SCHEMA)
+    alphas = {"lora_alpha": config.get("lora_alpha") or 0.0}
+    alphas |= {f"alpha_pattern.{key}": alpha for key, alpha in (config.get("alpha_pattern") or {}).items()}
+    for name, alpha in alphas.items():
+        check(alpha, float, printable(path), name)
+        if not abs(alpha) <= _MAX_ALPHA:
+            raise FileError(
+                f"{printable(path)}: expected {excerpt(name)} to be a number of at most {_MAX_ALPHA:g}, got {alpha}"
+            )
+    for name in _PATTERNS:  # PEFT compiles a text, the elements of layers_pattern, and the keys of an object
+        found = config.get(name) or ()
+        if isinstance(found, str | dict) or name == "layers_pattern":
+            for pattern in found if isinstance(found, list | dict | tuple) else [found]:
+                check(pattern, str, printable(path), name)
+                compiled(pattern, f"{printable(path)}: {name}")
     return config
 
 

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..._internal.special_tokens import sequences, special_tokens
 from ..errors import UserError
 from ..outputs.directory import Output
 from ..outputs.waiting import waiting
@@ -119,7 +120,8 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
     length = min(length, len(ids))
     if length < 8:
         raise UserError(f"--calibrate {name}: expected a text of at least 8 tokens, got {len(ids)}")
-    return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64, device="cpu").reshape(-1, length)
+    found = [part for part in sequences(ids, length, special_tokens(tokenizer)[0]) if len(part) == length]
+    return torch.tensor(found, dtype=torch.int64, device="cpu")
 
 
 @contextlib.contextmanager

@@ -7,31 +7,37 @@ import hmac
 import ipaddress
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import anyio
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..._internal.special_tokens import prompt_tokens
 from ..._internal.untrusted import excerpt
-from ..data import Message, as_prompt, tokenizing
+from ..data import Message, as_prompt, formatted_tokens, tokenizing, unsupported_part
 from ..errors import UserError
-from .answers import Answers
+from .answers import Answers, EncodedPrompt
 from .errors import APIError, invalid
+from .grammar import JSONGrammar, JSONGrammars
 from .loop import DecodingLoop
 from .replies import Replies, event
 from .requests import CompletionRequest, Prompt, is_tokens, parse
+from .text import token_places
+from .tools import BEGIN
 
-WAITING = 64  # sequences that wait for a place in the batch. Each costs its prompt's memory
+_WAITING = 64  # sequences that wait for a place in the batch. Each costs its prompt's memory
 _MAX_BODY = 2 << 20  # bytes
 _BODY_SECONDS = 60  # within which a client has to send its request
+_T = TypeVar("_T")
 
 
 def _failed(error: APIError) -> JSONResponse:
@@ -141,6 +147,8 @@ class Application:
         self._created = int(time.time())
         # One thread encodes: a tokenizer may keep settings of the call.
         self._encoding = anyio.CapacityLimiter(1)
+        self._preparing = 0  # sequences of requests that are being encoded
+        self._grammars: JSONGrammars | None = None
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"}) if self._loop.alive else JSONResponse({"status": "ended"}, 503)
@@ -173,9 +181,7 @@ class Application:
 
     async def _complete(self, request: Request, chat: bool) -> Response:
         asked = parse(await _body(request), chat)
-        adapter = self._adapter(asked.model)
-        prompts = [await self._encode(prompt, "messages" if chat else "prompt") for prompt in asked.prompts]
-        answers = Answers(asked, prompts, adapter, self._tokenizer, self._loop, WAITING)
+        answers = await self._answers(asked, self._adapter(asked.model))
         replies = Replies(asked, self._tokenizer)
         if asked.stream:
             return _Stream(answers, _events(asked, answers, replies))
@@ -184,30 +190,60 @@ class Application:
         finally:
             answers.cancel()
 
-    async def _encode(self, prompt: Prompt, param: str) -> list[int]:
-        tokens: list[int] = await anyio.to_thread.run_sync(self._tokens, prompt, param, limiter=self._encoding)
+    async def _answers(self, asked: CompletionRequest, adapter: str) -> Answers:
+        count = asked.n * len(asked.prompts)
+        if self._loop.active + self._preparing + count > self._loop.decoder.sequences + _WAITING:
+            raise APIError(429, "too many requests wait; try again later", None, "rate_limit_exceeded")
+        self._preparing += count
+        try:
+            prompts = [await self._in_thread(self._encode, asked, prompt) for prompt in asked.prompts]
+            schema = asked.response_schema
+            grammar = None if schema is None else await self._in_thread(self._grammar, schema)
+            calls = bool(asked.tools) and BEGIN in str(self._tokenizer.get_chat_template(tools=asked.tools))
+            return Answers(asked, prompts, adapter, self._tokenizer, self._loop, calls, grammar)
+        finally:
+            self._preparing -= count
+
+    async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        result: _T = await anyio.to_thread.run_sync(function, *arguments, limiter=self._encoding)
+        return result
+
+    def _grammar(self, schema: dict[str, Any]) -> JSONGrammar:
+        if self._grammars is None:
+            self._grammars = JSONGrammars(self._tokenizer, self._vocabulary, self._loop.decoder.end_tokens)
+        return self._grammars.grammar(schema)
+
+    def _encode(self, asked: CompletionRequest, prompt: Prompt) -> EncodedPrompt:
+        param = "messages" if asked.chat else "prompt"
+        tokens = self._tokens(prompt, param, asked.tools)
         if not tokens:
             raise invalid(param, "expected at least one token, got none")
         wrong = [token for token in tokens if not 0 <= token < self._vocabulary]
         if wrong:
             raise invalid(param, f"expected tokens from 0 to {self._vocabulary - 1}, got {wrong[0]}")
         capacity = self._loop.decoder.capacity
-        if len(tokens) >= capacity:
+        if len(tokens) + (asked.max_tokens != 0) > capacity:
             message = f"it has {len(tokens)} tokens; the context has {capacity}, the answer included"
             raise invalid(param, message, "context_length_exceeded")
-        return tokens
+        if not asked.echo:
+            return EncodedPrompt(tokens)
+        echo, places = token_places(self._tokenizer, tokens, prompt if isinstance(prompt, str) else None)
+        return EncodedPrompt(tokens, echo, places)
 
-    def _tokens(self, prompt: Prompt, param: str) -> list[int]:
+    def _tokens(self, prompt: Prompt, param: str, tools: list[dict[str, Any]]) -> list[int]:
         if is_tokens(prompt):
             return prompt
         try:
             with tokenizing(param):
                 if isinstance(prompt, str):
-                    return list(self._tokenizer(prompt)["input_ids"])
-                text = as_prompt(self._tokenizer, self._with_known_roles(cast("list[Message]", prompt)))
-                return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+                    return prompt_tokens(self._tokenizer, prompt)
+                messages = self._with_known_roles(cast("list[Message]", prompt))
+                ignored = unsupported_part(self._tokenizer, messages, tools)
+                if ignored is None:
+                    return formatted_tokens(self._tokenizer, as_prompt(self._tokenizer, messages, tools))
         except UserError as error:
             raise APIError(400, str(error), param) from error
+        raise invalid(ignored, "the model's chat template does not support them", "unsupported_parameter")
 
     def _with_known_roles(self, messages: list[Message]) -> list[Message]:
         """The messages with the role "system" for "developer", OpenAI's newer name, unless the template has that."""
@@ -275,12 +311,13 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return _failed(APIError(500, f"unexpected {type(error).__name__}"))
 
 
-def build(application: Application, key: str | None, local: bool) -> Starlette:
+def build(application: Application, key: str | None, local: bool, origins: Sequence[str] = ()) -> ASGIApp:
     """The ASGI application.
 
     Args:
         key: the API key that clients have to send, or None.
         local: whether the server listens on a loopback address.
+        origins: those whose pages a browser lets read answers; "*": all.
     """
     handlers: dict[Any, Callable[[Request, Exception], Any]] = {
         APIError: _on_api_error,
@@ -288,7 +325,7 @@ def build(application: Application, key: str | None, local: bool) -> Starlette:
         ClientDisconnect: _on_disconnect,
         Exception: _on_error,
     }
-    return Starlette(
+    app: ASGIApp = Starlette(
         routes=[
             Route("/health", application.health),
             Route("/v1/models", application.models),
@@ -299,3 +336,6 @@ def build(application: Application, key: str | None, local: bool) -> Starlette:
         middleware=[Middleware(_Guard, key=key, local=local)],
         exception_handlers=handlers,
     )
+    if origins:  # outside of all else, so that errors can be read too, and browsers ask for permission without a key
+        app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    return app

@@ -18,6 +18,8 @@ class DecodingRequest(Protocol):
     tokens: list[int]
     logprobs: list[float]
     top_logprobs: list[list[tuple[int, float]]]
+    prompt_logprobs: list[float]
+    prompt_top_logprobs: list[list[tuple[int, float]]]
     finish_reason: str | None
     error: Exception | None
 
@@ -30,6 +32,9 @@ class Decoder(Protocol):
     capacity: int
     sequences: int
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]: ...
+
     def submit(self, prompt_ids: list[int], sampling: Any, adapter: str) -> DecodingRequest: ...
 
     def step(self) -> bool: ...
@@ -37,11 +42,17 @@ class Decoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token of an answer, its log probability, and the most likely tokens at its position."""
+    """A token, its log probability, and the most likely tokens at its position.
+
+    Attributes:
+        logprob: None for the first token of a prompt.
+        offset: the place in the text of the answer at which the token begins.
+    """
 
     id: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
+    offset: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +64,14 @@ class Progress:
         written: the number of all tokens so far, the stop token included.
         finish_reason: as in ``qlora_ext.decoding.Request``; None while the sequence runs.
         error: why it ended, if ``finish_reason`` is "error".
+        prompt: the tokens of the prompt, in the first progress of a sequence whose prompt has log probabilities.
     """
 
     tokens: list[Token]
     written: int
     finish_reason: str | None = None
     error: BaseException | None = None
+    prompt: list[Token] = dataclasses.field(default_factory=list)
 
 
 Listener = Callable[[Progress], None]
@@ -69,11 +82,16 @@ class LoopEnded(Exception):
 
 
 class RunningSequence:
-    """A sequence that the loop watches."""
+    """A sequence that the loop watches.
 
-    def __init__(self, request: DecodingRequest, listener: Listener) -> None:
+    Args:
+        prompt: its tokens, if they have log probabilities.
+    """
+
+    def __init__(self, request: DecodingRequest, listener: Listener, prompt: list[int]) -> None:
         self._request = request
         self._listener = listener
+        self._prompt = prompt
         self._reported = 0  # tokens
 
     def cancel(self) -> None:
@@ -89,8 +107,17 @@ class RunningSequence:
         new = range(first, self._reported - (reason == "stop"))
         tops = request.top_logprobs or [[]] * self._reported
         tokens = [Token(request.tokens[i], request.logprobs[i], tops[i]) for i in new]
-        self._tell(Progress(tokens, self._reported, reason, request.error))
+        self._tell(Progress(tokens, self._reported, reason, request.error, self._take_prompt()))
         return reason is None
+
+    def _take_prompt(self) -> list[Token]:
+        """The prompt with its log probabilities, at the first call; they are complete when there is a token."""
+        prompt, self._prompt = self._prompt, []
+        if not prompt:
+            return []
+        # Incomplete if the sequence failed.
+        scores = zip(prompt[1:], self._request.prompt_logprobs, self._request.prompt_top_logprobs, strict=False)
+        return [Token(prompt[0], None, []), *(Token(*score) for score in scores)]
 
     def end(self, error: BaseException | None) -> None:
         """Reports that the sequence ends here, because of ``error`` or because the loop ends."""
@@ -145,7 +172,8 @@ class DecodingLoop:
         with self._lock:
             if self._ended:
                 raise LoopEnded
-            sequence = RunningSequence(self.decoder.submit(prompt, sampling, adapter), listener)
+            request = self.decoder.submit(prompt, sampling, adapter)
+            sequence = RunningSequence(request, listener, prompt if sampling.prompt_logprobs else [])
             self._sequences.add(sequence)
         self._awake.set()
         return sequence

@@ -10,6 +10,7 @@ from typing import Any
 from .answers import Answers, Piece
 from .loop import Token
 from .requests import CompletionRequest
+from .tools import ToolCall
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's API writes this too
 
@@ -32,7 +33,6 @@ class Replies:
             "created": int(time.time()),
             "model": request.model,
         }
-        self._offsets: dict[int, int] = {}  # of the answers' next characters
 
     def whole(self, pieces: list[Piece], answers: Answers) -> dict[str, Any]:
         """The body with all answers, whose ``pieces`` are complete."""
@@ -40,14 +40,13 @@ class Replies:
         for index in range(max(piece.index for piece in pieces) + 1):
             own = [piece for piece in pieces if piece.index == index]
             whole = Piece(
-                index, "".join(p.text for p in own), [t for p in own for t in p.tokens], own[-1].finish_reason
+                index,
+                "".join(p.text for p in own),
+                [t for p in own for t in p.tokens],
+                own[-1].finish_reason,
+                [c for p in own for c in p.calls],
             )
-            content = (
-                {"message": {"role": "assistant", "content": whole.text, "refusal": None}}
-                if self._request.chat
-                else {"text": whole.text}
-            )
-            choices.append(self._choice(whole, content))
+            choices.append(self._choice(whole, _message(whole) if self._request.chat else {"text": whole.text}))
         return {**self._head, "choices": choices, "usage": self._usage(answers)}
 
     def first_chunks(self, answers: int) -> list[dict[str, Any]]:
@@ -62,9 +61,12 @@ class Replies:
         if not self._request.chat:
             return [self._chunk([self._choice(piece, {"text": piece.text})])]
         chunks = []
-        if piece.text or piece.tokens:
-            text = Piece(piece.index, piece.text, piece.tokens, None)
-            chunks.append(self._chunk([self._choice(text, {"delta": {"content": piece.text}})]))
+        if piece.text or piece.tokens or piece.calls:
+            part = Piece(piece.index, piece.text, piece.tokens, None)
+            delta: dict[str, Any] = {"content": piece.text} if piece.text or not piece.calls else {}
+            if piece.calls:
+                delta["tool_calls"] = [{"index": call.index, **_tool_call(call)} for call in piece.calls]
+            chunks.append(self._chunk([self._choice(part, {"delta": delta})]))
         if piece.finish_reason is not None:
             end = Piece(piece.index, "", [], piece.finish_reason)
             chunks.append(self._chunk([self._choice(end, {"delta": {}})]))
@@ -93,10 +95,10 @@ class Replies:
         text: str = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
-    def _chat_logprob(self, token: int, logprob: float) -> dict[str, Any]:
+    def _chat_logprob(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(token)
         encoded = None if "\ufffd" in text else list(text.encode())  # the bytes of a part of a character are unknown
-        return {"token": text, "logprob": max(logprob, _LOWEST_LOGPROB), "bytes": encoded}
+        return {"token": text, "logprob": _finite(logprob), "bytes": encoded}
 
     def _chat_logprobs(self, piece: Piece) -> dict[str, Any]:
         def entry(token: Token) -> dict[str, Any]:
@@ -106,18 +108,33 @@ class Replies:
         return {"content": [entry(token) for token in piece.tokens], "refusal": None}
 
     def _completion_logprobs(self, piece: Piece) -> dict[str, Any]:
-        texts = [self._text(token.id) for token in piece.tokens]
-        offset, offsets = self._offsets.get(piece.index, 0), []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[piece.index] = offset
-        tops = [
-            {self._text(other): max(logprob, _LOWEST_LOGPROB) for other, logprob in token.top} for token in piece.tokens
-        ]
         return {
-            "tokens": texts,
-            "token_logprobs": [max(token.logprob, _LOWEST_LOGPROB) for token in piece.tokens],
-            "top_logprobs": tops if self._request.top_logprobs else None,
-            "text_offset": offsets,
+            "tokens": [self._text(token.id) for token in piece.tokens],
+            "token_logprobs": [_finite(token.logprob) for token in piece.tokens],
+            "top_logprobs": [self._top(token) for token in piece.tokens] if self._request.top_logprobs else None,
+            "text_offset": [token.offset for token in piece.tokens],
         }
+
+    def _top(self, token: Token) -> dict[str, float | None] | None:
+        """The most likely tokens and ``token`` itself. Of several with the same text, the most likely one counts."""
+        if token.logprob is None:
+            return None
+        tops: dict[str, float | None] = {}
+        for other, logprob in [*token.top, (token.id, token.logprob)]:
+            tops.setdefault(self._text(other), _finite(logprob))
+        return tops
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, _LOWEST_LOGPROB)
+
+
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _message(answer: Piece) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    if answer.calls:
+        message |= {"content": answer.text or None, "tool_calls": [_tool_call(call) for call in answer.calls]}
+    return {"message": message}

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any, TypeAlias, TypeGuard
 
 from ..._internal.untrusted import FileError, excerpt, parse_json
-from ..data import Message
+from ..data import Message, tool_call
+from ..errors import UserError
 from .errors import APIError, invalid
 
 # What is continued: messages, which the chat template formats, a text, or tokens.
@@ -14,15 +15,15 @@ Prompt: TypeAlias = "list[Message] | str | list[int]"
 
 MAX_CHOICES = 64  # sequences per request
 _MAX_TOP_LOGPROBS = 20
-_MAX_STOPS = 4
 _MAX_STOP_LENGTH = 1000  # characters
 _DEFAULT_COMPLETION = 16  # tokens of /v1/completions without max_tokens, as in OpenAI's API
-_ROLES = ("system", "developer", "user", "assistant")
-_EXTRA_KEYS = ("name", "reasoning_content")  # texts of a message, for the chat template
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_EXTRA_KEYS = ("name", "reasoning_content", "tool_call_id")  # texts of a message, for the chat template
 
 # Fields that do not change the answer.
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-# Fields that are not supported -> the values with which the answer is the same as without them. Clients send these.
+# Fields that are not supported, some of them by one of the routes -> the values with which the answer is the same as
+# without them. Clients send these.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -33,12 +34,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "logit_bias": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
@@ -56,6 +55,10 @@ class CompletionRequest:
     Attributes:
         chat: whether it came to the route for chats, whose replies have another form.
         prompts: each gets ``n`` answers.
+        tools: those that an answer may call.
+        parallel_tool_calls: whether it may call several.
+        response_schema: the JSON schema of an answer; None: any text.
+        echo: whether an answer begins with the prompt.
         max_tokens: the most tokens per answer; None: as many as fit.
         top_logprobs: how many alternatives are reported per token; None: no log probabilities at all.
         include_usage: end a stream with the number of tokens.
@@ -65,6 +68,10 @@ class CompletionRequest:
     model: str
     prompts: list[Prompt]
     n: int
+    tools: list[dict[str, Any]]
+    parallel_tool_calls: bool
+    response_schema: dict[str, Any] | None
+    echo: bool
     max_tokens: int | None
     temperature: float
     top_p: float
@@ -105,11 +112,11 @@ class _Fields:
             raise invalid(name, f"expected an integer {bounds}, got {excerpt(value)}")
         return int(value)
 
-    def flag(self, name: str) -> bool:
+    def flag(self, name: str, default: bool = False) -> bool:
         value = self.take(name)
         if value is not None and not isinstance(value, bool):
             raise invalid(name, f"expected true or false, got {excerpt(value)}")
-        return bool(value)
+        return default if value is None else value
 
     def text(self, name: str) -> str:
         value = self.take(name)
@@ -147,11 +154,19 @@ def parse(body: bytes, chat: bool) -> CompletionRequest:
     if n * len(prompts) > MAX_CHOICES:
         raise invalid("n", f"expected at most {MAX_CHOICES} answers, got {len(prompts)} prompts with {n} each")
     stream = fields.flag("stream")
+    tools = _tools(fields) if chat else []
+    schema = _response_schema(fields.take("response_format"))
+    if tools and schema is not None:
+        raise invalid("response_format", "not supported together with tools", "unsupported_parameter")
     request = CompletionRequest(
         chat=chat,
         model=model,
         prompts=prompts,
         n=n,
+        tools=tools,
+        parallel_tool_calls=fields.flag("parallel_tool_calls", True),
+        response_schema=schema,
+        echo=not chat and fields.flag("echo"),
         max_tokens=_max_tokens(fields, chat),
         temperature=_temperature(fields),
         top_p=fields.number("top_p", 1.0, 1e-6, 1.0),
@@ -175,7 +190,7 @@ def _temperature(fields: _Fields) -> float:
 
 
 def _max_tokens(fields: _Fields, chat: bool) -> int | None:
-    tokens = fields.integer("max_tokens", 1)
+    tokens = fields.integer("max_tokens", 1 if chat else 0)
     if not chat:
         return _DEFAULT_COMPLETION if tokens is None else tokens
     newer = fields.integer("max_completion_tokens", 1)
@@ -208,13 +223,48 @@ def _include_usage(options: Any, stream: bool) -> bool:
 
 def _stop(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else [] if value is None else value
-    fits = isinstance(stops, list) and len(stops) <= _MAX_STOPS
-    if not fits or not all(isinstance(text, str) and 0 < len(text) <= _MAX_STOP_LENGTH for text in stops):
-        raise invalid(
-            "stop",
-            f"expected a text, or at most {_MAX_STOPS}, of 1 to {_MAX_STOP_LENGTH} characters, got {excerpt(value)}",
-        )
+    fits = isinstance(stops, list) and all(
+        isinstance(text, str) and 0 < len(text) <= _MAX_STOP_LENGTH for text in stops
+    )
+    if not fits:
+        expected = f"a text or a list of them, each of 1 to {_MAX_STOP_LENGTH} characters"
+        raise invalid("stop", f"expected {expected}, got {excerpt(value)}")
     return tuple(stops)
+
+
+def _tools(fields: _Fields) -> list[dict[str, Any]]:
+    tools, choice = fields.take("tools"), fields.take("tool_choice")
+    if tools is not None and not isinstance(tools, list):
+        raise invalid("tools", f"expected a list, got {excerpt(tools)}")
+    for i, tool in enumerate(tools or ()):
+        place = f"tools[{i}]"
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise invalid(place, f"expected an object of type function, got {excerpt(tool)}")
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise invalid(f"{place}.function", f"expected an object with a name, got {excerpt(function)}")
+        if not isinstance(function.get("parameters"), dict | None):
+            schema = excerpt(function["parameters"])
+            raise invalid(f"{place}.function.parameters", f"expected a JSON schema, got {schema}")
+    if choice not in (None, "auto", "none"):
+        raise invalid("tool_choice", f"expected auto or none, got {excerpt(choice)}", "unsupported_parameter")
+    return [] if tools is None or choice == "none" else tools
+
+
+def _response_schema(value: Any) -> dict[str, Any] | None:
+    """The JSON schema of a ``response_format``."""
+    kind = value.get("type") if isinstance(value, dict) else value
+    if value is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        raise invalid("response_format", f"expected the type text, json_object or json_schema, got {excerpt(value)}")
+    inner = value.get("json_schema")
+    schema = inner.get("schema") if isinstance(inner, dict) else inner
+    if not isinstance(schema, dict):
+        raise invalid("response_format.json_schema.schema", f"expected a JSON schema, got {excerpt(schema)}")
+    return schema
 
 
 def _prompts(value: Any) -> list[Prompt]:
@@ -247,7 +297,12 @@ def _message(value: Any, place: str) -> Message:
     role = value.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise invalid(f"{place}.role", f"expected one of {', '.join(_ROLES)}, got {excerpt(role)}")
-    message: Message = {"role": role, "content": _content(value.get("content"), f"{place}.content")}
+    content, calls = value.get("content"), value.get("tool_calls") if role == "assistant" else None
+    if calls and content is None:
+        content = ""
+    message: Message = {"role": role, "content": _content(content, f"{place}.content")}
+    if calls:
+        message["tool_calls"] = _calls(calls, f"{place}.tool_calls")
     for name, inner in value.items():
         # Clients send answers back, with empty fields for what an answer can have and this one did not.
         if name in message or inner in (None, []):
@@ -258,6 +313,15 @@ def _message(value: Any, place: str) -> Message:
             raise invalid(f"{place}.{name}", f"expected a text, got {excerpt(inner)}")
         message[name] = inner
     return message
+
+
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise invalid(place, f"expected a list, got {excerpt(value)}")
+    try:
+        return [tool_call(call, place, f"[{i}]") for i, call in enumerate(value)]
+    except UserError as error:
+        raise APIError(400, str(error), place) from error
 
 
 def _content(value: Any, place: str) -> str:

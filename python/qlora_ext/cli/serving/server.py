@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import socket
@@ -12,9 +13,9 @@ from starlette.types import ASGIApp
 
 from ..._internal.untrusted import excerpt
 from ..errors import UserError
+from .connections import Connection
 from .loop import DecodingLoop
 
-_CONNECTIONS = 512  # beyond them, the server answers with 503
 # Longer than clients keep idle connections (OpenAI's 5 seconds), which otherwise send requests while we close them.
 _IDLE = 75  # seconds
 _LINGER = 5  # seconds that connections get to send what is left when the server ends
@@ -72,12 +73,12 @@ def make(application: ASGIApp, loop: DecodingLoop) -> uvicorn.Server:
     """
     config = uvicorn.Config(
         application,
+        http=functools.partial(Connection, waiting={}),
         access_log=False,
         log_config=None,
         lifespan="off",
         ws="none",
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
         timeout_keep_alive=_IDLE,
         timeout_graceful_shutdown=_LINGER,
     )

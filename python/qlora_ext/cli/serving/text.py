@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +17,14 @@ class _Decoder:
     """Decodes an answer token by token.
 
     The text of a token depends on the tokens before it, so each is decoded twice: the last tokens with and without it.
+
+    Args:
+        prompt: the tokens before.
+        special: whether special tokens have text.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], special: bool = False) -> None:
+        self._tokenizer, self._special = tokenizer, special
         for count in range(_CONTEXT, _CONTEXT + _MAX_BYTES):  # until the context does not begin inside a character
             self._tokens = list(prompt[-count:])
             self._before = self._text(self._tokens)
@@ -27,7 +33,8 @@ class _Decoder:
         self._decoded = len(self._tokens)  # how many of the tokens have been returned as text
 
     def _text(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        options = {"skip_special_tokens": not self._special, "clean_up_tokenization_spaces": False}
+        text: str = self._tokenizer.decode(tokens, **options)
         return text
 
     def push(self, token: int) -> str:
@@ -60,13 +67,15 @@ class AnswerText:
 
     Attributes:
         stopped: whether a stop string was found.
+        decoded: how many characters have been decoded, also of stop strings.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]) -> None:
         self._decoder = _Decoder(tokenizer, prompt)
-        self._stops = stops
+        self._stops = _shortest(tuple(stops))
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
+        self.decoded = 0
 
     def push(self, token: int) -> str:
         """The text that is now certain to belong to the answer."""
@@ -79,19 +88,47 @@ class AnswerText:
         return text + rest
 
     def _release(self, new: str) -> str:
+        self.decoded += len(new)
         if self.stopped:
             return ""
-        text = self._held + new
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            self._held = ""
-            return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        text, certain = self._held + new, None
+        for place in range(len(text) if self._stops else 0):
+            rest = text[place:]
+            # In this order, the last string up to the rest is the only one that the rest can begin with, and those that
+            # begin with the rest follow.
+            index = bisect.bisect_right(self._stops, rest)
+            if index > 0 and rest.startswith(self._stops[index - 1]):
+                self.stopped = True
+                self._held = ""
+                return text[:place]
+            if certain is None and index < len(self._stops) and self._stops[index].startswith(rest):
+                certain = place
+        self._held = "" if certain is None else text[certain:]
+        return text[:certain]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` with which ``stop`` begins."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+@functools.lru_cache(maxsize=1)  # the answers to a request have the same ones
+def _shortest(stops: tuple[str, ...]) -> list[str]:
+    """The stop strings in order, without those that begin with another one, which would end the answer before."""
+    shortest: list[str] = []
+    for stop in sorted(stops):
+        if not shortest or not stop.startswith(shortest[-1]):
+            shortest.append(stop)
+    return shortest
+
+
+def token_places(tokenizer: Any, tokens: Sequence[int], text: str | None) -> tuple[str, list[int]]:
+    """The text of a prompt, and the place in it at which each token begins.
+
+    Args:
+        text: the text from which the tokens were made, if they were. What a tokenizer adds before it has no text.
+    """
+    decoder, places, decoded = _Decoder(tokenizer, [], special=True), [], ""
+    for token in tokens:
+        places.append(len(decoded))
+        decoded += decoder.push(token)
+    decoded += decoder.finish()
+    if text is None:
+        return decoded, places
+    added = len(decoded) - len(text)
+    return text, [min(max(place - added, 0), len(text)) for place in places]

@@ -103,7 +103,12 @@ def describe(measured: dict[str, Any]) -> str:
         return f"perplexity {measured['eval_perplexity']:.2f}"
     if "eval_reward" in measured:
         return f"reward {measured['eval_reward']:.4f}"
-    return f"loss {measured['eval_loss']:.4f}, {measured['eval_reward_accuracy']:.0%} of the pairs ranked correctly"
+    loss = f"loss {measured['eval_loss']:.4f}"
+    if "eval_reward_accuracy" in measured:
+        return f"{loss}, {measured['eval_reward_accuracy']:.0%} of the pairs ranked correctly"
+    if "eval_reward_margin" in measured:
+        return f"{loss}, rewards of good answers {measured['eval_reward_margin']:+.4f} above those of bad ones"
+    return loss
 
 
 @contextlib.contextmanager
@@ -121,9 +126,9 @@ def _plotted(path: pathlib.Path, histories: Iterable[list[dict[str, Any]]], titl
     records = [record for history in histories for record in history]
     if any("eval_reward" in record for record in records):
         label = "reward"
-    else:  # preferences have no perplexity
-        per_token = any("eval_perplexity" in record for record in records)
-        label = "loss (nats per token)" if per_token else "loss (nats per pair)"
+    else:
+        units = {"eval_perplexity": " (nats per token)", "eval_reward_accuracy": " (nats per pair)"}
+        label = "loss" + next((unit for key, unit in units.items() if any(key in record for record in records)), "")
     axes.set(xlabel="step", ylabel=label, title=title)
     axes.grid(alpha=0.3)
     with staged_file(path) as partial:

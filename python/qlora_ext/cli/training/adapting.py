@@ -161,11 +161,26 @@ def _made_merge_aware(adapted: Any, settings: Settings) -> Any:
     return adapted
 
 
-def check_without_weights(source: ModelSource, config: Any, settings: Settings) -> None:
+def _largest_rank(model: Any, targets: str) -> int | None:
+    """The largest rank of the linear layers of ``--target-modules``; None if there are none."""
+    import torch
+
+    names = _linears(model) if targets == "all-linear" else named_modules(targets)
+    layers = (module for path, module in model.named_modules() if any(_ends_with(path, name) for name in names))
+    sizes = (min(m.in_features, m.out_features) for m in layers if isinstance(m, torch.nn.Linear))
+    return max(sizes, default=None)
+
+
+def check_without_weights(source: ModelSource, config: Any, settings: Settings) -> int | None:
     """Rejects options that contradict the model's configuration, before the weights are read.
+
+    Returns:
+        The largest rank of the layers with an adapter, if it is known.
 
     Raises:
         UserError: an option contradicts the configuration.
     """
     validate_model.check_room(source, config)
-    check_adapter(validate_model.skeleton(source, config), settings)
+    model = validate_model.skeleton(source, config)
+    check_adapter(model, settings)
+    return _largest_rank(model, settings.target_modules)

@@ -42,6 +42,13 @@ def _parsed(path: pathlib.Path, source: str) -> dict[str, Any]:
 
     text = read_text(path, _MAX_BYTES)
     try:
+        # A few aliases of aliases stand for gigabytes.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise UserError(f"{source}: expected YAML without aliases (*name); write the value again")
+        root = yaml.compose(text, yaml.SafeLoader)
+        keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise UserError(f"{source}: the option {excerpt(twice[0])} appears twice")
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: not YAML or JSON: {first_line(error)}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from ..data import Row, is_preference, read_examples, split
+from ..data import Row, is_labelled, is_preference, read_examples, split
 from ..errors import UserError
 from ..models.adapter_files import RECORD, record_of
 from .settings import recorded
@@ -30,8 +30,9 @@ def held_out_rows(adapter: pathlib.Path, tokenizer: Any, option: str) -> tuple[l
     if s.method == "grpo":
         raise UserError(f"{option}: expected a run that was trained on answers, got one trained on rewards (GRPO)")
     examples = read_examples(s.data, s.split)
-    if is_preference(examples[0]) and s.method != "sft":
-        raise UserError(f"{option}: expected a run that was trained on answers, got one trained on preferences (DPO)")
+    if s.method != "sft" and (is_preference(examples[0]) or is_labelled(examples[0])):
+        kind = "preferences (DPO)" if is_preference(examples[0]) else "labels (KTO)"
+        raise UserError(f"{option}: expected a run that was trained on answers, got one trained on {kind}")
     parts = split(tokenizer, examples, s.seq_len, s.first_rows, s.eval_size, s.seed, packing=not s.no_packing)
     return parts.held_out, s.batch_size, s.data
 

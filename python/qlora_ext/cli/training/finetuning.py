@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
-from ..._internal.untrusted import FileError, check
+from ..._internal.untrusted import FileError, check, excerpt
 from ..errors import UserError, as_arguments, path_named
 from . import sweep as sweeping
 from .recipe import Finetuned
+from .reward_function import Reward
 from .run import Request
 from .settings import Settings, schema
 from .sweep import Swept
@@ -50,6 +51,19 @@ def _values(sweep: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         raise TypeError(as_arguments(str(error))) from None
 
 
+def _rewards(reward: str | Reward | Sequence[str | Reward] | None) -> Sequence[str | Reward]:
+    """The reward functions, or their names.
+
+    Raises:
+        TypeError: one is neither.
+    """
+    rewards: Any = reward if isinstance(reward, list | tuple) else [] if reward is None else [reward]
+    for found in rewards:
+        if not isinstance(found, str) and not callable(found):
+            raise TypeError(f"reward: expected a function, its name, or a list of these, got {excerpt(found)}")
+    return tuple(rewards)
+
+
 @overload
 def finetune(
     *,
@@ -61,7 +75,7 @@ def finetune(
     overwrite: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
-    reward: str | Callable[..., list[float]] | None = None,
+    reward: str | Reward | Sequence[str | Reward] | None = None,
     **options: Any,
 ) -> Finetuned: ...
 
@@ -91,7 +105,7 @@ def finetune(
     overwrite: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
-    reward: str | Callable[..., list[float]] | None = None,
+    reward: str | Reward | Sequence[str | Reward] | None = None,
     **options: Any,
 ) -> Finetuned | Swept:
     """Trains LoRA adapters on a 4-bit model, like the command ``qlora-ext finetune``, with the same output bit for bit.
@@ -103,7 +117,7 @@ def finetune(
         model: a model directory, a .gguf file, a hub name, or package:NAME; the default is SmolLM2-135M-Instruct.
         data: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a directory of such files, a dataset of the hub, or
             package:NAME; the default is human conversations. A row is a text, a pair of prompt and completion, a
-            conversation, or a preference (learnt with DPO).
+            conversation, a preference (learnt with DPO), or a pair with a label (learnt with KTO).
         sweep: lists of values of some options, such as ``{"lr": [1e-4, 2e-4], "rank": [8, 16]}``. Trains an adapter
             with each combination of them, one after the other over one base in memory.
         resume: continue the run in ``output`` from its last checkpoint; other arguments need not be repeated, except
@@ -112,8 +126,8 @@ def finetune(
         force: with ``resume``, continue even if the base or the data have changed.
         trust_remote_code: run Python code that comes with the model.
         reward: with ``method="grpo"``, a function that takes ``completions``, a list of texts, and the columns of the
-            data by keyword, and returns a number per answer; or its name as FILE.py:FUNCTION. A resumed run needs it
-            again.
+            data by keyword, and returns a number per answer; or its name as FILE.py:FUNCTION; or a list of several,
+            whose rewards are added up. A resumed run needs them again.
         options: the options of the command, with underscores: ``rank=8``, ``max_steps=200``, ``lr=1e-4``,
             ``grad_checkpointing=True``, ``max_memory="8GB"``. None stands for the default.
 
@@ -143,7 +157,7 @@ def finetune(
             raise UserError(f"output {os.fspath(output)} has a sweep; give its values with sweep, to resume it")
         values = None if sweep is None else _values(sweep)
         return sweeping.run(
-            Request(given, os.fspath(output), resume, overwrite, force, trust_remote_code, reward, values)
+            Request(given, os.fspath(output), resume, overwrite, force, trust_remote_code, _rewards(reward), values)
         )
     except UserError as error:
         raise ValueError(as_arguments(str(error))) from error

@@ -13,7 +13,7 @@ from ...form import Form
 from ...formats import SERVED_FORMATS
 from ...nn import layers_of
 from ...streaming import chunk_mlp, dense_mlps
-from ..data import Parts
+from ..data import Parts, answers_of
 from ..errors import UserError
 from ..models.adapter_files import find
 from ..models.conversion import four_bit_directory, is_quantized
@@ -93,8 +93,12 @@ def adapt(run: Run, base: Base) -> None:
     Raises:
         UserError: an option does not fit the model.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     s = run.settings
     run.model = adapting.add_adapter(base.model, run.source, s, run.request.force)
+    if run.preferences and isinstance(run.model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(f"--method {run.method}: an adapter on the output head is not supported; train other modules")
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = base.parameters + trainable
     run.report(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
@@ -166,7 +170,7 @@ def _check_lengths(run: Run) -> None:
             if "columns" in row:
                 size = len(row["prompt_ids"]) + run.settings.max_new_tokens
             elif "prompt_ids" in row:
-                size = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+                size = len(row["prompt_ids"]) + max(map(len, answers_of(row)))
             else:
                 size = max(row["position_ids"]) + 1 if "position_ids" in row else len(row["input_ids"])
             longest = max(longest, size)

@@ -16,6 +16,7 @@ _BEFORE: Schema = {
     "loss?": float,
     "perplexity?": float,
     "reward_accuracy?": float,
+    "reward_margin?": float,
     "reward?": float,
     "prompt": str,
     "sample": str,
@@ -48,8 +49,8 @@ def measure_before(run: Run) -> dict[str, Any]:
     path = run.directory / "before.json"
     if path.is_file():
         before: dict[str, Any] = read_json(path, _BEFORE)
-        if not before.keys() & {"perplexity", "reward_accuracy", "reward"}:
-            raise UserError(f"{path}: expected a perplexity or a reward in it, found none")
+        if not before.keys() & {"loss", "reward"}:
+            raise UserError(f"{path}: expected a loss or a reward in it, found none")
         return before
     prompt, answer = sample(run)
     before = {**figures(run.trainer.measure()), "prompt": prompt, "sample": answer}

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from ..._internal.untrusted import excerpt
@@ -17,21 +17,24 @@ from ..errors import UserError, first_line
 Reward: TypeAlias = "Callable[..., list[float]]"
 
 
-def find_reward(name: str | Reward) -> Reward:
-    """The function that ``--reward`` names as FILE.py:FUNCTION or MODULE:FUNCTION, or the function that was given.
+def find_rewards(names: Sequence[str | Reward]) -> list[Reward]:
+    """The functions that ``--reward`` names as FILE.py:FUNCTION or MODULE:FUNCTION, and those that were given.
 
-    The file or module is executed.
+    Each file or module is executed once.
 
     Raises:
         UserError: there is no such file, module or function, or it raises an exception when it is imported.
     """
-    if not isinstance(name, str):
-        return name
+    modules: dict[str, Any] = {}
+    return [_find(name, modules) if isinstance(name, str) else name for name in names]
+
+
+def _find(name: str, modules: dict[str, Any]) -> Reward:
     where, _, function = name.rpartition(":")
     if not where or not function.isidentifier():
         raise UserError(f"--reward {excerpt(name)}: expected FILE.py:FUNCTION or MODULE:FUNCTION")
     try:
-        module = _imported(where)
+        module = modules[where] = modules.get(where) or _imported(where, len(modules))
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # the user's code may raise any exception
@@ -43,7 +46,7 @@ def find_reward(name: str | Reward) -> Reward:
     return reward
 
 
-def _imported(where: str) -> Any:
+def _imported(where: str, number: int) -> Any:
     path = pathlib.Path(where).expanduser()
     if path.suffix != ".py":
         _make_importable(pathlib.Path.cwd())
@@ -52,7 +55,7 @@ def _imported(where: str) -> Any:
         raise UserError(f"--reward {excerpt(where)}: no such file")
     path = path.resolve()
     _make_importable(path.parent)  # the modules next to it, as for a script
-    spec = importlib.util.spec_from_file_location("qlora_ext_reward", path)
+    spec = importlib.util.spec_from_file_location(f"qlora_ext_reward_{number}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -67,7 +70,13 @@ def _make_importable(directory: pathlib.Path) -> None:
         sys.path.append(str(directory))
 
 
-def digest_of_reward(reward: Reward) -> str:
+def digest_of_rewards(rewards: Sequence[Reward]) -> str:
+    """That of a single function, or SHA-256 over those of several."""
+    digests = [_digest(reward) for reward in rewards]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _digest(reward: Reward) -> str:
     """SHA-256 over the source file of a function, or over its name if it has none."""
     try:
         source = pathlib.Path(inspect.getfile(inspect.unwrap(reward))).read_bytes()

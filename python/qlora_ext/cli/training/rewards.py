@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..._internal.untrusted import excerpt
 from ...decoding import Rollouts, Sampling
+from ..data import formatted_tokens
 from ..errors import UserError, first_line
 from .reward_function import Reward
 from .trainer import RunTrainer, training_arguments
@@ -46,11 +47,6 @@ def reward_arguments(settings: Settings, steps: int, directory: pathlib.Path, de
 
 def _columns(row: Any) -> dict[str, Any]:
     return {"prompt": row["prompt"], **row["columns"]}
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 class CheckedReward:
@@ -120,19 +116,18 @@ class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore
         train: Sequence[Row],
         held_out: list[Row],
         tokenizer: Any,
-        reward: Reward,
+        rewards: Sequence[Reward],
         report: Callable[[str], None],
     ) -> None:
         self.held_out = held_out
-        self._reward = CheckedReward(reward)
-        # The prompts are formatted already, special tokens included.
-        self._rollouts = Rollouts(encode=lambda text: _ids(tokenizer, text), progress=report)
+        self._rewards = [CheckedReward(reward) for reward in rewards]
+        self._rollouts = Rollouts(encode=lambda text: formatted_tokens(tokenizer, text), progress=report)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # TRL says that rollout_func is experimental
             super().__init__(
                 model=model,
                 args=args,
-                reward_funcs=self._reward,
+                reward_funcs=[*self._rewards],  # TRL adds them up
                 train_dataset=Dataset.from_list([_columns(row) for row in train]),
                 processing_class=tokenizer,
                 rollout_func=self._rollouts,
@@ -150,7 +145,10 @@ class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore
         """Does nothing. TRL would write a model card into the run's directory."""
 
     def measure(self) -> dict[str, Any]:
-        """The mean reward of an answer to each held-out prompt. The seeds are the same at each measurement."""
+        """The mean reward of an answer to each held-out prompt, added up over the functions.
+
+        The seeds are the same at each measurement.
+        """
         prompts = [row["prompt_ids"] for row in self.held_out]
         sampling = Sampling(
             max_new_tokens=self.args.max_completion_length,
@@ -162,16 +160,17 @@ class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore
         texts = self.processing_class.batch_decode([a.tokens for a in answers], skip_special_tokens=True)
         rows = [_columns(row) for row in self.held_out]
         columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
-        rewards = self._reward(
-            prompts=[row["prompt"] for row in rows],
-            completions=texts,
-            completion_ids=[a.tokens for a in answers],
-            trainer_state=self.state,
-            log_extra=_ignore,
-            log_metric=_ignore,
+        arguments = {
+            "prompts": [row["prompt"] for row in rows],
+            "completions": texts,
+            "completion_ids": [a.tokens for a in answers],
+            "trainer_state": self.state,
+            "log_extra": _ignore,
+            "log_metric": _ignore,
             **columns,
-        )
-        return {"step": self.state.global_step, "eval_reward": sum(rewards) / len(rewards)}
+        }
+        total = sum(sum(reward(**arguments)) for reward in self._rewards)
+        return {"step": self.state.global_step, "eval_reward": total / len(rows)}
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

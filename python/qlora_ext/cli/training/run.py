@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..data import Example, Parts, is_preference
+from ..data import Example, Parts, is_labelled, is_preference
+from ..errors import UserError
 from ..models.sources import ModelSource
 from ..options import DEFAULT_RUN
 from ..outputs.directory import Output
@@ -36,9 +37,10 @@ class Request:
         overwrite: replace what an earlier command wrote to ``output``.
         force: with ``resume``, continue even if the base or the data have changed.
         trust_remote_code: run Python code that comes with the model.
-        reward: with the method grpo, the function that scores answers, or its name (``find_reward``). The run does not
-            record it, because whoever writes to its directory must not choose which code runs.
+        rewards: with the method grpo, the functions that score answers, or their names (``find_rewards``). The run does
+            not record them, because whoever writes to its directory must not choose which code runs.
         sweep: several values of some options, see ``sweep_options``. ``output`` is then the directory of the sweep.
+        configured: whether ``options`` come from a file, at least in part.
     """
 
     options: Mapping[str, Any]
@@ -47,8 +49,20 @@ class Request:
     overwrite: bool = False
     force: bool = False
     trust_remote_code: bool = False
-    reward: str | Reward | None = None
+    rewards: Sequence[str | Reward] = ()
     sweep: Mapping[str, list[Any]] | None = None
+    configured: bool = False
+
+    def begin_anew(self) -> None:
+        """Reports that ``output`` has nothing to resume, so that a new run begins.
+
+        Raises:
+            UserError: the request does not say what to train, so that the name of ``output`` may be a mistake.
+        """
+        where = f"--resume: --output {self.output} has no run to continue"
+        if not (self.configured or self.options.keys() & {"model", "data"}):
+            raise UserError(f"{where}; to begin a new one, give --model, --data or --config")
+        print(f"{where}: a new one begins", flush=True)
 
 
 class Shared:
@@ -80,7 +94,7 @@ class Run:
         longer: whether this command extends the run.
         checkpoint: the checkpoint from which the run resumes.
         digests: of a new run's inputs, for its marker.
-        reward: of a run with the method grpo.
+        rewards: of a run with the method grpo.
         shared: with the other runs of a sweep.
         sweep: the directory of the sweep that the run belongs to.
         tokenizer, parts, arguments: set by ``prepare``: the tokenizer, the rows, and the trainer's arguments.
@@ -102,7 +116,7 @@ class Run:
     shared: Shared = dataclasses.field(default_factory=Shared)
     sweep: pathlib.Path | None = None
     console: Console = dataclasses.field(default_factory=_console)
-    reward: Reward | None = None
+    rewards: Sequence[Reward] = ()
     tokenizer: Any = None
     parts: Parts = dataclasses.field(init=False)
     arguments: Any = None
@@ -112,9 +126,17 @@ class Run:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
+    def method(self) -> str:
+        """The method of the run: that of its settings, or the one that its data are for."""
+        if self.settings.method != "auto":
+            return self.settings.method
+        first = self.examples[0]
+        return "dpo" if is_preference(first) else "kto" if is_labelled(first) else "sft"
+
+    @property
     def preferences(self) -> bool:
-        """Whether the run learns preferences (DPO)."""
-        return self.settings.method != "sft" and is_preference(self.examples[0])
+        """Whether the run learns which answers are preferred (DPO), or good (KTO)."""
+        return self.method in ("dpo", "kto")
 
     @property
     def directory(self) -> pathlib.Path:

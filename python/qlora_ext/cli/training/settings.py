@@ -18,9 +18,9 @@ from ..errors import UserError
 from ..models.devices import AUTO, check_dtype
 from ..models.sources import DEFAULT_MODEL
 
-METHODS = ("auto", "sft", "dpo", "grpo")
-NO_NEFTUNE_IN_DPO = (
-    "--neftune-alpha: not supported with DPO, because the noise would change the base model's answers too"
+METHODS = ("auto", "sft", "dpo", "kto", "grpo")
+NO_NEFTUNE = (
+    "--neftune-alpha: not supported with DPO and KTO, because the noise would change the base model's answers too"
 )
 CONSTANT = "constant"
 # The schedules of transformers without further parameters. The first two do not depend on the length of the run.
@@ -83,7 +83,7 @@ class Settings:
 
     rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
     alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", 0, 1e6, group="adapter")
-    dropout: float = _option(0.05, "LoRA dropout (not with dpo and grpo)", 0, 1, group="adapter")
+    dropout: float = _option(0.05, "LoRA dropout (not with dpo, kto and grpo)", 0, 1, group="adapter")
     target_modules: str = _option(
         "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
     )
@@ -112,13 +112,14 @@ class Settings:
 
     method: str = _option(
         "auto",
-        "sft: learn the answers; dpo (by TRL): learn which of two answers is preferred; grpo (by TRL): sample answers "
-        "and learn from their rewards; auto: sft or dpo, depending on --data",
+        "sft: learn the answers; dpo (by TRL): learn which of two answers is preferred; kto (by TRL): learn which "
+        "answers are good and which bad; grpo (by TRL): sample answers and learn from their rewards; auto: sft, dpo "
+        "or kto, depending on --data",
         choices=METHODS, group="training",
     )  # fmt: skip
     beta: float = _option(
-        0.1, "dpo and grpo: larger values keep the model closer to the base (default: 0.1, and 0 with grpo)", 0, 1e6,
-        group="training",
+        0.1, "dpo, kto and grpo: larger values keep the model closer to the base (default: 0.1, and 0 with grpo)", 0,
+        1e6, group="training",
     )  # fmt: skip
     generations: int = _option(4, "grpo: answers per prompt", 2, group="training")
     max_new_tokens: int = _option(128, "grpo: tokens per answer", 1, group="training")
@@ -266,8 +267,8 @@ class Settings:
             raise UserError(
                 "--merge-aware and --stream exclude each other: merged weights of every layer stay in memory"
             )
-        if self.neftune_alpha and self.method == "dpo":
-            raise UserError(NO_NEFTUNE_IN_DPO)
+        if self.neftune_alpha and self.method in ("dpo", "kto"):
+            raise UserError(NO_NEFTUNE)
         if self.method == "grpo":
             self._check_grpo()
         layer_numbers(self.layers)

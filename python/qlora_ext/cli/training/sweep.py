@@ -146,6 +146,8 @@ def _found(request: Request, output: Output) -> _Sweep:
         raise UserError(
             f"--output {path} already has a sweep; add --resume to continue it, or --overwrite to start over"
         )
+    if request.resume and not is_sweep(path):
+        request.begin_anew()
     asked = None if request.sweep is None else checked(request.sweep)
     if is_sweep(path) and request.resume:
         return _recorded(path, asked)
@@ -191,7 +193,7 @@ def _check_options(request: Request, values: dict[str, Any]) -> None:
     for name in options:
         if name in values:
             raise UserError(f"{flag(name)}: --sweep varies it; give its values in one place")
-    if options.get("method") == "grpo" or request.reward is not None:
+    if options.get("method") == "grpo" or request.rewards:
         raise UserError("--sweep and --method grpo exclude each other; give each adapter a run of its own")
     if options.get("merge_aware") not in (None, "", BASE_FORMAT, True, False):
         raise UserError(
@@ -247,6 +249,8 @@ def _prepared(request: Request, output: Output, found: _Sweep, names: list[str])
         path = found.directory / name
         options = {**request.options, **({} if found.begun else found.options[name])}
         own = dataclasses.replace(request, options=options, output=str(path), sweep=None)
+        if not found.begun:
+            own = dataclasses.replace(own, resume=False, force=False)
         with _about(name):
             run = prepare(own, Output(path, request.overwrite), shared)
         run.sweep = found.directory

@@ -79,15 +79,16 @@ def write_settings(run: Run, directory: pathlib.Path) -> None:
 
 
 def _trainer(run: Run) -> RunTrainer:
-    if run.reward is not None:
+    if run.rewards:
         from .rewards import RewardTrainer
 
         rows = run.parts.train, run.parts.held_out
-        return RewardTrainer(run.model, run.arguments, *rows, run.tokenizer, run.reward, run.report)
+        return RewardTrainer(run.model, run.arguments, *rows, run.tokenizer, run.rewards, run.report)
     if run.preferences:
-        from .preferences import PreferenceTrainer
+        from .preferences import TRAINERS
 
-        return PreferenceTrainer(run.model, run.arguments, run.parts.train, run.parts.held_out, run.tokenizer)
+        rows = run.parts.train, run.parts.held_out
+        return TRAINERS[run.method](run.model, run.arguments, *rows, run.tokenizer)
     chunked = run.settings.chunked_loss
     return QLoRATrainer(run.model, run.arguments, run.parts.train, run.parts.held_out, chunked=chunked)
 
@@ -95,7 +96,7 @@ def _trainer(run: Run) -> RunTrainer:
 def _add_callbacks(run: Run) -> None:
     s = run.settings
     run.trainer.add_callback(NameInertAdapters(run.report))
-    if s.former_steps and run.reward is None:
+    if s.former_steps and not run.rewards:
         run.trainer.stages = s.stages[:-1]
     if run.longer:
         lengths = f"{s.epochs:g} epochs" if s.epochs else f"{s.max_steps} steps"

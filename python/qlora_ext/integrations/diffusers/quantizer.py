@@ -67,7 +67,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
 
     def validate_environment(self, *args: Any, torch_dtype: Any = None, device_map: Any = None, **kwargs: Any) -> None:
         if torch_dtype not in (None, *_DTYPES):
-            raise ValueError(f"torch_dtype: expected float32, bfloat16 or float16 for a 4-bit model, got {torch_dtype}")
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16 for a 4-bit model, got {torch_dtype}")
         places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
         if "disk" in places:
             raise ValueError(

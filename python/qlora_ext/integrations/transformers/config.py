@@ -14,6 +14,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ... import _library, bitsandbytes_format
+from ..._internal.patterns import compiled
 from ..._internal.sizes import parse_size
 from ...dtypes import computing_dtype, layers_dtype
 from ...form import Form
@@ -251,6 +252,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         names = skip_modules if isinstance(skip_modules, list | tuple | set) else [] if skip_modules is None else [None]
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"skip_modules: expected a list of names, got {reprlib.repr(skip_modules)}")
+        for name in skip_modules or ():
+            compiled(name, "skip_modules")
         if stream not in (None, *SOURCES):
             raise ValueError(f"stream: expected 'ram', 'disk' or None, got {reprlib.repr(stream)}")
         if resident is not None and stream is None:
