@@ -72,6 +72,7 @@ _hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
 _hooks.after_import("torch.utils.flop_counter", "qlora_ext.integrations.flops")
 _hooks.after_import("torch.distributed.fsdp", "qlora_ext.integrations.fsdp")
 _hooks.after_import("accelerate.hooks", "qlora_ext.integrations.accelerate")
+_hooks.after_import("torch.export._trace", "qlora_ext.integrations.export")
 _hooks.after_import("torch.onnx", "qlora_ext.integrations.onnx")
 _hooks.after_import("bitsandbytes.nn.modules", "qlora_ext.integrations.bitsandbytes.adoption")
 

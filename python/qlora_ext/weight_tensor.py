@@ -399,7 +399,7 @@ def _unpickled(cls: type[Weight4bit], fields: dict[str, Any], others: dict[str, 
     return w4
 
 
-# A pickled weight contains tensors and numbers only, so torch.load may read it with weights_only=True. Version 0.1.0 had
-# the classes in another module.
+# A pickled weight contains tensors and numbers only, so torch.load may read it with weights_only=True. Version 0.1.0
+# had the classes in another module.
 _OLD_NAMES: list[Any] = [(cls, f"qlora_ext.weight.{cls.__name__}") for cls in (Weight4bit, NF4Weight)]
 torch.serialization.add_safe_globals([Weight4bit, NF4Weight, _unpickled, *_OLD_NAMES])

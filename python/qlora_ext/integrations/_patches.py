@@ -174,6 +174,11 @@ _LIST = (
         aliases=("peft.utils:prepare_model_for_kbit_training", "peft:prepare_model_for_kbit_training"),
     ),
     Patch(
+        "torch.export._trace:_export",
+        "torch >= 2.11",
+        "keeps parameters whose inner tensors a strict export has made constants, so that a file has them twice",
+    ),
+    Patch(
         "torch.onnx:export",
         "torch >= 2.11",
         "fails for packed layers, with long errors that do not name them",

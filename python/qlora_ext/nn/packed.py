@@ -72,8 +72,8 @@ class Residency(Protocol):
 class Packed4bit(nn.Module, abc.ABC):
     """A module with frozen 4-bit weights.
 
-    Each weight named in ``packed_shapes`` is a parameter, a ``Weight4bit``. In ``state_dict()`` and in files, its tensors
-    stand separately: the codes under the name of the weight, and the scales under ``scale_names``. ``expose`` registers
+    Each weight named in ``packed_shapes`` is a parameter, a ``Weight4bit``. In ``state_dict()`` and in files, its
+    tensors stand separately: the codes under the name of the weight, and the scales under ``scale_names``. ``expose`` registers
     them so in the module too, for programs that shard or offload tensors by name (FSDP2, accelerate) and for loaders.
 
     Moving the module moves the weights. Changing its dtype changes ``compute_dtype`` and the dtype to which the weights
@@ -427,7 +427,7 @@ class Packed4bit(nn.Module, abc.ABC):
 
 
 def _in_place_of(parameter: Weight4bit, w4: Weight4bit) -> nn.Parameter:
-    """The parameter whose weight is ``w4``: ``parameter`` itself, which other modules may share, if that is possible."""
+    """The parameter whose weight is ``w4``: ``parameter`` itself, which others may share, if that is possible."""
     taken = w4 is parameter or parameter.take(w4)
     return parameter if taken else nn.Parameter(w4.detach(), requires_grad=False)  # type: ignore[return-value]
 
