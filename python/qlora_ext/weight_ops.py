@@ -149,8 +149,8 @@ for _function in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack
 
 
 @implements(FUNCTIONS, Tensor.__setitem__)
-def _(w: Any, *args: Any) -> NoReturn:
-    _refuse("__setitem__")
+def _(t: Any, index: Any, value: Any) -> Any:
+    return _refuse("__setitem__") if hasattr(t, "packed") else NotImplemented  # otherwise the value is a weight
 
 
 @implements(FUNCTIONS, Tensor.data_ptr)

@@ -289,6 +289,7 @@ class Weight4bit(Tensor):
                 if not torch._has_compatible_shallow_copy_type(self, other):
                     return False
                 self.data = other
+        self.__class__ = type(other)  # of another code
         for name in (*TENSORS, *_NUMBERS):
             setattr(self, name, getattr(other, name))
         return True

@@ -236,12 +236,14 @@ def test_a_model_is_dense_again_after_dequantize(tmp_path: pathlib.Path) -> None
 def test_a_cast_changes_the_compute_dtype_and_no_packed_bit() -> None:
     model = qlora_ext.quantize_model(make("unet"))
     before = {name: layer.packed_state() for name, layer in copy.deepcopy(layers(model)).items()}
+    memory = {name: layer.weight.data_ptr() for name, layer in layers(model).items()}
     for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.float()):
         cast(model)
         assert model.is_quantized
         for name, layer in layers(model).items():
             assert layer.compute_dtype == model.dtype
             assert all(torch.equal(t, before[name][key]) for key, t in layer.packed_state().items())
+            assert layer.weight.data_ptr() == memory[name]
         assert torch.isfinite(output(model, "unet", model.dtype)).all()
 
 

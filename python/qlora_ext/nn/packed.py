@@ -433,8 +433,10 @@ def _in_place_of(parameter: Weight4bit, w4: Weight4bit) -> nn.Parameter:
 
 
 def _applied(fn: Callable[[Tensor], Tensor], parameter: Weight4bit) -> nn.Parameter:
+    probe = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+    is_cast = probe.is_floating_point() and probe.dtype != parameter.dtype and probe.device == parameter.device
     with torch.no_grad():
-        w4 = fn(parameter)
+        w4 = parameter.replace(dtype=probe.dtype) if is_cast else fn(parameter)  # a cast does not copy the codes
     return _in_place_of(parameter, w4 if isinstance(w4, Weight4bit) else parameter)
 
 

@@ -31,7 +31,7 @@ from ...nn import (
     to_be_quantized,
 )
 from ...streaming import stream
-from ...weight import NF4Weight
+from ...weight import NF4Weight, Weight4bit
 from .._patches import extend
 from ..transformers import METHOD, QLoRAConfig
 from ..transformers.modules import dense_names, dequantize_modules, forms_of
@@ -288,9 +288,8 @@ def align(model: nn.Module) -> None:
     The rounding of torch's float32 products on a CPU depends on the alignment of a weight, which differs between files.
     Without the copy, a saved model would compute other bits after loading.
     """
-    packed = {t for _, layer in layers_of(model) for t in layer.packed_state().values()}
     for t in (*model.parameters(), *model.buffers()):
-        if t not in packed and t.device.type == "cpu" and t.data_ptr() % _ALIGNMENT:
+        if not isinstance(t, Weight4bit) and t.device.type == "cpu" and t.data_ptr() % _ALIGNMENT:
             t.data = t.data.clone()
 
 
