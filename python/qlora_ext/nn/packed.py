@@ -73,8 +73,9 @@ class Packed4bit(nn.Module, abc.ABC):
     """A module with frozen 4-bit weights.
 
     Each weight named in ``packed_shapes`` is a parameter, a ``Weight4bit``. In ``state_dict()`` and in files, its
-    tensors stand separately: the codes under the name of the weight, and the scales under ``scale_names``. ``expose`` registers
-    them so in the module too, for programs that shard or offload tensors by name (FSDP2, accelerate) and for loaders.
+    tensors stand separately: the codes under the name of the weight, and the scales under ``scale_names``. ``expose``
+    registers them so in the module too, for programs that shard or offload tensors by name (FSDP2, accelerate) and for
+    loaders.
 
     Moving the module moves the weights. Changing its dtype changes ``compute_dtype`` and the dtype to which the weights
     decode, but no code and no scale. Loading a state of another form is an error, even with ``strict=False``. A weight
