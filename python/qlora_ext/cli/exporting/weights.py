@@ -69,7 +69,8 @@ def is_linear(layer: Any) -> bool:
 def scaled_by(layer: Any) -> Weight4bit | None:
     """The 4-bit weight of a linear layer. After merge-aware training, it includes the adapter."""
     if isinstance(layer, Over4bit):
-        return layer.trained_weight(layer.names_to_merge(None)) or layer.layer4bit.packed_weight(layer.parameter_name)
+        trained = layer.trained_weight(layer.names_to_merge(None))
+        return layer.layer4bit.packed_weight(layer.parameter_name) if trained is None else trained
     return layer.weight4bit if isinstance(layer, Linear4bit) else None
 
 
