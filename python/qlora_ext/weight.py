@@ -8,20 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import recipes
 from .form import Form
-from .weight_tensor import TENSORS, NF4Weight, Weight4bit, last_args, packed_args, weight_of
-
-__all__ = [
-    "TENSORS",
-    "NF4Weight",
-    "Weight4bit",
-    "dequantize_nf4",
-    "has_values",
-    "last_args",
-    "packed_args",
-    "quantize",
-    "quantize_nf4",
-    "weight_of",
-]
+from .weight_tensor import TENSORS as TENSORS
+from .weight_tensor import NF4Weight as NF4Weight
+from .weight_tensor import Weight4bit as Weight4bit
+from .weight_tensor import last_args as last_args
+from .weight_tensor import packed_args as packed_args
+from .weight_tensor import weight_of as weight_of
 
 
 def has_values(t: Tensor) -> bool:

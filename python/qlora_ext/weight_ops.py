@@ -62,7 +62,8 @@ def torch_dispatch(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any 
     if not written:
         return _read_only(func, result)
     for key, values in before.items():
-        if not values.is_meta and not torch.allclose(decoded[key], values, rtol=0, atol=0, equal_nan=True):
+        changed = decoded[key].shape != values.shape or decoded[key].dtype != values.dtype
+        if changed or not (values.is_meta or torch.allclose(decoded[key], values, rtol=0, atol=0, equal_nan=True)):
             _refuse(func._schema.name.partition("::")[2])
     own = {id(decoded[key]): weights[key] for key in written}
     return pytree.tree_map_only(Tensor, lambda t: own.get(id(t), t), result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -72,11 +73,18 @@ class Weight4bit(Tensor):
     offset_scale: Tensor | None
     column_order: Tensor | None
 
-    def __new__(cls: type[Self], packed: Tensor | None = None, **fields: Any) -> Self:
+    def __new__(cls: type[Self], packed: Tensor | None = None, *_: Any, **fields: Any) -> Self:
         # Pickles of version 0.1.0 make an empty object and then call __setstate__.
         shape, dtype = fields.get("shape", (0,)), fields.get("dtype", torch.float32)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+        if packed is not None and not isinstance(packed, Tensor):
+            raise TypeError(f"packed: expected a tensor, got {type(packed).__name__}")
         device = torch.device("cpu") if packed is None else packed.device
-        w4: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        try:
+            w4: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"shape: expected a list of sizes, got {shape!r}") from error
         return w4
 
     def __init__(
@@ -96,6 +104,9 @@ class Weight4bit(Tensor):
         offset_scale: Tensor | None = None,
         column_order: Tensor | None = None,
     ) -> None:
+        for name, t in (("packed", packed), ("absmax", absmax)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
         self.packed, self.absmax = packed, absmax
         self.nested_absmax, self.nested_offset = nested_absmax, nested_offset
         self.scale_table, self.block_offsets, self.offset_scale = scale_table, block_offsets, offset_scale
@@ -110,6 +121,13 @@ class Weight4bit(Tensor):
         cls, dtype, *numbers = context
         w4: Weight4bit = cls(**inner, shape=size, dtype=dtype, **dict(zip(_NUMBERS, numbers, strict=True)))
         return w4
+
+    def _stable_hash_for_caching(self) -> str:
+        # Everything but the values, for torch's cache of compiled graphs.
+        names, context = self.__tensor_flatten__()
+        tensors = {name: getattr(self, name) for name in names}
+        layouts = {name: (t.shape, t.stride(), t.storage_offset(), t.dtype, t.device) for name, t in tensors.items()}
+        return hashlib.sha256(repr((self.shape, context, layouts)).encode()).hexdigest()
 
     __torch_function__ = classmethod(weight_ops.torch_function)  # type: ignore[assignment]
     __torch_dispatch__ = classmethod(weight_ops.torch_dispatch)  # type: ignore[assignment]

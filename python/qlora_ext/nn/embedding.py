@@ -84,7 +84,9 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @implements(FUNCTIONS, nn.functional.embedding)
-def _embedding(ids: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *_: Any) -> Any:
+def _embedding(
+    ids: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, **_: Any
+) -> Any:
     if not isinstance(weight, Weight4bit) or max_norm is not None:
         return NotImplemented
     return decode_rows(weight, ids, weight.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +163,9 @@ class Packed4bit(nn.Module, abc.ABC):
             self.register_parameter(name, nn.Parameter(w4, requires_grad=False))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if isinstance(param, Weight4bit) and name in self.packed_shapes:
+        if isinstance(param, Weight4bit) and name not in self.packed_shapes:  # prune and weight_norm rename it
+            self._refuse_computed(*self.packed_shapes)
+        if isinstance(param, Weight4bit):
             if tuple(param.shape) != self.packed_shapes[name]:
                 expected = list(self.packed_shapes[name])
                 raise ValueError(f"{name}: expected shape {expected}, got {list(param.shape)}")
@@ -171,15 +173,21 @@ class Packed4bit(nn.Module, abc.ABC):
                 self.form = param.form
         super().register_parameter(name, param)
 
+    def __delattr__(self, name: str) -> None:
+        if name in self._weights():  # parametrizations delete it
+            self._refuse_computed(name)
+        super().__delattr__(name)
+
+    def _refuse_computed(self, *names: str) -> NoReturn:
+        raise RuntimeError(
+            f"{', '.join(names)}: expected a weight that is a parameter of this {type(self).__name__}, got one that is "
+            "computed from others (pruned, normalized, parametrized); change the dense module, see to_dense()"
+        )
+
     @property
     def is_exposed(self) -> bool:
         """Whether the tensors of the weights are registered separately, see ``expose``."""
         return not self._weights()
-
-    @property
-    def is_offloaded(self) -> bool:
-        """Whether accelerate keeps exposed tensors elsewhere between uses."""
-        return self.is_exposed and any(t.is_meta for t in self.packed_state().values())
 
     def _weights(self) -> dict[str, Weight4bit]:
         """The weights that are one parameter each, that is, not exposed."""
