@@ -191,7 +191,22 @@ _LIST = (
     Patch(
         "accelerate.hooks:AlignDevicesHook.init_hook",
         "accelerate >= 1.10",
-        "offloads parameters by their names in the state, so 4-bit layers have to expose their tensors",
+        "moves parameters by their names in the state, so 4-bit layers have to expose their tensors meanwhile",
+    ),
+    Patch(
+        "accelerate.hooks:AlignDevicesHook.pre_forward",
+        "accelerate >= 1.10",
+        "moves parameters as AlignDevicesHook.init_hook does",
+    ),
+    Patch(
+        "accelerate.hooks:AlignDevicesHook.post_forward",
+        "accelerate >= 1.10",
+        "moves parameters as AlignDevicesHook.init_hook does",
+    ),
+    Patch(
+        "accelerate.hooks:AlignDevicesHook.detach_hook",
+        "accelerate >= 1.10",
+        "moves parameters as AlignDevicesHook.init_hook does",
     ),
     Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs",

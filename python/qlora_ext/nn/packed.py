@@ -174,7 +174,7 @@ class Packed4bit(nn.Module, abc.ABC):
         super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
-        if name in self._weights():  # parametrizations delete it
+        if name in self.packed_shapes:  # parametrizations delete it
             self._refuse_computed(name)
         super().__delattr__(name)
 

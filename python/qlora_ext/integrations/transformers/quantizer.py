@@ -303,8 +303,7 @@ class QLoRAQuantizer(HfQuantizer):
                 self.source = self.qlora_config._source = None
         for _, layer in layers_of(model):
             layer.freeze_packed()  # transformers makes every floating-point parameter trainable
-            if not layer.is_offloaded:
-                layer.join()
+            layer.join()
         if self.bitsandbytes_storage is not None:
             forget_bitsandbytes_keys(model)
             self.qlora_config.embeddings = False
