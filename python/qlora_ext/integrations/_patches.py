@@ -72,21 +72,6 @@ _LIST = (
         "writes 4-bit layers without the configuration needed to load them, or under an adapter's names",
     ),
     Patch(
-        "diffusers.models.modeling_utils:ModelMixin.to",
-        "diffusers >= 0.35",
-        "refuses to cast a quantized model, but our layers keep their bits",
-    ),
-    Patch(
-        "diffusers.models.modeling_utils:ModelMixin.half",
-        "diffusers >= 0.35",
-        "refuses as ModelMixin.to does",
-    ),
-    Patch(
-        "diffusers.models.modeling_utils:ModelMixin.float",
-        "diffusers >= 0.35",
-        "refuses as ModelMixin.to does",
-    ),
-    Patch(
         "diffusers.models.modeling_utils:get_parameter_dtype",
         "diffusers >= 0.35",
         "returns the dtype of the first floating parameter, which may be the float32 scales of a 4-bit layer",
@@ -144,7 +129,7 @@ _LIST = (
     Patch(
         "peft.utils.other:ModulesToSaveWrapper.check_module",
         "peft >= 0.19",
-        "requests a gradient of packed bytes",
+        "requests a gradient of a frozen weight, and the error does not tell that modules_to_save names it",
     ),
     Patch(
         "peft.peft_model:PeftModel.save_pretrained",

@@ -1,4 +1,4 @@
-"""Support for diffusers models with 4-bit layers: which layers stay dense, saving, casting, the model's dtype."""
+"""Support for diffusers models with 4-bit layers: which layers stay dense, saving, the model's dtype."""
 
 from __future__ import annotations
 
@@ -17,21 +17,11 @@ from ..transformers import METHOD, QLoRAConfig
 from ..transformers.modules import compute_dtype_of
 from .quantizer import DiffusersQLoRAQuantizer, align, forget
 
-# Classes whose code reads the dtype of a layer's weight, and the name of that layer, which stays dense.
-_READ = {
-    "AnyFlowDualTimestepTextImageEmbedding": "delta_embedder",
-    "AnyFlowDualTimestepTextImageEmbeddingCausal": "delta_embedder",
-    "ImageProjection": "image_embeds",
-    "_AceStepResidualFSQ": "project_out",
-}
-
 
 def _dense_modules(model: nn.Module) -> DenseModules:
-    """The modules that the diffusers models in ``model`` keep in float32, and the layers whose weights they read."""
+    """The modules that the diffusers models in ``model`` keep in float32."""
     always = []
     for prefix, part in model.named_modules():
-        if type(part).__name__ in _READ:
-            always.append(f"{prefix}.{_READ[type(part).__name__]}".removeprefix("."))
         if isinstance(part, ModelMixin) and part._keep_in_fp32_modules:
             float32 = part._keep_in_fp32_modules
             names = {float32} if isinstance(float32, str) else {*float32}
@@ -51,7 +41,6 @@ def attach(model: Any) -> None:
     quantizer.describe(model)
     align(model)
     model.hf_quantizer = quantizer
-    model.is_quantized = True
     model.quantization_method = quantizer.config.quant_method
 
 
@@ -99,19 +88,6 @@ def _as_saved(model: Any) -> Iterator[None]:
 def _save_pretrained(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     with _as_saved(self):
         return original(self, *args, **kwargs)
-
-
-@extend("diffusers.models.modeling_utils:ModelMixin.to")
-@extend("diffusers.models.modeling_utils:ModelMixin.half")
-@extend("diffusers.models.modeling_utils:ModelMixin.float")
-def _cast(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if getattr(self, "quantization_method", None) != METHOD:
-        return original(self, *args, **kwargs)
-    self.is_quantized = False  # otherwise diffusers refuses; the 4-bit layers keep their bits
-    try:
-        return original(self, *args, **kwargs)
-    finally:
-        self.is_quantized = True
 
 
 @extend("diffusers.models.modeling_utils:get_parameter_dtype")

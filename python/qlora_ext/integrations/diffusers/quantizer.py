@@ -242,6 +242,8 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
         del self.places
         align(model)
         self.describe(model)
+        if model.quantization_method == METHOD:
+            model.is_quantized = False  # diffusers does not cast a model where it is True
         if self.config.stream is not None:
             stream(model, self.config.resident, self.config.stream, self.streaming_device)
         return model
