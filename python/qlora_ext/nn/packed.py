@@ -173,6 +173,12 @@ class Packed4bit(nn.Module, abc.ABC):
                 self.form = param.form
         super().register_parameter(name, param)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_exposed_dtype" not in vars(self):  # pickled by version 0.1.0, with separate tensors
+            self._exposed_dtype = vars(self).pop("weight_dtype", self.compute_dtype)
+            self.join()
+
     def __delattr__(self, name: str) -> None:
         if name in self.packed_shapes:  # parametrizations delete it
             self._refuse_computed(name)
