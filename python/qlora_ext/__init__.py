@@ -55,7 +55,6 @@ __all__ = [
 ]
 
 assert transforms  # it registers vmap rules
-cpu.limit_threads()
 
 # Integrations are imported together with the library they serve. Users never import them.
 _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")

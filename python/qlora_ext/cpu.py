@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import threading
@@ -84,11 +85,17 @@ def limit_threads() -> None:
     """Gives torch at most as many threads as ``available_cpus()``, unless the environment sets their number.
 
     torch starts a thread per CPU of the affinity mask, also where a container may use fewer. Those threads would use up
-    the container's CPU time early in each period, and all wait for the next one. ``import qlora_ext`` calls this.
+    the container's CPU time early in each period, and all wait for the next one. The first 4-bit layer calls this.
     """
     cpus = available_cpus()
     if cpus < torch.get_num_threads() and not any(os.environ.get(name) for name in _CHOSEN_BY):
         torch.set_num_threads(cpus)
+
+
+@functools.cache
+def limit_threads_once() -> None:
+    """``limit_threads`` at the first call in the process."""
+    limit_threads()
 
 
 def describe_threads() -> str:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import cpu, ops
 from .._internal.loans import Loan, PackedTensors
 from ..form import Form
 from ..weight import TENSORS, Weight4bit, quantize, weight_of
@@ -142,6 +142,7 @@ class Packed4bit(nn.Module, abc.ABC):
                 w4.take(w4.replace(dtype=dtype))
 
     def _set_form(self, form: Form, compute_dtype: torch.dtype) -> None:
+        cpu.limit_threads_once()
         for name, shape in self.packed_shapes.items():
             ops.check_shape(name, shape)
         self.form = form
