@@ -23,6 +23,7 @@ __all__ = ["available_cpus", "describe_threads", "limit_threads", "set_default_w
 
 _ROOT = Path("/")  # tests replace it
 # A user who sets one of these has chosen the number of threads.
+_THREADS_AT_IMPORT = torch.get_num_threads()
 _CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -94,8 +95,9 @@ def limit_threads() -> None:
 
 @functools.cache
 def limit_threads_once() -> None:
-    """``limit_threads`` at the first call in the process."""
-    limit_threads()
+    """``limit_threads`` at the first call in the process, unless the program has set the number of threads itself."""
+    if torch.get_num_threads() == _THREADS_AT_IMPORT:
+        limit_threads()
 
 
 def describe_threads() -> str:
