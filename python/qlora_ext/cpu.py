@@ -22,8 +22,8 @@ import torch
 __all__ = ["available_cpus", "describe_threads", "limit_threads", "set_default_wait_policy", "set_wait_policy"]
 
 _ROOT = Path("/")  # tests replace it
-# A user who sets one of these has chosen the number of threads.
 _THREADS_AT_IMPORT = torch.get_num_threads()
+# A user who sets one of these has chosen the number of threads.
 _CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
