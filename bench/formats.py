@@ -9,7 +9,6 @@ of the same size. No LoRA. Operands are rotated out of the caches.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +53,7 @@ def random_weight(form: Form, n: int, k: int) -> Weight4bit:
 def copies(w4: Weight4bit) -> harness.Ring[Weight4bit]:
     def copy() -> Weight4bit:
         tensors: dict[str, Any] = {name: t.clone() for name, t in w4.tensors.items()}
-        return dataclasses.replace(w4, **tensors)
+        return w4.replace(**tensors)
 
     return harness.cold(copy, w4.nbytes)
 

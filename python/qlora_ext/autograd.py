@@ -23,7 +23,8 @@ from ._internal.loans import lender_of
 from ._library import LIBRARY
 from .adapters import StackedAdapters, adapter_of_each_row, stack_adapters
 from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args, given_linear_nf4
-from .weight import Weight4bit
+from .weight_ops import FUNCTIONS, implements
+from .weight_tensor import Weight4bit, last_args, packed_args
 
 
 def below_autograd(operator: OpOverload) -> Callable[..., Any]:
@@ -240,6 +241,16 @@ def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
     return differentiable_linear_nf4(*args)
 
 
+@implements(FUNCTIONS, torch.nn.functional.linear)
+def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, Weight4bit) or isinstance(x, Weight4bit) or weight.ndim != 2:
+        return NotImplemented
+    if weight.column_order is not None:
+        x, _ = in_order_of(weight.column_order, x, None)
+    lora = None, None, 1.0, 0.0, 0, None
+    return call_linear_nf4(x.device.type, x, *packed_args(weight), weight.shape[0], bias, *lora, *last_args(weight))
+
+
 def in_order_of(column_order: Tensor, x: Tensor, lora_a: Any) -> tuple[Tensor, Any]:
     """x [..., K] and one or several adapters, with their columns in the order in which a weight stores its own.
 
@@ -367,5 +378,5 @@ def linear_nf4(
     if w4.column_order is not None:
         x, lora_a = in_order_of(w4.column_order, x, lora_a)
     lora = lora_a, lora_b, scaling, dropout_p, seed, seed_tensor
-    last = *w4.last_args(), *adapters
-    return call_linear_nf4(x.device.type, x, *w4.packed_args(), w4.shape[0], bias, *lora, *last)
+    last = *last_args(w4), *adapters
+    return call_linear_nf4(x.device.type, x, *packed_args(w4), w4.shape[0], bias, *lora, *last)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import threading
@@ -21,6 +22,7 @@ import torch
 __all__ = ["available_cpus", "describe_threads", "limit_threads", "set_default_wait_policy", "set_wait_policy"]
 
 _ROOT = Path("/")  # tests replace it
+_THREADS_AT_IMPORT = torch.get_num_threads()
 # A user who sets one of these has chosen the number of threads.
 _CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -84,11 +86,18 @@ def limit_threads() -> None:
     """Gives torch at most as many threads as ``available_cpus()``, unless the environment sets their number.
 
     torch starts a thread per CPU of the affinity mask, also where a container may use fewer. Those threads would use up
-    the container's CPU time early in each period, and all wait for the next one. ``import qlora_ext`` calls this.
+    the container's CPU time early in each period, and all wait for the next one. The first 4-bit layer calls this.
     """
     cpus = available_cpus()
     if cpus < torch.get_num_threads() and not any(os.environ.get(name) for name in _CHOSEN_BY):
         torch.set_num_threads(cpus)
+
+
+@functools.cache
+def limit_threads_once() -> None:
+    """``limit_threads`` at the first call in the process, unless the program has set the number of threads itself."""
+    if torch.get_num_threads() == _THREADS_AT_IMPORT:
+        limit_threads()
 
 
 def describe_threads() -> str:

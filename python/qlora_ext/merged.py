@@ -19,7 +19,7 @@ from ._library import LIBRARY, cuda_error
 from .autograd import LinearKernels, in_order_of, refuse_tangent
 from .grouped import expert_sums
 from .ops import MERGE_LORA_NF4
-from .weight import TENSORS, Weight4bit, quantize
+from .weight import TENSORS, Weight4bit, last_args, packed_args, quantize
 
 # If rounding to the nearest codes retains this share of an update, it is used. Stochastic rounding has larger errors.
 RETAINED_BY_NEAREST = 0.95
@@ -64,7 +64,7 @@ def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
     scales = w4.decoded_scales()
     scaled = w4.without_offsets(moved, scales).contiguous()
     packed = torch.ops.qlora.encode_nf4_stochastic(scaled, scales, w4.block_size, seed, w4.code)
-    return dataclasses.replace(w4, packed=packed)
+    return w4.replace(packed=packed)
 
 
 def with_nearest_codes(w4: Weight4bit, moved: Tensor) -> Weight4bit:
@@ -75,7 +75,7 @@ def with_nearest_codes(w4: Weight4bit, moved: Tensor) -> Weight4bit:
     scales = w4.decoded_scales()
     scaled = w4.without_offsets(moved, scales).contiguous()
     packed = torch.ops.qlora.encode_nf4(scaled, scales, w4.block_size, code=w4.code)
-    return dataclasses.replace(w4, packed=packed)
+    return w4.replace(packed=packed)
 
 
 def retained_update(update: Tensor, before: Tensor, after: Tensor) -> tuple[float, float]:
@@ -130,8 +130,8 @@ def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float
         return Weight4bit.stack([merged_weight(w, a, b, scaling, own) for w, a, b, own in matrices])
     if w4.column_order is not None:
         lora_a = lora_a.index_select(-1, w4.column_order)
-    arguments = *w4.packed_args(), lora_a.float(), lora_b.float(), scaling, seed, *w4.last_args()
-    return dataclasses.replace(w4, packed=torch.ops.qlora.merge_lora_nf4(*arguments))
+    arguments = *packed_args(w4), lora_a.float(), lora_b.float(), scaling, seed, *last_args(w4)
+    return w4.replace(packed=torch.ops.qlora.merge_lora_nf4(*arguments))
 
 
 def _merge_on_cuda(*args: Any) -> Tensor:
@@ -223,6 +223,6 @@ def merged_linear_nf4(
     if merged.column_order is not None:
         x, lora_a = in_order_of(merged.column_order, x, lora_a)
     y: Tensor = MergedLinearNF4Function.apply(  # type: ignore[no-untyped-call]
-        x, offsets, bias, lora_a, lora_b, scaling, *merged.last_args(), *merged.packed_args()
+        x, offsets, bias, lora_a, lora_b, scaling, *last_args(merged), *packed_args(merged)
     )
     return y

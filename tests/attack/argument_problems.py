@@ -145,12 +145,14 @@ def odd(rng: random.Random, name: str, good: Any) -> Any:
     if isinstance(good, torch.dtype):
         return rng.choice([*DTYPES, *DTYPES, *THINGS, *range(-2, 60)])
     if isinstance(good, qlora_ext.Weight4bit):
-        field = rng.choice(list(good.__dataclass_fields__))
-        value = getattr(good, field)
+        field, value = rng.choice(list(good.fields.items()))
         value = odd(rng, field, list(value) if field == "shape" else value)
-        if field == "shape" and not isinstance(value, list):
+        try:
+            return qlora_ext.Weight4bit(**(good.fields | {field: value}))
+        except (TypeError, ValueError) as error:
+            if field not in str(error):
+                raise
             return good
-        return qlora_ext.Weight4bit(**{**vars(good), field: value})
     return rng.choice([*THINGS, *NUMBERS])
 
 
@@ -265,7 +267,7 @@ def python_call(rng: random.Random, name: str) -> tuple[Callable[..., Any], dict
 
 def described(value: Any) -> str:
     if isinstance(value, qlora_ext.Weight4bit):
-        return "Weight4bit(" + ", ".join(f"{k}={described(v)}" for k, v in vars(value).items()) + ")"
+        return "Weight4bit(" + ", ".join(f"{k}={described(v)}" for k, v in value.fields.items()) + ")"
     if isinstance(value, Tensor):
         strides = list(value.stride()) if value.layout == torch.strided and not value.is_nested else value.layout
         shape = "nested" if value.is_nested else list(value.shape)

@@ -100,7 +100,7 @@ def test_quantize_and_dequantize_a_large_tensor() -> None:
         begin = i * CHUNK
         assert torch.equal(packed[begin // 2 :][: codes.numel()], codes)
         assert torch.equal(absmax[begin // BLOCK :][: scales.numel()], scales)
-        w4 = qlora_ext.NF4Weight(codes, scales, None, None, part.shape, torch.bfloat16, BLOCK)
+        w4 = qlora_ext.NF4Weight(codes, scales, shape=part.shape, dtype=torch.bfloat16, block_size=BLOCK)
         assert torch.equal(complete[begin:][: part.numel()], w4.dequantize())
         head = part[:8192].float().numpy()  # the full last chunk
         expected, expected_scales = reference.quantize_nf4(head, BLOCK)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
@@ -74,9 +72,9 @@ def test_nf4_is_read_alike() -> None:
 def test_forms_that_bitsandbytes_lacks_are_rejected() -> None:
     w4 = read(saved(torch.randn(4, 64), double_quant=False))
     with pytest.raises(ValueError, match="code: expected nf4 or fp4, got e2m1, which bitsandbytes lacks"):
-        dataclasses.replace(w4, code="e2m1").to_bitsandbytes(PREFIX)
+        w4.replace(code="e2m1").to_bitsandbytes(PREFIX)
     with pytest.raises(ValueError, match="which bitsandbytes lacks"):
-        dataclasses.replace(w4, absmax=w4.absmax.half()).to_bitsandbytes(PREFIX)
+        w4.replace(absmax=w4.absmax.half()).to_bitsandbytes(PREFIX)
 
 
 def test_states_of_two_codes_are_rejected() -> None:

@@ -236,7 +236,7 @@ def test_exact_values_stay_exact(m: int, code: str, dtype: torch.dtype) -> None:
     n = 128
     packed = torch.arange(16, dtype=torch.uint8).repeat(n * 64 // 16)
     packed = (packed[0::2] << 4 | packed[1::2]).contiguous()
-    w4 = Weight4bit(packed, torch.full((n,), 2.0**-9), None, None, torch.Size((n, 64)), torch.float32, 64, 256, code)
+    w4 = Weight4bit(packed, torch.full((n,), 2.0**-9), shape=(n, 64), dtype=torch.float32, code=code)
     on_card, w = w4.to("cuda"), decoded(w4)
     x = torch.eye(64).to("cuda", dtype)[:m]
     y = OPS.linear_nf4(x, *on_card.packed_args(), n, None, None, None, 1.0, 0.0, 0, None, *on_card.last_args())

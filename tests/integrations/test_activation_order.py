@@ -90,7 +90,7 @@ def test_merge_aware_training_runs_with_the_merged_weight(tmp_path: pathlib.Path
 def test_another_order_is_not_saved(tmp_path: pathlib.Path) -> None:
     model = load(packed_models.save(tmp_path, *ORDER).path)
     layer = model.model.layers[0].mlp.up_proj
-    layer.column_order = layer.column_order.flip(0)
+    layer.set_weight(layer.weight.replace(column_order=layer.column_order.flip(0)))
     with pytest.raises(ValueError, match=r"up_proj\.weight: expected the columns in the order of the checkpoint's"):
         model.save_pretrained(tmp_path / "saved")
 

@@ -110,7 +110,7 @@ def test_a_weight_that_was_not_moved_yet_gets_the_bits_that_it_would_get(compres
     fresh = bnb.nn.Linear4bit(128, 64, quant_type="nf4", compress_statistics=compress_statistics)
     moved = copy.deepcopy(fresh).to("cpu")
     assert qlora_ext.adopt(fresh).adopted == ("",)
-    assert torch.equal(fresh.weight.reshape(-1), moved.weight.data.reshape(-1))
+    assert torch.equal(fresh.weight.packed.reshape(-1), moved.weight.data.reshape(-1))
     assert torch.equal(fresh.absmax, moved.weight.quant_state.absmax)
     # The mean of the scales is summed in a different order, so its last bit may differ.
     torch.testing.assert_close(fresh.dequantize(), decoded(moved), rtol=1e-5, atol=1e-7)
@@ -126,7 +126,7 @@ def test_a_weight_that_was_repacked_for_the_cpu_is_packed_back(compress_statisti
         layer.weight.data, layer.weight.quant_state
     )
     assert qlora_ext.adopt(layer).adopted == ("",)
-    assert torch.equal(layer.weight.reshape(-1), codes.reshape(-1))
+    assert torch.equal(layer.weight.packed.reshape(-1), codes.reshape(-1))
     assert layer.double_quant == compress_statistics
     assert error(layer.dequantize(torch.float32), expected) < 0.01  # its scales were rounded to bfloat16
 
@@ -198,7 +198,7 @@ def test_a_layer_has_a_quant_state_over_its_memory(compress_statistics: bool) ->
         if compress_statistics:
             assert found.state2.absmax.data_ptr() == one.nested_absmax.data_ptr()
             assert found.offset.data_ptr() == one.nested_offset.data_ptr()
-        assert torch.equal(bnb.functional.dequantize_4bit(one.weight.reshape(-1, 1), found), layer.dequantize())
+        assert torch.equal(bnb.functional.dequantize_4bit(one.weight.packed.reshape(-1, 1), found), layer.dequantize())
     assert layer.to("meta").quant_state is None
 
 

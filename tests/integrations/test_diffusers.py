@@ -73,7 +73,7 @@ def test_a_model_is_quantized_while_it_loads_and_reloads_to_the_bit(
     assert model.num_parameters() == dense.num_parameters()
     for name, layer in layers(model).items():
         w4 = qlora_ext.quantize_nf4(dense.get_submodule(name).weight, double_quant=double_quant)
-        assert torch.equal(layer.weight, w4.packed)
+        assert torch.equal(layer.weight.packed, w4.packed)
         assert not layer.weight.requires_grad
     y = output(model, kind, dtype)
     expected = output(copy.deepcopy(model).dequantize(), kind, dtype)
@@ -128,7 +128,8 @@ def test_a_model_is_saved_as_it_is_now(tmp_path: pathlib.Path) -> None:
     model = qlora_ext.quantize_model(make("flux"))
     model.set_submodule(LAYER, layers(model)[LAYER].to_linear())  # a layer that is dense after dequantizing
     clone = copy.deepcopy(model)
-    clone.x_embedder.weight.data = ~clone.x_embedder.weight.data
+    packed = clone.x_embedder.weight.packed
+    packed.copy_(~packed)
     clone.save_pretrained(tmp_path / "clone")
     again = FluxTransformer2DModel.from_pretrained(tmp_path / "clone")
     assert len(layers(again)) == LAYERS["flux"] - 1
@@ -153,14 +154,15 @@ def test_modules_kept_in_float32_stay_dense(tmp_path: pathlib.Path) -> None:
         assert torch.isfinite(output(model, "wan", torch.bfloat16)).all()
 
 
-def test_layers_whose_dtype_the_model_reads_stay_dense() -> None:
+def test_code_that_reads_the_dtype_of_a_weight_gets_that_of_the_decoded_values() -> None:
     from diffusers.models.embeddings import ImageProjection
 
-    model = torch.nn.Sequential(ImageProjection(64, 64, 2), torch.nn.Linear(64, 64))
-    qlora_ext.quantize_model(model)
-    assert type(model[0].image_embeds) is torch.nn.Linear
-    assert type(model[1]) is Linear4bit
-    assert model(torch.randn(2, 64)).isfinite().all()
+    model = qlora_ext.quantize_model(torch.nn.Sequential(ImageProjection(64, 64, 2)))
+    assert type(model[0].image_embeds) is Linear4bit
+    x = torch.randn(2, 64)
+    y = model(x)
+    model[0].image_embeds = model[0].image_embeds.to_linear()
+    torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
 
 
 SKIPS: dict[str, tuple[QLoRAConfig, int]] = {
@@ -232,15 +234,20 @@ def test_a_model_is_dense_again_after_dequantize(tmp_path: pathlib.Path) -> None
     assert same_state(dense, type(dense).from_pretrained(tmp_path / "again"))
 
 
-def test_a_cast_changes_the_compute_dtype_and_no_packed_bit() -> None:
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_cast_changes_the_compute_dtype_and_no_packed_bit(is_loaded: bool, tmp_path: pathlib.Path) -> None:
     model = qlora_ext.quantize_model(make("unet"))
+    if is_loaded:
+        model.save_pretrained(tmp_path)
+        model = type(model).from_pretrained(tmp_path)
     before = {name: layer.packed_state() for name, layer in copy.deepcopy(layers(model)).items()}
+    memory = {name: layer.weight.data_ptr() for name, layer in layers(model).items()}
     for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.float()):
         cast(model)
-        assert model.is_quantized
         for name, layer in layers(model).items():
             assert layer.compute_dtype == model.dtype
             assert all(torch.equal(t, before[name][key]) for key, t in layer.packed_state().items())
+            assert layer.weight.data_ptr() == memory[name]
         assert torch.isfinite(output(model, "unet", model.dtype)).all()
 
 
@@ -273,15 +280,18 @@ def test_streaming_from_disk_computes_the_same(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fusing_projections_is_refused(kind: str) -> None:
+def test_fused_projections_are_dense_with_the_decoded_weights(kind: str) -> None:
     model = qlora_ext.quantize_model(make(kind))
-    before = [name for name, _ in model.named_modules()]
-    with pytest.raises(ValueError, match="expected dense projections to fuse, got 4-bit ones"):
-        model.fuse_qkv_projections()
-    assert [name for name, _ in model.named_modules()] == before
-    dense = qlora_ext.quantize_model(make(kind), skip=[n for n, m in model.named_modules() if hasattr(m, "to_q")])
-    dense.fuse_qkv_projections()
-    assert any(hasattr(m, "to_qkv") for m in dense.modules())
+    dense = copy.deepcopy(model).dequantize()
+    for m in (model, dense):
+        m.fuse_qkv_projections()
+    fused = {name: m for name, m in dense.named_modules() if name.endswith(("to_qkv", "to_kv", "to_added_qkv"))}
+    assert fused
+    for name, expected in fused.items():
+        found = model.get_submodule(name)
+        assert type(found) is torch.nn.Linear
+        assert torch.equal(found.weight, expected.weight)
+    torch.testing.assert_close(output(model, kind), output(dense, kind), rtol=1e-5, atol=1e-5)
 
 
 def test_group_offloading_computes_the_same() -> None:

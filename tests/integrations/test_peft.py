@@ -329,7 +329,7 @@ def test_fingerprint_names_the_base() -> None:
     assert len(print_) == 64
     assert fingerprint(base()) == fingerprint(base().to(torch.float16)) == fingerprint(adapted(model)) == print_
     other = base()
-    other.model.layers[0].mlp.up_proj.weight.data[0, 0] ^= 1
+    other.model.layers[0].mlp.up_proj.weight.packed[0, 0] ^= 1
     assert fingerprint(other) != print_
     scales = base()
     scales.model.layers[0].mlp.up_proj.nested_offset.add_(1e-3)

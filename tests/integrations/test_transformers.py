@@ -14,6 +14,8 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoModelForCausalLM
 
 from load_memory import peak_of_loading
@@ -125,6 +127,25 @@ def test_device_map(saved: Path, tmp_path: Path) -> None:
     offloaded = load(tmp_path / "4bit", device_map=places, offload_folder=tmp_path / "offload")
     assert offloaded.model.layers[1].mlp.up_proj.weight.is_meta
     assert torch.equal(offloaded(token_ids()).logits, expected(token_ids()).logits)
+
+
+class ReadsADtype(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self[0].weight.dtype))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_code_that_reads_the_dtype_of_an_offloaded_weight(whole: bool) -> None:
+    model = quantize_model(ReadsADtype(nn.Linear(64, 64), nn.Linear(64, 48)))
+    x = torch.randn(3, 64)
+    expected = model(x)
+    cpu_offload(model, torch.device("cpu"), preload_module_classes=["ReadsADtype"] if whole else None)
+    assert model[0].weight.is_meta
+    assert model[0].weight.shape == (64, 64)
+    assert torch.equal(model(x), expected)
+    remove_hook_from_submodules(model)
+    assert not model[0].weight.is_meta
+    assert torch.equal(model(x), expected)
 
 
 def test_generates(saved: Path) -> None:

@@ -6,8 +6,6 @@ test_linear_cpu.py, test_kernels_cpu.py, and their twins for CUDA). Here is what
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -78,7 +76,7 @@ def test_forms_and_weights_of_codes() -> None:
     assert w4.code == "shuffled"
     assert type(qlora_ext.quantize_nf4(torch.randn(48, 64))) is NF4Weight
     with pytest.raises(ValueError, match="code: expected nf4, got shuffled"):
-        NF4Weight(**{f.name: getattr(w4, f.name) for f in dataclasses.fields(w4)})
+        NF4Weight(**w4.fields)
     with pytest.raises(ValueError, match="got shuffled, which bitsandbytes lacks"):
         w4.to_bitsandbytes("weight")
 

@@ -240,7 +240,8 @@ def test_offsets_that_cancel_values_far_from_zero() -> None:
     code, g = formats.code_name([8176.0 + i for i in range(16)]), torch.Generator().manual_seed(0)
     packed = torch.randint(0, 2, (64, 512), generator=g, dtype=torch.uint8) * 17
     scales, offsets = torch.full((2048,), 2.0**-8).half(), torch.full((2048,), -8176 * 2.0**-8)
-    w4 = Weight4bit(packed, scales, None, None, torch.Size((64, 1024)), torch.float32, 32, 256, code, None, offsets)
+    options = {"dtype": torch.float32, "block_size": 32, "code": code, "block_offsets": offsets}
+    w4 = Weight4bit(packed, scales, shape=(64, 1024), **options)
     x = torch.randn(4, 1024, generator=g).half()
     y = OPS.linear_nf4(x, *w4.packed_args(), 64, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
     assert error(y, x, w4.dequantize(torch.float32)) <= 1.05
@@ -252,9 +253,8 @@ def test_a_weight_that_decodes_to_zero_is_zero_in_a_product(m: int) -> None:
     for code in (7, 11, 13):
         packed = torch.full((8, 16), 17 * code, dtype=torch.uint8)
         scales, zero_points = torch.full((8,), 0.1), torch.full((8,), code, dtype=torch.uint8)
-        w4 = Weight4bit(
-            packed, scales, None, None, torch.Size((8, 32)), torch.float32, 32, 256, "uint4", None, zero_points
-        )
+        options = {"dtype": torch.float32, "block_size": 32, "code": "uint4", "block_offsets": zero_points}
+        w4 = Weight4bit(packed, scales, shape=(8, 32), **options)
         assert not w4.dequantize().any()
         for dtype in DTYPES:
             x = torch.full((m, 32), 1e4, dtype=dtype)

@@ -26,9 +26,8 @@ def weight_in(form: Form | str, n: int, k: int) -> Weight4bit:
     blocks = -(-n * k // form.block_size)
     packed, absmax = OPS.quantize_nf4(torch.randn(n, k), form.block_size, form.code)
     zero_points = torch.randint(0, 4, (blocks,), dtype=torch.uint8)
-    shape = torch.Size((n, k))
     options = {"block_size": form.block_size, "code": form.code, "block_offsets": zero_points}
-    return Weight4bit(packed, absmax.half(), None, None, shape, torch.float32, **options)
+    return Weight4bit(packed, absmax.half(), shape=(n, k), dtype=torch.float32, **options)
 
 
 def merge(w4: Weight4bit, a: torch.Tensor, b: torch.Tensor, scaling: float, seed: int) -> torch.Tensor:

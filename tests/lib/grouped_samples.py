@@ -44,7 +44,7 @@ class GroupedSample:
         stacks = ([getattr(w, name) for w in self.weights] for name in TENSORS)
         stacked = [None if s[0] is None else torch.stack(s).to(self.x.device) for s in stacks]
         self.packed = (*stacked[:4], self.weights[0].block_size, self.weights[0].nested_block_size)
-        self.form_tensors = stacked[4:]
+        self.form_tensors = stacked[4:7]
         self.n, self.k = self.weights[0].shape
 
     @property

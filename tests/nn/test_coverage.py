@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qlora_ext
-from qlora_ext.nn import Linear4bit, coverage, quantize_model
+from qlora_ext.nn import Embedding4bit, Linear4bit, coverage, quantize_model
 
 WEIGHTS = 64 * 64
 
@@ -34,20 +34,18 @@ def test_all_is_counted() -> None:
         attention=nn.MultiheadAttention(64, 4),
         cell=nn.LSTM(8, 8),
     )
-    with pytest.warns(UserWarning, match="ModuleDict: 16.3% of the linear weights are 4-bit; dense are attention"):
+    with pytest.warns(UserWarning, match="ModuleDict: 32.7% of the linear weights are 4-bit; dense are attention"):
         found = coverage(quantize_model(model))
     cell = 2 * 4 * 8 * 8
-    assert found.quantized == WEIGHTS
+    assert found.quantized == 2 * WEIGHTS  # body and attention.out_proj
     assert found.by_request == {"lm_head": 64 * 8}
     assert found.dense == {
         "odd": WEIGHTS,
         "attention": 3 * WEIGHTS,
-        "attention.out_proj": WEIGHTS,
         "cell": cell,
     }
-    assert found.share == WEIGHTS / (6 * WEIGHTS + cell)
+    assert found.share == 2 * WEIGHTS / (6 * WEIGHTS + cell)
     assert found.reasons["odd"] == "a Odd, for which there is no 4-bit layer"
-    assert found.reasons["attention.out_proj"] == "the model's own code takes the weight"
 
 
 def test_dense_layers_are_named_exactly() -> None:
@@ -70,7 +68,7 @@ def test_layers_that_were_skipped_by_request_are_not_reported() -> None:
         quantize_model(body(other=nn.Linear(64, 64), lm_head=nn.Linear(64, 64)), skip=["other"])
         quantize_model(body(other=nn.Linear(64, 64)), keep=["other"])
         quantize_model(body(small=Odd(64, 1)), skip=["small"])
-    with pytest.warns(UserWarning, match=r"dense are odd \(a Odd, for which there is no 4-bit layer\)"):
+    with pytest.warns(UserWarning, match=r"dense are backbone.odd \(a Odd, for which there is no 4-bit layer\)"):
         quantize_model(body(odd=Odd(64, 64), other=nn.Linear(64, 64)), skip=["other"])
 
 
@@ -107,21 +105,24 @@ def test_adopting_a_model_without_layers_of_bitsandbytes_is_refused() -> None:
 
 def test_from_pretrained_reports_coverage_and_rejects_models_without_4bit_layers(tmp_path: pathlib.Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    class OddMamba(transformers.MambaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.backbone.odd = Odd(64, 1024)
+
     config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128, state_size=8)
-    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
-    load = transformers.MambaForCausalLM.from_pretrained
-    with pytest.warns(
-        UserWarning, match=r"MambaForCausalLM: .* are 4-bit; dense are .*out_proj \(the model's own code"
-    ):
+    OddMamba(config).save_pretrained(tmp_path / "mamba")
+    load = OddMamba.from_pretrained
+    with pytest.warns(UserWarning, match=r"OddMamba: .* are 4-bit; dense are backbone.odd \(a Odd, for which"):
         model = load(tmp_path / "mamba", quantization_config=qlora_ext.QLoRAConfig())
     model.save_pretrained(tmp_path / "4bit")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         load(tmp_path / "4bit")  # the checkpoint says which layers are dense
-        skip = ["out_proj", "x_proj", "dt_proj"]
-        load(tmp_path / "mamba", quantization_config=qlora_ext.QLoRAConfig(skip_modules=skip))
-    with pytest.raises(ValueError, match="got a MambaForCausalLM without any: its linear layers are to stay"):
-        load(tmp_path / "mamba", quantization_config=qlora_ext.QLoRAConfig(skip_modules=[*skip, "in_proj", "lm_head"]))
+        load(tmp_path / "mamba", quantization_config=qlora_ext.QLoRAConfig(skip_modules=["odd"]))
+    with pytest.raises(ValueError, match="got a OddMamba without any: its linear layers are to stay"):
+        load(tmp_path / "mamba", quantization_config=qlora_ext.QLoRAConfig(skip_modules=["odd", "_proj", "lm_head"]))
 
 
 def test_modules_named_like_the_output_head_become_4bit(tmp_path: pathlib.Path) -> None:
@@ -138,12 +139,13 @@ def test_modules_named_like_the_output_head_become_4bit(tmp_path: pathlib.Path) 
         assert isinstance(found.git.encoder.layer[0].attention.output.dense, Linear4bit)
 
 
-def test_a_tied_embedding_stays_dense_where_the_heads_weight_is_taken() -> None:
+def test_a_tied_embedding_is_4bit_where_the_heads_weight_is_read() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.MambaConfig(
         hidden_size=64, num_hidden_layers=1, vocab_size=128, state_size=8, tie_word_embeddings=True
     )
     model = transformers.MambaForCausalLM(config).eval()  # casts its hidden states to the dtype of lm_head.weight
     quantize_model(model, embeddings=True)
-    assert type(model.get_input_embeddings()) is nn.Embedding
-    assert model(torch.arange(4)[None]).logits.isfinite().all()
+    assert type(model.get_input_embeddings()) is Embedding4bit
+    logits = model(torch.arange(4)[None]).logits
+    torch.testing.assert_close(logits, model.dequantize()(torch.arange(4)[None]).logits, rtol=1e-3, atol=1e-4)

@@ -35,10 +35,10 @@ def test_every_expert_is_quantized_by_itself(kind: type[Experts], block_size: in
     dense = kind()
     module = Experts4bit.from_experts(dense, block_size=block_size, double_quant=double_quant)
     for name in module.packed_shapes:
-        assert getattr(module, name).dtype == torch.uint8
+        assert getattr(module, name).packed.dtype == torch.uint8
         for e, w in enumerate(getattr(dense, name)):
             w4 = qlora_ext.quantize_nf4(w.T if dense.is_transposed else w, block_size, double_quant)
-            assert torch.equal(getattr(module, name)[e], w4.packed)
+            assert torch.equal(getattr(module, name).packed[e], w4.packed)
             assert torch.equal(getattr(module, f"{name}_absmax")[e], w4.absmax)
             if double_quant:
                 assert torch.equal(getattr(module, f"{name}_nested_offset")[e], w4.nested_offset)

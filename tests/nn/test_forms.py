@@ -93,18 +93,20 @@ def test_a_layer_computes_with_it(name: str) -> None:
 
 
 @EVERY
-def test_parameters_are_what_has_an_entry_per_block(name: str) -> None:
+def test_exposed_parameters_are_what_has_an_entry_per_block(name: str) -> None:
     layer = layer_of(random_weight(FORMS[name], SHAPE))
-    blocks = layer.absmax.numel()
+    state, blocks = layer.packed_state(), layer.absmax.numel()
+    assert {key for key in TENSORS[1:] if getattr(layer, key) is not None} == {*state} - {"weight"}
+    assert [key for key, _ in layer.named_parameters()] == ["weight"]
+    assert not [*layer.buffers()]
+    layer.expose()
     for key, t in layer.packed_state().items():
-        assert (key in layer._parameters) == (key == "weight" or t.shape == (blocks,)), key
+        assert (key in dict(layer.named_parameters())) == (key == "weight" or t.shape == (blocks,)), key
         assert not t.requires_grad
-    assert {key for key in TENSORS[1:] if getattr(layer, key) is not None} == {*layer.packed_state()} - {"weight"}
-    with pytest.raises(RuntimeError, match="packed state of a 4-bit weight"):
-        layer.absmax * 2
-    if layer.block_offsets is not None:
-        with pytest.raises(RuntimeError, match="packed state of a 4-bit weight"):
-            layer.block_offsets.mul_(2)
+    assert same_bits(layer.packed_state(), state)
+    layer.join()
+    assert [key for key, _ in layer.named_parameters()] == ["weight"]
+    assert same_bits(layer.packed_state(), state)
 
 
 @EVERY
@@ -170,10 +172,9 @@ def test_the_error_names_the_form_that_was_expected() -> None:
 
 
 def test_nf4_states_have_the_names_they_had() -> None:
-    assert [*layer_of(random_weight(Form(), SHAPE), bias=True).state_dict()] == [
-        *("weight", "absmax", "bias", "nested_absmax", "nested_offset")
-    ]
-    assert [*layer_of(random_weight(FORMS["nf4 alone"], SHAPE)).state_dict()] == ["weight", "absmax"]
+    names = {"weight", "absmax", "bias", "nested_absmax", "nested_offset"}
+    assert {*layer_of(random_weight(Form(), SHAPE), bias=True).state_dict()} == names
+    assert {*layer_of(random_weight(FORMS["nf4 alone"], SHAPE)).state_dict()} == {"weight", "absmax"}
 
 
 @EVERY

@@ -123,7 +123,7 @@ def test_set_weight_takes_block_sizes_and_scale_form() -> None:
 
 def test_check_form_finds_tensors_set_from_outside() -> None:
     module = layer()
-    module.absmax = nn.Parameter(torch.zeros(7, dtype=torch.uint8), requires_grad=False)
+    module.weight.absmax = torch.zeros(7, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"up.absmax: expected torch.uint8 \[120\]"):
         module.check_form(prefix="up.")
 

@@ -235,12 +235,10 @@ def test_sizes_of_modules(size: Any) -> None:
 
 
 def test_a_weight_whose_parts_do_not_fit_is_not_taken() -> None:
-    import dataclasses
-
     module = Linear4bit(64, 48)
     w4 = qlora_ext.quantize_nf4(torch.randn(48, 64), block_size=32)
     for part in ("packed", "absmax", "nested_absmax"):
-        short = dataclasses.replace(w4, **{part: getattr(w4, part).reshape(-1)[:-1]})
+        short = w4.replace(**{part: getattr(w4, part).reshape(-1)[:-1]})
         with pytest.raises(ValueError, match=rf"{'weight' if part == 'packed' else part}: expected"):
             module.set_weight(short)
         assert module.block_size == 64

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import qlora_ext
 
@@ -60,25 +59,3 @@ def test_the_names_that_completion_offers_are_the_public_ones() -> None:
         assert {"__doc__", "__file__", "__name__"} <= set(dir(module))
         assert all(hasattr(module, name) for name in dir(module))
     assert {"QLoRAConfig", "adopt", "quantize_model"} <= set(dir(qlora_ext))
-
-
-def test_an_nf4_weight_used_as_a_tensor_says_how_to_decode_it() -> None:
-    w, x = torch.randn(8, 64), torch.randn(3, 64)
-    w4 = qlora_ext.quantize_nf4(w)
-    uses = [
-        lambda: x @ w4,
-        lambda: w4 @ x,
-        lambda: w4 + 1,
-        lambda: 2 * w4,
-        lambda: x * w4,
-        lambda: w4 / 2,
-        lambda: -w4,
-        lambda: len(w4),
-        lambda: w4[0],
-        lambda: list(w4),
-    ]
-    for use in uses:
-        with pytest.raises(TypeError, match=r"got NF4Weight, which holds packed codes; use dequantize\(\)"):
-            use()
-    assert w4
-    torch.testing.assert_close(qlora_ext.linear_nf4(x, w4), x @ w4.dequantize().T)

@@ -112,9 +112,9 @@ _TABLE_STEPS = (-5, -4, -3, -2, -1, 1, 2)
 def _with_scales(scales: Tensor, plain: Weight4bit) -> Weight4bit:
     """``plain`` with other scales, in its form; its codes stay."""
     if not plain.double_quant:
-        return dataclasses.replace(plain, absmax=scales.to(plain.absmax.dtype))
+        return plain.replace(absmax=scales.to(plain.absmax.dtype))
     codes, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(scales, plain.nested_block_size)
-    return dataclasses.replace(plain, absmax=codes, nested_absmax=nested_absmax, nested_offset=nested_offset)
+    return plain.replace(absmax=codes, nested_absmax=nested_absmax, nested_offset=nested_offset)
 
 
 def _with_codes(step: int, plain: Weight4bit) -> Weight4bit:
@@ -125,7 +125,7 @@ def _with_codes(step: int, plain: Weight4bit) -> Weight4bit:
     before, after = plain.scale_table[old], plain.scale_table[new]
     ascends = (after - before) * step > 0  # not where a table of floats ends, at NaN or at its negative half
     found = torch.where(ascends & after.isfinite() & (after > 0), new, old)
-    return dataclasses.replace(plain, absmax=found.to(torch.uint8))
+    return plain.replace(absmax=found.to(torch.uint8))
 
 
 def _encoded(w: Tensor, under: Weight4bit, feedback: Feedback | None = None) -> Weight4bit:
@@ -134,7 +134,7 @@ def _encoded(w: Tensor, under: Weight4bit, feedback: Feedback | None = None) -> 
     given = (None, None) if feedback is None else (feedback.factor, feedback.order)
     scaled = under.without_offsets(w, scales).contiguous()
     packed = torch.ops.qlora.encode_nf4(scaled, scales, under.block_size, *given, under.code)
-    return dataclasses.replace(under, packed=packed)
+    return under.replace(packed=packed)
 
 
 def _searched(w: Tensor, importance: Tensor, plain: Weight4bit) -> Weight4bit | None:
@@ -167,7 +167,7 @@ def _best(candidates: list[Weight4bit], w: Tensor, importance: Tensor) -> Weight
         error = padded.view(-1, size).sum(1)
         absmax = torch.where(error < least, candidate.absmax, absmax)
         least = torch.minimum(least, error)
-    return dataclasses.replace(candidates[0], absmax=absmax)
+    return candidates[0].replace(absmax=absmax)
 
 
 def _energy(w: Tensor, moments: Tensor) -> float:
@@ -210,7 +210,7 @@ def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: Weight4bit) ->
     if feedback.factor is not None:
         attempts.append(("feedback", feedback))
     for method, given in attempts:
-        w4 = _encoded(w, searched or plain, given)
+        w4 = _encoded(w, plain if searched is None else searched, given)
         error = error_of(w4)
         if error < best.error:
             best = Encoded(w4, method, error, absmax_error)

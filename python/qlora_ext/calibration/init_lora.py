@@ -94,7 +94,7 @@ def loftq(
     w4, exact = plain, w.detach().float()
     a, b = low_rank_approximation(exact - w4.dequantize(torch.float32), settings.rank)
     for _ in range(settings.iterations - 1):
-        w4 = dataclasses.replace(quantize(exact - b @ a), dtype=plain.dtype)
+        w4 = quantize(exact - b @ a).replace(dtype=plain.dtype)
         a, b = low_rank_approximation(exact - w4.dequantize(torch.float32), settings.rank)
     return w4, (a, b)
 

@@ -42,7 +42,7 @@ class StoredLayer:
         if forms[0] != forms[1]:
             return None
         moved: dict[str, Any] = {field: t.to(plain.device) for field, t in self.tensors.items()}
-        return dataclasses.replace(plain, **moved)
+        return plain.replace(**moved)
 
 
 def finished_weights(directory: str | os.PathLike[str]) -> int:

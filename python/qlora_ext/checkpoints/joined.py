@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ def in_blocks_of(w4: Weight4bit, block_size: int) -> Weight4bit:
     parts: dict[str, Any] = {
         name: t.repeat_interleave(factor, -1) for name in _PER_BLOCK if (t := getattr(w4, name)) is not None
     }
-    return dataclasses.replace(w4, **parts, block_size=block_size)
+    return w4.replace(**parts, block_size=block_size)
 
 
 def in_larger_blocks(w4: Weight4bit, block_size: int) -> Weight4bit:
@@ -41,7 +40,7 @@ def in_larger_blocks(w4: Weight4bit, block_size: int) -> Weight4bit:
     parts: dict[str, Any] = {name: t[..., ::factor].contiguous() for name, t in found.items()}
     for name, t in found.items():
         check_repeats(name, parts[name].repeat_interleave(factor, -1), t)
-    return dataclasses.replace(w4, **parts, block_size=block_size)
+    return w4.replace(**parts, block_size=block_size)
 
 
 def join_rows(matrices: Sequence[Weight4bit], where: str) -> Weight4bit:
@@ -70,7 +69,7 @@ def join_rows(matrices: Sequence[Weight4bit], where: str) -> Weight4bit:
         parts["scale_table"] = torch.cat([table[:_HALF] for table in tables])
         parts["absmax"] = torch.cat([matrices[0].absmax, matrices[1].absmax + _HALF])
     rows = sum(m.shape[0] for m in matrices)
-    return dataclasses.replace(first, **parts, shape=torch.Size((rows, *first.shape[1:])))
+    return first.replace(**parts, shape=torch.Size((rows, *first.shape[1:])))
 
 
 def split_rows(w4: Weight4bit, count: int) -> list[Weight4bit]:
@@ -85,7 +84,7 @@ def split_rows(w4: Weight4bit, count: int) -> list[Weight4bit]:
         parts["scale_table"] = [torch.cat([half, -half]) for half in w4.scale_table.chunk(count)]
     shape = torch.Size((w4.shape[0] // count, *w4.shape[1:]))
     return [
-        dataclasses.replace(w4, **{name: chunks[i] for name, chunks in parts.items()}, shape=shape)  # type: ignore[arg-type]
+        w4.replace(**{name: chunks[i] for name, chunks in parts.items()}, shape=shape)  # type: ignore[arg-type]
         for i in range(count)
     ]
 
@@ -134,4 +133,4 @@ class Stack:
         """The stack, when all matrices are stored."""
         assert self._first is not None
         parts: dict[str, Any] = {**self._parts}
-        return dataclasses.replace(self._first, **parts, shape=torch.Size((self._count, *self._first.shape)))
+        return self._first.replace(**parts, shape=torch.Size((self._count, *self._first.shape)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -38,4 +37,4 @@ def select_rows(w4: Weight4bit, rows: Tensor) -> Weight4bit:
         if (t := getattr(w4, name)) is not None
     }
     parts |= {name: t.reshape(*stack, -1) for name, t in parts.items() if name != "packed"}
-    return dataclasses.replace(w4, **parts, shape=torch.Size((*stack, len(rows), columns)))
+    return w4.replace(**parts, shape=torch.Size((*stack, len(rows), columns)))

@@ -155,10 +155,9 @@ def load_step(model: Any, progress: Callable[[str], object] | None = None) -> Co
     """
     lm = causal_lm(model)
     step = BatchStep(lm)
-    state = state_of(step)
-    name = digest(model, state, [__file__, compiled.__file__])
+    name = digest(model, state_of(step), [__file__, compiled.__file__])
     code = load_code(
-        name, state, lambda package: compile_step(lm, STEP, step, *step_arguments(lm), package), progress=progress
+        name, step, lambda package: compile_step(lm, STEP, step, *step_arguments(lm), package), progress=progress
     )
     assert code is not None
     return code

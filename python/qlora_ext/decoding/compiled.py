@@ -216,9 +216,8 @@ def load_decoding(model: Any, missing: bool = True, progress: Callable[[str], ob
     """The code of ``TOKEN`` and ``PROMPT`` for a model. The arguments are those of ``compile_decoding``."""
     lm = causal_lm(model)
     step = _Step(lm)
-    state = state_of(step)
-    name = digest(model, state, [__file__])
-    return load_code(name, state, lambda package: _compile(lm, step, package), missing, progress)
+    name = digest(model, state_of(step), [__file__])
+    return load_code(name, step, lambda package: _compile(lm, step, package), missing, progress)
 
 
 def _integers(values: Any) -> Tensor:

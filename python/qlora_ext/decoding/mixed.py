@@ -105,9 +105,8 @@ class MixedSteps:
         self._stacks = stacks
         lm = _over_stacks(model, stacks.max_rank, {})
         step = _MixedStep(lm)
-        state = state_of(step)
-        name = digest(lm, state, [__file__, batch_step.__file__, compiled.__file__])
-        code = load_code(name, state, lambda package: self._compile(lm, step, package), progress=progress)
+        name = digest(lm, state_of(step), [__file__, batch_step.__file__, compiled.__file__])
+        code = load_code(name, step, lambda package: self._compile(lm, step, package), progress=progress)
         assert code is not None
         self._code = code
 

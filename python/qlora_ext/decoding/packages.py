@@ -28,9 +28,11 @@ from torch.export.pt2_archive._package import load_pt2
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .._internal.tensor_state import TensorState
 from .._internal.untrusted import first_line
 from .._internal.version import VERSION
 from .._library import link_compiled_code
+from ..nn import Packed4bit, layers_of
 from .cache import clean, directory, is_complete, written
 
 _C_TYPES = {
@@ -116,8 +118,12 @@ def obstacle(model: Any) -> str | None:
 
 
 def state_of(step: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a model, by name. Shared tensors appear under each of their names."""
-    return {**dict(step.named_parameters(remove_duplicate=False)), **dict(step.named_buffers(remove_duplicate=False))}
+    """All tensors of a model, by their names in files. Shared tensors appear under each of their names."""
+    state = {**dict(step.named_parameters(remove_duplicate=False)), **dict(step.named_buffers(remove_duplicate=False))}
+    for name, layer in step.named_modules(remove_duplicate=False):
+        if isinstance(layer, Packed4bit):
+            state |= {f"{name}.{part}": t for part, t in layer.packed_state().items()}
+    return state
 
 
 def _without_paths(config: Any) -> Any:
@@ -168,6 +174,21 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+@contextlib.contextmanager
+def _exposed(step: nn.Module) -> Iterator[None]:
+    """Has all 4-bit layers expose their tensors, so that a package knows them by their names in files."""
+    layers = [layer for _, layer in layers_of(step) if not layer.is_exposed]
+    before = [(entries, dict(entries)) for layer in layers for entries in (layer._parameters, layer._buffers)]
+    for layer in layers:
+        layer.expose()
+    try:
+        yield
+    finally:
+        for entries, earlier in before:
+            entries.clear()
+            entries.update(earlier)  # type: ignore[arg-type]
+
+
 class CompilationError(RuntimeError):
     """Decoding with a model cannot be compiled; the message is the reason. The model is unchanged."""
 
@@ -185,23 +206,24 @@ def compile_package(functions: dict[str, Function], package: pathlib.Path) -> No
     compiled: dict[str, Any] = {}
     with torch.no_grad(), _quiet(), written(package) as path:
         for name, (step, arguments, dynamic_shapes) in functions.items():
-            exported = torch.export.export(step, arguments, dynamic_shapes=dynamic_shapes, strict=False)
-            compiled[name] = torch._inductor.aot_compile(exported.module(), arguments, options=_OPTIONS)
+            with _exposed(step):
+                exported = torch.export.export(step, arguments, dynamic_shapes=dynamic_shapes, strict=False)
+                compiled[name] = torch._inductor.aot_compile(exported.module(), arguments, options=_OPTIONS)
         package_aoti(str(path), compiled)
 
 
 class Code:
-    """The functions of a package, which compute with the tensors of a model."""
+    """The functions of a package, which compute with the tensors of a model: those of ``state_of(step)``."""
 
-    def __init__(self, package: pathlib.Path, state: dict[str, Tensor]) -> None:
+    def __init__(self, package: pathlib.Path, step: nn.Module) -> None:
         link_compiled_code()
         self._runners = load_pt2(str(package)).aoti_runners
         # The package has only pointers to the weights.
+        state = state_of(step)
         self._weights = {name: {k: state[k] for k in code.get_constant_fqns()} for name, code in self._runners.items()}
         for name, code in self._runners.items():
             code.load_constants(self._weights[name], check_full_update=True, user_managed=True)
-        tensors = {id(t): t for weights in self._weights.values() for t in weights.values()}
-        self._addresses = [(t, t.data_ptr()) for t in tensors.values()]
+        self._state = TensorState(step, {id(t) for weights in self._weights.values() for t in weights.values()})
 
     def __contains__(self, name: str) -> bool:
         return name in self._runners
@@ -217,13 +239,13 @@ class Code:
         return function
 
     def is_current(self) -> bool:
-        """Whether the weights are where they were. ``model.to`` moves them, an optimizer does not."""
-        return all(t.data_ptr() == address for t, address in self._addresses)
+        """Whether the weights are where they were."""
+        return self._state.is_current()
 
 
 def load_code(
     name: str,
-    state: dict[str, Tensor],
+    step: nn.Module,
     compile_to: Callable[[pathlib.Path], object],
     missing: bool = True,
     progress: Callable[[str], object] | None = None,
@@ -232,7 +254,7 @@ def load_code(
 
     Args:
         name: from ``digest``.
-        state: from ``state_of``.
+        step: the module that is compiled, or has the tensors of those.
         compile_to: called with the path of a package that is not there yet, to compile it.
         missing: whether to compile then.
         progress: called with a message before and after the compilation.
@@ -249,13 +271,13 @@ def load_code(
         clean(package.parent)
         if is_complete(package):
             with contextlib.suppress(Exception):  # a package that cannot be loaded is compiled again
-                return Code(package, state)
+                return Code(package, step)
         if not missing:
             return None
         report("compiling the model, once for all adapters of this shape ...")
         start = time.perf_counter()
         compile_to(package)
         report(f"compiled in {time.perf_counter() - start:.0f} s")
-        return Code(package, state)
+        return Code(package, step)
     except Exception as error:  # compilers may raise any exception
         raise CompilationError(first_line(error)) from error

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..nn import Packed4bit, TiedLinear4bit, layers_of
+from ..weight import Weight4bit
 
 # The largest float16. Weights of real models are far smaller in any dtype.
 _LARGEST_SCALE = 65504.0
@@ -14,13 +15,9 @@ _LARGEST_SCALE = 65504.0
 
 def problems_of(model: nn.Module) -> list[str]:
     """One sentence for each damaged 4-bit weight of ``model``, and for each other tensor with NaN or infinity."""
-    found = []
-    packed: set[int] = set()
-    for name, layer in layers_of(model):
-        packed |= {id(t) for t in layer.packed_state().values()}
-        found += [f"{name}: {problem}" for problem in _of_layer(layer)]
+    found = [f"{name}: {problem}" for name, layer in layers_of(model) for problem in _of_layer(layer)]
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if id(t) not in packed and t.is_floating_point() and not t.isfinite().all():
+        if not isinstance(t, Weight4bit) and t.is_floating_point() and not t.isfinite().all():
             found.append(f"{name}: has NaN or infinity")
     return found
 

@@ -71,7 +71,7 @@ class FileTensor:
         parts["packed"] = parts["packed"].reshape(matrices, self.shape[-2], -1)
         if w4.scale_table is not None:  # the same for all
             parts["scale_table"] = w4.scale_table.reshape(-1, 256)[:1].expand(matrices, 256)
-        return dataclasses.replace(w4, **parts, shape=torch.Size((matrices, self.shape[-2], width)))
+        return w4.replace(**parts, shape=torch.Size((matrices, self.shape[-2], width)))
 
 
 def _in_decoder(name: str) -> str:

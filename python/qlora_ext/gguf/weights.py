@@ -63,7 +63,7 @@ class _Weight:
         """The weight: in 4 bits for a layer that keeps the file's bits, otherwise decoded."""
         dtype, device = dtype or torch.float32, "cpu" if device is None else device
         if self._name in self._kept:
-            return dataclasses.replace(self._file.stored(self._name).to(device), dtype=dtype)
+            return self._file.stored(self._name).to(device).replace(dtype=dtype)
         return self._file.decode(self._name, dtype).to(device)
 
 
@@ -76,7 +76,7 @@ class _Rows:
 
     def put(self, numbers: slice | Tensor, rows: Weight4bit) -> None:
         """Stores the matrix ``rows`` as the rows ``numbers``."""
-        self._first = self._first or rows
+        self._first = rows if self._first is None else self._first
         for name, t in rows.tensors.items():
             if name == "scale_table":
                 continue
@@ -93,7 +93,7 @@ class _Rows:
         fields["packed"] = self._tensors["packed"].view(*stack, rows, -1)
         if (table := self._first.scale_table) is not None:
             fields["scale_table"] = table.expand(*stack, -1).clone()
-        return dataclasses.replace(self._first, **fields, shape=torch.Size(shape))
+        return self._first.replace(**fields, shape=torch.Size(shape))
 
 
 class GGUFWeights:
@@ -248,7 +248,7 @@ class GGUFWeights:
         if factors is None or w4.scale_table is None:
             return w4
         table = w4.scale_table * torch.from_numpy(factors).view(-1, 1)
-        return dataclasses.replace(w4, scale_table=table.view(w4.scale_table.shape))
+        return w4.replace(scale_table=table.view(w4.scale_table.shape))
 
     def stored_kind(
         self, name: str, shape: tuple[int, ...] | None = None, transposed: bool | None = None

@@ -32,11 +32,6 @@ class Patch:
 
 _LIST = (
     Patch(
-        "transformers.modeling_utils:PreTrainedModel.num_parameters",
-        "transformers >= 5.0",
-        "counts a packed byte as one element, except in bitsandbytes' class",
-    ),
-    Patch(
         "transformers.modeling_utils:PreTrainedModel.dtype",
         "transformers >= 5.0",
         "returns the dtype of the first floating parameter, which may be the scales of a 4-bit layer",
@@ -77,49 +72,9 @@ _LIST = (
         "writes 4-bit layers without the configuration needed to load them, or under an adapter's names",
     ),
     Patch(
-        "diffusers.models.modeling_utils:ModelMixin.to",
-        "diffusers >= 0.35",
-        "refuses to cast a quantized model, but our layers keep their bits",
-    ),
-    Patch(
-        "diffusers.models.modeling_utils:ModelMixin.half",
-        "diffusers >= 0.35",
-        "refuses as ModelMixin.to does",
-    ),
-    Patch(
-        "diffusers.models.modeling_utils:ModelMixin.float",
-        "diffusers >= 0.35",
-        "refuses as ModelMixin.to does",
-    ),
-    Patch(
-        "diffusers.models.modeling_utils:ModelMixin.num_parameters",
-        "diffusers >= 0.35",
-        "counts as transformers' num_parameters does",
-    ),
-    Patch(
         "diffusers.models.modeling_utils:get_parameter_dtype",
         "diffusers >= 0.35",
         "returns the dtype of the first floating parameter, which may be the float32 scales of a 4-bit layer",
-    ),
-    Patch(
-        "diffusers.models.attention:AttentionMixin.fuse_qkv_projections",
-        "diffusers >= 0.35",
-        "concatenates packed bytes, and fails with an error about gradients",
-    ),
-    Patch(
-        "diffusers.models.attention_processor:Attention.fuse_projections",
-        "diffusers >= 0.35",
-        "concatenates as AttentionMixin.fuse_qkv_projections does",
-    ),
-    Patch(
-        "diffusers.loaders.lora_pipeline:FluxLoraLoaderMixin._calculate_module_shape",
-        "diffusers >= 0.35",
-        "uses the shape of the packed bytes, except for bitsandbytes' class",
-    ),
-    Patch(
-        "diffusers.loaders.lora_pipeline:_maybe_dequantize_weight_for_expanded_lora",
-        "diffusers >= 0.35",
-        "uses the packed bytes as the weight, except for bitsandbytes' class",
     ),
     Patch(
         "peft.tuners.lora:LoraModel._create_and_replace",
@@ -152,19 +107,9 @@ _LIST = (
         "does not change layers without an adapter, so the merged model would be partly 4-bit",
     ),
     Patch(
-        "peft.peft_model:PeftModel.get_nb_trainable_parameters",
-        "peft >= 0.19",
-        "counts as transformers' num_parameters does",
-    ),
-    Patch(
         "peft.peft_model:PeftModel._enable_peft_forward_hooks",
         "peft >= 0.19",
         "keeps the adapter_names of a call that raised for the next calls, and ignores them for most methods",
-    ),
-    Patch(
-        "peft.mixed_model:PeftMixedModel.get_nb_trainable_parameters",
-        "peft >= 0.19",
-        "counts as transformers' num_parameters does",
     ),
     Patch(
         "peft.utils.other:AuxiliaryTrainingWrapper.forward",
@@ -184,7 +129,7 @@ _LIST = (
     Patch(
         "peft.utils.other:ModulesToSaveWrapper.check_module",
         "peft >= 0.19",
-        "requests a gradient of packed bytes",
+        "requests a gradient of a frozen weight, and the error does not tell that modules_to_save names it",
     ),
     Patch(
         "peft.peft_model:PeftModel.save_pretrained",
@@ -214,42 +159,9 @@ _LIST = (
         aliases=("peft.utils:prepare_model_for_kbit_training", "peft:prepare_model_for_kbit_training"),
     ),
     Patch(
-        "peft.utils.other:cast_mixed_precision_params",
-        "peft >= 0.19",
-        "casts packed bytes to a floating-point dtype",
-        aliases=("peft.utils:cast_mixed_precision_params", "peft:cast_mixed_precision_params"),
-    ),
-    Patch(
-        "peft.tuners.lora.conversion:convert_to_lora",
-        "peft >= 0.19, where there is one",
-        "reads base weights as dense ones",
-        aliases=("peft.tuners.lora:convert_to_lora", "peft.tuners:convert_to_lora", "peft:convert_to_lora"),
-    ),
-    Patch(
-        "peft.tuners.lora.intruders:reduce_intruder_dimension",
-        "peft >= 0.19, where there is one",
-        "reads base weights as dense ones",
-    ),
-    Patch(
-        "peft.tuners.lora.corda:preprocess_corda",
-        "peft >= 0.19, where it can be imported",
-        "reads base weights as dense ones",
-    ),
-    Patch(
-        "peft.tuners.frod.model:FrodModel._init_frod_projections",
-        "peft >= 0.19, where there is one",
-        "reads base weights as dense ones",
-    ),
-    Patch(
-        "peft.helpers:KappaTuneSelector._compute_kappas",
-        "peft >= 0.19, where there is one",
-        "reads base weights as dense ones",
-    ),
-    Patch(
-        "peft.tuners.lora.loraga:preprocess_loraga",
-        "peft >= 0.19, where there is one",
-        "requests gradients of packed bytes",
-        aliases=("peft.tuners.lora:preprocess_loraga", "peft.tuners:preprocess_loraga", "peft:preprocess_loraga"),
+        "torch.export._trace:_export",
+        "torch >= 2.11",
+        "keeps parameters whose inner tensors a strict export has made constants, so that a file has them twice",
     ),
     Patch(
         "torch.onnx:export",
@@ -257,9 +169,29 @@ _LIST = (
         "fails for packed layers, with long errors that do not name them",
     ),
     Patch(
-        "torch.optim.swa_utils:AveragedModel.update_parameters",
+        "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState.__init__",
         "torch >= 2.11",
-        "averages packed bytes, which are codes, not numbers",
+        "shards each parameter as one tensor of its own shape, so 4-bit layers have to expose their tensors before",
+    ),
+    Patch(
+        "accelerate.hooks:AlignDevicesHook.init_hook",
+        "accelerate >= 1.10",
+        "moves parameters by their names in the state, so 4-bit layers have to expose their tensors meanwhile",
+    ),
+    Patch(
+        "accelerate.hooks:AlignDevicesHook.pre_forward",
+        "accelerate >= 1.10",
+        "moves parameters as AlignDevicesHook.init_hook does",
+    ),
+    Patch(
+        "accelerate.hooks:AlignDevicesHook.post_forward",
+        "accelerate >= 1.10",
+        "moves parameters as AlignDevicesHook.init_hook does",
+    ),
+    Patch(
+        "accelerate.hooks:AlignDevicesHook.detach_hook",
+        "accelerate >= 1.10",
+        "moves parameters as AlignDevicesHook.init_hook does",
     ),
     Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs",

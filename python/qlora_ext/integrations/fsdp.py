@@ -5,6 +5,7 @@ This module is imported automatically with torch's FSDP2. ``_patches`` lists wha
 
 from __future__ import annotations
 
+import sys
 import types
 from typing import Any
 
@@ -12,8 +13,19 @@ import torch
 import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
 from torch import Tensor, nn
 
-from ..nn import Packed4bit
+from ..nn import Packed4bit, layers_of
 from ._patches import extend
+
+
+@extend("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState.__init__")
+def init_state(original: Any, self: Any) -> None:
+    # ``fully_shard`` creates its state, which is not told the modules, before it reads the names of the parameters.
+    # Users may have imported ``fully_shard`` itself before this module, so it cannot be replaced.
+    caller = sys._getframe(2)
+    for module in caller.f_locals.get("modules", ()):
+        for _, layer in layers_of(module):
+            layer.expose()
+    original(self)
 
 
 @extend("torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dense import linear
+from ..weight import Weight4bit
 from .conversions import CONVERSIONS
 from .dense_modules import dense_modules, paths_to
 from .linear import Linear4bit
@@ -207,14 +208,17 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         (torch.float32, torch.bfloat16)
     """
     layers = {layer: layer.compute_dtype for _, layer in layers_of(model)}
-    stored = {id(t) for layer in layers for t in layer.packed_state().values()}  # scales may be float16
+    stored = {id(t) for layer in layers for t in layer.packed_state().values()}  # exposed scales may be float16
     for module in model.modules():
         if isinstance(module, Dense16bit) and module.compute_dtype == dtype:
             stored.add(id(module.get_parameter("weight")))
     tensors = {
         name: t.dtype
         for name, t in _tensors_of(model)
-        if t.is_floating_point() and t.itemsize < dtype.itemsize and id(t) not in stored
+        if t.is_floating_point()
+        and t.itemsize < dtype.itemsize
+        and not isinstance(t, Weight4bit)
+        and id(t) not in stored
     }
     for layer in layers:
         layer.compute_dtype = dtype

@@ -1,4 +1,4 @@
-"""Names the modules that stay dense: output heads, towers, and layers whose weights the model's own code reads."""
+"""Names the modules that stay dense: output heads, towers, and layers that a library keeps in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import nn
 
 from .conversions import conversion_of
 from .experts import is_fused_experts
-from .weight_reads import weights_read
 
 
 def paths_to(name: str) -> list[str]:
@@ -43,7 +42,7 @@ class DenseModules(NamedTuple):
     Attributes:
         heads: output heads. They are dense by default, because they are small and often new, and then trained in full.
         towers: image and audio encoders and their projectors, dense by default.
-        always: layers whose weights the model reads instead of calling the layer (``weight_reads``).
+        always: layers that a library keeps in float32.
     """
 
     heads: list[str]
@@ -52,9 +51,7 @@ class DenseModules(NamedTuple):
 
 
 def _by_names(model: nn.Module) -> DenseModules:
-    heads = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS]
-    read = weights_read(model)
-    return DenseModules(heads, [], [name for name, m in model.named_modules() if name in read and is_dense(m)])
+    return DenseModules([name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS], [], [])
 
 
 # Functions that name the modules of a model that must stay dense. Each integration adds one for its library's models.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..form import Form, FormKeywords
 from ..weight import Weight4bit, has_values
+from ..weight_ops import FUNCTIONS, implements
 from .linear import Linear4bit
 from .packed import PackedWeight4bit
 
@@ -50,8 +51,7 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     span = width // w4.block_size if aligned else -(-(width - 1) // w4.block_size) + 1
     blocks = first.unsqueeze(1) + torch.arange(span, dtype=torch.int64, device=index.device)
     if aligned:
-        # The operator, because packed parameters reject torch's functions when a graph runs eagerly.
-        packed = torch.ops.aten.embedding.default(w4.packed, index)
+        packed = nn.functional.embedding(index, w4.packed)
     else:
         # Blocks have an even number of elements, so each begins on a byte. Values after the table's end are not used.
         half = w4.block_size // 2
@@ -83,6 +83,15 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return w4.columns_in_order(out).reshape(*rows.shape, width)
 
 
+@implements(FUNCTIONS, nn.functional.embedding)
+def _embedding(
+    ids: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, **_: Any
+) -> Any:
+    if not isinstance(weight, Weight4bit) or max_norm is not None:
+        return NotImplemented
+    return decode_rows(weight, ids, weight.dtype)
+
+
 class Embedding4bit(PackedWeight4bit, nn.Embedding):
     """An embedding with a frozen 4-bit table: ids [...] to rows [..., D]. Only the requested rows are decoded.
 
@@ -106,13 +115,6 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         IndexError: rows: expected row numbers from 0 to 999, got 1000 to 1000
     """
 
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    scale_table: Tensor | None
-    block_offsets: Tensor | None
-    offset_scale: Tensor | None
-    column_order: Tensor | None
     packed_is_tied = True
 
     def __init__(
@@ -172,7 +174,8 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         def __call__(self, ids: Tensor) -> Tensor: ...
 
     def forward(self, ids: Tensor) -> Tensor:
-        return decode_rows(self.packed_weight(), ids, self.compute_dtype)
+        held = self._parameters["weight"]
+        return decode_rows(held if isinstance(held, Weight4bit) else self.packed_weight(), ids, self.compute_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded table [V, D], in ``dtype`` or ``weight_dtype``."""
@@ -223,7 +226,7 @@ class TiedLinear4bit(Linear4bit):
         nn.Module.__init__(self)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.__dict__["embedding"] = embedding  # not a submodule, because it belongs to another module
-        self.compute_dtype = embedding.compute_dtype
+        self.compute_dtype, self._exposed_dtype = embedding.compute_dtype, embedding.weight_dtype
         self.weight = embedding.weight
         self.register_parameter("bias", bias)
         self.train(embedding.training)
@@ -234,18 +237,21 @@ class TiedLinear4bit(Linear4bit):
         table: Embedding4bit = self.__dict__["embedding"]
         return table
 
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return self.embedding.weight_dtype
-
-    @weight_dtype.setter
-    def weight_dtype(self, dtype: torch.dtype) -> None:
-        self.embedding.weight_dtype = dtype
-
     form = _of_table("form")
-    absmax, nested_absmax, nested_offset = _of_table("absmax"), _of_table("nested_absmax"), _of_table("nested_offset")
-    scale_table, block_offsets = _of_table("scale_table"), _of_table("block_offsets")
-    offset_scale, column_order = _of_table("offset_scale"), _of_table("column_order")
+
+    def _parts(self, name: str) -> dict[str, str]:
+        return {"packed": name}  # the scales are in the table's state
+
+    def expose(self) -> None:
+        self.embedding.expose()
+        self._parameters["weight"] = self.embedding._parameters["weight"]
+
+    def join(self) -> None:
+        self.embedding.join()
+        self._parameters["weight"] = self.embedding._parameters["weight"]
+
+    def packed_state(self) -> dict[str, Tensor]:
+        return {**self.embedding.packed_state(), **super().packed_state()}
 
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
         return {}  # the weight is the table's

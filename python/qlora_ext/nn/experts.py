@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,8 +15,8 @@ from ..autograd import draw_seed
 from ..form import Form, FormKeywords
 from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
-from ..weight import Weight4bit
-from .packed import Packed4bit
+from ..weight import Weight4bit, last_args, packed_args
+from .packed import Packed4bit, scale_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -166,6 +165,15 @@ class Experts4bit(Packed4bit):
         self._register_packed(device)
         self.train(experts.training)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            names = {part for weight in self._shapes for part in scale_names(weight).values()}
+            if name not in names:
+                raise
+            return self.packed_state().get(name)
+
     @property
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -237,7 +245,9 @@ class Experts4bit(Packed4bit):
         if self.residency is not None:
             y: Tensor = _grouped_streamed(self, name, x, offsets, dense, numbers, several)
             return y
-        return self._grouped(self.packed_weight(name), x, offsets, dense, numbers, several)
+        held = self._parameters[name]
+        w4 = held if isinstance(held, Weight4bit) else self.packed_weight(name)
+        return self._grouped(w4, x, offsets, dense, numbers, several)
 
     def _grouped(
         self,
@@ -253,14 +263,14 @@ class Experts4bit(Packed4bit):
         y: Tensor = torch.ops.qlora.grouped_linear_nf4.default(
             x,
             offsets,
-            *w4.packed_args(),
+            *packed_args(w4),
             w4.shape[1],
             *(None if t is None else t.to(x.dtype).contiguous() for t in dense),
             scaling,
             dropout_p,
             0,
             draw_seed(x.device) if dropout_p > 0.0 and not own_seeds else None,
-            *w4.last_args(),
+            *last_args(w4),
             *several,
         )
         return y
@@ -269,7 +279,7 @@ class Experts4bit(Packed4bit):
         """The stacked weights of some experts of a streamed module."""
         assert self.residency is not None
         w4 = self._as_weight(name, self.residency.read_experts(name, experts))
-        return dataclasses.replace(w4, shape=torch.Size((len(experts), *w4.shape[1:])))
+        return w4.replace(shape=torch.Size((len(experts), *w4.shape[1:])))
 
     def forward(
         self,

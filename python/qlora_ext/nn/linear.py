@@ -26,11 +26,9 @@ if TYPE_CHECKING:
 class Linear4bit(PackedWeight4bit, nn.Linear):
     """A linear layer with a frozen 4-bit weight: y = x · dequantize(weight)ᵀ + bias, in one fused operator.
 
-    The packed state consists of the parameters ``weight`` (uint8 [N, K/2]) and ``absmax`` [blocks], which have no
-    gradient, and with double quantization of the buffers ``nested_absmax`` and ``nested_offset``. Other forms have
-    other tensors (``Weight4bit``); those that a form lacks are None. ``weight4bit`` is the packed state as one value.
-    Moving the module moves it. Changing the dtype (``half()``, ``to(dtype)``) only changes the bias and
-    ``compute_dtype``. A new module contains zeros until ``load_state_dict`` or ``set_weight``.
+    ``weight`` is a ``Weight4bit`` [N, K]. Moving the module moves it. Changing the dtype (``half()``, ``to(dtype)``)
+    changes the bias, ``compute_dtype`` and the dtype to which the weight decodes, but not its codes and scales. A new
+    module contains zeros until ``load_state_dict`` or ``set_weight``.
 
     Args:
         in_features, out_features: K and N.
@@ -49,18 +47,11 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     Example:
         >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
         >>> layer(torch.randn(3, 64)).shape, layer.weight.shape, layer.weight.dtype
-        (torch.Size([3, 48]), torch.Size([48, 32]), torch.uint8)
+        (torch.Size([3, 48]), torch.Size([48, 64]), torch.float32)
         >>> layer.dequantize().shape
         torch.Size([48, 64])
     """
 
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    scale_table: Tensor | None
-    block_offsets: Tensor | None
-    offset_scale: Tensor | None
-    column_order: Tensor | None
     # The class of the dense layer that this one replaces, and its attributes in addition to those of an nn.Linear.
     dense_class: type[nn.Linear] = nn.Linear
     dense_attributes: Mapping[str, Any] = MappingProxyType({})
@@ -168,11 +159,14 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         if self.residency is not None:
             y: Tensor = _fused_streamed(self, x, lora_a, lora_b, scaling, dropout_p, adapter_of_row)
             return y
-        packed: tuple[Tensor | None, ...] = self.weight, self.absmax, self.nested_absmax, self.nested_offset
-        if self.form.has_more_tensors:  # reading an attribute of a module is slow
-            packed = (*packed, self.scale_table, self.block_offsets, self.offset_scale)
-            if self.column_order is not None:
-                x, lora_a = in_order_of(self.column_order, x, lora_a)
+        w4: Any = self._parameters["weight"]  # faster than an attribute of the module
+        if not isinstance(w4, Weight4bit):
+            w4 = self.packed_tensors("weight", self.packed_state())
+        packed = w4.packed, w4.absmax, w4.nested_absmax, w4.nested_offset
+        if self.form.has_more_tensors:
+            packed = (*packed, w4.scale_table, w4.block_offsets, w4.offset_scale)
+            if w4.column_order is not None:
+                x, lora_a = in_order_of(w4.column_order, x, lora_a)
         return self._fused(packed, x, lora_a, lora_b, scaling, dropout_p, adapter_of_row)
 
     def _fused(
@@ -195,26 +189,25 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None and seeds is None else None
         cast, dtype = self.dtypes(x)
         bias = self.bias  # read once, because reading a parameter is slower than a plain attribute
-        with torch._C.DisableTorchFunctionSubclass():  # skips PackedParameter's checks, which take time
-            y = call_linear_nf4(
-                x.device.type,
-                x.to(cast),
-                *packed[:4],
-                self.block_size,
-                self.nested_block_size,
-                self.out_features,
-                None if bias is None else bias.to(cast),
-                None if lora_a is None else lora_a.to(cast),
-                None if lora_b is None else lora_b.to(cast),
-                scaling,
-                dropout_p,
-                0,
-                seed_tensor,
-                self.form.code,
-                *packed[4:],
-                *adapters,
-            )
-            return y.to(dtype)
+        y = call_linear_nf4(
+            x.device.type,
+            x.to(cast),
+            *packed[:4],
+            self.block_size,
+            self.nested_block_size,
+            self.out_features,
+            None if bias is None else bias.to(cast),
+            None if lora_a is None else lora_a.to(cast),
+            None if lora_b is None else lora_b.to(cast),
+            scaling,
+            dropout_p,
+            0,
+            seed_tensor,
+            self.form.code,
+            *packed[4:],
+            *adapters,
+        )
+        return y.to(dtype)
 
     def merged_forward(
         self, x: Tensor, merged: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0

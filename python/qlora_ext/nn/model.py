@@ -215,9 +215,7 @@ def quantize_model(
             most, from ``qlora_ext.sensitivity(model).keep("5%")``. It does not change the default of ``skip``.
         compute_dtype: of the 4-bit modules; the default is each module's own dtype.
 
-    Two kinds of layers always stay dense: those whose weights the model's code reads instead of calling the layer
-    (Mamba's ``out_proj``, Gemma 3n's ``altup.prediction_coefs``), and those that transformers (T5's ``wo``) or
-    diffusers (Wan's ``time_embedder``) keep in float32.
+    Layers that transformers (T5's ``wo``) or diffusers (Wan's ``time_embedder``) keep in float32 always stay dense.
 
     Returns:
         ``model``, or its replacement if ``model`` itself is such a module.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import abc
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import cpu, ops
 from .._internal.loans import Loan, PackedTensors
 from ..form import Form
-from ..no_arithmetic import refuse_arithmetic
 from ..weight import TENSORS, Weight4bit, quantize, weight_of
 
 # The names of the scales in the packed state, offsets included. No change of a model's dtype may touch them.
@@ -74,30 +72,29 @@ class Residency(Protocol):
 class Packed4bit(nn.Module, abc.ABC):
     """A module with frozen 4-bit weights.
 
-    Each weight named in ``packed_shapes`` is uint8 and has the scales ``scale_names``, of which those that its form
-    lacks are None. The weight and the tensors with an entry per block (its absmax and block_offsets) are parameters
-    without gradient, so that FSDP2 shards them; the others, which are small, are buffers. Moving the module moves them.
-    Changing its dtype changes ``compute_dtype``, ``weight_dtype`` and other floating-point tensors, but no packed
-    state. Loading a state of another form is an error, even with ``strict=False``, and so is arithmetic on the
-    parameters (``no_arithmetic``). A weight with more than two dimensions is a stack of separately quantized matrices.
+    Each weight named in ``packed_shapes`` is a parameter, a ``Weight4bit``. In ``state_dict()`` and in files, its
+    tensors stand separately: the codes under the name of the weight, and the scales under ``scale_names``. ``expose``
+    registers them so in the module too, for programs that shard or offload tensors by name (FSDP2, accelerate) and for
+    loaders.
 
-    Attributes:
-        weight_dtype: the dtype to which weights are decoded. It is that of the weights that were quantized, until the
-            module is cast to another one.
+    Moving the module moves the weights. Changing its dtype changes ``compute_dtype`` and the dtype to which the weights
+    decode, but no code and no scale. Loading a state of another form is an error, even with ``strict=False``. A weight
+    with more than two dimensions is a stack of separately quantized matrices.
 
     Example:
         >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
-        >>> layer.to(torch.float16).compute_dtype, sorted(layer.packed_state())
-        (torch.float16, ['absmax', 'nested_absmax', 'nested_offset', 'weight'])
+        >>> layer.weight.shape, layer.to(torch.float16).weight.dtype, sorted(layer.state_dict())
+        (torch.Size([48, 64]), torch.float16, ['absmax', 'bias', 'nested_absmax', 'nested_offset', 'weight'])
     """
 
     form: Form
-    weight_dtype: torch.dtype
     residency: Residency | None = None
     # Whether the module shares its packed state with another module.
     packed_is_tied = False
     # Whether FSDP2 gathers the packed state for each use.
     is_gathered = False
+    # The dtype to which exposed weights decode.
+    _exposed_dtype: torch.dtype
 
     @property
     @abc.abstractmethod
@@ -130,11 +127,26 @@ class Packed4bit(nn.Module, abc.ABC):
         """Scales per nested scale."""
         return self.form.nested_block_size
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype to which the weights decode."""
+        w4 = self._parameters[next(iter(self.packed_shapes))]
+        return w4.dtype if isinstance(w4, Weight4bit) else self._exposed_dtype
+
+    @weight_dtype.setter
+    def weight_dtype(self, dtype: torch.dtype) -> None:
+        self._exposed_dtype = dtype
+        for name in self.packed_shapes:
+            w4 = self._parameters[name]
+            if isinstance(w4, Weight4bit):
+                w4.take(w4.replace(dtype=dtype))
+
     def _set_form(self, form: Form, compute_dtype: torch.dtype) -> None:
+        cpu.limit_threads_once()
         for name, shape in self.packed_shapes.items():
             ops.check_shape(name, shape)
         self.form = form
-        self.compute_dtype = self.weight_dtype = compute_dtype
+        self.compute_dtype = self._exposed_dtype = compute_dtype
 
     def _empty_state(self, device: torch.device | str | None) -> dict[str, Tensor]:
         """Zeros with the names, shapes and dtypes of the packed state."""
@@ -148,26 +160,88 @@ class Packed4bit(nn.Module, abc.ABC):
     def _register_packed(self, device: torch.device | str | None) -> None:
         state = self._empty_state(device)
         for name in self.packed_shapes:
-            self.register_parameter(name, nn.Parameter(state[name], requires_grad=False))
-            for scale, attribute in scale_names(name).items():
-                t = state.get(attribute)
-                if scale in _PER_BLOCK:
-                    self.register_parameter(attribute, None if t is None else nn.Parameter(t, requires_grad=False))
-                else:
-                    self.register_buffer(attribute, t)
+            w4 = self._as_weight(name, self.packed_tensors(name, state), self._exposed_dtype)
+            self.register_parameter(name, nn.Parameter(w4, requires_grad=False))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(param, Weight4bit) and name not in self.packed_shapes:  # prune and weight_norm rename it
+            self._refuse_computed(*self.packed_shapes)
+        if isinstance(param, Weight4bit):
+            if tuple(param.shape) != self.packed_shapes[name]:
+                expected = list(self.packed_shapes[name])
+                raise ValueError(f"{name}: expected shape {expected}, got {list(param.shape)}")
+            if param.form != self.form:
+                self.form = param.form
         super().register_parameter(name, param)
-        self._guard(name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for name in self._parameters:
-            self._guard(name)
+        super().__setstate__(state)
+        if "_exposed_dtype" not in vars(self):  # pickled by version 0.1.0, with separate tensors
+            self._exposed_dtype = vars(self).pop("weight_dtype", self.compute_dtype)
+            self.join()
 
-    def _guard(self, name: str) -> None:
-        if name in self.packed_shapes or any(name in scale_names(weight).values() for weight in self.packed_shapes):
-            refuse_arithmetic(self._parameters[name])
+    def __delattr__(self, name: str) -> None:
+        if name in self.packed_shapes:  # parametrizations delete it
+            self._refuse_computed(name)
+        super().__delattr__(name)
+
+    def _refuse_computed(self, *names: str) -> NoReturn:
+        raise RuntimeError(
+            f"{', '.join(names)}: expected a weight that is a parameter of this {type(self).__name__}, got one that is "
+            "computed from others (pruned, normalized, parametrized); change the dense module, see to_dense()"
+        )
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether the tensors of the weights are registered separately, see ``expose``."""
+        return not self._weights()
+
+    def _weights(self) -> dict[str, Weight4bit]:
+        """The weights that are one parameter each, that is, not exposed."""
+        own = {name: self._parameters.get(name) for name in self.packed_shapes}
+        return {name: w4 for name, w4 in own.items() if isinstance(w4, Weight4bit)}
+
+    def _parts(self, name: str) -> dict[str, str]:
+        """The names in the module's state of the tensors of the weight ``name``, by their names in ``Weight4bit``."""
+        return _names_of(name)
+
+    def expose(self) -> None:
+        """Registers the tensors of each weight separately, under their names in files, until ``join``.
+
+        The codes and the tensors with an entry per block become parameters without gradient, which FSDP2 shards; the
+        others, which are small, become buffers.
+        """
+        for name, w4 in self._weights().items():
+            self._exposed_dtype = w4.dtype
+            self._expose(name, w4.tensors)
+
+    def _expose(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        for tensor, part in self._parts(name).items():
+            t = tensors.get(tensor)
+            if tensor == "packed" or tensor in _PER_BLOCK:
+                self._parameters[part] = None if t is None else nn.Parameter(t, requires_grad=False)
+            else:
+                self._buffers[part] = t
+
+    def join(self) -> None:
+        """Undoes ``expose``: each weight is one parameter again, over the same memory."""
+        for name, shape in self.packed_shapes.items():
+            if not isinstance(self._parameters[name], Weight4bit):
+                w4 = weight_of(self.form, **self._taken_parts(name), shape=shape, dtype=self._exposed_dtype)
+                self._parameters[name] = nn.Parameter(w4, requires_grad=False)
+
+    def _taken_parts(self, name: str) -> dict[str, Any]:
+        """The tensors of an exposed weight, which are no longer registered afterwards."""
+        parts = {tensor: self._tensor(part) for tensor, part in self._parts(name).items()}
+        for part in self._parts(name).values():
+            if part != name:
+                self._parameters.pop(part, None)
+                self._buffers.pop(part, None)
+        return {tensor: None if t is None else t.detach() for tensor, t in parts.items()}
+
+    def _tensor(self, part: str) -> Tensor | None:
+        """A tensor of an exposed weight, by its name in the module."""
+        return self._parameters[part] if part in self._parameters else self._buffers.get(part)
 
     def set_packed(self, name: str, w4: Weight4bit) -> None:
         """Stores ``w4`` as the weight ``name``. The module takes over its form and device.
@@ -175,8 +249,10 @@ class Packed4bit(nn.Module, abc.ABC):
         Raises:
             ValueError: the shape is not the one in ``packed_shapes``, or a tensor's shape or dtype is wrong.
         """
+        old = self._parameters[name]
         if self.residency is not None:
-            w4 = w4.to(getattr(self, name).device)
+            assert old is not None
+            w4 = w4.to(old.device)
         if tuple(w4.shape) != self.packed_shapes[name]:
             raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
         form = self.form
@@ -187,22 +263,11 @@ class Packed4bit(nn.Module, abc.ABC):
         except ValueError:
             self.form = form
             raise
-        old = self._parameters[name]
-        if old is not None and (old.device, old.dtype, old.shape) == (w4.device, torch.uint8, w4.packed.shape):
-            old.data = w4.packed  # the same parameter, because other modules may share it
+        if isinstance(old, Weight4bit):
+            self._parameters[name] = _in_place_of(old, w4)
         else:
-            setattr(self, name, nn.Parameter(w4.packed, requires_grad=False))
-        self.weight_dtype = w4.dtype
-        for scale in SCALES:
-            t = tensors.get(scale)
-            if t is not None and scale in _PER_BLOCK:
-                t = nn.Parameter(t, requires_grad=False)
-            setattr(self, names[scale], t)
-
-    def packed_parts(self, name: str) -> dict[str, Tensor]:
-        """The parameters and buffers of the weight ``name``, by their names in the module. They are not copies."""
-        state = self.packed_state()
-        return {part: state[part] for part in _names_of(name).values() if part in state}
+            self._exposed_dtype = w4.dtype
+            self._expose(name, tensors)
 
     def packed_tensors(self, name: str, state: Mapping[str, Tensor]) -> PackedTensors:
         """The tensors of the weight ``name`` among ``state``, which has them by their names in the module."""
@@ -214,48 +279,49 @@ class Packed4bit(nn.Module, abc.ABC):
         A later ``set_packed`` then does not affect other modules that shared the parameter. Streamed modules and tied
         tables keep their parameter.
         """
-        if self.residency is None and not self.packed_is_tied:
-            setattr(self, name, nn.Parameter(self._parameters[name].detach(), requires_grad=False))  # type: ignore[union-attr]
+        w4 = self._parameters[name]
+        if self.residency is None and not self.packed_is_tied and isinstance(w4, Weight4bit):
+            self._parameters[name] = nn.Parameter(w4.detach(), requires_grad=False)
 
-    def put_back(self, name: str, w4: Weight4bit, parts: Mapping[str, Tensor]) -> None:
+    def put_back(self, name: str, w4: Weight4bit, parameter: Tensor) -> None:
         """Undoes ``unshare`` and ``set_packed``.
 
         Args:
             w4: the weight before the change.
-            parts: ``packed_parts`` before the change. The module shares them again, unless it has moved to another
-                device.
+            parameter: the module's parameter before the change. The module shares it again, unless it has moved to
+                another device.
         """
-        device = getattr(self, name).device
-        if self.residency is None and not self.packed_is_tied and all(t.device == device for t in parts.values()):
-            for part, t in parts.items():
-                own: dict[str, Any] = self._parameters if part in self._parameters else self._buffers
-                own[part] = t
+        now = self._parameters[name]
+        assert now is not None
+        own = isinstance(parameter, Weight4bit) and self.residency is None and not self.packed_is_tied
+        if own and parameter.device == now.device:
+            self.form, self._parameters[name] = w4.form, parameter  # type: ignore[assignment]
         else:
-            self.set_packed(name, w4.to(device))
+            self.set_packed(name, w4.to(now.device))
 
     @property
     def is_sharded(self) -> bool:
         """Whether this process holds only a shard of the packed state (FSDP2, between uses)."""
-        return any(hasattr(getattr(self, name), "full_tensor") for name in self.packed_shapes)
+        return any(hasattr(self._parameters[name], "full_tensor") for name in self.packed_shapes)
 
     def packed_weight(self, name: str = "weight") -> Weight4bit:
-        """The 4-bit weight ``name`` as one value that shares memory with the module.
+        """The 4-bit weight ``name`` over the module's memory, which a later ``set_packed`` does not change.
 
         For a module that FSDP2 has sharded, the full weight is gathered: every rank has to call this. For a streamed
         module, the result is a copy on the device that computes.
         """
         if self.residency is not None:
             return self._as_weight(name, self.residency.read(name))
-        tensors = {tensor: getattr(self, part) for tensor, part in _names_of(name).items()}
-        with torch._C.DisableTorchFunctionSubclass():  # a Weight4bit holds plain tensors
-            for tensor in ("packed", *_PER_BLOCK):
-                if tensors[tensor] is not None:
-                    tensors[tensor] = full_tensor(tensors[tensor].detach())
-        return self._as_weight(name, PackedTensors(**tensors))
+        w4 = self._parameters[name]
+        if isinstance(w4, Weight4bit):
+            return w4.replace()
+        parts = {tensor: self._tensor(part) for tensor, part in _names_of(name).items()}
+        full = {tensor: None if t is None else full_tensor(t.detach()) for tensor, t in parts.items()}
+        return self._as_weight(name, PackedTensors(**full))  # type: ignore[arg-type]
 
-    def _as_weight(self, name: str, tensors: PackedTensors) -> Weight4bit:
-        shape = torch.Size(self.packed_shapes[name])
-        return weight_of(self.form, **tensors._asdict(), shape=shape, dtype=self.weight_dtype)
+    def _as_weight(self, name: str, tensors: PackedTensors, dtype: torch.dtype | None = None) -> Weight4bit:
+        shape = self.packed_shapes[name]
+        return weight_of(self.form, **tensors._asdict(), shape=shape, dtype=dtype or self.weight_dtype)
 
     def freeze_packed(self) -> None:
         """Clears ``requires_grad`` of the packed state, which other code may have set for all parameters."""
@@ -297,48 +363,36 @@ class Packed4bit(nn.Module, abc.ABC):
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # fn may change dtypes: half() and to(dtype) reach every floating tensor, type() every tensor. The packed state
         # keeps its bits and takes only the device from fn.
-        if self.residency is not None:  # the packed state does not move
-            with self._packed_aside():
-                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            self._cast_dtypes(fn)
-            return self
-        with torch._C.DisableTorchFunctionSubclass():
-            before = {name: t.detach() for name, t in self.packed_state().items()}
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            for name, saved in before.items():
-                after = getattr(self, name)
-                if after.dtype == saved.dtype:
-                    continue
-                if name in self._parameters:
-                    after.data = saved.to(after.device)
-                else:
-                    self._buffers[name] = saved.to(after.device)
-        self._cast_dtypes(fn)
+        weights = self._weights()
+        exposed = {} if weights else {name: t.detach() for name, t in self.packed_state().items()}
+        self._parameters.update(dict.fromkeys(weights))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, w4 in weights.items():
+            self._parameters[name] = w4 if self.residency is not None else _applied(fn, w4)  # type: ignore[assignment]
+        for name, saved in exposed.items():
+            after = self._tensor(name)
+            if after is None or after.dtype == saved.dtype:
+                continue
+            if name in self._parameters:
+                after.data = saved.to(after.device)
+            else:
+                self._buffers[name] = saved.to(after.device)
+        empty = torch.empty(0, dtype=self.compute_dtype, device="cpu")
+        self.compute_dtype = fn(empty).dtype
+        if exposed or self.residency is not None:
+            self.weight_dtype = fn(empty.to(self.weight_dtype)).dtype
         return self
 
-    def _cast_dtypes(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Changes the dtypes of the computation and of the decoded weights as ``fn`` changes tensors."""
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
-
-    @contextlib.contextmanager
-    def _packed_aside(self) -> Iterator[None]:
-        saved: list[tuple[dict[str, Any], str, Tensor]] = []
-        for name in self.packed_state():
-            own: dict[str, Any] = self._parameters if name in self._parameters else self._buffers
-            saved.append((own, name, own[name]))
-            own[name] = None  # the order of the names stays
-        try:
-            yield
-        finally:
-            for own, name, tensor in saved:
-                own[name] = tensor
-
     def packed_state(self) -> dict[str, Tensor]:
-        """The packed weights and their scales, by their names in the module."""
-        names = [part for name in self.packed_shapes for part in _names_of(name).values()]
-        tensors = {name: getattr(self, name) for name in names}
-        return {name: t for name, t in tensors.items() if t is not None}
+        """The tensors of the weights, by their names in files."""
+        state: dict[str, Tensor] = {}
+        for name in self.packed_shapes:
+            w4 = self._parameters[name]
+            for tensor, part in _names_of(name).items():
+                t = getattr(w4, tensor) if isinstance(w4, Weight4bit) else self._tensor(part)
+                if t is not None:
+                    state[part] = t
+        return state
 
     def check_form(self, state: Mapping[str, Tensor] | None = None, prefix: str = "") -> None:
         """Checks a packed state (default: the module's own) against the module's shapes and form.
@@ -365,10 +419,13 @@ class Packed4bit(nn.Module, abc.ABC):
                         f"got {t.dtype} {list(t.shape)}"
                     )
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.residency is not None:
             self.residency.check()
-        super()._save_to_state_dict(*args)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, w4 in self._weights().items():
+            parts = {prefix + part: getattr(w4, tensor) for tensor, part in self._parts(name).items()}
+            destination.update({part: t for part, t in parts.items() if t is not None})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         try:
@@ -376,11 +433,45 @@ class Packed4bit(nn.Module, abc.ABC):
         except ValueError as error:  # an error even with strict=False
             args[-1].append(str(error))
             return
+        weights = self._weights()
+        for name, w4 in weights.items():
+            self._expose(name, w4.tensors)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, w4 in weights.items():
+            loaded = w4.replace(**self._taken_parts(name))
+            self._parameters[name] = _in_place_of(w4, loaded)
+
+
+def _in_place_of(parameter: Weight4bit, w4: Weight4bit) -> nn.Parameter:
+    """The parameter whose weight is ``w4``: ``parameter`` itself, which others may share, if that is possible."""
+    taken = w4 is parameter or parameter.take(w4)
+    return parameter if taken else nn.Parameter(w4.detach(), requires_grad=False)  # type: ignore[return-value]
+
+
+def _applied(fn: Callable[[Tensor], Tensor], parameter: Weight4bit) -> nn.Parameter:
+    probe = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+    is_cast = probe.is_floating_point() and probe.dtype != parameter.dtype and probe.device == parameter.device
+    with torch.no_grad():
+        w4 = parameter.replace(dtype=probe.dtype) if is_cast else fn(parameter)  # a cast does not copy the codes
+    return _in_place_of(parameter, w4 if isinstance(w4, Weight4bit) else parameter)
+
+
+def _part(name: str) -> Any:
+    """The property that is the tensor ``name`` of a module's weight."""
+
+    def tensor(module: Any) -> Tensor | None:
+        found: Tensor | None = module.packed_state().get(name)
+        return found
+
+    return property(tensor)
 
 
 class PackedWeight4bit(Packed4bit):
     """A module with one 4-bit weight, called ``weight``."""
+
+    absmax, nested_absmax, nested_offset = _part("absmax"), _part("nested_absmax"), _part("nested_offset")
+    scale_table, block_offsets, offset_scale = _part("scale_table"), _part("block_offsets"), _part("offset_scale")
+    column_order = _part("column_order")
 
     @property
     def weight4bit(self) -> Weight4bit:

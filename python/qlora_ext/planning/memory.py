@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from ..dtypes import computing_dtype_named, layers_dtype
 from ..form import Form
 from ..integrations.peft.lora_config import lora_config
 from ..integrations.transformers.modules import empty_layer, packed_weights
-from ..nn import Packed4bit, multiply_in_bfloat16, places_in, quantize_model, scale_names, set_compute_dtype
+from ..nn import multiply_in_bfloat16, places_in, quantize_model, set_compute_dtype
 from ..streaming import chunk_mlp, dense_mlps
 from ..streaming.loss import head_loss
+from ..weight import Weight4bit
 
 # Bytes of optimizer state per byte and per value of the trainable parameters. There are two moments, in the parameter's
 # dtype, which is float32 except for modules that are trained in full. 8-bit moments have one scale per 256 values.
@@ -107,6 +108,11 @@ def process_bytes() -> float:
     return float(psutil.Process().memory_info().rss) + _LATER_BYTES
 
 
+def _stored(t: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The tensors that have the memory of ``t``."""
+    return t.tensors.values() if isinstance(t, Weight4bit) else (t,)
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of all live storages by the phase that created them, and records the split at the peaks.
 
@@ -125,7 +131,7 @@ class _Live(TorchDispatchMode):
 
     def ignore(self, tensors: Any) -> None:
         """Excludes storages that exist before the step, because they are counted elsewhere."""
-        self._ignored |= {t.untyped_storage()._cdata for t in tensors}
+        self._ignored |= {part.untyped_storage()._cdata for t in tensors for part in _stored(t)}
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -157,7 +163,8 @@ class _Live(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._add(leaf)
+                for part in _stored(leaf):
+                    self._add(part)
         return out
 
 
@@ -212,17 +219,12 @@ def trains_head(job: Job) -> bool:
 
 def _static(model: Any) -> dict[str, float]:
     bytes_: dict[str, float] = dict.fromkeys(("base weights", "scales", "other weights", "adapters", _VALUES), 0.0)
-    seen: set[int] = set()
-    for module in model.modules():
-        weights = module.packed_shapes if isinstance(module, Packed4bit) else ()
-        scales = {scale for weight in weights for scale in scale_names(weight).values()}
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            key = "adapters" if tensor.requires_grad else "other weights"
-            key = "base weights" if name in weights else "scales" if name in scales else key
-            bytes_[key] += tensor.nbytes
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        if isinstance(tensor, Weight4bit):
+            bytes_["base weights"] += tensor.packed.nbytes
+            bytes_["scales"] += tensor.nbytes - tensor.packed.nbytes
+        else:
+            bytes_["adapters" if tensor.requires_grad else "other weights"] += tensor.nbytes
             bytes_[_VALUES] += tensor.numel() if tensor.requires_grad else 0
     return bytes_
 

@@ -10,16 +10,24 @@ from torch import Tensor, nn
 
 from .._internal.loans import PackedTensors
 from ..calibration.stages import stacks_of
-from ..nn import Embedding4bit, Experts4bit, Packed4bit, TiedLinear4bit, layers_of
+from ..nn import Embedding4bit, Experts4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
 
 _ALIGNMENT = 256  # bytes, of each tensor in a block: the alignment of cudaMalloc, and more than any kernel needs
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One packed tensor of a block: the attribute ``name`` of ``module``, at byte ``offset`` of the block."""
+    """One packed tensor of a block, at byte ``offset`` of the block.
+
+    Attributes:
+        weight: the parameter of ``module`` that has it.
+        tensor: its attribute of the weight.
+        name: its name in the module's state.
+    """
 
     module: Packed4bit
+    weight: str
+    tensor: str
     name: str
     offset: int
     shape: torch.Size
@@ -32,21 +40,18 @@ class Part:
     @property
     def host_tensor(self) -> Tensor:
         """The module's own tensor, on the host."""
-        tensor: Tensor = getattr(self.module, self.name)
-        return tensor.detach()
+        tensor: Tensor = getattr(self.module._parameters[self.weight], self.tensor)
+        return tensor
 
     @property
     def state(self) -> tuple[int, int]:
         """An identity of the module's tensor, which changes if the tensor is replaced or written to."""
-        tensor = getattr(self.module, self.name)
+        tensor = self.host_tensor
         return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
     def set_host_tensor(self, tensor: Tensor) -> None:
         """Replaces the module's tensor by ``tensor``, which has the same content."""
-        if self.name in self.module._parameters:
-            getattr(self.module, self.name).data = tensor
-        else:
-            self.module._buffers[self.name] = tensor.data  # .data has its own version counter
+        setattr(self.module._parameters[self.weight], self.tensor, tensor.data)  # .data has its own version counter
 
     def view(self, memory: Tensor) -> Tensor:
         """This tensor as a view of ``memory``, uint8, which contains the block."""
@@ -89,10 +94,12 @@ def _block(name: str, modules: list[Packed4bit]) -> Block:
     end = shared = 0
     modules = sorted(modules, key=lambda module: isinstance(module, Experts4bit))  # a stable sort: experts last
     for module in modules:
-        for attribute, tensor in module.packed_state().items():
-            part = Part(module, attribute, end, tensor.shape, tensor.dtype)
-            parts.append(part)
-            end = -(-(end + part.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        for weight in module.packed_shapes:
+            names = {"packed": weight, **scale_names(weight)}
+            for name, tensor in module.packed_weight(weight).tensors.items():
+                part = Part(module, weight, name, names[name], end, tensor.shape, tensor.dtype)
+                parts.append(part)
+                end = -(-(end + part.nbytes) // _ALIGNMENT) * _ALIGNMENT
         if not isinstance(module, Experts4bit):
             shared = end
     return Block(name, tuple(modules), tuple(parts), end, shared)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._internal.loans import Loan, PackedTensors, set_lender
 from .._internal.sizes import parse_size
-from ..nn import Experts4bit, Packed4bit, layers_of, scale_names
+from ..nn import Experts4bit, Packed4bit, layers_of
 from ..nn.model import Model
 from .blocks import Block, Part, blocks_of
 from .ring import CopyingFiller, Filler, ReadingFiller, Slot, StagingFiller
@@ -209,8 +209,7 @@ class Streaming:
         return module.packed_tensors(weight, {part.name: self.read_part(part).to(self.device) for part in parts})
 
     def _parts_of(self, module: Packed4bit, weight: str) -> list[Part]:
-        names = (weight, *scale_names(weight).values())
-        return [part for part in self._parts[module] if part.name in names]
+        return [part for part in self._parts[module] if part.weight == weight]
 
     def read_part(self, part: Part) -> Tensor:
         """A copy of one tensor, on the host."""
@@ -387,7 +386,7 @@ def stream(
     if not blocks:
         raise ValueError("model: expected 4-bit layers (see qlora_ext.quantize_model), found none")
     _refuse_others(model)
-    streamed = {id(getattr(part.module, part.name)) for block in blocks for part in block.parts}
+    streamed = {id(part.module._parameters[part.weight]) for block in blocks for part in block.parts}
     where = torch.device(device) if device is not None else _default_device(model, streamed)
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())

@@ -50,7 +50,7 @@ def finished_in(form: Form, layers: Sequence[Any]) -> Weight4bit | None:
     if not all(torch.equal(first.tensors["scale_table"], w4.tensors["scale_table"]) for w4 in found):
         return None
     packed, absmax = (torch.cat([w4.tensors[name] for w4 in found]) for name in ("packed", "absmax"))
-    return dataclasses.replace(first, packed=packed, absmax=absmax, shape=torch.Size((len(packed), *first.shape[1:])))
+    return first.replace(packed=packed, absmax=absmax, shape=torch.Size((len(packed), *first.shape[1:])))
 
 
 def _finished(layer: Any) -> Weight4bit | None:
@@ -69,7 +69,8 @@ def is_linear(layer: Any) -> bool:
 def scaled_by(layer: Any) -> Weight4bit | None:
     """The 4-bit weight of a linear layer. After merge-aware training, it includes the adapter."""
     if isinstance(layer, Over4bit):
-        return layer.trained_weight(layer.names_to_merge(None)) or layer.layer4bit.packed_weight(layer.parameter_name)
+        trained = layer.trained_weight(layer.names_to_merge(None))
+        return layer.layer4bit.packed_weight(layer.parameter_name) if trained is None else trained
     return layer.weight4bit if isinstance(layer, Linear4bit) else None
 
 

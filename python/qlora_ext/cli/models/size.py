@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,18 +31,5 @@ class ModelSize:
 
 def model_size(model: Any) -> ModelSize:
     """The size of a 4-bit model's weights. A tensor that several modules share counts once."""
-    from ...nn import Packed4bit, scale_names
-
-    parameters = stored = 0
-    seen: set[int] = set()
-    for module in model.modules():
-        shapes = module.packed_shapes if isinstance(module, Packed4bit) else {}
-        scales = {scale for weight in shapes for scale in scale_names(weight).values()}
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            stored += tensor.nbytes
-            if name not in scales:
-                parameters += math.prod(shapes[name]) if name in shapes else tensor.numel()
-    return ModelSize(parameters, stored)
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    return ModelSize(sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))

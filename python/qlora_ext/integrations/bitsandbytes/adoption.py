@@ -166,7 +166,7 @@ def _weight_of(layer: Any) -> Weight4bit:
             tensors = {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
         w4 = Weight4bit.from_bitsandbytes({"weight": data, **tensors}, "weight")
         if state.nested:
-            w4 = dataclasses.replace(w4, nested_offset=state.offset.reshape(()).float())
+            w4 = w4.replace(nested_offset=state.offset.reshape(()).float())
     if tuple(w4.shape) != (layer.out_features, layer.in_features):
         raise ValueError(f"its weight is {list(w4.shape)}, not {[layer.out_features, layer.in_features]}")
     return w4

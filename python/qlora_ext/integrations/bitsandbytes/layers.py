@@ -43,7 +43,7 @@ class FromBitsandbytes(Linear4bit):
     def quant_state(self) -> QuantState | None:
         """The scales as bitsandbytes' ``QuantState``, which shares this layer's memory; None on the meta device.
 
-        bitsandbytes' functions take it together with ``weight.reshape(-1, 1)``.
+        bitsandbytes' functions take it together with ``weight.packed.reshape(-1, 1)``.
         """
         if self.absmax.is_meta:
             return None
@@ -87,23 +87,13 @@ class FromBitsandbytes(Linear4bit):
             self.compute_dtype, self.compute_type_is_set = x.dtype, True
         return super().fused_forward(x, *args, **kwargs)
 
-    def hide_scales(self) -> None:
-        """Makes ``absmax`` a buffer, because training scripts cast all one-dimensional parameters, to reach norms."""
-        absmax = self._parameters.pop("absmax", None)
-        if absmax is not None:
-            self.register_buffer("absmax", absmax.detach())
-
-    def set_packed(self, name: str, w4: Weight4bit) -> None:
-        super().set_packed(name, w4)
-        self.hide_scales()
-
 
 class AdoptedLinear4bit(FromBitsandbytes, bnb.nn.Linear4bit):
     """Our ``Linear4bit`` as a subclass of ``bnb.nn.Linear4bit``, so that scripts that look for that class find it.
 
-    Its weight is uint8 [N, K/2] as in all our layers, and a plain parameter. The ``quant_state`` is an attribute of the
-    layer, not of the weight, and ``dequantize()`` returns the decoded weight. The layer loads states in bitsandbytes'
-    format and in ours; ``state_dict()`` returns ours.
+    Its weight is a ``Weight4bit`` [N, K] as in all our layers, not bitsandbytes' ``Params4bit``. The ``quant_state`` is
+    an attribute of the layer, not of the weight, and ``dequantize()`` returns the decoded weight. The layer loads states
+    in bitsandbytes' format and in ours; ``state_dict()`` returns ours.
     """
 
 
@@ -116,4 +106,3 @@ def stand_in(layer: Linear4bit) -> None:
     layer.__class__ = ADOPTED[type(layer)]
     assert isinstance(layer, FromBitsandbytes)
     layer.compute_type_is_set = True
-    layer.hide_scales()

@@ -1,4 +1,4 @@
-"""Support for diffusers models with 4-bit layers: which layers stay dense, saving, casting, the model's dtype."""
+"""Support for diffusers models with 4-bit layers: which layers stay dense, saving, the model's dtype."""
 
 from __future__ import annotations
 
@@ -14,25 +14,14 @@ from ...nn import AFTER_QUANTIZE, DENSE_RULES, DenseModules, Packed4bit, layers_
 from .._patches import extend
 from ..bitsandbytes.state import state_dict
 from ..transformers import METHOD, QLoRAConfig
-from ..transformers.counting import uncounted_parameters
 from ..transformers.modules import compute_dtype_of
 from .quantizer import DiffusersQLoRAQuantizer, align, forget
 
-# Classes whose code reads the dtype of a layer's weight, and the name of that layer, which stays dense.
-_READ = {
-    "AnyFlowDualTimestepTextImageEmbedding": "delta_embedder",
-    "AnyFlowDualTimestepTextImageEmbeddingCausal": "delta_embedder",
-    "ImageProjection": "image_embeds",
-    "_AceStepResidualFSQ": "project_out",
-}
-
 
 def _dense_modules(model: nn.Module) -> DenseModules:
-    """The modules that the diffusers models in ``model`` keep in float32, and the layers whose weights they read."""
+    """The modules that the diffusers models in ``model`` keep in float32."""
     always = []
     for prefix, part in model.named_modules():
-        if type(part).__name__ in _READ:
-            always.append(f"{prefix}.{_READ[type(part).__name__]}".removeprefix("."))
         if isinstance(part, ModelMixin) and part._keep_in_fp32_modules:
             float32 = part._keep_in_fp32_modules
             names = {float32} if isinstance(float32, str) else {*float32}
@@ -52,7 +41,6 @@ def attach(model: Any) -> None:
     quantizer.describe(model)
     align(model)
     model.hf_quantizer = quantizer
-    model.is_quantized = True
     model.quantization_method = quantizer.config.quant_method
 
 
@@ -102,25 +90,6 @@ def _save_pretrained(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any
         return original(self, *args, **kwargs)
 
 
-@extend("diffusers.models.modeling_utils:ModelMixin.to")
-@extend("diffusers.models.modeling_utils:ModelMixin.half")
-@extend("diffusers.models.modeling_utils:ModelMixin.float")
-def _cast(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if getattr(self, "quantization_method", None) != METHOD:
-        return original(self, *args, **kwargs)
-    self.is_quantized = False  # otherwise diffusers refuses; the 4-bit layers keep their bits
-    try:
-        return original(self, *args, **kwargs)
-    finally:
-        self.is_quantized = True
-
-
-@extend("diffusers.models.modeling_utils:ModelMixin.num_parameters")
-def _num_parameters(original: Any, self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    counted: int = original(self, only_trainable, exclude_embeddings)
-    return counted if only_trainable else counted + uncounted_parameters(self, not exclude_embeddings)
-
-
 @extend("diffusers.models.modeling_utils:get_parameter_dtype")
 def _get_parameter_dtype(original: Any, parameter: nn.Module) -> torch.dtype:
     dtype: torch.dtype = original(parameter)
@@ -134,19 +103,6 @@ def _get_parameter_dtype(original: Any, parameter: nn.Module) -> torch.dtype:
         if p.is_floating_point() and p not in skipped and not any(part in name for part in float32):
             return p.dtype
     return dtype
-
-
-@extend("diffusers.models.attention:AttentionMixin.fuse_qkv_projections", optional=True)
-@extend("diffusers.models.attention_processor:Attention.fuse_projections", optional=True)
-def _fuse_projections(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    for name, module in self.named_modules():
-        fuses = hasattr(module, "fuse_projections") and getattr(module, "_supports_qkv_fusion", True)
-        if fuses and any(True for _ in layers_of(module)):
-            raise ValueError(
-                f"{name or type(module).__name__}: expected dense projections to fuse, got 4-bit ones, which cannot be "
-                "concatenated; remove the call, or keep them dense with skip_modules"
-            )
-    return original(self, *args, **kwargs)
 
 
 def _casts_layerwise(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from ...nn import (
     to_be_quantized,
 )
 from ...streaming import stream
-from ...weight import NF4Weight
+from ...weight import NF4Weight, Weight4bit
 from .._patches import extend
 from ..transformers import METHOD, QLoRAConfig
 from ..transformers.modules import dense_names, dequantize_modules, forms_of
@@ -143,7 +143,9 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
         self.places = places_in(model)
         for name, module in list(self._selected(model, keep_in_fp32_modules or [])):
             if self.pre_quantized:
-                self._replace(module, self._empty(module))
+                empty = self._empty(module)
+                empty.expose()  # diffusers loads tensors by the names in files
+                self._replace(module, empty)
             else:
                 self.awaited[f"{name}.weight"] = module
 
@@ -236,9 +238,12 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
         self._check_loaded(model)
         for _, layer in layers_of(model):
             layer.freeze_packed()
+            layer.join()
         del self.places
         align(model)
         self.describe(model)
+        if model.quantization_method == METHOD:
+            model.is_quantized = False  # diffusers does not cast a model where it is True
         if self.config.stream is not None:
             stream(model, self.config.resident, self.config.stream, self.streaming_device)
         return model
@@ -285,9 +290,8 @@ def align(model: nn.Module) -> None:
     The rounding of torch's float32 products on a CPU depends on the alignment of a weight, which differs between files.
     Without the copy, a saved model would compute other bits after loading.
     """
-    packed = {t for _, layer in layers_of(model) for t in layer.packed_state().values()}
     for t in (*model.parameters(), *model.buffers()):
-        if t not in packed and t.device.type == "cpu" and t.data_ptr() % _ALIGNMENT:
+        if not isinstance(t, Weight4bit) and t.device.type == "cpu" and t.data_ptr() % _ALIGNMENT:
             t.data = t.data.clone()
 
 

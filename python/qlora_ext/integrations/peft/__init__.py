@@ -19,7 +19,6 @@ from torch import nn
 
 from ..._internal.untrusted import excerpt, printable
 from .._patches import extend
-from ..transformers.counting import uncounted_parameters
 from . import loftq as loftq
 from . import methods as methods
 from .base_file import (
@@ -90,13 +89,6 @@ def check_base(
         True
     """
     return compare_base(model, directory, on_mismatch or on_base_mismatch)
-
-
-@extend("peft.peft_model:PeftModel.get_nb_trainable_parameters")
-@extend("peft.mixed_model:PeftMixedModel.get_nb_trainable_parameters")
-def _get_nb_trainable_parameters(original: Any, self: Any) -> tuple[int, int]:
-    trainable, total = original(self)
-    return trainable, total + uncounted_parameters(self)
 
 
 @extend("peft.utils.other:prepare_model_for_kbit_training")

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ...nn import Embedding4bit
 from .merge import Over4bit
-from .reading import unwrapped
 
 
 class LoraEmbedding4bit(Over4bit, DenseLoraEmbedding):
@@ -16,7 +15,7 @@ class LoraEmbedding4bit(Over4bit, DenseLoraEmbedding):
 
     @property
     def layer4bit(self) -> Embedding4bit:
-        layer = unwrapped(self.get_base_layer())
+        layer = self.get_base_layer()
         assert isinstance(layer, Embedding4bit)
         return layer
 

@@ -16,7 +16,6 @@ from ...nn import Linear4bit
 from .calls import samples_of_call
 from .merge import Over4bit
 from .operands import Adapter, added, by_sample
-from .reading import stand_in, unwrapped
 from .trained_weight import MergeAware, fold_scaling
 
 
@@ -47,18 +46,18 @@ class _Decoding(nn.Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.training = layer.training
         self.__dict__["bias"] = layer.bias
-        self._layer: Callable[[], Linear4bit] = lambda: layer  # a function, so that it is not a submodule
+        self.of: Callable[[], Linear4bit] = lambda: layer  # a function, so that it is not a submodule
         self._dtype = dtype
         self._decoded: list[nn.Parameter] = []
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         if not self._decoded:
-            self._decoded.append(nn.Parameter(self._layer().dequantize(self._dtype), requires_grad=False))
+            self._decoded.append(nn.Parameter(self.of().dequantize(self._dtype), requires_grad=False))
         return self._decoded[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self._layer()(x)
+        y: Tensor = self.of()(x)
         return y
 
 
@@ -89,7 +88,8 @@ def reader(name: str) -> Callable[..., Any]:
     """A method that calls PEFT's method ``name`` with a proxy of the 4-bit layer as base, for ``OverLinear4bit``."""
 
     def method(self: OverLinear4bit, *args: Any, **kwargs: Any) -> Any:
-        over = self._over(stand_in(self.base_layer)) if isinstance(self.base_layer, Linear4bit) else self
+        base = self.base_layer
+        over = self._over(_Decoding(base, base.weight_dtype)) if isinstance(base, Linear4bit) else self
         return getattr(super(OverLinear4bit, over), name)(*args, **kwargs)
 
     method.__name__ = name
@@ -106,7 +106,9 @@ class OverLinear4bit(Over4bit):
 
     @property
     def layer4bit(self) -> Linear4bit:
-        layer = unwrapped(self.base_layer)
+        layer = self.base_layer
+        if isinstance(layer, _Decoding):
+            layer = layer.of()
         assert isinstance(layer, Linear4bit)
         return layer
 

@@ -57,8 +57,8 @@ class Over4bit:
     parameter_name = "weight"
     # The seed for rounding merged weights, see ``set_name``.
     rounding_seed = 0
-    # The state before the merge: the packed weight, the module's tensors that hold it, and the bias.
-    _unmerged: tuple[Weight4bit, dict[str, Tensor], Tensor | None] | None = None
+    # The state before the merge: the packed weight, the module's parameter for it, and the bias.
+    _unmerged: tuple[Weight4bit, Tensor, Tensor | None] | None = None
 
     @property
     def layer4bit(self) -> Packed4bit:
@@ -105,7 +105,7 @@ class Over4bit:
         """
         layer = self.layer4bit
         if layer.form.code in (NF4, FP4):
-            w4 = dataclasses.replace(layer.quantize(weight), dtype=layer.weight_dtype)
+            w4 = layer.quantize(weight).replace(dtype=layer.weight_dtype)
         else:
             w4 = with_nearest_codes(layer.packed_weight(self.parameter_name), layer.as_quantized(weight))
         layer.set_packed(self.parameter_name, w4)
@@ -178,12 +178,9 @@ class Over4bit:
         bias = self.bias4bit
         layer = self.layer4bit
         w4 = layer.packed_weight(self.parameter_name)
-        storage_device = getattr(layer, self.parameter_name).device  # the host for streamed weights
-        before_merge = (
-            w4.to(storage_device),
-            layer.packed_parts(self.parameter_name),
-            None if bias is None else bias.detach().clone(),
-        )
+        stored = layer._parameters[self.parameter_name]
+        assert stored is not None
+        before_merge = w4.to(stored.device), stored, None if bias is None else bias.detach().clone()
         merged = self.merged_weights(names, safe_merge)
         self._unmerged = before_merge
         self.set_merged(*merged)
@@ -192,9 +189,9 @@ class Over4bit:
         if not self.merged_adapters or self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        w4, parts, bias = self._unmerged
+        w4, stored, bias = self._unmerged
         layer = self.layer4bit
-        layer.put_back(self.parameter_name, dataclasses.replace(w4, dtype=layer.weight_dtype), parts)
+        layer.put_back(self.parameter_name, w4.replace(dtype=layer.weight_dtype), stored)
         if self.bias4bit is not None and bias is not None:
             self.bias4bit.data = bias.to(self.bias4bit)
         self._unmerged = None

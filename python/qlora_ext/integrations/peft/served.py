@@ -125,11 +125,11 @@ def _put(name: str, layer: Linear4bit | DenseLoraLinear, w4: Weight4bit) -> None
     """Replaces the weight of a layer, and makes a dense layer with an adapter 4-bit."""
     if isinstance(layer, Linear4bit):
         layer.unshare("weight")
-        layer.set_packed("weight", dataclasses.replace(w4, dtype=layer.weight_dtype))
+        layer.set_packed("weight", w4.replace(dtype=layer.weight_dtype))
         return
     dense = layer.base_layer
     layer.base_layer = Linear4bit.from_linear(dense, **w4.form.keywords)
-    layer.base_layer.set_packed("weight", dataclasses.replace(w4, dtype=dense.weight.dtype))
+    layer.base_layer.set_packed("weight", w4.replace(dtype=dense.weight.dtype))
     layer.__class__ = LoraLinear4bit
     layer.set_name(name)
 
@@ -141,4 +141,4 @@ def _encode_experts(experts: Experts4bit, code: str) -> None:
     for name, w4 in weights.items():
         stack = Weight4bit.stack([quantize(w, code) for w in w4.dequantize(torch.float32)])
         experts.unshare(name)
-        experts.set_packed(name, dataclasses.replace(stack, dtype=w4.dtype))
+        experts.set_packed(name, stack.replace(dtype=w4.dtype))

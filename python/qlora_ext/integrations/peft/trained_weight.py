@@ -76,8 +76,8 @@ class MergeAware(Over4bit):
         """
         layer = self.layer4bit
         a, b, scaling = self.factors(adapter)
-        packed = getattr(layer, self.parameter_name)
         w4 = layer.packed_weight(self.parameter_name)
+        packed = layer.packed_state()[self.parameter_name]
         traced = not has_values(packed) or torch._C._are_functorch_transforms_active()
         if traced or layer.is_gathered or isinstance(scaling, Tensor):
             self._merged = None

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ...nn import Packed4bit
+from ...nn import Packed4bit, scale_names
+from ...weight import Weight4bit
 from .loading import UncastOperation, fill
 
 # The name under which transformers collects the tensors of a weight.
@@ -32,18 +33,16 @@ class Fill(UncastOperation):
         try:
             if source.error is None:
                 read = source.read(full_layer_name, tensors, module)
-                return (
-                    {full_layer_name: read}
-                    if isinstance(read, Tensor)
-                    else fill(module, full_layer_name, read, missing)
-                )
+                if isinstance(read, Weight4bit):
+                    return fill(module, full_layer_name, read, missing)
+                return {full_layer_name: read}
         except ValueError as error:
             # transformers would hide the message, so the quantizer raises the error after all weights are read.
             source.error = error
         finally:
             source.release(*tensors)
         is_packed = isinstance(module, Packed4bit) and name in module.packed_shapes
-        parts = module.packed_parts(name) if is_packed else (name,)
+        parts = (name, *scale_names(name).values()) if is_packed else (name,)
         if missing is not None:
             missing.difference_update(f"{module_of(full_layer_name)}.{part}" for part in parts)
         return {}

@@ -66,7 +66,7 @@ class Quantize(ConversionOps):
                 if self._spill is not None and name not in self._not_finite:
                     w4 = self._spill.put(name, w4)
             filled |= fill(module, name, w4, kwargs.get("missing_keys"))
-            if isinstance(dense, Tensor):
+            if not isinstance(dense, Weight4bit):
                 self._release(dense)
         return filled
 

@@ -252,6 +252,7 @@ class QLoRAQuantizer(HfQuantizer):
         compute_dtype = self.qlora_config.computing_dtype(model_dtype, self.streaming_device)
         for name, module in chosen:
             layer = self._empty_layer(name, module, compute_dtype)
+            layer.expose()  # transformers loads tensors by the names in files
             layer.weight_dtype = model_dtype
             # Conversions read the shape of the weight that they create. A tied head shares the table's weight.
             shaped = module if self.bitsandbytes_storage is None and not isinstance(module, nn.Embedding) else layer
@@ -302,6 +303,7 @@ class QLoRAQuantizer(HfQuantizer):
                 self.source = self.qlora_config._source = None
         for _, layer in layers_of(model):
             layer.freeze_packed()  # transformers makes every floating-point parameter trainable
+            layer.join()
         if self.bitsandbytes_storage is not None:
             forget_bitsandbytes_keys(model)
             self.qlora_config.embeddings = False

@@ -1,0 +1,49 @@
+"""Noticing when the tensors of a module are no longer what captured or compiled code reads."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..weight import Weight4bit
+
+
+class TensorState:
+    """Which tensors a module has, and where they are.
+
+    Args:
+        ids: of the dense tensors that matter; None for all.
+
+    Attributes:
+        tensors: the parameters and buffers. A 4-bit weight's own tensors stand for it.
+    """
+
+    def __init__(self, module: nn.Module, ids: Container[int] | None = None) -> None:
+        held = [entries for m in module.modules() for entries in (m._parameters, m._buffers)]
+        found = [(entries, name, t) for entries in held for name, t in entries.items()]
+        places = [(*at, t) for *at, t in found if ids is None or isinstance(t, Weight4bit) or id(t) in ids]
+        weights = {id(t): t for *_, t in places if isinstance(t, Weight4bit)}
+        places += [(vars(w4), name, t) for w4 in weights.values() for name, t in w4.tensors.items()]
+        self._entries: list[dict[str, Any]] = [entries for entries, *_ in places]
+        self._names = [name for _, name, _ in places]
+        self._parts = [t for *_, t in places]
+        self.tensors = [*{id(t): t for t in self._parts if t is not None and id(t) not in weights}.values()]
+        self._addresses = self._found_addresses()
+
+    def _found_addresses(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return [*map(Tensor.data_ptr, self.tensors)]
+
+    def is_current(self) -> bool:
+        """Whether the tensors and their addresses are the same now. ``model.to`` moves them, an optimizer does not.
+
+        Decoding asks before each token, so the loops run in C where they can.
+        """
+        return (
+            all(map(operator.is_, map(dict.get, self._entries, self._names), self._parts))
+            and self._found_addresses() == self._addresses
+        )
