@@ -23,15 +23,16 @@ class TensorState:
     """
 
     def __init__(self, module: nn.Module, ids: Container[int] | None = None) -> None:
-        held = [entries for m in module.modules() for entries in (m._parameters, m._buffers)]
-        found = [(entries, name, t) for entries in held for name, t in entries.items()]
-        places = [(*at, t) for *at, t in found if ids is None or isinstance(t, Weight4bit) or id(t) in ids]
+        held: list[dict[str, Any]] = [entries for m in module.modules() for entries in (m._parameters, m._buffers)]
+        places = [(entries, name, t) for entries in held for name, t in entries.items()]
+        places = [place for place in places if ids is None or isinstance(place[2], Weight4bit) or id(place[2]) in ids]
         weights = {id(t): t for *_, t in places if isinstance(t, Weight4bit)}
         places += [(vars(w4), name, t) for w4 in weights.values() for name, t in w4.tensors.items()]
-        self._entries: list[dict[str, Any]] = [entries for entries, *_ in places]
+        self._entries = [entries for entries, *_ in places]
         self._names = [name for _, name, _ in places]
-        self._parts = [t for *_, t in places]
-        self.tensors = [*{id(t): t for t in self._parts if t is not None and id(t) not in weights}.values()]
+        self._parts: list[Any] = [part for *_, part in places]
+        tensors = {id(t): t for t in self._parts if t is not None and id(t) not in weights}
+        self.tensors: list[Tensor] = [*tensors.values()]
         self._addresses = self._found_addresses()
 
     def _found_addresses(self) -> list[int]:
