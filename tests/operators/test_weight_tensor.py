@@ -65,6 +65,7 @@ READING: dict[str, Callable[[Any], Any]] = {
     "mask": lambda w: w[w > 0],
     "cat": lambda w: torch.cat([w, w]),
     "where": lambda w: torch.where(w > 0, w, 0),
+    "take": lambda w: w.take(IDS),
     "gather": lambda w: w.index_select(0, IDS[0]),
     "float64": lambda w: w.double() * 3,
     "integers": lambda w: (w * 100).to(torch.int32),

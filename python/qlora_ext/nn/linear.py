@@ -162,7 +162,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         w4: Any = self._parameters["weight"]  # faster than an attribute of the module
         if not isinstance(w4, Weight4bit):
             w4 = self.packed_tensors("weight", self.packed_state())
-        packed = w4.packed, w4.absmax, w4.nested_absmax, w4.nested_offset
+        packed: tuple[Any, ...] = w4.packed, w4.absmax, w4.nested_absmax, w4.nested_offset
         if self.form.has_more_tensors:
             packed = (*packed, w4.scale_table, w4.block_offsets, w4.offset_scale)
             if w4.column_order is not None:
