@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ..weight import Weight4bit
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class TensorState:
@@ -25,9 +24,9 @@ class TensorState:
     def __init__(self, module: nn.Module, ids: Container[int] | None = None) -> None:
         held: list[dict[str, Any]] = [entries for m in module.modules() for entries in (m._parameters, m._buffers)]
         places = [(entries, name, t) for entries in held for name, t in entries.items()]
-        places = [place for place in places if ids is None or isinstance(place[2], Weight4bit) or id(place[2]) in ids]
-        weights = {id(t): t for *_, t in places if isinstance(t, Weight4bit)}
-        places += [(vars(w4), name, t) for w4 in weights.values() for name, t in w4.tensors.items()]
+        places = [p for p in places if ids is None or is_traceable_wrapper_subclass(p[2]) or id(p[2]) in ids]
+        weights = {id(t): t for *_, t in places if is_traceable_wrapper_subclass(t)}
+        places += [(vars(w4), name, vars(w4)[name]) for w4 in weights.values() for name in w4.__tensor_flatten__()[0]]
         self._entries = [entries for entries, *_ in places]
         self._names = [name for _, name, _ in places]
         self._parts: list[Any] = [part for *_, part in places]
