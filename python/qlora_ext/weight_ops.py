@@ -150,7 +150,13 @@ def _(w: Any, data: Any) -> None:
 
 
 def _of_decoded(function: Any) -> None:
-    FUNCTIONS[function] = lambda w, *args, **kwargs: function(w.dequantize(), *args, **kwargs)
+    def read(w: Any, *args: Any, **kwargs: Any) -> Any:
+        values = function(w.dequantize(), *args, **kwargs)
+        if hasattr(values, "flags"):  # an array of NumPy's, writes to which would be lost
+            values.flags.writeable = False
+        return values
+
+    FUNCTIONS[function] = read
 
 
 for _function in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__):
