@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+def _parts_of(t: Any) -> dict[str, Tensor]:
+    """The tensors that a wrapper such as a 4-bit weight has as attributes. Other tensors, and DTensors, have none."""
+    names = t.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(t) else ()
+    return {name: vars(t)[name] for name in names if name in vars(t)}
+
+
 class TensorState:
     """Which tensors a module has, and where they are.
 
@@ -24,9 +30,9 @@ class TensorState:
     def __init__(self, module: nn.Module, ids: Container[int] | None = None) -> None:
         held: list[dict[str, Any]] = [entries for m in module.modules() for entries in (m._parameters, m._buffers)]
         places = [(entries, name, t) for entries in held for name, t in entries.items()]
-        places = [p for p in places if ids is None or is_traceable_wrapper_subclass(p[2]) or id(p[2]) in ids]
-        weights = {id(t): t for *_, t in places if is_traceable_wrapper_subclass(t)}
-        places += [(vars(w4), name, vars(w4)[name]) for w4 in weights.values() for name in w4.__tensor_flatten__()[0]]
+        weights = {id(t): t for *_, t in places if _parts_of(t)}
+        places = [place for place in places if ids is None or id(place[2]) in ids or id(place[2]) in weights]
+        places += [(vars(w4), name, part) for w4 in weights.values() for name, part in _parts_of(w4).items()]
         self._entries = [entries for entries, *_ in places]
         self._names = [name for _, name, _ in places]
         self._parts: list[Any] = [part for *_, part in places]
