@@ -143,13 +143,12 @@ class LinearKernels:
         ``adapters`` are the operators' last arguments, which describe the adapters of a call with several.
         """
         dx = g = da = db = None
-        with torch._C.DisableTorchFunctionSubclass():  # skips PackedParameter's checks, which take time
-            if needs.x and h is None:
-                dx = self.dx(*dx_args, *adapters)
-            elif needs.x:
-                dx, g = self._dx_with_g(*dx_args, *adapters)
-            if h is not None:
-                da, db = self.dlora(*dlora_args, h, g, *adapters)
+        if needs.x and h is None:
+            dx = self.dx(*dx_args, *adapters)
+        elif needs.x:
+            dx, g = self._dx_with_g(*dx_args, *adapters)
+        if h is not None:
+            da, db = self.dlora(*dlora_args, h, g, *adapters)
         return dx, da if needs.lora_a else None, db if needs.lora_b else None
 
 

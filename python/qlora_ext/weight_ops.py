@@ -136,7 +136,7 @@ def _(w: Any, requires_grad: bool = True) -> Any:
     return w
 
 
-@implements(FUNCTIONS, Tensor.grad.__set__)  # type: ignore[attr-defined]
+@implements(FUNCTIONS, Tensor.grad.__set__)  # type: ignore[union-attr]
 def _(w: Any, grad: Any) -> Any:
     return NotImplemented if grad is None else _refuse("grad")
 
@@ -145,12 +145,18 @@ def _(w: Any, grad: Any) -> Any:
 def _(w: Any, data: Any) -> None:
     if type(data) is not type(w):
         aten.copy_.default(w, data)
-    elif data.shape != w.shape or not w.take(data):
+    elif data.shape != w.shape or not w.become(data):
         raise RuntimeError(f"data: expected a weight of shape {list(w.shape)} on {w.device}, got {data!r}")
 
 
 def _of_decoded(function: Any) -> None:
-    FUNCTIONS[function] = lambda w, *args, **kwargs: function(w.dequantize(), *args, **kwargs)
+    def read(w: Any, *args: Any, **kwargs: Any) -> Any:
+        values = function(w.dequantize(), *args, **kwargs)
+        if hasattr(values, "flags"):  # an array of NumPy's, writes to which would be lost
+            values.flags.writeable = False
+        return values
+
+    FUNCTIONS[function] = read
 
 
 for _function in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__):

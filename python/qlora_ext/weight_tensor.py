@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -129,8 +129,13 @@ class Weight4bit(Tensor):
         layouts = {name: (t.shape, t.stride(), t.storage_offset(), t.dtype, t.device) for name, t in tensors.items()}
         return hashlib.sha256(repr((self.shape, context, layouts)).encode()).hexdigest()
 
-    __torch_function__ = classmethod(weight_ops.torch_function)  # type: ignore[assignment]
+    __torch_function__ = classmethod(weight_ops.torch_function)
     __torch_dispatch__ = classmethod(weight_ops.torch_dispatch)  # type: ignore[assignment]
+
+    if TYPE_CHECKING:  # what keeps the codes
+
+        def to(self: Self, *args: Any, **kwargs: Any) -> Self: ...
+        def detach(self: Self) -> Self: ...
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -182,7 +187,7 @@ class Weight4bit(Tensor):
         return {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of the packed codes and all scales."""
         return sum(t.nbytes for t in self.tensors.values())
 
@@ -263,7 +268,7 @@ class Weight4bit(Tensor):
         """For each block, the value of its nested block."""
         return nested.repeat_interleave(self.nested_block_size, -1)[..., : self.absmax.shape[-1]]
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded tensor in ``dtype`` (default: the weight's own), rounded once from float32."""
         dtype = dtype or self.dtype
         if dtype == torch.float64:
@@ -296,7 +301,7 @@ class Weight4bit(Tensor):
         parts: dict[str, Any] = {name: torch.stack([t[name] for t in tensors]) for name in first.tensors}
         return first.replace(**parts, shape=(len(matrices), *first.shape))
 
-    def take(self, other: Weight4bit) -> bool:
+    def become(self, other: Weight4bit) -> bool:
         """Makes this tensor, and so everything that holds it, the weight ``other`` of the same shape, without a copy.
 
         Returns:
@@ -356,7 +361,7 @@ class Weight4bit(Tensor):
             raise ValueError(
                 f"scales: expected float32 or nested8 without offsets, got {form}, which bitsandbytes lacks"
             )
-        return bitsandbytes_format.write(self.fields, prefix)
+        return bitsandbytes_format.write(cast(bitsandbytes_format.Fields, self.fields), prefix)
 
 
 class NF4Weight(Weight4bit):

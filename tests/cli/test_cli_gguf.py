@@ -198,7 +198,7 @@ def test_quantize_keeps_4bit_weights(
     assert codes.count("nf4") == 2
     assert kept.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     expected = qlora_ext.quantize_nf4(kept.model.layers[0].mlp.up_proj.weight)
-    assert torch.equal(rest.model.layers[0].mlp.up_proj.weight, expected.packed)
+    assert torch.equal(rest.model.layers[0].mlp.up_proj.weight.packed, expected.packed)
 
 
 def test_quantize_decodes_for_options_that_need_dense_weights(

@@ -230,9 +230,10 @@ def test_experts_and_their_adapters_are_counted() -> None:
     config = MixtralConfig(**sizes, num_hidden_layers=2, vocab_size=128, num_local_experts=4)
     parts = planned(config, rank=4, target_modules=["q_proj"], seq_len=16)
     model = qlora_ext.quantize_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
-    scale_names = {n for n in model.state_dict() if "absmax" in n or "nested" in n}
-    scales = sum(t.nbytes for n, t in model.state_dict().items() if n in scale_names)
-    uint8 = sum(p.nbytes for n, p in model.named_parameters() if p.dtype == torch.uint8 and n not in scale_names)
+    state = model.state_dict()
+    scale_names = {n for n in state if "absmax" in n or "nested" in n}
+    scales = sum(state[n].nbytes for n in scale_names)
+    uint8 = sum(t.nbytes for n, t in state.items() if t.dtype == torch.uint8 and n not in scale_names)
     assert uint8 > 2 * 4 * 3 * 64 * 96 / 2
     assert (parts["base weights"], parts["scales"]) == (uint8, scales)
     assert parts["activations"] > 0

@@ -140,6 +140,7 @@ def _move(model: Any) -> None:
     [
         lambda model: model.double(),
         lambda model: model.up.train(),
+        lambda model: model.up.set_weight(model.up.weight4bit.map(torch.clone)),
         lambda model: model.norm.register_forward_hook(lambda *_: None),
         lambda model: model.norm.register_forward_pre_hook(lambda *_: None),
         lambda model: model.register_buffer("keys", torch.zeros(4, 16, 64)),

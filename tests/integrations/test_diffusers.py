@@ -258,10 +258,13 @@ def test_a_model_with_float32_scales_and_adapters_returns_its_own_dtype(tmp_path
         torch_dtype=torch.bfloat16,
         quantization_config=QLoRAConfig(double_quant=False, compute_dtype="float32"),
     )
-    assert model.dtype == torch.bfloat16
-    model.add_adapter(LoraConfig(r=4, target_modules="all-linear"))
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "4bit")
+    for m in (model, FluxTransformer2DModel.from_pretrained(tmp_path / "4bit", torch_dtype=torch.bfloat16)):
+        assert layers(m)[LAYER].compute_dtype == torch.float32
+        assert m.dtype == torch.bfloat16
+        m.add_adapter(LoraConfig(r=4, target_modules="all-linear"))
+        assert {p.dtype for p in m.parameters() if p.requires_grad} == {torch.float32}
+        assert m.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])

@@ -196,6 +196,15 @@ def test_a_model_is_built_on_meta_and_filled(workers: Callable[[int], Workers]) 
         close(result["losses"], alone(Setup()), FLOAT32)
 
 
+def test_inputs_in_the_dtype_of_a_sharded_weight_are_rejected() -> None:
+    layer = qlora_ext.nn.Linear4bit.from_linear(torch.nn.Linear(64, 48))
+    x = torch.randn(3, 64)
+    assert layer(x.to(layer.weight.dtype)).dtype == torch.float32
+    layer.expose()  # as fully_shard does
+    with pytest.raises(TypeError, match=r"x: expected a floating dtype, got torch\.uint8; .* FSDP2 shards as bytes"):
+        layer(x.to(layer.weight.dtype))
+
+
 def test_checkpointing_repeats_dropout(workers: Callable[[int], Workers]) -> None:
     assert all(workers(2).run(tasks.checkpointed_dropout, Setup()))
 

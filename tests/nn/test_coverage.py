@@ -68,7 +68,7 @@ def test_layers_that_were_skipped_by_request_are_not_reported() -> None:
         quantize_model(body(other=nn.Linear(64, 64), lm_head=nn.Linear(64, 64)), skip=["other"])
         quantize_model(body(other=nn.Linear(64, 64)), keep=["other"])
         quantize_model(body(small=Odd(64, 1)), skip=["small"])
-    with pytest.warns(UserWarning, match=r"dense are backbone.odd \(a Odd, for which there is no 4-bit layer\)"):
+    with pytest.warns(UserWarning, match=r"dense are odd \(a Odd, for which there is no 4-bit layer\)"):
         quantize_model(body(odd=Odd(64, 64), other=nn.Linear(64, 64)), skip=["other"])
 
 

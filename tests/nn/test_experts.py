@@ -207,7 +207,7 @@ def test_operators_pass_opcheck() -> None:
 BAD_STACKS = [
     ("x", torch.zeros(7, 1, 64), r"x: expected shape \[any, any\], got \[7, 1, 64\]"),
     ("offsets", torch.tensor([2.0, 2.0, 6.0]), "offsets: expected a dense int64 tensor, got Float"),
-    ("offsets", torch.tensor([2, 2, 6]).to_sparse(), "offsets: expected a dense tensor, got a sparse one"),
+    ("offsets", torch.tensor([2, 2, 6]).to_sparse(), "offsets: expected a dense tensor, got a torch.sparse_coo tensor"),
     (
         "offsets",
         torch.tensor([2, 1, 6]),

@@ -65,6 +65,7 @@ READING: dict[str, Callable[[Any], Any]] = {
     "mask": lambda w: w[w > 0],
     "cat": lambda w: torch.cat([w, w]),
     "where": lambda w: torch.where(w > 0, w, 0),
+    "take": lambda w: w.take(IDS),
     "gather": lambda w: w.index_select(0, IDS[0]),
     "float64": lambda w: w.double() * 3,
     "integers": lambda w: (w * 100).to(torch.int32),
@@ -94,6 +95,9 @@ def test_it_converts_like_a_tensor() -> None:
     decoded = w4.dequantize()
     assert np.array_equal(np.asarray(w4), decoded.numpy())
     assert np.array_equal(w4.numpy(), decoded.numpy())
+    for array in (w4.numpy(), np.asarray(w4)):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
     assert w4.tolist() == decoded.tolist()
     assert torch.equal(torch.from_dlpack(w4), decoded)
     assert w4[1, 2].item() == decoded[1, 2].item()

@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..weight import Weight4bit
+
+def _parts_of(t: Any) -> dict[str, Tensor]:
+    """The tensors that a wrapper such as a 4-bit weight has as attributes. Other tensors, and DTensors, have none."""
+    names = t.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(t) else ()
+    return {name: vars(t)[name] for name in names if name in vars(t)}
 
 
 class TensorState:
@@ -23,15 +28,16 @@ class TensorState:
     """
 
     def __init__(self, module: nn.Module, ids: Container[int] | None = None) -> None:
-        held = [entries for m in module.modules() for entries in (m._parameters, m._buffers)]
-        found = [(entries, name, t) for entries in held for name, t in entries.items()]
-        places = [(*at, t) for *at, t in found if ids is None or isinstance(t, Weight4bit) or id(t) in ids]
-        weights = {id(t): t for *_, t in places if isinstance(t, Weight4bit)}
-        places += [(vars(w4), name, t) for w4 in weights.values() for name, t in w4.tensors.items()]
-        self._entries: list[dict[str, Any]] = [entries for entries, *_ in places]
+        held: list[dict[str, Any]] = [entries for m in module.modules() for entries in (m._parameters, m._buffers)]
+        places = [(entries, name, t) for entries in held for name, t in entries.items()]
+        weights = {id(t): t for *_, t in places if _parts_of(t)}
+        places = [place for place in places if ids is None or id(place[2]) in ids or id(place[2]) in weights]
+        places += [(vars(w4), name, part) for w4 in weights.values() for name, part in _parts_of(w4).items()]
+        self._entries = [entries for entries, *_ in places]
         self._names = [name for _, name, _ in places]
-        self._parts = [t for *_, t in places]
-        self.tensors = [*{id(t): t for t in self._parts if t is not None and id(t) not in weights}.values()]
+        self._parts: list[Any] = [part for *_, part in places]
+        tensors = {id(t): t for t in self._parts if t is not None and id(t) not in weights}
+        self.tensors: list[Tensor] = [*tensors.values()]
         self._addresses = self._found_addresses()
 
     def _found_addresses(self) -> list[int]:

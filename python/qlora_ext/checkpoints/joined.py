@@ -83,10 +83,7 @@ def split_rows(w4: Weight4bit, count: int) -> list[Weight4bit]:
         parts["absmax"] = [parts["absmax"][0], parts["absmax"][1] - _HALF]
         parts["scale_table"] = [torch.cat([half, -half]) for half in w4.scale_table.chunk(count)]
     shape = torch.Size((w4.shape[0] // count, *w4.shape[1:]))
-    return [
-        w4.replace(**{name: chunks[i] for name, chunks in parts.items()}, shape=shape)  # type: ignore[arg-type]
-        for i in range(count)
-    ]
+    return [w4.replace(**{name: chunks[i] for name, chunks in parts.items()}, shape=shape) for i in range(count)]
 
 
 def _check_forms(matrices: Sequence[Weight4bit], where: str) -> None:

@@ -72,11 +72,6 @@ _LIST = (
         "writes 4-bit layers without the configuration needed to load them, or under an adapter's names",
     ),
     Patch(
-        "diffusers.models.modeling_utils:get_parameter_dtype",
-        "diffusers >= 0.35",
-        "returns the dtype of the first floating parameter, which may be the float32 scales of a 4-bit layer",
-    ),
-    Patch(
         "peft.tuners.lora:LoraModel._create_and_replace",
         "peft >= 0.19",
         'refuses lora_dropout if a parameter is a target; "all-linear" targets the parameter of a router',

@@ -322,10 +322,10 @@ class Experts4bit(Packed4bit):
         if self.has_gate:
             h = self.experts_class._apply_gate(self, h)  # type: ignore[attr-defined]
         else:
-            h = self.act_fn(h)  # type: ignore[operator]
+            h = self.act_fn(h)
         y = self._project(second, h.to(cast), offsets, lora.get(second))
         if self.has_post_expert_norm:
-            y = self.post_expert_norm(y)  # type: ignore[operator]
+            y = self.post_expert_norm(y)
         y = torch.zeros_like(y).index_copy(0, order, y).view(tokens, k, y.shape[1])
         return (y * top_k_weights.unsqueeze(-1)).sum(1).to(dtype)
 

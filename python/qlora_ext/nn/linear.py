@@ -161,8 +161,13 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             return y
         w4: Any = self._parameters["weight"]  # faster than an attribute of the module
         if not isinstance(w4, Weight4bit):
+            if not x.is_floating_point():  # such as after x.to(layer.weight.dtype)
+                raise TypeError(
+                    f"x: expected a floating dtype, got {x.dtype}; if the model casts x to the dtype of this layer's "
+                    "weight, which FSDP2 shards as bytes, leave the layer dense (skip_modules)"
+                )
             w4 = self.packed_tensors("weight", self.packed_state())
-        packed = w4.packed, w4.absmax, w4.nested_absmax, w4.nested_offset
+        packed: tuple[Any, ...] = w4.packed, w4.absmax, w4.nested_absmax, w4.nested_offset
         if self.form.has_more_tensors:
             packed = (*packed, w4.scale_table, w4.block_offsets, w4.offset_scale)
             if w4.column_order is not None:

@@ -139,7 +139,7 @@ class Packed4bit(nn.Module, abc.ABC):
         for name in self.packed_shapes:
             w4 = self._parameters[name]
             if isinstance(w4, Weight4bit):
-                w4.take(w4.replace(dtype=dtype))
+                w4.become(w4.replace(dtype=dtype))
 
     def _set_form(self, form: Form, compute_dtype: torch.dtype) -> None:
         cpu.limit_threads_once()
@@ -175,7 +175,7 @@ class Packed4bit(nn.Module, abc.ABC):
         super().register_parameter(name, param)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_exposed_dtype" not in vars(self):  # pickled by version 0.1.0, with separate tensors
             self._exposed_dtype = vars(self).pop("weight_dtype", self.compute_dtype)
             self.join()
@@ -198,7 +198,7 @@ class Packed4bit(nn.Module, abc.ABC):
 
     def _weights(self) -> dict[str, Weight4bit]:
         """The weights that are one parameter each, that is, not exposed."""
-        own = {name: self._parameters.get(name) for name in self.packed_shapes}
+        own: dict[str, Any] = {name: self._parameters.get(name) for name in self.packed_shapes}
         return {name: w4 for name, w4 in own.items() if isinstance(w4, Weight4bit)}
 
     def _parts(self, name: str) -> dict[str, str]:
@@ -444,7 +444,7 @@ class Packed4bit(nn.Module, abc.ABC):
 
 def _in_place_of(parameter: Weight4bit, w4: Weight4bit) -> nn.Parameter:
     """The parameter whose weight is ``w4``: ``parameter`` itself, which others may share, if that is possible."""
-    taken = w4 is parameter or parameter.take(w4)
+    taken = w4 is parameter or parameter.become(w4)
     return parameter if taken else nn.Parameter(w4.detach(), requires_grad=False)  # type: ignore[return-value]
 
 

@@ -92,8 +92,8 @@ class AdoptedLinear4bit(FromBitsandbytes, bnb.nn.Linear4bit):
     """Our ``Linear4bit`` as a subclass of ``bnb.nn.Linear4bit``, so that scripts that look for that class find it.
 
     Its weight is a ``Weight4bit`` [N, K] as in all our layers, not bitsandbytes' ``Params4bit``. The ``quant_state`` is
-    an attribute of the layer, not of the weight, and ``dequantize()`` returns the decoded weight. The layer loads states
-    in bitsandbytes' format and in ours; ``state_dict()`` returns ours.
+    an attribute of the layer, not of the weight, and ``dequantize()`` returns the decoded weight. The layer loads
+    states in bitsandbytes' format and in ours; ``state_dict()`` returns ours.
     """
 
 

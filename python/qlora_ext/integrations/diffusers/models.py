@@ -1,4 +1,4 @@
-"""Support for diffusers models with 4-bit layers: which layers stay dense, saving, the model's dtype."""
+"""Support for diffusers models with 4-bit layers: which layers stay dense, and saving."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ...nn import AFTER_QUANTIZE, DENSE_RULES, DenseModules, Packed4bit, layers_of
+from ...nn import AFTER_QUANTIZE, DENSE_RULES, DenseModules, layers_of
 from .._patches import extend
 from ..bitsandbytes.state import state_dict
 from ..transformers import METHOD, QLoRAConfig
@@ -88,27 +88,6 @@ def _as_saved(model: Any) -> Iterator[None]:
 def _save_pretrained(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     with _as_saved(self):
         return original(self, *args, **kwargs)
-
-
-@extend("diffusers.models.modeling_utils:get_parameter_dtype")
-def _get_parameter_dtype(original: Any, parameter: nn.Module) -> torch.dtype:
-    dtype: torch.dtype = original(parameter)
-    if not any(True for _ in layers_of(parameter)) or _casts_layerwise(parameter):
-        return dtype
-    # Scales are float32, biases of 4-bit layers have the compute dtype, and adapters have their own dtype.
-    others = [m for m in parameter.modules() if isinstance(m, Packed4bit) or hasattr(m, "base_layer")]
-    skipped = {p for module in others for p in module.parameters()}
-    float32 = getattr(parameter, "_keep_in_fp32_modules", None) or ()
-    for name, p in parameter.named_parameters():
-        if p.is_floating_point() and p not in skipped and not any(part in name for part in float32):
-            return p.dtype
-    return dtype
-
-
-def _casts_layerwise(model: nn.Module) -> bool:
-    """Whether ``enable_layerwise_casting`` stores the parameters in another dtype than the compute dtype."""
-    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
-    return any(r is not None and r.get_hook("layerwise_casting") is not None for r in registries)
 
 
 DENSE_RULES.append(_dense_modules)

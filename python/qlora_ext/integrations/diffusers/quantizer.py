@@ -143,9 +143,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
         self.places = places_in(model)
         for name, module in list(self._selected(model, keep_in_fp32_modules or [])):
             if self.pre_quantized:
-                empty = self._empty(module)
-                empty.expose()  # diffusers loads tensors by the names in files
-                self._replace(module, empty)
+                self._replace(module, self._empty(module))
             else:
                 self.awaited[f"{name}.weight"] = module
 
@@ -155,11 +153,16 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
 
     def _empty(self, module: nn.Module) -> Packed4bit:
         options: dict[str, Any] = {"device": "meta", **self._options(module)}
+        layer: Packed4bit
         if isinstance(module, nn.Embedding):
-            return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
-        assert isinstance(module, nn.Linear)
-        cls = CONVERSIONS[type(module)]
-        return cls(module.in_features, module.out_features, bias=module.bias is not None, **options)
+            layer = Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
+        else:
+            assert isinstance(module, nn.Linear)
+            cls = CONVERSIONS[type(module)]
+            layer = cls(module.in_features, module.out_features, bias=module.bias is not None, **options)
+        layer.expose()  # diffusers loads tensors by the names in files
+        layer.weight_dtype = self.torch_dtype or module.weight.dtype  # diffusers reads the model's dtype from it
+        return layer
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if not self.reads_bitsandbytes:
@@ -231,7 +234,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
                 w4 = NF4Weight.from_bitsandbytes(tensors, name)
             except KeyError:  # the rest is in another file
                 continue
-            layer.set_packed("weight", w4.to(self.target_device))
+            layer.set_packed("weight", w4.replace(dtype=layer.weight_dtype).to(self.target_device))
             del self.incomplete[name]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -286,7 +286,7 @@ class CheckpointSource(Source):
             modules.setdefault(module, []).append(name)
             if not always.isdisjoint(paths_to(module)):
                 raise ValueError(
-                    f"{weight.where}: expected dense values, because the model's own code reads the weight of {module}"
+                    f"{weight.where}: expected dense values, because transformers keeps {module} in float32"
                 )
         for module, names in modules.items():
             layer = empty_layer(model.get_submodule(module), torch.float32, Form())

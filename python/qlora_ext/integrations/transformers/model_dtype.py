@@ -15,7 +15,7 @@ from .._patches import extend
 def dtype(original: Any, self: Any) -> torch.dtype:
     for module in self.modules():
         # Frozen weights decode to, or are stored in, the checkpoint's dtype.
-        frozen = module.packed_state() if isinstance(module, Packed4bit) else {}
+        frozen: dict[str, Any] = module.packed_state() if isinstance(module, Packed4bit) else {}
         frozen = {"weight": None} if isinstance(module, Dense16bit) else frozen
         for name, p in module._parameters.items():
             if p is not None and p.is_floating_point() and name not in frozen:
