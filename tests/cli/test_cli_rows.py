@@ -201,9 +201,11 @@ def test_questions_are_encoded_as_in_rows(
     for arguments in (generate, ["chat", *generate[2:]], [*generate, "--raw"]):
         assert main(arguments) == 0
     application = Application({}, tokenizer, len(tokenizer), None)
-    assert [*seen[:2], application._tokens([ASKED], "messages")] == [row["prompt_ids"]] * 3
+    assert [*seen[:2], application._tokens([ASKED], "messages", [])] == [row["prompt_ids"]] * 3
     raw = [tokenizer.bos_token_id, *tokenizer("1+1", add_special_tokens=False)["input_ids"]]
-    assert [seen[2], application._tokens("1+1", "prompt"), application._tokens("<bos>1+1", "prompt")] == [raw] * 3
+    assert [seen[2], application._tokens("1+1", "prompt", []), application._tokens("<bos>1+1", "prompt", [])] == [
+        raw
+    ] * 3
     assert _encoded(tokenizer, "1+1") == raw
     assert template is None or _encoded(tokenizer, [ASKED]) == row["prompt_ids"]
 

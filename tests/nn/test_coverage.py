@@ -149,3 +149,14 @@ def test_a_tied_embedding_is_4bit_where_the_heads_weight_is_read() -> None:
     assert type(model.get_input_embeddings()) is Embedding4bit
     logits = model(torch.arange(4)[None]).logits
     torch.testing.assert_close(logits, model.dequantize()(torch.arange(4)[None]).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_whose_parameter_is_4bit_counts_and_stays() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64))
+    model[0].weight = nn.Parameter(qlora_ext.quantize(model[0].weight))
+    packed = model[0].weight.packed
+    qlora_ext.quantize_model(model)
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.packed is packed
+    found = qlora_ext.nn.coverage(model)
+    assert (found.quantized, found.dense) == (2 * 48 * 64, {})

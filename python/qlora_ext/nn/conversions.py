@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..weight import Weight4bit
 from .linear import Linear4bit
 from .packed import Packed4bit
 
@@ -45,7 +46,7 @@ def conversion_of(module: nn.Module) -> type[Linear4bit] | None:
         'Linear4bit'
     """
     kind: Any = type(module)
-    if "weight" not in module._parameters:
+    if "weight" not in module._parameters or isinstance(module._parameters["weight"], Weight4bit):
         return None
     if kind in CONVERSIONS:
         return CONVERSIONS[kind]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..weight import Weight4bit
 from .conversions import conversion_of
 from .dense_modules import dense_modules, paths_to
 from .embedding import Embedding4bit, TiedLinear4bit
@@ -95,6 +96,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
             p
             for key, p in module._parameters.items()
             if p is not None and p.is_floating_point() and p.ndim in (2, 3) and id(p) not in tables
+            if not isinstance(p, Weight4bit)
             if known or (_MATRIX.search(key) and min(p.shape) > 1)
         ]
         if is_parametrized(module, "weight"):
@@ -137,6 +139,8 @@ def coverage(model: nn.Module, asked: Iterable[str] = ()) -> Coverage:
         if isinstance(m, Packed4bit) and not isinstance(m, Embedding4bit | TiedLinear4bit)
         for shape in m.packed_shapes.values()
     ]
+    others = (m for m in model.modules() if isinstance(m, nn.Linear) and not isinstance(m, Packed4bit))
+    shapes += [m.weight.shape for m in others if isinstance(m._parameters.get("weight"), Weight4bit)]
     dense: dict[str, int] = {}
     by_request: dict[str, int] = {}
     reasons: dict[str, str] = {}
