@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -107,6 +108,12 @@ class Weight4bit(Tensor):
         for name, t in (("packed", packed), ("absmax", absmax)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if column_order is not None:  # the others are checked by the operators
+            if not isinstance(column_order, Tensor) or column_order.dtype != torch.int32:
+                raise TypeError(f"column_order: expected an int32 tensor or None, got {reprlib.repr(column_order)}")
+            if tuple(column_order.shape) != tuple(shape[-1:]):
+                expected = [*shape[-1:]]
+                raise ValueError(f"column_order: expected shape {expected}, got {list(column_order.shape)}")
         self.packed, self.absmax = packed, absmax
         self.nested_absmax, self.nested_offset = nested_absmax, nested_offset
         self.scale_table, self.block_offsets, self.offset_scale = scale_table, block_offsets, offset_scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -292,23 +293,23 @@ def test_merge_measures_in_the_automatic_dtype(
     options: list[object],
 ) -> None:
     """It saves in ``--dtype``. Without calibration, both kinds of processors give the same model."""
-    from qlora_ext.cli.training import trainer
+    from qlora_ext.cli.commands import merge
     from qlora_ext.integrations import peft as our_peft
 
     measured: list[torch.dtype] = []
-    held_out_loss, merge_calibrated = trainer.held_out_loss, our_peft.merge_calibrated
+    token_losses, merge_calibrated = merge.token_losses, our_peft.merge_calibrated
 
-    def loss(model: torch.nn.Module, *arguments: object) -> float:
-        measured.append(model(torch.arange(8)[None]).logits.dtype)
-        found: float = held_out_loss(model, *arguments)
-        return found
+    def losses(model: torch.nn.Module, rows: Any, size: int, compute: torch.dtype) -> torch.Tensor:
+        with qlora_ext.nn.computing_in(model, compute):
+            measured.append(model(torch.arange(8)[None]).logits.dtype)
+        return token_losses(model, rows, size, compute)
 
     def calibrated(model: torch.nn.Module, calibration: object, compute_dtype: torch.dtype) -> torch.nn.Module:
         measured.append(compute_dtype)
         merged: torch.nn.Module = merge_calibrated(model, calibration, compute_dtype)
         return merged
 
-    monkeypatch.setattr(trainer, "held_out_loss", loss)
+    monkeypatch.setattr(merge, "token_losses", losses)
     monkeypatch.setattr(our_peft, "merge_calibrated", calibrated)
     more = [paths["data"], "--calibration-tokens", 512] if "--calibrate" in options else []
     saved = {}

@@ -161,9 +161,11 @@ def regular_only(path: str, flags: int) -> int:
         FileError: the file is of another kind. OSError: it cannot be opened.
     """
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise FileError(f"cannot read {printable(path)}: not a regular file")
+        kind = "Is a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise FileError(f"cannot read {printable(path)}: {kind}")
     return descriptor
 
 

@@ -91,7 +91,7 @@ def _merge(
     model = adapted.load()
     compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
     if arguments.evaluate:
-        unmerged = token_losses(model, parts.held_out, size, compute).mean()
+        unmerged = token_losses(model, parts.held_out, size, compute).mean().item()
     tied = untie(model)
     merged: Any
     error, report = None, []
@@ -126,6 +126,6 @@ def _merge(
             f"the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
     if arguments.evaluate:
-        loss = token_losses(merged, parts.held_out, size, compute).mean()
-        print(f"held-out loss: {unmerged:.4f} unmerged, {loss:.4f} merged ({loss - unmerged:+.4f})")
+        loss = token_losses(merged, parts.held_out, size, compute).mean().item()
+        print(f"held-out loss: {unmerged:.4f} unmerged, {loss:.4f} merged ({round(loss - unmerged, 4) + 0.0:+.4f})")
     return 0
