@@ -359,7 +359,7 @@ def page(results: Iterable[Row]) -> str:
         "- **4-bit**: the share of the linear weights that `QLoRAConfig()` makes 4-bit. Output heads and towers (the",
         "  encoders of images and sounds) are not counted.",
         "- **dense**: the layers that stay dense, listed if the share is below 99%. They stay dense because",
-        "  transformers keeps them in float32, or because there is no 4-bit layer of their kind;",
+        "  transformers keeps them in float32, torch's attention computes with their weight, or there is no 4-bit layer of their kind;",
         "  `qlora_ext.nn.coverage(model)` gives the reason for each.",
         "- **load**: the outputs of the 4-bit model equal those of a dense model with the decoded weights.",
         "- **save**: the saved model loads again with the same bits.",

@@ -34,18 +34,20 @@ def test_all_is_counted() -> None:
         attention=nn.MultiheadAttention(64, 4),
         cell=nn.LSTM(8, 8),
     )
-    with pytest.warns(UserWarning, match="ModuleDict: 32.7% of the linear weights are 4-bit; dense are attention"):
+    with pytest.warns(UserWarning, match="ModuleDict: 16.3% of the linear weights are 4-bit; dense are attention"):
         found = coverage(quantize_model(model))
     cell = 2 * 4 * 8 * 8
-    assert found.quantized == 2 * WEIGHTS  # body and attention.out_proj
+    assert found.quantized == WEIGHTS
     assert found.by_request == {"lm_head": 64 * 8}
     assert found.dense == {
         "odd": WEIGHTS,
         "attention": 3 * WEIGHTS,
+        "attention.out_proj": WEIGHTS,
         "cell": cell,
     }
-    assert found.share == 2 * WEIGHTS / (6 * WEIGHTS + cell)
+    assert found.share == WEIGHTS / (6 * WEIGHTS + cell)
     assert found.reasons["odd"] == "a Odd, for which there is no 4-bit layer"
+    assert found.reasons["attention.out_proj"] == "its library keeps it in float32, or computes with its weight"
 
 
 def test_dense_layers_are_named_exactly() -> None:

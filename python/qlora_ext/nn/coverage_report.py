@@ -107,7 +107,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 def _reason(module: nn.Module, name: str, always: set[str]) -> str:
     if not always.isdisjoint(paths_to(name)):
-        return "its library keeps it in float32"
+        return "its library keeps it in float32, or computes with its weight"
     if isinstance(module, nn.Linear) and "weight" not in module._parameters:
         return "its weight is computed from other parameters"
     if conversion_of(module) is not None or is_fused_experts(module):

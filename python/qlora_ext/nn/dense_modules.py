@@ -42,7 +42,7 @@ class DenseModules(NamedTuple):
     Attributes:
         heads: output heads. They are dense by default, because they are small and often new, and then trained in full.
         towers: image and audio encoders and their projectors, dense by default.
-        always: layers that a library keeps in float32.
+        always: layers that a library keeps in float32, and those whose weight torch's attention reads.
     """
 
     heads: list[str]
@@ -50,12 +50,15 @@ class DenseModules(NamedTuple):
     always: list[str]
 
 
-def _by_names(model: nn.Module) -> DenseModules:
-    return DenseModules([name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS], [], [])
+def _of_torch(model: nn.Module) -> DenseModules:
+    heads = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS]
+    # torch's attention computes with the weight of its out_proj, and PEFT's layer over it replaces that weight.
+    attention = [name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    return DenseModules(heads, [], [f"{name}.out_proj".removeprefix(".") for name in attention])
 
 
 # Functions that name the modules of a model that must stay dense. Each integration adds one for its library's models.
-DENSE_RULES: list[Callable[[nn.Module], DenseModules]] = [_by_names]
+DENSE_RULES: list[Callable[[nn.Module], DenseModules]] = [_of_torch]
 
 
 def dense_modules(model: nn.Module) -> DenseModules:
