@@ -215,8 +215,8 @@ def quantize_model(
             most, from ``qlora_ext.sensitivity(model).keep("5%")``. It does not change the default of ``skip``.
         compute_dtype: of the 4-bit modules; the default is each module's own dtype.
 
-    Layers that transformers (T5's ``wo``) or diffusers (Wan's ``time_embedder``) keep in float32 always stay dense, and so
-    does the ``out_proj`` of ``nn.MultiheadAttention``, whose weight torch reads.
+    Layers that transformers (T5's ``wo``) or diffusers (Wan's ``time_embedder``) keep in float32 always stay dense, and
+    so does the ``out_proj`` of ``nn.MultiheadAttention``, whose weight torch reads.
 
     Returns:
         ``model``, or its replacement if ``model`` itself is such a module.
