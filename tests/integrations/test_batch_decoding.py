@@ -342,7 +342,8 @@ def test_memory_does_not_grow() -> None:
         return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
 
     addresses = [cache.data_ptr() for cache in engine._caches]
-    assert tensors() == tensors()
+    first, second = tensors(), tensors()
+    assert second <= first  # fewer, if what other tests left was collected meanwhile
     assert [cache.data_ptr() for cache in engine._caches] == addresses
 
 
