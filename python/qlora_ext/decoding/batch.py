@@ -34,6 +34,7 @@ _USUAL_CAPACITY = 2048
 _SCORED = 256  # tokens of a prompt that get logits [tokens, V] at once
 # Of the self-test: far above rounding, far below the effect of a wrong position or mask.
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 0.1
+_TESTED_PAIRS = 4
 
 
 def _rejected(why: str) -> ValueError:
@@ -454,13 +455,29 @@ class BatchDecoder:
 
     @torch.no_grad()
     def _test(self, adapters: Sequence[str | None] = (None, None)) -> None:
-        """Compares a step of two sequences with the model's own forward.
+        """Compares steps of two sequences with the model's own forward.
+
+        A wrong position or mask changes the logits of every pair. One pair may also differ because some models,
+        after some tokens (SmolLM2 after special ones), amplify the rounding of 16 bits until nothing of the logits is left.
 
         Raises:
-            ValueError: they differ, because the model ignores positions or masks of single sequences.
+            ValueError: all pairs differ, because the model ignores positions or masks of single sequences.
         """
+        dtypes = {self._caches[0].dtype, *(layer.compute_dtype for _, layer in layers_of(self._lm))}
+        tolerance = _TOLERANCE if dtypes == {torch.float32} else _TOLERANCE_16_BITS
+        errors: list[float] = []
+        while len(errors) < _TESTED_PAIRS:
+            errors.append(self._step_error(adapters, torch.Generator().manual_seed(len(errors))))
+            if errors[-1] < tolerance:
+                return
+        raise _rejected(
+            f"its logits of a sequence in a batch differ from those of the sequence alone by {min(errors):.2g} of their norm"
+        )
+
+    def _step_error(self, adapters: Sequence[str | None], generator: torch.Generator) -> float:
+        """How far the logits of a step of two random sequences are from those of each alone, relative to their norm."""
         vocabulary = vocabulary_size(self._lm)
-        prompts = [[token % vocabulary for token in tokens] for tokens in ((5, 9, 3), (7, 5, 11, 2, 6))]
+        prompts = [torch.randint(vocabulary, (count,), generator=generator).tolist() for count in (3, 5)]
         of_each = [self._forward_options([adapter]) for adapter in adapters]
         whole, begun = ([PromptReader(prompt[:end], self._caches) for prompt in prompts] for end in (None, -1))
         expected = torch.cat([self._read(*each) for each in zip(whole, of_each, strict=True)]).double()
@@ -474,11 +491,6 @@ class BatchDecoder:
         )
         for cache in self._caches:
             cache[:2].zero_()
-        error = float((logits.double() - expected).norm() / expected.norm())
-        dtypes = {self._caches[0].dtype, *(layer.compute_dtype for _, layer in layers_of(self._lm))}
-        tolerance = _TOLERANCE if dtypes == {torch.float32} else _TOLERANCE_16_BITS
-        if bool(expected.isfinite().all()) and not error < tolerance:
-            raise _rejected(
-                "its logits of a sequence in a batch differ from those of the sequence alone by "
-                f"{error:.2g} of their norm"
-            )
+        if not bool(expected.isfinite().all()):
+            return 0.0  # requests tell of this
+        return float((logits.double() - expected).norm() / expected.norm())
