@@ -17,8 +17,8 @@ pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
-from qlora_ext.cli import main
-from qlora_ext.cli.data import held_out
+from qlora_app.data import held_out
+from qlora_app.main import main
 from qlora_ext.fidelity import CurvePoint, Increase, LayerCost, ModelCheck, advice_on
 from qlora_ext.nn import layers_of
 from test_cli_validate_model import change_weights

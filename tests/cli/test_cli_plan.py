@@ -13,10 +13,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from qlora_app.main import main
+from qlora_app.outputs.files import write_json
+from qlora_app.planning import families, memory
 from qlora_ext import dtypes
-from qlora_ext.cli import main
-from qlora_ext.cli.outputs.files import write_json
-from qlora_ext.planning import families, memory
 
 SIZES = "hidden=512,intermediate=1536,layers=10,heads=8,kv-heads=4,vocab=16000"
 
@@ -29,7 +29,7 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM
 from peft import LoraConfig, get_peft_model
 import qlora_ext
-from qlora_ext.planning import families
+from qlora_app.planning import families
 from qlora_ext.streaming.loss import learnt_loss
 
 def status(key):

@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file, save_file
 
 from commands import Paths
-from qlora_ext.cli import main
+from qlora_app.main import main
 from tiny_models import make
 
 

@@ -27,9 +27,9 @@ from transformers.generation.logits_process import (
 
 import qlora_ext
 import tiny_models
-from qlora_ext.decoding import BatchDecoder, Request, Rollouts, Sampling, batch, generate, sampling
-from qlora_ext.decoding.prompts import PromptReader
-from qlora_ext.decoding.sampling import draw
+from qlora_app.decoding import BatchDecoder, Request, Rollouts, Sampling, batch, generate, sampling
+from qlora_app.decoding.prompts import PromptReader
+from qlora_app.decoding.sampling import draw
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
 

@@ -339,7 +339,7 @@ def test_internal_modules_import_nothing_else_of_ours() -> None:
 
 def test_benches_use_the_faces_of_the_command_only() -> None:
     """Its entry point, the names in the ``__init__`` of its subpackages models and data, and how exports calibrate."""
-    faces = {"qlora_ext.cli", "qlora_ext.cli.models", "qlora_ext.cli.data", "qlora_ext.cli.exporting.calibrated"}
+    faces = {"qlora_app", "qlora_app.models", "qlora_app.data", "qlora_app.exporting.calibrated"}
     for path in sorted((ROOT / "bench").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and re.match(r"qlora_ext\.(cli|_)", node.module or ""):

@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .._internal.dtype_names import name_of
-from .._internal.patterns import compiled
-from .._internal.untrusted import excerpt
+from ..dtype_names import name_of
 from ..form import Form
 from ..ops import check_shape
+from ..patterns import compiled
+from ..untrusted import excerpt
 from ..weight import Weight4bit
 
 # What to do where a format is not supported.

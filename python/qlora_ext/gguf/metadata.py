@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .._internal.untrusted import FileError, excerpt, parse_json
+from ..untrusted import FileError, excerpt, parse_json
 from .file import ARCHITECTURES
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"

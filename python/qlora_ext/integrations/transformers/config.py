@@ -14,11 +14,11 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ... import _library, bitsandbytes_format
-from ..._internal.patterns import compiled
-from ..._internal.sizes import parse_size
 from ...dtypes import computing_dtype, layers_dtype
 from ...form import Form
 from ...formats import NF4, READ_IN
+from ...patterns import compiled
+from ...sizes import parse_size
 from ...streaming import SOURCES
 
 METHOD = "qlora_ext"
