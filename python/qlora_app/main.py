@@ -188,7 +188,7 @@ def _report(error: Exception) -> tuple[int, str]:
         return 2, f"{text} cannot be written in {error.encoding}; set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return 2, "not enough memory"
-    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "qlora_ext":
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in ("qlora_ext", "qlora_app"):
         return 2, f"{first_line(error)}; install what the command needs with: pip install 'qlora_ext[cli]'"
     return 1, f"unexpected {type(error).__name__}: {first_line(error)} ({_TRACEBACK}=1 prints the traceback)"
 

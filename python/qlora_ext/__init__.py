@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import adapters, autograd, calibration, cpu, fidelity, nn, streaming, transforms
 from ._internal import hooks as _hooks
@@ -99,4 +99,10 @@ _DEFINED_IN = {
     "adopt": ".integrations.bitsandbytes.adoption",
     "gguf": ".",
 }
-__getattr__, __dir__ = _lazily(__name__, _DEFINED_IN, __all__)
+_lazy, __dir__ = _lazily(__name__, _DEFINED_IN, __all__)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("decoding", "export", "finetune", "plan", "planning"):  # an ImportError, which `from` does not replace
+        raise ImportError(f"qlora_ext.{name} moved: from qlora_app import {name}")
+    return _lazy(name)

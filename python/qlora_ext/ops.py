@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._library import LIBRARY
+from ._library import link_compiled_code as link_compiled_code
 from .arguments import arguments_of
 from .formats import MAX_ELEMENTS, NF4, check_block_sizes, check_code, is_integer
 

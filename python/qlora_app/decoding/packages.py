@@ -28,8 +28,8 @@ from torch.export.pt2_archive._package import load_pt2
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from qlora_ext._library import link_compiled_code
 from qlora_ext.nn import Packed4bit, layers_of
+from qlora_ext.ops import link_compiled_code
 from qlora_ext.untrusted import first_line
 from qlora_ext.version import VERSION
 

@@ -58,7 +58,7 @@ def parse_device(name: str) -> torch.device:
     """The device for a value of ``--device``. "auto" is CUDA if torch finds a device and our kernels support it."""
     import torch
 
-    from qlora_ext._library import build_info
+    from qlora_ext import build_info
 
     info = build_info()
     if name == "auto":
