@@ -1,7 +1,7 @@
 """The application around ``qlora_ext``: the command ``qlora-ext``, and its commands as Python functions.
 
 Example:
-    >>> from qlora_app import export, finetune
+    >>> from qlora_app import export, finetune, plan
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import decoding, planning
+    from .commands.plan import plan
     from .exporting.export import export
     from .training.finetuning import finetune
 
-__all__ = ["decoding", "export", "finetune", "planning"]
+__all__ = ["decoding", "export", "finetune", "plan", "planning"]
 
 # Imported at the first access, because the parsers of the command need neither torch nor any other library.
-_FUNCTIONS = {"export": ".exporting.export", "finetune": ".training.finetuning"}
+_FUNCTIONS = {"export": ".exporting.export", "finetune": ".training.finetuning", "plan": ".commands.plan"}
 
 
 def __getattr__(name: str) -> Any:

@@ -90,10 +90,13 @@ def test_none_means_the_default(paths: Paths, tmp_path: pathlib.Path) -> None:
 
 def test_the_plain_import_stays_light() -> None:
     program = (
-        "import sys, qlora_ext\n"
-        "names = ['transformers', 'peft', 'gguf', 'qlora_app', 'qlora_app.decoding', 'qlora_app.planning']\n"
-        "assert not [name for name in names if name in sys.modules]\n"
-        "assert callable(qlora_app.finetune)\n"
+        "import sys, qlora_app\n"
+        "libraries = {'torch', 'numpy', 'transformers', 'peft', 'qlora_ext'}\n"
+        "assert not libraries & set(sys.modules)\n"
+        "import qlora_ext\n"
+        "names = {'transformers', 'peft', 'gguf', 'qlora_app.main', 'qlora_app.decoding', 'qlora_app.planning'}\n"
+        "assert not names & set(sys.modules)\n"
+        "assert callable(qlora_app.finetune) and callable(qlora_app.export) and callable(qlora_app.plan)\n"
         "assert qlora_app.planning.families.known('llama-7b')\n"
         "from qlora_ext import gguf\n"
         "assert gguf is qlora_ext.gguf and callable(gguf.read_header)\n"

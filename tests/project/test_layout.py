@@ -246,7 +246,7 @@ MODULES = sorted([*LIBRARY.rglob("*.py"), *APPLICATION.rglob("*.py")])
 # Subpackage -> the only other subpackages or files that may import from it. The application may import all of the
 # library that is public.
 IMPORTED_BY = {
-    "qlora_app/commands/": ("qlora_app/main.py",),
+    "qlora_app/commands/": ("qlora_app/main.py", "qlora_app/__init__.py"),
     "qlora_app/exporting/": ("qlora_app/commands/", "qlora_app/__init__.py"),
     "qlora_app/gguf/": ("qlora_app/exporting/",),
     "qlora_app/training/": ("qlora_app/commands/", "qlora_app/exporting/", "qlora_app/__init__.py"),

@@ -8,13 +8,13 @@ import json
 import os
 import pathlib
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qlora_ext.sizes import parse_size
 from qlora_ext.untrusted import excerpt, printable
 
 from .. import suggestions
-from ..errors import UserError, path_named, reading
+from ..errors import UserError, as_arguments, path_named, reading
 from ..models import families, validate_model
 from ..models.devices import check_dtype
 from ..models.pretrained import load_config
@@ -34,7 +34,6 @@ _MAX_COUNT = 1_000_000  # limit of all options that are counts
 
 
 def add_parser(commands: Any) -> None:
-
     parser = commands.add_parser(
         "plan",
         help="predict the memory of a fine-tuning run",
@@ -42,6 +41,16 @@ def add_parser(commands: Any) -> None:
         "fits, and how to reduce it. Loads no weights. The CUDA context (about 0.5 GB) is not included; with --device "
         "cpu, the process is.",
     )
+    _add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    parser.shorten_help(
+        "--model", "--rank", "--seq-len", "--batch-size", "--grad-checkpointing", "--dtype", "--device", "--memory",
+        "--max-memory", "--plot", "--json",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--model",
@@ -104,12 +113,6 @@ def add_parser(commands: Any) -> None:
         "--adapters", type=int, default=1, metavar="N", help="number of adapters of this size in a sweep (default: 1)"
     )
     parser.add_argument("--plot", metavar="PNG", help="plot the memory by purpose")
-    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
-    parser.shorten_help(
-        "--model", "--rank", "--seq-len", "--batch-size", "--grad-checkpointing", "--dtype", "--device", "--memory",
-        "--max-memory", "--plot", "--json",
-    )  # fmt: skip
-    parser.set_defaults(run=run)
 
 
 def _size(option: str, text: str) -> float:
@@ -253,54 +256,49 @@ def _as_option(change: dict[str, Any]) -> str:
     return options_of(change) + note
 
 
-def _find_options(job: Job, memory: float, process: float, link: float, flops: float, as_json: bool) -> int:
-    """Prints the options with which the job fits into ``memory`` bytes; see ``--max-memory`` in ``plan --help``.
-
-    Args:
-        process: the part of ``memory`` that is used before the model is loaded.
-    """
+def _options_that_fit(job: Job, memory: float, link: float, flops: float) -> dict[str, Any]:
+    """The options with which the job fits into ``memory`` bytes; see ``--max-memory`` in ``plan --help``."""
+    from ..planning.memory import process_bytes
     from ..planning.search import changes_of, choose, largest_model, longest_context, switched
 
+    process = process_bytes() if job.host else 0.0  # used before the model is loaded
     changes = changes_of(job)
     chosen = choose(job, memory - process, changes)
     best, size = chosen or (switched(job, changes), float("nan"))
-    size += process
-    options = options_of(best.changes)
     blocks = best.blocks
-    context = longest_context(best.job, blocks, memory - process)
-    largest = largest_model(job, memory - process, changes)
-    free = None if blocks is None else blocks.free_tokens(link, flops, best.job.grad_checkpointing)[0]
-    host = 0.0 if blocks is None or job.host else blocks.host_bytes("ram")
-    if as_json:
-        found = {
-            "memory": memory,
-            "fits": chosen is not None,
-            "options": options,
-            "total": None if chosen is None else size,
-            "host_bytes": host,
-            "longest_context": context,
-            "free_tokens": free,
-            "largest_model": largest,
-        }
-        print(json.dumps(found, indent=2))
-        return 0
-    if chosen is None:
-        print(f"rows of {job.seq_len:,} tokens do not fit into {memory / 1e9:.1f} GB with any option ({options})")
+    return {
+        "memory": memory,
+        "fits": chosen is not None,
+        "options": options_of(best.changes),
+        "total": None if chosen is None else size + process,
+        "host_bytes": 0.0 if blocks is None or job.host else blocks.host_bytes("ram"),
+        "longest_context": longest_context(best.job, blocks, memory - process),
+        "free_tokens": None if blocks is None else blocks.free_tokens(link, flops, best.job.grad_checkpointing)[0],
+        "largest_model": largest_model(job, memory - process, changes),
+    }
+
+
+def _print_options(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    memory = f"{found['memory'] / 1e9:.1f} GB"
+    if found["fits"]:
+        print(f"fits into {memory} with {found['options']}: {found['total'] / 1e9:.2f} GB")
     else:
-        print(f"fits into {memory / 1e9:.1f} GB with {options}: {size / 1e9:.2f} GB")
-    if host:
+        print(f"rows of {arguments.seq_len:,} tokens do not fit into {memory} with any option ({found['options']})")
+    if host := found["host_bytes"]:
+        free = found["free_tokens"]
         print(f"{host / 1e9:.2f} GB of pinned host memory; transfers are hidden from {free:,} tokens per step on")
+    context = found["longest_context"]
     print(
-        f"the longest context then: {context:,} tokens per row, {job.batch_size} rows per pass"
+        f"the longest context then: {context:,} tokens per row, {arguments.batch_size} rows per pass"
         if context
         else "no context fits"
     )
-    print(f"the largest known model that fits: {largest or 'none'} (with --stream, at {job.seq_len:,} tokens)")
-    return 0
+    largest = found["largest_model"] or "none"
+    print(f"the largest known model that fits: {largest} (with --stream, at {arguments.seq_len:,} tokens)")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; see the module's text."""
+def _planned(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``--json`` prints."""
     if arguments.resident and arguments.stream == "none":
         raise UserError(f"--resident {arguments.resident} needs --stream ram or --stream disk")
     if arguments.max_memory is not None and arguments.modules_to_save:
@@ -309,7 +307,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--max-memory plans one adapter; remove --sweep and --adapters")
     resident = None if arguments.resident is None else _size("--resident", arguments.resident)
     link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
-    memory, whose = _memory(arguments.memory, arguments.device)
+    memory, _ = _memory(arguments.memory, arguments.device)
     name, config, source = _config(arguments)
     from qlora_ext import cpu
 
@@ -320,9 +318,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_memory is not None:
         job = _job(arguments, config, source)
         with reading("configuration", name):
-            allowed = _size("--max-memory", arguments.max_memory)
-            process = process_bytes() if job.host else 0.0
-            return _find_options(job, allowed, process, link, flops, arguments.json)
+            return _options_that_fit(job, _size("--max-memory", arguments.max_memory), link, flops)
     with reading("configuration", name):
         job, measured, sweep = _largest(arguments, config, source)
     parts = split(job, measured)
@@ -350,22 +346,22 @@ def run(arguments: argparse.Namespace) -> int:
         _plot(
             output_file("--plot", arguments.plot, _MARK, []), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory
         )
-    advice = [] if fits or streaming else [(_as_option(change), saving) for change, saving in savings(job, measured)]
-    if arguments.json:
-        print(
-            json.dumps(
-                {"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": dict(advice)}
-                | ({"streaming": streaming} if streaming else {})
-                | ({"sweep": sweep} if sweep else {})
-                | ({"threads": cpu.describe_threads()} if job.host else {}),
-                indent=2,
-            )
-        )
-        return 0
-    for key, size in parts.items():
+    advice = {} if fits or streaming else {_as_option(change): saving for change, saving in savings(job, measured)}
+    return (
+        {"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": advice}
+        | ({"streaming": streaming} if streaming else {})
+        | ({"sweep": sweep} if sweep else {})
+        | ({"threads": cpu.describe_threads()} if job.host else {})
+    )
+
+
+def _print_plan(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    total, memory = found["total"], found["memory"]
+    for key, size in found["bytes"].items():
         print(f"{key:<16} {size / 1e9:9.3f} GB  {100 * size / total:5.1f}%")
     print(f"{'total':<16} {total / 1e9:9.3f} GB per device, at the peak of a step")
-    if streaming:
+    if streaming := found.get("streaming"):
+        link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
         print(
             f"streamed from {arguments.stream}: {streaming['slots']} buffers of "
             f"{streaming['block_bytes'] / 1e9:.3f} GB, {streaming['host_bytes'] / 1e9:.2f} GB pinned on the host, "
@@ -376,13 +372,71 @@ def run(arguments: argparse.Namespace) -> int:
             f"{flops / 1e12:.0f} Tflop/s (from {streaming['free_tokens_of_the_step']:,} on, they take no longer than "
             "the whole step)"
         )
-    if sweep:
+    if sweep := found.get("sweep"):
         whose_peak = f"the largest, {sweep['largest']}" if sweep["largest"] else "one"
         print(f"{sweep['adapters']} adapters are trained one after the other; the peak is that of {whose_peak}")
         print(f"{'disk':<16} {sweep['disk_bytes'] / 1e9:9.3f} GB for all of them, with two checkpoints each")
-    print(f"{'fits' if fits else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")
-    if job.host:
-        print(f"threads: {cpu.describe_threads()}")
-    for text, saving in advice:
+    _, whose = _memory(arguments.memory, arguments.device)
+    print(f"{'fits' if found['fits'] else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")
+    if "threads" in found:
+        print(f"threads: {found['threads']}")
+    for text, saving in found["savings"].items():
         print(f"  {text} saves {saving / 1e9:.2f} GB{'' if total - saving > memory else ', and then it fits'}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; see the module's text."""
+    found = _planned(arguments)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    elif "options" in found:
+        _print_options(found, arguments)
+    else:
+        _print_plan(found, arguments)
     return 0
+
+
+class _Arguments(argparse.ArgumentParser):
+    """Reads the arguments of ``plan``."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def plan(**options: Any) -> dict[str, Any]:
+    """Predicts the memory of a fine-tuning run, like the command ``qlora-ext plan``. It loads no weights.
+
+    Args:
+        options: the options of the command, with underscores: ``model="llama-3-8b"``, ``rank=8``, ``memory="24GB"``,
+            ``grad_checkpointing=True``, ``max_memory="8GB"``. None stands for the default.
+
+    Returns:
+        What the command prints with ``--json``: the ``bytes`` by purpose, their ``total``, the ``memory``, whether it
+        ``fits``, and the ``savings`` by option; with ``max_memory``, the ``options`` with which the run fits.
+
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: an argument is out of range, contradicts another, or names a file that is missing or damaged. The
+            message names the argument.
+        ImportError: a required library is missing.
+
+    Example:
+        >>> plan = qlora_app.plan(sizes="hidden=64,intermediate=128,layers=2,heads=4,vocab=512", memory="1GB")
+        >>> plan["fits"], sorted(plan["bytes"])[:2]
+        (True, ['activations', 'adapters'])
+    """
+    parser = _Arguments(prog="plan", add_help=False, allow_abbrev=False)
+    _add_options(parser)
+    parser.set_defaults(json=True)
+    for name in options:
+        if name not in parser.parse_args([]):
+            raise TypeError(f"plan() got an unexpected keyword argument {name!r}")
+    typed = []
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is not None and value is not False:
+            typed.append(option if value is True else f"{option}={value}")
+    try:
+        return _planned(parser.parse_args(typed))
+    except UserError as error:
+        raise ValueError(as_arguments(str(error))) from error
