@@ -1,7 +1,6 @@
 """Atomic writes: a file appears under its final name complete or not at all, even if the process is killed.
 
-``cli/outputs/files.py`` does the same for directories. No other module of the package renames or deletes a file
-(``tests/project/test_deletions.py`` lists every such call).
+No other module of the library renames or deletes a file (``tests/project/test_deletions.py`` lists every such call).
 """
 
 from __future__ import annotations

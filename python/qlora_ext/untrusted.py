@@ -10,6 +10,11 @@ import stat
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeAlias
 
+try:
+    from re import _parser as _parsing  # type: ignore[attr-defined,unused-ignore]
+except ImportError:  # Python 3.10
+    import sre_parse as _parsing  # type: ignore[no-redef,unused-ignore]
+
 # The expected value: a type, one of several types, a list of a schema, or an object with fields of schemas. A field
 # whose name ends in "?" may be absent or null. ``int`` means 64 bits, ``float`` any number; a bool is not a number.
 Schema: TypeAlias = "type | tuple[type, ...] | list[Any] | Mapping[str, Any]"
@@ -28,6 +33,12 @@ _NAMES = {
 # Control characters, halves of surrogate pairs, and characters that reverse the order of those around them.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+# Limits of regular expressions.
+_MAX_LENGTH = 4096
+_NAME = 100  # characters of a module's name
+_MAX_WAYS = 1e12  # five repetitions of any length in a row, with a few alternatives
 
 
 class UserError(Exception):
@@ -195,3 +206,44 @@ def read_json(path: str | os.PathLike[str], schema: Schema | None = None) -> Any
     """
     path = pathlib.Path(path)
     return parse_json(read_text(path), printable(path), schema)
+
+
+def _ways(parsed: Any) -> float:
+    """The number of ways, at most, in which a parsed expression can match a part of a name."""
+    total = 1.0
+    for operator, value in parsed:
+        kind = str(operator)
+        if kind == "BRANCH":
+            total *= sum(map(_ways, value[1]))
+        elif kind.endswith("_REPEAT"):
+            least, most, inner = value
+            most = min(most, _NAME)
+            total *= (most - min(least, most) + 1) * _ways(inner) ** most
+        elif kind == "GROUPREF_EXISTS":
+            total *= sum(_ways(part) for part in value[1:] if part is not None)
+        elif kind in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+            total *= _ways(value[-1])
+        elif kind == "ATOMIC_GROUP":
+            total *= _ways(value)
+    return total
+
+
+def compiled_pattern(text: str, source: str) -> re.Pattern[str]:
+    """The regular expression ``text``, which was read from ``source``.
+
+    Python's matcher backtracks, so some regular expressions take years to match a short name.
+
+    Raises:
+        FileError: it is none, or matching it to a name may take very long, as with a repetition inside another.
+    """
+    try:
+        if len(text) > _MAX_LENGTH or _ways(_parsing.parse(text)) > _MAX_WAYS:
+            raise OverflowError
+        return re.compile(text)
+    except OverflowError:
+        raise FileError(
+            f"{source}: expected regular expressions of at most {_MAX_LENGTH} characters, with at most five "
+            f"repetitions and none inside another (more may take years to match), got {excerpt(text)}"
+        ) from None
+    except (re.error, RecursionError) as error:
+        raise FileError(f"{source}: expected regular expressions, got {excerpt(text)} ({error})") from None

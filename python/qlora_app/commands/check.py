@@ -176,7 +176,7 @@ def _record(
     limit: float,
     good: bool,
 ) -> dict[str, Any]:
-    from qlora_ext.fidelity import advice_on
+    from ..quantization.advice import advice_on
 
     return {
         "written_by": _MARK,
@@ -193,7 +193,9 @@ def _record(
 def _report(found: ModelCheck, text: str, reason: str, limit: float) -> None:
     from rich.console import Console
 
-    from qlora_ext.fidelity import advice_on, perplexity
+    from qlora_ext.fidelity import perplexity
+
+    from ..quantization.advice import advice_on
 
     console = Console(highlight=False, soft_wrap=True)
 

@@ -14,13 +14,13 @@ import gguf
 import torch
 from torch import Tensor
 
-from qlora_ext.gguf import blocks, metadata
+from qlora_ext.gguf import blocks
 from qlora_ext.gguf.file import VERSION_KEY
 from qlora_ext.merged import seed_of
 from qlora_ext.version import VERSION
 
 from ..errors import UserError, first_line
-from ..gguf import tokenizer
+from ..gguf import metadata, tokenizer
 from ..gguf.layout import FileTensor, file_tensors
 from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed, write_tensors
 from ..models.adapted import Adapted

@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_ext.patterns import compiled
-from qlora_ext.untrusted import FileError, Schema, check, excerpt, printable, read_json
+from qlora_ext.untrusted import FileError, Schema, check, compiled_pattern, excerpt, printable, read_json
 
 from ..errors import UserError, first_line, path_named
 from ..outputs.ownership import RECORD as RECORD
@@ -89,7 +88,7 @@ def config_of(adapter: pathlib.Path) -> dict[str, Any]:
         if isinstance(found, str | dict) or name == "layers_pattern":
             for pattern in found if isinstance(found, list | dict | tuple) else [found]:
                 check(pattern, str, printable(path), name)
-                compiled(pattern, f"{printable(path)}: {name}")
+                compiled_pattern(pattern, f"{printable(path)}: {name}")
     return config
 
 

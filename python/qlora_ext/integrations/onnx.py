@@ -25,6 +25,6 @@ def export(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     if _is_packed(model):
         raise ValueError(
             "model: ONNX export of 4-bit layers is not supported; export the dense model, which you get from "
-            "merge_and_unload() of a PEFT model, dequantize() of a transformers model or `qlora-ext merge`"
+            "merge_and_unload() of a PEFT model, or dequantize() of a transformers model"
         )
     return original(model, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .check import ModelCheck
+from qlora_ext.fidelity import ModelCheck
 
 # The budget that is recommended, and the share of the loss that it has to recover to be recommended.
 BUDGET, _MIN_SHARE = "5%", 0.1
@@ -11,13 +11,7 @@ _ERRORS, _SMALL = 2.0, 0.005
 
 
 def advice_on(check: ModelCheck) -> list[str]:
-    """Recommendations, one sentence each, with the numbers behind them. Options are those of ``qlora-ext``.
-
-    Example:
-        >>> found = qlora_ext.fidelity.ModelCheck(["up: every scale is zero"], tokens=512, bytes=1000)
-        >>> qlora_ext.fidelity.advice_on(found)
-        ['the model is damaged: quantize it again, or fetch it again']
-    """
+    """Recommendations, one sentence each, with the numbers behind them. Options are those of ``qlora-ext``."""
     if check.problems:
         return ["the model is damaged: quantize it again, or fetch it again"]
     if check.increase is None:
