@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
 from lib import harness
+from qlora_app.models.loss import learnt_loss
 from qlora_ext.streaming import stream, streaming_of
 from qlora_ext.streaming.files import File
-from qlora_ext.streaming.loss import learnt_loss
 
 RANK, VOCABULARY = 16, 8192
 TINY = {

@@ -450,8 +450,8 @@ def test_packed_rows_do_not_see_each_other(paths: Paths) -> None:
 
     import qlora_ext
     from qlora_app.data import encode, pack, read_examples
+    from qlora_app.models.loss import learnt_loss
     from qlora_app.training.trainer import collate
-    from qlora_ext.streaming.loss import learnt_loss
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     model = AutoModelForCausalLM.from_pretrained(

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 from peft import LoraConfig, get_peft_model
 import qlora_ext
 from qlora_app.planning import families
-from qlora_ext.streaming.loss import learnt_loss
+from qlora_app.models.loss import learnt_loss
 
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024

@@ -16,13 +16,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from qlora_ext.formats import is_integer
-from qlora_ext.integrations.peft.fixed import FixedAdapters
 from qlora_ext.nn import layers_of
 from qlora_ext.untrusted import first_line
 
 from ..vocabulary import vocabulary_size
 from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
 from .compiled import PROMPT, TOKEN, load_decoding, new_caches
+from .fixed import FixedAdapters
 from .graphs import StepGraphs, load_graphs
 from .mixed import MixedSteps, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle

@@ -22,9 +22,9 @@ from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qlora_ext.integrations.peft.fixed import FixedAdapters
 from qlora_ext.nn import Linear16bit
 
+from .fixed import FixedAdapters
 from .packages import (
     Code,
     CompilationError,

@@ -18,13 +18,13 @@ from torch.export import Dim
 from qlora_ext.adapters import StackedAdapters
 from qlora_ext.integrations.peft.calls import chooses_adapters_by_sample
 from qlora_ext.integrations.peft.linear import LoraLinear4bit
-from qlora_ext.integrations.peft.stacks import AdapterStacks
 from qlora_ext.nn import Linear4bit
 
 from . import batch_step, compiled
 from .batch_step import BatchStep, compile_step, step_arguments
 from .compiled import MAX_CACHE
 from .packages import causal_lm, digest, load_code, state_of
+from .stacks import AdapterStacks
 
 MIXED = "mixed"
 

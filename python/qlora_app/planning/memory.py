@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 from qlora_ext.dtype_names import AUTO, dtype_named
 from qlora_ext.dtypes import computing_dtype_named, layers_dtype
 from qlora_ext.form import Form
-from qlora_ext.integrations.peft.lora_config import lora_config
 from qlora_ext.integrations.transformers.modules import empty_layer, packed_weights
 from qlora_ext.nn import multiply_in_bfloat16, places_in, quantize_model, set_compute_dtype
 from qlora_ext.streaming import chunk_mlp, dense_mlps
-from qlora_ext.streaming.loss import head_loss
 from qlora_ext.weight import Weight4bit
+
+from ..models.lora_config import lora_config
+from ..models.loss import head_loss
 
 # Bytes of optimizer state per byte and per value of the trainable parameters. There are two moments, in the parameter's
 # dtype, which is float32 except for modules that are trained in full. 8-bit moments have one scale per 256 values.

@@ -83,7 +83,7 @@ def check_chunked_loss(model: Any) -> None:
     Args:
         model: with its adapter.
     """
-    from qlora_ext.streaming.loss import has_plain_head
+    from ..models.loss import has_plain_head
 
     head = model.get_base_model().get_output_embeddings()
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
@@ -120,7 +120,8 @@ def add_adapter(model: Any, source: ModelSource, settings: Settings, force: bool
     from transformers import set_seed
 
     from qlora_ext.integrations.peft import set_dropout
-    from qlora_ext.integrations.peft.lora_config import lora_config
+
+    from ..models.lora_config import lora_config
 
     if settings.init_adapter:
         set_seed(settings.seed)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_ext.sizes import parse_size
 from qlora_ext.streaming import dense_mlps
-from qlora_ext.streaming.loss import changes_logits
 
 from ..errors import UserError
 from ..models.loading import stored_forms
+from ..models.loss import changes_logits
 from ..models.sources import ModelSource
 from ..planning import search
 from ..planning.blocks import place, streamed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import dense
+from qlora_ext import dense
 
 # Settings with which some model families change the logits after the head. This loss does not apply them.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")

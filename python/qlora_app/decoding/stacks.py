@@ -20,9 +20,10 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from qlora_ext.integrations.peft.linear import LoraLinear4bit
+from qlora_ext.integrations.peft.operands import Adapter
+
 from .fixed import FixedEntries, entries_of, tuner_layers
-from .linear import LoraLinear4bit
-from .operands import Adapter
 
 _RANK_STEP = 16  # max_rank is a multiple, so that compiled code serves adapters of other ranks too
 
