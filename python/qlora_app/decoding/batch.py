@@ -458,9 +458,8 @@ class BatchDecoder:
     def _test(self, adapters: Sequence[str | None] = (None, None)) -> None:
         """Compares steps of two sequences with the model's own forward.
 
-        A wrong position or mask changes the logits of every pair. One pair may also differ because some models,
-        after some tokens (SmolLM2 after special ones), amplify the rounding of 16 bits until nothing of the logits is
-        left.
+        A wrong position or mask changes the logits of every pair. Those of a single pair may also differ by rounding:
+        after some tokens, such as special ones, SmolLM2 amplifies the rounding of 16 bits to most of the logits' norm.
 
         Raises:
             ValueError: all pairs differ, because the model ignores positions or masks of single sequences.
