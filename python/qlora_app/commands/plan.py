@@ -427,12 +427,10 @@ def plan(**options: Any) -> dict[str, Any]:
     """
     parser = _Arguments(prog="plan", add_help=False, allow_abbrev=False)
     _add_options(parser)
-    parser.set_defaults(json=True)
-    for name in options:
-        if name not in parser.parse_args([]):
-            raise TypeError(f"plan() got an unexpected keyword argument {name!r}")
-    typed = []
+    known, typed = parser.parse_args([]), []
     for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"plan() got an unexpected keyword argument {name!r}")
         option = f"--{name.replace('_', '-')}"
         if value is not None and value is not False:
             typed.append(option if value is True else f"{option}={value}")

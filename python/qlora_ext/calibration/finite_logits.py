@@ -20,6 +20,6 @@ def require_finite(ids: Tensor, logits: Tensor) -> Tensor:
     if not logits.logsumexp(-1).isfinite().all():
         raise NotFiniteError(
             f"the model computes NaN or infinity as the logits after {ids.shape[1]} tokens: its weights or its adapter "
-            "are damaged, or too large for its dtype; try --dtype float32"
+            "are damaged, or too large for its dtype; try float32"
         )
     return logits
