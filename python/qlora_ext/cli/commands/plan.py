@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..._internal.sizes import parse_size
 from ..._internal.untrusted import excerpt, printable
-from .. import suggestions
-from ..errors import UserError, path_named, reading
+from ..errors import UserError, did_you_mean, path_named, reading
 from ..models import validate_model
 from ..models.devices import check_dtype
 from ..models.pretrained import load_config
@@ -155,8 +154,7 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any, ModelSource | None
     try:
         config = load_config(source)
     except UserError as error:
-        meant = suggestions.model(name, families.names())
-        raise UserError(f"{error}{meant}") from error
+        raise UserError(f"{error}{did_you_mean(name, families.names())}") from error
     validate_model.check_room(source, config)
     return name, config, source
 
