@@ -7,7 +7,6 @@ kept and saved, but activations are not quantized.
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +17,12 @@ from torch import Tensor
 from .._internal.untrusted import check, excerpt
 from . import e2m1, scales
 from .e2m1 import NV_BLOCK_SIZE
-from .format import Given, Settings, patterns
+from .format import Given, Settings
 
 _SOURCE = "quantization_config of modelopt"
 _SCHEMA = {
     "quant_algo": str,
     "group_size?": int,
-    "ignore?": [str],
-    "exclude_modules?": [str],
     "quantized_layers?": dict,
 }
 _SERVED = ("NVFP4", "W4A16_NVFP4")
@@ -45,29 +42,23 @@ class ModelOptNVFP4(e2m1.E2M1Format):
         """As ``Format.settings_of``; ``config`` may also be the content of ``hf_quant_config.json``."""
         config = config.get("quantization", config) if isinstance(config, Mapping) else config
         check(config, _SCHEMA, _SOURCE)
-        kind, targets, others = config["quant_algo"].upper(), None, Counter[str]()
+        kind, others = config["quant_algo"].upper(), Counter[str]()
+        served = kind in _SERVED
         layers = config.get("quantized_layers") or {}
         if kind == _MIXED:
-            targets = []
             for name, layer in layers.items():
                 check(layer, {"quant_algo": str, "group_size?": int}, f"{_SOURCE}: {excerpt(name)}")
                 if layer["quant_algo"].upper() in _SERVED:
                     _check_group_size(layer, f"{_SOURCE}: {excerpt(name)}")
-                    targets.append(name)
+                    served = True
                 else:
                     others[layer["quant_algo"]] += 1
         else:
             _check_group_size(config, _SOURCE)
-        if kind not in (*_SERVED, _MIXED) or targets == []:
+        if not served:
             found = ", ".join(map(excerpt, others)) or excerpt(config["quant_algo"])
             raise ValueError(f"{_SOURCE}: expected NVFP4 weights, got {found}, which is not supported")
-        ignored = [*(config.get("ignore") or ()), *(config.get("exclude_modules") or ())]
-        return Settings(
-            NV_BLOCK_SIZE,
-            targets=None if targets is None else patterns(list(map(fnmatch.translate, targets)), _SOURCE),
-            ignored=patterns(list(map(fnmatch.translate, ignored)), _SOURCE),
-            others=dict(others),
-        )
+        return Settings(NV_BLOCK_SIZE, others=dict(others))
 
     def tensors(self, settings: Settings) -> dict[str, bool]:
         required = dict.fromkeys(("weight", "weight_scale", "weight_scale_2"), True)
