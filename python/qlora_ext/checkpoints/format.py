@@ -34,7 +34,6 @@ class Settings:
         reorders: whether the columns of weights may belong to groups in any order.
         bits: of the codes. Weights of other than 4 bits can only be decoded.
         layers: for modules with settings of their own, these settings, by name.
-        others: for a checkpoint of several formats, how many modules have each of the other ones.
     """
 
     group_size: int | None
@@ -44,7 +43,6 @@ class Settings:
     reorders: bool = False
     bits: int = 4
     layers: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
-    others: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Format(abc.ABC):

@@ -7,7 +7,6 @@ kept and saved, but activations are not quantized.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +19,7 @@ from .e2m1 import NV_BLOCK_SIZE
 from .format import Given, Settings
 
 _SOURCE = "quantization_config of modelopt"
-_SCHEMA = {
-    "quant_algo": str,
-    "group_size?": int,
-    "quantized_layers?": dict,
-}
+_SCHEMA = {"quant_algo": str, "group_size?": int, "quantized_layers?": dict}
 _SERVED = ("NVFP4", "W4A16_NVFP4")
 _MIXED = "MIXED_PRECISION"
 
@@ -42,23 +37,24 @@ class ModelOptNVFP4(e2m1.E2M1Format):
         """As ``Format.settings_of``; ``config`` may also be the content of ``hf_quant_config.json``."""
         config = config.get("quantization", config) if isinstance(config, Mapping) else config
         check(config, _SCHEMA, _SOURCE)
-        kind, others = config["quant_algo"].upper(), Counter[str]()
-        served = kind in _SERVED
-        layers = config.get("quantized_layers") or {}
-        if kind == _MIXED:
-            for name, layer in layers.items():
-                check(layer, {"quant_algo": str, "group_size?": int}, f"{_SOURCE}: {excerpt(name)}")
-                if layer["quant_algo"].upper() in _SERVED:
-                    _check_group_size(layer, f"{_SOURCE}: {excerpt(name)}")
-                    served = True
-                else:
-                    others[layer["quant_algo"]] += 1
-        else:
-            _check_group_size(config, _SOURCE)
+        found = {_SOURCE: config}
+        if config["quant_algo"].upper() == _MIXED:
+            layers = config.get("quantized_layers") or {}
+            found = {f"{_SOURCE}: {excerpt(name)}": layer for name, layer in layers.items()}
+        for source, own in found.items():
+            check(own, {"quant_algo": str, "group_size?": int}, source)
+        served = {source: own for source, own in found.items() if own["quant_algo"].upper() in _SERVED}
         if not served:
-            found = ", ".join(map(excerpt, others)) or excerpt(config["quant_algo"])
-            raise ValueError(f"{_SOURCE}: expected NVFP4 weights, got {found}, which is not supported")
-        return Settings(NV_BLOCK_SIZE, others=dict(others))
+            kinds = {excerpt(own["quant_algo"]) for own in found.values()} or {_MIXED}
+            raise ValueError(
+                f"{_SOURCE}: expected NVFP4 weights, got {', '.join(sorted(kinds))}, which is not supported"
+            )
+        for source, own in served.items():
+            if own.get("group_size") not in (None, NV_BLOCK_SIZE):
+                raise ValueError(
+                    f"{source}: expected group_size {NV_BLOCK_SIZE}, got {own['group_size']}, not supported"
+                )
+        return Settings(NV_BLOCK_SIZE)
 
     def tensors(self, settings: Settings) -> dict[str, bool]:
         required = dict.fromkeys(("weight", "weight_scale", "weight_scale_2"), True)
@@ -69,8 +65,3 @@ class ModelOptNVFP4(e2m1.E2M1Format):
 
     def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
         return scales.e4m3_table(torch.device("cpu")) * retained["weight_scale_2"].reshape(())
-
-
-def _check_group_size(config: Mapping[str, Any], source: str) -> None:
-    if config.get("group_size") not in (None, NV_BLOCK_SIZE):
-        raise ValueError(f"{source}: expected group_size {NV_BLOCK_SIZE}, got {config['group_size']}, not supported")
