@@ -358,6 +358,15 @@ def test_a_data_set_of_the_hub(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
         read_examples("owner/name")
 
 
+def test_datasets_reports_no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr("datasets.load.get_session", lambda: pytest.fail("it sends the name of the dataset"))
+    hub._library("")
+    datasets.load.increase_load_count("owner/name")
+
+
 def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -154,7 +154,7 @@ class NVFP4(_E2M1):
         return super().tensors(settings) | {"weight_global_scale": True}
 
     def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
-        return e2m1.e4m3(given, "weight_scale", stored, "weight_global_scale", divides=True)
+        return e2m1.e4m3(given, stored, "weight_global_scale", divides=True)
 
     def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
         return scales.e4m3_table(torch.device("cpu")) / retained["weight_global_scale"].reshape(())

@@ -61,7 +61,7 @@ class ModelOptNVFP4(e2m1.E2M1Format):
         return dict.fromkeys(self.retained, False) | required
 
     def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
-        return e2m1.e4m3(given, "weight_scale", stored, "weight_scale_2", divides=False)
+        return e2m1.e4m3(given, stored, "weight_scale_2", divides=False)
 
     def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
         return scales.e4m3_table(torch.device("cpu")) * retained["weight_scale_2"].reshape(())

@@ -43,6 +43,7 @@ def _library(problem: str) -> Any:
     if int(datasets.__version__.partition(".")[0]) < _FIRST_VERSION:
         raise UserError(f"{problem} datasets >= {_FIRST_VERSION}, got {datasets.__version__}")
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it sends the name of each dataset to a server that counts them
     return datasets
 
 

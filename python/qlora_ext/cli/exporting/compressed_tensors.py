@@ -38,7 +38,7 @@ def prepare(arguments: argparse.Namespace, name: str) -> Job:
     from ...nn import Linear4bit, layers_of, quantize_model
 
     kind = KINDS[name]
-    adapted, skeleton = find_model(arguments, unties=True)
+    adapted, skeleton = find_model(arguments)
     loader = adapted.loader
     with torch.device("meta"):
         quantized = quantize_model(skeleton.to(loader.dtype), **kind.form.keywords)
