@@ -37,23 +37,23 @@ class ModelOptNVFP4(e2m1.E2M1Format):
         """As ``Format.settings_of``; ``config`` may also be the content of ``hf_quant_config.json``."""
         config = config.get("quantization", config) if isinstance(config, Mapping) else config
         check(config, _SCHEMA, _SOURCE)
-        found = {_SOURCE: config}
+        found = [(_SOURCE, config)]
         if config["quant_algo"].upper() == _MIXED:
             layers = config.get("quantized_layers") or {}
-            found = {f"{_SOURCE}: {excerpt(name)}": layer for name, layer in layers.items()}
-        for source, own in found.items():
+            found = [(f"{_SOURCE}: {excerpt(name)}", layer) for name, layer in layers.items()]
+        served, kinds = False, dict[str, None]()
+        for source, own in found:
             check(own, {"quant_algo": str, "group_size?": int}, source)
-        served = {source: own for source, own in found.items() if own["quant_algo"].upper() in _SERVED}
+            kinds[excerpt(own["quant_algo"])] = None
+            if own["quant_algo"].upper() in _SERVED:
+                served = True
+                if own.get("group_size") not in (None, NV_BLOCK_SIZE):
+                    raise ValueError(
+                        f"{source}: expected group_size {NV_BLOCK_SIZE}, got {own['group_size']}, not supported"
+                    )
         if not served:
-            kinds = {excerpt(own["quant_algo"]) for own in found.values()} or {_MIXED}
-            raise ValueError(
-                f"{_SOURCE}: expected NVFP4 weights, got {', '.join(sorted(kinds))}, which is not supported"
-            )
-        for source, own in served.items():
-            if own.get("group_size") not in (None, NV_BLOCK_SIZE):
-                raise ValueError(
-                    f"{source}: expected group_size {NV_BLOCK_SIZE}, got {own['group_size']}, not supported"
-                )
+            got = ", ".join(kinds) or excerpt(config["quant_algo"])
+            raise ValueError(f"{_SOURCE}: expected NVFP4 weights, got {got}, which is not supported")
         return Settings(NV_BLOCK_SIZE)
 
     def tensors(self, settings: Settings) -> dict[str, bool]:
