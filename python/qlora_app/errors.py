@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from qlora_ext.untrusted import UserError as UserError
 from qlora_ext.untrusted import excerpt
@@ -18,6 +19,13 @@ from qlora_ext.untrusted import first_line as first_line
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # at the end of messages of Rust libraries
 _OPTION = re.compile(r"(?<![\w/.-])--([a-z][a-z0-9-]*)")
+
+
+def did_you_mean(typed: str, known: Iterable[str], cutoff: float = 0.75) -> str:
+    """The end of an error message that suggests the name most similar to ``typed``, empty if none is similar."""
+    names = {name.replace("-", ""): name for name in known}
+    found = difflib.get_close_matches(typed.lower().replace("-", ""), names, 1, cutoff)
+    return f"; did you mean {names[found[0]]}?" if found else ""
 
 
 def as_arguments(text: str) -> str:

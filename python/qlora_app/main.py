@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 from qlora_ext.untrusted import excerpt, printable
 
-from . import suggestions
 from .commands import (
     adapters,
     chat,
@@ -31,7 +30,7 @@ from .commands import (
     run,
     serve,
 )
-from .errors import UserError, first_line
+from .errors import UserError, did_you_mean, first_line
 
 _TRACEBACK = "QLORA_TRACEBACK"
 # torch's messages, which are RuntimeErrors.
@@ -91,7 +90,7 @@ class _Parser(argparse.ArgumentParser):
         typed = sys.argv[1:] if args is None else list(args)
         for option in self._options_among(typed):
             if not any(known.startswith(option) for known in self._option_string_actions):
-                meant = suggestions.option(option, self._option_string_actions)
+                meant = did_you_mean(option, self._option_string_actions)
                 self.error(f"unknown option {excerpt(option)}{meant}")
         parsed, unknown = super().parse_known_args(typed, namespace)
         if unknown:
@@ -111,10 +110,9 @@ class _Parser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         known = [str(choice) for choice in action.choices]
-        if isinstance(action, argparse._SubParsersAction):
-            what, meant = "command", suggestions.command(str(value), known)
-        else:
-            what, meant = "/".join(action.option_strings), suggestions.value(str(value), known)
+        is_command = isinstance(action, argparse._SubParsersAction)
+        what = "command" if is_command else "/".join(action.option_strings)
+        meant = did_you_mean(str(value), known, 0.75 if is_command else 0.55)
         self.error(f"{what} {excerpt(value)}: expected one of {', '.join(known)}{meant}")
 
 

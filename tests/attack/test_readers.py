@@ -7,7 +7,6 @@ failure prints both and the number of the mutation. More than 4 are marked slow.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import json
 import os
@@ -262,9 +261,8 @@ def lines(draw: random.Random, data: bytes) -> bytes:
         ("data.json", mutate_json),
         ("data.csv", mutate_bytes),
         ("data.parquet", mutate_bytes),
+        ("data.arrow", mutate_bytes),
         ("data.txt", mutate_bytes),
-        ("data.dict.dz", mutate_bytes),
-        ("data.index", mutate_bytes),
     ],
 )
 def test_data(paths: Paths, tmp_path: pathlib.Path, name: str, mutate: Mutate) -> None:
@@ -276,21 +274,21 @@ def test_data(paths: Paths, tmp_path: pathlib.Path, name: str, mutate: Mutate) -
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (PAIR, TALK, {"text": "t"}) * 4))
     (tmp_path / "data.json").write_text(json.dumps({"train": [PAIR, TALK] * 4, "test": [PAIR]}))
     (tmp_path / "data.csv").write_text('prompt,completion\n"a, ""b""","c\nd"\n' + "e,f\n" * 9)
-    if name == "data.parquet":
+    if name in ("data.parquet", "data.arrow"):
         pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
         from pyarrow import parquet
 
-        parquet.write_table(pyarrow.Table.from_pylist([TALK] * 9), tmp_path / name)
+        table = pyarrow.Table.from_pylist([TALK] * 9)
+        parquet.write_table(table, tmp_path / "data.parquet")
+        with pyarrow.ipc.new_stream(str(tmp_path / "data.arrow"), table.schema) as file:
+            file.write_table(table)
     (tmp_path / "data.txt").write_text("some text, é\n" * 40, encoding="utf-8")
-    (tmp_path / "data.dict.dz").write_bytes(gzip.compress(b"term\n a definition\n" * 20))
-    (tmp_path / "data.index").write_text("term\tA\tT\nterm\tT\tT\n" * 10)
     tokenizer = load_tokenizer(resolve(str(paths["model"])))
-    read = tmp_path / ("data.dict.dz" if name == "data.index" else name)
 
     def trial() -> None:
         with limited():
             try:
-                examples = read_examples(str(read))
+                examples = read_examples(str(tmp_path / name))
             except UserError:
                 return
             for row in encode(tokenizer, examples, 32):

@@ -108,21 +108,6 @@ def test_fp8_is_rejected_with_the_reason() -> None:
 def test_kimi() -> None:
     settings = settings_of(KIMI)
     assert (settings.group_size, settings.symmetric, settings.scale_dtype) == (32, True, torch.bfloat16)
-    assert settings.covers("model.layers.1.mlp.experts.7.up_proj", "Linear")
-    for name in ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.shared_experts.up_proj", "lm_head"):
-        assert not settings.covers(name, "Linear")
-    assert not settings.covers("model.layers.0.mlp.up_proj", "Linear")
-    assert not settings.covers("model.layers.1.mlp.experts.7.up_proj", "Embedding")
-
-
-def test_targets_are_names_classes_and_regular_expressions() -> None:
-    config = changed(KIMI, "config_groups", "group_0", "targets", value=["re:.*q_proj", "model.up_proj", "Head"])
-    settings = settings_of(config | {"ignore": None})
-    assert settings.covers("a.q_proj", "Linear")
-    assert settings.covers("model.up_proj", "Linear")
-    assert settings.covers("lm_head", "Linear", "Head")
-    assert not settings.covers("model.up_proj_2", "Linear")
-    assert not settings.covers("model.k_proj", "Linear")
 
 
 def test_groups_that_differ_in_their_targets_only_are_joined() -> None:
@@ -130,54 +115,22 @@ def test_groups_that_differ_in_their_targets_only_are_joined() -> None:
     config["config_groups"]["group_0"]["targets"] = ["re:.*q_proj"]
     config["config_groups"]["group_1"] = copy.deepcopy(config["config_groups"]["group_0"]) | {"targets": ["re:.*up"]}
     config["config_groups"]["activations"] = {"targets": ["re:.*attn"], "weights": None}
-    settings = settings_of(config | {"ignore": []})
-    assert [settings.covers(name) for name in ("a.q_proj", "a.up", "a.down")] == [True, True, False]
+    assert settings_of(config).group_size == 32
     config["config_groups"]["group_1"]["weights"]["group_size"] = 64
     with pytest.raises(ValueError, match="got 2 groups that differ, which are not supported"):
         format_of(config)
 
 
 def test_mixed_precision_of_modelopt() -> None:
-    settings = settings_of(MIXED)
-    assert settings.others == {"FP8": 2}
-    assert settings.covers("model.layers.0.mlp.up_proj")
-    assert settings.covers("model.layers.0.mlp.down_proj")
-    assert not settings.covers("model.layers.0.self_attn.q_proj")
-    assert not settings.covers("model.layers.1.mlp.up_proj")
+    assert settings_of(MIXED) == settings_of(modelopt().config)
     with pytest.raises(ValueError, match="expected NVFP4 weights, got FP8, which is not supported"):
         format_of(changed(MIXED, "quantized_layers", value={"a": {"quant_algo": "FP8"}}))
 
 
 def test_modelopts_own_file_is_read_alike() -> None:
-    inner = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head", "model.layers.0*"]}
-    kind, _ = format_of(modelopt().config)
-    settings = kind.settings_of({"producer": {"name": "modelopt"}, "quantization": inner})
-    assert not settings.covers("model.layers.0.mlp.up_proj")
-    assert not settings.covers("model.layers.01.mlp.up_proj")
-    assert settings.covers("model.layers.1.mlp.up_proj")
-
-
-def test_modules_that_are_not_converted() -> None:
-    settings = settings_of(mxfp4().config)
-    assert settings.covers("model.layers.3.mlp.experts")
-    assert not settings.covers("model.layers.3.self_attn.q_proj")
-    assert not settings.covers("lm_head")
-    settings = settings_of(awq().config | {"modules_to_not_convert": ["visual", "mlp.gate"]})
-    assert not settings.covers("visual.blocks.0.proj")
-    assert not settings.covers("model.layers.0.mlp.gate")
-    assert settings.covers("model.layers.0.mlp.gate_proj")
-    assert not settings.covers("lm_head")
-
-
-def test_modules_of_gptq() -> None:
-    settings = settings_of(gptq().config | {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj"]]})
-    assert settings.covers("model.layers.0.self_attn.q_proj")
-    assert not settings.covers("model.layers.0.self_attn.o_proj")
-    assert not settings_of(gptq().config).covers("lm_head")
-    assert settings_of(gptq().config | {"lm_head": True}).covers("lm_head")
-    settings = settings_of(gptq().config | {"dynamic": {"-:.*gate.*": {}, ".*up.*": {"bits": 4}}})
-    assert not settings.covers("model.layers.0.mlp.gate")
-    assert settings.covers("model.layers.0.mlp.up_proj")
+    kind, settings = format_of(modelopt().config)
+    own = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}
+    assert kind.settings_of({"producer": {"name": "modelopt"}, "quantization": own}) == settings
 
 
 def test_settings_of_gptq() -> None:
@@ -216,8 +169,6 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "gptq words": (gptq().config | {"pack_dtype": "int16"}, "in int16 words"),
     "gptq group": (gptq().config | {"group_size": 0}, "expected a group_size of 1 or more, or -1, got 0"),
     "gptq mixed": (gptq().config | {"dynamic": {".*up.*": {"bits": 8}}}, "got others in dynamic for .*up.*"),
-    "gptq modules": (gptq().config | {"modules_in_block_to_quantize": [[3]]}, "modules_in_block_to_quantize"),
-    "gptq pattern": (gptq().config | {"dynamic": {"-:(": {}}}, "expected regular expressions"),
     "auto-round packing": (
         auto_round(gptq()).config | {"packing_format": "auto_round:llm_compressor"},
         "expected the packing_format auto_round:auto_gptq or auto_round:auto_awq, got auto_round:llm_compressor",
@@ -237,15 +188,11 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "awq 8 bits": (awq().config | {"bits": 8}, "expected 4 bits, got 8"),
     "awq gemv": (awq().config | {"version": "gemv"}, "expected the layout gemm, got gemv"),
     "awq llm-awq": (awq().config | {"backend": "llm-awq"}, "expected the layout gemm, got llm-awq"),
-    "awq pattern": (awq().config | {"modules_to_not_convert": ["*"]}, "expected regular expressions"),
     "2 bits": (changed(INT, *WEIGHTS, "num_bits", value=2), "got int weights of 2 bits"),
     "float": (changed(INT, *WEIGHTS, "type", value="float"), "got float weights of 4 bits"),
     "act-order": (changed(INT, *WEIGHTS, "actorder", value="group"), "activation order are not supported"),
     "strategy": (changed(INT, *WEIGHTS, "strategy", value="tensor"), "expected the strategy channel or group"),
     "group size": (changed(INT, *WEIGHTS, "group_size", value=None), "expected a positive group_size"),
-    "targets": (changed(INT, "config_groups", "group_0", "targets", value="Linear"), "targets to be a list"),
-    "ignored": (INT | {"ignore": ["re:("]}, "expected regular expressions"),
-    "costly pattern": (INT | {"ignore": ["re:(.*)*x"]}, "with at most five repetitions and none inside another"),
     "no groups": (INT | {"config_groups": {}}, "got no quantized weights"),
     "dense": (INT | {"format": "dense"}, "got dense"),
     "8 bits": (INT | {"format": "int-quantized"}, "got int-quantized"),
@@ -254,7 +201,6 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "modelopt FP8": (modelopt().config | {"quant_algo": "FP8"}, "expected NVFP4 weights, got FP8"),
     "modelopt AWQ": (modelopt().config | {"quant_algo": "NVFP4_AWQ"}, "got NVFP4_AWQ"),
     "modelopt group": (modelopt().config | {"group_size": 32}, "expected group_size 16, got 32"),
-    "mxfp4 names": (mxfp4().config | {"modules_to_not_convert": [3]}, "modules_to_not_convert"),
 }
 
 

@@ -325,7 +325,6 @@ def test_bad_data(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
         "one.jsonl": b'{"text": "a single text"}\n',
         "binary.txt": b"\xff\xfe\x00\x01",
         "table.csv": b"a,b\n",
-        "broken.dict.dz": b"no dictionary",
         "silent.jsonl": b'{"messages": [{"role": "user", "content": "hello"}]}\n',
     }
     for name, content in contents.items():

@@ -51,7 +51,7 @@ def test_options_that_are_typed_replace_those_in_the_file(
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("lora_r: 8", ["unknown option lora_r", "did you mean rank?"]),
+        ("batchsize: 8", ["unknown option batchsize", "did you mean batch_size?"]),
         ("trust_remote_code: true", ["unknown option trust_remote_code"]),
         ("rank: eight", ["expected rank to be an integer", "got eight"]),
         ("rank: 8.5", ["expected rank to be an integer"]),

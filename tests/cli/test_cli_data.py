@@ -1,13 +1,16 @@
-"""``--data``: every kind of file is read in bounded memory, or rejected with the line and what was expected."""
+"""``--data``: every kind of file is read in bounded memory, or rejected with its row and what was expected."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import pathlib
+import struct
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -18,33 +21,84 @@ from qlora_app.data import directory, hub, read_examples
 from qlora_app.data.store import Stored
 from qlora_app.errors import UserError
 
+Content: TypeAlias = "bytes | str | Callable[[], bytes]"
 PAIR = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 LINE = b'{"prompt": "a", "completion": "b"}\n'
 TALK = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
+TALKS = [TALK, {"messages": [*TALK["messages"], {"role": "tool", "content": "5", "name": "add"}]}] * 400
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+SAID = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "1 + 1"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "2", "tool_call_id": "1"},
+    {"role": "assistant", "content": "two", "reasoning_content": "easy"},
+]
+OPENAI = [  # the same, as OpenAI writes it
+    SAID[0],
+    {"role": "user", "content": [{"type": "text", "text": "1 "}, {"type": "text", "text": "+ 1"}]},
+    {**SAID[2], "content": None, "tool_calls": [{**CALL, "function": {"name": "add", "arguments": '{"a": 1}'}}]},
+    *SAID[3:],
+]
+ASKED, YES, NO = (
+    {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "y"), ("assistant", "n"))
+)
+PREFERENCE = {"prompt": "q", "chosen": "y", "rejected": "n"}
+LABELLED = {"prompt": "a", "completion": "b", "label": True}
+GOOD = {"prompt": [PAIR[0]], "completion": [PAIR[1]], "label": True}
 
 
-def read(directory: pathlib.Path, name: str, content: bytes | str, **options: str) -> list[Any]:
+def jsonl(*rows: Any) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet(table: Any) -> bytes:
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    parquet.write_table(table, file)
+    return file.getvalue()
+
+
+def parquet_of(*columns: tuple[str, list[Any]]) -> Callable[[], bytes]:
+    def content() -> bytes:
+        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        return parquet(pyarrow.table([values for _, values in columns], names=[name for name, _ in columns]))
+
+    return content
+
+
+def talks(form: str) -> bytes:
+    """``TALKS`` with a column "id", in Parquet or in Arrow's form for streams or for files."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    table = pyarrow.Table.from_pylist(TALKS).append_column("id", [list(range(len(TALKS)))])
+    return parquet(table) if form == "parquet" else arrow(table, form)
+
+
+def arrow(table: Any, form: str = "stream") -> bytes:
+    from pyarrow import ipc
+
+    file = io.BytesIO()
+    with getattr(ipc, f"new_{form}")(file, table.schema) as writer:
+        writer.write_table(table)
+    return file.getvalue()
+
+
+def arrow_outside() -> bytes:
+    """An Arrow stream whose third text lies outside the file."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    data = arrow(pyarrow.table({"text": ["a"] * 9}))
+    offsets = struct.pack("<4i", 0, 1, 2, 3)
+    assert offsets in data
+    return data.replace(offsets, struct.pack("<4i", 0, 1, 2**31 - 1, 3), 1)
+
+
+def read(directory: pathlib.Path, name: str, content: Content, **options: str) -> list[Any]:
     path = directory / name
+    content = content() if callable(content) else content
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return list(read_examples(str(path), **options))
-
-
-def refusal(directory: pathlib.Path, name: str, content: bytes | str, **options: str) -> str:
-    """The error for data that are rejected."""
-    with pytest.raises(UserError) as refusal:
-        read(directory, name, content, **options)
-    assert str(directory / name) in str(refusal.value)
-    return str(refusal.value)
-
-
-def test_characters_that_end_a_line_elsewhere_are_part_of_a_text(tmp_path: pathlib.Path) -> None:
-    written = "a\u2028b\u2029c\x85d"  # as they are
-    raw = "e\x0bf\x0cg\x1ch\x1di\x1ej"  # JSON files may contain them unescaped
-    content = json.dumps({"text": written}, ensure_ascii=False) + "\n" + f'{{"text": "{raw}"}}\n'
-    assert read(tmp_path, "a.jsonl", content) == [written, raw]
-    assert read(tmp_path, "a.json", "[" + content.strip().replace("\n", ",\n") + "]") == [written, raw]
-    assert read(tmp_path, "a.csv", f'text\n"{written}"\n"{raw}"\n') == [written, raw]
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
@@ -69,14 +123,73 @@ def test_pairs_in_every_kind_of_text_file(tmp_path: pathlib.Path, mark: bytes, e
     assert text == [f"one{end.decode()}two{end.decode()}"]
 
 
-def test_csv_fields_may_contain_any_characters(tmp_path: pathlib.Path) -> None:
-    content = 'id,prompt,completion\r\n1,"say ""hi"", twice","b\r\nc\rd"\r\n2,,' + "x" * 200_000 + "\r\n"
-    first, second = read(tmp_path, "a.csv", content)
-    assert [m["content"] for m in first] == ['say "hi", twice', "b\r\nc\rd"]
-    assert [m["content"] for m in second] == ["", "x" * 200_000]
-    assert read(tmp_path, "old.csv", b"prompt,completion\ra,b\ra,b\r") == [PAIR, PAIR]
-    (talk,) = read(tmp_path, "talk.csv", 'messages\n"' + json.dumps(TALK["messages"]).replace('"', '""') + '"\n')
-    assert talk == TALK
+# Characters that end a line elsewhere; the last ones JSON files may contain unescaped.
+ENDS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.jsonl", f'{{"text": "{ENDS}"}}\n' * 2, [ENDS] * 2),
+        ("a.json", f'[{{"text": "{ENDS}"}}]', [ENDS]),
+        ("a.json", jsonl({"text": "a"}), ["a"]),
+        ("a.csv", f'text\n"{ENDS}"\n', [ENDS]),
+        ("a.csv", 'prompt,completion,id\r\n"say ""a"", twice","b\r\nc\rd",1\r\n,' + "x" * 200_000 + ",NA\r\n", [
+            [{"role": "user", "content": 'say "a", twice'}, {"role": "assistant", "content": "b\r\nc\rd"}],
+            [{"role": "user", "content": ""}, {"role": "assistant", "content": "x" * 200_000}],
+        ]),
+        ("a.csv", "prompt,completion\r01,NA\r2021-01-01,null\r", [
+            [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+            for a, b in (("01", "NA"), ("2021-01-01", "null"))
+        ]),
+        ("a.csv", 'messages\n"' + json.dumps(TALK["messages"]).replace('"', '""') + '"\n', [TALK]),
+        ("a.csv", "prompt,completion,label\na,b,false\na,b,0\n", [GOOD | {"label": False}] * 2),
+        ("a.parquet", lambda: talks("parquet"), TALKS),
+        ("a.arrow", lambda: talks("stream"), TALKS),
+        # Published layouts of one example, and types that differ between rows.
+        ("a.jsonl", jsonl(
+            {"messages": SAID, "tools": TOOLS},
+            {"messages": OPENAI, "tools": json.dumps(TOOLS)},
+            {"messages": SAID[1:], "system": "be brief", "tools": TOOLS},
+            {"prompt": SAID[:-1], "completion": SAID[-1:], "tools": TOOLS},
+        ), [{"messages": SAID, "tools": TOOLS}] * 4),
+        ("a.jsonl", jsonl({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}), [TALK]),
+        ("a.jsonl", jsonl({"text": "2021-01-01"}, {"text": "2021-01-02"}), ["2021-01-01", "2021-01-02"]),
+        ("a.jsonl", jsonl(
+            PREFERENCE,
+            {"prompt": [ASKED], "chosen": [YES], "rejected": [NO]},
+            {"chosen": [ASKED, YES], "rejected": [ASKED, NO]},
+            {"prompt": "q", "chosen": [ASKED, YES], "rejected": [ASKED, NO]},
+            {"question": "q", "chosen": "y", "rejected": "n"},
+        ), [{"prompt": [ASKED], "chosen": [YES], "rejected": [NO]}] * 5),
+        ("a.jsonl", jsonl(
+            LABELLED,
+            {"prompt": [PAIR[0]], "completion": [PAIR[1]], "label": 1},
+            {"question": "a", "answer": "b", "label": "True"},
+            {"messages": PAIR, "label": True},
+        ), [GOOD] * 4),
+        # Columns and keys that may be ignored.
+        ("a.jsonl", jsonl(
+            {"text": "a", "label": 3},
+            {"text": "a", "label": "spam", "images": []},
+            {"messages": PAIR, "weight": 2},
+            {"messages": [{**PAIR[0], "train": False}, {**PAIR[1], "weight": 1, "train": True}]},
+        ), ["a", "a", {"messages": PAIR}, {"messages": PAIR}]),
+    ],
+)  # fmt: skip
+def test_data_that_are_read(tmp_path: pathlib.Path, name: str, content: Content, rows: list[Any]) -> None:
+    assert read(tmp_path, name, content) == rows
+
+
+def refusal(directory: pathlib.Path, name: str, content: Content, **options: str) -> str:
+    """The error for data that are rejected."""
+    with pytest.raises(UserError) as refusal:
+        read(directory, name, content, **options)
+    sentence = str(refusal.value)
+    assert str(directory / name) in sentence
+    assert "\n" not in sentence
+    assert len(sentence) < 600
+    return sentence
 
 
 @pytest.mark.parametrize(
@@ -90,195 +203,90 @@ def test_csv_fields_may_contain_any_characters(tmp_path: pathlib.Path) -> None:
         ("a.jsonl", gzip.compress(LINE, mtime=0), ["UTF-8", "gzip"]),
         ("a.jsonl.gz", gzip.compress(LINE * 9, mtime=0)[:-9], ["gzip"]),
         ("a.jsonl.gz", LINE, ["gzip"]),
-        ("a.json", b'[\n{"text": "a"},\n{"words": "b"}\n]', ["line 3", "'words'"]),
+        ("a.jsonl", jsonl(PREFERENCE) + LINE, ["line 2: expected a preference"]),
+        ("a.jsonl", LINE + jsonl(PREFERENCE), ["line 2: expected no preference"]),
+        ("a.jsonl", jsonl(LABELLED, LABELLED | {"label": None}), ["line 2: expected an answer with a label"]),
+        ("a.jsonl", LINE + jsonl(LABELLED), ["line 2", "got an answer with a label"]),
+        ("a.json", b'[\n{"text": "a"},\n{"words": "b"}\n]', ["row 2", "'words'"]),
         ("a.json", b'[\n{"text": "a"},\n{"text": "b"', ["line 3", "not JSON"]),
-        ("a.json", b'{"test": [], "dev": []}', ["line 1", "train", "test, dev"]),
-        ("a.json", b'{"test": [\n{"text": "a"},\n 5]}', ["line 3", "got 5"]),
-        ("a.json", b'[{"text": "a"}] [', ["end of the file"]),
+        ("a.json", b'{"test": [], "dev": []}', ["train", "test, dev"]),
+        ("a.json", b'{"test": [\n{"text": "a"},\n 5]}', ["row 2", "got 5"]),
+        ("a.json", b'[{"text": "a"}] [', ["not JSON", "Extra data"]),
+        ("a.json", '[\n{"text": "é"}]'.encode("latin-1"), ["UTF-8", "0xe9"]),
         ("a.json", b"5", ["array"]),
+        ("a.json", b"", ["not JSON"]),
         ("a.json", b"[" * 100_000, ["levels deep"]),
         ("a.json", b"[" + b"9" * 5000 + b"]", ["digits"]),
         ("a.json", b"[]", ["empty"]),
         ("a.csv", b"", ["empty"]),
         ("a.csv", b"prompt,completion\n", ["empty"]),
-        ("a.csv", b"prompt,answer\na,b\n", ["line 1", '"completion"', "prompt, answer"]),
+        ("a.csv", b"prompt,answer\na,b\n", ["line 2", '"completion"', "'prompt', 'answer'"]),
         ("a.csv", b"prompt,completion,prompt\na,b,c\n", ["line 1", "prompt", "2 times"]),
         ("a.csv", b'prompt,completion\n"a\n",b\nc\n', ["line 4", "2 fields", "got 1"]),
         ("a.csv", b"prompt,completion\na,b,c\n", ["line 2", "2 fields", "got 3"]),
         ("a.csv", b'prompt,completion\na,b\n"c,d\n', ["line 3", "not CSV"]),
         ("a.csv", "prompt,completion\na,b\né,d\n".encode("latin-1"), ["line 3", "UTF-8"]),
-        ("a.xlsx", b"PK\x03\x04", [".csv", ".parquet"]),
         ("a.csv", b"PK\x03\x04", ["zip"]),
-        ("a.parquet", LINE, ["Parquet"]),
-        ("a.parquet", b"", ["Parquet"]),
+        ("a.xlsx", b"PK\x03\x04", [".csv", ".parquet"]),
+        ("a.parquet", LINE, ["damaged, or not Parquet"]),
+        ("a.parquet", b"", ["damaged, or not Parquet"]),
+        ("a.parquet", lambda: talks("parquet")[:-50], ["damaged, or not Parquet"]),
+        ("a.parquet", parquet_of(("prompt", ["a", None]), ("completion", ["b", "c"])), ["row 2"]),
+        ("a.parquet", parquet_of(("words", ["a"])), ["row 1", "'words'"]),
+        ("a.parquet", parquet_of(("text", [b"\xff"])), ["row 1: text"]),
+        ("a.parquet", parquet_of(("text", ["a"]), ("text", ["b"])), ["2 times"]),
+        ("a.parquet", parquet_of(("text", [])), ["empty"]),
+        ("a.arrow", b"", ["damaged, or not written by datasets"]),
+        ("a.arrow", lambda: talks("stream")[:9999], ["damaged, or not written by datasets"]),
+        ("a.arrow", lambda: talks("file"), ["damaged, or not written by datasets"]),
+        ("a.arrow", arrow_outside, ["damaged, or not written by datasets", "offset"]),
     ],
 )
-def test_invalid_data_are_rejected(tmp_path: pathlib.Path, name: str, content: bytes, parts: list[str]) -> None:
+def test_invalid_files_are_rejected(tmp_path: pathlib.Path, name: str, content: Content, parts: list[str]) -> None:
     sentence = refusal(tmp_path, name, content)
-    assert "\n" not in sentence
-    assert len(sentence) < 600
     for part in parts:
         assert part in sentence, sentence
 
 
-def message(**fields: Any) -> str:
-    return json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **fields}]})
+def answered(**fields: Any) -> Any:
+    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **fields}]}
 
 
 @pytest.mark.parametrize(
     ("row", "part"),
     [
-        ('{"messages": "q"}', "messages"),
-        ('{"messages": [5]}', "messages[0]"),
-        ('{"messages": [{"role": "asistant", "content": "a"}]}', "messages[0].role"),
-        (message(), "messages[1].content"),
-        (message(content=[{"type": "image", "url": "x"}]), "messages[1].content[0]"),
-        (message(tool_calls=[{"name": 5}]), "messages[1].tool_calls[0]"),
-        (message(tool_calls=[{"name": "f", "arguments": "{"}]), "messages[1].tool_calls[0].arguments"),
-        (message(tool_calls=[{"name": "f", "arguments": [1]}]), "messages[1].tool_calls[0].arguments"),
-        ('{"prompt": "q", "chosen": "a", "rejected": 5}', "rejected"),
-        ('{"chosen": "a", "rejected": "b"}', '"prompt"'),
-        (json.dumps(TALK | {"tools": 5}), "tools"),
-        (json.dumps(TALK | {"tools": "["}), "tools"),
+        ({"messages": "q"}, "messages"),
+        ({"messages": [5]}, "messages[0]"),
+        ({"messages": [{"role": "asistant", "content": "a"}]}, "messages[0].role"),
+        (answered(), "messages[1].content"),
+        (answered(content=[{"type": "image", "url": "x"}]), "messages[1].content[0]"),
+        (answered(content="b", weight=0), "messages[1].weight"),
+        (answered(content="b", train=False), "messages[1].train"),
+        (answered(tool_calls=[{"name": 5}]), "messages[1].tool_calls[0]"),
+        (answered(tool_calls=[{"name": "f", "arguments": "{"}]), "messages[1].tool_calls[0].arguments"),
+        (answered(tool_calls=[{"name": "f", "arguments": [1]}]), "messages[1].tool_calls[0].arguments"),
+        (PREFERENCE | {"rejected": 5}, "rejected"),
+        ({"chosen": "a", "rejected": "b"}, '"prompt"'),
+        ({"prompt": "a", "rejected": "c"}, '"chosen" and "rejected"'),
+        (TALK | {"tools": 5}, "tools"),
+        (TALK | {"tools": "["}, "tools"),
+        (LABELLED | {"label": "good"}, "label: expected true or false"),
+        (LABELLED | {"label": 0.5}, "label: expected true or false"),
+        (LABELLED | {"label": [True]}, "label: expected true or false"),
+        (LABELLED | {"completion": [PAIR[1], PAIR[1]]}, "completion: expected one answer"),
+        (LABELLED | {"messages": PAIR[:1]}, "label: expected a conversation that ends with an answer"),
+        (LABELLED | {"messages": PAIR[1:]}, "label: expected a conversation that ends with an answer"),
+        (LABELLED | {"messages": []}, "label: expected a conversation that ends with an answer"),
+        (LABELLED | {"chosen": "b", "rejected": "c"}, "label: expected it beside a prompt"),
+        ({"text": "b", "label": False}, "label: expected it beside a prompt"),
+        ({"prompt": "a", "completion": "b", "images": ["a.png"]}, "images: not supported"),
     ],
+    ids=str,
 )
-def test_messages_that_are_refused(tmp_path: pathlib.Path, row: str, part: str) -> None:
-    sentence = refusal(tmp_path, "a.jsonl", LINE + row.encode())
+def test_invalid_rows_are_rejected(tmp_path: pathlib.Path, row: Any, part: str) -> None:
+    sentence = refusal(tmp_path, "a.jsonl", LINE + jsonl(row))
     assert "line 2" in sentence
     assert part in sentence
-
-
-def test_conversations(tmp_path: pathlib.Path) -> None:
-    """The published layouts give the same rows."""
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    said = [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "1 + 1"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "2", "tool_call_id": "1"},
-        {"role": "assistant", "content": "two", "reasoning_content": "easy"},
-    ]
-    openai = json.loads(json.dumps(said))
-    openai[2] |= {"content": None, "tool_calls": [{**call, "function": {"name": "add", "arguments": '{"a": 1}'}}]}
-    openai[1]["content"] = [{"type": "text", "text": "1 "}, {"type": "text", "text": "+ 1"}]
-    rows = [
-        {"messages": said, "tools": TOOLS},
-        {"messages": openai, "tools": json.dumps(TOOLS)},
-        {"messages": said[1:], "system": "be brief", "tools": TOOLS},
-        {"prompt": said[:-1], "completion": said[-1:], "tools": TOOLS},
-    ]
-    found = read(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    assert found == [{"messages": said, "tools": TOOLS}] * 4
-    shared = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}
-    assert read(tmp_path, "b.jsonl", json.dumps(shared)) == [TALK]
-
-
-def test_preferences(tmp_path: pathlib.Path) -> None:
-    asked, yes, no = (
-        {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "y"), ("assistant", "n"))
-    )
-    rows = [
-        {"prompt": "q", "chosen": "y", "rejected": "n"},
-        {"prompt": [asked], "chosen": [yes], "rejected": [no]},
-        {"chosen": [asked, yes], "rejected": [asked, no]},
-        {"prompt": "q", "chosen": [asked, yes], "rejected": [asked, no]},
-        {"question": "q", "chosen": "y", "rejected": "n"},
-    ]
-    found = read(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    assert found == [{"prompt": [asked], "chosen": [yes], "rejected": [no]}] * 5
-    mixed = json.dumps(rows[0]) + "\n" + LINE.decode()
-    assert "line 2: expected a preference" in refusal(tmp_path, "b.jsonl", mixed)
-    assert "line 2: expected no preference" in refusal(tmp_path, "c.jsonl", LINE.decode() + json.dumps(rows[0]))
-
-
-def test_labels(tmp_path: pathlib.Path) -> None:
-    good = {"prompt": [PAIR[0]], "completion": [PAIR[1]], "label": True}
-    rows = [
-        {"prompt": "a", "completion": "b", "label": True},
-        {"prompt": [PAIR[0]], "completion": [PAIR[1]], "label": 1},
-        {"question": "a", "answer": "b", "label": "True"},
-        {"messages": PAIR, "label": True},
-    ]
-    assert read(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows)) == [good] * 4
-    bad = good | {"label": False}
-    assert read(tmp_path, "a.csv", "prompt,completion,label\na,b,false\na,b,0\n") == [bad] * 2
-    labelled = json.dumps(rows[0]) + "\n"
-    unlabelled = json.dumps({**rows[0], "label": None})
-    assert "line 2: expected an answer with a label" in refusal(tmp_path, "b.jsonl", labelled + unlabelled)
-    assert "got an answer with a label" in refusal(tmp_path, "c.jsonl", LINE.decode() + labelled)
-
-
-@pytest.mark.parametrize(
-    ("more", "part"),
-    [
-        ({"label": "good"}, "label: expected true or false"),
-        ({"label": 0.5}, "label: expected true or false"),
-        ({"label": [True]}, "label: expected true or false"),
-        ({"label": True, "completion": [PAIR[1], PAIR[1]]}, "completion: expected one answer"),
-        ({"label": True, "messages": PAIR[:1]}, "label: expected a conversation that ends with an answer"),
-        ({"label": True, "messages": PAIR[1:]}, "label: expected a conversation that ends with an answer"),
-        ({"label": True, "messages": []}, "label: expected a conversation that ends with an answer"),
-        ({"label": True, "chosen": "b", "rejected": "c"}, "label: expected it beside a prompt"),
-        ({"label": False, "text": "b"}, "label: expected it beside a prompt"),
-        ({"rejected": "c"}, '"chosen" and "rejected"'),
-        ({"images": ["a.png"]}, "images: not supported"),
-        ({"messages": [PAIR[0], PAIR[1] | {"weight": 0}]}, "messages[1].weight"),
-        ({"messages": [PAIR[0], PAIR[1] | {"train": False}]}, "messages[1].train"),
-    ],
-)
-def test_columns_that_change_the_meaning_of_others_are_refused(
-    tmp_path: pathlib.Path, more: dict[str, Any], part: str
-) -> None:
-    row = {"prompt": "a", "completion": "b", **more}
-    assert part in refusal(tmp_path, "a.jsonl", json.dumps(row))
-
-
-def test_columns_that_may_be_ignored(tmp_path: pathlib.Path) -> None:
-    rows = [{"text": "a", "label": 3}, {"text": "a", "label": "spam", "images": []}, {"messages": PAIR, "weight": 2}]
-    asked = {**PAIR[0], "train": False}
-    rows.append({"messages": [asked, {**PAIR[1], "weight": 1, "train": True}]})
-    assert read(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows)) == [
-        "a", "a", {"messages": PAIR}, {"messages": PAIR},
-    ]  # fmt: skip
-
-
-def test_parquet(tmp_path: pathlib.Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    from pyarrow import parquet
-
-    def write(name: str, table: Any) -> pathlib.Path:
-        parquet.write_table(table, tmp_path / name)
-        return tmp_path / name
-
-    rows = [TALK, {"messages": [*TALK["messages"], {"role": "tool", "content": "5", "name": "add"}]}] * 400
-    talk = write("talk.parquet", pyarrow.Table.from_pylist(rows).append_column("id", [list(range(800))]))
-    assert list(read_examples(str(talk))) == rows
-    for name, table, part in (
-        ("null.parquet", pyarrow.table({"prompt": ["a", None], "completion": ["b", "c"]}), "row 2"),
-        ("columns.parquet", pyarrow.table({"words": ["a"]}), "words"),
-        ("bytes.parquet", pyarrow.table({"text": pyarrow.array([b"\xff"], pyarrow.binary())}), "row 1: text"),
-        ("twice.parquet", pyarrow.table([["a"], ["b"]], names=["text", "text"]), "2 times"),
-        ("empty.parquet", pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), "empty"),
-    ):
-        with pytest.raises(UserError, match=part):
-            read_examples(str(write(name, table)))
-    cut = tmp_path / "cut.parquet"
-    cut.write_bytes(talk.read_bytes()[:-50])
-    with pytest.raises(UserError, match="Parquet"):
-        read_examples(str(cut))
-
-
-def test_arrow(tmp_path: pathlib.Path) -> None:
-    """Arrow files, and streams, which datasets writes to .arrow files."""
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    table = pyarrow.Table.from_pylist([{"id": i, **TALK} for i in range(600)])
-    for name, writer in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
-        with writer(str(tmp_path / name), table.schema) as file:
-            file.write_table(table)
-        assert list(read_examples(str(tmp_path / name))) == [TALK] * 600
-        content = (tmp_path / name).read_bytes()
-        assert "damaged, or not Arrow" in refusal(tmp_path, "cut.arrow", content[: len(content) // 2])
-    assert "damaged, or not Arrow" in refusal(tmp_path, "none.arrow", b"")
 
 
 def test_directories_of_save_to_disk(tmp_path: pathlib.Path) -> None:
@@ -292,9 +300,10 @@ def test_directories_of_save_to_disk(tmp_path: pathlib.Path) -> None:
         read_examples(str(tmp_path / "several"), "dev")
     with pytest.raises(UserError, match="one was written by save_to_disk; name that directory alone"):
         read_examples(str(tmp_path))
-    (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"")
-    with pytest.raises(UserError, match=f"--data {tmp_path / 'one'}: damaged"):
-        read_examples(str(tmp_path / "one"))
+    for damaged in (b"", arrow_outside()):
+        (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(damaged)
+        with pytest.raises(UserError, match=f"--data {tmp_path / 'one'}: damaged"):
+            read_examples(str(tmp_path / "one"))
 
 
 def test_parquet_without_pyarrow(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +358,15 @@ def test_a_data_set_of_the_hub(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
         read_examples("owner/name")
 
 
+def test_datasets_reports_no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr("datasets.load.get_session", lambda: pytest.fail("it sends the name of the dataset"))
+    hub._library("")
+    datasets.load.increase_load_count("owner/name")
+
+
 def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -362,13 +380,6 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not hub.is_name(name) or name.endswith("jsonl")
         with pytest.raises(UserError, match=r"no such file or directory$"):
             read_examples(name)
-
-
-def test_dictionary_terms_may_contain_any_characters(tmp_path: pathlib.Path) -> None:
-    body = "a\x85b\n its definition\n".encode()
-    (tmp_path / "d.index").write_text("a\x85b\tA\tV\n", encoding="utf-8")
-    (pair,) = read(tmp_path, "d.dict.dz", gzip.compress(body))
-    assert [m["content"] for m in pair] == ["a\x85b", "its definition"]
 
 
 def test_large_data_are_not_stored_in_memory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import pathlib
@@ -239,27 +238,6 @@ def test_lines_that_are_not_examples(refused, paths: Paths, tmp_path: pathlib.Pa
     sentence = refused("finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run")
     assert message in sentence
     assert len(sentence) < 500
-
-
-def test_a_text_may_contain_other_line_separators(tmp_path: pathlib.Path) -> None:
-    from qlora_app.data import read_examples
-
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"text": "a\u2028b\x85c"}\r\n{"text": "d"}\n', encoding="utf-8", newline="")
-    assert read_examples(str(data)) == ["a\u2028b\x85c", "d"]
-
-
-@pytest.mark.parametrize(
-    "index", ["a", "a\t\t", "a\tA", "a\t!\tB", "a\té\tB", "a\tA\t" + "/" * 20, "a\t" + "/" * 20 + "\tA", "\x00\tA\tz"]
-)
-def test_damaged_dictionaries(refused, paths: Paths, tmp_path: pathlib.Path, index: str) -> None:
-    body = b"term\n a definition\n"
-    (tmp_path / "d.dict.dz").write_bytes(gzip.compress(body))
-    ask = ["finetune", "--model", paths["model"], "--data", tmp_path / "d.dict.dz", "--output", tmp_path / "run"]
-    (tmp_path / "d.index").write_text("term\tA\tT\n" + index + "\n", encoding="utf-8")
-    assert "line 2" in refused(*ask)
-    (tmp_path / "d.dict.dz").write_bytes(gzip.compress(body)[:-12] + bytes(12))
-    assert "dictionary" in refused(*ask)
 
 
 def test_options_out_of_range(refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -297,7 +297,6 @@ def gptq(
     symmetric: bool = True,
     version: int = 1,
     order: bool = True,
-    dtype: torch.dtype = torch.float16,
     desc_act: bool = False,
 ) -> Sample:
     rows, columns = shape
@@ -308,7 +307,7 @@ def gptq(
     tensors = {
         "qweight": random_words(columns // 8, rows),
         "qzeros": words_along_rows(stored),
-        "scales": random_scales(dtype, groups, rows, positive=not symmetric),
+        "scales": random_scales(torch.float16, groups, rows, positive=not symmetric),
     }
     if order:
         tensors["g_idx"] = torch.arange(columns, dtype=torch.int32) // size

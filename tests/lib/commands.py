@@ -28,12 +28,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def as_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command as a user's shell does. Its imports take ten seconds, which a fork does not need."""
-    everything = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(everything, capture_output=True, text=True, env=environment(), timeout=300)
-
-
 def command(*arguments: object, before: Callable[[], object] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the command in a fork."""
     return Command(*arguments, before=before).wait()

@@ -121,7 +121,7 @@ def byte_level(split: str | None = None, size: int = VOCABULARY, **of_model: Any
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def sentencepiece(prefix: bool, begins: bool, size: int = 500) -> PreTrainedTokenizerFast:
+def sentencepiece(prefix: bool, begins: bool) -> PreTrainedTokenizerFast:
     """A BPE as tokenizers makes of SentencePiece's models.
 
     Args:
@@ -132,7 +132,7 @@ def sentencepiece(prefix: bool, begins: bool, size: int = 500) -> PreTrainedToke
     learned = Tokenizer(models.BPE())
     learned.normalizer = normalizers.Replace(" ", "\u2581")
     learned.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
-    learned.train_from_iterator(_TEXT, trainers.BpeTrainer(vocab_size=size, special_tokens=special))
+    learned.train_from_iterator(_TEXT, trainers.BpeTrainer(vocab_size=500, special_tokens=special))
     vocabulary = learned.get_vocab()
     # SentencePiece merges any two tokens whose text is one, in the order of the results.
     order = dict.fromkeys(left + right for left, right in json.loads(learned.to_str())["model"]["merges"])

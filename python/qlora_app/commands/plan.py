@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from qlora_ext.sizes import parse_size
 from qlora_ext.untrusted import excerpt, printable
 
-from .. import suggestions
-from ..errors import UserError, as_arguments, path_named, reading
+from ..errors import UserError, as_arguments, did_you_mean, path_named, reading
 from ..models import families, validate_model
 from ..models.devices import check_dtype
 from ..models.pretrained import load_config
@@ -157,8 +156,7 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any, ModelSource | None
     try:
         config = load_config(source)
     except UserError as error:
-        meant = suggestions.model(name, families.names())
-        raise UserError(f"{error}{meant}") from error
+        raise UserError(f"{error}{did_you_mean(name, families.names())}") from error
     validate_model.check_room(source, config)
     return name, config, source
 

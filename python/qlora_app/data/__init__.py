@@ -1,4 +1,4 @@
-"""Training data: files, directories, datasets of the hub, and packages with openly licensed text.
+"""Training data: files, directories, datasets of the hub, and a package with openly licensed text.
 
 ``files``, ``directory``, ``hub`` and ``packages`` yield rows, each with its place; ``examples`` defines what a row may
 be, ``prompts`` what a prompt for GRPO is; ``encoding`` tokenizes examples; ``store`` holds large sequences;
@@ -30,12 +30,12 @@ from .encoding import tokenizing as tokenizing
 from .encoding import unsupported_part as unsupported_part
 from .examples import Example as Example
 from .examples import Message as Message
-from .examples import example_of, kind_of
+from .examples import Rows, example_of, kind_of
 from .examples import is_labelled as is_labelled
 from .examples import is_preference as is_preference
 from .examples import is_prompt as is_prompt
 from .examples import tool_call as tool_call
-from .files import READERS, Rows, reader_of
+from .files import READERS, reader_of
 from .packages import DEFAULT_DATA as DEFAULT_DATA
 from .prompts import prompt_of
 from .prompts import split_prompts as split_prompts

@@ -10,7 +10,8 @@ from qlora_ext.untrusted import excerpt, printable
 from ..errors import UserError
 from ..outputs.files import is_unfinished_name
 from ..outputs.ownership import MARKER, is_ours
-from .files import READERS, Rows, reader_of
+from .examples import Rows
+from .files import READERS, reader_of
 from .hub import is_saved
 
 _SPLITS = {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "dev": "validation"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, TypeAlias, TypeGuard
 
 from qlora_ext.untrusted import FileError, excerpt, parse_json
@@ -16,6 +16,7 @@ Message: TypeAlias = dict[str, Any]  # role, content, and further keys for the c
 # answer ("prompt" and "completion", each a list of messages, "label", which is true for a good answer, and optional
 # "tools"), or a prompt for GRPO ("prompt" and "columns").
 Example: TypeAlias = "str | list[Message] | dict[str, Any]"
+Rows: TypeAlias = Iterator[tuple[str, Any]]  # the place of each row, for error messages, and its columns
 
 # Column names of published datasets for a question and its answer, and for an addition to the question.
 _PAIRS = (
@@ -48,15 +49,6 @@ _ROLES = {
 }
 _WEIGHTS = ("weight", "train", "training")  # keys of a message that say how much of it is learnt
 _EXTRA_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking")  # of a message, for the chat template
-
-
-def named(columns: Iterable[str], prompts: bool = False) -> bool:
-    """Whether rows with these columns may be examples, or only prompts."""
-    names = set(columns)
-    if prompts:
-        return not names.isdisjoint((*QUESTIONS, *_CONVERSATIONS))
-    known = ({"text"}, {"chosen", "rejected"}, *({name} for name in _CONVERSATIONS), *map(set, _PAIRS))
-    return any(form <= names for form in known)
 
 
 def is_conversation(example: Example) -> TypeGuard[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_ext.untrusted import excerpt, printable
 
 from ..errors import UserError, first_line
-from .files import Rows
+from .examples import Rows
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _FIRST_VERSION = 4  # of the library: earlier versions run Python code of a dataset
@@ -44,6 +44,7 @@ def _library(problem: str) -> Any:
     if int(datasets.__version__.partition(".")[0]) < _FIRST_VERSION:
         raise UserError(f"{problem} datasets >= {_FIRST_VERSION}, got {datasets.__version__}")
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it sends the name of each dataset to a server that counts them
     return datasets
 
 
@@ -53,27 +54,28 @@ def is_saved(directory: pathlib.Path) -> bool:
     return any(all((directory / name).is_file() for name in names) for names in (one, several))
 
 
-def saved_rows(directory: pathlib.Path, split: str) -> Rows:
-    """The rows of a dataset that ``save_to_disk`` wrote, one at a time.
+def saved_rows(path: pathlib.Path, split: str) -> Rows:
+    """The rows of a directory that ``save_to_disk`` wrote, or of one .arrow file of the library, one at a time.
 
     Raises:
         UserError: it is damaged, has no such split, or the library does not exist.
     """
-    shown = f"--data {printable(directory)}"
-    datasets = _library(f"{shown}: written by save_to_disk, which needs")
+    shown = f"--data {printable(path)}"
+    datasets = _library(f"{shown}: reading it needs")
     try:
-        found = datasets.load_from_disk(str(directory))
+        found = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_file(str(path))
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
                 known = ", ".join(map(excerpt, found))
                 raise UserError(f"{shown}: no split {excerpt(split)}; --split takes one of {known}")
             found = found[split]
+        found.data.validate(full=True)  # the library maps offsets into memory unchecked; wrong ones crash the process
         for number, record in enumerate(found, 1):
             yield f"{shown}, row {number}", record
     except UserError:
         raise
     except Exception as error:  # from the library, which does not check its files
-        raise UserError(f"{shown}: damaged, or not written by save_to_disk ({first_line(error)})") from error
+        raise UserError(f"{shown}: damaged, or not written by datasets ({first_line(error)})") from error
 
 
 def rows(name: str, split: str) -> Rows:

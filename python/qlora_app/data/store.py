@@ -54,10 +54,5 @@ class Stored(Sequence[T], Generic[T]):
         value: T = json.loads(self._file.read(self._ends[index + 1] - self._ends[index]))
         return value
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or len(self) != len(other):
-            return False
-        return all(a == b for a, b in zip(self, other, strict=True))
-
     def __iter__(self) -> Iterator[T]:
         return (self[i] for i in range(len(self)))

@@ -38,7 +38,7 @@ def prepare(arguments: argparse.Namespace, name: str) -> Job:
     from qlora_ext.nn import Linear4bit, layers_of, quantize_model
 
     kind = KINDS[name]
-    adapted, skeleton = find_model(arguments, unties=True)
+    adapted, skeleton = find_model(arguments)
     loader = adapted.loader
     with torch.device("meta"):
         quantized = quantize_model(skeleton.to(loader.dtype), **kind.form.keywords)
@@ -71,7 +71,7 @@ def prepare(arguments: argparse.Namespace, name: str) -> Job:
         }
     except ValueError as error:
         raise UserError(f"--to {arguments.to}: {first_line(error)}; use --to dense") from error
-    calibrated = CalibratedWeights(adapted, kind.form, lambda model: [*_encoded(_layers(model, kind, names), kind)])
+    calibrated = CalibratedWeights(adapted, kind.form, lambda model: [*_encoded(_layers(model, names), kind)])
     plan = _Plan(adapted, kind, names, fitting, parts, calibrated)
     return Job(size_of(model_size(quantized).bytes, adapted), lambda: _build(plan), calibrated=calibrated)
 
@@ -168,7 +168,7 @@ def _ignored(model: Any, plan: _Plan, tensors: Mapping[str, object]) -> list[str
     return [*dict.fromkeys([*dense, *(name.removesuffix(".weight") for name in stored)])]
 
 
-def _layers(model: Any, kind: Kind, names: list[str]) -> dict[str, Any]:
+def _layers(model: Any, names: list[str]) -> dict[str, Any]:
     """Selects from the linear layers ``names`` those that are 4-bit in the result.
 
     Layers that are dense in a 4-bit base stay dense.
@@ -208,7 +208,7 @@ def _linear(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, dic
     from qlora_ext.merged import seed_of
 
     kind, calibrated = plan.kind, plan.calibrated.weights
-    layers = _layers(model, kind, plan.names)
+    layers = _layers(model, plan.names)
     for group in _groups(layers, kind):
         if group[0] in calibrated:
             for name in group:

@@ -49,7 +49,7 @@ def prepare(arguments: argparse.Namespace, kind: str) -> Job:
         source = resolve(arguments.model, arguments.trust_remote_code)
         if source.gguf_file is not None:
             return _retype(target, source, kind, arguments.embeddings)
-    adapted, skeleton = find_model(arguments, unties=True)
+    adapted, skeleton = find_model(arguments)
     if adapted.source.gguf_file is None:
         return gguf_conversion.prepare(arguments, kind, adapted, skeleton)
     return _merge(target, adapted, skeleton, kind, arguments.embeddings)

@@ -19,7 +19,7 @@ from ..models.size import model_size
 from ..models.sources import PROVENANCE
 from ..outputs.files import write_json
 from .job import Job
-from .lora import check_biases, check_tied
+from .lora import check_biases
 from .trained_for import trained_for
 from .tying import tie_if_equal, untie
 
@@ -30,12 +30,8 @@ _BYTES_PER_TOKEN = 64  # of a tokenizer's files, with its merges
 _OTHER_FILES = 1 << 16  # bytes
 
 
-def find_model(arguments: argparse.Namespace, unties: bool = False) -> tuple[Adapted, Any]:
-    """The model and its adapter, and the dense model without memory for its weights.
-
-    Args:
-        unties: whether the target can hold an output head that is no longer tied to the embeddings.
-    """
+def find_model(arguments: argparse.Namespace) -> tuple[Adapted, Any]:
+    """The model and its adapter, and the dense model without memory for its weights."""
     adapted = find_adapted(arguments)
     if adapted.adapter is not None and "target_modules" not in config_of(adapted.adapter):
         kind = config_of(adapted.adapter).get("peft_type")
@@ -48,8 +44,6 @@ def find_model(arguments: argparse.Namespace, unties: bool = False) -> tuple[Ada
     skeleton = validate_model.skeleton(adapted.source, config)
     if adapted.adapter is not None:
         check_biases(f"--to {arguments.to}", adapted.adapter, skeleton)
-    if adapted.adapter is not None and not unties:
-        check_tied(f"--to {arguments.to}", adapted.adapter, skeleton)
     return adapted, skeleton
 
 
@@ -70,7 +64,7 @@ def writer(model: Any, adapted: Adapted, save: Callable[[Any, pathlib.Path], Non
 
 def dense(arguments: argparse.Namespace) -> Job:
     """The merged, or decoded, model in ``--dtype``."""
-    adapted, skeleton = find_model(arguments, unties=True)
+    adapted, skeleton = find_model(arguments)
     loader = adapted.loader
 
     def build() -> Callable[[pathlib.Path], None]:
@@ -169,7 +163,7 @@ def bitsandbytes(arguments: argparse.Namespace) -> Job:
     from qlora_ext.integrations.peft import merge_to_4bit
     from qlora_ext.nn import quantize_model
 
-    adapted, skeleton = find_model(arguments, unties=True)
+    adapted, skeleton = find_model(arguments)
     loader = adapted.loader
     with torch.device("meta"):
         experts = check_linear(

@@ -16,8 +16,6 @@ from qlora_ext.weight import Weight4bit
 
 # The types to which a dense weight is converted.
 DENSE_KINDS = ("F32", "F16", "BF16", "Q8_0")
-# All types of which a weight can be written.
-KINDS = (*DENSE_KINDS, "Q4_0", "Q4_1", "IQ4_NL", "MXFP4")
 
 
 @dataclasses.dataclass(frozen=True)

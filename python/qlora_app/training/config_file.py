@@ -8,9 +8,8 @@ from typing import Any
 
 from qlora_ext.untrusted import check, excerpt, first_line, printable, read_text
 
-from .. import suggestions
-from ..errors import UserError, path_named
-from .settings import Settings, flag, schema
+from ..errors import UserError, did_you_mean, path_named
+from .settings import Settings, schema
 
 _MAX_BYTES = 1 << 20
 _MORE = ("output", "sweep")  # options that are not settings of a run
@@ -76,8 +75,8 @@ def read_config(name: str, typed: dict[str, Any]) -> dict[str, Any]:
         if option == "former_steps":
             continue  # how a run came to its length, which a new run has from the start
         if option not in fields and option not in _MORE:
-            meant = suggestions.option(str(key), [flag(name) for name in (*fields, *_MORE)]).replace("--", "")
-            raise UserError(f"{source}: unknown option {excerpt(str(key))}{meant.replace('-', '_')}")
+            meant = did_you_mean(option, (*fields, *_MORE))
+            raise UserError(f"{source}: unknown option {excerpt(str(key))}{meant}")
         if option in options:
             raise UserError(f"{source}: the option {option} appears twice")
         kind = "str" if option in _MORE else fields[option].type

@@ -123,7 +123,6 @@ class Run:
     model: Any = None
     trainer: Any = None
     before: dict[str, Any] = dataclasses.field(default_factory=dict)
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def method(self) -> str:

@@ -13,9 +13,8 @@ from typing import Any, TypeAlias
 
 from qlora_ext.untrusted import check, excerpt
 
-from .. import suggestions
-from ..errors import UserError
-from .settings import Settings, flag, schema
+from ..errors import UserError, did_you_mean
+from .settings import Settings, schema
 
 Values: TypeAlias = "dict[str, list[Any]]"  # of each option, by its name
 
@@ -46,8 +45,7 @@ def _known(name: str) -> str:
             f"--sweep {option}: all adapters of a sweep have the same {option}; the options that may vary are "
             f"{', '.join(VARIED)}"
         )
-    meant = suggestions.option(name, map(flag, VARIED)).replace("--", "").replace("-", "_")
-    raise UserError(f"--sweep: unknown option {excerpt(name)}{meant}")
+    raise UserError(f"--sweep: unknown option {excerpt(name)}{did_you_mean(option, VARIED)}")
 
 
 def _parsed(option: str, text: str) -> Any:

@@ -18,7 +18,7 @@ from ..form import Form
 from ..untrusted import check, excerpt
 from ..weight import Weight4bit
 from . import integers, nibbles
-from .format import LOAD_ORIGINAL, Format, Given, Settings, excluded, group_size_of, matrix_of
+from .format import LOAD_ORIGINAL, Format, Given, Settings, group_size_of, matrix_of
 from .integers import Groups
 
 _SOURCE = "quantization_config of awq"
@@ -28,7 +28,6 @@ _SCHEMA = {
     "version?": str,
     "format?": str,
     "backend?": str,
-    "modules_to_not_convert?": [str],
 }
 
 
@@ -54,7 +53,6 @@ class AWQ(Format):
             group_size=group_size_of(config, _SOURCE),
             symmetric=False,
             scale_dtype=torch.float16,
-            ignored=excluded(["lm_head", *(config.get("modules_to_not_convert") or ())], _SOURCE),
         )
 
     def tensors(self, settings: Settings) -> dict[str, bool]:

@@ -14,8 +14,6 @@ as they are.
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,18 +24,17 @@ from ..form import Form
 from ..untrusted import check, excerpt
 from ..weight import Weight4bit
 from . import e2m1, integers, nibbles, scales
-from .format import LOAD_ORIGINAL, Format, Given, Settings, patterns
+from .format import LOAD_ORIGINAL, Format, Given, Settings
 from .integers import Groups
 
 _SOURCE = "quantization_config of compressed-tensors"
 _SCHEMA = {
     "config_groups": dict,
-    "ignore?": [str],
     "format?": str,
     "transform_config?": dict,
     "sparsity_config?": dict,
 }
-_GROUP = {"targets": [str], "weights?": dict, "format?": str}
+_GROUP = {"weights?": dict, "format?": str}
 _WEIGHTS = {
     "num_bits": int,
     "type?": str,
@@ -67,21 +64,18 @@ class _CompressedTensors(Format):
         sparsity = (config.get("sparsity_config") or {}).get("format") or "dense"
         if sparsity != "dense":
             raise ValueError(f"{_SOURCE}: expected no sparsity, got {excerpt(sparsity)}, which is not supported")
-        ignored = patterns([_pattern_of(text) for text in config.get("ignore") or ()], f"{_SOURCE}: ignore")
         found: list[Settings] = []
         for name, group in config["config_groups"].items():
             source = f"{_SOURCE}: config_groups.{excerpt(name)}"
             check(group, _GROUP, source)
             if group.get("weights") is not None:
-                targets = patterns([_pattern_of(text) for text in group["targets"]], f"{source}.targets")
-                settings = self._group_settings(group["weights"], f"{source}.weights")
-                found.append(dataclasses.replace(settings, targets=targets, ignored=ignored))
-        if not found or any(dataclasses.replace(other, targets=found[0].targets) != found[0] for other in found):
+                found.append(self._group_settings(group["weights"], f"{source}.weights"))
+        if not found or any(other != found[0] for other in found):
             raise ValueError(
                 f"{_SOURCE}: expected one kind of quantized weights in config_groups, got "
                 f"{f'{len(found)} groups that differ, which are not supported' if found else 'none'}"
             )
-        return dataclasses.replace(found[0], targets=tuple(target for one in found for target in one.targets or ()))
+        return found[0]
 
     def _group_settings(self, weights: Any, source: str) -> Settings:
         check(weights, _WEIGHTS, source)
@@ -160,7 +154,7 @@ class NVFP4(_E2M1):
         return super().tensors(settings) | {"weight_global_scale": True}
 
     def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
-        return e2m1.e4m3(given, "weight_scale", stored, "weight_global_scale", divides=True)
+        return e2m1.e4m3(given, stored, "weight_global_scale", divides=True)
 
     def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
         return scales.e4m3_table(torch.device("cpu")) / retained["weight_global_scale"].reshape(())
@@ -232,8 +226,3 @@ def _zero_points(given: Given, rows: int, groups: int) -> Tensor:
     if bool(values[rows:].any()):
         given.refuse(_ZERO_POINT, f"0 after its {rows} rows", "other values")
     return values[:rows]
-
-
-def _pattern_of(text: str) -> str:
-    """The regular expression of a target or an ignored module: a name, the name of a class, or ``re:...``."""
-    return text[3:] if text.startswith("re:") else f"{re.escape(text)}$"

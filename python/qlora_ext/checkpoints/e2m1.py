@@ -60,14 +60,14 @@ def e8m0(given: Given, name: str, codes: Tensor) -> Scales:
     return {"codes": codes, "table": scales.e8m0_table(codes.device)}
 
 
-def e4m3(given: Given, name: str, codes: Tensor, factor_name: str, divides: bool) -> Scales:
+def e4m3(given: Given, codes: Tensor, factor_name: str, divides: bool) -> Scales:
     """The scales of NVFP4: the float8_e4m3fn ``codes``, divided or multiplied by the weight's factor."""
     factor = given.take_factor(factor_name)
     table = scales.e4m3_table(codes.device)
     table = table / factor if divides else table * factor
     codes = codes.contiguous().view(torch.uint8)
     if scales.has_e4m3_nan(codes):
-        given.refuse(name, "E4M3 codes of numbers", "NaN")
+        given.refuse("weight_scale", "E4M3 codes of numbers", "NaN")
     if not bool(table[: scales.E4M3_NAN].isfinite().all()):
         given.refuse(factor_name, "such that all scales are finite in float32", str(factor.item()))
     return {"codes": codes, "table": table}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..dtype_names import name_of
 from ..form import Form
 from ..ops import check_shape
-from ..untrusted import compiled_pattern, excerpt
+from ..untrusted import excerpt
 from ..weight import Weight4bit
 
 # What to do where a format is not supported.
@@ -35,10 +34,6 @@ class Settings:
         reorders: whether the columns of weights may belong to groups in any order.
         bits: of the codes. Weights of other than 4 bits can only be decoded.
         layers: for modules with settings of their own, these settings, by name.
-        targets: the modules with 4-bit weights, as patterns of their names or as names of their classes. None: all
-            linear layers.
-        ignored: patterns of the names of modules that stay as they are, though they match a target.
-        others: for a checkpoint of several formats, how many modules have each of the other ones.
     """
 
     group_size: int | None
@@ -48,15 +43,6 @@ class Settings:
     reorders: bool = False
     bits: int = 4
     layers: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
-    targets: tuple[re.Pattern[str], ...] | None = None
-    ignored: tuple[re.Pattern[str], ...] = ()
-    others: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    def covers(self, name: str, *classes: str) -> bool:
-        """Whether the configuration says that the module ``name``, an instance of ``classes``, has a 4-bit weight."""
-        texts = (name, *classes)
-        targeted = self.targets is None or any(pattern.match(text) for pattern in self.targets for text in texts)
-        return targeted and not any(pattern.match(text) for pattern in self.ignored for text in texts)
 
 
 class Format(abc.ABC):
@@ -121,24 +107,6 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, bit for bit, from which ``read`` made ``w4``, with those in ``retained``."""
-
-
-def patterns(texts: Sequence[str], source: str) -> tuple[re.Pattern[str], ...]:
-    """Compiles regular expressions that were read from ``source``.
-
-    Raises:
-        ValueError: a text is not a regular expression, or one that may take very long.
-    """
-    return tuple(compiled_pattern(text, source) for text in texts)
-
-
-def excluded(names: Sequence[str] | None, source: str) -> tuple[re.Pattern[str], ...]:
-    """The modules that ``modules_to_not_convert`` names, as transformers reads it.
-
-    Each entry is a regular expression of the beginning of a module's name, up to a dot or its end, or the name's end.
-    """
-    texts = [f"(?:{name})(?:(?<=\\.)|(?=\\.|$))" for name in names or ()]
-    return patterns([*texts, *(f".*{re.escape(name)}$" for name in names or ())], source)
 
 
 class Given:

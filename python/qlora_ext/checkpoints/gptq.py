@@ -10,7 +10,6 @@ The tensors of a weight [N, K], with G = ceil(K / group_size), are transposed::
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..form import Form
 from ..untrusted import check, excerpt
 from ..weight import Weight4bit
 from . import integers, nibbles
-from .format import LOAD_ORIGINAL, Format, Given, Settings, group_size_of, matrix_of, patterns
+from .format import LOAD_ORIGINAL, Format, Given, Settings, group_size_of, matrix_of
 from .integers import Groups
 
 _SOURCE = "quantization_config of gptq"
@@ -35,9 +34,7 @@ _SCHEMA = {
     "format?": str,
     "is_marlin_format?": bool,
     "pack_dtype?": str,
-    "lm_head?": bool,
     "dynamic?": dict,
-    "modules_in_block_to_quantize?": list,
 }
 _BIASES = {"gptq": 1, "gptq_v2": 0}  # what a stored zero point lacks
 _MIDDLE = 8  # the zero point of symmetric weights
@@ -63,17 +60,13 @@ class GPTQ(Format):
                 f"{excerpt(config.get('pack_dtype') or 'int32')} words, which is not supported"
             )
         group_size = group_size_of(config, _SOURCE)
-        ignored = [] if config.get("lm_head") else [r"(.*\.)?lm_head$"]
-        ignored += _exceptions(config)
-        modules = _modules(config)
+        _check_dynamic(config)
         return Settings(
             group_size=group_size,
             symmetric=config.get("sym") is not False,
             scale_dtype=torch.float16,
             zero_point_bias=_BIASES[layout],
             reorders=group_size is not None and not config.get("static_groups") and _has_order(config),
-            targets=None if modules is None else patterns(modules, _SOURCE),
-            ignored=patterns(ignored, _SOURCE),
         )
 
     def tensors(self, settings: Settings) -> dict[str, bool]:
@@ -132,24 +125,19 @@ class GPTQ(Format):
         return Groups.of(self.name, settings, shape)
 
 
-def _exceptions(config: Mapping[str, Any]) -> list[str]:
-    """The modules that GPTQModel's ``dynamic`` excludes.
+def _check_dynamic(config: Mapping[str, Any]) -> None:
+    """Rejects modules to which GPTQModel's ``dynamic`` gives other settings; it may exclude modules.
 
     Raises:
         ValueError: it gives modules other settings.
     """
-    found = []
     for pattern, changes in _dynamic(config).items():
-        if pattern.startswith("-:"):
-            found.append(pattern[2:])
-            continue
-        names = ("bits", "group_size", "sym")
-        if any(name in changes and changes[name] != config.get(name) for name in names):
+        same = all(changes.get(name, config.get(name)) == config.get(name) for name in ("bits", "group_size", "sym"))
+        if not same and not pattern.startswith("-:"):
             raise ValueError(
                 f"{_SOURCE}: expected the same settings for all modules, got others in dynamic for {excerpt(pattern)}, "
                 "which is not supported"
             )
-    return found
 
 
 def _dynamic(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -161,13 +149,3 @@ def _dynamic(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _has_order(config: Mapping[str, Any]) -> bool:
     """Whether modules have columns in activation order."""
     return any(own.get("desc_act") for own in (config, *_dynamic(config).values()))
-
-
-def _modules(config: Mapping[str, Any]) -> list[str] | None:
-    """Patterns of the modules in ``modules_in_block_to_quantize``, a list of names or of lists of names."""
-    given = config.get("modules_in_block_to_quantize")
-    if given is None:
-        return None
-    names = [name for part in given for name in (part if isinstance(part, list) else [part])]
-    check(names, [str], f"{_SOURCE}: modules_in_block_to_quantize")
-    return [rf".*\.{re.escape(name)}$" for name in names]

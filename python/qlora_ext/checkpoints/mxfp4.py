@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from ..form import Form
-from ..untrusted import check
 from ..weight import Weight4bit
 from . import e2m1, nibbles, scales
 from .e2m1 import MX_BLOCK_SIZE
-from .format import Format, Given, Settings, excluded
-
-_SOURCE = "quantization_config of mxfp4"
+from .format import Format, Given, Settings
 
 
 class MXFP4(Format):
@@ -29,8 +26,7 @@ class MXFP4(Format):
     name = "mxfp4"
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
-        check(config, {"modules_to_not_convert?": [str]}, _SOURCE)
-        return Settings(MX_BLOCK_SIZE, ignored=excluded(config.get("modules_to_not_convert"), _SOURCE))
+        return Settings(MX_BLOCK_SIZE)
 
     def tensors(self, settings: Settings) -> dict[str, bool]:
         return {"blocks": True, "scales": True}

@@ -198,11 +198,6 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self.form}"
 
 
-def _of_table(name: str) -> Any:
-    """A property of a tied head: the attribute ``name`` of its table."""
-    return property(lambda head: getattr(head.embedding, name))
-
-
 class TiedLinear4bit(Linear4bit):
     """An output head on the table of an ``Embedding4bit``: logits = x · tableᵀ + bias.
 
@@ -237,7 +232,7 @@ class TiedLinear4bit(Linear4bit):
         table: Embedding4bit = self.__dict__["embedding"]
         return table
 
-    form = _of_table("form")
+    form: Any = property(lambda head: head.embedding.form)
 
     def _parts(self, name: str) -> dict[str, str]:
         return {"packed": name}  # the scales are in the table's state
