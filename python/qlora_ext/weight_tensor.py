@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import bitsandbytes_format, formats, weight_ops
 from ._internal.dtype_names import name_of
+from ._internal.integrate import integrate
 from ._internal.loans import PackedTensors
 from .form import Form
 
@@ -105,6 +106,7 @@ class Weight4bit(Tensor):
         offset_scale: Tensor | None = None,
         column_order: Tensor | None = None,
     ) -> None:
+        integrate()
         for name, t in (("packed", packed), ("absmax", absmax)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")

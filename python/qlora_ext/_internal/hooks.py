@@ -30,12 +30,18 @@ class _Loader(importlib.abc.Loader):
         assert spec is not None
         spec.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        for integration in _WATCHER.waiting.pop(spec.name, ()):
+        integrations = _WATCHER.waiting.pop(spec.name, ())
+        if not _WATCHER.waiting:
+            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _WATCHER]
+        for integration in integrations:
             _integrate(spec.name, integration)
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """A finder that asks the other finders, and wraps the loaders of modules for which integrations are pending."""
+    """A finder that asks the other finders, and wraps the loaders of modules for which integrations are pending.
+
+    It is in ``sys.meta_path`` only while it waits for a module.
+    """
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[str]] = {}

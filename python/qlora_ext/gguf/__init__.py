@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .._internal.integrate import integrate
 from .._internal.lazy import lazily
 from .file import Header, TensorInfo, read_header
 
@@ -20,5 +21,7 @@ if TYPE_CHECKING:
     from .weights import GGUFWeights
 
 __all__ = ["GGUFWeights", "Header", "TensorInfo", "read_header"]
+
+integrate()  # transformers then reads the configuration of all files that this package reads
 
 __getattr__, __dir__ = lazily(__name__, {"GGUFWeights": ".weights"}, __all__)  # it needs torch and numpy

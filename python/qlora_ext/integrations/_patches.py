@@ -32,44 +32,40 @@ class Patch:
 
 _LIST = (
     Patch(
-        "transformers.modeling_utils:PreTrainedModel.dtype",
+        "transformers.modeling_utils:get_hf_quantizer",
         "transformers >= 5.0",
-        "returns the dtype of the first floating parameter, which may be the scales of a 4-bit layer",
+        "ignores configurations in other files and of unknown methods, rejects those of another class than ours, and "
+        "refuses to quantize GGUF files; no registered quantizer is asked before",
     ),
     Patch(
-        "transformers.modeling_utils:PreTrainedModel.save_pretrained",
+        "transformers.modeling_utils:PreTrainedModel.dtype",
         "transformers >= 5.0",
-        "writes no model card that says what a 4-bit model needs to load",
+        "returns the dtype of the first floating parameter, which may be a table stored in 16 bits, or the scales of "
+        "an exposed layer; no quantizer is asked",
     ),
     Patch(
         "transformers.modeling_utils:safe_save_file",
         "transformers >= 5.0",
-        "needs all tensors of a file in memory, but those of a 4-bit checkpoint are converted one by one",
-    ),
-    Patch(
-        "transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs",
-        "transformers >= 5.0",
-        "rejects a configuration of another class than the checkpoint's, but ours also reads bitsandbytes'",
-    ),
-    Patch(
-        "transformers.modeling_utils:get_hf_quantizer",
-        "transformers >= 5.0",
-        "ignores configurations in other files and of unknown methods, and refuses to quantize GGUF files",
+        "needs all tensors of a file in memory, but those of a 4-bit checkpoint are converted one by one; a quantizer "
+        "gives tensors and metadata, and cannot write the file or the model card beside it",
     ),
     Patch(
         "gguf.gguf_reader:GGUFReader._get",
         "gguf >= 0.17",
-        "returns a memmap, each of which takes a kilobyte, and the metadata has one per token",
+        "returns a memmap, which takes a kilobyte, for each token in the metadata: three times the time and twice the "
+        "memory; transformers creates the reader itself",
     ),
     Patch(
         "diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs",
         "diffusers >= 0.35",
-        "uses the checkpoint's configuration, so that a bitsandbytes checkpoint loads bitsandbytes' layers",
+        "uses the checkpoint's configuration, so that a bitsandbytes checkpoint loads bitsandbytes' layers; its result "
+        "chooses the quantizer",
     ),
     Patch(
         "diffusers.models.modeling_utils:ModelMixin.save_pretrained",
         "diffusers >= 0.35",
-        "writes 4-bit layers without the configuration needed to load them, or under an adapter's names",
+        "writes 4-bit layers without the configuration needed to load them, or under an adapter's names; a quantizer "
+        "is asked after the configuration is written, and not at all if only parts of a model were quantized",
     ),
     Patch(
         "peft.tuners.lora:LoraModel._create_and_replace",
@@ -154,49 +150,33 @@ _LIST = (
         aliases=("peft.utils:prepare_model_for_kbit_training", "peft:prepare_model_for_kbit_training"),
     ),
     Patch(
-        "torch.export._trace:_export",
+        "torch.export.exported_program:ExportedProgram.__init__",
         "torch >= 2.11",
-        "keeps parameters whose inner tensors a strict export has made constants, so that a file has them twice",
+        "keeps parameters whose inner tensors a strict export has made constants, so that a file has them twice; "
+        "torch.export has no hook for the program that it returns",
     ),
     Patch(
-        "torch.onnx:export",
+        "torch.distributed.fsdp._fully_shard._fsdp_init:_get_managed_states",
         "torch >= 2.11",
-        "fails for packed layers, with long errors that do not name them",
-    ),
-    Patch(
-        "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState.__init__",
-        "torch >= 2.11",
-        "shards each parameter as one tensor of its own shape, so 4-bit layers have to expose their tensors before",
-    ),
-    Patch(
-        "accelerate.hooks:AlignDevicesHook.init_hook",
-        "accelerate >= 1.10",
-        "moves parameters by their names in the state, so 4-bit layers have to expose their tensors meanwhile",
-    ),
-    Patch(
-        "accelerate.hooks:AlignDevicesHook.pre_forward",
-        "accelerate >= 1.10",
-        "moves parameters as AlignDevicesHook.init_hook does",
-    ),
-    Patch(
-        "accelerate.hooks:AlignDevicesHook.post_forward",
-        "accelerate >= 1.10",
-        "moves parameters as AlignDevicesHook.init_hook does",
-    ),
-    Patch(
-        "accelerate.hooks:AlignDevicesHook.detach_hook",
-        "accelerate >= 1.10",
-        "moves parameters as AlignDevicesHook.init_hook does",
+        "shards each parameter as one tensor of its own shape, so 4-bit layers have to expose their tensors before; "
+        "FSDP2 calls no method of a module or a tensor before it collects the parameters",
     ),
     Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs",
         "torch >= 2.11",
-        "casts float32 scales to the dtype of a MixedPrecisionPolicy and, before torch 2.13, packed bytes too",
+        "casts float32 scales to the dtype of a MixedPrecisionPolicy, which applies to all parameters of a module, and "
+        "before torch 2.12 packed bytes too",
     ),
     Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:nn.Parameter",
-        "torch < 2.13",
-        "requests a gradient of packed bytes (https://github.com/pytorch/pytorch/issues/177844)",
+        "torch < 2.12",
+        "requests a gradient of packed bytes (https://github.com/pytorch/pytorch/issues/177844), before any hook",
+    ),
+    Patch(
+        "accelerate.hooks:AlignDevicesHook.init_hook",
+        "accelerate >= 1.10",
+        "moves parameters by their names in the state, so 4-bit layers have to expose their tensors meanwhile; "
+        "dispatch_model and cpu_offload choose the class of the hook themselves",
     ),
 )
 PATCHES = {patch.function: patch for patch in _LIST}
@@ -209,26 +189,20 @@ def _place(function: str) -> tuple[Any, str]:
     return pkgutil.resolve_name(f"{module}:{owner}" if owner else module), name
 
 
-def extend(function: str, owner: type | None = None, optional: bool = False) -> Callable[[Any], Any]:
+def extend(function: str, owner: type | None = None) -> Callable[[Any], Any]:
     """Replaces a function of ``PATCHES`` by the decorated one, which gets the original as its first argument.
 
     Of a property, it replaces the function that reads it.
 
     Args:
         owner: the subclass whose override of the function is replaced.
-        optional: do nothing in versions of the library that lack the function.
     """
     patch = PATCHES[function]
 
     def decorate(replacement: Any) -> Any:
-        try:
-            found, name = _place(function)
-            holder: Any = owner or found
-            attribute = getattr(holder, name)
-        except (ImportError, AttributeError):
-            if not optional:
-                raise
-            return replacement
+        found, name = _place(function)
+        holder: Any = owner or found
+        attribute = getattr(holder, name)
         is_property = isinstance(attribute, property)
         original: Any = attribute.fget if is_property else attribute
 
