@@ -8,8 +8,9 @@ import torch
 
 from .hooks import after_import
 
-# What needs no other library than torch.
+# What needs no other library than torch, or waits for its own.
 _AT_ONCE = (
+    "qlora_ext.gguf",
     "qlora_ext.integrations.flops",
     "qlora_ext.integrations.export",
     "qlora_ext.integrations.bitsandbytes.adoption",
@@ -17,7 +18,6 @@ _AT_ONCE = (
 # Modules of other libraries, and what integrates them once they are imported.
 _AFTER_IMPORT = {
     "transformers.modeling_utils": "qlora_ext.integrations.transformers.models",
-    "transformers.integrations.gguf.gguf_config_mapping": "qlora_ext.gguf.configs",
     "diffusers.models.modeling_utils": "qlora_ext.integrations.diffusers.models",
     "peft.peft_model": "qlora_ext.integrations.peft",
     "accelerate.hooks": "qlora_ext.integrations.accelerate",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pkgutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +21,12 @@ class Patch:
     Attributes:
         function: its name, as ``module:attribute``.
         versions: the versions of the library in which it is patched.
-        why: what the original does.
-        aliases: other names under which users import it.
+        why: what the original does, and why no hook of the library serves.
     """
 
     function: str
     versions: str
     why: str
-    aliases: tuple[str, ...] = ()
 
 
 _LIST = (
@@ -136,7 +135,6 @@ _LIST = (
         "peft.utils.loftq_utils:replace_lora_weights_loftq",
         "peft >= 0.19",
         "supports bitsandbytes' layers only",
-        aliases=("peft.utils:replace_lora_weights_loftq", "peft:replace_lora_weights_loftq"),
     ),
     Patch(
         "peft.utils.hotswap:hotswap_adapter_from_state_dict",
@@ -147,7 +145,6 @@ _LIST = (
         "peft.utils.other:prepare_model_for_kbit_training",
         "peft >= 0.19",
         "enables gradient checkpointing only for the 4-bit models that it knows",
-        aliases=("peft.utils:prepare_model_for_kbit_training", "peft:prepare_model_for_kbit_training"),
     ),
     Patch(
         "torch.export.exported_program:ExportedProgram.__init__",
@@ -189,6 +186,14 @@ def _place(function: str) -> tuple[Any, str]:
     return pkgutil.resolve_name(f"{module}:{owner}" if owner else module), name
 
 
+def _replace_imported(original: Any, extended: Any) -> None:
+    """Replaces ``original`` in the modules that have imported it from its own, scripts of users among them."""
+    for module in [*sys.modules.values()]:
+        names = [name for name, value in [*getattr(module, "__dict__", {}).items()] if value is original]
+        for name in names:
+            setattr(module, name, extended)
+
+
 def extend(function: str, owner: type | None = None) -> Callable[[Any], Any]:
     """Replaces a function of ``PATCHES`` by the decorated one, which gets the original as its first argument.
 
@@ -197,7 +202,8 @@ def extend(function: str, owner: type | None = None) -> Callable[[Any], Any]:
     Args:
         owner: the subclass whose override of the function is replaced.
     """
-    patch = PATCHES[function]
+    if function not in PATCHES:
+        raise KeyError(f"{function}: expected a function in the list of patches")
 
     def decorate(replacement: Any) -> Any:
         found, name = _place(function)
@@ -213,9 +219,8 @@ def extend(function: str, owner: type | None = None) -> Callable[[Any], Any]:
         static = isinstance(holder, type) and isinstance(vars(holder).get(name), staticmethod)
         kind = property if is_property else staticmethod if static else None
         setattr(holder, name, extended if kind is None else kind(extended))
-        for place, alias in map(_place, patch.aliases):
-            if vars(place).get(alias) is original:
-                setattr(place, alias, extended)
+        if getattr(holder, "__name__", None) == original.__module__:  # a function that a module defines
+            _replace_imported(original, extended)
         return replacement
 
     return decorate
