@@ -153,10 +153,10 @@ _LIST = (
         "torch.export has no hook for the program that it returns",
     ),
     Patch(
-        "torch.distributed.fsdp._fully_shard._fsdp_init:_get_managed_states",
+        "torch.distributed.fsdp:fully_shard",
         "torch >= 2.11",
-        "shards each parameter as one tensor of its own shape, so 4-bit layers have to expose their tensors before; "
-        "FSDP2 calls no method of a module or a tensor before it collects the parameters",
+        "shards each parameter as one tensor of its own shape, so 4-bit layers have to expose their tensors before; it "
+        "calls no method of a module or a tensor before it reads the names of the parameters",
     ),
     Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs",

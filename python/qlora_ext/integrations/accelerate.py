@@ -35,7 +35,7 @@ def _layers(hook: Any, module: nn.Module) -> list[Packed4bit]:
     return [m for m in placed if isinstance(m, Packed4bit)]
 
 
-class _OffloadHook(AlignDevicesHook):  # type: ignore[misc]
+class _OffloadHook(AlignDevicesHook):
     """A hook of accelerate that offloads a module with 4-bit layers."""
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -12,13 +12,14 @@ import torch
 import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
 from torch import Tensor, nn
 
-from ..nn import Packed4bit
+from ..nn import Packed4bit, layers_of
 from ._patches import extend
 
 
-@extend("torch.distributed.fsdp._fully_shard._fsdp_init:_get_managed_states")
-def get_managed_states(original: Any, modules: list[nn.Module], *args: Any) -> Any:
-    layers = [module for module in modules if isinstance(module, Packed4bit)]
+@extend("torch.distributed.fsdp:fully_shard")
+def fully_shard(original: Any, module: nn.Module | list[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    modules = [module] if isinstance(module, nn.Module) else module
+    layers = [layer for root in modules for _, layer in layers_of(root)]
     if any(layer.residency is not None for layer in layers):
         raise ValueError(
             "fully_shard: expected a model that is not streamed (qlora_ext.streaming); FSDP2 can keep weights in host "
@@ -27,7 +28,7 @@ def get_managed_states(original: Any, modules: list[nn.Module], *args: Any) -> A
     for layer in layers:
         layer.expose()
         layer.is_gathered = True
-    return original(modules, *args)
+    return original(module, *args, **kwargs)
 
 
 @extend("torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs")
