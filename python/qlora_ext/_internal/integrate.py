@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
-from .hooks import after_import
+from .hooks import after_import, import_integration
 
 # What needs no other library than torch, or waits for its own.
 _AT_ONCE = (
@@ -29,10 +27,10 @@ _done = False
 def integrate() -> None:
     """Integrates other libraries, those that are imported later too. Later calls do nothing."""
     global _done
-    if torch.compiler.is_compiling() or _done:  # a graph that is traced must not depend on _done
+    if torch.compiler.is_dynamo_compiling() or _done:  # a traced graph must not depend on _done
         return
     _done = True
     for module in _AT_ONCE:
-        importlib.import_module(module)
+        import_integration("torch", module)
     for module, integration in _AFTER_IMPORT.items():
         after_import(module, integration)
