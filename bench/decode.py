@@ -26,7 +26,7 @@ import qlora_ext
 import quality
 from lib import harness
 from lib.shapes import LLAMA_1B, SMOLLM2_135M
-from qlora_ext.decoding import compile_decoding, prepare_to_answer
+from qlora_app.decoding import compile_decoding, prepare_to_answer
 from qlora_ext.integrations.peft import merge_to_4bit
 from step import RANK
 

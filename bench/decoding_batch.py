@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import qlora_ext
 from decode import MODELS, now
 from lib import harness
-from qlora_ext.decoding import BatchDecoder, Sampling, prepare_to_answer
+from qlora_app.decoding import BatchDecoder, Sampling, prepare_to_answer
 from step import RANK
 
 STEPS = 4  # timed in each round, after one that is not

@@ -29,13 +29,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+import qlora_app
 import qlora_ext
 from lib import harness
+from qlora_app.data import DEFAULT_DATA, read_examples, split
+from qlora_app.exporting.calibrated import encode as encode_calibrated
+from qlora_app.models import DEFAULT_MODEL, Loader, load_tokenizer, resolve
 from qlora_ext.calibration import self_text
 from qlora_ext.checkpoints.compressed_tensors_files import joined_layers
-from qlora_ext.cli.data import DEFAULT_DATA, read_examples, split
-from qlora_ext.cli.exporting.calibrated import encode as encode_calibrated
-from qlora_ext.cli.models import DEFAULT_MODEL, Loader, load_tokenizer, resolve
 from qlora_ext.dtypes import computing_dtype
 from qlora_ext.form import Form
 from qlora_ext.integrations.peft.merge import Over4bit
@@ -52,7 +53,7 @@ def base_of(name: str, cache: pathlib.Path) -> str:
     if name == "Q4_1":
         return DEFAULT_MODEL
     if not (cache / "dense").exists():
-        qlora_ext.export(model=DEFAULT_MODEL, to="dense", output=cache / "dense")
+        qlora_app.export(model=DEFAULT_MODEL, to="dense", output=cache / "dense")
     return str(cache / "dense")
 
 
@@ -178,7 +179,7 @@ def main() -> None:
             model, run = base_of(base, cache), cache / f"run-{base}"
             if not run.exists():
                 with torch.enable_grad():
-                    qlora_ext.finetune(model=model, output=run, max_steps=arguments.steps)
+                    qlora_app.finetune(model=model, output=run, max_steps=arguments.steps)
             subject = Subject.of(run / "adapter", model, arguments.rows)
             before, best = (subject.loss((name, pair[i]) for name, pair in subject.weights.items()) for i in (0, 1))
             text = subject.text(arguments.calibration_tokens)

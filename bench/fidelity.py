@@ -40,8 +40,8 @@ import qlora_ext
 from lib import encoders, harness, small_model, texts
 from lib.forms import FORMS
 from lib.reordering import reorder
+from qlora_app.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
 from qlora_ext.calibration import InitLora, self_text
-from qlora_ext.cli.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
 from qlora_ext.form import Form
 from qlora_ext.formats import BLOCK_SIZES
 from qlora_ext.integrations.peft import initialize_lora

@@ -24,8 +24,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 import quality
 from lib import harness
-from qlora_ext.cli.models import DEFAULT_MODEL, load_tokenizer, resolve
-from qlora_ext.decoding import Rollouts
+from qlora_app.decoding import Rollouts
+from qlora_app.models import DEFAULT_MODEL, load_tokenizer, resolve
 from step import load, load_ours, with_lora
 
 OURS, GENERATE, THEIRS = "qlora_ext", "qlora_ext, generate", "bitsandbytes, generate"

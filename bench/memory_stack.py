@@ -8,9 +8,9 @@ Computed, not measured, for a GPU. Writes results/planner.json, from which bench
 from __future__ import annotations
 
 from lib import results_files as files
-from qlora_ext.planning import families
-from qlora_ext.planning.blocks import place, streamed
-from qlora_ext.planning.memory import Job, peaks, split
+from qlora_app.planning import families
+from qlora_app.planning.blocks import place, streamed
+from qlora_app.planning.memory import Job, peaks, split
 
 MODELS = {"llama-7b": "7B", "llama-13b": "13B", "llama-33b": "33B", "llama-65b": "65B"}
 TOKENS = 2048

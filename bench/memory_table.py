@@ -12,9 +12,9 @@ import math
 import pathlib
 import sys
 
-from qlora_ext.planning import families, search
-from qlora_ext.planning.blocks import streamed
-from qlora_ext.planning.memory import Job, checkpoint_bytes
+from qlora_app.planning import families, search
+from qlora_app.planning.blocks import streamed
+from qlora_app.planning.memory import Job, checkpoint_bytes
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "memory.md"
 BEGIN, END = "<!-- by bench/memory_table.py -->\n", "<!-- end of the table -->\n"

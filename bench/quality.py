@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora_ext
 from lib import harness
-from qlora_ext.cli.data import DEFAULT_DATA, encode, read_examples
-from qlora_ext.cli.models import DEFAULT_MODEL, ModelSource, load_dense, load_tokenizer, resolve, restore_use_cache
+from qlora_app.data import DEFAULT_DATA, encode, read_examples
+from qlora_app.models import DEFAULT_MODEL, ModelSource, load_dense, load_tokenizer, resolve, restore_use_cache
 
 RANK = 16
 

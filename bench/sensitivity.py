@@ -28,8 +28,8 @@ import qlora_ext
 from fidelity import Cache, drawn_blocks
 from lib import harness
 from lib.texts import TEXTS
+from qlora_app.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
 from qlora_ext.calibration import self_text
-from qlora_ext.cli.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
 from qlora_ext.fidelity import Increase, LayerCost, Sensitivity, block_losses
 from qlora_ext.nn import places_in, quantized, to_be_quantized
 

@@ -21,7 +21,7 @@ from torch import Tensor
 import quality
 import step
 from lib import harness
-from qlora_ext.cli.models import DEFAULT_MODEL, load_tokenizer, resolve
+from qlora_app.models import DEFAULT_MODEL, load_tokenizer, resolve
 from qlora_ext.dtypes import computing_dtype
 from qlora_ext.formats import SERVED_FORMATS
 from qlora_ext.integrations.peft import LoraLinear4bit, merge_to_4bit, set_merge_aware

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import quality
 from lib import harness
 from lib.shapes import LLAMA_1B
-from qlora_ext.cli.models import DEFAULT_MODEL, Loader, load_tokenizer, resolve
+from qlora_app.models import DEFAULT_MODEL, Loader, load_tokenizer, resolve
 from qlora_ext.form import Form
 
 RANK, HELD_OUT = 16, 8

@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
 from lib import harness
+from qlora_app.models.loss import learnt_loss
 from qlora_ext.streaming import stream, streaming_of
 from qlora_ext.streaming.files import File
-from qlora_ext.streaming.loss import learnt_loss
 
 RANK, VOCABULARY = 16, 8192
 TINY = {
@@ -141,11 +141,11 @@ def speed(report: harness.Report, packed: pathlib.Path, tokens: int, seconds: fl
     )
 
 
-_MAIN = "import sys; from qlora_ext.cli import main; sys.exit(main(sys.argv[1:]))"
+_MAIN = "import sys; from qlora_app.main import main; sys.exit(main(sys.argv[1:]))"
 # Runs the command, and prints its peak resident memory in bytes.
 _MEASURED = """
 import pathlib, re, sys
-from qlora_ext.cli import main
+from qlora_app.main import main
 code = main(sys.argv[1:])
 print("peak", int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024)
 sys.exit(code)

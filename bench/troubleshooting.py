@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lib import harness
-from qlora_ext.cli.data import DEFAULT_DATA, read_examples
+from qlora_app.data import DEFAULT_DATA, read_examples
 
 # Runs the command, and prints its peak resident memory in bytes.
 RUN = """
 import pathlib, re, sys
-from qlora_ext.cli import main
+from qlora_app.main import main
 code = main(sys.argv[1:])
 print("peak", int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024)
 sys.exit(code)

@@ -8,7 +8,7 @@ import re
 import sysconfig
 from collections.abc import Callable
 
-from qlora_ext.cli.models import package_files
+from qlora_app.models import package_files
 
 
 def bible() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import adapters, autograd, calibration, cpu, fidelity, nn, streaming, transforms
 from ._internal import hooks as _hooks
@@ -17,9 +17,7 @@ from .nn import quantize_model
 from .weight import NF4Weight, Weight4bit, dequantize_nf4, quantize, quantize_nf4
 
 if TYPE_CHECKING:
-    from . import decoding, gguf, planning
-    from .cli.exporting.export import export
-    from .cli.training.finetuning import finetune
+    from . import gguf
     from .integrations.bitsandbytes.adoption import adopt
     from .integrations.transformers import QLoRAConfig
 
@@ -37,15 +35,11 @@ __all__ = [
     "calibration",
     "check_model",
     "cpu",
-    "decoding",
     "dequantize_nf4",
-    "export",
     "fidelity",
-    "finetune",
     "gguf",
     "linear_nf4",
     "nn",
-    "planning",
     "quantize",
     "quantize_model",
     "quantize_nf4",
@@ -88,10 +82,12 @@ if os.environ.get("QLORA_EXT_TAKE_OVER", "") not in ("", "0"):
 _DEFINED_IN = {
     "QLoRAConfig": ".integrations.transformers",
     "adopt": ".integrations.bitsandbytes.adoption",
-    "decoding": ".",
-    "export": ".cli.exporting.export",
-    "finetune": ".cli.training.finetuning",
     "gguf": ".",
-    "planning": ".",
 }
-__getattr__, __dir__ = _lazily(__name__, _DEFINED_IN, __all__)
+_lazy, __dir__ = _lazily(__name__, _DEFINED_IN, __all__)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("decoding", "export", "finetune", "plan", "planning"):  # an ImportError, which `from` does not replace
+        raise ImportError(f"qlora_ext.{name} moved: from qlora_app import {name}")
+    return _lazy(name)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _C, formats, ops
-from ._internal.untrusted import excerpt, parse_json
+from .untrusted import excerpt, parse_json
 
 CODES = (formats.NF4, "fp4")  # the codes that bitsandbytes has
 _STATE_PREFIX = "quant_state.bitsandbytes__"

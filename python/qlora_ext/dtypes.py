@@ -7,7 +7,7 @@ import os
 import torch
 
 from . import _C
-from ._internal.dtype_names import AUTO, dtype_named
+from .dtype_names import AUTO, dtype_named
 
 # Values of ONEDNN_MAX_CPU_ISA, which limits torch's matmuls, that permit native bfloat16 products.
 _ONEDNN_WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10", "DEFAULT", "ALL")

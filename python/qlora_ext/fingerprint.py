@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ._internal.digest import update
+from .digest import update
 from .formats import NF4
 from .nn import Packed4bit, TiedLinear4bit, layers_of
 

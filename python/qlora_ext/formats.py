@@ -123,7 +123,7 @@ def code_name(values: Sequence[float] | Tensor) -> str:
         '0xbf800000bf5dddde'
     """
     try:
-        import torch  # not at the top, because the command answers without it
+        import torch  # not at the top, because the parsers of a command need the names without it
 
         exact = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):

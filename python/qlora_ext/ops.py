@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._library import LIBRARY
+from ._library import link_compiled_code as link_compiled_code
 from .arguments import arguments_of
 from .formats import MAX_ELEMENTS, NF4, check_block_sizes, check_code, is_integer
 
@@ -69,7 +70,7 @@ def refuse_onnx() -> None:
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         raise ValueError(
             "model: ONNX export of 4-bit layers is not supported; export the dense model, which you get from "
-            "merge_and_unload() of a PEFT model, dequantize() of a transformers model or `qlora-ext merge`"
+            "merge_and_unload() of a PEFT model, or dequantize() of a transformers model"
         )
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import bitsandbytes_format, formats, weight_ops
-from ._internal.dtype_names import name_of
 from ._internal.integrate import integrate
 from ._internal.loans import PackedTensors
+from .dtype_names import name_of
 from .form import Form
 
 Self = TypeVar("Self", bound="Weight4bit")

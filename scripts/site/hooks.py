@@ -182,12 +182,13 @@ def _modules() -> dict[str, str]:
 
 
 @functools.cache
-def _package() -> griffe.Object:
-    return griffe.load("qlora_ext", search_paths=[ROOT / "python"])
+def _package(name: str) -> griffe.Object:
+    return griffe.load(name, search_paths=[ROOT / "python"])
 
 
 def _documented(module: str, name: str) -> griffe.Object:
-    found = _package()[f"{module}.{name}".partition(".")[2]]
+    package, _, path = f"{module}.{name}".partition(".")
+    found = _package(package)[path]
     if found.is_alias:
         found = found.final_target
     # A function that its package imports from a module of the same name stands behind that.

@@ -26,8 +26,8 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 from tqdm import tqdm
 
 from commands import SMALL, Paths, adapter_bytes, base, here, read_lines
-from qlora_ext.cli import main
-from qlora_ext.cli.training.checkpoints import newest_checkpoint
+from qlora_app.main import main
+from qlora_app.training.checkpoints import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +160,7 @@ def test_a_model_overwritten_by_a_model(
     paths: Paths, runs: dict[str, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
     """quantize and merge, each overwriting the output of the other, also at a mount point."""
-    from qlora_ext.cli.outputs import directory, files, lock, waiting
+    from qlora_app.outputs import directory, files, lock, waiting
 
     output = tmp_path / "output"
     if inside:

@@ -29,9 +29,9 @@ gguf = pytest.importorskip("gguf")
 from commands import Paths
 from gguf_files import four_bit_file, llama_file, random_blocks, without_signed_zeros
 from mutations import mutate_bytes, mutate_json
-from qlora_ext._internal.untrusted import FileError
-from qlora_ext.cli import main
+from qlora_app.main import main
 from qlora_ext.gguf import blocks
+from qlora_ext.untrusted import FileError
 
 __all__ = ["four_bit_file", "llama_file"]  # fixtures
 
@@ -217,10 +217,10 @@ def test_configuration_for_a_plan(paths: Paths, tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_adapters(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, name: str, mutate: Mutate) -> None:
-    from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.models.adapter_files import find, load
-    from qlora_ext.cli.models.loading import Loader
-    from qlora_ext.cli.models.sources import resolve
+    from qlora_app.errors import UserError
+    from qlora_app.models.adapter_files import find, load
+    from qlora_app.models.loading import Loader
+    from qlora_app.models.sources import resolve
     from qlora_ext.form import Form
 
     adapter = pathlib.Path(shutil.copytree(finished_run / "adapter", tmp_path / "adapter"))
@@ -268,10 +268,10 @@ def lines(draw: random.Random, data: bytes) -> bytes:
     ],
 )
 def test_data(paths: Paths, tmp_path: pathlib.Path, name: str, mutate: Mutate) -> None:
-    from qlora_ext.cli.data import encode, read_examples
-    from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.models.pretrained import load_tokenizer
-    from qlora_ext.cli.models.sources import resolve
+    from qlora_app.data import encode, read_examples
+    from qlora_app.errors import UserError
+    from qlora_app.models.pretrained import load_tokenizer
+    from qlora_app.models.sources import resolve
 
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (PAIR, TALK, {"text": "t"}) * 4))
     (tmp_path / "data.json").write_text(json.dumps({"train": [PAIR, TALK] * 4, "test": [PAIR]}))

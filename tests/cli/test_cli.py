@@ -21,7 +21,7 @@ pytest.importorskip("peft")
 
 import qlora_ext
 from commands import COMMAND, RUN, Paths, adapter_bytes, base, command, here, read_lines, start, wait_for_step
-from qlora_ext.cli import main
+from qlora_app.main import main
 
 
 def test_finetune_prints_its_steps_and_results(finished_run: pathlib.Path) -> None:
@@ -160,7 +160,7 @@ def test_prompts_and_adapters_that_are_not_options(
     import io
 
     monkeypatch.chdir(paths["root"])
-    monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", finished_run.name)
+    monkeypatch.setattr("qlora_app.models.adapted.DEFAULT_RUN", finished_run.name)
     ask = ["--max-new-tokens", "4"]
     here("generate", "--adapter", finished_run, "--prompt", "count 3", *ask)
     answer = capfd.readouterr().out
@@ -178,7 +178,7 @@ def test_prompts_and_adapters_that_are_not_options(
     assert "--model: the name is empty" in refused("generate", "--model", "", "count 3")
     assert "--model: the name is empty" in refused("generate", "--adapter", finished_run, "--model", "", "count 3")
     assert "name it with --adapter" in refused("generate", "--model", finished_run, "count 3")
-    monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", "no-run")
+    monkeypatch.setattr("qlora_app.models.adapted.DEFAULT_RUN", "no-run")
     assert "--adapter: no adapter named, and none in ./no-run" in refused("generate", "count 3")
 
 
@@ -205,7 +205,7 @@ def test_a_model_that_does_not_exist(refused, paths: Paths, tmp_path: pathlib.Pa
 
 
 def test_finetune_without_arguments_prints_its_usage(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
-    from qlora_ext.cli.training import prepare
+    from qlora_app.training import prepare
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "resolve", lambda *a, **k: pytest.exit("too far"))
@@ -449,9 +449,9 @@ def test_packed_rows_do_not_see_each_other(paths: Paths) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import qlora_ext
-    from qlora_ext.cli.data import encode, pack, read_examples
-    from qlora_ext.cli.training.trainer import collate
-    from qlora_ext.streaming.loss import learnt_loss
+    from qlora_app.data import encode, pack, read_examples
+    from qlora_app.models.loss import learnt_loss
+    from qlora_app.training.trainer import collate
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     model = AutoModelForCausalLM.from_pretrained(

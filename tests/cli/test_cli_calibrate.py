@@ -14,18 +14,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import qlora_ext
+from qlora_app.main import main
+from qlora_app.outputs.directory import Output
+from qlora_app.outputs.files import contents
+from qlora_app.quantization import calibrate
 from qlora_ext.calibration import Calibrator
-from qlora_ext.cli import main
-from qlora_ext.cli.outputs.directory import Output
-from qlora_ext.cli.outputs.files import contents
-from qlora_ext.cli.quantization import calibrate
 from tiny_models import save_tiny_llama
 
 
 @pytest.fixture
 def model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     # Generating many short sequences takes less time.
-    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
+    monkeypatch.setattr("qlora_app.quantization.calibrate.LENGTH", 64)
     save_tiny_llama(tmp_path / "model", seed=3)
     return tmp_path / "model"
 
@@ -102,7 +102,7 @@ def test_results_are_kept_inside_a_mount_point(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
     """Results are kept inside a mount point, and inside a directory whose parent is not writable."""
-    monkeypatch.setattr("qlora_ext.cli.outputs.waiting.filled_from_inside", lambda path: inside)
+    monkeypatch.setattr("qlora_app.outputs.waiting.filled_from_inside", lambda path: inside)
     output = tmp_path / "out"
     output.mkdir()
     waiting = output / ".partial-calibration" if inside else tmp_path / "out.calibration"

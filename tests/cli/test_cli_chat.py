@@ -21,7 +21,7 @@ pytest.importorskip("peft")
 
 import chat_templates
 from commands import COMMAND, Paths, environment
-from qlora_ext.cli import main
+from qlora_app.main import main
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_history_is_in_the_prompt(
         streamer.put(torch.tensor(tokenizer(" fine\x1b")["input_ids"]))
         streamer.end()
 
-    monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
+    monkeypatch.setattr("qlora_app.generation.conversation.complete", complete)
     printed = talk(monkeypatch, capfd, "hello\nand\n/reset\nhello\n", "--model", talker, "--system", "be brief")
     assert printed == "fine\\x1b\n" * 3
     begin = "<system>be brief</><user>hello</><assistant>"
@@ -78,10 +78,10 @@ def test_the_history_is_in_the_prompt(
 def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -> None:
     from transformers import AutoTokenizer
 
-    from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.generation.conversation import Conversation
-    from qlora_ext.cli.models.loading import Loader
-    from qlora_ext.cli.models.sources import resolve
+    from qlora_app.errors import UserError
+    from qlora_app.generation.conversation import Conversation
+    from qlora_app.models.loading import Loader
+    from qlora_app.models.sources import resolve
     from qlora_ext.form import Form
 
     model = Loader(resolve(str(talker)), Form(), torch.float32, torch.device("cpu")).while_loading()
@@ -97,9 +97,7 @@ def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -
 
 def test_invalid_arguments_are_rejected(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors are raised before the model loads."""
-    monkeypatch.setattr(
-        "qlora_ext.cli.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read")
-    )
+    monkeypatch.setattr("qlora_app.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read"))
     monkeypatch.chdir(paths["root"])  # where no ./qlora-run is the default adapter
     assert "--adapter" in refused("chat")
     assert "no such directory" in refused("chat", "--adapter", paths["root"] / "nowhere")
@@ -176,7 +174,7 @@ def test_ctrl_c_stops_an_answer_and_no_more(
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
+    monkeypatch.setattr("qlora_app.generation.conversation.complete", complete)
     monkeypatch.setattr("sys.stdin", Keyboard("one\ntwo\n"))
     assert main(["chat", "--model", str(talker), "--compile", "never"]) == 0
     assert prompts[1] == "<user>one</><assistant>half</><user>two</><assistant>"

@@ -17,9 +17,10 @@ pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
-from qlora_ext.cli import main
-from qlora_ext.cli.data import held_out
-from qlora_ext.fidelity import CurvePoint, Increase, LayerCost, ModelCheck, advice_on
+from qlora_app.data import held_out
+from qlora_app.main import main
+from qlora_app.quantization.advice import advice_on
+from qlora_ext.fidelity import CurvePoint, Increase, LayerCost, ModelCheck
 from qlora_ext.nn import layers_of
 from test_cli_validate_model import change_weights
 from tiny_models import make, save_tiny_llama, token_ids

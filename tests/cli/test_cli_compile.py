@@ -21,10 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 import qlora_ext
 import tiny_models
 from forms import FORMS, random_weight
-from qlora_ext.cli import main
-from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.generation.compiled import decode_compiled
-from qlora_ext.decoding import (
+from qlora_app.decoding import (
     BatchDecoder,
     CompilationError,
     Request,
@@ -36,7 +33,10 @@ from qlora_ext.decoding import (
     packages,
     prepare_to_answer,
 )
-from qlora_ext.decoding.batch_step import BatchStep
+from qlora_app.decoding.batch_step import BatchStep
+from qlora_app.errors import UserError
+from qlora_app.generation.compiled import decode_compiled
+from qlora_app.main import main
 from qlora_ext.integrations.peft import LoraLinear4bit
 from qlora_ext.nn import layers_of
 

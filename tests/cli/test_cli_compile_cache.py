@@ -15,9 +15,9 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 
 import qlora_ext
 import tiny_models
-from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.generation.compiled import decode_compiled
-from qlora_ext.decoding import cache
+from qlora_app.decoding import cache
+from qlora_app.errors import UserError
+from qlora_app.generation.compiled import decode_compiled
 
 
 def damage(package: pathlib.Path, kind: str) -> None:

@@ -12,9 +12,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from commands import SMALL, Paths, here
-from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.training.config_file import read_config
-from qlora_ext.cli.training.settings import Settings, given
+from qlora_app.errors import UserError
+from qlora_app.training.config_file import read_config
+from qlora_app.training.settings import Settings, given
 
 
 def write(path: pathlib.Path, text: str) -> str:

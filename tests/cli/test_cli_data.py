@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from qlora_ext.cli.data import directory, hub, read_examples
-from qlora_ext.cli.data.store import Stored
-from qlora_ext.cli.errors import UserError
+from qlora_app.data import directory, hub, read_examples
+from qlora_app.data.store import Stored
+from qlora_app.errors import UserError
 
 PAIR = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 LINE = b'{"prompt": "a", "completion": "b"}\n'
@@ -374,7 +374,7 @@ def test_dictionary_terms_may_contain_any_characters(tmp_path: pathlib.Path) -> 
 def test_large_data_are_not_stored_in_memory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tracemalloc
 
-    monkeypatch.setattr("qlora_ext.cli.data.store._IN_MEMORY", 1 << 20)
+    monkeypatch.setattr("qlora_app.data.store._IN_MEMORY", 1 << 20)
     rows = 20_000
     with (tmp_path / "a.jsonl").open("w") as file:
         for i in range(rows):

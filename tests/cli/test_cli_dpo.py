@@ -90,7 +90,7 @@ def test_the_measured_loss_is_that_of_the_paper(run: pathlib.Path, paths: Paths,
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import qlora_ext
-    from qlora_ext.cli.data import read_examples, split
+    from qlora_app.data import read_examples, split
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     base = AutoModelForCausalLM.from_pretrained(

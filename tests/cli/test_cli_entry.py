@@ -20,7 +20,7 @@ SLOW = ("torch", "numpy", "transformers", "peft", "rich", "matplotlib", "gguf", 
 # Runs the command, then prints the imported modules as JSON on the last line of stderr.
 SCRIPT = """
 import json, sys
-from qlora_ext_command import main
+from qlora_app.__main__ import main
 status = None
 try:
     status = main()
@@ -76,7 +76,7 @@ def test_a_command_finds_the_package_imported(tmp_path: pathlib.Path) -> None:
 def test_the_package_is_as_if_it_had_been_imported(tmp_path: pathlib.Path) -> None:
     script = (
         "import sys; sys.argv = ['qlora-ext', 'adapters', sys.argv[1]]\n"
-        "import qlora_ext_command; qlora_ext_command.main()\n"
+        "from qlora_app.__main__ import main; main()\n"
         "import qlora_ext, torch, transformers\n"
         "assert set(qlora_ext.__all__) <= set(dir(qlora_ext)) | {'QLoRAConfig', 'adopt'}\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"

@@ -1,4 +1,4 @@
-"""``qlora-ext export`` and ``qlora_ext.export`` to model directories, and what they reject."""
+"""``qlora-ext export`` and ``qlora_app.export`` to model directories, and what they reject."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 for library in ("transformers", "peft", "gguf"):
     pytest.importorskip(library, reason=f"{library} is not installed")
 
-import qlora_ext
+import qlora_app
 from commands import Paths, here, listing
 from gguf_files import llama_file as llama_file
 
@@ -100,22 +100,22 @@ def test_python_does_what_the_command_does(
     paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     here(*EXPORT, "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "one")
-    found = qlora_ext.export(adapter=finished_run, to="dense", output=tmp_path / "other")
+    found = qlora_app.export(adapter=finished_run, to="dense", output=tmp_path / "other")
     assert found == tmp_path / "other"
     assert listing(tmp_path / "one") == listing(tmp_path / "other")
     with pytest.raises(ValueError, match=r"^output .* exists and is not empty; name another directory, or add overw"):
-        qlora_ext.export(adapter=finished_run, to="dense", output=tmp_path / "other")
-    qlora_ext.export(model=paths["model"], to="dense", output=tmp_path / "other", overwrite=True)
+        qlora_app.export(adapter=finished_run, to="dense", output=tmp_path / "other")
+    qlora_app.export(model=paths["model"], to="dense", output=tmp_path / "other", overwrite=True)
     assert same(tensors(tmp_path / "other"), tensors(paths["model"]))
     with pytest.raises(ValueError, match=r"^to: expected one of dense, .*, got 'onnx'"):
-        qlora_ext.export(adapter=finished_run, to="onnx", output=tmp_path / "no")
+        qlora_app.export(adapter=finished_run, to="onnx", output=tmp_path / "no")
 
 
 def test_nothing_is_written_before_the_checks(
     refused: Refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_ext.cli.models.loading.Loader.while_loading", never)
-    monkeypatch.setattr("qlora_ext.cli.exporting.model_directories.load_dense", never)
+    monkeypatch.setattr("qlora_app.models.loading.Loader.while_loading", never)
+    monkeypatch.setattr("qlora_app.exporting.model_directories.load_dense", never)
     output = tmp_path / "out" / "model"
     to = ["--output", output, "--to"]
     assert "expected an adapter (--adapter) or a model (--model)" in refused("export", *to, "dense")
@@ -161,7 +161,7 @@ def test_bitsandbytes_rejects_codes_that_it_does_not_have(
         "finetune", "--model", four_bit_model, "--data", paths["data"], "--output", run, "--max-steps", "1",
         "--seq-len", "32", "--batch-size", "1", "--eval-size", "2", "--rank", "2",
     )  # fmt: skip
-    monkeypatch.setattr("qlora_ext.cli.models.loading.Loader.while_loading", never)
+    monkeypatch.setattr("qlora_app.models.loading.Loader.while_loading", never)
     capfd.readouterr()
     message = refused("export", "--adapter", run, "--to", "bitsandbytes", "--output", tmp_path / "out")
     assert "the adapter was trained on weights in int4, which bitsandbytes does not have" in message

@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import qlora_ext
+import qlora_app
 from commands import Paths, here
 from gguf_files import write
-from qlora_ext.cli.models import Loader, load_dense, resolve
+from qlora_app.models import Loader, load_dense, resolve
 from qlora_ext.form import Form
 from tiny_models import make, save_tiny_llama, token_ids
 
@@ -30,7 +30,7 @@ RATIO = re.compile(r"calibrated (\d+) weights: the error of their outputs is ([\
 
 @pytest.fixture
 def model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)  # short sequences are written faster
+    monkeypatch.setattr("qlora_app.quantization.calibrate.LENGTH", 64)  # short sequences are written faster
     save_tiny_llama(tmp_path / "model", seed=3)
     return tmp_path / "model"
 
@@ -95,7 +95,7 @@ def test_the_outputs_are_closer_to_the_trained_model(
 def test_an_adapter_on_a_gguf_file(
     tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
+    monkeypatch.setattr("qlora_app.quantization.calibrate.LENGTH", 64)
     write(make("llama"), tmp_path / "base.gguf", "llama", kinds=["Q4_1"])
     adapt(tmp_path / "base.gguf", tmp_path / "adapter")
     options = ["--adapter", tmp_path / "adapter", "--calibrate", "self"]
@@ -118,7 +118,7 @@ def test_what_is_not_calibrated(refused: Refused, paths: Paths, tmp_path: pathli
     message = refused("export", "--to", "gguf:q4_0", *options, "self", "--calibration-tokens", 100)
     assert "--calibration-tokens 100: expected 512 or more" in message
     with pytest.raises(ValueError, match=r"none\.txt: no such file or directory"):
-        qlora_ext.export(
+        qlora_app.export(
             model=paths["model"], to="gguf:q4_0", output=tmp_path / "out.gguf", calibrate=tmp_path / "none.txt"
         )
     assert not (tmp_path / "out.gguf").exists()

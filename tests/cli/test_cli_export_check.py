@@ -18,14 +18,14 @@ import torch
 for library in ("transformers", "peft", "gguf"):
     pytest.importorskip(library, reason=f"{library} is not installed")
 
-import qlora_ext
+import qlora_app
 from commands import Paths, here, listing
 from gguf_files import write
-from qlora_ext.cli import main
-from qlora_ext.cli.exporting import check
-from qlora_ext.cli.exporting.merged_weights import MergedWeights
-from qlora_ext.cli.models.adapted import find_adapted
-from qlora_ext.cli.training.evaluation import rows_of_run, token_losses
+from qlora_app.exporting import check
+from qlora_app.exporting.merged_weights import MergedWeights
+from qlora_app.main import main
+from qlora_app.models.adapted import find_adapted
+from qlora_app.training.evaluation import rows_of_run, token_losses
 from tiny_models import make
 
 Refused = Callable[..., str]
@@ -242,7 +242,7 @@ def test_a_file_with_other_weights_fails(
 
 def write_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that multiplies every B by 100."""
-    from qlora_ext.gguf import adapter
+    from qlora_app.gguf import adapter
 
     intact = adapter.write_adapter
 
@@ -272,9 +272,9 @@ def test_a_wrong_file_fails(
     assert output.is_file()
     assert main([*export, "--overwrite", "--max-loss-increase", "1000"]) == 0
     with pytest.raises(RuntimeError, match=r"the loss of .* more than max_loss_increase 0\.02; do not serve it"):
-        qlora_ext.export(adapter=finished_run, to="gguf-adapter", output=output, overwrite=True)
+        qlora_app.export(adapter=finished_run, to="gguf-adapter", output=output, overwrite=True)
     assert (
-        qlora_ext.export(
+        qlora_app.export(
             adapter=finished_run, to="gguf-adapter", output=output, overwrite=True, max_loss_increase=1000.0
         )
         == output
@@ -285,7 +285,7 @@ def test_nan_fails(
     paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from qlora_ext.gguf import adapter
+    from qlora_app.gguf import adapter
 
     intact = adapter.write_adapter
 

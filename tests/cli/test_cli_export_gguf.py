@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-import qlora_ext
+import qlora_app
 from commands import Paths, command, here
 from gguf_files import write
 from tiny_configs import config_of
@@ -149,9 +149,9 @@ def test_names_and_rows_of_every_family(tmp_path: pathlib.Path, family: str) -> 
 
 
 def test_float16(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, refused: Refused) -> None:
-    path = qlora_ext.export(adapter=finished_run, to="gguf-adapter:f16", output=tmp_path / "half.gguf")
+    path = qlora_app.export(adapter=finished_run, to="gguf-adapter:f16", output=tmp_path / "half.gguf")
     assert path == tmp_path / "half.gguf"
-    qlora_ext.export(adapter=finished_run, to="gguf-adapter", output=tmp_path / "whole.gguf")
+    qlora_app.export(adapter=finished_run, to="gguf-adapter", output=tmp_path / "whole.gguf")
     (values, half), (_, whole) = read(path), read(tmp_path / "whole.gguf")
     assert (
         values["adapter.lora.alpha"]

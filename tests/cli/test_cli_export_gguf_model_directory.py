@@ -25,12 +25,13 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import llama_cpp_runs
+import qlora_app
 import qlora_ext
 import tiny_configs
 from commands import here
-from qlora_ext.cli.models.loading import load_dense
-from qlora_ext.cli.models.pretrained import load_tokenizer
-from qlora_ext.cli.models.sources import resolve
+from qlora_app.models.loading import load_dense
+from qlora_app.models.pretrained import load_tokenizer
+from qlora_app.models.sources import resolve
 from tiny_directories import VARIANTS, VOCABULARY, byte_level, config_of, make, save, sentencepiece
 
 Refused = Callable[..., str]
@@ -204,7 +205,7 @@ def test_other_targets_have_no_type_of_embeddings(refused: Refused, tmp_path: pa
     message = "--embeddings: expected a target that is a whole model as GGUF, got --to dense"
     assert message in refused("export", *to, "dense", "--embeddings", "f16")
     with pytest.raises(ValueError, match="embeddings: expected one of f32, f16"):
-        qlora_ext.export(to="gguf:f16", model=tmp_path, output=tmp_path / "out.gguf", embeddings="q3")
+        qlora_app.export(to="gguf:f16", model=tmp_path, output=tmp_path / "out.gguf", embeddings="q3")
 
 
 SPLITS = {"llama-bpe": {"ignore_merges": True}, "dbrx": {}, "qwen2": {}, "gpt-4o": {}, "tekken": {}}

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from commands import command, here, listing
 from gguf_files import WIDE, WITH_BYTES, write
-from qlora_ext.cli.errors import UserError, writing
+from qlora_app.errors import UserError, writing
 
 # One target of each kind of writer.
 TARGETS = (

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import qlora_ext
 from commands import Paths, here
 from gguf_files import WIDE, write
-from qlora_ext.cli.models import Loader, load_dense, resolve
+from qlora_app.models import Loader, load_dense, resolve
 from qlora_ext.form import Form
 from qlora_ext.integrations.peft import set_merge_aware
 from qlora_ext.nn import Packed4bit

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from commands import Paths, here
 from gguf_files import WIDE, WITH_BYTES, write
-from qlora_ext.cli import main
+from qlora_app.main import main
 from tiny_models import save_tiny_llama
 
 Refused = Callable[..., str]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from commands import Paths, here
 from gguf_files import WIDE, WITH_BYTES, finish, tensors_of, writer_of
 from go_templates import render
-from qlora_ext.cli.exporting import chat_template, modelfile
+from qlora_app.exporting import chat_template, modelfile
 
 Refused = Callable[..., str]
 

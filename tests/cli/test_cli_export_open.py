@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, set_s
 import qlora_ext
 from commands import here
 from gguf_files import WIDE, WITH_BYTES, write
-from qlora_ext._internal.untrusted import printable
-from qlora_ext.cli import main
+from qlora_app.main import main
+from qlora_ext.untrusted import printable
 
 Refused = Callable[..., str]
 DIRECTORIES = (

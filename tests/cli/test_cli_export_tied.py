@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qlora_ext
 from commands import Paths, here
-from qlora_ext.cli.models import load_dense, resolve
+from qlora_app.models import load_dense, resolve
 from qlora_ext.gguf.file import read_header
 
 Refused = Callable[..., str]

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from qlora_ext._internal import atomic
-from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.outputs import files
-from qlora_ext.cli.outputs.ownership import foreign_to
+from qlora_app.errors import UserError
+from qlora_app.outputs import files
+from qlora_app.outputs.ownership import foreign_to
+from qlora_ext import atomic
 
 # Python's audit events for changes of a directory.
 _STEPS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree", "open"}

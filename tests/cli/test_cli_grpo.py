@@ -15,12 +15,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("trl", reason="TRL is not installed")
 
-import qlora_ext
+import qlora_app
 from commands import Paths, adapter_bytes, here, read_lines
-from qlora_ext.cli.data.prompts import prompt_of
-from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.training.reward_function import find_rewards
-from qlora_ext.cli.training.rewards import CheckedReward
+from qlora_app.data.prompts import prompt_of
+from qlora_app.errors import UserError
+from qlora_app.training.reward_function import find_rewards
+from qlora_app.training.rewards import CheckedReward
 
 REWARD = '''
 def share(completions, wanted, **columns):
@@ -202,7 +202,7 @@ def test_the_python_function_takes_a_function(
         seen.extend(wanted)
         return [float(len(text)) for text in completions]
 
-    done = qlora_ext.finetune(
+    done = qlora_app.finetune(
         model=task["model"], data=task["data"], output=tmp_path / "run", method="grpo", reward=longest, rank=2,
         seq_len=32, max_new_tokens=4, generations=2, batch_size=2, grad_accum=2, max_steps=1, eval_size=2,
     )  # fmt: skip
@@ -223,7 +223,7 @@ def test_several_rewards_add_up(refused: Any, task: dict[str, pathlib.Path], tmp
     assert "--reward differs" in refused("finetune", "--output", tmp_path / "run", "--resume", *rewards[:2])
     for reward in (3, ["a.py:f", None]):
         with pytest.raises(TypeError, match="reward: expected a function, its name, or a list of these"):
-            qlora_ext.finetune(output=tmp_path / "other", method="grpo", reward=reward)
+            qlora_app.finetune(output=tmp_path / "other", method="grpo", reward=reward)
 
 
 def test_rows_of_prompts() -> None:

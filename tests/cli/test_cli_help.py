@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_ext.cli import main
-from qlora_ext.cli.commands.completion import SHELLS
+from qlora_app.commands.completion import SHELLS
+from qlora_app.main import main
 
 COMMANDS = tuple(main.__globals__["_parser"]()._subparsers._group_actions[0].choices)
 SCREEN = 45  # lines of 80 columns

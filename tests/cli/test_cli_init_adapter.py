@@ -12,13 +12,13 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import qlora_ext
-from qlora_ext.cli import main
+from qlora_app.main import main
 from tiny_models import save_tiny_llama
 
 
 @pytest.fixture
 def model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
+    monkeypatch.setattr("qlora_app.quantization.calibrate.LENGTH", 64)
     save_tiny_llama(tmp_path / "model", seed=3)
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n\n" * 80)
     return tmp_path / "model"

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("trl", reason="TRL is not installed")
 
+import qlora_app
 from commands import Paths, adapter_bytes, here, read_lines
 
 RUN = ["--rank", "4", "--seq-len", "64", "--batch-size", "4", "--lr", "0.01", "--eval-size", "6"]
@@ -79,7 +80,7 @@ def test_the_measurements_are_those_of_the_paper(run: pathlib.Path, paths: Paths
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import qlora_ext
-    from qlora_ext.cli.data import read_examples, split
+    from qlora_app.data import read_examples, split
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     base = AutoModelForCausalLM.from_pretrained(
@@ -117,7 +118,7 @@ def test_the_measurements_are_those_of_the_paper(run: pathlib.Path, paths: Paths
 
 
 def test_each_question_gets_the_answer_of_another_row_of_its_batch() -> None:
-    from qlora_ext.cli.training.preferences import _mismatched
+    from qlora_app.training.preferences import _mismatched
 
     rows = [{"prompt_ids": [1], "completion_ids": [i], "label": [i % 2]} for i in range(5)]
     found = list(_mismatched(rows, 2))
@@ -166,9 +167,7 @@ def test_what_kto_cannot_do(refused: Any, paths: Paths, labelled: pathlib.Path, 
 
 
 def test_a_sweep_from_python(paths: Paths, labelled: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    import qlora_ext
-
-    swept = qlora_ext.finetune(
+    swept = qlora_app.finetune(
         model=paths["model"], data=labelled, output=tmp_path / "sweep", method="kto", rank=2, seq_len=64, max_steps=1,
         eval_size=6, sweep={"beta": [0.1, 0.5]},
     )  # fmt: skip

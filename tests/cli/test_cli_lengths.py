@@ -29,7 +29,7 @@ def test_a_prompt_beyond_the_positions_is_rejected(refused: Any, paths: Paths, p
 def test_an_answer_ends_with_the_positions(
     paths: Paths, positions: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from qlora_ext.cli.commands import generate
+    from qlora_app.commands import generate
 
     lengths = []
 

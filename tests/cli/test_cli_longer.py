@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from commands import SMALL, Paths, adapter_bytes, here, read_lines
-from qlora_ext.cli.training.settings import Settings, resumed
+from qlora_app.training.settings import Settings, resumed
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def steps_of(run: pathlib.Path) -> list[int]:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The rows in the order in which they are trained on."""
-    from qlora_ext.cli.training import trainer
+    from qlora_app.training import trainer
 
     rows: list[Any] = []
     original = trainer.collate
@@ -123,7 +123,7 @@ def test_the_order_is_transformers_own() -> None:
     import torch
     from accelerate.data_loader import SeedableRandomSampler
 
-    from qlora_ext.cli.training.trainer import StagedSampler
+    from qlora_app.training.trainer import StagedSampler
 
     torch.manual_seed(3)
     theirs, ours = SeedableRandomSampler(range(11)), StagedSampler([11], 3)
@@ -186,7 +186,7 @@ def test_lengths_are_recorded_in_their_order() -> None:
     again = resumed({"max_steps": 9, "former_steps": [5]}, {"max_steps": 20})
     assert again.former_steps == (5, 9)
     assert resumed({"epochs": 1.0}, {"epochs": 2.5}).former_steps == ()
-    from qlora_ext.cli.errors import UserError
+    from qlora_app.errors import UserError
 
     for damaged in ([9], [0], [-5, 3], [5, 5]):
         with pytest.raises(UserError, match="former_steps"):

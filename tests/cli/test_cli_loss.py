@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from qlora_ext.streaming import loss as loss_module
-from qlora_ext.streaming.loss import head_loss
+from qlora_app.models import loss as loss_module
+from qlora_app.models.loss import head_loss
 
 
 def problem(dtype: torch.dtype, bias: bool) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:

@@ -87,7 +87,7 @@ def test_merging_a_merge_aware_adapter_changes_no_loss(
 def test_merge_to_4bit_calibrated(
     paths: Paths, finished_run: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
+    monkeypatch.setattr("qlora_app.quantization.calibrate.LENGTH", 64)
     output = paths["root"] / "merged_calibrated"
     options = "--4bit", "--calibrate", "self", "--calibration-tokens", "1024", "--evaluate", "--dtype", "float32"
     here("merge", "--adapter", finished_run, "--output", output, *options)

@@ -18,7 +18,7 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 
 from commands import RUN, Paths, adapter_bytes, base, command, here, listing, start, wait_for_step
 from forks import Command
-from qlora_ext.cli import main
+from qlora_app.main import main
 
 SHORT = [*RUN, "--max-steps", "2"]
 
@@ -146,8 +146,8 @@ def test_the_commands_own_files_are_overwritten(
 
 
 def test_files_that_appear_meanwhile_are_not_replaced(paths: Paths, tmp_path: pathlib.Path) -> None:
-    from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.outputs.directory import claim
+    from qlora_app.errors import UserError
+    from qlora_app.outputs.directory import claim
 
     def write(overwrite: bool) -> None:
         with claim(str(tmp_path / "out"), overwrite) as output:
@@ -265,8 +265,8 @@ def test_a_parent_that_cannot_be_written_to() -> None:
     """Without root: directories made for the user are filled, but new ones cannot be made."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user needs root")
-    from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.outputs.directory import claim
+    from qlora_app.errors import UserError
+    from qlora_app.outputs.directory import claim
 
     def write(path: pathlib.Path, content: str) -> None:
         with claim(str(path), overwrite=True) as output:

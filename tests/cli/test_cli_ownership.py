@@ -14,10 +14,10 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from commands import RUN, Paths, adapter_bytes, base, here, listing
-from qlora_ext.cli import main
-from qlora_ext.cli.data import read_examples
-from qlora_ext.cli.outputs.lock import locked
-from qlora_ext.cli.outputs.ownership import foreign_in_run
+from qlora_app.data import read_examples
+from qlora_app.main import main
+from qlora_app.outputs.lock import locked
+from qlora_app.outputs.ownership import foreign_in_run
 
 SHORT = [*RUN, "--max-steps", "2"]
 

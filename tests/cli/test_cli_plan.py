@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import qlora_app
+from qlora_app.main import main
+from qlora_app.outputs.files import write_json
+from qlora_app.planning import families, memory
 from qlora_ext import dtypes
-from qlora_ext.cli import main
-from qlora_ext.cli.outputs.files import write_json
-from qlora_ext.planning import families, memory
 
 SIZES = "hidden=512,intermediate=1536,layers=10,heads=8,kv-heads=4,vocab=16000"
 
@@ -29,8 +31,8 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM
 from peft import LoraConfig, get_peft_model
 import qlora_ext
-from qlora_ext.planning import families
-from qlora_ext.streaming.loss import learnt_loss
+from qlora_app.planning import families
+from qlora_app.models.loss import learnt_loss
 
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
@@ -153,6 +155,7 @@ def test_advice_makes_it_fit(capsys: pytest.CaptureFixture[str], tmp_path: pathl
     small = ("plan", "--sizes", "hidden=64,intermediate=128,layers=9,heads=4,vocab=200", "--seq-len", "512")
     planned = json.loads(output(capsys, *small, "--json"))
     assert planned["fits"]
+    assert planned == qlora_app.plan(sizes=small[2], seq_len=512, grad_checkpointing=False, rank=None)
     assert planned["total"] == pytest.approx(sum(planned["bytes"].values()))
     picture = tmp_path / "plan.png"
     tight = output(capsys, *small, "--memory", f"{0.8 * planned['total'] / 1e6:.3f}MB", "--plot", picture)
@@ -162,6 +165,20 @@ def test_advice_makes_it_fit(capsys: pytest.CaptureFixture[str], tmp_path: pathl
     assert picture.read_bytes().startswith(b"\x89PNG")
     saved = json.loads(output(capsys, *small, "--json", "--grad-checkpointing"))
     assert saved["total"] < 0.8 * planned["total"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "^rank 0: expected 1 to"),
+        ({"device": "tpu"}, ValueError, "^argument device: invalid choice: 'tpu'"),
+        ({"max_memory": "8GB", "adapters": 2}, ValueError, "max_memory plans one adapter; remove sweep and adapters"),
+        ({"ranck": 8}, TypeError, r"^plan\(\) got an unexpected keyword argument 'ranck'"),
+    ],
+)
+def test_bad_plans_in_python(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        qlora_app.plan(**options)
 
 
 @pytest.mark.parametrize(

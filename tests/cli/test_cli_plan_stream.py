@@ -16,10 +16,10 @@ pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
-from qlora_ext.cli import main
-from qlora_ext.planning import families
-from qlora_ext.planning.blocks import streamed
-from qlora_ext.planning.memory import Job, split
+from qlora_app.main import main
+from qlora_app.planning import families
+from qlora_app.planning.blocks import streamed
+from qlora_app.planning.memory import Job, split
 from qlora_ext.streaming.blocks import blocks_of
 
 SIZES = "hidden=128,intermediate=384,layers=10,heads=4,kv-heads=2,vocab=512"

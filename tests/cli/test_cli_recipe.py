@@ -15,13 +15,13 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from commands import SMALL, Paths, adapter_bytes, base, here, read_lines
-from qlora_ext.cli.training.settings import SCHEDULES, Settings, layer_numbers
+from qlora_app.training.settings import SCHEDULES, Settings, layer_numbers
 
 STEPS = ["--max-steps", "5", "--save-steps", "3"]
 
 
 def arguments_of(tmp_path: pathlib.Path, steps: int = 100, **settings: Any) -> Any:
-    from qlora_ext.cli.training.trainer import training_arguments
+    from qlora_app.training.trainer import training_arguments
 
     return training_arguments(Settings(**settings), steps, tmp_path, torch.device("cpu"))
 
@@ -177,7 +177,7 @@ def test_a_head_that_is_tied_is_trained_with_the_embeddings(paths: Paths, tmp_pa
 def test_rows_of_their_own(paths: Paths, tmp_path: pathlib.Path) -> None:
     from transformers import AutoTokenizer
 
-    from qlora_ext.cli.data import read_examples, split
+    from qlora_app.data import read_examples, split
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     examples = read_examples(str(paths["data"]))

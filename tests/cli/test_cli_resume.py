@@ -116,7 +116,7 @@ def test_a_run_without_digests(refused, run: pathlib.Path, finished_run: pathlib
 
 def test_nothing_to_resume(refused, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A mistyped directory must not start the default job; a script may resume what does not exist yet."""
-    from qlora_ext.cli import main
+    from qlora_app.main import main
 
     resume = ["finetune", "--output", str(tmp_path / "RNU"), "--resume"]
     nothing = f"--resume: --output {tmp_path / 'RNU'} has no run to continue"
@@ -196,8 +196,8 @@ def test_damaged_manifests(refused, run: pathlib.Path) -> None:
 def test_digests_do_not_depend_on_threads_or_order(paths: Paths) -> None:
     from transformers import AutoModelForCausalLM
 
+    from qlora_app.training.identity import digest_of_model
     from qlora_ext import QLoRAConfig
-    from qlora_ext.cli.training.identity import digest_of_model
 
     def digest(name: str) -> str:
         model = AutoModelForCausalLM.from_pretrained(

@@ -15,10 +15,10 @@ pytest.importorskip("peft")
 
 import chat_templates
 from commands import Paths
-from qlora_ext.cli.data import check_template, encode, held_out, pack, split, split_prompts, summary
-from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.quantization.calibrate import tokens_of
-from qlora_ext.cli.training.settings import Settings
+from qlora_app.data import check_template, encode, held_out, pack, split, split_prompts, summary
+from qlora_app.errors import UserError
+from qlora_app.quantization.calibrate import tokens_of
+from qlora_app.training.settings import Settings
 from tiny_models import add_special_tokens
 
 ASKED, CALLED, FOUND, SAID = (
@@ -177,9 +177,9 @@ def test_questions_are_encoded_as_in_rows(
     pytest.importorskip("starlette", reason="starlette is not installed")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qlora_ext.cli import main
-    from qlora_ext.cli.serving.application import Application
-    from qlora_ext.decoding.rollouts import _encoded
+    from qlora_app.decoding.rollouts import _encoded
+    from qlora_app.main import main
+    from qlora_app.serving.application import Application
 
     tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(paths["model"]), "<bos> $A <eos>")
     tokenizer.chat_template = template
@@ -194,8 +194,8 @@ def test_questions_are_encoded_as_in_rows(
         seen.append(prompt)
         return ""
 
-    monkeypatch.setattr("qlora_ext.cli.commands.generate.complete", complete)
-    monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
+    monkeypatch.setattr("qlora_app.commands.generate.complete", complete)
+    monkeypatch.setattr("qlora_app.generation.conversation.complete", complete)
     monkeypatch.setattr("sys.stdin", io.StringIO("1+1\n"))
     generate = ["generate", "1+1", "--model", str(tmp_path), "--compile", "never"]
     for arguments in (generate, ["chat", *generate[2:]], [*generate, "--raw"]):
@@ -264,9 +264,7 @@ def test_finetune_reports_dropped_examples(
     refused: Any, paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Errors are raised before the model is read, if possible."""
-    monkeypatch.setattr(
-        "qlora_ext.cli.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read")
-    )
+    monkeypatch.setattr("qlora_app.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read"))
     data = tmp_path / "data.jsonl"
     arguments = ["finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run"]
     data.write_text("".join(json.dumps({"prompt": "q" * 300, "completion": "r"}) + "\n" for _ in range(5)))
@@ -306,7 +304,7 @@ def test_an_empty_answer_teaches_nothing(tokenizer: Any, answered: str) -> None:
 
 def test_a_long_text_goes_to_the_tokenizer_in_pieces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of lines, of words, or of one word: all tokens are learnt."""
-    from qlora_ext.cli.data import encoding
+    from qlora_app.data import encoding
 
     monkeypatch.setattr(encoding, "_PIECE", 100)
     for text in ("a line\n" * 90, "word " * 120, "x" * 700, "short"):
@@ -319,7 +317,7 @@ def test_a_long_text_goes_to_the_tokenizer_in_pieces(tokenizer: Any, monkeypatch
 
 
 def test_a_long_answer_is_tokenized_as_far_as_it_is_used(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_ext.cli.data import encoding
+    from qlora_app.data import encoding
 
     seen: list[int] = []
 

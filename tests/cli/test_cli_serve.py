@@ -12,7 +12,7 @@ pytest.importorskip("starlette", reason="starlette is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 from openai_server import ANSWER, MODELS, Server, chat, wait_until
-from qlora_ext.cli.serving.text import token_places
+from qlora_app.serving.text import token_places
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:

@@ -21,8 +21,8 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 from commands import Paths
 from forks import Command
-from qlora_ext._internal.untrusted import printable
-from qlora_ext.cli import main
+from qlora_app.main import main
+from qlora_ext.untrusted import printable
 
 OPTIONS = ["--compile", "never", "--dtype", "float32"]
 
@@ -95,9 +95,7 @@ def test_invalid_arguments_are_rejected(
     refused: Any, paths: Paths, finished_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Errors are raised before the model loads."""
-    monkeypatch.setattr(
-        "qlora_ext.cli.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read")
-    )
+    monkeypatch.setattr("qlora_app.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read"))
     model = ["--model", paths["model"]]
     for option, value in (
         ("--port", "65536"), ("--sequences", "0"), ("--context", "1"), ("--api-key", "a b"), ("--host", "no such host"),
@@ -123,7 +121,7 @@ def test_an_address_for_everybody_without_a_key(
     def load(*_: object) -> None:
         raise Loaded
 
-    monkeypatch.setattr("qlora_ext.cli.models.loading.Loader.while_loading", load)
+    monkeypatch.setattr("qlora_app.models.loading.Loader.while_loading", load)
     arguments = ["serve", "--model", str(paths["model"]), "--host", "0.0.0.0", "--port", "0", "--cors", "*"]
     assert main(arguments) == 1
     warned = capfd.readouterr().err

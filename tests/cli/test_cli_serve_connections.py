@@ -19,7 +19,7 @@ from openai_server import MODELS, FakeDecoder, Server, chat, closed_gate, runnin
 
 
 def test_requests_that_never_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_ext.cli.serving.application._BODY_SECONDS", 0.05)
+    monkeypatch.setattr("qlora_app.serving.application._BODY_SECONDS", 0.05)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for raw, status in (
         (head + "Content-Length: 100\r\n\r\n{", b"408"),
@@ -56,7 +56,7 @@ def is_closed(connection: socket.socket, more: bytes) -> bool:
 
 def test_headers_that_never_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a client that sends a byte now and then, after another request, or instead of a body."""
-    monkeypatch.setattr("qlora_ext.cli.serving.connections._HEADER_SECONDS", 0.3)
+    monkeypatch.setattr("qlora_app.serving.connections._HEADER_SECONDS", 0.3)
     head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
     for begin in (b"", b"G", head + b"\r\nG", head + b"Content-Length: 999\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
@@ -71,7 +71,7 @@ def test_headers_that_never_end(server: Server, monkeypatch: pytest.MonkeyPatch)
 
 def test_many_connections_lock_nobody_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that wait for their clients are closed, the oldest first, and none that waits for the server."""
-    monkeypatch.setattr("qlora_ext.cli.serving.connections._WAITING", 5)
+    monkeypatch.setattr("qlora_app.serving.connections._WAITING", 5)
     with contextlib.ExitStack() as stack:
         with closed_gate(server):
             asked = server.connect()
@@ -88,8 +88,8 @@ def test_many_connections_lock_nobody_out(server: Server, monkeypatch: pytest.Mo
 
 
 def test_a_client_that_does_not_read(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_ext.cli.serving.connections._READ_SECONDS", 0.1)
-    monkeypatch.setattr("qlora_ext.cli.serving.application.Application._model", lambda *_: {"id": "x" * (16 << 20)})
+    monkeypatch.setattr("qlora_app.serving.connections._READ_SECONDS", 0.1)
+    monkeypatch.setattr("qlora_app.serving.application.Application._model", lambda *_: {"id": "x" * (16 << 20)})
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_ext.cli.serving.text import AnswerText
+from qlora_app.serving.text import AnswerText
 
 LETTERS = "ab 世😀é\ufffd\n"
 

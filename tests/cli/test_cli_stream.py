@@ -22,15 +22,15 @@ from transformers import AutoModelForCausalLM
 
 import qlora_ext
 from forks import Command
-from qlora_ext.cli import main
-from qlora_ext.cli.models import Loader
-from qlora_ext.cli.training import fitting
-from qlora_ext.cli.training.fitting import job_of
-from qlora_ext.cli.training.settings import Settings
+from qlora_app.main import main
+from qlora_app.models import Loader
+from qlora_app.planning import families, search
+from qlora_app.planning.blocks import place, streamed
+from qlora_app.planning.memory import peaks, split
+from qlora_app.training import fitting
+from qlora_app.training.fitting import job_of
+from qlora_app.training.settings import Settings
 from qlora_ext.integrations.transformers import spill
-from qlora_ext.planning import families, search
-from qlora_ext.planning.blocks import place, streamed
-from qlora_ext.planning.memory import peaks, split
 from qlora_ext.streaming import streaming_of
 from tiny_models import same_state, save_tiny_llama
 
@@ -252,7 +252,7 @@ def test_a_base_that_is_cut_short_under_a_run_is_a_sentence(
 
 
 def finetune_trainer() -> Any:
-    from qlora_ext.cli.training.trainer import RunTrainer
+    from qlora_app.training.trainer import RunTrainer
 
     return RunTrainer
 

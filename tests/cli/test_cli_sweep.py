@@ -16,13 +16,13 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
-import qlora_ext
+import qlora_app
 from commands import Paths, adapter_bytes, base, command, here, listing, read_lines
-from qlora_ext.cli import main
-from qlora_ext.cli.outputs.lock import locked
-from qlora_ext.cli.outputs.ownership import foreign_in_sweep
-from qlora_ext.cli.training.restoring import restored
-from qlora_ext.cli.training.sweep_options import as_text, combinations, parse_sweep
+from qlora_app.main import main
+from qlora_app.outputs.lock import locked
+from qlora_app.outputs.ownership import foreign_in_sweep
+from qlora_app.training.restoring import restored
+from qlora_app.training.sweep_options import as_text, combinations, parse_sweep
 
 # Options that change the base while an adapter is trained: hooks, a trained head, flags of its layers.
 FIXED = ["--seq-len", "48", "--batch-size", "2", "--dropout", "0.1", "--eval-size", "1", "--max-steps", "3",
@@ -121,7 +121,7 @@ def test_other_commands_take_an_adapter(refused: Any, swept: pathlib.Path, capfd
 
 def kill_at_manifest(number: int) -> None:
     """Kills this process while it writes its checkpoint with that number."""
-    from qlora_ext.cli.training import trainer
+    from qlora_app.training import trainer
 
     written = 0
     write = trainer.write_manifest
@@ -190,7 +190,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupt(checkpoint: pathlib.Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qlora_ext.cli.training.trainer.write_manifest", interrupt)
+    monkeypatch.setattr("qlora_app.training.trainer.write_manifest", interrupt)
     assert main(["finetune", "--output", str(interrupted), "--resume"]) == 130
     said = f"step 2 is saved; continue with: qlora-ext finetune --output {interrupted} --resume"
     assert said in capfd.readouterr().err
@@ -284,7 +284,7 @@ def test_an_adapter_that_diverges(
     refused: Any, paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others are trained with the same bits, and resuming trains this one again."""
-    from qlora_ext.cli.training import trainer
+    from qlora_app.training import trainer
 
     learnt = trainer.learnt_loss
 
@@ -308,10 +308,10 @@ def test_an_adapter_that_diverges(
 def test_python(paths: Paths, swept: pathlib.Path, interrupted: pathlib.Path) -> None:
     """Resuming trains the last adapter, also where one was made longer by itself."""
     values = {"lr": [3e-3, 1e-3], "neftune_alpha": [5, 0]}
-    qlora_ext.finetune(output=interrupted / NAMES[0], resume=True, max_steps=4)
+    qlora_app.finetune(output=interrupted / NAMES[0], resume=True, max_steps=4)
     with pytest.raises(ValueError, match="has a sweep; give its values with sweep"):
-        qlora_ext.finetune(output=interrupted, resume=True)
-    done = qlora_ext.finetune(output=interrupted, resume=True, sweep=values)
+        qlora_app.finetune(output=interrupted, resume=True)
+    done = qlora_app.finetune(output=interrupted, resume=True, sweep=values)
     assert list(done.runs) == NAMES
     assert [run.metrics["steps"] for run in done.runs.values()] == [4, 3, 3, 3]
     assert done.runs[NAMES[3]].adapter == interrupted / NAMES[3] / "adapter"
@@ -331,7 +331,7 @@ def test_python(paths: Paths, swept: pathlib.Path, interrupted: pathlib.Path) ->
 )
 def test_invalid_sweeps_in_python(sweep: Any, error: type[Exception], message: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(error, match=message):
-        qlora_ext.finetune(output=tmp_path / "sweep", sweep=sweep)
+        qlora_app.finetune(output=tmp_path / "sweep", sweep=sweep)
 
 
 def test_sweeps_in_a_file(refused: Any, paths: Paths, tmp_path: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from commands import SMALL, Paths, base, here
-from qlora_ext.cli import main
+from qlora_app.main import main
 from test_cli_validate_model import adapter, change_json, model
 
 __all__ = ["adapter", "model"]  # fixtures
@@ -112,7 +112,7 @@ def test_escapes_are_not_printed(
         "finetune", "--model", paths["model"], "--data", f"{tmp_path}/{ESCAPE}", "--output", tmp_path / "run"
     )
     message += refused("generate", "--adapter", ESCAPE, "--prompt", "1", f"--no-such{ESCAPE}")
-    monkeypatch.setattr("qlora_ext.cli.commands.generate.complete", lambda *a, **k: f"said {ESCAPE}\nmore")
+    monkeypatch.setattr("qlora_app.commands.generate.complete", lambda *a, **k: f"said {ESCAPE}\nmore")
     here("generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1")
     said = capfd.readouterr().out
     assert said.endswith("\nmore\n")
@@ -242,7 +242,7 @@ def test_lines_that_are_not_examples(refused, paths: Paths, tmp_path: pathlib.Pa
 
 
 def test_a_text_may_contain_other_line_separators(tmp_path: pathlib.Path) -> None:
-    from qlora_ext.cli.data import read_examples
+    from qlora_app.data import read_examples
 
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a\u2028b\x85c"}\r\n{"text": "d"}\n', encoding="utf-8", newline="")

@@ -89,8 +89,8 @@ def test_nothing_is_suggested_that_is_not_alike(refused: Any, typed: str) -> Non
 
 
 def test_every_suggestion_is_an_option_or_a_command() -> None:
-    from qlora_ext.cli import main as entry
-    from qlora_ext.cli import suggestions
+    from qlora_app import suggestions
+    from qlora_app.main import main as entry
 
     parser = entry.__globals__["_parser"]()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
@@ -100,7 +100,7 @@ def test_every_suggestion_is_an_option_or_a_command() -> None:
 
 
 def test_help_and_version_as_commands(capfd: pytest.CaptureFixture[str]) -> None:
-    from qlora_ext.cli import main
+    from qlora_app.main import main
 
     for typed, same in ((["help"], ["--help"]), (["help", "merge"], ["merge", "--help"]), (["version"], ["--version"]),
                         (["version", "--json"], ["--version"])):  # fmt: skip
@@ -123,7 +123,7 @@ def test_the_bar_keeps_its_counts(width: int, tmp_path: pathlib.Path) -> None:
     from rich.console import Console
     from transformers import TrainerState
 
-    from qlora_ext.cli.terminal.progress import ProgressCallback
+    from qlora_app.terminal.progress import ProgressCallback
 
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=width, color_system=None)

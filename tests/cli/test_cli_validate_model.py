@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file, save_file
 
 from commands import Paths
-from qlora_ext.cli import main
+from qlora_app.main import main
 from tiny_models import make
 
 
@@ -157,7 +157,7 @@ def test_a_model_that_computes_infinity_does_not_answer(refused, model: pathlib.
     change_weights(model, put("model.norm.weight", lambda w: torch.full_like(w, 3e38)))
     message = refused("generate", "--model", model, "--raw", "1", *options)
     assert "the model computes NaN or infinity as the logits after " in message
-    assert "try --dtype float32" in message
+    assert "try float32" in message
 
 
 def test_a_tokenizer_of_more_tokens(refused, paths: Paths, model: pathlib.Path, tmp_path: pathlib.Path) -> None:

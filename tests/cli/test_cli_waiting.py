@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qlora_ext
 from commands import listing
+from qlora_app.main import main
+from qlora_app.outputs.files import LOCK
+from qlora_app.outputs.lock import locked
+from qlora_app.outputs.ownership import MARKER
 from qlora_ext.calibration import Calibrator
-from qlora_ext.cli import main
-from qlora_ext.cli.outputs.files import LOCK
-from qlora_ext.cli.outputs.lock import locked
-from qlora_ext.cli.outputs.ownership import MARKER
 from qlora_ext.integrations.transformers.spill import Spill
 from tiny_models import save_tiny_llama
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
+    monkeypatch.setattr("qlora_app.quantization.calibrate.LENGTH", 64)
 
 
 def command(model: pathlib.Path, output: pathlib.Path, kind: str, *options: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""``qlora_ext.finetune`` runs the command's fine-tuning from Python."""
+"""``qlora_app.finetune`` runs the command's fine-tuning from Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("rich", reason="the command's libraries are not installed")
 
-import qlora_ext
+import qlora_app
 from commands import Paths, adapter_bytes, environment, listing
 
 # commands.RUN as keyword arguments.
@@ -39,7 +39,7 @@ def record_of(adapter: pathlib.Path) -> dict[str, Any]:
 
 
 def test_the_adapter_is_that_of_the_command(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    done = qlora_ext.finetune(model=paths["model"], data=str(paths["data"]), output=tmp_path / "run", **RUN)
+    done = qlora_app.finetune(model=paths["model"], data=str(paths["data"]), output=tmp_path / "run", **RUN)
     assert (done.directory, done.adapter) == (tmp_path / "run", tmp_path / "run" / "adapter")
     assert adapter_bytes(done.directory) == adapter_bytes(finished_run)
     assert record_of(done.adapter) == record_of(finished_run / "adapter")
@@ -51,12 +51,12 @@ def test_the_adapter_is_that_of_the_command(paths: Paths, finished_run: pathlib.
 
 def test_a_run_is_resumed(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     begun = {"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **RUN}
-    qlora_ext.finetune(**{**begun, "max_steps": 4})
-    done = qlora_ext.finetune(output=tmp_path / "run", resume=True, max_steps=11)
+    qlora_app.finetune(**{**begun, "max_steps": 4})
+    done = qlora_app.finetune(output=tmp_path / "run", resume=True, max_steps=11)
     assert done.metrics["steps"] == 11
     with pytest.raises(ValueError, match=r"^output .* already has a run; add resume to continue it, or overwrite"):
-        qlora_ext.finetune(**begun)
-    again = qlora_ext.finetune(**begun, overwrite=True)
+        qlora_app.finetune(**begun)
+    again = qlora_app.finetune(**begun, overwrite=True)
     assert adapter_bytes(again.directory) == adapter_bytes(finished_run)
 
 
@@ -78,23 +78,26 @@ def test_invalid_arguments_are_rejected(
     paths: Paths, tmp_path: pathlib.Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        qlora_ext.finetune(**{"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **options})
+        qlora_app.finetune(**{"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **options})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_none_means_the_default(paths: Paths, tmp_path: pathlib.Path) -> None:
     run = {"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **RUN}
-    done = qlora_ext.finetune(**run | {"max_steps": 1, "alpha": None, "layers": None})
+    done = qlora_app.finetune(**run | {"max_steps": 1, "alpha": None, "layers": None})
     assert record_of(done.adapter)["settings"]["alpha"] == 32.0
 
 
 def test_the_plain_import_stays_light() -> None:
     program = (
-        "import sys, qlora_ext\n"
-        "names = ['transformers', 'peft', 'gguf', 'qlora_ext.cli', 'qlora_ext.decoding', 'qlora_ext.planning']\n"
-        "assert not [name for name in names if name in sys.modules]\n"
-        "assert callable(qlora_ext.finetune)\n"
-        "assert qlora_ext.planning.families.known('llama-7b')\n"
+        "import sys, qlora_app\n"
+        "libraries = {'torch', 'numpy', 'transformers', 'peft', 'qlora_ext'}\n"
+        "assert not libraries & set(sys.modules)\n"
+        "import qlora_ext\n"
+        "names = {'transformers', 'peft', 'gguf', 'qlora_app.main', 'qlora_app.decoding', 'qlora_app.planning'}\n"
+        "assert not names & set(sys.modules)\n"
+        "assert callable(qlora_app.finetune) and callable(qlora_app.export) and callable(qlora_app.plan)\n"
+        "assert qlora_app.planning.families.known('llama-7b')\n"
         "from qlora_ext import gguf\n"
         "assert gguf is qlora_ext.gguf and callable(gguf.read_header)\n"
     )

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from tiny_models import save_tiny_llama
 
-COMMAND = [sys.executable, "-c", "import sys; from qlora_ext_command import main; sys.exit(main())", "run"]
+COMMAND = [sys.executable, "-c", "import sys; from qlora_app.__main__ import main; sys.exit(main())", "run"]
 
 # The steps of frameworks with bitsandbytes: load and prepare the model, look up its layers by class and by name, add
 # adapters, train, save and load again.

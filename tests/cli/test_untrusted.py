@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from qlora_ext._internal.untrusted import FileError, excerpt, parse_json, printable, read_json
+from qlora_ext.untrusted import FileError, excerpt, parse_json, printable, read_json
 
 SCHEMA = {"name": str, "rank?": int, "loss?": float, "turns?": [{"role": str}], "more?": {"on": bool}}
 

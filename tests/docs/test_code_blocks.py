@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import qlora_ext
 import tiny_models
-from qlora_ext.cli.models import DEFAULT_MODEL, load_tokenizer, resolve
+from qlora_app.models import DEFAULT_MODEL, load_tokenizer, resolve
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,7 +99,7 @@ def commands(code: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("page", with_blocks("sh"), ids=name_of)
 def test_commands_exist(page: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = importlib.import_module("qlora_ext.cli.main")._parser()
+    parser = importlib.import_module("qlora_app.main")._parser()
     for code in blocks(page, "sh"):
         for words in commands(code):
             if words[0] == "qlora-ext":

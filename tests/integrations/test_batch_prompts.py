@@ -15,7 +15,7 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 
 import qlora_ext
 import tiny_models
-from qlora_ext.decoding import BatchDecoder, Sampling, batch
+from qlora_app.decoding import BatchDecoder, Sampling, batch
 
 NUMBERS = random.Random(0)
 PROMPTS = [[NUMBERS.randrange(3, 128) for _ in range(size)] for size in (1, 1, 5, 12, 30)]

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 import packed_models
 from load_memory import peak_of_loading
 from packed_models import FORMATS, IDS, change, load, same_tensors
-from qlora_ext.cli.models.pretrained import is_4bit
-from qlora_ext.cli.models.sources import ModelSource
+from qlora_app.models.pretrained import is_4bit
+from qlora_app.models.sources import ModelSource
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.integrations.transformers import save_in_our_format
 from qlora_ext.nn import Embedding4bit, Experts4bit, layers_of

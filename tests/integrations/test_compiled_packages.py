@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
 import tiny_models
-from qlora_ext.decoding import packages
+from qlora_app.decoding import packages
 
 
 def digest(model: Any) -> str:

@@ -19,8 +19,8 @@ from peft import LoraConfig, get_peft_model
 
 import qlora_ext
 import tiny_models
-from qlora_ext.decoding import BatchDecoder, CompilationError, Sampling, graphs, prepare_to_answer
-from qlora_ext.decoding.graphs import StepGraphs, load_graphs
+from qlora_app.decoding import BatchDecoder, CompilationError, Sampling, graphs, prepare_to_answer
+from qlora_app.decoding.graphs import StepGraphs, load_graphs
 
 PROMPTS = [[5, 9, 3], [7] * 40, [11, 2, 6, 4], [8], [3, 1] * 9]
 

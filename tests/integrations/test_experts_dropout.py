@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
-from qlora_ext.cli import main
+from qlora_app.main import main
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
 from qlora_ext.nn import Experts4bit, ExpertsLora, quantize_model
 from test_moe import CONFIGS, moe

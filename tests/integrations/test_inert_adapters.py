@@ -46,7 +46,7 @@ def test_dense_parameters_that_are_trained_are_looked_at_too() -> None:
 
 
 def test_finetuning_reports_them_once() -> None:
-    training = pytest.importorskip("qlora_ext.cli.training.trainer", reason="the command needs transformers")
+    training = pytest.importorskip("qlora_app.training.trainer", reason="the command needs transformers")
     printed: list[str] = []
     callback = training.NameInertAdapters(printed.append)
     model = adapted()

@@ -15,8 +15,8 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from qlora_app.models.adapter_files import load
 from qlora_ext import quantize_model
-from qlora_ext.cli.models.adapter_files import load
 from qlora_ext.integrations.peft import merge_to_4bit
 from qlora_ext.nn import Embedding16bit, Linear16bit, set_compute_dtype
 from qlora_ext.nn.dense_16bit import multiply_in_float32

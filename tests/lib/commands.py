@@ -17,7 +17,7 @@ import torch
 from forks import Command
 
 Paths = dict[str, pathlib.Path]
-COMMAND = [sys.executable, "-c", "import sys; from qlora_ext_command import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from qlora_app.__main__ import main; sys.exit(main())"]
 # Adapters of rank 2 on short texts; more than one epoch, dropout, and a last step without a checkpoint.
 SMALL = ["--rank", "2", "--seq-len", "48", "--batch-size", "2", "--lr", "0.003", "--dropout", "0.1", "--eval-size", "4"]
 RUN = [*SMALL, "--max-steps", "11", "--save-steps", "4"]
@@ -41,7 +41,7 @@ def command(*arguments: object, before: Callable[[], object] | None = None) -> s
 
 def here(*arguments: object) -> None:
     """Runs the command in this process, if the test needs no separate one."""
-    from qlora_ext.cli import main
+    from qlora_app.main import main
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -115,7 +115,7 @@ def finished_run(paths: Paths) -> pathlib.Path:
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs the command in this process. It must end with exit code 2 and one sentence, which is returned."""
-    from qlora_ext.cli import main
+    from qlora_app.main import main
 
     def run(*arguments: object) -> str:
         try:

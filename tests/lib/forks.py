@@ -22,7 +22,7 @@ CONTEXT.set_forkserver_preload(
         "transformers.models.llama",
         "transformers.trainer",
         "peft",
-        "qlora_ext.cli",
+        "qlora_app.main",
     ]
 )
 
@@ -66,7 +66,7 @@ def _run(arguments: list[str], message: list[str], before: Callable[[], object] 
         os.close(file)
     import torch
 
-    from qlora_ext.cli import main
+    from qlora_app.main import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores this signal in background jobs
     torch.set_num_threads(1)  # a step of a tiny model is too short for several threads, especially on a busy machine

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from qlora_ext.cli.serving import server
-from qlora_ext.cli.serving.application import Application, build
-from qlora_ext.cli.serving.loop import DecodingLoop
+from qlora_app.serving import server
+from qlora_app.serving.application import Application, build
+from qlora_app.serving.loop import DecodingLoop
 
 ANSWER = "Grüße, 世界! 😀 1 2 3"
 MODELS = {"base": "__base__", "tuned": "adapter_1"}

@@ -13,11 +13,11 @@ pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import qlora_ext
+from qlora_app.models.loss import head_loss
+from qlora_app.planning import memory
 from qlora_ext import dtypes
 from qlora_ext.nn import Embedding16bit, Linear16bit, computing_in, set_compute_dtype
 from qlora_ext.nn.dense_16bit import to_dense_classes
-from qlora_ext.planning import memory
-from qlora_ext.streaming.loss import head_loss
 from tiny_models import CONFIGS, make, token_ids
 
 OPS = torch.ops.qlora

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 import qlora_ext
 from commands import RUN, Paths, base, command, here
+from qlora_app.errors import UserError
+from qlora_app.models.devices import parse_computing_dtype
 from qlora_ext import dtypes
-from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.models.devices import parse_computing_dtype
 from qlora_ext.gguf import blocks
 from qlora_ext.nn import layers_of
 from tiny_models import make
@@ -293,7 +293,7 @@ def test_merge_measures_in_the_automatic_dtype(
     options: list[object],
 ) -> None:
     """It saves in ``--dtype``. Without calibration, both kinds of processors give the same model."""
-    from qlora_ext.cli.commands import merge
+    from qlora_app.commands import merge
     from qlora_ext.integrations import peft as our_peft
 
     measured: list[torch.dtype] = []

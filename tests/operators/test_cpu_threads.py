@@ -250,7 +250,7 @@ def test_the_environment_sets_the_default_wait_policy(name: str, monkeypatch: py
 
 
 def test_the_command_sets_the_wait_policy() -> None:
-    code = "import sys, qlora_ext_command as c; sys.argv[1:] = ['info']; c.main(); "
+    code = "import sys, qlora_app.__main__ as c; sys.argv[1:] = ['info']; c.main(); "
     code += "import qlora_ext; print(qlora_ext.cpu._watcher is not None)"
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

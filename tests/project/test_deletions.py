@@ -18,9 +18,9 @@ OF_MODULES = {"remove": ("os",), "replace": ("os",), "move": ("shutil",), "copyf
               "copy2": ("shutil",), "copytree": ("shutil",)}  # fmt: skip
 ALLOWED = {
     # The rule for all deletions is at its top.
-    "python/qlora_ext/cli/outputs/files.py": {"ftruncate", "move", "rename", "rmdir", "rmtree", "unlink", "write_text"},
+    "python/qlora_app/outputs/files.py": {"ftruncate", "move", "rename", "rmdir", "rmtree", "unlink", "write_text"},
     # A file with an unpredictable name, which this process made.
-    "python/qlora_ext/_internal/atomic.py": {"replace", "unlink"},
+    "python/qlora_ext/atomic.py": {"replace", "unlink"},
     "python/qlora_ext/calibration/store.py": {"write_bytes"},
     # A staged file, which ``atomic.py`` made.
     "python/qlora_ext/integrations/transformers/deferred.py": {"open"},
@@ -28,11 +28,11 @@ ALLOWED = {
     # README.md in a model directory without one.
     "python/qlora_ext/integrations/transformers/model_card.py": {"write_text"},
     # The content of a file that was checked to be a lock file.
-    "python/qlora_ext/cli/outputs/lock.py": {"ftruncate"},
+    "python/qlora_app/outputs/lock.py": {"ftruncate"},
     # Directories for unfinished packages in the user's own cache: recognized by name and content, under their lock.
-    "python/qlora_ext/decoding/cache.py": {"mkdtemp", "rmtree"},
+    "python/qlora_app/decoding/cache.py": {"mkdtemp", "rmtree"},
     # A directory of its own among the system's temporary files, for the libraries that read a tokenizer from files.
-    "python/qlora_ext/gguf/tokenizer.py": {"TemporaryDirectory", "write_text"},
+    "python/qlora_app/gguf/tokenizer.py": {"TemporaryDirectory", "write_text"},
     # Builds, in directories with a marker.
     "scripts/packaging/check.py": {"TemporaryDirectory"},
     "scripts/packaging/glibc.py": {"copy", "rmtree", "write_text"},

@@ -1,7 +1,7 @@
 """Public functions and classes have an example in their docstring, and every example gives the result it shows.
 
-Examples assume ``import torch, qlora_ext`` and ``from torch import nn``; those of ``integrations.peft`` also assume a
-``model``, LoRA over a small 4-bit Llama.
+Examples assume ``import torch, qlora_app, qlora_ext`` and ``from torch import nn``; those of ``integrations.peft`` also
+assume a ``model``, LoRA over a small 4-bit Llama.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ for library in ("transformers", "peft", "bitsandbytes"):
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import qlora_app
 import qlora_ext
 
 MODULES = [
     "qlora_ext",
-    *(f"qlora_ext.{name}" for name in ("nn", "calibration", "fidelity", "streaming", "decoding", "gguf", "planning")),
+    *(f"qlora_ext.{name}" for name in ("nn", "calibration", "fidelity", "streaming", "gguf")),
     *(f"qlora_ext.integrations.{name}" for name in ("bitsandbytes", "peft", "transformers")),
+    *("qlora_app", "qlora_app.decoding", "qlora_app.planning"),
 ]
 # Objects that users do not construct; the function that returns them has the example.
 WITHOUT = {
@@ -48,7 +50,7 @@ def public() -> dict[str, Any]:
         module = importlib.import_module(name)
         for attribute in module.__all__:
             value = getattr(module, attribute)
-            if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__.startswith("qlora_ext"):
+            if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__.startswith("qlora_"):
                 found.setdefault(id(value), (f"{name}.{attribute}", value))
     return dict(found.values())
 
@@ -58,7 +60,7 @@ TESTS = {
     name: test
     for name, value in PUBLIC.items()
     for test in doctest.DocTestFinder(recurse=False).find(
-        value, name, module=False, globs={"torch": torch, "nn": nn, "qlora_ext": qlora_ext}
+        value, name, module=False, globs={"torch": torch, "nn": nn, "qlora_app": qlora_app, "qlora_ext": qlora_ext}
     )
     if test.examples
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import pathlib
 import re
@@ -238,59 +239,82 @@ def test_files_stay_short() -> None:
     assert {relative(p): n for p in code if (n := len(p.read_text().splitlines())) > 500} == {}
 
 
-PACKAGE = ROOT / "python" / "qlora_ext"
-MODULES = sorted(PACKAGE.rglob("*.py"))
+PYTHON = ROOT / "python"
+LIBRARY, APPLICATION = PYTHON / "qlora_ext", PYTHON / "qlora_app"
+MODULES = sorted([*LIBRARY.rglob("*.py"), *APPLICATION.rglob("*.py")])
 
-# Subpackage -> the only other subpackages or files that may import from it.
+# Subpackage -> the only other subpackages or files that may import from it. The application may import all of the
+# library that is public.
 IMPORTED_BY = {
-    "cli/commands/": ("cli/main.py",),
-    "cli/exporting/": ("cli/commands/", "__init__.py"),
-    "cli/training/": ("cli/commands/", "cli/exporting/", "__init__.py"),
-    "cli/quantization/": ("cli/commands/", "cli/exporting/"),
-    "cli/serving/": ("cli/commands/",),
-    "cli/generation/": ("cli/commands/", "cli/training/"),
-    "cli/data/": (
-        "cli/commands/",
-        "cli/exporting/",
-        "cli/training/",
-        "cli/quantization/",
-        "cli/generation/",
-        "cli/serving/",
+    "qlora_app/commands/": ("qlora_app/main.py", "qlora_app/__init__.py"),
+    "qlora_app/exporting/": ("qlora_app/commands/", "qlora_app/__init__.py"),
+    "qlora_app/gguf/": ("qlora_app/exporting/",),
+    "qlora_app/training/": ("qlora_app/commands/", "qlora_app/exporting/", "qlora_app/__init__.py"),
+    "qlora_app/quantization/": ("qlora_app/commands/", "qlora_app/exporting/"),
+    "qlora_app/serving/": ("qlora_app/commands/",),
+    "qlora_app/generation/": ("qlora_app/commands/", "qlora_app/training/"),
+    "qlora_app/data/": (
+        "qlora_app/commands/",
+        "qlora_app/exporting/",
+        "qlora_app/training/",
+        "qlora_app/quantization/",
+        "qlora_app/generation/",
+        "qlora_app/serving/",
     ),
-    "cli/models/": ("cli/commands/", "cli/exporting/", "cli/training/", "cli/generation/", "cli/data/"),
-    "cli/terminal/": ("cli/commands/", "cli/training/", "cli/quantization/"),
-    "cli/outputs/": (
-        "cli/commands/",
-        "cli/exporting/",
-        "cli/training/",
-        "cli/quantization/",
-        "cli/data/",
-        "cli/models/",
-        "cli/terminal/",
+    "qlora_app/models/": (
+        "qlora_app/commands/",
+        "qlora_app/exporting/",
+        "qlora_app/training/",
+        "qlora_app/generation/",
+        "qlora_app/data/",
+        "qlora_app/planning/",
     ),
-    "cli/": ("__init__.py",),
-    "planning/": ("cli/", "__init__.py"),
-    "decoding/": ("cli/", "__init__.py"),
-    "gguf/": ("cli/", "__init__.py"),
-    "checkpoints/": ("integrations/", "gguf/", "cli/"),
-    "integrations/": ("planning/", "decoding/", "gguf/", "cli/", "__init__.py"),
-    "fidelity/": ("cli/", "__init__.py"),
-    "calibration/": ("nn/", "streaming/", "fidelity/", "integrations/", "cli/", "__init__.py"),
-    "streaming/": ("integrations/", "planning/", "cli/", "__init__.py"),
-    "nn/": (
-        "streaming/",
-        "fingerprint.py",
-        "fidelity/",
-        "integrations/",
-        "decoding/",
-        "gguf/",
-        "planning/",
-        "cli/",
-        "__init__.py",
+    "qlora_app/terminal/": ("qlora_app/commands/", "qlora_app/training/", "qlora_app/quantization/"),
+    "qlora_app/outputs/": (
+        "qlora_app/commands/",
+        "qlora_app/exporting/",
+        "qlora_app/training/",
+        "qlora_app/quantization/",
+        "qlora_app/data/",
+        "qlora_app/models/",
+        "qlora_app/terminal/",
+    ),
+    "qlora_app/planning/": ("qlora_app/commands/", "qlora_app/training/", "qlora_app/__init__.py"),
+    "qlora_app/decoding/": (
+        "qlora_app/commands/",
+        "qlora_app/generation/",
+        "qlora_app/models/",
+        "qlora_app/training/",
+        "qlora_app/serving/",
+        "qlora_app/__init__.py",
+    ),
+    "qlora_app/": (),
+    "qlora_ext/gguf/": ("qlora_app/", "qlora_ext/__init__.py"),
+    "qlora_ext/checkpoints/": ("qlora_ext/integrations/", "qlora_ext/gguf/", "qlora_app/"),
+    "qlora_ext/integrations/": ("qlora_ext/gguf/", "qlora_ext/__init__.py", "qlora_app/"),
+    "qlora_ext/fidelity/": ("qlora_ext/__init__.py", "qlora_app/"),
+    "qlora_ext/calibration/": (
+        "qlora_ext/nn/",
+        "qlora_ext/streaming/",
+        "qlora_ext/fidelity/",
+        "qlora_ext/integrations/",
+        "qlora_ext/__init__.py",
+        "qlora_app/",
+    ),
+    "qlora_ext/streaming/": ("qlora_ext/integrations/", "qlora_ext/__init__.py", "qlora_app/"),
+    "qlora_ext/nn/": (
+        "qlora_ext/streaming/",
+        "qlora_ext/fingerprint.py",
+        "qlora_ext/fidelity/",
+        "qlora_ext/integrations/",
+        "qlora_ext/gguf/",
+        "qlora_ext/__init__.py",
+        "qlora_app/",
     ),
 }
 
 
+@functools.cache
 def imports_of(path: pathlib.Path) -> set[pathlib.Path]:
     """The modules of the package that ``path`` imports, anywhere in the file.
 
@@ -300,11 +324,11 @@ def imports_of(path: pathlib.Path) -> set[pathlib.Path]:
     found: set[pathlib.Path | None] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            base = path.parents[node.level - 1] if node.level else PACKAGE.parent
+            base = path.parents[node.level - 1] if node.level else PYTHON
             base = base.joinpath(*(node.module or "").split("."))
             found |= {module_at(base / alias.name) or module_at(base) for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {module_at(PACKAGE.parent.joinpath(*alias.name.split("."))) for alias in node.names}
+            found |= {module_at(PYTHON.joinpath(*alias.name.split("."))) for alias in node.names}
     return {module for module in found if module is not None} - {path}
 
 
@@ -324,34 +348,74 @@ def test_python_imports_go_in_no_circle() -> None:
 
 @pytest.mark.parametrize("room", IMPORTED_BY)
 def test_python_imports_point_one_way(room: str) -> None:
-    names = {path: path.relative_to(PACKAGE).as_posix() for path in MODULES}
+    names = {path: path.relative_to(PYTHON).as_posix() for path in MODULES}
     inside = {path for path, name in names.items() if name.startswith(room)}
     allowed = (room, *IMPORTED_BY[room])
     assert {n for path, n in names.items() if imports_of(path) & inside and not n.startswith(allowed)} == set()
 
 
-def test_internal_modules_import_nothing_else_of_ours() -> None:
-    ground = {path for path in MODULES if path.parent == PACKAGE / "_internal"}
-    assert len(ground) > 5
-    upwards = {relative(path): imports_of(path) - ground - {PACKAGE / "_C.pyi"} for path in ground}
+def test_helpers_import_nothing_else_of_ours() -> None:
+    shared = ("atomic", "digest", "dtype_names", "sizes", "untrusted", "version")  # with the application
+    ground = {path for path in MODULES if path.parent == LIBRARY / "_internal"}
+    ground |= {LIBRARY / f"{name}.py" for name in shared}
+    upwards = {relative(path): imports_of(path) - ground - {LIBRARY / "_C.pyi"} for path in ground}
     assert {name: found for name, found in upwards.items() if found} == {}
 
 
+def imported_names(path: pathlib.Path) -> list[tuple[str, str]]:
+    """What ``path`` imports, anywhere in the file: the names it uses, and the full names of these."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.asname or alias.name.partition(".")[0], alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = path.parents[node.level - 1].relative_to(PYTHON).parts if node.level else ()
+            module = ".".join([*package, *filter(None, [node.module])])
+            found += [(alias.asname or alias.name, f"{module}.{alias.name}") for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if LIBRARY in path.parents], ids=relative)
+def test_the_library_does_not_know_the_application(path: pathlib.Path) -> None:
+    """It neither imports a module of it, nor has the name of one in a string."""
+    values = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    names = [value for value in values if isinstance(value, str) and " " not in value.strip()]
+    names += [full for _, full in imported_names(path)]
+    assert [name for name in names if "qlora_app" in name] == []
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if APPLICATION in path.parents], ids=relative)
+def test_the_application_uses_public_names_of_the_library(path: pathlib.Path) -> None:
+    """No module, and nothing in a module, whose name begins with an underscore."""
+    of_library = {name: full for name, full in imported_names(path) if full.partition(".")[0] == "qlora_ext"}
+    used = [*of_library.values()]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).partition(".")[0] in of_library:
+            used.append(ast.unparse(node))
+    assert [name for name in used if re.search(r"\._(?!_)", name)] == []
+
+
 def test_benches_use_the_faces_of_the_command_only() -> None:
-    """Its entry point, the names in the ``__init__`` of its subpackages models and data, and how exports calibrate."""
-    faces = {"qlora_ext.cli", "qlora_ext.cli.models", "qlora_ext.cli.data", "qlora_ext.cli.exporting.calibrated"}
+    """Its entry point, the names in the ``__init__`` of models and data, the loss, and how exports calibrate.
+
+    Decoding and planning are no parts of the command.
+    """
+    faces = {f"qlora_app.{name}" for name in ("main", "models", "models.loss", "data", "exporting.calibrated")}
+    faces.add("qlora_app")
     for path in sorted((ROOT / "bench").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and re.match(r"qlora_ext\.(cli|_)", node.module or ""):
+            if isinstance(node, ast.ImportFrom) and re.match(
+                r"qlora_ext\._|qlora_app(?!\.(decoding|planning)\b)", node.module or ""
+            ):
                 names = {alias.name for alias in node.names}
-                folder = PACKAGE.parent.joinpath(*str(node.module).split("."))
-                modules = {name for name in names - {"main"} if module_at(folder / name)}
+                folder = PYTHON.joinpath(*str(node.module).split("."))
+                modules = {name for name in names - {"decoding", "planning"} if module_at(folder / name)}
                 assert node.module in faces, f"{relative(path)}: {node.module}"
                 assert not modules, f"{relative(path)}: {modules}"
 
 
 def test_the_list_of_patches_is_complete() -> None:
-    patches = PACKAGE / "integrations" / "_patches.py"
+    patches = LIBRARY / "integrations" / "_patches.py"
     listed = re.findall(r'Patch\(\s*"([^"]+)"', patches.read_text())
     code = "".join(path.read_text() for path in MODULES if path != patches)
     assert sorted(re.findall(r'\bextend\(\s*"([^"]+)"', code)) == sorted(listed)

@@ -52,9 +52,10 @@ def test_a_type_checker_knows_the_model_and_finds_a_wrong_argument(tmp_path: pat
 
 
 def test_the_names_that_completion_offers_are_the_public_ones() -> None:
+    import qlora_app
     import qlora_ext.integrations.bitsandbytes as bitsandbytes
 
-    for module in (qlora_ext, bitsandbytes):
+    for module in (qlora_ext, qlora_app, bitsandbytes):
         assert [name for name in dir(module) if not name.startswith("__")] == sorted(module.__all__)
         assert {"__doc__", "__file__", "__name__"} <= set(dir(module))
         assert all(hasattr(module, name) for name in dir(module))

@@ -14,12 +14,12 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 
 import qlora_ext
 from forms import FORMS, random_weight
-from qlora_ext import planning
+from qlora_app import planning
+from qlora_app.planning.memory import build
 from qlora_ext.fidelity.integrity import problems_of
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.form import PRESETS
 from qlora_ext.nn import Linear4bit
-from qlora_ext.planning.memory import build
 from tiny_models import CONFIGS, make
 
 EVERY = pytest.mark.parametrize("name", FORMS)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import moe_families
 import qlora_ext
-from qlora_ext._internal.sizes import parse_size
+from qlora_ext.sizes import parse_size
 from qlora_ext.streaming import chunk_mlp, stream, streaming_of
 from qlora_ext.streaming.schedule import upcoming
 from qlora_ext.streaming.streaming import Streaming

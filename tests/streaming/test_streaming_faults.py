@@ -15,8 +15,8 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 
 import torch
 
-from qlora_ext._internal.untrusted import FileError
 from qlora_ext.streaming import stream
+from qlora_ext.untrusted import FileError
 from test_streaming import adapted, load, save, trained
 from tiny_models import token_ids
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._internal import digest
-from .._internal.untrusted import FileError, printable
+from .. import digest
 from .._library import build_info
 from ..form import Form
 from ..formats import NF4
+from ..untrusted import FileError, printable
 from ..weight import Weight4bit
 from . import self_text
 from .encoder import Encoded, Feedback, encode

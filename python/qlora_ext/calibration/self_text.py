@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._internal.finite_logits import require_finite
+from .finite_logits import require_finite
 
 
 @torch.no_grad()

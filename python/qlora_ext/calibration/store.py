@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._internal import digest
-from .._internal.atomic import PARTIAL, staged_file
-from .._internal.untrusted import FileError, Schema, printable, read_json
+from .. import digest
+from ..atomic import PARTIAL, staged_file
+from ..untrusted import FileError, Schema, printable, read_json
 from ..weight import Weight4bit
 from .init_lora import LowRank
 

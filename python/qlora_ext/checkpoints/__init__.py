@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._internal.untrusted import check, excerpt
+from ..untrusted import check, excerpt
 from . import auto_round, awq, compressed_tensors, gptq, mlx, modelopt, mxfp4
 from .format import LOAD_ORIGINAL as LOAD_ORIGINAL
 from .format import Format as Format

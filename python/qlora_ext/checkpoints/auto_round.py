@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._internal.untrusted import check, excerpt
+from ..untrusted import check, excerpt
 from .format import LOAD_ORIGINAL
 
 _SOURCE = "quantization_config of auto-round"

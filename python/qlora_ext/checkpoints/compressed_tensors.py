@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._internal.untrusted import check, excerpt
 from ..form import Form
+from ..untrusted import check, excerpt
 from ..weight import Weight4bit
 from . import e2m1, integers, nibbles, scales
 from .format import LOAD_ORIGINAL, Format, Given, Settings, patterns

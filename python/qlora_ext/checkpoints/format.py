@@ -12,11 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .._internal.dtype_names import name_of
-from .._internal.patterns import compiled
-from .._internal.untrusted import excerpt
+from ..dtype_names import name_of
 from ..form import Form
 from ..ops import check_shape
+from ..untrusted import compiled_pattern, excerpt
 from ..weight import Weight4bit
 
 # What to do where a format is not supported.
@@ -130,7 +129,7 @@ def patterns(texts: Sequence[str], source: str) -> tuple[re.Pattern[str], ...]:
     Raises:
         ValueError: a text is not a regular expression, or one that may take very long.
     """
-    return tuple(compiled(text, source) for text in texts)
+    return tuple(compiled_pattern(text, source) for text in texts)
 
 
 def excluded(names: Sequence[str] | None, source: str) -> tuple[re.Pattern[str], ...]:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._internal.untrusted import check, excerpt
 from ..form import Form
+from ..untrusted import check, excerpt
 from ..weight import Weight4bit
 from . import integers, nibbles
 from .format import LOAD_ORIGINAL, Format, Given, Settings, group_size_of, matrix_of, patterns

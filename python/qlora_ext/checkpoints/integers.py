@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._internal.dtype_names import name_of
+from ..dtype_names import name_of
 from ..form import Form
 from ..formats import BLOCK_SIZES
 from ..weight import Weight4bit, weight_of

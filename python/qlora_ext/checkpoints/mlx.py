@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._internal.dtype_names import name_of
-from .._internal.untrusted import check, excerpt
+from ..dtype_names import name_of
 from ..form import Form
+from ..untrusted import check, excerpt
 from ..weight import Weight4bit, weight_of
 from . import nibbles
 from .format import LOAD_ORIGINAL, Format, Given, Settings, matrix_of

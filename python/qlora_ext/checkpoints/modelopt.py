@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._internal.untrusted import check, excerpt
+from ..untrusted import check, excerpt
 from . import e2m1, scales
 from .e2m1 import NV_BLOCK_SIZE
 from .format import Given, Settings, patterns

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._internal.untrusted import check
 from ..form import Form
+from ..untrusted import check
 from ..weight import Weight4bit
 from . import e2m1, nibbles, scales
 from .e2m1 import MX_BLOCK_SIZE

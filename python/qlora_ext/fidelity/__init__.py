@@ -1,6 +1,5 @@
 """What 4 bits cost a model, per layer and on a text: ``sensitivity`` before quantizing, ``check_model`` after."""
 
-from .advice import advice_on
 from .check import CurvePoint, ModelCheck, check_model, perplexity
 from .layers import LayerCost
 from .loss import Increase, block_losses
@@ -13,7 +12,6 @@ __all__ = [
     "LayerCost",
     "ModelCheck",
     "Sensitivity",
-    "advice_on",
     "allowance",
     "block_losses",
     "check_model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .._internal.sizes import bytes_of
+from ..sizes import bytes_of
 from .layers import LayerCost
 
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from .._internal import scale_tables
-from .._internal.untrusted import FileError
 from ..form import FLOAT_DTYPES, Form
 from ..formats import FLOAT16, NESTED8, NESTED_TABLE8, SCALED8, TABLE8, ZERO_POINT8
+from ..untrusted import FileError
 from ..weight import Weight4bit, weight_of
 from .file import TensorInfo
 

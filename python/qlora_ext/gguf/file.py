@@ -10,7 +10,7 @@ import re
 import struct
 from typing import Any
 
-from .._internal.untrusted import FileError, check, excerpt, printable, regular_only
+from ..untrusted import FileError, check, excerpt, printable, regular_only
 
 # llama.cpp's architectures, by transformers' ``model_type``: those for which files are written.
 ARCHITECTURES = {

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._internal.untrusted import FileError, excerpt, printable
+from ..untrusted import FileError, excerpt, printable
 from ..weight import Weight4bit
 from . import blocks
 from .file import TensorInfo, read_header

@@ -161,6 +161,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             return y
         w4: Any = self._parameters["weight"]  # faster than an attribute of the module
         if not isinstance(w4, Weight4bit):
+            self.refuse_dense("weight", w4)
             if not x.is_floating_point():  # such as after x.to(layer.weight.dtype)
                 raise TypeError(
                     f"x: expected a floating dtype, got {x.dtype}; if the model casts x to the dtype of this layer's "

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._internal.untrusted import FileError, printable
+from ..untrusted import FileError, printable
 
 
 @dataclasses.dataclass(frozen=True)

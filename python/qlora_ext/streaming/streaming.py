@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .._internal.loans import Loan, PackedTensors, set_lender
-from .._internal.sizes import parse_size
 from ..nn import Experts4bit, Packed4bit, layers_of
 from ..nn.model import Model
+from ..sizes import parse_size
 from .blocks import Block, Part, blocks_of
 from .ring import CopyingFiller, Filler, ReadingFiller, Slot, StagingFiller
 from .schedule import upcoming

@@ -17,7 +17,7 @@ from typing import Any
 import peft
 from torch import nn
 
-from ..._internal.untrusted import excerpt, printable
+from ...untrusted import excerpt, printable
 from .._patches import extend
 from . import loftq as loftq
 from . import methods as methods

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..._internal.atomic import staged_file
-from ..._internal.untrusted import FileError, Schema, excerpt, read_json
+from ...atomic import staged_file
 from ...fingerprint import fingerprint
 from ...formats import READ_IN, SERVED_FORMATS
 from ...nn import Packed4bit, layers_of
+from ...untrusted import FileError, Schema, excerpt, read_json
 from .._patches import extend
 from .merge_aware import merge_aware_format, served_in
 

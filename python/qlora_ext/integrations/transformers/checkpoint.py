@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ..._internal.untrusted import excerpt, printable
 from ...checkpoints import LOAD_ORIGINAL, MLX, Settings, format_of, joined, mxfp4, retained_of
 from ...checkpoints.rows import alternating_rows, grouped_rows, select_rows
 from ...form import Form
 from ...nn import Linear4bit, Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
+from ...untrusted import excerpt, printable
 from ...weight import Weight4bit
 from .checkpoint_decoded import DecodedWeight, decoded_weights
 from .checkpoint_experts import DenseExperts, alternates, dense_experts

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import core_model_loading
 
-from ..._internal.untrusted import excerpt, printable
 from ...checkpoints.rows import alternating_rows, grouped_rows
+from ...untrusted import excerpt, printable
 from .checkpoint_files import PARTS, Header, Names, patterns_of
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import core_model_loading
 
-from ..._internal.untrusted import excerpt, printable
+from ...untrusted import excerpt, printable
 from .checkpoint_files import Header, Names
 
 # Dtypes of safetensors that hold codes, not values.

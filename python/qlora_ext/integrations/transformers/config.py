@@ -15,12 +15,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ... import _library, bitsandbytes_format
 from ..._internal.integrate import integrate
-from ..._internal.patterns import compiled
-from ..._internal.sizes import parse_size
 from ...dtypes import computing_dtype, layers_dtype
 from ...form import Form
 from ...formats import NF4, READ_IN
+from ...sizes import parse_size
 from ...streaming import SOURCES
+from ...untrusted import compiled_pattern
 
 METHOD = "qlora_ext"
 AUTO = "auto"
@@ -255,7 +255,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"skip_modules: expected a list of names, got {reprlib.repr(skip_modules)}")
         for name in skip_modules or ():
-            compiled(name, "skip_modules")
+            compiled_pattern(name, "skip_modules")
         if stream not in (None, *SOURCES):
             raise ValueError(f"stream: expected 'ram', 'disk' or None, got {reprlib.repr(stream)}")
         if resident is not None and stream is None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._internal.atomic import staged_file
+from ...atomic import staged_file
 
 _DTYPES = {
     "F64": torch.float64,

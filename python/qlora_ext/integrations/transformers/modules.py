@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._internal.untrusted import excerpt, printable
 from ...form import Form
 from ...nn import (
     DENSE_RULES,
@@ -25,6 +24,7 @@ from ...nn import (
     places_in,
 )
 from ...nn.dense_16bit import to_dense_classes
+from ...untrusted import excerpt, printable
 from .conv1d import Conv1D4bit
 
 

@@ -100,7 +100,7 @@ class QLoRAQuantizer(HfQuantizer):
         if self.qlora_config.stream is None:
             return
         if self.qlora_config.stream == "disk" and not self.reads_our_format:
-            advice = "run `qlora-ext quantize` first, or use stream='ram'"
+            advice = "load and save the model in 4 bits first, or use stream='ram'"
             if self._saves_source:
                 assert self.source is not None
                 advice = (

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..._internal import digest
-from ..._internal.atomic import staged_file
+from ... import digest
+from ...atomic import staged_file
 from ...form import Form
 from ...weight import TENSORS, Weight4bit, weight_of
 from .config import QLoRAConfig

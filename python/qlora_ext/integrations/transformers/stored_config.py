@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from ..._internal.untrusted import FileError, check, excerpt, printable, read_json
+from ...untrusted import FileError, check, excerpt, printable, read_json
 
 _MLX_FIELD = "quantization"
 _MLX = {"bits", "group_size", "mode"}

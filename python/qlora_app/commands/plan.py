@@ -1,0 +1,440 @@
+"""``qlora-ext plan``: predicts the memory of a fine-tuning run, and whether it fits, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qlora_ext.sizes import parse_size
+from qlora_ext.untrusted import excerpt, printable
+
+from .. import suggestions
+from ..errors import UserError, as_arguments, path_named, reading
+from ..models import families, validate_model
+from ..models.devices import check_dtype
+from ..models.pretrained import load_config
+from ..models.sources import DEFAULT_MODEL, ModelSource, resolve
+from ..options import add_dtype_option, add_trust_option
+from ..outputs.directory import output_file
+from ..outputs.files import staged_file
+from ..training.settings import options_of
+from ..training.sweep_options import MAX_ADAPTERS, combinations, parse_sweep
+
+if TYPE_CHECKING:
+    from ..planning.memory import Job
+
+_MARK = "qlora-ext plan"  # identifies files that --plot wrote
+_SIZES = ("rank", "target_modules", "modules_to_save", "seq_len", "batch_size", "optimizer")  # may vary in a sweep
+_MAX_COUNT = 1_000_000  # limit of all options that are counts
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="predict the memory of a fine-tuning run",
+        description="Runs a training step on tensors without memory, and shows how the memory is used, whether it "
+        "fits, and how to reduce it. Loads no weights. The CUDA context (about 0.5 GB) is not included; with --device "
+        "cpu, the process is.",
+    )
+    _add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    parser.shorten_help(
+        "--model", "--rank", "--seq-len", "--batch-size", "--grad-checkpointing", "--dtype", "--device", "--memory",
+        "--max-memory", "--plot", "--json",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"a model directory, its config.json, a .gguf file, a hub name, package:NAME, or one of "
+        f"{', '.join(families.names())} (default: %(default)s)",
+    )
+    add_trust_option(parser)
+    source.add_argument(
+        "--sizes", help="a Llama of these sizes: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]"
+    )
+    parser.add_argument("--rank", type=int, default=16, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--target-modules", default="all-linear", help="all-linear, or names separated by commas (default: %(default)s)"
+    )
+    parser.add_argument("--modules-to-save", default="", help="as in finetune")
+    parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="per device (default: %(default)s)")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="as in finetune")
+    parser.add_argument("--chunked-loss", action="store_true", help="as in finetune")
+    parser.add_argument("--offload-checkpoints", action="store_true", help="as in finetune")
+    parser.add_argument("--mlp-chunk", type=int, default=0, metavar="N", help="as in finetune (default: %(default)s)")
+    parser.add_argument("--optimizer", default="adamw_torch", help="(default: %(default)s)")
+    add_dtype_option(parser)
+    parser.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"),
+        help="cpu includes the memory of Python, its libraries and its allocator (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="number of devices that share the weights (FSDP2)"
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="memory of one device, such as 24GB or 40GiB (default: that of this machine)"
+    )
+    parser.add_argument(
+        "--stream", default="none", choices=("none", "ram", "disk"), help="as in finetune: load the layers one by one"
+    )
+    parser.add_argument(
+        "--resident", metavar="SIZE", help="as in finetune: memory that the weights may use on the device"
+    )
+    parser.add_argument(
+        "--link", default="25GB/s", metavar="RATE",
+        help="bandwidth of streaming to the device (default: %(default)s, PCIe 4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--flops", default="150e12", metavar="X", help="operations per second of the device (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-memory", metavar="SIZE",
+        help="find the options with which the run fits into this memory, the longest context, and the largest model",
+    )  # fmt: skip
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
+        "--sweep",
+        action="append",
+        metavar="VALUES",
+        help="as in finetune: memory of the largest adapter, and disk of all of them",
+    )
+    several.add_argument(
+        "--adapters", type=int, default=1, metavar="N", help="number of adapters of this size in a sweep (default: 1)"
+    )
+    parser.add_argument("--plot", metavar="PNG", help="plot the memory by purpose")
+
+
+def _size(option: str, text: str) -> float:
+    try:
+        return float(parse_size(option, text))
+    except ValueError:
+        raise UserError(f"{option} {excerpt(text)}: expected a size such as 24GB or 40GiB") from None
+
+
+def _rate(option: str, text: str) -> float:
+    """A rate per second, which may be written as a size."""
+    return _size(option, re.sub(r"/s$", "", text.strip()))
+
+
+def _memory(text: str | None, device: str) -> tuple[float, str]:
+    """The available bytes, and a name for them."""
+    if text is not None:
+        return _size("--memory", text), "--memory"
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        return float(card.total_memory), str(card.name)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), "this machine's memory"
+
+
+def _config(arguments: argparse.Namespace) -> tuple[str, Any, ModelSource | None]:
+    """The name, the configuration, and the files of the model, if it has some."""
+
+    if arguments.sizes is not None:
+        try:
+            return arguments.sizes, families.config_of_sizes(arguments.sizes), None
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+    name = str(arguments.model)
+    path = path_named(name, "--model")
+    if path.name == "config.json" and path.is_file():
+        return name, load_config(resolve(str(path.parent), arguments.trust_remote_code)), None
+    if not path.exists() and families.known(name):
+        return name, families.config(name), None
+    source = resolve(name, arguments.trust_remote_code)
+    try:
+        config = load_config(source)
+    except UserError as error:
+        meant = suggestions.model(name, families.names())
+        raise UserError(f"{error}{meant}") from error
+    validate_model.check_room(source, config)
+    return name, config, source
+
+
+def _job(arguments: argparse.Namespace, config: Any, source: ModelSource | None) -> Job:
+    from ..planning.memory import FEW, OPTIMIZERS, build, trains_head
+    from ..training import adapting
+    from ..training.fitting import job_of
+
+    for name in ("rank", "seq_len", "batch_size", "devices"):
+        if not 1 <= getattr(arguments, name) <= _MAX_COUNT:
+            value = excerpt(getattr(arguments, name))
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 to {_MAX_COUNT}")
+    if not 0 <= arguments.mlp_chunk <= _MAX_COUNT:
+        raise UserError(f"--mlp-chunk {excerpt(arguments.mlp_chunk)}: expected 0 to {_MAX_COUNT}")
+    if arguments.offload_checkpoints and not arguments.grad_checkpointing:
+        raise UserError("--offload-checkpoints needs --grad-checkpointing")
+    if arguments.optimizer not in OPTIMIZERS:
+        raise UserError(f"--optimizer {arguments.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
+    check_dtype(arguments.dtype)
+    job = dataclasses.replace(job_of(arguments, config, source), host=arguments.device == "cpu")
+    if job.modules_to_save:
+        with reading("configuration", str(arguments.model)):
+            plain = build(dataclasses.replace(job, modules_to_save=()), FEW).get_base_model()
+            adapting.check_saved(plain, job.modules_to_save)
+            if job.chunked_loss and trains_head(job):
+                raise UserError(
+                    "--chunked-loss: --modules-to-save names the output head, whose gradient needs all logits"
+                )
+    return job
+
+
+def _adapters(arguments: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """The options of each adapter of ``--sweep``, by name. ``--adapters`` makes one that stands for all of them."""
+    if not 1 <= arguments.adapters <= MAX_ADAPTERS:
+        raise UserError(f"--adapters {arguments.adapters}: expected 1 to {MAX_ADAPTERS}")
+    if arguments.sweep is None:
+        return {"": arguments}
+    values = parse_sweep(" ".join(arguments.sweep))
+    if unsupported := {"dora", "layers"} & values.keys():
+        raise UserError(f"--sweep {min(unsupported)}: the planner does not support it")
+    return {name: argparse.Namespace(**{**vars(arguments), **found}) for name, found in combinations(values).items()}
+
+
+def _largest(
+    arguments: argparse.Namespace, config: Any, source: ModelSource | None
+) -> tuple[Job, list[dict[str, float]], dict[str, Any]]:
+    """The largest job of a sweep, its peaks, and what is printed about the sweep; empty for a run of one adapter."""
+    from ..planning.memory import disk_bytes, peaks, split
+
+    measured: dict[tuple[Any, ...], tuple[Job, list[dict[str, float]]]] = {}
+    adapters, disk = _adapters(arguments), 0.0
+    keys = {name: tuple(getattr(options, key) for key in _SIZES) for name, options in adapters.items()}
+    for name, options in adapters.items():
+        if keys[name] not in measured:
+            job = _job(options, config, source)
+            try:
+                measured[keys[name]] = job, peaks(job)
+            except ValueError as error:
+                if "arget modules" not in str(error):
+                    raise
+                raise UserError(
+                    f"--target-modules {options.target_modules}: no layer of the model has that name"
+                ) from error
+        disk += disk_bytes(*measured[keys[name]])
+    total = {key: sum(split(*found).values()) for key, found in measured.items()}
+    largest = max(adapters, key=lambda name: total[keys[name]])
+    count = max(len(adapters), arguments.adapters)
+    sweep = {"adapters": count, "largest": largest or None, "disk_bytes": disk * count / len(adapters)}
+    return *measured[keys[largest]], sweep if count > 1 else {}
+
+
+def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 2.4), dpi=150, layout="constrained")
+    left = 0.0
+    for i, (name, size) in enumerate(split.items()):
+        axes.barh([0], [size / 1e9], left=left, label=f"{name} {size / 1e9:.2f}", color=f"C{i}")
+        left += size / 1e9
+    axes.axvline(memory / 1e9, color="black", linestyle="--", label=f"available {memory / 1e9:.1f}")
+    axes.set(xlabel="GB", yticks=[], title=title)
+    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    with staged_file(path) as partial:
+        figure.savefig(partial, format="png", metadata={"Software": _MARK})
+    pyplot.close(figure)
+
+
+def _as_option(change: dict[str, Any]) -> str:
+    """A change that would save memory, as command-line options."""
+    note = " (its state may leave the GPU)" if change.get("optimizer") == "paged_adamw_8bit" else ""
+    return options_of(change) + note
+
+
+def _options_that_fit(job: Job, memory: float, link: float, flops: float) -> dict[str, Any]:
+    """The options with which the job fits into ``memory`` bytes; see ``--max-memory`` in ``plan --help``."""
+    from ..planning.memory import process_bytes
+    from ..planning.search import changes_of, choose, largest_model, longest_context, switched
+
+    process = process_bytes() if job.host else 0.0  # used before the model is loaded
+    changes = changes_of(job)
+    chosen = choose(job, memory - process, changes)
+    best, size = chosen or (switched(job, changes), float("nan"))
+    blocks = best.blocks
+    return {
+        "memory": memory,
+        "fits": chosen is not None,
+        "options": options_of(best.changes),
+        "total": None if chosen is None else size + process,
+        "host_bytes": 0.0 if blocks is None or job.host else blocks.host_bytes("ram"),
+        "longest_context": longest_context(best.job, blocks, memory - process),
+        "free_tokens": None if blocks is None else blocks.free_tokens(link, flops, best.job.grad_checkpointing)[0],
+        "largest_model": largest_model(job, memory - process, changes),
+    }
+
+
+def _print_options(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    memory = f"{found['memory'] / 1e9:.1f} GB"
+    if found["fits"]:
+        print(f"fits into {memory} with {found['options']}: {found['total'] / 1e9:.2f} GB")
+    else:
+        print(f"rows of {arguments.seq_len:,} tokens do not fit into {memory} with any option ({found['options']})")
+    if host := found["host_bytes"]:
+        free = found["free_tokens"]
+        print(f"{host / 1e9:.2f} GB of pinned host memory; transfers are hidden from {free:,} tokens per step on")
+    context = found["longest_context"]
+    print(
+        f"the longest context then: {context:,} tokens per row, {arguments.batch_size} rows per pass"
+        if context
+        else "no context fits"
+    )
+    largest = found["largest_model"] or "none"
+    print(f"the largest known model that fits: {largest} (with --stream, at {arguments.seq_len:,} tokens)")
+
+
+def _planned(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    if arguments.resident and arguments.stream == "none":
+        raise UserError(f"--resident {arguments.resident} needs --stream ram or --stream disk")
+    if arguments.max_memory is not None and arguments.modules_to_save:
+        raise UserError("--max-memory does not support --modules-to-save; use only one of them")
+    if arguments.max_memory is not None and (arguments.sweep is not None or arguments.adapters != 1):
+        raise UserError("--max-memory plans one adapter; remove --sweep and --adapters")
+    resident = None if arguments.resident is None else _size("--resident", arguments.resident)
+    link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
+    memory, _ = _memory(arguments.memory, arguments.device)
+    name, config, source = _config(arguments)
+    from qlora_ext import cpu
+
+    from ..planning.advice import savings
+    from ..planning.blocks import place, streamed
+    from ..planning.memory import process_bytes, split
+
+    if arguments.max_memory is not None:
+        job = _job(arguments, config, source)
+        with reading("configuration", name):
+            return _options_that_fit(job, _size("--max-memory", arguments.max_memory), link, flops)
+    with reading("configuration", name):
+        job, measured, sweep = _largest(arguments, config, source)
+    parts = split(job, measured)
+    streaming: dict[str, Any] = {}
+    if arguments.stream != "none":
+        blocks = streamed(job)
+        parts, slots = place(parts, blocks, resident)
+        every_pass, step = blocks.free_tokens(link, flops, job.grad_checkpointing)
+        streaming = {
+            "source": arguments.stream,
+            "slots": slots,
+            "block_bytes": blocks.total / blocks.blocks,
+            "device_bytes": sum(parts.values()),
+            "host_bytes": blocks.host_bytes(arguments.stream),
+            "disk_bytes": blocks.total if arguments.stream == "disk" else 0,
+            "step_bytes": blocks.step_bytes(slots),
+            "free_tokens": every_pass,
+            "free_tokens_of_the_step": step,
+        }
+    if job.host:
+        parts["process"] = process_bytes()
+    total = sum(parts.values())
+    fits = total <= memory
+    if arguments.plot is not None:
+        _plot(
+            output_file("--plot", arguments.plot, _MARK, []), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory
+        )
+    advice = {} if fits or streaming else {_as_option(change): saving for change, saving in savings(job, measured)}
+    return (
+        {"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": advice}
+        | ({"streaming": streaming} if streaming else {})
+        | ({"sweep": sweep} if sweep else {})
+        | ({"threads": cpu.describe_threads()} if job.host else {})
+    )
+
+
+def _print_plan(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    total, memory = found["total"], found["memory"]
+    for key, size in found["bytes"].items():
+        print(f"{key:<16} {size / 1e9:9.3f} GB  {100 * size / total:5.1f}%")
+    print(f"{'total':<16} {total / 1e9:9.3f} GB per device, at the peak of a step")
+    if streaming := found.get("streaming"):
+        link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
+        print(
+            f"streamed from {arguments.stream}: {streaming['slots']} buffers of "
+            f"{streaming['block_bytes'] / 1e9:.3f} GB, {streaming['host_bytes'] / 1e9:.2f} GB pinned on the host, "
+            f"{streaming['step_bytes'] / 1e9:.2f} GB per step"
+        )
+        print(
+            f"transfers are hidden from {streaming['free_tokens']:,} tokens per step on, at {link / 1e9:.0f} GB/s and "
+            f"{flops / 1e12:.0f} Tflop/s (from {streaming['free_tokens_of_the_step']:,} on, they take no longer than "
+            "the whole step)"
+        )
+    if sweep := found.get("sweep"):
+        whose_peak = f"the largest, {sweep['largest']}" if sweep["largest"] else "one"
+        print(f"{sweep['adapters']} adapters are trained one after the other; the peak is that of {whose_peak}")
+        print(f"{'disk':<16} {sweep['disk_bytes'] / 1e9:9.3f} GB for all of them, with two checkpoints each")
+    _, whose = _memory(arguments.memory, arguments.device)
+    print(f"{'fits' if found['fits'] else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")
+    if "threads" in found:
+        print(f"threads: {found['threads']}")
+    for text, saving in found["savings"].items():
+        print(f"  {text} saves {saving / 1e9:.2f} GB{'' if total - saving > memory else ', and then it fits'}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; see the module's text."""
+    found = _planned(arguments)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    elif "options" in found:
+        _print_options(found, arguments)
+    else:
+        _print_plan(found, arguments)
+    return 0
+
+
+class _Arguments(argparse.ArgumentParser):
+    """Reads the arguments of ``plan``."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def plan(**options: Any) -> dict[str, Any]:
+    """Predicts the memory of a fine-tuning run, like the command ``qlora-ext plan``. It loads no weights.
+
+    Args:
+        options: the options of the command, with underscores: ``model="llama-3-8b"``, ``rank=8``, ``memory="24GB"``,
+            ``grad_checkpointing=True``, ``max_memory="8GB"``. None stands for the default.
+
+    Returns:
+        What the command prints with ``--json``: the ``bytes`` by purpose, their ``total``, the ``memory``, whether it
+        ``fits``, and the ``savings`` by option; with ``max_memory``, the ``options`` with which the run fits.
+
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: an argument is out of range, contradicts another, or names a file that is missing or damaged. The
+            message names the argument.
+        ImportError: a required library is missing.
+
+    Example:
+        >>> plan = qlora_app.plan(sizes="hidden=64,intermediate=128,layers=2,heads=4,vocab=512", memory="1GB")
+        >>> plan["fits"], sorted(plan["bytes"])[:2]
+        (True, ['activations', 'adapters'])
+    """
+    parser = _Arguments(prog="plan", add_help=False, allow_abbrev=False)
+    _add_options(parser)
+    known, typed = parser.parse_args([]), []
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"plan() got an unexpected keyword argument {name!r}")
+        option = f"--{name.replace('_', '-')}"
+        if value is not None and value is not False:
+            typed.append(option if value is True else f"{option}={value}")
+    try:
+        return _planned(parser.parse_args(typed))
+    except UserError as error:
+        raise ValueError(as_arguments(str(error))) from error

@@ -1,0 +1,245 @@
+"""The targets ``compressed-tensors:...``: a merged 4-bit model for vLLM, SGLang and transformers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UserError, first_line
+from ..models import validate_model
+from ..models.adapted import Adapted
+from ..models.loading import load_dense, stored_forms
+from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
+from ..models.size import model_size
+from .calibrated import CalibratedWeights
+from .job import Job
+from .model_directories import check_linear, find_model, size_of, writer
+from .trained_for import trained_for
+from .tying import tie_if_equal, untie
+from .weights import Encoder, before_and_after, finished_in, layers_by_name, stacks_in, stored_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qlora_ext.checkpoints.compressed_tensors_files import Kind
+    from qlora_ext.nn import Experts4bit
+    from qlora_ext.weight import Weight4bit
+
+
+def prepare(arguments: argparse.Namespace, name: str) -> Job:
+    """The merged model in that kind of 4-bit weights."""
+    from qlora_ext.checkpoints.compressed_tensors_files import KINDS
+    from qlora_ext.integrations.transformers.checkpoint_experts import layers_of_experts
+    from qlora_ext.nn import Linear4bit, layers_of, quantize_model
+
+    kind = KINDS[name]
+    adapted, skeleton = find_model(arguments, unties=True)
+    loader = adapted.loader
+    with torch.device("meta"):
+        quantized = quantize_model(skeleton.to(loader.dtype), **kind.form.keywords)
+    experts = check_linear(arguments.to, adapted, quantized)
+    stored = getattr(load_config(adapted.source), "quantization_config", None) or {}
+    if stored.get("quant_method") == "compressed-tensors" and not _is_reencoded(adapted, name):
+        if stored.get("format") != kind.format.name:
+            raise UserError(
+                f"--to {arguments.to}: {adapted.source.name} is in {stored.get('format')} already, and rounding it to "
+                "another 4-bit format would cost accuracy; use the target of its own format, or --to dense"
+            )
+        return Job(size_of(model_size(quantized).bytes, adapted), lambda: _in_own_format(adapted))
+    names = [
+        name
+        for name, layer in layers_of(quantized)
+        if isinstance(layer, Linear4bit) and kind.fits((layer.out_features, layer.in_features))
+    ]
+    fitting = {name: layer for name, layer in experts.items() if all(map(kind.fits, layer.packed_shapes.values()))}
+    if not names and not fitting:
+        raise UserError(
+            f"--to {arguments.to}: {adapted.source.name} has no layer with rows of a multiple of "
+            f"{kind.form.block_size} weights; use --to dense"
+        )
+    dense = validate_model.skeleton(adapted.source, load_config(adapted.source))  # which has transformers' conversions
+    try:
+        parts = {
+            f"{name}.{parameter}": layers_of_experts(dense, f"{name}.{parameter}", shape)
+            for name, layer in experts.items()
+            for parameter, shape in layer.packed_shapes.items()
+        }
+    except ValueError as error:
+        raise UserError(f"--to {arguments.to}: {first_line(error)}; use --to dense") from error
+    calibrated = CalibratedWeights(adapted, kind.form, lambda model: [*_encoded(_layers(model, kind, names), kind)])
+    plan = _Plan(adapted, kind, names, fitting, parts, calibrated)
+    return Job(size_of(model_size(quantized).bytes, adapted), lambda: _build(plan), calibrated=calibrated)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A checked export.
+
+    Attributes:
+        names: of the linear layers that are 4-bit in the result.
+        experts: those that are 4-bit in the result, by name, without memory for their weights.
+        parts: for each stack of experts the names of each expert's layers in the result.
+        calibrated: the weights that ``--calibrate`` has encoded.
+    """
+
+    adapted: Adapted
+    kind: Kind
+    names: list[str]
+    experts: dict[str, Experts4bit]
+    parts: dict[str, list[list[str]]]
+    calibrated: CalibratedWeights
+
+
+def _is_reencoded(adapted: Adapted, name: str) -> bool:
+    """Whether training has encoded the base in the format ``name``."""
+    from qlora_ext.integrations.peft.served import is_in
+
+    forms = stored_forms(adapted.source, load_config(adapted.source)) or {}
+    return trained_for(adapted.adapter) == name and not all(is_in(form, name) for form in forms.values())
+
+
+def _in_own_format(adapted: Adapted) -> Callable[[pathlib.Path], None]:
+    """Merges into the codes of a checkpoint of compressed-tensors, under its scales."""
+    from qlora_ext.integrations.peft import merge_to_4bit
+
+    model = adapted.load()
+    if adapted.adapter is not None:
+        tied = untie(model)
+        model, error = merge_to_4bit(model)
+        tie_if_equal(model, tied)
+        print(f"the codes retain {error.retained:.1%} of the adapter's update")
+    return writer(model, adapted, lambda model, partial: model.save_pretrained(partial))
+
+
+def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
+    from qlora_ext.integrations.transformers.checkpoint_experts import DenseExperts, alternates
+
+    adapted, kind = plan.adapted, plan.kind
+    four_bit = adapted.adapter is not None or is_4bit(adapted.source) or has_4bit_blocks(adapted.source)
+    model = adapted.load() if four_bit else load_dense(adapted.source, adapted.loader.dtype, adapted.loader.device)
+    encode = Encoder(kind.form)
+    tensors = dict([*_linear(model, plan, encode), *_experts(model, plan, encode)])
+    encode.report()
+    if adapted.adapter is not None:
+        tied = untie(model)
+        model = model.merge_and_unload()
+        tie_if_equal(model, tied)
+    elif four_bit:
+        model = model.dequantize()
+    state = model.state_dict()
+    for stack, parts in plan.parts.items():
+        if parts[0][0] not in tensors:
+            continue
+        del state[stack]
+        if (bias := state.pop(f"{stack}_bias", None)) is not None:
+            names = [[f"{name}.bias" for name in layers] for layers in parts]
+            state |= DenseExperts(names, alternates(model.get_submodule(stack.rpartition(".")[0])), False, "").write(
+                bias
+            )
+    for layer, of_layer in tensors.items():
+        state.pop(f"{layer}.weight", None)
+        state |= {f"{layer}.{name}": tensor for name, tensor in of_layer.items()}
+    model.config.quantization_config = kind.config(_ignored(model, plan, tensors))
+    return writer(model, adapted, lambda model, partial: model.save_pretrained(partial, state_dict=state))
+
+
+def _ignored(model: Any, plan: _Plan, tensors: Mapping[str, object]) -> list[str]:
+    """The names of the dense layers that programs may take for linear ones, in the model and in the files.
+
+    Servers make linear layers of routers, and of each expert.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.nn.Embedding) and name not in tensors
+        if isinstance(weight := module._parameters.get("weight"), torch.Tensor) and weight.ndim == 2
+    ]
+    dense += [name for parts in plan.parts.values() for layers in parts for name in layers if name not in tensors]
+    stored = revert_weight_conversion(
+        model, {f"{name}.weight": torch.empty(0, dtype=torch.float32, device="cpu") for name in dense}
+    )
+    return [*dict.fromkeys([*dense, *(name.removesuffix(".weight") for name in stored)])]
+
+
+def _layers(model: Any, kind: Kind, names: list[str]) -> dict[str, Any]:
+    """Selects from the linear layers ``names`` those that are 4-bit in the result.
+
+    Layers that are dense in a 4-bit base stay dense.
+    """
+    from qlora_ext.integrations.peft.merge import Over4bit
+    from qlora_ext.nn import Linear4bit, layers_of
+
+    kinds = (Over4bit, Linear4bit) if any(layers_of(model)) else (torch.nn.Linear,)
+    modules = layers_by_name(model)
+    return {name: modules[name] for name in names if isinstance(modules.get(name), kinds)}
+
+
+def _groups(layers: Mapping[str, Any], kind: Kind) -> Iterator[list[str]]:
+    """The names of the layers. Layers that share a factor form a group."""
+    from qlora_ext.checkpoints.compressed_tensors_files import joined_layers
+
+    return joined_layers(layers) if kind.has_factor else ([name] for name in layers)
+
+
+def _stored(layer: Any, kind: Kind) -> Weight4bit | None:
+    """The 4-bit weight of a layer whose scales the result has."""
+    return None if kind.has_factor else stored_in(kind.form, layer)
+
+
+def _encoded(layers: Mapping[str, Any], kind: Kind) -> Iterator[list[str]]:
+    """The groups of layers that need new scales."""
+    for group in _groups(layers, kind):
+        if finished_in(kind.form, [layers[name] for name in group]) is None and _stored(layers[group[0]], kind) is None:
+            yield group
+
+
+def _linear(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors of each linear layer that is 4-bit in the result, by its name.
+
+    A base in the same form keeps its codes where there is no adapter.
+    """
+    from qlora_ext.merged import seed_of
+
+    kind, calibrated = plan.kind, plan.calibrated.weights
+    layers = _layers(model, kind, plan.names)
+    for group in _groups(layers, kind):
+        if group[0] in calibrated:
+            for name in group:
+                yield name, kind.tensors(calibrated[name], [calibrated[name].shape[0]])[0]
+            continue
+        parts = [before_and_after(layers[name]) for name in group]
+        before, after = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        w4 = finished_in(kind.form, [layers[name] for name in group])
+        if w4 is None:
+            w4 = encode(before, after, _stored(layers[group[0]], kind), seed_of(f"{group[0]}.weight"))
+        rows = [len(weight) for weight, _ in parts]
+        yield from zip(group, kind.tensors(w4.to("cpu"), rows), strict=True)
+
+
+def _experts(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors of each layer of each expert, like ``_linear``."""
+    from qlora_ext.checkpoints import select_rows
+    from qlora_ext.checkpoints.rows import grouped_rows
+    from qlora_ext.integrations.transformers.checkpoint_experts import alternates
+    from qlora_ext.merged import seed_of
+    from qlora_ext.nn import layers_of
+
+    four_bit = any(layers_of(model))
+    for name, stack in stacks_in(model, plan.experts).items():
+        if four_bit and not stack.is_4bit:
+            continue
+        before, after = stack.before_and_after()
+        stored, seed = stack.stored_in(plan.kind.form), seed_of(name)
+        for e, layers in enumerate(plan.parts[name]):
+            w4 = encode(before[e], after[e], None if stored is None else stored.matrix(e), seed_of(f"{seed}.{e}"))
+            if len(layers) > 1 and alternates(stack.layout):
+                w4 = select_rows(w4, grouped_rows(len(before[e])))
+            rows = [len(before[e]) // len(layers)] * len(layers)
+            yield from zip(layers, plan.kind.tensors(w4.to("cpu"), rows), strict=True)

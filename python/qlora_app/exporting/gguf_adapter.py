@@ -1,0 +1,155 @@
+"""The target ``gguf-adapter``: LoRA on linear layers and experts, for llama.cpp and Ollama."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, first_line, reading
+from ..models import validate_model
+from ..models.adapter_files import base_of, check_files, find
+from ..models.pretrained import load_config
+from .job import Factors, Job
+from .lora import PREFIX, adapted_experts, architecture_of, check_biases, check_plain, check_tied, ranks_of
+from .read_adapter import read_adapter
+
+if TYPE_CHECKING:
+    from qlora_ext.integrations.peft.experts import LoraExperts4bit
+
+    from ..gguf.adapter import Place
+
+_TARGET = "--to gguf-adapter"
+_HEADER = 1 << 16  # bytes
+
+
+def _scalings(ranks: dict[str, int], adapter: pathlib.Path) -> dict[str, tuple[float, int]]:
+    """The factor of B · A, and the rank, of each layer."""
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
+    with reading("configuration", str(adapter)):
+        lora = LoraConfig.from_pretrained(str(adapter))
+        found = {}
+        for layer, rank in ranks.items():
+            alpha = float(lora.alpha_pattern.get(get_pattern_key([*lora.alpha_pattern], layer), lora.lora_alpha))
+            found[layer] = alpha / (math.sqrt(rank) if lora.use_rslora else rank), rank
+    return found
+
+
+def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
+    """The adapter, as float32 or float16."""
+    from qlora_ext.dtype_names import dtype_named
+    from qlora_ext.nn import Experts4bit, layers_of, quantize_model
+
+    from ..gguf.adapter import fold, places, stack_places
+
+    if arguments.adapter is None:
+        raise UserError(f"{_TARGET}: expected an adapter (--adapter), got a model; use --to dense")
+    adapter = find(arguments.adapter)
+    check_files(adapter)
+    source = base_of(adapter, arguments.model, arguments.trust_remote_code)
+    base_config = load_config(source)
+    model = validate_model.skeleton(source, base_config)
+    check_biases(_TARGET, adapter, model)
+    check_plain(_TARGET, adapter)
+    architecture = architecture_of(_TARGET, source, base_config)
+    check_tied(_TARGET, adapter, model)
+    with torch.device("meta"):
+        quantized = quantize_model(validate_model.skeleton(source, base_config))
+    experts = {name: layer for name, layer in layers_of(quantized) if isinstance(layer, Experts4bit)}
+    ranks = ranks_of(_TARGET, adapter, model, experts)
+    stacks = adapted_experts(adapter, quantized, experts)
+    scalings = _scalings(ranks, adapter)
+    scalings |= {name: (float(layer.scaling["default"]), layer.r["default"]) for name, (_, layer) in stacks.items()}
+    shapes = {name: layer.layer4bit.packed_shapes[layer.parameter_name] for name, (_, layer) in stacks.items()}
+    try:
+        alpha, factors = fold(scalings)
+        found = {layer: [place] for layer, place in places(architecture, model, ranks).items()}
+        found |= stack_places(architecture, model, shapes)
+    except ValueError as error:
+        raise UserError(f"{_TARGET}: {first_line(error)}; use --to dense") from error
+    kept = dtype_named(dtype)
+    state = model.state_dict()
+    count = sum(rank * sum(state[f"{layer}.weight"].shape) for layer, rank in ranks.items())
+    for name, (e, n, k) in shapes.items():
+        count += e * stacks[name][1].r["default"] * (n + k * len(found[name]))
+    plan = _Plan(adapter, architecture, alpha, {layer: (found[layer], factors[layer]) for layer in found}, stacks, kept)
+    return Job(
+        count * kept.itemsize + _HEADER, functools.partial(_build, plan), functools.partial(_read, plan, scalings)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A checked export.
+
+    Attributes:
+        layers: for each layer or stack the tensors in the base's file, and the factor of B.
+        stacks: from ``adapted_experts``.
+    """
+
+    adapter: pathlib.Path
+    architecture: str
+    alpha: float
+    layers: dict[str, tuple[list[Place], float]]
+    stacks: dict[str, tuple[str, LoraExperts4bit]]
+    dtype: torch.dtype
+
+
+def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
+    from ..gguf.adapter import write_adapter
+
+    matrices = dict(_matrices(plan))
+    return lambda path: write_adapter(path, plan.architecture, plan.alpha, matrices)
+
+
+def _read(
+    plan: _Plan, scalings: Mapping[str, tuple[float, int]], path: pathlib.Path
+) -> dict[str, tuple[Factors, Factors]]:
+    places = {layer: places for layer, (places, _) in plan.layers.items()}
+    return read_adapter({layer: (a, b, scalings[layer][0]) for layer, a, b in _factors(plan)}, places, path)
+
+
+def _factors(plan: _Plan) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The layers, or stacks of them, and their A and B, float32."""
+    from safetensors.torch import load_file
+
+    with reading("weights", str(plan.adapter)):
+        weights = load_file(plan.adapter / "adapter_model.safetensors")
+    for name in plan.layers:
+        if name in plan.stacks:
+            yield name, *_of_experts(*plan.stacks[name], weights)
+        else:
+            a, b = (weights[f"{PREFIX}{name}.lora_{side}.weight"].float() for side in "AB")
+            yield name, a, b
+
+
+def _matrices(plan: _Plan) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """A and B of each tensor of the base's file."""
+    for name, a, b in _factors(plan):
+        places, factor = plan.layers[name]
+        a, b = a.to(plan.dtype), (b * factor).to(plan.dtype)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(
+                f"{_TARGET}: the adapter of {name} has NaN, infinity or a value that {plan.dtype} cannot hold; try "
+                "--to gguf-adapter, which writes float32"
+            )
+        for place in places:
+            yield place.tensor, (a, b[..., place.rows, :])
+
+
+def _of_experts(path: str, layer: LoraExperts4bit, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A [E, R, K] and B [E, N, R] of the layer that has the name ``path`` in the adapter's file."""
+    for side, modules in (("A", layer.lora_A), ("B", layer.lora_B)):
+        weight = weights[f"{PREFIX}{path}.lora_{side}.weight"].float()
+        modules["default"].weight = torch.nn.Parameter(weight, requires_grad=False)
+    a, b, _ = layer.factors("default")
+    return a, b

@@ -1,0 +1,210 @@
+"""The targets ``gguf:...``. Of a base that is a GGUF file, the result is that file with other weights."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from qlora_ext.gguf import GGUFWeights, blocks
+from qlora_ext.gguf.file import ARCHITECTURES, TensorInfo, read_header
+from qlora_ext.nn import Experts4bit, layers_of, quantize_model
+from qlora_ext.weight import quantize
+
+from ..errors import UserError, first_line
+from ..gguf.layout import FileTensor, file_tensors
+from ..gguf.rewriting import rewrite
+from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed
+from ..models import validate_model
+from ..models.adapted import Adapted
+from ..models.loading import stored_forms
+from ..models.pretrained import load_config
+from ..models.sources import ModelSource, resolve
+from . import gguf_conversion
+from .calibrated import CalibratedWeights
+from .job import Job
+from .lora import adapted_experts, architecture_of, check_plain, check_tied, ranks_of
+from .merged_weights import MergedWeights
+from .model_directories import find_model
+from .trained_for import trained_for
+from .weights import Encoder
+
+_MORE_METADATA = 1 << 16  # bytes
+# Tensors that llama.cpp reads in float32.
+_FLOAT32 = ("ffn_gate_inp.weight", "_norm.weight")
+
+
+def prepare(arguments: argparse.Namespace, kind: str) -> Job:
+    """A file in which the weights have the type ``kind``, or of a GGUF file those that change."""
+    target = f"--to {arguments.to}"
+    if arguments.adapter is None:
+        source = resolve(arguments.model, arguments.trust_remote_code)
+        if source.gguf_file is not None:
+            return _retype(target, source, kind, arguments.embeddings)
+    adapted, skeleton = find_model(arguments, unties=True)
+    if adapted.source.gguf_file is None:
+        return gguf_conversion.prepare(arguments, kind, adapted, skeleton)
+    return _merge(target, adapted, skeleton, kind, arguments.embeddings)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merge:
+    """A checked export: the tensors that change.
+
+    Attributes:
+        target: the option and its value, for error messages.
+        tensors: those that hold the weights that change.
+        kinds: the types of all tensors that change, by name.
+        dropped: the names of tensors that the result does not have.
+        calibrated: the weights that ``--calibrate`` has encoded; None if the target has no 4-bit weights.
+    """
+
+    target: str
+    adapted: Adapted
+    file: pathlib.Path
+    tensors: list[FileTensor]
+    kinds: dict[str, str]
+    dropped: set[str]
+    calibrated: CalibratedWeights | None
+
+
+def _file_of(source: ModelSource) -> pathlib.Path:
+    assert source.gguf_file is not None
+    return pathlib.Path(source.path) / source.gguf_file
+
+
+def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: str | None) -> Job:
+    """The base's file with the adapter in its weights."""
+    source = adapted.source
+    assert adapted.adapter is not None
+    check_plain(target, adapted.adapter)
+    check_tied(target, adapted.adapter, skeleton)
+    architecture = architecture_of(target, source, load_config(source))
+    changed, file = _changed(target, adapted, skeleton), _file_of(source)
+    in_file = {tensor.name: tensor for tensor in read_header(file).tensors}
+    try:
+        tensors = file_tensors(architecture, skeleton, changed)
+    except ValueError as error:
+        raise UserError(f"{target}: {first_line(error)}; use --to dense") from error
+    for tensor in tensors:
+        shape = in_file[tensor.name].shape if tensor.name in in_file else None
+        if shape != tensor.shape or not tensor.is_matrix:
+            raise UserError(
+                f"{target}: {tensor.weight}: expected a tensor {tensor.name} of shape {list(tensor.shape)} in "
+                f"{source.name}, got {'none' if shape is None else list(shape)}; use --to dense"
+            )
+    of_tables = gguf_conversion.embeddings_kind(embeddings, kind)
+    kinds = {tensor.name: gguf_conversion.kind_of(tensor, kind, of_tables) for tensor in tensors}
+    # The values of NVFP4 weights contain the factors that the file has beside them.
+    factors = {f"{name.removesuffix('weight')}scale" for name in kinds if in_file[name].type_name == "NVFP4"}
+    kinds = _embeddings(file, embeddings) | kinds
+    calibrated = gguf_conversion.calibrated_weights(adapted, kind, [(tensor, kinds[tensor.name]) for tensor in tensors])
+    merge = _Merge(target, adapted, file, tensors, kinds, factors & in_file.keys(), calibrated)
+    return Job(_size(target, file, kinds), lambda: _build(merge), calibrated=calibrated)
+
+
+def _changed(target: str, adapted: Adapted, skeleton: Any) -> list[str]:
+    """The names of the weights that the adapter changes, and of those that training encoded otherwise than the file."""
+    source, adapter = adapted.source, adapted.adapter
+    assert adapter is not None
+    config = load_config(source)
+    with torch.device("meta"):
+        quantized = quantize_model(validate_model.skeleton(source, config))
+    layers = dict(layers_of(quantized))
+    stored, encoded = stored_forms(source, config), []
+    if stored is None or trained_for(adapter) is not None:
+        names = [f"{name}.{weight}" for name, layer in layers.items() for weight in layer.packed_shapes]
+        encoded = [name for name in names if stored is None or name in stored]
+    experts = {name: layer for name, layer in layers.items() if isinstance(layer, Experts4bit)}
+    changed = [f"{layer}.weight" for layer in ranks_of(target, adapter, skeleton, experts)]
+    return [*dict.fromkeys([*changed, *adapted_experts(adapter, quantized, experts), *encoded])]
+
+
+def _embeddings(file: pathlib.Path, kind: str | None) -> dict[str, str]:
+    """The types of the embeddings and the output head of a file, if they have to change."""
+    if kind is None:
+        return {}
+    tensors = [tensor for tensor in read_header(file).tensors if tensor.name in gguf_conversion.EMBEDDINGS]
+    return {tensor.name: kind.upper() for tensor in tensors if tensor.type_name != kind.upper()}
+
+
+def _size(target: str, file: pathlib.Path, kinds: dict[str, str]) -> int:
+    """The size of the file if its tensors have these types."""
+    nbytes = file.stat().st_size + _MORE_METADATA
+    for tensor in read_header(file).tensors:
+        try:
+            nbytes += nbytes_of(kinds.get(tensor.name, tensor.type_name), tensor.shape) - tensor.nbytes
+        except ValueError as error:
+            raise UserError(f"{target}: {tensor.name} has {error}; use --to gguf:f16") from error
+    return nbytes
+
+
+def _build(merge: _Merge) -> Callable[[pathlib.Path], None]:
+    model = merge.adapted.load_to_merge()
+    source = merge.adapted.source
+    in_file = GGUFWeights(merge.file, validate_model.skeleton(source, load_config(source)))
+    calibrated = {} if merge.calibrated is None else merge.calibrated.weights
+    return functools.partial(_write, merge, MergedWeights(model, calibrated, in_file.decode))
+
+
+def _write(merge: _Merge, weights: MergedWeights, path: pathlib.Path) -> None:
+    in_file = {tensor.name: tensor for tensor in read_header(merge.file).tensors}
+    encoders = {kind: Encoder(blocks.form_of(kind)) for kind in merge.kinds.values() if kind in blocks.KINDS}
+    replaced = {name: _retyped(merge.target, merge.file, in_file[name], kind) for name, kind in merge.kinds.items()}
+    for tensor in merge.tensors:
+        new = replaced[tensor.name]
+        data = functools.partial(gguf_conversion.data, merge.target, weights, tensor, new.kind, encoders.get(new.kind))
+        replaced[tensor.name] = dataclasses.replace(new, data=data)
+    rewrite(merge.file, path, replaced, merge.dropped)
+    for encode in encoders.values():
+        encode.report()
+
+
+def _retype(target: str, source: ModelSource, kind: str, embeddings: str | None) -> Job:
+    """The file with all its matrices in the type ``kind``."""
+    file = _file_of(source)
+    header = read_header(file)
+    if header.architecture not in ARCHITECTURES.values():
+        raise UserError(
+            f"{target}: {source.name} is a {header.architecture} model, expected one of "
+            f"{', '.join(dict.fromkeys(ARCHITECTURES.values()))}; use llama-quantize of llama.cpp"
+        )
+    kinds = {}
+    for tensor in header.tensors:
+        if len(tensor.shape) < 2 or not tensor.name.endswith(".weight") or tensor.name.endswith(_FLOAT32):
+            continue
+        if tensor.type_name == "NVFP4":  # other tensors have factors of its scales
+            raise UserError(f"{target}: {tensor.name} of {source.name} is in NVFP4; use --to dense")
+        is_table = tensor.name in gguf_conversion.EMBEDDINGS
+        new = gguf_conversion.embeddings_kind(embeddings, kind) if is_table else kind
+        if new != tensor.type_name:
+            kinds[tensor.name] = new
+
+    def write(path: pathlib.Path) -> None:
+        in_file = {tensor.name: tensor for tensor in header.tensors}
+        rewrite(file, path, {name: _retyped(target, file, in_file[name], kind) for name, kind in kinds.items()})
+
+    return Job(_size(target, file, kinds), lambda: write)
+
+
+def _retyped(target: str, file: pathlib.Path, tensor: TensorInfo, kind: str) -> NewTensor:
+    """A tensor of a file in another type."""
+
+    def data() -> Any:
+        rows = math.prod(tensor.shape[:-1])
+        stored = np.memmap(file, np.uint8, "r", tensor.begin, (tensor.nbytes,)).reshape(rows, -1)
+        try:
+            w = torch.from_numpy(gguf.dequantize(stored, gguf.GGMLQuantizationType[tensor.type_name]))
+            return converted(kind, w) if kind in DENSE_KINDS else packed(kind, quantize(w, blocks.form_of(kind)))
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"{target}: {tensor.name}: {first_line(error)}; use --to gguf:bf16") from error
+
+    return NewTensor(tensor.name, tensor.shape, kind, nbytes_of(kind, tensor.shape), data)

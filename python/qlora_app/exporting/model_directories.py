@@ -1,0 +1,201 @@
+"""The targets that are model directories of transformers: ``dense`` and ``bitsandbytes``."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qlora_ext.formats import NF4
+
+from ..errors import UserError
+from ..models import validate_model
+from ..models.adapted import Adapted, find_adapted
+from ..models.adapter_files import config_of
+from ..models.loading import load_dense, stored_forms
+from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_config, restore_use_cache
+from ..models.size import model_size
+from ..models.sources import PROVENANCE
+from ..outputs.files import write_json
+from .job import Job
+from .lora import check_biases, check_tied
+from .trained_for import trained_for
+from .tying import tie_if_equal, untie
+
+if TYPE_CHECKING:
+    from qlora_ext.nn import Experts4bit
+
+_BYTES_PER_TOKEN = 64  # of a tokenizer's files, with its merges
+_OTHER_FILES = 1 << 16  # bytes
+
+
+def find_model(arguments: argparse.Namespace, unties: bool = False) -> tuple[Adapted, Any]:
+    """The model and its adapter, and the dense model without memory for its weights.
+
+    Args:
+        unties: whether the target can hold an output head that is no longer tied to the embeddings.
+    """
+    adapted = find_adapted(arguments)
+    if adapted.adapter is not None and "target_modules" not in config_of(adapted.adapter):
+        kind = config_of(adapted.adapter).get("peft_type")
+        raise UserError(
+            f"--adapter {adapted.adapter}: expected an adapter of weights, got {kind}, which cannot be merged into a "
+            "model; load it with PEFT instead"
+        )
+    config = load_config(adapted.source)
+    validate_model.check_room(adapted.source, config)
+    skeleton = validate_model.skeleton(adapted.source, config)
+    if adapted.adapter is not None:
+        check_biases(f"--to {arguments.to}", adapted.adapter, skeleton)
+    if adapted.adapter is not None and not unties:
+        check_tied(f"--to {arguments.to}", adapted.adapter, skeleton)
+    return adapted, skeleton
+
+
+def size_of(weights: int, adapted: Adapted) -> int:
+    """The estimated size of a directory with that many bytes of weights."""
+    return weights + _BYTES_PER_TOKEN * len(adapted.tokenizer) + _OTHER_FILES
+
+
+def writer(model: Any, adapted: Adapted, save: Callable[[Any, pathlib.Path], None]) -> Callable[[pathlib.Path], None]:
+    restore_use_cache(model, adapted.source)
+
+    def write(partial: pathlib.Path) -> None:
+        save(model, partial)
+        adapted.tokenizer.save_pretrained(partial)
+
+    return write
+
+
+def dense(arguments: argparse.Namespace) -> Job:
+    """The merged, or decoded, model in ``--dtype``."""
+    adapted, skeleton = find_model(arguments, unties=True)
+    loader = adapted.loader
+
+    def build() -> Callable[[pathlib.Path], None]:
+        if adapted.adapter is not None:
+            model = adapted.load()
+            tied = untie(model)
+            model = model.merge_and_unload()
+            tie_if_equal(model, tied)
+        elif is_4bit(adapted.source):
+            model = loader.while_loading().dequantize()
+        else:
+            model = load_dense(adapted.source, loader.dtype, loader.device)
+        return writer(model, adapted, lambda model, partial: model.save_pretrained(partial))
+
+    return Job(size_of(model_size(skeleton.to(loader.dtype)).bytes, adapted), build)
+
+
+def check_linear(target: str, adapted: Adapted, quantized: Any) -> dict[str, Experts4bit]:
+    """Rejects a model with other 4-bit layers than linear ones and experts, given without memory for its weights.
+
+    Args:
+        target: the value of ``--to``, for the error message.
+
+    Returns:
+        The experts, by name.
+    """
+    from torch import nn
+
+    from qlora_ext.nn import Experts4bit, Linear4bit, layers_of
+
+    experts = {}
+    for name, layer in layers_of(quantized):
+        if isinstance(layer, Experts4bit):
+            experts[name] = layer
+        elif not isinstance(layer, Linear4bit) or layer.dense_class is not nn.Linear:
+            raise UserError(
+                f"--to {target}: {name} of {adapted.source.name} is not a linear layer, and that format has no other "
+                "4-bit layers; use --to dense"
+            )
+    return experts
+
+
+def _check_codes(adapted: Adapted, quantized: Any, experts: Mapping[str, Experts4bit]) -> None:
+    """Rejects an adapter on a base whose codes bitsandbytes does not have, unless it was trained for NF4."""
+    from qlora_ext.nn import layers_of
+
+    forms = stored_forms(adapted.source, load_config(adapted.source))
+    if adapted.adapter is None or forms is None:
+        return
+    if trained_for(adapted.adapter) != NF4:
+        codes = ", ".join(sorted({form.code for form in forms.values()}))
+        raise UserError(
+            f"--to bitsandbytes: the adapter was trained on weights in {codes}, which bitsandbytes does not have, and "
+            "rounding them to NF4 would lose what was learnt; use --to dense, or train with --merge-aware nf4"
+        )
+    encoded = {f"{name}.weight" for name, _ in layers_of(quantized)}
+    for name, form in forms.items():
+        if name not in encoded and name.rpartition(".")[0] not in experts:
+            raise UserError(
+                f"--to bitsandbytes: {adapted.source.name} stores {name} in {form.code}, which bitsandbytes does not "
+                "have, and training does not change it; use --to dense"
+            )
+
+
+def _merge_experts(model: Any) -> None:
+    """Replaces 4-bit experts with adapters by dense ones, into which the adapters are merged.
+
+    ``merge_to_4bit`` merges those that were trained merge-aware: it has their rounding.
+    """
+    from qlora_ext.integrations.peft.experts import LoraExperts4bit
+
+    for parent in [*model.modules()]:
+        for name, child in [*parent.named_children()]:
+            if isinstance(child, LoraExperts4bit) and not isinstance(parent, LoraExperts4bit) and not child.merge_aware:
+                setattr(parent, name, child.unload_and_optionally_merge_module(merge=True))
+
+
+def _with_dense_experts(model: Any) -> Any:
+    """The model with its 4-bit experts decoded, because bitsandbytes has no 4-bit experts."""
+    from qlora_ext.nn import Experts4bit, layers_of
+
+    for name, layer in [*layers_of(model)]:
+        if isinstance(layer, Experts4bit):
+            model.set_submodule(name, layer.to_experts())
+    return model
+
+
+def bitsandbytes(arguments: argparse.Namespace) -> Job:
+    """The model in NF4, into whose codes the adapter is merged by the rounding of ``merge --4bit``.
+
+    Experts are dense: bitsandbytes has 4-bit linear layers only.
+    """
+    import torch
+
+    from qlora_ext.integrations.bitsandbytes import save_pretrained
+    from qlora_ext.integrations.peft import merge_to_4bit
+    from qlora_ext.nn import quantize_model
+
+    adapted, skeleton = find_model(arguments, unties=True)
+    loader = adapted.loader
+    with torch.device("meta"):
+        experts = check_linear(
+            "bitsandbytes", adapted, quantize_model(skeleton.to(loader.dtype), **loader.form.keywords)
+        )
+        dense = validate_model.skeleton(adapted.source, load_config(adapted.source)).to(loader.dtype)
+        quantized = quantize_model(dense, keep=[*experts], **loader.form.keywords)
+    _check_codes(adapted, quantized, experts)
+
+    def build() -> Callable[[pathlib.Path], None]:
+        if adapted.adapter is not None:
+            model = adapted.load()
+            tied = untie(model)
+            _merge_experts(model)
+            model, error = merge_to_4bit(model)
+            tie_if_equal(model, tied)
+            print(f"the codes retain {error.retained:.1%} of the adapter's update")
+        elif has_4bit_blocks(adapted.source) or (experts and not is_4bit(adapted.source)):
+            model = loader.dense_first(keep=lambda model: [*experts])
+        else:
+            model = loader.while_loading()
+        return writer(_with_dense_experts(model), adapted, save)
+
+    def save(model: Any, partial: pathlib.Path) -> None:
+        save_pretrained(model, partial)
+        if adapted.adapter is None:
+            write_json(partial / PROVENANCE, {"model": dense_name(adapted.source), "kept": None})
+
+    return Job(size_of(model_size(quantized).bytes, adapted), build)

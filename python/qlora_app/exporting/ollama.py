@@ -1,0 +1,65 @@
+"""The targets ``ollama``: a directory with a GGUF file and the Modelfile that imports it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+from qlora_ext.untrusted import printable
+
+from ..errors import UserError
+from ..models.adapted import Adapted, find_adapted
+from ..outputs.files import write_text
+from . import gguf_adapter, gguf_model, modelfile
+from .job import Job
+
+_MODEL, _ADAPTER = "model.gguf", "adapter.gguf"
+
+
+def prepare(arguments: argparse.Namespace, kind: str) -> Job:
+    """The merged model in a type of GGUF; or if ``kind`` is "adapter", the adapter alone."""
+    if kind == "adapter":
+        return _adapter(arguments)
+    job = gguf_model.prepare(arguments, kind.upper())
+    return _with_modelfile(job, arguments, find_adapted(arguments), pathlib.PurePath(_MODEL), None)
+
+
+def _adapter(arguments: argparse.Namespace) -> Job:
+    job = gguf_adapter.prepare(arguments, "float32")
+    adapted, read = find_adapted(arguments), job.read_adapter
+    source = adapted.source
+    if source.gguf_file is None:
+        raise UserError(
+            f"--to {arguments.to}: expected an adapter whose base is a GGUF file, which the Modelfile names, got "
+            f"{source.name}; use --to ollama"
+        )
+    base = pathlib.Path(source.path).absolute() / source.gguf_file
+    if not str(base).isprintable():
+        raise UserError(f"--to {arguments.to}: a Modelfile cannot name {printable(base)}; rename it")
+    assert read is not None
+    job = dataclasses.replace(job, read_adapter=lambda path: read(path / _ADAPTER))
+    return _with_modelfile(job, arguments, adapted, base, _ADAPTER)
+
+
+def _with_modelfile(
+    job: Job, arguments: argparse.Namespace, adapted: Adapted, base: pathlib.PurePath, adapter: str | None
+) -> Job:
+    """The job with its file in a directory, next to a Modelfile."""
+
+    def build() -> Callable[[pathlib.Path], None]:
+        write = job.build()
+        source = adapted.source
+        text, notes = modelfile.text(base, adapter, adapted.tokenizer, modelfile.generation_config(source), source.name)
+
+        def write_both(directory: pathlib.Path) -> None:
+            write(directory / (adapter or base.name))
+            write_text(directory / "Modelfile", text)
+            for note in notes:
+                print(printable(note))
+            print(f"import it with: ollama create NAME -f {printable(pathlib.Path(arguments.output) / 'Modelfile')}")
+
+        return write_both
+
+    return dataclasses.replace(job, build=build)

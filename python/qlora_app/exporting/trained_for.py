@@ -1,0 +1,41 @@
+"""The format for which an adapter was trained merge-aware, and whether a target is in it."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from ..models.adapter_files import find
+
+# The formats in which targets keep the weights of merge-aware training.
+_FORMATS = {
+    "bitsandbytes": "nf4",
+    "compressed-tensors:int4": "int4",
+    "compressed-tensors:nvfp4": "nvfp4",
+    "compressed-tensors:mxfp4": "mxfp4",
+    **{f"{program}:{name}": name for program in ("gguf", "ollama") for name in ("q4_0", "iq4_nl", "mxfp4")},
+}
+
+
+def trained_for(adapter: pathlib.Path | None) -> str | None:
+    """The format that ``finetune --merge-aware FORMAT`` named; None without one.
+
+    Raises:
+        FileError: the adapter's record is damaged.
+    """
+    from qlora_ext.integrations.peft.base_file import recorded_merge_aware
+
+    found = False if adapter is None else recorded_merge_aware(adapter)
+    return found if isinstance(found, str) else None
+
+
+def warn_of_other_format(to: str, adapter: str) -> None:
+    """Says that a target changes the weights of merge-aware training, and which one keeps them."""
+    code = trained_for(find(adapter))
+    if code is not None and _FORMATS.get(to) != code:
+        targets = " or ".join(f"--to {name}" for name, own in _FORMATS.items() if own == code)
+        print(
+            f"qlora-ext: --to {to}: the adapter was trained for {code}, so the loss of the result will differ from the "
+            f"trained one; use {targets} to keep the weights that were trained",
+            file=sys.stderr,
+        )

@@ -1,0 +1,35 @@
+"""The size of a 4-bit model, and its coverage."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def dense_share(model: Any) -> str | None:
+    """A line about linear weights that stayed dense without being requested to; None if there are at most 1%."""
+    from qlora_ext.nn import coverage
+
+    found = coverage(model)
+    return f"linear  {found}" if found.exceeds_tolerance else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """A model's size: the number of parameters, and their bytes."""
+
+    parameters: int
+    bytes: int
+
+    def dense_bytes(self, dtype: torch.dtype) -> int:
+        """The bytes of the same parameters, all of them dense in ``dtype``."""
+        return self.parameters * dtype.itemsize
+
+
+def model_size(model: Any) -> ModelSize:
+    """The size of a 4-bit model's weights. A tensor that several modules share counts once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    return ModelSize(sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))

@@ -1,0 +1,157 @@
+"""The entries that our directories may contain, file by file. All others are foreign and never deleted."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+import stat
+from collections.abc import Callable, Collection
+from typing import Any
+
+from qlora_ext.untrusted import Schema, read_json
+
+from ..errors import UserError
+from .files import contents
+
+# The file in every directory that a command writes, with the command and its files or settings.
+MARKER = "qlora_output.json"
+MANIFEST = "manifest.json"  # in a checkpoint, the list of its files; see checkpoints.py
+RECORD = "qlora_run.json"  # in an adapter that finetune wrote
+_MARKER: Schema = {"command?": str, "files?": [str], "waiting?": str, "output?": str, "runs?": [str]}
+# Files of a run, which also has adapter/, checkpoint-N/, and the event files of --report-to tensorboard.
+_RUN = frozenset({"settings.json", "before.json", "metrics.jsonl", "loss.png", MARKER})
+SWEEP = "sweep.json"  # in the directory of a sweep, which also has a run per adapter; its marker lists their names
+_SWEEP = frozenset({SWEEP, "loss.png", MARKER})
+_EVENTS = re.compile(r"runs/[^/]+/events\.out\.tfevents\.[^/]+")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+# Files of adapters and checkpoints that have no list of their files: from earlier versions, or damaged.
+_SAVED_BY_PEFT = frozenset({"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora_base.json"})
+_SAVED_BY_TRAINER = re.compile(
+    r"optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|trainer_state\.json|training_args\.bin|rng_state(_\d+)?\.pth|"
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|chat_template\.jinja"
+)
+# The kinds of intermediate results in OUTPUT.KIND, and the names of their files (waiting.py).
+WAITING = {
+    "weights": re.compile(r"[0-9a-f]{32}\.safetensors"),
+    "calibration": re.compile(r"calibration\.json|tokens\.safetensors|[0-9a-f]{16}\.(safetensors|done)"),
+}
+
+
+def read_marker(directory: pathlib.Path) -> dict[str, Any]:
+    """The marker of ``directory``: the command and its files or settings. Empty if there is no marker.
+
+    Raises:
+        UserError: the marker is damaged.
+    """
+    path = directory / MARKER
+    marker: dict[str, Any] = read_json(path, _MARKER) if path.is_file() and not path.is_symlink() else {}
+    return marker
+
+
+def is_ours(directory: pathlib.Path) -> bool:
+    """Whether ``directory`` has a marker of a command. It may still have foreign files."""
+    try:
+        return "command" in read_marker(directory)
+    except UserError:
+        return False
+
+
+def foreign_in(directory: pathlib.Path, written: Callable[[str], bool]) -> str | None:
+    """The relative name of the first foreign entry below ``directory``; None if there is none.
+
+    Foreign entries are links, files that are not regular, empty directories, and files that ``written`` rejects.
+    """
+    left = contents(directory)[::-1]
+    while left:
+        path = left.pop()
+        name, mode = path.relative_to(directory).as_posix(), path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            inner = sorted(path.iterdir(), reverse=True)
+            if not inner:
+                return name
+            left += inner
+        elif not stat.S_ISREG(mode) or not written(name):
+            return name
+    return None
+
+
+def foreign_to(files: Collection[str]) -> Callable[[pathlib.Path], str | None]:
+    """A ``Foreign`` that accepts ``files``, given by their relative paths."""
+    return lambda directory: foreign_in(directory, frozenset(files).__contains__)
+
+
+def _listed(path: pathlib.Path, of: Callable[[Any], Any]) -> set[str]:
+    """The names that a record lists; empty if it is missing or damaged."""
+    try:
+        names = of(read_json(path, dict)) if path.is_file() else ()
+    except UserError:
+        return set()
+    return {name for name in names or () if isinstance(name, str)}
+
+
+def _saved_with_adapter(adapter: pathlib.Path) -> Callable[[str], bool]:
+    listed = _listed(adapter / RECORD, lambda record: record.get("files"))
+    return {*(listed or _SAVED_BY_PEFT), RECORD}.__contains__
+
+
+def _saved_with_checkpoint(checkpoint: pathlib.Path) -> Callable[[str], bool]:
+    listed = {*_listed(checkpoint / MANIFEST, lambda manifest: manifest), *_SAVED_BY_PEFT, MANIFEST}
+    return lambda name: name in listed or bool(_SAVED_BY_TRAINER.fullmatch(name))
+
+
+def foreign_in_adapter(adapter: pathlib.Path) -> str | None:
+    """The first entry in the directory of a run's adapter that the run did not write."""
+    return foreign_in(adapter, _saved_with_adapter(adapter))
+
+
+def foreign_in_checkpoint(checkpoint: pathlib.Path) -> str | None:
+    """The first entry in a checkpoint that the run did not write. Without a manifest, every entry counts."""
+    if not (checkpoint / MANIFEST).is_file():
+        return next((path.name for path in contents(checkpoint)), ".")
+    return foreign_in(checkpoint, _saved_with_checkpoint(checkpoint))
+
+
+def _written_by_run(run: pathlib.Path) -> Callable[[str], bool]:
+    @functools.cache
+    def saved_with(name: str) -> Callable[[str], bool]:
+        if name == "adapter":
+            return _saved_with_adapter(run / name)
+        return _saved_with_checkpoint(run / name) if _CHECKPOINT.fullmatch(name) else lambda name: False
+
+    def written(name: str) -> bool:
+        first, _, rest = name.partition("/")
+        return bool(_EVENTS.fullmatch(name)) or (saved_with(first)(rest) if rest else name in _RUN)
+
+    return written
+
+
+def foreign_in_run(run: pathlib.Path) -> str | None:
+    """The first entry in the directory of a run that the run did not write."""
+    return foreign_in(run, _written_by_run(run))
+
+
+def foreign_in_sweep(sweep: pathlib.Path) -> str | None:
+    """The first entry in the directory of a sweep that neither the sweep nor one of its runs wrote."""
+    by_run = {name: _written_by_run(sweep / name) for name in read_marker(sweep).get("runs") or ()}
+
+    def written(name: str) -> bool:
+        first, _, rest = name.partition("/")
+        return first in by_run and by_run[first](rest) if rest else name in _SWEEP
+
+    return foreign_in(sweep, written)
+
+
+def may_be_unfinished_in_run(name: str) -> bool:
+    """Whether a run writes an entry of that name, so that a kill may leave it unfinished."""
+    return name in _RUN or name == "adapter" or bool(_CHECKPOINT.fullmatch(name))
+
+
+def may_be_unfinished_in_sweep(name: str) -> bool:
+    """The same for a file of a sweep. Its runs are written together with it."""
+    return name in _SWEEP
+
+
+def may_wait(kind: str, name: str) -> bool:
+    """Whether intermediate results of a kind, "weights" or "calibration", may include a file of that name."""
+    return name == MARKER or bool(WAITING[kind].fullmatch(name))

@@ -1,0 +1,197 @@
+"""The answers to a request, as their pieces arrive from the decoder."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ..decoding import Sampling
+from .errors import APIError
+from .grammar import JSONGrammar
+from .loop import DecodingLoop, LoopEnded, Progress, RunningSequence, Token
+from .requests import CompletionRequest
+from .text import AnswerText
+from .tools import ToolCall, ToolCallText
+
+_FINISH_REASONS = ("stop", "length")  # of OpenAI's and ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of an answer: text, the tokens whose text it begins, and why the answer ends after it, if it does."""
+
+    index: int
+    text: str
+    tokens: list[Token]
+    finish_reason: str | None
+    calls: list[ToolCall] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedPrompt:
+    """The tokens of a prompt.
+
+    Attributes:
+        echo: the text with which the answers begin.
+        places: the place in ``echo`` at which each token begins.
+    """
+
+    tokens: list[int]
+    echo: str = ""
+    places: list[int] = dataclasses.field(default_factory=list)
+
+
+class _Answer:
+    """One of the answers to a request."""
+
+    def __init__(self, index: int, prompt: EncodedPrompt, text: AnswerText, tools: ToolCallText | None) -> None:
+        self.index = index
+        self.written = 0  # tokens
+        self.done = False
+        self._prompt, self._text, self._tools = prompt, text, tools
+        self._echo = prompt.echo  # until it is a part of a piece
+        self._tokens: list[Token] = []  # those whose text has not been returned
+
+    def add(self, progress: Progress) -> Piece | None:
+        """The next piece of the answer, if there is text to show or the answer ends."""
+        if self.done:  # by a stop string; the decoder has written more in the meantime
+            return None
+        before = self.written
+        parts, self._echo = [self._echo], ""
+        for token, place in zip(progress.prompt, self._prompt.places, strict=False):
+            self._tokens.append(dataclasses.replace(token, offset=place))
+        for read, token in enumerate(progress.tokens, 1):
+            self._tokens.append(dataclasses.replace(token, offset=len(self._prompt.echo) + self._text.decoded))
+            parts.append(self._text.push(token.id))
+            if self._text.stopped:
+                self.written = before + read
+                return self._piece("".join(parts), "stop")
+        self.written = progress.written
+        if progress.finish_reason is None:
+            return self._piece("".join(parts), None)
+        if progress.finish_reason not in _FINISH_REASONS:
+            raise _error(progress)
+        text = "".join(parts) + self._text.finish()
+        return self._piece(text, "stop" if self._text.stopped else progress.finish_reason)
+
+    def _piece(self, text: str, finish_reason: str | None) -> Piece | None:
+        calls: list[ToolCall] = []
+        if self._tools is not None:
+            text, calls = self._tools.push(text, last=finish_reason is not None)
+            if self._tools.ended or (self._tools.found and finish_reason == "stop"):
+                finish_reason = "tool_calls"
+        if not text and not calls and finish_reason is None:
+            return None
+        self.done = finish_reason is not None
+        tokens, self._tokens = self._tokens, []
+        return Piece(self.index, text, tokens, finish_reason, calls)
+
+
+def _error(progress: Progress) -> APIError:
+    if progress.finish_reason == "cancelled":
+        return APIError(503, "the server is shutting down")
+    if isinstance(progress.error, FloatingPointError):
+        return APIError(500, "the model computed NaN or infinity for this request")
+    return APIError(500, f"the decoder failed ({type(progress.error).__name__})")
+
+
+class Answers:
+    """The answers to one request: ``n`` for each of its prompts, in the order of the prompts.
+
+    Args:
+        prompts: each leaves room for a token, if the request asks for one.
+        adapter: as in ``BatchDecoder.submit``.
+        calls: whether calls of tools are to be found in the answers.
+        grammar: limits each answer.
+
+    Raises:
+        APIError: the decoder rejects a sequence.
+    """
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        prompts: Sequence[EncodedPrompt],
+        adapter: str,
+        tokenizer: Any,
+        loop: DecodingLoop,
+        calls: bool = False,
+        grammar: JSONGrammar | None = None,
+    ) -> None:
+        self.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        self._loop = loop
+        self._sequences: list[RunningSequence] = []
+        self._progress: asyncio.Queue[tuple[_Answer, Progress]] = asyncio.Queue()
+        self._answers: list[_Answer] = []
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        try:
+            for prompt in prompts:
+                for _ in range(request.n):
+                    text = AnswerText(tokenizer, prompt.tokens, request.stop)
+                    tools = ToolCallText(request.parallel_tool_calls) if calls else None
+                    answer = _Answer(len(self._answers), prompt, text, tools)
+                    self._answers.append(answer)
+                    own_seed = (seed + answer.index) % 2**63
+                    self._submit(request, answer, prompt.tokens, own_seed, adapter, grammar and grammar.copy())
+        except BaseException as error:
+            self.cancel()
+            if isinstance(error, LoopEnded):
+                raise APIError(503, "the server is shutting down") from error
+            if isinstance(error, ValueError):
+                raise APIError(400, str(error)) from error
+            raise
+
+    def _submit(
+        self,
+        request: CompletionRequest,
+        answer: _Answer,
+        prompt: list[int],
+        seed: int,
+        adapter: str,
+        grammar: JSONGrammar | None,
+    ) -> None:
+        room = self._loop.decoder.capacity - len(prompt)
+        sampling = Sampling(
+            max_new_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            seed=seed,
+            top_logprobs=request.top_logprobs or 0,
+            prompt_logprobs=request.echo and request.top_logprobs is not None,
+            allowed_tokens=grammar,
+        )
+        events, progress = asyncio.get_running_loop(), self._progress
+
+        def listen(new: Progress) -> None:
+            events.call_soon_threadsafe(progress.put_nowait, (answer, new))
+
+        self._sequences.append(self._loop.submit(prompt, sampling, adapter, listen))
+
+    @property
+    def written(self) -> int:
+        """How many tokens were written for all answers so far."""
+        return sum(answer.written for answer in self._answers)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The pieces of all answers as they come, until each has ended.
+
+        Raises:
+            APIError: the decoder failed, or ended.
+        """
+        while not all(answer.done for answer in self._answers):
+            answer, progress = await self._progress.get()
+            piece = answer.add(progress)
+            if piece is not None:
+                if piece.finish_reason is not None:
+                    self._loop.cancel(self._sequences[answer.index])  # which may have gone on after a stop string
+                yield piece
+
+    def cancel(self) -> None:
+        """Ends the sequences that still run."""
+        for sequence in self._sequences:
+            self._loop.cancel(sequence)

@@ -1,0 +1,61 @@
+"""The last phase of a run: saves the adapter, its record, and the metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import pathlib
+import shlex
+from typing import Any
+
+from qlora_ext.untrusted import printable
+from qlora_ext.version import VERSION
+
+from ..outputs.files import staged_directory, write_json, write_json_lines
+from ..outputs.ownership import RECORD, foreign_in_adapter
+from ..terminal.progress import describe, is_measured, plot_loss
+from ..terminal.samples import show_sample
+from .measuring import figures, sample
+from .run import Run
+
+
+def save(run: Run) -> dict[str, float]:
+    """Saves the adapter and the metrics of a trained run. Returns the metrics."""
+    end = run.trainer.measure()
+    steps = [line for line in run.trainer.state.log_history if "loss" in line or is_measured(line)]
+    history = [run.before, *(line for line in steps if "loss" in line or line["step"] < end["step"]), end]
+    write_json_lines(run.metrics, history)
+    metrics = {"steps": end["step"]}
+    for when, measured in (("before", run.before), ("after", end)):
+        metrics |= {f"{key}_{when}": value for key, value in figures(measured).items()}
+    _save_adapter(run, metrics)
+    curve = run.directory / "loss.png"
+    plot_loss(history, curve, f"{pathlib.Path(run.settings.model).name} on {pathlib.Path(run.settings.data).name}")
+    run.report(f"held-out {describe(run.before)} before -> {describe(end)} after training")
+    show_sample(run.console, "after training", *sample(run))
+    run.report(f"adapter {run.adapter}\nmetrics {run.metrics}\ncurve   {curve}")
+    # Not wrapped, so that the commands can be copied.
+    run.console.print(f"try it: {_try_it(run, 'generate', '--prompt', 'Hello')}", soft_wrap=True)
+    run.console.print(f"   or:  {_try_it(run, 'chat')}", soft_wrap=True)
+    return metrics
+
+
+def _save_adapter(run: Run, metrics: dict[str, Any]) -> None:
+    record = {
+        "model": run.source.name,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "version": VERSION,
+        "settings": dataclasses.asdict(run.settings),
+        "metrics": metrics,
+    }
+    with staged_directory(run.adapter, foreign_in_adapter) as partial:
+        run.model.save_pretrained(str(partial))
+        files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if not p.is_dir())
+        write_json(partial / RECORD, {**record, "files": files})
+
+
+def _try_it(run: Run, command: str, *options: str) -> str:
+    """A shell command that uses the adapter."""
+    if run.source.trust_remote_code:
+        options = (*options, "--model", run.source.name, "--trust-remote-code")
+    return printable(shlex.join(["qlora-ext", command, "--adapter", str(run.adapter), *options]))

@@ -1,0 +1,450 @@
+"""The options of a fine-tuning run, with their defaults and limits, and the record that --resume reads."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_ext.formats import BLOCK_SIZES, SERVED_FORMATS
+from qlora_ext.sizes import parse_size
+from qlora_ext.untrusted import check, excerpt, printable, read_json
+
+from ..data import DEFAULT_DATA
+from ..errors import UserError
+from ..models.devices import AUTO, check_dtype
+from ..models.sources import DEFAULT_MODEL
+
+METHODS = ("auto", "sft", "dpo", "kto", "grpo")
+NO_NEFTUNE = (
+    "--neftune-alpha: not supported with DPO and KTO, because the noise would change the base model's answers too"
+)
+CONSTANT = "constant"
+# The schedules of transformers without further parameters. The first two do not depend on the length of the run.
+SCHEDULES = (
+    CONSTANT,
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
+BASE_FORMAT = "base"  # the value of --merge-aware for the format of each layer of the base
+_INT_LIMIT = 2**31  # the limit of integers that have no other one
+_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "tuple[int, ...]": [int]}
+
+
+def _option(default: Any, text: str, minimum: float | None = None, below: float | None = None, **more: Any) -> Any:
+    """A field with the metadata of its command-line option. Its limits are ``minimum <= value < below``."""
+    metadata = {"help": text, "minimum": minimum, "below": below, **more}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def layer_numbers(text: str) -> list[int]:
+    """The layer numbers in ``--layers``, as in 0-3,7; empty if it names all layers.
+
+    Raises:
+        UserError: ``text`` is not a list of numbers and ranges.
+    """
+    numbers: set[int] = set()
+    for part in filter(None, map(str.strip, text.split(","))):
+        found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise UserError(f"--layers {excerpt(text)}: expected layer numbers and ranges from 0, such as 0-3,7")
+        numbers.update(range(first, last + 1))
+    return sorted(numbers)
+
+
+def named_modules(text: str) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of ``qlora-ext finetune``. Defaults follow the QLoRA paper (Dettmers et al., 2023, appendix B)."""
+
+    model: str = _option(DEFAULT_MODEL, "a model directory, a .gguf file, a hub name, or package:NAME", group="what",
+                         free=True)  # fmt: skip
+    data: str = _option(
+        DEFAULT_DATA,
+        "a file (.jsonl, .csv, .parquet, .txt, ...), a directory of files, OWNER/NAME on the hub, or package:NAME",
+        group="what",
+        free=True,
+    )
+    split: str = _option("train", "the split to read, if the data have several", group="what")
+    seq_len: int = _option(256, "tokens per row; longer texts make several rows", 2, group="what")
+    eval_size: int = _option(48, "examples held out to measure perplexity on", 1, group="what")
+
+    rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
+    alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", 0, 1e6, group="adapter")
+    dropout: float = _option(0.05, "LoRA dropout (not with dpo, kto and grpo)", 0, 1, group="adapter")
+    target_modules: str = _option(
+        "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
+    )
+    layers: str = _option(
+        "", "numbers of the layers that get an adapter, from 0 on, such as 0-3,7 (default: all)", group="adapter"
+    )
+    modules_to_save: str = _option(
+        "", "modules to train in full and save with the adapter, such as lm_head or embed_tokens, separated by commas",
+        group="adapter",
+    )  # fmt: skip
+    rslora: bool = _option(False, "scale by alpha / sqrt(rank), which suits large ranks (rsLoRA)", group="adapter")
+    dora: bool = _option(False, "also train the norm of each row of the weights (DoRA; slower steps)",
+                         group="adapter")  # fmt: skip
+    block_size: int = _option(64, "weights per scale", choices=BLOCK_SIZES, group="adapter")
+    init_adapter: str = _option(
+        "", "an adapter to start from, such as one of quantize --init-lora; it determines rank, alpha and layers",
+        group="adapter", free=True,
+    )  # fmt: skip
+
+    merge_aware: str = _option(
+        "",
+        "train with the 4-bit weights that export writes in this format, so that exporting loses nothing (slower "
+        "steps; no dropout): q4_0, iq4_nl, int4, nvfp4, mxfp4 or nf4; base, or no value: those of merge --4bit",
+        choices=(BASE_FORMAT, *SERVED_FORMATS), bare=BASE_FORMAT, group="adapter", metavar="FORMAT",
+    )  # fmt: skip
+
+    method: str = _option(
+        "auto",
+        "sft: learn the answers; dpo (by TRL): learn which of two answers is preferred; kto (by TRL): learn which "
+        "answers are good and which bad; grpo (by TRL): sample answers and learn from their rewards; auto: sft, dpo "
+        "or kto, depending on --data",
+        choices=METHODS, group="training",
+    )  # fmt: skip
+    beta: float = _option(
+        0.1, "dpo, kto and grpo: larger values keep the model closer to the base (default: 0.1, and 0 with grpo)", 0,
+        1e6, group="training",
+    )  # fmt: skip
+    generations: int = _option(4, "grpo: answers per prompt", 2, group="training")
+    max_new_tokens: int = _option(128, "grpo: tokens per answer", 1, group="training")
+    temperature: float = _option(1.0, "grpo: sampling temperature", 0, 1e3, group="training")
+    max_steps: int = _option(50, "optimizer steps", 1, group="training")
+    epochs: float = _option(0.0, "passes over the rows, instead of --max-steps", 0, 1e6, group="training")
+    batch_size: int = _option(4, "rows per forward pass; short examples share a row", 1, group="training")
+    grad_accum: int = _option(1, "forward passes per optimizer step", 1, group="training")
+    lr: float = _option(2e-4, "learning rate", 0, 1e6, group="training")
+    lr_schedule: str = _option(
+        "constant_with_warmup", "learning-rate schedule, by its name in transformers", choices=SCHEDULES,
+        group="training",
+    )  # fmt: skip
+    warmup_ratio: float = _option(
+        0.03, "share of the steps in which the learning rate rises from 0", 0, 1, group="training"
+    )
+    warmup_steps: int = _option(0, "warm-up steps, instead of --warmup-ratio", 0, group="training")
+    weight_decay: float = _option(0.0, "weight decay of the optimizer", 0, 1e6, group="training")
+    max_grad_norm: float = _option(
+        0.3, "norm to which gradients are clipped (0: no clipping)", 0, 1e6, group="training"
+    )
+    neftune_alpha: float = _option(
+        0.0, "noise added to the embeddings in training (NEFTune; 5 is common, 0: none)", 0, 1e6, group="training"
+    )
+    no_packing: bool = _option(False, "put each example into its own padded row", group="training")
+    optimizer: str = _option(
+        "adamw_torch",
+        "an optimizer of transformers' Trainer; adamw_8bit and paged_adamw_8bit (with bitsandbytes) save memory",
+        group="training",
+    )
+    seed: int = _option(
+        0, "seed of the adapter's initial values, the data order and dropout", 0, 2**32, group="training"
+    )
+    save_steps: int = _option(20, "steps between checkpoints", 1, group="training", free=True)
+    eval_steps: int = _option(
+        0, "steps between measurements of held-out perplexity (0: only before and after training)", 0,
+        group="training", free=True,
+    )  # fmt: skip
+
+    report_to: str = _option(
+        "none",
+        "experiment trackers to report to, by their names in transformers, separated by commas, such as "
+        "tensorboard (which writes to OUTPUT/runs), wandb or mlflow",
+        group="training", free=True,
+    )  # fmt: skip
+
+    dtype: str = _option(
+        AUTO,
+        "bfloat16, float16, float32, or auto: the faster one on this processor",
+        group="machine",
+    )
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="machine", free=True)
+    grad_checkpointing: bool = _option(
+        False, "recompute activations in the backward pass: less memory, more time", group="machine"
+    )
+    chunked_loss: bool = _option(False, "never have the logits of all tokens in memory", group="machine")
+    offload_checkpoints: bool = _option(
+        False, "with --grad-checkpointing on a GPU: keep the layers' inputs in host memory until the backward pass",
+        group="machine",
+    )  # fmt: skip
+    mlp_chunk: int = _option(
+        0, "run the MLPs on at most N tokens at a time, and recompute them backward (0: all tokens)", 0, group="machine"
+    )
+    stream: str = _option(
+        "none",
+        "load each frozen layer just before it is used: from ram (pinned host memory, for a GPU) or disk (the files of "
+        "a 4-bit model; a dense model is first quantized to OUTPUT-base)",
+        choices=("none", "ram", "disk"), group="machine", free=True,
+    )  # fmt: skip
+    resident: str = _option(
+        "", "with --stream: memory that the weights may use on the device, such as 6GB (default: the minimum)",
+        group="machine", free=True, metavar="SIZE",
+    )  # fmt: skip
+
+    max_memory: str = _option(
+        "",
+        "choose the memory-saving options with which the run fits into this much, such as 8GB",
+        group="machine",
+        metavar="SIZE",
+    )
+
+    # Not an option: the numbers of steps before --resume --max-steps extended the run, in increasing order.
+    former_steps: tuple[int, ...] = _option((), "", group=None)
+
+    @property
+    def step_rows(self) -> int:
+        """Rows per optimizer step."""
+        return self.batch_size * self.grad_accum
+
+    @property
+    def train_rows(self) -> int | None:
+        """The number of rows that the run can use; None for all."""
+        return None if self.epochs else self.max_steps * self.step_rows
+
+    @property
+    def stages(self) -> list[int]:
+        """The number of rows that the run can use, for each of its former lengths and for the current one."""
+        return [steps * self.step_rows for steps in (*self.former_steps, self.max_steps)]
+
+    @property
+    def first_rows(self) -> int | None:
+        """The number of rows that the run could use at its start, when rows were held out; None for all."""
+        return None if self.epochs else self.stages[0]
+
+    @property
+    def longer(self) -> str:
+        """The option that extends a resumed run."""
+        return "epochs" if self.epochs else "max_steps"
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the learning rate at a step depends on the number of steps."""
+        return self.lr_schedule in ("linear", "cosine", "cosine_with_restarts", "polynomial")
+
+    def warmup(self, steps: int) -> int:
+        """The number of warm-up steps in a run of ``steps`` steps."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
+
+    def steps(self, rows: int) -> int:
+        """The number of optimizer steps for so many rows. Each epoch ends with a step, as in transformers' Trainer."""
+        if self.method == "grpo":
+            rows *= self.generations
+        steps_per_epoch = math.ceil(math.ceil(rows / self.batch_size) / self.grad_accum)
+        return max(1, math.ceil(self.epochs * steps_per_epoch)) if self.epochs else self.max_steps
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, minimum, below = getattr(self, field.name), field.metadata["minimum"], field.metadata["below"]
+            below = _INT_LIMIT if below is None and field.type == "int" else below
+            choices = field.metadata.get("choices")
+            if choices and value not in (*choices, field.default):
+                raise UserError(f"{flag(field.name)} {value}: expected one of {', '.join(map(str, choices))}")
+            if (minimum is not None and not value >= minimum) or (below is not None and not value < below):
+                upper = "" if below is None else f" and below {below}"
+                raise UserError(f"{flag(field.name)} {value}: expected a value of at least {minimum}{upper}")
+        positive = ("alpha", "lr", "temperature") if self.method == "grpo" else ("alpha", "lr", "beta")
+        for name in positive:
+            if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
+                raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
+        if self.merge_aware and self.dora:
+            raise UserError("--merge-aware supports plain LoRA only; remove --dora")
+        if self.merge_aware and self.dropout:
+            raise UserError(f"--merge-aware: merged weights have no dropout; expected --dropout 0, got {self.dropout}")
+        if self.merge_aware and self.stream != "none":
+            raise UserError(
+                "--merge-aware and --stream exclude each other: merged weights of every layer stay in memory"
+            )
+        if self.neftune_alpha and self.method in ("dpo", "kto"):
+            raise UserError(NO_NEFTUNE)
+        if self.method == "grpo":
+            self._check_grpo()
+        layer_numbers(self.layers)
+        lengths = [0, *self.former_steps, self.max_steps]
+        if not self.epochs and lengths != sorted(set(lengths)):
+            raise UserError(f"former_steps {list(self.former_steps)}: expected increasing lengths below --max-steps")
+        if self.offload_checkpoints and not self.grad_checkpointing:
+            raise UserError("--offload-checkpoints needs --grad-checkpointing")
+        if self.resident and self.stream == "none":
+            raise UserError(f"--resident {self.resident} needs --stream ram or --stream disk")
+        for name in ("merge_aware", "layers", "dora"):
+            if self.max_memory and getattr(self, name):
+                raise UserError(f"--max-memory: the planner does not support {flag(name)}")
+        for name in ("resident", "max_memory"):
+            if size := getattr(self, name):
+                try:
+                    parse_size(flag(name), size)
+                except ValueError as error:
+                    raise UserError(str(error)) from error
+        check_dtype(self.dtype)
+
+    def _check_grpo(self) -> None:
+        if self.step_rows % self.generations:
+            raise UserError(
+                f"--generations {self.generations}: expected a divisor of --batch-size times --grad-accum, which is "
+                f"{self.step_rows}"
+            )
+        if self.max_new_tokens >= self.seq_len:
+            raise UserError(
+                f"--max-new-tokens {self.max_new_tokens}: expected less than --seq-len, which is {self.seq_len} tokens "
+                "for prompt and answer"
+            )
+        for name in ("dropout", "neftune_alpha", "no_packing", "chunked_loss", "max_memory", "merge_aware"):
+            if getattr(self, name):
+                raise UserError(f"{flag(name)}: not supported with --method grpo")
+
+
+def schema() -> dict[str, Any]:
+    """The schema of recorded settings. All fields are optional."""
+    kinds: dict[str, Any] = {f"{field.name}?": _TYPES[str(field.type)] for field in dataclasses.fields(Settings)}
+    return {**kinds, "merge_aware?": (bool, str)}
+
+
+def _with_format(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the name of a format as merge_aware, which used to be a bool."""
+    aware = values.get("merge_aware")
+    return {**values, "merge_aware": BASE_FORMAT if aware else ""} if isinstance(aware, bool) else {**values}
+
+
+def read_settings(path: pathlib.Path) -> dict[str, Any]:
+    """The settings of a run, from its ``settings.json``.
+
+    Raises:
+        FileError: the file is damaged.
+    """
+    return _with_format({name: value for name, value in read_json(path, schema()).items() if value is not None})
+
+
+def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
+    """The settings among the ``values`` in the file ``path``. Other values are ignored.
+
+    Raises:
+        FileError, UserError: a value has a wrong type, or is out of range.
+    """
+    check(values, schema(), printable(path), "settings")
+    names = {field.name for field in dataclasses.fields(Settings)}
+    known = {name: value for name, value in values.items() if name in names and value is not None}
+    try:
+        return Settings(**_with_format(known))
+    except UserError as error:
+        raise UserError(f"{printable(path)}: {error}") from error
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def options_of(changes: Mapping[str, Any]) -> str:
+    """Changed settings as command-line options."""
+    options = (flag(name) if value is True else f"{flag(name)} {value}" for name, value in changes.items())
+    return " ".join(options) or "no option"
+
+
+_GROUPS = {
+    "what": "model and text",
+    "adapter": "adapter",
+    "training": "training",
+    "machine": "machine and memory",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds one option per field. Omitted options are not in the namespace."""
+    groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}
+    for field in dataclasses.fields(Settings):
+        if field.metadata["group"] is None:
+            continue
+        group, text = groups[field.metadata["group"]], field.metadata["help"]
+        if field.type == "bool":
+            group.add_argument(flag(field.name), action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        kind = _TYPES[str(field.type)]
+        metavar = {"int": "N", "float": "X", "str": field.metadata.get("metavar", "NAME")}[str(field.type)]
+        group.add_argument(
+            flag(field.name),
+            type=kind,
+            metavar=metavar,
+            default=argparse.SUPPRESS,
+            nargs="?" if "bare" in field.metadata else None,
+            const=field.metadata.get("bare"),
+            choices=field.metadata.get("choices"),
+            help=text if "default:" in text or field.default == "" else f"{text} (default: {field.default})",
+        )
+
+
+def named_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among ``values``."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def given(options: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
+    """The settings that the user gave, and those that follow from them.
+
+    Args:
+        resume: whether they are for a resumed run.
+
+    Raises:
+        UserError: two settings contradict each other, or one is empty.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    typed = _with_format(options)
+    for name, value in typed.items():
+        # An unset shell variable gives an empty value. For a resumed run, it means to remove the option.
+        if value == defaults[name] == "" and not resume:
+            raise UserError(f"{flag(name)}: the value is empty; remove the option")
+    if typed.get("epochs") and "max_steps" in typed:
+        raise UserError("--epochs and --max-steps exclude each other; give one of them")
+    if typed.get("warmup_steps") is not None:
+        if typed.get("warmup_ratio"):
+            raise UserError("--warmup-steps and --warmup-ratio exclude each other; give one of them")
+        typed["warmup_ratio"] = 0.0
+    if typed.get("lr_schedule") == CONSTANT:
+        if typed.get("warmup_steps") or typed.get("warmup_ratio"):
+            raise UserError("--lr-schedule constant has no warm-up; use constant_with_warmup")
+        typed["warmup_ratio"] = 0.0
+    if typed.get("merge_aware"):
+        typed.setdefault("dropout", 0.0)  # merge-aware adapters cannot have dropout
+    if typed.get("method") == "grpo":
+        typed.setdefault("dropout", 0.0)  # answers are sampled without dropout
+        typed.setdefault("beta", 0.0)
+    return typed
+
+
+def resumed(recorded: dict[str, Any], typed: dict[str, Any]) -> Settings:
+    """The settings of a resumed run: the recorded ones, updated by those that may change.
+
+    The paths of model and data may change, because digests identify their content.
+
+    Raises:
+        UserError: a given option may not change.
+    """
+    known = {field.name: field for field in dataclasses.fields(Settings)}
+    if unknown := set(recorded) - set(known):
+        raise UserError(f"--resume: the run was started by another version of qlora-ext (it has {sorted(unknown)})")
+    former = Settings(**recorded)
+    longer = {}
+    for name, value in typed.items():
+        if name == former.longer and value > getattr(former, name):
+            longer["former_steps"] = () if former.epochs else (*former.former_steps, former.max_steps)
+        elif not known[name].metadata.get("free") and value != getattr(former, name):
+            advice = "leave the option out, or start over in another --output"
+            if name == former.longer:
+                advice = f"a run can be made longer, not shorter; {advice}"
+            elif name in ("epochs", "max_steps"):
+                advice = f"{flag(former.longer)} makes it longer; {advice}"
+            raise UserError(f"{flag(name)} {value}: the run was started with {getattr(former, name)}; {advice}")
+    return Settings(**{**recorded, **typed, **longer})

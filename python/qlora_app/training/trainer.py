@@ -1,0 +1,358 @@
+"""transformers' Trainer with atomic checkpoints, and with an evaluation that has no side effects."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from qlora_ext.streaming import offload_checkpoints
+from qlora_ext.untrusted import Schema, excerpt, read_json
+
+from ..data import Row, pack
+from ..errors import UserError, first_line
+from ..models.loss import has_plain_head, learnt_loss
+from ..models.validate_model import named
+from ..outputs.files import delete, move_up, staged_directory
+from ..outputs.ownership import foreign_in_checkpoint
+from .checkpoints import checkpoints, step_of, write_manifest
+from .settings import Settings, named_modules
+
+_MAX_CHECKPOINTS = 2
+_STATE: Schema = {
+    "global_step": int,
+    "max_steps": int,
+    "num_input_tokens_seen": int,
+    "log_history": [{"step": int, "loss?": float, "eval_loss?": float, "eval_reward?": float}],
+}
+
+
+def _trackers(names: str) -> list[str]:
+    """The experiment trackers in a list with commas, by transformers' names.
+
+    Raises:
+        UserError: transformers does not know one, or it is not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    trackers = [] if names == "none" else named_modules(names)
+    for name in trackers:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(["none", *sorted(INTEGRATION_TO_CALLBACK)])
+            raise UserError(f"--report-to {excerpt(name)}: expected one of {known}")
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"--report-to {name}: {name} is not installed; install it with: pip install {name}")
+    return trackers
+
+
+def training_arguments(
+    settings: Settings,
+    steps: int,
+    directory: pathlib.Path,
+    device: torch.device,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> TrainingArguments:
+    """The trainer's arguments for ``settings``, whose defaults follow the QLoRA paper.
+
+    Args:
+        steps: the number of optimizer steps.
+        kind: the class of the arguments.
+        more: further arguments of ``kind``.
+    """
+    if ("8bit" in settings.optimizer or "paged" in settings.optimizer) and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError(
+            f"--optimizer {settings.optimizer} needs bitsandbytes; install it with: pip install bitsandbytes"
+        )
+    try:
+        return kind(
+            output_dir=str(directory),
+            max_steps=steps,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.grad_accum,
+            learning_rate=settings.lr,
+            lr_scheduler_type=settings.lr_schedule,
+            warmup_steps=settings.warmup(steps),
+            max_grad_norm=settings.max_grad_norm,
+            weight_decay=settings.weight_decay,
+            neftune_noise_alpha=settings.neftune_alpha or None,
+            optim=settings.optimizer,
+            gradient_checkpointing=settings.grad_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if settings.grad_checkpointing else None,
+            save_steps=settings.save_steps,
+            eval_strategy="steps" if settings.eval_steps else "no",
+            eval_steps=settings.eval_steps or None,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            include_num_input_tokens_seen="all",
+            seed=settings.seed,
+            use_cpu=device.type == "cpu",
+            remove_unused_columns=False,
+            report_to=_trackers(settings.report_to),
+            disable_tqdm=True,
+            **more,
+        )
+    except ValueError as error:
+        if "OptimizerNames" not in str(error):
+            raise
+        raise UserError(f"--optimizer {settings.optimizer}: transformers has no such optimizer") from error
+
+
+def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Pads packed rows to the longest: tensors [B, T]. Positions restart in the padding, so no token attends to it."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def integers(values: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+    def padded(key: str, fill: int) -> torch.Tensor:
+        return integers([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+
+    positions = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
+    return {
+        "input_ids": padded("input_ids", 0),
+        "labels": padded("labels", -100),
+        "position_ids": integers(positions),
+    }
+
+
+def held_out_loss(model: Any, held_out: list[Row], size: int, loss: Callable[[Any, dict[str, Any]], Any]) -> float:
+    """The mean cross-entropy of the held-out rows, in nats per learnt token. It draws no random numbers.
+
+    Args:
+        size: rows per batch.
+        loss: computes the mean over the learnt tokens for a model and a batch.
+    """
+    rows = pack(held_out, max(len(row["input_ids"]) for row in held_out))
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(rows), size):
+            batch = {key: value.to(model.device) for key, value in collate(rows[start : start + size]).items()}
+            learnt = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(loss(model, batch)) * learnt
+            count += learnt
+    model.train(was_training)
+    return total / count
+
+
+class StagedSampler(torch.utils.data.Sampler[int]):
+    """The order of the rows in an extended run: its first pass continues where the shorter run ended.
+
+    A pass over all rows is in the order in which transformers' Trainer would take them. The first pass takes the
+    original rows of the run in that order, followed by the rows that each extension added.
+    """
+
+    def __init__(self, ends: Sequence[int], seed: int) -> None:
+        self._ends, self._seed, self._epoch = sorted(set(ends)), seed, 0
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator(device="cpu")
+        begin = 0
+        for end in self._ends if self._epoch == 0 else self._ends[-1:]:
+            generator.manual_seed(self._seed + self._epoch)
+            yield from (
+                begin + i
+                for i in torch.randperm(end - begin, generator=generator, dtype=torch.int64, device="cpu").tolist()
+            )
+            begin = end
+
+
+class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
+    """The base class of our trainers: atomic checkpoints, and an evaluation without side effects."""
+
+    held_out: list[Row]
+    stages: Sequence[int] = ()  # rows available at each length of an extended run
+    _staging: pathlib.Path | None = None
+
+    def measure(self) -> dict[str, Any]:
+        """Measures the held-out rows. Returns a line of ``metrics.jsonl``, see ``describe``."""
+        raise NotImplementedError
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = self.measure()
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.stages:
+            return super()._get_train_sampler(train_dataset)
+        rows = len(self.train_dataset)
+        return StagedSampler([*(min(stage, rows) for stage in self.stages), rows], self.args.seed)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        run = pathlib.Path(self.args.output_dir)
+        with staged_directory(run / name, foreign_in_checkpoint) as partial:
+            # The Trainer writes into partial/checkpoint-N, whose content is then moved up.
+            self._staging = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            move_up(partial / name)
+            write_manifest(partial)
+        for old in checkpoints(run)[:-_MAX_CHECKPOINTS]:
+            try:
+                delete(old, run, foreign_in_checkpoint)
+            except UserError as error:
+                print(f"note: {old.name} is kept: {error}", flush=True)
+
+
+class QLoRATrainer(RunTrainer):
+    """Trains on packed rows; see ``data.pack``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train: Sequence[Row],
+        held_out: list[Row],
+        chunked: bool = False,
+        **kw: Any,
+    ):
+        self.held_out = held_out
+        self._chunked = chunked
+        self._plain_head = has_plain_head(model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=collate,
+            **kw,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self._plain_head:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return learnt_loss(model, inputs, num_items_in_batch, self._chunked and model.training)
+
+    def measure(self) -> dict[str, Any]:
+        loss = held_out_loss(self.model, self.held_out, self.args.per_device_train_batch_size, self.compute_loss)
+        return {"step": self.state.global_step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
+class Diverged(UserError):
+    """The loss is not finite."""
+
+
+class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Records when a checkpoint has been loaded, which is before the first step."""
+
+    done = False
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.done = True
+
+
+class _Intervals(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Applies this command's intervals to a resumed run, instead of those recorded in the checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
+class OffloadCheckpoints(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Calls ``offload_checkpoints`` after the Trainer has enabled gradient checkpointing."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        offload_checkpoints(model)
+
+
+class NameInertAdapters(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Reports through ``report`` which adapters got no gradient in the first step."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report: Callable[[str], None] | None = report
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._report is None:
+            return
+        from qlora_ext.integrations.peft import inert_adapters
+
+        inert = inert_adapters(model)
+        if inert:
+            self._report(f"no gradient in the first step: these adapters learn nothing: {named(inert)}")
+        self._report = None
+
+
+class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Sets the learning rate of a resumed run to the value of its schedule, which spans all steps.
+
+    A checkpoint holds the learning rate that the run would have had before it was extended.
+
+    Args:
+        report: prints the new learning rate.
+    """
+
+    def __init__(self, report: Callable[[str], None] | None) -> None:
+        self._report = report
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
+        rates = [rate * factor(scheduler.last_epoch)
+                 for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]  # fmt: skip
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if self._report is not None:
+            self._report(
+                f"the {args.lr_scheduler_type.value} schedule spans all {state.max_steps} steps now: the learning rate "
+                f"at step {state.global_step + 1} is {rates[0]:.3g}"
+            )
+
+
+def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
+    """Trains to the last step, starting from ``checkpoint`` if it is given."""
+    from ..models.adapter_files import complete_adapter
+
+    if checkpoint is not None:
+        read_json(checkpoint / "trainer_state.json", _STATE)
+    loading = _Loading()
+    trainer.add_callback(loading)
+    trainer.add_callback(_Intervals())
+    try:
+        if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
+            # The run is complete, but the Trainer would train one more step.
+            with complete_adapter():
+                trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            return
+        with complete_adapter():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "not enough GPU memory; try --grad-checkpointing, --chunked-loss, a smaller --batch-size or --seq-len"
+        ) from error
+    except FloatingPointError as error:
+        raise Diverged(first_line(error)) from error
+    except Exception as error:
+        # Before the first step, the checkpoint is loaded, and a damaged one may raise any exception.
+        if checkpoint is None or loading.done:
+            raise
+        raise UserError(
+            f"the checkpoint {checkpoint} is damaged: {first_line(error)}; delete it to use the one before it"
+        ) from error
