@@ -414,9 +414,10 @@ def test_our_layers_reject_a_dense_weight() -> None:
     layer, dense = linear4bit(), torch.zeros(32, 64)
     expected = r"weight: expected a 4-bit weight in a Linear4bit, got a dense one, torch.float32 \[32, 64\]"
     with pytest.raises(TypeError, match=expected):
-        layer.weight = nn.Parameter(dense)
-    with pytest.raises(TypeError, match=expected):
         torch.func.functional_call(layer, {"weight": dense}, (X,))
+    layer.weight = nn.Parameter(dense)
+    with pytest.raises(TypeError, match=expected):
+        layer(X)
 
 
 # Averages

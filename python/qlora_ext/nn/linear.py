@@ -161,7 +161,11 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             return y
         w4: Any = self._parameters["weight"]  # faster than an attribute of the module
         if not isinstance(w4, Weight4bit):
-            self.refuse_dense("weight", w4)
+            if w4.is_floating_point():
+                raise TypeError(
+                    f"weight: expected a 4-bit weight in a {type(self).__name__}, got a dense one, {w4.dtype} "
+                    f"{list(w4.shape)}; quantize it with qlora_ext.quantize(w), or make the layer dense with to_dense()"
+                )
             if not x.is_floating_point():  # such as after x.to(layer.weight.dtype)
                 raise TypeError(
                     f"x: expected a floating dtype, got {x.dtype}; if the model casts x to the dtype of this layer's "

@@ -172,17 +172,7 @@ class Packed4bit(nn.Module, abc.ABC):
                 raise ValueError(f"{name}: expected shape {expected}, got {list(param.shape)}")
             if param.form != self.form:
                 self.form = param.form
-        elif param is not None and name in self.packed_shapes:
-            self.refuse_dense(name, param)
         super().register_parameter(name, param)
-
-    def refuse_dense(self, name: str, weight: Tensor) -> None:
-        """Raises a TypeError if ``weight`` is a dense tensor in the place of the 4-bit weight ``name``."""
-        if weight.is_floating_point() and not isinstance(weight, Weight4bit):
-            raise TypeError(
-                f"{name}: expected a 4-bit weight in a {type(self).__name__}, got a dense one, {weight.dtype} "
-                f"{list(weight.shape)}; quantize it with qlora_ext.quantize(w), or make the layer dense with to_dense()"
-            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
