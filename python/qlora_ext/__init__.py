@@ -50,24 +50,9 @@ __all__ = [
 
 assert transforms  # it registers vmap rules
 
-# Integrations are imported together with the library they serve. Users never import them.
+# ``from_pretrained`` finds our quantizers in the libraries' registries. Everything else waits for ``integrate``.
 _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")
-_hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.model_dtype")
-_hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.methods")
-_hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.model_card")
-_hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.saving")
-_hooks.after_import("transformers.modeling_utils", "qlora_ext.gguf.from_pretrained")
-_hooks.after_import("transformers.integrations.gguf.gguf_config_mapping", "qlora_ext.gguf.configs")
-_hooks.after_import("gguf.gguf_reader", "qlora_ext.gguf.reader_memory")
 _hooks.after_import("diffusers.quantizers.auto", "qlora_ext.integrations.diffusers.quantizer")
-_hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.models")
-_hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
-_hooks.after_import("torch.utils.flop_counter", "qlora_ext.integrations.flops")
-_hooks.after_import("torch.distributed.fsdp", "qlora_ext.integrations.fsdp")
-_hooks.after_import("accelerate.hooks", "qlora_ext.integrations.accelerate")
-_hooks.after_import("torch.export._trace", "qlora_ext.integrations.export")
-_hooks.after_import("torch.onnx", "qlora_ext.integrations.onnx")
-_hooks.after_import("bitsandbytes.nn.modules", "qlora_ext.integrations.bitsandbytes.adoption")
 
 
 def take_over_bitsandbytes() -> None:

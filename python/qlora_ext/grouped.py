@@ -106,6 +106,7 @@ def _max_rank(a: Any) -> int | None:
 
 def _fake_grouped(*args: Any) -> Tensor:
     a = _given(*args)
+    ops.refuse_onnx()
     check_block_sizes(a.block_size, a.nested_block_size)
     check_code(a.code)
     ops.check_lora_numbers(a.scaling, a.dropout_p)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,19 @@ def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) >= 1 and shape[-1] % 2 == 0:
         return (*shape[:-1], shape[-1] // 2)
     return ((math.prod(shape) + 1) // 2,)
+
+
+def refuse_onnx() -> None:
+    """Rejects a graph that is traced for ONNX, which has no operator for packed weights.
+
+    Raises:
+        ValueError: ``torch.onnx.export`` is tracing.
+    """
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "model: ONNX export of 4-bit layers is not supported; export the dense model, which you get from "
+            "merge_and_unload() of a PEFT model, or dequantize() of a transformers model"
+        )
 
 
 def check_one_device(operator: str, *args: Any) -> None:
@@ -160,6 +174,7 @@ def _(
     block_offsets: Tensor | None = None,
     offset_scale: Tensor | None = None,
 ) -> Tensor:
+    refuse_onnx()
     check_block_sizes(block_size, nested_block_size)
     check_code(code)
     tensors = packed, absmax, nested_absmax, nested_offset
@@ -204,6 +219,7 @@ def max_rank_of(a: Any) -> int | None:
 
 def _fake_linear_nf4(*args: Any) -> Tensor:
     a = given_linear_nf4(*args)
+    refuse_onnx()
     check_block_sizes(a.block_size, a.nested_block_size)
     check_code(a.code)
     check_lora_numbers(a.scaling, a.dropout_p)

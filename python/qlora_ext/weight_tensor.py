@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import bitsandbytes_format, formats, weight_ops
+from ._internal.integrate import integrate
 from ._internal.loans import PackedTensors
 from .dtype_names import name_of
 from .form import Form
@@ -105,6 +106,7 @@ class Weight4bit(Tensor):
         offset_scale: Tensor | None = None,
         column_order: Tensor | None = None,
     ) -> None:
+        integrate()
         for name, t in (("packed", packed), ("absmax", absmax)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")

@@ -205,6 +205,13 @@ def test_inputs_in_the_dtype_of_a_sharded_weight_are_rejected() -> None:
         layer(x.to(layer.weight.dtype))
 
 
+def test_a_streamed_model_is_not_sharded(tmp_path: pathlib.Path) -> None:
+    tasks.build_model(Setup()).save_pretrained(tmp_path)
+    model = qlora_ext.streaming.stream(AutoModelForCausalLM.from_pretrained(tmp_path), source="disk")
+    with pytest.raises(ValueError, match="fully_shard: expected a model that is not streamed"):
+        tasks.fully_shard(model)
+
+
 def test_checkpointing_repeats_dropout(workers: Callable[[int], Workers]) -> None:
     assert all(workers(2).run(tasks.checkpointed_dropout, Setup()))
 

@@ -30,12 +30,18 @@ class _Loader(importlib.abc.Loader):
         assert spec is not None
         spec.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        for integration in _WATCHER.waiting.pop(spec.name, ()):
-            _integrate(spec.name, integration)
+        integrations = _WATCHER.waiting.pop(spec.name, ())
+        if not _WATCHER.waiting:
+            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _WATCHER]
+        for integration in integrations:
+            import_integration(spec.name, integration)
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """A finder that asks the other finders, and wraps the loaders of modules for which integrations are pending."""
+    """A finder that asks the other finders, and wraps the loaders of modules for which integrations are pending.
+
+    It is in ``sys.meta_path`` only while it waits for a module.
+    """
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[str]] = {}
@@ -52,7 +58,8 @@ class _Watcher(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _integrate(module: str, integration: str) -> None:
+def import_integration(module: str, integration: str) -> None:
+    """Imports ``integration`` for a library's ``module``, and warns if it fails."""
     try:
         importlib.import_module(integration)
     except Exception as error:  # an unknown version of the library, which must still import
@@ -65,7 +72,7 @@ _WATCHER = _Watcher()
 def after_import(module: str, integration: str) -> None:
     """Imports ``integration`` once ``module`` has been imported: now if it already has, else later."""
     if module in sys.modules:
-        _integrate(module, integration)
+        import_integration(module, integration)
         return
     _WATCHER.waiting.setdefault(module, []).append(integration)
     if _WATCHER not in sys.meta_path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .._internal.hooks import after_import
 from .._internal.lazy import lazily
 from .file import Header, TensorInfo, read_header
 
@@ -20,5 +21,7 @@ if TYPE_CHECKING:
     from .weights import GGUFWeights
 
 __all__ = ["GGUFWeights", "Header", "TensorInfo", "read_header"]
+
+after_import("transformers.integrations.gguf.gguf_config_mapping", "qlora_ext.gguf.configs")
 
 __getattr__, __dir__ = lazily(__name__, {"GGUFWeights": ".weights"}, __all__)  # it needs torch and numpy

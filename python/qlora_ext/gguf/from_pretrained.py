@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..integrations.transformers.methods import GGUF_SOURCES
+from ..integrations.transformers import QLoRAConfig
 from .source import GGUFSource
 from .weights import GGUFWeights
 
@@ -17,4 +17,6 @@ def _open(files: Sequence[str], model: nn.Module) -> GGUFWeights:
     return weights
 
 
-GGUF_SOURCES.append(lambda config: GGUFSource(config, _open))
+def source_of(config: QLoRAConfig) -> GGUFSource:
+    """The source of the file that transformers opens for a model with ``config``."""
+    return GGUFSource(config, _open)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pkgutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,56 +21,50 @@ class Patch:
     Attributes:
         function: its name, as ``module:attribute``.
         versions: the versions of the library in which it is patched.
-        why: what the original does.
-        aliases: other names under which users import it.
+        why: what the original does, and why no hook of the library serves.
     """
 
     function: str
     versions: str
     why: str
-    aliases: tuple[str, ...] = ()
 
 
 _LIST = (
     Patch(
-        "transformers.modeling_utils:PreTrainedModel.dtype",
+        "transformers.modeling_utils:get_hf_quantizer",
         "transformers >= 5.0",
-        "returns the dtype of the first floating parameter, which may be the scales of a 4-bit layer",
+        "ignores configurations in other files and of unknown methods, rejects those of another class than ours, and "
+        "refuses to quantize GGUF files; no registered quantizer is asked before",
     ),
     Patch(
-        "transformers.modeling_utils:PreTrainedModel.save_pretrained",
+        "transformers.modeling_utils:PreTrainedModel.dtype",
         "transformers >= 5.0",
-        "writes no model card that says what a 4-bit model needs to load",
+        "returns the dtype of the first floating parameter, which may be a table stored in 16 bits, or the scales of "
+        "an exposed layer; no quantizer is asked",
     ),
     Patch(
         "transformers.modeling_utils:safe_save_file",
         "transformers >= 5.0",
-        "needs all tensors of a file in memory, but those of a 4-bit checkpoint are converted one by one",
-    ),
-    Patch(
-        "transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs",
-        "transformers >= 5.0",
-        "rejects a configuration of another class than the checkpoint's, but ours also reads bitsandbytes'",
-    ),
-    Patch(
-        "transformers.modeling_utils:get_hf_quantizer",
-        "transformers >= 5.0",
-        "ignores configurations in other files and of unknown methods, and refuses to quantize GGUF files",
+        "needs all tensors of a file in memory, but those of a 4-bit checkpoint are converted one by one; a quantizer "
+        "gives tensors and metadata, and cannot write the file or the model card beside it",
     ),
     Patch(
         "gguf.gguf_reader:GGUFReader._get",
         "gguf >= 0.17",
-        "returns a memmap, each of which takes a kilobyte, and the metadata has one per token",
+        "returns a memmap, which takes a kilobyte, for each token in the metadata: three times the time and twice the "
+        "memory; transformers creates the reader itself",
     ),
     Patch(
         "diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs",
         "diffusers >= 0.35",
-        "uses the checkpoint's configuration, so that a bitsandbytes checkpoint loads bitsandbytes' layers",
+        "uses the checkpoint's configuration, so that a bitsandbytes checkpoint loads bitsandbytes' layers; its result "
+        "chooses the quantizer",
     ),
     Patch(
         "diffusers.models.modeling_utils:ModelMixin.save_pretrained",
         "diffusers >= 0.35",
-        "writes 4-bit layers without the configuration needed to load them, or under an adapter's names",
+        "writes 4-bit layers without the configuration needed to load them, or under an adapter's names; a quantizer "
+        "is asked after the configuration is written, and not at all if only parts of a model were quantized",
     ),
     Patch(
         "peft.tuners.lora:LoraModel._create_and_replace",
@@ -140,7 +135,6 @@ _LIST = (
         "peft.utils.loftq_utils:replace_lora_weights_loftq",
         "peft >= 0.19",
         "supports bitsandbytes' layers only",
-        aliases=("peft.utils:replace_lora_weights_loftq", "peft:replace_lora_weights_loftq"),
     ),
     Patch(
         "peft.utils.hotswap:hotswap_adapter_from_state_dict",
@@ -151,52 +145,35 @@ _LIST = (
         "peft.utils.other:prepare_model_for_kbit_training",
         "peft >= 0.19",
         "enables gradient checkpointing only for the 4-bit models that it knows",
-        aliases=("peft.utils:prepare_model_for_kbit_training", "peft:prepare_model_for_kbit_training"),
     ),
     Patch(
-        "torch.export._trace:_export",
+        "torch.export.exported_program:ExportedProgram.__init__",
         "torch >= 2.11",
-        "keeps parameters whose inner tensors a strict export has made constants, so that a file has them twice",
+        "keeps parameters whose inner tensors a strict export has made constants, so that a file has them twice; "
+        "torch.export has no hook for the program that it returns",
     ),
     Patch(
-        "torch.onnx:export",
+        "torch.distributed.fsdp:fully_shard",
         "torch >= 2.11",
-        "fails for packed layers, with long errors that do not name them",
-    ),
-    Patch(
-        "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState.__init__",
-        "torch >= 2.11",
-        "shards each parameter as one tensor of its own shape, so 4-bit layers have to expose their tensors before",
-    ),
-    Patch(
-        "accelerate.hooks:AlignDevicesHook.init_hook",
-        "accelerate >= 1.10",
-        "moves parameters by their names in the state, so 4-bit layers have to expose their tensors meanwhile",
-    ),
-    Patch(
-        "accelerate.hooks:AlignDevicesHook.pre_forward",
-        "accelerate >= 1.10",
-        "moves parameters as AlignDevicesHook.init_hook does",
-    ),
-    Patch(
-        "accelerate.hooks:AlignDevicesHook.post_forward",
-        "accelerate >= 1.10",
-        "moves parameters as AlignDevicesHook.init_hook does",
-    ),
-    Patch(
-        "accelerate.hooks:AlignDevicesHook.detach_hook",
-        "accelerate >= 1.10",
-        "moves parameters as AlignDevicesHook.init_hook does",
+        "shards each parameter as one tensor of its own shape, so 4-bit layers have to expose their tensors before; it "
+        "calls no method of a module or a tensor before it reads the names of the parameters",
     ),
     Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs",
         "torch >= 2.11",
-        "casts float32 scales to the dtype of a MixedPrecisionPolicy and, before torch 2.13, packed bytes too",
+        "casts float32 scales to the dtype of a MixedPrecisionPolicy, which applies to all parameters of a module, and "
+        "before torch 2.12 packed bytes too",
     ),
     Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:nn.Parameter",
-        "torch < 2.13",
-        "requests a gradient of packed bytes (https://github.com/pytorch/pytorch/issues/177844)",
+        "torch < 2.12",
+        "requests a gradient of packed bytes (https://github.com/pytorch/pytorch/issues/177844), before any hook",
+    ),
+    Patch(
+        "accelerate.hooks:AlignDevicesHook.init_hook",
+        "accelerate >= 1.10",
+        "moves parameters by their names in the state, so 4-bit layers have to expose their tensors meanwhile; "
+        "dispatch_model and cpu_offload choose the class of the hook themselves",
     ),
 )
 PATCHES = {patch.function: patch for patch in _LIST}
@@ -209,26 +186,29 @@ def _place(function: str) -> tuple[Any, str]:
     return pkgutil.resolve_name(f"{module}:{owner}" if owner else module), name
 
 
-def extend(function: str, owner: type | None = None, optional: bool = False) -> Callable[[Any], Any]:
+def _replace_imported(original: Any, extended: Any) -> None:
+    """Replaces ``original`` in the modules that have imported it from its own, scripts of users among them."""
+    for module in [*sys.modules.values()]:
+        names = [name for name, value in [*getattr(module, "__dict__", {}).items()] if value is original]
+        for name in names:
+            setattr(module, name, extended)
+
+
+def extend(function: str, owner: type | None = None) -> Callable[[Any], Any]:
     """Replaces a function of ``PATCHES`` by the decorated one, which gets the original as its first argument.
 
     Of a property, it replaces the function that reads it.
 
     Args:
         owner: the subclass whose override of the function is replaced.
-        optional: do nothing in versions of the library that lack the function.
     """
-    patch = PATCHES[function]
+    if function not in PATCHES:
+        raise KeyError(f"{function}: expected a function in the list of patches")
 
     def decorate(replacement: Any) -> Any:
-        try:
-            found, name = _place(function)
-            holder: Any = owner or found
-            attribute = getattr(holder, name)
-        except (ImportError, AttributeError):
-            if not optional:
-                raise
-            return replacement
+        found, name = _place(function)
+        holder: Any = owner or found
+        attribute = getattr(holder, name)
         is_property = isinstance(attribute, property)
         original: Any = attribute.fget if is_property else attribute
 
@@ -239,9 +219,8 @@ def extend(function: str, owner: type | None = None, optional: bool = False) -> 
         static = isinstance(holder, type) and isinstance(vars(holder).get(name), staticmethod)
         kind = property if is_property else staticmethod if static else None
         setattr(holder, name, extended if kind is None else kind(extended))
-        for place, alias in map(_place, patch.aliases):
-            if vars(place).get(alias) is original:
-                setattr(place, alias, extended)
+        if getattr(holder, "__name__", None) == original.__module__:  # a function that a module defines
+            _replace_imported(original, extended)
         return replacement
 
     return decorate

@@ -1,6 +1,6 @@
-"""``torch.export.export(strict=True)`` keeps 4-bit weights once: as the constants that the graph reads.
+"""An exported program keeps a 4-bit weight once, where ``torch.export.export(strict=True)`` reads it as constants.
 
-This module is imported automatically with torch's exporter. ``_patches`` lists what it changes there.
+``_patches`` lists what this module changes in torch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from ..weight import Weight4bit
 from ._patches import extend
 
 
-@extend("torch.export._trace:_export")
-def export(original: Any, *args: Any, **kwargs: Any) -> Any:
-    program = original(*args, **kwargs)
-    read = {*program.graph_signature.inputs_to_parameters.values()}
-    for name, t in [*program.state_dict.items()]:
+@extend("torch.export.exported_program:ExportedProgram.__init__")
+def init_program(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    read = {*self.graph_signature.inputs_to_parameters.values()}
+    for name, t in [*self.state_dict.items()]:
         if isinstance(t, Weight4bit) and name not in read:
-            del program.state_dict[name]
-    return program
+            del self.state_dict[name]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .._internal.integrate import integrate
 from .conversions import conversion_of
 from .experts import is_fused_experts
 
@@ -68,5 +69,6 @@ def dense_modules(model: nn.Module) -> DenseModules:
         >>> qlora_ext.nn.dense_modules(nn.ModuleDict({"up": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)})).heads
         ['lm_head']
     """
+    integrate()
     answers = [find(model) for find in DENSE_RULES]
     return DenseModules(*(sorted({name for names in parts for name in names}) for parts in zip(*answers, strict=True)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
+from .._internal.integrate import integrate
 from ..calibration import Calibration, Calibrator, InitLora
 from ..calibration.init_lora import keep_initial_lora, loftq
 from ..form import Form, FormKeywords
@@ -243,6 +244,7 @@ def quantize_model(
     if lora is not None and lora.method == "svd" and calibration is None:
         raise ValueError("init_lora: expected calibration=... with 'svd', which weighs errors by the layers' inputs")
     is_4bit = any(isinstance(module, Packed4bit) for module in model.modules())
+    integrate()
     for prepare in BEFORE_QUANTIZE:
         prepare(model)
 

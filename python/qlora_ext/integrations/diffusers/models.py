@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,23 @@ def _as_saved(model: Any) -> Iterator[None]:
         attach(model)  # only parts of the model were quantized
     model.hf_quantizer.describe(model)
     yield
+
+
+@extend("diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs")
+def _merge_quantization_configs(original: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+    # The original prefers the checkpoint's configuration, and bitsandbytes' would load bitsandbytes' layers.
+    ours = quantization_config_from_args
+    if not isinstance(ours, QLoRAConfig):
+        return original(quantization_config, ours)
+    saved = quantization_config if isinstance(quantization_config, Mapping) else quantization_config.to_dict()
+    if saved.get("quant_method") == "bitsandbytes":
+        config = QLoRAConfig.from_bitsandbytes(saved)
+        config.compute_dtype = ours.compute_dtype
+    else:
+        config = original(quantization_config, ours)
+    if isinstance(config, QLoRAConfig):
+        config.stream, config.resident = ours.stream, ours.resident
+    return config
 
 
 @extend("diffusers.models.modeling_utils:ModelMixin.save_pretrained")

@@ -32,7 +32,6 @@ from ...nn import (
 )
 from ...streaming import stream
 from ...weight import NF4Weight, Weight4bit
-from .._patches import extend
 from ..transformers import METHOD, QLoRAConfig
 from ..transformers.modules import dense_names, dequantize_modules, forms_of
 
@@ -321,23 +320,6 @@ def forget(model: Any) -> None:
     """Removes the ``quantization_config`` from the configuration of a model that is dense again."""
     fields = {name: value for name, value in model.config.items() if name != "quantization_config"}
     model._internal_dict = type(model.config)(fields)
-
-
-@extend("diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs")
-def _merge_quantization_configs(original: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-    # The original prefers the checkpoint's configuration, and bitsandbytes' would load bitsandbytes' layers.
-    ours = quantization_config_from_args
-    if not isinstance(ours, QLoRAConfig):
-        return original(quantization_config, ours)
-    saved = quantization_config if isinstance(quantization_config, Mapping) else quantization_config.to_dict()
-    if saved.get("quant_method") == "bitsandbytes":
-        config = QLoRAConfig.from_bitsandbytes(saved)
-        config.compute_dtype = ours.compute_dtype
-    else:
-        config = original(quantization_config, ours)
-    if isinstance(config, QLoRAConfig):
-        config.stream, config.resident = ours.stream, ours.resident
-    return config
 
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QLoRAConfig

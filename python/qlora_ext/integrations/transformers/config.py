@@ -14,6 +14,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ... import _library, bitsandbytes_format
+from ..._internal.integrate import integrate
 from ...dtypes import computing_dtype, layers_dtype
 from ...form import Form
 from ...formats import NF4, READ_IN
@@ -240,6 +241,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         resident: str | int | None = None,
         **more: Unpack[_MoreArguments],
     ) -> None:
+        integrate()
         saved: dict[str, Any] = {**more}
         theirs = _take_bitsandbytes(saved)
         double_quant = theirs.get("double_quant", double_quant)
@@ -358,6 +360,10 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute, as transformers asks a configuration that was read from a file."""
+        return getattr(self, name, default)
 
     @classmethod
     def from_bitsandbytes(cls, config: Any, stored: bool = False) -> QLoRAConfig:

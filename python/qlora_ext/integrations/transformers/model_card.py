@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
-from typing import Any
 
-from .._patches import extend
 from .config import METHOD, NEEDS
 
 _CARD = """---
@@ -32,19 +29,12 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 """
 
 
-@extend("transformers.modeling_utils:PreTrainedModel.save_pretrained")
-def save_pretrained(
-    original: Any,
-    self: Any,
-    save_directory: str | os.PathLike[str],
-    is_main_process: bool = True,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    saved = original(self, save_directory, is_main_process, *args, **kwargs)
-    method = getattr(getattr(self.config, "quantization_config", None), "quant_method", None)
-    adapter_alone = getattr(self, "_hf_peft_config_loaded", False)
-    card = pathlib.Path(save_directory, "README.md")
-    if is_main_process and method == METHOD and not adapter_alone and not card.exists():
+class OursMetadata(dict[str, str]):
+    """The metadata of a file in our format, beside which ``save_pretrained`` writes a card."""
+
+
+def write_card(directory: pathlib.Path) -> None:
+    """Writes the card into ``directory``, unless there is one."""
+    card = directory / "README.md"
+    if not card.exists():
         card.write_text(_CARD.format(method=METHOD, needs=NEEDS), encoding="utf-8")
-    return saved

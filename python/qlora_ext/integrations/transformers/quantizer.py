@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers import auto
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
@@ -35,13 +35,12 @@ from ...nn import (
 from ...nn.dense_16bit import multiply_in_float32
 from ...streaming import stream
 from ...weight import Weight4bit
-from .._patches import extend
 from . import conversions
-from .checkpoint import CheckpointSource
 from .checkpoint_files import check_dense
 from .config import METHOD, QLoRAConfig
 from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
+from .model_card import OursMetadata
 from .modules import (
     BaseNames,
     check_loaded,
@@ -55,9 +54,6 @@ from .modules import (
 )
 from .source import Source
 from .stored_config import forget_mlx
-
-# The field in which a configuration that transformers would ignore, because it does not know its method, is passed on.
-ORIGINAL = "original"
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -350,7 +346,7 @@ class QLoRAQuantizer(HfQuantizer):
             assert self.source is not None
             return self.source.state_dict(model), {}
         names = BaseNames(model)
-        return (names.select(model.state_dict()) if names else None), {}
+        return (names.select(model.state_dict()) if names else None), OursMetadata()
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
@@ -425,31 +421,6 @@ def save_in_our_format(model: Any) -> None:
     quantizer.save_packed_state(model)
 
 
-@extend("transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs")
-def merge_quantization_configs(original: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-    # The original requires a configuration of the checkpoint's class; ours also reads checkpoints of other formats.
-    if isinstance(quantization_config_from_args, QLoRAConfig):
-        saved = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
-        saved = saved.get(ORIGINAL, saved)
-        method = saved.get("quant_method", "bitsandbytes")
-        if method == "bitsandbytes":
-            config = QLoRAConfig.from_bitsandbytes(saved, stored=True)
-            config.compute_dtype = quantization_config_from_args.compute_dtype
-        elif method == METHOD:
-            config = original(quantization_config, quantization_config_from_args)
-        else:
-            config = copy.copy(quantization_config_from_args)
-            config._source = CheckpointSource(saved)
-            if config.embeddings:
-                raise ValueError(
-                    f"embeddings: expected False for a {config._source.name} checkpoint, whose dense weights stay dense"
-                )
-        config.stream = quantization_config_from_args.stream
-        config.resident = quantization_config_from_args.resident
-        return config
-    return original(quantization_config, quantization_config_from_args)
-
-
 AFTER_QUANTIZE.append(attach)
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QLoRAConfig
-auto.AUTO_QUANTIZER_MAPPING[METHOD] = QLoRAQuantizer
+register_quantization_config(METHOD)(QLoRAConfig)
+register_quantizer(METHOD)(QLoRAQuantizer)
