@@ -72,59 +72,10 @@ _LIST = (
         "writes 4-bit layers without the configuration needed to load them, or under an adapter's names",
     ),
     Patch(
-        "peft.tuners.lora:LoraModel._create_and_replace",
+        "peft.tuners.tuners_utils:BaseTuner.inject_adapter",
         "peft >= 0.19",
-        'refuses lora_dropout if a parameter is a target; "all-linear" targets the parameter of a router',
-    ),
-    Patch(
-        "peft.tuners.lora:LoraModel._create_new_module",
-        "peft >= 0.19",
-        "chooses the LoRA layer by the class of the base, and does not know ours",
-    ),
-    Patch(
-        "peft.tuners.lora.model:_adapter_names_pre_forward_hook",
-        "peft >= 0.19",
-        "gives the adapter_names of one thread's call to the calls of other threads",
-    ),
-    Patch(
-        "peft.tuners.tuners_utils:BaseTunerLayer._get_base_layer_device_and_dtype",
-        "peft >= 0.19",
-        "has a loaded adapter rounded to the compute dtype of its layer before it is cast to float32",
-    ),
-    Patch(
-        "peft.tuners.tuners_utils:BaseTuner._create_and_replace",
-        "peft >= 0.19; every method but LoRA overrides it, and each override is patched",
-        "reads and writes the weight of the base as a dense one",
-    ),
-    Patch(
-        "peft.tuners.tuners_utils:BaseTuner.merge_and_unload",
-        "peft >= 0.19",
-        "does not change layers without an adapter, so the merged model would be partly 4-bit",
-    ),
-    Patch(
-        "peft.peft_model:PeftModel._enable_peft_forward_hooks",
-        "peft >= 0.19",
-        "keeps the adapter_names of a call that raised for the next calls, and ignores them for most methods",
-    ),
-    Patch(
-        "peft.utils.other:AuxiliaryTrainingWrapper.forward",
-        "peft >= 0.19",
-        "with adapter_names, asks the active adapters whether a module was trained, and fails for names without a copy",
-    ),
-    Patch(
-        "peft.utils.other:ModulesToSaveWrapper.update",
-        "peft >= 0.19",
-        "trains a copy of a frozen weight in the 16 bits in which a float32 model stores it",
-    ),
-    Patch(
-        "peft.tuners.trainable_tokens.layer:TrainableTokensLayer.update_layer",
-        "peft >= 0.19",
-        "rounds trained rows to the 16 bits in which a float32 model stores the table",
-    ),
-    Patch(
-        "peft.utils.other:ModulesToSaveWrapper.check_module",
-        "peft >= 0.19",
-        "requests a gradient of a frozen weight, and the error does not tell that modules_to_save names it",
+        "creates the layers of all methods, by the class of the base, reads and writes its weight as a dense one, and "
+        "calls nothing that is registered: PEFT's registration of custom layers is part of a LoraConfig",
     ),
     Patch(
         "peft.peft_model:PeftModel.save_pretrained",
@@ -209,21 +160,19 @@ def _place(function: str) -> tuple[Any, str]:
     return pkgutil.resolve_name(f"{module}:{owner}" if owner else module), name
 
 
-def extend(function: str, owner: type | None = None, optional: bool = False) -> Callable[[Any], Any]:
+def extend(function: str, optional: bool = False) -> Callable[[Any], Any]:
     """Replaces a function of ``PATCHES`` by the decorated one, which gets the original as its first argument.
 
     Of a property, it replaces the function that reads it.
 
     Args:
-        owner: the subclass whose override of the function is replaced.
         optional: do nothing in versions of the library that lack the function.
     """
     patch = PATCHES[function]
 
     def decorate(replacement: Any) -> Any:
         try:
-            found, name = _place(function)
-            holder: Any = owner or found
+            holder, name = _place(function)
             attribute = getattr(holder, name)
         except (ImportError, AttributeError):
             if not optional:
