@@ -74,34 +74,37 @@ _LIST = (
     Patch(
         "peft.tuners.tuners_utils:BaseTuner.inject_adapter",
         "peft >= 0.19",
-        "creates the layers of all methods, by the class of the base, reads and writes its weight as a dense one, and "
-        "calls nothing that is registered: PEFT's registration of custom layers is part of a LoraConfig",
+        "chooses layers by the class of the base, and its methods read, write and merge dense weights only; layers can "
+        "be registered for one LoraConfig, but not for all, nor for other methods",
     ),
     Patch(
         "peft.peft_model:PeftModel.save_pretrained",
         "peft >= 0.19",
-        "does not record which 4-bit base an adapter was trained on",
+        "does not record which 4-bit base an adapter was trained on; hooks on state dicts do not get the directory",
     ),
     Patch(
         "peft.peft_model:PeftModel.load_adapter",
         "peft >= 0.19",
-        "loads an adapter of another base, or one that lacks weights, without a warning",
+        "loads an adapter of another base, or one that lacks weights, without a warning; hooks on state dicts do not "
+        "get the directory",
     ),
     Patch(
         "peft.utils.loftq_utils:replace_lora_weights_loftq",
         "peft >= 0.19",
-        "supports bitsandbytes' layers only",
+        "skips all layers that are not bitsandbytes', and calls no method of a layer",
         aliases=("peft.utils:replace_lora_weights_loftq", "peft:replace_lora_weights_loftq"),
     ),
     Patch(
         "peft.utils.hotswap:hotswap_adapter_from_state_dict",
         "peft >= 0.19",
-        "writes to the data of parameters, so that nothing tells a merge-aware layer to merge again",
+        "writes to the data of parameters, which neither version counters nor hooks notice, so that a merge-aware "
+        "layer does not merge again",
     ),
     Patch(
         "peft.utils.other:prepare_model_for_kbit_training",
         "peft >= 0.19",
-        "enables gradient checkpointing only for the 4-bit models that it knows",
+        "enables gradient checkpointing only for the 4-bit models that it knows; where a model has the attribute that "
+        "it reads, is_loaded_in_4bit, other code expects bitsandbytes' layers",
         aliases=("peft.utils:prepare_model_for_kbit_training", "peft:prepare_model_for_kbit_training"),
     ),
     Patch(

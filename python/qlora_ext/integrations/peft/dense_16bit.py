@@ -58,12 +58,11 @@ def _over_16bit(cls: Any) -> Any:
     return type(f"{cls.__name__}16bit", (Over16bit, cls), {})
 
 
-def merging_in_compute_dtype(layer: Any) -> Any:
-    """PEFT's LoRA layer ``layer``, which merges without rounding to 16 bits if its base keeps a 16-bit weight."""
+def merge_in_compute_dtype(layer: Any) -> None:
+    """Makes a LoRA layer of PEFT merge without rounding to 16 bits if its base keeps a 16-bit weight."""
     kind: Any = type(layer)
     if kind in (DenseLoraLinear, DenseLoraEmbedding) and isinstance(layer.get_base_layer(), Dense16bit):
         layer.__class__ = _over_16bit(kind)
-    return layer
 
 
 def widen_written(base: nn.Module, lora_config: Any, parameter: str | None) -> None:
