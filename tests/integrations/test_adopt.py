@@ -15,7 +15,7 @@ bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed"
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -353,6 +353,7 @@ def test_training_continues_with_the_same_optimizer(family: str, options: dict[s
 
     expected, parameters = gradients(), dict(model.named_parameters())
     count = model.get_nb_trainable_parameters()
+    model.base_model.__class__ = LoraModel  # as PEFT makes it before qlora_ext is imported
     assert len(qlora_ext.adopt(model).adopted) == sum(isinstance(m, LoraLinear4bit) for m in model.modules()) > 0
     kept = {name: p for name, p in model.named_parameters() if not name.endswith("base_layer.weight")}
     assert all(p is parameters[name] for name, p in kept.items())

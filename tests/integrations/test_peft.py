@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,13 @@ def test_initialisations_start_near_the_base(init: str) -> None:
     start = logits(adapted(init_lora_weights=init))
     exact = init in ("gaussian", "orthogonal")  # the others move a part of the base into the adapter and quantize again
     assert (start - plain).norm() <= (1e-5 if exact else 0.2) * plain.norm()
+
+
+def test_a_pickled_model_is_the_same() -> None:
+    model = adapted()
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again), logits(model))
+    assert not any(isinstance(m, Linear4bit) for m in again.merge_and_unload().modules())
 
 
 def test_modules_to_save(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from qlora_ext import QLoRAConfig
-from qlora_ext.integrations.peft.methods import create_over_4bit
 from qlora_ext.nn import Linear4bit, quantize_model
 from tiny_models import FAMILIES, make, token_ids
 
@@ -121,14 +120,17 @@ def test_adapters_start_as_over_decoded_layers(method: str) -> None:
 
 
 def test_a_method_without_a_base_layer_is_refused() -> None:
-    def create_and_replace(self: Any, config: Any, name: str, target: Any, target_name: str, parent: Any) -> None:
-        setattr(parent, target_name, torch.nn.Identity())
+    class Method(peft.IA3Model):  # type: ignore[name-defined]
+        def _create_and_replace(
+            self, config: Any, name: str, target: Any, target_name: str, parent: Any, **_: Any
+        ) -> None:
+            setattr(parent, target_name, torch.nn.Identity())
 
-    mlp = base().model.layers[0].mlp
-    layer = mlp.up_proj
-    with pytest.raises(TypeError, match=r"cannot train over 4-bit layers \(up_proj\)"):
-        create_over_4bit(create_and_replace, None, None, "default", layer, "up_proj", mlp)
-    assert mlp.up_proj is layer
+    model = base()
+    layer = model.model.layers[0].mlp.up_proj
+    with pytest.raises(TypeError, match=r"Method cannot train over 4-bit layers \(up_proj\)"):
+        Method(model, peft.IA3Config(target_modules=["up_proj"], feedforward_modules=[]), "default")
+    assert model.model.layers[0].mlp.up_proj is layer
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)

@@ -67,84 +67,38 @@ _LIST = (
         "is asked after the configuration is written, and not at all if only parts of a model were quantized",
     ),
     Patch(
-        "peft.tuners.lora:LoraModel._create_and_replace",
+        "peft.tuners.tuners_utils:BaseTuner.inject_adapter",
         "peft >= 0.19",
-        'refuses lora_dropout if a parameter is a target; "all-linear" targets the parameter of a router',
-    ),
-    Patch(
-        "peft.tuners.lora:LoraModel._create_new_module",
-        "peft >= 0.19",
-        "chooses the LoRA layer by the class of the base, and does not know ours",
-    ),
-    Patch(
-        "peft.tuners.lora.model:_adapter_names_pre_forward_hook",
-        "peft >= 0.19",
-        "gives the adapter_names of one thread's call to the calls of other threads",
-    ),
-    Patch(
-        "peft.tuners.tuners_utils:BaseTunerLayer._get_base_layer_device_and_dtype",
-        "peft >= 0.19",
-        "has a loaded adapter rounded to the compute dtype of its layer before it is cast to float32",
-    ),
-    Patch(
-        "peft.tuners.tuners_utils:BaseTuner._create_and_replace",
-        "peft >= 0.19; every method but LoRA overrides it, and each override is patched",
-        "reads and writes the weight of the base as a dense one",
-    ),
-    Patch(
-        "peft.tuners.tuners_utils:BaseTuner.merge_and_unload",
-        "peft >= 0.19",
-        "does not change layers without an adapter, so the merged model would be partly 4-bit",
-    ),
-    Patch(
-        "peft.peft_model:PeftModel._enable_peft_forward_hooks",
-        "peft >= 0.19",
-        "keeps the adapter_names of a call that raised for the next calls, and ignores them for most methods",
-    ),
-    Patch(
-        "peft.utils.other:AuxiliaryTrainingWrapper.forward",
-        "peft >= 0.19",
-        "with adapter_names, asks the active adapters whether a module was trained, and fails for names without a copy",
-    ),
-    Patch(
-        "peft.utils.other:ModulesToSaveWrapper.update",
-        "peft >= 0.19",
-        "trains a copy of a frozen weight in the 16 bits in which a float32 model stores it",
-    ),
-    Patch(
-        "peft.tuners.trainable_tokens.layer:TrainableTokensLayer.update_layer",
-        "peft >= 0.19",
-        "rounds trained rows to the 16 bits in which a float32 model stores the table",
-    ),
-    Patch(
-        "peft.utils.other:ModulesToSaveWrapper.check_module",
-        "peft >= 0.19",
-        "requests a gradient of a frozen weight, and the error does not tell that modules_to_save names it",
+        "chooses layers by the class of the base, and its methods read, write and merge dense weights only; layers can "
+        "be registered for one LoraConfig, but not for all, nor for other methods",
     ),
     Patch(
         "peft.peft_model:PeftModel.save_pretrained",
         "peft >= 0.19",
-        "does not record which 4-bit base an adapter was trained on",
+        "does not record which 4-bit base an adapter was trained on; hooks on state dicts do not get the directory",
     ),
     Patch(
         "peft.peft_model:PeftModel.load_adapter",
         "peft >= 0.19",
-        "loads an adapter of another base, or one that lacks weights, without a warning",
+        "loads an adapter of another base, or one that lacks weights, without a warning; hooks on state dicts do not "
+        "get the directory",
     ),
     Patch(
         "peft.utils.loftq_utils:replace_lora_weights_loftq",
         "peft >= 0.19",
-        "supports bitsandbytes' layers only",
+        "skips all layers that are not bitsandbytes', and calls no method of a layer",
     ),
     Patch(
         "peft.utils.hotswap:hotswap_adapter_from_state_dict",
         "peft >= 0.19",
-        "writes to the data of parameters, so that nothing tells a merge-aware layer to merge again",
+        "writes to the data of parameters, which neither version counters nor hooks notice, so that a merge-aware "
+        "layer does not merge again",
     ),
     Patch(
         "peft.utils.other:prepare_model_for_kbit_training",
         "peft >= 0.19",
-        "enables gradient checkpointing only for the 4-bit models that it knows",
+        "enables gradient checkpointing only for the 4-bit models that it knows; where a model has the attribute that "
+        "it reads, is_loaded_in_4bit, other code expects bitsandbytes' layers",
     ),
     Patch(
         "torch.export.exported_program:ExportedProgram.__init__",
@@ -194,20 +148,16 @@ def _replace_imported(original: Any, extended: Any) -> None:
             setattr(module, name, extended)
 
 
-def extend(function: str, owner: type | None = None) -> Callable[[Any], Any]:
+def extend(function: str) -> Callable[[Any], Any]:
     """Replaces a function of ``PATCHES`` by the decorated one, which gets the original as its first argument.
 
     Of a property, it replaces the function that reads it.
-
-    Args:
-        owner: the subclass whose override of the function is replaced.
     """
     if function not in PATCHES:
         raise KeyError(f"{function}: expected a function in the list of patches")
 
     def decorate(replacement: Any) -> Any:
-        found, name = _place(function)
-        holder: Any = owner or found
+        holder, name = _place(function)
         attribute = getattr(holder, name)
         is_property = isinstance(attribute, property)
         original: Any = attribute.fget if is_property else attribute

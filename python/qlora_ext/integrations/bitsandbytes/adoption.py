@@ -93,6 +93,10 @@ def _adopted(model: nn.Module) -> Adoption:
         for adapter in lora:
             _adopt_lora(adapter)
         adopted.append(name)
+    if adopted and adapters:
+        from ..peft.methods import extend_tuners
+
+        extend_tuners(model)  # those that PEFT made before it was integrated
     if adopted and "transformers" in sys.modules:
         from .quantizer import keep_format
 

@@ -107,17 +107,6 @@ def _prepare_model_for_kbit_training(original: Any, model: Any, *args: Any, **kw
     return model
 
 
-@extend("peft.utils.other:ModulesToSaveWrapper.check_module")
-def _check_module(original: Any, self: Any) -> None:
-    original(self)
-    module = self.original_module
-    if is_4bit(module):
-        raise ValueError(
-            f"modules_to_save: {type(module).__name__}({module.extra_repr()}) is 4-bit; to train it, leave it dense: "
-            "name it in QLoRAConfig(skip_modules=[...]) or quantize_model(skip=...)"
-        )
-
-
 def _incomplete(model: Any, adapter: str, result: Any) -> Iterator[str]:
     """The faults of an adapter that was just loaded, one sentence each, with a count and a few names."""
     weights = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
@@ -139,7 +128,7 @@ def _load_adapter(original: Any, self: Any, model_id: str, adapter_name: str, *a
     check_base(self, directory)
     if not is_4bit(self):
         return original(self, model_id, adapter_name, *args, **kwargs)
-    with loading(self, kwargs.get("autocast_adapter_dtype", True)):
+    with loading(self):
         result = original(self, model_id, adapter_name, *args, **kwargs)
     lora_dropout = recorded_dropout(directory)
     if lora_dropout is not None:

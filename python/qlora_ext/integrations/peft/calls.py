@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.model import _get_encoder
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...nn import Experts4bit, layers_of
-from .._patches import extend
 
 Result = TypeVar("Result")
 
@@ -90,10 +93,24 @@ def _record_shape(model: nn.Module, call: dict[Hashable, Any]) -> Iterator[Remov
             yield module.register_forward_pre_hook(record, with_kwargs=True)
 
 
-class _Name(str):
-    """An adapter's name among the ``adapter_names`` of a call, which it knows by what the call has computed."""
+def _choose(call: Any, names: Sequence[str], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The hook that passes ``adapter_names`` to a layer, which other calls may be running too."""
+    if _computed.get() is not call:
+        return None
+    if isinstance(module, AuxiliaryTrainingWrapper):  # it fails for adapters without a copy of the module
+        names = [name if name in module._adapters else "__base__" for name in names]
+    return args, {**kwargs, "adapter_names": names}
 
-    call: dict[Hashable, Any]
+
+def _pass_names(tuner: Any, names: Sequence[str], beams: int, call: Any) -> Iterator[RemovableHandle]:
+    """Adds hooks that pass the names of a call to its layers, repeated for each beam, except in an encoder."""
+    encoder = _get_encoder(tuner.model)
+    encoding = set() if encoder is None else {*encoder.modules()}
+    repeated = [name for name in names for _ in range(beams)]
+    for module in tuner.modules():
+        if isinstance(module, tuner.tuner_layer_cls | AuxiliaryTrainingWrapper):
+            choose = functools.partial(_choose, call, names if module in encoding else repeated)
+            yield module.register_forward_pre_hook(choose, with_kwargs=True)
 
 
 @contextlib.contextmanager
@@ -118,11 +135,13 @@ def _eagerly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_call(
-    model: nn.Module, hooks: contextlib.AbstractContextManager[None], call: dict[Hashable, Any], by_sample: bool
+    tuner: Any, hooks: contextlib.AbstractContextManager[None], names: Sequence[str] | None, beams: int, by_sample: bool
 ) -> Iterator[None]:
+    call: dict[Hashable, Any] = {}
     with _lock:  # torch numbers hooks without one, and two of the same number would replace each other
         hooks.__enter__()
-        handles = [*_record_shape(model, call)] if by_sample else []
+        handles = [*_record_shape(tuner, call)] if by_sample else []
+        handles += [] if names is None else _pass_names(tuner, names, beams, call)
     tokens = _computed.set(call), _by_sample.set(by_sample)
     try:
         with _eagerly() if by_sample and "torch._dynamo" in sys.modules else contextlib.nullcontext():
@@ -130,47 +149,42 @@ def _one_call(
     finally:
         _computed.reset(tokens[0])
         _by_sample.reset(tokens[1])
-        call.clear()  # its keys are names, which refer to it
         for handle in handles:
             handle.remove()
-        # Without the exception: PEFT would leave its hooks in place, and later calls would run with these names.
+        # Without the exception: PEFT would leave its hooks in place, and later calls would run with its arguments.
         hooks.__exit__(None, None, None)
 
 
-@extend("peft.peft_model:PeftModel._enable_peft_forward_hooks")
-def _enable_peft_forward_hooks(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    names = kwargs.get("adapter_names")
-    ignored = names is not None and not hasattr(self.base_model, "_enable_peft_forward_hooks")
-    if ignored and any(True for _ in layers_of(self)):
-        method = type(self.base_model).__name__
-        raise ValueError(f"adapter_names: expected a method with adapters per sample, such as LoRA, got {method}")
-    if torch.compiler.is_compiling():
-        return original(self, *args, **kwargs)
-    call: dict[Hashable, Any] = {}
-    if names is not None:
-        kwargs["adapter_names"] = [_Name(name) for name in names]
-        for name in kwargs["adapter_names"]:
-            name.call = call
-    by_sample = names is not None or kwargs.get("alora_offsets") is not None
-    return _one_call(self, original(self, *args, **kwargs), call, by_sample)
+class PerSample:
+    """A mixin, placed before the class of a PEFT method, for adapters per sample (``adapter_names``).
 
+    PEFT passes the names of one thread's call to the calls of other threads too, and retains those of a call that
+    raised. It ignores names for most methods.
+    """
 
-@extend("peft.tuners.lora.model:_adapter_names_pre_forward_hook")
-def _adapter_names_pre_forward_hook(
-    original: Any, target: Any, args: Any, kwargs: Any = None, *, adapter_names: Any
-) -> Any:
-    # The hook is on the layer, which other threads may be calling too, and also calls inside of this call.
-    first = adapter_names[0] if adapter_names else None
-    if isinstance(first, _Name) and not torch.compiler.is_compiling() and first.call is not _computed.get():
-        return None
-    return original(target, args, kwargs, adapter_names)
+    takes_names: bool  # whether PEFT's method does
+    model: nn.Module
+    training: bool
+    modules: Any
 
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+        names = kwargs.get("adapter_names")
+        if not self.takes_names:
+            if names is not None and any(True for _ in layers_of(self.model)):
+                method = type(self).__name__
+                raise ValueError(
+                    f"adapter_names: expected a method with adapters per sample, such as LoRA, got {method}"
+                )
+            return contextlib.nullcontext()
+        enable: Any = super()._enable_peft_forward_hooks  # type: ignore[misc]
+        if torch.compiler.is_compiling() or (names is not None and not self._serves(names)):  # which PEFT rejects
+            hooks: contextlib.AbstractContextManager[None] = enable(*args, **kwargs)
+            return hooks
+        by_sample = names is not None or kwargs.get("alora_offsets") is not None
+        hooks = enable(*args, **{**kwargs, "adapter_names": None})
+        return _one_call(self, hooks, names, kwargs.get("num_beams") or 1, by_sample)
 
-@extend("peft.utils.other:AuxiliaryTrainingWrapper.forward")
-def _forward_of_trained_copies(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    names = kwargs.get("adapter_names")
-    if names is None or self.disable_adapters:
-        return original(self, *args, **kwargs)
-    kwargs["adapter_names"] = [name if name in self._adapters else "__base__" for name in names]
-    self._check_forward_args(*args, **kwargs)
-    return self._mixed_batch_forward(*args, **kwargs)
+    def _serves(self, names: Sequence[str]) -> bool:
+        layers = (m for m in self.modules() if isinstance(m, BaseTunerLayer))
+        known = {"__base__"}.union(*(layer._get_available_adapters() for layer in layers))
+        return not self.training and known.issuperset(names)

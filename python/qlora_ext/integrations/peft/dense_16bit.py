@@ -11,7 +11,6 @@ from peft.tuners.lora.layer import Linear as DenseLoraLinear
 from torch import Tensor, nn
 
 from ...nn.dense_16bit import Dense16bit, widen
-from .._patches import extend
 
 
 class Over16bit:
@@ -59,12 +58,11 @@ def _over_16bit(cls: Any) -> Any:
     return type(f"{cls.__name__}16bit", (Over16bit, cls), {})
 
 
-def merging_in_compute_dtype(layer: Any) -> Any:
-    """PEFT's LoRA layer ``layer``, which merges without rounding to 16 bits if its base keeps a 16-bit weight."""
+def merge_in_compute_dtype(layer: Any) -> None:
+    """Makes a LoRA layer of PEFT merge without rounding to 16 bits if its base keeps a 16-bit weight."""
     kind: Any = type(layer)
     if kind in (DenseLoraLinear, DenseLoraEmbedding) and isinstance(layer.get_base_layer(), Dense16bit):
         layer.__class__ = _over_16bit(kind)
-    return layer
 
 
 def widen_written(base: nn.Module, lora_config: Any, parameter: str | None) -> None:
@@ -72,16 +70,3 @@ def widen_written(base: nn.Module, lora_config: Any, parameter: str | None) -> N
     init = lora_config.init_lora_weights
     if isinstance(base, Dense16bit) and (parameter is not None or (isinstance(init, str) and init != "gaussian")):
         widen(base)
-
-
-@extend("peft.utils.other:ModulesToSaveWrapper.update")
-def _update(original: Any, self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-    original(self, adapter_name, *args, **kwargs)
-    if adapter_name in self.modules_to_save:
-        widen(self.modules_to_save[adapter_name])
-
-
-@extend("peft.tuners.trainable_tokens.layer:TrainableTokensLayer.update_layer")
-def _update_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    widen(self.get_base_layer())
-    original(self, *args, **kwargs)

@@ -8,8 +8,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.mixed import MixedModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...form import Form
@@ -17,8 +16,6 @@ from ...formats import FP4, NF4
 from ...merged import RETAINED_BY_NEAREST, retained_update, seed_of, with_nearest_codes, with_update
 from ...nn import Embedding4bit, Linear4bit, Packed4bit, computing_in, is_dense, quantize_model
 from ...weight import Weight4bit
-from .._patches import extend
-from ..transformers.modules import dequantize_modules
 
 try:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -309,34 +306,9 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
         raise ValueError(
             f"model: expected adapters on layers of the same form, got {sorted({*map(str, forms.values())})}"
         )
-    # PEFT's own function, because our patch would also decode the other layers.
-    base: nn.Module = _merge_into_dense(BaseTuner.merge_and_unload.__wrapped__, model.base_model)
+    base: nn.Module = model.base_model.merge_into_dense()  # merge_and_unload would also decode the other layers
     others = [name for name, module in base.named_modules() if is_dense(module) and name not in forms]
     with contextlib.nullcontext() if compute_dtype is None else computing_in(base, compute_dtype):
         return quantize_model(
             base, skip=others, towers=True, calibration=calibration, compute_dtype=dtype, **form.keywords
         )
-
-
-def _merge_into_dense(
-    original: Any, tuner: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
-) -> Any:
-    """The base model of ``tuner``, in which the layers with adapters are merged and dense."""
-    if isinstance(tuner, MixedModel):  # its own code merges in place, which would round the weights to 4 bits
-        for parent in [*tuner.model.modules()]:
-            for name, layer in [*parent.named_children()]:
-                if isinstance(layer, Over4bit) and not isinstance(parent, Over4bit):
-                    setattr(parent, name, layer.unload_and_optionally_merge_module(True, safe_merge, adapter_names))
-    return original(tuner, progressbar, safe_merge, adapter_names)
-
-
-@extend("peft.tuners.tuners_utils:BaseTuner.merge_and_unload")
-def _merge_and_unload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    has_4bit = any(isinstance(m, Packed4bit) for m in self.model.modules())
-    model = _merge_into_dense(original, self, *args, **kwargs)
-    if not has_4bit:
-        return model
-    # The merged layers are dense, so the others become dense too, even if no 4-bit layer has an adapter.
-    if getattr(model, "hf_quantizer", None) is not None:
-        return model.dequantize()
-    return dequantize_modules(model)
