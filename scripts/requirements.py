@@ -1,5 +1,4 @@
-"""Prints what an extra of pyproject.toml requires, one requirement per line; installing the extra itself would compile the
-package."""
+"""Prints what an extra of pyproject.toml requires, one requirement per line. Installing the extra would compile us, too."""
 
 from __future__ import annotations
 
