@@ -128,7 +128,7 @@ install_qlora_ext() {
   trap - EXIT
   echo "compiling the operators"
   CMAKE_ARGS="-DQLORA_KERNELS_ONLY=OFF -DQLORA_CPU_ISAS=native $(cuda_options) ${CMAKE_ARGS:-}" build_with_progress \
-    "$venv/bin/python" -m pip install --verbose --no-build-isolation --config-settings build-dir="$build" ".[$1]"
+    "$venv/bin/python" -m pip install --verbose --no-build-isolation --config-settings "build-dir=$build" ".[$1]"
 }
 
 # Makes $venv with a CUDA build of PyTorch and what the CUDA tests import, and puts nvcc on PATH: the system's where it is of

@@ -1,4 +1,4 @@
-"""Prints what an extra of pyproject.toml requires, one requirement per line. Installing the extra would compile us, too."""
+"""Prints what an extra of pyproject.toml requires, one per line. Installing the extra would compile the package."""
 
 from __future__ import annotations
 

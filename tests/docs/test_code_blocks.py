@@ -124,7 +124,7 @@ def test_every_block_has_a_known_language(page: pathlib.Path) -> None:
 
 
 def test_readme_is_a_front_page() -> None:
-    """Its first lines say what it is and what no GPU has run; then come the two commands, Python, and a table. It is short."""
+    """It begins with what it is, what no GPU has run, the two commands, Python, and a table. It is short."""
     readme = (ROOT / "README.md").read_text()
     lines = readme.splitlines()
     assert len(lines) <= 115
