@@ -11,6 +11,8 @@ torch_requirement=${QLORA_TORCH:-torch>=2.11,<3}
 # pip would compile each file of each package. Python compiles a module when it is first imported. (pip wants a 0 for its
 # negative options.)
 export PIP_NO_COMPILE=0
+# Ninja would compile two files more than there are cores at once, and the longest one would end long after the others.
+export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 
 fail() {
   echo "$0: $*" >&2
@@ -119,15 +121,19 @@ install_qlora_ext() {
   build=build/$("$venv/bin/python" -c 'import sys; print(sys.implementation.cache_tag)')
   read -ra arguments <<<"${CMAKE_ARGS:-}"
   echo "installing PyTorch and other packages in the background (the first time they are downloaded: minutes)"
-  install_packages "$@" &
+  mkdir -p "$build"
+  (
+    install_packages "$@"
+    cuda_options >"$build/cuda_options"
+  ) &
   packages=$!
   trap "kill $packages 2>/dev/null" EXIT
   compile_kernels "$build" -DQLORA_CPU_ISAS=native "${arguments[@]}"
-  echo "waiting for the packages"
+  ! kill -0 "$packages" 2>/dev/null || echo "waiting for the packages"
   wait "$packages" || fail "the packages could not be installed: see above"
   trap - EXIT
   echo "compiling the operators"
-  CMAKE_ARGS="-DQLORA_KERNELS_ONLY=OFF -DQLORA_CPU_ISAS=native $(cuda_options) ${CMAKE_ARGS:-}" build_with_progress \
+  CMAKE_ARGS="-DQLORA_KERNELS_ONLY=OFF -DQLORA_CPU_ISAS=native $(<"$build/cuda_options") ${CMAKE_ARGS:-}" build_with_progress \
     "$venv/bin/python" -m pip install --verbose --no-build-isolation --config-settings "build-dir=$build" ".[$1]"
 }
 
