@@ -11,8 +11,6 @@ torch_requirement=${QLORA_TORCH:-torch>=2.11,<3}
 # pip would compile each file of each package. Python compiles a module when it is first imported. (pip wants a 0 for its
 # negative options.)
 export PIP_NO_COMPILE=0
-# Ninja would compile two files more than there are cores at once, and the longest one would end long after the others.
-export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 
 fail() {
   echo "$0: $*" >&2
@@ -62,11 +60,12 @@ make_environment() {
   "$venv/bin/python" -m pip install --quiet "$torch_requirement"
 }
 
-# build_with_progress COMMAND...: shows how many files are compiled, and everything only if it fails.
+# build_with_progress COMMAND...: shows how many files are compiled, and everything only if it fails. By itself, Ninja would
+# compile two files more at once than there are cores, and the longest one would end long after the others.
 build_with_progress() {
   local log status=0
   log=$(mktemp)
-  "$@" 2>&1 | tee "$log" | show_ninja || status=$?
+  CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)} "$@" 2>&1 | tee "$log" | show_ninja || status=$?
   ((status == 0)) || cat "$log" >&2
   rm -f "$log"
   return "$status"
@@ -107,7 +106,7 @@ compile_kernels() {
 cuda_options() {
   "$venv/bin/python" -c '
 import torch
-gpus = torch.cuda.device_count() if torch.version.cuda else 0
+gpus = torch.cuda.device_count() if torch.version.cuda and torch.cuda.is_available() else 0
 majors = {major for major, minor in map(torch.cuda.get_device_capability, range(gpus)) if (major, minor) >= (7, 5)}
 archs = ";".join("75-real" if major == 7 else f"{major}0-real" for major in sorted(majors))
 print(f"-DQLORA_CUDA=AUTO -DQLORA_CUDA_ARCHS={archs}" if archs else "-DQLORA_CUDA=OFF")'
@@ -122,12 +121,14 @@ install_qlora_ext() {
   read -ra arguments <<<"${CMAKE_ARGS:-}"
   echo "installing PyTorch and other packages in the background (the first time they are downloaded: minutes)"
   mkdir -p "$build"
+  set -m # a process group of its own, which can be ended
   (
     install_packages "$@"
     cuda_options >"$build/cuda_options"
   ) &
   packages=$!
-  trap "kill $packages 2>/dev/null" EXIT
+  set +m
+  trap "kill -- -$packages 2>/dev/null" EXIT
   compile_kernels "$build" -DQLORA_CPU_ISAS=native "${arguments[@]}"
   ! kill -0 "$packages" 2>/dev/null || echo "waiting for the packages"
   wait "$packages" || fail "the packages could not be installed: see above"

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -175,6 +176,35 @@ def test_scripts_build_with_the_tools_of_the_package() -> None:
     tools = {r for r in requirements("scripts/environment.sh") if re.match(names, r)}
     assert len(tools) == 4
     assert tools <= set(requirements("pyproject.toml"))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "gpus", "options"),
+    [
+        ("13.0", [(8, 6), (9, 0), (8, 0)], "-DQLORA_CUDA=AUTO -DQLORA_CUDA_ARCHS=80-real;90-real"),
+        ("13.0", [(7, 0), (7, 5)], "-DQLORA_CUDA=AUTO -DQLORA_CUDA_ARCHS=75-real"),
+        ("13.0", [(7, 0)], "-DQLORA_CUDA=OFF"),
+        ("13.0", [], "-DQLORA_CUDA=OFF"),
+        (None, [(9, 0)], "-DQLORA_CUDA=OFF"),  # another maker's
+    ],
+)
+def test_the_scripts_compile_for_these_gpus(
+    cuda: str | None, gpus: list[tuple[int, int]], options: str, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "torch.py").write_text(f"""
+class version: cuda = {cuda!r}
+class cuda:
+    is_available = lambda: {bool(gpus)}
+    device_count = lambda: {len(gpus)}
+    get_device_capability = {gpus}.__getitem__
+""")
+    run = subprocess.run(
+        ["bash", "-c", f"source {shlex.quote(str(ROOT / 'scripts/environment.sh'))} && cuda_options"],
+        env={**os.environ, "QLORA_VENV": sys.prefix, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.stdout.strip(), run.stderr) == (options, "")
 
 
 # What /proc/cpuinfo calls the feature of each instruction set, the best first.
