@@ -115,9 +115,11 @@ print(f"-DQLORA_CUDA=AUTO -DQLORA_CUDA_ARCHS={archs}" if archs else "-DQLORA_CUD
 # install_qlora_ext EXTRA [PACKAGE...]: into $venv, from this tree, compiled for this machine alone; with the packages. These
 # are downloaded and installed while the kernels are compiled.
 install_qlora_ext() {
-  local build packages arguments=()
+  local build source packages arguments=()
   make_build_environment
   build=build/$("$venv/bin/python" -c 'import sys; print(sys.implementation.cache_tag)')
+  source=$(sed -n 's/^CMAKE_HOME_DIRECTORY:INTERNAL=//p' "$build/CMakeCache.txt" 2>/dev/null || true)
+  [[ -z $source || $source -ef . ]] || rm -rf "$build" # of a clone that this one is a copy of
   read -ra arguments <<<"${CMAKE_ARGS:-}"
   echo "installing PyTorch and other packages in the background (the first time they are downloaded: minutes)"
   mkdir -p "$build"
