@@ -112,8 +112,8 @@ def run(*command: str | Path) -> str:
 
 def sources(arch: int) -> list[Path]:
     """The .cu files that are compiled for an architecture (CMakeLists.txt): only 9.0 has the instructions of sm90."""
-    rooms = {75: ["any"], 90: ["any", "sm80", "sm90"]}.get(arch, ["any", "sm80"])
-    return sorted(source for room in rooms for source in (ROOT / "cuda" / "launch" / room).glob("*.cu"))
+    folders = {75: ["any"], 90: ["any", "sm80", "sm90"]}.get(arch, ["any", "sm80"])
+    return sorted(source for folder in folders for source in (ROOT / "cuda" / "launch" / folder).glob("*.cu"))
 
 
 def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:

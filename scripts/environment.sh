@@ -8,6 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${QLORA_VENV:-$PWD/.venv}
 base_python=${QLORA_PYTHON:-python3}
 torch_requirement=${QLORA_TORCH:-torch>=2.11,<3}
+# pip would compile each file of each package. Python compiles a module when it is first imported. (pip wants a 0 for its
+# negative options.)
+export PIP_NO_COMPILE=0
 
 fail() {
   echo "$0: $*" >&2
@@ -39,23 +42,30 @@ install_system_packages() {
   as_root apt-get install -y -qq "${missing[@]}" >/dev/null
 }
 
-# Makes $venv, with PyTorch and what builds qlora_ext. pip's own build environment would lie elsewhere each time, and
-# scikit-build-core then compiles everything again.
-make_environment() {
+# Makes $venv, with what compiles qlora_ext. pip's own build environment would lie elsewhere each time, and scikit-build-core
+# then compiles everything again.
+make_build_environment() {
   install_system_packages
   "$base_python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed"
+  echo "installing the build tools into $venv"
   [[ -x $venv/bin/python ]] || "$base_python" -m venv "$venv"
-  echo "installing into $venv (the first time brings PyTorch: minutes)"
   "$venv/bin/python" -m pip install --quiet --upgrade "pip<27"
-  "$venv/bin/python" -m pip install --quiet "$torch_requirement"
   "$venv/bin/python" -m pip install --quiet "scikit-build-core>=0.11,<2" "pybind11>=2.13,<4" "cmake>=3.26,<5" "ninja>=1.10,<2"
 }
 
-# build_with_progress COMMAND...: shows how many files are compiled, and everything only if it fails.
+# The same with PyTorch.
+make_environment() {
+  make_build_environment
+  echo "installing PyTorch (the first time it is downloaded: minutes)"
+  "$venv/bin/python" -m pip install --quiet "$torch_requirement"
+}
+
+# build_with_progress COMMAND...: shows how many files are compiled, and everything only if it fails. By itself, Ninja would
+# compile two files more at once than there are cores, and the longest one would end long after the others.
 build_with_progress() {
   local log status=0
   log=$(mktemp)
-  "$@" 2>&1 | tee "$log" | show_ninja || status=$?
+  CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)} "$@" 2>&1 | tee "$log" | show_ninja || status=$?
   ((status == 0)) || cat "$log" >&2
   rm -f "$log"
   return "$status"
@@ -64,6 +74,7 @@ show_ninja() {
   local line end=$'\n' last=-1
   [[ ! -t 1 ]] || end=$'\r'
   while IFS= read -r line; do
+    [[ $line != *"-- no nvcc found"* ]] || echo "${line#*-- }"
     [[ $line =~ ^\ *\[([0-9]+)/([0-9]+)\]\  ]] || continue
     local percent=$((100 * BASH_REMATCH[1] / BASH_REMATCH[2]))
     [[ $end == $'\r' || $((percent / 10)) != $((last / 10)) ]] || continue
@@ -73,15 +84,60 @@ show_ninja() {
   [[ $end == $'\n' || $last == -1 ]] || echo
 }
 
-# install_qlora_ext EXTRA [PIP ARGUMENT...]: into $venv, from this tree.
+# install_packages EXTRA [PACKAGE...]: PyTorch, what the extra requires, and the packages without what they require.
+install_packages() {
+  local required
+  mapfile -t required < <("$venv/bin/python" scripts/requirements.py "$1")
+  "$venv/bin/python" -m pip install --quiet "$torch_requirement" "${required[@]}"
+  [[ $# == 1 ]] || "$venv/bin/python" -m pip install --quiet --no-deps "${@:2}"
+}
+
+# compile_kernels FOLDER [CMAKE ARGUMENT...]: the part of the build that needs no PyTorch, which is nearly all of it.
+compile_kernels() {
+  local log sets
+  log=$("$venv/bin/cmake" -S . -B "$1" -G Ninja "-DCMAKE_MAKE_PROGRAM=$venv/bin/ninja" -DCMAKE_BUILD_TYPE=Release \
+    -DQLORA_KERNELS_ONLY=ON "${@:2}" 2>&1) || { echo "$log" >&2 && return 1; }
+  sets=$(sed -n 's/^-- CPU instruction sets: //p' <<<"$log")
+  echo "compiling the CPU kernels for ${sets//;/, }"
+  build_with_progress "$venv/bin/cmake" --build "$1"
+}
+
+# CMake's options for the GPUs that PyTorch can use here. The CUDA kernels for all take a quarter of an hour.
+cuda_options() {
+  "$venv/bin/python" -c '
+import torch
+gpus = torch.cuda.device_count() if torch.version.cuda and torch.cuda.is_available() else 0
+majors = {major for major, minor in map(torch.cuda.get_device_capability, range(gpus)) if (major, minor) >= (7, 5)}
+archs = ";".join("75-real" if major == 7 else f"{major}0-real" for major in sorted(majors))
+print(f"-DQLORA_CUDA=AUTO -DQLORA_CUDA_ARCHS={archs}" if archs else "-DQLORA_CUDA=OFF")'
+}
+
+# install_qlora_ext EXTRA [PACKAGE...]: into $venv, from this tree, compiled for this machine alone; with the packages. These
+# are downloaded and installed while the kernels are compiled.
 install_qlora_ext() {
-  local extra=$1 cuda=""
-  shift
-  make_environment
-  # A PyTorch for the CPU cannot use what nvcc would compile for a quarter of an hour.
-  "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null || cuda=-DQLORA_CUDA=OFF
-  CMAKE_ARGS="$cuda ${CMAKE_ARGS:-}" \
-    build_with_progress "$venv/bin/python" -m pip install --verbose --no-build-isolation "$@" ".[$extra]"
+  local build source packages arguments=()
+  make_build_environment
+  build=build/$("$venv/bin/python" -c 'import sys; print(sys.implementation.cache_tag)')
+  source=$(sed -n 's/^CMAKE_HOME_DIRECTORY:INTERNAL=//p' "$build/CMakeCache.txt" 2>/dev/null || true)
+  [[ -z $source || $source -ef . ]] || rm -rf "$build" # of a clone that this one is a copy of
+  read -ra arguments <<<"${CMAKE_ARGS:-}"
+  echo "installing PyTorch and other packages in the background (the first time they are downloaded: minutes)"
+  mkdir -p "$build"
+  set -m # a process group of its own, which can be ended
+  (
+    install_packages "$@"
+    cuda_options >"$build/cuda_options"
+  ) &
+  packages=$!
+  set +m
+  trap "kill -- -$packages 2>/dev/null" EXIT
+  compile_kernels "$build" -DQLORA_CPU_ISAS=native "${arguments[@]}"
+  ! kill -0 "$packages" 2>/dev/null || echo "waiting for the packages"
+  wait "$packages" || fail "the packages could not be installed: see above"
+  trap - EXIT
+  echo "compiling the operators"
+  CMAKE_ARGS="-DQLORA_KERNELS_ONLY=OFF -DQLORA_CPU_ISAS=native $(<"$build/cuda_options") ${CMAKE_ARGS:-}" build_with_progress \
+    "$venv/bin/python" -m pip install --verbose --no-build-isolation --config-settings "build-dir=$build" ".[$1]"
 }
 
 # Makes $venv with a CUDA build of PyTorch and what the CUDA tests import, and puts nvcc on PATH: the system's where it is of

@@ -27,9 +27,8 @@ const char* text(Outcome outcome) {
   return kTexts[static_cast<int>(outcome)];
 }
 
-// The kernel that QLORA_CPU_KERNEL asks for, or null. Where the variable is not there at the first call it is never
-// looked at again, so that no call pays for it; where it is (be it empty), each call reads it anew, so that a test can
-// go from one kernel to the next.
+// The kernel that QLORA_CPU_KERNEL asks for, or null. Read at the first call. If set then, read again at each call, for
+// tests.
 const Kernel* forced_kernel() {
   static const bool looks = std::getenv("QLORA_CPU_KERNEL");
   if (!looks) return nullptr;

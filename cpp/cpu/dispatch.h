@@ -8,8 +8,8 @@
 
 namespace qlora::cpu {
 
-// How a kernel's attempt at a call has ended. If not with kDone, what it has written counts for nothing, and the call
-// goes to the next kernel of its choice. All but kTooLarge are found in the data, which no choice has seen.
+// How a kernel's attempt at a call has ended. Unless kDone, the output is undefined, and the call goes to the next
+// kernel of its choice. All but kTooLarge are found in the data, which no choice has seen.
 enum class Outcome {
   kDone,
   kTooLarge,    // for the scratch that the kernel may use, or its registers

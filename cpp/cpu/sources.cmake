@@ -1,6 +1,7 @@
 # What the CPU kernels are compiled from, for whoever compiles them: QLORA_CPU_SOURCES, each part of an instruction set with
 # the set's flags, and QLORA_CPU_DEFINITIONS.
-set(QLORA_CPU_ISAS "" CACHE STRING "instruction sets to compile for besides scalar, such as avx2;avx512; empty: all")
+set(QLORA_CPU_ISAS "" CACHE STRING "instruction sets to compile for besides scalar, such as avx2;avx512; empty: all; native: \
+this processor's best, and AVX2 or NEON")
 set(QLORA_CPU_ISAS_NOT_RUN "" CACHE STRING "instruction sets to compile with -O1, which is faster: this machine lacks them")
 set(_cpu "${CMAKE_CURRENT_LIST_DIR}")
 file(GLOB QLORA_CPU_SOURCES CONFIGURE_DEPENDS "${_cpu}/*.cpp" "${_cpu}/*/*.cpp")
@@ -20,13 +21,40 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
   set(_arm64 1)
   list(APPEND _isas ${_isas_aarch64})
 endif()
-if(QLORA_CPU_ISAS)
-  foreach(_isa IN LISTS QLORA_CPU_ISAS)
+set(_chosen ${QLORA_CPU_ISAS})
+set(_not_run ${QLORA_CPU_ISAS_NOT_RUN})
+if(QLORA_CPU_ISAS STREQUAL "native")
+  # isa.cpp says what it will choose when the kernels run.
+  string(REGEX REPLACE "([^;]+);?" "QLORA_SET(\\1) " _sets "${_isas}")
+  file(CONFIGURE OUTPUT native_isas.cpp CONTENT [[
+#define QLORA_X86 @_x86@
+#define QLORA_ARM64 @_arm64@
+#define QLORA_CPU_ISAS @_sets@
+#include "cpp/cpu/isa/isa.cpp"
+#include <cstdio>
+int main() {
+  std::fputs(qlora::cpu::current_isa().name, stdout);
+}
+]] @ONLY)
+  try_run(_ran _built SOURCES "${CMAKE_CURRENT_BINARY_DIR}/native_isas.cpp" NO_CACHE
+          CMAKE_FLAGS "-DINCLUDE_DIRECTORIES=${_cpu}/../.." RUN_OUTPUT_VARIABLE _best
+          COMPILE_OUTPUT_VARIABLE _errors CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON)
+  if(NOT _built OR NOT _ran EQUAL 0)
+    message(FATAL_ERROR "QLORA_CPU_ISAS=native: the program that finds this processor's instruction sets failed: ${_ran} "
+                        "${_errors}")
+  endif()
+  # Beside the best one, AVX2 or NEON and scalar: for tests, and for other processors to which the build is copied.
+  list(SUBLIST _isas 0 2 _not_run)
+  set(_chosen ${_best} ${_not_run})
+  list(REMOVE_ITEM _not_run ${_best} ${_base_${_best}})
+endif()
+if(_chosen)
+  foreach(_isa IN LISTS _chosen)
     if(NOT _isa IN_LIST _isas)
       message(FATAL_ERROR "QLORA_CPU_ISAS: expected some of ${_isas}, got ${_isa}")
     endif()
   endforeach()
-  set(_wanted scalar ${QLORA_CPU_ISAS})
+  set(_wanted scalar ${_chosen})
   foreach(_isa IN LISTS _wanted)
     list(APPEND _wanted ${_base_${_isa}})
   endforeach()
@@ -36,6 +64,7 @@ if(QLORA_CPU_ISAS)
     endif()
   endforeach()
 endif()
+message(STATUS "CPU instruction sets: ${_isas}")
 # few_tokens/code_tables.h searches its multipliers at compile time, for longer than Clang lets a constant take by default.
 add_compile_options($<$<COMPILE_LANG_AND_ID:CXX,Clang,AppleClang>:-fconstexpr-steps=33554432>)
 # Of the tables of instruction sets, those of the sets that are compiled.
@@ -47,6 +76,7 @@ foreach(_isa IN LISTS _isas)
 endforeach()
 string(STRIP "${_sets}" _sets)
 set(QLORA_CPU_DEFINITIONS QLORA_X86=${_x86} QLORA_ARM64=${_arm64} "QLORA_CPU_ISAS=${_sets}")
+list(REVERSE _isas)  # Ninja starts in this order, so the files that take longest come first
 
 # The flags of each instruction set, which only its own parts are compiled with. Parts include intrinsics and our own
 # headers only: weak copies of std or torch templates compiled for a newer processor could be the ones the linker keeps.
@@ -65,7 +95,7 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND _neon_bf16 -fno-schedule-insns)
   list(APPEND _neon_i8mm -fno-schedule-insns)
 endif()
-foreach(_isa IN LISTS QLORA_CPU_ISAS_NOT_RUN)
+foreach(_isa IN LISTS _not_run)
   list(APPEND _${_isa} -O1)
 endforeach()
 

@@ -80,7 +80,7 @@ struct Choice {
 // Tokens. The integer kernel of dx keeps all of them in registers; in the other one a strip of sums must fit half of
 // the scratch, whatever the shift of the rows of W.
 inline constexpr int64_t kMostDxIntTokens = 16, kMostDxFloatTokens = 64;
-inline constexpr int64_t kMostForwardTokens = 64;  // of which a kernel notes in a word which it refuses
+inline constexpr int64_t kMostForwardTokens = 64;  // a 64-bit mask marks rejected tokens
 inline constexpr int64_t kDxIntColumns = 64;       // that must have one scale: four nibbles of 16 lanes
 
 // Rows that are streamed in lanes of eight weights: a chunk of NEON holds at most four scales, which are five of blocks

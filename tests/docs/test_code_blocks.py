@@ -124,14 +124,17 @@ def test_every_block_has_a_known_language(page: pathlib.Path) -> None:
 
 
 def test_readme_is_a_front_page() -> None:
-    """Its first screen has what it is, the two commands and a table; it is short; its links lead somewhere."""
+    """It begins with what it is, what no GPU has run, the two commands, Python, and a table. It is short."""
     readme = (ROOT / "README.md").read_text()
     lines = readme.splitlines()
-    assert len(lines) <= 150
-    first = "\n".join(lines[:30])
+    assert len(lines) <= 115
+    assert "No GPU has run" in "\n".join(lines[:10])
+    first = "\n".join(lines[:45])
     assert "scripts/finetune" in first
     assert "scripts/test" in first
+    assert 0 < first.index("```python") < first.index("\n| ")
     assert first.count("\n| ") >= 6
+    assert readme.partition("## What it does that")[2].partition("\n## ")[0].count("\n- ") == 5
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name_of)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import pathlib
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -118,8 +123,8 @@ PLACES = {
     "scripts/packaging/tools.sh": r"pip install (.*)",
     "scripts/packaging/tools.txt": r"^([\w-]+==\S+)",
     "scripts/test_wheels": r"pip install (.*)",
-    "scripts/test": r"pip install (.*)",
-    "scripts/finetune": r"pip install (.*)",
+    "scripts/test": r"install_qlora_ext \w+ (.*)",
+    "scripts/finetune": r"install_qlora_ext \w+ (.*)",
 }
 
 
@@ -171,3 +176,73 @@ def test_scripts_build_with_the_tools_of_the_package() -> None:
     tools = {r for r in requirements("scripts/environment.sh") if re.match(names, r)}
     assert len(tools) == 4
     assert tools <= set(requirements("pyproject.toml"))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "gpus", "options"),
+    [
+        ("13.0", [(8, 6), (9, 0), (8, 0)], "-DQLORA_CUDA=AUTO -DQLORA_CUDA_ARCHS=80-real;90-real"),
+        ("13.0", [(7, 0), (7, 5)], "-DQLORA_CUDA=AUTO -DQLORA_CUDA_ARCHS=75-real"),
+        ("13.0", [(7, 0)], "-DQLORA_CUDA=OFF"),
+        ("13.0", [], "-DQLORA_CUDA=OFF"),
+        (None, [(9, 0)], "-DQLORA_CUDA=OFF"),  # another maker's
+    ],
+)
+def test_the_scripts_compile_for_these_gpus(
+    cuda: str | None, gpus: list[tuple[int, int]], options: str, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "torch.py").write_text(f"""
+class version: cuda = {cuda!r}
+class cuda:
+    is_available = lambda: {bool(gpus)}
+    device_count = lambda: {len(gpus)}
+    get_device_capability = {gpus}.__getitem__
+""")
+    run = subprocess.run(
+        ["bash", "-c", f"source {shlex.quote(str(ROOT / 'scripts/environment.sh'))} && cuda_options"],
+        env={**os.environ, "QLORA_VENV": sys.prefix, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.stdout.strip(), run.stderr) == (options, "")
+
+
+# What /proc/cpuinfo calls the feature of each instruction set, the best first.
+FEATURES = {
+    "neon_i8mm": "i8mm",
+    "neon_bf16": "bf16",
+    "neon": "asimd",
+    "amx_bf16": "amx_bf16",
+    "avx512_bf16": "avx512_bf16",
+    "avx512": "avx512_vbmi",
+    "avx_vnni": "avx_vnni",
+    "avx2": "avx2",
+}
+BASES = {"avx_vnni": "avx2", "amx_bf16": "avx512_bf16", "neon_i8mm": "neon_bf16"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="features are read from /proc/cpuinfo")
+@pytest.mark.parametrize("forced", [None, "scalar"])
+def test_the_scripts_compile_for_this_processor(forced: str | None, tmp_path: pathlib.Path) -> None:
+    tools = os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))
+    if not (shutil.which("cmake", path=tools) and shutil.which("ninja", path=tools)):
+        pytest.skip("cmake or ninja is not installed")
+    words = pathlib.Path("/proc/cpuinfo").read_text().split()
+    best = forced or next(isa for isa, feature in FEATURES.items() if feature in words)
+    run = subprocess.run(
+        ["cmake", "-S", ROOT / "tests/kernels", "-B", tmp_path, "-G", "Ninja", "-DQLORA_CPU_ISAS=native"],
+        env={**os.environ, "PATH": tools, "CMAKE_EXPORT_COMPILE_COMMANDS": "1", "QLORA_CPU_ISA": forced or ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    compiled, unoptimized = set(), set()
+    for entry in json.loads((tmp_path / "compile_commands.json").read_text()):
+        part = re.search(r"parts/(\w+)_few_tokens\.cpp$", entry["file"])
+        if part:
+            compiled.add(part[1])
+            unoptimized |= {part[1]} if " -O1 " in entry["command"] else set()
+    used = {best, BASES.get(best, best)}
+    others = {"scalar", "neon" if platform.machine() == "aarch64" else "avx2"}
+    assert compiled | {best} == used | others  # amx_bf16 has no file for few tokens
+    assert unoptimized == others - used

@@ -17,18 +17,18 @@ SOURCES = [p for d in ("cpp", "cuda") for p in (ROOT / d).rglob("*") if p.suffix
 
 CPU_GROUND = ("cpp/cpu/shared/", "cpp/cpu/isa/", "cpp/cpu/kernels.h")
 CPU_CONTRACTS = ("cpp/cpu/kernels.h", "cpp/cpu/dispatch.h", "cpp/cpu/tuning.h")
-CPU_ROOMS = ("codec", "few_tokens", "many_tokens", "many_tokens_tiles", "float64")
+CPU_FOLDERS = ("codec", "few_tokens", "many_tokens", "many_tokens_tiles", "float64")
 
-CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{room}/" for room in CPU_ROOMS))
+CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{name}/" for name in CPU_FOLDERS))
 
-# Rooms of CUDA code, each named for the least architecture that runs it, and what its files may include of others.
-ROOMS = {"any": ("any",), "sm80": ("any", "sm80"), "sm90": ("any", "sm80", "sm90")}
+# Folders of CUDA code, each named for the oldest architecture that runs it, and what its files may include of others.
+CUDA_FOLDERS = {"any": ("any",), "sm80": ("any", "sm80"), "sm90": ("any", "sm80", "sm90")}
 CUDA_LAUNCH = tuple(f"cuda/launch/{name}.h" for name in ("cluster", "device", "launch", "types", "workspace"))
 
 
-def in_rooms(folder: str, room: str) -> list[str]:
-    """The rooms of ``folder`` that ``room`` may include."""
-    return [f"{folder}/{below}/" for below in ROOMS[room]]
+def up_to(arch: str, folder: str) -> list[str]:
+    """What ``arch`` in ``folder`` may include of it."""
+    return [f"{folder}/{older}/" for older in CUDA_FOLDERS[arch]]
 
 
 # Folder, or beginning of a file's name -> what its files may include of ours. Includes point one way.
@@ -68,27 +68,27 @@ MAY_INCLUDE = {
     "cpp/runtime": ("cpp/format/portable.h",),
     "cpp/bindings": ("cpp/format", "cpp/cpu", "cuda/tuning/", "build_info.h"),
     "cuda/ptx": ("cpp/format", "cuda/ptx"),
-    **{f"cuda/tile/{room}/": ("cpp/format", "cuda/ptx", *in_rooms("cuda/tile", room)) for room in ROOMS},
+    **{f"cuda/tile/{arch}/": ("cpp/format", "cuda/ptx", *up_to(arch, "cuda/tile")) for arch in CUDA_FOLDERS},
     **{
-        f"cuda/kernels/{room}/": (
+        f"cuda/kernels/{arch}/": (
             "cpp/format",
             "cuda/ptx",
-            *in_rooms("cuda/tile", room),
-            *in_rooms("cuda/kernels", room),
+            *up_to(arch, "cuda/tile"),
+            *up_to(arch, "cuda/kernels"),
             "cuda/tuning/codec.h",
         )
-        for room in ROOMS
+        for arch in CUDA_FOLDERS
     },
     **{
-        f"cuda/launch/{room}/": (
+        f"cuda/launch/{arch}/": (
             "cpp/format",
-            *in_rooms("cuda/tile", room),
-            *in_rooms("cuda/kernels", room),
-            *in_rooms("cuda/launch", room),
+            *up_to(arch, "cuda/tile"),
+            *up_to(arch, "cuda/kernels"),
+            *up_to(arch, "cuda/launch"),
             *CUDA_LAUNCH,
             "cuda/tuning/",
         )
-        for room in ROOMS
+        for arch in CUDA_FOLDERS
     },
     "cuda/launch/registry.cpp": ("cuda/launch/", "cuda/tuning/"),
     "cuda/launch/device.cpp": ("cuda/launch/", "cuda/tuning/"),  # asks kernels of an architecture
@@ -137,7 +137,7 @@ def test_includes_make_no_circle() -> None:
 def test_fragments_see_no_standard_library() -> None:
     """The linker may keep the copy of its template that was compiled for a newer processor."""
     for path in (ROOT / "cpp/cpu").rglob("*.h"):
-        if path.parent.name not in {"shared", "parts", *CPU_ROOMS} and path.parent.parent.name != "isa":
+        if path.parent.name not in {"shared", "parts", *CPU_FOLDERS} and path.parent.parent.name != "isa":
             continue
         for include in re.findall(r"#include <([^>]+)>", path.read_text()):
             assert include in {"cstdint", "cstring", "immintrin.h", "arm_neon.h"}, (
@@ -161,10 +161,10 @@ def test_every_instruction_set_has_the_same_vocabularies() -> None:
         assert (ROOT / f"cpp/cpu/isa_{folder.name}.cpp").is_file()
 
 
-def test_rooms_of_cuda_code_are_in_the_table() -> None:
+def test_folders_of_cuda_code_are_in_the_table() -> None:
     for folder in ("tile", "kernels", "launch"):
-        rooms = {p.name for p in (ROOT / "cuda" / folder).iterdir() if p.is_dir()}
-        assert rooms <= set(ROOMS), folder
+        found = {p.name for p in (ROOT / "cuda" / folder).iterdir() if p.is_dir()}
+        assert found <= set(CUDA_FOLDERS), folder
 
 
 def test_the_choice_of_a_cuda_kernel_needs_no_cuda() -> None:
@@ -346,11 +346,11 @@ def test_python_imports_go_in_no_circle() -> None:
         pytest.fail(" -> ".join(relative(path) for path in error.args[1]))
 
 
-@pytest.mark.parametrize("room", IMPORTED_BY)
-def test_python_imports_point_one_way(room: str) -> None:
+@pytest.mark.parametrize("folder", IMPORTED_BY)
+def test_python_imports_point_one_way(folder: str) -> None:
     names = {path: path.relative_to(PYTHON).as_posix() for path in MODULES}
-    inside = {path for path, name in names.items() if name.startswith(room)}
-    allowed = (room, *IMPORTED_BY[room])
+    inside = {path for path, name in names.items() if name.startswith(folder)}
+    allowed = (folder, *IMPORTED_BY[folder])
     assert {n for path, n in names.items() if imports_of(path) & inside and not n.startswith(allowed)} == set()
 
 
