@@ -30,7 +30,7 @@ class Layer:
 
     def __init__(self, n: int, k: int, adapters: int, dtype: torch.dtype) -> None:
         self.n, self.k = n, k
-        self.packed = qlora_ext.quantize_nf4((torch.randn(n, k) * 0.02).to(dtype)).packed_args()
+        self.w4 = qlora_ext.quantize_nf4((torch.randn(n, k) * 0.02).to(dtype))
         self.lora_a = [(torch.randn(RANK, k) * k**-0.5).to(dtype) for _ in range(adapters)]
         self.lora_b = [(torch.randn(n, RANK) * 0.1).to(dtype) for _ in range(adapters)]
         self.stacked = stack_adapters(self.lora_a, self.lora_b, SCALING)
@@ -40,30 +40,29 @@ class Layer:
         return of_row, s.rank_offsets, s.scalings, None, s.max_rank
 
     def forward(self, x: Tensor, adapter: int) -> Tensor:
-        lora = self.lora_a[adapter], self.lora_b[adapter], SCALING, 0.0, 0
-        y: Tensor = OPS.linear_nf4(x, *self.packed, self.n, None, *lora)
+        lora = self.lora_a[adapter], self.lora_b[adapter], SCALING, 0.0, 0, None
+        y: Tensor = OPS.linear_nf4(x, *self.w4.operands(self.n, None, *lora))
         return y
 
     def forward_together(self, x: Tensor, of_row: Tensor) -> Tensor:
         lora = self.stacked.lora_a, self.stacked.lora_b, 1.0, 0.0, 0, None
-        form = "nf4", None, None, None
-        y: Tensor = OPS.linear_nf4(x, *self.packed, self.n, None, *lora, *form, *self._last(of_row))
+        y: Tensor = OPS.linear_nf4(x, *self.w4.operands(self.n, None, *lora), *self._last(of_row))
         return y
 
     def step(self, x: Tensor, dy: Tensor, adapter: int) -> Tensor:
         """y; dx, da and db are computed and dropped."""
-        lora = self.lora_a[adapter], self.lora_b[adapter], SCALING, 0.0, 0
-        y, h = OPS.linear_nf4_with_h(x, *self.packed, self.n, None, *lora)
-        _, g = OPS.linear_nf4_dx_with_g(dy, *self.packed, self.k, *lora)
-        OPS.linear_nf4_dlora(dy, x, *lora, None, h, g)
+        lora = self.lora_a[adapter], self.lora_b[adapter], SCALING, 0.0, 0, None
+        y, h = OPS.linear_nf4_with_h(x, *self.w4.operands(self.n, None, *lora))
+        _, g = OPS.linear_nf4_dx_with_g(dy, *self.w4.operands(self.k, *lora))
+        OPS.linear_nf4_dlora(dy, x, *lora, h, g)
         result: Tensor = y
         return result
 
     def step_together(self, x: Tensor, dy: Tensor, of_row: Tensor) -> Tensor:
         lora = self.stacked.lora_a, self.stacked.lora_b, 1.0, 0.0, 0, None
-        form, last = ("nf4", None, None, None), self._last(of_row)
-        y, h = OPS.linear_nf4_with_h(x, *self.packed, self.n, None, *lora, *form, *last)
-        _, g = OPS.linear_nf4_dx_with_g(dy, *self.packed, self.k, *lora, *form, *last)
+        last = self._last(of_row)
+        y, h = OPS.linear_nf4_with_h(x, *self.w4.operands(self.n, None, *lora), *last)
+        _, g = OPS.linear_nf4_dx_with_g(dy, *self.w4.operands(self.k, *lora), *last)
         OPS.linear_nf4_dlora(dy, x, *lora, h, g, *last)
         result: Tensor = y
         return result

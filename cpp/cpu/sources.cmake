@@ -3,7 +3,7 @@
 set(QLORA_CPU_ISAS "" CACHE STRING "instruction sets to compile for besides scalar, such as avx2;avx512; empty: all")
 set(QLORA_CPU_ISAS_NOT_RUN "" CACHE STRING "instruction sets to compile with -O1, which is faster: this machine lacks them")
 set(_cpu "${CMAKE_CURRENT_LIST_DIR}")
-file(GLOB QLORA_CPU_SOURCES CONFIGURE_DEPENDS "${_cpu}/*.cpp" "${_cpu}/*/*.cpp")
+file(GLOB QLORA_CPU_SOURCES CONFIGURE_DEPENDS "${_cpu}/*.cpp" "${_cpu}/*/*.cpp" "${_cpu}/../format/*.cpp")
 set(_x86 0)
 set(_arm64 0)
 set(_isas scalar)
@@ -36,7 +36,7 @@ if(QLORA_CPU_ISAS)
     endif()
   endforeach()
 endif()
-# few_tokens/code_tables.h searches its multipliers at compile time, for longer than Clang lets a constant take by default.
+# cpp/format/code_tables.h searches its multipliers at compile time, for longer than Clang lets a constant take by default.
 add_compile_options($<$<COMPILE_LANG_AND_ID:CXX,Clang,AppleClang>:-fconstexpr-steps=33554432>)
 # Of the tables of instruction sets, those of the sets that are compiled.
 list(FILTER QLORA_CPU_SOURCES EXCLUDE REGEX "/isa_[^/]*\\.cpp$")
