@@ -43,7 +43,7 @@ def contenders() -> dict[str, nn.Module | harness.Call]:
         "Linear4bit, LoRA in the same operator": lambda _: layer.fused_forward(x, a, b, SCALING),
         "Linear4bit, LoRA of PEFT": lambda _: adapted(x),
     }
-    w4 = qlora_ext.quantize(dense.weight)
+    w4 = qlora_ext.quantize_nf4(dense.weight)
     if isinstance(w4, torch.Tensor):
         plain = nn.Linear(FEATURES, FEATURES, bias=False, device="meta")
         plain.weight = nn.Parameter(w4, requires_grad=False)
@@ -86,7 +86,11 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for column, checkout in checkouts.items():
             runs[column].append(measured(checkout, arguments.seconds))
-    report = harness.Report("eager_overhead", "One token through a 576x576 layer, eager")
+    notes = []
+    if arguments.against:
+        commit = ["git", "-C", str(arguments.against), "log", "-1", "--format=before: commit %h"]
+        notes = [subprocess.run(commit, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()]
+    report = harness.Report("eager_overhead", "One token through a 576x576 layer, eager", notes)
     for name in runs["microseconds"][0]:
         best = {column: [run[name] for run in found if name in run] for column, found in runs.items()}
         report.add(contender=name, **{column: round(min(times), 1) for column, times in best.items() if times})
