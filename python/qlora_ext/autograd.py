@@ -153,17 +153,17 @@ def bias_gradient(dy: Tensor, offsets: Tensor | None) -> Tensor:
 
 def _forward(ctx: Any, linear: LinearOperator, args: tuple[Any, ...]) -> Tensor:
     a, needs = linear.given(*args), linear.arguments(*ctx.needs_input_grad)
+    y: Tensor
     y, h = linear.with_h(*args) if needs.lora_a or needs.lora_b else (linear.kernel(*args), None)
     ctx.lender = lender_of(a.packed)
     packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset, a.scale_table, a.block_offsets, a.offset_scale
     lora = a.lora_a, a.lora_b, a.seed_tensor, a.adapter_of_row, a.rank_offsets, a.scalings, a.seeds
-    rows = None if h is None else a.x, h, getattr(a, "offsets", None)
-    ctx.save_for_backward(*rows, *lora, *(packed if ctx.lender is None else ()))
+    x, offsets = None if h is None else a.x, getattr(a, "offsets", None)
+    ctx.save_for_backward(x, h, offsets, *lora, *(packed if ctx.lender is None else ()))
     ctx.numbers = a.block_size, a.nested_block_size, a.code
     ctx.in_features = a.x.shape[-1]
     ctx.lora_numbers, ctx.max_rank = (a.scaling, a.dropout_p, a.seed), a.max_rank
-    out: Tensor = y
-    return out
+    return y
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
