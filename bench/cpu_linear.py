@@ -106,7 +106,7 @@ class Bench:
         dense = w4.dequantize(self.dtype)
         count = len(harness.cold(lambda: None, dense.nbytes))
         weights = harness.Ring(dense.clone() for _ in range(count))
-        packs = harness.Ring((w4.packed.clone(), *w4.packed_args()[1:]) for _ in range(count))
+        packs = harness.Ring(w4.replace(packed=w4.packed.clone()) for _ in range(count))
         bnb_packs = None
         if self.bnb is not None and k % 64 == 0:
             packed, state = self.bnb.functional.quantize_4bit(w, compress_statistics=True, quant_type="nf4")
@@ -131,11 +131,10 @@ class Bench:
         x = torch.randn(m, k).to(self.dtype)
 
         def ours(i: int) -> Tensor:
-            return torch.ops.qlora.linear_nf4(x, *packs.at(i), n, None, a, b, SCALING, 0.0, 0)
+            return torch.ops.qlora.linear_nf4(x, *packs.at(i).operands(n, None, a, b, SCALING, 0.0, 0, None))
 
         def decoded(i: int) -> Tensor:
-            packed, *scales = packs.at(i)
-            return torch.ops.qlora.dequantize_nf4(packed, *scales, [n, k], self.dtype)
+            return packs.at(i).dequantize(self.dtype)
 
         a32, b32 = a.float(), b.float()
         calls = {
@@ -163,7 +162,7 @@ class Bench:
         dy = torch.randn(m, n).to(self.dtype)
 
         def ours(i: int) -> Tensor:
-            return torch.ops.qlora.linear_nf4_dx(dy, *packs.at(i), k, a, b, SCALING, 0.0, 0)
+            return torch.ops.qlora.linear_nf4_dx(dy, *packs.at(i).operands(k, a, b, SCALING, 0.0, 0, None))
 
         calls = {
             "dy @ w": lambda i: dy @ weights.at(i),

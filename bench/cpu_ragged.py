@@ -19,13 +19,13 @@ RANK = 16
 
 
 def picoseconds(m: int, n: int, k: int, dtype: torch.dtype, seconds: float) -> tuple[float, float]:
-    packed = qlora_ext.quantize_nf4((torch.randn(n, k) * 0.02).to(dtype)).packed_args()
+    w4 = qlora_ext.quantize_nf4((torch.randn(n, k) * 0.02).to(dtype))
     a, b = torch.randn(RANK, k).to(dtype), torch.randn(n, RANK).to(dtype)
     x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
     times = harness.interleave(
         {
-            "forward": lambda i: torch.ops.qlora.linear_nf4(x, *packed, n, None, a, b, 2.0, 0.0, 0),
-            "dX": lambda i: torch.ops.qlora.linear_nf4_dx(dy, *packed, k, a, b, 2.0, 0.0, 0),
+            "forward": lambda i: torch.ops.qlora.linear_nf4(x, *w4.operands(n, None, a, b, 2.0, 0.0, 0, None)),
+            "dX": lambda i: torch.ops.qlora.linear_nf4_dx(dy, *w4.operands(k, a, b, 2.0, 0.0, 0, None)),
         },
         seconds=seconds,
     )

@@ -35,7 +35,7 @@ SHAPES = "4096x4096,14336x4096"  # of Llama 3 8B
 TOKENS = (1, 16, 256)
 DX_TOKENS = (256,)
 SCALES = {False: "float32", True: "8 bits"}
-NO_LORA = (None, None, 1.0, 0.0, 0)
+NO_LORA = (None, None, 1.0, 0.0, 0, None)
 
 Call = Callable[[], Tensor]
 SECTOR = 32
@@ -161,7 +161,7 @@ def cases(n: int, k: int) -> Iterator[Case]:
         expected = on_cpu.dequantize(torch.float32)
         yield Case("dequantize", SCALES[nested], 0, expected, lambda w4=w4: w4.dequantize(BF16), decode)
 
-    dense, args = weights[True].dequantize(torch.float32), weights[True].to("cuda").packed_args()
+    dense, w4 = weights[True].dequantize(torch.float32), weights[True].to("cuda")
     for m in TOKENS:
         x_cpu = normal(m, k)
         x = x_cpu.cuda()
@@ -170,7 +170,7 @@ def cases(n: int, k: int) -> Iterator[Case]:
             packed, state = quantized(bnb, True)
             return lambda: bnb.matmul_4bit(x, packed.t(), quant_state=state)
 
-        ours = lambda x=x: OPS.linear_nf4(x, *args, n, None, *NO_LORA)  # noqa: E731
+        ours = lambda x=x: OPS.linear_nf4(x, *w4.operands(n, None, *NO_LORA))  # noqa: E731
         yield Case("forward", SCALES[True], m, x_cpu.float() @ dense.T, ours, multiply)
     for m in DX_TOKENS:
         dy_cpu = normal(m, n)
@@ -182,7 +182,7 @@ def cases(n: int, k: int) -> Iterator[Case]:
             y = bnb.matmul_4bit(leaf, packed.t(), quant_state=state)
             return lambda: torch.autograd.grad(y, leaf, dy)[0]
 
-        ours = lambda dy=dy: OPS.linear_nf4_dx(dy, *args, k, *NO_LORA)  # noqa: E731
+        ours = lambda dy=dy: OPS.linear_nf4_dx(dy, *w4.operands(k, *NO_LORA))  # noqa: E731
         yield Case("dX", SCALES[True], m, dy_cpu.float() @ dense, ours, differentiate)
 
 

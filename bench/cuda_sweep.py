@@ -52,7 +52,7 @@ def call_of(layer: Layer, operator: str, m: int) -> Callable[[int], Any]:
         return lambda i: OPS.linear_nf4(*layer.forward_args(i, x))
     if operator == "linear_nf4_dx":
         return lambda i: OPS.linear_nf4_dx(*layer.dx_args(i, dy))
-    return lambda i: OPS.linear_nf4_dlora(dy, x, *layer.lora_args(i)[:6])[0]
+    return lambda i: OPS.linear_nf4_dlora(dy, x, *layer.lora_args(i))[0]
 
 
 def sweep(layer: Layer, problem: Problem, seconds: float) -> dict[str, object]:

@@ -59,12 +59,11 @@ def copies(w4: Weight4bit) -> harness.Ring[Weight4bit]:
 
 
 def ours(op: str, x: Tensor, w4: Weight4bit) -> Tensor:
-    last = None, *w4.last_args()
+    no_lora = None, None, 1.0, 0.0, 0, None
     if op == "forward":
-        none = None, None, None, 1.0, 0.0, 0
-        y: Tensor = torch.ops.qlora.linear_nf4(x, *w4.packed_args(), w4.shape[0], *none, *last)
+        y: Tensor = torch.ops.qlora.linear_nf4(x, *w4.operands(w4.shape[0], None, *no_lora))
         return y
-    dx: Tensor = torch.ops.qlora.linear_nf4_dx(x, *w4.packed_args(), w4.shape[1], None, None, 1.0, 0.0, 0, *last)
+    dx: Tensor = torch.ops.qlora.linear_nf4_dx(x, *w4.operands(w4.shape[1], *no_lora))
     return dx
 
 

@@ -3,9 +3,9 @@
     python bench/run.py [--quick]
     python bench/run.py --device cuda [--minutes 10] [--sanitizer-minutes 10] [--lock-clocks] [--tiny]
 
-On the CPU: the limits of the machine, encoding and decoding, the linear layer, training steps, generation and streaming
-compared with peers, and the cost of 4 bits (hours). `--quick` takes about two minutes, with few shapes and short
-timings, and writes to build/bench.
+On the CPU: the limits of the machine, encoding and decoding, the linear layer, the overhead of eager calls, training
+steps, generation and streaming compared with peers, and the cost of 4 bits (hours). `--quick` takes about two minutes,
+with few shapes and short timings, and writes to build/bench.
 
 On CUDA, in `--minutes`: a record of the card, the hardware's rates that the kernels depend on, every CUDA test, the
 operators compared with peers, the crossover to the library, every kernel that can be forced against the one that is
@@ -41,6 +41,7 @@ CPU_BENCHES = (
     ("cpu_linear",),
     ("cpu_ragged",),
     ("formats",),
+    ("eager_overhead",),
     ("step",),
     ("step", "--model", "1b", "--tokens", "1x256"),
     ("decode",),

@@ -10,7 +10,6 @@
 #include "cpp/ops/calls.h"
 #include "cpp/ops/codec_calls.h"
 #include "cpp/ops/encode_calls.h"
-#include "cpp/ops/grouped_calls.h"
 #include "cpp/ops/value_error.h"
 #include "cuda/launch/any/adapters.h"
 #include "cuda/launch/any/codec.h"
@@ -233,78 +232,53 @@ Tensor dequantize_nf4(DequantizeArgs args) {
   return call.out;
 }
 
-template <bool kWithH>
-auto linear_nf4(LinearArgs args) {
+// Runs a nonempty problem over experts, or over a single weight, whose tokens may use different adapters. `grouped_op`
+// is the name of the operator over experts.
+template <class Problem>
+void run_any(const char* grouped_op, const Grouped<Problem>& p, const Tensor& like) {
+  OnDevice on(like);
+  run(grouped_op, p, on);
+}
+template <class Problem>
+void run_any(const char* grouped_op, const Problem& p, const Tensor& like) {
+  const char* const op = grouped_op + sizeof("grouped_") - 1;
+  OnDevice on(like);
+  if (p.lora.adapters)
+    run_adapters(op, p, like, on);
+  else
+    run(op, p, on);
+}
+
+template <bool kWithH, class Args>
+auto linear_nf4(Args args) {
   for (Tensor* t : {&args.x, &args.w.packed}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
   const LinearCall call(args, kWithH);
-  if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
-  OnDevice on(call.x);
-  if (call.problem.lora.adapters)
-    run_adapters("linear_nf4", call.problem, call.x, on);
-  else
-    run("linear_nf4", call.problem, on);
+  if (!call.is_empty()) run_any("grouped_linear_nf4", call.problem, call.x);
   return checks::results<kWithH>(call.y, call.h);
 }
 
-template <bool kWithG>
-auto linear_nf4_dx(LinearDxArgs args) {
+template <bool kWithG, class Args>
+auto linear_nf4_dx(Args args) {
   for (Tensor* t : {&args.dy, &args.w.packed}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
   const LinearDxCall call(args, kWithG);
-  if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
-  OnDevice on(call.dy);
-  if (call.problem.lora.adapters)
-    run_adapters("linear_nf4_dx", call.problem, call.dy, on);
-  else
-    run("linear_nf4_dx", call.problem, on);
+  if (!call.is_empty()) run_any("grouped_linear_nf4_dx", call.problem, call.dy);
   return checks::results<kWithG>(call.dx, call.g);
 }
 
-std::tuple<Tensor, Tensor> linear_nf4_dlora(LoraGradArgs args) {
+template <class Args>
+std::tuple<Tensor, Tensor> linear_nf4_dlora(Args args) {
   for (Tensor* t : {&args.dy, &args.x, &args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.h, &args.g}) *t = on_16_bytes(*t);
   const LoraGradCall call(args);
   if (call.is_empty()) return {call.da, call.db};
-  OnDevice on(call.dy);
-  if (call.problem.m == 0)
-    check_launch("linear_nf4_dlora", cuda::any::clear_gradients(call.problem, call.da.size(0), on.stream()));
-  else if (call.problem.lora.adapters)
-    run_adapters("linear_nf4_dlora", call.problem, call.dy, on);
-  else
-    run("linear_nf4_dlora", call.problem, on);
-  return {call.da, call.db};
-}
-
-template <bool kWithH>
-auto grouped_linear_nf4(GroupedLinearArgs args) {
-  for (Tensor* t : {&args.x, &args.w.packed}) *t = on_16_bytes(*t);
-  for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
-  const GroupedLinearCall call(args, kWithH);
-  if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
-  OnDevice on(call.x);
-  run("grouped_linear_nf4", call.problem, on);
-  return checks::results<kWithH>(call.y, call.h);
-}
-
-template <bool kWithG>
-auto grouped_linear_nf4_dx(GroupedLinearDxArgs args) {
-  for (Tensor* t : {&args.dy, &args.w.packed}) *t = on_16_bytes(*t);
-  for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
-  const GroupedLinearDxCall call(args, kWithG);
-  if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
-  OnDevice on(call.dy);
-  run("grouped_linear_nf4_dx", call.problem, on);
-  return checks::results<kWithG>(call.dx, call.g);
-}
-
-std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(GroupedLoraGradArgs args) {
-  for (Tensor* t : {&args.dy, &args.x, &args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
-  for (OptionalTensor* t : {&args.h, &args.g}) *t = on_16_bytes(*t);
-  const GroupedLoraGradCall call(args);
-  if (call.is_empty()) return {call.da, call.db};
-  OnDevice on(call.x);
-  run("grouped_linear_nf4_dlora", call.problem, on);
+  if (const LoraGradProblem& p = stack_of(call.problem); p.m == 0 && !kOverExperts<Args>) {
+    const OnDevice on(call.dy);
+    check_launch("linear_nf4_dlora", cuda::any::clear_gradients(p, call.da.size(0), on.stream()));
+  } else {
+    run_any("grouped_linear_nf4_dlora", call.problem, call.dy);
+  }
   return {call.da, call.db};
 }
 
@@ -312,21 +286,22 @@ std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(GroupedLoraGradArgs args) {
 }  // namespace qlora
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
-  m.impl("quantize_nf4", QLORA_BOX(&qlora::quantize_nf4));
-  m.impl("search_absmax_nf4", QLORA_BOX(&qlora::search_absmax_nf4));
-  m.impl("encode_nf4", QLORA_BOX(&qlora::encode_nf4));
-  m.impl("encode_nf4_stochastic", QLORA_BOX(&qlora::encode_nf4_stochastic));
-  m.impl("quantize_absmax", QLORA_BOX(&qlora::quantize_absmax));
-  m.impl("dequantize_absmax", QLORA_BOX(&qlora::dequantize_absmax));
-  m.impl("dequantize_nf4", QLORA_BOX_ARGS(&qlora::dequantize_nf4));
-  m.impl("linear_nf4", QLORA_BOX_ARGS(&qlora::linear_nf4<false>));
-  m.impl("linear_nf4_with_h", QLORA_BOX_ARGS(&qlora::linear_nf4<true>));
-  m.impl("linear_nf4_dx", QLORA_BOX_ARGS(&qlora::linear_nf4_dx<false>));
-  m.impl("linear_nf4_dx_with_g", QLORA_BOX_ARGS(&qlora::linear_nf4_dx<true>));
-  m.impl("linear_nf4_dlora", QLORA_BOX_ARGS(&qlora::linear_nf4_dlora));
-  m.impl("grouped_linear_nf4", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4<false>));
-  m.impl("grouped_linear_nf4_with_h", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4<true>));
-  m.impl("grouped_linear_nf4_dx", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dx<false>));
-  m.impl("grouped_linear_nf4_dx_with_g", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dx<true>));
-  m.impl("grouped_linear_nf4_dlora", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dlora));
+  using namespace qlora;
+  m.impl("quantize_nf4", QLORA_BOX(&quantize_nf4));
+  m.impl("search_absmax_nf4", QLORA_BOX(&search_absmax_nf4));
+  m.impl("encode_nf4", QLORA_BOX(&encode_nf4));
+  m.impl("encode_nf4_stochastic", QLORA_BOX(&encode_nf4_stochastic));
+  m.impl("quantize_absmax", QLORA_BOX(&quantize_absmax));
+  m.impl("dequantize_absmax", QLORA_BOX(&dequantize_absmax));
+  m.impl("dequantize_nf4", QLORA_BOX_ARGS(&dequantize_nf4));
+  m.impl("linear_nf4", QLORA_BOX_ARGS((&linear_nf4<false, LinearArgs>)));
+  m.impl("linear_nf4_with_h", QLORA_BOX_ARGS((&linear_nf4<true, LinearArgs>)));
+  m.impl("linear_nf4_dx", QLORA_BOX_ARGS((&linear_nf4_dx<false, LinearDxArgs>)));
+  m.impl("linear_nf4_dx_with_g", QLORA_BOX_ARGS((&linear_nf4_dx<true, LinearDxArgs>)));
+  m.impl("linear_nf4_dlora", QLORA_BOX_ARGS((&linear_nf4_dlora<LoraGradArgs>)));
+  m.impl("grouped_linear_nf4", QLORA_BOX_ARGS((&linear_nf4<false, GroupedLinearArgs>)));
+  m.impl("grouped_linear_nf4_with_h", QLORA_BOX_ARGS((&linear_nf4<true, GroupedLinearArgs>)));
+  m.impl("grouped_linear_nf4_dx", QLORA_BOX_ARGS((&linear_nf4_dx<false, GroupedLinearDxArgs>)));
+  m.impl("grouped_linear_nf4_dx_with_g", QLORA_BOX_ARGS((&linear_nf4_dx<true, GroupedLinearDxArgs>)));
+  m.impl("grouped_linear_nf4_dlora", QLORA_BOX_ARGS((&linear_nf4_dlora<GroupedLoraGradArgs>)));
 }

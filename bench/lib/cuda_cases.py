@@ -95,15 +95,15 @@ class Layer:
         return len(self.ours)
 
     def lora_args(self, i: int) -> tuple[object, ...]:
-        """The arguments of the linear operators from lora_a on."""
+        """The arguments of the linear operators from lora_a to seed_tensor."""
         dropout = self.variant.dropout_p, SEED if self.variant.dropout_p else 0
-        return *self.lora.at(i), SCALING, *dropout, None, *self.ours.at(i).last_args()
+        return *self.lora.at(i), SCALING, *dropout, None
 
     def forward_args(self, i: int, x: Tensor) -> tuple[object, ...]:
-        return x, *self.ours.at(i).packed_args(), self.n, None, *self.lora_args(i)
+        return x, *self.ours.at(i).operands(self.n, None, *self.lora_args(i))
 
     def dx_args(self, i: int, dy: Tensor) -> tuple[object, ...]:
-        return dy, *self.ours.at(i).packed_args(), self.k, *self.lora_args(i)
+        return dy, *self.ours.at(i).operands(self.k, *self.lora_args(i))
 
     def add_lora(self, i: int, y: Tensor, x: Tensor) -> Tensor:
         a, b = (t.to(y.dtype) for t in self.lora.at(i))
@@ -183,7 +183,7 @@ class Layer:
         x, dy = self._operands(m, self.k), self._operands(m, self.n)
 
         def args(i: int) -> tuple[object, ...]:
-            return dy.at(i), x.at(i), *self.lora_args(i)[:6]
+            return dy.at(i), x.at(i), *self.lora_args(i)
 
         saved: Ring[tuple[Tensor, ...]] = Ring([()])
         if given:

@@ -46,7 +46,7 @@ class Experts:
 
     def _forward(self, m: int, slices: list, offsets: Tensor) -> Case:
         x = normal(m, self.k)
-        args = x, offsets, *self.w4.packed_args(), self.n, None, self.lora_a, self.lora_b, SCALING
+        args = x, offsets, *self.w4.operands(self.n, None, self.lora_a, self.lora_b, SCALING, 0.0, 0, None)
 
         def each(e: int, dtype: torch.dtype) -> Tensor:
             a, b, own = (t.to(dtype) for t in (self.lora_a[e], self.lora_b[e], x[slices[e]]))
@@ -56,7 +56,7 @@ class Experts:
 
     def _dx(self, m: int, slices: list, offsets: Tensor) -> Case:
         dy = normal(m, self.n)
-        args = dy, offsets, *self.w4.packed_args(), self.k, self.lora_a, self.lora_b, SCALING
+        args = dy, offsets, *self.w4.operands(self.k, self.lora_a, self.lora_b, SCALING, 0.0, 0, None)
 
         def each(e: int, dtype: torch.dtype) -> Tensor:
             a, b, own = (t.to(dtype) for t in (self.lora_a[e], self.lora_b[e], dy[slices[e]]))

@@ -193,6 +193,15 @@ def times_of_formats(machine: str) -> str:
     return table(["format", *headings], [[name, *(of[p] for p in problems)] for name, of in found.items()])
 
 
+def eager() -> str:
+    """Of bench/eager_overhead.py: microseconds per call, before the weight was a tensor and since."""
+    rows = files.sections("amd_25_17_avx2")["eager_overhead"]["rows"]
+    cells = [
+        [row["contender"], *(files.text(row.get(column, "")) for column in ("before", "microseconds"))] for row in rows
+    ]
+    return table(["microseconds per call", "separate tensors", "one tensor"], cells)
+
+
 Tables = dict[str, Callable[[], str]]
 
 
@@ -232,6 +241,7 @@ PAGES: dict[Path, Tables] = {
         "counters": counters,
         **formats_by_machine(),
     },
+    DOCS / "design.md": {"eager": eager},
     DOCS / "quality.md": {"encodings": encodings, "formats": lambda: increases("fidelity_formats")},
     DOCS / "troubleshooting.md": {
         part: lambda part=part: runs(part)  # type: ignore[misc]

@@ -12,12 +12,12 @@
 
 #include "build_info.h"
 #include "cpp/cpu/check.h"
-#include "cpp/cpu/code_name.h"
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/many_tokens/grid.h"
 #include "cpp/cpu/tuning.h"
+#include "cpp/format/code_name.h"
 #include "cpp/format/dynamic8.h"
 #include "cpp/format/print_kernels.h"
 #include "cuda/tuning/forced.h"

@@ -4,7 +4,7 @@ set(QLORA_CPU_ISAS "" CACHE STRING "instruction sets to compile for besides scal
 this processor's best, and AVX2 or NEON")
 set(QLORA_CPU_ISAS_NOT_RUN "" CACHE STRING "instruction sets to compile with -O1, which is faster: this machine lacks them")
 set(_cpu "${CMAKE_CURRENT_LIST_DIR}")
-file(GLOB QLORA_CPU_SOURCES CONFIGURE_DEPENDS "${_cpu}/*.cpp" "${_cpu}/*/*.cpp")
+file(GLOB QLORA_CPU_SOURCES CONFIGURE_DEPENDS "${_cpu}/*.cpp" "${_cpu}/*/*.cpp" "${_cpu}/../format/*.cpp")
 set(_x86 0)
 set(_arm64 0)
 set(_isas scalar)
@@ -65,7 +65,7 @@ if(_chosen)
   endforeach()
 endif()
 message(STATUS "CPU instruction sets: ${_isas}")
-# few_tokens/code_tables.h searches its multipliers at compile time, for longer than Clang lets a constant take by default.
+# cpp/format/code_tables.h searches its multipliers at compile time, for longer than Clang lets a constant take by default.
 add_compile_options($<$<COMPILE_LANG_AND_ID:CXX,Clang,AppleClang>:-fconstexpr-steps=33554432>)
 # Of the tables of instruction sets, those of the sets that are compiled.
 list(FILTER QLORA_CPU_SOURCES EXCLUDE REGEX "/isa_[^/]*\\.cpp$")

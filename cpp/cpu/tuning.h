@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/cpu/isa/isa.h"
+#include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu {

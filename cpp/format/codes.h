@@ -117,14 +117,12 @@ inline constexpr int kCodeTableCount = sizeof(kCodeTables) / sizeof(kCodeTables[
 QLORA_HD constexpr bool is_consecutive(Code code) { return code == Code::kInt4 || code == Code::kUint4; }
 
 // A code that a caller has made up is a number from kCodeTableCount on. The kernels' library keeps its table, forever
-// (cpp/cpu/custom_codes.h).
+// (cpp/format/custom_codes.h).
 QLORA_INLINE constexpr bool is_custom(Code code) { return static_cast<int>(code) >= kCodeTableCount; }
-namespace cpu {
 QLORA_EXPORT const CodeTable& custom_table(Code code);
-}
 
 QLORA_INLINE constexpr const CodeTable& table_of(Code code) {
-  return is_custom(code) ? cpu::custom_table(code) : kCodeTables[static_cast<int>(code)];
+  return is_custom(code) ? custom_table(code) : kCodeTables[static_cast<int>(code)];
 }
 
 // A T per code of kCodeTables, constructed from its table at compile time.

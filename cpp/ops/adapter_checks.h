@@ -10,10 +10,9 @@ namespace qlora::checks {
 
 // Checks a tensor [count] that is on the device of x, and returns its contiguous data.
 template <class T>
-const T* numbers(const char* name, const Tensor& t, ScalarType dtype, int64_t count, const char* per, Tensor* keep) {
+const T* numbers(const char* name, const Tensor& t, ScalarType dtype, int64_t count, const char* names, Tensor* keep) {
   has_dtype(name, t, dtype);
-  require(t.dim() == 1 && t.size(0) == count, name, ": expected shape [", count, "] (one per ", per, "), got ",
-          shape_text(t));
+  has_shape(name, t, {count}, names);
   *keep = t.is_contiguous() ? t : stable::contiguous(t);
   return keep->const_data_ptr<T>();
 }
@@ -24,7 +23,7 @@ inline std::vector<int64_t> rank_offsets(const Tensor& t, int64_t stack_rank, in
   Tensor keep;
   const int64_t count = t.size(0);
   const int32_t* const at =
-      numbers<int32_t>("rank_offsets", t, ScalarType::Int, count, "adapter, and their sum", &keep);
+      numbers<int32_t>("rank_offsets", t, ScalarType::Int, count, "one per adapter, and their sum", &keep);
   require(at[0] == 0, "rank_offsets: expected 0 first, got ", at[0]);
   int64_t largest = 0;
   for (int64_t e = 0; e + 1 < count; ++e) {
@@ -41,10 +40,10 @@ inline std::vector<double> scalings(const Tensor& t, int64_t count) {
   Tensor keep;
   std::vector<double> out;
   if (t.scalar_type() == ScalarType::Float) {
-    const float* const at = numbers<float>("scalings", t, ScalarType::Float, count, "adapter", &keep);
+    const float* const at = numbers<float>("scalings", t, ScalarType::Float, count, "one per adapter", &keep);
     out.assign(at, at + count);
   } else {
-    const double* const at = numbers<double>("scalings", t, ScalarType::Double, count, "adapter", &keep);
+    const double* const at = numbers<double>("scalings", t, ScalarType::Double, count, "one per adapter", &keep);
     out.assign(at, at + count);
   }
   for (const double number : out)
@@ -77,18 +76,18 @@ inline void device_adapters(const AdapterArgs& args, int64_t m, const char* like
   own->count = count;
   own->stack_rank = stack.rank;
   own->of_token =
-      numbers<int32_t>("adapter_of_row", *args.of_row, ScalarType::Int, m, "row", &operands->adapter_of_row);
-  own->rank_offsets = numbers<int32_t>("rank_offsets", offsets, ScalarType::Int, count + 1, "adapter, and their sum",
-                                       &operands->rank_offsets);
+      numbers<int32_t>("adapter_of_row", *args.of_row, ScalarType::Int, m, "one per row", &operands->adapter_of_row);
+  own->rank_offsets = numbers<int32_t>("rank_offsets", offsets, ScalarType::Int, count + 1,
+                                       "one per adapter, and their sum", &operands->rank_offsets);
   if (args.scalings->scalar_type() == ScalarType::Float)
     own->scalings =
-        numbers<float>("scalings", *args.scalings, ScalarType::Float, count, "adapter", &operands->scalings);
+        numbers<float>("scalings", *args.scalings, ScalarType::Float, count, "one per adapter", &operands->scalings);
   else
     own->scalings64 =
-        numbers<double>("scalings", *args.scalings, ScalarType::Double, count, "adapter", &operands->scalings);
+        numbers<double>("scalings", *args.scalings, ScalarType::Double, count, "one per adapter", &operands->scalings);
   if (args.seeds) {
     same_device("seeds", *args.seeds, like_name, like);
-    own->seeds = numbers<int64_t>("seeds", *args.seeds, ScalarType::Long, count, "adapter", &operands->seeds);
+    own->seeds = numbers<int64_t>("seeds", *args.seeds, ScalarType::Long, count, "one per adapter", &operands->seeds);
   }
   operands->device_adapters = std::move(own);
   stack.adapters = operands->device_adapters.get();
@@ -96,9 +95,9 @@ inline void device_adapters(const AdapterArgs& args, int64_t m, const char* like
 }
 
 // Makes `operands`, whose a and b have been checked as those of one adapter, the operands of several. Does nothing if
-// the call has one adapter.
+// the call has one adapter. Over experts, the adapters get their parts of the first expert's a and b.
 inline void adapters(const AdapterArgs& args, const LoraNumbers& lora, int64_t m, int64_t k, const char* like_name,
-                     const Tensor& like, LoraOperands* operands) {
+                     const Tensor& like, Experts experts, LoraOperands* operands) {
   if (!args.of_row) {
     require(!args.rank_offsets, "rank_offsets: expected None without adapter_of_row, got a tensor");
     require(!args.scalings, "scalings: expected None without adapter_of_row, got a tensor");
@@ -115,6 +114,8 @@ inline void adapters(const AdapterArgs& args, const LoraNumbers& lora, int64_t m
   same_device("rank_offsets", *args.rank_offsets, like_name, like);
   same_device("scalings", *args.scalings, like_name, like);
 
+  require(like.is_cpu() || !experts, "adapter_of_row: several adapters of experts per call run on the CPU only, got ",
+          like_name, " on ", device_text(like));
   if (!like.is_cpu()) return device_adapters(args, m, like_name, like, operands);
   Lora& stack = operands->lora;
   const std::vector<int64_t> first = rank_offsets(*args.rank_offsets, stack.rank, args.max_rank);
@@ -124,10 +125,10 @@ inline void adapters(const AdapterArgs& args, const LoraNumbers& lora, int64_t m
   Tensor keeps_seeds;
   if (args.seeds) {
     same_device("seeds", *args.seeds, like_name, like);
-    seeds = numbers<int64_t>("seeds", *args.seeds, ScalarType::Long, count, "adapter", &keeps_seeds);
+    seeds = numbers<int64_t>("seeds", *args.seeds, ScalarType::Long, count, "one per adapter", &keeps_seeds);
   }
   const int32_t* const of_row =
-      numbers<int32_t>("adapter_of_row", *args.of_row, ScalarType::Int, m, "row", &operands->adapter_of_row);
+      numbers<int32_t>("adapter_of_row", *args.of_row, ScalarType::Int, m, "one per row", &operands->adapter_of_row);
   for (int64_t i = 0; i < m; ++i)
     require(-1 <= of_row[i] && of_row[i] < count, "adapter_of_row: expected -1 (none) to ", count - 1, ", got ",
             of_row[i], " for row ", i);

@@ -1,19 +1,19 @@
 // The arguments of the operators that take a packed weight or LoRA. Each operator has a struct, and `fields_of` lists
 // its fields in the order of the operator's schema. Three things follow from that list: the schema's text (schema.cpp),
 // the values from the dispatcher's stack (value_error.h) and the C function for compiled code (c_shims.cpp). A new
-// argument needs a field here and its use in cpp/ops/calls.h and, for experts, in grouped_calls.h.
+// argument needs a field here and its use in cpp/ops/calls.h.
 #pragma once
 
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpp/cpu/code_name.h"
+#include "cpp/format/code_name.h"
 #include "cpp/ops/stable.h"
 
 namespace qlora {
 
-// The argument `code` (cpp/cpu/code_name.h). checks::code returns the code it names.
+// The argument `code` (cpp/format/code_name.h). checks::code returns the code it names.
 struct CodeName {
   Code code = Code::kNf4;
   std::string error;  // what is wrong with the name, or empty
@@ -204,6 +204,8 @@ struct GroupedArgs : Args {
 using GroupedLinearArgs = GroupedArgs<LinearArgs>;
 using GroupedLinearDxArgs = GroupedArgs<LinearDxArgs>;
 using GroupedLoraGradArgs = GroupedArgs<LoraGradArgs>;
+template <class Args>
+inline constexpr bool kOverExperts = requires(const Args& a) { a.offsets; };
 
 template <class Args>
 auto fields_of(GroupedArgs<Args>& a) {

@@ -95,10 +95,36 @@ inline void has_numel(const char* name, const Tensor& t, int64_t numel, const ch
   }
 }
 
-inline void is_matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols, const char* names) {
-  if (t.dim() != 2 || t.size(0) != rows || t.size(1) != cols) {
-    require(false, name, ": expected shape [", rows, ", ", cols, "] (", names, "), got ", shape_text(t));
+// How many weights a call over experts has, each with rows of its own. None: the call has a single weight.
+using Experts = std::optional<int64_t>;
+
+inline constexpr int64_t kAnySize = -1;
+
+// Checks the shape of a tensor; over experts, that of each slice. Sizes may be kAnySize.
+inline void has_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, const char* names,
+                      Experts experts = {}) {
+  is_given(name, t);
+  int64_t i = experts ? 1 : 0;
+  bool fits = t.dim() == i + static_cast<int64_t>(shape.size()) && (!experts || t.size(0) == *experts);
+  for (const int64_t size : shape) {
+    fits = fits && (size == kAnySize || t.size(i) == size);
+    ++i;
   }
+  if (fits) [[likely]]
+    return;
+  std::string expected = experts ? std::to_string(*experts) : "";
+  for (const int64_t size : shape)
+    expected += (expected.empty() ? "" : ", ") + (size == kAnySize ? "any" : std::to_string(size));
+  require(false, name, ": expected shape [", expected, "] (", experts ? "experts, " : "", names, "), got ",
+          shape_text(t));
+}
+
+// Checks that `t` has one slice per expert.
+inline void is_stack(const char* name, const OptionalTensor& t, int64_t experts) {
+  if (!t) return;
+  is_given(name, *t);
+  require(t->dim() > 0 && t->size(0) == experts, name, ": expected ", experts, " slices, one per expert, got shape ",
+          shape_text(*t));
 }
 
 // A packed tensor with other strides is an error: copying it silently would cost memory.
@@ -266,8 +292,17 @@ inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
   return s;
 }
 
-// Checks the weight [n, k], or the first of `weights` weights that are stacked as in cpp/format/grouped.h.
-inline Weight weight(const PackedArgs& p, int64_t n, int64_t k, int64_t weights = 1) {
+// Checks the weight [n, k], or those of experts, stacked as in cpp/format/grouped.h, and returns the first.
+inline Weight weight(const PackedArgs& p, int64_t n, int64_t k, Experts experts = {}) {
+  if (experts) {
+    is_stack("absmax", p.absmax, *experts);
+    is_stack("nested_absmax", p.nested_absmax, *experts);
+    is_stack("nested_offset", p.nested_offset, *experts);
+    is_stack("scale_table", p.scale_table, *experts);
+    is_stack("block_offsets", p.offsets, *experts);
+    is_stack("offset_scale", p.offset_scale, *experts);
+  }
+  const int64_t weights = experts.value_or(1);
   has_dtype("packed", p.packed, ScalarType::Byte);
   is_contiguous("packed", p.packed);
   const int64_t numel = area("packed", n, k);
@@ -324,8 +359,8 @@ inline void scaling(double number) {
           "scaling: expected a finite number within float32's range, got ", number);
 }
 
-// LoRA's operands for m tokens, and what owns their data. lora_a [r, k] and lora_b [n, r] must be given together. r may
-// be 0.
+// LoRA's operands for m tokens, and what owns their data. lora_a [r, k] and lora_b [n, r] must be given together, over
+// experts a stack each. r may be 0.
 struct LoraOperands {
   Lora lora;
   Tensor a, b, adapter_of_row;
@@ -336,7 +371,8 @@ struct LoraOperands {
 };
 
 inline LoraOperands lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k,
-                         const LoraNumbers& numbers, const char* like_name, const Tensor& like, int64_t m) {
+                         const LoraNumbers& numbers, const char* like_name, const Tensor& like, int64_t m,
+                         Experts experts) {
   LoraOperands out;
   out.lora.dropout = dropout(numbers, like_name, like);
   scaling(numbers.scaling);
@@ -344,18 +380,18 @@ inline LoraOperands lora(const OptionalTensor& a, const OptionalTensor& b, int64
   require(a.has_value() || !b, "lora_a: expected with lora_b, got None");
   require(b.has_value() || !a, "lora_b: expected with lora_a, got None");
   if (!a) return out;
-  require(a->dim() == 2, "lora_a: expected shape [rank, in_features], got ", shape_text(*a));
-  out.lora.rank = a->size(0);
+  has_shape("lora_a", *a, {kAnySize, k}, "rank, in_features", experts);
+  out.lora.rank = a->size(a->dim() - 2);
   for (const int64_t size : {m, n, k}) area("lora_a", out.lora.rank, size);
-  is_matrix("lora_a", *a, out.lora.rank, k, "rank, in_features");
-  is_matrix("lora_b", *b, n, out.lora.rank, "out_features, rank");
+  has_shape("lora_b", *b, {n, out.lora.rank}, "out_features, rank", experts);
   out.lora.a = operand("lora_a", *a, like_name, like, &out.a);
   out.lora.b = operand("lora_b", *b, like_name, like, &out.b);
   return out;
 }
 
-// Returns the number of rows of x [..., last], with its leading dimensions flattened.
-inline int64_t rows_of(const char* name, const Tensor& x, int64_t* last) {
+// Returns the number of rows of x [..., last], with its leading dimensions flattened. Over experts it has one.
+inline int64_t rows_of(const char* name, const Tensor& x, int64_t* last, Experts experts = {}) {
+  if (experts) has_shape(name, x, {kAnySize, kAnySize}, "rows, features");
   require(x.dim() >= 1, name, ": expected at least one dimension, got a scalar");
   *last = x.size(x.dim() - 1);
   Count count(name);
@@ -363,6 +399,11 @@ inline int64_t rows_of(const char* name, const Tensor& x, int64_t* last) {
   const int64_t rows = count.value();
   count.times(*last);
   return rows;
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
 }
 
 // Returns the shape of x with another last dimension. `name` is the argument that this dimension comes from.

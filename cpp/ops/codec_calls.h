@@ -78,14 +78,13 @@ struct MergeCall {
     }
     problem.rank = args.lora_a.size(0);
     const int64_t n = args.lora_b.size(0), k = args.lora_a.size(1);
-    checks::is_matrix("lora_b", args.lora_b, n, problem.rank, "out_features, rank");
+    checks::has_shape("lora_b", args.lora_b, {n, problem.rank}, "out_features, rank");
     for (const int64_t size : {n, k}) checks::area("lora_a", problem.rank, size);
     checks::scaling(args.scaling);
     problem.w = checks::weight(args.w, n, k);
     a = args.lora_a.is_contiguous() ? args.lora_a : stable::contiguous(args.lora_a);
     b = args.lora_b.is_contiguous() ? args.lora_b : stable::contiguous(args.lora_b);
-    const auto sizes = args.w.packed.sizes();
-    merged = empty(args.w.packed, std::vector<int64_t>(sizes.begin(), sizes.end()), ScalarType::Byte);
+    merged = empty(args.w.packed, checks::sizes_of(args.w.packed), ScalarType::Byte);
     problem.a = a.const_data_ptr<float>();
     problem.b = b.const_data_ptr<float>();
     problem.scaling = static_cast<float>(args.scaling);

@@ -21,8 +21,7 @@ struct SearchAbsmaxCall {
     numel = w_arg.numel();
     checks::same_device("importance", importance_arg, "w", w_arg);
     checks::has_dtype("importance", importance_arg, ScalarType::Float);
-    checks::require(importance_arg.dim() == 1 && importance_arg.size(0) == k, "importance: expected shape [", k,
-                    "] (the last dimension of w), got ", checks::shape_text(importance_arg));
+    checks::has_shape("importance", importance_arg, {k}, "the last dimension of w");
     w = w_arg.is_contiguous() ? w_arg : stable::contiguous(w_arg);
     importance = importance_arg.is_contiguous() ? importance_arg : stable::contiguous(importance_arg);
     absmax = empty(w_arg, {ceil_div(numel, block_size)}, ScalarType::Float);
@@ -52,11 +51,10 @@ struct EncodeCall {
       n = w_arg.size(0), k = w_arg.size(1);
       checks::same_device("feedback", *feedback_arg, "w", w_arg);
       checks::has_dtype("feedback", *feedback_arg, ScalarType::Float);
-      checks::is_matrix("feedback", *feedback_arg, k, k, "K, K");
+      checks::has_shape("feedback", *feedback_arg, {k, k}, "K, K");
       checks::same_device("order", *order_arg, "w", w_arg);
       checks::has_dtype("order", *order_arg, ScalarType::Long);
-      checks::require(order_arg->dim() == 1 && order_arg->size(0) == k, "order: expected shape [", k, "] (K), got ",
-                      checks::shape_text(*order_arg));
+      checks::has_shape("order", *order_arg, {k}, "K");
       feedback = feedback_arg->is_contiguous() ? *feedback_arg : stable::contiguous(*feedback_arg);
       order = order_arg->is_contiguous() ? *order_arg : stable::contiguous(*order_arg);
     }

@@ -1,16 +1,14 @@
-// The operators over experts on the CPU: each expert's rows are a separate problem.
+#include "cpp/ops/grouped_cpu.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <deque>
-#include <tuple>
 #include <vector>
 
 #include "cpp/cpu/check.h"
-#include "cpp/cpu/kernels.h"
-#include "cpp/ops/grouped_calls.h"
+#include "cpp/ops/checks.h"
 #include "cpp/ops/pool.h"
-#include "cpp/ops/value_error.h"
 
 namespace qlora {
 namespace {
@@ -119,7 +117,7 @@ constexpr cpu::Pool kOneThread{[](int64_t count, int64_t, cpu::Pool::Body body, 
 // An expert with more rows than a thread's share runs on all threads. The others run on one thread each, if there are
 // as many of them as threads.
 template <class Problem>
-void run(const std::vector<Part>& parts, const Problem& stack, cpu::Error (*kernel)(const cpu::Pool&, const Problem&)) {
+void run(const std::vector<Part>& parts, const Problem& stack, Kernel<Problem> kernel) {
   const cpu::Pool threads = pool();
   AdaptersOfExperts owner;
   std::vector<Problem> large, small;
@@ -138,82 +136,35 @@ void run(const std::vector<Part>& parts, const Problem& stack, cpu::Error (*kern
   stable::parallel_for(0, threads.threads, 1, body);
 }
 
-// Writes zeros to the rows of an output that belong to no expert. The output may be null.
-void clear_unassigned_rows(const std::vector<Part>& parts, void* out, int64_t m, int64_t row_bytes) {
-  const int64_t end = parts.empty() ? 0 : parts.back().end;
-  if (out && end < m) std::memset(at(out, end * row_bytes), 0, (m - end) * row_bytes);
+// Writes zeros to the rows [begin, end) of an output, which may be null.
+void clear_rows(void* out, int64_t begin, int64_t end, int64_t row_bytes) {
+  if (out && begin < end) std::memset(at(out, begin * row_bytes), 0, (end - begin) * row_bytes);
 }
 
-std::vector<Part> with_rows(std::vector<Part> parts) {
-  std::erase_if(parts, [](const Part& part) { return part.begin == part.end; });
-  return parts;
+// Writes zeros to the outputs' rows from `begin` on.
+void clear_from(int64_t begin, const LinearProblem& p) {
+  clear_rows(p.y, begin, p.m, p.w.n * dtype_bytes(p.dtype));
+  clear_rows(p.h, begin, p.m, p.lora.rank * dtype_bytes(p.dtype));
 }
-
-// The dispatcher sends every kind of tensor here that has no kernel of its own, so unsupported kinds are rejected here.
-void is_dense_on_cpu(const char* name, const Tensor& t) {
-  if (!t.defined()) return;
-  int32_t layout = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
-  checks::require(layout == aoti_torch_layout_strided(), name, ": expected a dense tensor, got a sparse one");
-  checks::require(t.is_cpu(), name, ": expected a tensor on the CPU, got ", checks::device_text(t));
-}
-
-template <class Args>
-void are_dense_on_cpu(Args& args) {
-  for_each_field(args, [](const auto& field) {
-    using T = std::remove_reference_t<decltype(field.value)>;
-    if constexpr (std::is_same_v<T, Tensor>) is_dense_on_cpu(field.name, field.value);
-    if constexpr (std::is_same_v<T, OptionalTensor>) {
-      if (field.value) is_dense_on_cpu(field.name, *field.value);
-    }
-  });
-}
-
-template <bool kWithH>
-auto grouped_linear_nf4(GroupedLinearArgs args) {
-  are_dense_on_cpu(args);
-  const GroupedLinearCall call(args, kWithH);
-  const auto& [p, ends, experts] = call.problem;
-  const std::vector<Part> all = parts(ends, experts, p.m);
-  if (!call.is_empty()) {
-    clear_unassigned_rows(all, p.y, p.m, p.w.n * dtype_bytes(p.dtype));
-    clear_unassigned_rows(all, p.h, p.m, p.lora.rank * dtype_bytes(p.dtype));
-    run(with_rows(all), p, cpu::linear_nf4);
-  }
-  return checks::results<kWithH>(call.y, call.h);
-}
-
-template <bool kWithG>
-auto grouped_linear_nf4_dx(GroupedLinearDxArgs args) {
-  are_dense_on_cpu(args);
-  const GroupedLinearDxCall call(args, kWithG);
-  const auto& [p, ends, experts] = call.problem;
-  const std::vector<Part> all = parts(ends, experts, p.m);
-  if (!call.is_empty()) {
-    clear_unassigned_rows(all, p.dx, p.m, p.w.k * dtype_bytes(p.dtype));
-    clear_unassigned_rows(all, p.g, p.m, p.lora.rank * dtype_bytes(p.dtype));
-    run(with_rows(all), p, cpu::linear_nf4_dx);
-  }
-  return checks::results<kWithG>(call.dx, call.g);
-}
-
-std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(GroupedLoraGradArgs args) {
-  are_dense_on_cpu(args);
-  const GroupedLoraGradCall call(args);
-  const auto& [p, ends, experts] = call.problem;
-  const std::vector<Part> all = parts(ends, experts, p.m);
-  if (!call.is_empty()) run(all, p, cpu::linear_nf4_dlora);  // sums over no rows are zeros
-  return {call.da, call.db};
+void clear_from(int64_t begin, const LinearDxProblem& p) {
+  clear_rows(p.dx, begin, p.m, p.w.k * dtype_bytes(p.dtype));
+  clear_rows(p.g, begin, p.m, p.lora.rank * dtype_bytes(p.dtype));
 }
 
 }  // namespace
-}  // namespace qlora
 
-// Registered for every kind of tensor except CUDA's, so that the checks report unsupported ones.
-STABLE_TORCH_LIBRARY_IMPL(qlora, CompositeExplicitAutograd, m) {
-  m.impl("grouped_linear_nf4", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4<false>));
-  m.impl("grouped_linear_nf4_with_h", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4<true>));
-  m.impl("grouped_linear_nf4_dx", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dx<false>));
-  m.impl("grouped_linear_nf4_dx_with_g", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dx<true>));
-  m.impl("grouped_linear_nf4_dlora", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dlora));
+template <class Problem>
+void run_experts(const Grouped<Problem>& problem, bool is_empty, Kernel<Problem> kernel) {
+  std::vector<Part> all = parts(problem.offsets, problem.experts, problem.stack.m);
+  if (is_empty) return;
+  if constexpr (!std::is_same_v<Problem, LoraGradProblem>) {  // whose sums over no rows are zeros
+    clear_from(all.empty() ? 0 : all.back().end, problem.stack);
+    std::erase_if(all, [](const Part& part) { return part.begin == part.end; });
+  }
+  run(all, problem.stack, kernel);
 }
+template void run_experts(const Grouped<LinearProblem>&, bool, Kernel<LinearProblem>);
+template void run_experts(const Grouped<LinearDxProblem>&, bool, Kernel<LinearDxProblem>);
+template void run_experts(const Grouped<LoraGradProblem>&, bool, Kernel<LoraGradProblem>);
+
+}  // namespace qlora

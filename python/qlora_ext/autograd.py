@@ -1,4 +1,4 @@
-"""Gradients of the fused layer: its ``torch.autograd.Function``, and the public ``linear_nf4``.
+"""Gradients of the fused layer and of experts: a ``torch.autograd.Function``, and the public ``linear_nf4``.
 
 ``below_autograd`` and ``differentiable`` serve every differentiable operator.
 """
@@ -19,12 +19,14 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from ._internal.loans import lender_of
+from ._internal.loans import PackedTensors, lender_of
 from ._library import LIBRARY
 from .adapters import StackedAdapters, adapter_of_each_row, stack_adapters
-from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args, given_linear_nf4
+from .arguments import arguments_of
+from .form import Form
+from .ops import autocast_dtype, autocast_linear_nf4_args
 from .weight_ops import FUNCTIONS, implements
-from .weight_tensor import Weight4bit, last_args, packed_args
+from .weight_tensor import Numbers, Weight4bit, operands
 
 
 def below_autograd(operator: OpOverload) -> Callable[..., Any]:
@@ -109,50 +111,83 @@ def differentiable(
     return call
 
 
-class LinearKernels:
-    """The kernels of a linear operator and of its gradients. Together they compute each low-rank product of LoRA once.
+class LinearOperator:
+    """A linear operator and its gradients, over a single weight or over experts.
 
-    Args:
-        name: "linear_nf4" or "grouped_linear_nf4".
+    Attributes:
+        arguments: the named tuple of its arguments, or of their gradients; an omitted one is None.
+        given: the same, but an omitted argument takes the schema's default.
+        kernel, with_h, dx, dx_with_g, dlora: the kernels. Together, they compute each low-rank product of LoRA once.
+        differentiable: the operator with its gradient, see ``differentiable``.
     """
 
     def __init__(self, name: str) -> None:
         def kernel(suffix: str) -> Callable[..., Any]:
             return below_autograd(getattr(torch.ops.qlora, name + suffix).default)
 
-        self.alone, self._with_h = kernel(""), kernel("_with_h")
-        self.dx, self._dx_with_g, self.dlora = kernel("_dx"), kernel("_dx_with_g"), kernel("_dlora")
-
-    def forward(self, args: tuple[Any, ...], needs: Any) -> tuple[Tensor, Tensor | None]:
-        """y, and h if adapters are trained (else None)."""
-        if needs.lora_a or needs.lora_b:
-            y, h = self._with_h(*args)
-            return y, h
-        return self.alone(*args), None
-
-    def backward(
-        self,
-        needs: Any,
-        h: Tensor | None,
-        dx_args: tuple[Any, ...],
-        dlora_args: tuple[Any, ...],
-        adapters: tuple[Any, ...] = (),
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of x, lora_a and lora_b, each None if not needed. ``h`` is from ``forward``.
-
-        ``adapters`` are the operators' last arguments, which describe the adapters of a call with several.
-        """
-        dx = g = da = db = None
-        if needs.x and h is None:
-            dx = self.dx(*dx_args, *adapters)
-        elif needs.x:
-            dx, g = self._dx_with_g(*dx_args, *adapters)
-        if h is not None:
-            da, db = self.dlora(*dlora_args, h, g, *adapters)
-        return dx, da if needs.lora_a else None, db if needs.lora_b else None
+        self.name, self.operator = name, getattr(torch.ops.qlora, name).default
+        self.arguments, self.given = arguments_of(self.operator), arguments_of(self.operator, defaults=True)
+        self.kernel, self.with_h = kernel(""), kernel("_with_h")
+        self.dx, self.dx_with_g, self.dlora = kernel("_dx"), kernel("_dx_with_g"), kernel("_dlora")
+        self.differentiable: Callable[..., Tensor]
 
 
-_kernels = LinearKernels("linear_nf4")
+_LINEAR, _EXPERTS = LinearOperator("linear_nf4"), LinearOperator("grouped_linear_nf4")
+
+
+def linear_over(offsets: Tensor | None) -> tuple[LinearOperator, tuple[Tensor, ...]]:
+    """The operator over a single weight or over experts, and the argument that only the latter has."""
+    return (_LINEAR, ()) if offsets is None else (_EXPERTS, (offsets,))
+
+
+def bias_gradient(dy: Tensor, offsets: Tensor | None) -> Tensor:
+    """The sum of all rows of dy [..., N], or [E, N], those of each expert's rows."""
+    if offsets is None:
+        return dy.reshape(-1, dy.shape[-1]).sum(0)
+    (s, n), (experts,) = dy.shape, offsets.shape
+    # The gradient of lora_b, if x, lora_a and scaling are ones.
+    ones, lora_a, lora_b = dy.new_ones(s, 1), dy.new_ones(experts, 1, 1), dy.new_zeros(experts, n, 1)
+    sums: Tensor = torch.ops.qlora.grouped_linear_nf4_dlora.default(dy, ones, offsets, lora_a, lora_b, 1.0)[1]
+    return sums.squeeze(-1)
+
+
+def _forward(ctx: Any, linear: LinearOperator, args: tuple[Any, ...]) -> Tensor:
+    a, needs = linear.given(*args), linear.arguments(*ctx.needs_input_grad)
+    y: Tensor
+    y, h = linear.with_h(*args) if needs.lora_a or needs.lora_b else (linear.kernel(*args), None)
+    ctx.lender = lender_of(a.packed)
+    packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset, a.scale_table, a.block_offsets, a.offset_scale
+    lora = a.lora_a, a.lora_b, a.seed_tensor, a.adapter_of_row, a.rank_offsets, a.scalings, a.seeds
+    x, offsets = None if h is None else a.x, getattr(a, "offsets", None)
+    ctx.save_for_backward(x, h, offsets, *lora, *(packed if ctx.lender is None else ()))
+    ctx.numbers = a.block_size, a.nested_block_size, a.code
+    ctx.in_features = a.x.shape[-1]
+    ctx.lora_numbers, ctx.max_rank = (a.scaling, a.dropout_p, a.seed), a.max_rank
+    return y
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, h, offsets, lora_a, lora_b, seed_tensor, *others = ctx.saved_tensors
+    linear, rows = linear_over(offsets)
+    refuse_tangent(f"the backward of {linear.name}", dy)
+    needs = linear.arguments(*ctx.needs_input_grad)
+    lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
+    adapters = () if others[0] is None else (*others[:4], ctx.max_rank)
+    dx = g = da = db = None
+    if needs.x:
+        loan = contextlib.nullcontext(PackedTensors(*others[4:])) if ctx.lender is None else ctx.lender()
+        with loan as packed:
+            args = dy, *rows, *operands(packed, Numbers(*ctx.numbers), ctx.in_features, *lora), *adapters
+            dx, g = (linear.dx(*args), None) if h is None else linear.dx_with_g(*args)
+    if h is not None:
+        da, db = linear.dlora(dy, x, *rows, *lora, h, g, *adapters)
+    gradients = linear.arguments(
+        x=dx,
+        bias=bias_gradient(dy, offsets) if needs.bias else None,
+        lora_a=da if needs.lora_a else None,
+        lora_b=db if needs.lora_b else None,
+    )
+    return (*gradients[: len(ctx.needs_input_grad)],)
 
 
 class LinearNF4Function(torch.autograd.Function):
@@ -178,76 +213,78 @@ class LinearNF4Function(torch.autograd.Function):
         device_type = args[0].device.type
         if autocast_dtype(device_type) is not None:  # saved tensors must have the dtype that dy will have
             args = (*autocast_linear_nf4_args(device_type, args),)
-        a, needs = given_linear_nf4(*args), LINEAR_NF4(*ctx.needs_input_grad)
-        y, h = _kernels.forward(args, needs)
-        x = None if h is None else a.x
-        packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset, a.scale_table, a.block_offsets, a.offset_scale
-        ctx.lender = lender_of(a.packed)
-        adapters = a.adapter_of_row, a.rank_offsets, a.scalings, a.seeds
-        lora = a.lora_a, a.lora_b, a.seed_tensor, *adapters
-        ctx.save_for_backward(x, h, *lora, *(packed if ctx.lender is None else ()))
-        ctx.block_sizes, ctx.code = (a.block_size, a.nested_block_size), a.code
-        ctx.in_features = a.x.shape[-1]
-        ctx.lora_numbers, ctx.max_rank = (a.scaling, a.dropout_p, a.seed), a.max_rank
-        return y
+        return _forward(ctx, _LINEAR, args)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        refuse_tangent("the backward of linear_nf4", dy)
-        x, h, lora_a, lora_b, seed_tensor, *others = ctx.saved_tensors
-        packed = others[4:]
-        adapters = () if others[0] is None else (*others[:4], ctx.max_rank)
-        needs = LINEAR_NF4(*ctx.needs_input_grad)
-        lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
-        loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
-        with loan as packed:
-            sizes = *ctx.block_sizes, ctx.in_features
-            dx_args = dy, *packed[:4], *sizes, *lora, ctx.code, *packed[4:7]
-            dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, *lora), adapters)
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs.bias else None
-        return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
+        return _backward(ctx, dy)
+
+
+class _OverExperts(LinearNF4Function):
+    """The same over experts. ``apply`` takes the arguments of ``torch.ops.qlora.grouped_linear_nf4``."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        return _forward(ctx, _EXPERTS, args)
 
 
 def _with_tangent(args: tuple[Any, ...]) -> Tensor:
     """The output with its tangent. The layer is linear in x and bias, so its tangent is the layer of their tangents."""
     duals = [forward_ad.unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
     values, tangents = zip(*duals, strict=True)
-    primals, tangents = given_linear_nf4(*values), LINEAR_NF4(*tangents)
+    primals, tangents = _LINEAR.given(*values), _LINEAR.arguments(*tangents)
     for name, tangent in tangents._asdict().items():
         if tangent is not None and name not in ("x", "bias"):
             raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives for x and bias only")
-    y = differentiable_linear_nf4(*primals)
+    y = _LINEAR.differentiable(*primals)
     if tangents.x is None:
         assert tangents.bias is not None  # at least one tangent exists
         tangent = torch.zeros_like(y) + tangents.bias
     else:
-        tangent = differentiable_linear_nf4(*primals._replace(x=tangents.x, bias=tangents.bias))
+        tangent = _LINEAR.differentiable(*primals._replace(x=tangents.x, bias=tangents.bias))
     dual: Tensor = forward_ad.make_dual(y, tangent)
     return dual
 
 
-differentiable_linear_nf4 = differentiable(_kernels.alone, LinearNF4Function, _with_tangent)
-LIBRARY.impl("linear_nf4", differentiable_linear_nf4, "Autograd")
+_LINEAR.differentiable = differentiable(_LINEAR.kernel, LinearNF4Function, _with_tangent)
+_EXPERTS.differentiable = differentiable(_EXPERTS.kernel, _OverExperts, lambda args: no_tangent(_EXPERTS.name))
+for _linear in (_LINEAR, _EXPERTS):
+    LIBRARY.impl(_linear.name, _linear.differentiable, "Autograd")
 
 
-def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
-    """``torch.ops.qlora.linear_nf4(*args)``, without the dispatcher where possible; ``device_type`` is that of x."""
+def call_linear(
+    x: Tensor,
+    w: Weight4bit | PackedTensors,
+    form: Weight4bit | Form,
+    *others: Any,
+    adapters: tuple[Any, ...] = (),
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """``linear_nf4`` of ``torch.ops.qlora``, or ``grouped_linear_nf4`` of experts, without the dispatcher if possible.
+
+    Args:
+        w, form: see ``operands``.
+        others: out_features, bias, lora_a, lora_b, scaling, dropout_p, seed and seed_tensor.
+        adapters: the operator's last arguments, which describe the adapters of a call with several.
+        offsets: of experts.
+    """
+    linear, rows = linear_over(offsets)
+    args = x, *rows, *operands(w, form, *others), *adapters
     by_dispatcher = torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active()
-    if by_dispatcher or autocast_dtype(device_type) is not None:
-        y: Tensor = torch.ops.qlora.linear_nf4.default(*args)
+    if by_dispatcher or torch._C._is_any_autocast_enabled():
+        y: Tensor = linear.operator(*args)
         return y
-    return differentiable_linear_nf4(*args)
+    return linear.differentiable(*args)
 
 
 @implements(FUNCTIONS, torch.nn.functional.linear)
-def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+def _functional_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, Weight4bit) or isinstance(x, Weight4bit) or weight.ndim != 2:
         return NotImplemented
     if weight.column_order is not None:
         x, _ = in_order_of(weight.column_order, x, None)
-    lora = None, None, 1.0, 0.0, 0, None
-    return call_linear_nf4(x.device.type, x, *packed_args(weight), weight.shape[0], bias, *lora, *last_args(weight))
+    return call_linear(x, weight, weight, weight.shape[0], bias, None, None, 1.0, 0.0, 0, None)
 
 
 def in_order_of(column_order: Tensor, x: Tensor, lora_a: Any) -> tuple[Tensor, Any]:
@@ -377,5 +414,4 @@ def linear_nf4(
     if w4.column_order is not None:
         x, lora_a = in_order_of(w4.column_order, x, lora_a)
     lora = lora_a, lora_b, scaling, dropout_p, seed, seed_tensor
-    last = *last_args(w4), *adapters
-    return call_linear_nf4(x.device.type, x, *packed_args(w4), w4.shape[0], bias, *lora, *last)
+    return call_linear(x, w4, w4, w4.shape[0], bias, *lora, adapters=adapters)

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ._library import LIBRARY, cuda_error
-from .autograd import LinearKernels, in_order_of, refuse_tangent
-from .grouped import expert_sums
+from .autograd import bias_gradient, in_order_of, linear_over, refuse_tangent
 from .ops import MERGE_LORA_NF4
-from .weight import TENSORS, Weight4bit, last_args, packed_args, quantize
+from .weight import TENSORS, Weight4bit, operands, quantize
 
 # If rounding to the nearest codes retains this share of an update, it is used. Stochastic rounding has larger errors.
 RETAINED_BY_NEAREST = 0.95
@@ -27,7 +26,6 @@ RETAINED_BY_NEAREST = 0.95
 # costs about 2% of its gain. Stochastic rounding of a large update has a 1.5 times larger error.
 _RETAINED = 0.85
 
-_kernels, _grouped_kernels = LinearKernels("linear_nf4"), LinearKernels("grouped_linear_nf4")
 _NO_LORA = None, None, 1.0, 0.0, 0, None  # seed_tensor comes last
 
 
@@ -130,7 +128,7 @@ def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float
         return Weight4bit.stack([merged_weight(w, a, b, scaling, own) for w, a, b, own in matrices])
     if w4.column_order is not None:
         lora_a = lora_a.index_select(-1, w4.column_order)
-    arguments = *packed_args(w4), lora_a.float(), lora_b.float(), scaling, seed, *last_args(w4)
+    arguments = operands(w4, w4, lora_a.float(), lora_b.float(), scaling, seed)
     return w4.replace(packed=torch.ops.qlora.merge_lora_nf4(*arguments))
 
 
@@ -154,9 +152,8 @@ class MergedLinearNF4Function(torch.autograd.Function):
     """y = x · Ŵᵀ + bias with Ŵ = ``merged_weight``; A and B get the gradients of W + scaling · B · A.
 
     This is the straight-through estimator (Bengio et al., 2013): the backward ignores the rounding. ``apply`` takes
-    x [..., K], offsets, bias [N] or None, lora_a [R, K], lora_b [N, R], scaling, the last four arguments of Ŵ (its code
-    first) and its first six. If Ŵ is a stack, x is [S, K], offsets are those of ``grouped``, and bias and adapters are
-    stacked too; else offsets is None.
+    x [..., K], offsets, bias [N] or None, lora_a [R, K], lora_b [N, R], scaling and Ŵ. If Ŵ is a stack, x is [S, K],
+    offsets are those of ``grouped_linear_nf4``, and bias and adapters are stacked too; else offsets is None.
     """
 
     @staticmethod
@@ -168,38 +165,28 @@ class MergedLinearNF4Function(torch.autograd.Function):
         lora_a: Tensor,
         lora_b: Tensor,
         scaling: float,
-        *weight: Any,
+        merged: Weight4bit,
     ) -> Tensor:
-        (code, *more), (*packed, block_size, nested_block_size) = weight[:4], weight[4:]
-        ctx.save_for_backward(x, offsets, lora_a, lora_b, *packed, *more)
-        ctx.numbers, ctx.code = (scaling, block_size, nested_block_size), code
-        kernels, rows = _kernels_for(offsets)
-        y: Tensor = kernels.alone(x, *rows, *weight[4:], lora_b.shape[-2], bias, *_NO_LORA, *weight[:4])
+        ctx.save_for_backward(x, offsets, lora_a, lora_b, merged)
+        ctx.scaling = scaling
+        linear, rows = linear_over(offsets)
+        y: Tensor = linear.kernel(x, *rows, *operands(merged, merged, merged.shape[-2], bias, *_NO_LORA))
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_tangent("the backward of a merge-aware layer", dy)
-        x, offsets, lora_a, lora_b, *packed = ctx.saved_tensors
-        scaling, *block_sizes = ctx.numbers
-        needs_x, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
-        kernels, rows = _kernels_for(offsets)
-        dx = dbias = da = db = None
+        x, offsets, lora_a, lora_b, merged = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+        linear, rows = linear_over(offsets)
+        dx = da = db = None
         if needs_x:
-            sizes = *block_sizes, x.shape[-1]
-            dx = kernels.dx(dy, *rows, *packed[:4], *sizes, *_NO_LORA, ctx.code, *packed[4:])
-        if needs_bias:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if offsets is None else expert_sums(dy, offsets)
+            dx = linear.dx(dy, *rows, *operands(merged, merged, x.shape[-1], *_NO_LORA))
         if needs_a or needs_b:
-            da, db = kernels.dlora(dy, x, *rows, lora_a, lora_b, scaling, 0.0, 0)
-        nothing = (None,) * (2 + len(packed) + len(block_sizes))  # scaling and the code, and the packed arguments
-        return dx, None, dbias, da if needs_a else None, db if needs_b else None, *nothing
-
-
-def _kernels_for(offsets: Tensor | None) -> tuple[LinearKernels, tuple[Tensor, ...]]:
-    """The kernels of a layer or of experts, and the argument that only those of experts have."""
-    return (_kernels, ()) if offsets is None else (_grouped_kernels, (offsets,))
+            da, db = linear.dlora(dy, x, *rows, lora_a, lora_b, ctx.scaling, 0.0, 0)
+        dbias = bias_gradient(dy, offsets) if needs_bias else None
+        return dx, None, dbias, da if needs_a else None, db if needs_b else None, None, None
 
 
 def merged_linear_nf4(
@@ -215,7 +202,7 @@ def merged_linear_nf4(
 
     Args:
         x: [..., K]; bias [N], lora_a [R, K] and lora_b [N, R] have the same dtype.
-        offsets: of experts, the rows of x at which theirs end; see ``grouped``.
+        offsets: of experts, the rows of x at which theirs end; see ``grouped_linear_nf4`` in docs/operators.md.
 
     Returns:
         y [..., N], which has first derivatives in x, bias, lora_a and lora_b.
@@ -223,6 +210,6 @@ def merged_linear_nf4(
     if merged.column_order is not None:
         x, lora_a = in_order_of(merged.column_order, x, lora_a)
     y: Tensor = MergedLinearNF4Function.apply(  # type: ignore[no-untyped-call]
-        x, offsets, bias, lora_a, lora_b, scaling, *last_args(merged), *packed_args(merged)
+        x, offsets, bias, lora_a, lora_b, scaling, merged
     )
     return y

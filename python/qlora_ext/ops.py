@@ -1,9 +1,7 @@
 """Shapes (fake kernels) and autocast of ``torch.ops.qlora.*``. Gradients are in ``autograd.py``.
 
-The operators' signatures are in ``cpp/ops/schema.cpp``. Arguments at two places describe a packed weight. The first six
-are ``packed_args``: packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size. The last four are
-``last_args``: code, the name of the 16 values (``formats.py``; default: NF4), and of other formats scale_table,
-block_offsets and offset_scale (``Weight4bit``).
+The operators' signatures are in ``cpp/ops/schema.cpp``. Arguments at two places describe a packed weight
+(``Weight4bit.operands``). Those at the end have defaults, which are those of NF4.
 """
 
 from __future__ import annotations
@@ -11,23 +9,21 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._library import LIBRARY
+from ._library import LIBRARY, OPERATORS
 from ._library import link_compiled_code as link_compiled_code
 from .arguments import arguments_of
 from .formats import MAX_ELEMENTS, NF4, check_block_sizes, check_code, is_integer
 
-# Named tuples of the operators' arguments. An omitted argument is None, or in ``given_...`` the schema's default.
-LINEAR_NF4 = arguments_of(torch.ops.qlora.linear_nf4.default)
+# Named tuples of the operators' arguments. An omitted argument takes the schema's default.
 given_linear_nf4 = arguments_of(torch.ops.qlora.linear_nf4.default, defaults=True)
-given_linear_nf4_dx = arguments_of(torch.ops.qlora.linear_nf4_dx.default, defaults=True)
+_DEQUANTIZE_NF4 = arguments_of(torch.ops.qlora.dequantize_nf4.default, defaults=True)
 MERGE_LORA_NF4 = arguments_of(torch.ops.qlora.merge_lora_nf4.default, defaults=True)
-LINEAR_NF4_DLORA = arguments_of(torch.ops.qlora.linear_nf4_dlora.default)
 
 
 def check_shape(name: str, shape: Any) -> None:
@@ -61,7 +57,7 @@ def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     return ((math.prod(shape) + 1) // 2,)
 
 
-def refuse_onnx() -> None:
+def _refuse_onnx() -> None:
     """Rejects a graph that is traced for ONNX, which has no operator for packed weights.
 
     Raises:
@@ -160,48 +156,26 @@ def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, nested_block_
 
 
 @torch.library.register_fake("qlora::dequantize_nf4")
-def _(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    block_size: int,
-    nested_block_size: int,
-    shape: list[int],
-    dtype: torch.dtype,
-    code: str = NF4,
-    scale_table: Tensor | None = None,
-    block_offsets: Tensor | None = None,
-    offset_scale: Tensor | None = None,
-) -> Tensor:
-    refuse_onnx()
-    check_block_sizes(block_size, nested_block_size)
-    check_code(code)
-    tensors = packed, absmax, nested_absmax, nested_offset
-    last = code, scale_table, block_offsets, offset_scale
-    check_one_device("dequantize_nf4", *tensors, block_size, nested_block_size, shape, dtype, *last)
-    return packed.new_empty(shape, dtype=dtype)
+def _(*args: Any) -> Tensor:
+    a = _DEQUANTIZE_NF4(*args)
+    _refuse_onnx()
+    check_block_sizes(a.block_size, a.nested_block_size)
+    check_code(a.code)
+    check_one_device("dequantize_nf4", *args)
+    w: Tensor = a.packed.new_empty(a.shape, dtype=a.dtype)
+    return w
 
 
-def low_rank_like(x: Tensor, lora_a: Tensor | None, max_rank: int | None = None) -> Tensor:
-    """An empty tensor for the low-rank product h or g: [..., R], for lora_a [R, K] or, of experts, [E, R, K].
-
-    Of several adapters per call, it is [..., max_rank].
-    """
-    if lora_a is None:
-        raise ValueError("lora_a: expected a tensor, got None")
-    low_rank: Tensor = x.new_empty((*x.shape[:-1], lora_a.shape[-2] if max_rank is None else max_rank))
-    return low_rank
-
-
-def max_rank_of(a: Any) -> int | None:
+def _max_rank(a: Any) -> int | None:
     """The ``max_rank`` of a call with several adapters, None if it has one.
 
     Raises:
-        ValueError: one of their tensors has the wrong dtype.
+        ValueError: one of their tensors has the wrong dtype, or they are adapters of experts on CUDA.
     """
     if a.adapter_of_row is None:
         return None
+    if hasattr(a, "offsets") and a.adapter_of_row.is_cuda:
+        raise ValueError("adapter_of_row: several adapters of experts per call run on the CPU only")
     for name, dtypes in (
         ("adapter_of_row", (torch.int32,)),
         ("rank_offsets", (torch.int32,)),
@@ -217,57 +191,37 @@ def max_rank_of(a: Any) -> int | None:
     return max_rank
 
 
-def _fake_linear_nf4(*args: Any) -> Tensor:
-    a = given_linear_nf4(*args)
-    refuse_onnx()
-    check_block_sizes(a.block_size, a.nested_block_size)
-    check_code(a.code)
-    check_lora_numbers(a.scaling, a.dropout_p)
-    check_seed_tensor(a.seed_tensor)
-    check_one_device("linear_nf4", *args)
-    max_rank_of(a)
-    y: Tensor = a.x.new_empty((*a.x.shape[:-1], a.out_features))
-    return y
+def _fake_linear(name: str) -> Callable[..., Any]:
+    """The fake kernel of a linear operator or one of its gradients, over a single weight or over experts."""
+    named = arguments_of(getattr(torch.ops.qlora, name).default, defaults=True)
+
+    def fake(*args: Any) -> Any:
+        a = named(*args)
+        if hasattr(a, "packed"):
+            _refuse_onnx()
+            check_block_sizes(a.block_size, a.nested_block_size)
+            check_code(a.code)
+        check_lora_numbers(a.scaling, a.dropout_p)
+        check_seed_tensor(a.seed_tensor)
+        check_one_device(name, *args)
+        max_rank = _max_rank(a)
+        if name.endswith("_dlora"):
+            return a.lora_a.new_empty(a.lora_a.shape), a.lora_b.new_empty(a.lora_b.shape)
+        tokens, features = (a.dy, a.in_features) if "_dx" in name else (a.x, a.out_features)
+        out = tokens.new_empty((*tokens.shape[:-1], features))
+        if "_with_" not in name:
+            return out
+        if a.lora_a is None:
+            raise ValueError("lora_a: expected a tensor, got None")
+        rank = a.lora_a.shape[-2] if max_rank is None else max_rank
+        return out, tokens.new_empty((*tokens.shape[:-1], rank))
+
+    return fake
 
 
-torch.library.register_fake("qlora::linear_nf4", _fake_linear_nf4)
-
-
-@torch.library.register_fake("qlora::linear_nf4_with_h")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    a = given_linear_nf4(*args)
-    return _fake_linear_nf4(*args), low_rank_like(a.x, a.lora_a, max_rank_of(a))
-
-
-def _fake_linear_nf4_dx(*args: Any) -> Tensor:
-    a = given_linear_nf4_dx(*args)
-    check_block_sizes(a.block_size, a.nested_block_size)
-    check_code(a.code)
-    check_lora_numbers(a.scaling, a.dropout_p)
-    check_seed_tensor(a.seed_tensor)
-    check_one_device("linear_nf4_dx", *args)
-    max_rank_of(a)
-    dx: Tensor = a.dy.new_empty((*a.dy.shape[:-1], a.in_features))
-    return dx
-
-
-torch.library.register_fake("qlora::linear_nf4_dx", _fake_linear_nf4_dx)
-
-
-@torch.library.register_fake("qlora::linear_nf4_dx_with_g")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    a = given_linear_nf4_dx(*args)
-    return _fake_linear_nf4_dx(*args), low_rank_like(a.dy, a.lora_a, max_rank_of(a))
-
-
-@torch.library.register_fake("qlora::linear_nf4_dlora")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    a = LINEAR_NF4_DLORA(*args)
-    check_lora_numbers(a.scaling, a.dropout_p)
-    check_seed_tensor(a.seed_tensor)
-    check_one_device("linear_nf4_dlora", *args)
-    max_rank_of(a)
-    return a.lora_a.new_empty(a.lora_a.shape), a.lora_b.new_empty(a.lora_b.shape)
+for _name in OPERATORS:
+    if "linear_nf4" in _name:
+        torch.library.register_fake(f"qlora::{_name}", _fake_linear(_name))
 
 
 # The dense arguments of linear_nf4, which autocast casts.

@@ -11,8 +11,7 @@ from .form import Form
 from .weight_tensor import TENSORS as TENSORS
 from .weight_tensor import NF4Weight as NF4Weight
 from .weight_tensor import Weight4bit as Weight4bit
-from .weight_tensor import last_args as last_args
-from .weight_tensor import packed_args as packed_args
+from .weight_tensor import operands as operands
 from .weight_tensor import weight_of as weight_of
 
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 import reprlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +23,17 @@ Self = TypeVar("Self", bound="Weight4bit")
 
 # The names of a weight's tensors.
 TENSORS: tuple[str, ...] = PackedTensors._fields
-# What else describes a weight, besides its shape and dtype.
-_NUMBERS = ("block_size", "nested_block_size", "code")
+
+
+class Numbers(NamedTuple):
+    """What describes a weight besides its tensors, shape and dtype; ``Form`` has attributes of these names too."""
+
+    block_size: int
+    nested_block_size: int
+    code: str
+
+
+_NUMBERS = Numbers._fields
 
 
 class Weight4bit(Tensor):
@@ -214,13 +223,20 @@ class Weight4bit(Tensor):
         """Bits per element, including scales: about 4.127 with the default blocks and double quantization."""
         return 8.0 * self.element_size()
 
-    def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
-        """The first six arguments that describe a packed weight to every operator of ``torch.ops.qlora``."""
-        return packed_args(self)
+    def operands(self, *between: Any) -> tuple[Any, ...]:
+        """The arguments that describe the weight to an operator of ``torch.ops.qlora``, and those ``between`` them.
 
-    def last_args(self) -> tuple[str, Tensor | None, Tensor | None, Tensor | None]:
-        """The last four arguments of every such operator."""
-        return last_args(self)
+        Every such operator takes ``packed``, ``absmax``, ``nested_absmax``, ``nested_offset``, ``block_size`` and
+        ``nested_block_size``, then arguments of its own, and then ``code``, ``scale_table``, ``block_offsets`` and
+        ``offset_scale``.
+
+        Example:
+            >>> w4 = qlora_ext.quantize_nf4(torch.randn(48, 64))
+            >>> w = torch.ops.qlora.dequantize_nf4(*w4.operands([48, 64], torch.float32))
+            >>> torch.equal(w, w4.dequantize())
+            True
+        """
+        return operands(self, self, *between)
 
     def decoded_scales(self) -> Tensor:
         """The decoded scales, float32 [blocks]; of a stack [E, blocks]."""
@@ -287,7 +303,7 @@ class Weight4bit(Tensor):
             for e, matrix in enumerate(stack):
                 matrix.copy_(self.matrix(e).dequantize(dtype))
             return stack
-        out: Tensor = torch.ops.qlora.dequantize_nf4(*packed_args(self), self.shape, dtype, *last_args(self))
+        out: Tensor = torch.ops.qlora.dequantize_nf4(*operands(self, self, self.shape, dtype))
         return self.columns_in_order(out)
 
     def columns_in_order(self, decoded: Tensor) -> Tensor:
@@ -409,15 +425,11 @@ class NF4Weight(Weight4bit):
         return cls(**bitsandbytes_format.read(state_dict, prefix))
 
 
-# Functions for our own code, because Dynamo does not trace methods of a tensor that return strings.
-def packed_args(w4: Weight4bit) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
-    """``w4.packed_args()``."""
-    return w4.packed, w4.absmax, w4.nested_absmax, w4.nested_offset, w4.block_size, w4.nested_block_size
-
-
-def last_args(w4: Weight4bit) -> tuple[str, Tensor | None, Tensor | None, Tensor | None]:
-    """``w4.last_args()``."""
-    return w4.code, w4.scale_table, w4.block_offsets, w4.offset_scale
+# A function for our own code, because Dynamo does not trace methods of a tensor that return strings.
+def operands(w: Weight4bit | PackedTensors, form: Weight4bit | Form | Numbers, *between: Any) -> tuple[Any, ...]:
+    """``Weight4bit.operands`` of the tensors ``w`` and the numbers of ``form``."""
+    first = w.packed, w.absmax, w.nested_absmax, w.nested_offset, form.block_size, form.nested_block_size
+    return *first, *between, form.code, w.scale_table, w.block_offsets, w.offset_scale
 
 
 def weight_of(form: Form, **fields: Any) -> Weight4bit:

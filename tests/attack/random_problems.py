@@ -80,15 +80,16 @@ class Draw:
     def bytes(self, *shape: int) -> Tensor:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=self.generator)
 
-    def packed_args(self, n: int, k: int, stack: tuple[int, ...] = ()) -> list[Any]:
+    def packed(self, n: int, k: int, stack: tuple[int, ...] = ()) -> list[Any]:
         """The first six arguments of a weight. Those of a format other than NF4 are completed by ``form``."""
         block, nested_block = self.choose("block", BLOCK_SIZES), self.rng.choice(NESTED_BLOCK_SIZES)
         if self.rng.random() < 0.5:
             form = forms.FORMS[self.choose("form", list(forms.FORMS))]
             form = dataclasses.replace(form, block_size=block, nested_block_size=nested_block)
             w4 = forms.random_weight(form, (*stack, n, k), self.rng.getrandbits(60))
-            self.form = dict(zip(FORM_ARGUMENTS, w4.last_args(), strict=True))
-            return list(w4.packed_args())
+            *packed, code, table, offsets, unit = w4.operands()
+            self.form = dict(zip(FORM_ARGUMENTS, (code, table, offsets, unit), strict=True))
+            return packed
         blocks = -(-n * k // block)
         packed = self.bytes(*stack, (n * k + 1) // 2)
         if self.rng.random() < 0.4:
@@ -131,7 +132,7 @@ def linear(d: Draw, name: str) -> list[Any]:
     if name == "linear_nf4_dlora":
         dy, x = d.randn(*lead, n, dtype=dtype), d.randn(*lead, k, dtype=dtype)
         return [dy, x, *d.lora(n, k, dtype, rank), *d.numbers(), None, *d.retained(lead, rank, dtype)]
-    packed = d.packed_args(n, k)
+    packed = d.packed(n, k)
     lora = d.lora(n, k, dtype, rank)
     if name.startswith("linear_nf4_dx"):
         return [d.randn(*lead, n, dtype=dtype), *packed, k, *lora, *d.numbers()]
@@ -149,7 +150,7 @@ def grouped(d: Draw, name: str) -> list[Any]:
     if name == "grouped_linear_nf4_dlora":
         dy, x = d.randn(s, n, dtype=dtype), d.randn(s, k, dtype=dtype)
         return [dy, x, offsets, *d.lora(n, k, dtype, rank, stack), *d.numbers(), None, *d.retained((s,), rank, dtype)]
-    packed = d.packed_args(n, k, stack)
+    packed = d.packed(n, k, stack)
     lora = d.lora(n, k, dtype, rank, stack)
     if name.startswith("grouped_linear_nf4_dx"):
         return [d.randn(s, n, dtype=dtype), offsets, *packed, k, *lora, *d.numbers()]
@@ -164,7 +165,7 @@ def codec(d: Draw, name: str) -> list[Any]:
         values = d.randn(n, k, dtype=d.choose("dtype", DTYPES), factor=10.0 ** d.rng.randint(-4, 3))
         return [values, d.choose("block", BLOCK_SIZES)]
     if name == "dequantize_nf4":
-        return [*d.packed_args(n, k), [n, k], d.choose("dtype", DTYPES)]
+        return [*d.packed(n, k), [n, k], d.choose("dtype", DTYPES)]
     nested_block = d.choose("nested", NESTED_BLOCK_SIZES)
     if name == "quantize_absmax":
         return [d.randn(n * k).abs(), nested_block]

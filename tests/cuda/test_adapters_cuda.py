@@ -53,7 +53,7 @@ def without(b: Batch) -> Batch:
 def forward_alone(b: Batch, adapter: int) -> tuple[Tensor, Tensor]:
     seed = b.seeds[adapter] if b.seeds else 7
     lora = b.lora_a[adapter], b.lora_b[adapter], b.scaling[adapter], b.dropout_p, seed, None
-    return OPS.linear_nf4_with_h(b.x, *b.w4.packed_args(), b.w4.shape[0], b.bias, *lora, *b.w4.last_args())
+    return OPS.linear_nf4_with_h(b.x, *b.w4.operands(b.w4.shape[0], b.bias, *lora))
 
 
 def check(b: Batch, got: tuple[Tensor, Tensor], alone, rows: Tensor | None) -> None:
@@ -233,10 +233,8 @@ def test_a_captured_graph_takes_other_adapters_at_each_replay() -> None:
     lora = s.lora_a, s.lora_b, 1.0, 0.0, 7, None
 
     def step() -> tuple[Tensor, ...]:
-        head = b.x, *b.w4.packed_args(), b.w4.shape[0], b.bias
-        y, h = OPS.linear_nf4_with_h(*head, *lora, *b.w4.last_args(), *last)
-        head = dy, *b.w4.packed_args(), b.x.shape[-1]
-        dx, g = OPS.linear_nf4_dx_with_g(*head, *lora, *b.w4.last_args(), *last)
+        y, h = OPS.linear_nf4_with_h(b.x, *b.w4.operands(b.w4.shape[0], b.bias, *lora), *last)
+        dx, g = OPS.linear_nf4_dx_with_g(dy, *b.w4.operands(b.x.shape[-1], *lora), *last)
         return y, dx, *OPS.linear_nf4_dlora(dy, b.x, *lora, h, g, *last)
 
     step()

@@ -38,7 +38,7 @@ def test_an_earlier_error_is_not_ours(runtime: ctypes.CDLL) -> None:
     dy = torch.ones(3, 64, device="cuda", dtype=torch.bfloat16)
     calls = [
         lambda: OPS.linear_nf4(*s.args),
-        lambda: OPS.linear_nf4_dx(dy, *s.w4.packed_args(), 128, *s.lora_args),
+        lambda: OPS.linear_nf4_dx(*s.dx_args(dy)),
         lambda: OPS.linear_nf4_dlora(dy, s.x, *s.lora_args),
         lambda: OPS.quantize_nf4(s.x, 64),
     ]

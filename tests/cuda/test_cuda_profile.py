@@ -43,7 +43,7 @@ def run_cases(profile: Path) -> dict[str, Any]:
             s.x = x[:m].contiguous()
             y = record(f"linear_nf4 {m} {n} {k}", ops.linear_nf4, *s.args)
             dy = torch.randn(m, n).to("cuda", torch.bfloat16)
-            record(f"linear_nf4_dx {m} {n} {k}", ops.linear_nf4_dx, dy, *s.w4.packed_args(), k, *s.lora_args)
+            record(f"linear_nf4_dx {m} {n} {k}", ops.linear_nf4_dx, *s.dx_args(dy))
             expected = s.forward_accuracy()
             rounded = torch.from_numpy(expected.exact).to(torch.bfloat16)
             record.cases[f"errors {m} {n} {k}"] = [relative_error(t, expected.exact) for t in (y, _plain(s), rounded)]

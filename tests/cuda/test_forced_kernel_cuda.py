@@ -69,7 +69,7 @@ def check_forward(dtype: torch.dtype, m: int = M) -> None:
 def check_dx(dtype: torch.dtype) -> None:
     s = sample(dtype)
     dy = torch.randn(M, N, generator=torch.Generator().manual_seed(5)).to("cuda", dtype)
-    dx = OPS.linear_nf4_dx(dy, *s.w4.packed_args(), K, *s.lora_args)
+    dx = OPS.linear_nf4_dx(*s.dx_args(dy))
     assert_accurate(dx, s.dx_accuracy(dy))
 
 
@@ -142,9 +142,7 @@ def test_experts_whose_weights_are_scaled_one_by_one_have_no_tile_of_8_tokens(mo
     x, ends = torch.ones(3, k, dtype=BF16, device="cuda"), torch.tensor([1, 3], device="cuda")
     monkeypatch.setenv(VARIABLE, "tensor_cores:tokens=8")
     with pytest.raises(ValueError, match="^QLORA_CUDA_KERNEL: .* with tokens=8: expected tokens=16"):
-        OPS.grouped_linear_nf4(
-            x, ends, *stack.packed_args(), n, None, None, None, 1.0, 0.0, 0, None, *stack.last_args()
-        )
+        OPS.grouped_linear_nf4(x, ends, *stack.operands(n, None, None, None, 1.0, 0.0, 0, None))
 
 
 @in_bfloat16

@@ -149,7 +149,7 @@ def check_forward(w4: Weight4bit, m: int, dtype: torch.dtype) -> None:
     n, k = w4.shape
     x, (a, b), scaling = normal((m, k), dtype), lora(n, k, dtype), scaled_to(w4)
     on_card = w4.to("cuda")
-    y = OPS.linear_nf4(x, *on_card.packed_args(), n, None, a, b, scaling, 0.0, 0, None, *on_card.last_args())
+    y = OPS.linear_nf4(x, *on_card.operands(n, None, a, b, scaling, 0.0, 0, None))
     w = to_f64(decoded(w4))
     assert_accurate(y, accuracy.forward(rows(x), w, None, to_f64(a), to_f64(b), scaling, 0.0, 0, dtype))
 
@@ -158,7 +158,7 @@ def check_dx(w4: Weight4bit, m: int, dtype: torch.dtype) -> None:
     n, k = w4.shape
     dy, (a, b), scaling = normal((m, n), dtype), lora(n, k, dtype), scaled_to(w4)
     on_card = w4.to("cuda")
-    dx = OPS.linear_nf4_dx(dy, *on_card.packed_args(), k, a, b, scaling, 0.0, 0, None, *on_card.last_args())
+    dx = OPS.linear_nf4_dx(dy, *on_card.operands(k, a, b, scaling, 0.0, 0, None))
     w = to_f64(decoded(w4))
     assert_accurate(dx, accuracy.dx(rows(dy), w, to_f64(a), to_f64(b), scaling, 0.0, 0, dtype))
 
@@ -217,8 +217,8 @@ def test_weights_whose_value_is_the_zero_point_are_zero(block: int, m: int) -> N
             no_lora = (None, None, 1.0, 0.0, 0, None)
             for dtype in DTYPES:
                 x, dy = (torch.full((m, size), 1e4, dtype=dtype, device="cuda") for size in (k, n))
-                y = OPS.linear_nf4(x, *on_card.packed_args(), n, None, *no_lora, *on_card.last_args())
-                dx = OPS.linear_nf4_dx(dy, *on_card.packed_args(), k, *no_lora, *on_card.last_args())
+                y = OPS.linear_nf4(x, *on_card.operands(n, None, *no_lora))
+                dx = OPS.linear_nf4_dx(dy, *on_card.operands(k, *no_lora))
                 assert not y.any()
                 assert not dx.any()
 
@@ -239,10 +239,10 @@ def test_exact_values_stay_exact(m: int, code: str, dtype: torch.dtype) -> None:
     w4 = Weight4bit(packed, torch.full((n,), 2.0**-9), shape=(n, 64), dtype=torch.float32, code=code)
     on_card, w = w4.to("cuda"), decoded(w4)
     x = torch.eye(64).to("cuda", dtype)[:m]
-    y = OPS.linear_nf4(x, *on_card.packed_args(), n, None, None, None, 1.0, 0.0, 0, None, *on_card.last_args())
+    y = OPS.linear_nf4(x, *on_card.operands(n, None, None, None, 1.0, 0.0, 0, None))
     assert torch.equal(y.float().cpu(), w.T[:m])
     dy = torch.eye(n).to("cuda", dtype)[:m]
-    dx = OPS.linear_nf4_dx(dy, *on_card.packed_args(), 64, None, None, 1.0, 0.0, 0, None, *on_card.last_args())
+    dx = OPS.linear_nf4_dx(dy, *on_card.operands(64, None, None, 1.0, 0.0, 0, None))
     assert torch.equal(dx.float().cpu(), w[:m])
 
 
@@ -259,8 +259,8 @@ def test_experts(block: int, scales: str, offsets: str, dtype: torch.dtype) -> N
     ends = torch.tensor(counts).cumsum(0).cuda()
     x, dy = normal((sum(counts) + 3, k), dtype), normal((sum(counts) + 3, n), dtype)
     no_lora = (None, None, 1.0, 0.0, 0, None)
-    y = OPS.grouped_linear_nf4(x, ends, *stack.packed_args(), n, None, *no_lora, *stack.last_args())
-    dx = OPS.grouped_linear_nf4_dx(dy, ends, *stack.packed_args(), k, *no_lora, *stack.last_args())
+    y = OPS.grouped_linear_nf4(x, ends, *stack.operands(n, None, *no_lora))
+    dx = OPS.grouped_linear_nf4_dx(dy, ends, *stack.operands(k, *no_lora))
     begin = 0
     for w4, count in zip(weights, counts, strict=True):
         own, w = slice(begin, begin + count), to_f64(decoded(w4))

@@ -46,15 +46,15 @@ def run_cases(profile: Path) -> dict[str, Any]:
         for form in [NF4, *(form for group in (FORMATS, ZERO_POINTS, OFFSETS) for form in group.get(block, []))]:
             code, scales, offsets = form
             w4 = weight((N, K), code, scales, offsets, block).to("cuda")
-            no_lora, last = (None, None, 1.0, 0.0, 0, None), w4.last_args()
+            no_lora = None, None, 1.0, 0.0, 0, None
             name = f"{block} {' '.join(form)}"
             record(f"{name} dequantize", w4.dequantize, BF16)
             for m in (1, 16, 64):
                 x = normal((m, K), BF16)
-                record(f"{name} forward {m}", ops.linear_nf4, x, *w4.packed_args(), N, None, *no_lora, *last)
+                record(f"{name} forward {m}", ops.linear_nf4, x, *w4.operands(N, None, *no_lora))
             for m in (16, 64):
                 dy = normal((m, N), BF16)
-                record(f"{name} dx {m}", ops.linear_nf4_dx, dy, *w4.packed_args(), K, *no_lora, *last)
+                record(f"{name} dx {m}", ops.linear_nf4_dx, dy, *w4.operands(K, *no_lora))
     return record.cases
 
 

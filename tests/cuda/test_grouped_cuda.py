@@ -47,8 +47,8 @@ def test_low_rank_products_of_many_rows(rank: int) -> None:
     n, k = 8, 64
     s = grouped_sample([1500, 0, 31, 1569], n, k, rank, torch.bfloat16, "cuda", dropout_p=0.2)
     dy = s.dy()
-    _, h = OPS.grouped_linear_nf4_with_h(s.x, s.offsets, *s.packed, n, s.bias, *s.lora_args)
-    _, g = OPS.grouped_linear_nf4_dx_with_g(dy, s.offsets, *s.packed, k, *s.lora_args)
+    _, h = OPS.grouped_linear_nf4_with_h(s.x, s.offsets, *s.args())
+    _, g = OPS.grouped_linear_nf4_dx_with_g(dy, s.offsets, *s.dx_args())
     x = to_f64(s.x) * reference.dropout_mask(s.x.shape, s.dropout_p, s.seed)
     for e, rows in s.parts():
         for got, of, factor in ((h, x, to_f64(s.lora_a[e]).T), (g, to_f64(dy), to_f64(s.lora_b[e]))):

@@ -35,7 +35,7 @@ def gradient(s: LinearSample) -> Tensor:
 
 
 def run_dx(s: LinearSample, dy: Tensor) -> Tensor:
-    return OPS.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args, *s.last_args)
+    return OPS.linear_nf4_dx(*s.dx_args(dy))
 
 
 def check_dx(*samples: LinearSample) -> Tensor:

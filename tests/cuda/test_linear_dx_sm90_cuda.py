@@ -104,7 +104,7 @@ def test_a_seed_on_the_device_draws_the_same_mask() -> None:
     dy = gradient(s)
     *lora, seed = s.lora_args
     on_device = torch.tensor(seed, device="cuda")
-    dx = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), 128, *lora, 0, on_device)
+    dx = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.operands(128, *lora, 0, on_device))
     assert torch.equal(dx, run_dx(s, dy))
 
 

@@ -32,7 +32,7 @@ def gradient(s: LinearSample) -> torch.Tensor:
 
 
 def input_gradient(s: LinearSample) -> torch.Tensor:
-    return OPS.linear_nf4_dx(gradient(s), *s.w4.packed_args(), s.w4.shape[1], *s.lora_args)
+    return OPS.linear_nf4_dx(*s.dx_args(gradient(s)))
 
 
 def check(s: LinearSample) -> None:

@@ -39,7 +39,7 @@ def check(s: LinearSample) -> None:
     assert torch.equal(y, OPS.linear_nf4(*s.args))
     generator = torch.Generator().manual_seed(5)
     dy = torch.randn(m, n, generator=generator).to("cuda", s.x.dtype)
-    dx = OPS.linear_nf4_dx(dy, *s.w4.packed_args(), k, *s.lora_args)
+    dx = OPS.linear_nf4_dx(*s.dx_args(dy))
     assert_accurate(dx.view(m, k), s.dx_accuracy(dy))
 
 
@@ -68,7 +68,7 @@ def test_small_panels_and_retained_products(rank: int, monkeypatch: pytest.Monke
     check(s)
     dy = torch.randn(MANY, 300, generator=torch.Generator().manual_seed(6)).to("cuda", s.x.dtype)
     y, h = OPS.linear_nf4_with_h(*s.args)
-    dx, g = OPS.linear_nf4_dx_with_g(dy, *s.w4.packed_args(), 320, *s.lora_args)
+    dx, g = OPS.linear_nf4_dx_with_g(*s.dx_args(dy))
     assert_accurate(y, s.forward_accuracy())
     assert_accurate(dx, s.dx_accuracy(dy))
     for got, x, factor in ((h, s.x, s.lora_a.T), (g, dy, s.lora_b)):
@@ -110,5 +110,5 @@ def test_no_outputs_or_terms(rows: int, monkeypatch: pytest.MonkeyPatch) -> None
     s = linear_sample(MANY, rows, 64, None, torch.bfloat16, "cuda")
     assert OPS.linear_nf4(*s.args).shape == (MANY, rows)
     dy = torch.randn(MANY, rows).to("cuda", s.x.dtype)
-    dx = OPS.linear_nf4_dx(dy, *s.w4.packed_args(), 64, *s.lora_args)
+    dx = OPS.linear_nf4_dx(*s.dx_args(dy))
     assert_accurate(dx, s.dx_accuracy(dy))

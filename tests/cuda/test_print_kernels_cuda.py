@@ -47,7 +47,7 @@ def run_problems() -> None:
         s = linear_sample(m, n, k, RANK, getattr(torch, dtype), "cuda")
         for _ in range(2):
             y = ops.linear_nf4(*s.args)
-            ops.linear_nf4_dx(y, *s.w4.packed_args(), k, *s.lora_args)
+            ops.linear_nf4_dx(*s.dx_args(y))
             ops.linear_nf4_dlora(y, s.x, *s.lora_args)
     for experts, m, n, k, dtype in OF_EXPERTS:
         counts = [m, *[0] * (experts - 1)]

@@ -52,7 +52,7 @@ def test_a_code_that_does_not_exist_is_named(device: str) -> None:
     s = linear_sample(device="cpu" if device == "meta" else device)
     to = "meta" if device == "meta" else device
     w, absmax, x = torch.ones(4, 64, device=to), torch.ones(4, device=to), s.x.to(to)
-    packed = [a.to(to) if isinstance(a, torch.Tensor) else a for a in s.w4.packed_args()]
+    packed = [a.to(to) if isinstance(a, torch.Tensor) else a for a in s.w4.operands()[:6]]
     dense = [None if t is None else t.to(to) for t in (s.bias, s.lora_a, s.lora_b)]
     calls = [
         lambda: OPS.quantize_nf4(w, 64, "fp8"),

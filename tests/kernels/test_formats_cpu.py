@@ -85,7 +85,7 @@ def test_many_scales_at_once_decode_to_the_same_bits(
         w4 = any_weight(Form("uint4", scales, 32, nested_block, None if offsets in linear else offsets), n, k)
         if offsets in linear:
             w4.scale_table.copy_(torch.arange(256) * torch.tensor(-0.3))
-        y = OPS.linear_nf4(x, *w4.packed_args(), n, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+        y = OPS.linear_nf4(x, *w4.operands(n, None, None, None, 1.0, 0.0, 0, None))
         expected = w4.dequantize(torch.float32)
         if offsets == formats.ZERO_POINT8:  # the kernel adds -round(zero point * scale)
             codes = torch.stack([w4.packed >> 4, w4.packed & 15], -1).view(-1, 32)
@@ -186,17 +186,17 @@ def test_padding_is_not_multiplied_by_infinite_weights(
     n, g = 21, torch.Generator().manual_seed(1)
     for name in INFINITE[what]:
         w4 = infinite_weight(FORMS[name], what, n, k)
-        w, last = w4.dequantize(torch.float32).double(), (None, *w4.last_args())
+        w = w4.dequantize(torch.float32).double()
         assert w.isinf().any()
         assert (w > 0).all()
         for dtype, m in itertools.product(DTYPES, (1, 6, 40)):
             x = (torch.rand(m, k if op == "linear_nf4" else n, generator=g) * 0.01 + 0.005).to(dtype)
             with contextlib.suppress(ValueError):  # the kernel does not take the type, the form or the shape
                 if op == "linear_nf4":
-                    y = OPS.linear_nf4(x, *w4.packed_args(), n, None, None, None, 1.0, 0.0, 0, *last)
+                    y = OPS.linear_nf4(x, *w4.operands(n, None, None, None, 1.0, 0.0, 0, None))
                     expected = (x.double() @ w.T).to(dtype)
                 else:
-                    y = OPS.linear_nf4_dx(x, *w4.packed_args(), k, None, None, 1.0, 0.0, 0, *last)
+                    y = OPS.linear_nf4_dx(x, *w4.operands(k, None, None, 1.0, 0.0, 0, None))
                     expected = (x.double() @ w).to(dtype)
                 # A product of an infinite weight may be finite where its scale is.
                 exempt = expected.isinf() & torch.tensor("of a row" in what)
@@ -232,7 +232,7 @@ def test_exact_weights_and_one_large_input(form: Form, largest: float) -> None:
     x = torch.randn(4, 1024, generator=g).sign() * (1 + torch.rand(4, 1024, generator=g) / 10)
     x[:, 5] = largest
     x = x.half()
-    y = OPS.linear_nf4(x, *w4.packed_args(), 512, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+    y = OPS.linear_nf4(x, *w4.operands(512, None, None, None, 1.0, 0.0, 0, None))
     assert error(y, x, w4.dequantize(torch.float32)) <= 1.05
 
 
@@ -243,7 +243,7 @@ def test_offsets_that_cancel_values_far_from_zero() -> None:
     options = {"dtype": torch.float32, "block_size": 32, "code": code, "block_offsets": offsets}
     w4 = Weight4bit(packed, scales, shape=(64, 1024), **options)
     x = torch.randn(4, 1024, generator=g).half()
-    y = OPS.linear_nf4(x, *w4.packed_args(), 64, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+    y = OPS.linear_nf4(x, *w4.operands(64, None, None, None, 1.0, 0.0, 0, None))
     assert error(y, x, w4.dequantize(torch.float32)) <= 1.05
 
 
@@ -258,10 +258,8 @@ def test_a_weight_that_decodes_to_zero_is_zero_in_a_product(m: int) -> None:
         assert not w4.dequantize().any()
         for dtype in DTYPES:
             x = torch.full((m, 32), 1e4, dtype=dtype)
-            y = OPS.linear_nf4(x, *w4.packed_args(), 8, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
-            dx = OPS.linear_nf4_dx(
-                x[:, :8].contiguous(), *w4.packed_args(), 32, None, None, 1.0, 0.0, 0, None, *w4.last_args()
-            )
+            y = OPS.linear_nf4(x, *w4.operands(8, None, None, None, 1.0, 0.0, 0, None))
+            dx = OPS.linear_nf4_dx(x[:, :8].contiguous(), *w4.operands(32, None, None, 1.0, 0.0, 0, None))
             assert not y.any()
             assert not dx.any()
 
@@ -291,10 +289,10 @@ def test_an_identity_weight_returns_its_input(name: str, m: int, dtype: torch.dt
     assert torch.equal(w4.dequantize(torch.float32), torch.eye(k))
     x = (torch.randn(m, k) * 10.0 ** torch.randint(-3, 3, (m, k))).to(dtype)
     x[:, 5] = 0
-    y = OPS.linear_nf4(x, *w4.packed_args(), k, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+    y = OPS.linear_nf4(x, *w4.operands(k, None, None, None, 1.0, 0.0, 0, None))
     assert torch.equal(y, x)
     zeros = torch.full_like(packed, 17 * zero)
-    y = OPS.linear_nf4(x, zeros, *w4.packed_args()[1:], k, None, None, None, 1.0, 0.0, 0, None, *w4.last_args())
+    y = OPS.linear_nf4(x, *w4.replace(packed=zeros).operands(k, None, None, None, 1.0, 0.0, 0, None))
     assert not y.any()
 
 

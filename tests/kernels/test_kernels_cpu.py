@@ -91,7 +91,7 @@ def call(op: str, s: LinearSample, dy: torch.Tensor) -> tuple[torch.Tensor, ...]
     if op == "linear_nf4":
         return (torch.ops.qlora.linear_nf4(*s.args),)
     if op == "linear_nf4_dx":
-        return (torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args, *s.last_args),)
+        return (torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy)),)
     return torch.ops.qlora.linear_nf4_dlora(dy, s.x, *s.lora_args)
 
 

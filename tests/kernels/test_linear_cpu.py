@@ -83,7 +83,7 @@ def forward(s: LinearSample, dy: torch.Tensor) -> Results:
 
 
 def dx(s: LinearSample, dy: torch.Tensor) -> Results:
-    out = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args, *s.last_args)
+    out = torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy))
     return [(out, s.dx_accuracy(dy))]
 
 
@@ -124,10 +124,10 @@ def test_a_nonfinite_token_stays_alone(dtype: torch.dtype) -> None:
     """Padding does not spread values: NaN and infinity reach only their own row."""
     s, dy = make((40, 50, 100, 4, 64, True, 0.0), dtype)
     y = torch.ops.qlora.linear_nf4(*s.args)
-    dx = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), 100, *s.lora_args)
+    dx = torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy))
     s.x[3, 99], dy[5, 49] = float("inf"), float("nan")
     bad_y = torch.ops.qlora.linear_nf4(*s.args)
-    bad_dx = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), 100, *s.lora_args)
+    bad_dx = torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy))
     assert not bad_y[3].isfinite().any()
     assert bad_dx[5].isnan().all()
     others = torch.arange(40)
@@ -150,7 +150,7 @@ def test_threads_do_not_change_a_bit(case: tuple, dtype: torch.dtype) -> None:
     s, dy = make(case, dtype)
 
     def results() -> list[torch.Tensor]:
-        dx = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), s.x.shape[1], *s.lora_args)
+        dx = torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy))
         return [torch.ops.qlora.linear_nf4(*s.args), dx, *torch.ops.qlora.linear_nf4_dlora(dy, s.x, *s.lora_args)]
 
     threads = torch.get_num_threads()

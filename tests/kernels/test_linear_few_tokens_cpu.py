@@ -149,10 +149,10 @@ def test_nested_scales_are_those_of_the_format(m: int, nested: int) -> None:
     w = torch.randn(n, k)
     w[70], w[133, 5:] = 0.0, 0.0
     weight = qlora_ext.quantize_nf4(w, nested_block_size=nested)
-    absmax = torch.ops.qlora.dequantize_absmax(*weight.packed_args()[1:4], nested)
+    absmax = torch.ops.qlora.dequantize_absmax(weight.absmax, weight.nested_absmax, weight.nested_offset, nested)
     x = torch.randn(m, k).to(torch.bfloat16)
-    none = (n, None, None, None, 1.0, 0.0, 0)
-    y = torch.ops.qlora.linear_nf4(x, *weight.packed_args(), *none)
+    none = (n, None, None, None, 1.0, 0.0, 0, None)
+    y = torch.ops.qlora.linear_nf4(x, *weight.operands(*none))
     assert torch.equal(y, torch.ops.qlora.linear_nf4(x, weight.packed, absmax, None, None, 64, 256, *none))
 
 
@@ -176,7 +176,7 @@ def test_dx_of_rows_of_very_different_size() -> None:
     size = torch.where(torch.arange(n) % 2 == 0, 1e3, 1e-3)
     weight = qlora_ext.quantize_nf4(torch.randn(n, k) * size[:, None], double_quant=False)
     dy = (torch.randn(m, n) / size).to(torch.bfloat16)
-    out = torch.ops.qlora.linear_nf4_dx(dy, *weight.packed_args(), k, None, None, 1.0, 0.0, 0)
+    out = torch.ops.qlora.linear_nf4_dx(dy, *weight.operands(k, None, None, 1.0, 0.0, 0, None))
     w = to_f64(weight.dequantize())
     assert_accurate(out, accuracy.dx(to_f64(dy), w, None, None, 1.0, 0.0, 0, dy.dtype))
 

@@ -39,10 +39,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         g = torch.Generator().manual_seed(3)
         n, k = w4.shape
         bias, a, b = (torch.randn(shape, generator=g).to(x.dtype) for shape in ((n,), (rank, k), (n, rank)))
-        adapter = (a if rank else None, b if rank else None, 0.01, dropout, 7, None, *w4.last_args())
+        adapter = (a if rank else None, b if rank else None, 0.01, dropout, 7, None)
         if op == DX:
-            return OPS.linear_nf4_dx(x, *w4.packed_args(), k, *adapter)
-        return OPS.linear_nf4(x, *w4.packed_args(), n, bias if has_bias else None, *adapter)
+            return OPS.linear_nf4_dx(x, *w4.operands(k, *adapter))
+        return OPS.linear_nf4(x, *w4.operands(n, bias if has_bias else None, *adapter))
 
     return call
 
@@ -129,7 +129,7 @@ def test_outputs_that_depend_on_a_few_weights_get_the_bits_of_float32(run: Run, 
     outputs = [100] if op == FORWARD else list(range(64, 128))
     others = [i for i in range(OUTPUTS) if i not in outputs]
     for value in (float("inf"), float("nan")):
-        w4.packed_args()[1][100 * SUMMED // 64 if op == FORWARD else 1] = value
+        w4.absmax[100 * SUMMED // 64 if op == FORWARD else 1] = value
         infinite = run("many_tokens_int", op, x, w4)
         assert same(infinite[:, others], y[:, others])
         assert not infinite[:, outputs].isfinite().any()

@@ -31,7 +31,7 @@ def weight_in(form: Form | str, n: int, k: int) -> Weight4bit:
 
 
 def merge(w4: Weight4bit, a: torch.Tensor, b: torch.Tensor, scaling: float, seed: int) -> torch.Tensor:
-    return OPS.merge_lora_nf4(*w4.packed_args(), a, b, scaling, seed, *w4.last_args())
+    return OPS.merge_lora_nf4(*w4.operands(a, b, scaling, seed))
 
 
 @pytest.mark.parametrize("rank", [0, 1, 16])

@@ -20,7 +20,7 @@ from qlora_ext import _C
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = [
     "tests/kernels/software_tiles/problems.cpp",
-    *(f"cpp/cpu/{name}.cpp" for name in ("custom_codes", "float64/linear", "isa/isa")),
+    *(f"cpp/{name}.cpp" for name in ("format/custom_codes", "cpu/float64/linear", "cpu/isa/isa")),
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 

@@ -89,21 +89,21 @@ def batch(
 
 def dx_args(b: Batch, dy: Tensor, adapter: int | None) -> tuple:
     """The arguments of linear_nf4_dx for one adapter, or for all of them (None)."""
-    head = dy, *b.w4.packed_args(), b.x.shape[-1]
+    k = b.x.shape[-1]
     if adapter is None:
         s = b.stacked()
         seed = 0 if b.seeds else 7
         last = b.of_row, s.rank_offsets, s.scalings, s.seeds, s.max_rank
-        return *head, s.lora_a, s.lora_b, 1.0, b.dropout_p, seed, None, *b.w4.last_args(), *last
+        return dy, *b.w4.operands(k, s.lora_a, s.lora_b, 1.0, b.dropout_p, seed, None), *last
     lora = (None, None, 1.0) if adapter < 0 else (b.lora_a[adapter], b.lora_b[adapter], b.scaling[adapter])
-    return *head, *lora, b.dropout_p, b.seed_of(adapter), None, *b.w4.last_args()
+    return dy, *b.w4.operands(k, *lora, b.dropout_p, b.seed_of(adapter), None)
 
 
 def forward_args(b: Batch) -> tuple:
     s = b.stacked()
     last = b.of_row, s.rank_offsets, s.scalings, s.seeds, s.max_rank
     lora = s.lora_a, s.lora_b, 1.0, b.dropout_p, 0 if b.seeds else 7, None
-    return b.x, *b.w4.packed_args(), b.w4.shape[0], b.bias, *lora, *b.w4.last_args(), *last
+    return b.x, *b.w4.operands(b.w4.shape[0], b.bias, *lora), *last
 
 
 def check_bits(b: Batch) -> None:
@@ -121,5 +121,5 @@ def check_bits(b: Batch) -> None:
         if rank:
             assert torch.equal(g[i, :rank], torch.ops.qlora.linear_nf4_dx_with_g(*dx_args(b, dy, e))[1][i])
             lora = b.lora_a[e], b.lora_b[e], b.scaling[e], b.dropout_p, b.seeds[e] if b.seeds else 7, None
-            args = b.x, *b.w4.packed_args(), b.w4.shape[0], b.bias, *lora, *b.w4.last_args()
+            args = b.x, *b.w4.operands(b.w4.shape[0], b.bias, *lora)
             assert torch.equal(h[i, :rank], torch.ops.qlora.linear_nf4_with_h(*args)[1][i])

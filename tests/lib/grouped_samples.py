@@ -11,8 +11,9 @@ from torch import Tensor
 
 import accuracy
 from forms import random_weight
+from qlora_ext._internal.loans import PackedTensors
 from qlora_ext.form import Form
-from qlora_ext.weight import TENSORS, Weight4bit, quantize
+from qlora_ext.weight import TENSORS, Weight4bit, operands, quantize
 from samples import LinearSample
 
 OPS = torch.ops.qlora
@@ -42,29 +43,28 @@ class GroupedSample:
     def __post_init__(self) -> None:
         self.offsets = torch.tensor(self.counts).cumsum(0).to(self.x.device)
         stacks = ([getattr(w, name) for w in self.weights] for name in TENSORS)
-        stacked = [None if s[0] is None else torch.stack(s).to(self.x.device) for s in stacks]
-        self.packed = (*stacked[:4], self.weights[0].block_size, self.weights[0].nested_block_size)
-        self.form_tensors = stacked[4:7]
+        self.stack = PackedTensors(*(None if s[0] is None else torch.stack(s).to(self.x.device) for s in stacks))
         self.n, self.k = self.weights[0].shape
 
     @property
     def lora_args(self) -> tuple:
         return self.lora_a, self.lora_b, self.scaling, self.dropout_p, self.seed
 
-    @property
-    def last_args(self) -> tuple:
-        """As LinearSample.last_args."""
-        code = self.weights[0].code
-        plain = code == "nf4" and all(t is None for t in self.form_tensors)
-        return () if plain else (None, code, *self.form_tensors)
+    def args(self, seed_tensor: Tensor | None = None) -> tuple:
+        """The arguments of torch.ops.qlora.grouped_linear_nf4 after x and the offsets."""
+        return operands(self.stack, self.weights[0], self.n, self.bias, *self.lora_args, seed_tensor)
+
+    def dx_args(self, seed_tensor: Tensor | None = None) -> tuple:
+        """The arguments of torch.ops.qlora.grouped_linear_nf4_dx after dy and the offsets."""
+        return operands(self.stack, self.weights[0], self.k, *self.lora_args, seed_tensor)
 
     def forward(self, offsets: Tensor | None = None) -> Tensor:
         at = self.offsets if offsets is None else offsets
-        return OPS.grouped_linear_nf4(self.x, at, *self.packed, self.n, self.bias, *self.lora_args, *self.last_args)
+        return OPS.grouped_linear_nf4(self.x, at, *self.args())
 
     def dx(self, dy: Tensor, offsets: Tensor | None = None) -> Tensor:
         at = self.offsets if offsets is None else offsets
-        return OPS.grouped_linear_nf4_dx(dy, at, *self.packed, self.k, *self.lora_args, *self.last_args)
+        return OPS.grouped_linear_nf4_dx(dy, at, *self.dx_args())
 
     def dlora(self, dy: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         at = self.offsets if offsets is None else offsets
@@ -114,7 +114,7 @@ def assert_like_single_experts(g: GroupedSample) -> None:
     dx = g.dx(dy)
     for e, rows in g.parts():
         one = g.of_expert(e, g.x[rows])
-        expected = OPS.linear_nf4_dx(dy[rows], *one.w4.packed_args(), g.k, *one.lora_args, *one.last_args)
+        expected = OPS.linear_nf4_dx(*one.dx_args(dy[rows]))
         torch.testing.assert_close(y[rows], OPS.linear_nf4(*one.args))
         torch.testing.assert_close(dx[rows], expected)
 

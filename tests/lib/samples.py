@@ -14,7 +14,7 @@ import forms
 import qlora_ext
 import reference
 from qlora_ext.form import Form
-from qlora_ext.weight import Weight4bit, quantize
+from qlora_ext.weight import Weight4bit, operands, quantize
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,17 +52,15 @@ class LinearSample:
     @property
     def args(self) -> tuple:
         """The arguments in the order of torch.ops.qlora.linear_nf4."""
-        return (self.x, *self.w4.packed_args(), self.w4.shape[0], self.bias, *self.lora_args, *self.last_args)
+        return self.x, *operands(self.w4, self.w4, self.w4.shape[0], self.bias, *self.lora_args, None)
+
+    def dx_args(self, dy: Tensor) -> tuple:
+        """The arguments of torch.ops.qlora.linear_nf4_dx."""
+        return dy, *operands(self.w4, self.w4, self.w4.shape[1], *self.lora_args, None)
 
     @property
     def lora_args(self) -> tuple:
         return self.lora_a, self.lora_b, self.scaling, self.dropout_p, self.seed
-
-    @property
-    def last_args(self) -> tuple:
-        """seed_tensor and what else linear_nf4 and linear_nf4_dx take last; NF4 is the default."""
-        plain = self.w4.code == "nf4" and self.w4.scale_table is None and self.w4.block_offsets is None
-        return () if plain else (None, *self.w4.last_args())
 
     @property
     def differentiable(self) -> list[Tensor]:

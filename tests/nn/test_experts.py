@@ -200,21 +200,21 @@ def test_operators_pass_opcheck() -> None:
         assert torch.equal(y[rows], qlora_ext.linear_nf4(x[rows], w4[e], bias[e], a[e], b[e], 0.5))
     with pytest.raises(ValueError, match="offsets: expected ascending row numbers up to 7, got 9 for expert 2"):
         ops.grouped_linear_nf4(x, torch.tensor([2, 2, 9]), *packed[1:], 32, None, None, None, 1.0)
-    with pytest.raises(ValueError, match=r"offsets: expected shape \[3\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"offsets: expected shape \[3\] \(experts\), got \[2\]"):
         ops.grouped_linear_nf4(x, offsets[:2], *packed[1:], 32, None, None, None, 1.0)
 
 
 BAD_STACKS = [
-    ("x", torch.zeros(7, 1, 64), r"x: expected shape \[any, any\], got \[7, 1, 64\]"),
-    ("offsets", torch.tensor([2.0, 2.0, 6.0]), "offsets: expected a dense int64 tensor, got Float"),
+    ("x", torch.zeros(7, 1, 64), r"x: expected shape \[any, any\] \(rows, features\), got \[7, 1, 64\]"),
+    ("offsets", torch.tensor([2.0, 2.0, 6.0]), "offsets: expected Long, got Float"),
     ("offsets", torch.tensor([2, 2, 6]).to_sparse(), "offsets: expected a dense tensor, got a torch.sparse_coo tensor"),
     (
         "offsets",
         torch.tensor([2, 1, 6]),
         "offsets: expected ascending row numbers up to (7, got 1|0, got 2) for expert",
     ),
-    ("packed", torch.zeros((), dtype=torch.uint8), r"packed: expected a stack of weights, 1024 bytes each"),
-    ("packed", torch.zeros(3, 31, 32, dtype=torch.uint8), r"packed: .*1024 bytes each \(out_features = 32 by 64\)"),
+    ("packed", torch.zeros((), dtype=torch.uint8), r"out_features = 32 this needs 1024 packed bytes per expert"),
+    ("packed", torch.zeros(3, 31, 32, dtype=torch.uint8), "this needs 1024 packed bytes per expert, got packed"),
     ("packed", None, "packed: expected a tensor, got None"),
     ("absmax", None, "absmax: expected a tensor, got None"),
     ("offsets", torch.tensor([2, 2, 6], device="meta"), "offsets: expected on the device of x"),
@@ -223,10 +223,10 @@ BAD_STACKS = [
     ("nested_offset", torch.zeros(1), "nested_offset: expected 3 slices"),
     ("nested_offset", torch.zeros(1).expand(3), "nested_offset: expected a contiguous tensor"),
     ("packed", torch.zeros(1, dtype=torch.uint8).expand(3, 32, 32), "packed: expected a contiguous tensor"),
-    ("out_features", -1, "out_features: expected 0 or more, got -1"),
+    ("out_features", -1, "out_features: expected sizes of 0 or more, got -1"),
     ("out_features", 32 + 2**58, r"out_features: expected at most 2\^48 elements"),
     ("bias", torch.zeros(3, 31), r"bias: expected shape \[3, 32\]"),
-    ("lora_a", torch.zeros(4, 64), "lora_a: expected 3 slices"),
+    ("lora_a", torch.zeros(4, 64), r"lora_a: expected shape \[3, any, 64\]"),
     ("lora_b", torch.zeros(3, 32, 5), r"lora_b: expected shape \[3, 32, 4\]"),
     ("lora_b", None, "lora_b: expected with lora_a, got None"),
     ("lora_a", torch.zeros(3, 4, 64, device="meta"), "lora_a: expected on the device of x"),
@@ -260,15 +260,15 @@ def test_wrong_arguments_of_the_gradients_are_named() -> None:
     a, b, offsets = torch.zeros(3, 4, 64), torch.zeros(3, 32, 4), torch.tensor([2, 2, 6])
     dlora = torch.ops.qlora.grouped_linear_nf4_dlora
     for dy, x, rows, la, lb, text in (
-        (torch.zeros(6, 32), torch.zeros(7, 64), offsets, a, b, r"dy: expected shape \[7, any\], got \[6, 32\]"),
-        (torch.zeros(7, 32), torch.zeros(7, 64), offsets[:2], a, b, r"offsets: expected shape \[3\], got \[2\]"),
-        (torch.zeros(7, 32), torch.zeros(7, 64), offsets, a[0], b, r"lora_a: expected shape \[any, any, 64\]"),
+        (torch.zeros(6, 32), torch.zeros(7, 64), offsets, a, b, r"dy: expected the leading dimensions of x \[7, 64\]"),
+        (torch.zeros(7, 32), torch.zeros(7, 64), offsets[:2], a, b, r"offsets: expected shape \[3\]"),
+        (torch.zeros(7, 32), torch.zeros(7, 64), offsets, a[0], b, r"lora_a: expected shape \[4, any, 64\]"),
         (torch.zeros(7, 32), torch.zeros(7, 64), offsets, a, b[:2], r"lora_b: expected shape \[3, 32, 4\]"),
     ):
         with pytest.raises(ValueError, match=text):
             dlora(dy, x, rows, la, lb, 0.5)
     packed = torch.zeros(3, 32, 32, dtype=torch.uint8), torch.zeros(3, 32)
-    with pytest.raises(ValueError, match="packed: expected a stack of weights, 1040 bytes each"):
+    with pytest.raises(ValueError, match="in_features = 65 this needs 1040 packed bytes per expert"):
         torch.ops.qlora.grouped_linear_nf4_dx(
             torch.zeros(7, 32), offsets, *packed, None, None, 64, 256, 65, None, None, 0.5
         )

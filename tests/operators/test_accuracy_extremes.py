@@ -46,8 +46,8 @@ class Problem:
         lora = self.lora_a, self.lora_b, 0.5, 0.0, 0
         n, k = self.w4.shape
         if self.forward:
-            return OPS.linear_nf4(x, *self.w4.packed_args(), n, self.bias, *lora)
-        return OPS.linear_nf4_dx(x, *self.w4.packed_args(), k, *lora)
+            return OPS.linear_nf4(x, *self.w4.operands(n, self.bias, *lora, None))
+        return OPS.linear_nf4_dx(x, *self.w4.operands(k, *lora, None))
 
     def in_groups(self, m: int, tokens: int) -> Tensor:
         return torch.cat([self.run(part) for part in self.x[:tokens].split(m)])
@@ -337,9 +337,9 @@ def test_a_permutation_gives_x_back(double_quant: bool, dtype: torch.dtype) -> N
     for m in (1, 2, 6, 16, 48):
         x = normal(g, m, 192).to(dtype)
         for order, w4 in zip(orders, weights, strict=True):
-            y = OPS.linear_nf4(x, *w4.packed_args(), 192, None, None, None, 1.0, 0.0, 0)
+            y = OPS.linear_nf4(x, *w4.operands(192, None, None, None, 1.0, 0.0, 0, None))
             assert torch.equal(y, x[:, order])
-            assert torch.equal(OPS.linear_nf4_dx(y, *w4.packed_args(), 192, None, None, 1.0, 0.0, 0), x)
+            assert torch.equal(OPS.linear_nf4_dx(y, *w4.operands(192, None, None, 1.0, 0.0, 0, None)), x)
         experts = GroupedSample(x, [m // 2, m - m // 2], weights, None, None, None, 1.0, 0.0, 0)
         y = experts.forward()
         assert torch.equal(y, torch.cat([x[: m // 2], x[m // 2 :, orders[1]]]))

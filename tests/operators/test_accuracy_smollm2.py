@@ -108,8 +108,7 @@ def test_every_token(
 ) -> None:
     p = problem(f"{layer}.{projection}", form, dtype)
     n, k = p.w4.shape
-    last = None, *p.w4.last_args()  # after the seed
-    y = [torch.ops.qlora.linear_nf4(part, *p.w4.packed_args(), n, None, *LORA, *last) for part in p.x.split(tokens)]
+    y = [torch.ops.qlora.linear_nf4(part, *p.w4.operands(n, None, *LORA, None)) for part in p.x.split(tokens)]
     accuracy.assert_accurate(torch.cat(y), p.y)
-    dx = [torch.ops.qlora.linear_nf4_dx(part, *p.w4.packed_args(), k, *LORA, *last) for part in p.dy.split(tokens)]
+    dx = [torch.ops.qlora.linear_nf4_dx(part, *p.w4.operands(k, *LORA, None)) for part in p.dy.split(tokens)]
     accuracy.assert_accurate(torch.cat(dx), p.dx)

@@ -191,7 +191,7 @@ def test_any_number_of_dimensions(dims: int, device: str) -> None:
     y = OPS.linear_nf4(s.x.reshape(*ones, 3, 64), *s.args[1:])
     assert y.shape == (*ones, 3, 48)
     assert torch.equal(y.reshape(3, 48), expected)
-    dx = OPS.linear_nf4_dx(y, *s.w4.packed_args(), 64, *s.lora_args)
+    dx = OPS.linear_nf4_dx(*s.dx_args(y))
     assert dx.shape == (*ones, 3, 64)
 
 

@@ -198,7 +198,7 @@ dy = torch.randn(300, 300)
 
 def results() -> list[torch.Tensor]:
     y = torch.ops.qlora.linear_nf4(*s.args)
-    dx = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), 320, *s.lora_args)
+    dx = torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy))
     return [y, dx, *torch.ops.qlora.linear_nf4_dlora(dy, s.x, *s.lora_args)]
 
 one = results()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from accuracy import assert_accurate
 from grouped_samples import OPS, SKEWED, GroupedSample, grouped_sample
+from qlora_ext.weight import operands
 from samples import DEVICES, DTYPES
 
 every_device = pytest.mark.parametrize("device", DEVICES)
@@ -96,14 +99,15 @@ def test_dropout_goes_by_the_element_of_all_of_x(k: int, p: float, device: str) 
 def test_the_seed_may_be_a_tensor(device: str) -> None:
     s = grouped_sample([5, 0, 3], 40, 64, 8, torch.bfloat16, device, dropout_p=0.4)
     dy, seed = s.dy(), torch.tensor(s.seed, device=device)
-    lora = (*s.lora_args[:-1], 77, seed)
-    assert torch.equal(s.forward(), OPS.grouped_linear_nf4(s.x, s.offsets, *s.packed, s.n, s.bias, *lora))
-    assert torch.equal(s.dx(dy), OPS.grouped_linear_nf4_dx(dy, s.offsets, *s.packed, s.k, *lora))
+    by_tensor = dataclasses.replace(s, seed=77)
+    assert torch.equal(s.forward(), OPS.grouped_linear_nf4(s.x, s.offsets, *by_tensor.args(seed)))
+    assert torch.equal(s.dx(dy), OPS.grouped_linear_nf4_dx(dy, s.offsets, *by_tensor.dx_args(seed)))
+    lora = *by_tensor.lora_args, seed
     assert all(map(torch.equal, s.dlora(dy), OPS.grouped_linear_nf4_dlora(dy, s.x, s.offsets, *lora)))
 
     leaves = [t.requires_grad_() for t in (s.x, s.bias, s.lora_a, s.lora_b)]
     by_number = torch.autograd.grad(s.forward(), leaves, dy)
-    y = OPS.grouped_linear_nf4(s.x, s.offsets, *s.packed, s.n, s.bias, *lora)
+    y = OPS.grouped_linear_nf4(s.x, s.offsets, *by_tensor.args(seed))
     assert all(map(torch.equal, by_number, torch.autograd.grad(y, leaves, dy)))
 
 
@@ -112,7 +116,7 @@ def test_empty(device: str) -> None:
     for counts, unassigned in (([0, 0, 0], 0), ([], 5)):
         s = grouped_sample([0], 24, 64, 4, torch.bfloat16, device, unassigned=unassigned)
         stack = slice(0, len(counts))
-        packed = tuple(t[stack] if isinstance(t, Tensor) else t for t in s.packed)
+        packed = tuple(t[stack] if isinstance(t, Tensor) else t for t in operands(s.stack, s.weights[0])[:6])
         a, b = (torch.cat([t] * 3)[: len(counts)] for t in (s.lora_a, s.lora_b))
         if counts:
             packed = tuple(torch.cat([t] * 3) if isinstance(t, Tensor) else t for t in packed)
@@ -168,7 +172,7 @@ def test_without_dropout_it_is_the_loop(dtype: torch.dtype, device: str) -> None
         if device == "cpu":
             assert torch.equal(y[rows], OPS.linear_nf4(*one.args))
         if not library or len(dy[rows]) <= 16:
-            assert torch.equal(dx[rows], OPS.linear_nf4_dx(dy[rows], *one.w4.packed_args(), s.k, *one.lora_args))
+            assert torch.equal(dx[rows], OPS.linear_nf4_dx(*one.dx_args(dy[rows])))
         gradients = OPS.linear_nf4_dlora(dy[rows], one.x, *one.lora_args)
         assert all(map(torch.equal, (da[e], db[e]), gradients))
 
@@ -194,7 +198,7 @@ def test_gradcheck_with_dropout() -> None:
     leaves = [t.requires_grad_() for t in (s.x, s.bias, s.lora_a, s.lora_b)]
 
     def run(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        numbers = s.scaling, s.dropout_p, s.seed
-        return OPS.grouped_linear_nf4(x, s.offsets, *s.packed, s.n, bias, a, b, *numbers)
+        lora = a, b, s.scaling, s.dropout_p, s.seed, None
+        return OPS.grouped_linear_nf4(x, s.offsets, *operands(s.stack, s.weights[0], s.n, bias, *lora))
 
     assert torch.autograd.gradcheck(run, leaves)

@@ -15,10 +15,11 @@ from adapter_samples import RANKS, Adapters
 from forms import FORMS
 from grouped_samples import OPS, SKEWED, GroupedSample, grouped_sample
 from qlora_ext.adapters import stack_adapters
+from qlora_ext.weight import operands
 from samples import DTYPES, OPCHECKS
 
-WEIGHT = "packed", "absmax", "nested_absmax", "nested_offset", "block_size", "nested_block_size"
-FORM = "scale_table", "block_offsets", "offset_scale"
+# The arguments of every operator that describe a weight.
+WEIGHT = [a.name for a in OPS.dequantize_nf4.default._schema.arguments if a.name not in ("shape", "dtype")]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,8 +44,7 @@ class Mixed(Adapters):
     @property
     def weight(self) -> dict[str, Any]:
         g = self.g
-        packed, form = zip(WEIGHT, g.packed, strict=True), zip(FORM, g.form_tensors, strict=True)
-        return {**dict(packed), **dict(form), "code": g.weights[0].code, "offsets": g.offsets}
+        return dict(zip(WEIGHT, operands(g.stack, g.weights[0]), strict=True)) | {"offsets": g.offsets}
 
     def forward(self, adapter: int | None = None, with_h: bool = False) -> Any:
         operator = OPS.grouped_linear_nf4_with_h if with_h else OPS.grouped_linear_nf4
@@ -247,7 +247,7 @@ def test_vmap() -> None:
         ({"max_rank": 7}, "max_rank: expected 8"),
         ({"scaling": 2.0}, "scaling: expected 1.0"),
         ({"lora_a": None, "lora_b": None}, "lora_a: expected a tensor"),
-        ({"lora_a": torch.zeros(15, 64)}, "lora_a: expected 3 slices, one per expert"),
+        ({"lora_a": torch.zeros(15, 64)}, r"lora_a: expected shape \[3, any, 64\]"),
     ],
 )
 def test_errors_name_the_argument(changes: dict[str, Any], message: str) -> None:

@@ -26,10 +26,6 @@ def expected_g(s: LinearSample, dy: Tensor) -> Expected:
     return sums([(given(rows(dy)), given(s.scaling * to_f64(s.lora_b)), 1.0)], 0.0, s.x.dtype)
 
 
-def dx_args(s: LinearSample, dy: Tensor) -> tuple:
-    return dy, *s.w4.packed_args(), s.x.shape[-1], *s.lora_args
-
-
 @every_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [1, 16, 40])
@@ -41,13 +37,13 @@ def test_saved_products_are_correct_and_do_not_change_results(
     s = linear_sample(m, n, k, rank, dtype, device, dropout_p=0.3)
     y, h = OPS.linear_nf4_with_h(*s.args)
     dy = torch.randn_like(y)
-    dx, g = OPS.linear_nf4_dx_with_g(*dx_args(s, dy))
+    dx, g = OPS.linear_nf4_dx_with_g(*s.dx_args(dy))
     assert (h.shape, g.shape) == ((*s.x.shape[:-1], rank), (*s.x.shape[:-1], rank))
     assert h.dtype == g.dtype == dtype
     assert_accurate(h, expected_h(s))
     assert_accurate(g, expected_g(s, dy))
     assert_accurate(y, s.forward_accuracy())
-    assert torch.equal(dx, OPS.linear_nf4_dx(*dx_args(s, dy)))
+    assert torch.equal(dx, OPS.linear_nf4_dx(*s.dx_args(dy)))
     # For up to 16 tokens, CUDA rounds h only if it saves it.
     if device == "cpu" or y[..., 0].numel() > 16:
         assert torch.equal(y, OPS.linear_nf4(*s.args))
@@ -63,7 +59,7 @@ def test_gradients_of_adapters_with_saved_products(n, k, m, rank: int, dtype: to
     s = linear_sample(m, n, k, rank, dtype, device, dropout_p=0.3)
     y, h = OPS.linear_nf4_with_h(*s.args)
     dy = torch.randn_like(y)
-    _, g = OPS.linear_nf4_dx_with_g(*dx_args(s, dy))
+    _, g = OPS.linear_nf4_dx_with_g(*s.dx_args(dy))
     alone = OPS.linear_nf4_dlora(dy, s.x, *s.lora_args)
     for kept in ({"h": h}, {"g": g}, {"h": h, "g": g}):
         with_kept = OPS.linear_nf4_dlora(dy, s.x, *s.lora_args, **kept)
@@ -78,7 +74,7 @@ def test_gradients_of_adapters_with_saved_products(n, k, m, rank: int, dtype: to
 def test_empty_products_are_zero(m: int, n: int, k: int, rank: int, device: str) -> None:
     s = linear_sample(m, n, k, rank, device=device)
     y, h = OPS.linear_nf4_with_h(*s.args)
-    _, g = OPS.linear_nf4_dx_with_g(*dx_args(s, y))
+    _, g = OPS.linear_nf4_dx_with_g(*s.dx_args(y))
     da, db = OPS.linear_nf4_dlora(y, s.x, *s.lora_args, h=h, g=g)
     assert (h.shape, g.shape, da.shape, db.shape) == ((m, rank), (m, rank), (rank, k), (n, rank))
     if m == 0 or n == 0:
@@ -91,7 +87,7 @@ def test_empty_products_are_zero(m: int, n: int, k: int, rank: int, device: str)
 @pytest.mark.parametrize("operator", ["linear_nf4_with_h", "linear_nf4_dx_with_g"])
 def test_adapters_are_needed(operator: str, device: str) -> None:
     s = linear_sample(3, rank=None, device=device)
-    args = s.args if operator == "linear_nf4_with_h" else dx_args(s, torch.ones(3, 48, device=device))
+    args = s.args if operator == "linear_nf4_with_h" else s.dx_args(torch.ones(3, 48, device=device))
     for arguments in (args, [a.to("meta") if isinstance(a, Tensor) else a for a in args]):
         with pytest.raises(ValueError, match="lora_a: expected a tensor, got None"):
             getattr(OPS, operator)(*arguments)
@@ -147,8 +143,8 @@ def test_nothing_is_computed_twice_for_experts(trained: tuple[str, ...], expecte
 def test_experts(n: int, k: int, rank: int, dtype: torch.dtype, device: str) -> None:
     s = grouped_sample([0, 80, 1, 0, 130], n, k, rank, dtype, device, dropout_p=0.3)
     dy = s.dy()
-    y, h = OPS.grouped_linear_nf4_with_h(s.x, s.offsets, *s.packed, n, s.bias, *s.lora_args)
-    dx, g = OPS.grouped_linear_nf4_dx_with_g(dy, s.offsets, *s.packed, k, *s.lora_args)
+    y, h = OPS.grouped_linear_nf4_with_h(s.x, s.offsets, *s.args())
+    dx, g = OPS.grouped_linear_nf4_dx_with_g(dy, s.offsets, *s.dx_args())
     assert torch.equal(y, s.forward())
     assert torch.equal(dx, s.dx(dy))
     for e, part in s.parts():

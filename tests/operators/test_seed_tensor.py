@@ -24,12 +24,11 @@ def seed_on(device: str, value: int = 1234) -> torch.Tensor:
 def test_every_operator_draws_the_mask_of_the_number(m: int, seed: int, device: str) -> None:
     s = dataclasses.replace(linear_sample(m, 48, 64, device=device, dropout_p=0.4), seed=seed)
     dy = torch.randn(m, 48, device=device)
-    packed = s.w4.packed_args()
     number, tensor = (*s.lora_args,), (*s.lora_args[:-1], 77, seed_on(device, seed))
     by_number = OPS.linear_nf4(*s.args)
-    assert torch.equal(by_number, OPS.linear_nf4(s.x, *packed, 48, s.bias, *tensor))
-    assert not torch.equal(by_number, OPS.linear_nf4(s.x, *packed, 48, s.bias, *tensor[:-1]))
-    assert torch.equal(OPS.linear_nf4_dx(dy, *packed, 64, *number), OPS.linear_nf4_dx(dy, *packed, 64, *tensor))
+    assert torch.equal(by_number, OPS.linear_nf4(s.x, *s.w4.operands(48, s.bias, *tensor)))
+    assert not torch.equal(by_number, OPS.linear_nf4(s.x, *s.w4.operands(48, s.bias, *tensor[:-1], None)))
+    assert torch.equal(OPS.linear_nf4_dx(*s.dx_args(dy)), OPS.linear_nf4_dx(dy, *s.w4.operands(64, *tensor)))
     by_number, by_tensor = OPS.linear_nf4_dlora(dy, s.x, *number), OPS.linear_nf4_dlora(dy, s.x, *tensor)
     assert all(torch.equal(a, b) for a, b in zip(by_number, by_tensor, strict=True))
 
@@ -44,18 +43,21 @@ def test_gradients_and_opcheck(device: str) -> None:
 
     for a, b in zip(gradients(s.seed), gradients(seed_on(device, s.seed)), strict=True):
         assert torch.equal(a, b)
-    torch.library.opcheck(OPS.linear_nf4.default, (*s.args, seed_on(device)), test_utils=OPCHECKS)
+    lora = *s.lora_args, seed_on(device)
+    torch.library.opcheck(OPS.linear_nf4.default, (s.x, *s.w4.operands(48, s.bias, *lora)), test_utils=OPCHECKS)
     dy = torch.randn(5, 48, device=device)
-    dx = (dy, *s.w4.packed_args(), 64, *s.lora_args, seed_on(device))
-    torch.library.opcheck(OPS.linear_nf4_dx.default, dx, test_utils=OPCHECKS)
-    torch.library.opcheck(OPS.linear_nf4_dlora.default, (dy, s.x, *s.lora_args, seed_on(device)), test_utils=OPCHECKS)
+    torch.library.opcheck(OPS.linear_nf4_dx.default, (dy, *s.w4.operands(64, *lora)), test_utils=OPCHECKS)
+    torch.library.opcheck(OPS.linear_nf4_dlora.default, (dy, s.x, *lora), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("device", ["meta", *DEVICES])
 @pytest.mark.parametrize("wrong", [torch.tensor(1.0), torch.tensor([1, 2]), torch.tensor([1])])
 def test_invalid_seeds_are_rejected(wrong: torch.Tensor, device: str) -> None:
     s = linear_sample(2, device="cpu", dropout_p=0.5)
-    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in (*s.args, wrong)]
+    args = [
+        a.to(device) if isinstance(a, torch.Tensor) else a
+        for a in (s.x, *s.w4.operands(48, s.bias, *s.lora_args, wrong))
+    ]
     with pytest.raises(ValueError, match="^seed_tensor: expected a 0-dim int64 tensor, got"):
         OPS.linear_nf4(*args)
 
@@ -63,7 +65,7 @@ def test_invalid_seeds_are_rejected(wrong: torch.Tensor, device: str) -> None:
 def test_a_seed_on_another_device_is_refused() -> None:
     s = linear_sample(2, dropout_p=0.5)
     with pytest.raises(ValueError, match=r"seed_tensor: expected on the device of x \(cpu\), got meta"):
-        OPS.linear_nf4(*s.args, seed_on("meta"))
+        OPS.linear_nf4(s.x, *s.w4.operands(48, s.bias, *s.lora_args, seed_on("meta")))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -18,7 +18,7 @@ from tiny_experts import Experts, routing
 
 OPS = torch.ops.qlora
 S = linear_sample(5, 48, 64)
-PACKED = S.w4.packed_args()
+PACKED = S.w4.operands()[:6]
 W = S.w4.dequantize(torch.float32)
 LORA = S.lora_a, S.lora_b, 0.5, 0.0, 0
 

@@ -9,7 +9,6 @@
 #include <cstdint>
 
 #include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/cpu/few_tokens/column_concentration-inl.h"
 #include "cpp/cpu/few_tokens/dx_int_accumulate-inl.h"
 #include "cpp/cpu/few_tokens/dx_int_round-inl.h"
@@ -25,6 +24,7 @@
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {

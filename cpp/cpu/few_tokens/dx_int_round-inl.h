@@ -21,7 +21,6 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/cpu/few_tokens/column_concentration-inl.h"
 #include "cpp/cpu/few_tokens/dx_int_scan-inl.h"
 #include "cpp/cpu/few_tokens/slabs-inl.h"
@@ -31,6 +30,7 @@
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/cpu/few_tokens/forward-inl.h"
 #include "cpp/cpu/few_tokens/forward_float-inl.h"
 #include "cpp/cpu/few_tokens/products-inl.h"
@@ -13,6 +12,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {

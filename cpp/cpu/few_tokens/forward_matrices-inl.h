@@ -5,13 +5,13 @@
 #include <cstdint>
 
 #include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/cpu/few_tokens/forward_bf16-inl.h"
 #include "cpp/cpu/few_tokens/forward_float-inl.h"
 #include "cpp/cpu/few_tokens/forward_int-inl.h"
 #include "cpp/cpu/isa/byte_matrices.h"
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {

@@ -19,7 +19,6 @@
 
 #include "cpp/cpu/few_tokens/accumulate-inl.h"
 #include "cpp/cpu/few_tokens/arrange-inl.h"
-#include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/cpu/few_tokens/concentration-inl.h"
 #include "cpp/cpu/few_tokens/low_rank-inl.h"
 #include "cpp/cpu/few_tokens/products-inl.h"
@@ -29,6 +28,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {

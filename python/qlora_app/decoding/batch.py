@@ -479,10 +479,8 @@ class BatchDecoder:
     def _step_error(self, adapters: Sequence[str | None], generator: torch.Generator) -> float:
         """How far the logits of a step of two random sequences are from those of each alone, relative to their norm."""
         vocabulary = vocabulary_size(self._lm)
-        prompts = [
-            torch.randint(vocabulary, (count,), generator=generator, dtype=torch.int64, device="cpu").tolist()
-            for count in (3, 5)
-        ]
+        tokens = torch.randint(vocabulary, (8,), generator=generator, dtype=torch.int64, device="cpu").tolist()
+        prompts = [tokens[:3], tokens[3:]]
         of_each = [self._forward_options([adapter]) for adapter in adapters]
         whole, begun = ([PromptReader(prompt[:end], self._caches) for prompt in prompts] for end in (None, -1))
         expected = torch.cat([self._read(*each) for each in zip(whole, of_each, strict=True)]).double()

@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import grouped
 from .._internal.dynamo import outside_graphs
 from ..adapters import StackedAdapters, adapter_of_each_row
-from ..autograd import draw_seed
+from ..autograd import call_linear, draw_seed
 from ..form import Form, FormKeywords
 from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
-from ..weight import Weight4bit, last_args, packed_args
+from ..weight import Weight4bit
 from .packed import Packed4bit, scale_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-assert grouped  # the operator must be registered
 
 # The instance attributes of nn.Module itself, which are never copied from another module.
 _MODULE_STATE = frozenset(vars(nn.Module()))
@@ -260,20 +257,19 @@ class Experts4bit(Packed4bit):
     ) -> Tensor:
         scaling, dropout_p = numbers
         own_seeds = bool(several) and several[3] is not None
-        y: Tensor = torch.ops.qlora.grouped_linear_nf4.default(
+        return call_linear(
             x,
-            offsets,
-            *packed_args(w4),
+            w4,
+            w4,
             w4.shape[1],
             *(None if t is None else t.to(x.dtype).contiguous() for t in dense),
             scaling,
             dropout_p,
             0,
             draw_seed(x.device) if dropout_p > 0.0 and not own_seeds else None,
-            *last_args(w4),
-            *several,
+            adapters=several,
+            offsets=offsets,
         )
-        return y
 
     def _some_experts(self, name: str, experts: list[int]) -> Weight4bit:
         """The stacked weights of some experts of a streamed module."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._internal.dynamo import outside_graphs
+from .._internal.loans import PackedTensors
 from ..adapters import StackedAdapters, adapter_of_each_row
-from ..autograd import call_linear_nf4, draw_seed, in_order_of
+from ..autograd import call_linear, draw_seed, in_order_of
 from ..form import Form, FormKeywords
 from ..formats import NF4
 from ..merged import merged_linear_nf4
@@ -172,16 +173,13 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
                     "weight, which FSDP2 shards as bytes, leave the layer dense (skip_modules)"
                 )
             w4 = self.packed_tensors("weight", self.packed_state())
-        packed: tuple[Any, ...] = w4.packed, w4.absmax, w4.nested_absmax, w4.nested_offset
-        if self.form.has_more_tensors:
-            packed = (*packed, w4.scale_table, w4.block_offsets, w4.offset_scale)
-            if w4.column_order is not None:
-                x, lora_a = in_order_of(w4.column_order, x, lora_a)
-        return self._fused(packed, x, lora_a, lora_b, scaling, dropout_p, adapter_of_row)
+        if w4.column_order is not None:
+            x, lora_a = in_order_of(w4.column_order, x, lora_a)
+        return self._fused(w4, x, lora_a, lora_b, scaling, dropout_p, adapter_of_row)
 
     def _fused(
         self,
-        packed: tuple[Tensor | None, ...],
+        packed: Weight4bit | PackedTensors,
         x: Tensor,
         lora_a: Tensor | StackedAdapters | None,
         lora_b: Tensor | None,
@@ -195,16 +193,13 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             of_row = adapter_of_each_row(adapter_of_row, x)
             lora_a, lora_b, rank_offsets, scalings, max_rank, seeds = lora_a
             adapters = of_row, rank_offsets, scalings, seeds, max_rank
-            packed = (*packed, None, None, None)[:7]  # the operator takes all of them before the adapters
         seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None and seeds is None else None
         cast, dtype = self.dtypes(x)
         bias = self.bias  # read once, because reading a parameter is slower than a plain attribute
-        y = call_linear_nf4(
-            x.device.type,
+        y = call_linear(
             x.to(cast),
-            *packed[:4],
-            self.block_size,
-            self.nested_block_size,
+            packed,
+            self.form,
             self.out_features,
             None if bias is None else bias.to(cast),
             None if lora_a is None else lora_a.to(cast),
@@ -213,9 +208,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             dropout_p,
             0,
             seed_tensor,
-            self.form.code,
-            *packed[4:],
-            *adapters,
+            adapters=adapters,
         )
         return y.to(dtype)
 
@@ -268,9 +261,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
 @outside_graphs
 def _fused_streamed(layer: Linear4bit, x: Tensor, lora_a: Any, *args: Any) -> Tensor:
     assert layer.residency is not None
-    with layer.residency.lend("weight") as lent:
-        *packed, column_order = lent
-        if column_order is not None:  # copied, because the backward needs it after the loan
-            x, lora_a = in_order_of(column_order.clone(), x, lora_a)
-        y: Tensor = layer._fused((*packed,), x, lora_a, *args)
+    with layer.residency.lend("weight") as packed:
+        if packed.column_order is not None:  # copied, because the backward needs it after the loan
+            x, lora_a = in_order_of(packed.column_order.clone(), x, lora_a)
+        y: Tensor = layer._fused(packed, x, lora_a, *args)
     return y

@@ -4,7 +4,7 @@
 
 #include "cpp/format/codes.h"
 
-namespace qlora::cpu {
+namespace qlora {
 
 // 13-bit integers, for products summed exactly in int32: value ~ integer / per_one. Integers serve a code if each is
 // within 1.5e-4 of its value. Rounding a decoded weight may change it by 2.4e-4 (float16) or 3.9e-3 (bfloat16).
@@ -112,8 +112,9 @@ QLORA_INLINE constexpr const Bf16CodeTable& bf16_codes(Code code) {
 }
 
 // The codes whose values are at least kLeast of the largest, which the search for concentrated rows and columns counts
-// (concentration-inl.h). If fewer codes were large, a chunk in a block with a large scale would hold too few of them to
-// prove anything. At this bound, first chunks suffice for nine tiles in ten of normally distributed weights in NF4.
+// (cpp/cpu/few_tokens/concentration-inl.h). If fewer codes were large, a chunk in a block with a large scale would hold
+// too few of them to prove anything. At this bound, first chunks suffice for nine tiles in ten of normally distributed
+// weights in NF4.
 struct LargeCodes {
   static constexpr float kLeast = 0.27f;
   uint8_t is_large[kCodes] = {};  // 0xFF for a large code
@@ -136,4 +137,4 @@ QLORA_INLINE constexpr const LargeCodes& large_codes(Code code) {
   return is_custom(code) ? custom_large_codes(code) : kLargeCodes[code];
 }
 
-}  // namespace qlora::cpu
+}  // namespace qlora

@@ -1,11 +1,13 @@
-#include "cpp/cpu/custom_codes.h"
+#include "cpp/format/custom_codes.h"
 
 #include <atomic>
 #include <cstring>
 #include <mutex>
 #include <new>
 
-namespace qlora::cpu {
+#include "cpp/format/code_tables.h"
+
+namespace qlora {
 namespace {
 
 struct CustomCode {
@@ -64,4 +66,4 @@ const IntCodeTable& custom_int_codes(Code code) { return entry(code).ints; }
 const Bf16CodeTable& custom_bf16_codes(Code code) { return entry(code).bf16; }
 const LargeCodes& custom_large_codes(Code code) { return entry(code).large; }
 
-}  // namespace qlora::cpu
+}  // namespace qlora

@@ -8,8 +8,8 @@
 #include <cstring>
 #include <string>
 
-#include "cpp/cpu/custom_codes.h"
 #include "cpp/format/codes.h"
+#include "cpp/format/custom_codes.h"
 
 namespace qlora {
 
@@ -58,9 +58,8 @@ inline std::string find_code(const char* name, Code* code) {
                   largest);
     return text;
   }
-  if (!cpu::intern_code(values, code))
-    return "code: expected at most " + std::to_string(cpu::kMaxCustomCodes) +
-           " made-up codes in a process, got another";
+  if (!intern_code(values, code))
+    return "code: expected at most " + std::to_string(kMaxCustomCodes) + " made-up codes in a process, got another";
   return {};
 }
 

@@ -1,11 +1,10 @@
 // Codes that callers have made up. They are kept as long as the process lives, so that a Code stays valid.
 #pragma once
 
-#include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/portable.h"
 
-namespace qlora::cpu {
+namespace qlora {
 
 inline constexpr int kMaxCustomCodes = 4096;
 
@@ -13,4 +12,4 @@ inline constexpr int kMaxCustomCodes = 4096;
 // Returns false if there are kMaxCustomCodes others. The values are finite, and not all of them are zero.
 QLORA_EXPORT bool intern_code(const float (&values)[kCodes], Code* code);
 
-}  // namespace qlora::cpu
+}  // namespace qlora
