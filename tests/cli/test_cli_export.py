@@ -107,7 +107,7 @@ def test_python_does_what_the_command_does(
         qlora_app.export(adapter=finished_run, to="dense", output=tmp_path / "other")
     qlora_app.export(model=paths["model"], to="dense", output=tmp_path / "other", overwrite=True)
     assert same(tensors(tmp_path / "other"), tensors(paths["model"]))
-    with pytest.raises(ValueError, match=r"^to: expected one of dense, .*, got 'onnx'"):
+    with pytest.raises(ValueError, match=r"^to onnx: expected one of dense, "):
         qlora_app.export(adapter=finished_run, to="onnx", output=tmp_path / "no")
 
 

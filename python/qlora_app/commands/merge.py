@@ -14,13 +14,25 @@ from ..models.adapted import find_adapted
 from ..models.adapter_files import base_of, find, record_of
 from ..models.pretrained import restore_use_cache
 from ..models.size import model_size
-from ..options import add_base_options
+from ..options import REQUIRED, SavedOptions, add_options, like, option, options_in
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
 from ..quantization import calibrate
+from ..quantization.calibrate import CalibrationOptions
 from ..training.evaluation import rows_of_run, token_losses
 
 ERROR_FILE = "merge_error.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeRequest(SavedOptions, CalibrationOptions):
+    """What ``merge`` writes, and where to."""
+
+    adapter: str = like(SavedOptions, "adapter", default=REQUIRED)
+    output: str = option(REQUIRED, "output directory", metavar="DIR")
+    overwrite: bool = option(False, "replace what qlora-ext wrote to --output")
+    four_bit: bool = option(False, "save in 4 bits", flag="--4bit")
+    evaluate: bool = option(False, "compare the run's held-out loss before and after merging")
 
 
 def add_parser(commands: Any) -> None:
@@ -32,52 +44,39 @@ def add_parser(commands: Any) -> None:
         "the base. Stochastic rounding preserves the update, although most of it is smaller than the distance between "
         f"two codes. {ERROR_FILE} reports the error of each layer.",
     )
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, or the run that made it")
-    parser.add_argument("--output", required=True, metavar="DIR", help="output directory")
-    parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
-    parser.add_argument("--4bit", action="store_true", dest="four_bit", help="save in 4 bits")
-    calibrate.add_options(parser)
-    parser.add_argument(
-        "--evaluate", action="store_true", help="compare the run's held-out loss before and after merging"
-    )
-    add_base_options(parser)
-    parser.add_argument(
-        "--dtype", default="bfloat16",
-        help="dtype of the saved weights that are not 4-bit: bfloat16, float16 or float32 (default: %(default)s)",
-    )  # fmt: skip
+    add_options(parser, MergeRequest)
     parser.set_defaults(run=run)
 
 
-def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
-    adapter = find(arguments.adapter)
-    output.protect("--adapter", arguments.adapter, str(adapter))
-    base = base_of(adapter, arguments.model, arguments.trust_remote_code)
-    output.protect("--model", arguments.model, base.on_disk)
-    calibrate.protect(arguments, output)
-    if arguments.evaluate:
+def _protect_inputs(request: MergeRequest, output: Output) -> None:
+    adapter = find(request.adapter)
+    output.protect("--adapter", request.adapter, str(adapter))
+    base = base_of(adapter, request.model, request.trust_remote_code)
+    output.protect("--model", request.model, base.on_disk)
+    calibrate.protect(request, output)
+    if request.evaluate:
         settings = record_of(adapter).get("settings")
         output.protect("--data", str(settings["data"]) if isinstance(settings, dict) and "data" in settings else None)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    with claim(arguments.output, arguments.overwrite) as output:
-        return _run(arguments, output)
+    request = options_in(MergeRequest, vars(arguments))
+    with claim(request.output, request.overwrite) as output:
+        return _run(request, output)
 
 
-def _run(arguments: argparse.Namespace, output: Output) -> int:
-    if arguments.calibrate != "none" and not arguments.four_bit:
+def _run(request: MergeRequest, output: Output) -> int:
+    if request.calibrate != "none" and not request.four_bit:
         raise UserError("--calibrate needs --4bit, because a dense model has no codes to choose")
-    _protect_inputs(arguments, output)
+    _protect_inputs(request, output)
     output.check()
     with contextlib.ExitStack() as stack:
-        layers = stack.enter_context(calibrate.stored_layers(arguments, output))
-        return _merge(arguments, output, layers, stack.close)
+        layers = stack.enter_context(calibrate.stored_layers(request, output))
+        return _merge(request, output, layers, stack.close)
 
 
-def _merge(
-    arguments: argparse.Namespace, output: Output, layers: pathlib.Path | None, written: Callable[[], None]
-) -> int:
+def _merge(request: MergeRequest, output: Output, layers: pathlib.Path | None, written: Callable[[], None]) -> int:
     """Merges and writes, and calls ``written`` when the output is complete."""
     from qlora_ext.calibration import calibration_of
     from qlora_ext.dtypes import computing_dtype
@@ -85,22 +84,22 @@ def _merge(
 
     from ..exporting.tying import tie_if_equal, untie
 
-    adapted = find_adapted(arguments)
+    adapted = find_adapted(request)
     tokenizer = adapted.tokenizer
-    if arguments.evaluate:
-        parts, size, _ = rows_of_run(find(arguments.adapter), tokenizer, "--evaluate")
+    if request.evaluate:
+        parts, size, _ = rows_of_run(find(request.adapter), tokenizer, "--evaluate")
     model = adapted.load()
     compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
-    if arguments.evaluate:
+    if request.evaluate:
         unmerged = token_losses(model, parts.held_out, size, compute).mean().item()
     tied = untie(model)
     merged: Any
     error, report = None, []
-    with calibrate.calibration(arguments, tokenizer, layers) as calibration:
+    with calibrate.calibration(request, tokenizer, layers) as calibration:
         if calibration is not None:
             merged = merge_calibrated(model, calibration, compute)
             report = calibration_of(merged)
-        elif arguments.four_bit:
+        elif request.four_bit:
             merged, error = merge_to_4bit(model)
         else:
             merged = model.merge_and_unload()
@@ -112,9 +111,9 @@ def _merge(
         if error is not None:
             write_json(partial / ERROR_FILE, dataclasses.asdict(error))
         if report:
-            write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
+            write_json(partial / calibrate.RECORD, calibrate.record(request, report))
     written()
-    kind = "4 bits" if arguments.four_bit else arguments.dtype
+    kind = "4 bits" if request.four_bit else request.dtype
     print(f"{output.path}: {model_size(merged).bytes / 1e6:.1f} MB in {kind}")
     for line in calibrate.summary(report):
         print(line)
@@ -126,7 +125,7 @@ def _merge(
             f"the codes retain {error.retained:.1%} of the adapter's update; quantization error: {error.total:.2%} of "
             f"the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
-    if arguments.evaluate:
+    if request.evaluate:
         loss = token_losses(merged, parts.held_out, size, compute).mean().item()
         print(f"held-out loss: {unmerged:.4f} unmerged, {loss:.4f} merged ({round(loss - unmerged, 4) + 0.0:+.4f})")
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .job import Job
+    from .request import ExportRequest
 
 # The values of --check, and on how many tokens they measure the losses at most.
 CHECKS = {"none": 0, "short": 2048, "full": 1 << 16}
@@ -22,53 +22,53 @@ class Target:
 
     Attributes:
         help: what comes out, for ``export --help``.
-        prepare: checks that the target can hold what the arguments name, without reading weights.
+        prepare: checks that the target can hold what the request names, without reading weights.
         suffix: of the file that it is; None for a directory.
         max_loss_increase: by which the loss may exceed that of the trained model, in nats per token.
         has_embeddings: whether --embeddings says how it stores embeddings.
     """
 
     help: str
-    prepare: Callable[[argparse.Namespace], Job]
+    prepare: Callable[[ExportRequest], Job]
     suffix: str | None = None
     max_loss_increase: float = FOUR_BIT_LIMIT
     has_embeddings: bool = False
 
 
-def _dense(arguments: argparse.Namespace) -> Job:
+def _dense(request: ExportRequest) -> Job:
     from . import model_directories
 
-    return model_directories.dense(arguments)
+    return model_directories.dense(request)
 
 
-def _bitsandbytes(arguments: argparse.Namespace) -> Job:
+def _bitsandbytes(request: ExportRequest) -> Job:
     from . import model_directories
 
-    return model_directories.bitsandbytes(arguments)
+    return model_directories.bitsandbytes(request)
 
 
-def _compressed_tensors(arguments: argparse.Namespace) -> Job:
+def _compressed_tensors(request: ExportRequest) -> Job:
     from . import compressed_tensors
 
-    return compressed_tensors.prepare(arguments, arguments.to.partition(":")[2])
+    return compressed_tensors.prepare(request, request.to.partition(":")[2])
 
 
-def _gguf_adapter(arguments: argparse.Namespace) -> Job:
+def _gguf_adapter(request: ExportRequest) -> Job:
     from . import gguf_adapter
 
-    return gguf_adapter.prepare(arguments, "float16" if arguments.to.endswith(":f16") else "float32")
+    return gguf_adapter.prepare(request, "float16" if request.to.endswith(":f16") else "float32")
 
 
-def _gguf_model(arguments: argparse.Namespace) -> Job:
+def _gguf_model(request: ExportRequest) -> Job:
     from . import gguf_model
 
-    return gguf_model.prepare(arguments, arguments.to.partition(":")[2].upper())
+    return gguf_model.prepare(request, request.to.partition(":")[2].upper())
 
 
-def _ollama(arguments: argparse.Namespace) -> Job:
+def _ollama(request: ExportRequest) -> Job:
     from . import ollama
 
-    return ollama.prepare(arguments, arguments.to.partition(":")[2] or "q8_0")
+    return ollama.prepare(request, request.to.partition(":")[2] or "q8_0")
 
 
 # By the type of the matrices in a .gguf file.
