@@ -57,17 +57,19 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, limits = getattr(self, field.name), field.metadata
+            minimum, below, maximum = (limits.get(name) for name in ("minimum", "below", "maximum"))
             given = f"{flag(field.name)} {excerpt(value)}: expected"
-            choices, minimum = limits.get("choices"), limits["minimum"]
+            choices = limits.get("choices")
             if choices and value not in (*choices, field.default):
                 raise UserError(f"{given} one of {', '.join(map(str, choices))}")
-            if minimum is None:
-                continue
-            if "maximum" in limits:
-                if not minimum <= value <= limits["maximum"]:
-                    raise UserError(f"{given} {minimum} to {limits['maximum']}")
-            elif not minimum <= value < limits["below"]:
-                raise UserError(f"{given} a value of at least {minimum} and below {limits['below']}")
+            if maximum is not None:
+                valid, expected = minimum <= value <= maximum, f"{minimum} to {maximum}"
+            elif below is not None:
+                valid, expected = minimum <= value < below, f"a value of at least {minimum} and below {below}"
+            else:
+                valid, expected = minimum is None or value >= minimum, f"{minimum} or more"
+            if not valid:
+                raise UserError(f"{given} {expected}")
 
 
 def fields_of(table: type[Options]) -> list[dataclasses.Field[Any]]:

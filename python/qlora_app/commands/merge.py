@@ -48,13 +48,13 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _protect_inputs(request: MergeRequest, output: Output) -> None:
-    adapter = find(request.adapter)
-    output.protect("--adapter", request.adapter, str(adapter))
-    base = base_of(adapter, request.model, request.trust_remote_code)
-    output.protect("--model", request.model, base.on_disk)
-    calibrate.protect(request, output)
-    if request.evaluate:
+def _protect_inputs(arguments: MergeRequest, output: Output) -> None:
+    adapter = find(arguments.adapter)
+    output.protect("--adapter", arguments.adapter, str(adapter))
+    base = base_of(adapter, arguments.model, arguments.trust_remote_code)
+    output.protect("--model", arguments.model, base.on_disk)
+    calibrate.protect(arguments, output)
+    if arguments.evaluate:
         settings = record_of(adapter).get("settings")
         output.protect("--data", str(settings["data"]) if isinstance(settings, dict) and "data" in settings else None)
 
@@ -66,17 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(request, output)
 
 
-def _run(request: MergeRequest, output: Output) -> int:
-    if request.calibrate != "none" and not request.four_bit:
+def _run(arguments: MergeRequest, output: Output) -> int:
+    if arguments.calibrate != "none" and not arguments.four_bit:
         raise UserError("--calibrate needs --4bit, because a dense model has no codes to choose")
-    _protect_inputs(request, output)
+    _protect_inputs(arguments, output)
     output.check()
     with contextlib.ExitStack() as stack:
-        layers = stack.enter_context(calibrate.stored_layers(request, output))
-        return _merge(request, output, layers, stack.close)
+        layers = stack.enter_context(calibrate.stored_layers(arguments, output))
+        return _merge(arguments, output, layers, stack.close)
 
 
-def _merge(request: MergeRequest, output: Output, layers: pathlib.Path | None, written: Callable[[], None]) -> int:
+def _merge(arguments: MergeRequest, output: Output, layers: pathlib.Path | None, written: Callable[[], None]) -> int:
     """Merges and writes, and calls ``written`` when the output is complete."""
     from qlora_ext.calibration import calibration_of
     from qlora_ext.dtypes import computing_dtype
@@ -84,22 +84,22 @@ def _merge(request: MergeRequest, output: Output, layers: pathlib.Path | None, w
 
     from ..exporting.tying import tie_if_equal, untie
 
-    adapted = find_adapted(request)
+    adapted = find_adapted(arguments)
     tokenizer = adapted.tokenizer
-    if request.evaluate:
-        parts, size, _ = rows_of_run(find(request.adapter), tokenizer, "--evaluate")
+    if arguments.evaluate:
+        parts, size, _ = rows_of_run(find(arguments.adapter), tokenizer, "--evaluate")
     model = adapted.load()
     compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
-    if request.evaluate:
+    if arguments.evaluate:
         unmerged = token_losses(model, parts.held_out, size, compute).mean().item()
     tied = untie(model)
     merged: Any
     error, report = None, []
-    with calibrate.calibration(request, tokenizer, layers) as calibration:
+    with calibrate.calibration(arguments, tokenizer, layers) as calibration:
         if calibration is not None:
             merged = merge_calibrated(model, calibration, compute)
             report = calibration_of(merged)
-        elif request.four_bit:
+        elif arguments.four_bit:
             merged, error = merge_to_4bit(model)
         else:
             merged = model.merge_and_unload()
@@ -111,9 +111,9 @@ def _merge(request: MergeRequest, output: Output, layers: pathlib.Path | None, w
         if error is not None:
             write_json(partial / ERROR_FILE, dataclasses.asdict(error))
         if report:
-            write_json(partial / calibrate.RECORD, calibrate.record(request, report))
+            write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
     written()
-    kind = "4 bits" if request.four_bit else request.dtype
+    kind = "4 bits" if arguments.four_bit else arguments.dtype
     print(f"{output.path}: {model_size(merged).bytes / 1e6:.1f} MB in {kind}")
     for line in calibrate.summary(report):
         print(line)
@@ -125,7 +125,7 @@ def _merge(request: MergeRequest, output: Output, layers: pathlib.Path | None, w
             f"the codes retain {error.retained:.1%} of the adapter's update; quantization error: {error.total:.2%} of "
             f"the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
-    if request.evaluate:
+    if arguments.evaluate:
         loss = token_losses(merged, parts.held_out, size, compute).mean().item()
         print(f"held-out loss: {unmerged:.4f} unmerged, {loss:.4f} merged ({round(loss - unmerged, 4) + 0.0:+.4f})")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..options import REQUIRED, SavedOptions, option
+from ..options import REQUIRED, SavedOptions, like, option
 from ..quantization.calibrate import CalibrationOptions
 from .targets import CHECKS, DENSE_LIMIT, EMBEDDINGS, FOUR_BIT_LIMIT, TARGETS
 
@@ -14,7 +14,7 @@ class ExportRequest(SavedOptions, CalibrationOptions):
     """What ``export`` writes, where to, and how it checks the result."""
 
     to: str = option(REQUIRED, "one of the targets above", choices=(*TARGETS,), metavar="TARGET")
-    adapter: str | None = option(None, "the adapter, or the run that made it", metavar="DIR")
+    adapter: str | None = like(SavedOptions, "adapter")
     output: str = option(REQUIRED, "what is written", metavar="PATH")
     overwrite: bool = option(False, "replace what an earlier export wrote to --output")
     check: str = option(

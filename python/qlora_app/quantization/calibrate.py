@@ -36,7 +36,7 @@ class CalibrationOptions(Options):
         "finetune's --data takes. Takes minutes; the model is better and has the same size",
         metavar="self|DATA|none",
     )
-    calibration_tokens: int = option(12288, "length of that text")
+    calibration_tokens: int = option(12288, "length of that text", LENGTH)
     calibration_seed: int = option(0, "seed of the text that the model writes")
 
 
@@ -44,14 +44,12 @@ def init_lora(options: QuantizeRequest) -> InitLora | None:
     """The settings from ``--init-lora`` and ``--init-rank``.
 
     Raises:
-        UserError: the rank is invalid, or "svd" has no calibration.
+        UserError: "svd" has no calibration.
     """
     from qlora_ext.calibration import InitLora
 
     if options.init_lora is None:
         return None
-    if options.init_rank < 1:
-        raise UserError(f"--init-rank {options.init_rank}: expected 1 or more")
     if options.init_lora == "svd" and options.calibrate == "none":
         raise UserError(
             "--init-lora svd needs the layers' inputs on a text; add --calibrate self, or --calibrate with a text"
@@ -155,8 +153,6 @@ def calibration(
 
     from ..terminal.bars import counted
 
-    if options.calibration_tokens < LENGTH:
-        raise UserError(f"--calibration-tokens {options.calibration_tokens}: expected {LENGTH} or more")
     inputs = None
     if options.calibrate != "self":
         inputs = tokens_of(options.calibrate, tokenizer, options.calibration_tokens, LENGTH)

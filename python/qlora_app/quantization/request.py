@@ -40,7 +40,7 @@ class QuantizeRequest(CalibrationOptions):
         "outputs on the text of --calibrate (svd), or of the weights (loftq); finetune --init-adapter starts from it",
         choices=("svd", "loftq"),
     )
-    init_rank: int = option(16, "rank of that adapter")
+    init_rank: int = option(16, "rank of that adapter", 1)
     keep: str | None = option(
         None,
         "keep the layers in 16 bits whose 4 bits cost the most loss per byte: a number of layers (8), or as many "

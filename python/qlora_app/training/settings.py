@@ -38,7 +38,7 @@ BASE_FORMAT = "base"  # the value of --merge-aware for the format of each layer 
 
 
 def _option(default: Any, text: str, minimum: float | None = None, below: float = 2**31, **more: Any) -> Any:
-    return option(default, text, minimum, below, **{"metavar": "NAME", **more})
+    return option(default, text, minimum, None if minimum is None else below, **{"metavar": "NAME", **more})
 
 
 def layer_numbers(text: str) -> list[int]:
