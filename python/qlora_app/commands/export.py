@@ -9,8 +9,7 @@ from typing import Any
 from qlora_ext.gguf.file import ARCHITECTURES
 from qlora_ext.untrusted import printable
 
-from ..exporting.request import ExportRequest
-from ..exporting.targets import TARGETS
+from ..exporting.targets import TARGETS, ExportRequest
 from ..options import add_options, options_in
 from .check import EXIT_FAILED
 

@@ -44,16 +44,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(request: QuantizeRequest, output: Output) -> int:
-    from qlora_ext.calibration import calibration_of
+    from qlora_ext.calibration import InitLora, calibration_of
     from qlora_ext.fidelity.integrity import problems_of
     from qlora_ext.form import Form
     from qlora_ext.integrations.bitsandbytes import save_pretrained
     from qlora_ext.nn import Embedding4bit
 
-    if request.embeddings and request.format == "bitsandbytes":
-        raise UserError(
-            "--embeddings and --format bitsandbytes exclude each other: bitsandbytes loads no 4-bit embeddings"
-        )
     dtype, device = parse_dtype(request.dtype), parse_device(request.device)
     source = resolve(request.model, request.trust_remote_code)
     output.protect("--model", request.model, source.on_disk)
@@ -61,7 +57,7 @@ def _run(request: QuantizeRequest, output: Output) -> int:
         raise UserError(f"--quantize-rest: expected a GGUF file with 4-bit weights, got {request.model}")
     calibrate.protect(request, output)
     output.check()
-    init_lora = calibrate.init_lora(request)
+    init_lora = None if request.init_lora is None else InitLora(request.init_lora, request.init_rank)
     tokenizer = load_tokenizer(source)
     form = Form.of(block_size=request.block_size, double_quant=not request.no_double_quant)
     loader = Loader(source, form, dtype, device, embeddings=request.embeddings, rest=request.quantize_rest)

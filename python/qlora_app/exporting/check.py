@@ -20,8 +20,7 @@ from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
 from ..models.sources import resolve
 from ..training.evaluation import rows_of_run, token_losses
 from .job import Factors, Job
-from .request import ExportRequest
-from .targets import CHECKS
+from .targets import CHECKS, ExportRequest
 
 if TYPE_CHECKING:
     import torch

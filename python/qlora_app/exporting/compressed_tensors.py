@@ -18,7 +18,7 @@ from ..models.size import model_size
 from .calibrated import CalibratedWeights
 from .job import Job
 from .model_directories import check_linear, find_model, size_of, writer
-from .request import ExportRequest
+from .targets import ExportRequest
 from .trained_for import trained_for
 from .tying import tie_if_equal, untie
 from .weights import Encoder, before_and_after, finished_in, layers_by_name, stacks_in, stored_in
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from qlora_ext.weight import Weight4bit
 
 
-def prepare(request: ExportRequest, name: str) -> Job:
+def prepare(request: ExportRequest) -> Job:
     """The merged model in that kind of 4-bit weights."""
     from qlora_ext.checkpoints.compressed_tensors_files import KINDS
     from qlora_ext.integrations.transformers.checkpoint_experts import layers_of_experts
     from qlora_ext.nn import Linear4bit, layers_of, quantize_model
 
-    kind = KINDS[name]
+    kind = KINDS[request.kind]
     adapted, skeleton = find_model(request)
     loader = adapted.loader
     with torch.device("meta"):
         quantized = quantize_model(skeleton.to(loader.dtype), **kind.form.keywords)
     experts = check_linear(request.to, adapted, quantized)
     stored = getattr(load_config(adapted.source), "quantization_config", None) or {}
-    if stored.get("quant_method") == "compressed-tensors" and not _is_reencoded(adapted, name):
+    if stored.get("quant_method") == "compressed-tensors" and not _is_reencoded(adapted, request.kind):
         if stored.get("format") != kind.format.name:
             raise UserError(
                 f"--to {request.to}: {adapted.source.name} is in {stored.get('format')} already, and rounding it to "

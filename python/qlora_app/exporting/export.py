@@ -20,8 +20,7 @@ from ..outputs.output_file import claim_file
 from ..quantization import calibrate as calibrating
 from .check import Check, CheckError, check_options, require, show
 from .job import Job
-from .request import ExportRequest
-from .targets import TARGETS, Target
+from .targets import TARGETS, ExportRequest, Target
 from .trained_for import warn_of_other_format
 
 

@@ -31,7 +31,7 @@ from .gguf_description import add_description
 from .job import Job
 from .lora import architecture_of, check_mergeable, tied_layer
 from .merged_weights import MergedWeights, Read
-from .request import ExportRequest
+from .targets import ExportRequest
 from .tying import untie
 from .weights import Encoder, is_linear, layers_by_name, scaled_by
 

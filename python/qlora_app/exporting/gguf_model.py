@@ -33,7 +33,7 @@ from .job import Job
 from .lora import adapted_experts, architecture_of, check_plain, check_tied, ranks_of
 from .merged_weights import MergedWeights
 from .model_directories import find_model
-from .request import ExportRequest
+from .targets import ExportRequest
 from .trained_for import trained_for
 from .weights import Encoder
 
@@ -42,9 +42,9 @@ _MORE_METADATA = 1 << 16  # bytes
 _FLOAT32 = ("ffn_gate_inp.weight", "_norm.weight")
 
 
-def prepare(request: ExportRequest, kind: str) -> Job:
-    """A file in which the weights have the type ``kind``, or of a GGUF file those that change."""
-    target = f"--to {request.to}"
+def prepare(request: ExportRequest) -> Job:
+    """A file in which the weights have the type of the target, or of a GGUF file those that change."""
+    target, kind = f"--to {request.to}", (request.kind or "q8_0").upper()
     if request.adapter is None:
         assert request.model is not None
         source = resolve(request.model, request.trust_remote_code)

@@ -19,7 +19,7 @@ from ..models.sources import PROVENANCE
 from ..outputs.files import write_json
 from .job import Job
 from .lora import check_biases
-from .request import ExportRequest
+from .targets import ExportRequest
 from .trained_for import trained_for
 from .tying import tie_if_equal, untie
 
@@ -62,7 +62,11 @@ def writer(model: Any, adapted: Adapted, save: Callable[[Any, pathlib.Path], Non
     return write
 
 
-def dense(request: ExportRequest) -> Job:
+def prepare(request: ExportRequest) -> Job:
+    return _dense(request) if request.to == "dense" else _bitsandbytes(request)
+
+
+def _dense(request: ExportRequest) -> Job:
     """The merged, or decoded, model in ``--dtype``."""
     adapted, skeleton = find_model(request)
     loader = adapted.loader
@@ -152,7 +156,7 @@ def _with_dense_experts(model: Any) -> Any:
     return model
 
 
-def bitsandbytes(request: ExportRequest) -> Job:
+def _bitsandbytes(request: ExportRequest) -> Job:
     """The model in NF4, into whose codes the adapter is merged by the rounding of ``merge --4bit``.
 
     Experts are dense: bitsandbytes has 4-bit linear layers only.

@@ -13,21 +13,21 @@ from ..models.adapted import Adapted, find_adapted
 from ..outputs.files import write_text
 from . import gguf_adapter, gguf_model, modelfile
 from .job import Job
-from .request import ExportRequest
+from .targets import ExportRequest
 
 _MODEL, _ADAPTER = "model.gguf", "adapter.gguf"
 
 
-def prepare(request: ExportRequest, kind: str) -> Job:
-    """The merged model in a type of GGUF; or if ``kind`` is "adapter", the adapter alone."""
-    if kind == "adapter":
+def prepare(request: ExportRequest) -> Job:
+    """The merged model in a type of GGUF; or if that is "adapter", the adapter alone."""
+    if request.kind == "adapter":
         return _adapter(request)
-    job = gguf_model.prepare(request, kind.upper())
+    job = gguf_model.prepare(request)
     return _with_modelfile(job, request, find_adapted(request), pathlib.PurePath(_MODEL), None)
 
 
 def _adapter(request: ExportRequest) -> Job:
-    job = gguf_adapter.prepare(request, "float32")
+    job = gguf_adapter.prepare(request)
     adapted, read = find_adapted(request), job.read_adapter
     source = adapted.source
     if source.gguf_file is None:

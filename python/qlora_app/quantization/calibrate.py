@@ -19,8 +19,6 @@ from ..special_tokens import sequences, special_tokens
 if TYPE_CHECKING:
     from qlora_ext.calibration import Calibration, InitLora, LayerReport
 
-    from .request import QuantizeRequest
-
 LENGTH = 512
 INITIAL_ADAPTER = "initial_adapter"
 RECORD = "calibration.json"
@@ -38,23 +36,6 @@ class CalibrationOptions(Options):
     )
     calibration_tokens: int = option(12288, "length of that text", LENGTH)
     calibration_seed: int = option(0, "seed of the text that the model writes")
-
-
-def init_lora(options: QuantizeRequest) -> InitLora | None:
-    """The settings from ``--init-lora`` and ``--init-rank``.
-
-    Raises:
-        UserError: "svd" has no calibration.
-    """
-    from qlora_ext.calibration import InitLora
-
-    if options.init_lora is None:
-        return None
-    if options.init_lora == "svd" and options.calibrate == "none":
-        raise UserError(
-            "--init-lora svd needs the layers' inputs on a text; add --calibrate self, or --calibrate with a text"
-        )
-    return InitLora(options.init_lora, options.init_rank)
 
 
 def write_initial_adapter(model: Any, settings: InitLora, directory: pathlib.Path, base: str) -> None:

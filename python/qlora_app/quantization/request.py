@@ -6,6 +6,7 @@ import dataclasses
 
 from qlora_ext.formats import BLOCK_SIZES
 
+from ..errors import UserError
 from ..options import REQUIRED, BaseOptions, like, option
 from .calibrate import INITIAL_ADAPTER, CalibrationOptions
 
@@ -48,3 +49,14 @@ class QuantizeRequest(CalibrationOptions):
         "--calibrate, or on text that the model writes",
         metavar="N|SHARE|SIZE",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_lora == "svd" and self.calibrate == "none":
+            raise UserError(
+                "--init-lora svd needs the layers' inputs on a text; add --calibrate self, or --calibrate with a text"
+            )
+        if self.embeddings and self.format == "bitsandbytes":
+            raise UserError(
+                "--embeddings and --format bitsandbytes exclude each other: bitsandbytes loads no 4-bit embeddings"
+            )
