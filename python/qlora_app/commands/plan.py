@@ -83,7 +83,7 @@ class PlanRequest(Options):
         super().__post_init__()
         for one, other in (("model", "sizes"), ("sweep", "adapters")):
             if all(getattr(self, name) != getattr(PlanRequest, name) for name in (one, other)):
-                raise UserError(f"argument {flag(other)}: not allowed with argument {flag(one)}")
+                raise UserError(f"{flag(one)} and {flag(other)} exclude each other; give one of them")
 
 
 def add_parser(commands: Any) -> None:
