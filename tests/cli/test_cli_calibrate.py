@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 from typing import Any
@@ -106,7 +105,7 @@ def test_results_are_kept_inside_a_mount_point(
     output = tmp_path / "out"
     output.mkdir()
     waiting = output / ".partial-calibration" if inside else tmp_path / "out.calibration"
-    options = argparse.Namespace(calibrate="self", calibration_tokens=4096, calibration_seed=0)
+    options = calibrate.CalibrationOptions(calibrate="self", calibration_tokens=4096)
     with calibrate.stored_layers(options, Output(output, overwrite=False)) as directory:
         assert directory == waiting
         assert waiting.is_dir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -25,6 +24,7 @@ from qlora_app.exporting import check
 from qlora_app.exporting.merged_weights import MergedWeights
 from qlora_app.main import main
 from qlora_app.models.adapted import find_adapted
+from qlora_app.options import BaseOptions
 from qlora_app.training.evaluation import rows_of_run, token_losses
 from tiny_models import make
 
@@ -186,11 +186,7 @@ def test_no_check(
 
 def test_few_held_out_rows_are_followed_by_others(finished_run: pathlib.Path) -> None:
     """The held-out rows have the loss that the run measured. Rows of the training follow, up to 2,048 tokens."""
-    adapted = find_adapted(
-        argparse.Namespace(
-            adapter=str(finished_run), model=None, dtype="bfloat16", device="cpu", force=False, trust_remote_code=False
-        )
-    )
+    adapted = find_adapted(BaseOptions(adapter=str(finished_run), dtype="bfloat16", device="cpu"))
     assert adapted.adapter is not None
     parts, size, name = rows_of_run(adapted.adapter, adapted.tokenizer, "--check")
     measured = json.loads((adapted.adapter / "qlora_run.json").read_text())["metrics"]["perplexity_after"]

@@ -204,7 +204,7 @@ def test_other_targets_have_no_type_of_embeddings(refused: Refused, tmp_path: pa
     to = ["--model", tmp_path, "--output", tmp_path / "out", "--to"]
     message = "--embeddings: expected a target that is a whole model as GGUF, got --to dense"
     assert message in refused("export", *to, "dense", "--embeddings", "f16")
-    with pytest.raises(ValueError, match="embeddings: expected one of f32, f16"):
+    with pytest.raises(ValueError, match="embeddings q3: expected one of f32, f16"):
         qlora_app.export(to="gguf:f16", model=tmp_path, output=tmp_path / "out.gguf", embeddings="q3")
 
 

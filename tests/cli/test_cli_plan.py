@@ -171,8 +171,10 @@ def test_advice_makes_it_fit(capsys: pytest.CaptureFixture[str], tmp_path: pathl
     ("options", "error", "message"),
     [
         ({"rank": 0}, ValueError, "^rank 0: expected 1 to"),
-        ({"device": "tpu"}, ValueError, "^argument device: invalid choice: 'tpu'"),
+        ({"device": "tpu"}, ValueError, "^device tpu: expected one of cuda, cpu"),
         ({"max_memory": "8GB", "adapters": 2}, ValueError, "max_memory plans one adapter; remove sweep and adapters"),
+        ({"sizes": "hidden=64", "model": "llama-7b"}, ValueError, "^model and sizes exclude each other"),
+        ({"rank": "8"}, TypeError, "^plan: expected rank to be an integer"),
         ({"ranck": 8}, TypeError, r"^plan\(\) got an unexpected keyword argument 'ranck'"),
     ],
 )

@@ -45,7 +45,7 @@ def short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def command(model: pathlib.Path, output: pathlib.Path, kind: str, *options: str) -> list[str]:
-    calibrating = ("--calibrate", "self", "--calibration-tokens", "256") if kind == "calibration" else ()
+    calibrating = ("--calibrate", "self", "--calibration-tokens", "512") if kind == "calibration" else ()
     return ["quantize", "--model", str(model), "--output", str(output), *calibrating, *options]
 
 
@@ -330,7 +330,7 @@ def test_a_calibration_that_cannot_be_resumed_is_an_error(
         (("--block-size", "128"), "another block_size"),
         (("--no-double-quant",), "another double_quant"),
         (("--calibration-seed", "1"), "another seed"),
-        (("--calibration-tokens", "512"), "another tokens"),
+        (("--calibration-tokens", "1024"), "another tokens"),
         (("--dtype", "float32"), "another model"),
     ):
         message = refused(*command(model, tmp_path / "out", "calibration", *options))

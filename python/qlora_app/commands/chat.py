@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from typing import Any
 
@@ -11,15 +12,15 @@ from qlora_ext.untrusted import printable
 
 from ..errors import UserError, check_prompt
 from ..models.adapted import find_adapted
-from ..options import (
-    add_adapter_option,
-    add_base_options,
-    add_dtype_option,
-    add_sampling_options,
-    check_sampling,
-)
+from ..options import SamplingOptions, add_options, like, option, options_in
 
 _HELP = "/reset starts a new conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options(SamplingOptions):
+    system: str = option("", "system prompt", metavar="TEXT")
+    max_new_tokens: int = like(SamplingOptions, "max_new_tokens", default=512)
 
 
 def add_parser(commands: Any) -> None:
@@ -30,11 +31,7 @@ def add_parser(commands: Any) -> None:
         f"the conversation. {_HELP}.",
         epilog="If the input is not a terminal, each line is answered in turn, and only answers are printed.",
     )
-    add_adapter_option(parser)
-    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
-    add_sampling_options(parser, max_new_tokens=512)
-    add_base_options(parser)
-    add_dtype_option(parser)
+    add_options(parser, _Options)
     parser.set_defaults(run=run)
 
 
@@ -58,10 +55,10 @@ def _read(interactive: bool) -> str | None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    check_sampling(arguments)
-    check_prompt(arguments.system, "--system")
-    adapted = find_adapted(arguments)
-    if arguments.system and not adapted.tokenizer.chat_template:
+    options = options_in(_Options, vars(arguments))
+    check_prompt(options.system, "--system")
+    adapted = find_adapted(options)
+    if options.system and not adapted.tokenizer.chat_template:
         raise UserError(f"--system: the tokenizer of {adapted.source.name} has no chat template for a system prompt")
     model = adapted.load_to_answer()
     from transformers import set_seed
@@ -70,9 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ..generation.conversation import Conversation
 
     interactive = sys.stdin.isatty()
-    decode_compiled(model, arguments.compile, worthwhile=interactive or arguments.max_new_tokens >= BREAK_EVEN_TOKENS)
-    set_seed(arguments.seed)
-    talk = Conversation(model, adapted.tokenizer, arguments.system, arguments.max_new_tokens, arguments.temperature)
+    decode_compiled(model, options.compile, worthwhile=interactive or options.max_new_tokens >= BREAK_EVEN_TOKENS)
+    set_seed(options.seed)
+    talk = Conversation(model, adapted.tokenizer, options.system, options.max_new_tokens, options.temperature)
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # enables line editing in input()

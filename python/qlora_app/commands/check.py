@@ -15,7 +15,7 @@ from ..models.loading import Loader, load_dense
 from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_tokenizer
 from ..models.sources import ModelSource, resolve
 from ..models.validate_model import check_tokens, longest_input
-from ..options import add_dtype_option, add_trust_option
+from ..options import BaseOptions, add_options
 from ..outputs.directory import output_file
 from ..outputs.files import write_json
 from ..terminal.bars import counted
@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
         "--model", required=True, help="a model directory, 4-bit (ours or bitsandbytes') or dense, a .gguf file, a hub "
         "name, or package:NAME",
     )  # fmt: skip
-    add_trust_option(parser)
+    add_options(parser, BaseOptions, ["trust_remote_code"])
     parser.add_argument(
         "--base", metavar="MODEL", help="the dense model to compare with (default: the one that --model records)"
     )
@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> None:
         help="also measure the loss with the costliest layers in 16 bits, for budgets of --keep from 0%% to 20%%",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all results to a JSON file")
-    add_dtype_option(parser)
+    add_options(parser, BaseOptions, ["dtype"])
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.set_defaults(run=run)
 

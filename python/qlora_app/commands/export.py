@@ -9,9 +9,8 @@ from typing import Any
 from qlora_ext.gguf.file import ARCHITECTURES
 from qlora_ext.untrusted import printable
 
-from ..exporting.targets import CHECKS, DENSE_LIMIT, EMBEDDINGS, FOUR_BIT_LIMIT, TARGETS
-from ..options import add_base_options
-from ..quantization import calibrate
+from ..exporting.targets import TARGETS, ExportRequest
+from ..options import add_options, options_in
 from .check import EXIT_FAILED
 
 
@@ -36,33 +35,7 @@ def add_parser(commands: Any) -> None:
         f"with the trained model. Exit code 0: good; {EXIT_FAILED}: its loss is too high; 2: an error.",
         epilog=f"Families of the GGUF targets: {', '.join(ARCHITECTURES)}.",
     )
-    parser.add_argument("--to", required=True, choices=[*TARGETS], metavar="TARGET", help="one of the targets above")
-    parser.add_argument("--adapter", metavar="DIR", help="the adapter, or the run that made it")
-    parser.add_argument("--output", required=True, metavar="PATH", help="what is written")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote to --output")
-    parser.add_argument(
-        "--check", default="short", choices=[*CHECKS],
-        metavar="LENGTH", help=f"short (default): compare on {CHECKS['short']:,} tokens; full; or none",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data", metavar="DATA|self",
-        help="text of the check, as in finetune, or self: the model writes it (default: what the run held out)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-loss-increase", type=float, metavar="X",
-        help=f"limit in nats per token ({FOUR_BIT_LIMIT} in 4 bits, else {DENSE_LIMIT})",
-    )  # fmt: skip
-    add_base_options(parser)
-    parser.add_argument(
-        "--dtype", default="bfloat16",
-        help="dtype of the saved weights that are not 4-bit: bfloat16, float16 or float32 (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--embeddings", choices=EMBEDDINGS, metavar="TYPE",
-        help=f"type of embeddings and output head in GGUF: {', '.join(EMBEDDINGS)} (default: q8_0 in 4 bits, else the "
-        "target's)",
-    )  # fmt: skip
-    calibrate.add_options(parser)
+    add_options(parser, ExportRequest)
     parser.shorten_help(
         "--to", "--adapter", "--output", "--overwrite", "--check", "--data", "--max-loss-increase", "--model",
         "--embeddings", "--calibrate",
@@ -75,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..exporting import check, export
 
     try:
-        export.run(arguments)
+        export.run(options_in(ExportRequest, vars(arguments)))
     except check.CheckError as error:
         print(printable(f"qlora-ext: {error}"), file=sys.stderr)
         return EXIT_FAILED

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..options import DEFAULT_RUN, add_trust_option
+from ..options import DEFAULT_RUN, BaseOptions, add_options
 from ..training import sweep
 from ..training.config_file import read_config
 from ..training.run import Request
-from ..training.settings import add_options, named_settings
+from ..training.settings import GROUPS, Settings, named_settings
 from ..training.sweep_options import parse_sweep
 
 
@@ -58,8 +58,9 @@ def add_parser(commands: Any) -> None:
         help="with --method grpo: a function that scores answers, in a file or a module; it is executed. Several "
         "options add up their rewards",
     )
-    add_trust_option(parser)  # not a recorded setting: it must be given each time, also with --resume
-    add_options(parser)
+    # Not a recorded setting: it must be given each time, also with --resume.
+    add_options(parser, BaseOptions, ["trust_remote_code"])
+    add_options(parser, Settings, titles=GROUPS, omit=True)
     parser.shorten_help(
         "--model", "--data", "--output", "--config", "--sweep", "--resume", "--overwrite", "--seq-len", "--rank",
         "--epochs", "--max-steps", "--batch-size", "--lr", "--dtype", "--max-memory",

@@ -13,13 +13,7 @@ from ..errors import UserError, check_prompt
 from ..generation.completion import complete
 from ..models import validate_model
 from ..models.adapted import find_adapted
-from ..options import (
-    add_adapter_option,
-    add_base_options,
-    add_dtype_option,
-    add_sampling_options,
-    check_sampling,
-)
+from ..options import SamplingOptions, add_options, options_in
 from ..special_tokens import prompt_tokens
 
 
@@ -31,11 +25,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("text", nargs="?", metavar="PROMPT", help="prompt to answer, or to continue with --raw")
     parser.add_argument("--prompt", help="the prompt as an option; - reads it from standard input")
-    add_adapter_option(parser)
     parser.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
-    add_sampling_options(parser, max_new_tokens=80)
-    add_base_options(parser)
-    add_dtype_option(parser)
+    add_options(parser, SamplingOptions)
     parser.set_defaults(run=run)
 
 
@@ -58,9 +49,9 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    check_sampling(arguments)
+    options = options_in(SamplingOptions, vars(arguments))
     text = _prompt(arguments)
-    adapted = find_adapted(arguments)
+    adapted = find_adapted(options)
     tokenizer = adapted.tokenizer
     with tokenizing("--prompt"):
         if arguments.raw:
@@ -78,11 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"--prompt: the prompt has {len(prompt)} tokens; the model reads at most {limit}, its answer included"
         )
-    new_tokens = arguments.max_new_tokens if limit is None else min(arguments.max_new_tokens, limit - len(prompt))
+    new_tokens = options.max_new_tokens if limit is None else min(options.max_new_tokens, limit - len(prompt))
     from ..generation.compiled import BREAK_EVEN_TOKENS, decode_compiled
 
-    decode_compiled(model, arguments.compile, worthwhile=new_tokens >= BREAK_EVEN_TOKENS)
-    set_seed(arguments.seed)
-    answer = complete(model, tokenizer, prompt, new_tokens, arguments.temperature).strip()
+    decode_compiled(model, options.compile, worthwhile=new_tokens >= BREAK_EVEN_TOKENS)
+    set_seed(options.seed)
+    answer = complete(model, tokenizer, prompt, new_tokens, options.temperature).strip()
     print(printable(answer, lines=True))
     return 0

@@ -14,13 +14,25 @@ from ..models.adapted import find_adapted
 from ..models.adapter_files import base_of, find, record_of
 from ..models.pretrained import restore_use_cache
 from ..models.size import model_size
-from ..options import add_base_options
+from ..options import REQUIRED, SavedOptions, add_options, like, option, options_in
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
 from ..quantization import calibrate
+from ..quantization.calibrate import CalibrationOptions
 from ..training.evaluation import rows_of_run, token_losses
 
 ERROR_FILE = "merge_error.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeRequest(SavedOptions, CalibrationOptions):
+    """What ``merge`` writes, and where to."""
+
+    adapter: str = like(SavedOptions, "adapter", default=REQUIRED)
+    output: str = option(REQUIRED, "output directory", metavar="DIR")
+    overwrite: bool = option(False, "replace what qlora-ext wrote to --output")
+    four_bit: bool = option(False, "save in 4 bits", flag="--4bit")
+    evaluate: bool = option(False, "compare the run's held-out loss before and after merging")
 
 
 def add_parser(commands: Any) -> None:
@@ -32,23 +44,11 @@ def add_parser(commands: Any) -> None:
         "the base. Stochastic rounding preserves the update, although most of it is smaller than the distance between "
         f"two codes. {ERROR_FILE} reports the error of each layer.",
     )
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, or the run that made it")
-    parser.add_argument("--output", required=True, metavar="DIR", help="output directory")
-    parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
-    parser.add_argument("--4bit", action="store_true", dest="four_bit", help="save in 4 bits")
-    calibrate.add_options(parser)
-    parser.add_argument(
-        "--evaluate", action="store_true", help="compare the run's held-out loss before and after merging"
-    )
-    add_base_options(parser)
-    parser.add_argument(
-        "--dtype", default="bfloat16",
-        help="dtype of the saved weights that are not 4-bit: bfloat16, float16 or float32 (default: %(default)s)",
-    )  # fmt: skip
+    add_options(parser, MergeRequest)
     parser.set_defaults(run=run)
 
 
-def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
+def _protect_inputs(arguments: MergeRequest, output: Output) -> None:
     adapter = find(arguments.adapter)
     output.protect("--adapter", arguments.adapter, str(adapter))
     base = base_of(adapter, arguments.model, arguments.trust_remote_code)
@@ -61,11 +61,12 @@ def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    with claim(arguments.output, arguments.overwrite) as output:
-        return _run(arguments, output)
+    request = options_in(MergeRequest, vars(arguments))
+    with claim(request.output, request.overwrite) as output:
+        return _run(request, output)
 
 
-def _run(arguments: argparse.Namespace, output: Output) -> int:
+def _run(arguments: MergeRequest, output: Output) -> int:
     if arguments.calibrate != "none" and not arguments.four_bit:
         raise UserError("--calibrate needs --4bit, because a dense model has no codes to choose")
     _protect_inputs(arguments, output)
@@ -75,9 +76,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         return _merge(arguments, output, layers, stack.close)
 
 
-def _merge(
-    arguments: argparse.Namespace, output: Output, layers: pathlib.Path | None, written: Callable[[], None]
-) -> int:
+def _merge(arguments: MergeRequest, output: Output, layers: pathlib.Path | None, written: Callable[[], None]) -> int:
     """Merges and writes, and calls ``written`` when the output is complete."""
     from qlora_ext.calibration import calibration_of
     from qlora_ext.dtypes import computing_dtype

@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import re
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from qlora_ext.sizes import parse_size
 from qlora_ext.untrusted import excerpt, printable
@@ -18,10 +18,10 @@ from ..models import families, validate_model
 from ..models.devices import check_dtype
 from ..models.pretrained import load_config
 from ..models.sources import DEFAULT_MODEL, ModelSource, resolve
-from ..options import add_dtype_option, add_trust_option
+from ..options import BaseOptions, Options, add_options, flag, keywords_of, like, option, options_in
 from ..outputs.directory import output_file
 from ..outputs.files import staged_file
-from ..training.settings import options_of
+from ..training.settings import Settings, options_of
 from ..training.sweep_options import MAX_ADAPTERS, combinations, parse_sweep
 
 if TYPE_CHECKING:
@@ -32,6 +32,60 @@ _SIZES = ("rank", "target_modules", "modules_to_save", "seq_len", "batch_size", 
 _MAX_COUNT = 1_000_000  # limit of all options that are counts
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanRequest(Options):
+    """What ``plan`` predicts: some of finetune's options, and those of the machine."""
+
+    model: str = option(
+        DEFAULT_MODEL,
+        "a model directory, its config.json, a .gguf file, a hub name, package:NAME, or one of "
+        f"{', '.join(families.names())}",
+    )
+    trust_remote_code: bool = like(BaseOptions, "trust_remote_code")
+    sizes: str | None = option(
+        None, "a Llama of these sizes: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]"
+    )
+    rank: int = like(Settings, "rank", maximum=_MAX_COUNT)
+    target_modules: str = like(Settings, "target_modules")
+    modules_to_save: str = like(Settings, "modules_to_save")
+    seq_len: int = like(Settings, "seq_len", default=512, minimum=1, maximum=_MAX_COUNT)
+    batch_size: int = like(Settings, "batch_size", default=1, maximum=_MAX_COUNT, help="rows per pass and device")
+    grad_checkpointing: bool = like(Settings, "grad_checkpointing")
+    chunked_loss: bool = like(Settings, "chunked_loss")
+    offload_checkpoints: bool = like(Settings, "offload_checkpoints")
+    mlp_chunk: int = like(Settings, "mlp_chunk", maximum=_MAX_COUNT)
+    optimizer: str = like(Settings, "optimizer")
+    dtype: str = like(BaseOptions, "dtype")
+    device: str = option(
+        "cuda", "cpu includes the memory of Python, its libraries and its allocator", choices=("cuda", "cpu")
+    )
+    devices: int = option(1, "number of devices that share the weights (FSDP2)", 1, maximum=_MAX_COUNT)
+    memory: str | None = option(
+        None, "memory of one device, such as 24GB or 40GiB (default: that of this machine)", metavar="SIZE"
+    )
+    stream: str = like(Settings, "stream", metavar=None)
+    resident: str | None = like(Settings, "resident", default=None)
+    link: str = option("25GB/s", "bandwidth of streaming to the device (default: 25GB/s, PCIe 4)", metavar="RATE")
+    flops: str = option("150e12", "operations per second of the device", metavar="X")
+    max_memory: str | None = option(
+        None,
+        "find the options with which the run fits into this memory, the longest context, and the largest model",
+        metavar="SIZE",
+    )
+    sweep: str | None = option(
+        None, "as in finetune: memory of the largest adapter, and disk of all of them", action="append",
+        metavar="VALUES",
+    )  # fmt: skip
+    adapters: int = option(1, "number of adapters of this size in a sweep", 1, maximum=MAX_ADAPTERS)
+    plot: str | None = option(None, "plot the memory by purpose", metavar="PNG")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for one, other in (("model", "sizes"), ("sweep", "adapters")):
+            if all(getattr(self, name) != getattr(PlanRequest, name) for name in (one, other)):
+                raise UserError(f"{flag(one)} and {flag(other)} exclude each other; give one of them")
+
+
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
@@ -40,78 +94,13 @@ def add_parser(commands: Any) -> None:
         "fits, and how to reduce it. Loads no weights. The CUDA context (about 0.5 GB) is not included; with --device "
         "cpu, the process is.",
     )
-    _add_options(parser)
+    add_options(parser, PlanRequest)
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.shorten_help(
         "--model", "--rank", "--seq-len", "--batch-size", "--grad-checkpointing", "--dtype", "--device", "--memory",
         "--max-memory", "--plot", "--json",
     )  # fmt: skip
     parser.set_defaults(run=run)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help=f"a model directory, its config.json, a .gguf file, a hub name, package:NAME, or one of "
-        f"{', '.join(families.names())} (default: %(default)s)",
-    )
-    add_trust_option(parser)
-    source.add_argument(
-        "--sizes", help="a Llama of these sizes: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]"
-    )
-    parser.add_argument("--rank", type=int, default=16, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--target-modules", default="all-linear", help="all-linear, or names separated by commas (default: %(default)s)"
-    )
-    parser.add_argument("--modules-to-save", default="", help="as in finetune")
-    parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="per device (default: %(default)s)")
-    parser.add_argument("--grad-checkpointing", action="store_true", help="as in finetune")
-    parser.add_argument("--chunked-loss", action="store_true", help="as in finetune")
-    parser.add_argument("--offload-checkpoints", action="store_true", help="as in finetune")
-    parser.add_argument("--mlp-chunk", type=int, default=0, metavar="N", help="as in finetune (default: %(default)s)")
-    parser.add_argument("--optimizer", default="adamw_torch", help="(default: %(default)s)")
-    add_dtype_option(parser)
-    parser.add_argument(
-        "--device", default="cuda", choices=("cuda", "cpu"),
-        help="cpu includes the memory of Python, its libraries and its allocator (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--devices", type=int, default=1, metavar="N", help="number of devices that share the weights (FSDP2)"
-    )
-    parser.add_argument(
-        "--memory", metavar="SIZE", help="memory of one device, such as 24GB or 40GiB (default: that of this machine)"
-    )
-    parser.add_argument(
-        "--stream", default="none", choices=("none", "ram", "disk"), help="as in finetune: load the layers one by one"
-    )
-    parser.add_argument(
-        "--resident", metavar="SIZE", help="as in finetune: memory that the weights may use on the device"
-    )
-    parser.add_argument(
-        "--link", default="25GB/s", metavar="RATE",
-        help="bandwidth of streaming to the device (default: %(default)s, PCIe 4)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--flops", default="150e12", metavar="X", help="operations per second of the device (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-memory", metavar="SIZE",
-        help="find the options with which the run fits into this memory, the longest context, and the largest model",
-    )  # fmt: skip
-    several = parser.add_mutually_exclusive_group()
-    several.add_argument(
-        "--sweep",
-        action="append",
-        metavar="VALUES",
-        help="as in finetune: memory of the largest adapter, and disk of all of them",
-    )
-    several.add_argument(
-        "--adapters", type=int, default=1, metavar="N", help="number of adapters of this size in a sweep (default: 1)"
-    )
-    parser.add_argument("--plot", metavar="PNG", help="plot the memory by purpose")
 
 
 def _size(option: str, text: str) -> float:
@@ -138,21 +127,21 @@ def _memory(text: str | None, device: str) -> tuple[float, str]:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), "this machine's memory"
 
 
-def _config(arguments: argparse.Namespace) -> tuple[str, Any, ModelSource | None]:
+def _config(request: PlanRequest) -> tuple[str, Any, ModelSource | None]:
     """The name, the configuration, and the files of the model, if it has some."""
 
-    if arguments.sizes is not None:
+    if request.sizes is not None:
         try:
-            return arguments.sizes, families.config_of_sizes(arguments.sizes), None
+            return request.sizes, families.config_of_sizes(request.sizes), None
         except ValueError as error:
             raise UserError(f"--{error}") from None
-    name = str(arguments.model)
+    name = str(request.model)
     path = path_named(name, "--model")
     if path.name == "config.json" and path.is_file():
-        return name, load_config(resolve(str(path.parent), arguments.trust_remote_code)), None
+        return name, load_config(resolve(str(path.parent), request.trust_remote_code)), None
     if not path.exists() and families.known(name):
         return name, families.config(name), None
-    source = resolve(name, arguments.trust_remote_code)
+    source = resolve(name, request.trust_remote_code)
     try:
         config = load_config(source)
     except UserError as error:
@@ -161,25 +150,19 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any, ModelSource | None
     return name, config, source
 
 
-def _job(arguments: argparse.Namespace, config: Any, source: ModelSource | None) -> Job:
+def _job(request: PlanRequest, config: Any, source: ModelSource | None) -> Job:
     from ..planning.memory import FEW, OPTIMIZERS, build, trains_head
     from ..training import adapting
     from ..training.fitting import job_of
 
-    for name in ("rank", "seq_len", "batch_size", "devices"):
-        if not 1 <= getattr(arguments, name) <= _MAX_COUNT:
-            value = excerpt(getattr(arguments, name))
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 to {_MAX_COUNT}")
-    if not 0 <= arguments.mlp_chunk <= _MAX_COUNT:
-        raise UserError(f"--mlp-chunk {excerpt(arguments.mlp_chunk)}: expected 0 to {_MAX_COUNT}")
-    if arguments.offload_checkpoints and not arguments.grad_checkpointing:
+    if request.offload_checkpoints and not request.grad_checkpointing:
         raise UserError("--offload-checkpoints needs --grad-checkpointing")
-    if arguments.optimizer not in OPTIMIZERS:
-        raise UserError(f"--optimizer {arguments.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
-    check_dtype(arguments.dtype)
-    job = dataclasses.replace(job_of(arguments, config, source), host=arguments.device == "cpu")
+    if request.optimizer not in OPTIMIZERS:
+        raise UserError(f"--optimizer {request.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
+    check_dtype(request.dtype)
+    job = dataclasses.replace(job_of(request, config, source), host=request.device == "cpu")
     if job.modules_to_save:
-        with reading("configuration", str(arguments.model)):
+        with reading("configuration", str(request.model)):
             plain = build(dataclasses.replace(job, modules_to_save=()), FEW).get_base_model()
             adapting.check_saved(plain, job.modules_to_save)
             if job.chunked_loss and trains_head(job):
@@ -189,26 +172,25 @@ def _job(arguments: argparse.Namespace, config: Any, source: ModelSource | None)
     return job
 
 
-def _adapters(arguments: argparse.Namespace) -> dict[str, argparse.Namespace]:
+def _adapters(request: PlanRequest) -> dict[str, PlanRequest]:
     """The options of each adapter of ``--sweep``, by name. ``--adapters`` makes one that stands for all of them."""
-    if not 1 <= arguments.adapters <= MAX_ADAPTERS:
-        raise UserError(f"--adapters {arguments.adapters}: expected 1 to {MAX_ADAPTERS}")
-    if arguments.sweep is None:
-        return {"": arguments}
-    values = parse_sweep(" ".join(arguments.sweep))
+    if request.sweep is None:
+        return {"": request}
+    values = parse_sweep(request.sweep)
     if unsupported := {"dora", "layers"} & values.keys():
         raise UserError(f"--sweep {min(unsupported)}: the planner does not support it")
-    return {name: argparse.Namespace(**{**vars(arguments), **found}) for name, found in combinations(values).items()}
+    sizes = {name: {key: found[key] for key in _SIZES if key in found} for name, found in combinations(values).items()}
+    return {name: dataclasses.replace(request, **found) for name, found in sizes.items()}
 
 
 def _largest(
-    arguments: argparse.Namespace, config: Any, source: ModelSource | None
+    request: PlanRequest, config: Any, source: ModelSource | None
 ) -> tuple[Job, list[dict[str, float]], dict[str, Any]]:
     """The largest job of a sweep, its peaks, and what is printed about the sweep; empty for a run of one adapter."""
     from ..planning.memory import disk_bytes, peaks, split
 
     measured: dict[tuple[Any, ...], tuple[Job, list[dict[str, float]]]] = {}
-    adapters, disk = _adapters(arguments), 0.0
+    adapters, disk = _adapters(request), 0.0
     keys = {name: tuple(getattr(options, key) for key in _SIZES) for name, options in adapters.items()}
     for name, options in adapters.items():
         if keys[name] not in measured:
@@ -224,7 +206,7 @@ def _largest(
         disk += disk_bytes(*measured[keys[name]])
     total = {key: sum(split(*found).values()) for key, found in measured.items()}
     largest = max(adapters, key=lambda name: total[keys[name]])
-    count = max(len(adapters), arguments.adapters)
+    count = max(len(adapters), request.adapters)
     sweep = {"adapters": count, "largest": largest or None, "disk_bytes": disk * count / len(adapters)}
     return *measured[keys[largest]], sweep if count > 1 else {}
 
@@ -276,62 +258,62 @@ def _options_that_fit(job: Job, memory: float, link: float, flops: float) -> dic
     }
 
 
-def _print_options(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+def _print_options(found: dict[str, Any], request: PlanRequest) -> None:
     memory = f"{found['memory'] / 1e9:.1f} GB"
     if found["fits"]:
         print(f"fits into {memory} with {found['options']}: {found['total'] / 1e9:.2f} GB")
     else:
-        print(f"rows of {arguments.seq_len:,} tokens do not fit into {memory} with any option ({found['options']})")
+        print(f"rows of {request.seq_len:,} tokens do not fit into {memory} with any option ({found['options']})")
     if host := found["host_bytes"]:
         free = found["free_tokens"]
         print(f"{host / 1e9:.2f} GB of pinned host memory; transfers are hidden from {free:,} tokens per step on")
     context = found["longest_context"]
     print(
-        f"the longest context then: {context:,} tokens per row, {arguments.batch_size} rows per pass"
+        f"the longest context then: {context:,} tokens per row, {request.batch_size} rows per pass"
         if context
         else "no context fits"
     )
     largest = found["largest_model"] or "none"
-    print(f"the largest known model that fits: {largest} (with --stream, at {arguments.seq_len:,} tokens)")
+    print(f"the largest known model that fits: {largest} (with --stream, at {request.seq_len:,} tokens)")
 
 
-def _planned(arguments: argparse.Namespace) -> dict[str, Any]:
+def _planned(request: PlanRequest) -> dict[str, Any]:
     """What ``--json`` prints."""
-    if arguments.resident and arguments.stream == "none":
-        raise UserError(f"--resident {arguments.resident} needs --stream ram or --stream disk")
-    if arguments.max_memory is not None and arguments.modules_to_save:
+    if request.resident and request.stream == "none":
+        raise UserError(f"--resident {request.resident} needs --stream ram or --stream disk")
+    if request.max_memory is not None and request.modules_to_save:
         raise UserError("--max-memory does not support --modules-to-save; use only one of them")
-    if arguments.max_memory is not None and (arguments.sweep is not None or arguments.adapters != 1):
+    if request.max_memory is not None and (request.sweep is not None or request.adapters != 1):
         raise UserError("--max-memory plans one adapter; remove --sweep and --adapters")
-    resident = None if arguments.resident is None else _size("--resident", arguments.resident)
-    link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
-    memory, _ = _memory(arguments.memory, arguments.device)
-    name, config, source = _config(arguments)
+    resident = None if request.resident is None else _size("--resident", request.resident)
+    link, flops = _rate("--link", request.link), _rate("--flops", request.flops)
+    memory, _ = _memory(request.memory, request.device)
+    name, config, source = _config(request)
     from qlora_ext import cpu
 
     from ..planning.advice import savings
     from ..planning.blocks import place, streamed
     from ..planning.memory import process_bytes, split
 
-    if arguments.max_memory is not None:
-        job = _job(arguments, config, source)
+    if request.max_memory is not None:
+        job = _job(request, config, source)
         with reading("configuration", name):
-            return _options_that_fit(job, _size("--max-memory", arguments.max_memory), link, flops)
+            return _options_that_fit(job, _size("--max-memory", request.max_memory), link, flops)
     with reading("configuration", name):
-        job, measured, sweep = _largest(arguments, config, source)
+        job, measured, sweep = _largest(request, config, source)
     parts = split(job, measured)
     streaming: dict[str, Any] = {}
-    if arguments.stream != "none":
+    if request.stream != "none":
         blocks = streamed(job)
         parts, slots = place(parts, blocks, resident)
         every_pass, step = blocks.free_tokens(link, flops, job.grad_checkpointing)
         streaming = {
-            "source": arguments.stream,
+            "source": request.stream,
             "slots": slots,
             "block_bytes": blocks.total / blocks.blocks,
             "device_bytes": sum(parts.values()),
-            "host_bytes": blocks.host_bytes(arguments.stream),
-            "disk_bytes": blocks.total if arguments.stream == "disk" else 0,
+            "host_bytes": blocks.host_bytes(request.stream),
+            "disk_bytes": blocks.total if request.stream == "disk" else 0,
             "step_bytes": blocks.step_bytes(slots),
             "free_tokens": every_pass,
             "free_tokens_of_the_step": step,
@@ -340,10 +322,8 @@ def _planned(arguments: argparse.Namespace) -> dict[str, Any]:
         parts["process"] = process_bytes()
     total = sum(parts.values())
     fits = total <= memory
-    if arguments.plot is not None:
-        _plot(
-            output_file("--plot", arguments.plot, _MARK, []), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory
-        )
+    if request.plot is not None:
+        _plot(output_file("--plot", request.plot, _MARK, []), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory)
     advice = {} if fits or streaming else {_as_option(change): saving for change, saving in savings(job, measured)}
     return (
         {"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": advice}
@@ -353,15 +333,15 @@ def _planned(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _print_plan(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+def _print_plan(found: dict[str, Any], request: PlanRequest) -> None:
     total, memory = found["total"], found["memory"]
     for key, size in found["bytes"].items():
         print(f"{key:<16} {size / 1e9:9.3f} GB  {100 * size / total:5.1f}%")
     print(f"{'total':<16} {total / 1e9:9.3f} GB per device, at the peak of a step")
     if streaming := found.get("streaming"):
-        link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
+        link, flops = _rate("--link", request.link), _rate("--flops", request.flops)
         print(
-            f"streamed from {arguments.stream}: {streaming['slots']} buffers of "
+            f"streamed from {request.stream}: {streaming['slots']} buffers of "
             f"{streaming['block_bytes'] / 1e9:.3f} GB, {streaming['host_bytes'] / 1e9:.2f} GB pinned on the host, "
             f"{streaming['step_bytes'] / 1e9:.2f} GB per step"
         )
@@ -374,7 +354,7 @@ def _print_plan(found: dict[str, Any], arguments: argparse.Namespace) -> None:
         whose_peak = f"the largest, {sweep['largest']}" if sweep["largest"] else "one"
         print(f"{sweep['adapters']} adapters are trained one after the other; the peak is that of {whose_peak}")
         print(f"{'disk':<16} {sweep['disk_bytes'] / 1e9:9.3f} GB for all of them, with two checkpoints each")
-    _, whose = _memory(arguments.memory, arguments.device)
+    _, whose = _memory(request.memory, request.device)
     print(f"{'fits' if found['fits'] else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")
     if "threads" in found:
         print(f"threads: {found['threads']}")
@@ -384,21 +364,16 @@ def _print_plan(found: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    found = _planned(arguments)
+    sweep = None if arguments.sweep is None else " ".join(arguments.sweep)
+    options = options_in(PlanRequest, {**vars(arguments), "sweep": sweep})
+    found = _planned(options)
     if arguments.json:
         print(json.dumps(found, indent=2))
     elif "options" in found:
-        _print_options(found, arguments)
+        _print_options(found, options)
     else:
-        _print_plan(found, arguments)
+        _print_plan(found, options)
     return 0
-
-
-class _Arguments(argparse.ArgumentParser):
-    """Reads the arguments of ``plan``."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def plan(**options: Any) -> dict[str, Any]:
@@ -413,7 +388,7 @@ def plan(**options: Any) -> dict[str, Any]:
         ``fits``, and the ``savings`` by option; with ``max_memory``, the ``options`` with which the run fits.
 
     Raises:
-        TypeError: an option is unknown.
+        TypeError: an option is unknown, or its value has a wrong type.
         ValueError: an argument is out of range, contradicts another, or names a file that is missing or damaged. The
             message names the argument.
         ImportError: a required library is missing.
@@ -423,16 +398,7 @@ def plan(**options: Any) -> dict[str, Any]:
         >>> plan["fits"], sorted(plan["bytes"])[:2]
         (True, ['activations', 'adapters'])
     """
-    parser = _Arguments(prog="plan", add_help=False, allow_abbrev=False)
-    _add_options(parser)
-    known, typed = parser.parse_args([]), []
-    for name, value in options.items():
-        if name not in known:
-            raise TypeError(f"plan() got an unexpected keyword argument {name!r}")
-        option = f"--{name.replace('_', '-')}"
-        if value is not None and value is not False:
-            typed.append(option if value is True else f"{option}={value}")
     try:
-        return _planned(parser.parse_args(typed))
+        return _planned(PlanRequest(**keywords_of("plan", PlanRequest, options)))
     except UserError as error:
         raise ValueError(as_arguments(str(error))) from error

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 from typing import Any
 
-from qlora_ext.formats import BLOCK_SIZES
 from qlora_ext.untrusted import printable
 
 from ..errors import UserError
@@ -16,10 +15,11 @@ from ..models.loading import Loader
 from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_tokenizer, restore_use_cache
 from ..models.size import dense_share, model_size
 from ..models.sources import PROVENANCE, resolve
-from ..options import add_trust_option
+from ..options import add_options, options_in
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
 from ..quantization import calibrate, mixed_precision
+from ..quantization.request import QuantizeRequest
 
 
 def add_parser(commands: Any) -> None:
@@ -29,33 +29,7 @@ def add_parser(commands: Any) -> None:
         description="Quantizes a model to NF4 while loading it, and saves it with its tokenizer. The result loads with "
         "AutoModelForCausalLM.from_pretrained after `import qlora_ext`, and as --model of all commands.",
     )
-    parser.add_argument("--model", required=True, help="a model directory, a .gguf file, a hub name, or package:NAME")
-    add_trust_option(parser)
-    parser.add_argument("--output", required=True, metavar="DIR", help="output directory")
-    parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
-    parser.add_argument(
-        "--block-size", type=int, default=64, choices=BLOCK_SIZES, metavar="N",
-        help="weights per scale, a power of two from 16 to 4096 (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--format", default="qlora_ext", choices=("qlora_ext", "bitsandbytes"),
-        help="format of the 4-bit weights: ours, or one that loads with bitsandbytes alone (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in float32")
-    parser.add_argument(
-        "--embeddings", action="store_true",
-        help="quantize embeddings too, and output heads tied to them: smaller, faster to generate with, less accurate",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quantize-rest", action="store_true",
-        help="of a GGUF file with 4-bit weights, which stay as they are, quantize the other layers to NF4 instead of "
-        "leaving them dense",
-    )  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16", help="dtype of the dense weights (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    calibrate.add_options(parser)
-    calibrate.add_init_lora_options(parser)
-    mixed_precision.add_option(parser)
+    add_options(parser, QuantizeRequest)
     parser.shorten_help(
         "--model", "--output", "--overwrite", "--block-size", "--format", "--embeddings", "--device", "--calibrate"
     )
@@ -64,46 +38,43 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    with claim(arguments.output, arguments.overwrite) as output:
-        return _run(arguments, output)
+    request = options_in(QuantizeRequest, vars(arguments))
+    with claim(request.output, request.overwrite) as output:
+        return _run(request, output)
 
 
-def _run(arguments: argparse.Namespace, output: Output) -> int:
-    from qlora_ext.calibration import calibration_of
+def _run(request: QuantizeRequest, output: Output) -> int:
+    from qlora_ext.calibration import InitLora, calibration_of
     from qlora_ext.fidelity.integrity import problems_of
     from qlora_ext.form import Form
     from qlora_ext.integrations.bitsandbytes import save_pretrained
     from qlora_ext.nn import Embedding4bit
 
-    if arguments.embeddings and arguments.format == "bitsandbytes":
-        raise UserError(
-            "--embeddings and --format bitsandbytes exclude each other: bitsandbytes loads no 4-bit embeddings"
-        )
-    dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
-    source = resolve(arguments.model, arguments.trust_remote_code)
-    output.protect("--model", arguments.model, source.on_disk)
-    if arguments.quantize_rest and not has_4bit_blocks(source):
-        raise UserError(f"--quantize-rest: expected a GGUF file with 4-bit weights, got {arguments.model}")
-    calibrate.protect(arguments, output)
+    dtype, device = parse_dtype(request.dtype), parse_device(request.device)
+    source = resolve(request.model, request.trust_remote_code)
+    output.protect("--model", request.model, source.on_disk)
+    if request.quantize_rest and not has_4bit_blocks(source):
+        raise UserError(f"--quantize-rest: expected a GGUF file with 4-bit weights, got {request.model}")
+    calibrate.protect(request, output)
     output.check()
-    init_lora = calibrate.init_lora(arguments)
+    init_lora = None if request.init_lora is None else InitLora(request.init_lora, request.init_rank)
     tokenizer = load_tokenizer(source)
-    form = Form.of(block_size=arguments.block_size, double_quant=not arguments.no_double_quant)
-    loader = Loader(source, form, dtype, device, embeddings=arguments.embeddings, rest=arguments.quantize_rest)
-    mixed = mixed_precision.from_options(arguments, tokenizer, form)
-    dense_first = arguments.calibrate != "none" or init_lora is not None or mixed is not None
-    dense_first = dense_first or (arguments.format == "bitsandbytes" and has_4bit_blocks(source))  # it has NF4 only
+    form = Form.of(block_size=request.block_size, double_quant=not request.no_double_quant)
+    loader = Loader(source, form, dtype, device, embeddings=request.embeddings, rest=request.quantize_rest)
+    mixed = mixed_precision.from_options(request, tokenizer, form)
+    dense_first = request.calibrate != "none" or init_lora is not None or mixed is not None
+    dense_first = dense_first or (request.format == "bitsandbytes" and has_4bit_blocks(source))  # it has NF4 only
     with contextlib.ExitStack() as stack:
         spill = None
         if not dense_first and device.type == "cpu":
             spill = stack.enter_context(spilled(loader, output))
-        layers = stack.enter_context(calibrate.stored_layers(arguments, output))
-        with calibrate.calibration(arguments, tokenizer, layers) as calibration:
+        layers = stack.enter_context(calibrate.stored_layers(request, output))
+        with calibrate.calibration(request, tokenizer, layers) as calibration:
             if dense_first:
                 model = loader.dense_first(calibration, init_lora, mixed)
             else:
                 model = loader.while_loading(spill=spill)
-        if arguments.embeddings and not any(isinstance(module, Embedding4bit) for module in model.modules()):
+        if request.embeddings and not any(isinstance(module, Embedding4bit) for module in model.modules()):
             raise UserError(f"--embeddings: {source.name} has no embeddings that can be 4-bit, or is already 4-bit")
         if is_4bit(source):
             problems = problems_of(model)
@@ -116,8 +87,8 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             dense = None if mixed is None else mixed.record()
             write_json(partial / PROVENANCE, {"model": dense_name(source), "kept": dense})
             if report:
-                write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
-            if arguments.format == "bitsandbytes":
+                write_json(partial / calibrate.RECORD, calibrate.record(request, report))
+            if request.format == "bitsandbytes":
                 save_pretrained(model, partial)
             else:
                 model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
@@ -133,7 +104,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         print(mixed.summary())
     weights = model_size(model)
     print(
-        f"{output.path}: {weights.dense_bytes(dtype) / 1e6:.1f} MB in {arguments.dtype} -> "
+        f"{output.path}: {weights.dense_bytes(dtype) / 1e6:.1f} MB in {request.dtype} -> "
         f"{weights.bytes / 1e6:.1f} MB in 4 bits"
     )
     return 0

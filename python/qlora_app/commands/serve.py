@@ -17,7 +17,7 @@ from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
 from ..models.adapter_files import check_files, find, load
 from ..models.sources import PACKAGE
-from ..options import add_base_options, add_dtype_option
+from ..options import BaseOptions, add_options, options_in
 from ..vocabulary import vocabulary_size
 
 _LIBRARIES = ("starlette", "uvicorn")  # of the extra [serve]
@@ -69,8 +69,7 @@ def add_parser(commands: Any) -> None:
         "--reproducible", action="store_true",
         help="make answers to requests with a seed independent of other requests; costs as much as --sequences answers",
     )  # fmt: skip
-    add_base_options(parser)
-    add_dtype_option(parser)
+    add_options(parser, BaseOptions, ["model", "trust_remote_code", "force", "device", "dtype"])
     parser.set_defaults(run=run)
 
 
@@ -116,7 +115,7 @@ def _find(arguments: argparse.Namespace) -> tuple[Adapted, dict[str, pathlib.Pat
     """The base with the first adapter, and the directories of all models by name. The base has none."""
     named = [_named(adapter) for adapter in arguments.adapter or []]
     first = named[0][1] if named else None
-    adapted = find_adapted(argparse.Namespace(**{**vars(arguments), "adapter": first}))
+    adapted = find_adapted(options_in(BaseOptions, {**vars(arguments), "adapter": first}))
     paths: list[tuple[str, pathlib.Path | None]] = [(_base_name(adapted), None)]
     if adapted.adapter is not None and not named:  # the default run
         named = [_named(str(adapted.adapter))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import pathlib
@@ -21,7 +20,7 @@ from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
 from ..models.sources import resolve
 from ..training.evaluation import rows_of_run, token_losses
 from .job import Factors, Job
-from .targets import CHECKS
+from .targets import CHECKS, ExportRequest
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +84,7 @@ class Report:
         return increases.mean().item(), increases.std(correction=0).item() / math.sqrt(len(increases))
 
 
-def check_options(arguments: argparse.Namespace) -> None:
+def check_options(arguments: ExportRequest) -> None:
     """Checks the options of a check against each other.
 
     Raises:
@@ -107,7 +106,7 @@ class Check:
         job: the export.
     """
 
-    def __init__(self, arguments: argparse.Namespace, job: Job) -> None:
+    def __init__(self, arguments: ExportRequest, job: Job) -> None:
         self._tokens, self._job = CHECKS[arguments.check], job
         self._model: Any = None
         self._adapted = None if _without_weights(arguments, job) else find_adapted(arguments)
@@ -189,9 +188,9 @@ class Check:
         return token_losses(model, text.rows, text.size, self._dtype)
 
 
-def _without_weights(arguments: argparse.Namespace, job: Job) -> bool:
+def _without_weights(arguments: ExportRequest, job: Job) -> bool:
     """Whether the base of an adapter that is written alone has no weights on this machine, which the target permits."""
-    if job.read_adapter is None:
+    if job.read_adapter is None or arguments.adapter is None:
         return False
     source = base_of(find(arguments.adapter), arguments.model, arguments.trust_remote_code)
     if source.directory is None or any(source.directory.glob("*.safetensors")) or any(source.directory.glob("*.bin")):
@@ -200,7 +199,7 @@ def _without_weights(arguments: argparse.Namespace, job: Job) -> bool:
     return True
 
 
-def _text(arguments: argparse.Namespace, adapted: Adapted, tokens: int) -> _Text:
+def _text(arguments: ExportRequest, adapted: Adapted, tokens: int) -> _Text:
     """The text that ``--data`` names; by default the examples of the run, first those that it has held out.
 
     Raises:

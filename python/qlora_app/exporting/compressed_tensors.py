@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from ..models.size import model_size
 from .calibrated import CalibratedWeights
 from .job import Job
 from .model_directories import check_linear, find_model, size_of, writer
+from .targets import ExportRequest
 from .trained_for import trained_for
 from .tying import tie_if_equal, untie
 from .weights import Encoder, before_and_after, finished_in, layers_by_name, stacks_in, stored_in
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
     from qlora_ext.weight import Weight4bit
 
 
-def prepare(arguments: argparse.Namespace, name: str) -> Job:
+def prepare(request: ExportRequest) -> Job:
     """The merged model in that kind of 4-bit weights."""
     from qlora_ext.checkpoints.compressed_tensors_files import KINDS
     from qlora_ext.integrations.transformers.checkpoint_experts import layers_of_experts
     from qlora_ext.nn import Linear4bit, layers_of, quantize_model
 
-    kind = KINDS[name]
-    adapted, skeleton = find_model(arguments)
+    kind = KINDS[request.kind]
+    adapted, skeleton = find_model(request)
     loader = adapted.loader
     with torch.device("meta"):
         quantized = quantize_model(skeleton.to(loader.dtype), **kind.form.keywords)
-    experts = check_linear(arguments.to, adapted, quantized)
+    experts = check_linear(request.to, adapted, quantized)
     stored = getattr(load_config(adapted.source), "quantization_config", None) or {}
-    if stored.get("quant_method") == "compressed-tensors" and not _is_reencoded(adapted, name):
+    if stored.get("quant_method") == "compressed-tensors" and not _is_reencoded(adapted, request.kind):
         if stored.get("format") != kind.format.name:
             raise UserError(
-                f"--to {arguments.to}: {adapted.source.name} is in {stored.get('format')} already, and rounding it to "
+                f"--to {request.to}: {adapted.source.name} is in {stored.get('format')} already, and rounding it to "
                 "another 4-bit format would cost accuracy; use the target of its own format, or --to dense"
             )
         return Job(size_of(model_size(quantized).bytes, adapted), lambda: _in_own_format(adapted))
@@ -59,7 +59,7 @@ def prepare(arguments: argparse.Namespace, name: str) -> Job:
     fitting = {name: layer for name, layer in experts.items() if all(map(kind.fits, layer.packed_shapes.values()))}
     if not names and not fitting:
         raise UserError(
-            f"--to {arguments.to}: {adapted.source.name} has no layer with rows of a multiple of "
+            f"--to {request.to}: {adapted.source.name} has no layer with rows of a multiple of "
             f"{kind.form.block_size} weights; use --to dense"
         )
     dense = validate_model.skeleton(adapted.source, load_config(adapted.source))  # which has transformers' conversions
@@ -70,7 +70,7 @@ def prepare(arguments: argparse.Namespace, name: str) -> Job:
             for parameter, shape in layer.packed_shapes.items()
         }
     except ValueError as error:
-        raise UserError(f"--to {arguments.to}: {first_line(error)}; use --to dense") from error
+        raise UserError(f"--to {request.to}: {first_line(error)}; use --to dense") from error
     calibrated = CalibratedWeights(adapted, kind.form, lambda model: [*_encoded(_layers(model, names), kind)])
     plan = _Plan(adapted, kind, names, fitting, parts, calibrated)
     return Job(size_of(model_size(quantized).bytes, adapted), lambda: _build(plan), calibrated=calibrated)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -20,6 +19,7 @@ from ..models.pretrained import load_config
 from .job import Factors, Job
 from .lora import PREFIX, adapted_experts, architecture_of, check_biases, check_plain, check_tied, ranks_of
 from .read_adapter import read_adapter
+from .targets import ExportRequest
 
 if TYPE_CHECKING:
     from qlora_ext.integrations.peft.experts import LoraExperts4bit
@@ -44,18 +44,18 @@ def _scalings(ranks: dict[str, int], adapter: pathlib.Path) -> dict[str, tuple[f
     return found
 
 
-def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
+def prepare(request: ExportRequest) -> Job:
     """The adapter, as float32 or float16."""
     from qlora_ext.dtype_names import dtype_named
     from qlora_ext.nn import Experts4bit, layers_of, quantize_model
 
     from ..gguf.adapter import fold, places, stack_places
 
-    if arguments.adapter is None:
+    if request.adapter is None:
         raise UserError(f"{_TARGET}: expected an adapter (--adapter), got a model; use --to dense")
-    adapter = find(arguments.adapter)
+    adapter = find(request.adapter)
     check_files(adapter)
-    source = base_of(adapter, arguments.model, arguments.trust_remote_code)
+    source = base_of(adapter, request.model, request.trust_remote_code)
     base_config = load_config(source)
     model = validate_model.skeleton(source, base_config)
     check_biases(_TARGET, adapter, model)
@@ -76,7 +76,7 @@ def prepare(arguments: argparse.Namespace, dtype: str) -> Job:
         found |= stack_places(architecture, model, shapes)
     except ValueError as error:
         raise UserError(f"{_TARGET}: {first_line(error)}; use --to dense") from error
-    kept = dtype_named(dtype)
+    kept = dtype_named("float16" if request.kind == "f16" else "float32")
     state = model.state_dict()
     count = sum(rank * sum(state[f"{layer}.weight"].shape) for layer, rank in ranks.items())
     for name, (e, n, k) in shapes.items():

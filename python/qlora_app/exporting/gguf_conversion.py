@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import os
@@ -32,6 +31,7 @@ from .gguf_description import add_description
 from .job import Job
 from .lora import architecture_of, check_mergeable, tied_layer
 from .merged_weights import MergedWeights, Read
+from .targets import ExportRequest
 from .tying import untie
 from .weights import Encoder, is_linear, layers_by_name, scaled_by
 
@@ -72,13 +72,13 @@ class _Conversion:
     calibrated: CalibratedWeights | None
 
 
-def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton: Any) -> Job:
+def prepare(request: ExportRequest, kind: str, adapted: Adapted, skeleton: Any) -> Job:
     """A file with the weights in the type ``kind``.
 
     Args:
         skeleton: the dense model, without memory for its weights.
     """
-    target, source = f"--to {arguments.to}", adapted.source
+    target, source = f"--to {request.to}", adapted.source
     config = load_config(source)
     architecture = architecture_of(target, source, config)
     if adapted.adapter is not None:
@@ -95,7 +95,7 @@ def prepare(arguments: argparse.Namespace, kind: str, adapted: Adapted, skeleton
         words = tokenizer.convert(adapted.tokenizer, config, rows)
     except ValueError as error:
         raise UserError(f"{target}: {source.name}: {first_line(error)}; or use --to dense") from error
-    factors, embeddings = metadata.rope_tensors(config), embeddings_kind(arguments.embeddings, kind)
+    factors, embeddings = metadata.rope_tensors(config), embeddings_kind(request.embeddings, kind)
     kinds, nbytes = [], words.nbytes + _MORE_METADATA + sum(tensor.nbytes for tensor in factors.values())
     for tensor in tensors:
         kinds.append((tensor, kind_of(tensor, kind, embeddings)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -34,6 +33,7 @@ from .job import Job
 from .lora import adapted_experts, architecture_of, check_plain, check_tied, ranks_of
 from .merged_weights import MergedWeights
 from .model_directories import find_model
+from .targets import ExportRequest
 from .trained_for import trained_for
 from .weights import Encoder
 
@@ -42,17 +42,18 @@ _MORE_METADATA = 1 << 16  # bytes
 _FLOAT32 = ("ffn_gate_inp.weight", "_norm.weight")
 
 
-def prepare(arguments: argparse.Namespace, kind: str) -> Job:
-    """A file in which the weights have the type ``kind``, or of a GGUF file those that change."""
-    target = f"--to {arguments.to}"
-    if arguments.adapter is None:
-        source = resolve(arguments.model, arguments.trust_remote_code)
+def prepare(request: ExportRequest) -> Job:
+    """A file in which the weights have the type of the target, or of a GGUF file those that change."""
+    target, kind = f"--to {request.to}", (request.kind or "q8_0").upper()
+    if request.adapter is None:
+        assert request.model is not None
+        source = resolve(request.model, request.trust_remote_code)
         if source.gguf_file is not None:
-            return _retype(target, source, kind, arguments.embeddings)
-    adapted, skeleton = find_model(arguments)
+            return _retype(target, source, kind, request.embeddings)
+    adapted, skeleton = find_model(request)
     if adapted.source.gguf_file is None:
-        return gguf_conversion.prepare(arguments, kind, adapted, skeleton)
-    return _merge(target, adapted, skeleton, kind, arguments.embeddings)
+        return gguf_conversion.prepare(request, kind, adapted, skeleton)
+    return _merge(target, adapted, skeleton, kind, request.embeddings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from ..models.sources import PROVENANCE
 from ..outputs.files import write_json
 from .job import Job
 from .lora import check_biases
+from .targets import ExportRequest
 from .trained_for import trained_for
 from .tying import tie_if_equal, untie
 
@@ -30,9 +30,9 @@ _BYTES_PER_TOKEN = 64  # of a tokenizer's files, with its merges
 _OTHER_FILES = 1 << 16  # bytes
 
 
-def find_model(arguments: argparse.Namespace) -> tuple[Adapted, Any]:
+def find_model(request: ExportRequest) -> tuple[Adapted, Any]:
     """The model and its adapter, and the dense model without memory for its weights."""
-    adapted = find_adapted(arguments)
+    adapted = find_adapted(request)
     if adapted.adapter is not None and "target_modules" not in config_of(adapted.adapter):
         kind = config_of(adapted.adapter).get("peft_type")
         raise UserError(
@@ -43,7 +43,7 @@ def find_model(arguments: argparse.Namespace) -> tuple[Adapted, Any]:
     validate_model.check_room(adapted.source, config)
     skeleton = validate_model.skeleton(adapted.source, config)
     if adapted.adapter is not None:
-        check_biases(f"--to {arguments.to}", adapted.adapter, skeleton)
+        check_biases(f"--to {request.to}", adapted.adapter, skeleton)
     return adapted, skeleton
 
 
@@ -62,9 +62,13 @@ def writer(model: Any, adapted: Adapted, save: Callable[[Any, pathlib.Path], Non
     return write
 
 
-def dense(arguments: argparse.Namespace) -> Job:
+def prepare(request: ExportRequest) -> Job:
+    return _dense(request) if request.to == "dense" else _bitsandbytes(request)
+
+
+def _dense(request: ExportRequest) -> Job:
     """The merged, or decoded, model in ``--dtype``."""
-    adapted, skeleton = find_model(arguments)
+    adapted, skeleton = find_model(request)
     loader = adapted.loader
 
     def build() -> Callable[[pathlib.Path], None]:
@@ -152,7 +156,7 @@ def _with_dense_experts(model: Any) -> Any:
     return model
 
 
-def bitsandbytes(arguments: argparse.Namespace) -> Job:
+def _bitsandbytes(request: ExportRequest) -> Job:
     """The model in NF4, into whose codes the adapter is merged by the rounding of ``merge --4bit``.
 
     Experts are dense: bitsandbytes has 4-bit linear layers only.
@@ -163,7 +167,7 @@ def bitsandbytes(arguments: argparse.Namespace) -> Job:
     from qlora_ext.integrations.peft import merge_to_4bit
     from qlora_ext.nn import quantize_model
 
-    adapted, skeleton = find_model(arguments)
+    adapted, skeleton = find_model(request)
     loader = adapted.loader
     with torch.device("meta"):
         experts = check_linear(

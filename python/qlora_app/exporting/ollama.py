@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -14,37 +13,38 @@ from ..models.adapted import Adapted, find_adapted
 from ..outputs.files import write_text
 from . import gguf_adapter, gguf_model, modelfile
 from .job import Job
+from .targets import ExportRequest
 
 _MODEL, _ADAPTER = "model.gguf", "adapter.gguf"
 
 
-def prepare(arguments: argparse.Namespace, kind: str) -> Job:
-    """The merged model in a type of GGUF; or if ``kind`` is "adapter", the adapter alone."""
-    if kind == "adapter":
-        return _adapter(arguments)
-    job = gguf_model.prepare(arguments, kind.upper())
-    return _with_modelfile(job, arguments, find_adapted(arguments), pathlib.PurePath(_MODEL), None)
+def prepare(request: ExportRequest) -> Job:
+    """The merged model in a type of GGUF; or if that is "adapter", the adapter alone."""
+    if request.kind == "adapter":
+        return _adapter(request)
+    job = gguf_model.prepare(request)
+    return _with_modelfile(job, request, find_adapted(request), pathlib.PurePath(_MODEL), None)
 
 
-def _adapter(arguments: argparse.Namespace) -> Job:
-    job = gguf_adapter.prepare(arguments, "float32")
-    adapted, read = find_adapted(arguments), job.read_adapter
+def _adapter(request: ExportRequest) -> Job:
+    job = gguf_adapter.prepare(request)
+    adapted, read = find_adapted(request), job.read_adapter
     source = adapted.source
     if source.gguf_file is None:
         raise UserError(
-            f"--to {arguments.to}: expected an adapter whose base is a GGUF file, which the Modelfile names, got "
+            f"--to {request.to}: expected an adapter whose base is a GGUF file, which the Modelfile names, got "
             f"{source.name}; use --to ollama"
         )
     base = pathlib.Path(source.path).absolute() / source.gguf_file
     if not str(base).isprintable():
-        raise UserError(f"--to {arguments.to}: a Modelfile cannot name {printable(base)}; rename it")
+        raise UserError(f"--to {request.to}: a Modelfile cannot name {printable(base)}; rename it")
     assert read is not None
     job = dataclasses.replace(job, read_adapter=lambda path: read(path / _ADAPTER))
-    return _with_modelfile(job, arguments, adapted, base, _ADAPTER)
+    return _with_modelfile(job, request, adapted, base, _ADAPTER)
 
 
 def _with_modelfile(
-    job: Job, arguments: argparse.Namespace, adapted: Adapted, base: pathlib.PurePath, adapter: str | None
+    job: Job, request: ExportRequest, adapted: Adapted, base: pathlib.PurePath, adapter: str | None
 ) -> Job:
     """The job with its file in a directory, next to a Modelfile."""
 
@@ -58,7 +58,7 @@ def _with_modelfile(
             write_text(directory / "Modelfile", text)
             for note in notes:
                 print(printable(note))
-            print(f"import it with: ollama create NAME -f {printable(pathlib.Path(arguments.output) / 'Modelfile')}")
+            print(f"import it with: ollama create NAME -f {printable(pathlib.Path(request.output) / 'Modelfile')}")
 
         return write_both
 

@@ -1,11 +1,13 @@
-"""The targets of ``export``. Their modules are imported when a target is used, because the parser needs the names."""
+"""The options of ``export``, and its targets, whose modules are imported when a target is used."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Callable
+import importlib
 from typing import TYPE_CHECKING
+
+from ..options import REQUIRED, SavedOptions, like, option
+from ..quantization.calibrate import CalibrationOptions
 
 if TYPE_CHECKING:
     from .job import Job
@@ -22,53 +24,22 @@ class Target:
 
     Attributes:
         help: what comes out, for ``export --help``.
-        prepare: checks that the target can hold what the arguments name, without reading weights.
+        module: its ``prepare`` checks that the target can hold what a request names, without reading weights.
         suffix: of the file that it is; None for a directory.
         max_loss_increase: by which the loss may exceed that of the trained model, in nats per token.
         has_embeddings: whether --embeddings says how it stores embeddings.
     """
 
     help: str
-    prepare: Callable[[argparse.Namespace], Job]
+    module: str
     suffix: str | None = None
     max_loss_increase: float = FOUR_BIT_LIMIT
     has_embeddings: bool = False
 
-
-def _dense(arguments: argparse.Namespace) -> Job:
-    from . import model_directories
-
-    return model_directories.dense(arguments)
-
-
-def _bitsandbytes(arguments: argparse.Namespace) -> Job:
-    from . import model_directories
-
-    return model_directories.bitsandbytes(arguments)
-
-
-def _compressed_tensors(arguments: argparse.Namespace) -> Job:
-    from . import compressed_tensors
-
-    return compressed_tensors.prepare(arguments, arguments.to.partition(":")[2])
-
-
-def _gguf_adapter(arguments: argparse.Namespace) -> Job:
-    from . import gguf_adapter
-
-    return gguf_adapter.prepare(arguments, "float16" if arguments.to.endswith(":f16") else "float32")
-
-
-def _gguf_model(arguments: argparse.Namespace) -> Job:
-    from . import gguf_model
-
-    return gguf_model.prepare(arguments, arguments.to.partition(":")[2].upper())
-
-
-def _ollama(arguments: argparse.Namespace) -> Job:
-    from . import ollama
-
-    return ollama.prepare(arguments, arguments.to.partition(":")[2] or "q8_0")
+    def prepare(self, request: ExportRequest) -> Job:
+        """Calls the function of that name in the target's module."""
+        job: Job = importlib.import_module(f".{self.module}", __package__).prepare(request)
+        return job
 
 
 # By the type of the matrices in a .gguf file.
@@ -85,13 +56,45 @@ _FOR_OLLAMA = "a directory with such a file (ollama: q8_0) and a Modelfile"
 EMBEDDINGS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4")
 
 TARGETS = {
-    "dense": Target("a model directory in --dtype", _dense, max_loss_increase=DENSE_LIMIT),
-    "bitsandbytes": Target("a directory in NF4", _bitsandbytes),
-    **{f"compressed-tensors:{kind}": Target(_COMPRESSED, _compressed_tensors) for kind in ("int4", "nvfp4", "mxfp4")},
-    "gguf-adapter": Target(_ADAPTER, _gguf_adapter, ".gguf", DENSE_LIMIT),
-    "gguf-adapter:f16": Target(_ADAPTER, _gguf_adapter, ".gguf", DENSE_LIMIT),
-    **{f"gguf:{kind}": Target(_IN_GGUF, _gguf_model, ".gguf", limit, True) for kind, limit in _GGUF_LIMITS.items()},
-    "ollama": Target(_FOR_OLLAMA, _ollama, None, DENSE_LIMIT, True),
-    **{f"ollama:{kind}": Target(_FOR_OLLAMA, _ollama, None, limit, True) for kind, limit in _GGUF_LIMITS.items()},
-    "ollama:adapter": Target("the same with the adapter alone", _ollama, None, DENSE_LIMIT),
+    "dense": Target("a model directory in --dtype", "model_directories", max_loss_increase=DENSE_LIMIT),
+    "bitsandbytes": Target("a directory in NF4", "model_directories"),
+    **{f"compressed-tensors:{kind}": Target(_COMPRESSED, "compressed_tensors") for kind in ("int4", "nvfp4", "mxfp4")},
+    "gguf-adapter": Target(_ADAPTER, "gguf_adapter", ".gguf", DENSE_LIMIT),
+    "gguf-adapter:f16": Target(_ADAPTER, "gguf_adapter", ".gguf", DENSE_LIMIT),
+    **{f"gguf:{kind}": Target(_IN_GGUF, "gguf_model", ".gguf", limit, True) for kind, limit in _GGUF_LIMITS.items()},
+    "ollama": Target(_FOR_OLLAMA, "ollama", None, DENSE_LIMIT, True),
+    **{f"ollama:{kind}": Target(_FOR_OLLAMA, "ollama", None, limit, True) for kind, limit in _GGUF_LIMITS.items()},
+    "ollama:adapter": Target("the same with the adapter alone", "ollama", None, DENSE_LIMIT),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportRequest(SavedOptions, CalibrationOptions):
+    """What ``export`` writes, where to, and how it checks the result."""
+
+    to: str = option(REQUIRED, "one of the targets above", choices=(*TARGETS,), metavar="TARGET")
+    adapter: str | None = like(SavedOptions, "adapter")
+    output: str = option(REQUIRED, "what is written", metavar="PATH")
+    overwrite: bool = option(False, "replace what an earlier export wrote to --output")
+    check: str = option(
+        "short", f"short (default): compare on {CHECKS['short']:,} tokens; full; or none", choices=(*CHECKS,),
+        metavar="LENGTH",
+    )  # fmt: skip
+    data: str | None = option(
+        None, "text of the check, as in finetune, or self: the model writes it (default: what the run held out)",
+        metavar="DATA|self",
+    )  # fmt: skip
+    max_loss_increase: float | None = option(
+        None, f"limit in nats per token ({FOUR_BIT_LIMIT} in 4 bits, else {DENSE_LIMIT})"
+    )
+    embeddings: str | None = option(
+        None,
+        f"type of embeddings and output head in GGUF: {', '.join(EMBEDDINGS)} (default: q8_0 in 4 bits, else the "
+        "target's)",
+        choices=EMBEDDINGS, metavar="TYPE",
+    )  # fmt: skip
+
+    @property
+    def kind(self) -> str:
+        """The type that the target's name has after a colon; empty for the target's only or default one."""
+        return self.to.partition(":")[2]

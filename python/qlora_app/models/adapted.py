@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pathlib
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 from qlora_ext.formats import BLOCK_SIZES
 
 from ..errors import UserError
-from ..options import DEFAULT_RUN
+from ..options import DEFAULT_RUN, BaseOptions
 from .adapter_files import RECORD, base_of, check_files, find, load, record_of
 from .devices import parse_computing_dtype, parse_device, parse_dtype
 from .loading import Loader
@@ -55,7 +54,7 @@ class Adapted:
         return prepare_to_answer(self.load())
 
 
-def find_adapted(arguments: argparse.Namespace) -> Adapted:
+def find_adapted(options: BaseOptions) -> Adapted:
     """Finds the base and the adapter that ``--model`` and ``--adapter`` name.
 
     Raises:
@@ -63,21 +62,22 @@ def find_adapted(arguments: argparse.Namespace) -> Adapted:
     """
     from qlora_ext.form import Form
 
-    dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
-    compute = parse_computing_dtype(arguments.dtype, device)
+    dtype, device = parse_dtype(options.dtype), parse_device(options.device)
+    compute = parse_computing_dtype(options.dtype, device)
     block_size = Form.block_size
     path = None
-    name = arguments.adapter
-    if name is None and arguments.model is None:
+    name = options.adapter
+    if name is None and options.model is None:
         name = DEFAULT_RUN
         if not (pathlib.Path(name) / "adapter" / "adapter_config.json").is_file():
             raise UserError(f"--adapter: no adapter named, and none in ./{DEFAULT_RUN}; name an adapter, or a --model")
         print(f"qlora-ext: using the adapter in ./{name}; choose another with --adapter", file=sys.stderr)
     if name is None:
-        source = resolve(arguments.model, arguments.trust_remote_code)
+        assert options.model is not None
+        source = resolve(options.model, options.trust_remote_code)
     else:
         path = find(name)
-        source = base_of(path, arguments.model, arguments.trust_remote_code)
+        source = base_of(path, options.model, options.trust_remote_code)
         block_size = (record_of(path).get("settings") or {}).get("block_size", block_size)
         if block_size not in BLOCK_SIZES:
             raise UserError(f"{path / RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
@@ -88,4 +88,4 @@ def find_adapted(arguments: argparse.Namespace) -> Adapted:
 
         served = recorded_base_format(path)
     loader = Loader(source, Form(block_size=block_size), dtype, device, compute, served=served)
-    return Adapted(path, loader, arguments.force, load_tokenizer(source))
+    return Adapted(path, loader, options.force, load_tokenizer(source))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..options import Options, option
 from ..outputs.directory import Output
 from ..outputs.waiting import waiting
 from ..special_tokens import sequences, special_tokens
@@ -24,49 +24,18 @@ INITIAL_ADAPTER = "initial_adapter"
 RECORD = "calibration.json"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--calibrate", default="none", metavar="self|DATA|none",
-        help="choose scales and codes for the layers' inputs on a text: one that the model writes (self), or any that "
-        "finetune's --data takes. Takes minutes; the model is better and has the same size (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--calibration-tokens", type=int, default=12288, metavar="N", help="length of that text (default: %(default)s)"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(Options):
+    """The options of commands that calibrate 4-bit weights."""
+
+    calibrate: str = option(
+        "none",
+        "choose scales and codes for the layers' inputs on a text: one that the model writes (self), or any that "
+        "finetune's --data takes. Takes minutes; the model is better and has the same size",
+        metavar="self|DATA|none",
     )
-    parser.add_argument(
-        "--calibration-seed", type=int, default=0, metavar="N",
-        help="seed of the text that the model writes (default: %(default)s)",
-    )  # fmt: skip
-
-
-def add_init_lora_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--init-lora", choices=("svd", "loftq"),
-        help=f"also write an adapter to OUTPUT/{INITIAL_ADAPTER} that approximates the quantization error: of the "
-        "outputs on the text of --calibrate (svd), or of the weights (loftq); finetune --init-adapter starts from it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--init-rank", type=int, default=16, metavar="N", help="rank of that adapter (default: %(default)s)"
-    )
-
-
-def init_lora(arguments: argparse.Namespace) -> InitLora | None:
-    """The settings from ``--init-lora`` and ``--init-rank``.
-
-    Raises:
-        UserError: the rank is invalid, or "svd" has no calibration.
-    """
-    from qlora_ext.calibration import InitLora
-
-    if arguments.init_lora is None:
-        return None
-    if arguments.init_rank < 1:
-        raise UserError(f"--init-rank {arguments.init_rank}: expected 1 or more")
-    if arguments.init_lora == "svd" and arguments.calibrate == "none":
-        raise UserError(
-            "--init-lora svd needs the layers' inputs on a text; add --calibrate self, or --calibrate with a text"
-        )
-    return InitLora(arguments.init_lora, arguments.init_rank)
+    calibration_tokens: int = option(12288, "length of that text", LENGTH)
+    calibration_seed: int = option(0, "seed of the text that the model writes")
 
 
 def write_initial_adapter(model: Any, settings: InitLora, directory: pathlib.Path, base: str) -> None:
@@ -125,7 +94,7 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
 
 
 @contextlib.contextmanager
-def stored_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pathlib.Path | None]:
+def stored_layers(options: CalibrationOptions, output: Output) -> Iterator[pathlib.Path | None]:
     """The directory that retains calibrated layers until the ``with`` statement ends, after the output is written.
 
     A command that was interrupted while calibrating or writing resumes with them. None for ``--calibrate none``.
@@ -133,7 +102,7 @@ def stored_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pat
     Raises:
         UserError: see ``waiting``.
     """
-    if arguments.calibrate == "none":
+    if options.calibrate == "none":
         yield None
         return
     from qlora_ext.calibration import finished_weights
@@ -148,7 +117,7 @@ def stored_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pat
 
 @contextlib.contextmanager
 def calibration(
-    arguments: argparse.Namespace, tokenizer: Any, directory: pathlib.Path | None
+    options: CalibrationOptions, tokenizer: Any, directory: pathlib.Path | None
 ) -> Iterator[Calibration | None]:
     """The calibration that the options describe, with a progress bar; None for ``--calibrate none``.
 
@@ -158,42 +127,40 @@ def calibration(
     Raises:
         UserError: the text does not exist, or is too short.
     """
-    if arguments.calibrate == "none":
+    if options.calibrate == "none":
         yield None
         return
     from qlora_ext.calibration import Calibration
 
     from ..terminal.bars import counted
 
-    if arguments.calibration_tokens < LENGTH:
-        raise UserError(f"--calibration-tokens {arguments.calibration_tokens}: expected {LENGTH} or more")
     inputs = None
-    if arguments.calibrate != "self":
-        inputs = tokens_of(arguments.calibrate, tokenizer, arguments.calibration_tokens, LENGTH)
+    if options.calibrate != "self":
+        inputs = tokens_of(options.calibrate, tokenizer, options.calibration_tokens, LENGTH)
     with counted("calibrating", "writing a text" if inputs is None else "") as progress:
         yield Calibration(
             "self" if inputs is None else inputs,
-            tokens=arguments.calibration_tokens,
+            tokens=options.calibration_tokens,
             length=LENGTH,
-            seed=arguments.calibration_seed,
+            seed=options.calibration_seed,
             directory=directory,
             progress=progress,
         )
 
 
-def protect(arguments: argparse.Namespace, output: Output) -> None:
+def protect(options: CalibrationOptions, output: Output) -> None:
     """Records that the text of ``--calibrate`` is read."""
-    if arguments.calibrate not in ("none", "self"):
-        output.protect("--calibrate", arguments.calibrate)
+    if options.calibrate not in ("none", "self"):
+        output.protect("--calibrate", options.calibrate)
 
 
-def record(arguments: argparse.Namespace, report: list[LayerReport]) -> dict[str, Any]:
+def record(options: CalibrationOptions, report: list[LayerReport]) -> dict[str, Any]:
     """The record of the calibration that is saved with the model."""
     return {
         "method": "weighted scales, error feedback (GPTQ)",
-        "inputs": arguments.calibrate,
-        "tokens": arguments.calibration_tokens,
-        "seed": arguments.calibration_seed if arguments.calibrate == "self" else None,
+        "inputs": options.calibrate,
+        "tokens": options.calibration_tokens,
+        "seed": options.calibration_seed if options.calibrate == "self" else None,
         "layers": [dataclasses.asdict(layer) for layer in report],
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -15,17 +14,10 @@ if TYPE_CHECKING:
     from qlora_ext.fidelity import LayerCost, Sensitivity
     from qlora_ext.form import Form
 
+    from .request import QuantizeRequest
+
 # Size of the text on which the layers are compared. Sequences are short, because each is one sample per layer.
 TOKENS, LENGTH = 4096, 128
-
-
-def add_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--keep", metavar="N|SHARE|SIZE",
-        help="keep the layers in 16 bits whose 4 bits cost the most loss per byte: a number of layers (8), or as many "
-        "as fit into a percentage of the 4-bit model's size (5%%) or into a size (200MB). Measured on the text of "
-        "--calibrate, or on text that the model writes",
-    )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -87,28 +79,28 @@ class MixedPrecision:
         )
 
 
-def from_options(arguments: argparse.Namespace, tokenizer: Any, form: Form) -> MixedPrecision | None:
+def from_options(options: QuantizeRequest, tokenizer: Any, form: Form) -> MixedPrecision | None:
     """The choice of layers that ``--keep`` specifies; None without it.
 
     Raises:
         UserError: the value is not a budget, or the text is too short.
     """
-    if arguments.keep is None:
+    if options.keep is None:
         return None
     from qlora_ext.fidelity import allowance
 
     try:
-        allowance(arguments.keep, 0)
+        allowance(options.keep, 0)
     except ValueError:
         raise UserError(
-            f"--keep {arguments.keep}: expected a number of layers, a share such as 5% or a size such as 200MB"
+            f"--keep {options.keep}: expected a number of layers, a share such as 5% or a size such as 200MB"
         ) from None
-    own = arguments.calibrate in ("self", "none")
+    own = options.calibrate in ("self", "none")
     return MixedPrecision(
-        arguments.keep,
-        "self" if own else calibrate.tokens_of(arguments.calibrate, tokenizer, TOKENS, LENGTH),
+        options.keep,
+        "self" if own else calibrate.tokens_of(options.calibrate, tokenizer, TOKENS, LENGTH),
         form,
-        "self" if own else arguments.calibrate,
-        arguments.calibration_seed,
-        arguments.calibrate != "none",
+        "self" if own else options.calibrate,
+        options.calibration_seed,
+        options.calibrate != "none",
     )

@@ -9,7 +9,8 @@ from ..models import validate_model
 from ..models.adapter_files import find
 from ..models.adapter_files import load as load_adapter
 from ..models.sources import ModelSource
-from .settings import BASE_FORMAT, Settings, flag, layer_numbers, named_modules
+from ..options import flag
+from .settings import BASE_FORMAT, Settings, layer_numbers, named_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

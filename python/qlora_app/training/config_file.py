@@ -9,7 +9,8 @@ from typing import Any
 from qlora_ext.untrusted import check, excerpt, first_line, printable, read_text
 
 from ..errors import UserError, did_you_mean, path_named
-from .settings import Settings, schema
+from ..options import schema
+from .settings import Settings
 
 _MAX_BYTES = 1 << 20
 _MORE = ("output", "sweep")  # options that are not settings of a run
@@ -81,7 +82,7 @@ def read_config(name: str, typed: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{source}: the option {option} appears twice")
         kind = "str" if option in _MORE else fields[option].type
         options[option] = {"float": _number, "str": _text}.get(str(kind), lambda same: same)(value)
-    check(options, {**schema(), **{f"{name}?": str for name in _MORE}}, source)
+    check(options, {**schema(Settings), **{f"{name}?": str for name in _MORE}}, source)
     given = {}
     for option, value in options.items():
         replaced = option in typed or _EXCLUDES.get(option) in typed

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
-from qlora_ext.untrusted import FileError, check, excerpt
+from qlora_ext.untrusted import FileError, excerpt
 
 from ..errors import UserError, as_arguments, path_named
+from ..options import keywords_of
 from . import sweep as sweeping
 from .recipe import Finetuned
 from .reward_function import Reward
 from .run import Request
-from .settings import Settings, schema
+from .settings import Settings
 from .sweep import Swept
 from .sweep_options import checked
-
-
-def _options(options: dict[str, Any]) -> dict[str, Any]:
-    """The given settings, with paths as text.
-
-    Raises:
-        TypeError: a setting is unknown, or its value has a wrong type.
-    """
-    names = {field.name for field in dataclasses.fields(Settings) if field.metadata["group"] is not None}
-    for name in options:
-        if name not in names:
-            raise TypeError(f"finetune() got an unexpected keyword argument {name!r}")
-    given = {name: value for name, value in options.items() if value is not None}
-    given = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
-    try:
-        check(given, schema(), "finetune")
-    except FileError as error:
-        raise TypeError(str(error)) from None
-    return given
 
 
 def _values(sweep: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -152,7 +133,7 @@ def finetune(
         Traceback (most recent call last):
         ValueError: rank 0: expected a value of at least 1 and below 2147483648
     """
-    given = _options({"model": model, "data": data, **options})
+    given = keywords_of("finetune", Settings, {"model": model, "data": data, **options})
     try:
         if sweep is None and resume and sweeping.is_sweep(path_named(os.fspath(output), "--output")):
             raise UserError(f"output {os.fspath(output)} has a sweep; give its values with sweep, to resume it")

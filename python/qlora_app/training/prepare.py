@@ -24,6 +24,7 @@ from ..models.adapter_files import check_files, config_of, find
 from ..models.devices import parse_device
 from ..models.pretrained import load_config, load_tokenizer
 from ..models.sources import resolve
+from ..options import flag
 from ..outputs.directory import Output
 from ..outputs.ownership import foreign_in_adapter
 from . import adapting
@@ -31,7 +32,7 @@ from .checkpoints import newest_checkpoint
 from .identity import digest_of_adapter, digest_of_examples, digest_of_rows
 from .reward_function import digest_of_rewards, find_rewards
 from .run import SETTINGS, Request, Run, Shared
-from .settings import NO_NEFTUNE, Settings, flag, given, read_settings, resumed
+from .settings import NO_NEFTUNE, Settings, given, read_settings, resumed
 
 
 def prepare(request: Request, output: Output, shared: Shared | None = None) -> Run:

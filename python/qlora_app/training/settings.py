@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import pathlib
@@ -18,6 +17,7 @@ from ..data import DEFAULT_DATA
 from ..errors import UserError
 from ..models.devices import AUTO, check_dtype
 from ..models.sources import DEFAULT_MODEL
+from ..options import Options, flag, option, schema
 
 METHODS = ("auto", "sft", "dpo", "kto", "grpo")
 NO_NEFTUNE = (
@@ -35,14 +35,10 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 BASE_FORMAT = "base"  # the value of --merge-aware for the format of each layer of the base
-_INT_LIMIT = 2**31  # the limit of integers that have no other one
-_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "tuple[int, ...]": [int]}
 
 
-def _option(default: Any, text: str, minimum: float | None = None, below: float | None = None, **more: Any) -> Any:
-    """A field with the metadata of its command-line option. Its limits are ``minimum <= value < below``."""
-    metadata = {"help": text, "minimum": minimum, "below": below, **more}
-    return dataclasses.field(default=default, metadata=metadata)
+def _option(default: Any, text: str, minimum: float | None = None, below: float = 2**31, **more: Any) -> Any:
+    return option(default, text, minimum, None if minimum is None else below, **{"metavar": "NAME", **more})
 
 
 def layer_numbers(text: str) -> list[int]:
@@ -67,7 +63,7 @@ def named_modules(text: str) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Options):
     """The options of ``qlora-ext finetune``. Defaults follow the QLoRA paper (Dettmers et al., 2023, appendix B)."""
 
     model: str = _option(DEFAULT_MODEL, "a model directory, a .gguf file, a hub name, or package:NAME", group="what",
@@ -108,7 +104,7 @@ class Settings:
         "",
         "train with the 4-bit weights that export writes in this format, so that exporting loses nothing (slower "
         "steps; no dropout): q4_0, iq4_nl, int4, nvfp4, mxfp4 or nf4; base, or no value: those of merge --4bit",
-        choices=(BASE_FORMAT, *SERVED_FORMATS), bare=BASE_FORMAT, group="adapter", metavar="FORMAT",
+        choices=(BASE_FORMAT, *SERVED_FORMATS), bare=BASE_FORMAT, group="adapter", metavar="FORMAT", schema=(bool, str),
     )  # fmt: skip
 
     method: str = _option(
@@ -247,15 +243,7 @@ class Settings:
         return max(1, math.ceil(self.epochs * steps_per_epoch)) if self.epochs else self.max_steps
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, minimum, below = getattr(self, field.name), field.metadata["minimum"], field.metadata["below"]
-            below = _INT_LIMIT if below is None and field.type == "int" else below
-            choices = field.metadata.get("choices")
-            if choices and value not in (*choices, field.default):
-                raise UserError(f"{flag(field.name)} {value}: expected one of {', '.join(map(str, choices))}")
-            if (minimum is not None and not value >= minimum) or (below is not None and not value < below):
-                upper = "" if below is None else f" and below {below}"
-                raise UserError(f"{flag(field.name)} {value}: expected a value of at least {minimum}{upper}")
+        super().__post_init__()
         positive = ("alpha", "lr", "temperature") if self.method == "grpo" else ("alpha", "lr", "beta")
         for name in positive:
             if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
@@ -307,12 +295,6 @@ class Settings:
                 raise UserError(f"{flag(name)}: not supported with --method grpo")
 
 
-def schema() -> dict[str, Any]:
-    """The schema of recorded settings. All fields are optional."""
-    kinds: dict[str, Any] = {f"{field.name}?": _TYPES[str(field.type)] for field in dataclasses.fields(Settings)}
-    return {**kinds, "merge_aware?": (bool, str)}
-
-
 def _with_format(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` with the name of a format as merge_aware, which used to be a bool."""
     aware = values.get("merge_aware")
@@ -325,7 +307,7 @@ def read_settings(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         FileError: the file is damaged.
     """
-    return _with_format({name: value for name, value in read_json(path, schema()).items() if value is not None})
+    return _with_format({name: value for name, value in read_json(path, schema(Settings)).items() if value is not None})
 
 
 def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
@@ -334,7 +316,7 @@ def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
     Raises:
         FileError, UserError: a value has a wrong type, or is out of range.
     """
-    check(values, schema(), printable(path), "settings")
+    check(values, schema(Settings), printable(path), "settings")
     names = {field.name for field in dataclasses.fields(Settings)}
     known = {name: value for name, value in values.items() if name in names and value is not None}
     try:
@@ -343,46 +325,18 @@ def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
         raise UserError(f"{printable(path)}: {error}") from error
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def options_of(changes: Mapping[str, Any]) -> str:
     """Changed settings as command-line options."""
     options = (flag(name) if value is True else f"{flag(name)} {value}" for name, value in changes.items())
     return " ".join(options) or "no option"
 
 
-_GROUPS = {
+GROUPS = {
     "what": "model and text",
     "adapter": "adapter",
     "training": "training",
     "machine": "machine and memory",
 }
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds one option per field. Omitted options are not in the namespace."""
-    groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}
-    for field in dataclasses.fields(Settings):
-        if field.metadata["group"] is None:
-            continue
-        group, text = groups[field.metadata["group"]], field.metadata["help"]
-        if field.type == "bool":
-            group.add_argument(flag(field.name), action="store_true", default=argparse.SUPPRESS, help=text)
-            continue
-        kind = _TYPES[str(field.type)]
-        metavar = {"int": "N", "float": "X", "str": field.metadata.get("metavar", "NAME")}[str(field.type)]
-        group.add_argument(
-            flag(field.name),
-            type=kind,
-            metavar=metavar,
-            default=argparse.SUPPRESS,
-            nargs="?" if "bare" in field.metadata else None,
-            const=field.metadata.get("bare"),
-            choices=field.metadata.get("choices"),
-            help=text if "default:" in text or field.default == "" else f"{text} (default: {field.default})",
-        )
 
 
 def named_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from qlora_ext.untrusted import FileError, Schema, check, parse_json, printable,
 
 from ..errors import UserError, path_named
 from ..models.adapter_files import find, record_of
+from ..options import flag
 from ..outputs.directory import Output, claim, mark
 from ..outputs.files import need_space, write_json
 from ..outputs.lock import locked
@@ -22,7 +23,7 @@ from ..outputs.ownership import RECORD, SWEEP
 from .identity import digest_of_model, digest_of_rows
 from .recipe import Finetuned, Recipe
 from .run import SETTINGS, Request, Run, Shared
-from .settings import BASE_FORMAT, Settings, flag, given, named_modules, read_settings, resumed
+from .settings import BASE_FORMAT, Settings, given, named_modules, read_settings, resumed
 from .sweep_options import Values, as_text, checked, combinations
 
 if TYPE_CHECKING:

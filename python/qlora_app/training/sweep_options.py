@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 from qlora_ext.untrusted import check, excerpt
 
 from ..errors import UserError, did_you_mean
-from .settings import Settings, schema
+from ..options import schema
+from .settings import Settings
 
 Values: TypeAlias = "dict[str, list[Any]]"  # of each option, by its name
 
@@ -92,7 +93,7 @@ def checked(values: Mapping[str, Any]) -> Values:
             raise UserError(f"--sweep {option}: expected a list of values, got {excerpt(listed)}")
         items = [os.fspath(value) if isinstance(value, os.PathLike) else value for value in listed]
         for value in items:
-            check({option: value}, {option: schema()[f"{option}?"]}, "--sweep")
+            check({option: value}, {option: schema(Settings)[f"{option}?"]}, "--sweep")
         if _KINDS[option] == "float":
             items = [float(value) for value in items]
         if not items or "" in items:
