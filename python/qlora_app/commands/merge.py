@@ -18,7 +18,7 @@ from ..options import add_base_options
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
 from ..quantization import calibrate
-from ..training.evaluation import rows_of_run, token_losses
+from ..training.evaluation import rows_of_run
 
 ERROR_FILE = "merge_error.json"
 
@@ -81,9 +81,11 @@ def _merge(
     """Merges and writes, and calls ``written`` when the output is complete."""
     from qlora_ext.calibration import calibration_of
     from qlora_ext.dtypes import computing_dtype
+    from qlora_ext.fidelity import compare, losses_of
     from qlora_ext.integrations.peft import merge_calibrated, merge_to_4bit
 
     from ..exporting.tying import tie_if_equal, untie
+    from ..training.trainer import batches
 
     adapted = find_adapted(arguments)
     tokenizer = adapted.tokenizer
@@ -92,7 +94,8 @@ def _merge(
     model = adapted.load()
     compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
     if arguments.evaluate:
-        unmerged = token_losses(model, parts.held_out, size, compute).mean().item()
+        text = [*batches(parts.held_out, size, model.device)]
+        unmerged = losses_of(model, text, compute)
     tied = untie(model)
     merged: Any
     error, report = None, []
@@ -127,6 +130,7 @@ def _merge(
             f"the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
     if arguments.evaluate:
-        loss = token_losses(merged, parts.held_out, size, compute).mean().item()
-        print(f"held-out loss: {unmerged:.4f} unmerged, {loss:.4f} merged ({round(loss - unmerged, 4) + 0.0:+.4f})")
+        found = compare(merged, unmerged, text, compute)
+        rise = round(found.loss - found.base_loss, 4) + 0.0
+        print(f"held-out loss: {found.base_loss:.4f} unmerged, {found.loss:.4f} merged ({rise:+.4f})")
     return 0

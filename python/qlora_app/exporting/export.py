@@ -18,7 +18,7 @@ from ..outputs.directory import Output, claim
 from ..outputs.files import need_space
 from ..outputs.output_file import claim_file
 from ..quantization import calibrate as calibrating
-from .check import Check, CheckError, check_options, require, show
+from .export_check import Check, CheckError, check_options, require, show
 from .job import Job
 from .targets import CHECKS, EMBEDDINGS, TARGETS, Target
 from .trained_for import warn_of_other_format
@@ -80,8 +80,6 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
         print(f"{output.path} needs about {job.nbytes / 1e6:.1f} MB of disk space", flush=True)
         need_space(output.path.parent, job.nbytes, output.path.name)
         check = None if arguments.check == "none" else Check(arguments, job)
-        if check is not None:
-            check.begin()
         with calibrating.stored_layers(arguments, output) as layers:
             if arguments.calibrate != "none":
                 _calibrate(arguments, job, layers)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..calibration import self_text
 from ..nn import quantized, to_be_quantized
+from .comparison import check_ids
 from .layers import Candidate, LayerCost, measure
-from .loss import check_ids
 from .mixed_precision import choose
 
 if TYPE_CHECKING:
