@@ -255,14 +255,6 @@ def test_the_text_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held_out.default_text() == "self"
 
 
-def test_help(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["check", "--help"])
-    assert stop.value.code == 0
-    out = " ".join(capfd.readouterr().out.split())
-    assert "Exit code 0: good; 3: the loss rises by more than --max-increase" in out
-
-
 @pytest.mark.parametrize("form", ["qlora_ext", "bitsandbytes"])
 def test_quantize_keeps_layers(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path, form: str) -> None:
     arguments = ["quantize", "--model", str(made / "dense"), "--output", str(tmp_path / "out"), "--format", form]

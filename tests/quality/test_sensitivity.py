@@ -100,6 +100,8 @@ def test_comparisons_on_sequences_and_on_rows_agree() -> None:
     assert rows.increase.error == pytest.approx(more.std() / len(more) ** 0.5)
     more = (whole.losses - whole.before).numpy()
     assert whole.increase.error == pytest.approx(more.std(ddof=1) / len(more) ** 0.5)
+    with pytest.raises(ValueError, match=r"reference: expected its losses on the same text, 24, got \[1\]"):
+        compare(model, whole.before[:1], IDS)
     labels = IDS.masked_fill(torch.arange(32) < 20, -100)
     learnt = losses_of(dense, [{"input_ids": IDS, "labels": labels}])
     assert learnt.tolist() == rows.before.view(len(IDS), -1)[:, 19:].flatten().tolist()

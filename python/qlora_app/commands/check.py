@@ -95,15 +95,11 @@ def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSour
         return None, "it does not record its dense model; name the dense model with --base"
     try:
         base = resolve(name)
-        if _is_here(base) and not is_4bit(base):
+        if (base.directory or base.gguf_file) and not is_4bit(base):
             return base, ""
     except UserError:
         pass
     return None, f"its dense model {excerpt(name)} is not on this machine; name it with --base"
-
-
-def _is_here(source: ModelSource) -> bool:
-    return source.directory is not None or source.gguf_file is not None
 
 
 def _check_options(arguments: argparse.Namespace) -> None:

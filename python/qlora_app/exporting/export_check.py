@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -162,11 +163,9 @@ def _load(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
     """The exported model. Weights that are not 4-bit there stay dense."""
     from qlora_ext.form import Form
 
-    return (
-        Loader(source, Form(), dtype, device).while_loading()
-        if _has_4bit(source)
-        else load_dense(source, dtype, device)
-    )
+    if _has_4bit(source):
+        return Loader(source, Form(), dtype, device).while_loading()
+    return load_dense(source, dtype, device)
 
 
 def _complete(text: _Text, model: Any) -> _Text:
@@ -237,13 +236,8 @@ def _tokens_in(rows: list[Row]) -> int:
 
 def _first(rows: list[Row], tokens: int) -> list[Row]:
     """The first rows, with at least one and at most ``tokens`` tokens."""
-    end = total = 0
-    for row in rows:
-        total += len(row["input_ids"])
-        if total > tokens and end:
-            break
-        end += 1
-    return rows[:end]
+    totals = itertools.accumulate(len(row["input_ids"]) for row in rows)
+    return rows[: max(1, sum(total <= tokens for total in totals))]
 
 
 def _beginning(rows: Iterable[Row], tokens: int) -> Iterator[Row]:

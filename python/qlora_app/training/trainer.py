@@ -132,25 +132,6 @@ def batches(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[di
         yield {key: value.to(device) for key, value in collate(rows[start : start + size]).items()}
 
 
-def held_out_loss(model: Any, held_out: list[Row], size: int, loss: Callable[[Any, dict[str, Any]], Any]) -> float:
-    """The mean cross-entropy of the held-out rows, in nats per learnt token. It draws no random numbers.
-
-    Args:
-        size: rows per batch.
-        loss: computes the mean over the learnt tokens for a model and a batch.
-    """
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches(held_out, size, model.device):
-            learnt = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(loss(model, batch)) * learnt
-            count += learnt
-    model.train(was_training)
-    return total / count
-
-
 class StagedSampler(torch.utils.data.Sampler[int]):
     """The order of the rows in an extended run: its first pass continues where the shorter run ended.
 
@@ -257,7 +238,17 @@ class QLoRATrainer(RunTrainer):
         return learnt_loss(model, inputs, num_items_in_batch, self._chunked and model.training)
 
     def measure(self) -> dict[str, Any]:
-        loss = held_out_loss(self.model, self.held_out, self.args.per_device_train_batch_size, self.compute_loss)
+        """The mean cross-entropy in nats per learnt token, as the training computes it. No random number is drawn."""
+        model, total, count = self.model, 0.0, 0
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            for batch in batches(self.held_out, self.args.per_device_train_batch_size, model.device):
+                learnt = int((batch["labels"][:, 1:] != -100).sum())
+                total += float(self.compute_loss(model, batch)) * learnt
+                count += learnt
+        model.train(was_training)
+        loss = total / count
         return {"step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..calibration import self_text
 from ..calibration.stages import without_cache
 from ..nn import computing_in
 
@@ -64,17 +65,21 @@ class Comparison:
     increase: Increase
 
 
-def check_ids(ids: Any, least: int) -> Tensor:
-    """``ids``, checked to be token ids [B, T] with B >= ``least`` and T >= 2.
+def text_of(inputs: Any, model: nn.Module, sequences: int, length: int, seed: int, least: int) -> Tensor:
+    """``inputs`` on the device of ``model``; or for "self", a text that ``model`` writes.
 
     Raises:
-        TypeError: ``ids`` is not an integer tensor. ValueError: its shape is wrong.
+        TypeError, ValueError: ``inputs`` are not token ids [B, T] with B >= ``least`` and T >= 2.
     """
-    if not isinstance(ids, Tensor) or ids.is_floating_point():
-        raise TypeError(f"inputs: expected token ids [B, T], got {type(ids).__name__}")
-    if ids.ndim != 2 or ids.shape[0] < least or ids.shape[1] < 2:
-        raise ValueError(f"inputs: expected token ids [B, T] with B >= {least} and T >= 2, got {list(ids.shape)}")
-    return ids
+    if isinstance(inputs, str):
+        if inputs != "self":
+            raise ValueError(f"inputs: expected 'self' or token ids [B, T], got {inputs!r}")
+        inputs = self_text.write(model, max(1, sequences), length, seed)
+    if not isinstance(inputs, Tensor) or inputs.is_floating_point():
+        raise TypeError(f"inputs: expected token ids [B, T], got {type(inputs).__name__}")
+    if inputs.ndim != 2 or inputs.shape[0] < least or inputs.shape[1] < 2:
+        raise ValueError(f"inputs: expected token ids [B, T] with B >= {least} and T >= 2, got {list(inputs.shape)}")
+    return inputs.to(next(model.parameters()).device)
 
 
 def logits_of(model: nn.Module, ids: Tensor, **inputs: Any) -> Tensor:
@@ -126,6 +131,9 @@ def compare(
             each learnt token: dictionaries of ``input_ids``, ``labels`` (-100: not learnt) and further inputs.
         compute: the dtype in which both models compute; None: their own.
 
+    Raises:
+        TypeError: a model returns no logits. ValueError: the losses of ``reference`` are those on another text.
+
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
@@ -137,6 +145,8 @@ def compare(
         True
     """
     losses, before = (m if isinstance(m, Tensor) else losses_of(m, text, compute) for m in (model, reference))
+    if losses.shape != before.shape:
+        raise ValueError(f"reference: expected its losses on the same text, {len(losses)}, got {list(before.shape)}")
     correction = 1 if isinstance(text, Tensor) else 0  # of sequences there are few, of tokens many
     increase = Increase.of(losses, before, correction)
     return Comparison(losses, before, losses.mean().item(), before.mean().item(), increase)

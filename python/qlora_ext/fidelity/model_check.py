@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..calibration import self_text
 from ..form import Form
 from ..formats import NF4
 from ..nn import Packed4bit, is_dense, layers_of, places_in, quantized
-from .comparison import Increase, check_ids, compare, losses_of
+from .comparison import Increase, compare, losses_of, text_of
 from .integrity import problems_of
 from .layers import Candidate, LayerCost, measure
 from .mixed_precision import choose
@@ -147,11 +146,7 @@ def check_model(
     """
     if not any(True for _ in layers_of(model)):
         raise ValueError("model: expected one with 4-bit layers (see qlora_ext.quantize_model), found none")
-    if isinstance(inputs, str):
-        if inputs != "self":
-            raise ValueError(f"inputs: expected 'self' or token ids [B, T], got {inputs!r}")
-        inputs = self_text.write(base or model, 16, 256, seed)
-    ids = check_ids(inputs, least=2).to(next(model.parameters()).device)
+    ids = text_of(inputs, base or model, 16, 256, seed, least=2)
     dense = {} if base is None else _dense_modules(model, base)
     problems, size = problems_of(model), total_bytes(model)
     if problems:
