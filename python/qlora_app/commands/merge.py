@@ -85,7 +85,6 @@ def _merge(
     from qlora_ext.integrations.peft import merge_calibrated, merge_to_4bit
 
     from ..exporting.tying import tie_if_equal, untie
-    from ..training.trainer import batches
 
     adapted = find_adapted(arguments)
     tokenizer = adapted.tokenizer
@@ -94,6 +93,8 @@ def _merge(
     model = adapted.load()
     compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
     if arguments.evaluate:
+        from ..training.trainer import batches
+
         text = [*batches(parts.held_out, size, model.device)]
         unmerged = losses_of(model, text, compute)
     tied = untie(model)
