@@ -38,6 +38,7 @@ from qlora_app.models import DEFAULT_MODEL, Loader, load_tokenizer, resolve
 from qlora_ext.calibration import self_text
 from qlora_ext.checkpoints.compressed_tensors_files import joined_layers
 from qlora_ext.dtypes import computing_dtype
+from qlora_ext.fidelity import losses_of
 from qlora_ext.form import Form
 from qlora_ext.integrations.peft.merge import Over4bit
 from qlora_ext.merged import encode_like, seed_of
@@ -103,13 +104,8 @@ class Subject:
     def loss(self, weights: Iterator[tuple[str, Tensor]]) -> float:
         """The held-out loss with these weights."""
         self.take(weights)
-        total = count = 0
-        for row in self.rows:
-            ids, labels = (torch.tensor([list(row[key])]) for key in ("input_ids", "labels"))
-            logits = self.model(ids).logits[0, :-1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum"))
-            count += int((labels[:, 1:] != -100).sum())
-        return total / count
+        rows = ({key: torch.tensor([list(row[key])]) for key in ("input_ids", "labels")} for row in self.rows)
+        return losses_of(self.model, rows).mean().item()
 
 
 def ours(form: str) -> Callable[[str, Tensor, Tensor], Tensor]:

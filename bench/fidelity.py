@@ -42,6 +42,7 @@ from lib.forms import FORMS
 from lib.reordering import reorder
 from qlora_app.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
 from qlora_ext.calibration import InitLora, self_text
+from qlora_ext.fidelity import Increase, losses_of
 from qlora_ext.form import Form
 from qlora_ext.formats import BLOCK_SIZES
 from qlora_ext.integrations.peft import initialize_lora
@@ -113,16 +114,6 @@ def of_bytes(name: str, count: int, sequences: int) -> Subject:
 
     blocks = {title: small_model.split(text())[1][:count] for title, text in texts.TEXTS.items()}
     return Subject(f"{pathlib.Path(name).name} (bytes)", load, blocks, 2 * sequences, small_model.LENGTH)
-
-
-@torch.no_grad()
-def losses(model: Any, blocks: Tensor) -> Tensor:
-    """The mean loss per token of each sequence."""
-    found = []
-    for ids in blocks.split(4):
-        logits = model(ids).logits.float()[:, :-1]
-        found.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1))
-    return torch.cat(found)
 
 
 def in_format(model: Any, form: Callable[[Tensor, int], Tensor]) -> Any:
@@ -207,15 +198,14 @@ def measured(
 
     def measure(make: Callable[[], Any]) -> dict[str, Tensor]:
         model = make()
-        return {title: losses(model, blocks) for title, blocks in subject.blocks.items()}
+        return {title: losses_of(model, blocks) for title, blocks in subject.blocks.items()}
 
     return {name: cache.get(prefix + name, lambda make=make: measure(make)) for name, make in models.items()}
 
 
 def increase(losses: Tensor, dense: Tensor) -> str:
     """The mean of paired differences with its standard error, as text."""
-    more = losses - dense
-    return f"{more.mean().item():.4f} ± {(more.std() / len(more) ** 0.5).item():.4f}"
+    return str(Increase.of(losses, dense)).removeprefix("+")
 
 
 def report_losses(subject: Subject, cache: Cache) -> None:

@@ -30,7 +30,7 @@ from lib import harness
 from lib.texts import TEXTS
 from qlora_app.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
 from qlora_ext.calibration import self_text
-from qlora_ext.fidelity import Increase, LayerCost, Sensitivity, block_losses
+from qlora_ext.fidelity import Increase, LayerCost, Sensitivity, losses_of
 from qlora_ext.nn import places_in, quantized, to_be_quantized
 
 LENGTH, ALONE_BLOCKS = 256, 4
@@ -161,7 +161,7 @@ def main() -> None:
 
     def losses(label: str, in_4_bits: set[str]) -> dict[str, Tensor]:
         switched.put_in_4_bits(in_4_bits)
-        found = cache.get(label, lambda: {text: block_losses(model, ids) for text, ids in many.items()})
+        found = cache.get(label, lambda: {text: losses_of(model, ids) for text, ids in many.items()})
         switched.put_in_4_bits(set())
         return found
 

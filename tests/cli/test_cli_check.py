@@ -154,20 +154,6 @@ def test_damaged_scales(made: pathlib.Path, check: Checked, tmp_path: pathlib.Pa
     assert f"{LAYER}.{tensor}" in check.err
 
 
-def test_scales_that_decode_to_no_number(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path) -> None:
-    model = shutil.copytree(made / "qlora_ext", tmp_path / "model")
-
-    def enlarge(weights: dict[str, torch.Tensor]) -> None:
-        weights[f"{LAYER}.nested_absmax"].fill_(3e38)
-        weights[f"{LAYER}.nested_offset"].fill_(3e38)
-
-    change_weights(model, enlarge)
-    assert check(model, data=made / "text.txt") == 3
-    assert f"damaged: {LAYER}: " in check.out
-    assert "scales are NaN or infinite" in check.out
-    assert "advice: the model is damaged" in check.out
-
-
 @pytest.mark.parametrize("form", ["qlora_ext", "bitsandbytes"])
 def test_two_rows_that_changed_places(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path, form: str) -> None:
     model = shutil.copytree(made / form, tmp_path / "model")
@@ -181,20 +167,28 @@ def test_two_rows_that_changed_places(made: pathlib.Path, check: Checked, tmp_pa
     assert "its codes or scales are damaged, or belong to another model" in check.out
 
 
-@pytest.mark.parametrize("with_base", [True, False])
-def test_scales_that_no_model_has(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path, with_base: bool) -> None:
+@pytest.mark.parametrize(
+    ("scale", "told", "with_base"),
+    [
+        (lambda t: t.fill_(3e38), "scales are NaN or infinite", True),
+        (lambda t: t.mul_(1e30), "no model has such weights", True),
+        (lambda t: t.mul_(1e30), "no model has such weights", False),
+        (torch.zero_, "every scale is zero", True),
+    ],
+)
+def test_impossible_scales(
+    made: pathlib.Path, check: Checked, tmp_path: pathlib.Path, scale: Any, told: str, with_base: bool
+) -> None:
     model = shutil.copytree(made / "qlora_ext", tmp_path / "model")
     if not with_base:
         (model / "quantization.json").unlink()
-
-    def enlarge(weights: dict[str, torch.Tensor]) -> None:
-        weights[f"{LAYER}.nested_absmax"].mul_(1e30)
-        weights[f"{LAYER}.nested_offset"].mul_(1e30)
-
-    change_weights(model, enlarge)
+    change_weights(model, lambda weights: [scale(weights[f"{LAYER}.nested_{end}"]) for end in ("absmax", "offset")])
     assert check(model, data=made / "text.txt") == 3
     assert f"damaged: {LAYER}: " in check.out
-    assert "no model has such weights" in check.out
+    assert told in check.out
+    assert "advice: the model is damaged" in check.out
+    assert check.json["problems"]
+    assert check.json["good"] is False
 
 
 def test_quantize_does_not_copy_damage(
@@ -228,20 +222,6 @@ def test_an_adapter_merged_into_the_codes_is_no_damage(
     assert "damaged" not in check.out
 
 
-def test_scales_that_are_all_zero(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path) -> None:
-    model = shutil.copytree(made / "qlora_ext", tmp_path / "model")
-
-    def clear(weights: dict[str, torch.Tensor]) -> None:
-        weights[f"{LAYER}.nested_absmax"].zero_()
-        weights[f"{LAYER}.nested_offset"].zero_()
-
-    change_weights(model, clear)
-    assert check(model, data=made / "text.txt") == 3
-    assert f"damaged: {LAYER}: every scale is zero" in check.out
-    assert check.json["problems"]
-    assert check.json["good"] is False
-
-
 def test_invalid_arguments_are_rejected(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path) -> None:
     model, text = made / "qlora_ext", made / "text.txt"
     make("qwen2").save_pretrained(tmp_path / "other")
@@ -273,14 +253,6 @@ def test_the_text_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held_out.default_text() == held_out.DEFAULT_DATA
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     assert held_out.default_text() == "self"
-
-
-def test_help(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["check", "--help"])
-    assert stop.value.code == 0
-    out = " ".join(capfd.readouterr().out.split())
-    assert "Exit code 0: good; 3: the loss rises by more than --max-increase" in out
 
 
 @pytest.mark.parametrize("form", ["qlora_ext", "bitsandbytes"])

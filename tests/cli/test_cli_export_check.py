@@ -20,12 +20,14 @@ for library in ("transformers", "peft", "gguf"):
 import qlora_app
 from commands import Paths, here, listing
 from gguf_files import write
-from qlora_app.exporting import check
+from qlora_app.exporting import export_check
 from qlora_app.exporting.merged_weights import MergedWeights
 from qlora_app.main import main
 from qlora_app.models.adapted import find_adapted
 from qlora_app.options import BaseOptions
-from qlora_app.training.evaluation import rows_of_run, token_losses
+from qlora_app.training.evaluation import rows_of_run
+from qlora_app.training.trainer import batches
+from qlora_ext.fidelity import losses_of
 from tiny_models import make
 
 Refused = Callable[..., str]
@@ -190,18 +192,18 @@ def test_few_held_out_rows_are_followed_by_others(finished_run: pathlib.Path) ->
     assert adapted.adapter is not None
     parts, size, name = rows_of_run(adapted.adapter, adapted.tokenizer, "--check")
     measured = json.loads((adapted.adapter / "qlora_run.json").read_text())["metrics"]["perplexity_after"]
-    losses = token_losses(adapted.load(), parts.held_out, size, torch.float32)
+    losses = losses_of(adapted.load(), batches(parts.held_out, size, torch.device("cpu")), torch.float32)
     assert abs(losses.mean().item() - math.log(measured)) < 0.01  # the run computes in bfloat16
-    few = check._of_run(parts, size, name, 2048)
+    few = export_check._of_run(parts, size, name, 2048)
     held_out, trained = (sum(len(row["input_ids"]) for row in rows) for rows in (parts.held_out, parts.train))
     assert few.name == f"{name} ({len(losses)} of them held out by the run)"
     assert len(few.rows) == len(parts.held_out) + len(parts.train)
     assert few.written == 2048 - held_out - trained > 0
     longer = dataclasses.replace(parts, train=[*parts.train] * 100)
-    cut = check._of_run(longer, size, name, 2048)
+    cut = export_check._of_run(longer, size, name, 2048)
     assert sum(len(row["input_ids"]) for row in cut.rows) == 2048
     assert cut.written <= 0
-    whole = check._of_run(dataclasses.replace(parts, held_out=longer.train), size, name, 1 << 16)
+    whole = export_check._of_run(dataclasses.replace(parts, held_out=longer.train), size, name, 1 << 16)
     assert whole.name == f"{name} (held out by the run)"
     assert whole.rows == longer.train
 

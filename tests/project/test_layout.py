@@ -273,7 +273,12 @@ IMPORTED_BY = {
         "qlora_app/data/",
         "qlora_app/planning/",
     ),
-    "qlora_app/terminal/": ("qlora_app/commands/", "qlora_app/training/", "qlora_app/quantization/"),
+    "qlora_app/terminal/": (
+        "qlora_app/commands/",
+        "qlora_app/exporting/",
+        "qlora_app/training/",
+        "qlora_app/quantization/",
+    ),
     "qlora_app/outputs/": (
         "qlora_app/commands/",
         "qlora_app/exporting/",

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import qlora_ext
 from moe_families import build
 from qlora_ext.calibration import calibration_of
-from qlora_ext.fidelity import LayerCost, Sensitivity, allowance
+from qlora_ext.fidelity import LayerCost, Sensitivity, allowance, compare, losses_of
 from qlora_ext.nn import Experts4bit, Linear4bit, layers_of, to_be_quantized
 from tiny_models import make, same_state
 
@@ -86,6 +86,25 @@ def test_bytes_are_those_of_the_quantized_model() -> None:
     quantized = qlora_ext.quantize_model(model, keep=[layer.name for layer in dense_layers])
     tensors = {id(t): t for t in (*quantized.parameters(), *quantized.buffers())}.values()
     assert sum(t.nbytes for t in tensors) == found.bytes + sum(layer.extra_bytes for layer in dense_layers)
+
+
+def test_comparisons_on_sequences_and_on_rows_agree() -> None:
+    dense = decided()
+    model = qlora_ext.quantize_model(copy.deepcopy(dense))
+    whole = compare(model, dense, IDS)
+    rows = compare(model, losses_of(dense, [{"input_ids": IDS, "labels": IDS}]), [{"input_ids": IDS, "labels": IDS}])
+    assert whole.loss == pytest.approx(model(IDS, labels=IDS).loss.item(), rel=1e-6)
+    assert rows.increase.nats == pytest.approx(whole.increase.nats, abs=1e-6)
+    assert whole.losses.tolist() == pytest.approx(rows.losses.view(len(IDS), -1).mean(1).tolist(), rel=1e-6)
+    more = (rows.losses - rows.before).numpy()
+    assert rows.increase.error == pytest.approx(more.std() / len(more) ** 0.5)
+    more = (whole.losses - whole.before).numpy()
+    assert whole.increase.error == pytest.approx(more.std(ddof=1) / len(more) ** 0.5)
+    with pytest.raises(ValueError, match=r"reference: expected its losses on the same text, 24, got \[1\]"):
+        compare(model, whole.before[:1], IDS)
+    labels = IDS.masked_fill(torch.arange(32) < 20, -100)
+    learnt = losses_of(dense, [{"input_ids": IDS, "labels": labels}])
+    assert learnt.tolist() == rows.before.view(len(IDS), -1)[:, 19:].flatten().tolist()
 
 
 def layer(name: str, loss: float, extra_bytes: int) -> LayerCost:

@@ -14,11 +14,12 @@ from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
 from ..models.loading import Loader, load_dense
 from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_tokenizer
 from ..models.sources import ModelSource, resolve
-from ..models.validate_model import check_tokens, longest_input
+from ..models.validate_model import check_tokens
 from ..options import BaseOptions, add_options
 from ..outputs.directory import output_file
 from ..outputs.files import write_json
 from ..terminal.bars import counted
+from ..terminal.tables import print_table
 from ..vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
@@ -94,15 +95,11 @@ def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSour
         return None, "it does not record its dense model; name the dense model with --base"
     try:
         base = resolve(name)
-        if _is_here(base) and not is_4bit(base):
+        if (base.directory or base.gguf_file) and not is_4bit(base):
             return base, ""
     except UserError:
         pass
     return None, f"its dense model {excerpt(name)} is not on this machine; name it with --base"
-
-
-def _is_here(source: ModelSource) -> bool:
-    return source.directory is not None or source.gguf_file is not None
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -116,9 +113,10 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    from qlora_ext.calibration import self_text
     from qlora_ext.fidelity import check_model
     from qlora_ext.form import Form
+
+    from ..quantization.advice import advice_on
 
     _check_options(arguments)
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
@@ -137,12 +135,10 @@ def run(arguments: argparse.Namespace) -> int:
     text = held_out.default_text() if arguments.data is None else arguments.data
     model = Loader(source, Form(), dtype, device, compute).while_loading()
     base = None if base_source is None else load_dense(base_source, dtype, device, compute)
-    longest = longest_input(model) or held_out.LENGTH
     if text == "self":
-        length = min(held_out.LENGTH, longest)
-        ids = self_text.write(base or model, arguments.tokens // length, length, arguments.seed)
+        ids = held_out.written(base or model, arguments.tokens, arguments.seed)
     else:
-        ids = held_out.blocks(text, tokenizer, arguments.tokens, longest)
+        ids = held_out.blocks(text, tokenizer, arguments.tokens, held_out.length_for(model))
     check_tokens(model, ids.tolist())
     if base is not None:
         known = [vocabulary_size(m) for m in (base, model)]
@@ -162,100 +158,63 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"{arguments.base or arguments.model}: {first_line(error)}") from error
     limit = MAX_INCREASE if arguments.max_increase is None else arguments.max_increase
     good = found.is_sound and (found.increase is None or found.increase.nats <= limit)
+    advice = advice_on(found)
     _report(found, text, reason, limit)
+    for line in advice:
+        print(printable(f"advice: {line}"))
     if found_file is not None:
-        write_json(found_file, _record(found, arguments, base_source, text, limit, good))
+        record = {
+            "written_by": _MARK,
+            "model": arguments.model,
+            "base": None if base_source is None else base_source.name,
+            "data": text,
+            "max_increase": limit,
+            "good": good,
+            **dataclasses.asdict(found),
+            "advice": advice,
+        }
+        write_json(found_file, record)
     return 0 if good else EXIT_FAILED
 
 
-def _record(
-    found: ModelCheck,
-    arguments: argparse.Namespace,
-    base: ModelSource | None,
-    text: str,
-    limit: float,
-    good: bool,
-) -> dict[str, Any]:
-    from ..quantization.advice import advice_on
-
-    return {
-        "written_by": _MARK,
-        "model": arguments.model,
-        "base": None if base is None else base.name,
-        "data": text,
-        "max_increase": limit,
-        "good": good,
-        **dataclasses.asdict(found),
-        "advice": advice_on(found),
-    }
-
-
 def _report(found: ModelCheck, text: str, reason: str, limit: float) -> None:
-    from rich.console import Console
-
     from qlora_ext.fidelity import perplexity
 
-    from ..quantization.advice import advice_on
-
-    console = Console(highlight=False, soft_wrap=True)
-
-    def say(line: str) -> None:
-        console.print(printable(line), markup=False)
-
     for problem in found.problems:
-        say(f"damaged: {problem}")
+        print(printable(f"damaged: {problem}"))
     for layer in found.damaged:
-        say(
-            f"damaged: {layer.name}: its outputs have a relative error of {layer.error:.3g}, "
+        print(
+            f"damaged: {printable(layer.name)}: its outputs have a relative error of {layer.error:.3g}, "
             f"plain NF4's of {layer.plain_error:.3g}"
         )
     if found.loss is not None:
         before = "" if found.base_loss is None else f", {perplexity(found.base_loss):.2f} dense"
-        say(f"perplexity on {found.tokens:,} tokens of {text}: {perplexity(found.loss):.2f} in 4 bits{before}")
+        name = printable(text)
+        print(f"perplexity on {found.tokens:,} tokens of {name}: {perplexity(found.loss):.2f} in 4 bits{before}")
     if found.increase is not None:
         above = "" if found.increase.nats <= limit else f", more than --max-increase {limit:g}"
-        say(f"the loss rises by {found.increase} nats per token{above}")
+        print(f"the loss rises by {found.increase} nats per token{above}")
     elif reason:
-        say(f"not compared: {reason}")
+        print(f"not compared: {printable(reason)}")
     if found.layers:
-        console.print(_layer_table(found))
-    if found.curve:
-        console.print(_curve_table(found))
-    for advice in advice_on(found):
-        say(f"advice: {advice}")
-
-
-def _layer_table(found: ModelCheck) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    title = (
-        f"the {min(_SHOWN, len(found.layers))} costliest of {len(found.layers)} layers: relative error of the outputs "
-        "(of plain NF4's), estimated cost in nats per token, additional MB in 16 bits"
-    )
-    table = Table(title=title, box=box.SIMPLE)
-    table.add_column("layer", overflow="fold")
-    for name in ("error", "(plain)", "cost", "MB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for layer in found.worst[:_SHOWN]:
-        cells = (
-            f"{layer.error:.3f}",
-            f"({layer.plain_error:.3f})",
-            f"{layer.loss:.2g}",
-            f"{layer.extra_bytes / 1e6:.2g}",
+        title = (
+            f"the {min(_SHOWN, len(found.layers))} costliest of {len(found.layers)} layers: relative error of the "
+            "outputs (of plain NF4's), estimated cost in nats per token, additional MB in 16 bits"
         )
-        table.add_row(printable(layer.name), *cells)
-    return table
-
-
-def _curve_table(found: ModelCheck) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, title="with the costliest layers in 16 bits")
-    for name in ("--keep", "layers", "MB", "loss rises by"):
-        table.add_column(name, justify="right")
-    for point in found.curve:
-        size = (found.bytes + point.extra_bytes) / 1e6
-        table.add_row(str(point.budget), str(point.kept), f"{size:.1f}", str(point.increase))
-    return table
+        rows = (
+            (
+                printable(c.name),
+                f"{c.error:.3f}",
+                f"({c.plain_error:.3f})",
+                f"{c.loss:.2g}",
+                f"{c.extra_bytes / 1e6:.2g}",
+            )
+            for c in found.worst[:_SHOWN]
+        )
+        print_table(title, ("layer", "error", "(plain)", "cost", "MB"), rows)
+    if found.curve:
+        points = (
+            (str(p.budget), str(p.kept), f"{(found.bytes + p.extra_bytes) / 1e6:.1f}", str(p.increase))
+            for p in found.curve
+        )
+        print_table("with the costliest layers in 16 bits", ("--keep", "layers", "MB", "loss rises by"), points)

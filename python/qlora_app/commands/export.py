@@ -45,11 +45,12 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    from ..exporting import check, export
+    from ..exporting import export
+    from ..exporting.export_check import CheckError
 
     try:
         export.run(options_in(ExportRequest, vars(arguments)))
-    except check.CheckError as error:
+    except CheckError as error:
         print(printable(f"qlora-ext: {error}"), file=sys.stderr)
         return EXIT_FAILED
     return 0

@@ -19,7 +19,7 @@ from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
 from ..quantization import calibrate
 from ..quantization.calibrate import CalibrationOptions
-from ..training.evaluation import rows_of_run, token_losses
+from ..training.evaluation import rows_of_run
 
 ERROR_FILE = "merge_error.json"
 
@@ -80,6 +80,7 @@ def _merge(arguments: MergeRequest, output: Output, layers: pathlib.Path | None,
     """Merges and writes, and calls ``written`` when the output is complete."""
     from qlora_ext.calibration import calibration_of
     from qlora_ext.dtypes import computing_dtype
+    from qlora_ext.fidelity import compare, losses_of
     from qlora_ext.integrations.peft import merge_calibrated, merge_to_4bit
 
     from ..exporting.tying import tie_if_equal, untie
@@ -91,7 +92,10 @@ def _merge(arguments: MergeRequest, output: Output, layers: pathlib.Path | None,
     model = adapted.load()
     compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
     if arguments.evaluate:
-        unmerged = token_losses(model, parts.held_out, size, compute).mean().item()
+        from ..training.trainer import batches
+
+        text = [*batches(parts.held_out, size, model.device)]
+        unmerged = losses_of(model, text, compute)
     tied = untie(model)
     merged: Any
     error, report = None, []
@@ -126,6 +130,7 @@ def _merge(arguments: MergeRequest, output: Output, layers: pathlib.Path | None,
             f"the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
     if arguments.evaluate:
-        loss = token_losses(merged, parts.held_out, size, compute).mean().item()
-        print(f"held-out loss: {unmerged:.4f} unmerged, {loss:.4f} merged ({round(loss - unmerged, 4) + 0.0:+.4f})")
+        found = compare(merged, unmerged, text, compute)
+        rise = round(found.loss - found.base_loss, 4) + 0.0
+        print(f"held-out loss: {found.base_loss:.4f} unmerged, {found.loss:.4f} merged ({rise:+.4f})")
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..models.sources import PACKAGE
+from ..models.validate_model import longest_input
 from ..special_tokens import sequences, special_tokens
 from . import DEFAULT_DATA, Example, Row, encode, in_order, read_examples
 from .store import Stored
@@ -36,6 +37,19 @@ def _rows(tokenizer: Any, examples: Sequence[Example]) -> Iterator[Row]:
     for row in rows:
         pieces.append(row)
     return (pieces[i] for i in in_order(pieces, 0))
+
+
+def length_for(model: Any) -> int:
+    """The length of sequences for ``model``."""
+    return min(LENGTH, longest_input(model) or LENGTH)
+
+
+def written(model: Any, count: int, seed: int) -> Any:
+    """About ``count`` tokens that ``model`` writes, at least one sequence: int64 [B, T], with T = ``length_for`` it."""
+    from qlora_ext.calibration import self_text
+
+    length = length_for(model)
+    return self_text.write(model, max(1, count // length), length, seed)
 
 
 def blocks(name: str, tokenizer: Any, count: int, longest: int) -> Any:

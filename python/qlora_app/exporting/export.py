@@ -18,7 +18,7 @@ from ..outputs.directory import Output, claim
 from ..outputs.files import need_space
 from ..outputs.output_file import claim_file
 from ..quantization import calibrate as calibrating
-from .check import Check, CheckError, check_options, require, show
+from .export_check import Check, CheckError, check_options, require, show
 from .job import Job
 from .targets import TARGETS, ExportRequest, Target
 from .trained_for import warn_of_other_format
@@ -81,8 +81,6 @@ def run(request: ExportRequest) -> pathlib.Path:
         print(f"{output.path} needs about {job.nbytes / 1e6:.1f} MB of disk space", flush=True)
         need_space(output.path.parent, job.nbytes, output.path.name)
         check = None if request.check == "none" else Check(request, job)
-        if check is not None:
-            check.begin()
         with calibrating.stored_layers(request, output) as layers:
             if request.calibrate != "none":
                 _calibrate(request, job, layers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from qlora_ext.fidelity import perplexity
 from qlora_ext.streaming import offload_checkpoints
 from qlora_ext.untrusted import Schema, excerpt, read_json
 
@@ -125,25 +125,11 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     }
 
 
-def held_out_loss(model: Any, held_out: list[Row], size: int, loss: Callable[[Any, dict[str, Any]], Any]) -> float:
-    """The mean cross-entropy of the held-out rows, in nats per learnt token. It draws no random numbers.
-
-    Args:
-        size: rows per batch.
-        loss: computes the mean over the learnt tokens for a model and a batch.
-    """
-    rows = pack(held_out, max(len(row["input_ids"]) for row in held_out))
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for start in range(0, len(rows), size):
-            batch = {key: value.to(model.device) for key, value in collate(rows[start : start + size]).items()}
-            learnt = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(loss(model, batch)) * learnt
-            count += learnt
-    model.train(was_training)
-    return total / count
+def batches(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """All rows, packed up to the length of the longest and collated, ``size`` packed rows at a time."""
+    rows = pack(rows, max(len(row["input_ids"]) for row in rows))
+    for start in range(0, len(rows), size):
+        yield {key: value.to(device) for key, value in collate(rows[start : start + size]).items()}
 
 
 class StagedSampler(torch.utils.data.Sampler[int]):
@@ -252,8 +238,18 @@ class QLoRATrainer(RunTrainer):
         return learnt_loss(model, inputs, num_items_in_batch, self._chunked and model.training)
 
     def measure(self) -> dict[str, Any]:
-        loss = held_out_loss(self.model, self.held_out, self.args.per_device_train_batch_size, self.compute_loss)
-        return {"step": self.state.global_step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        """The mean cross-entropy in nats per learnt token, as the training computes it. No random number is drawn."""
+        model, total, count = self.model, 0.0, 0
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            for batch in batches(self.held_out, self.args.per_device_train_batch_size, model.device):
+                learnt = int((batch["labels"][:, 1:] != -100).sum())
+                total += float(self.compute_loss(model, batch)) * learnt
+                count += learnt
+        model.train(was_training)
+        loss = total / count
+        return {"step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
 
 class Diverged(UserError):

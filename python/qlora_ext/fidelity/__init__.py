@@ -1,20 +1,22 @@
 """What 4 bits cost a model, per layer and on a text: ``sensitivity`` before quantizing, ``check_model`` after."""
 
-from .check import CurvePoint, ModelCheck, check_model, perplexity
+from .comparison import Comparison, Increase, compare, losses_of, perplexity
 from .layers import LayerCost
-from .loss import Increase, block_losses
 from .mixed_precision import allowance
+from .model_check import CurvePoint, ModelCheck, check_model
 from .sensitivity import Sensitivity, sensitivity
 
 __all__ = [
+    "Comparison",
     "CurvePoint",
     "Increase",
     "LayerCost",
     "ModelCheck",
     "Sensitivity",
     "allowance",
-    "block_losses",
     "check_model",
+    "compare",
+    "losses_of",
     "perplexity",
     "sensitivity",
 ]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..calibration.stages import without_cache
 from ..nn import Packed4bit, TiedLinear4bit
-from .loss import logits_of
+from .comparison import logits_of
 
 # Label sequences drawn per text sequence. Each takes one backward pass and gives one sample of the squared derivative.
 _DRAWS = 2
@@ -154,7 +154,7 @@ def measure(
 
 
 def _add_squares(model: nn.Module, watched: list[_Watched], row: Tensor, generator: torch.Generator) -> None:
-    likelihood = logits_of(model, row)[0].log_softmax(-1)
+    likelihood = logits_of(model, row)[0].float().log_softmax(-1)
     p = likelihood.detach().exp()
     scales = [w.scale for w in watched]
     for _ in range(_DRAWS):

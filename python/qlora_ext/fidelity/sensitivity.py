@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..calibration import self_text
 from ..nn import quantized, to_be_quantized
+from .comparison import text_of
 from .layers import Candidate, LayerCost, measure
-from .loss import check_ids
 from .mixed_precision import choose
 
 if TYPE_CHECKING:
@@ -97,15 +96,7 @@ def sensitivity(
     layers = to_be_quantized(model, skip, towers=towers)
     if not layers:
         raise ValueError("model: expected one with dense layers to quantize, found none")
-    if isinstance(inputs, str):
-        if inputs != "self":
-            raise ValueError(f"inputs: expected 'self' or token ids [B, T], got {inputs!r}")
-        inputs = self_text.write(model, max(1, tokens // length), length, seed)
-    ids = check_ids(inputs, least=1).to(_device(model))
+    ids = text_of(inputs, model, tokens // length, length, seed, least=1)
     candidates = {module: Candidate(name, quantized(module, **form)) for module, name in layers.items()}
     costs = measure(model, candidates, ids, seed, progress)
     return Sensitivity(costs, total_bytes(model) - sum(cost.extra_bytes for cost in costs))
-
-
-def _device(model: nn.Module) -> Any:
-    return next(model.parameters()).device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,18 +18,21 @@ from ..models.adapted import Adapted, find_adapted
 from ..models.adapter_files import base_of, find
 from ..models.loading import Loader, load_dense
 from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
-from ..models.sources import resolve
-from ..training.evaluation import rows_of_run, token_losses
+from ..models.sources import ModelSource, resolve
+from ..terminal.tables import print_table
+from ..training.evaluation import rows_of_run
 from .job import Factors, Job
 from .targets import CHECKS, ExportRequest
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+
+    from qlora_ext.fidelity import Comparison
 
     from .weight_errors import WeightError
 
 _BATCH = 4  # rows
+_SHOWN = 5  # layers
 _WRITTEN_TOKENS = 8192  # that a model writes at most, because that takes longer than reading them
 _WRITTEN = "a text that the model wrote"
 _ERRORS = 2  # standard errors by which an increase must exceed the limit, so that chance alone rejects few exports
@@ -63,25 +67,15 @@ class Report:
 
     Attributes:
         text: its name.
-        losses: of the trained and of the exported model, in nats, for each token that was predicted; None if they were
-            not measured.
+        found: the exported model compared with the trained one; None if the losses were not measured.
         errors: of the weights, or for an adapter alone, of its updates.
         of_updates: whether they are of updates.
     """
 
     text: str
-    losses: tuple[Tensor, Tensor] | None
+    found: Comparison | None
     errors: list[WeightError]
     of_updates: bool
-
-    @property
-    def increase(self) -> tuple[float, float]:
-        """The mean increase of the loss, in nats per token, and its standard error. Both are NaN if a loss is."""
-        if self.losses is None:
-            return 0.0, 0.0
-        trained, exported = self.losses
-        increases = exported - trained
-        return increases.mean().item(), increases.std(correction=0).item() / math.sqrt(len(increases))
 
 
 def check_options(arguments: ExportRequest) -> None:
@@ -101,24 +95,22 @@ def check_options(arguments: ExportRequest) -> None:
 class Check:
     """A check of an export that has not begun. Its data are read.
 
+    The base of an adapter that is written alone is loaded too, which rejects another base. For other targets, the
+    export loads it before it writes.
+
     Args:
         arguments: of the command.
         job: the export.
     """
 
     def __init__(self, arguments: ExportRequest, job: Job) -> None:
-        self._tokens, self._job = CHECKS[arguments.check], job
-        self._model: Any = None
+        self._read_adapter = job.read_adapter
         self._adapted = None if _without_weights(arguments, job) else find_adapted(arguments)
-        self._text = _Text("", []) if self._adapted is None else _text(arguments, self._adapted, self._tokens)
-
-    def begin(self) -> None:
-        """Loads the base of an adapter that is written alone, which rejects another base.
-
-        For other targets, the export loads it before it writes.
-        """
-        if self._job.read_adapter is not None and self._adapted is not None:
-            self._model = self._adapted.load()
+        self._model: Any = None
+        if self._adapted is not None:
+            self._text = _text(arguments, self._adapted, CHECKS[arguments.check])
+            if job.read_adapter is not None:
+                self._model = self._adapted.load()
 
     def report(self, path: pathlib.Path) -> Report:
         """Compares the exported model at ``path`` with the trained one."""
@@ -128,64 +120,60 @@ class Check:
             raise UserError(f"{printable(path)} was written, but cannot be checked: {error}") from error
 
     def _report(self, path: pathlib.Path) -> Report:
+        from qlora_ext.fidelity import compare, losses_of
+
+        from ..training.trainer import batches
         from .weight_errors import update_errors, weight_errors, weights_in, weights_of
 
-        factors = {} if self._job.read_adapter is None else self._job.read_adapter(path)
+        factors = None if self._read_adapter is None else self._read_adapter(path)
         if self._adapted is None:
-            return Report("", None, [*update_errors(factors)], True)
-        trained = self._trained() if self._model is None else self._model
-        text = self._complete(trained)
-        before = self._losses(trained, text)
-        if self._job.read_adapter is not None:
+            return Report("", None, [*update_errors(factors or {})], True)
+        loader, dtype = self._adapted.loader, _dtype(self._adapted.loader)
+        trained = self._model
+        if trained is None:
+            four_bit = self._adapted.adapter is not None or _has_4bit(loader.source)
+            trained = self._adapted.load() if four_bit else load_dense(loader.source, dtype, loader.device)
+        text = _complete(self._text, trained)
+        rows = [*batches(text.rows, text.size, trained.device)]
+        before = losses_of(trained, rows, dtype)
+        if factors is not None:
             _put(factors, trained)
-            return Report(text.name, (before, self._losses(trained, text)), [*update_errors(factors)], True)
-        exported = self._exported(path)
-        after = self._losses(exported, text)
-        errors = weight_errors(weights_of(trained), weights_in(resolve(str(path)), exported))
-        return Report(text.name, (before, after), [*errors], False)
+            return Report(text.name, compare(trained, before, rows, dtype), [*update_errors(factors)], True)
+        source = resolve(str(path))
+        exported = _load(source, dtype, loader.device)
+        found = compare(exported, before, rows, dtype)
+        return Report(text.name, found, [*weight_errors(weights_of(trained), weights_in(source, exported))], False)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        """The dtype in which both models compute. On a GPU, a dense model in float32 may be too large."""
-        import torch
 
-        from qlora_ext.dtypes import computing_dtype
+def _dtype(loader: Loader) -> torch.dtype:
+    """The dtype in which both models compute. On a GPU, a dense model in float32 may be too large."""
+    import torch
 
-        assert self._adapted is not None
-        loader = self._adapted.loader
-        return torch.float32 if loader.device.type == "cpu" else computing_dtype(loader.dtype, loader.device)
+    from qlora_ext.dtypes import computing_dtype
 
-    def _trained(self) -> Any:
-        assert self._adapted is not None
-        loader, source = self._adapted.loader, self._adapted.source
-        if self._adapted.adapter is not None or is_4bit(source) or has_4bit_blocks(source):
-            return self._adapted.load()
-        return load_dense(source, self._dtype, loader.device)
+    return torch.float32 if loader.device.type == "cpu" else computing_dtype(loader.dtype, loader.device)
 
-    def _exported(self, path: pathlib.Path) -> Any:
-        """The model at ``path``. Weights that are not 4-bit there stay dense."""
-        from qlora_ext.form import Form
 
-        assert self._adapted is not None
-        source, device = resolve(str(path)), self._adapted.loader.device
-        if is_4bit(source) or has_4bit_blocks(source):
-            return Loader(source, Form(), self._dtype, device).while_loading()
-        return load_dense(source, self._dtype, device)
+def _has_4bit(source: ModelSource) -> bool:
+    return is_4bit(source) or has_4bit_blocks(source)
 
-    def _complete(self, model: Any) -> _Text:
-        """The text, with what the model is to write."""
-        from qlora_ext.calibration import self_text
 
-        text, limit = self._text, validate_model.longest_input(model) or held_out.LENGTH
-        length = min(held_out.LENGTH, limit)
-        if text.rows and text.written < length:
-            return text
-        ids = self_text.write(model, max(1, text.written // length), length, 0)
-        name = f"{text.name} and {_WRITTEN}" if text.rows else _WRITTEN
-        return dataclasses.replace(text, name=name, rows=[*text.rows, *_rows_of(ids.tolist())])
+def _load(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
+    """The exported model. Weights that are not 4-bit there stay dense."""
+    from qlora_ext.form import Form
 
-    def _losses(self, model: Any, text: _Text) -> Tensor:
-        return token_losses(model, text.rows, text.size, self._dtype)
+    if _has_4bit(source):
+        return Loader(source, Form(), dtype, device).while_loading()
+    return load_dense(source, dtype, device)
+
+
+def _complete(text: _Text, model: Any) -> _Text:
+    """The text, with what the model is to write."""
+    if text.rows and text.written < held_out.length_for(model):
+        return text
+    name = f"{text.name} and {_WRITTEN}" if text.rows else _WRITTEN
+    written = _rows_of(held_out.written(model, text.written, 0).tolist())
+    return dataclasses.replace(text, name=name, rows=[*text.rows, *written])
 
 
 def _without_weights(arguments: ExportRequest, job: Job) -> bool:
@@ -210,8 +198,8 @@ def _text(arguments: ExportRequest, adapted: Adapted, tokens: int) -> _Text:
         return written
     model = validate_model.skeleton(adapted.source, load_config(adapted.source))
     if arguments.data is not None:
-        longest = validate_model.longest_input(model) or held_out.LENGTH
-        text = _Text(arguments.data, _rows_of(held_out.blocks(arguments.data, adapted.tokenizer, tokens, longest)))
+        blocks = held_out.blocks(arguments.data, adapted.tokenizer, tokens, held_out.length_for(model))
+        text = _Text(arguments.data, _rows_of(blocks.tolist()))
     elif adapted.adapter is None or not (adapted.adapter.parent / "settings.json").is_file():
         return written
     else:
@@ -247,13 +235,8 @@ def _tokens_in(rows: list[Row]) -> int:
 
 def _first(rows: list[Row], tokens: int) -> list[Row]:
     """The first rows, with at least one and at most ``tokens`` tokens."""
-    end = total = 0
-    for row in rows:
-        total += len(row["input_ids"])
-        if total > tokens and end:
-            break
-        end += 1
-    return rows[:end]
+    totals = itertools.accumulate(len(row["input_ids"]) for row in rows)
+    return rows[: max(1, sum(total <= tokens for total in totals))]
 
 
 def _beginning(rows: Iterable[Row], tokens: int) -> Iterator[Row]:
@@ -265,9 +248,9 @@ def _beginning(rows: Iterable[Row], tokens: int) -> Iterator[Row]:
         tokens -= len(row["input_ids"])
 
 
-def _rows_of(blocks: Any) -> list[Row]:
+def _rows_of(blocks: list[list[int]]) -> list[Row]:
     """Rows of sequences all tokens of which count."""
-    return [{"input_ids": ids, "labels": ids} for ids in (list(map(int, block)) for block in blocks)]
+    return [{"input_ids": ids, "labels": ids} for ids in blocks]
 
 
 def _put(factors: Mapping[str, tuple[Factors, Factors]], model: Any) -> None:
@@ -295,71 +278,55 @@ def _put(factors: Mapping[str, tuple[Factors, Factors]], model: Any) -> None:
             layer.scaling[adapter] = 1.0
 
 
-_SHOWN = 5
-
-
-def show(found: Report) -> None:
+def show(report: Report) -> None:
     """Prints a report."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
-    if found.losses is not None:
-        increase, error = found.increase
-        trained, exported = (losses.mean().item() for losses in found.losses)
-        line = (
-            f"loss on {len(found.losses[0]):,} tokens of {found.text}: {trained:.4f} trained, {exported:.4f} exported "
-            f"({increase:+.4f}), standard error {error:.4f}"
+    if report.found is not None:
+        found, increase = report.found, report.found.increase
+        print(
+            f"loss on {len(found.losses):,} tokens of {printable(report.text)}: {found.base_loss:.4f} trained, "
+            f"{found.loss:.4f} exported ({increase.nats:+.4f}), standard error {increase.error:.4f}"
         )
-        console.print(printable(line), markup=False)
-    if not found.errors:
+    errors = report.errors
+    if not errors:
         return
-    error, size = (math.hypot(*(getattr(e, name) for e in found.errors)) for name in ("error", "size"))
-    what = "update" if found.of_updates else "weights"
-    line = f"relative error of the {what}: {error / size if size else 0.0:.3g} in all {len(found.errors)} layers"
-    update = sum(e.update for e in found.errors)
+    error, size = (math.hypot(*(getattr(e, name) for e in errors)) for name in ("error", "size"))
+    what = "update" if report.of_updates else "weights"
+    line = f"relative error of the {what}: {error / size if size else 0.0:.3g} in all {len(errors)} layers"
+    update = sum(e.update for e in errors)
     if update:
-        line += f", which hold {sum(e.retained for e in found.errors) / update:.1%} of the adapter's update"
-    console.print(line, markup=False)
-    worst = sorted(found.errors, key=lambda e: -e.relative if e.relative == e.relative else -math.inf)[:_SHOWN]
+        line += f", which hold {sum(e.retained for e in errors) / update:.1%} of the adapter's update"
+    print(line)
+    worst = sorted(errors, key=lambda e: -e.relative if e.relative == e.relative else -math.inf)[:_SHOWN]
     if worst[0].relative:
-        console.print(_table(worst, len(found.errors)))
+        held = (f"{e.retained / e.update:.1%}" if e.update else "" for e in worst)
+        rows = ((printable(e.name), f"{e.relative:.3g}", share) for e, share in zip(worst, held, strict=True))
+        title = f"the {len(worst)} of {len(errors)} layers with the largest errors"
+        print_table(title, ("layer", "error", "update held"), rows)
 
 
-def _table(worst: list[WeightError], count: int) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=f"the {len(worst)} of {count} layers with the largest errors", box=box.SIMPLE)
-    table.add_column("layer", overflow="fold")
-    for name in ("error", "update held"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for e in worst:
-        held = f"{e.retained / e.update:.1%}" if e.update else ""
-        table.add_row(printable(e.name), f"{e.relative:.3g}", held)
-    return table
-
-
-def require(found: Report, path: pathlib.Path, limit: float) -> None:
+def require(report: Report, path: pathlib.Path, limit: float) -> None:
     """Rejects an export whose loss certainly exceeds that of the trained model by more than ``limit``.
 
     Raises:
         CheckError: it does, or is NaN, or a weight is not that of the trained model.
     """
-    _require_weights(found, path)
-    increase, error = found.increase
-    if increase - _ERRORS * error <= limit:
+    _require_weights(report, path)
+    if report.found is None:
         return
-    if math.isnan(increase):
+    increase = report.found.increase
+    if increase.nats - _ERRORS * increase.error <= limit:
+        return
+    if math.isnan(increase.nats):
         raise CheckError(f"the loss of {printable(path)} is NaN; do not serve it")
     raise CheckError(
-        f"the loss of {printable(path)} is {increase:.4f} nats per token above that of the trained model, with a "
-        f"standard error of {error:.4f}: more than --max-loss-increase {limit:g}; do not serve it"
+        f"the loss of {printable(path)} is {increase.nats:.4f} nats per token above that of the trained model, with a "
+        f"standard error of {increase.error:.4f}: more than --max-loss-increase {limit:g}; do not serve it"
     )
 
 
-def _require_weights(found: Report, path: pathlib.Path) -> None:
+def _require_weights(report: Report, path: pathlib.Path) -> None:
     """Rejects a model with another weight, or without the adapter, which may change the loss by less than the limit."""
-    errors = () if found.of_updates else found.errors
+    errors = () if report.of_updates else report.errors
     retained, update = sum(e.retained for e in errors), sum(e.update for e in errors)
     if retained + _ERRORS * math.hypot(*(e.noise for e in errors)) < _LOST * update:
         raise CheckError(f"{printable(path)} holds {retained / update:.1%} of the adapter's update; do not serve it")

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..calibration import self_text
 from ..form import Form
 from ..formats import NF4
 from ..nn import Packed4bit, is_dense, layers_of, places_in, quantized
+from .comparison import Increase, compare, losses_of, text_of
 from .integrity import problems_of
 from .layers import Candidate, LayerCost, measure
-from .loss import Increase, block_losses, check_ids
 from .mixed_precision import choose
 from .sensitivity import total_bytes
 
@@ -147,30 +146,31 @@ def check_model(
     """
     if not any(True for _ in layers_of(model)):
         raise ValueError("model: expected one with 4-bit layers (see qlora_ext.quantize_model), found none")
-    if isinstance(inputs, str):
-        if inputs != "self":
-            raise ValueError(f"inputs: expected 'self' or token ids [B, T], got {inputs!r}")
-        inputs = self_text.write(base or model, 16, 256, seed)
-    ids = check_ids(inputs, least=2).to(next(model.parameters()).device)
+    ids = text_of(inputs, base or model, 16, 256, seed, least=2)
     dense = {} if base is None else _dense_modules(model, base)
     problems, size = problems_of(model), total_bytes(model)
     if problems:
         return ModelCheck(problems, ids.numel(), size)
     candidates = {dense[name]: _candidate(name, layer, dense[name]) for name, layer in layers_of(model) if dense}
-    losses = block_losses(model, ids)
-    before = None if base is None else block_losses(base, ids)
-    for what, found in (("model", losses), ("base", before)):
-        if found is not None and not found.isfinite().all():
-            problems.append(f"{what}: its logits have NaN or infinity on {int((~found.isfinite()).sum())} sequences")
+    models = {"model": model} if base is None else {"model": model, "base": base}
+    losses = {what: losses_of(m, ids) for what, m in models.items()}
+    for what, finite in ((what, found.isfinite()) for what, found in losses.items()):
+        if not finite.all():
+            problems.append(f"{what}: its logits have NaN or infinity on {int((~finite).sum())} sequences")
     if problems:
         return ModelCheck(problems, ids.numel(), size)
-    loss = losses.mean().item()
-    if base is None or before is None:
-        return ModelCheck([], ids.numel(), size, loss)
+    if base is None:
+        return ModelCheck([], ids.numel(), size, losses["model"].mean().item())
+    found = compare(losses["model"], losses["base"], ids)
     layers = measure(base, candidates, ids, seed, progress)
     del candidates
-    points = [_point(model, dense, choose(layers, size, budget), budget, ids, before) for budget in curve]
-    return ModelCheck([], ids.numel(), size, loss, before.mean().item(), Increase.of(losses, before), layers, points)
+    points = []
+    for budget in curve:
+        chosen = choose(layers, size, budget)
+        with _replaced(model, {layer.name: dense[layer.name] for layer in chosen}):
+            increase = compare(model, found.before, ids).increase
+        points.append(CurvePoint(budget, len(chosen), sum(layer.extra_bytes for layer in chosen), increase))
+    return ModelCheck([], ids.numel(), size, found.loss, found.base_loss, found.increase, layers, points)
 
 
 def _dense_modules(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
@@ -233,26 +233,3 @@ def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[No
         yield
     finally:
         put(old)
-
-
-def _point(
-    model: nn.Module,
-    dense: Mapping[str, nn.Module],
-    chosen: list[LayerCost],
-    budget: int | str,
-    ids: Tensor,
-    before: Tensor,
-) -> CurvePoint:
-    with _replaced(model, {layer.name: dense[layer.name] for layer in chosen}):
-        losses = block_losses(model, ids)
-    return CurvePoint(budget, len(chosen), sum(layer.extra_bytes for layer in chosen), Increase.of(losses, before))
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), the perplexity of a loss in nats per token.
-
-    Example:
-        >>> qlora_ext.fidelity.perplexity(0.0)
-        1.0
-    """
-    return math.exp(min(loss, 700.0))
