@@ -207,3 +207,20 @@ def test_layers_in_keep_are_not_calibrated() -> None:
     assert [report.name for report in calibration_of(model)] == others
     assert all(type(model.get_submodule(name)) is nn.Linear for name in dense_names)
     assert all(isinstance(model.get_submodule(name), Linear4bit) for name in others)
+
+
+class _Fixed(torch.nn.Module):
+    """A model whose logits do not depend on its input."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.logits
+
+
+def test_losses_over_a_large_vocabulary_are_exact() -> None:
+    logits, ids = torch.randn(2, 65, 50_000) * 3, torch.randint(50_000, (2, 65))
+    expected = -logits.double().log_softmax(2)[:, :-1].gather(2, ids[:, 1:, None]).mean((1, 2))
+    torch.testing.assert_close(losses_of(_Fixed(logits), ids), expected, rtol=0, atol=1e-5)

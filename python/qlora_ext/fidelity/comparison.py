@@ -96,10 +96,10 @@ def logits_of(model: nn.Module, ids: Tensor, **inputs: Any) -> Tensor:
 
 
 def _predictions(model: nn.Module, text: Text) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and labels as ``cross_entropy`` takes them: of sequences with all their tokens, or of learnt tokens."""
+    """Logits [.., V] and labels: of sequences with all their tokens [B, T - 1], or of learnt tokens [N]."""
     if isinstance(text, Tensor):
         for ids in text.split(max(1, _TOKENS_AT_A_TIME // text.shape[1])):
-            yield logits_of(model, ids).float()[:, :-1].transpose(1, 2), ids[:, 1:]
+            yield logits_of(model, ids)[:, :-1].float(), ids[:, 1:]
         return
     for batch in text:
         inputs = {**batch, "use_cache": False}
@@ -114,7 +114,9 @@ def losses_of(model: nn.Module, text: Text, compute: torch.dtype | None = None) 
     found = []
     with without_cache(model), contextlib.nullcontext() if compute is None else computing_in(model, compute):
         for logits, labels in _predictions(model, text):
-            losses = nn.functional.cross_entropy(logits, labels, reduction="none").double()
+            # With V as the last dimension, the CPU sums in the order that rounds least.
+            losses = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+            losses = losses.double().view(labels.shape)
             found.append((losses.mean(1) if losses.ndim == 2 else losses).cpu())
     return torch.cat(found)
 
