@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qlora_ext
-from qlora_app.decoding.cuda_graphs import GraphCache, ModuleState
+from qlora_app.cuda_graphs import GraphCache, ModuleState
 
 
 class Block(nn.Module):

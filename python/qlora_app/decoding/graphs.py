@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qlora_ext.untrusted import first_line
 
+from ..cuda_graphs import GraphCache, ModuleState
 from .batch_step import SPAN_STEP, BatchStep
-from .cuda_graphs import GraphCache, ModuleState
 from .fixed import FixedAdapters
 from .packages import CompilationError, causal_lm, not_traceable
 from .prepare import as_matrix

@@ -33,8 +33,8 @@ from qlora_ext.ops import link_compiled_code
 from qlora_ext.untrusted import first_line
 from qlora_ext.version import VERSION
 
+from ..tensor_state import TensorState
 from .cache import clean, directory, is_complete, written
-from .tensor_state import TensorState
 
 _C_TYPES = {
     "Tensor": "AtenTensorHandle",
