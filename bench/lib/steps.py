@@ -56,6 +56,11 @@ def signal_group(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
+def _take_interrupts() -> None:
+    """Has a new process end at an interrupt, which it would ignore below a background job of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(step: Step, seconds: float | None = None) -> Result:
     """Runs a step for at most `seconds`. No process that it started in its group survives it.
 
@@ -63,7 +68,7 @@ def run(step: Step, seconds: float | None = None) -> Result:
     """
     if step.missing is not None:
         return Result(step, Outcome.NOT_RUN, step.missing)
-    process = subprocess.Popen(step.command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(step.command, cwd=ROOT, start_new_session=True, preexec_fn=_take_interrupts)
     reason = ""
     try:
         status = process.wait(seconds)
