@@ -36,8 +36,10 @@ int main() {
   std::fputs(qlora::cpu::current_isa().name, stdout);
 }
 ]] @ONLY)
+  set(_library "$<IF:$<PLATFORM_ID:Darwin>,c++,stdc++>") # CXX=gcc compiles C++ but does not link it
   try_run(_ran _built SOURCES "${CMAKE_CURRENT_BINARY_DIR}/native_isas.cpp" NO_CACHE
           CMAKE_FLAGS "-DINCLUDE_DIRECTORIES=${_cpu}/../.." RUN_OUTPUT_VARIABLE _best
+          LINK_LIBRARIES ${_library}
           COMPILE_OUTPUT_VARIABLE _errors CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON)
   if(NOT _built OR NOT _ran EQUAL 0)
     message(FATAL_ERROR "QLORA_CPU_ISAS=native: the program that finds this processor's instruction sets failed: ${_ran} "

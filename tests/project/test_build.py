@@ -50,7 +50,7 @@ def exported(binary: str) -> set[str]:
 @pytest.mark.parametrize("binary", BINARIES, ids=lambda path: pathlib.Path(path).name)
 def test_libraries_export_only_their_own_symbols(binary: str) -> None:
     """If two libraries export the same standard template, the linker uses one for both, regardless of their flags."""
-    allowed = {"_C": "PyInit__C", "libqlora_kernels": "_ZN5qlora3cpu.*", "libqlora_cpu": "aoti_torch_cpu_linear_nf4"}
+    allowed = {"_C": "PyInit__C", "libqlora_kernels": "_ZN5qlora.*", "libqlora_cpu": "aoti_torch_cpu_linear_nf4"}
     pattern = allowed.get(pathlib.Path(binary).name.split(".")[0], "$^")
     assert [symbol for symbol in sorted(exported(binary)) if not re.fullmatch(pattern, symbol)] == []
 
