@@ -17,7 +17,8 @@ from .errors import UserError
 # The default directory of a run: ``finetune`` writes it, other commands read the adapter from it.
 DEFAULT_RUN = "qlora-run"
 REQUIRED: Any = dataclasses.MISSING
-_KINDS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "tuple[int, ...]": [int]}
+_KINDS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
+_KINDS |= {"tuple[int, ...]": [int], "tuple[str, ...]": [str]}
 _Table = TypeVar("_Table", bound="Options")
 
 
@@ -62,6 +63,8 @@ class Options:
             choices = limits.get("choices")
             if choices and value not in (*choices, field.default):
                 raise UserError(f"{given} one of {', '.join(map(str, choices))}")
+            if value is None:
+                continue
             if maximum is not None:
                 valid, expected = minimum <= value <= maximum, f"{minimum} to {maximum}"
             elif below is not None:
@@ -112,6 +115,8 @@ def add_options(
             keywords.update(required=True, default=None)
         if kind is bool:
             keywords["action"] = "store_true"
+        elif isinstance(kind, list):  # repeated
+            keywords.update(action="append", type=kind[0], metavar=more["metavar"], default=[])
         else:
             keywords.update(type=kind, metavar={int: "N", float: "X"}.get(kind, more.get("metavar")))
             keywords.update({key: more[key] for key in ("choices", "action") if key in more})
@@ -125,7 +130,8 @@ def add_options(
 
 def options_in(table: type[_Table], values: Mapping[str, Any]) -> _Table:
     """The options of ``table`` among ``values``, which has all of them."""
-    return table(**{field.name: values[field.name] for field in fields_of(table)})
+    given = {field.name: values[field.name] for field in fields_of(table)}
+    return table(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def keywords_of(function: str, table: type[Options], keywords: Mapping[str, Any]) -> dict[str, Any]:

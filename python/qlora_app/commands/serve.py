@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -17,16 +18,59 @@ from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
 from ..models.adapter_files import check_files, find, load
 from ..models.sources import PACKAGE
-from ..options import BaseOptions, add_options, options_in
+from ..options import DEFAULT_RUN, BaseOptions, add_options, like, option, options_in
 from ..vocabulary import vocabulary_size
 
 _LIBRARIES = ("starlette", "uvicorn")  # of the extra [serve]
 _CONTEXT = 4096
 _PROMPT_PART = 256  # tokens of a prompt that are read while running answers wait: some tenths of a second on two cores
 _KEY_VARIABLE = "QLORA_API_KEY"
-_MAX_SEQUENCES = 256
-_MAX_CONTEXT = 1 << 20
-_BASE = "__base__"  # PEFT's name for no adapter
+_COMPILED = {"auto": None, "always": True, "never": False}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeRequest(BaseOptions):
+    """The options of ``serve``."""
+
+    adapter: str | None = like(BaseOptions, "adapter", group=None)  # the first of ``adapters``
+    adapters: tuple[str, ...] = option(
+        (),
+        "an adapter, or the run that made it, and the name that requests give; repeat it for several adapters "
+        f"(default: ./{DEFAULT_RUN}, if it exists and --model is not given; name: that of the directory)",
+        flag="--adapter",
+        metavar="[NAME=]DIR",
+    )
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "0: any free one", 0, maximum=65535)
+    api_key: str | None = option(
+        None, f"key that clients have to send (default: ${_KEY_VARIABLE}; none if unset)", metavar="KEY"
+    )
+    cors: tuple[str, ...] = option((), "let web pages of ORIGIN use the server (*: all pages)", metavar="ORIGIN")
+    sequences: int = option(8, "how many answers are written at the same time", 1, maximum=256)
+    context: int | None = option(
+        None, f"tokens of a prompt and its answer (default: the model's, at most {_CONTEXT})", 2, maximum=1 << 20
+    )
+    compile: str = option(
+        "auto",
+        "decode with compiled code, which takes minutes to compile and is cached, or on a GPU with CUDA graphs; "
+        "auto: if the model can be compiled",
+        choices=tuple(_COMPILED),
+    )
+    reproducible: bool = option(
+        False,
+        "make answers to requests with a seed independent of other requests; costs as much as --sequences answers",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise UserError("--api-key: expected printable ASCII characters without spaces")
+        for origin in self.cors:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
+                raise UserError(
+                    f"--cors {excerpt(origin)}: expected * or an origin in lower case, without a path, such as "
+                    "https://chat.example.com or http://localhost:3000"
+                )
 
 
 def add_parser(commands: Any) -> None:
@@ -38,60 +82,17 @@ def add_parser(commands: Any) -> None:
         "Requests run together, whatever their adapters. Ctrl-C ends the server.",
         epilog="pip install 'qlora_ext[serve]' installs the libraries of the server.",
     )
-    parser.add_argument(
-        "--adapter", action="append", metavar="[NAME=]DIR",
-        help="an adapter, or the run that made it, and the name that requests give; repeat it for several adapters "
-        "(default: ./qlora-run, if it exists and --model is not given; name: that of the directory)",
-    )  # fmt: skip
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: %(default)s)")
-    parser.add_argument(
-        "--api-key", metavar="KEY", help=f"key that clients have to send (default: ${_KEY_VARIABLE}; none if unset)"
-    )
-    parser.add_argument(
-        "--cors", action="append", default=[], metavar="ORIGIN",
-        help="let web pages of ORIGIN use the server (*: all pages)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--sequences", type=int, default=8, metavar="N",
-        help="how many answers are written at the same time (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--context", type=int, metavar="N",
-        help=f"tokens of a prompt and its answer (default: the model's, at most {_CONTEXT})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compile", choices=("auto", "always", "never"), default="auto",
-        help="decode with compiled code, which takes minutes to compile and is cached, or on a GPU with CUDA graphs; "
-        "auto: if the model can be compiled (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--reproducible", action="store_true",
-        help="make answers to requests with a seed independent of other requests; costs as much as --sequences answers",
-    )  # fmt: skip
-    add_options(parser, BaseOptions, ["model", "trust_remote_code", "force", "device", "dtype"])
+    add_options(parser, ServeRequest)
     parser.set_defaults(run=run)
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _request(arguments: argparse.Namespace) -> ServeRequest:
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         names = " and ".join(missing)
         raise UserError(f"serve needs {names}, not installed here; install with: pip install 'qlora_ext[serve]'")
-    for name, low, high in (("port", 0, 65535), ("sequences", 1, _MAX_SEQUENCES), ("context", 2, _MAX_CONTEXT)):
-        value = getattr(arguments, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name} {value}: expected {low} to {high}")
-    if arguments.api_key is None:
-        arguments.api_key = os.environ.get(_KEY_VARIABLE) or None
-    if arguments.api_key is not None and not re.fullmatch(r"[!-~]+", arguments.api_key):
-        raise UserError("--api-key: expected printable ASCII characters without spaces")
-    for origin in arguments.cors:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
-            raise UserError(
-                f"--cors {excerpt(origin)}: expected * or an origin in lower case, without a path, such as "
-                "https://chat.example.com or http://localhost:3000"
-            )
+    key = os.environ.get(_KEY_VARIABLE) or None if arguments.api_key is None else arguments.api_key
+    return options_in(ServeRequest, {**vars(arguments), "api_key": key})
 
 
 def _named(adapter: str) -> tuple[str, str]:
@@ -111,11 +112,10 @@ def _base_name(adapted: Adapted) -> str:
     return pathlib.Path(name).name if adapted.source.on_disk else name
 
 
-def _find(arguments: argparse.Namespace) -> tuple[Adapted, dict[str, pathlib.Path | None]]:
+def _find(request: ServeRequest) -> tuple[Adapted, dict[str, pathlib.Path | None]]:
     """The base with the first adapter, and the directories of all models by name. The base has none."""
-    named = [_named(adapter) for adapter in arguments.adapter or []]
-    first = named[0][1] if named else None
-    adapted = find_adapted(options_in(BaseOptions, {**vars(arguments), "adapter": first}))
+    named = [_named(adapter) for adapter in request.adapters]
+    adapted = find_adapted(dataclasses.replace(request, adapter=named[0][1] if named else None))
     paths: list[tuple[str, pathlib.Path | None]] = [(_base_name(adapted), None)]
     if adapted.adapter is not None and not named:  # the default run
         named = [_named(str(adapted.adapter))]
@@ -140,22 +140,17 @@ def _context(model: Any, wanted: int | None) -> int:
     return wanted
 
 
-def _decoder(model: Any, arguments: argparse.Namespace) -> Any:
+def _decoder(model: Any, request: ServeRequest) -> Any:
     from ..decoding import BatchDecoder, CompilationError
 
-    def report(text: str) -> None:
-        print(f"qlora-ext: {text}", file=sys.stderr, flush=True)
-
-    compiled = {"auto": None, "always": True, "never": False}[arguments.compile]
-    context = _context(model, arguments.context)
     try:
         return BatchDecoder(
             model,
-            arguments.sequences,
-            context,
-            compiled=compiled,
-            progress=report,
-            reproducible=arguments.reproducible,
+            request.sequences,
+            _context(model, request.context),
+            compiled=_COMPILED[request.compile],
+            progress=lambda text: print(f"qlora-ext: {text}", file=sys.stderr, flush=True),
+            reproducible=request.reproducible,
             prompt_part=_PROMPT_PART,
         )
     except CompilationError as error:
@@ -178,41 +173,42 @@ def _try(decoder: Any, adapters: dict[str, str]) -> None:
             raise UserError(f"{excerpt(name)} cannot be served: {first_line(request.error)}") from request.error
 
 
-def _warn_of_strangers(arguments: argparse.Namespace, local: bool) -> None:
+def _warn_of_strangers(request: ServeRequest, local: bool) -> None:
     strangers = {
-        f"--host {printable(arguments.host)} lets other machines": not local,
-        "--cors * lets all web pages": "*" in arguments.cors,
+        f"--host {printable(request.host)} lets other machines": not local,
+        "--cors * lets all web pages": "*" in request.cors,
     }
     for let, is_open in strangers.items():
-        if is_open and arguments.api_key is None:
+        if is_open and request.api_key is None:
             print(f"qlora-ext: warning: {let} use this server; require a key with --api-key", file=sys.stderr)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    _check(arguments)
-    adapted, paths = _find(arguments)
+    request = _request(arguments)
+    adapted, paths = _find(request)
     from ..decoding import prepare_to_answer
+    from ..decoding.batch import BASE
     from ..serving import server
     from ..serving.application import Application, build
     from ..serving.loop import DecodingLoop
 
-    with server.bind(arguments.host, arguments.port) as listener:
+    with server.bind(request.host, request.port) as listener:
         local = server.is_loopback(listener)
-        _warn_of_strangers(arguments, local)
+        _warn_of_strangers(request, local)
         model = adapted.loader.while_loading()
         adapters: dict[str, str] = {}
         for i, (name, path) in enumerate(paths.items()):
-            adapters[name] = _BASE
+            adapters[name] = BASE
             if path is not None:
                 adapters[name] = f"adapter_{i}"  # modules have the names of adapters, so these contain no dots
-                model = load(model, path, arguments.force, name=f"adapter_{i}")
-        decoder = _decoder(prepare_to_answer(model), arguments)
+                model = load(model, path, request.force, name=f"adapter_{i}")
+        decoder = _decoder(prepare_to_answer(model), request)
         _try(decoder, adapters)
         vocabulary = vocabulary_size(model)
         loop = DecodingLoop(decoder)
         routes = Application(adapters, adapted.tokenizer, vocabulary, loop)
-        application = build(routes, arguments.api_key, local, arguments.cors)
+        application = build(routes, request.api_key, local, request.cors)
         loop.start()
         listener.listen()
         names = ", ".join(printable(name) for name in adapters)

@@ -15,14 +15,17 @@ from .batch import BatchDecoder
 from .compiled import BREAK_EVEN_TOKENS, Decoder, compile_decoding
 from .packages import CompilationError, obstacle
 from .prepare import prepare_to_answer
-from .requests import Request
+from .requests import DecodeRequest
 from .rollouts import Rollouts
 from .sampling import Sampling
+
+Request = DecodeRequest  # its earlier name
 
 __all__ = [
     "BREAK_EVEN_TOKENS",
     "BatchDecoder",
     "CompilationError",
+    "DecodeRequest",
     "Decoder",
     "Request",
     "Rollouts",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .batch import BatchDecoder
-from .requests import Request, token_ids
+from .requests import DecodeRequest, token_ids
 from .sampling import Sampling
 
 
@@ -21,7 +21,7 @@ def generate(
     *,
     sequences: int = 16,
     compiled: bool | None = None,
-) -> list[Request]:
+) -> list[DecodeRequest]:
     """Continues prompts of token ids, up to ``sequences`` at once.
 
     Args:

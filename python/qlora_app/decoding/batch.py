@@ -27,7 +27,7 @@ from .graphs import StepGraphs, load_graphs
 from .mixed import MixedSteps, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
 from .prompts import PromptReader
-from .requests import OnToken, Request, token_ids
+from .requests import DecodeRequest, OnToken, token_ids
 from .sampling import Sampling, draw, score
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -120,10 +120,10 @@ class BatchDecoder:
                 f"got {capacity!r}"
             )
         self.steps = 0
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []  # the one at index i has slot i
+        self._waiting: deque[DecodeRequest] = deque()
+        self._running: list[DecodeRequest] = []  # the one at index i has slot i
         self._part = prompt_part
-        self._readers: dict[Request, PromptReader] = {}  # of waiting ones whose prompts have been read in part
+        self._readers: dict[DecodeRequest, PromptReader] = {}  # of waiting ones whose prompts have been read in part
         self._stepping = threading.Lock()
         self._require_evaluation()
         self._layer = next((m for m in self._lm.modules() if isinstance(m, BaseTunerLayer)), None)
@@ -201,7 +201,7 @@ class BatchDecoder:
         sampling: Sampling | None = None,
         adapter: str | None = None,
         on_token: OnToken | None = None,
-    ) -> Request:
+    ) -> DecodeRequest:
         """Adds a sequence. Any thread may call it.
 
         Args:
@@ -239,7 +239,7 @@ class BatchDecoder:
             )
         if sampling.stop_tokens is None:
             sampling = dataclasses.replace(sampling, stop_tokens=self.end_tokens)
-        request = Request(ids, sampling, most, adapter, on_token)
+        request = DecodeRequest(ids, sampling, most, adapter, on_token)
         self._waiting.append(request)
         return request
 
@@ -308,7 +308,7 @@ class BatchDecoder:
         if self._lm.training:
             raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
 
-    def _start(self, request: Request) -> int:
+    def _start(self, request: DecodeRequest) -> int:
         """Reads the next part of a prompt, for which there is a slot. Returns its number of tokens."""
         reader = self._readers.pop(request, None) or PromptReader(request.prompt, self._caches)
         first, logits = reader.count, None
@@ -335,7 +335,7 @@ class BatchDecoder:
             self._continue([request], logits)
         return reader.count - first
 
-    def _read_part(self, request: Request, reader: PromptReader, options: dict[str, Any]) -> Tensor:
+    def _read_part(self, request: DecodeRequest, reader: PromptReader, options: dict[str, Any]) -> Tensor:
         """Reads the next part of a prompt, and has the request record its log-probabilities if it wants them."""
         if not request.sampling.prompt_logprobs:
             return self._read(reader, options, self._part)
@@ -345,7 +345,7 @@ class BatchDecoder:
         request.add_prompt(score(logits[: len(scored)], scored, request.sampling))
         return logits[-1:]
 
-    def _copied(self, request: Request, reader: PromptReader) -> Tensor | None:
+    def _copied(self, request: DecodeRequest, reader: PromptReader) -> Tensor | None:
         """The logits after a prompt that a running sequence has too, whose keys and values the reader takes."""
         if request.sampling.prompt_logprobs:
             return None
@@ -355,7 +355,7 @@ class BatchDecoder:
                 return other.prompt_logits
         return None
 
-    def _has_ended(self, request: Request) -> bool:
+    def _has_ended(self, request: DecodeRequest) -> bool:
         """Whether a sequence has ended, for example because its adapter was deleted."""
         if not request.end_if_cancelled():
             try:
@@ -364,7 +364,7 @@ class BatchDecoder:
                 request.fail(error)
         return request.done
 
-    def _continue(self, requests: Sequence[Request], logits: Tensor) -> None:
+    def _continue(self, requests: Sequence[DecodeRequest], logits: Tensor) -> None:
         """Adds a token to each sequence, and drops those that have ended."""
         samplings, numbers = [request.sampling for request in requests], [request.numbers for request in requests]
         drawn = draw(logits, samplings, numbers, [request.allowed() for request in requests])
@@ -412,7 +412,7 @@ class BatchDecoder:
         always = self.reproducible and self._layer is not None
         return {} if set(names) == {usual} and not always else {"adapter_names": names + [usual] * idle}
 
-    def _read_tokens(self, requests: Sequence[Request]) -> Tensor:
+    def _read_tokens(self, requests: Sequence[DecodeRequest]) -> Tensor:
         """The logits [B, V] after each sequence's last token, which is read into the caches."""
         idle = self.sequences - len(requests) if self.reproducible else 0
         options = self._forward_options([request.adapter for request in requests], idle)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .sampling import Drawn, Sampling
 
-OnToken = Callable[["Request", int], object]
+OnToken = Callable[["DecodeRequest", int], object]
 
 
 def token_ids(prompt: Iterable[int] | Tensor) -> list[int]:
@@ -26,7 +26,7 @@ def token_ids(prompt: Iterable[int] | Tensor) -> list[int]:
         raise ValueError(f"prompt: expected token ids, a list or a tensor of one dimension, got {prompt!r}") from error
 
 
-class Request:
+class DecodeRequest:
     """A prompt and its continuation, from ``BatchDecoder.submit``.
 
     Attributes:

@@ -12,7 +12,7 @@ from ..special_tokens import prompt_tokens
 from .batch import BatchDecoder
 from .compiled import BREAK_EVEN_TOKENS
 from .packages import causal_lm
-from .requests import Request
+from .requests import DecodeRequest
 from .sampling import Sampling
 
 _CAPACITY_STEP = 256  # tokens by which the capacity grows
@@ -83,7 +83,7 @@ class Rollouts:
             "logprobs": [request.logprobs for request in done],
         }
 
-    def answers(self, trainer: Any, prompts: Sequence[list[int]], sampling: Sampling) -> list[Request]:
+    def answers(self, trainer: Any, prompts: Sequence[list[int]], sampling: Sampling) -> list[DecodeRequest]:
         """One finished request for each prompt of token ids, by the model that ``trainer`` trains.
 
         If ``sampling`` has a seed, it is that of the first prompt, and the others count up from it.

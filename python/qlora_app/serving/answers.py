@@ -8,15 +8,30 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ..decoding import Sampling
+from ..decoding import DecodeRequest, Sampling
 from .errors import APIError
 from .grammar import JSONGrammar
-from .loop import DecodingLoop, LoopEnded, Progress, RunningSequence, Token
+from .loop import DecodingLoop, LoopEnded, Progress
 from .requests import CompletionRequest
 from .text import AnswerText
 from .tools import ToolCall, ToolCallText
 
 _FINISH_REASONS = ("stop", "length")  # of OpenAI's and ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token, its log probability, and the most likely tokens at its position.
+
+    Attributes:
+        logprob: None for the first token of a prompt.
+        offset: the place in the text of the answer at which the token begins.
+    """
+
+    id: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+    offset: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,37 +60,55 @@ class EncodedPrompt:
 
 
 class _Answer:
-    """One of the answers to a request."""
+    """One of the answers to a request.
+
+    Attributes:
+        request: its sequence in the decoder, after that got it.
+        written: the number of its tokens so far.
+    """
+
+    request: DecodeRequest
 
     def __init__(self, index: int, prompt: EncodedPrompt, text: AnswerText, tools: ToolCallText | None) -> None:
         self.index = index
-        self.written = 0  # tokens
+        self.written = 0
         self.done = False
         self._prompt, self._text, self._tools = prompt, text, tools
-        self._echo = prompt.echo  # until it is a part of a piece
+        self._echo: str | None = prompt.echo  # until it is a part of a piece
         self._tokens: list[Token] = []  # those whose text has not been returned
 
     def add(self, progress: Progress) -> Piece | None:
         """The next piece of the answer, if there is text to show or the answer ends."""
         if self.done:  # by a stop string; the decoder has written more in the meantime
             return None
-        before = self.written
-        parts, self._echo = [self._echo], ""
-        for token, place in zip(progress.prompt, self._prompt.places, strict=False):
-            self._tokens.append(dataclasses.replace(token, offset=place))
-        for read, token in enumerate(progress.tokens, 1):
-            self._tokens.append(dataclasses.replace(token, offset=len(self._prompt.echo) + self._text.decoded))
-            parts.append(self._text.push(token.id))
+        request, text = self.request, ""
+        if self._echo is not None:
+            text, self._echo = self._echo, None
+            self._tokens += self._prompt_tokens()
+        for i in range(self.written, progress.written - (progress.finish_reason == "stop")):
+            token, top = request.tokens[i], request.top_logprobs[i] if request.top_logprobs else []
+            offset = len(self._prompt.echo) + self._text.decoded
+            self._tokens.append(Token(token, request.logprobs[i], top, offset))
+            text += self._text.push(token)
             if self._text.stopped:
-                self.written = before + read
-                return self._piece("".join(parts), "stop")
+                self.written = i + 1
+                return self._piece(text, "stop")
         self.written = progress.written
         if progress.finish_reason is None:
-            return self._piece("".join(parts), None)
+            return self._piece(text, None)
         if progress.finish_reason not in _FINISH_REASONS:
             raise _error(progress)
-        text = "".join(parts) + self._text.finish()
+        text += self._text.finish()
         return self._piece(text, "stop" if self._text.stopped else progress.finish_reason)
+
+    def _prompt_tokens(self) -> list[Token]:
+        """Those of the prompt, if they have log probabilities. If the sequence failed, some are missing."""
+        request = self.request
+        if not request.sampling.prompt_logprobs:
+            return []
+        scores = [(None, []), *zip(request.prompt_logprobs, request.prompt_top_logprobs, strict=False)]
+        scored = zip(request.prompt, scores, self._prompt.places, strict=False)
+        return [Token(token, *score, place) for token, score, place in scored]
 
     def _piece(self, text: str, finish_reason: str | None) -> Piece | None:
         calls: list[ToolCall] = []
@@ -123,7 +156,6 @@ class Answers:
     ) -> None:
         self.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._loop = loop
-        self._sequences: list[RunningSequence] = []
         self._progress: asyncio.Queue[tuple[_Answer, Progress]] = asyncio.Queue()
         self._answers: list[_Answer] = []
         seed = secrets.randbits(63) if request.seed is None else request.seed
@@ -133,9 +165,9 @@ class Answers:
                     text = AnswerText(tokenizer, prompt.tokens, request.stop)
                     tools = ToolCallText(request.parallel_tool_calls) if calls else None
                     answer = _Answer(len(self._answers), prompt, text, tools)
-                    self._answers.append(answer)
                     own_seed = (seed + answer.index) % 2**63
                     self._submit(request, answer, prompt.tokens, own_seed, adapter, grammar and grammar.copy())
+                    self._answers.append(answer)
         except BaseException as error:
             self.cancel()
             if isinstance(error, LoopEnded):
@@ -170,7 +202,7 @@ class Answers:
         def listen(new: Progress) -> None:
             events.call_soon_threadsafe(progress.put_nowait, (answer, new))
 
-        self._sequences.append(self._loop.submit(prompt, sampling, adapter, listen))
+        answer.request = self._loop.submit(prompt, sampling, adapter, listen)
 
     @property
     def written(self) -> int:
@@ -188,10 +220,10 @@ class Answers:
             piece = answer.add(progress)
             if piece is not None:
                 if piece.finish_reason is not None:
-                    self._loop.cancel(self._sequences[answer.index])  # which may have gone on after a stop string
+                    self._loop.cancel(answer.request)  # which may have gone on after a stop string
                 yield piece
 
     def cancel(self) -> None:
         """Ends the sequences that still run."""
-        for sequence in self._sequences:
-            self._loop.cancel(sequence)
+        for answer in self._answers:
+            self._loop.cancel(answer.request)

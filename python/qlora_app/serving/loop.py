@@ -7,71 +7,24 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import NamedTuple
 
+from ..decoding import BatchDecoder, DecodeRequest, Sampling
 from ..errors import first_line
 
 
-class DecodingRequest(Protocol):
-    """A sequence of the decoder; see ``qlora_app.decoding.Request``."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    top_logprobs: list[list[tuple[int, float]]]
-    prompt_logprobs: list[float]
-    prompt_top_logprobs: list[list[tuple[int, float]]]
-    finish_reason: str | None
-    error: Exception | None
-
-    def cancel(self) -> None: ...
-
-
-class Decoder(Protocol):
-    """The part of ``qlora_app.decoding.BatchDecoder`` that is used here."""
-
-    capacity: int
-    sequences: int
-
-    @property
-    def end_tokens(self) -> tuple[int, ...]: ...
-
-    def submit(self, prompt_ids: list[int], sampling: Any, adapter: str) -> DecodingRequest: ...
-
-    def step(self) -> bool: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """A token, its log probability, and the most likely tokens at its position.
+class Progress(NamedTuple):
+    """How far a sequence is.
 
     Attributes:
-        logprob: None for the first token of a prompt.
-        offset: the place in the text of the answer at which the token begins.
-    """
-
-    id: int
-    logprob: float | None
-    top: list[tuple[int, float]]
-    offset: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What a step of the decoder added to a sequence.
-
-    Attributes:
-        tokens: without the stop token.
         written: the number of all tokens so far, the stop token included.
-        finish_reason: as in ``qlora_app.decoding.Request``; None while the sequence runs.
+        finish_reason: as in ``DecodeRequest``; None while the sequence runs.
         error: why it ended, if ``finish_reason`` is "error".
-        prompt: the tokens of the prompt, in the first progress of a sequence whose prompt has log probabilities.
     """
 
-    tokens: list[Token]
     written: int
     finish_reason: str | None = None
     error: BaseException | None = None
-    prompt: list[Token] = dataclasses.field(default_factory=list)
 
 
 Listener = Callable[[Progress], None]
@@ -81,52 +34,30 @@ class LoopEnded(Exception):
     """The loop takes no more sequences."""
 
 
-class RunningSequence:
-    """A sequence that the loop watches.
+@dataclasses.dataclass(eq=False)
+class _Watched:
+    """A sequence whose progress the loop reports."""
 
-    Args:
-        prompt: its tokens, if they have log probabilities.
-    """
-
-    def __init__(self, request: DecodingRequest, listener: Listener, prompt: list[int]) -> None:
-        self._request = request
-        self._listener = listener
-        self._prompt = prompt
-        self._reported = 0  # tokens
-
-    def cancel(self) -> None:
-        self._request.cancel()
+    request: DecodeRequest
+    listener: Listener
+    written: int = 0  # tokens that have been reported
 
     def report(self) -> bool:
         """Reports what is new, and returns whether the sequence still runs."""
-        request, first = self._request, self._reported
-        reason = request.finish_reason
-        self._reported = len(request.tokens)
-        if self._reported == first and reason is None:
-            return True
-        new = range(first, self._reported - (reason == "stop"))
-        tops = request.top_logprobs or [[]] * self._reported
-        tokens = [Token(request.tokens[i], request.logprobs[i], tops[i]) for i in new]
-        self._tell(Progress(tokens, self._reported, reason, request.error, self._take_prompt()))
+        reason, written = self.request.finish_reason, len(self.request.tokens)
+        if written > self.written or reason is not None:
+            self.written = written
+            self._tell(Progress(written, reason, self.request.error))
         return reason is None
-
-    def _take_prompt(self) -> list[Token]:
-        """The prompt with its log probabilities, at the first call; they are complete when there is a token."""
-        prompt, self._prompt = self._prompt, []
-        if not prompt:
-            return []
-        # Incomplete if the sequence failed.
-        scores = zip(prompt[1:], self._request.prompt_logprobs, self._request.prompt_top_logprobs, strict=False)
-        return [Token(prompt[0], None, []), *(Token(*score) for score in scores)]
 
     def end(self, error: BaseException | None) -> None:
         """Reports that the sequence ends here, because of ``error`` or because the loop ends."""
-        self.cancel()
-        self._tell(Progress([], self._reported, "cancelled" if error is None else "error", error))
+        self.request.cancel()
+        self._tell(Progress(self.written, "cancelled" if error is None else "error", error))
 
     def _tell(self, progress: Progress) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop of the listener is closed
-            self._listener(progress)
+            self.listener(progress)
 
 
 class DecodingLoop:
@@ -135,9 +66,9 @@ class DecodingLoop:
     If a step fails, all sequences end with that error, and the decoder goes on with those that come later.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: BatchDecoder) -> None:
         self.decoder = decoder
-        self._sequences: set[RunningSequence] = set()
+        self._watched: set[_Watched] = set()
         self._ended = False
         self._lock = threading.Lock()  # of the two attributes above
         self._awake = threading.Event()
@@ -161,10 +92,10 @@ class DecodingLoop:
     @property
     def active(self) -> int:
         """How many sequences run or wait."""
-        return len(self._sequences)
+        return len(self._watched)
 
-    def submit(self, prompt: list[int], sampling: Any, adapter: str, listener: Listener) -> RunningSequence:
-        """Adds a sequence.
+    def submit(self, prompt: list[int], sampling: Sampling, adapter: str, listener: Listener) -> DecodeRequest:
+        """Adds a sequence, whose ``listener`` is called after each step that wrote a token of it or ended it.
 
         Raises:
             LoopEnded: the loop was closed. ValueError: the decoder rejects the sequence.
@@ -173,14 +104,13 @@ class DecodingLoop:
             if self._ended:
                 raise LoopEnded
             request = self.decoder.submit(prompt, sampling, adapter)
-            sequence = RunningSequence(request, listener, prompt if sampling.prompt_logprobs else [])
-            self._sequences.add(sequence)
+            self._watched.add(_Watched(request, listener))
         self._awake.set()
-        return sequence
+        return request
 
-    def cancel(self, sequence: RunningSequence) -> None:
+    def cancel(self, request: DecodeRequest) -> None:
         """Ends a sequence after the current step, unless it has ended."""
-        sequence.cancel()
+        request.cancel()
         self._awake.set()
 
     def _run(self) -> None:
@@ -198,15 +128,15 @@ class DecodingLoop:
     def _end_all(self, error: Exception | None) -> None:
         with self._lock:
             self._ended = self._closing
-            left, self._sequences = self._sequences, set()
-        for sequence in left:
-            sequence.end(error)
+            left, self._watched = self._watched, set()
+        for watched in left:
+            watched.end(error)
 
     def _step(self) -> bool:
         more = self.decoder.step()
         with self._lock:
-            watched = list(self._sequences)
-        done = {sequence for sequence in watched if not sequence.report()}
+            all_watched = list(self._watched)
+        done = {watched for watched in all_watched if not watched.report()}
         with self._lock:
-            self._sequences -= done
+            self._watched -= done
         return more

@@ -7,8 +7,7 @@ import secrets
 import time
 from typing import Any
 
-from .answers import Answers, Piece
-from .loop import Token
+from .answers import Answers, Piece, Token
 from .requests import CompletionRequest
 from .tools import ToolCall
 
