@@ -113,9 +113,6 @@ class ModuleState(TensorState):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         modules = [*module.modules()]
-        self._entries += [m._modules for m in modules for _ in m._modules]
-        self._names += [name for m in modules for name in m._modules]
-        self._parts += [child for m in modules for child in m._modules.values()]
         self._hooks: list[dict[int, Any]] = [_global._global_forward_pre_hooks, _global._global_forward_hooks]
         self._hooks += [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
         self._hooks_found = self._present()

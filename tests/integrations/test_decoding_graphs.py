@@ -65,6 +65,7 @@ def decoder(model: Any, sequences: int = 4, **options: Any) -> BatchDecoder:
     """A decoder on the CPU with the stand-in."""
     engine = BatchDecoder(model, sequences, compiled=False, **options)
     engine._graphs = load_graphs(model, engine._caches, engine.reproducible)
+    engine._steps.insert(0, engine._graphs)
     return engine
 
 
@@ -107,9 +108,9 @@ def test_rows_without_a_sequence_change_free_slots_only() -> None:
     before = [cache.clone() for cache in caches]
     steps = StepGraphs(lm, caches)
     with torch.no_grad():
-        logits = steps([5, 6, 7], [100, 3, 64])
+        logits = steps.run([5, 6, 7], [100, 3, 64])
         first = logits[:1].clone()
-        torch.testing.assert_close(steps([5], [100]), first, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(steps.run([5], [100]), first, rtol=1e-4, atol=1e-5)
     assert set(steps._graphs.seen) == {(4, 128), (1, 128)}  # type: ignore[attr-defined]
     for cache, old in zip(caches, before, strict=True):
         changed = (cache != old).any(-1).any(1).nonzero().tolist()
@@ -241,7 +242,7 @@ def test_a_model_on_cuda(dtype: torch.dtype) -> None:
     try:
         assert engine._graphs.serve()  # type: ignore[union-attr]
         with torch.no_grad():
-            engine._graphs([5, 6, 7, 8], [0, 1, 2, 3])  # type: ignore[misc]
+            engine._graphs.run([5, 6, 7, 8], [0, 1, 2, 3])  # type: ignore[union-attr]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     with torch.no_grad():

@@ -20,17 +20,16 @@ from qlora_ext.nn import layers_of
 from qlora_ext.untrusted import first_line
 
 from ..vocabulary import vocabulary_size
-from .batch_step import SPAN_STEP, STEP, BatchStep, load_step
-from .compiled import PROMPT, TOKEN, load_decoding, new_caches
-from .fixed import FixedAdapters
+from .compiled import load_decoding
+from .fixed import BASE, active_adapters
 from .graphs import StepGraphs, load_graphs
-from .mixed import MixedSteps, load_mixed
+from .mixed import MixedStep, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
 from .prompts import PromptReader
 from .requests import DecodeRequest, OnToken, token_ids
 from .sampling import Sampling, draw, score
+from .step import SPAN_STEP, CompiledStep, DecodeStep, EagerStep, new_caches
 
-BASE = "__base__"  # PEFT's name for no adapter
 _USUAL_CAPACITY = 2048
 _SCORED = 256  # tokens of a prompt that get logits [tokens, V] at once
 # Of the self-test: far above rounding, far below the effect of a wrong position or mask.
@@ -127,55 +126,57 @@ class BatchDecoder:
         self._stepping = threading.Lock()
         self._require_evaluation()
         self._layer = next((m for m in self._lm.modules() if isinstance(m, BaseTunerLayer)), None)
-        self._adapters = FixedAdapters(self._lm)  # of the compiled code
-        self._codes: dict[str, Code] = {}
-        self._mixed: MixedSteps | None = None
+        self._prompts: Code | None = None
+        self._mixed: MixedStep | None = None
         self._graphs: StepGraphs | None = None
         self._obstacle: str | None = None
         try:
             # The self-test takes two slots.
             self._caches = new_caches(self._lm, -(-self.capacity // SPAN_STEP) * SPAN_STEP, max(sequences, 2))
+            self._steps: list[DecodeStep] = [EagerStep(model, self._caches)]  # the first that can runs
             self._test()
         except ValueError:
             raise
         except Exception as error:  # models may raise any exception
             raise _rejected(first_line(error)) from error
-        self._codes = self._compiled_codes(compiled, progress)
-        if self._codes:
-            self._test()
-            self._mixed = self._mixed_steps(compiled, progress)
-        if self._mixed is not None:
-            self._test([*self._model.peft_config][-2:])
-
-    def _compiled_codes(self, wanted: bool | None, progress: Callable[[str], object] | None) -> dict[str, Code]:
-        """The compiled functions by name; none on CUDA, or if the model's own forward is to run."""
-        if wanted is False:
-            self._obstacle = "compiled is False"
-            return {}
-        why = obstacle(self._model)
         try:
-            if self._lm.device.type == "cuda":
-                self._graphs = load_graphs(self._model, self._caches, self.reproducible)
-                return {}
-            if why is not None:
-                raise CompilationError(why)
-            prompts, steps = load_decoding(self._model, progress=progress), load_step(self._model, progress)
+            self._compile(compiled, progress)
         except CompilationError as error:
-            if wanted:
+            if compiled:
                 raise
             self._obstacle = str(error)
-            return {}
-        assert prompts is not None
-        return {name: code for code in (prompts, steps) for name in (TOKEN, PROMPT, STEP) if name in code}
 
-    def _mixed_steps(self, wanted: bool | None, progress: Callable[[str], object] | None) -> MixedSteps | None:
-        """The compiled steps for sequences with different adapters; None if PEFT's code has to compute these."""
+    def _compile(self, wanted: bool | None, progress: Callable[[str], object] | None) -> None:
+        """Puts the steps that are no forward of the model before the eager one, and tests them.
+
+        Raises:
+            CompilationError: the model cannot be compiled.
+        """
+        if wanted is False:
+            raise CompilationError("compiled is False")
+        if self._lm.device.type == "cuda":
+            self._graphs = load_graphs(self._model, self._caches, self.reproducible)
+            self._steps.insert(0, self._graphs)
+            return
+        why = obstacle(self._model)
+        if why is not None:
+            raise CompilationError(why)
+        prompts = load_decoding(self._model, progress=progress)
+        self._steps.insert(0, CompiledStep(self._model, self._caches, progress))
+        self._prompts = prompts
+        self._test()
+        self._compile_mixed(wanted, progress)
+
+    def _compile_mixed(self, wanted: bool | None, progress: Callable[[str], object] | None) -> None:
+        """Adds the step for sequences with different adapters, unless PEFT's code has to compute these."""
         try:
-            return load_mixed(self._model, progress) if len(self._active()) == 1 else None
+            self._mixed = load_mixed(self._model, self._caches, progress) if len(self._active()) == 1 else None
         except CompilationError:
             if wanted:
                 raise
-            return None
+        if self._mixed is not None:
+            self._steps.insert(-1, self._mixed)
+            self._test([*self._model.peft_config][-2:])
 
     @property
     def compiled(self) -> bool:
@@ -318,7 +319,7 @@ class BatchDecoder:
                 if logits is None:
                     options = self._forward_options([request.adapter])
                     if self._mixed is not None:
-                        self._mixed.renew(self._names(options, 1))
+                        self._mixed.renew(options)
                     logits = self._read_part(request, reader, options)
             except Exception as error:  # for example, no memory for a long prompt
                 request.fail(error)
@@ -390,16 +391,9 @@ class BatchDecoder:
                 for cache in self._caches:
                     cache[slot, :, : last.read] = cache[len(self._running), :, : last.read]
 
-    def _code(self, name: str, options: dict[str, Any]) -> Callable[[list[Tensor]], list[Tensor]] | None:
-        """The compiled function ``name``, if it computes what the model does now."""
-        code = self._codes.get(name)
-        if code is None or options or not self._adapters.serve() or not code.is_current():
-            return None
-        return code[name]
-
     def _active(self) -> list[str]:
         """The names of the active adapters."""
-        return [] if self._layer is None or self._layer.disable_adapters else list(self._layer.active_adapters)
+        return [] if self._layer is None else active_adapters(self._layer)
 
     def _forward_options(self, adapters: Sequence[str | None], idle: int = 0) -> dict[str, Any]:
         """The adapters of sequences as an option of PEFT's forward; none if all use the active ones."""
@@ -418,41 +412,18 @@ class BatchDecoder:
         options = self._forward_options([request.adapter for request in requests], idle)
         tokens = [request.tokens[-1] for request in requests] + [0] * idle
         positions = [request.read for request in requests] + [0] * idle
-        if self._graphs is not None and not options and self._graphs.serve():
-            logits = self._graphs(tokens, positions)
-        else:
-            logits = self._step(self._integers(tokens), self._integers(positions), options)
-        return logits[: len(requests)]
+        return self._step(tokens, positions, options)[: len(requests)]
 
-    def _step(self, tokens: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
-        span = -(-(int(positions.max()) + 1) // SPAN_STEP) * SPAN_STEP
-        visible = torch.arange(span, dtype=torch.int64, device=positions.device) <= positions[:, None]
-        caches = [cache[: len(tokens)] for cache in self._caches]
-        run = self._code(STEP, options)
-        if run is not None:
-            return run([tokens, positions, visible, *caches])[0]
-        if self._mixed is not None and (names := self._names(options, len(tokens))):
-            mixed = self._mixed.run(names, [tokens, positions, visible, *caches])
-            if mixed is not None:
-                return mixed
-        step = BatchStep(self._model if options else self._lm)
-        logits: Tensor = step(tokens, positions, visible, caches, **options)
-        return logits
-
-    def _names(self, options: dict[str, Any], count: int) -> list[str]:
-        """The adapter of each of ``count`` sequences; none if each uses several."""
-        names: list[str] = options.get("adapter_names") or (self._active() or [BASE]) * count
-        return names if len(names) == count else []
-
-    def _integers(self, values: Any) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._lm.device)
+    def _step(self, tokens: list[int], positions: list[int], options: dict[str, Any]) -> Tensor:
+        found = (step(tokens, positions, options) for step in self._steps)
+        return next(logits for logits in found if logits is not None)
 
     def _read(
         self, reader: PromptReader, options: dict[str, Any], most: int | None = None, every: bool = False
     ) -> Tensor:
         """Reads at most ``most`` more tokens of a prompt. Returns the logits of ``PromptReader.read``."""
         forward = functools.partial(self._model if options else self._lm, **options)
-        return reader.read(self._lm, lambda name: self._code(name, options), forward, most, every)
+        return reader.read(self._lm, None if options else self._prompts, forward, most, every)
 
     @torch.no_grad()
     def _test(self, adapters: Sequence[str | None] = (None, None)) -> None:
@@ -488,10 +459,8 @@ class BatchDecoder:
             for most in (1, None):
                 self._read(reader, of_each[slot], most)
             reader.store(self._caches, slot)
-        last = self._integers([prompt[-1] for prompt in prompts])
-        logits = self._step(
-            last, self._integers([len(prompt) - 1 for prompt in prompts]), self._forward_options(adapters)
-        )
+        last, positions = [prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts]
+        logits = self._step(last, positions, self._forward_options(adapters))
         for cache in self._caches:
             cache[:2].zero_()
         if not bool(expected.isfinite().all()):

@@ -10,50 +10,36 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import pathlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
-from transformers.cache_utils import StaticLayer
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qlora_ext.nn import Linear16bit
-
-from .fixed import FixedAdapters
-from .packages import (
-    Code,
-    CompilationError,
-    Function,
-    causal_lm,
-    compile_package,
-    digest,
-    load_code,
-    obstacle,
-    state_of,
+from . import step as steps
+from .packages import Code, CompilationError, Function, causal_lm, load_code, obstacle
+from .step import (
+    CACHE,
+    MAX_CACHE,
+    Step,
+    attention_by,
+    head_computed_by,
+    new_caches,
+    require_plain_attention,
+    visible_tokens,
 )
 
-# The keyword of transformers for a model's KV cache: "cache" in newer versions.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # From about this many tokens on, compiled decoding saves more time than compiling takes. For SmolLM2-135M's shapes on
 # one core with AVX2, compiling takes 145 s, and each token 37 ms less.
 BREAK_EVEN_TOKENS = 4000
 CACHE_STEP = 64  # the capacity of caches, all of which attention reads, is a multiple of this many tokens
-MAX_CACHE = 1 << 30
 MAX_PROMPT = 512  # tokens of a compiled prompt; the Python code of a longer one takes a small part of its time
 
 # The codes in a package.
 TOKEN, PROMPT = "token", "prompt"
-
-
-def require_plain_attention(options: dict[str, Any]) -> None:
-    """Raises a NotImplementedError if transformers' ``options`` ask for more than scaled dot-product attention."""
-    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("its attention is not plain scaled dot-product attention")
 
 
 def _attend(
@@ -96,50 +82,8 @@ def _attend(
     return y.reshape(1, 1, heads, value.shape[3]).to(query.dtype), None
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask that ``_attend`` takes, which a cache of fixed size always needs."""
-    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-    return mask
-
-
 _ATTENTION = "qlora_ext_decoding"
 AttentionInterface.register(_ATTENTION, _attend)
-AttentionMaskInterface.register(_ATTENTION, _mask)
-
-
-@contextlib.contextmanager
-def attention_over_caches(lm: Any, name: str = _ATTENTION) -> Iterator[None]:
-    """Replaces torch's SDPA by the implementation ``name``. Other attention implementations are kept."""
-    usual = lm.config._attn_implementation
-    if usual != "sdpa":
-        yield
-        return
-    lm.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        lm.set_attn_implementation(usual)
-
-
-@contextlib.contextmanager
-def head_computed_by(
-    lm: Any, forward: Callable[[Any, Tensor], Tensor], dtypes: Sequence[torch.dtype] | None = None
-) -> Iterator[None]:
-    """Replaces the forward of a plain dense output head by ``forward(head, x)``. Other heads are kept.
-
-    Args:
-        dtypes: of the weights of the heads that are replaced; None for all.
-    """
-    head: Any = lm.get_output_embeddings()
-    is_plain = type(head) in (nn.Linear, Linear16bit) and "forward" not in vars(head)
-    if not is_plain or (dtypes is not None and head.weight.dtype not in dtypes):
-        yield
-        return
-    head.forward = functools.partial(forward, head)
-    try:
-        yield
-    finally:
-        del head.forward
 
 
 def _sums_in_float32(head: Any, x: Tensor) -> Tensor:
@@ -149,47 +93,21 @@ def _sums_in_float32(head: Any, x: Tensor) -> Tensor:
     return y
 
 
-class _Slots(StaticLayer):  # type: ignore[misc,unused-ignore]
-    """A layer of a static cache, to which tokens are added at ``positions`` (int64 [T])."""
+class _OneSequence(nn.Module):
+    """``Step`` of a single sequence, whose attention reads the whole capacity.
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        super().__init__(keys.shape[2])
-        self.keys, self.values, self.positions = keys, values, positions
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.positions, key_states)
-        self.values.index_copy_(2, self.positions, value_states)
-        return self.keys, self.values
-
-    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
-        return self.keys.shape[2], 0
-
-    def get_seq_length(self, *_: Any, **__: Any) -> Tensor:
-        return self.positions[0]
-
-
-class _Step(nn.Module):
-    """From tokens [1, T] at consecutive positions [T] to the last one's logits [1, 1, V]. Writes to the caches.
-
-    The caches, each [1, H, L, D], are one list: the keys of all layers, then the values.
+    From tokens [1, T] at consecutive positions [T] to the last one's logits [1, 1, V].
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.step = Step(model)
 
     def forward(self, tokens: Tensor, positions: Tensor, caches: list[Tensor]) -> Tensor:
-        half = len(caches) // 2
-        cache = StaticCache(self.model.config, max_cache_len=caches[0].shape[2])
-        cache.layers = [_Slots(*pair, positions) for pair in zip(caches[:half], caches[half:], strict=True)]
-        options = {"use_cache": True, CACHE: cache}
-        if tokens.shape[1] > 1:
-            options["logits_to_keep"] = 1
-        out = self.model(input_ids=tokens, position_ids=positions[None], **options)
-        logits: Tensor = out.logits
-        return logits
+        last = {"logits_to_keep": 1} if tokens.shape[1] > 1 else {}
+        visible = visible_tokens(caches[0].shape[2], positions[None])
+        logits: Tensor = self.step(tokens, positions[None], visible, caches, **last)
+        return logits[:, None]
 
 
 def keeps_last_logits(lm: Any) -> bool:
@@ -197,8 +115,9 @@ def keeps_last_logits(lm: Any) -> bool:
     return "logits_to_keep" in inspect.signature(lm.forward).parameters
 
 
-def _compile(lm: Any, step: _Step, package: pathlib.Path) -> None:
-    """Compiles the code of ``TOKEN`` and of ``PROMPT`` for a model."""
+@contextlib.contextmanager
+def _functions(lm: Any, step: _OneSequence) -> Iterator[dict[str, Function]]:
+    """``TOKEN`` and ``PROMPT`` of a model, to compile."""
     caches = new_caches(lm, CACHE_STEP)
     capacity = torch.export.Dim("room", min=2, max=MAX_CACHE)
     some = torch.export.Dim("tokens", min=2, max=MAX_PROMPT)
@@ -209,16 +128,15 @@ def _compile(lm: Any, step: _Step, package: pathlib.Path) -> None:
         dynamic = ({1: some}, {0: some}) if tokens > 1 else (None, None)
         shapes = (*dynamic, [{2: capacity} for _ in caches])
         functions[name] = Function(step, (_integers([[0] * tokens]), _integers(range(tokens)), caches), shapes)
-    with attention_over_caches(lm), head_computed_by(lm, _sums_in_float32):
-        compile_package(functions, package)
+    with attention_by(lm, _ATTENTION), head_computed_by(lm, _sums_in_float32):
+        yield functions
 
 
 def load_decoding(model: Any, missing: bool = True, progress: Callable[[str], object] | None = None) -> Code | None:
     """The code of ``TOKEN`` and ``PROMPT`` for a model. The arguments are those of ``compile_decoding``."""
     lm = causal_lm(model)
-    step = _Step(lm)
-    name = digest(model, state_of(step), [__file__])
-    return load_code(name, step, lambda package: _compile(lm, step, package), missing, progress)
+    step = _OneSequence(lm)
+    return load_code(model, step, _functions(lm, step), [__file__, steps.__file__], missing, progress)
 
 
 def _integers(values: Any) -> Tensor:
@@ -227,15 +145,6 @@ def _integers(values: Any) -> Tensor:
 
 def _positions(first: int, end: int) -> Tensor:
     return torch.arange(first, end, dtype=torch.int64, device="cpu")
-
-
-def new_caches(lm: Any, capacity: int, sequences: int = 1) -> list[Tensor]:
-    """Keys of all layers, then values, each [``sequences``, H, ``capacity``, D], as the model itself makes them."""
-    cache = DynamicCache(config=lm.config)
-    with torch.no_grad():
-        lm(input_ids=_integers([[0]]).to(lm.device), use_cache=True, **{CACHE: cache})
-    made = [layer.keys for layer in cache.layers] + [layer.values for layer in cache.layers]
-    return [t.new_zeros((sequences, t.shape[1], capacity, t.shape[3])) for t in made]
 
 
 class Decoder:
@@ -255,7 +164,6 @@ class Decoder:
         self._caches = new_caches(lm, CACHE_STEP)
         self._owner: Callable[[], DynamicCache | None] = lambda: None
         self._eager: Callable[..., Any] = lm.forward
-        self._adapters = FixedAdapters(lm)
 
         @functools.wraps(self._eager)  # transformers reads the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -276,7 +184,7 @@ class Decoder:
         """
         if tokens.dim() != 2 or tokens.shape[0] != 1 or 2 * len(cache.layers) != len(self._caches):
             return False
-        if not self._adapters.serve(fully=not self._holds(cache)):
+        if not self._code.is_current(fully=not self._holds(cache)):
             return False
         count, length = tokens.shape[1], cache.get_seq_length()
         if count != 1 and not (PROMPT in self._code and 1 < count <= MAX_PROMPT and options.get("logits_to_keep") == 1):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,50 +10,16 @@ from torch import Tensor, nn
 
 from qlora_ext.integrations.peft.calls import chooses_adapters_by_sample
 
-Entry = tuple[dict[str, Any], str]  # a dict of a module, and a key that it may have
+BASE = "__base__"  # PEFT's name for no adapter
 
 
 def tuner_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _below(module: nn.Module) -> Iterator[Entry]:
-    for each in module.modules():
-        for entries in (each._modules, each._parameters):
-            yield from ((entries, name) for name, entry in entries.items() if entry is not None)
-
-
-def entries_of(layer: Any, adapters: Iterable[str]) -> Iterator[Entry]:
-    """Where a layer of PEFT has the modules and parameters of some adapters."""
-    for container in (getattr(layer, name) for name in layer.adapter_layer_names):
-        if not isinstance(container, nn.Module):
-            continue
-        for adapter in adapters:
-            yield from ((held, adapter) for held in (container._modules, container._parameters) if adapter in held)
-            if adapter in container._modules:
-                yield from _below(getattr(container, adapter))
-
-
-class FixedEntries:
-    """The modules and parameters that some entries hold at this moment, and the memory of the parameters.
-
-    Attributes:
-        parameters: those found.
-    """
-
-    def __init__(self, entries: Iterable[Entry]) -> None:
-        entries = [*entries]
-        self._dicts, self._keys = [held for held, _ in entries], [key for _, key in entries]
-        self._found = [held.get(key) for held, key in entries]
-        self.parameters = [found for found in self._found if isinstance(found, Tensor)]
-        self._addresses = [*map(Tensor.data_ptr, self.parameters)]
-
-    def are_current(self) -> bool:
-        """Whether they are still there. The loops run in C, because compiled code asks before each token."""
-        found = map(dict.get, self._dicts, self._keys)
-        return all(map(operator.is_, found, self._found)) and self._addresses == [
-            *map(Tensor.data_ptr, self.parameters)
-        ]
+def active_adapters(layer: Any) -> list[str]:
+    """The names of the adapters that a layer of PEFT computes with."""
+    return [] if layer.disable_adapters else list(layer.active_adapters)
 
 
 _switches = operator.attrgetter("active_adapter", "disable_adapters", "merged_adapters")
@@ -65,7 +30,7 @@ def _copied(switches: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class FixedAdapters:
-    """The adapters of a model at this moment, which compiled code contains: active ones, scalings, tensors."""
+    """Which adapters of a model are active at this moment, and their scalings. Compiled code contains both."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = tuner_layers(model)
@@ -75,7 +40,6 @@ class FixedAdapters:
         self._numbers = self._scalings()
         # prepare_model_for_compiled_hotswap makes scalings tensors, which then change in place.
         self._tensors = [(number, float(number)) for number in self._numbers if isinstance(number, Tensor)]
-        self._entries = FixedEntries(e for layer in self._layers for e in entries_of(layer, layer.active_adapters))
 
     def _scalings(self) -> list[Any]:
         return [layer.scaling.get(name) for layer, name in self._scaled]  # torch.export replaces the dicts by copies
@@ -95,5 +59,4 @@ class FixedAdapters:
             [*map(_switches, self._layers)] == self._switches
             and self._scalings() == self._numbers
             and all(float(tensor) == number for tensor, number in self._tensors)
-            and self._entries.are_current()
         )

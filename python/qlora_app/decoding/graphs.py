@@ -21,10 +21,10 @@ from torch import Tensor
 from qlora_ext.untrusted import first_line
 
 from ..cuda_graphs import GraphCache, ModuleState
-from .batch_step import SPAN_STEP, BatchStep
 from .fixed import FixedAdapters
 from .packages import CompilationError, causal_lm, not_traceable
 from .prepare import as_matrix
+from .step import SPAN_STEP, EagerStep, visible_tokens
 
 _TOLERANCE = 1e-3  # of the self-test; eager and replayed steps run the same kernels
 
@@ -58,7 +58,7 @@ class StepGraphs:
 
     Args:
         lm: the language model.
-        caches: as for ``BatchStep``, for all slots.
+        caches: as for ``Step``, for all slots.
         reproducible: whether all steps have the whole capacity as their span, so that their kernels are the same.
 
     Attributes:
@@ -66,7 +66,7 @@ class StepGraphs:
     """
 
     def __init__(self, lm: Any, caches: Sequence[Tensor], reproducible: bool = False) -> None:
-        self._lm, self._step, self._caches = lm, BatchStep(lm), caches
+        self._lm, self._step, self._caches = lm, EagerStep(lm, caches), caches
         slots, capacity = caches[0].shape[0], caches[0].shape[2]
         self._rows = _sizes(1, slots)
         self._spans = [capacity] if reproducible else _sizes(SPAN_STEP, capacity)
@@ -100,7 +100,10 @@ class StepGraphs:
             self._remember_model()
         return self.obstacle is None
 
-    def __call__(self, tokens: list[int], positions: list[int]) -> Tensor:
+    def __call__(self, tokens: list[int], positions: list[int], options: dict[str, Any]) -> Tensor | None:
+        return None if options or not self.serve() else self.run(tokens, positions)
+
+    def run(self, tokens: list[int], positions: list[int]) -> Tensor:
         """The logits [B, V] after a token of each of the first B slots. The next call overwrites them.
 
         The host does not wait for the device, except during a capture.
@@ -115,9 +118,9 @@ class StepGraphs:
         return self._logits[: len(tokens)]
 
     def _compute(self, rows: int, span: int) -> None:
-        tokens, positions = self._inputs[rows]
-        visible = torch.arange(span, dtype=torch.int64, device=positions.device) <= positions[:, None]
-        logits = self._step(tokens, positions, visible, [cache[:rows] for cache in self._caches])
+        tokens, positions = self._inputs[rows][..., None]
+        caches = [cache[:rows] for cache in self._caches]
+        logits = self._step.compute(tokens, positions, visible_tokens(span, positions), caches)
         if self._logits is None:  # in the first step, which is not captured
             self._logits = logits.new_empty((self._rows[-1], logits.shape[1]))
         self._logits[:rows] = logits
@@ -130,7 +133,7 @@ class StepGraphs:
         """
         vocabulary, slots = self._lm.get_input_embeddings().num_embeddings, range(self._rows[-1])
         tokens, positions = [(slot + 5) % vocabulary for slot in slots], [slot % 2 for slot in slots]
-        first, replayed = (self(tokens, positions).double() for _ in range(2))
+        first, replayed = (self.run(tokens, positions).double() for _ in range(2))
         for cache in self._caches:
             cache[:, :, :2].zero_()
         if self.failure is not None:

@@ -1,13 +1,12 @@
 """Compiled steps of batches whose sequences use different adapters of a model.
 
-The code is that of ``batch_step.py`` for the model without its adapters. Instead, each 4-bit layer gets stacks of all
+The code is that of ``step.py`` for the model without its adapters. Instead, each 4-bit layer gets stacks of all
 adapters, which are inputs, as is the adapter of each sequence. So one package serves any number of adapters of these
 layers, with ranks up to ``max_rank``.
 """
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,15 +15,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from qlora_ext.adapters import StackedAdapters
-from qlora_ext.integrations.peft.calls import chooses_adapters_by_sample
 from qlora_ext.integrations.peft.linear import LoraLinear4bit
 from qlora_ext.nn import Linear4bit
 
-from . import batch_step, compiled
-from .batch_step import BatchStep, compile_step, step_arguments
-from .compiled import MAX_CACHE
-from .packages import causal_lm, digest, load_code, state_of
+from . import step as steps
+from .fixed import BASE, active_adapters
+from .packages import causal_lm, load_code
 from .stacks import AdapterStacks
+from .step import MAX_CACHE, SEQUENCES, Step, compiled_as, step_inputs
 
 MIXED = "mixed"
 
@@ -65,11 +63,11 @@ def _over_stacks(module: Any, max_rank: int, made: dict[int, Any]) -> Any:
 
 
 class _MixedStep(nn.Module):
-    """``BatchStep`` with more arguments: int32 [B], the adapter of each row or -1, and what ``AdapterStacks`` holds."""
+    """``Step`` with more arguments: int32 [B], the adapter of each row or -1, and what ``AdapterStacks`` holds."""
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
-        self.step = BatchStep(lm)
+        self.step = Step(lm)
         self._layers = [module for module in lm.modules() if isinstance(module, _StackedLayer)]
 
     def forward(
@@ -95,59 +93,56 @@ class _MixedStep(nn.Module):
         return logits
 
 
-class MixedSteps:
-    """The steps of a model for any mixture of its adapters.
+class MixedStep:
+    """The compiled step of a model for any mixture of its adapters.
 
     Raises:
         CompilationError: the model cannot be compiled.
     """
 
-    def __init__(self, model: Any, stacks: AdapterStacks, progress: Callable[[str], object] | None = None) -> None:
-        self._stacks = stacks
+    def __init__(
+        self, model: Any, caches: Sequence[Tensor], stacks: AdapterStacks, progress: Callable[[str], object] | None
+    ) -> None:
+        self._stacks, self._caches = stacks, caches
         lm = _over_stacks(model, stacks.max_rank, {})
         step = _MixedStep(lm)
-        name = digest(lm, state_of(step), [__file__, batch_step.__file__, compiled.__file__])
-        code = load_code(name, step, lambda package: self._compile(lm, step, package), progress=progress)
+        ranks = [Dim(f"ranks_{i}", min=2, max=MAX_CACHE) for i in range(len(stacks.layers))]
+        offsets, adapters = (Dim(name, min=2, max=MAX_CACHE) for name in ("offsets", "adapters"))
+        shapes = {0: SEQUENCES}, {1: offsets}, {1: adapters}, [{0: rank} for rank in ranks], [{1: r} for r in ranks]
+        functions = compiled_as(lm, MIXED, step, (self._rows([""] * 3), *self._operands()), shapes)
+        code = load_code(lm, step, functions, [__file__, steps.__file__], progress=progress)
         assert code is not None
         self._code = code
-
-    def _compile(self, lm: Any, step: _MixedStep, package: pathlib.Path) -> None:
-        arguments, shapes = step_arguments(lm)
-        ranks = [Dim(f"ranks_{i}", min=2, max=MAX_CACHE) for i in range(len(self._stacks.layers))]
-        offsets, adapters = (Dim(name, min=2, max=MAX_CACHE) for name in ("offsets", "adapters"))
-        more = self._rows([""] * len(arguments[0])), *self._inputs()
-        of_more = {0: shapes[0][0]}, {1: offsets}, {1: adapters}, [{0: rank} for rank in ranks], [{1: r} for r in ranks]
-        compile_step(lm, MIXED, step, (*arguments, *more), (*shapes, *of_more), package)
 
     def _rows(self, names: Sequence[str]) -> Tensor:
         return torch.tensor([self._stacks.index(name) for name in names], dtype=torch.int32, device="cpu")
 
-    def _inputs(self) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    def _operands(self) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         stacks = self._stacks
         return stacks.rank_offsets, stacks.scalings, stacks.lora_a, stacks.lora_b
 
-    def renew(self, names: Sequence[str]) -> None:
-        """Has the next step with one of these adapters copy it."""
-        self._stacks.renew(names)
+    def _names(self, options: dict[str, Any], count: int) -> list[str]:
+        """The adapter of each of ``count`` sequences; unknown names stand for none. Empty if each uses several."""
+        names: list[str] = options.get("adapter_names") or (active_adapters(self._stacks.layers[0]) or [BASE]) * count
+        return names if len(names) == count else []
 
-    def run(self, names: Sequence[str], arguments: list[Tensor]) -> Tensor | None:
-        """The logits of a step.
+    def renew(self, options: dict[str, Any]) -> None:
+        """Has the next step with the adapter of a sequence copy it."""
+        self._stacks.renew(self._names(options, 1))
 
-        Args:
-            names: an adapter per sequence. Unknown names stand for none.
-            arguments: those of ``BatchStep``.
-
-        Returns:
-            None if the code does not compute what the model does now.
-        """
-        if chooses_adapters_by_sample() or not self._stacks.follow(dict.fromkeys(names)) or not self._code.is_current():
+    def __call__(self, tokens: list[int], positions: list[int], options: dict[str, Any]) -> Tensor | None:
+        names = self._names(options, len(tokens))
+        if not names or not self._code.is_current() or not self._stacks.follow(dict.fromkeys(names)):
             return None
-        offsets, scalings, lora_a, lora_b = self._inputs()
-        return self._code[MIXED]([*arguments, self._rows(names), offsets, scalings, *lora_a, *lora_b])[0]
+        *read, caches = step_inputs(tokens, positions, self._caches)
+        offsets, scalings, lora_a, lora_b = self._operands()
+        return self._code[MIXED]([*read, *caches, self._rows(names), offsets, scalings, *lora_a, *lora_b])[0]
 
 
-def load_mixed(model: Any, progress: Callable[[str], object] | None = None) -> MixedSteps | None:
-    """The steps of a model with several adapters; None if it has fewer, or if they cannot be stacked.
+def load_mixed(
+    model: Any, caches: Sequence[Tensor], progress: Callable[[str], object] | None = None
+) -> MixedStep | None:
+    """The step of a model with several adapters; None if it has fewer, or if they cannot be stacked.
 
     Raises:
         CompilationError: the model cannot be compiled.
@@ -157,4 +152,4 @@ def load_mixed(model: Any, progress: Callable[[str], object] | None = None) -> M
     if len(known) < 2 or not AdapterStacks.can_serve(lm) or any("forward" in vars(each) for each in lm.modules()):
         return None
     stacks = AdapterStacks(lm, known)
-    return MixedSteps(lm, stacks, progress) if stacks.follow([]) else None
+    return MixedStep(lm, caches, stacks, progress) if stacks.follow([]) else None

@@ -35,6 +35,7 @@ from qlora_ext.version import VERSION
 
 from ..tensor_state import TensorState
 from .cache import clean, directory, is_complete, written
+from .fixed import FixedAdapters
 
 _C_TYPES = {
     "Tensor": "AtenTensorHandle",
@@ -214,7 +215,10 @@ def compile_package(functions: dict[str, Function], package: pathlib.Path) -> No
 
 
 class Code:
-    """The functions of a package, which compute with the tensors of a model: those of ``state_of(step)``."""
+    """The functions of a package, which compute with the tensors of a model: those of ``state_of(step)``.
+
+    Its active adapters and their scalings are a part of the code.
+    """
 
     def __init__(self, package: pathlib.Path, step: nn.Module) -> None:
         link_compiled_code()
@@ -224,7 +228,8 @@ class Code:
         self._weights = {name: {k: state[k] for k in code.get_constant_fqns()} for name, code in self._runners.items()}
         for name, code in self._runners.items():
             code.load_constants(self._weights[name], check_full_update=True, user_managed=True)
-        self._state = TensorState(step, {id(t) for weights in self._weights.values() for t in weights.values()})
+        self._state = TensorState(step, [id(t) for weights in self._weights.values() for t in weights.values()])
+        self._adapters = FixedAdapters(step)
 
     def __contains__(self, name: str) -> bool:
         return name in self._runners
@@ -239,36 +244,41 @@ class Code:
 
         return function
 
-    def is_current(self) -> bool:
-        """Whether the weights are where they were."""
-        return self._state.is_current()
+    def is_current(self, fully: bool = True) -> bool:
+        """Whether the functions compute what the model does now.
+
+        Args:
+            fully: look at all adapters and weights, which may have moved. Otherwise only at the first adapter.
+        """
+        return self._adapters.serve(fully) and (not fully or self._state.is_current())
 
 
 def load_code(
-    name: str,
+    model: Any,
     step: nn.Module,
-    compile_to: Callable[[pathlib.Path], object],
+    functions: contextlib.AbstractContextManager[dict[str, Function]],
+    sources: Iterable[str],
     missing: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> Code | None:
-    """The package ``name`` of the user's cache.
+    """The code of functions of ``model``, from a package in the user's cache.
 
     Args:
-        name: from ``digest``.
         step: the module that is compiled, or has the tensors of those.
-        compile_to: called with the path of a package that is not there yet, to compile it.
-        missing: whether to compile then.
+        functions: gives the functions, if they have to be compiled.
+        sources: as for ``digest``.
+        missing: whether to compile if there is no package.
         progress: called with a message before and after the compilation.
 
     Returns:
-        The code, or None if it is missing and is not to be compiled.
+        None if the package is missing and is not to be compiled.
 
     Raises:
         CompilationError: the compiler failed.
     """
     report = progress or (lambda text: None)
     try:
-        package = directory() / f"{name}.pt2"
+        package = directory() / f"{digest(model, state_of(step), sources)}.pt2"
         clean(package.parent)
         if is_complete(package):
             with contextlib.suppress(Exception):  # a package that cannot be loaded is compiled again
@@ -277,7 +287,8 @@ def load_code(
             return None
         report("compiling the model, once for all adapters of this shape ...")
         start = time.perf_counter()
-        compile_to(package)
+        with functions as found:
+            compile_package(found, package)
         report(f"compiled in {time.perf_counter() - start:.0f} s")
         return Code(package, step)
     except Exception as error:  # compilers may raise any exception

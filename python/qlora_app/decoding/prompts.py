@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .compiled import CACHE, CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits
+from .compiled import CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits
+from .packages import Code
+from .step import CACHE
 
 # For so many of the last tokens, the model computes logits: enough for the kernel of the head that training runs.
 _HEAD_ROWS = 8
-
-Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 class PromptReader:
@@ -38,7 +38,7 @@ class PromptReader:
     def read(
         self,
         lm: Any,
-        code: Callable[[str], Run | None],
+        code: Code | None,
         forward: Callable[..., Any],
         most: int | None = None,
         every: bool = False,
@@ -46,8 +46,8 @@ class PromptReader:
         """Reads at most ``most`` more tokens.
 
         Args:
-            code: returns the compiled function of a name, or None.
-            forward: the model's, which runs where there is no such function.
+            code: of compiled prompts. It reads those that it can, if it computes what the model does now.
+            forward: the model's, which reads the others.
             every: return the logits after each of these tokens, which compiled functions do not compute.
 
         Returns:
@@ -57,11 +57,11 @@ class PromptReader:
         tokens = self.prompt[first:][:most]
         end = first + len(tokens)
         ids = torch.tensor([tokens], dtype=torch.int64, device=lm.device)
-        run = code(TOKEN if len(tokens) == 1 else PROMPT) if len(tokens) <= MAX_PROMPT and not every else None
-        if run is not None:
+        name = TOKEN if len(tokens) == 1 else PROMPT
+        if code is not None and name in code and len(tokens) <= MAX_PROMPT and not every and code.is_current():
             room = -(-end // CACHE_STEP) * CACHE_STEP
             caches = [nn.functional.pad(cache, (0, 0, 0, room - cache.shape[2])) for cache in self._caches]
-            logits = run([ids, torch.arange(first, end, dtype=torch.int64, device=lm.device), *caches])[0]
+            logits = code[name]([ids, torch.arange(first, end, dtype=torch.int64, device=lm.device), *caches])[0]
         else:
             cache = DynamicCache(config=lm.config)
             for layer, *read in zip(cache.layers, self._caches[:half], self._caches[half:], strict=True):

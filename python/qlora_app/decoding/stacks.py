@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from qlora_ext.integrations.peft.linear import LoraLinear4bit
 from qlora_ext.integrations.peft.operands import Adapter
 
-from .fixed import FixedEntries, entries_of, tuner_layers
+from ..tensor_state import TensorState
+from .fixed import tuner_layers
 
 _RANK_STEP = 16  # max_rank is a multiple, so that compiled code serves adapters of other ranks too
 
@@ -45,8 +46,9 @@ class _Copy:
     def __init__(self, name: str, index: int, layers: Sequence[LoraLinear4bit], places: list[_Place]) -> None:
         self.index, self.places = index, places
         self._name, self._layers = name, [layers[place.layer] for place in places]
-        self._entries = FixedEntries(e for layer in self._layers for e in entries_of(layer, [name]))
-        self._first_entries = FixedEntries(e for layer in self._layers[:1] for e in entries_of(layer, [name]))
+        self._tensors = [t for place in places for t in (place.adapter.a, place.adapter.b)]
+        ids = [*map(id, self._tensors)]
+        self._state, self._first_state = (TensorState(nn.ModuleList(self._layers[:n]), ids) for n in (None, 1))
         self._versions: list[int] = []
         self._numbers: list[Any] = []
         self.is_stale = True
@@ -57,11 +59,11 @@ class _Copy:
         Looks at all layers if the adapter is to be copied anyway. Otherwise only at the first one, because this takes
         longer than anything else here: PEFT adds, deletes and swaps the tensors of all layers together.
         """
-        return (self._entries if self.is_stale else self._first_entries).are_current()
+        return (self._state if self.is_stale else self._first_state).is_current()
 
     def take(self, stacks: AdapterStacks) -> bool:
         """Copies the tensors if they have changed. Returns False if a scaling cannot be stacked."""
-        versions = [*map(_version, self._entries.parameters)]
+        versions = [*map(_version, self._tensors)]
         numbers = [layer.scaling.get(self._name) for layer in self._layers]  # torch.export replaces the dicts by copies
         if not all(isinstance(number, float | int) for number in numbers):
             return False
