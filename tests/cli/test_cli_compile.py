@@ -26,14 +26,13 @@ from qlora_app.decoding import (
     CompilationError,
     Request,
     Sampling,
-    batch,
     cache,
     compile_decoding,
     compiled,
     packages,
     prepare_to_answer,
+    step,
 )
-from qlora_app.decoding.batch_step import BatchStep
 from qlora_app.errors import UserError
 from qlora_app.generation.compiled import decode_compiled
 from qlora_app.main import main
@@ -143,7 +142,7 @@ def test_batches_are_those_of_the_eager_model(monkeypatch: pytest.MonkeyPatch) -
     engine, eager = BatchDecoder(model, 3, compiled=True, prompt_part=13), BatchDecoder(model, 3, compiled=False)
     assert (engine.compiled, eager.compiled) == (True, False)
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "BatchStep", lambda *_: pytest.fail("a step ran eagerly"))
+        patch.setattr(step.EagerStep, "__call__", lambda *_: pytest.fail("a step ran eagerly"))
         first = answers(engine)
     assert first == answers(eager)
     engine = BatchDecoder(model, 3, compiled=True, prompt_part=13, reproducible=True)
@@ -179,13 +178,18 @@ def test_sequences_with_different_adapters_run_compiled(monkeypatch: pytest.Monk
     torch.manual_seed(4)
     add("one", 2, "q_proj", "down_proj")
     add("two", 9, "v_proj", "down_proj")
-    engine._mixed = engine._mixed_steps(True, None)  # as if the decoder were made now
-    engine._test(["one", "two"])
+    engine._compile_mixed(True, None)  # as if the decoder were made now
     names = [None, "one", "__base__", "two"]
     layers = [module for module in model.modules() if isinstance(module, LoraLinear4bit)]
     steps: list[BatchDecoder] = []
     stepping: list[BatchDecoder] = []
-    monkeypatch.setattr(batch, "BatchStep", lambda lm: steps.append(stepping[-1]) or BatchStep(lm))
+    usual = step.EagerStep.__call__
+
+    def counted(self: step.EagerStep, *arguments: Any) -> torch.Tensor:
+        steps.append(stepping[-1])
+        return usual(self, *arguments)
+
+    monkeypatch.setattr(step.EagerStep, "__call__", counted)
 
     def submit(each: BatchDecoder, i: int, name: str | None) -> Request:
         return each.submit(drawn(1, 4 + i)[0].tolist(), Sampling(8, seed=i, stop_tokens=()), name)
@@ -374,6 +378,10 @@ def test_one_package_serves_all_models_of_a_shape(capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().err == ""  # no compilation
     assert torch.equal(decode(other, 20), expected)
     assert decoder.steps == 19
+    norm = other.get_base_model().model.norm
+    norm.weight.data = norm.weight.data.clone()  # compiled code reads the memory that it had
+    assert torch.equal(decode(other, 20), expected)
+    assert decoder.steps == 19
     for different in (adapted(rank=2), adapted(alpha=16)):
         assert decode_compiled(different, "auto", worthwhile=False) is None
     assert decode_compiled(adapted(), "never", worthwhile=True) is None
@@ -381,7 +389,7 @@ def test_one_package_serves_all_models_of_a_shape(capfd: pytest.CaptureFixture[s
 
 def test_a_cached_package_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder_of(adapted())
-    monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(packages, "compile_package", lambda *_: pytest.fail("compiled again"))
     printed: list[str] = []
     assert compile_decoding(adapted(seed=2), missing=False, progress=printed.append) is not None
     assert compile_decoding(adapted(rank=5), missing=False, progress=printed.append) is None
@@ -414,7 +422,7 @@ def test_without_a_compiler_or_where_it_fails_the_model_stays_eager(
     model = adapted(rank=3)
     forward = model.get_base_model().forward
     with monkeypatch.context() as patch:
-        patch.setattr(compiled, "_compile", broken)
+        patch.setattr(packages, "compile_package", broken)
         assert decode_compiled(model, "auto", worthwhile=True) is None
         assert "not compiled (no such instruction)" in capfd.readouterr().err
         with pytest.raises(UserError, match="--compile always: this model cannot be compiled: no such instruction"):
@@ -445,16 +453,17 @@ def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monke
     model = adapted()
     expected = decode(model, 5)
     decoder_of(adapted())
-    name = packages.digest(model, packages.state_of(compiled._Step(packages.causal_lm(model))), [compiled.__file__])
+    read = compiled._OneSequence(packages.causal_lm(model))
+    name = packages.digest(model, packages.state_of(read), [compiled.__file__, step.__file__])
     package = cache.directory() / f"{name}.pt2"
     full = package.read_bytes()
     compiled_anew = []
 
-    def make(lm: Any, step: Any, package: pathlib.Path) -> None:
+    def make(functions: Any, package: pathlib.Path) -> None:
         compiled_anew.append(package)
         package.write_bytes(full)
 
-    monkeypatch.setattr(compiled, "_compile", make)
+    monkeypatch.setattr(packages, "compile_package", make)
     package.write_bytes(full[: len(full) // 2])
     assert decode_compiled(adapted(), "auto", worthwhile=False) is None
     decoder_of(model)

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 import qlora_ext
 import tiny_models
 from qlora_app.decoding import BatchDecoder, CompilationError, Sampling, graphs, prepare_to_answer
-from qlora_app.decoding.graphs import StepGraphs, load_graphs
+from qlora_app.decoding.graphs import StepGraphs
 
 PROMPTS = [[5, 9, 3], [7] * 40, [11, 2, 6, 4], [8], [3, 1] * 9]
 
@@ -64,8 +64,7 @@ def adapted() -> Any:
 def decoder(model: Any, sequences: int = 4, **options: Any) -> BatchDecoder:
     """A decoder on the CPU with the stand-in."""
     engine = BatchDecoder(model, sequences, compiled=False, **options)
-    engine._graphs = load_graphs(model, engine._caches, engine.reproducible)
-    engine._steps.insert(0, engine._graphs)
+    engine._capture()
     return engine
 
 
@@ -189,7 +188,7 @@ def test_what_runs_eagerly() -> None:
     assert len(steps) == 0
     lm.model.norm.register_forward_hook(lambda *_: None)
     with pytest.raises(CompilationError, match="it has the hook"):
-        load_graphs(model, engine._caches, False)
+        engine._capture()
 
 
 @pytest.mark.usefixtures("_on_cpu")
@@ -211,20 +210,25 @@ def test_a_failure_is_reported_and_costs_no_token() -> None:
 def test_replays_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stale(Functions):
         def run(self, key: Hashable, function: Callable[[], object]) -> None:
-            if key not in self.seen:
-                super().run(key, function)
-            else:
-                steps._logits.mul_(1.01)
+            super().run(key, function)
+            if self.seen[key] > 1:
+                engine._steps[0]._logits.mul_(1.01)  # type: ignore[attr-defined]
 
-    model = adapted()
-    engine = BatchDecoder(model, compiled=False)
-    monkeypatch.setattr(graphs, "GraphCache", Stale)
-    steps: Any = StepGraphs(model.get_base_model(), engine._caches)
-    with torch.no_grad(), pytest.raises(CompilationError, match="a replay of its step differs from the step"):
-        steps.test()
-    steps._graphs.failure = "it waits"
-    with torch.no_grad(), pytest.raises(CompilationError, match="its step cannot be captured: it waits"):
-        steps.test()
+    class Waiting(Functions):
+        def run(self, key: Hashable, function: Callable[[], object]) -> None:
+            super().run(key, function)
+            self.failure = "it waits"
+
+    engine = BatchDecoder(adapted(), compiled=False)
+    for stand_in, message in (
+        (Stale, "a replay of its step differs from its forward by 0.01 of the norm"),
+        (Waiting, "its step cannot be captured: it waits"),
+    ):
+        monkeypatch.setattr(graphs, "GraphCache", stand_in)
+        with pytest.raises(CompilationError, match=message):
+            engine._capture()
+        assert len(engine._steps) == 1
+    assert engine._graphs is None
 
 
 @pytest.mark.cuda

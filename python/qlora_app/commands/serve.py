@@ -188,7 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
     request = _request(arguments)
     adapted, paths = _find(request)
     from ..decoding import prepare_to_answer
-    from ..decoding.batch import BASE
+    from ..decoding.fixed import BASE
     from ..serving import server
     from ..serving.application import Application, build
     from ..serving.loop import DecodingLoop

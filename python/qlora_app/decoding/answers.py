@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,8 +48,7 @@ def generate(
     prompts = list(prompts)
     count = len(prompts)
     if sampling is None or isinstance(sampling, Sampling):
-        one = sampling or Sampling()
-        each = [one if one.seed is None else dataclasses.replace(one, seed=one.seed + i) for i in range(count)]
+        each = (sampling or Sampling()).for_each(count)
     elif isinstance(sampling, Sequence) and all(isinstance(one, Sampling) for one in sampling):
         each = list(sampling)
     else:
@@ -65,7 +63,11 @@ def generate(
     most = [len(prompt) + (one.max_new_tokens or 0) for prompt, one in zip(ids, each, strict=True)]
     bounded = all(one.max_new_tokens is not None for one in each)
     engine = BatchDecoder(model, min(sequences, count), max(most) if bounded else None, compiled)
-    requests = [engine.submit(*arguments) for arguments in zip(ids, each, names, strict=True)]
+    return finished(engine, [engine.submit(*arguments) for arguments in zip(ids, each, names, strict=True)])
+
+
+def finished(engine: BatchDecoder, requests: list[DecodeRequest]) -> list[DecodeRequest]:
+    """Runs until all requests have ended, and raises the error of the first that failed."""
     engine.run()
     for request in requests:
         if request.error is not None:

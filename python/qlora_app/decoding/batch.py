@@ -22,7 +22,7 @@ from qlora_ext.untrusted import first_line
 from ..vocabulary import vocabulary_size
 from .compiled import load_decoding
 from .fixed import BASE, active_adapters
-from .graphs import StepGraphs, load_graphs
+from .graphs import StepGraphs
 from .mixed import MixedStep, load_mixed
 from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
 from .prompts import PromptReader
@@ -155,8 +155,7 @@ class BatchDecoder:
         if wanted is False:
             raise CompilationError("compiled is False")
         if self._lm.device.type == "cuda":
-            self._graphs = load_graphs(self._model, self._caches, self.reproducible)
-            self._steps.insert(0, self._graphs)
+            self._capture()
             return
         why = obstacle(self._model)
         if why is not None:
@@ -166,6 +165,27 @@ class BatchDecoder:
         self._prompts = prompts
         self._test()
         self._compile_mixed(wanted, progress)
+
+    def _capture(self) -> None:
+        """Puts CUDA graphs before the eager step.
+
+        Raises:
+            CompilationError: they cannot compute steps of the model.
+        """
+        graphs = StepGraphs(self._lm, self._caches, self.reproducible)
+        if graphs.obstacle is not None:
+            raise CompilationError(graphs.obstacle)
+        self._steps.insert(0, graphs)
+        try:
+            difference = self._error()
+            if graphs.failure is not None:
+                raise CompilationError(f"its step cannot be captured: {graphs.failure}")
+            if difference is not None:
+                raise CompilationError(f"a replay of its step differs from its forward by {difference:.2g} of the norm")
+        except Exception as error:  # models may raise any exception
+            self._steps.remove(graphs)
+            raise CompilationError(first_line(error)) from error
+        self._graphs = graphs
 
     def _compile_mixed(self, wanted: bool | None, progress: Callable[[str], object] | None) -> None:
         """Adds the step for sequences with different adapters, unless PEFT's code has to compute these."""
@@ -425,15 +445,21 @@ class BatchDecoder:
         forward = functools.partial(self._model if options else self._lm, **options)
         return reader.read(self._lm, None if options else self._prompts, forward, most, every)
 
-    @torch.no_grad()
     def _test(self, adapters: Sequence[str | None] = (None, None)) -> None:
-        """Compares steps of two sequences with the model's own forward.
+        """Raises a ValueError if a step for two sequences ignores positions or masks of single ones."""
+        error = self._error(adapters)
+        if error is not None:
+            raise _rejected(
+                "its logits of a sequence in a batch differ from those of the sequence alone by "
+                f"{error:.2g} of their norm"
+            )
+
+    @torch.no_grad()
+    def _error(self, adapters: Sequence[str | None] = (None, None)) -> float | None:
+        """How far steps of two sequences are from the model's own forward; None if they agree.
 
         A wrong position or mask changes the logits of every pair. Those of a single pair may also differ by rounding:
         after some tokens, such as special ones, SmolLM2 amplifies the rounding of 16 bits to most of the logits' norm.
-
-        Raises:
-            ValueError: all pairs differ, because the model ignores positions or masks of single sequences.
         """
         dtypes = {self._caches[0].dtype, *(layer.compute_dtype for _, layer in layers_of(self._lm))}
         tolerance = _TOLERANCE if dtypes == {torch.float32} else _TOLERANCE_16_BITS
@@ -441,11 +467,8 @@ class BatchDecoder:
         while len(errors) < _TESTED_PAIRS:
             errors.append(self._step_error(adapters, torch.Generator().manual_seed(len(errors))))
             if errors[-1] < tolerance:
-                return
-        raise _rejected(
-            "its logits of a sequence in a batch differ from those of the sequence alone by "
-            f"{min(errors):.2g} of their norm"
-        )
+                return None
+        return min(errors)
 
     def _step_error(self, adapters: Sequence[str | None], generator: torch.Generator) -> float:
         """How far the logits of a step of two random sequences are from those of each alone, relative to their norm."""
@@ -460,7 +483,8 @@ class BatchDecoder:
                 self._read(reader, of_each[slot], most)
             reader.store(self._caches, slot)
         last, positions = [prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts]
-        logits = self._step(last, positions, self._forward_options(adapters))
+        for _ in range(2):  # a CUDA graph of the first is captured and replayed by the second
+            logits = self._step(last, positions, self._forward_options(adapters))
         for cache in self._caches:
             cache[:2].zero_()
         if not bool(expected.isfinite().all()):

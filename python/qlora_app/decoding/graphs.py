@@ -18,15 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_ext.untrusted import first_line
-
 from ..cuda_graphs import GraphCache, ModuleState
 from .fixed import FixedAdapters
-from .packages import CompilationError, causal_lm, not_traceable
+from .packages import not_traceable
 from .prepare import as_matrix
 from .step import SPAN_STEP, EagerStep, visible_tokens
-
-_TOLERANCE = 1e-3  # of the self-test; eager and replayed steps run the same kernels
 
 
 def _sizes(least: int, most: int) -> list[int]:
@@ -45,6 +41,9 @@ def _is_pure(hook: Any) -> bool:
 
 def _obstacle(lm: Any, state: ModuleState) -> str | None:
     """The reason why a replay may differ from the model's forward; None if there is none."""
+    why = not_traceable(lm)
+    if why is not None:
+        return why
     if any(tensor.device != lm.device for tensor in state.tensors):
         return "its weights are on several devices"
     if state.is_training:
@@ -124,39 +123,3 @@ class StepGraphs:
         if self._logits is None:  # in the first step, which is not captured
             self._logits = logits.new_empty((self._rows[-1], logits.shape[1]))
         self._logits[:rows] = logits
-
-    def test(self) -> None:
-        """Compares a replay of a step of all slots with the step that warms it up.
-
-        Raises:
-            CompilationError: the step cannot be captured, or they differ.
-        """
-        vocabulary, slots = self._lm.get_input_embeddings().num_embeddings, range(self._rows[-1])
-        tokens, positions = [(slot + 5) % vocabulary for slot in slots], [slot % 2 for slot in slots]
-        first, replayed = (self.run(tokens, positions).double() for _ in range(2))
-        for cache in self._caches:
-            cache[:, :, :2].zero_()
-        if self.failure is not None:
-            raise CompilationError(f"its step cannot be captured: {self.failure}")
-        if bool(first.isfinite().all()) and not (replayed - first).norm() <= _TOLERANCE * first.norm():
-            raise CompilationError("a replay of its step differs from the step")
-
-
-@torch.no_grad()
-def load_graphs(model: Any, caches: Sequence[Tensor], reproducible: bool) -> StepGraphs:
-    """Graphs for the steps of ``model``. The other arguments are those of ``StepGraphs``.
-
-    Raises:
-        CompilationError: they cannot compute steps of the model.
-    """
-    graphs = StepGraphs(causal_lm(model), caches, reproducible)
-    why = not_traceable(model) or graphs.obstacle
-    if why is not None:
-        raise CompilationError(why)
-    try:
-        graphs.test()
-    except CompilationError:
-        raise
-    except Exception as error:  # models may raise any exception
-        raise CompilationError(first_line(error)) from error
-    return graphs

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..special_tokens import prompt_tokens
+from .answers import finished
 from .batch import BatchDecoder
 from .compiled import BREAK_EVEN_TOKENS
 from .packages import causal_lm
@@ -99,14 +99,10 @@ class Rollouts:
         model.eval()
         try:
             engine = self._engine_for(trainer, max(map(len, prompts)) + sampling.max_new_tokens)
-            requests = [engine.submit(prompt, _numbered(sampling, i)) for i, prompt in enumerate(prompts)]
-            engine.run()
+            each = sampling.for_each(len(prompts))
+            return finished(engine, [engine.submit(*both) for both in zip(prompts, each, strict=True)])
         finally:
             model.train(training)
-        for request in requests:
-            if request.error is not None:
-                raise request.error
-        return requests
 
     def _engine_for(self, trainer: Any, tokens: int) -> BatchDecoder:
         """A decoder with room for ``tokens`` tokens per sequence."""
@@ -129,10 +125,6 @@ class Rollouts:
         answers = max(args.max_steps, 0) * args.per_device_train_batch_size * args.gradient_accumulation_steps
         steps: int = answers * args.max_completion_length // self._sequences
         return steps >= BREAK_EVEN_TOKENS
-
-
-def _numbered(sampling: Sampling, number: int) -> Sampling:
-    return sampling if sampling.seed is None else dataclasses.replace(sampling, seed=sampling.seed + number)
 
 
 def _encoded(tokenizer: Any, prompt: Any) -> list[int]:

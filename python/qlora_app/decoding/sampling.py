@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,10 @@ class Sampling:
             if not all(map(is_integer, ids)):
                 raise ValueError(f"stop_tokens: expected token ids, got {self.stop_tokens!r}")
             object.__setattr__(self, "stop_tokens", ids)
+
+    def for_each(self, count: int) -> list[Sampling]:
+        """This for each of several sequences. If it has a seed, sequence i gets ``seed + i``."""
+        return [self if self.seed is None else replace(self, seed=self.seed + i) for i in range(count)]
 
     def _require(self, name: str, is_valid: Any, expected: str) -> None:
         value = getattr(self, name)

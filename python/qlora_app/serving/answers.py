@@ -8,10 +8,10 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ..decoding import DecodeRequest, Sampling
+from ..decoding import DecodeRequest
 from .errors import APIError
 from .grammar import JSONGrammar
-from .loop import DecodingLoop, LoopEnded, Progress
+from .loop import DecodingLoop, Listener, LoopEnded, Progress
 from .requests import CompletionRequest
 from .text import AnswerText
 from .tools import ToolCall, ToolCallText
@@ -161,12 +161,19 @@ class Answers:
         seed = secrets.randbits(63) if request.seed is None else request.seed
         try:
             for prompt in prompts:
+                room = loop.decoder.capacity - len(prompt.tokens)
+                most = room if request.max_tokens is None else min(request.max_tokens, room)
                 for _ in range(request.n):
                     text = AnswerText(tokenizer, prompt.tokens, request.stop)
                     tools = ToolCallText(request.parallel_tool_calls) if calls else None
                     answer = _Answer(len(self._answers), prompt, text, tools)
-                    own_seed = (seed + answer.index) % 2**63
-                    self._submit(request, answer, prompt.tokens, own_seed, adapter, grammar and grammar.copy())
+                    sampling = dataclasses.replace(
+                        request.sampling,
+                        max_new_tokens=most,
+                        seed=(seed + answer.index) % 2**63,
+                        allowed_tokens=grammar and grammar.copy(),
+                    )
+                    answer.request = loop.submit(prompt.tokens, sampling, adapter, self._listener(answer))
                     self._answers.append(answer)
         except BaseException as error:
             self.cancel()
@@ -176,33 +183,9 @@ class Answers:
                 raise APIError(400, str(error)) from error
             raise
 
-    def _submit(
-        self,
-        request: CompletionRequest,
-        answer: _Answer,
-        prompt: list[int],
-        seed: int,
-        adapter: str,
-        grammar: JSONGrammar | None,
-    ) -> None:
-        room = self._loop.decoder.capacity - len(prompt)
-        sampling = Sampling(
-            max_new_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            seed=seed,
-            top_logprobs=request.top_logprobs or 0,
-            prompt_logprobs=request.echo and request.top_logprobs is not None,
-            allowed_tokens=grammar,
-        )
+    def _listener(self, answer: _Answer) -> Listener:
         events, progress = asyncio.get_running_loop(), self._progress
-
-        def listen(new: Progress) -> None:
-            events.call_soon_threadsafe(progress.put_nowait, (answer, new))
-
-        answer.request = self._loop.submit(prompt, sampling, adapter, listen)
+        return lambda new: events.call_soon_threadsafe(progress.put_nowait, (answer, new))
 
     @property
     def written(self) -> int:

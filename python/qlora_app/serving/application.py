@@ -292,24 +292,14 @@ async def _unless_disconnected(request: Request, reply: Any) -> Response:
         leaving.cancel()
 
 
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, APIError)
-    return _failed(error)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    response = _failed(APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_disconnect(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # which nobody reads
-
-
 async def _on_error(request: Request, error: Exception) -> Response:
-    return _failed(APIError(500, f"unexpected {type(error).__name__}"))
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=400)  # which nobody reads
+    if isinstance(error, HTTPException):
+        response = _failed(APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        response.headers.update(error.headers or {})
+        return response
+    return _failed(error if isinstance(error, APIError) else APIError(500, f"unexpected {type(error).__name__}"))
 
 
 def build(application: Application, key: str | None, local: bool, origins: Sequence[str] = ()) -> ASGIApp:
@@ -320,12 +310,6 @@ def build(application: Application, key: str | None, local: bool, origins: Seque
         local: whether the server listens on a loopback address.
         origins: those whose pages a browser lets read answers; "*": all.
     """
-    handlers: dict[Any, Callable[[Request, Exception], Any]] = {
-        APIError: _on_api_error,
-        HTTPException: _on_http_error,
-        ClientDisconnect: _on_disconnect,
-        Exception: _on_error,
-    }
     app: ASGIApp = Starlette(
         routes=[
             Route("/health", application.health),
@@ -335,7 +319,7 @@ def build(application: Application, key: str | None, local: bool, origins: Seque
             Route("/v1/completions", application.completions, methods=["POST"]),
         ],
         middleware=[Middleware(_Guard, key=key, local=local)],
-        exception_handlers=handlers,
+        exception_handlers=dict.fromkeys((APIError, HTTPException, ClientDisconnect, Exception), _on_error),
     )
     if origins:  # outside of all else, so that errors can be read too, and browsers ask for permission without a key
         app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])

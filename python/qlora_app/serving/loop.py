@@ -27,7 +27,7 @@ class Progress(NamedTuple):
     error: BaseException | None = None
 
 
-Listener = Callable[[Progress], None]
+Listener = Callable[[Progress], object]
 
 
 class LoopEnded(Exception):

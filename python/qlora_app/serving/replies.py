@@ -82,7 +82,7 @@ class Replies:
 
     def _choice(self, piece: Piece, content: dict[str, Any]) -> dict[str, Any]:
         logprobs = None
-        if self._request.top_logprobs is not None and piece.tokens:
+        if self._request.logprobs and piece.tokens:
             logprobs = self._chat_logprobs(piece) if self._request.chat else self._completion_logprobs(piece)
         return {"index": piece.index, **content, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
@@ -107,10 +107,11 @@ class Replies:
         return {"content": [entry(token) for token in piece.tokens], "refusal": None}
 
     def _completion_logprobs(self, piece: Piece) -> dict[str, Any]:
+        wanted = self._request.sampling.top_logprobs > 0
         return {
             "tokens": [self._text(token.id) for token in piece.tokens],
             "token_logprobs": [_finite(token.logprob) for token in piece.tokens],
-            "top_logprobs": [self._top(token) for token in piece.tokens] if self._request.top_logprobs else None,
+            "top_logprobs": [self._top(token) for token in piece.tokens] if wanted else None,
             "text_offset": [token.offset for token in piece.tokens],
         }
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, TypeGuard
 from qlora_ext.untrusted import FileError, excerpt, parse_json
 
 from ..data import Message, tool_call
+from ..decoding import Sampling
 from ..errors import UserError
 from .errors import APIError, invalid
 
@@ -61,7 +62,8 @@ class CompletionRequest:
         response_schema: the JSON schema of an answer; None: any text.
         echo: whether an answer begins with the prompt.
         max_tokens: the most tokens per answer; None: as many as fit.
-        top_logprobs: how many alternatives are reported per token; None: no log probabilities at all.
+        sampling: how the answers are continued, without their own seeds and lengths.
+        logprobs: whether tokens have log probabilities.
         include_usage: end a stream with the number of tokens.
     """
 
@@ -74,13 +76,10 @@ class CompletionRequest:
     response_schema: dict[str, Any] | None
     echo: bool
     max_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
+    sampling: Sampling
     seed: int | None
     stop: tuple[str, ...]
-    top_logprobs: int | None
+    logprobs: bool
     stream: bool
     include_usage: bool
 
@@ -159,6 +158,8 @@ def parse(body: bytes, chat: bool) -> CompletionRequest:
     schema = _response_schema(fields.take("response_format"))
     if tools and schema is not None:
         raise invalid("response_format", "not supported together with tools", "unsupported_parameter")
+    echo = not chat and fields.flag("echo")
+    top_logprobs = _chat_logprobs(fields) if chat else fields.integer("logprobs", 0, _MAX_TOP_LOGPROBS)
     request = CompletionRequest(
         chat=chat,
         model=model,
@@ -167,15 +168,19 @@ def parse(body: bytes, chat: bool) -> CompletionRequest:
         tools=tools,
         parallel_tool_calls=fields.flag("parallel_tool_calls", True),
         response_schema=schema,
-        echo=not chat and fields.flag("echo"),
+        echo=echo,
         max_tokens=_max_tokens(fields, chat),
-        temperature=_temperature(fields),
-        top_p=fields.number("top_p", 1.0, 1e-6, 1.0),
-        top_k=max(fields.integer("top_k", -1, 2**31 - 1) or 0, 0),  # some clients write -1 for "all"
-        min_p=fields.number("min_p", 0.0, 0.0, 0.999999),
+        sampling=Sampling(
+            temperature=_temperature(fields),
+            top_p=fields.number("top_p", 1.0, 1e-6, 1.0),
+            top_k=max(fields.integer("top_k", -1, 2**31 - 1) or 0, 0),  # some clients write -1 for "all"
+            min_p=fields.number("min_p", 0.0, 0.0, 0.999999),
+            top_logprobs=top_logprobs or 0,
+            prompt_logprobs=echo and top_logprobs is not None,
+        ),
         seed=fields.integer("seed", -(2**63), 2**63 - 1),
         stop=_stop(fields.take("stop")),
-        top_logprobs=_chat_logprobs(fields) if chat else fields.integer("logprobs", 0, _MAX_TOP_LOGPROBS),
+        logprobs=top_logprobs is not None,
         stream=stream,
         include_usage=_include_usage(fields.take("stream_options"), stream),
     )
