@@ -1,9 +1,8 @@
-"""The user's cache of compiled code: complete packages, and what killed compilations leave."""
+"""The user's cache of compiled code has complete packages only."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import zipfile
@@ -46,35 +45,16 @@ def test_special_files_are_not_packages(tmp_path: pathlib.Path) -> None:
         assert not cache.is_complete(tmp_path / name)
 
 
-def test_only_files_of_killed_compilations_are_deleted(tmp_path: pathlib.Path) -> None:
-    package = f"{'a' * 64}.pt2"
-    for name in ("compiling-ab3_d6gh", "tmpab3_d6gh", "compiling-theses00", "tmp-directory", "compiling-running0"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / package).write_text("half")
-    (tmp_path / "compiling-empty000").mkdir()
-    (tmp_path / "compiling-theses00" / "thesis.tex").write_text("mine")
-    (tmp_path / "tmpalink000").symlink_to(tmp_path / "tmp-directory")
-    (tmp_path / "tmpafile000").write_text("mine")
-    (tmp_path / package).write_text("whole")
-    descriptor = os.open(tmp_path / "compiling-running0", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    cache.clean(tmp_path)
-    os.close(descriptor)
-    left = ["compiling-running0", "compiling-theses00", "tmp-directory", "tmpafile000", "tmpalink000", package]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
-    assert (tmp_path / "tmp-directory" / package).exists()
-
-
 def test_a_package_takes_its_name_when_it_is_written(tmp_path: pathlib.Path) -> None:
     package = tmp_path / f"{'b' * 64}.pt2"
     with contextlib.suppress(KeyboardInterrupt), cache.written(package) as path:
         path.write_text("half")
         raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
+    assert not path.parent.exists()
     with cache.written(package) as path:
         path.write_text("whole")
-        cache.clean(tmp_path)  # held by another process, which is compiling
-        assert path.exists()
+        assert list(tmp_path.iterdir()) == []
+    assert not path.parent.exists()
     assert [p.name for p in tmp_path.iterdir()] == [package.name]
     assert package.read_text() == "whole"
 

@@ -34,7 +34,7 @@ from qlora_ext.untrusted import first_line
 from qlora_ext.version import VERSION
 
 from ..tensor_state import TensorState
-from .cache import clean, directory, is_complete, written
+from .cache import directory, is_complete, written
 from .fixed import FixedAdapters
 
 _C_TYPES = {
@@ -279,7 +279,6 @@ def load_code(
     report = progress or (lambda text: None)
     try:
         package = directory() / f"{digest(model, state_of(step), sources)}.pt2"
-        clean(package.parent)
         if is_complete(package):
             with contextlib.suppress(Exception):  # a package that cannot be loaded is compiled again
                 return Code(package, step)
