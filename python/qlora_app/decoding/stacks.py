@@ -49,8 +49,7 @@ class _Copy:
         self._tensors = [t for place in places for t in (place.adapter.a, place.adapter.b)]
         ids = [*map(id, self._tensors)]
         self._state, self._first_state = (TensorState(nn.ModuleList(self._layers[:n]), ids) for n in (None, 1))
-        self._versions: list[int] = []
-        self._numbers: list[Any] = []
+        self._seen: tuple[list[int], list[Any]] | None = None  # versions and scalings
         self.is_stale = True
 
     def is_there(self) -> bool:
@@ -67,15 +66,14 @@ class _Copy:
         numbers = [layer.scaling.get(self._name) for layer in self._layers]  # torch.export replaces the dicts by copies
         if not all(isinstance(number, float | int) for number in numbers):
             return False
-        if self.is_stale or versions != self._versions:
+        if self.is_stale or (versions, numbers) != self._seen:
             for layer, first, adapter in self.places:
                 end = first + adapter.a.shape[0]
                 stacks.lora_a[layer][first:end].copy_(adapter.a)
                 stacks.lora_b[layer][:, first:end].copy_(adapter.b)
-        if numbers != self._numbers:
             of_layers = torch.tensor(numbers, dtype=torch.float64, device="cpu")
             stacks.scalings[[place.layer for place in self.places], self.index] = of_layers
-        self._versions, self._numbers, self.is_stale = versions, numbers, False
+            self._seen, self.is_stale = (versions, numbers), False
         return True
 
 
