@@ -87,7 +87,7 @@ def test_steps_share_few_graphs() -> None:
         torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(usual_logprobs), rtol=1e-4, atol=1e-5)
     seen = engine._graphs._graphs.seen  # type: ignore[union-attr]
     assert set(seen) == {(2, 64), (3, 64)}
-    assert sum(seen.values()) == engine.steps + 2  # and those of the self-test
+    assert sum(seen.values()) == engine.steps  # those of the self-test are deleted
 
 
 def test_sizes() -> None:

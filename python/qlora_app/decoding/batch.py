@@ -185,6 +185,7 @@ class BatchDecoder:
         except Exception as error:  # models may raise any exception
             self._steps.remove(graphs)
             raise CompilationError(first_line(error)) from error
+        graphs.clear()  # those of two rows may never be used again
         self._graphs = graphs
 
     def _compile_mixed(self, wanted: bool | None, progress: Callable[[str], object] | None) -> None:

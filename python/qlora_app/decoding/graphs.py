@@ -90,12 +90,16 @@ class StepGraphs:
         """The number of graphs."""
         return len(self._graphs)
 
+    def clear(self) -> None:
+        """Deletes all graphs."""
+        self._graphs.clear()
+
     def serve(self) -> bool:
         """Whether graphs can compute what the model does now. If the model has changed, the old graphs are deleted."""
         if self.failure is not None or torch.is_autocast_enabled("cuda"):
             return False
         if not (self._state.is_current() and self._adapters.serve()):
-            self._graphs.clear()
+            self.clear()
             self._remember_model()
         return self.obstacle is None
 

@@ -189,10 +189,12 @@ class DecodeStep(Protocol):
         """
 
 
-def step_inputs(tokens: list[int], positions: list[int], caches: Sequence[Tensor]) -> list[Any]:
+def step_inputs(
+    tokens: list[int], positions: list[int], caches: Sequence[Tensor], device: torch.device | str = "cpu"
+) -> list[Any]:
     """The arguments of ``Step`` for one token per sequence: int64 [B, 1], int64 [B, 1], bool [B, 1, span], caches."""
     span = -(-(max(positions) + 1) // SPAN_STEP) * SPAN_STEP
-    read, at = (torch.tensor(each, dtype=torch.int64, device=caches[0].device)[:, None] for each in (tokens, positions))
+    read, at = (torch.tensor(each, dtype=torch.int64, device=device)[:, None] for each in (tokens, positions))
     return [read, at, visible_tokens(span, at), [cache[: len(tokens)] for cache in caches]]
 
 
@@ -208,7 +210,7 @@ class EagerStep:
         self._model, self._lm, self._caches = model, causal_lm(model), caches
 
     def __call__(self, tokens: list[int], positions: list[int], options: dict[str, Any]) -> Tensor:
-        return self.compute(*step_inputs(tokens, positions, self._caches), **options)
+        return self.compute(*step_inputs(tokens, positions, self._caches, self._lm.device), **options)
 
     def compute(self, *arguments: Any, **options: Any) -> Tensor:
         """``Step`` with one token per sequence, on the CPU with attention whose sums have the order of training."""
