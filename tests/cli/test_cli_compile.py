@@ -453,8 +453,7 @@ def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monke
     model = adapted()
     expected = decode(model, 5)
     decoder_of(adapted())
-    read = compiled._OneSequence(packages.causal_lm(model))
-    name = packages.digest(model, packages.state_of(read), [compiled.__file__, step.__file__])
+    name = packages.digest(model, compiled._OneSequence(packages.causal_lm(model)))
     package = cache.directory() / f"{name}.pt2"
     full = package.read_bytes()
     compiled_anew = []

@@ -19,7 +19,7 @@ from qlora_app.decoding import packages
 
 
 def digest(model: Any) -> str:
-    return packages.digest(model, packages.state_of(packages.causal_lm(model)), [])
+    return packages.digest(model, packages.causal_lm(model))
 
 
 def test_a_model_has_one_digest_in_all_directories(tmp_path: pathlib.Path) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import step as steps
 from .packages import Code, CompilationError, Function, causal_lm, load_code, obstacle
 from .step import (
     CACHE,
@@ -136,7 +135,7 @@ def load_decoding(model: Any, missing: bool = True, progress: Callable[[str], ob
     """The code of ``TOKEN`` and ``PROMPT`` for a model. The arguments are those of ``compile_decoding``."""
     lm = causal_lm(model)
     step = _OneSequence(lm)
-    return load_code(model, step, _functions(lm, step), [__file__, steps.__file__], missing, progress)
+    return load_code(model, step, _functions(lm, step), missing, progress)
 
 
 def _integers(values: Any) -> Tensor:

@@ -18,7 +18,6 @@ from qlora_ext.adapters import StackedAdapters
 from qlora_ext.integrations.peft.linear import LoraLinear4bit
 from qlora_ext.nn import Linear4bit
 
-from . import step as steps
 from .fixed import BASE, active_adapters
 from .packages import causal_lm, load_code
 from .stacks import AdapterStacks
@@ -110,7 +109,7 @@ class MixedStep:
         offsets, adapters = (Dim(name, min=2, max=MAX_CACHE) for name in ("offsets", "adapters"))
         shapes = {0: SEQUENCES}, {1: offsets}, {1: adapters}, [{0: rank} for rank in ranks], [{1: r} for r in ranks]
         functions = compiled_as(lm, MIXED, step, (self._rows([""] * 3), *self._operands()), shapes)
-        code = load_code(lm, step, functions, [__file__, steps.__file__], progress=progress)
+        code = load_code(lm, step, functions, progress=progress)
         assert code is not None
         self._code = code
 

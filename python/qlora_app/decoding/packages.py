@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -135,11 +135,11 @@ def _without_paths(config: Any) -> Any:
     return [_without_paths(value) for value in config] if isinstance(config, list) else config
 
 
-def digest(model: Any, state: dict[str, Tensor], sources: Iterable[str]) -> str:
+def digest(model: Any, step: nn.Module) -> str:
     """A digest of everything that compiled code depends on: the model except its weights, software and processor.
 
     Args:
-        sources: the files with the code that is compiled, beside the model's.
+        step: the module that is compiled.
     """
     import peft
     import transformers
@@ -148,7 +148,8 @@ def digest(model: Any, state: dict[str, Tensor], sources: Iterable[str]) -> str:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     flags = [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")] if cpuinfo.is_file() else []
     facts = [
-        [pathlib.Path(file).read_text() for file in (__file__, *sources)],
+        type(step).__name__,
+        [file.read_text() for file in sorted(pathlib.Path(__file__).parent.glob("*.py"))],
         {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         VERSION,
         str(_OPTIONS["aot_inductor.custom_ops_to_c_shims"]),  # the arguments of C functions follow from the schema
@@ -159,7 +160,7 @@ def digest(model: Any, state: dict[str, Tensor], sources: Iterable[str]) -> str:
         repr(model),
         [str(getattr(module, "scaling", "")) for module in lm.modules()],
         [str(getattr(module, "active_adapters", "")) for module in lm.modules()],
-        [(name, str(t.dtype), list(t.shape), list(t.stride())) for name, t in state.items()],
+        [(name, str(t.dtype), list(t.shape), list(t.stride())) for name, t in state_of(step).items()],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -257,7 +258,6 @@ def load_code(
     model: Any,
     step: nn.Module,
     functions: contextlib.AbstractContextManager[dict[str, Function]],
-    sources: Iterable[str],
     missing: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> Code | None:
@@ -266,7 +266,6 @@ def load_code(
     Args:
         step: the module that is compiled, or has the tensors of those.
         functions: gives the functions, if they have to be compiled.
-        sources: as for ``digest``.
         missing: whether to compile if there is no package.
         progress: called with a message before and after the compilation.
 
@@ -278,7 +277,7 @@ def load_code(
     """
     report = progress or (lambda text: None)
     try:
-        package = directory() / f"{digest(model, state_of(step), sources)}.pt2"
+        package = directory() / f"{digest(model, step)}.pt2"
         if is_complete(package):
             with contextlib.suppress(Exception):  # a package that cannot be loaded is compiled again
                 return Code(package, step)

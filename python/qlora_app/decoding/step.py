@@ -226,7 +226,7 @@ class CompiledStep:
     def __init__(self, model: Any, caches: Sequence[Tensor], progress: Callable[[str], object] | None = None) -> None:
         lm, self._caches = causal_lm(model), caches
         step = Step(lm)
-        code = load_code(model, step, compiled_as(lm, STEP, step), [__file__], progress=progress)
+        code = load_code(model, step, compiled_as(lm, STEP, step), progress=progress)
         assert code is not None
         self._code = code
 
