@@ -184,12 +184,7 @@ def test_sequences_with_different_adapters_run_compiled(monkeypatch: pytest.Monk
     steps: list[BatchDecoder] = []
     stepping: list[BatchDecoder] = []
     usual = step.EagerStep.__call__
-
-    def counted(self: step.EagerStep, *arguments: Any) -> torch.Tensor:
-        steps.append(stepping[-1])
-        return usual(self, *arguments)
-
-    monkeypatch.setattr(step.EagerStep, "__call__", counted)
+    monkeypatch.setattr(step.EagerStep, "__call__", lambda *each: steps.append(stepping[-1]) or usual(*each))
 
     def submit(each: BatchDecoder, i: int, name: str | None) -> Request:
         return each.submit(drawn(1, 4 + i)[0].tolist(), Sampling(8, seed=i, stop_tokens=()), name)
