@@ -7,11 +7,11 @@ import pathlib
 
 import pytest
 
+from cuda_cases import DLORA, DX, FORWARD, SM90
 from host_programs import needs_compiler, printed_by
 from qlora_ext import _C
 
 CARDS = ("sm80", "sm90", "sm100", "sm120")  # A100, H100, B200, RTX 5090
-FORWARD, DX, DLORA = "linear_nf4", "linear_nf4_dx", "linear_nf4_dlora"
 RANK = 16
 NO_BFLOAT16 = "bfloat16 needs compute capability 8.0 or newer, and this device has 7.5: compute in float16 or float32"
 
@@ -226,6 +226,19 @@ def test_the_choice_on_each_card(tmp_path: pathlib.Path) -> None:
     for problem, expected in CHOICES.items():
         choices = tuple(next(found) for _ in CARDS)
         assert choices == (expected if isinstance(expected, tuple) else (expected,) * len(CARDS)), problem
+
+
+@needs_compiler
+def test_shapes_of_hoppers_kernels_are_its_choice(tmp_path: pathlib.Path) -> None:
+    width = {FORWARD: "rows", DX: "columns"}
+    expected = {
+        (op, *shape): f"sm90 tokens={tokens} {width[op]}=128 splits={splits} multicast=1"
+        for op, shapes in SM90.items()
+        for shape, (tokens, splits) in shapes.items()
+    } | {(DX, 64, 72, 96): "tensor_cores tokens=64 columns=256"}
+    lines = [line("sm90", op, "bfloat16", *shape, 64, 0, "-") for op, *shape in expected]
+    found = printed_by("tests/cuda/print_choices.cpp", tmp_path, "".join(lines))
+    assert dict(zip(expected, found, strict=True)) == expected
 
 
 @needs_compiler
