@@ -8,8 +8,8 @@ import torch
 
 import isas
 import reference
+from codec_checks import assert_bits
 from encoding_samples import feedback_of, moments, weight
-from test_codec_cpu import assert_bits
 
 OPS = torch.ops.qlora
 test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
