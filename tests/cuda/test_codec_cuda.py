@@ -26,6 +26,18 @@ def test_data_at_any_address(dtype: torch.dtype) -> None:
     check_dequantize(shifted, check_quantize_absmax(absmax, 256), numel, 64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_in_the_largest_blocks(dtype: torch.dtype) -> None:
+    w = torch.randn(8, 4096).to(dtype)
+    w[0], w[1] = 0.0, torch.finfo(dtype).max
+    w[2] *= 1e-38
+    w[3, 4095], w[4, 0], w[5, 30] = float("nan"), float("inf"), -float("inf")
+    packed, absmax = check_quantize(w.cuda(), 4096)
+    assert absmax.isnan().tolist() == [3 <= row <= 5 for row in range(8)]
+    check_dequantize(packed, (absmax,), w.numel(), 4096)
+    check_dequantize(packed, check_quantize_absmax(absmax, 256), w.numel(), 4096)
+
+
 def test_two_streams() -> None:
     """Each call runs on the current stream, and synchronizes with no other."""
     w = [weights(50_000, torch.bfloat16, "cuda") for _ in range(2)]

@@ -26,7 +26,7 @@ from codec_checks import (
     free_memory,
     neighbourhoods,
     weights,
-)  # fmt: skip
+)
 from qlora_ext import _C
 from samples import DTYPES
 
@@ -169,7 +169,7 @@ def test_scales_no_quantizer_makes(device: str, code: str) -> None:
 
 
 @each_code
-@pytest.mark.parametrize("absmax", [1.0, 0.0371, 3.0517578e-05, 1.7e-37, 0.9e38])
+@pytest.mark.parametrize("absmax", [1.0, 0.0371, 3.0517578e-05, 1.7e-37, 2.9e38])
 def test_around_every_boundary(absmax: float, device: str, code: str) -> None:
     table = reference.CODES[code]
     values, _ = reference.ranked(table)
