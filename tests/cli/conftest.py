@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from exports import exported, gguf_adapter
+
+__all__ = ["exported", "gguf_adapter"]  # fixtures
+
+
+def pytest_pycollect_makemodule(module_path: pathlib.Path) -> None:
+    """Skips these tests where a library is missing without which most commands do nothing."""
+    for library in ("transformers", "peft", "gguf"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 import qlora_ext
 from qlora_app.main import main
 from qlora_app.outputs.directory import Output

@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from commands import SMALL, Paths, here
 from qlora_app.errors import UserError
 from qlora_app.training.config_file import read_config

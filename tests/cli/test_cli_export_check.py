@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-for library in ("transformers", "peft", "gguf"):
-    pytest.importorskip(library, reason=f"{library} is not installed")
-
 import qlora_app
 from commands import Paths, here, listing
+from exports import Refused, adapt, read
 from gguf_files import write
 from qlora_app.exporting import export_check
 from qlora_app.exporting.merged_weights import MergedWeights
@@ -30,93 +28,20 @@ from qlora_app.training.trainer import batches
 from qlora_ext.fidelity import losses_of
 from tiny_models import make
 
-Refused = Callable[..., str]
-LOSSES = re.compile(
-    r"loss on ([\d,]+) tokens of (.*): ([\d.]+) trained, ([\d.]+) exported \(([+-][\d.]+)\), standard error ([\d.]+)"
-)
-ERRORS = re.compile(r"relative error of the weights: ([\d.e+-]+) in all (\d+)")
-# The largest error of the weights that a target may cause, and the largest increase of the loss.
-DIRECTORIES = {
-    "dense": (2e-3, 1e-3),
-    "bitsandbytes": (0.2, 0.05),
-    "compressed-tensors:int4": (0.2, 0.05),
-    "compressed-tensors:nvfp4": (0.2, 0.05),
-    "compressed-tensors:mxfp4": (0.25, 0.05),
-}
+LOSSES = re.compile(r"loss on ([\d,]+) tokens of (.*): ([\d.]+) trained, ([\d.]+) exported ")
 
 
 def report(printed: str) -> tuple[int, str, float, float]:
     """The number of tokens, the text, and both losses."""
     found = LOSSES.search(printed)
     assert found, printed
-    assert abs(float(found[4]) - float(found[3]) - float(found[5])) < 1.6e-4
-    assert float(found[6]) < 0.05
     return int(found[1].replace(",", "")), found[2], float(found[3]), float(found[4])
 
 
 def weight_error(printed: str) -> float:
-    found = ERRORS.search(printed)
+    found = re.search(r"relative error of the weights: ([\d.e+-]+) in all (\d+)", printed)
     assert found, printed
     return float(found[1])
-
-
-@pytest.mark.parametrize("target", DIRECTORIES)
-def test_directories(
-    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], target: str
-) -> None:
-    if "compressed" in target:
-        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    here("export", "--adapter", finished_run, "--to", target, "--output", tmp_path / "out")
-    printed = capfd.readouterr().out
-    tokens, text, trained, exported = report(printed)
-    assert tokens > 1000
-    assert re.fullmatch(r"(.*) \(\d+ of them held out by the run\) and a text that the model wrote", text)
-    largest, increase = DIRECTORIES[target]
-    assert abs(exported - trained) <= increase
-    assert 0.1 * largest < weight_error(printed) < largest
-    assert re.search(r"model\.layers\.\d\.\w+\.\w+_proj", printed)
-
-
-@pytest.mark.parametrize("target", ["gguf-adapter", "gguf-adapter:f16"])
-def test_adapters(
-    finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], target: str
-) -> None:
-    here("export", "--adapter", finished_run, "--to", target, "--output", tmp_path / "out.gguf")
-    printed = capfd.readouterr().out
-    _, _, trained, exported = report(printed)
-    assert abs(exported - trained) < 1e-3
-    found = re.search(r"relative error of the update: ([\d.e+-]+) in all (\d+) layers", printed)
-    assert found
-    assert int(found[2]) == 14
-    assert float(found[1]) <= (1e-3 if target.endswith("f16") else 1e-6)
-
-
-@pytest.mark.parametrize("kind", ["f16", "q4_0"])
-def test_gguf_files(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
-    base, run = tmp_path / "base.gguf", tmp_path / "run"
-    write(make("llama"), base, "llama", kinds=["Q4_0", "F16"])
-    adapter_on(base, run)
-    capfd.readouterr()
-    export = ["export", "--adapter", run, "--data", "self", "--to", f"gguf:{kind}", "--output", tmp_path / "out.gguf"]
-    here(*export)
-    printed = capfd.readouterr().out
-    _, text, trained, exported = report(printed)
-    assert text == "a text that the model wrote"
-    assert abs(exported - trained) < 0.05
-    assert (0.0 if kind == "f16" else 0.01) < weight_error(printed) < (3e-3 if kind == "f16" else 0.2)
-
-
-def adapter_on(base: pathlib.Path, directory: pathlib.Path, **options: Any) -> None:
-    """Saves a random adapter for a GGUF file."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
-    config = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options}
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(directory)
 
 
 def test_the_text(
@@ -225,7 +150,7 @@ def test_a_file_with_other_weights_fails(
 ) -> None:
     base, adapter = tmp_path / "base.gguf", tmp_path / "adapter"
     write(make("llama"), base, "llama", kinds=["Q4_0", "F16"])
-    adapter_on(base, adapter, lora_alpha=1)
+    adapt(adapter, base, read(base), r=2, target_modules=["q_proj", "down_proj"], lora_alpha=1)
     wrong, told = FAULTS[fault]
     intact = MergedWeights.read
     monkeypatch.setattr(MergedWeights, "read", lambda self, name: wrong(lambda other: intact(self, other), name))
@@ -238,25 +163,26 @@ def test_a_file_with_other_weights_fails(
     here(*export, "--overwrite")
 
 
-def write_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A writer that multiplies every B by 100."""
+@pytest.fixture
+def wrong_file(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Has files of adapters multiply the updates by a factor."""
     from qlora_app.gguf import adapter
 
     intact = adapter.write_adapter
 
-    def wrong(path: Any, architecture: str, alpha: float, layers: Any) -> None:
-        intact(path, architecture, alpha, {name: (a, 100 * b) for name, (a, b) in layers.items()})
+    def by(factor: float) -> None:
+        def write(path: Any, architecture: str, alpha: float, layers: Any) -> None:
+            intact(path, architecture, factor * alpha, layers)
 
-    monkeypatch.setattr(adapter, "write_adapter", wrong)
+        monkeypatch.setattr(adapter, "write_adapter", write)
+
+    return by
 
 
 def test_a_wrong_file_fails(
-    finished_run: pathlib.Path,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    finished_run: pathlib.Path, tmp_path: pathlib.Path, wrong_file: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_too_much(monkeypatch)
+    wrong_file(100)
     output = tmp_path / "out.gguf"
     export = ["export", "--adapter", str(finished_run), "--to", "gguf-adapter", "--output", str(output)]
     assert main(export) == 3
@@ -269,30 +195,12 @@ def test_a_wrong_file_fails(
     assert "more than --max-loss-increase 0.02" in err
     assert output.is_file()
     assert main([*export, "--overwrite", "--max-loss-increase", "1000"]) == 0
+    options = {"adapter": finished_run, "to": "gguf-adapter", "output": output, "overwrite": True}
     with pytest.raises(RuntimeError, match=r"the loss of .* more than max_loss_increase 0\.02; do not serve it"):
-        qlora_app.export(adapter=finished_run, to="gguf-adapter", output=output, overwrite=True)
-    assert (
-        qlora_app.export(
-            adapter=finished_run, to="gguf-adapter", output=output, overwrite=True, max_loss_increase=1000.0
-        )
-        == output
-    )
-
-
-def test_nan_fails(
-    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    from qlora_app.gguf import adapter
-
-    intact = adapter.write_adapter
-
-    def wrong(path: Any, architecture: str, alpha: float, layers: Any) -> None:
-        intact(path, architecture, math.nan, layers)
-
-    monkeypatch.setattr(adapter, "write_adapter", wrong)
-    export = ["export", "--adapter", finished_run, "--to", "gguf-adapter", "--output", tmp_path / "out.gguf"]
-    assert main([*map(str, export), "--max-loss-increase", "1000"]) == 3
+        qlora_app.export(**options)
+    assert qlora_app.export(**options, max_loss_increase=1000.0) == output
+    wrong_file(math.nan)
+    assert main([*export, "--overwrite", "--max-loss-increase", "1000"]) == 3
     assert "is NaN" in capfd.readouterr().err
 
 
@@ -322,24 +230,18 @@ def test_a_base_without_weights_leaves_only_the_update(
 
 
 def test_experts(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     from tiny_configs import config_of
 
-    config = config_of("qwen3_moe")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path / "base")
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_config(config_of("qwen3_moe"))
+    model.save_pretrained(base)
     for file in paths["model"].glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "base")
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"],
-        init_lora_weights=False,
-    )  # fmt: skip
-    peft = get_peft_model(model, lora)
-    peft.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    peft.save_pretrained(tmp_path / "adapter")
+        shutil.copy(file, base)
+    on_experts = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    adapt(tmp_path / "adapter", base, model, r=2, **on_experts)
     capfd.readouterr()
     export = ["export", "--adapter", tmp_path / "adapter", "--data", "self", "--dtype", "float32", "--to", "dense"]
     here(*export, "--output", tmp_path / "out")
@@ -349,6 +251,4 @@ def test_experts(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixt
     assert weight_error(printed) < 1e-5
     found = re.search(r"in all (\d+) layers, which hold 100\.0% of the adapter's update", printed)
     assert found
-    experts = sum(p.ndim == 3 for p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters())
-    assert experts > 0
-    assert int(found[1]) > experts
+    assert int(found[1]) > sum(p.ndim == 3 for p in read(tmp_path / "out").parameters()) > 0

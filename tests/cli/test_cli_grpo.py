@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shutil
 import sys
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
 pytest.importorskip("trl", reason="TRL is not installed")
 
 import qlora_app
-from commands import Paths, adapter_bytes, here, read_lines
+from commands import Paths, adapter_bytes, here, read_lines, stopped
 from qlora_app.data.prompts import prompt_of
 from qlora_app.errors import UserError
 from qlora_app.training.reward_function import find_rewards
@@ -85,14 +82,12 @@ def test_the_reward_rises(run: pathlib.Path) -> None:
 def test_a_resumed_run_has_the_same_bits(
     run: pathlib.Path, task: dict[str, pathlib.Path], refused: Any, tmp_path: pathlib.Path
 ) -> None:
-    stopped = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
-    shutil.rmtree(stopped / "checkpoint-8")
-    shutil.rmtree(stopped / "adapter")
-    resume = ["finetune", "--output", stopped, "--resume"]
+    begun = stopped(run, tmp_path, 5)
+    resume = ["finetune", "--output", begun, "--resume"]
     assert "the run does not record which code to run" in refused(*resume)
     assert "--reward differs" in refused(*resume, "--reward", f"{task['reward']}:few")
     here(*resume, "--reward", f"{task['reward']}:share")
-    assert adapter_bytes(stopped) == adapter_bytes(run)
+    assert adapter_bytes(begun) == adapter_bytes(run)
 
 
 @pytest.mark.parametrize(

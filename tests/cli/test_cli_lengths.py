@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from commands import SMALL, Paths, here
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import random
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
-from commands import SMALL, Paths, adapter_bytes, here, read_lines
+from commands import SMALL, Paths, adapter_bytes, here, read_lines, stopped
 from qlora_app.training.settings import Settings, resumed
 
 
@@ -27,24 +26,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def short(paths: Paths, many: pathlib.Path) -> pathlib.Path:
-    """A run of 5 steps."""
-    run = many.parent / "short"
-    begin(paths, many, run, "--max-steps", "5")
-    return run
-
-
-def begin(paths: Paths, data: pathlib.Path, run: pathlib.Path, *more: str) -> None:
-    here("finetune", "--model", paths["model"], "--data", data, "--output", run, *SMALL, "--save-steps", "3", *more)
-
-
-def steps_of(run: pathlib.Path) -> list[int]:
-    return [int(line["step"]) for line in read_lines(run / "metrics.jsonl") if "loss" in line]
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+@contextlib.contextmanager
+def rows_taken() -> Iterator[list[Any]]:
     """The rows in the order in which they are trained on."""
     from qlora_app.training import trainer
 
@@ -55,8 +38,31 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         rows.extend(tuple(row["input_ids"]) for row in batch)
         return original(batch)
 
-    monkeypatch.setattr(trainer, "collate", collate)
-    return rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "collate", collate)
+        yield rows
+
+
+@pytest.fixture(scope="module")
+def begun(paths: Paths, many: pathlib.Path) -> tuple[pathlib.Path, list[Any]]:
+    """A run of 5 steps, and its rows. Tests copy it before they change it."""
+    run = many.parent / "short"
+    with rows_taken() as rows:
+        begin(paths, many, run, "--max-steps", "5")
+    return run, rows
+
+
+@pytest.fixture(scope="module")
+def short(begun: tuple[pathlib.Path, list[Any]]) -> pathlib.Path:
+    return begun[0]
+
+
+def begin(paths: Paths, data: pathlib.Path, run: pathlib.Path, *more: str) -> None:
+    here("finetune", "--model", paths["model"], "--data", data, "--output", run, *SMALL, "--save-steps", "3", *more)
+
+
+def steps_of(run: pathlib.Path) -> list[int]:
+    return [int(line["step"]) for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
 def test_a_finished_run_is_made_longer(
@@ -78,9 +84,7 @@ def test_a_finished_run_is_made_longer(
         first, last = ([line[name] for line in read_lines(r / "metrics.jsonl") if name in line] for r in (short, run))
         assert last[:5] == first
 
-    again = pathlib.Path(shutil.copytree(run, tmp_path / "again"))
-    shutil.rmtree(again / "checkpoint-9")
-    shutil.rmtree(again / "adapter")
+    again = stopped(run, tmp_path, 8)
     assert (again / "checkpoint-6").is_dir()
     here("finetune", "--output", again, "--resume")
     assert "extending" not in capfd.readouterr().out
@@ -92,28 +96,22 @@ def test_a_finished_run_is_made_longer(
     assert "(+0.0000)" in capfd.readouterr().out
 
 
-def test_new_rows_are_taken_and_none_twice(
-    paths: Paths, many: pathlib.Path, tmp_path: pathlib.Path, taken: list[Any]
-) -> None:
-    begin(paths, many, tmp_path / "run", "--max-steps", "5")
-    measured = len(taken)
-    trained = {*taken}
-    taken.clear()
-    here("finetune", "--output", tmp_path / "run", "--resume", "--max-steps", "9")
-    assert measured
-    fresh = [row for row in taken if row not in trained]
+def test_new_rows_are_taken_and_none_twice(begun: tuple[pathlib.Path, list[Any]], tmp_path: pathlib.Path) -> None:
+    run = shutil.copytree(begun[0], tmp_path / "run")
+    with rows_taken() as taken:
+        here("finetune", "--output", run, "--resume", "--max-steps", "9")
+    fresh = [row for row in taken if row not in {*begun[1]}]
     assert len(fresh) == len(set(fresh)) == 4 * 2  # rows per step
 
 
 def test_the_first_epoch_continues_after_the_shorter_run(
-    paths: Paths, many: pathlib.Path, tmp_path: pathlib.Path, taken: list[Any]
+    begun: tuple[pathlib.Path, list[Any]], tmp_path: pathlib.Path
 ) -> None:
     """A run extended before it finished trains on its original rows first, in their original order."""
-    begin(paths, many, tmp_path / "run", "--max-steps", "5")
-    complete = list(taken)
-    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
-    taken.clear()
-    here("finetune", "--output", tmp_path / "run", "--resume", "--max-steps", "7")
+    run, complete = shutil.copytree(begun[0], tmp_path / "run"), begun[1]
+    shutil.rmtree(run / "checkpoint-5")
+    with rows_taken() as taken:
+        here("finetune", "--output", run, "--resume", "--max-steps", "7")
     held_out = len(complete) - 2 * 5  # measured before and after
     mid = len(complete) - held_out // 2
     assert taken[: 2 * 2] == complete[mid - 2 * 2 : mid]

@@ -11,9 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 import qlora_app
 from qlora_app.main import main
 from qlora_app.outputs.files import write_json
@@ -181,26 +178,6 @@ def test_advice_makes_it_fit(capsys: pytest.CaptureFixture[str], tmp_path: pathl
 def test_bad_plans_in_python(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         qlora_app.plan(**options)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--rank", "0"], "--rank 0"),
-        (["--memory", "lots"], "--memory lots"),
-        (["--optimizer", "sgdd"], "--optimizer sgdd"),
-        (["--dtype", "int4"], "--dtype int4"),
-        (["--sizes", "hidden=64"], "missing"),
-        (["--sizes", "hidden=64,intermediate=128,layers=2,heads=5"], "multiple"),
-        (["--model", "./nowhere"], "./nowhere"),
-        (["--model", "llama-7b", "--target-modules", "nowhere"], "nowhere"),
-    ],
-)
-def test_bad_plans(capfd: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
-    assert main(["plan", *arguments]) == 2
-    message = capfd.readouterr().err
-    assert named in message
-    assert message.count("\n") == 1
 
 
 def test_hub_style_names() -> None:

@@ -11,10 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
-from commands import Paths, adapter_bytes, base, here, read_lines
+from commands import Paths, adapter_bytes, here, read_lines, stopped
 
 
 @pytest.fixture
@@ -22,12 +19,10 @@ def run(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> pat
     """A run with checkpoints of steps 8 and 11, with its own model and data."""
     shutil.copytree(paths["model"], tmp_path / "model")
     shutil.copy(paths["data"], tmp_path / "data.jsonl")
-    run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
+    run = stopped(finished_run, tmp_path, 8)
     settings = json.loads((run / "settings.json").read_text())
     settings |= {"model": str(tmp_path / "model"), "data": str(tmp_path / "data.jsonl")}
     (run / "settings.json").write_text(json.dumps(settings))
-    shutil.rmtree(run / "checkpoint-11")
-    shutil.rmtree(run / "adapter")
     return run
 
 
@@ -129,10 +124,6 @@ def test_nothing_to_resume(refused, paths: Paths, tmp_path: pathlib.Path, capfd:
         out, err = capfd.readouterr()
         assert out.count(f"{nothing}: a new one begins") == 1
         assert "no directory missing" in err
-
-
-def test_force_belongs_to_resume(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
-    assert "--resume" in refused("finetune", *base(paths), "--output", tmp_path / "run", "--force")
 
 
 def truncated(path: pathlib.Path) -> None:

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 import chat_templates
 from commands import Paths
 from qlora_app.data import check_template, encode, held_out, pack, split, split_prompts, summary
@@ -258,31 +255,6 @@ def test_packing_stops_when_there_is_enough() -> None:
 
     packed = pack(endless(), 7, max_rows=2)
     assert [row["input_ids"] for row in packed] == [[1, 2, 3, 1, 2, 3]] * 2
-
-
-def test_finetune_reports_dropped_examples(
-    refused: Any, paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Errors are raised before the model is read, if possible."""
-    monkeypatch.setattr("qlora_app.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read"))
-    data = tmp_path / "data.jsonl"
-    arguments = ["finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run"]
-    data.write_text("".join(json.dumps({"prompt": "q" * 300, "completion": "r"}) + "\n" for _ in range(5)))
-    assert "5 dropped: the answer begins beyond --seq-len 256" in refused(*arguments)
-    data.write_text(json.dumps({"messages": [ASKED, SAID]}) + "\n")
-    assert "no chat template" in refused(*arguments)
-    data.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "r"}) + "\n" for i in range(5)))
-    for options, part in (
-        (["--target-modules", "nowhere"], "nowhere"),
-        (["--optimizer", "sgdd"], "sgdd"),
-        (["--method", "dpo"], "rows with prompt, chosen and rejected"),
-        (["--epochs", "1", "--max-steps", "5"], "give one of them"),
-        (["--epochs", "-1"], "--epochs -1"),
-        (["--beta", "0"], "--beta 0"),
-        (["--beta", "0.2"], "--beta is an option of DPO"),
-    ):
-        assert part in refused(*arguments, *options)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("answered", ["", " \n"])

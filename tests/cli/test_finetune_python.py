@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("rich", reason="the command's libraries are not installed")
 
 import qlora_app

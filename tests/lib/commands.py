@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -61,6 +62,16 @@ def wait_for_step(process: Command, run: pathlib.Path, step: int) -> None:
             return
         time.sleep(0.002)
     raise AssertionError(f"step {step} was not reached (exit code {process.poll()})")
+
+
+def stopped(run: pathlib.Path, directory: pathlib.Path, step: int) -> pathlib.Path:
+    """A copy of a finished run as one that was stopped after the checkpoint of a step."""
+    copy = pathlib.Path(shutil.copytree(run, directory / f"stopped-{run.name}"))
+    shutil.rmtree(copy / "adapter")
+    for checkpoint in copy.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(checkpoint)
+    return copy
 
 
 def adapter_bytes(run: pathlib.Path) -> bytes:
