@@ -104,22 +104,19 @@ def greedy(output: pathlib.Path) -> str:
 
 @pytest.mark.parametrize("to", MODELS)
 def test_the_commands_open_it(
-    exported: Exported, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-    to: str,
+    exported: Exported, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, to: str,
 ) -> None:  # fmt: skip
     output, base = exported(to).path, exported("dense" if TARGETS[to].base == "run" else "gguf:f16").path
-    capfd.readouterr()
-    here("generate", "--model", output, "--raw", "--max-new-tokens", "6", "--prompt", "count 3", "--dtype", "float32")
-    answer = capfd.readouterr().out
+    answer = here(
+        "generate", "--model", output, "--raw", "--max-new-tokens", "6", "--prompt", "count 3", "--dtype", "float32"
+    )
     if TARGETS[to].is_4bit:  # generate quantizes the others
         assert answer == f"{printable(greedy(output), lines=True)}\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("count 3\n"))
-    here("chat", "--model", output, "--max-new-tokens", "4")
-    assert capfd.readouterr().out.endswith("\n")
+    assert here("chat", "--model", output, "--max-new-tokens", "4").endswith("\n")
     (tmp_path / "text.txt").write_text("some text that is long enough for a check. " * 30)
     check = ["check", "--model", output, "--data", tmp_path / "text.txt", "--tokens", "512", "--max-increase", "2"]
-    here(*check, "--base", base)
-    printed = capfd.readouterr().out
+    printed = here(*check, "--base", base)
     assert re.search(r"perplexity on [\d,]+ tokens of .*: [\d.]+ in 4 bits, [\d.]+ dense", printed), printed
     assert "the loss rises by" in printed
     assert "damaged" not in printed

@@ -31,6 +31,14 @@ from tiny_models import make
 LOSSES = re.compile(r"loss on ([\d,]+) tokens of (.*): ([\d.]+) trained, ([\d.]+) exported ")
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A text to check on, which takes less time than one that the model writes."""
+    path = tmp_path_factory.mktemp("check") / "text.txt"
+    path.write_text("some text that is long enough for a check. " * 30)
+    return path
+
+
 def report(printed: str) -> tuple[int, str, float, float]:
     """The number of tokens, the text, and both losses."""
     found = LOSSES.search(printed)
@@ -46,17 +54,14 @@ def weight_error(printed: str) -> float:
 
 def test_the_text(
     refused: Refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    ) -> None:  # fmt: skip
     export = ["export", "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "out"]
     long = tmp_path / "long.txt"
     long.write_text("a text that is long enough, " * 400)
-    here(*export, "--data", long)
-    tokens, text, *_ = report(capfd.readouterr().out)
+    tokens, text, *_ = report(here(*export, "--data", long))
     assert text == str(long)
     assert tokens <= 2048
-    here(*export, "--data", long, "--check", "full", "--overwrite")
-    assert report(capfd.readouterr().out)[0] > 4 * tokens
+    assert report(here(*export, "--data", long, "--check", "full", "--overwrite"))[0] > 4 * tokens
 
     moved = tmp_path / "moved"
     shutil.copytree(finished_run, moved)
@@ -64,14 +69,15 @@ def test_the_text(
     record = json.loads(path.read_text())
     record["settings"]["data"] = str(tmp_path / "deleted.jsonl")
     path.write_text(json.dumps(record))
-    here("export", "--adapter", moved, *export[3:], "--overwrite")
-    printed = capfd.readouterr().out
+    printed = here("export", "--adapter", moved, *export[3:], "--overwrite")
     assert "deleted.jsonl: no such file or directory; the model writes the text instead" in printed
     assert report(printed)[1] == "a text that the model wrote"
     # A record that is not in a run's directory may be anybody's, and names no file to read.
     shutil.copytree(finished_run / "adapter", tmp_path / "alone")
-    here("export", "--adapter", tmp_path / "alone", *export[3:], "--overwrite")
-    assert report(capfd.readouterr().out)[1] == "a text that the model wrote"
+    assert (
+        report(here("export", "--adapter", tmp_path / "alone", *export[3:], "--overwrite"))[1]
+        == "a text that the model wrote"
+    )
 
     before = listing(tmp_path / "out")
     short = tmp_path / "short.txt"
@@ -81,26 +87,25 @@ def test_the_text(
     assert listing(tmp_path / "out") == before
 
 
-def test_a_model_without_an_adapter(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_an_adapter(paths: Paths, tmp_path: pathlib.Path) -> None:
     data = ["--data", paths["data"]]
-    here("export", "--model", paths["model"], *data, "--to", "compressed-tensors:int4", "--output", tmp_path / "int4")
-    printed = capfd.readouterr().out
+    printed = here(
+        "export", "--model", paths["model"], *data, "--to", "compressed-tensors:int4", "--output", tmp_path / "int4"
+    )
     _, _, trained, exported = report(printed)
     assert 0 < abs(exported - trained) < 0.05
     assert 0.01 < weight_error(printed) < 0.2
-    here("export", "--model", tmp_path / "int4", *data, "--to", "compressed-tensors:int4", "--output", tmp_path / "two")
-    printed = capfd.readouterr().out
+    printed = here(
+        "export", "--model", tmp_path / "int4", *data, "--to", "compressed-tensors:int4", "--output", tmp_path / "two"
+    )
     _, _, trained, again = report(printed)
     assert trained == again == exported
     assert weight_error(printed) == 0.0
 
 
-def test_no_check(
-    refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_no_check(refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     export = ["export", "--adapter", finished_run, "--to", "dense", "--check", "none"]
-    here(*export, "--output", tmp_path / "out")
-    printed = capfd.readouterr().out
+    printed = here(*export, "--output", tmp_path / "out")
     assert "loss" not in printed
     assert "error" not in printed
     for option in (["--max-loss-increase", "0.1"], ["--data", "self"]):
@@ -146,7 +151,11 @@ FAULTS: dict[str, tuple[Callable[[Callable[[str], Read], str], Read], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_file_with_other_weights_fails(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: str
+    tmp_path: pathlib.Path,
+    text: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    fault: str,
 ) -> None:
     base, adapter = tmp_path / "base.gguf", tmp_path / "adapter"
     write(make("llama"), base, "llama", kinds=["Q4_0", "F16"])
@@ -155,6 +164,7 @@ def test_a_file_with_other_weights_fails(
     intact = MergedWeights.read
     monkeypatch.setattr(MergedWeights, "read", lambda self, name: wrong(lambda other: intact(self, other), name))
     export = ["export", "--adapter", adapter, "--to", "gguf:f16", "--output", tmp_path / "out.gguf"]
+    export += ["--data", text]
     assert main([*map(str, export)]) == 3
     err = capfd.readouterr().err
     assert told in err
@@ -180,11 +190,13 @@ def wrong_file(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_a_wrong_file_fails(
-    finished_run: pathlib.Path, tmp_path: pathlib.Path, wrong_file: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
+    finished_run: pathlib.Path, tmp_path: pathlib.Path, text: pathlib.Path, wrong_file: Any,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     wrong_file(100)
     output = tmp_path / "out.gguf"
     export = ["export", "--adapter", str(finished_run), "--to", "gguf-adapter", "--output", str(output)]
+    export += ["--data", str(text)]
     assert main(export) == 3
     out, err = capfd.readouterr()
     _, _, trained, exported = report(out)
@@ -195,7 +207,7 @@ def test_a_wrong_file_fails(
     assert "more than --max-loss-increase 0.02" in err
     assert output.is_file()
     assert main([*export, "--overwrite", "--max-loss-increase", "1000"]) == 0
-    options = {"adapter": finished_run, "to": "gguf-adapter", "output": output, "overwrite": True}
+    options = {"adapter": finished_run, "to": "gguf-adapter", "output": output, "overwrite": True, "data": text}
     with pytest.raises(RuntimeError, match=r"the loss of .* more than max_loss_increase 0\.02; do not serve it"):
         qlora_app.export(**options)
     assert qlora_app.export(**options, max_loss_increase=1000.0) == output
@@ -206,7 +218,7 @@ def test_a_wrong_file_fails(
 
 @pytest.mark.parametrize("target", ["dense", "gguf-adapter"])
 def test_the_adapter_of_another_base_is_rejected_before_writing(
-    refused: Refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, target: str
+    refused: Refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, text: pathlib.Path, target: str
 ) -> None:
     output = tmp_path / ("out.gguf" if target == "gguf-adapter" else "out")
     export = ["export", "--adapter", finished_run, "--model", paths["other"], "--to", target, "--output", output]
@@ -214,17 +226,18 @@ def test_the_adapter_of_another_base_is_rejected_before_writing(
     assert "was trained on another 4-bit base" in message
     assert "add --force" in message
     assert [*tmp_path.iterdir()] == []
-    here(*export, "--force", "--max-loss-increase", "5")
+    here(*export, "--force", "--max-loss-increase", "5", "--data", text)
 
 
 def test_a_base_without_weights_leaves_only_the_update(
-    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     base = tmp_path / "base"
     base.mkdir()
     shutil.copy(paths["model"] / "config.json", base)
-    here("export", "--adapter", finished_run, "--model", base, "--to", "gguf-adapter", "--output", tmp_path / "a.gguf")
-    printed = capfd.readouterr().out
+    printed = here(
+        "export", "--adapter", finished_run, "--model", base, "--to", "gguf-adapter", "--output", tmp_path / "a.gguf"
+    )
     assert f"the losses are not measured, because {base} has no weights" in printed
     assert "relative error of the update: 0 in all 14 layers" in printed
 

@@ -55,14 +55,18 @@ def test_joined_layers_share_the_factor_of_nvfp4(paths: Paths, tmp_path: pathlib
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_in_the_same_format_keeps_its_codes(
-    refused: Refused, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], kind: str
+    refused: Refused, paths: Paths, tmp_path: pathlib.Path, kind: str
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     here(*EXPORT, "--model", paths["model"], "--to", f"compressed-tensors:{kind}", "--output", base)
     adapt(tmp_path / "adapter", base, ours(base), 0.02, target_modules=["q_proj"])
-    capfd.readouterr()
-    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", f"compressed-tensors:{kind}", "--output", out)
-    assert 80 < retained(capfd.readouterr().out) < 120
+    assert (
+        80
+        < retained(
+            here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", f"compressed-tensors:{kind}", "--output", out)
+        )
+        < 120
+    )
     before, after = (load_file(d / "model.safetensors") for d in (base, out))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -74,9 +78,7 @@ def test_a_base_in_the_same_format_keeps_its_codes(
     assert "pack-quantized already, and rounding it to another 4-bit format would cost accuracy" in message
 
 
-def test_a_gguf_file_in_the_same_form_keeps_its_codes(
-    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gguf_file_in_the_same_form_keeps_its_codes(tmp_path: pathlib.Path) -> None:
     base, to = tmp_path / "base.gguf", ["--to", "compressed-tensors:mxfp4", "--output"]
     write(make("llama"), base, "llama", kinds=["MXFP4"])
     here(*EXPORT, "--model", base, *to, tmp_path / "out")
@@ -87,9 +89,9 @@ def test_a_gguf_file_in_the_same_form_keeps_its_codes(
         assert torch.equal(layer.weight4bit.dequantize(torch.float32), dense.get_submodule(name).weight), name
 
     adapt(tmp_path / "adapter", base, dense, 0.02, target_modules=["down_proj"])
-    capfd.readouterr()
-    here(*EXPORT, "--adapter", tmp_path / "adapter", "--model", base, *to, tmp_path / "merged")
-    assert 80 < retained(capfd.readouterr().out) < 120
+    assert (
+        80 < retained(here(*EXPORT, "--adapter", tmp_path / "adapter", "--model", base, *to, tmp_path / "merged")) < 120
+    )
     before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "merged"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight_packed" for i in range(2)}

@@ -69,13 +69,13 @@ def decoded_by_the_library(directory: pathlib.Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compressed_tensors_stores_experts_one_by_one(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], family: str, kind: str
+    paths: Paths, tmp_path: pathlib.Path, family: str, kind: str
 ) -> None:
     base, out = save(tmp_path / "base", family, paths), tmp_path / "out"
     adapter = adapted(tmp_path / "adapter", base)
-    capfd.readouterr()
-    here(*EXPORT, "--adapter", adapter, "--to", f"compressed-tensors:{kind}", "--output", out)
-    assert 85 < retained(capfd.readouterr().out) < 115
+    assert (
+        85 < retained(here(*EXPORT, "--adapter", adapter, "--to", f"compressed-tensors:{kind}", "--output", out)) < 115
+    )
     model = ours(out)
     assert sum(isinstance(layer, Experts4bit) for _, layer in layers_of(model)) == 2
     here(*EXPORT, "--adapter", adapter, "--to", "dense", "--output", tmp_path / "dense")
@@ -114,16 +114,12 @@ def test_transformers_reads_the_experts(paths: Paths, tmp_path: pathlib.Path, fa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_in_the_same_format_keep_their_codes(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_experts_in_the_same_format_keep_their_codes(paths: Paths, tmp_path: pathlib.Path, kind: str) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     to = ["--to", f"compressed-tensors:{kind}", "--output"]
     here(*EXPORT, "--model", save(tmp_path / "dense", "qwen3_moe", paths), *to, base)
     adapter = adapted(tmp_path / "adapter", base, 0.02, target_parameters=STACKS[1:])
-    capfd.readouterr()
-    here(*EXPORT, "--adapter", adapter, *to, out)
-    assert retained(capfd.readouterr().out)
+    assert retained(here(*EXPORT, "--adapter", adapter, *to, out))
     before, after = (load_file(d / "model.safetensors") for d in (base, out))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -152,7 +148,7 @@ def test_dense_and_bitsandbytes_hold_merged_experts(paths: Paths, tmp_path: path
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = save(tmp_path / "base", family, paths)
     adapter = adapted(tmp_path / "adapter", base)
-    merged = PeftModel.from_pretrained(ours(base), adapter).merge_and_unload().state_dict()
+    merged = PeftModel.from_pretrained(ours(base, torch.bfloat16), adapter).merge_and_unload().state_dict()
     for target in ("dense", "bitsandbytes"):
         here(*EXPORT, "--adapter", adapter, "--to", target, "--output", tmp_path / target)
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / target, dtype=torch.bfloat16)
@@ -228,9 +224,7 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("down", TARGETS)
-def test_experts_of_a_gguf_file(
-    refused: Refused, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], down: str
-) -> None:
+def test_experts_of_a_gguf_file(refused: Refused, tmp_path: pathlib.Path, down: str) -> None:
     """Every target has the trained model, as its report says."""
     base, text = mixed(tmp_path / "base.gguf", down), tmp_path / "text.txt"
     text.write_text("some text that is long enough for a check. " * 12)
@@ -238,20 +232,15 @@ def test_experts_of_a_gguf_file(
     adapt(tmp_path / "adapter", base, read(base), 0.3, target_modules=["q_proj"], target_parameters=parameters)
     export = ["export", "--adapter", tmp_path / "adapter", "--dtype", "float32", "--data", text, "--to"]
     for to in TARGETS[down]:
-        capfd.readouterr()
-        here(*export, to, "--output", output_of(to, tmp_path))
-        assert abs(share(capfd.readouterr().out) - 100) < (15 if "4" in to else 0.5), to
+        assert abs(share(here(*export, to, "--output", output_of(to, tmp_path))) - 100) < (15 if "4" in to else 0.5), to
     told = refused(*export, "bitsandbytes", "--output", tmp_path / "no")
     assert "rounding them to NF4 would lose what was learnt" in told
 
 
-def test_an_adapter_on_other_experts_is_rejected(
-    refused: Refused, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_on_other_experts_is_rejected(refused: Refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     base = save(tmp_path / "base", "qwen3_moe", paths)
     adapter = adapted(tmp_path / "adapter", base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "num_experts": 5, "num_local_experts": 5}))
-    capfd.readouterr()
     message = refused("export", "--adapter", adapter, "--to", "gguf-adapter", "--output", tmp_path / "no.gguf")
     assert re.search(r"does not fit its base: model\.layers\.0\.mlp\.experts has A \[\d+, \d+\], expected", message)

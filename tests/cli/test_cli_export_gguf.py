@@ -108,8 +108,8 @@ def test_names_and_rows_of_every_family(tmp_path: pathlib.Path, family: str) -> 
 
 def test_float16(finished_run: pathlib.Path, tmp_path: pathlib.Path, refused: Refused) -> None:
     path, large = tmp_path / "half.gguf", tmp_path / "large"
-    assert qlora_app.export(adapter=finished_run, to="gguf-adapter:f16", output=path) == path
-    qlora_app.export(adapter=finished_run, to="gguf-adapter", output=tmp_path / "whole.gguf")
+    assert qlora_app.export(adapter=finished_run, to="gguf-adapter:f16", output=path, check="none") == path
+    qlora_app.export(adapter=finished_run, to="gguf-adapter", output=tmp_path / "whole.gguf", check="none")
     (values, half), (_, whole) = matrices_of(path), matrices_of(tmp_path / "whole.gguf")
     config = json.loads((finished_run / "adapter" / "adapter_config.json").read_text())
     assert values["adapter.lora.alpha"] == config["lora_alpha"]
@@ -143,7 +143,7 @@ def test_bases_without_a_place_for_the_adapter_are_rejected(
 def test_only_files_of_an_export_are_replaced(
     refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    export = ["export", "--adapter", finished_run, "--to", "gguf-adapter", "--output"]
+    export = ["export", "--check", "none", "--adapter", finished_run, "--to", "gguf-adapter", "--output"]
     assert "expected the name of a file that ends in .gguf" in refused(*export, tmp_path / "directory")
     assert f"there is no directory {tmp_path / 'missing'}" in refused(*export, tmp_path / "missing" / "a.gguf")
     path = tmp_path / "a.gguf"

@@ -23,7 +23,7 @@ from exports import adapt, error, logits, ours, read_gguf, retained
 from tiny_directories import VOCABULARY, byte_level, config_of, make, save
 
 IDS = torch.randint(4, VOCABULARY - 2, (1, 32), generator=torch.Generator().manual_seed(1))
-EXPORT = ["export", "--dtype", "float32"]
+EXPORT = ["export", "--dtype", "float32", "--check", "none"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -86,14 +86,14 @@ def test_the_base_is_a_gguf_file(variant: str, tmp_path: pathlib.Path) -> None:
     """The weights of the result are those of PEFT, which merges into the decoded base: rounded once, or in 4 bits."""
     kind, base = FAMILIES[variant], tmp_path / "base.gguf"
     make_base = ["--model", save(tmp_path / "directory", make(config_of(variant))), "--to", f"gguf:{kind}"]
-    here(*EXPORT, "--check", "none", *make_base, "--output", base)
+    here(*EXPORT, *make_base, "--output", base)
     adapt(tmp_path / "adapter", base, four_bit(base), 0.05, **targets_of(variant))
     before, after = merged(base, tmp_path / "adapter")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in before if name.endswith(STACKS)} <= changed
     for to in ("f16", kind) if variant in ("llama", "phi3", *ROUTERS) else ("f16",):
         out = tmp_path / f"{to}.gguf"
-        here(*EXPORT, "--check", "none", "--adapter", tmp_path / "adapter", "--to", f"gguf:{to}", "--output", out)
+        here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", f"gguf:{to}", "--output", out)
         found = read_gguf(out).state_dict()
         assert {name for name in found if not torch.equal(found[name], before[name])} == changed
         for name in changed:
@@ -108,11 +108,16 @@ def test_the_base_is_a_gguf_file(variant: str, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "mxfp4"])
-def test_a_small_update_is_retained(kind: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_small_update_is_retained(kind: str, tmp_path: pathlib.Path) -> None:
     base = save(tmp_path / "base", make(config_of("llama", hidden_size=128)))
     adapt(tmp_path / "adapter", base, ours(base), 0.05, target_modules=LINEAR)
-    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", tmp_path / "out.gguf")
-    assert 90 < retained(capfd.readouterr().out) < 110
+    assert (
+        90
+        < retained(
+            here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", tmp_path / "out.gguf")
+        )
+        < 110
+    )
 
 
 # Checkpoints, and types that hold their codes and scales.
@@ -140,13 +145,12 @@ def test_4bit_weights_of_a_checkpoint_keep_their_codes(
     assert all(torch.equal(found[name], expected[name]) for name in names)
 
 
-def test_an_adapter_keeps_the_scales_of_a_checkpoint(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_keeps_the_scales_of_a_checkpoint(tmp_path: pathlib.Path) -> None:
     checkpoint = packed_models.save(tmp_path, "llama", "pack-quantized")
     byte_level().save_pretrained(checkpoint.path)
     adapt(tmp_path / "adapter", checkpoint.path, ours(checkpoint.path), 0.01, target_modules=["q_proj", "down_proj"])
     path = tmp_path / "out.gguf"
-    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", "gguf:q4_0", "--output", path)
-    assert 80 < retained(capfd.readouterr().out) < 120
+    assert 80 < retained(here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", "gguf:q4_0", "--output", path)) < 120
     expected, found = checkpoint.dense.state_dict(), read_gguf(path).state_dict()
     changed = {
         name for name in expected if name.endswith("proj.weight") and not torch.equal(found[name], expected[name])

@@ -65,14 +65,11 @@ def steps_of(run: pathlib.Path) -> list[int]:
     return [int(line["step"]) for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
-def test_a_finished_run_is_made_longer(
-    short: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_is_made_longer(short: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The first steps equal those of the shorter run, and an interrupted run ends with the same bits."""
     run = pathlib.Path(shutil.copytree(short, tmp_path / "run"))
     before = adapter_bytes(run)
-    here("finetune", "--output", run, "--resume", "--max-steps", "9")
-    printed = capfd.readouterr().out
+    printed = here("finetune", "--output", run, "--resume", "--max-steps", "9")
     assert "extending the run to 9 steps" in printed
     assert "resuming after step 5" in printed
     longer = adapter_bytes(run)
@@ -86,14 +83,14 @@ def test_a_finished_run_is_made_longer(
 
     again = stopped(run, tmp_path, 8)
     assert (again / "checkpoint-6").is_dir()
-    here("finetune", "--output", again, "--resume")
-    assert "extending" not in capfd.readouterr().out
+    assert "extending" not in here("finetune", "--output", again, "--resume")
     assert adapter_bytes(again) == longer
 
     here("finetune", "--output", run, "--resume", "--max-steps", "9")
     assert adapter_bytes(run) == longer
-    here("merge", "--adapter", run, "--output", tmp_path / "merged", "--evaluate", "--dtype", "float32")
-    assert "(+0.0000)" in capfd.readouterr().out
+    assert "(+0.0000)" in here(
+        "merge", "--adapter", run, "--output", tmp_path / "merged", "--evaluate", "--dtype", "float32"
+    )
 
 
 def test_new_rows_are_taken_and_none_twice(begun: tuple[pathlib.Path, list[Any]], tmp_path: pathlib.Path) -> None:
@@ -155,13 +152,11 @@ def test_a_schedule_that_depends_on_the_length(
     assert adapter_bytes(run) == longer
 
 
-def test_more_epochs(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_more_epochs(paths: Paths, tmp_path: pathlib.Path) -> None:
     run = tmp_path / "run"
     begin(paths, paths["data"], run, "--epochs", "1")
     first = steps_of(run)
-    capfd.readouterr()
-    here("finetune", "--output", run, "--resume", "--epochs", "2")
-    assert "extending the run to 2 epochs" in capfd.readouterr().out
+    assert "extending the run to 2 epochs" in here("finetune", "--output", run, "--resume", "--epochs", "2")
     assert steps_of(run) == list(range(1, 2 * len(first) + 1))
     begin(paths, paths["data"], tmp_path / "at_once", "--epochs", "2")
     assert adapter_bytes(run) == adapter_bytes(tmp_path / "at_once")

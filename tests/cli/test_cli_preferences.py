@@ -117,18 +117,17 @@ def test_a_run_made_longer_has_the_same_bits(
     assert adapter_bytes(tmp_path / "short") == adapter_bytes(runs["kto"])
 
 
-def test_the_adapter_is_one_like_any_other(runs: dict[str, pathlib.Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_adapter_is_one_like_any_other(runs: dict[str, pathlib.Path]) -> None:
     here("generate", "--adapter", runs["dpo"], "--prompt", "count 3", "--max-new-tokens", "3")
-    here("adapters", runs["dpo"])
-    assert "adapter" in capfd.readouterr().out
+    assert "adapter" in here("adapters", runs["dpo"])
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_good_answers_alone(
-    paths: Paths, data: dict[str, pathlib.Path], tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], name: str
-) -> None:
-    here(*options(paths, data[name], tmp_path / "run"), "--method", "sft", "--max-steps", "1")
-    assert ("dropped: the label calls the answer bad" in capfd.readouterr().out) == (name == "kto")
+def test_the_good_answers_alone(paths: Paths, data: dict[str, pathlib.Path], tmp_path: pathlib.Path, name: str) -> None:
+    assert (
+        "dropped: the label calls the answer bad"
+        in here(*options(paths, data[name], tmp_path / "run"), "--method", "sft", "--max-steps", "1")
+    ) == (name == "kto")
     assert "eval_perplexity" in read_lines(tmp_path / "run" / "metrics.jsonl")[0]
 
 
@@ -194,12 +193,11 @@ def test_each_question_gets_the_answer_of_another_row_of_its_batch() -> None:
 
 
 @pytest.mark.parametrize("label", [False, True])
-def test_labels_of_one_kind_are_reported(
-    label: bool, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_labels_of_one_kind_are_reported(label: bool, paths: Paths, tmp_path: pathlib.Path) -> None:
     data = write(tmp_path / "data.jsonl", [labelled(i, label) for i in range(12)])
-    here(*options(paths, data, tmp_path / "run"), "--max-steps", "1")
-    assert f"all these labels are {str(label).lower()}" in capfd.readouterr().out
+    assert f"all these labels are {str(label).lower()}" in here(
+        *options(paths, data, tmp_path / "run"), "--max-steps", "1"
+    )
     assert "eval_reward_margin" not in read_lines(tmp_path / "run" / "metrics.jsonl")[0]
 
 

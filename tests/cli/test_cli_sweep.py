@@ -108,9 +108,8 @@ def test_the_results(paths: Paths, swept: pathlib.Path) -> None:
     assert (swept / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_other_commands_take_an_adapter(refused: Any, swept: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
-    here("adapters", swept)
-    listed = [line.split()[0] for line in capfd.readouterr().out.splitlines()[1:]]
+def test_other_commands_take_an_adapter(refused: Any, swept: pathlib.Path) -> None:
+    listed = [line.split()[0] for line in here("adapters", swept).splitlines()[1:]]
     assert listed == sorted(f"{name}/adapter" for name in NAMES)
     here("generate", "--adapter", swept / NAMES[0], "--max-new-tokens", "1", "count 3")
     assert "a sweep of several adapters" in refused("generate", "--adapter", swept, "count 3")

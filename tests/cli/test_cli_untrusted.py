@@ -101,12 +101,11 @@ def test_a_model_directory_cannot_pass_on_to_another(refused, own_code: Any, pat
 
 
 def test_escapes_are_not_printed(
-    refused, paths: Paths, adapter: pathlib.Path, capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch
+    refused, paths: Paths, adapter: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
 ) -> None:
     change_json(adapter / "adapter_config.json", lambda c: c.update(base_model_name_or_path=f"base{ESCAPE}"))
     (adapter / "qlora_run.json").unlink()
-    here("adapters", adapter)
-    listed = capfd.readouterr().out
+    listed = here("adapters", adapter)
     assert r"base\x1b[2J" in listed
     assert r"base\x1b[2J" in refused("generate", "--adapter", adapter, "--prompt", "1")
     data = tmp_path / "pairs.jsonl"
@@ -117,8 +116,7 @@ def test_escapes_are_not_printed(
     )
     message += refused("generate", "--adapter", ESCAPE, "--prompt", "1", f"--no-such{ESCAPE}")
     monkeypatch.setattr("qlora_app.commands.generate.complete", lambda *a, **k: f"said {ESCAPE}\nmore")
-    here("generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1")
-    said = capfd.readouterr().out
+    said = here("generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1")
     assert said.endswith("\nmore\n")
     for text in (listed, message, said):
         assert "\x1b" not in text

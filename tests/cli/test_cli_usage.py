@@ -92,29 +92,25 @@ def test_the_bar_keeps_its_counts(width: int, tmp_path: pathlib.Path) -> None:
 
 
 def test_the_line_to_try_is_one_for_a_shell(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     run = tmp_path / "a run of $HOME, 'quoted'"
     arguments = ["--model", paths["model"], "--data", paths["data"], "--output", run, *SMALL]
-    here("finetune", *arguments, "--epochs", "0.5")
-    out = capfd.readouterr().out
+    out = here("finetune", *arguments, "--epochs", "0.5")
     (line,) = [line for line in out.splitlines() if line.startswith("try it: ")]
     command = shlex.split(line.removeprefix("try it: "))
     assert command[:4] == ["qlora-ext", "generate", "--adapter", str(run / "adapter")]
-    here(*command[1:])
-    assert capfd.readouterr().out.strip()
+    assert here(*command[1:]).strip()
     metrics = json.loads((run / "adapter" / "qlora_run.json").read_text())["metrics"]
     rows = int(next(line for line in out.splitlines() if line.startswith("rows ")).split()[1])
     assert metrics["steps"] == -(-rows // 2 // 2)  # half of the batches of two
 
 
-def test_copying_a_4bit_model_is_reported(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_copying_a_4bit_model_is_reported(paths: Paths, tmp_path: pathlib.Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    here("quantize", "--model", paths["model"], "--output", first)
-    assert "already" not in capfd.readouterr().out
-    here("quantize", "--model", first, "--output", second, "--block-size", "128")
-    assert f"note: {first} is 4-bit already; its 4-bit weights are copied as they are" in capfd.readouterr().out
+    assert "already" not in here("quantize", "--model", paths["model"], "--output", first)
+    assert f"note: {first} is 4-bit already; its 4-bit weights are copied as they are" in here(
+        "quantize", "--model", first, "--output", second, "--block-size", "128"
+    )
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -34,16 +36,19 @@ def command(*arguments: object, before: Callable[[], object] | None = None) -> s
     return Command(*arguments, before=before).wait()
 
 
-def here(*arguments: object) -> None:
-    """Runs the command in this process, if the test needs no separate one."""
+def here(*arguments: object) -> str:
+    """Runs the command in this process, if the test needs no separate one, and returns what it printed."""
     from qlora_app.main import main
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert main([str(argument) for argument in arguments]) == 0
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert main([str(argument) for argument in arguments]) == 0
     finally:
         torch.set_num_threads(threads)
+        sys.stdout.write(printed.getvalue())
+    return printed.getvalue()
 
 
 def base(paths: Paths) -> list[object]:
@@ -123,6 +128,7 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     from qlora_app.main import main
 
     def run(*arguments: object) -> str:
+        capfd.readouterr()
         try:
             status = main([str(argument) for argument in arguments])
         except SystemExit as stop:  # argparse

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import pathlib
 import re
 import types
@@ -253,9 +251,8 @@ def exported(
             if target.base == "gguf":
                 adapter, base = gguf_adapter, gguf_adapter.parent / "base.gguf"
             path = output_of(to, tmp_path_factory.mktemp("exported"))
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                here("export", "--adapter", adapter, "--to", to, "--output", path)
-            made[to] = Written(path, printed.getvalue(), adapter, base)
+            printed = here("export", "--adapter", adapter, "--to", to, "--output", path)
+            made[to] = Written(path, printed, adapter, base)
         return made[to]
 
     return export
