@@ -99,7 +99,10 @@ def test_a_file_that_cannot_be_written(adapter: pathlib.Path, tmp_path: pathlib.
 
 def test_numpys_error_for_a_full_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``ndarray.tofile``, with which the gguf package writes, raises an OSError without an errno."""
-    for free, message in ((0, "the disk that holds .* is full"), (1 << 30, "cannot write .*: 96 requested")):
+    for free, message in (
+        (0, "the disk .* is full; no incomplete file was left"),
+        (1 << 30, "cannot write .*: 96 requested"),
+    ):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
         with pytest.raises(UserError, match=message), writing(tmp_path / "out.gguf"):
             raise OSError("96 requested and 64 written")

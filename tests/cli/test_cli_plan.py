@@ -6,7 +6,6 @@ import json
 import pathlib
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -162,22 +161,6 @@ def test_advice_makes_it_fit(capsys: pytest.CaptureFixture[str], tmp_path: pathl
     assert picture.read_bytes().startswith(b"\x89PNG")
     saved = json.loads(output(capsys, *small, "--json", "--grad-checkpointing"))
     assert saved["total"] < 0.8 * planned["total"]
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"rank": 0}, ValueError, "^rank 0: expected 1 to"),
-        ({"device": "tpu"}, ValueError, "^device tpu: expected one of cuda, cpu"),
-        ({"max_memory": "8GB", "adapters": 2}, ValueError, "max_memory plans one adapter; remove sweep and adapters"),
-        ({"sizes": "hidden=64", "model": "llama-7b"}, ValueError, "^model and sizes exclude each other"),
-        ({"rank": "8"}, TypeError, "^plan: expected rank to be an integer"),
-        ({"ranck": 8}, TypeError, r"^plan\(\) got an unexpected keyword argument 'ranck'"),
-    ],
-)
-def test_bad_plans_in_python(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        qlora_app.plan(**options)
 
 
 def test_hub_style_names() -> None:

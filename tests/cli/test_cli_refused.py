@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import qlora_app
 from commands import SMALL, Paths, base
 
 DEEP = "[" * 100_000
@@ -163,6 +164,47 @@ def test_options(refused: Any, paths: Paths, tmp_path: pathlib.Path, command: st
         "serve": model,
     }
     assert COMMANDS[command][typed] in refused(command, *more.get(command, []), *shlex.split(typed))
+    assert list(tmp_path.iterdir()) == []
+
+
+# The same from Python: a function, its options, and the error.
+PYTHON: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    (qlora_app.finetune, {"rank": 0}, ValueError, "rank 0: expected a value of at least 1"),
+    (qlora_app.finetune, {"rank": "2"}, TypeError, "finetune: expected rank to be an integer of 64 bits, got 2"),
+    (qlora_app.finetune, {"ranks": 2}, TypeError, "unexpected keyword argument 'ranks'"),
+    (qlora_app.finetune, {"former_steps": (1,)}, TypeError, "unexpected keyword argument 'former_steps'"),
+    (qlora_app.finetune, {"epochs": 1.0, "max_steps": 3}, ValueError, "^epochs and max_steps "),
+    (qlora_app.finetune, {"force": True}, ValueError, "force needs resume"),
+    (qlora_app.finetune, {"model": "/nowhere"}, ValueError, "model /nowhere: no such file or directory"),
+    (qlora_app.finetune, {"data": "/nowhere.jsonl"}, ValueError, "data /nowhere.jsonl: no such file or directory"),
+    (qlora_app.finetune, {"target_modules": "nothing"}, ValueError, "nothing: no layer of the model has that name"),
+    (
+        qlora_app.finetune,
+        {"sweep": {"rank": ["2"]}},
+        TypeError,
+        "sweep: expected rank to be an integer of 64 bits, got",
+    ),
+    (qlora_app.finetune, {"sweep": "rank=2,3"}, TypeError, "expected a mapping of options to lists of values, got str"),
+    (qlora_app.finetune, {"sweep": {"rank": 2}}, ValueError, "sweep rank: expected a list of values, got 2"),
+    (qlora_app.finetune, {"sweep": {"rank": []}}, ValueError, "sweep rank: no values"),
+    (qlora_app.finetune, {"sweep": {}}, ValueError, "sweep: no option"),
+    (qlora_app.plan, {"rank": 0}, ValueError, "^rank 0: expected 1 to"),
+    (qlora_app.plan, {"device": "tpu"}, ValueError, "^device tpu: expected one of cuda, cpu"),
+    (qlora_app.plan, {"max_memory": "8GB", "adapters": 2}, ValueError, "plans one adapter; remove sweep and adapters"),
+    (qlora_app.plan, {"sizes": "hidden=64", "model": "llama-7b"}, ValueError, "^model and sizes exclude each other"),
+    (qlora_app.plan, {"rank": "8"}, TypeError, "^plan: expected rank to be an integer"),
+    (qlora_app.plan, {"ranck": 8}, TypeError, r"^plan\(\) got an unexpected keyword argument 'ranck'"),
+]
+
+
+@pytest.mark.usefixtures("never_read")
+@pytest.mark.parametrize(("function", "options", "error", "message"), PYTHON)
+def test_options_in_python(
+    paths: Paths, tmp_path: pathlib.Path, function: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    correct = {"model": paths["model"], "data": paths["data"], "output": tmp_path / "run"}
+    with pytest.raises(error, match=message):
+        function(**{**(correct if function is qlora_app.finetune else {}), **options})
     assert list(tmp_path.iterdir()) == []
 
 

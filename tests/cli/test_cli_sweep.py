@@ -315,21 +315,6 @@ def test_python(swept: pathlib.Path, interrupted: pathlib.Path) -> None:
     assert done.best in NAMES
 
 
-@pytest.mark.parametrize(
-    ("sweep", "error", "message"),
-    [
-        ({"rank": ["2"]}, TypeError, "sweep: expected rank to be an integer of 64 bits, got 2"),
-        ("rank=2,3", TypeError, "sweep: expected a mapping of options to lists of values, got str"),
-        ({"rank": 2}, ValueError, "sweep rank: expected a list of values, got 2"),
-        ({"rank": []}, ValueError, "sweep rank: no values"),
-        ({}, ValueError, "sweep: no option"),
-    ],
-)
-def test_invalid_sweeps_in_python(sweep: Any, error: type[Exception], message: str, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(error, match=message):
-        qlora_app.finetune(output=tmp_path / "sweep", sweep=sweep)
-
-
 def test_sweeps_in_a_file(refused: Any, paths: Paths, tmp_path: pathlib.Path) -> None:
     (tmp_path / "run.yaml").write_text("sweep: rank=2,0\nlr: 1e-4\n")
     arguments = ["finetune", *base(paths), "--output", tmp_path / "sweep", "--config", tmp_path / "run.yaml"]
