@@ -125,16 +125,11 @@ def test_the_line_through_few_layers_meets_a_deep_model() -> None:
 )
 def test_papers_footprints(model: str, gigabytes: float) -> None:
     """Dettmers et al. (2023), figure 6: batch 1, 512 tokens, rank 64 on all layers, gradient checkpointing."""
-    parts = planned(families.config(model), rank=64, batch_size=1, seq_len=512, grad_checkpointing=True)
-    assert sum(parts.values()) / 1e9 == pytest.approx(gigabytes, rel=0.1)
-
-
-def test_papers_65b_fits_48_gb() -> None:
-    """Dettmers et al. (2023): a 65B model, rank 64 on all layers, on one 48 GB GPU, with gradient checkpointing."""
-    config = families.config("llama-65b")
-    total = sum(planned(config, rank=64, seq_len=512, grad_checkpointing=True).values())
-    assert 33e9 < total < 48e9
-    assert sum(planned(config, rank=64, seq_len=512).values()) > 48e9
+    config, options = families.config(model), {"rank": 64, "batch_size": 1, "seq_len": 512}
+    total = sum(planned(config, **options, grad_checkpointing=True).values())
+    assert total / 1e9 == pytest.approx(gigabytes, rel=0.1)
+    if model == "llama-65b":  # which the paper trains on a GPU of 48 GB
+        assert total < 48e9 < sum(planned(config, **options).values())
 
 
 def test_double_quantization_costs_0_127_bits() -> None:

@@ -229,8 +229,9 @@ def retained(printed: str) -> float:
 
 @pytest.fixture(scope="session")
 def gguf_adapter(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """An adapter on a GGUF file with 4-bit and dense matrices."""
+    """An adapter on a GGUF file with 4-bit and dense matrices, beside a text on which its exports are checked."""
     root = tmp_path_factory.mktemp("gguf_adapter")
+    (root / "text.txt").write_text("some text that is long enough for a check. " * 30)
     base = write_base(root / "base.gguf", "Q4_0", "Q4_1", "F16", "MXFP4", "Q8_0")
     adapt(root / "adapter", base, read(base), size=0.3)
     return root / "adapter"
@@ -247,11 +248,12 @@ def exported(
         target = TARGETS[to]
         pytest.importorskip(target.library, reason=f"{target.library} is not installed")
         if to not in made:
-            adapter, base = finished_run / "adapter", paths["model"]
+            adapter, base, data = finished_run / "adapter", paths["model"], []
             if target.base == "gguf":
                 adapter, base = gguf_adapter, gguf_adapter.parent / "base.gguf"
+                data = ["--data", gguf_adapter.parent / "text.txt"]
             path = output_of(to, tmp_path_factory.mktemp("exported"))
-            printed = here("export", "--adapter", adapter, "--to", to, "--output", path)
+            printed = here("export", "--adapter", adapter, "--to", to, "--output", path, *data)
             made[to] = Written(path, printed, adapter, base)
         return made[to]
 

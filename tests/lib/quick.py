@@ -26,7 +26,6 @@ LONG = {
     "tests/cli/test_cli_ownership.py::test_a_run_inside_of_its_data",
     "tests/cli/test_cli_ownership.py::test_a_streamed_run_replaces_its_own_base",
     "tests/cli/test_cli_plan.py::test_advice_makes_it_fit",
-    "tests/cli/test_cli_plan.py::test_papers_65b_fits_48_gb",
     "tests/cli/test_cli_plan.py::test_the_line_through_few_layers_meets_a_deep_model",
     "tests/cli/test_cli_plan_stream.py::test_a_run_on_the_cpu",
     "tests/cli/test_cli_plan_stream.py::test_long_contexts",
