@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import qlora_app
+from commands import here
 from qlora_app.main import main
 from qlora_app.outputs.files import write_json
 from qlora_app.planning import families, memory
@@ -137,24 +138,19 @@ def test_double_quantization_costs_0_127_bits() -> None:
     assert 4 * parts["scales"] / parts["base weights"] == pytest.approx(8 / 64 + 32 / (64 * 256), rel=1e-3)
 
 
-def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
-
-
-def test_advice_makes_it_fit(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+def test_advice_makes_it_fit(tmp_path: pathlib.Path) -> None:
     small = ("plan", "--sizes", "hidden=64,intermediate=128,layers=9,heads=4,vocab=200", "--seq-len", "512")
-    planned = json.loads(output(capsys, *small, "--json"))
+    planned = json.loads(here(*small, "--json"))
     assert planned["fits"]
     assert planned == qlora_app.plan(sizes=small[2], seq_len=512, grad_checkpointing=False, rank=None)
     assert planned["total"] == pytest.approx(sum(planned["bytes"].values()))
     picture = tmp_path / "plan.png"
-    tight = output(capsys, *small, "--memory", f"{0.8 * planned['total'] / 1e6:.3f}MB", "--plot", picture)
+    tight = here(*small, "--memory", f"{0.8 * planned['total'] / 1e6:.3f}MB", "--plot", picture)
     assert "does not fit" in tight
     assert "--grad-checkpointing saves" in tight
     assert "and then it fits" in tight
     assert picture.read_bytes().startswith(b"\x89PNG")
-    saved = json.loads(output(capsys, *small, "--json", "--grad-checkpointing"))
+    saved = json.loads(here(*small, "--json", "--grad-checkpointing"))
     assert saved["total"] < 0.8 * planned["total"]
 
 
@@ -165,7 +161,7 @@ def test_hub_style_names() -> None:
     assert not families.known("some/thing-1b")
 
 
-def test_adapters_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+def test_adapters_are_listed(tmp_path: pathlib.Path) -> None:
     for name, record in (
         ("first", {"model": "base-a", "date": "2025-01-02T03:04:05+00:00",
                    "metrics": {"steps": 7, "perplexity_before": 20.0, "perplexity_after": 10.0}}),
@@ -177,13 +173,13 @@ def test_adapters_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: pathl
         write_json(tmp_path / name / "qlora_run.json", record)
     (tmp_path / "foreign").mkdir()
     write_json(tmp_path / "foreign" / "adapter_config.json", {"r": 4, "base_model_name_or_path": "base-b"})
-    table = output(capsys, "adapters", tmp_path).splitlines()
+    table = here("adapters", tmp_path).splitlines()
     assert table[0].split() == ["adapter", "base", "fingerprint", "rank", "alpha", "date", "steps", "perplexity"]
     cells = table[1].split()
     assert cells == ["first", "base-a", "0123456789ab", "16", "32", "2025-01-02", "03:04", "7", "20.00", "->", "10.00"]
     assert table[2].startswith("foreign  base-b")
     assert len(table) == 3
-    records = [json.loads(line) for line in output(capsys, "adapters", tmp_path, "--json").splitlines()]
+    records = [json.loads(line) for line in here("adapters", tmp_path, "--json").splitlines()]
     assert [record["fingerprint"] for record in records] == ["0123456789abcdef", None]
 
 

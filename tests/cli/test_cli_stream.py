@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
-from commands import stopped
+from commands import here, stopped
 from forks import Command
 from gguf_files import four_bit_file, llama_file
 from qlora_app.main import main
@@ -267,7 +267,7 @@ def test_a_run_fits_itself_into_the_memory(
     assert same(roomy, expected)
     sizes = []
     for options in ((), ("--chunked-loss",), ("--chunked-loss", "--grad-checkpointing")):
-        planned = json.loads(plan_of(dense, capsys, "--device", "cpu", *options))
+        planned = json.loads(plan_of(dense, "--device", "cpu", *options))
         sizes.append(planned["total"] - planned["bytes"]["process"])
     assert sizes[0] > sizes[2]
     allowed = str(int(sizes[2] * 1.01 + 1e6))
@@ -282,10 +282,8 @@ def test_a_run_fits_itself_into_the_memory(
     assert "fits into" not in capsys.readouterr().out
 
 
-def plan_of(model: pathlib.Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    sizes = ("--seq-len", "32", "--batch-size", "2")
-    assert main(["plan", "--model", str(model), *sizes, "--json", *options]) == 0
-    return capsys.readouterr().out
+def plan_of(model: pathlib.Path, *options: str) -> str:
+    return here("plan", "--model", model, "--seq-len", "32", "--batch-size", "2", "--json", *options)
 
 
 def test_a_run_that_cannot_fit_reports_what_would(
