@@ -9,7 +9,6 @@ import shutil
 from typing import Any
 
 import pytest
-import torch
 
 from commands import SMALL, Paths, here, stopped
 from qlora_app.main import main
@@ -207,25 +206,6 @@ def test_damaged_files_of_a_run(refused, finished_run: pathlib.Path, tmp_path: p
         message = refused("finetune", "--output", run, "--resume")
         assert name.partition("/")[0] in message
         assert len(message) < 600
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_damaged_checkpoints(refused, finished_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
-    run = stopped(finished_run, tmp_path, 8)
-    file = run / "checkpoint-8" / name
-    full = file.read_bytes()
-    file.write_bytes(full[: len(full) // 2])
-    assert "checkpoint-8" in refused("finetune", "--output", run, "--resume")
-    torch.save([1, 2], file)
-    assert "checkpoint-8" in refused("finetune", "--output", run, "--resume")
-
-
-def test_a_resumed_run_needs_a_complete_adapter(refused, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    from test_cli_validate_model import change_weights
-
-    run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
-    change_weights(run / "checkpoint-11", lambda w: w.pop(next(iter(w))))
-    assert "checkpoint-11" in refused("finetune", "--output", run, "--resume")
 
 
 def test_a_fifo_is_no_file(

@@ -70,8 +70,7 @@ class Written:
     @property
     def file(self) -> pathlib.Path:
         """The GGUF file, also inside a directory for Ollama."""
-        files = [self.path] if self.path.is_file() else [*self.path.glob("*.gguf")]
-        return files[0]
+        return self.path if self.path.is_file() else next(self.path.glob("*.gguf"))
 
 
 def output_of(to: str, directory: pathlib.Path) -> pathlib.Path:
@@ -83,8 +82,7 @@ def loaded(base: pathlib.Path, served: str | None = None) -> Any:
     from qlora_app.models import Loader, resolve
     from qlora_ext.form import Form
 
-    options = {} if served is None else {"served": served}
-    return Loader(resolve(str(base)), Form(), torch.float32, CPU, torch.float32, **options).while_loading()
+    return Loader(resolve(str(base)), Form(), torch.float32, CPU, torch.float32, served=served).while_loading()
 
 
 def dense(path: pathlib.Path) -> Any:
