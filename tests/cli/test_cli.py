@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -16,11 +17,19 @@ import time
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_ext
 from commands import COMMAND, RUN, SMALL, Paths, adapter_bytes, base, command, here, read_lines, start, wait_for_step
+from qlora_app.commands import generate
+from qlora_app.data import encode, pack, read_examples
 from qlora_app.main import main
+from qlora_app.models.loss import learnt_loss
+from qlora_app.training import prepare
+from qlora_app.training.trainer import collate
 
 
 def test_finetune_prints_its_steps_and_results(finished_run: pathlib.Path) -> None:
@@ -37,8 +46,6 @@ def test_finetune_prints_its_steps_and_results(finished_run: pathlib.Path) -> No
 
 
 def test_checkpoints_hold_no_base_weight(finished_run: pathlib.Path) -> None:
-    import safetensors.torch
-
     assert sorted(path.name for path in finished_run.glob("checkpoint-*")) == ["checkpoint-11", "checkpoint-8"]
     saved = safetensors.torch.load_file(finished_run / "checkpoint-8" / "adapter_model.safetensors")
     assert saved
@@ -84,8 +91,6 @@ def test_ctrl_c_says_how_to_go_on(paths: Paths) -> None:
 @pytest.mark.slow
 def test_killed_again_and_again(paths: Paths, finished_run: pathlib.Path) -> None:
     """At any moment, files under final names are complete, and the resumed run ends with the same result."""
-    import safetensors.torch
-
     run = paths["root"] / "again"
     moments = random.Random(1)
     for _ in range(3):
@@ -122,8 +127,6 @@ def test_memory_levers_learn_as_well(paths: Paths, finished_run: pathlib.Path) -
 
 def test_generate_quantize_merge(paths: Paths, finished_run: pathlib.Path) -> None:
     """The adapter generates the same on the model quantized while loading, on the saved 4-bit model, and merged."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     root = paths["root"]
     ask = ["--prompt", "count 3", "--max-new-tokens", "12", "--dtype", "float32"]
     answer = command("generate", "--adapter", finished_run, *ask)
@@ -154,8 +157,6 @@ def test_prompts_and_adapters_that_are_not_options(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import io
-
     monkeypatch.chdir(paths["root"])
     monkeypatch.setattr("qlora_app.models.adapted.DEFAULT_RUN", finished_run.name)
     ask = ["--max-new-tokens", "4"]
@@ -202,8 +203,6 @@ def test_a_model_that_does_not_exist(refused, paths: Paths, tmp_path: pathlib.Pa
 
 
 def test_finetune_without_arguments_prints_its_usage(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
-    from qlora_app.training import prepare
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "resolve", lambda *a, **k: pytest.exit("too far"))
         patch.setattr(prepare, "parse_device", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -236,8 +235,6 @@ def test_names_that_the_locale_cannot_write(paths: Paths, tmp_path: pathlib.Path
 
 
 def test_embeddings_in_4_bits(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     plain, out = tmp_path / "plain", tmp_path / "out"
     here("quantize", "--model", paths["model"], "--output", plain)
     here("quantize", "--model", paths["model"], "--output", out, "--embeddings")
@@ -260,8 +257,6 @@ def test_info() -> None:
 
 
 def test_bad_models(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
-    import shutil
-
     output = tmp_path / "run"
     (tmp_path / "fake.gguf").write_bytes(b"not a model")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
@@ -280,8 +275,6 @@ def test_bad_models(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
 
 
 def test_bad_adapters(refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    import shutil
-
     def copy(name: str) -> pathlib.Path:
         return pathlib.Path(shutil.copytree(finished_run / "adapter", tmp_path / name))
 
@@ -355,13 +348,6 @@ def test_a_full_disk_is_reported(paths: Paths, tmp_path: pathlib.Path) -> None:
 
 def test_packed_rows_do_not_see_each_other(paths: Paths) -> None:
     """The loss over packed rows equals that over single rows, computed with the transformers model's loss."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import qlora_ext
-    from qlora_app.data import encode, pack, read_examples
-    from qlora_app.models.loss import learnt_loss
-    from qlora_app.training.trainer import collate
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     model = AutoModelForCausalLM.from_pretrained(
@@ -396,8 +382,6 @@ def test_a_prompt_beyond_the_positions_is_rejected(refused: Any, paths: Paths, p
 
 
 def test_an_answer_ends_with_the_positions(paths: Paths, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_app.commands import generate
-
     lengths = []
 
     def recorded(model: Any, tokenizer: Any, prompt: list[int], new_tokens: int, temperature: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import qlora_ext
 from qlora_app.main import main
@@ -31,8 +32,6 @@ def quantize(model: pathlib.Path, output: pathlib.Path, *options: str) -> int:
 
 
 def load(path: pathlib.Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
     assert qlora_ext
     return AutoModelForCausalLM.from_pretrained(path)
 

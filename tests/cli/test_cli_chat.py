@@ -15,10 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import chat_templates
 from commands import COMMAND, Paths, environment
+from qlora_app.errors import UserError
+from qlora_app.generation.conversation import Conversation
 from qlora_app.main import main
+from qlora_app.models.loading import Loader
+from qlora_app.models.sources import resolve
+from qlora_ext.form import Form
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +79,6 @@ def test_the_history_is_in_the_prompt(
 
 
 def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -> None:
-    from transformers import AutoTokenizer
-
-    from qlora_app.errors import UserError
-    from qlora_app.generation.conversation import Conversation
-    from qlora_app.models.loading import Loader
-    from qlora_app.models.sources import resolve
-    from qlora_ext.form import Form
 
     model = Loader(resolve(str(talker)), Form(), torch.float32, torch.device("cpu")).while_loading()
     talk = Conversation(model, AutoTokenizer.from_pretrained(talker), "be brief", 8, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -88,8 +89,6 @@ def test_a_file_that_cannot_be_read_is_rejected(refused: Any, tmp_path: pathlib.
     [{}, {"epochs": 2.0}, {"warmup_steps": 3}, {"lr_schedule": "constant"}, {"merge_aware": True}, {"layers": "0-2"}],
 )
 def test_the_settings_of_a_run_are_such_a_file(options: dict[str, Any], tmp_path: pathlib.Path) -> None:
-    import dataclasses
-
     settings = Settings(**given(options))
     path = write(tmp_path / "settings.json", json.dumps(dataclasses.asdict(settings)))
     assert Settings(**given(read_config(path, {}))) == settings

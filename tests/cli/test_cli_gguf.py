@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import qlora_ext
 from gguf_files import four_bit_file, llama_file, write
+from qlora_app.commands.check import _base
 from qlora_app.main import main
 from qlora_app.models.loading import Loader
-from qlora_app.models.sources import resolve
+from qlora_app.models.sources import ModelSource, resolve
+from qlora_app.training.adapting import add_adapter
+from qlora_app.training.settings import Settings
 from qlora_ext.form import Form
 from qlora_ext.gguf import read_header, weights
 from tiny_models import SIZES, make, same_state
@@ -122,10 +125,6 @@ def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_
 
 def test_the_base_in_an_adapters_configuration() -> None:
     """A path or hub name for other tools; the name with the GGUF file is in qlora_ext's own file."""
-    from qlora_app.models.sources import ModelSource
-    from qlora_app.training.adapting import add_adapter
-    from qlora_app.training.settings import Settings
-
     for source, expected in (
         (ModelSource("package:llm-x", "/some/where", "x.gguf"), "/some/where"),
         (ModelSource("/some/x.gguf", "/some", "x.gguf"), "/some"),
@@ -207,8 +206,6 @@ def test_a_plan_has_the_sizes_of_the_file(four_bit_file: pathlib.Path, capsys: p
 
 
 def test_check_needs_the_dense_model_of_a_file(four_bit_file: pathlib.Path) -> None:
-    from qlora_app.commands.check import _base
-
     base, reason = _base(argparse.Namespace(base=None), resolve(str(four_bit_file)))
     assert base is None
     assert reason == "its file stores 4-bit weights, which are used as they are; name the dense model with --base"

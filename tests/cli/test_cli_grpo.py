@@ -12,6 +12,9 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOTrainer
+
 import qlora_app
 from commands import Paths, adapter_bytes, here, read_lines, stopped
 from qlora_app.data.prompts import prompt_of
@@ -40,8 +43,6 @@ def task(paths: Paths) -> dict[str, pathlib.Path]:
 
     The tied head of the tiny model is scaled up, because its logits would be so small that no answer is likely.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     data, reward, directory = (paths["root"] / name for name in ("prompts.jsonl", "reward.py", "decided"))
     model = AutoModelForCausalLM.from_pretrained(paths["model"])
     with torch.no_grad():
@@ -181,8 +182,6 @@ def test_the_python_function_takes_a_function(
     task: dict[str, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And TRL compares the training forward's log-probabilities with themselves, so that their ratio is 1."""
-    from trl import GRPOTrainer
-
     seen: list[int] = []
     compared: list[Any] = []
     usual = GRPOTrainer._compute_loss

@@ -11,6 +11,8 @@ import torch
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file
+
 import qlora_ext
 from qlora_app.main import main
 from tiny_models import save_tiny_llama
@@ -37,8 +39,6 @@ def finetune(model: pathlib.Path, output: pathlib.Path, *options: str) -> int:
 
 
 def weights(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(adapter / "adapter_model.safetensors")
 
 
@@ -87,8 +87,6 @@ def test_a_stopped_run_is_resumed(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
     path = initial / "adapter" / "adapter_model.safetensors"
-    from safetensors.torch import save_file
-
     save_file({name: t + 1 for name, t in weights(initial / "adapter").items()}, path)
     assert main(["finetune", "--output", str(tmp_path / "parts"), "--resume"]) == 2
     assert "--init-adapter" in capsys.readouterr().err

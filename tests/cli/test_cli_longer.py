@@ -11,9 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from accelerate.data_loader import SeedableRandomSampler
 
 from commands import SMALL, Paths, adapter_bytes, here, read_lines, stopped
+from qlora_app.errors import UserError
+from qlora_app.training import trainer
 from qlora_app.training.settings import Settings, resumed
+from qlora_app.training.trainer import StagedSampler
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +34,6 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @contextlib.contextmanager
 def rows_taken() -> Iterator[list[Any]]:
     """The rows in the order in which they are trained on."""
-    from qlora_app.training import trainer
-
     rows: list[Any] = []
     original = trainer.collate
 
@@ -115,10 +118,6 @@ def test_the_first_epoch_continues_after_the_shorter_run(
 
 
 def test_the_order_is_transformers_own() -> None:
-    import torch
-    from accelerate.data_loader import SeedableRandomSampler
-
-    from qlora_app.training.trainer import StagedSampler
 
     torch.manual_seed(3)
     theirs, ours = SeedableRandomSampler(range(11)), StagedSampler([11], 3)
@@ -179,8 +178,6 @@ def test_lengths_are_recorded_in_their_order() -> None:
     again = resumed({"max_steps": 9, "former_steps": [5]}, {"max_steps": 20})
     assert again.former_steps == (5, 9)
     assert resumed({"epochs": 1.0}, {"epochs": 2.5}).former_steps == ()
-    from qlora_app.errors import UserError
-
     for damaged in ([9], [0], [-5, 3], [5, 5]):
         with pytest.raises(UserError, match="former_steps"):
             Settings(max_steps=9, former_steps=tuple(damaged))

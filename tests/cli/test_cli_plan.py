@@ -9,8 +9,11 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import qlora_app
+import qlora_ext
 from commands import here
 from qlora_app.main import main
 from qlora_app.outputs.files import write_json
@@ -96,10 +99,6 @@ def test_plan_is_the_measured_peak(measured: dict[str, int], lever: str, monkeyp
 
 
 def test_static_parts_are_those_of_a_real_model() -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    import qlora_ext
 
     sizes = "hidden=64,intermediate=128,layers=9,heads=4,vocab=200"
     parts = planned(families.config_of_sizes(sizes), rank=3, seq_len=16)
@@ -192,9 +191,6 @@ def test_no_adapter_to_list(capfd: pytest.CaptureFixture[str], tmp_path: pathlib
 
 
 def test_experts_and_their_adapters_are_counted() -> None:
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
-    import qlora_ext
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = MixtralConfig(**sizes, num_hidden_layers=2, vocab_size=128, num_local_experts=4)
@@ -210,8 +206,6 @@ def test_experts_and_their_adapters_are_counted() -> None:
 
 
 def test_experts_of_known_families() -> None:
-    from transformers import AutoModelForCausalLM
-
     for name, billions in (("mistralai/Mixtral-8x7B-v0.1", 46.7), ("Qwen/Qwen3-30B-A3B", 30.5)):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(families.config(name))

@@ -14,8 +14,14 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+import peft
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import qlora_app
+import qlora_ext
 from commands import Paths, adapter_bytes, here, read_lines, stopped
+from qlora_app.data import read_examples, split
+from qlora_app.training.preferences import _mismatched
 
 RUN = ["--rank", "4", "--seq-len", "64", "--batch-size", "4", "--lr", "0.01", "--max-steps", "6"]
 
@@ -136,11 +142,6 @@ def test_the_measurements_are_those_of_the_paper(
     runs: dict[str, pathlib.Path], paths: Paths, data: dict[str, pathlib.Path], name: str
 ) -> None:
     """Of the held-out answers, by the formulas of the papers on DPO and KTO, with the base as reference."""
-    import peft
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import qlora_ext
-    from qlora_app.data import read_examples, split
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     base = AutoModelForCausalLM.from_pretrained(
@@ -184,8 +185,6 @@ def test_the_measurements_are_those_of_the_paper(
 
 
 def test_each_question_gets_the_answer_of_another_row_of_its_batch() -> None:
-    from qlora_app.training.preferences import _mismatched
-
     rows = [{"prompt_ids": [1], "completion_ids": [i], "label": [i % 2]} for i in range(5)]
     found = list(_mismatched(rows, 2))
     assert [row["KL_completion_ids"] for row in found] == [[1], [0], [3], [2], [3]]

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers.integrations import integration_utils
 
 from commands import SMALL, Paths, adapter_bytes, base, here, read_lines, stopped
+from qlora_app.data import read_examples, split
 from qlora_app.training.settings import SCHEDULES, Settings, layer_numbers
+from qlora_app.training.trainer import training_arguments
 
 STEPS = ["--max-steps", "5", "--save-steps", "3"]
 
 
 def arguments_of(tmp_path: pathlib.Path, steps: int = 100, **settings: Any) -> Any:
-    from qlora_app.training.trainer import training_arguments
-
     return training_arguments(Settings(**settings), steps, tmp_path, torch.device("cpu"))
 
 
@@ -41,8 +44,6 @@ def test_arguments_of_the_trainer(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_transformers_knows_the_schedules(name: str) -> None:
-    from transformers import get_scheduler
-
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=0 if name == "constant" else 2, num_training_steps=10)
     rates = [schedule.lr_lambdas[0](step) for step in range(10)]
@@ -67,8 +68,6 @@ def test_a_rank_above_that_of_the_layers(paths: Paths, tmp_path: pathlib.Path) -
 
 
 def weights(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(adapter / "adapter_model.safetensors")
 
 
@@ -123,8 +122,6 @@ def test_trained_modules_and_dora_in_merge_and_generate(
 
 
 def test_a_head_that_is_tied_is_trained_with_the_embeddings(paths: Paths, tmp_path: pathlib.Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(paths["model"])
     model.config.tie_word_embeddings = True
     model.tie_weights()
@@ -141,9 +138,6 @@ def test_a_head_that_is_tied_is_trained_with_the_embeddings(paths: Paths, tmp_pa
 
 
 def test_rows_of_their_own(paths: Paths) -> None:
-    from transformers import AutoTokenizer
-
-    from qlora_app.data import read_examples, split
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     examples = read_examples(str(paths["data"]))
@@ -192,8 +186,6 @@ def test_tensorboard_gets_the_metrics(paths: Paths, tmp_path: pathlib.Path) -> N
 def test_a_missing_tracker_is_rejected(
     refused: Any, paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.integrations import integration_utils
-
     options = [*base(paths), "--output", tmp_path / "run"]
     monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard"])
     sentence = refused("finetune", *options, "--report-to", "tensorboard,wandb")

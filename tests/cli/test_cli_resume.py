@@ -9,9 +9,14 @@ import shutil
 from collections.abc import Callable
 
 import pytest
+import safetensors.torch
 import torch
+from transformers import AutoModelForCausalLM
 
 from commands import Paths, adapter_bytes, here, read_lines, stopped
+from qlora_app.main import main
+from qlora_app.training.identity import digest_of_model
+from qlora_ext import QLoRAConfig, dtypes
 
 
 @pytest.fixture
@@ -28,8 +33,6 @@ def run(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> pat
 
 def change_weight(model: pathlib.Path, name: str) -> None:
     """Changes one element of one tensor of a model."""
-    import safetensors.torch
-
     tensors = safetensors.torch.load_file(model / "model.safetensors")
     (found,) = (key for key in tensors if key.endswith(name))
     tensors[found].view(-1)[-1] += 1.0
@@ -84,8 +87,6 @@ def test_layers_multiply_in_the_dtype_of_the_start(
     run: pathlib.Path, finished_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also on a processor that would choose another dtype for new runs."""
-    from qlora_ext import dtypes
-
     there = not dtypes.integer_products()
     monkeypatch.setattr(dtypes, "integer_products", lambda: there)
     here("finetune", "--output", run, "--resume")
@@ -110,8 +111,6 @@ def test_a_run_without_digests(refused, run: pathlib.Path, finished_run: pathlib
 
 def test_nothing_to_resume(refused, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A mistyped directory must not start the default job; a script may resume what does not exist yet."""
-    from qlora_app.main import main
-
     resume = ["finetune", "--output", str(tmp_path / "RNU"), "--resume"]
     nothing = f"--resume: --output {tmp_path / 'RNU'} has no run to continue"
     sweep = ["--sweep", "rank=2,4"]
@@ -184,10 +183,6 @@ def test_damaged_manifests(refused, run: pathlib.Path) -> None:
 
 
 def test_digests_do_not_depend_on_threads_or_order(paths: Paths) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from qlora_app.training.identity import digest_of_model
-    from qlora_ext import QLoRAConfig
 
     def digest(name: str) -> str:
         model = AutoModelForCausalLM.from_pretrained(

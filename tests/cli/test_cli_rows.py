@@ -9,11 +9,14 @@ import pathlib
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chat_templates
 from commands import Paths
-from qlora_app.data import check_template, encode, held_out, pack, split, split_prompts, summary
+from qlora_app.data import check_template, encode, encoding, held_out, pack, split, split_prompts, summary
+from qlora_app.decoding.rollouts import _encoded
 from qlora_app.errors import UserError
+from qlora_app.main import main
 from qlora_app.quantization.calibrate import tokens_of
 from qlora_app.training.settings import Settings
 from tiny_models import add_special_tokens
@@ -30,8 +33,6 @@ TOOLS = [{"name": "add"}]
 
 @pytest.fixture
 def tokenizer(paths: Paths) -> Any:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -172,10 +173,7 @@ def test_questions_are_encoded_as_in_rows(
 ) -> None:
     """By ``generate``, ``chat``, ``serve`` and the decoding of TRL's GRPO."""
     pytest.importorskip("starlette", reason="starlette is not installed")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qlora_app.decoding.rollouts import _encoded
-    from qlora_app.main import main
     from qlora_app.serving.application import Application
 
     tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(paths["model"]), "<bos> $A <eos>")
@@ -276,8 +274,6 @@ def test_an_empty_answer_teaches_nothing(tokenizer: Any, answered: str) -> None:
 
 def test_a_long_text_goes_to_the_tokenizer_in_pieces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of lines, of words, or of one word: all tokens are learnt."""
-    from qlora_app.data import encoding
-
     monkeypatch.setattr(encoding, "_PIECE", 100)
     for text in ("a line\n" * 90, "word " * 120, "x" * 700, "short"):
         pieces = list(encoding._pieces(text))
@@ -289,8 +285,6 @@ def test_a_long_text_goes_to_the_tokenizer_in_pieces(tokenizer: Any, monkeypatch
 
 
 def test_a_long_answer_is_tokenized_as_far_as_it_is_used(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_app.data import encoding
-
     seen: list[int] = []
 
     class Counting:

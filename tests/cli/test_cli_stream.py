@@ -26,6 +26,7 @@ from qlora_app.planning.memory import peaks, split
 from qlora_app.training import fitting
 from qlora_app.training.fitting import job_of
 from qlora_app.training.settings import Settings
+from qlora_app.training.trainer import RunTrainer
 from qlora_ext.integrations.transformers import spill
 from qlora_ext.streaming import streaming_of
 from tiny_models import same_state, save_tiny_llama
@@ -250,8 +251,6 @@ def test_a_base_that_is_cut_short_under_a_run_is_a_sentence(
 
 
 def finetune_trainer() -> Any:
-    from qlora_app.training.trainer import RunTrainer
-
     return RunTrainer
 
 

@@ -9,8 +9,12 @@ import shlex
 from typing import Any
 
 import pytest
+from rich.console import Console
+from transformers import TrainerState
 
 from commands import SMALL, Paths, here
+from qlora_app.main import main
+from qlora_app.terminal.progress import ProgressCallback
 
 
 @pytest.mark.parametrize(
@@ -47,8 +51,6 @@ def test_nothing_is_suggested_that_is_not_alike(refused: Any, typed: str) -> Non
 
 
 def test_help_and_version_as_commands(capfd: pytest.CaptureFixture[str]) -> None:
-    from qlora_app.main import main
-
     for typed, same in ((["help"], ["--help"]), (["help", "merge"], ["merge", "--help"]), (["version"], ["--version"]),
                         (["version", "--json"], ["--version"])):  # fmt: skip
         printed = []
@@ -67,10 +69,6 @@ def test_a_value_may_look_like_an_option(refused: Any, tmp_path: pathlib.Path) -
 
 @pytest.mark.parametrize("width", [40, 200])
 def test_the_bar_keeps_its_counts(width: int, tmp_path: pathlib.Path) -> None:
-    from rich.console import Console
-    from transformers import TrainerState
-
-    from qlora_app.terminal.progress import ProgressCallback
 
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=width, color_system=None)

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import qlora_ext
 from commands import Paths
 from qlora_app.main import main
+from qlora_ext.integrations.peft import IncompleteAdapterWarning
 from tiny_models import make
 
 
@@ -181,8 +185,6 @@ def test_complete_models_load(
 
 
 def test_shards(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     source = tmp_path / "source"
     shutil.copytree(paths["model"], source)
     (source / "model.safetensors").unlink()
@@ -225,11 +227,6 @@ def test_incomplete_adapters(refused, adapter: pathlib.Path, change: Any, named:
 
 
 def test_python_users_are_warned(paths: Paths, adapter: pathlib.Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    import qlora_ext
-    from qlora_ext.integrations.peft import IncompleteAdapterWarning
 
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(paths["model"], quantization_config=qlora_ext.QLoRAConfig())
