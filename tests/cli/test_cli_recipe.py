@@ -67,23 +67,29 @@ def test_a_rank_above_that_of_the_layers(paths: Paths, tmp_path: pathlib.Path) -
         ) == (rank == 65)
 
 
-def weights(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
-    return load_file(adapter / "adapter_model.safetensors")
+# Two recipes with most options.
+RECIPES = {
+    "rslora": "--lr-schedule cosine --warmup-steps 2 --weight-decay 0.1 --neftune-alpha 5 --no-packing --rslora "
+    "--layers 1",
+    "dora": "--dora --modules-to-save lm_head,norm --lr-schedule linear --max-grad-norm 0",
+}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        "--lr-schedule cosine --warmup-steps 2 --weight-decay 0.1 --neftune-alpha 5 --no-packing --rslora --layers 1",
-        "--dora --modules-to-save lm_head,norm --lr-schedule linear --max-grad-norm 0",
-    ],
-)
-def test_a_resumed_run_has_the_same_bits(paths: Paths, tmp_path: pathlib.Path, options: str) -> None:
-    run = tmp_path / "run"
-    here("finetune", *base(paths), "--output", run, *SMALL, *STEPS, *options.split())
+@pytest.fixture(scope="module")
+def runs(paths: Paths) -> dict[str, pathlib.Path]:
+    """A run of 5 steps by each recipe. Tests only read it."""
+    found = {name: paths["root"] / name for name in RECIPES}
+    for name, options in RECIPES.items():
+        here("finetune", *base(paths), "--output", found[name], *SMALL, *STEPS, *options.split())
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_resumed_run_has_the_same_bits(runs: dict[str, pathlib.Path], tmp_path: pathlib.Path, name: str) -> None:
+    run = runs[name]
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    names = set(weights(run / "adapter"))
-    if "--dora" in options:
+    names = set(load_file(run / "adapter" / "adapter_model.safetensors"))
+    if name == "dora":
         assert config["use_dora"]
         assert {"base_model.model.lm_head.weight", "base_model.model.model.norm.weight"} <= names
     else:
@@ -105,20 +111,15 @@ def test_each_option_changes_the_adapter(paths: Paths, tmp_path: pathlib.Path) -
     assert len(set(learnt.values())) == len(learnt)
 
 
-def test_trained_modules_and_dora_in_merge_and_generate(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_trained_modules_and_dora_in_merge_and_generate(runs: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     """Also in a dtype other than that of training, and from a checkpoint, which does not name the base."""
-    run = tmp_path / "run"
-    here("finetune", *base(paths), "--output", run, *SMALL, *STEPS, "--dora", "--modules-to-save", "lm_head")
+    run = runs["dora"]
     here("generate", "--adapter", run, "--max-new-tokens", "2", "count 3")
     here("generate", "--adapter", run / "checkpoint-3", "--max-new-tokens", "2", "count 3")
-    capfd.readouterr()
-    for number, more in enumerate((["--dtype", "float32"], ["--4bit"])):
-        here("merge", "--adapter", run, "--output", tmp_path / f"merged{number}", "--evaluate", *more)
-        printed = capfd.readouterr().out
+    for limit, more in ((1e-4, ["--dtype", "float32"]), (0.05, ["--4bit"])):
+        printed = here("merge", "--adapter", run, "--output", tmp_path / more[0], "--evaluate", *more)
         before, after = (float(printed.split(f" {word}")[0].split()[-1]) for word in ("unmerged", "merged ("))
-        assert after == pytest.approx(before, abs=1e-4 if number == 0 else 0.05)
+        assert after == pytest.approx(before, abs=limit)
 
 
 def test_a_head_that_is_tied_is_trained_with_the_embeddings(paths: Paths, tmp_path: pathlib.Path) -> None:
