@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -13,10 +13,18 @@ from exports import exported, gguf_adapter
 __all__ = ["exported", "gguf_adapter"]  # fixtures
 
 
-def pytest_pycollect_makemodule(module_path: pathlib.Path) -> None:
-    """Skips these tests where a library is missing without which most commands do nothing."""
-    for library in ("transformers", "peft", "gguf"):
-        pytest.importorskip(library, reason=f"{library} is not installed")
+class ModuleOfTests(pytest.Module):
+    """Is skipped where a library is missing without which most commands do nothing."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        for library in ("transformers", "peft", "gguf"):
+            pytest.importorskip(library, reason=f"{library} is not installed")
+        return super().collect()
+
+
+def pytest_pycollect_makemodule(module_path: pathlib.Path, parent: pytest.Collector) -> pytest.Module:
+    module: pytest.Module = ModuleOfTests.from_parent(parent, path=module_path)
+    return module
 
 
 @pytest.fixture(autouse=True)
