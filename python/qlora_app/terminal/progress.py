@@ -11,14 +11,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.text import Text
 from transformers import TrainerCallback
+
+from qlora_ext.untrusted import printable
 
 from ..outputs.files import append_json_line, write_json_lines
 
 _WIDE_COLUMNS = 70  # narrower terminals show only the counts, the loss and the time left
 _NAMED_CURVES = 20  # more names would cover the curves
+_SHOWN = 300  # only the last characters of a prompt are shown
 _LINES = 20  # progress lines per run if the output is not a terminal
 
 
@@ -109,6 +114,13 @@ def describe(measured: dict[str, Any]) -> str:
     if "eval_reward_margin" in measured:
         return f"{loss}, rewards of good answers {measured['eval_reward_margin']:+.4f} above those of bad ones"
     return loss
+
+
+def show_sample(console: Console, title: str, prompt: str, answer: str) -> None:
+    """Shows a prompt and a model's completion in a frame."""
+    text = Text(printable(prompt.strip()[-_SHOWN:], lines=True), style="dim")
+    text.append("\n" + printable(answer.strip(), lines=True), style="not dim")
+    console.print(Panel(text, title=title, title_align="left"))
 
 
 @contextlib.contextmanager

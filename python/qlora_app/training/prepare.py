@@ -256,15 +256,8 @@ def _split(run: Run, options: tuple[Any, ...]) -> Parts:
 
 def _arguments(run: Run) -> Any:
     """The arguments of the trainer, whose construction checks them."""
-    steps = run.settings.steps(len(run.parts.train))
-    if run.rewards:
-        from .rewards import reward_arguments
+    from .trainer import trainer_of, training_arguments
 
-        return reward_arguments(run.settings, steps, run.directory, run.device)
-    if run.preferences:
-        from .preferences import preference_arguments
-
-        return preference_arguments(run.settings, run.method, steps, run.directory, run.device)
-    from .trainer import training_arguments
-
-    return training_arguments(run.settings, steps, run.directory, run.device)
+    s, trainer = run.settings, trainer_of(run.method)
+    steps, more = s.steps(len(run.parts.train)), trainer.more_arguments(s)
+    return training_arguments(s, steps, run.directory, run.device, trainer.kind, **more)

@@ -65,6 +65,22 @@ class Request:
         print(f"{where}: a new one begins", flush=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Finetuned:
+    """A finished run.
+
+    Attributes:
+        directory: of the run, with ``metrics.jsonl`` and ``loss.png``.
+        adapter: the directory of the PEFT adapter, inside ``directory``.
+        metrics: ``steps``, and the measurements on the held-out rows, such as ``perplexity_before`` and
+            ``perplexity_after``.
+    """
+
+    directory: pathlib.Path
+    adapter: pathlib.Path
+    metrics: dict[str, float]
+
+
 class Shared:
     """What the runs of a sweep have in common, such as the examples in the same data. It is computed once."""
 
