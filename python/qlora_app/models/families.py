@@ -100,11 +100,12 @@ def config_of_sizes(text: str) -> Any:
         if len(value) > 6:
             raise ValueError(f"sizes {excerpt(text)}: expected numbers below a million")
         sizes[key.strip()] = int(value)
-    missing = [key for key in ("hidden", "intermediate", "layers", "heads") if key not in sizes]
+    needed = ("hidden", "intermediate", "layers", "heads")
+    missing = [key for key in needed if key not in sizes]
     missing += [key for key, size in sizes.items() if not size]
     if missing:
         raise ValueError(f"sizes {text}: {', '.join(missing)} is missing or 0")
     if sizes["hidden"] % sizes["heads"] or sizes["heads"] % sizes.get("kv-heads", 1):
         raise ValueError(f"sizes {text}: expected hidden to be a multiple of heads, and heads of kv-heads")
-    numbers = (sizes[key] for key in ("vocab", "hidden", "intermediate", "layers", "heads"))
-    return _config("llama", *numbers, sizes.get("kv-heads", sizes["heads"]))
+    vocab, hidden, intermediate, layers, heads = (sizes[k] for k in ("vocab", *needed))
+    return _config("llama", vocab, hidden, intermediate, layers, heads, sizes.get("kv-heads", heads))

@@ -180,7 +180,9 @@ class Loader:
         if self.source.gguf_file is not None and weights is None:
             # transformers cannot quantize a GGUF file that it reads itself.
             self._say_that_it_decodes("the names of its tensors are unknown")
-            return self._after_loading(stream, resident, shown=spill is not None)
+            model = _dense(self.source, self.dtype, shown=spill is not None)
+            self._quantize(model)
+            return self._placed(model, stream, resident)
         config = QLoRAConfig(
             block_size=self.form.block_size, double_quant=self.form.double_quant,
             nested_block_size=self.form.nested_block_size, embeddings=self.embeddings, stream=stream, resident=resident,
@@ -210,15 +212,13 @@ class Loader:
 
         validate_model.check_room(self.source, load_config(self.source))
         self._say_that_it_decodes("options need the dense model")
-        dtype = self.dtype
-        model = _dense(self.source, dtype)
+        model = _dense(self.source, self.dtype)
         runs = calibration is not None or keep is not None
         if runs:
             model.to(self.device)
-        with computing_in(model, computing_dtype(dtype, self.device)) if runs else contextlib.nullcontext():
+        with computing_in(model, computing_dtype(self.dtype, self.device)) if runs else contextlib.nullcontext():
             self._quantize(model, keep, calibration=calibration, init_lora=init_lora)
-        model.to(self.device)
-        return _checked(model, self.source, dtype, self.compute, self.layers)
+        return self._placed(model)
 
     def _say_that_it_decodes(self, why: str) -> None:
         if has_4bit_blocks(self.source):
@@ -245,18 +245,15 @@ class Loader:
             print(f"qlora-ext: {weights.summary}", file=sys.stderr)
         return model
 
-    def _after_loading(self, stream: str | None, resident: str | None, shown: bool) -> Any:
-        """Loads the dense model and then quantizes it, for sources that transformers cannot quantize while loading."""
+    def _placed(self, model: Any, stream: str | None = None, resident: str | None = None) -> Any:
+        """The quantized model on its device, or streamed to it, checked."""
         from qlora_ext import streaming
 
-        dtype = self.dtype
-        model = _dense(self.source, dtype, shown)
-        self._quantize(model)
         if stream is not None and self.device.type != "cpu":
             streaming.stream(model, resident, "ram", self.device)
         else:
             model.to(self.device)
-        return _checked(model, self.source, dtype, self.compute, self.layers)
+        return _checked(model, self.source, self.dtype, self.compute, self.layers)
 
     def _quantize(self, model: Any, keep: Callable[[Any], list[str]] | None = None, **options: Any) -> None:
         from qlora_ext.nn import quantize_model

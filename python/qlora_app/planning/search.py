@@ -1,4 +1,4 @@
-"""Searches for the changes with which a run fits into memory, the longest context, and the largest model that fits."""
+"""Changes that save memory: those with which a run fits, the longest context, and the largest model that fits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from ..models import families
 from .blocks import Streamed, place, streamed
-from .memory import Job, peaks, split, static_split
+from .memory import Job, peaks, split, static_split, trains_head
 
+_MIN_SAVING = 0.005  # of the total: smaller savings are not reported
 # Changed fields of Job, from those that cost nothing to those that cost time. Each is applied with all before it.
 _CHANGES: tuple[dict[str, Any], ...] = (
     {},
@@ -172,3 +173,54 @@ def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]] | N
         if _before_the_step(found.job, found.blocks) <= memory >= total(found.job, found.blocks):
             return name
     return None
+
+
+def _changes_of_step(job: Job) -> list[dict[str, Any]]:
+    """Changes whose effect requires running the step again."""
+    changes = {
+        "grad_checkpointing": not job.grad_checkpointing,
+        "chunked_loss": not job.chunked_loss and not trains_head(job),
+        "batch_size": job.batch_size > 1 and job.batch_size // 2,
+        "seq_len": job.seq_len > 256 and job.seq_len // 2,
+        "rank": job.rank > 8 and job.rank // 2,
+    }
+    return [{name: value} for name, value in changes.items() if value]
+
+
+def _changes_outside_step(job: Job) -> list[dict[str, Any]]:
+    """Changes whose effect follows from the memory of the unchanged step."""
+    dense = job.optimizer == "adamw_torch"
+    changes: list[dict[str, Any]] = [{"optimizer": "adamw_8bit"}] if dense else []
+    if not job.host:
+        changes += [{"devices": job.devices * 2}, *([{"optimizer": "paged_adamw_8bit"}] if dense else [])]
+    return changes
+
+
+def savings(job: Job, measured: list[dict[str, float]] | None = None) -> list[tuple[dict[str, Any], float]]:
+    """The changes that would reduce the memory of a run that is not streamed, each alone, the largest saving first.
+
+    Args:
+        measured: the ``peaks`` of the job, if they are known.
+
+    Returns:
+        Changed fields of ``job``, and the bytes per device that they save.
+
+    Example:
+        >>> planning = qlora_app.planning
+        >>> config = planning.families.config_of_sizes("hidden=64,intermediate=128,layers=2,heads=4,vocab=4096")
+        >>> planning.savings(planning.Job(config, seq_len=128))[0][0]
+        {'chunked_loss': True}
+    """
+    measured = peaks(job) if measured is None else measured
+    parts = split(job, measured)
+    total = sum(parts.values())
+    found = []
+    for change in _changes_of_step(job):
+        changed = dataclasses.replace(job, **change)
+        found.append((change, total - sum(split(changed, peaks(changed)).values())))
+    for change in _changes_outside_step(job):
+        found.append((change, total - sum(split(dataclasses.replace(job, **change), measured).values())))
+    found = [(change, saving) for change, saving in found if saving > _MIN_SAVING * total]
+    streamable, _ = place(parts, streamed(job), None)
+    found.append(({"stream": "disk" if job.host else "ram"}, total - sum(streamable.values())))
+    return sorted(found, key=lambda pair: -pair[1])

@@ -148,14 +148,19 @@ def _plotted(path: pathlib.Path, histories: Iterable[list[dict[str, Any]]], titl
     pyplot.close(figure)
 
 
+def _points(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """The steps at which there is a value, and the values."""
+    found = [record for record in history if key in record]
+    return [record["step"] for record in found], [record[key] for record in found]
+
+
 def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
     """Plots the training loss per step, and the held-out loss where it was measured, as a PNG; for GRPO, the reward."""
     rewards = any("eval_reward" in record for record in history)
     trained, measured = ("reward", "eval_reward") if rewards else ("loss", "eval_loss")
     with _plotted(path, [history], title) as axes:
         for key, label, style in ((trained, "training", "-"), (measured, "held out", "o--")):
-            points = [(record["step"], record[key]) for record in history if key in record]
-            axes.plot(*zip(*points, strict=True), style, label=label) if points else None
+            axes.plot(*_points(history, key), style, label=label)
         axes.legend()
 
 
@@ -165,11 +170,9 @@ def plot_losses(histories: dict[str, list[dict[str, Any]]], path: pathlib.Path) 
     with _plotted(path, histories.values(), title) as axes:
         for i, (name, history) in enumerate(histories.items()):
             colour, style = f"C{i % 10}", ("-", "--", ":")[i // 10 % 3]
-            steps = [record["step"] for record in history if "loss" in record]
-            losses = [record["loss"] for record in history if "loss" in record]
+            steps, losses = _points(history, "loss")
             means = [statistics.fmean(losses[max(0, j - 9) : j + 1]) for j in range(len(losses))]
             axes.plot(steps, means, style, color=colour, label=name)
-            points = [(record["step"], record["eval_loss"]) for record in history if "eval_loss" in record]
-            axes.plot(*zip(*points, strict=True), "o", color=colour) if points else None
+            axes.plot(*_points(history, "eval_loss"), "o", color=colour)
         if 0 < len(histories) <= _NAMED_CURVES:
             axes.legend(fontsize=7)

@@ -228,7 +228,7 @@ class Settings(Options):
         super().__post_init__()
         positive = ("alpha", "lr", "temperature") if self.method == "grpo" else ("alpha", "lr", "beta")
         for name in positive:
-            if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
+            if getattr(self, name) <= 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
         if self.merge_aware and self.dora:
             raise UserError("--merge-aware supports plain LoRA only; remove --dora")
@@ -299,8 +299,7 @@ def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
         FileError, UserError: a value has a wrong type, or is out of range.
     """
     check(values, schema(Settings), printable(path), "settings")
-    names = {field.name for field in dataclasses.fields(Settings)}
-    known = {name: value for name, value in values.items() if name in names and value is not None}
+    known = {name: value for name, value in named_settings(values).items() if value is not None}
     try:
         return Settings(**_with_format(known))
     except UserError as error:

@@ -138,10 +138,6 @@ class _Sweep:
 def _found(request: Request, output: Output) -> _Sweep:
     """The sweep to resume, or a new one whose options are valid."""
     path = output.path
-    if request.resume and request.overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    if request.force and not request.resume:
-        raise UserError("--force needs --resume: it accepts another base or other data")
     if (path / SETTINGS).is_file() and not request.overwrite:
         raise UserError(f"--sweep: --output {path} is a run of one adapter; name another directory")
     if is_sweep(path) and not (request.resume or request.overwrite):

@@ -263,7 +263,7 @@ class QLoRATrainer(RunTrainer):
 
 
 def trainer_of(method: str) -> type[RunTrainer]:
-    """The trainer of a method. Only those of sft do without TRL."""
+    """The trainer of a method. Only that of sft works without TRL."""
     if method == "sft":
         return QLoRATrainer
     if method == "grpo":
