@@ -172,6 +172,7 @@ class Loader:
             spill: receives the quantized weights; ``device`` must then be the CPU.
         """
         from qlora_ext.integrations.transformers import QLoRAConfig
+        from qlora_ext.integrations.transformers.modules import dense_modules
         from qlora_ext.integrations.transformers.spill import spilling
 
         model_config = load_config(self.source)
@@ -183,10 +184,13 @@ class Loader:
             model = _dense(self.source, self.dtype, shown=spill is not None)
             self._quantize(model)
             return self._placed(model, stream, resident)
+        heads = None  # which stay dense
+        if self.rest:
+            heads = [*dense_modules(validate_model.skeleton(self.source, model_config)).heads]
         config = QLoRAConfig(
             block_size=self.form.block_size, double_quant=self.form.double_quant,
             nested_block_size=self.form.nested_block_size, embeddings=self.embeddings, stream=stream, resident=resident,
-            skip_modules=self._heads(model_config) if self.rest else None,
+            skip_modules=heads,
             served=self.served if self.served in READ_IN else None,
         )  # fmt: skip
         if spill is not None:
@@ -227,12 +231,6 @@ class Loader:
                 f"because {why}",
                 file=sys.stderr,
             )
-
-    def _heads(self, model_config: Any) -> list[str]:
-        """The names of the output heads, which stay dense."""
-        from qlora_ext.integrations.transformers.modules import dense_modules
-
-        return [*dense_modules(validate_model.skeleton(self.source, model_config)).heads]
 
     def _quantized(self, config: Any, weights: GGUFWeights | None, shown: bool) -> Any:
         """Lets transformers quantize the model while it loads it, from its files or from ``weights``."""

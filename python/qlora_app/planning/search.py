@@ -175,27 +175,6 @@ def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]] | N
     return None
 
 
-def _changes_of_step(job: Job) -> list[dict[str, Any]]:
-    """Changes whose effect requires running the step again."""
-    changes = {
-        "grad_checkpointing": not job.grad_checkpointing,
-        "chunked_loss": not job.chunked_loss and not trains_head(job),
-        "batch_size": job.batch_size > 1 and job.batch_size // 2,
-        "seq_len": job.seq_len > 256 and job.seq_len // 2,
-        "rank": job.rank > 8 and job.rank // 2,
-    }
-    return [{name: value} for name, value in changes.items() if value]
-
-
-def _changes_outside_step(job: Job) -> list[dict[str, Any]]:
-    """Changes whose effect follows from the memory of the unchanged step."""
-    dense = job.optimizer == "adamw_torch"
-    changes: list[dict[str, Any]] = [{"optimizer": "adamw_8bit"}] if dense else []
-    if not job.host:
-        changes += [{"devices": job.devices * 2}, *([{"optimizer": "paged_adamw_8bit"}] if dense else [])]
-    return changes
-
-
 def savings(job: Job, measured: list[dict[str, float]] | None = None) -> list[tuple[dict[str, Any], float]]:
     """The changes that would reduce the memory of a run that is not streamed, each alone, the largest saving first.
 
@@ -214,12 +193,23 @@ def savings(job: Job, measured: list[dict[str, float]] | None = None) -> list[tu
     measured = peaks(job) if measured is None else measured
     parts = split(job, measured)
     total = sum(parts.values())
-    found = []
-    for change in _changes_of_step(job):
+    plain = job.optimizer == "adamw_torch"
+    changes: list[tuple[bool, dict[str, Any]]] = [
+        (not job.grad_checkpointing, {"grad_checkpointing": True}),
+        (not job.chunked_loss and not trains_head(job), {"chunked_loss": True}),
+        (job.batch_size > 1, {"batch_size": job.batch_size // 2}),
+        (job.seq_len > 256, {"seq_len": job.seq_len // 2}),
+        (job.rank > 8, {"rank": job.rank // 2}),
+        (plain, {"optimizer": "adamw_8bit"}),
+        (not job.host, {"devices": job.devices * 2}),
+        (plain and not job.host, {"optimizer": "paged_adamw_8bit"}),
+    ]
+    found: list[tuple[dict[str, Any], float]] = []
+    for change in (change for possible, change in changes if possible):
         changed = dataclasses.replace(job, **change)
-        found.append((change, total - sum(split(changed, peaks(changed)).values())))
-    for change in _changes_outside_step(job):
-        found.append((change, total - sum(split(dataclasses.replace(job, **change), measured).values())))
+        outside_step = change.keys() <= {"optimizer", "devices"}  # the step is that of the unchanged job
+        size = split(changed, measured if outside_step else peaks(changed))
+        found.append((change, total - sum(size.values())))
     found = [(change, saving) for change, saving in found if saving > _MIN_SAVING * total]
     streamable, _ = place(parts, streamed(job), None)
     found.append(({"stream": "disk" if job.host else "ram"}, total - sum(streamable.values())))
