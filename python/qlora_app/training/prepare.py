@@ -67,7 +67,9 @@ def prepare(request: Request, output: Output, shared: Shared | None = None) -> R
         run.settings, chosen = fit(s, config, run.source, run.device)
         run.report(chosen)
     _encode(run)
-    run.arguments = _arguments(run)
+    from .train import arguments_of
+
+    run.arguments = arguments_of(run)
     return run
 
 
@@ -244,12 +246,3 @@ def _split(run: Run, options: tuple[Any, ...]) -> Parts:
     for reason in summary(parts.counts, s.seq_len):
         run.report(f"      {reason}")
     return parts
-
-
-def _arguments(run: Run) -> Any:
-    """The arguments of the trainer, whose construction checks them."""
-    from .trainer import trainer_of, training_arguments
-
-    s, trainer = run.settings, trainer_of(run.method)
-    steps, more = s.steps(len(run.parts.train)), trainer.more_arguments(s)
-    return training_arguments(s, steps, run.directory, run.device, trainer.kind, **more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shlex
+from typing import Any
 
 from ..models.adapter_files import find
 from ..models.sources import PACKAGE
@@ -15,7 +16,27 @@ from .measuring import measure_before
 from .restoring import optimizer_overrides
 from .run import SETTINGS, Run
 from .settings import read_settings
-from .trainer import NameInertAdapters, run_trainer, trainer_of
+from .trainer import NameInertAdapters, QLoRATrainer, RunTrainer, run_trainer, training_arguments
+
+
+def _trainer_of(method: str) -> type[RunTrainer]:
+    """The trainer of a method. Only that of sft works without TRL."""
+    if method == "sft":
+        return QLoRATrainer
+    if method == "grpo":
+        from .rewards import RewardTrainer
+
+        return RewardTrainer
+    from .preferences import LabelTrainer, PreferenceTrainer
+
+    return LabelTrainer if method == "kto" else PreferenceTrainer
+
+
+def arguments_of(run: Run) -> Any:
+    """The arguments of the trainer for prepared rows, whose construction checks them."""
+    s, trainer = run.settings, _trainer_of(run.method)
+    steps, more = s.steps(len(run.parts.train)), trainer.more_arguments(s)
+    return training_arguments(s, steps, run.directory, run.device, trainer.kind, **more)
 
 
 def train(run: Run) -> None:
@@ -34,7 +55,7 @@ def train(run: Run) -> None:
 
 def _train(run: Run) -> None:
     s = run.settings
-    run.trainer = trainer_of(run.method)(run)
+    run.trainer = _trainer_of(run.method)(run)
     before = measure_before(run)
     run.before = {"step": 0, **{f"eval_{key}": before[key] for key in before if key not in ("prompt", "sample")}}
     progress = ProgressCallback(run.console, run.metrics, run.before)

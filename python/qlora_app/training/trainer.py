@@ -262,19 +262,6 @@ class QLoRATrainer(RunTrainer):
         return {"step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
 
-def trainer_of(method: str) -> type[RunTrainer]:
-    """The trainer of a method. Only that of sft works without TRL."""
-    if method == "sft":
-        return QLoRATrainer
-    if method == "grpo":
-        from .rewards import RewardTrainer
-
-        return RewardTrainer
-    from .preferences import LabelTrainer, PreferenceTrainer
-
-    return LabelTrainer if method == "kto" else PreferenceTrainer
-
-
 class Diverged(UserError):
     """The loss is not finite."""
 
