@@ -8,30 +8,20 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from ..errors import UserError, check_text, first_line, path_named, writing
+from ..errors import UserError, check_text, first_line, path_named
 from .files import (
     contents,
     filled_from_inside,
     is_unfinished_name,
-    make_parents,
     nothing_may_be_there,
+    parents_made,
     recover,
-    remove_empty,
     staged_directory,
     unfinished_in,
     write_json,
 )
 from .lock import locked
-from .ownership import (
-    MARKER,
-    WAITING,
-    foreign_in_run,
-    foreign_in_sweep,
-    foreign_to,
-    is_ours,
-    may_be_unfinished_in_run,
-    may_be_unfinished_in_sweep,
-)
+from .ownership import MARKER, WAITING, foreign_in_output, is_ours, may_be_unfinished
 from .ownership import read_marker as read_marker
 
 
@@ -134,29 +124,13 @@ def output_file(option: str, name: str, mark: str, inputs: Sequence[tuple[str, s
     return path
 
 
-def _foreign(directory: pathlib.Path) -> str | None:
-    """The first entry of a directory with a marker that the command named in the marker did not write.
-
-    Raises:
-        UserError: the marker is damaged, or belongs to an unfinished output.
-    """
-    marker = read_marker(directory)
-    if marker.get("command") == "finetune":
-        return foreign_in_run(directory)
-    if marker.get("command") == "sweep":
-        return foreign_in_sweep(directory)
-    if "files" not in marker or "waiting" in marker:
-        raise UserError(f"{MARKER} is damaged, or belongs to an unfinished output")
-    return foreign_to([*marker["files"], MARKER])(directory)
-
-
 def _check_ours(path: pathlib.Path) -> None:
     """Rejects a directory with entries that qlora-ext did not write."""
     advice = "--overwrite does not delete it; name another directory, or delete it yourself"
     if not (path / MARKER).is_file():
         raise UserError(f"--output {path}: not written by qlora-ext (it has no {MARKER}); {advice}")
     try:
-        foreign = _foreign(path)
+        foreign = foreign_in_output(path)
     except UserError as error:
         raise UserError(f"--output {path}: {error}; {advice}") from error
     if foreign is not None:
@@ -224,13 +198,10 @@ class Output:
                 of a sweep's runs.
         """
         self.begun = True
-        with staged_directory(self.path, _foreign if self.overwrite else nothing_may_be_there) as partial:
+        with staged_directory(self.path, foreign_in_output if self.overwrite else nothing_may_be_there) as partial:
             yield partial
             mark(partial, command, begun_with)
             self.check()  # again, because other processes may have written there
-
-
-_MAY_BE_UNFINISHED = {"finetune": may_be_unfinished_in_run, "sweep": may_be_unfinished_in_sweep}
 
 
 def _recover_left(path: pathlib.Path) -> list[str]:
@@ -242,9 +213,9 @@ def _recover_left(path: pathlib.Path) -> list[str]:
     siblings = set() if filled_from_inside(path) else unfinished_in(path.parent)
     left = [path.with_name(name) for kind in WAITING if (name := f"{path.name}.{kind}") in siblings]
     marker = read_marker(path) if path.is_dir() and is_ours(path) else {}
-    may_be_unfinished = _MAY_BE_UNFINISHED.get(marker.get("command", ""))
-    if may_be_unfinished is not None:
-        left += [path / name for name in sorted(unfinished_in(path)) if may_be_unfinished(name)]
+    if marker:
+        names = sorted(unfinished_in(path))
+        left += [path / name for name in names if may_be_unfinished(marker.get("command"), name)]
     for unfinished in left:
         with contextlib.suppress(UserError), locked(unfinished):
             notes += recover(unfinished)
@@ -285,18 +256,12 @@ def claim(name: str, overwrite: bool, inputs: Sequence[tuple[str, str]] = ()) ->
     place = path if path.is_dir() else (missing[-1] if missing else path).parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"--output {path}: no permission to write there")
-    made: list[pathlib.Path] = []
-    try:
-        with writing(path):
-            made += make_parents(path)
-        with locked(path):
-            for sentence in _recover_left(path):
-                print(sentence, flush=True)
-            output = Output(path, overwrite)
-            output.inputs += inputs
-            yield output
-    finally:
-        remove_empty(made)
+    with parents_made(path), locked(path):
+        for sentence in _recover_left(path):
+            print(sentence, flush=True)
+        output = Output(path, overwrite)
+        output.inputs += inputs
+        yield output
 
 
 def mark(directory: pathlib.Path, command: str, begun_with: dict[str, Any]) -> None:
