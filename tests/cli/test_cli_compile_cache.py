@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import zipfile
@@ -17,7 +18,6 @@ import tiny_models
 from qlora_app.decoding import cache
 from qlora_app.errors import UserError
 from qlora_app.generation.compiled import decode_compiled
-from qlora_app.outputs.lock import locked
 
 
 def damage(package: pathlib.Path, kind: str) -> None:
@@ -47,14 +47,22 @@ def test_special_files_are_not_packages(tmp_path: pathlib.Path) -> None:
 
 
 def test_only_files_of_killed_compilations_are_deleted(tmp_path: pathlib.Path) -> None:
-    left = ["compiling-0123abcd.pt2", "compiling-thesis.pt2", f"{'a' * 64}.pt2"]
-    for name in (*left, "compiling-fedcba98.pt2"):
-        (tmp_path / name).write_text("half")
-    (tmp_path / ".partial-lock-compiling-fedcba98.pt2").touch()  # every compilation has one
-    (tmp_path / ".partial-lock-compiling-00000000.pt2").touch()
-    with locked(tmp_path / "compiling-0123abcd.pt2"):
-        cache.clean(tmp_path)
+    package = f"{'a' * 64}.pt2"
+    for name in ("compiling-ab3_d6gh", "tmpab3_d6gh", "compiling-theses00", "tmp-directory", "compiling-running0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / package).write_text("half")
+    (tmp_path / "compiling-empty000").mkdir()
+    (tmp_path / "compiling-theses00" / "thesis.tex").write_text("mine")
+    (tmp_path / "tmpalink000").symlink_to(tmp_path / "tmp-directory")
+    (tmp_path / "tmpafile000").write_text("mine")
+    (tmp_path / package).write_text("whole")
+    descriptor = os.open(tmp_path / "compiling-running0", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    cache.clean(tmp_path)
+    os.close(descriptor)
+    left = ["compiling-running0", "compiling-theses00", "tmp-directory", "tmpafile000", "tmpalink000", package]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
+    assert (tmp_path / "tmp-directory" / package).exists()
 
 
 def test_a_package_takes_its_name_when_it_is_written(tmp_path: pathlib.Path) -> None:

@@ -46,6 +46,12 @@ FOREIGN: dict[str, Callable[[pathlib.Path], object]] = {
     ".partial-lock-other": pathlib.Path.touch,
 }
 
+COMMANDS = {
+    "name": st.sampled_from(["a", "a", "b", "c.gguf"]),
+    "overwrite": st.sampled_from([True, True, False]),
+    "results": st.sampled_from(["", "", "weights", "calibration"]),
+}
+
 
 def fill(directory: pathlib.Path, content: str) -> None:
     (directory / "config.json").write_text(content)
@@ -148,7 +154,7 @@ class Outputs(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             for name in sorted(self.killed):
-                self.write(name, False, "", "refused", 0, "")
+                self.command(name, False, "", "refused")
             self.complete_or_absent()
         finally:
             self.patch.undo()
@@ -187,15 +193,9 @@ class Outputs(RuleBasedStateMachine):
         with contextlib.suppress(UserError, KeyboardInterrupt):
             self.run(*arguments)
 
-    @rule(
-        name=st.sampled_from(["a", "a", "b", "c.gguf"]),
-        overwrite=st.booleans(),
-        results=st.sampled_from(["", "weights", "calibration"]),
-        end=st.sampled_from(["done", *["kill"] * 4, "Ctrl-C", "disk", "broken", "meanwhile", "annotated", "refused"]),
-        step=st.integers(0, 60),
-        what=st.sampled_from(sorted(FOREIGN)),
-    )
-    def write(self, name: str, overwrite: bool, results: str, end: str, step: int, what: str) -> None:
+    def command(
+        self, name: str, overwrite: bool, results: str, end: str = "kill", what: str = "", step: int = 0
+    ) -> None:
         """A command ends as ``end`` says, or is killed before its step-th change of the file system."""
         if name == "c.gguf" or (name, self.place) == ("a", "inside"):
             results = ""
@@ -221,6 +221,13 @@ class Outputs(RuleBasedStateMachine):
         if results and perhaps:
             self.kept[f"{name}.{results}"] = end not in ("done", "kill") if surely else None
 
+    write = rule(
+        **COMMANDS,
+        end=st.sampled_from(["done", "Ctrl-C", "disk", "broken", "meanwhile", "annotated", "refused"]),
+        what=st.sampled_from(sorted(FOREIGN)),
+    )(command)
+    kill = rule(**COMMANDS, step=st.integers(0, 60))(command)
+
     @rule(name=st.sampled_from(["a", "b", "c.gguf"]))
     def meet_another(self, name: str) -> None:
         """A command is rejected while another one holds the lock, and changes nothing."""
@@ -230,6 +237,7 @@ class Outputs(RuleBasedStateMachine):
                 self.run(name, True, "", "done")
             assert listing(self.root) == before
 
+    @precondition(lambda self: not self.foreign)
     @rule(name=st.sampled_from(["a", "b", "c.gguf", *RESULTS]), what=st.sampled_from(sorted(FOREIGN)))
     def put(self, name: str, what: str) -> None:
         """The user puts something into an output, or under its name."""
@@ -277,7 +285,7 @@ class Outputs(RuleBasedStateMachine):
 
 # Failures are not shrunk, which would take minutes, because every kill needs a fork.
 Outputs.TestCase.settings = settings(
-    max_examples=30, stateful_step_count=15, deadline=None, phases=[Phase.reuse, Phase.generate]
+    max_examples=50, stateful_step_count=15, deadline=None, phases=[Phase.reuse, Phase.generate]
 )
 TestOutputs = Outputs.TestCase
 
@@ -317,6 +325,25 @@ def test_interrupted_at_every_step(
     assert step > 10
     assert {*seen} == {"old", "new"}
     assert seen[-1] == "new"
+
+
+@pytest.mark.parametrize("place", PLACES[:3])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_entries_are_put_back(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, place: str | int, name: str
+) -> None:
+    """They appear after the command has checked the output."""
+    path = tmp_path / "out"
+    put_in(path, place, monkeypatch)
+    path.mkdir()
+    fill(path, "old")
+    FOREIGN[name](path / name)
+    for change in (replace, lambda path: files.delete(path, tmp_path / "other", foreign_to_fill)):
+        with pytest.raises(UserError, match=f"holds '{name}', which qlora-ext did not write"):
+            change(path)
+        assert os.path.lexists(path / name)
+        assert (path / "config.json").read_text() == "old"
+        assert names_in(tmp_path) == ["out"]
 
 
 def test_killed_while_it_removes_the_kept_results(tmp_path: pathlib.Path) -> None:

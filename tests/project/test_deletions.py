@@ -29,8 +29,8 @@ ALLOWED = {
     "python/qlora_ext/integrations/transformers/model_card.py": {"write_text"},
     # A file that was checked to be a lock file.
     "python/qlora_app/outputs/lock.py": {"ftruncate", "unlink"},
-    # Unfinished packages in the user's own cache, recognized by name, under their lock.
-    "python/qlora_app/decoding/cache.py": {"unlink"},
+    # Directories for unfinished packages in the user's own cache: recognized by name and content, under their lock.
+    "python/qlora_app/decoding/cache.py": {"mkdtemp", "rmtree"},
     # A directory of its own among the system's temporary files, for the libraries that read a tokenizer from files.
     "python/qlora_app/gguf/tokenizer.py": {"TemporaryDirectory", "write_text"},
     # Builds, in directories with a marker.

@@ -1,4 +1,5 @@
-"""Atomic directories: a directory is complete or absent under its final name. Only this module deletes directories.
+"""Atomic directories: a directory is complete or absent under its final name. Only this module deletes directories
+(and ``decoding/cache.py``, those of unfinished packages in the user's cache).
 
 Unfinished directories are siblings with the name ``.partial-KIND-NAME-TOKEN``. A directory that cannot be renamed (a
 mount point, or one whose parent is not writable) is filled from inside; NAME is then ``.``. ``recover`` finishes or
