@@ -131,7 +131,7 @@ class Outputs(RuleBasedStateMachine):
         possible: the contents that an output may have: a kill leaves the old one or the new one. None: it is absent.
         killed: the outputs for which no command has cleaned up after a kill.
         kept: whether an interrupted command left intermediate results under that name. None: it may have.
-        foreign: the user's entries, each with the output or the results that it is in.
+        foreign: the user's entries, each with the output or the results that it is in, and its inode.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class Outputs(RuleBasedStateMachine):
         self.possible: dict[str, set[str | None]] = {"a": {None}, "b": {None}, "c.gguf": {None}}
         self.killed: set[str] = set()
         self.kept: dict[str, bool | None] = dict.fromkeys(RESULTS, False)
-        self.foreign: dict[pathlib.Path, str] = {}
+        self.foreign: dict[pathlib.Path, tuple[str, int]] = {}
         (self.root / "a").mkdir()
         (self.root / "link").symlink_to("b")
 
@@ -202,7 +202,8 @@ class Outputs(RuleBasedStateMachine):
         if (end in ("broken", "meanwhile") and name == "c.gguf") or (end == "annotated" and not results):
             end = "done"
         self.version += 1
-        before, foreign = self.possible[name], {name, f"{name}.{results}"} & {*self.foreign.values()}
+        before = self.possible[name]
+        foreign = {name, f"{name}.{results}"} & {place for place, _ in self.foreign.values()}
         surely = not foreign and (overwrite or before == {None})
         perhaps = not foreign and (overwrite or None in before)
         if end != "kill":
@@ -248,7 +249,7 @@ class Outputs(RuleBasedStateMachine):
         path.parent.mkdir(exist_ok=True, parents=True)
         if not os.path.lexists(path):
             FOREIGN["thesis.tex" if name == "c.gguf" else what](path)
-            self.foreign[path] = name
+            self.foreign[path] = name, path.lstat().st_ino
 
     @precondition(lambda self: self.foreign)
     @rule(data=st.data())
@@ -271,7 +272,7 @@ class Outputs(RuleBasedStateMachine):
 
     @invariant()
     def nothing_foreign_is_lost(self) -> None:
-        assert all(os.path.lexists(path) for path in self.foreign)
+        assert all(path.lstat().st_ino == inode for path, (_, inode) in self.foreign.items())
         assert (self.root / "link").readlink() == pathlib.Path("b")
 
     @invariant()

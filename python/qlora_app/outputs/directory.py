@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -150,21 +151,21 @@ def _check_place(path: pathlib.Path) -> None:
             raise UserError(f"--output {path} is the {what} directory or contains it; name a separate directory")
 
 
+@dataclasses.dataclass
 class Output:
     """The directory that ``--output`` names, locked for this process. It may not exist yet.
 
     Attributes:
         path: absolute, with links resolved.
         overwrite: whether an earlier output of the command may be replaced.
-        begun: whether the results are complete, and writing has begun.
         inputs: options and the paths that they read, see ``protect``.
+        begun: whether the results are complete, and writing has begun.
     """
 
-    def __init__(self, path: pathlib.Path, overwrite: bool) -> None:
-        self.path = path
-        self.begun = False
-        self.overwrite = overwrite
-        self.inputs: list[tuple[str, str]] = []
+    path: pathlib.Path
+    overwrite: bool
+    inputs: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    begun: bool = dataclasses.field(default=False, init=False)
 
     def protect(self, option: str, *names: str | None) -> None:
         """Records that ``option`` reads the files or directories ``names``. None and names of no file are ignored."""
@@ -227,8 +228,8 @@ def _recover_left(path: pathlib.Path) -> list[str]:
     return notes
 
 
-def _check_name(path: pathlib.Path) -> None:
-    """Rejects reserved names of unfinished files, and paths inside intermediate results, which are deleted later."""
+def check_name(path: pathlib.Path) -> None:
+    """Rejects reserved names of unfinished files, and outputs inside intermediate results, which are deleted later."""
     if any(is_unfinished_name(part) for part in path.parts):
         raise UserError(f"--output {path}: names of this form are reserved for unfinished files; choose another name")
     for parent in path.parents:
@@ -251,7 +252,7 @@ def claim(name: str, overwrite: bool, inputs: Sequence[tuple[str, str]] = ()) ->
         UserError: the name is not a valid directory, it is not writable, or another process is writing there.
     """
     path = _resolved(name)
-    _check_name(path)
+    check_name(path)
     missing = [parent for parent in path.parents if not parent.exists()]
     place = path if path.is_dir() else (missing[-1] if missing else path).parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -259,9 +260,7 @@ def claim(name: str, overwrite: bool, inputs: Sequence[tuple[str, str]] = ()) ->
     with parents_made(path), locked(path):
         for sentence in _recover_left(path):
             print(sentence, flush=True)
-        output = Output(path, overwrite)
-        output.inputs += inputs
-        yield output
+        yield Output(path, overwrite, [*inputs])
 
 
 def mark(directory: pathlib.Path, command: str, begun_with: dict[str, Any]) -> None:

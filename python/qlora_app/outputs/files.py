@@ -198,7 +198,7 @@ def _place_next_to(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> N
 
 
 def _place(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
-    """Replaces the directory ``path`` by the directory ``new``, up to what ``_settle`` finishes."""
+    """Replaces the directory ``path`` by the directory ``new``, up to what ``recover`` finishes."""
     if new.parent == path:
         _place_inside(new, path, foreign)
         return
@@ -208,7 +208,7 @@ def _place(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
         if error.errno not in _CANNOT_RENAME or not path.is_dir() or not new.exists():
             raise
         # A mount of the same file system, or another user's directory in which only owners may rename.
-        within = path / f"{PARTIAL}new-{INSIDE}-{_token(new)}"
+        within = path / f"{PARTIAL}new-{INSIDE}-{new.name[-8:]}"
         shutil.move(new, within)
         _fsync_tree(within)
         _place_inside(within, path, foreign)
@@ -234,19 +234,16 @@ def staged_directory(path: pathlib.Path, foreign: Foreign = nothing_may_be_there
         UserError: the directory cannot be written, or the one to replace has a foreign entry.
     """
     partial = unfinished_name("new", path, filled_from_inside(path))
+    token = partial.name[-8:]
     with writing(path):
         partial.mkdir()
         try:
             yield partial
             _fsync_tree(partial)
             _place(partial, path, foreign)
-            _settle(path, _token(partial))
+            recover(path, token)
         finally:
-            _settle(path, _token(partial))  # undoes after an error, and finishes after Ctrl-C in the line above
-
-
-def _token(temporary: pathlib.Path) -> str:
-    return temporary.name[-8:]
+            recover(path, token)  # undoes after an error, and finishes after Ctrl-C in the line above
 
 
 def _put_back(old: pathlib.Path, path: pathlib.Path) -> str:
@@ -264,7 +261,7 @@ def _put_back(old: pathlib.Path, path: pathlib.Path) -> str:
     return f"removed {printable(old)}, which an interrupted command had replaced"
 
 
-def _settle_in(folder: pathlib.Path, name: str, token: str) -> list[str]:
+def _recover_in(folder: pathlib.Path, name: str, token: str) -> list[str]:
     unfinished: dict[str, list[pathlib.Path]] = {kind: [] for kind in ("placing", "old", "new", "gone")}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = _UNFINISHED.fullmatch(path.name)
@@ -293,23 +290,21 @@ def _settle_in(folder: pathlib.Path, name: str, token: str) -> list[str]:
     return notes
 
 
-def _settle(path: pathlib.Path, token: str = "") -> list[str]:
-    """``recover`` for one operation, whose unfinished names end with ``token``, or for all."""
-    siblings = [] if filled_from_inside(path) else _settle_in(path.parent, path.name, token)
-    return [*siblings, *_settle_in(path, INSIDE, token)]
-
-
-def recover(path: pathlib.Path) -> list[str]:
+def recover(path: pathlib.Path, token: str = "") -> list[str]:
     """Cleans up after killed commands that wrote the file or directory ``path``. The caller holds its lock.
 
     A directory that was set aside is restored unless its successor is in place. If moving a complete successor had
     begun, the move is finished. All other unfinished entries of this name are deleted. Other names are not touched.
 
+    Args:
+        token: the end of the unfinished names of one operation; that of all if empty.
+
     Returns:
         One sentence per action.
     """
     with writing(path):
-        return _settle(path)
+        siblings = [] if filled_from_inside(path) else _recover_in(path.parent, path.name, token)
+        return [*siblings, *_recover_in(path, INSIDE, token)]
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
