@@ -187,7 +187,7 @@ class Outputs(RuleBasedStateMachine):
                         (partial / "link").symlink_to("nowhere")
                     if end in ("meanwhile", "annotated"):
                         self.killed.discard(name)  # the command has cleaned up
-                        self.put(name if end == "meanwhile" else f"{name}.{results}", what)
+                        self.add(name if end == "meanwhile" else f"{name}.{results}", what)
 
     def attempt(self, *arguments: Any) -> None:
         with contextlib.suppress(UserError, KeyboardInterrupt):
@@ -238,18 +238,21 @@ class Outputs(RuleBasedStateMachine):
                 self.run(name, True, "", "done")
             assert listing(self.root) == before
 
-    @precondition(lambda self: not self.foreign)
-    @rule(name=st.sampled_from(["a", "b", "c.gguf", *RESULTS]), what=st.sampled_from(sorted(FOREIGN)))
-    def put(self, name: str, what: str) -> None:
-        """The user puts something into an output, or under its name."""
+    def add(self, name: str, what: str) -> None:
         path = self.root / name if name == "c.gguf" else self.root / name / what
-        output = name.removesuffix(".weights").removesuffix(".calibration")
-        if output in self.killed or (name in RESULTS and not (self.root / name).is_dir()):
-            return
         path.parent.mkdir(exist_ok=True, parents=True)
         if not os.path.lexists(path):
             FOREIGN["thesis.tex" if name == "c.gguf" else what](path)
             self.foreign[path] = name, path.lstat().st_ino
+
+    @precondition(lambda self: not self.foreign)
+    @rule(name=st.sampled_from(["a", "b", "c.gguf", *RESULTS]), what=st.sampled_from(sorted(FOREIGN)))
+    def put(self, name: str, what: str) -> None:
+        """The user puts something into an output or results, or under its name, and a command should overwrite it."""
+        output, results = name.split(".") if name in RESULTS else (name, "")
+        if output not in self.killed and (name not in RESULTS or (self.root / name).is_dir()):
+            self.add(name, what)
+            self.command(output, True, results, "done")
 
     @precondition(lambda self: self.foreign)
     @rule(data=st.data())

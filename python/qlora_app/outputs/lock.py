@@ -23,7 +23,10 @@ _HOLDER = re.compile(rb"(\d+) ([\w.-]+)\n")
 
 def _content(file: pathlib.Path) -> bytes:
     try:
-        return file.read_bytes() if stat.S_ISREG(file.lstat().st_mode) else b"?"
+        if not stat.S_ISREG(file.lstat().st_mode):
+            return b"?"
+        with file.open("rb") as opened:
+            return opened.read(512)
     except FileNotFoundError:
         return b""
 
@@ -39,7 +42,8 @@ def _sign(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def _hold(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
-    content = _content(file)
+    with writing(file):
+        content = _content(file)
     if content and not _HOLDER.fullmatch(content):  # it would be overwritten and deleted
         raise UserError(f"{file}: expected a lock file of qlora-ext, got another file; move it elsewhere")
     lock = FileLock(file, timeout=0, fallback_to_soft=False, on_acquired=_sign)
