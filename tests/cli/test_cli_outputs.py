@@ -13,9 +13,6 @@ import traceback
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from commands import RUN, Paths, adapter_bytes, base, command, here, listing, start, wait_for_step
 from forks import Command
 from qlora_app.main import main

@@ -9,9 +9,6 @@ import shutil
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from commands import RUN, Paths, adapter_bytes, base, here, listing
 from qlora_app.data import read_examples
 from qlora_app.main import main

@@ -13,10 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qlora_ext
