@@ -18,7 +18,7 @@ from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
 from ..models.adapter_files import check_files, find, load
 from ..models.sources import PACKAGE
-from ..options import DEFAULT_RUN, BaseOptions, add_options, like, option, options_in
+from ..options import DEFAULT_RUN, BaseOptions, add_options, option, options_in
 from ..vocabulary import vocabulary_size
 
 _LIBRARIES = ("starlette", "uvicorn")  # of the extra [serve]
@@ -32,7 +32,7 @@ _COMPILED = {"auto": None, "always": True, "never": False}
 class ServeRequest(BaseOptions):
     """The options of ``serve``."""
 
-    adapter: str | None = like(BaseOptions, "adapter", group=None)  # the first of ``adapters``
+    adapter: str | None = None  # the first of ``adapters``; no option
     adapters: tuple[str, ...] = option(
         (),
         "an adapter, or the run that made it, and the name that requests give; repeat it for several adapters "
