@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor
 
 from qlora_ext.weight import NF4Weight, Weight4bit
-
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 PREFIX = "model.layers.0.mlp.up_proj.weight"
 

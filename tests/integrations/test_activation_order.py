@@ -8,9 +8,6 @@ import pathlib
 
 import pytest
 import torch
-
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 

@@ -6,16 +6,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

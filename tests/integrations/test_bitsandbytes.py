@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor
 
 import qlora_ext
 from qlora_ext import NF4Weight
-
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 PREFIX = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{PREFIX}.quant_state.bitsandbytes__nf4"

@@ -7,12 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import qlora_ext
-
-pytest.importorskip("transformers")
-pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -22,7 +16,10 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import qlora_ext
 
 INT4 = {"num_bits": 4, "type": "int"}
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True}

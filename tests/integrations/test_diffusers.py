@@ -12,11 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-pytest.importorskip("diffusers", reason="diffusers is not installed")
-
 from diffusers import AutoencoderTiny, DiTTransformer2DModel, FluxTransformer2DModel
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file

@@ -10,14 +10,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-pytest.importorskip("diffusers", reason="diffusers is not installed")
-
 from diffusers import BitsAndBytesConfig
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer

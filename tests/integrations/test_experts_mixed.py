@@ -10,12 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
 import moe_families
 from qlora_ext.integrations import peft as integration

@@ -5,12 +5,9 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
-
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-pytest.importorskip("transformers", reason="transformers is not installed")
-
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import auto

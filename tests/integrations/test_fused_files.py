@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+import transformers
 
 from qlora_ext import QLoRAConfig, quantize_model
 from qlora_ext.nn import Linear4bit

@@ -6,12 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 import qlora_ext
 from qlora_ext.integrations import peft as integration

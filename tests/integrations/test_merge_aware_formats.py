@@ -7,12 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
-
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-pytest.importorskip("transformers", reason="transformers is not installed")
 
 import qlora_ext
 from qlora_ext import merged

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+import transformers
 
 import qlora_ext
 from qlora_ext import integrations

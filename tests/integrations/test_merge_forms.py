@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
-
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
 import qlora_ext
 from forms import FORMS, random_weight

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import packed_models

@@ -6,14 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 
 from qlora_ext import QLoRAConfig
 from qlora_ext.nn import Linear4bit, quantize_model

@@ -9,15 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch import Tensor, nn
 
 import qlora_ext
 from qlora_ext.integrations import peft as integration

@@ -6,14 +6,11 @@ import concurrent.futures
 import threading
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
 from qlora_ext.nn import quantize_model
 from test_moe import moe

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
+import transformers
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from load_memory import peak_of_loading

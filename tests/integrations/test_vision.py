@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
 from transformers import AutoModelForImageTextToText
 
 from qlora_ext import QLoRAConfig

@@ -9,18 +9,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pytest
+import safetensors.torch as safetensors
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 import checkpoint_samples as samples
 from checkpoint_samples import Sample
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
-
 from qlora_ext import QLoRAConfig
 
 SIZES = {

@@ -5,11 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config
 

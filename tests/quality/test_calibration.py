@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import qlora_ext
 from qlora_ext.calibration import Calibration, Feedback, calibration_of
 from qlora_ext.nn import Linear4bit
-
-transformers = pytest.importorskip("transformers")
 
 
 class Block(nn.Module):

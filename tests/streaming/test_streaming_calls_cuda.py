@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from own_process import run_file
 from qlora_ext.streaming import stream, streaming_of
 from test_streaming import LAYERS, adapted, checkpointed, load, save

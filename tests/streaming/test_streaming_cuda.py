@@ -11,9 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 import qlora_ext
 from qlora_ext.nn import Experts4bit
 from qlora_ext.streaming import offload_checkpoints, stream, streaming_of

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pathlib
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 from torch import Tensor, nn
-
-safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 from forms import FORMS, random_weight
 from qlora_ext.adapters import stack_adapters

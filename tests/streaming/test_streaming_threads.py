@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from qlora_ext.streaming import stream, streaming_of
 from qlora_ext.streaming.sources import FileSource
 from test_streaming import adapted, checkpointed, load, save
