@@ -23,6 +23,7 @@ from qlora_ext.integrations.peft import LoraLinear4bit
 from qlora_ext.nn import Embedding4bit, Linear4bit
 from qlora_ext.streaming.streaming import streaming_of
 from tiny_diffusers import KINDS, inputs, make, output
+from tiny_models import same_state
 
 LAYERS = {
     "flux": 30,
@@ -44,13 +45,6 @@ def save_dense(directory: pathlib.Path, kind: str, dtype: torch.dtype = torch.fl
     model = make(kind, dtype)
     model.save_pretrained(directory)
     return model
-
-
-def same_state(a: Any, b: Any) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(
-        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
-    )
 
 
 @pytest.mark.usefixtures("native_bfloat16")

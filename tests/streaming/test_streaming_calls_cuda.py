@@ -17,7 +17,7 @@ import torch
 
 from own_process import run_file
 from qlora_ext.streaming import stream, streaming_of
-from test_streaming import LAYERS, adapted, checkpointed, load, save
+from streamed_models import LAYERS, adapted, checkpointed, load, save
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 2
