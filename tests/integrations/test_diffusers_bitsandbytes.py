@@ -24,6 +24,7 @@ import qlora_ext
 from qlora_ext import QLoRAConfig
 from qlora_ext.integrations.peft import LoraLinear4bit
 from qlora_ext.nn import Linear4bit
+from tensors import same_bits
 from tiny_diffusers import KINDS, make, output
 
 DTYPE = torch.bfloat16
@@ -60,13 +61,7 @@ def theirs(model: Any) -> dict[str, Any]:
 
 
 def equal_files(a: pathlib.Path, b: pathlib.Path) -> bool:
-    left, right = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
-    return left.keys() == right.keys() and all(
-        left[key].dtype == right[key].dtype
-        and left[key].shape == right[key].shape
-        and torch.equal(left[key].reshape(-1).view(torch.uint8), right[key].reshape(-1).view(torch.uint8))
-        for key in left
-    )
+    return same_bits(load_file(a / WEIGHTS), load_file(b / WEIGHTS))
 
 
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

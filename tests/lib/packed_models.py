@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Mixtra
 import checkpoint_samples as samples
 from checkpoint_samples import Sample
 from qlora_ext import QLoRAConfig
+from tensors import same_bits
 
 SIZES = {
     "hidden_size": 64,
@@ -224,13 +225,7 @@ def load(path: pathlib.Path, dtype: torch.dtype = torch.float32, **options: Any)
 def same_tensors(path: pathlib.Path, expected: dict[str, Tensor]) -> bool:
     found = safetensors.load_file(path / "model.safetensors")
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    bits = torch.uint8
-    return all(
-        t.dtype == found[name].dtype
-        and t.shape == found[name].shape
-        and torch.equal(t.contiguous().reshape(-1).view(bits), found[name].reshape(-1).view(bits))
-        for name, t in expected.items()
-    )
+    return same_bits(found, expected)
 
 
 def change(checkpoint: Checkpoint, name: str, made: Any) -> None:
