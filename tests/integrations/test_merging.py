@@ -352,6 +352,7 @@ TEXT = torch.arange(8 * 32).reshape(8, 32) * 7 % 61
 
 def little(mixed: bool = False, **config: Any) -> Any:
     """A model with an adapter that changes no weight enough for a different code."""
+    torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from tensors import same_bits
 from tiny_experts import Experts, routing
 
 EVERY = pytest.mark.parametrize("name", FORMS)
-KINDS = ("linear", "embedding", "experts")
+KINDS = ("linear", "embedding", "experts", "odd linear", "odd embedding")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 SHAPE = (24, 160)  # rows do not hold whole blocks of 64 or 128
 IDS = torch.tensor([[3, 10, 0], [10, 7, 3]])
+ROUTED = torch.tensor([[0, 1], [4, 0], [2, 3]])
 X = torch.randn(11, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -41,12 +43,13 @@ def layer_of(w4: Weight4bit, bias: bool = False) -> Linear4bit:
 
 
 def empty(kind: str, form: Form, **options: Any) -> Packed4bit:
+    n, k = (23, 33) if kind.startswith("odd") else SHAPE
     torch.manual_seed(0)  # the bias of experts
     if kind == "experts":
         return Experts4bit(Transposed(), torch.float64, **form.keywords, **options)
-    if kind == "embedding":
-        return Embedding4bit(*SHAPE, compute_dtype=torch.float32, **form.keywords, **options)
-    return Linear4bit(SHAPE[1], SHAPE[0], False, torch.float32, **form.keywords, **options)
+    if "embedding" in kind:
+        return Embedding4bit(n, k, compute_dtype=torch.float32, **form.keywords, **options)
+    return Linear4bit(k, n, False, torch.float32, **form.keywords, **options)
 
 
 def filled(kind: str, name: str) -> Packed4bit:
@@ -56,11 +59,15 @@ def filled(kind: str, name: str) -> Packed4bit:
     return module
 
 
-def outputs(kind: str, module: Any) -> Tensor:
-    if kind == "experts":
-        torch.manual_seed(2)
-        return module(X, *routing())
-    return module(IDS if kind == "embedding" else torch.ones(3, SHAPE[1]))
+def input_of(kind: str) -> Tensor:
+    if "embedding" in kind:
+        return IDS
+    return X[:3].clone() if kind == "experts" else torch.ones(3, 33 if kind.startswith("odd") else SHAPE[1])
+
+
+def outputs(kind: str, module: Any, x: Tensor | None = None) -> Tensor:
+    x = input_of(kind) if x is None else x
+    return module(x, ROUTED, ROUTED.double() / 5) if kind == "experts" else module(x)
 
 
 @EVERY
@@ -140,28 +147,31 @@ def saved_and_loaded(value: Any, weights_only: bool = False) -> Any:
     return torch.load(file, weights_only=weights_only)
 
 
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "there and back": lambda m: m.bfloat16().to("cpu").float(),
+    "to": lambda m: m.to(dtype=torch.bfloat16, memory_format=torch.contiguous_format),
+    "type": lambda m: m.type(torch.float16),
+    "modes": lambda m: m.requires_grad_(False).train().eval(),
+    "apply": lambda m: m.apply(lambda sub: getattr(sub, "reset_parameters", int)()),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": saved_and_loaded,
+    "shared memory": lambda m: m.share_memory(),
+}
+
+
 @EVERY
 @every_kind
 def test_nothing_changes_its_bits(kind: str, name: str) -> None:
     before = filled(kind, name)
-    for change in (
-        lambda m: m.half(),
-        lambda m: m.double(),
-        lambda m: m.bfloat16().to("cpu"),
-        lambda m: m.to(dtype=torch.bfloat16, memory_format=torch.contiguous_format),
-        lambda m: m.type(torch.float16),
-        lambda m: m.requires_grad_(False).train().eval(),
-        lambda m: m.apply(lambda sub: getattr(sub, "reset_parameters", int)()),
-        copy.copy,
-        copy.deepcopy,
-        lambda m: pickle.loads(pickle.dumps(m)),
-        saved_and_loaded,
-        lambda m: m.share_memory(),
-    ):
+    for what, change in CHANGES.items():
         module = change(filled(kind, name))
-        assert module.form == FORMS[name]
-        assert same_bits(module.packed_state(), before.packed_state())
-        assert {type(t) for t in (module.packed_weight(w).absmax for w in module.packed_shapes)} == {Tensor}
+        assert module.form == FORMS[name], what
+        assert same_bits(module.packed_state(), before.packed_state()), what
+        assert {type(module.packed_weight(weight).absmax) for weight in module.packed_shapes} == {Tensor}, what
 
 
 @EVERY
@@ -251,14 +261,15 @@ def test_experts_compute_with_it(name: str) -> None:
 )
 def test_a_compiled_module(kind: str, name: str) -> None:
     torch._dynamo.reset()  # each form compiles the same functions anew
-    module = filled(kind, name)
-    x = IDS if kind == "embedding" else torch.randn(3, 160 if kind == "linear" else 64).double().requires_grad_()
-    more = (torch.tensor([[0, 1], [4, 0], [2, 5]]), torch.rand(3, 2).double()) if kind == "experts" else ()
-    x = x if kind != "linear" else x.detach().float().requires_grad_()
-    expected, y = module(x, *more), torch.compile(module, fullgraph=True, backend="aot_eager")(x, *more)
+    module, x = filled(kind, name), input_of(kind)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    if kind == "embedding":
+        assert torch.equal(compiled(x), module(x))
+        return
+    x.requires_grad_()
+    expected, y = outputs(kind, module, x), outputs(kind, compiled, x)
     assert torch.equal(y, expected)
-    if kind != "embedding":
-        assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)))
+    assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)))
 
 
 @pytest.mark.parametrize("code", [[*range(-8, 8)], torch.arange(-8.0, 8.0), (*map(float, range(-8, 8)),)])
