@@ -354,49 +354,6 @@ def test_an_adapter_knows_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert integration.check_base(other, tmp_path) is None
 
 
-def test_an_adapter_trained_on_bitsandbytes(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    make().save_pretrained(tmp_path / "dense")
-    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", quantization_config=BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=torch.bfloat16)
-    )
-    trained = adapted(theirs)
-    trained.save_pretrained(tmp_path / "adapter")
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=QLoRAConfig())
-    ours = PeftModel.from_pretrained(ours, tmp_path / "adapter")
-    expected = logits(trained)
-    assert (logits(ours) - expected).norm() < 0.02 * expected.norm()
-
-
-def test_trainer_runs_unchanged(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-
-    make().save_pretrained(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=QLoRAConfig())
-    model = adapted(model, init_lora_weights=True)
-    rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(8)]
-    arguments = TrainingArguments(
-        output_dir=tmp_path / "run",
-        max_steps=4,
-        save_steps=4,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    checkpoint = tmp_path / "run" / "checkpoint-4"
-    assert integration.check_base(model, checkpoint, "refuse") is True
-
-
 def test_a_base_is_saved_under_its_adapter(tmp_path: Path) -> None:
     """Under the names that it has without the adapter, and without the adapter's tensors."""
     from safetensors.torch import load_file
