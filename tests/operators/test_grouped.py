@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from accuracy import assert_accurate
-from grouped_samples import OPS, SKEWED, GroupedSample, grouped_sample
+from grouped_samples import KINDS, OPS, SKEWED, GroupedSample, grouped_sample
 from qlora_ext.weight import operands
 from samples import DEVICES, DTYPES
 
@@ -101,6 +101,24 @@ def test_empty(device: str) -> None:
         da, db = OPS.grouped_linear_nf4_dlora(s.dy(), s.x, offsets, a, b, 0.5)
         assert (y.shape, dx.shape, da.shape, db.shape) == ((unassigned, 24), (unassigned, 64), a.shape, b.shape)
         assert not any(t.any() for t in (y, dx, da, db))
+
+
+@every_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_arguments_give_the_same_bits(kind: str, dtype: torch.dtype, device: str) -> None:
+    s = KINDS[kind](6, 40, 128, dtype=dtype, device=device, dropout_p=0.5)
+    dy = s.dy()
+    expected = s.forward(), s.dx(dy), *s.dlora(dy)
+    s.x, dy = (t.t().contiguous().t() for t in (s.x, dy))
+    s.lora_a = s.lora_a.mT.contiguous().mT
+    s.lora_b = torch.stack([s.lora_b, s.lora_b], -1)[..., 0]
+    if kind == "linear":  # the bias of experts is read row by row, and must be contiguous
+        s.bias = torch.stack([s.bias, s.bias], -1)[..., 0]
+    else:
+        s.offsets = torch.stack([s.offsets, s.offsets], 1)[:, 0]
+    assert not any(t.is_contiguous() for t in (s.x, dy, s.lora_a, s.lora_b))
+    assert all(map(torch.equal, expected, (s.forward(), s.dx(dy), *s.dlora(dy))))
 
 
 @every_device

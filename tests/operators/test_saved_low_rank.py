@@ -15,7 +15,7 @@ from samples import DEVICES, DTYPES, linear_sample
 OPS = torch.ops.qlora
 every_device = pytest.mark.parametrize("device", DEVICES)
 # CUDA splits the sums over more than 1024 tokens.
-PROBLEMS = [*(("linear", m) for m in (1, 3, 16, 33, 70, 1300, (2, 70))), ("experts", 211)]
+PROBLEMS = [*(("linear", m) for m in (1, 16, 33, 1300, (2, 70))), ("experts", 211)]
 
 
 @every_device
