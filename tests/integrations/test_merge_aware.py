@@ -211,12 +211,12 @@ def test_writes_behind_the_back_of_torch_are_noticed(encoded: list[int]) -> None
 
 def test_a_saved_adapter_restores_its_format(tmp_path: Path) -> None:
     model = drawn()
-    base = fingerprint(model)
+    of_base = fingerprint(model)
     integration.set_merge_aware(model, code="mxfp4")
     expected = of_ids(model)
     model.save_pretrained(tmp_path)
     record = json.loads((tmp_path / integration.BASE_FILE).read_text())
-    assert (record["merge_aware"], record["fingerprint"]) == ("mxfp4", base)
+    assert (record["merge_aware"], record["fingerprint"]) == ("mxfp4", of_base)
     other = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
     assert torch.equal(of_ids(other), expected)
     assert integration.check_base(other, tmp_path) is True
