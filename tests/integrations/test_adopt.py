@@ -241,11 +241,11 @@ def test_unsupported_layers_are_unchanged_and_counted() -> None:
             "ours": bare(),
             "dense": nn.Linear(8, 8),
             "fp4": bare(quant_type="fp4"),
-            "fp4, not moved yet": bnb.nn.Linear4bit(64, 32, quant_type="fp4"),
             "int8": bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False),
             "foreign": foreign,
             "lost": lost,
             "doubled": doubled,
+            "fp4, not moved yet": bnb.nn.Linear4bit(64, 32, quant_type="fp4"),
             "absent": bnb.nn.Linear4bit(64, 32, quant_type="nf4", device="meta"),
         }
     )
@@ -253,11 +253,11 @@ def test_unsupported_layers_are_unchanged_and_counted() -> None:
     adoption = qlora_ext.adopt(model)
     assert adoption.adopted == ("ours", "fp4")
     reasons = {
-        "fp4, not moved yet": "has not quantized yet",
         "int8": "int8",
         "foreign": "expected bitsandbytes' own code values",
         "lost": "quant_state is lost",
         "doubled": "Doubled, which has its own forward",
+        "fp4, not moved yet": "has not quantized yet",
         "absent": "its weight is offloaded",
     }
     assert adoption.left.keys() == reasons.keys()
