@@ -189,7 +189,7 @@ def test_a_wrong_argument_of_the_stack_is_named(name: str, value: object, text: 
         and value.dtype == torch.int64
         and not value.is_meta
     ):
-        text = "offsets: expected (ascending row numbers up to 0|a dense)"
+        text = "offsets: expected (ascending row numbers up to 0|a dense|shape)"
     with pytest.raises(ValueError, match=text):
         operator(**{**good, name: value})
 
