@@ -192,12 +192,12 @@ def _write_nested(w4: Weight4bit) -> Tensor:
 
 def _ue4m3_table() -> Tensor:
     """The values of ggml's unsigned E4M3, which ignores the sign, and whose code 0x7F, NaN elsewhere, is zero."""
-    table = scale_tables.e4m3_table(torch.device("cpu")).abs()
+    table = scale_tables.e4m3_table().abs()
     table[0x7F], table[0xFF] = 0.0, 480.0
     return table
 
 
-_E8M0 = scale_tables.e8m0_table(torch.device("cpu"))
+_E8M0 = scale_tables.e8m0_table()
 _UE4M3 = _ue4m3_table()
 _TABLES = {"MXFP4": _E8M0, "NVFP4": _UE4M3}
 _INTEGERS = torch.arange(256, dtype=torch.float32, device="cpu")
