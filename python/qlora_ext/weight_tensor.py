@@ -7,7 +7,7 @@ import hashlib
 import math
 import reprlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -386,7 +386,7 @@ class Weight4bit(Tensor):
             raise ValueError(
                 f"scales: expected float32 or nested8 without offsets, got {form}, which bitsandbytes lacks"
             )
-        return bitsandbytes_format.write(cast(bitsandbytes_format.Fields, self.fields), prefix)
+        return bitsandbytes_format.write(self, prefix)
 
 
 class NF4Weight(Weight4bit):

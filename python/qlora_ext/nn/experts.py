@@ -202,11 +202,7 @@ class Experts4bit(Packed4bit):
 
     def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight ``name``, with its shape in the dense module."""
-        w4 = self.packed_weight(name)
-        shape = self._shapes[name]
-        out = torch.empty(shape, dtype=dtype or w4.dtype, device=w4.device)
-        for e in range(shape[0]):
-            out[e] = w4.matrix(e).dequantize(out.dtype)
+        out = self.packed_weight(name).dequantize(dtype)
         return out.transpose(1, 2).contiguous() if self.is_transposed else out
 
     def to_experts(self, dtype: torch.dtype | None = None, weights: dict[str, Tensor] | None = None) -> nn.Module:

@@ -229,10 +229,6 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         autocast = autocast_dtype(x.device.type)
         return (self.compute_dtype, x.dtype) if autocast is None else (autocast, autocast)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight [N, K], in ``dtype`` or ``weight_dtype``."""
-        return self.weight4bit.dequantize(dtype)
-
     def to_linear(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Linear:
         """The dense layer for this one, in ``dtype`` or ``weight_dtype``.
 

@@ -482,6 +482,10 @@ class PackedWeight4bit(Packed4bit):
         """Stores ``w4``, which has the dense weight's shape; see ``set_packed``."""
         self.set_packed("weight", w4)
 
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded weight, in ``dtype`` or ``weight_dtype``."""
+        return self.packed_weight().dequantize(dtype)
+
 
 def layers_of(model: nn.Module) -> Iterable[tuple[str, Packed4bit]]:
     """The 4-bit modules of ``model`` with their names.

@@ -78,53 +78,41 @@ def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(directory: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any] | None]:
+def _read(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record of the adapter in ``directory``; empty if it has none.
+
+    Raises:
+        ValueError: a value is invalid, or the file is damaged or of a newer version.
+    """
     path = pathlib.Path(directory) / BASE_FILE
     if not path.is_file():
-        return path, None
+        return {}
     record: dict[str, Any] = read_json(path, _SCHEMA)
     if record["format_version"] != FORMAT_VERSION:
         raise FileError(f"{path}: expected format_version {FORMAT_VERSION}, got {record['format_version']}")
-    return path, record
+    p, aware, read_in = (record.get(name) for name in ("lora_dropout", "merge_aware", "base_format"))
+    if p is not None and not 0.0 <= p <= 1.0:
+        raise FileError(f"{path}: expected a probability from 0 to 1 as lora_dropout, got {p}")
+    if isinstance(aware, str) and aware and aware not in SERVED_FORMATS:
+        raise FileError(f"{path}: expected merge_aware to be {', '.join(SERVED_FORMATS)} or true, got {excerpt(aware)}")
+    if read_in not in (None, *READ_IN):
+        raise FileError(f"{path}: expected base_format to be {', '.join(READ_IN)}, got {excerpt(str(read_in))}")
+    return record
 
 
 def recorded_dropout(directory: str | os.PathLike[str]) -> float | None:
-    """The dropout of the adapter in ``directory`` if ``write_base`` recorded one, else None.
-
-    Raises:
-        ValueError: it is not a probability, or the file is damaged or of a newer version.
-    """
-    path, record = _read(directory)
-    p: float | None = (record or {}).get("lora_dropout")
-    if p is not None and not 0.0 <= p <= 1.0:
-        raise FileError(f"{path}: expected a probability from 0 to 1 as lora_dropout, got {p}")
-    return p
+    """The dropout of the adapter in ``directory`` if ``write_base`` recorded one, else None. Errors are ``_read``'s."""
+    return _read(directory).get("lora_dropout")
 
 
 def recorded_merge_aware(directory: str | os.PathLike[str]) -> str | bool:
-    """The format for which the adapter in ``directory`` was trained merge-aware; True for the base's own.
-
-    Raises:
-        ValueError: there is no such format, or the file is damaged or of a newer version.
-    """
-    path, record = _read(directory)
-    aware: str | bool = (record or {}).get("merge_aware") or False
-    if isinstance(aware, str) and aware not in SERVED_FORMATS:
-        raise FileError(f"{path}: expected merge_aware to be {', '.join(SERVED_FORMATS)} or true, got {excerpt(aware)}")
-    return aware
+    """The format for which the adapter in ``directory`` was trained merge-aware; True for the base's own."""
+    return _read(directory).get("merge_aware") or False
 
 
 def recorded_base_format(directory: str | os.PathLike[str]) -> str | None:
-    """``QLoRAConfig.served`` of the base on which the adapter in ``directory`` was trained; None for NF4.
-
-    Raises:
-        ValueError: there is no such format, or the file is damaged or of a newer version.
-    """
-    path, record = _read(directory)
-    read_in: str | None = (record or {}).get("base_format")
-    if read_in not in (None, *READ_IN):
-        raise FileError(f"{path}: expected base_format to be {', '.join(READ_IN)}, got {excerpt(str(read_in))}")
-    return read_in
+    """``QLoRAConfig.served`` of the base on which the adapter in ``directory`` was trained; None for NF4."""
+    return _read(directory).get("base_format")
 
 
 def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatch: OnMismatch) -> bool | None:
@@ -141,8 +129,8 @@ def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatc
     """
     if not is_4bit(model):
         return None
-    _, record = _read(directory)
-    if record is None:
+    record = _read(directory)
+    if not record:
         return None
     served = served_in(model)
     same_format = served is not None and record.get("merge_aware") == served.code

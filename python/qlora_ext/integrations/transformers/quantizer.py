@@ -13,7 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from ... import _library
+from ..._library import cuda_is_usable
 from ...bitsandbytes_format import COMPANIONS
 from ...form import Form
 from ...nn import (
@@ -115,11 +115,10 @@ class QLoRAQuantizer(HfQuantizer):
                 raise ValueError(f"device_map: expected one device for a streamed model, got {device_map}")
             self.streaming_device = devices.pop()
             if self.streaming_device in (None, "auto"):  # a streamed model fits one device
-                on_cuda = _library.cuda_error is None and torch.cuda.is_available()
-                self.streaming_device = torch.cuda.current_device() if on_cuda else "cpu"
+                self.streaming_device = torch.cuda.current_device() if cuda_is_usable() else "cpu"
             return {"": "cpu"}
         # A quantized model goes to the GPU if there is one, as for bitsandbytes.
-        if device_map is None and _library.cuda_error is None and torch.cuda.is_available():
+        if device_map is None and cuda_is_usable():
             return {"": torch.cuda.current_device()}
         return device_map
 
