@@ -327,8 +327,7 @@ def _several(
         if isinstance(seed, int | Tensor):
             raise ValueError(f"seed: expected None, since each adapter has a seed, got {reprlib.repr(seed)}")
         seed = 0
-    of_row = adapter_of_each_row(adapter_of_row, x)
-    last = of_row, stacked.rank_offsets, stacked.scalings, stacked.seeds, stacked.max_rank
+    last = stacked.arguments(adapter_of_each_row(adapter_of_row, x))
     return stacked.lora_a, stacked.lora_b, 1.0, seed, last
 
 

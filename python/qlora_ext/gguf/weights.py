@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -370,3 +370,15 @@ class GGUFWeights:
         if len(factors) != count or not np.isfinite(factors).all():
             raise FileError(f"{self._where(scale.tensor)}: expected {count} finite factors, got {excerpt(factors)}")
         return factors
+
+
+def source_of(config: QLoRAConfig) -> GGUFSource:
+    """The source of the file that transformers opens for a model with ``config``."""
+    from .source import GGUFSource
+
+    def opened(files: Sequence[str], model: Any) -> GGUFWeights:
+        weights = GGUFWeights(files[0], model)
+        weights.check_complete()
+        return weights
+
+    return GGUFSource(config, opened)

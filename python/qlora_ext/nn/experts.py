@@ -67,9 +67,7 @@ class ExpertsLora(NamedTuple):
 
     def several(self) -> tuple[Any, ...]:
         """The last arguments of the operators, which describe several adapters; none of one adapter."""
-        if not isinstance(self.a, StackedAdapters):
-            return ()
-        return self.adapter_of_row, self.a.rank_offsets, self.a.scalings, self.a.seeds, self.a.max_rank
+        return self.a.arguments(self.adapter_of_row) if isinstance(self.a, StackedAdapters) else ()
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -270,7 +268,7 @@ class Experts4bit(Packed4bit):
     def _some_experts(self, name: str, experts: list[int]) -> Weight4bit:
         """The stacked weights of some experts of a streamed module."""
         assert self.residency is not None
-        w4 = self._as_weight(name, self.residency.read_experts(name, experts))
+        w4 = self._as_weight(name, self.residency.read_experts(self, name, experts))
         return w4.replace(shape=torch.Size((len(experts), *w4.shape[1:])))
 
     def forward(
@@ -355,5 +353,5 @@ def _grouped_streamed(
         w4 = experts._some_experts(name, chosen.tolist())
         dense = tuple(None if t is None else t.index_select(0, chosen) for t in dense)
         return experts._grouped(w4, x, offsets[chosen], dense, numbers, several)
-    with experts.residency.lend(name) as packed:
+    with experts.residency.lend(experts, name) as packed:
         return experts._grouped(experts._as_weight(name, packed), x, offsets, dense, numbers, several)

@@ -8,7 +8,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +30,6 @@ _SCHEMA: Schema = {
     "merge_aware?": (bool, str),
     "base_format?": str,
 }
-
-OnMismatch = Literal["refuse", "warn", "ignore"]
 
 
 def is_4bit(model: nn.Module) -> bool:
@@ -78,7 +76,7 @@ def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_base(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The record of the adapter in ``directory``; empty if it has none.
 
     Raises:
@@ -101,51 +99,18 @@ def _read(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def recorded_dropout(directory: str | os.PathLike[str]) -> float | None:
-    """The dropout of the adapter in ``directory`` if ``write_base`` recorded one, else None. Errors are ``_read``'s."""
-    return _read(directory).get("lora_dropout")
+    """The dropout of the adapter in ``directory`` if ``write_base`` recorded one, else None."""
+    return read_base(directory).get("lora_dropout")
 
 
 def recorded_merge_aware(directory: str | os.PathLike[str]) -> str | bool:
     """The format for which the adapter in ``directory`` was trained merge-aware; True for the base's own."""
-    return _read(directory).get("merge_aware") or False
+    return read_base(directory).get("merge_aware") or False
 
 
 def recorded_base_format(directory: str | os.PathLike[str]) -> str | None:
     """``QLoRAConfig.served`` of the base on which the adapter in ``directory`` was trained; None for NF4."""
-    return _read(directory).get("base_format")
-
-
-def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatch: OnMismatch) -> bool | None:
-    """Whether ``model`` is the 4-bit base that the adapter in ``directory`` was trained on.
-
-    Args:
-        on_mismatch: "refuse" raises a ValueError, "warn" warns, "ignore" only returns.
-
-    Returns:
-        True or False, or None if the adapter has no record (PEFT alone wrote it) or the model is not 4-bit.
-
-    Raises:
-        ValueError: the base is another one, with "refuse"; or the record is damaged or of a newer version.
-    """
-    if not is_4bit(model):
-        return None
-    record = _read(directory)
-    if not record:
-        return None
-    served = served_in(model)
-    same_format = served is not None and record.get("merge_aware") == served.code
-    found = served.fingerprint if served is not None and same_format else fingerprint(model)
-    if found == record["fingerprint"]:
-        return True
-    message = (
-        f"{directory}: this adapter was trained on another 4-bit base: expected fingerprint "
-        f"{excerpt(record['fingerprint'][:12])}, got {found[:12]}"
-    )
-    if on_mismatch == "refuse":
-        raise ValueError(message)
-    if on_mismatch == "warn":
-        warnings.warn(message, stacklevel=3)
-    return False
+    return read_base(directory).get("base_format")
 
 
 @contextlib.contextmanager

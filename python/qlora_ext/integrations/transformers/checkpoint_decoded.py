@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ...checkpoints import MLX, Settings
@@ -38,8 +37,7 @@ class DecodedWeight:
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
-        return sorted(self.matrix.tensors.values(), key=core_model_loading.dot_natural_key)
+        return self.matrix.names
 
     def read(self, by_key: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The decoded weight.
