@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import bitsandbytes_format, formats, weight_ops
 from ._internal.integrate import integrate
-from ._internal.loans import PackedTensors
+from ._internal.shared_buffers import PackedTensors
 from .dtype_names import name_of
 from .form import Form
 

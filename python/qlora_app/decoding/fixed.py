@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from qlora_ext.integrations.peft.calls import chooses_adapters_by_sample
+from qlora_ext.integrations.peft.call_cache import chooses_adapters_by_sample
 
 Entry = tuple[dict[str, Any], str]  # a dict of a module, and a key that it may have
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from qlora_ext.adapters import StackedAdapters
-from qlora_ext.integrations.peft.calls import chooses_adapters_by_sample
+from qlora_ext.integrations.peft.call_cache import chooses_adapters_by_sample
 from qlora_ext.integrations.peft.linear import LoraLinear4bit
 from qlora_ext.nn import Linear4bit
 

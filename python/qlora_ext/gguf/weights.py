@@ -30,7 +30,7 @@ from .rows import Rows
 if TYPE_CHECKING:
     from ..form import Form
     from ..integrations.transformers import QLoRAConfig
-    from .source import GGUFSource
+    from .gguf_source import GGUFSource
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 18  # elements that are read at a time
@@ -192,7 +192,7 @@ class GGUFWeights:
         return self._source(QLoRAConfig()).forms(self._model)
 
     def _source(self, config: QLoRAConfig) -> GGUFSource:
-        from .source import GGUFSource
+        from .gguf_source import GGUFSource
 
         source = GGUFSource(config, lambda files, model: self)
         source.forms(self._model)
@@ -374,7 +374,7 @@ class GGUFWeights:
 
 def source_of(config: QLoRAConfig) -> GGUFSource:
     """The source of the file that transformers opens for a model with ``config``."""
-    from .source import GGUFSource
+    from .gguf_source import GGUFSource
 
     def opened(files: Sequence[str], model: Any) -> GGUFWeights:
         weights = GGUFWeights(files[0], model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._internal.dynamo import outside_graphs
-from .._internal.loans import PackedTensors
+from .._internal.shared_buffers import PackedTensors
 from ..adapters import StackedAdapters, adapter_of_each_row
 from ..autograd import call_linear, draw_seed, in_order_of
 from ..form import Form, FormKeywords

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import cpu, ops
-from .._internal.loans import Loan, PackedTensors
+from .._internal.shared_buffers import Loan, PackedTensors
 from ..form import Form
 from ..weight import TENSORS, Weight4bit, quantize, weight_of
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._internal.loans import PackedTensors
+from .._internal.shared_buffers import PackedTensors
 from ..calibration.stages import stacks_of
 from ..nn import Embedding4bit, Experts4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._internal.loans import PackedTensors, set_lender
+from .._internal.shared_buffers import PackedTensors, set_owner
 from ..nn import Experts4bit, Packed4bit, layers_of
 from ..nn.model import Model
 from ..sizes import parse_size
@@ -108,7 +108,7 @@ class Streaming:
     def _views(self, index: int, slot: Slot) -> dict[tuple[Packed4bit, str], PackedTensors]:
         views = self.blocks[index].views(slot.memory)
         for (module, weight), tensors in views.items():
-            set_lender(tensors[0], functools.partial(self.lend, module, weight))
+            set_owner(tensors[0], functools.partial(self.lend, module, weight))
         return views
 
     def _use(self, index: int) -> Slot:

@@ -22,6 +22,7 @@ from ...untrusted import excerpt, printable
 from .._patches import extend
 from . import loftq as loftq
 from . import methods as methods
+from .adapter_loading import loading
 from .base_file import (
     BASE_FILE,
     FORMAT_VERSION,
@@ -32,12 +33,11 @@ from .base_file import (
     write_base,
 )
 from .experts import set_dropout
-from .gradients import inert_adapters
-from .initial import initialize_lora
+from .initial_values import initialize_lora
 from .linear import LoraLinear4bit, cast_fused
-from .loading import loading
 from .merge import MergeError, merge_calibrated, merge_to_4bit
 from .merge_aware import served_in, set_merge_aware
+from .unreached_adapters import inert_adapters
 
 __all__ = [
     "BASE_FILE",

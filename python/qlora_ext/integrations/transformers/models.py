@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ...nn import Packed4bit
 from ...nn.dense_16bit import Dense16bit
 from .._patches import extend
-from .checkpoint import CheckpointSource
+from .checkpoint.checkpoint_source import CheckpointSource
 from .config import METHOD, QLoRAConfig
 from .deferred import has_deferred, write_file
 from .model_card import OursMetadata, write_card

@@ -32,11 +32,11 @@ from ...nn import (
     report_coverage,
     tied_heads,
 )
-from ...nn.dense_16bit import multiply_in_float32
+from ...nn.compute_dtype import multiply_in_float32
 from ...streaming import stream
 from ...weight import Weight4bit
-from . import conversions
-from .checkpoint_files import check_dense
+from . import safe_conversions
+from .checkpoint.headers import check_dense
 from .config import METHOD, QLoRAConfig
 from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
@@ -52,8 +52,8 @@ from .modules import (
     packed_weights,
     refuse_split_experts,
 )
-from .source import Source
 from .stored_config import forget_mlx
+from .weight_source import Source
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -265,7 +265,7 @@ class QLoRAQuantizer(HfQuantizer):
                     setattr(parent, name, replacement)
 
     def get_quantize_ops(self) -> Any:
-        from .loading import Quantize
+        from .weight_operations import Quantize
 
         return Quantize(self.quantize, self.mapped_files.release, self.not_finite, self.qlora_config._spill)
 
@@ -274,7 +274,7 @@ class QLoRAQuantizer(HfQuantizer):
             return []
         from transformers.core_model_loading import WeightConverter
 
-        from .loading import LoadBitsandbytes
+        from .weight_operations import LoadBitsandbytes
 
         sources = [*(f"weight.{name}" for name in COMPANIONS), "weight"]
         return [WeightConverter(sources, "weight", operations=[LoadBitsandbytes(self)])]
@@ -317,7 +317,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         if self.reads_our_format:
-            weight_conversions = conversions.for_loading(model, weight_conversions)
+            weight_conversions = safe_conversions.for_loading(model, weight_conversions)
         if self.source is not None:
             weight_conversions = self.source.conversions(weight_conversions)
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
@@ -331,7 +331,7 @@ class QLoRAQuantizer(HfQuantizer):
             model._weight_conversions = self.conversions = self.source.prepare_saving(found or [])
         else:
             self.conversions = found
-            model._weight_conversions = conversions.for_saving(model, found)
+            model._weight_conversions = safe_conversions.for_saving(model, found)
 
     @property
     def _saves_source(self) -> bool:

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ...checkpoints import LOAD_ORIGINAL, MLX, Settings, format_of, joined, mxfp4, retained_of
-from ...checkpoints.rows import alternating_rows, grouped_rows, select_rows
-from ...form import Form
-from ...nn import Linear4bit, Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
-from ...untrusted import excerpt, printable
-from ...weight import Weight4bit
-from .checkpoint_decoded import DecodedWeight, decoded_weights
-from .checkpoint_experts import DenseExperts, alternates, dense_experts
-from .checkpoint_files import Header, Names, map_tensors, patterns_of, read_headers
-from .checkpoint_fp8 import ScaledWeight, scaled_weights
-from .checkpoint_operations import OriginalNames, PackedTensors, module_of
-from .checkpoint_weights import Matrix, StoredWeight, experts_of
-from .deferred import deferred, dtype_of
-from .modules import BaseNames, check_complete, empty_layer
-from .source import Source
+from ....checkpoints import LOAD_ORIGINAL, MLX, Settings, format_of, joined, mxfp4, retained_of
+from ....checkpoints.rows import alternating_rows, grouped_rows, select_rows
+from ....form import Form
+from ....nn import Linear4bit, Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
+from ....untrusted import excerpt, printable
+from ....weight import Weight4bit
+from ..deferred import deferred, dtype_of
+from ..modules import BaseNames, check_complete, empty_layer
+from ..weight_source import Source
+from .decoded_weights import DecodedWeight, decoded_weights
+from .expert_stacks import DenseExperts, alternates, dense_experts
+from .fp8_weights import ScaledWeight, scaled_weights
+from .headers import Header, Names, map_tensors, patterns_of, read_headers
+from .operations import OriginalNames, PackedTensors, module_of
+from .stored_weights import Matrix, StoredWeight, experts_of
 
 # The tensor with the codes is the first of these that a format has.
 _CODES = ("weight_packed", "qweight", "blocks", "weight")

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...untrusted import excerpt, printable
-from .checkpoint_files import Header, Names
-from .checkpoint_weights import Matrix
+from ....untrusted import excerpt, printable
+from .headers import Header, Names
+from .stored_weights import Matrix
 
 # Dtypes of safetensors that hold codes, not values.
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U8", "I8", "I16", "I32", "U32")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor
 from transformers import core_model_loading
 
-from ...checkpoints import Settings
+from ....checkpoints import Settings
 
 
 def in_order_of_reading(names: Iterable[str]) -> list[str]:

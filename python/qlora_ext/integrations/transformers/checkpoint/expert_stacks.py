@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import core_model_loading
 
-from ...checkpoints.rows import alternating_rows, grouped_rows
-from ...untrusted import excerpt, printable
-from .checkpoint_files import PARTS, Header, Names, patterns_of
-from .checkpoint_weights import in_order_of_reading
+from ....checkpoints.rows import alternating_rows, grouped_rows
+from ....untrusted import excerpt, printable
+from .headers import PARTS, Header, Names, patterns_of
+from .stored_weights import in_order_of_reading
 
 
 def alternates(experts: nn.Module) -> bool:

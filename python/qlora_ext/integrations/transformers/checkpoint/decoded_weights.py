@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ...checkpoints import MLX, Settings
-from ...nn import dense_modules, paths_to
-from .checkpoint_files import Header, Names, map_tensors
-from .checkpoint_operations import module_of
-from .checkpoint_weights import Matrix
-from .modules import packed_weights
+from ....checkpoints import MLX, Settings
+from ....nn import dense_modules, paths_to
+from ..modules import packed_weights
+from .headers import Header, Names, map_tensors
+from .operations import module_of
+from .stored_weights import Matrix
 
 
 @dataclasses.dataclass
