@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
+from ...dtype_names import name_of
 from ...formats import NF4
 from ...nn import CONVERSIONS, Linear4bit, layers_of
 from ..transformers import QLoRAConfig, QLoRAQuantizer, attach
@@ -38,7 +39,7 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
     codes = {layer.form.code for layer in layers}
     if len(codes) != 1:
         raise ValueError(f"model: expected 4-bit layers of one code, got {', '.join(sorted(codes))}")
-    compute_dtypes = {str(layer.compute_dtype).removeprefix("torch.") for layer in layers}
+    compute_dtypes = {name_of(layer.compute_dtype) for layer in layers}
     if len(compute_dtypes) != 1:
         raise ValueError(f"model: expected 4-bit layers of one compute dtype, got {sorted(compute_dtypes)}")
     return BitsAndBytesConfig(

@@ -20,7 +20,6 @@ from torch import nn
 from ...fingerprint import fingerprint
 from ...untrusted import excerpt, printable
 from .._patches import extend
-from . import loftq as loftq
 from . import methods as methods
 from .adapter_loading import loading
 from .base_file import (
