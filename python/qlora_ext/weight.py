@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -31,12 +32,7 @@ def _refuse_non_finite(w: Tensor, w4: Weight4bit) -> None:
         raise ValueError(
             f"w: expected values whose scales are finite in {w4.form.scales}, got magnitudes up to {w.abs().max():g}"
         )
-    flat = int(bad[0])
-    index = []
-    for size in reversed(w.shape):
-        index.append(flat % size)
-        flat //= size
-    where = tuple(reversed(index))
+    where = tuple(map(int, np.unravel_index(int(bad[0]), w.shape)))
     blocks, bad_blocks = -(-w.numel() // w4.block_size), (bad // w4.block_size).unique().numel()
     raise ValueError(
         f"w: expected finite values, got {w[where].item()} at index {list(where)} "
