@@ -265,12 +265,6 @@ class Experts4bit(Packed4bit):
             offsets=offsets,
         )
 
-    def _some_experts(self, name: str, experts: list[int]) -> Weight4bit:
-        """The stacked weights of some experts of a streamed module."""
-        assert self.residency is not None
-        w4 = self._as_weight(name, self.residency.read_experts(self, name, experts))
-        return w4.replace(shape=torch.Size((len(experts), *w4.shape[1:])))
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -350,7 +344,8 @@ def _grouped_streamed(
     if x.shape[0] < offsets.shape[0]:  # some experts have no token and are not loaded
         before = torch.cat([offsets.new_zeros(1), offsets[:-1]])
         chosen = (offsets > before).nonzero().squeeze(1)
-        w4 = experts._some_experts(name, chosen.tolist())
+        w4 = experts._as_weight(name, experts.residency.read_experts(experts, name, chosen.tolist()))
+        w4 = w4.replace(shape=torch.Size((len(chosen), *w4.shape[1:])))
         dense = tuple(None if t is None else t.index_select(0, chosen) for t in dense)
         return experts._grouped(w4, x, offsets[chosen], dense, numbers, several)
     with experts.residency.lend(experts, name) as packed:

@@ -315,11 +315,6 @@ class Packed4bit(nn.Module, abc.ABC):
         shape = self.packed_shapes[name]
         return weight_of(self.form, **tensors._asdict(), shape=shape, dtype=dtype or self.weight_dtype)
 
-    def freeze_packed(self) -> None:
-        """Clears ``requires_grad`` of the packed state, which other code may have set for all parameters."""
-        for t in self.packed_state().values():
-            t.requires_grad_(False)
-
     def quantize(self, w: Tensor) -> Weight4bit:
         """Quantizes a dense weight of this module to the module's form."""
         return quantize(w, self.form)

@@ -239,7 +239,6 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._check_loaded(model)
         for _, layer in layers_of(model):
-            layer.freeze_packed()
             layer.join()
         del self.places
         align(model)

@@ -297,7 +297,6 @@ class QLoRAQuantizer(HfQuantizer):
             if not self._saves_source:
                 self.source = self.qlora_config._source = None
         for _, layer in layers_of(model):
-            layer.freeze_packed()  # transformers makes every floating-point parameter trainable
             layer.join()
         if self.bitsandbytes_storage is not None:
             forget_bitsandbytes_keys(model)
