@@ -112,8 +112,7 @@ def quantize(w: Tensor, form: Form | str = "nf4") -> Weight4bit:
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"w: expected float32, bfloat16 or float16, got {w.dtype}")
     w = w.detach()
-    tensors: dict[str, Tensor | None] = {"nested_absmax": None, "nested_offset": None, **encoders.tensors_of(w, form)}
-    w4 = weight_of(form, **tensors, shape=w.shape, dtype=w.dtype)
+    w4 = weight_of(form, **encoders.tensors_of(w, form), shape=w.shape, dtype=w.dtype)
     if has_values(w4.packed):
         _refuse_non_finite(w, w4)
     return w4
