@@ -86,7 +86,7 @@ class AdoptedLinear4bit(FromBitsandbytes, bnb.nn.Linear4bit):
 ADOPTED: dict[type[Linear4bit], type[FromBitsandbytes]] = {Linear4bit: AdoptedLinear4bit}
 
 
-def stand_in(layer: Linear4bit) -> None:
+def look_like_linear4bit(layer: Linear4bit) -> None:
     """Changes the class of one of our layers, in place, to one that is also a ``bnb.nn.Linear4bit``."""
     layer.__class__ = ADOPTED[type(layer)]
     assert isinstance(layer, FromBitsandbytes)

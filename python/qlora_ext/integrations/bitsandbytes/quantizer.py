@@ -63,7 +63,7 @@ class LikeBitsandbytes:
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
-        stand_in_all(model)
+        look_like_bitsandbytes(model)
         announce(model)
         return model
 
@@ -123,16 +123,16 @@ def announce(model: nn.Module) -> None:
         print(f"qlora_ext: {len(codes)} linear layers in {kinds} instead of bitsandbytes'", file=sys.stderr, flush=True)
 
 
-def stand_in_all(model: Any) -> None:
+def look_like_bitsandbytes(model: Any) -> None:
     """If bitsandbytes is installed, makes ``model`` and its 4-bit layers look like bitsandbytes'."""
     if not is_bitsandbytes_available():
         return
     from . import conv1d as conv1d
-    from .layers import stand_in
+    from .layers import look_like_linear4bit
 
     for _, layer in layers_of(model):
         assert isinstance(layer, Linear4bit)
-        stand_in(layer)
+        look_like_linear4bit(layer)
     model.is_loaded_in_4bit = True
 
 
