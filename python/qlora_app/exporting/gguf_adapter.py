@@ -49,7 +49,7 @@ def prepare(request: ExportRequest) -> Job:
     from qlora_ext.dtype_names import dtype_named
     from qlora_ext.nn import Experts4bit, layers_of, quantize_model
 
-    from ..gguf.adapter import fold, places, stack_places
+    from ..gguf.adapter import fold, places
 
     if request.adapter is None:
         raise UserError(f"{_TARGET}: expected an adapter (--adapter), got a model; use --to dense")
@@ -72,10 +72,10 @@ def prepare(request: ExportRequest) -> Job:
     shapes = {name: layer.layer4bit.packed_shapes[layer.parameter_name] for name, (_, layer) in stacks.items()}
     try:
         alpha, factors = fold(scalings)
-        found = {layer: [place] for layer, place in places(architecture, model, ranks).items()}
-        found |= stack_places(architecture, model, shapes)
+        in_file = places(architecture, model, [*(f"{layer}.weight" for layer in ranks), *stacks])
     except ValueError as error:
         raise UserError(f"{_TARGET}: {first_line(error)}; use --to dense") from error
+    found = {name: in_file[name if name in stacks else f"{name}.weight"] for name in (*ranks, *stacks)}
     kept = dtype_named("float16" if request.kind == "f16" else "float32")
     state = model.state_dict()
     count = sum(rank * sum(state[f"{layer}.weight"].shape) for layer, rank in ranks.items())
