@@ -13,7 +13,7 @@ namespace qlora {
 namespace {
 
 // With a negative importance the search would look for the scale with the largest error. The CUDA operator does not
-// read the values, because that would synchronize; Feedback (calibration/encoder.py) checks them.
+// read the values, because that would synchronize; Feedback (calibration/weighted_encoding.py) checks them.
 void check_importance(const SearchAbsmaxCall& call) {
   const auto* const importance = call.importance.const_data_ptr<float>();
   for (int64_t column = 0; column < call.k; ++column) {

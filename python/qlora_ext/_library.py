@@ -163,6 +163,11 @@ def serves(archs: str, capability: tuple[int, int]) -> bool:
     return any(one(arch) for arch in archs.split(";") if arch)
 
 
+def cuda_is_usable() -> bool:
+    """Whether there is a CUDA device, and kernels for CUDA."""
+    return cuda_error is None and torch.cuda.is_available()
+
+
 def _unsupported_device(archs: str) -> str | None:
     """Why the loaded kernels cannot run on the current device; None if they can, or if there is no device."""
     if not torch.cuda.is_available():

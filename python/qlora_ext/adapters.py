@@ -40,6 +40,10 @@ class StackedAdapters(NamedTuple):
     max_rank: int
     seeds: Tensor | None = None
 
+    def arguments(self, adapter_of_row: Tensor | None) -> tuple[Any, ...]:
+        """The operator's last arguments, which describe several adapters."""
+        return adapter_of_row, self.rank_offsets, self.scalings, self.seeds, self.max_rank
+
 
 def _list(name: str, values: object, count: int) -> Sequence[Any]:
     if not isinstance(values, Sequence) or len(values) != count:

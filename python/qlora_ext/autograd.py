@@ -19,7 +19,7 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from ._internal.loans import PackedTensors, lender_of
+from ._internal.shared_buffers import PackedTensors, owner_of
 from ._library import LIBRARY
 from .adapters import StackedAdapters, adapter_of_each_row, stack_adapters
 from .arguments import arguments_of
@@ -155,11 +155,11 @@ def _forward(ctx: Any, linear: LinearOperator, args: tuple[Any, ...]) -> Tensor:
     a, needs = linear.given(*args), linear.arguments(*ctx.needs_input_grad)
     y: Tensor
     y, h = linear.with_h(*args) if needs.lora_a or needs.lora_b else (linear.kernel(*args), None)
-    ctx.lender = lender_of(a.packed)
+    ctx.owner = owner_of(a.packed)
     packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset, a.scale_table, a.block_offsets, a.offset_scale
     lora = a.lora_a, a.lora_b, a.seed_tensor, a.adapter_of_row, a.rank_offsets, a.scalings, a.seeds
     x, offsets = None if h is None else a.x, getattr(a, "offsets", None)
-    ctx.save_for_backward(x, h, offsets, *lora, *(packed if ctx.lender is None else ()))
+    ctx.save_for_backward(x, h, offsets, *lora, *(packed if ctx.owner is None else ()))
     ctx.numbers = a.block_size, a.nested_block_size, a.code
     ctx.in_features = a.x.shape[-1]
     ctx.lora_numbers, ctx.max_rank = (a.scaling, a.dropout_p, a.seed), a.max_rank
@@ -175,7 +175,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     adapters = () if others[0] is None else (*others[:4], ctx.max_rank)
     dx = g = da = db = None
     if needs.x:
-        loan = contextlib.nullcontext(PackedTensors(*others[4:])) if ctx.lender is None else ctx.lender()
+        loan = contextlib.nullcontext(PackedTensors(*others[4:])) if ctx.owner is None else ctx.owner()
         with loan as packed:
             args = dy, *rows, *operands(packed, Numbers(*ctx.numbers), ctx.in_features, *lora), *adapters
             dx, g = (linear.dx(*args), None) if h is None else linear.dx_with_g(*args)
@@ -198,8 +198,8 @@ class LinearNF4Function(torch.autograd.Function):
     lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device), code, scale_table,
     block_offsets and offset_scale; and of several adapters adapter_of_row, rank_offsets, scalings, seeds and max_rank
     (``adapters.py``).
-    Gradients reach x, bias, lora_a and lora_b. The backward saves references to the packed state (or to its lender, see
-    ``_internal/loans.py``), the adapters and the seed; and, if adapters are trained, x and
+    Gradients reach x, bias, lora_a and lora_b. The backward saves references to the packed state (or to its owner, see
+    ``_internal/shared_buffers.py``), the adapters and the seed; and, if adapters are trained, x and
     h = scaling · dropout(x) · Aᵀ [..., R]. It saves no dequantized weight and no dropout mask: it draws the mask again
     from the seed. Under autocast, x, bias and adapters are cast.
 
@@ -327,8 +327,7 @@ def _several(
         if isinstance(seed, int | Tensor):
             raise ValueError(f"seed: expected None, since each adapter has a seed, got {reprlib.repr(seed)}")
         seed = 0
-    of_row = adapter_of_each_row(adapter_of_row, x)
-    last = of_row, stacked.rank_offsets, stacked.scalings, stacked.seeds, stacked.max_rank
+    last = stacked.arguments(adapter_of_each_row(adapter_of_row, x))
     return stacked.lora_a, stacked.lora_b, 1.0, seed, last
 
 

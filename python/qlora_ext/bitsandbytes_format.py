@@ -3,8 +3,7 @@
 For a weight named ``prefix``, bitsandbytes saves ``prefix`` (the packed codes, in any storage dtype),
 ``prefix.absmax``, ``prefix.quant_map`` (the 16 code values), ``prefix.quant_state.bitsandbytes__nf4`` or ``..._fp4``
 (JSON as a uint8 tensor) and, with double quantization, ``prefix.nested_absmax`` and ``prefix.nested_quant_map`` (the
-256 values of its 8-bit code). This module imports neither bitsandbytes nor ``Weight4bit``: a weight is passed as its
-fields.
+256 values of its 8-bit code). This module does not import bitsandbytes.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _C, formats, ops
+from .dtype_names import name_of
 from .untrusted import excerpt, parse_json
 
 CODES = (formats.NF4, "fp4")  # the codes that bitsandbytes has
@@ -34,20 +34,6 @@ COMPANIONS = (
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_JSON_BYTES = 65536  # bitsandbytes writes about 200
-
-
-class Fields(TypedDict):
-    """The fields of a ``Weight4bit``, which describes them."""
-
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    shape: torch.Size
-    dtype: torch.dtype
-    block_size: int
-    nested_block_size: int
-    code: str
 
 
 def _code_values(code: str) -> Tensor:
@@ -135,8 +121,8 @@ def _offset(name: str, value: Any, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=device)
 
 
-def read(state_dict: Mapping[str, Tensor], prefix: str, codes: Sequence[str] = (formats.NF4,)) -> Fields:
-    """The weight that bitsandbytes (>= 0.41) saved under the name ``prefix``; see ``NF4Weight.from_bitsandbytes``.
+def read(state_dict: Mapping[str, Tensor], prefix: str, codes: Sequence[str] = (formats.NF4,)) -> dict[str, Any]:
+    """The fields of the weight that bitsandbytes saved under the name ``prefix``; see ``NF4Weight.from_bitsandbytes``.
 
     The codes may have any storage dtype (``bnb_4bit_quant_storage``), because only their bytes are read. Scales stay on
     their device.
@@ -190,30 +176,28 @@ def read(state_dict: Mapping[str, Tensor], prefix: str, codes: Sequence[str] = (
     }
 
 
-def write(weight: Fields, prefix: str) -> dict[str, Tensor]:
-    """The keys and tensors, to the byte, that bitsandbytes saves for ``weight`` under the name ``prefix``."""
-    code = weight["code"]
-    device, nested_absmax, nested_offset = (weight["packed"].device, weight["nested_absmax"], weight["nested_offset"])
+def write(w4: Any, prefix: str) -> dict[str, Tensor]:
+    """The keys and tensors, to the byte, that bitsandbytes saves for a ``Weight4bit`` under the name ``prefix``."""
     state: dict[str, Any] = {
-        "quant_type": code,
-        "blocksize": weight["block_size"],
-        "dtype": str(weight["dtype"]).removeprefix("torch."),
-        "shape": list(weight["shape"]),
+        "quant_type": w4.code,
+        "blocksize": w4.block_size,
+        "dtype": name_of(w4.dtype),
+        "shape": list(w4.shape),
     }
     tensors = {
-        prefix: weight["packed"].reshape(-1, 1),
-        f"{prefix}.absmax": weight["absmax"],
-        f"{prefix}.quant_map": _code_values(code).to(device, copy=True),
+        prefix: w4.packed.reshape(-1, 1),
+        f"{prefix}.absmax": w4.absmax,
+        f"{prefix}.quant_map": _code_values(w4.code).to(w4.packed.device, copy=True),
     }
-    if nested_absmax is not None and nested_offset is not None:
+    if w4.double_quant:
         state |= {
-            "nested_blocksize": weight["nested_block_size"],
+            "nested_blocksize": w4.nested_block_size,
             "nested_dtype": "float32",
-            "nested_offset": nested_offset.item(),
+            "nested_offset": w4.nested_offset.item(),
         }
-        tensors[f"{prefix}.nested_absmax"] = nested_absmax
-        tensors[f"{prefix}.nested_quant_map"] = _nested_code_values().to(device, copy=True)
-    tensors[f"{prefix}.{_STATE_PREFIX}{code}"] = torch.tensor(
+        tensors[f"{prefix}.nested_absmax"] = w4.nested_absmax
+        tensors[f"{prefix}.nested_quant_map"] = _nested_code_values().to(w4.packed.device, copy=True)
+    tensors[f"{prefix}.{_STATE_PREFIX}{w4.code}"] = torch.tensor(
         list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu"
     )
     return tensors

@@ -1,4 +1,4 @@
-"""Digests of tensors, which identify weights and inputs."""
+"""The bytes of tensors, and digests of them, which identify weights and inputs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def update(digest: hashlib._Hash, value: Any) -> None:
     """Adds ``value`` to a digest: dtype, shape and bytes of a tensor, and each item of a mapping or list in order."""
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {list(value.shape)};".encode())
-        digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(value))
     elif isinstance(value, Mapping):
         for key, item in value.items():
             digest.update(f"{key}:".encode())

@@ -22,7 +22,6 @@ from .formats import MAX_ELEMENTS, NF4, check_block_sizes, check_code, is_intege
 
 # Named tuples of the operators' arguments. An omitted argument takes the schema's default.
 given_linear_nf4 = arguments_of(torch.ops.qlora.linear_nf4.default, defaults=True)
-_DEQUANTIZE_NF4 = arguments_of(torch.ops.qlora.dequantize_nf4.default, defaults=True)
 MERGE_LORA_NF4 = arguments_of(torch.ops.qlora.merge_lora_nf4.default, defaults=True)
 
 
@@ -87,83 +86,72 @@ def check_one_device(operator: str, *args: Any) -> None:
             raise ValueError(f"{name}: expected on the device of {first} ({devices[first]}), got {devices[name]}")
 
 
-@torch.library.register_fake("qlora::quantize_nf4")
-def _(w: Tensor, block_size: int, code: str = NF4) -> tuple[Tensor, Tensor]:
-    check_block_sizes(block_size)
-    check_code(code)
-    blocks = (w.numel() + block_size - 1) // block_size
-    return (
-        w.new_empty(packed_shape(w.shape), dtype=torch.uint8),
-        w.new_empty((blocks,), dtype=torch.float32),
-    )
+def register_fake(name: str) -> Callable[[Any], Any]:
+    """Registers the decorated function as an operator's fake kernel, after the checks that operators share.
+
+    It gets the named tuple of the operator's arguments.
+    """
+    named = arguments_of(getattr(torch.ops.qlora, name).default, defaults=True)
+
+    def register(outputs_of: Callable[[Any], Any]) -> Any:
+        def fake(*args: Any) -> Any:
+            a = named(*args)
+            if hasattr(a, "packed"):
+                _refuse_onnx()
+            check_block_sizes(getattr(a, "block_size", 64), getattr(a, "nested_block_size", 256))
+            check_code(getattr(a, "code", NF4))
+            check_lora_numbers(getattr(a, "scaling", 1.0), getattr(a, "dropout_p", 0.0))
+            check_seed_tensor(getattr(a, "seed_tensor", None))
+            check_one_device(name, *args)
+            return outputs_of(a)
+
+        torch.library.register_fake(f"qlora::{name}", fake)
+        return outputs_of
+
+    return register
 
 
-@torch.library.register_fake("qlora::search_absmax_nf4")
-def _(w: Tensor, importance: Tensor, block_size: int, code: str = NF4) -> Tensor:
-    check_block_sizes(block_size)
-    check_code(code)
-    check_one_device("search_absmax_nf4", w, importance)
-    return w.new_empty(((w.numel() + block_size - 1) // block_size,), dtype=torch.float32)
+def _count(elements: int, size: int) -> tuple[int]:
+    """The shape of the scales of blocks of that size."""
+    return (-(-elements // size),)
 
 
-@torch.library.register_fake("qlora::encode_nf4")
-def _(
-    w: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    feedback: Tensor | None = None,
-    order: Tensor | None = None,
-    code: str = NF4,
-) -> Tensor:
-    check_block_sizes(block_size)
-    check_code(code)
-    check_one_device("encode_nf4", w, absmax, block_size, feedback, order)
-    return w.new_empty(packed_shape(w.shape), dtype=torch.uint8)
+@register_fake("quantize_nf4")
+def _(a: Any) -> tuple[Tensor, Tensor]:
+    scales = a.w.new_empty(_count(a.w.numel(), a.block_size), dtype=torch.float32)
+    return a.w.new_empty(packed_shape(a.w.shape), dtype=torch.uint8), scales
 
 
-@torch.library.register_fake("qlora::encode_nf4_stochastic")
-def _(w: Tensor, absmax: Tensor, block_size: int, seed: int, code: str = NF4) -> Tensor:
-    check_block_sizes(block_size)
-    check_code(code)
-    check_one_device("encode_nf4_stochastic", w, absmax)
-    return w.new_empty(packed_shape(w.shape), dtype=torch.uint8)
+@register_fake("search_absmax_nf4")
+def _(a: Any) -> Any:
+    return a.w.new_empty(_count(a.w.numel(), a.block_size), dtype=torch.float32)
 
 
-@torch.library.register_fake("qlora::merge_lora_nf4")
-def _(*args: Any) -> Tensor:
-    a = MERGE_LORA_NF4(*args)
-    check_block_sizes(a.block_size, a.nested_block_size)
-    check_code(a.code)
-    check_lora_numbers(a.scaling, 0.0)
-    check_one_device("merge_lora_nf4", *args)
-    merged: Tensor = a.packed.new_empty(a.packed.shape)
-    return merged
+@register_fake("encode_nf4")
+@register_fake("encode_nf4_stochastic")
+def _(a: Any) -> Any:
+    return a.w.new_empty(packed_shape(a.w.shape), dtype=torch.uint8)
 
 
-@torch.library.register_fake("qlora::quantize_absmax")
-def _(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    check_block_sizes(nested_block_size=nested_block_size)
-    count = absmax.numel()
-    nested = (count + nested_block_size - 1) // nested_block_size
-    return absmax.new_empty((count,), dtype=torch.uint8), absmax.new_empty((nested,)), absmax.new_empty(())
+@register_fake("merge_lora_nf4")
+def _(a: Any) -> Any:
+    return a.packed.new_empty(a.packed.shape)
 
 
-@torch.library.register_fake("qlora::dequantize_absmax")
-def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, nested_block_size: int) -> Tensor:
-    check_block_sizes(nested_block_size=nested_block_size)
-    check_one_device("dequantize_absmax", codes, nested_absmax, nested_offset)
-    return codes.new_empty((codes.numel(),), dtype=torch.float32)
+@register_fake("quantize_absmax")
+def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    codes = a.absmax.new_empty((a.absmax.numel(),), dtype=torch.uint8)
+    return codes, a.absmax.new_empty(_count(a.absmax.numel(), a.nested_block_size)), a.absmax.new_empty(())
 
 
-@torch.library.register_fake("qlora::dequantize_nf4")
-def _(*args: Any) -> Tensor:
-    a = _DEQUANTIZE_NF4(*args)
-    _refuse_onnx()
-    check_block_sizes(a.block_size, a.nested_block_size)
-    check_code(a.code)
-    check_one_device("dequantize_nf4", *args)
-    w: Tensor = a.packed.new_empty(a.shape, dtype=a.dtype)
-    return w
+@register_fake("dequantize_absmax")
+def _(a: Any) -> Any:
+    return a.codes.new_empty((a.codes.numel(),), dtype=torch.float32)
+
+
+@register_fake("dequantize_nf4")
+def _(a: Any) -> Any:
+    return a.packed.new_empty(a.shape, dtype=a.dtype)
 
 
 def _max_rank(a: Any) -> int | None:
@@ -191,19 +179,11 @@ def _max_rank(a: Any) -> int | None:
     return max_rank
 
 
-def _fake_linear(name: str) -> Callable[..., Any]:
-    """The fake kernel of a linear operator or one of its gradients, over a single weight or over experts."""
-    named = arguments_of(getattr(torch.ops.qlora, name).default, defaults=True)
+def _register_fake_linear(name: str) -> None:
+    """Registers the fake kernel of a linear operator or one of its gradients, over a single weight or over experts."""
 
-    def fake(*args: Any) -> Any:
-        a = named(*args)
-        if hasattr(a, "packed"):
-            _refuse_onnx()
-            check_block_sizes(a.block_size, a.nested_block_size)
-            check_code(a.code)
-        check_lora_numbers(a.scaling, a.dropout_p)
-        check_seed_tensor(a.seed_tensor)
-        check_one_device(name, *args)
+    @register_fake(name)
+    def _(a: Any) -> Any:
         max_rank = _max_rank(a)
         if name.endswith("_dlora"):
             return a.lora_a.new_empty(a.lora_a.shape), a.lora_b.new_empty(a.lora_b.shape)
@@ -216,12 +196,10 @@ def _fake_linear(name: str) -> Callable[..., Any]:
         rank = a.lora_a.shape[-2] if max_rank is None else max_rank
         return out, tokens.new_empty((*tokens.shape[:-1], rank))
 
-    return fake
-
 
 for _name in OPERATORS:
     if "linear_nf4" in _name:
-        torch.library.register_fake(f"qlora::{_name}", _fake_linear(_name))
+        _register_fake_linear(_name)
 
 
 # The dense arguments of linear_nf4, which autocast casts.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import dense
+from . import linear_dense
 from ._library import LIBRARY, OPERATORS
 from .arguments import arguments_of
 from .autograd import below_autograd, refuse_tangent
 
-assert dense
+assert linear_dense
 _DIFFERENTIABLE = ("linear_nf4", "grouped_linear_nf4", "linear_dense")
 # Operators whose first argument (x or dy) and outputs may have any number of leading dimensions.
 _OF_TOKENS = ("linear_nf4", "linear_nf4_dx", "linear_dense", "linear_dense_dx")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import recipes
+from . import encoders
 from .form import Form
 from .weight_tensor import TENSORS as TENSORS
 from .weight_tensor import NF4Weight as NF4Weight
@@ -31,12 +32,7 @@ def _refuse_non_finite(w: Tensor, w4: Weight4bit) -> None:
         raise ValueError(
             f"w: expected values whose scales are finite in {w4.form.scales}, got magnitudes up to {w.abs().max():g}"
         )
-    flat = int(bad[0])
-    index = []
-    for size in reversed(w.shape):
-        index.append(flat % size)
-        flat //= size
-    where = tuple(reversed(index))
+    where = tuple(map(int, np.unravel_index(int(bad[0]), w.shape)))
     blocks, bad_blocks = -(-w.numel() // w4.block_size), (bad // w4.block_size).unique().numel()
     raise ValueError(
         f"w: expected finite values, got {w[where].item()} at index {list(where)} "
@@ -116,8 +112,7 @@ def quantize(w: Tensor, form: Form | str = "nf4") -> Weight4bit:
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"w: expected float32, bfloat16 or float16, got {w.dtype}")
     w = w.detach()
-    tensors: dict[str, Tensor | None] = {"nested_absmax": None, "nested_offset": None, **recipes.tensors_of(w, form)}
-    w4 = weight_of(form, **tensors, shape=w.shape, dtype=w.dtype)
+    w4 = weight_of(form, **encoders.tensors_of(w, form), shape=w.shape, dtype=w.dtype)
     if has_values(w4.packed):
         _refuse_non_finite(w, w4)
     return w4

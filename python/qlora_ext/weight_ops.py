@@ -7,6 +7,7 @@ equal weights does, or clamping to a range that holds them; any other change is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -252,19 +253,14 @@ def _(w: Any, dim: int = 0, start: int | None = None, end: int | None = None, st
     return rows_of(w, begin, max(begin, stop))
 
 
-@implements(OPERATORS, aten.split.Tensor)
-def _(w: Any, size: int, dim: int = 0) -> Any:
-    if dim not in (0, -w.ndim):
-        return NotImplemented
-    return _each(rows_of(w, begin, min(begin + size, w.shape[0])) for begin in range(0, max(w.shape[0], 1), size))
-
-
-@implements(OPERATORS, aten.split_with_sizes.default)
+@implements(OPERATORS, aten.split.Tensor, aten.split_with_sizes.default)
 def _(w: Any, sizes: Any, dim: int = 0) -> Any:
     if dim not in (0, -w.ndim):
         return NotImplemented
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return _each(rows_of(w, end - size, end) for size, end in zip(sizes, ends, strict=True))
+    rows = w.shape[0]
+    ends = [*range(sizes, rows, sizes), rows] if isinstance(sizes, int) else [*itertools.accumulate(sizes)]
+    parts = [rows_of(w, begin, end) for begin, end in itertools.pairwise([0, *ends])]
+    return NotImplemented if any(part is NotImplemented for part in parts) else parts
 
 
 @implements(OPERATORS, aten.select.int)
@@ -275,11 +271,6 @@ def _(w: Any, dim: int, index: int) -> Any:
 @implements(OPERATORS, aten.unbind.int)
 def _(w: Any, dim: int = 0) -> Any:
     return [w.matrix(e) for e in range(w.shape[0])] if w._is_stack and dim in (0, -3) else NotImplemented
-
-
-def _each(parts: Any) -> Any:
-    found = [*parts]
-    return NotImplemented if any(part is NotImplemented for part in found) else found
 
 
 def rows_of(w: Any, begin: int, end: int) -> Any:

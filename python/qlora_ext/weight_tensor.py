@@ -7,14 +7,14 @@ import hashlib
 import math
 import reprlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import bitsandbytes_format, formats, weight_ops
 from ._internal.integrate import integrate
-from ._internal.loans import PackedTensors
+from ._internal.shared_buffers import PackedTensors
 from .dtype_names import name_of
 from .form import Form
 
@@ -386,7 +386,7 @@ class Weight4bit(Tensor):
             raise ValueError(
                 f"scales: expected float32 or nested8 without offsets, got {form}, which bitsandbytes lacks"
             )
-        return bitsandbytes_format.write(cast(bitsandbytes_format.Fields, self.fields), prefix)
+        return bitsandbytes_format.write(self, prefix)
 
 
 class NF4Weight(Weight4bit):

@@ -75,12 +75,12 @@ def test_saved_by_sentence_transformers(tmp_path: pathlib.Path) -> None:
 def test_a_weight_whose_file_name_is_a_module_here(tmp_path: pathlib.Path) -> None:
     """A file's ``gate`` is the model's ``gate.weight``. Scales of packed weights must not be named by this rule."""
     loading = pytest.importorskip("transformers.core_model_loading", reason="transformers < 5 renames nothing")
-    from qlora_ext.integrations.transformers import conversions
+    from qlora_ext.integrations.transformers import safe_conversions
 
     model = torch.nn.ModuleDict({"gate": torch.nn.Linear(64, 64), "mlp": torch.nn.Linear(64, 64)})
     quantize_model(model)
     lossy = loading.WeightRenaming(r"^gate", "gate.weight")
     harmless = loading.WeightRenaming(r"^ffn", "mlp")
     fused = loading.WeightConverter("w13", ["gate.weight", "up.weight"], operations=[loading.Chunk(dim=0)])
-    assert conversions.for_saving(model, [lossy, harmless, fused]) == [harmless]
-    assert conversions.for_loading(model, [lossy, harmless, fused]) == [harmless, fused]
+    assert safe_conversions.for_saving(model, [lossy, harmless, fused]) == [harmless]
+    assert safe_conversions.for_loading(model, [lossy, harmless, fused]) == [harmless, fused]

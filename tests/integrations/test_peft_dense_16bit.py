@@ -16,7 +16,7 @@ from qlora_app.models.adapter_files import load
 from qlora_ext import quantize_model
 from qlora_ext.integrations.peft import merge_to_4bit
 from qlora_ext.nn import Embedding16bit, Linear16bit, set_compute_dtype
-from qlora_ext.nn.dense_16bit import multiply_in_float32
+from qlora_ext.nn.compute_dtype import multiply_in_float32
 from tiny_models import make, token_ids
 
 IDS = token_ids()

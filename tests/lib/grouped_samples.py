@@ -12,7 +12,7 @@ from torch import Tensor
 
 import accuracy
 from forms import random_weight
-from qlora_ext._internal.loans import PackedTensors
+from qlora_ext._internal.shared_buffers import PackedTensors
 from qlora_ext.form import Form
 from qlora_ext.weight import TENSORS, Weight4bit, operands, quantize
 from samples import LinearSample, linear_sample

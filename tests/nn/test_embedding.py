@@ -182,3 +182,10 @@ def test_tables_that_stay_dense_with_embeddings() -> None:
     untied.lm_head = nn.Linear(64, 96)
     assert type(quantize_model(untied, skip=(), embeddings=True).lm_head) is Linear4bit
     assert isinstance(quantize_model(nn.Embedding(4, 8), embeddings=True), Embedding4bit)
+
+
+def test_a_head_tied_to_an_exposed_table_has_its_weight() -> None:
+    head = TiedLinear4bit(table())
+    expected = head.dequantize()
+    head.expose()
+    assert torch.equal(head.dequantize(), expected)

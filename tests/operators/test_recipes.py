@@ -285,7 +285,7 @@ def test_forms_without_a_recipe(form: str | Form, message: str) -> None:
 def test_large_tensors_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(64, 96)
     expected = {name: quantize(w, name).packed for name in PRESETS}
-    monkeypatch.setattr(qlora_ext.recipes, "_CODES_AT_ONCE", 500)
+    monkeypatch.setattr(qlora_ext.encoders, "_CODES_AT_ONCE", 500)
     assert all(torch.equal(quantize(w, name).packed, packed) for name, packed in expected.items())
 
 

@@ -185,7 +185,8 @@ def test_a_loaded_state_is_used_in_the_computation(llama: pathlib.Path) -> None:
 
 def test_a_lent_tensor_that_is_used_after_its_loan_gives_no_wrong_gradient(llama: pathlib.Path) -> None:
     layers = stream(load(llama), source="disk").model.layers
-    with layers[0].self_attn.q_proj.residency.lend("weight") as (lent, *_):
+    q_proj = layers[0].self_attn.q_proj
+    with q_proj.residency.lend(q_proj, "weight") as (lent, *_):
         pass
     saved = torch.ones(32, requires_grad=True) * lent.view_as(lent)  # a view without a mark of the loan
     for layer in layers:

@@ -183,7 +183,7 @@ def test_a_process_forked_while_a_thread_computes_is_refused_and_does_not_wait(l
 
     def hold() -> None:
         layer = model.model.layers[0].mlp.up_proj
-        with streaming_of(model).lend(0, layer, "weight"):
+        with streaming_of(model).lend(layer, "weight"):
             inside.set()
             go_on.wait(TIMEOUT)
 

@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from qlora_ext.integrations.peft.calls import chooses_adapters_by_sample
+from qlora_ext.integrations.peft.call_cache import chooses_adapters_by_sample
 
 BASE = "__base__"  # PEFT's name for no adapter
 

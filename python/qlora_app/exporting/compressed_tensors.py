@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def prepare(request: ExportRequest) -> Job:
     """The merged model in that kind of 4-bit weights."""
     from qlora_ext.checkpoints.compressed_tensors_files import KINDS
-    from qlora_ext.integrations.transformers.checkpoint_experts import layers_of_experts
+    from qlora_ext.integrations.transformers.checkpoint.expert_stacks import layers_of_experts
     from qlora_ext.nn import Linear4bit, layers_of, quantize_model
 
     kind = KINDS[request.kind]
@@ -117,7 +117,7 @@ def _in_own_format(adapted: Adapted) -> Callable[[pathlib.Path], None]:
 
 
 def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
-    from qlora_ext.integrations.transformers.checkpoint_experts import DenseExperts, alternates
+    from qlora_ext.integrations.transformers.checkpoint.expert_stacks import DenseExperts, alternates
 
     adapted, kind = plan.adapted, plan.kind
     four_bit = adapted.adapter is not None or is_4bit(adapted.source) or has_4bit_blocks(adapted.source)
@@ -227,7 +227,7 @@ def _experts(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, di
     """The tensors of each layer of each expert, like ``_linear``."""
     from qlora_ext.checkpoints import select_rows
     from qlora_ext.checkpoints.rows import grouped_rows
-    from qlora_ext.integrations.transformers.checkpoint_experts import alternates
+    from qlora_ext.integrations.transformers.checkpoint.expert_stacks import alternates
     from qlora_ext.merged import seed_of
     from qlora_ext.nn import layers_of
 

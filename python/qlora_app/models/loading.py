@@ -51,7 +51,7 @@ def stored_forms(source: ModelSource, config: Any) -> dict[str, Form] | None:
         UserError: the files are damaged, or their 4-bit format is not supported.
     """
     from qlora_ext.integrations.transformers import METHOD
-    from qlora_ext.integrations.transformers.checkpoint import CheckpointSource
+    from qlora_ext.integrations.transformers.checkpoint.checkpoint_source import CheckpointSource
 
     if source.gguf_file is not None:
         weights = _gguf_weights(source, config) if has_4bit_blocks(source) else None

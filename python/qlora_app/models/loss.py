@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_ext import dense
+from qlora_ext import linear_dense
 
 # Settings with which some model families change the logits after the head. This loss does not apply them.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -48,13 +48,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
             found = labels[part, None]
-            logits = dense.linear(hidden[part], weight, bias).float()
+            logits = linear_dense.linear(hidden[part], weight, bias).float()
             normalizer = logits.logsumexp(1, keepdim=True)
             total += (normalizer - logits.gather(1, found)).sum()
             if wanted:
                 slope = logits.sub_(normalizer).exp_()
                 slope.scatter_add_(1, found, slope.new_full((), -1.0).expand_as(found))
-                dense.multiply_into(gradient[part], slope, weight)
+                linear_dense.multiply_into(gradient[part], slope, weight)
         ctx.save_for_backward(gradient)
         return total / len(hidden)
 

@@ -10,12 +10,12 @@ from .hooks import after_import, import_integration
 _AT_ONCE = (
     "qlora_ext.gguf",
     "qlora_ext.integrations.flops",
-    "qlora_ext.integrations.export",
+    "qlora_ext.integrations.torch_export",
     "qlora_ext.integrations.bitsandbytes.adoption",
 )
 # Modules of other libraries, and what integrates them once they are imported.
 _AFTER_IMPORT = {
-    "transformers.modeling_utils": "qlora_ext.integrations.transformers.models",
+    "transformers.modeling_utils": "qlora_ext.integrations.transformers.patches",
     "diffusers.models.modeling_utils": "qlora_ext.integrations.diffusers.models",
     "peft.peft_model": "qlora_ext.integrations.peft",
     "accelerate.hooks": "qlora_ext.integrations.accelerate",

@@ -6,9 +6,9 @@ second moments, and later codes compensate the rounding errors of earlier ones (
 """
 
 from .calibrator import Calibration, Calibrator, LayerReport, calibration_of
-from .encoder import Encoded, Feedback, encode
 from .init_lora import InitLora, initial_lora_of
 from .store import finished_weights
+from .weighted_encoding import Encoded, Feedback, encode
 
 __all__ = [
     "Calibration",

@@ -18,11 +18,11 @@ from ..formats import NF4
 from ..untrusted import FileError, printable
 from ..weight import Weight4bit
 from . import self_text
-from .encoder import Encoded, Feedback, encode
 from .init_lora import InitLora, LowRank, keep_initial_lora, weighted
 from .moments import ExpertMoments, Gathering, Moments
 from .stages import Stack, forward, stacks_of, without_cache
 from .store import Store, StoredLayer
+from .weighted_encoding import Encoded, Feedback, encode
 
 # The second moments of one layer's inputs are K² floats. Layers of a block share one run up to this many bytes.
 _TOGETHER_BYTES = 2 << 30

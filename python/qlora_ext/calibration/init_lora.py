@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._internal.svd import low_rank_approximation
 from ..weight import Weight4bit
-from .encoder import Feedback
+from .weighted_encoding import Feedback
 
 _INITIAL = "_qlora_initial_lora"
 

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..form import Form
 from ..untrusted import check, excerpt
 from ..weight import Weight4bit
 from . import integers, nibbles
-from .format import LOAD_ORIGINAL, Format, Given, Settings, group_size_of, matrix_of
-from .integers import Groups
+from .format import Given, Settings, check_bits, group_size_of
+from .integers import IntegerFormat
 
 _SOURCE = "quantization_config of awq"
 _SCHEMA = {
@@ -31,17 +30,15 @@ _SCHEMA = {
 }
 
 
-class AWQ(Format):
+class AWQ(IntegerFormat):
     """The format ``awq``; see the module's docstring."""
 
     name = "awq"
+    rows_together = 8
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         check(config, _SCHEMA, _SOURCE)
-        if config["bits"] != 4:
-            raise ValueError(
-                f"{_SOURCE}: expected 4 bits, got {config['bits']}, which are not supported; {LOAD_ORIGINAL}"
-            )
+        check_bits(config["bits"], _SOURCE)
         layout = (config.get("version") or config.get("format") or "gemm").lower()
         layout = "llm-awq" if config.get("backend") == "llm-awq" else layout
         if layout != "gemm":
@@ -58,13 +55,10 @@ class AWQ(Format):
     def tensors(self, settings: Settings) -> dict[str, bool]:
         return dict.fromkeys(("qweight", "qzeros", "scales"), True)
 
-    def form(self, settings: Settings, shape: Sequence[int]) -> Form:
-        return integers.form_of(self._groups(settings, shape), settings.scale_dtype, symmetric=False)
-
     def read(
         self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
     ) -> Weight4bit:
-        groups = self._groups(settings, shape)
+        groups = self.groups(settings, shape)
         rows, columns = shape
         given = Given(tensors, self.tensors(settings), self.name, where)
         words = given.take("qweight", (columns, rows // 8), torch.int32)
@@ -75,11 +69,8 @@ class AWQ(Format):
             groups, nibbles.from_awq(words), scale.t(), nibbles.awq_values_of(zero_points).t(), dtype
         )
 
-    def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
-        integers.check_scales(self._groups(settings, w4.shape), w4)
-
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        groups = self._groups(settings, w4.shape)
+        groups = self.groups(settings, w4.shape)
         assert w4.block_offsets is not None
         return {
             "qweight": nibbles.to_awq(w4.packed),
@@ -87,9 +78,3 @@ class AWQ(Format):
             "scales": groups.from_blocks(w4.absmax).t().contiguous(),
             **retained,
         }
-
-    def _groups(self, settings: Settings, shape: Sequence[int]) -> Groups:
-        rows, _ = matrix_of(self.name, shape)
-        if rows % 8:
-            raise ValueError(f"shape: expected a multiple of 8 rows for {self.name}, got {rows}")
-        return Groups.of(self.name, settings, shape)

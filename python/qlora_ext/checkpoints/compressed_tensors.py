@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..form import Form
 from ..untrusted import check, excerpt
 from ..weight import Weight4bit
-from . import e2m1, integers, nibbles, scales
+from . import e2m1, integers, nibbles
 from .format import LOAD_ORIGINAL, Format, Given, Settings
-from .integers import Groups
 
 _SOURCE = "quantization_config of compressed-tensors"
 _SCHEMA = {
@@ -115,9 +113,6 @@ class _CompressedTensors(Format):
             raise ValueError(f"{source}: expected {expected} for {self.name}, got {size}")
         return size
 
-    def tensors(self, settings: Settings) -> dict[str, bool]:
-        return {"weight_packed": True, "weight_scale": True, **dict.fromkeys(self.retained, False)}
-
 
 class _E2M1(_CompressedTensors, e2m1.E2M1Format):
     """E2M1 codes with scales of 8 bits."""
@@ -133,34 +128,19 @@ class MXFP4(_E2M1):
     name = "mxfp4-pack-quantized"
     retained = _ACTIVATIONS
     block_size = e2m1.MX_BLOCK_SIZE
-    scale_dtype = torch.uint8
-
-    def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
-        return e2m1.e8m0(given, "weight_scale", stored)
-
-    def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
-        return scales.e8m0_table(torch.device("cpu"))
 
 
 class NVFP4(_E2M1):
     """``nvfp4-pack-quantized``; see the module's docstring."""
 
     name = "nvfp4-pack-quantized"
-    retained = ("weight_global_scale", *_ACTIVATIONS)
+    factor = "weight_global_scale"
+    divides = True
+    retained = (factor, *_ACTIVATIONS)
     block_size = e2m1.NV_BLOCK_SIZE
-    scale_dtype = torch.float8_e4m3fn
-
-    def tensors(self, settings: Settings) -> dict[str, bool]:
-        return super().tensors(settings) | {"weight_global_scale": True}
-
-    def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
-        return e2m1.e4m3(given, stored, "weight_global_scale", divides=True)
-
-    def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
-        return scales.e4m3_table(torch.device("cpu")) / retained["weight_global_scale"].reshape(())
 
 
-class Packed(_CompressedTensors):
+class Packed(_CompressedTensors, integers.IntegerFormat):
     """``pack-quantized`` with 4 bits; see the module's docstring."""
 
     name = "pack-quantized"
@@ -168,19 +148,16 @@ class Packed(_CompressedTensors):
     retained = ("weight_shape", "weight_g_idx", *_ACTIVATIONS)
 
     def tensors(self, settings: Settings) -> dict[str, bool]:
-        zero_point = {} if settings.symmetric else {_ZERO_POINT: True}
-        return super().tensors(settings) | {"weight_shape": True} | zero_point
+        names = {"weight_packed": True, "weight_scale": True, **dict.fromkeys(self.retained, False)}
+        return names | {"weight_shape": True} | ({} if settings.symmetric else {_ZERO_POINT: True})
 
     def retains(self, name: str, tensor: Tensor) -> bool:
         return super().retains(name, tensor) or (name == _ZERO_POINT and tensor.dtype == torch.int8)
 
-    def form(self, settings: Settings, shape: Sequence[int]) -> Form:
-        return integers.form_of(Groups.of(self.name, settings, shape), settings.scale_dtype, settings.symmetric)
-
     def read(
         self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
     ) -> Weight4bit:
-        groups = Groups.of(self.name, settings, shape)
+        groups = self.groups(settings, shape)
         rows, columns = shape
         given = Given(tensors, self.tensors(settings), self.name, where)
         found = given.take("weight_shape", (2,), torch.int64, torch.int32).tolist()
@@ -197,16 +174,16 @@ class Packed(_CompressedTensors):
         return integers.weight(groups, nibbles.from_words(words), scale, zero_points, dtype)
 
     def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
-        groups = Groups.of(self.name, settings, w4.shape)
-        integers.check_scales(groups, w4)
+        super().check_scales(w4, settings, retained)
         if _ZERO_POINT in retained:
             assert w4.block_offsets is not None
-            stored = groups.to_blocks((retained[_ZERO_POINT] + 8).to(torch.uint8)).to(w4.device)
+            stored = (retained[_ZERO_POINT] + 8).to(torch.uint8)
+            stored = self.groups(settings, w4.shape).to_blocks(stored).to(w4.device)
             if not torch.equal(stored, w4.block_offsets):
                 raise ValueError("expected the zero points of the checkpoint, got others")
 
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        groups = Groups.of(self.name, settings, w4.shape)
+        groups = self.groups(settings, w4.shape)
         tensors = {"weight_packed": nibbles.to_words(w4.packed), "weight_scale": groups.from_blocks(w4.absmax)}
         if w4.block_offsets is not None:
             zero_points = torch.nn.functional.pad(groups.from_blocks(w4.block_offsets), (0, 0, 0, -len(w4.packed) % 8))

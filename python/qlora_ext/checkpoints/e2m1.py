@@ -2,123 +2,110 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from .._internal import scale_tables
 from ..form import Form
 from ..ops import check_shape
 from ..weight import Weight4bit, weight_of
-from . import nibbles, scales
+from . import nibbles
 from .format import Format, Given, Settings, matrix_of
 
 MX_BLOCK_SIZE = 32
 NV_BLOCK_SIZE = 16
 
 
-class Scales(TypedDict):
-    """The codes of a weight's scales, in any shape, and their values."""
-
-    codes: Tensor
-    table: Tensor
-
-
-def form_of(kind: str, shape: Sequence[int], block_size: int) -> Form:
-    """The form of a matrix, or of a stack of them.
-
-    Raises:
-        ValueError: its rows do not hold whole blocks.
-    """
-    check_shape("shape", shape)
-    if len(shape) not in (2, 3) or 0 in shape or shape[-1] % block_size:
-        raise ValueError(f"shape: expected rows of a multiple of {block_size} elements for {kind}, got {list(shape)}")
-    return Form("e2m1", "table8", block_size)
-
-
-def weight(form: Form, packed: Tensor, scales: Scales, shape: Sequence[int], dtype: torch.dtype) -> Weight4bit:
-    """The weight of that shape with the codes ``packed``, lo first."""
-    stack = shape[:-2]
-    return weight_of(
-        form,
-        packed=nibbles.swap(packed).view(*shape[:-1], shape[-1] // 2),
-        absmax=scales["codes"].reshape(*stack, -1),
-        nested_absmax=None,
-        nested_offset=None,
-        scale_table=scales["table"].expand(*stack, -1).contiguous(),
-        shape=torch.Size(shape),
-        dtype=dtype,
-    )
-
-
-def e8m0(given: Given, name: str, codes: Tensor) -> Scales:
-    """The scales of MXFP4: 2^(code - 127)."""
-    if bool((codes == scales.E8M0_NAN).any()):
-        given.refuse(name, "E8M0 codes of numbers", f"0x{scales.E8M0_NAN:02X}, which is NaN")
-    return {"codes": codes, "table": scales.e8m0_table(codes.device)}
-
-
-def e4m3(given: Given, codes: Tensor, factor_name: str, divides: bool) -> Scales:
-    """The scales of NVFP4: the float8_e4m3fn ``codes``, divided or multiplied by the weight's factor."""
-    factor = given.take_factor(factor_name)
-    table = scales.e4m3_table(codes.device)
-    table = table / factor if divides else table * factor
-    codes = codes.contiguous().view(torch.uint8)
-    if scales.has_e4m3_nan(codes):
-        given.refuse("weight_scale", "E4M3 codes of numbers", "NaN")
-    if not bool(table[: scales.E4M3_NAN].isfinite().all()):
-        given.refuse(factor_name, "such that all scales are finite in float32", str(factor.item()))
-    return {"codes": codes, "table": table}
-
-
-def check_table(w4: Weight4bit, expected: Tensor) -> None:
-    """Rejects a weight, or a stack of weights, whose scale codes do not stand for the values ``expected``.
-
-    Raises:
-        ValueError: the tables differ.
-    """
-    assert w4.scale_table is not None
-    if not torch.equal(w4.scale_table.cpu(), expected.expand_as(w4.scale_table)):
-        raise ValueError("expected the table of scales of the checkpoint, got another")
-
-
 class E2M1Format(Format):
-    """A format of matrices [N, K] with the codes uint8 [N, K/2], lo first, and the scales ``weight_scale``.
+    """A format of matrices [N, K] with the codes uint8 [N, K/2], lo first, and scales [N, K / block_size].
+
+    The scales are E8M0, 2^(code - 127); or E4M3, and multiplied or divided by a factor of the weight.
 
     Attributes:
-        codes: the name of the tensor with the codes.
-        scale_dtype: of ``weight_scale`` [N, K / block_size].
+        codes, scales: the names of these tensors.
+        factor: the name of the tensor with the factor of E4M3 scales; None: the scales are E8M0.
+        divides: whether the scales are divided by it.
+        has_stacks: whether a tensor may hold a stack of matrices [E, N, K].
     """
 
     codes: str
+    scales = "weight_scale"
     block_size: int
-    scale_dtype: torch.dtype
+    factor: str | None = None
+    divides = False
+    has_stacks = False
+
+    def tensors(self, settings: Settings) -> dict[str, bool]:
+        names = {self.codes: True, self.scales: True, **dict.fromkeys(self.retained, False)}
+        return names if self.factor is None else names | {self.factor: True}
 
     def form(self, settings: Settings, shape: Sequence[int]) -> Form:
-        return form_of(self.name, matrix_of(self.name, shape), self.block_size)
+        if not self.has_stacks:
+            matrix_of(self.name, shape)
+        check_shape("shape", shape)
+        if len(shape) not in (2, 3) or 0 in shape or shape[-1] % self.block_size:
+            expected = f"rows of a multiple of {self.block_size} elements for {self.name}"
+            raise ValueError(f"shape: expected {expected}, got {list(shape)}")
+        return Form("e2m1", "table8", self.block_size)
 
     def read(
         self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
     ) -> Weight4bit:
         form = self.form(settings, shape)
-        rows, columns = shape
         given = Given(tensors, self.tensors(settings), self.name, where)
-        packed = given.take(self.codes, (rows, columns // 2), torch.uint8)
-        stored = given.take("weight_scale", (rows, columns // self.block_size), self.scale_dtype)
-        return weight(form, packed, self._scales(given, stored), shape, dtype)
+        packed = given.take(self.codes, self._codes_shape(shape), torch.uint8)
+        stored = given.take(self.scales, (*shape[:-1], shape[-1] // self.block_size), self._scale_dtype)
+        table = self._checked_table(given, stored)
+        return weight_of(
+            form,
+            packed=nibbles.swap(packed).view(*shape[:-1], shape[-1] // 2),
+            absmax=stored.contiguous().view(torch.uint8).reshape(*shape[:-2], -1),
+            scale_table=table.expand(*shape[:-2], -1).contiguous(),
+            shape=torch.Size(shape),
+            dtype=dtype,
+        )
 
     def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
-        check_table(w4, self._table(retained))
+        assert w4.scale_table is not None
+        expected = self._table(None if self.factor is None else retained[self.factor], "cpu")
+        if not torch.equal(w4.scale_table.cpu(), expected.expand_as(w4.scale_table)):
+            raise ValueError("expected the table of scales of the checkpoint, got another")
 
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        stored = w4.absmax.reshape(w4.shape[0], -1).view(self.scale_dtype)
-        return {self.codes: nibbles.swap(w4.packed), "weight_scale": stored, **retained}
+        codes = nibbles.swap(w4.packed).view(self._codes_shape(w4.shape))
+        return {
+            self.codes: codes,
+            self.scales: w4.absmax.reshape(*w4.shape[:-1], -1).view(self._scale_dtype),
+            **retained,
+        }
 
-    @abc.abstractmethod
-    def _scales(self, given: Given, stored: Tensor) -> Scales: ...
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.factor is None else torch.float8_e4m3fn
 
-    @abc.abstractmethod
-    def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
-        """The values of the scales' 256 codes in the checkpoint."""
+    def _codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the codes of a weight of that shape."""
+        return (*shape[:-1], shape[-1] // 2)
+
+    def _table(self, factor: Tensor | None, device: torch.device | str) -> Tensor:
+        """The values of the scales' 256 codes."""
+        if factor is None:
+            return scale_tables.e8m0_table(device)
+        table, factor = scale_tables.e4m3_table(device), factor.reshape(())
+        return table / factor if self.divides else table * factor
+
+    def _checked_table(self, given: Given, stored: Tensor) -> Tensor:
+        """The table of the scales ``stored``, which are numbers."""
+        if self.factor is None:
+            if bool((stored == scale_tables.E8M0_NAN).any()):
+                given.refuse(self.scales, "E8M0 codes of numbers", f"0x{scale_tables.E8M0_NAN:02X}, which is NaN")
+            return self._table(None, stored.device)
+        factor = given.take_factor(self.factor)
+        table = self._table(factor, stored.device)
+        if scale_tables.has_e4m3_nan(stored.contiguous().view(torch.uint8)):
+            given.refuse(self.scales, "E4M3 codes of numbers", "NaN")
+        if not bool(table[: scale_tables.E4M3_NAN].isfinite().all()):
+            given.refuse(self.factor, "such that all scales are finite in float32", str(factor.item()))
+        return table

@@ -192,6 +192,12 @@ def matrix_of(kind: str, shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
+def check_bits(bits: int, source: str) -> None:
+    """Raises a ValueError unless the codes have 4 bits."""
+    if bits != 4:
+        raise ValueError(f"{source}: expected 4 bits, got {bits}, which are not supported; {LOAD_ORIGINAL}")
+
+
 def group_size_of(config: Mapping[str, Any], source: str) -> int | None:
     """The group_size of AWQ's and GPTQ's configurations, where -1 stands for a whole row."""
     size: int = config["group_size"]

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..form import Form
 from ..untrusted import check, excerpt
 from ..weight import Weight4bit
 from . import integers, nibbles
-from .format import LOAD_ORIGINAL, Format, Given, Settings, group_size_of, matrix_of
-from .integers import Groups
+from .format import Given, Settings, check_bits, group_size_of
+from .integers import IntegerFormat
 
 _SOURCE = "quantization_config of gptq"
 _SCHEMA = {
@@ -40,18 +39,16 @@ _BIASES = {"gptq": 1, "gptq_v2": 0}  # what a stored zero point lacks
 _MIDDLE = 8  # the zero point of symmetric weights
 
 
-class GPTQ(Format):
+class GPTQ(IntegerFormat):
     """The format ``gptq``; see the module's docstring."""
 
     name = "gptq"
+    rows_together = 8
     retained = ("g_idx",)
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         check(config, _SCHEMA, _SOURCE)
-        if config["bits"] != 4:
-            raise ValueError(
-                f"{_SOURCE}: expected 4 bits, got {config['bits']}, which are not supported; {LOAD_ORIGINAL}"
-            )
+        check_bits(config["bits"], _SOURCE)
         layout = (config.get("checkpoint_format") or config.get("format") or "gptq").lower()
         layout = "marlin" if config.get("is_marlin_format") else layout
         if layout not in _BIASES or (config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
@@ -72,13 +69,10 @@ class GPTQ(Format):
     def tensors(self, settings: Settings) -> dict[str, bool]:
         return {"qweight": True, "qzeros": True, "scales": True, "g_idx": settings.reorders}
 
-    def form(self, settings: Settings, shape: Sequence[int]) -> Form:
-        return integers.form_of(self._groups(settings, shape), settings.scale_dtype, settings.symmetric)
-
     def read(
         self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
     ) -> Weight4bit:
-        groups = self._groups(settings, shape)
+        groups = self.groups(settings, shape)
         rows, columns = shape
         given = Given(tensors, self.tensors(settings), self.name, where)
         order = integers.column_order(given, "g_idx", groups, settings.reorders) if "g_idx" in given else None
@@ -98,12 +92,11 @@ class GPTQ(Format):
         return integers.weight(groups, packed, scale.t(), zero_points, dtype, order)
 
     def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
-        groups = self._groups(settings, w4.shape)
-        integers.check_scales(groups, w4)
-        integers.check_column_order(groups, w4, retained.get("g_idx"))
+        super().check_scales(w4, settings, retained)
+        integers.check_column_order(self.groups(settings, w4.shape), w4, retained.get("g_idx"))
 
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        groups = self._groups(settings, w4.shape)
+        groups = self.groups(settings, w4.shape)
         scale = groups.from_blocks(w4.absmax).t().contiguous()
         zero_points = torch.full_like(scale, _MIDDLE, dtype=torch.uint8)
         if w4.block_offsets is not None:
@@ -117,12 +110,6 @@ class GPTQ(Format):
             "scales": scale,
             **retained,
         }
-
-    def _groups(self, settings: Settings, shape: Sequence[int]) -> Groups:
-        rows, _ = matrix_of(self.name, shape)
-        if rows % 8:
-            raise ValueError(f"shape: expected a multiple of 8 rows for {self.name}, got {rows}")
-        return Groups.of(self.name, settings, shape)
 
 
 def _check_dynamic(config: Mapping[str, Any]) -> None:

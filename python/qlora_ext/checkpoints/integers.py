@@ -8,7 +8,7 @@ scales with more bits, which only compressed-tensors may have, the result may di
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..dtype_names import name_of
 from ..form import Form
 from ..formats import BLOCK_SIZES
 from ..weight import Weight4bit, weight_of
-from .format import LOAD_ORIGINAL, Given, Settings, check_repeats, matrix_of
+from .format import LOAD_ORIGINAL, Format, Given, Settings, check_repeats, matrix_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -95,8 +95,6 @@ def weight(
         form_of(groups, scale.dtype, zero_points is None),
         packed=packed,
         absmax=groups.to_blocks(scale),
-        nested_absmax=None,
-        nested_offset=None,
         block_offsets=None if zero_points is None else groups.to_blocks(zero_points),
         column_order=column_order,
         shape=torch.Size((len(packed), groups.columns)),
@@ -104,18 +102,36 @@ def weight(
     )
 
 
-def check_scales(groups: Groups, w4: Weight4bit) -> None:
-    """Rejects a weight whose blocks of a group differ in scale or zero point, or with zero points above 15.
+class IntegerFormat(Format):
+    """What the formats of integers in groups share.
 
-    Raises:
-        ValueError: the groups cannot store them.
+    Attributes:
+        rows_together: the number of rows of a weight is a multiple of it.
     """
-    check_repeats("absmax", groups.to_blocks(groups.from_blocks(w4.absmax)), w4.absmax)
-    zero_points = w4.block_offsets
-    if zero_points is not None:
-        check_repeats("zero point", groups.to_blocks(groups.from_blocks(zero_points)), zero_points)
-        if bool((zero_points > 15).any()):
-            raise ValueError(f"expected zero points of at most 15, got {zero_points.max().item()}")
+
+    rows_together = 1
+
+    def groups(self, settings: Settings, shape: Sequence[int]) -> Groups:
+        """The groups of a weight of that shape.
+
+        Raises:
+            ValueError: the format has no weights of that shape.
+        """
+        rows, _ = matrix_of(self.name, shape)
+        if rows % self.rows_together:
+            raise ValueError(f"shape: expected a multiple of {self.rows_together} rows for {self.name}, got {rows}")
+        return Groups.of(self.name, settings, shape)
+
+    def form(self, settings: Settings, shape: Sequence[int]) -> Form:
+        return form_of(self.groups(settings, shape), settings.scale_dtype, settings.symmetric)
+
+    def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
+        groups, zero_points = self.groups(settings, w4.shape), w4.block_offsets
+        check_repeats("absmax", groups.to_blocks(groups.from_blocks(w4.absmax)), w4.absmax)
+        if zero_points is not None:
+            check_repeats("zero point", groups.to_blocks(groups.from_blocks(zero_points)), zero_points)
+            if bool((zero_points > 15).any()):
+                raise ValueError(f"expected zero points of at most 15, got {zero_points.max().item()}")
 
 
 def column_order(given: Given, name: str, groups: Groups, reorders: bool) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -102,32 +102,20 @@ def _has_two_tables(w4: Weight4bit) -> bool:
     return bool((upper[0] == 0) & (upper > 0).any())
 
 
-class Stack:
-    """A stack [E, N, K] of matrices that are read one at a time."""
+def stacked(matrices: Iterable[tuple[str, Weight4bit]], count: int) -> Weight4bit:
+    """The stack [E, N, K] of ``count`` matrices of one form, each of which is needed only until the next one is read.
 
-    def __init__(self, count: int) -> None:
-        self._count, self._parts = count, dict[str, Tensor]()
-        self._first: Weight4bit | None = None
+    Args:
+        matrices: each with its place, for messages.
 
-    def put(self, e: int, matrix: Weight4bit, where: str) -> None:
-        """Stores matrix ``e``.
-
-        Raises:
-            ValueError: it has another form than those before; the message begins with ``where``.
-        """
-        if self._first is None:
-            self._first = matrix
-            self._parts = {
-                name: torch.empty((self._count, *t.shape), dtype=t.dtype, device=t.device)
-                for name, t in matrix.tensors.items()
-            }
-        _check_forms([self._first, matrix], where)
-        for name, t in matrix.tensors.items():
-            self._parts[name][e] = t
-
-    @property
-    def weight(self) -> Weight4bit:
-        """The stack, when all matrices are stored."""
-        assert self._first is not None
-        parts: dict[str, Any] = {**self._parts}
-        return self._first.replace(**parts, shape=torch.Size((self._count, *self._first.shape)))
+    Raises:
+        ValueError: their forms differ; the message begins with the place of the first that does.
+    """
+    stack: Weight4bit | None = None
+    for e, (where, matrix) in enumerate(matrices):
+        if stack is None:
+            stack = matrix.map(lambda t: t.new_empty((count, *t.shape)), shape=(count, *matrix.shape))
+        _check_forms([stack, matrix], where)
+        stack.matrix(e).copy_(matrix)
+    assert stack is not None
+    return stack

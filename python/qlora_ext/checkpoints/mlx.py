@@ -18,7 +18,7 @@ from ..form import Form
 from ..untrusted import check, excerpt
 from ..weight import Weight4bit, weight_of
 from . import nibbles
-from .format import LOAD_ORIGINAL, Format, Given, Settings, matrix_of
+from .format import LOAD_ORIGINAL, Format, Given, Settings, check_bits, matrix_of
 from .integers import FLOATS
 
 _SOURCE = "quantization_config of mlx"
@@ -35,8 +35,7 @@ class MLX(Format):
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         found = _settings(config, _SOURCE)
-        if found.bits != 4:
-            raise ValueError(f"{_SOURCE}: expected 4 bits, got {found.bits}, which are not supported; {LOAD_ORIGINAL}")
+        check_bits(found.bits, _SOURCE)
         layers = {
             name: _settings(own, f"{_SOURCE}: {excerpt(name, 200)}")
             for name, own in config.items()
@@ -61,8 +60,6 @@ class MLX(Format):
             self.form(settings, shape),
             packed=nibbles.from_words(words),
             absmax=scale.reshape(-1),
-            nested_absmax=None,
-            nested_offset=None,
             block_offsets=bias.reshape(-1),
             shape=torch.Size(shape),
             dtype=dtype,

@@ -10,13 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..untrusted import check, excerpt
-from . import e2m1, scales
-from .e2m1 import NV_BLOCK_SIZE
-from .format import Given, Settings
+from .e2m1 import NV_BLOCK_SIZE, E2M1Format
+from .format import Settings
 
 _SOURCE = "quantization_config of modelopt"
 _SCHEMA = {"quant_algo": str, "group_size?": int, "quantized_layers?": dict}
@@ -24,13 +20,13 @@ _SERVED = ("NVFP4", "W4A16_NVFP4")
 _MIXED = "MIXED_PRECISION"
 
 
-class ModelOptNVFP4(e2m1.E2M1Format):
+class ModelOptNVFP4(E2M1Format):
     """The format ``modelopt``; see the module's docstring."""
 
     name = "modelopt"
     codes = "weight"
     block_size = NV_BLOCK_SIZE
-    scale_dtype = torch.float8_e4m3fn
+    factor = "weight_scale_2"
     retained = ("weight_scale_2", "input_scale", "k_scale", "v_scale")
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
@@ -55,13 +51,3 @@ class ModelOptNVFP4(e2m1.E2M1Format):
             got = ", ".join(kinds) or excerpt(config["quant_algo"])
             raise ValueError(f"{_SOURCE}: expected NVFP4 weights, got {got}, which is not supported")
         return Settings(NV_BLOCK_SIZE)
-
-    def tensors(self, settings: Settings) -> dict[str, bool]:
-        required = dict.fromkeys(("weight", "weight_scale", "weight_scale_2"), True)
-        return dict.fromkeys(self.retained, False) | required
-
-    def _scales(self, given: Given, stored: Tensor) -> e2m1.Scales:
-        return e2m1.e4m3(given, stored, "weight_scale_2", divides=False)
-
-    def _table(self, retained: Mapping[str, Tensor]) -> Tensor:
-        return scales.e4m3_table(torch.device("cpu")) * retained["weight_scale_2"].reshape(())

@@ -10,50 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..form import Form
-from ..weight import Weight4bit
-from . import e2m1, nibbles, scales
-from .e2m1 import MX_BLOCK_SIZE
-from .format import Format, Given, Settings
+from .e2m1 import MX_BLOCK_SIZE, E2M1Format
+from .format import Settings
 
 
-class MXFP4(Format):
+class MXFP4(E2M1Format):
     """The format ``mxfp4``; see the module's docstring."""
 
     name = "mxfp4"
+    codes = "blocks"
+    scales = "scales"
+    block_size = MX_BLOCK_SIZE
+    has_stacks = True
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         return Settings(MX_BLOCK_SIZE)
 
-    def tensors(self, settings: Settings) -> dict[str, bool]:
-        return {"blocks": True, "scales": True}
-
-    def form(self, settings: Settings, shape: Sequence[int]) -> Form:
-        return e2m1.form_of(self.name, shape, MX_BLOCK_SIZE)
-
-    def read(
-        self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
-    ) -> Weight4bit:
-        form = self.form(settings, shape)
-        given = Given(tensors, self.tensors(settings), self.name, where)
-        groups = (*shape[:-1], shape[-1] // MX_BLOCK_SIZE)
-        packed = given.take("blocks", (*groups, MX_BLOCK_SIZE // 2), torch.uint8)
-        codes = given.take("scales", groups, torch.uint8)
-        return e2m1.weight(form, packed, e2m1.e8m0(given, "scales", codes), shape, dtype)
-
-    def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
-        e2m1.check_table(w4, scales.e8m0_table(torch.device("cpu")))
-
-    def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        groups = (*w4.shape[:-1], w4.shape[-1] // MX_BLOCK_SIZE)
-        return {
-            "blocks": nibbles.swap(w4.packed).view(*groups, MX_BLOCK_SIZE // 2),
-            "scales": w4.absmax.reshape(groups),
-            **retained,
-        }
+    def _codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (*shape[:-1], shape[-1] // MX_BLOCK_SIZE, MX_BLOCK_SIZE // 2)
 
 
 def names_of(tensor: str) -> tuple[str, str] | None:

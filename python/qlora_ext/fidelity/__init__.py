@@ -1,7 +1,7 @@
 """What 4 bits cost a model, per layer and on a text: ``sensitivity`` before quantizing, ``check_model`` after."""
 
 from .comparison import Comparison, Increase, compare, losses_of, perplexity
-from .layers import LayerCost
+from .layer_costs import LayerCost
 from .mixed_precision import allowance
 from .model_check import CurvePoint, ModelCheck, check_model
 from .sensitivity import Sensitivity, sensitivity

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..sizes import bytes_of
-from .layers import LayerCost
+from .layer_costs import LayerCost
 
 
 def _expected(budget: object) -> ValueError:

@@ -15,7 +15,7 @@ from ..formats import NF4
 from ..nn import Packed4bit, is_dense, layers_of, places_in, quantized
 from .comparison import Increase, compare, losses_of, text_of
 from .integrity import problems_of
-from .layers import Candidate, LayerCost, measure
+from .layer_costs import Candidate, LayerCost, measure
 from .mixed_precision import choose
 from .sensitivity import total_bytes
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import quantized, to_be_quantized
 from .comparison import text_of
-from .layers import Candidate, LayerCost, measure
+from .layer_costs import Candidate, LayerCost, measure
 from .mixed_precision import choose
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Estimates for each layer that ``quantize_model`` would quantize how much the loss rises if only it is 4-bit.
 
-    It is a second-order estimate from the Fisher information of the layer's outputs; see ``fidelity/layers.py``.
+    It is a second-order estimate from the Fisher information of the layer's outputs; see ``fidelity/layer_costs.py``.
     Memory holds the dense model, a 4-bit copy of its layers and the activations of one sequence. The time is that of
     about six forward passes over the tokens. Typical use is
     ``quantize_model(model, keep=sensitivity(model).keep("5%"))``.

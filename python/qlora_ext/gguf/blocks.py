@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from .._internal import scale_tables
-from ..form import FLOAT_DTYPES, Form
-from ..formats import FLOAT16, NESTED8, NESTED_TABLE8, SCALED8, TABLE8, ZERO_POINT8
+from ..form import FLOAT_DTYPES, PRESETS, Form
+from ..formats import FLOAT16, NESTED8, TABLE8, ZERO_POINT8
 from ..untrusted import FileError
 from ..weight import Weight4bit, weight_of
 from .file import TensorInfo
@@ -49,7 +49,6 @@ class _Layout:
     """The layout of a type's blocks.
 
     Attributes:
-        form: of the weights.
         elements: per block of the file.
         header: bytes before the codes.
         group: bytes whose low nibbles precede their high nibbles.
@@ -57,7 +56,6 @@ class _Layout:
         write: the inverse of ``read``.
     """
 
-    form: Form
     elements: int
     header: int
     group: int
@@ -192,23 +190,23 @@ def _write_nested(w4: Weight4bit) -> Tensor:
 
 def _ue4m3_table() -> Tensor:
     """The values of ggml's unsigned E4M3, which ignores the sign, and whose code 0x7F, NaN elsewhere, is zero."""
-    table = scale_tables.e4m3_table(torch.device("cpu")).abs()
+    table = scale_tables.e4m3_table().abs()
     table[0x7F], table[0xFF] = 0.0, 480.0
     return table
 
 
-_E8M0 = scale_tables.e8m0_table(torch.device("cpu"))
+_E8M0 = scale_tables.e8m0_table()
 _UE4M3 = _ue4m3_table()
 _TABLES = {"MXFP4": _E8M0, "NVFP4": _UE4M3}
 _INTEGERS = torch.arange(256, dtype=torch.float32, device="cpu")
 
 _LAYOUTS = {
-    "Q4_0": _Layout(Form("int4", FLOAT16, 32), 32, 2, 16, _read_scale, _write_scale),
-    "Q4_1": _Layout(Form("uint4", FLOAT16, 32, offsets=FLOAT16), 32, 4, 16, _read_affine, _write_affine),
-    "IQ4_NL": _Layout(Form("iq4_nl", FLOAT16, 32), 32, 2, 16, _read_scale, _write_scale),
-    "MXFP4": _Layout(Form("e2m1", TABLE8, 32), 32, 1, 16, _read_e8m0, _write_e8m0),
-    "NVFP4": _Layout(Form("e2m1", TABLE8, 16), 64, 4, 8, _read_e4m3, _write_e4m3),
-    "Q4_K": _Layout(Form("uint4", NESTED_TABLE8, 32, 8, SCALED8), 256, 16, 32, _read_nested, _write_nested),
+    "Q4_0": _Layout(32, 2, 16, _read_scale, _write_scale),
+    "Q4_1": _Layout(32, 4, 16, _read_affine, _write_affine),
+    "IQ4_NL": _Layout(32, 2, 16, _read_scale, _write_scale),
+    "MXFP4": _Layout(32, 1, 16, _read_e8m0, _write_e8m0),
+    "NVFP4": _Layout(64, 4, 8, _read_e4m3, _write_e4m3),
+    "Q4_K": _Layout(256, 16, 32, _read_nested, _write_nested),
 }
 # The names of the types.
 KINDS = tuple(_LAYOUTS)
@@ -221,7 +219,7 @@ def is_4bit(tensor: TensorInfo) -> bool:
 
 def form_of(kind: str) -> Form:
     """The form of the weights of a type."""
-    return _LAYOUTS[kind].form
+    return PRESETS[kind.lower()]
 
 
 def read(kind: str, data: Any, shape: Sequence[int], where: str, row: int = 0) -> Weight4bit:
@@ -241,7 +239,7 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str, row: int = 0) -
     Raises:
         FileError: the rows do not consist of whole blocks, the data have another size, or a scale is NaN or infinity.
     """
-    layout = _LAYOUTS[kind]
+    layout, form = _LAYOUTS[kind], form_of(kind)
     *leading, width = shape
     if width % layout.elements:
         raise FileError(f"{where}: expected rows of whole {kind} blocks of {layout.elements} elements, got {width}")
@@ -257,15 +255,14 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str, row: int = 0) -
         block = row * (width // layout.elements) + error.block
         raise FileError(f"{where}: expected finite scales, got {error.found} in block {block}") from error
     packed = _from_halves(codes, layout.group)
-    if layout.form.code == "e2m1":
+    if form.code == "e2m1":
         _drop_signs_of_zeros(packed)
     stack = leading[:-1]
-    tensors: _Fields = {"nested_absmax": None, "nested_offset": None}
-    tensors |= {name: t.reshape(*stack, -1) for name, t in fields.items() if name != "scale_table"}
+    tensors: _Fields = {name: t.reshape(*stack, -1) for name, t in fields.items() if name != "scale_table"}
     if "scale_table" in fields:
         tensors["scale_table"] = fields["scale_table"].expand(*stack, 256).clone()
     return weight_of(
-        layout.form,
+        form,
         **tensors,
         packed=packed.reshape(*leading, width // 2),
         shape=torch.Size(shape),
@@ -308,8 +305,7 @@ def in_form_of(kind: str, w4: Weight4bit) -> Weight4bit | None:
             fields[name] = fields[name].repeat_interleave(repeats, -1)
     if form.scales == TABLE8:
         fields["scale_table"] = _TABLES[kind].expand(*w4.shape[:-2], 256)
-    given: _Fields = {"nested_absmax": None, "nested_offset": None, **fields}
-    return weight_of(form, **given, shape=w4.shape, dtype=w4.dtype)
+    return weight_of(form, **fields, shape=w4.shape, dtype=w4.dtype)
 
 
 def _has_table(kind: str, tables: Tensor, codes: Tensor) -> bool:

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from .rows import Rows
 if TYPE_CHECKING:
     from ..form import Form
     from ..integrations.transformers import QLoRAConfig
-    from .source import GGUFSource
+    from .gguf_source import GGUFSource
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 18  # elements that are read at a time
@@ -192,7 +192,7 @@ class GGUFWeights:
         return self._source(QLoRAConfig()).forms(self._model)
 
     def _source(self, config: QLoRAConfig) -> GGUFSource:
-        from .source import GGUFSource
+        from .gguf_source import GGUFSource
 
         source = GGUFSource(config, lambda files, model: self)
         source.forms(self._model)
@@ -370,3 +370,15 @@ class GGUFWeights:
         if len(factors) != count or not np.isfinite(factors).all():
             raise FileError(f"{self._where(scale.tensor)}: expected {count} finite factors, got {excerpt(factors)}")
         return factors
+
+
+def source_of(config: QLoRAConfig) -> GGUFSource:
+    """The source of the file that transformers opens for a model with ``config``."""
+    from .gguf_source import GGUFSource
+
+    def opened(files: Sequence[str], model: Any) -> GGUFWeights:
+        weights = GGUFWeights(files[0], model)
+        weights.check_complete()
+        return weights
+
+    return GGUFSource(config, opened)

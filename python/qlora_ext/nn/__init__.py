@@ -1,8 +1,9 @@
 """Frozen modules with 4-bit weights, and ``quantize_model``, which puts them into a model."""
 
+from .compute_dtype import computing_in, multiply_in_bfloat16, set_compute_dtype
 from .conversions import CONVERSIONS, conversion_of
 from .coverage_report import Coverage, check_something_is_4bit, coverage, report_coverage
-from .dense_16bit import Embedding16bit, Linear16bit, computing_in, set_compute_dtype
+from .dense_16bit import Embedding16bit, Linear16bit
 from .dense_modules import DENSE_RULES, DenseModules, dense_modules, is_dense, paths_to
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, ExpertsLora, is_fused_experts
@@ -17,7 +18,6 @@ from .model import (
     to_be_quantized,
 )
 from .packed import SCALES, Packed4bit, layers_of, scale_names
-from .products import multiply_in_bfloat16
 
 __all__ = [
     "AFTER_QUANTIZE",

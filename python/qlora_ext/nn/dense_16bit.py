@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..dense import linear
-from ..weight import Weight4bit
+from ..linear_dense import linear
 from .conversions import CONVERSIONS
 from .dense_modules import dense_modules, paths_to
 from .linear import Linear4bit
-from .packed import layers_of
 
 Self = TypeVar("Self", bound="Dense16bit")
 
@@ -124,18 +120,7 @@ def widen(module: nn.Module) -> None:
             weight.data = weight.data.to(layer.compute_dtype)
 
 
-def multiply_in_float32(model: nn.Module) -> None:
-    """Makes the dense bfloat16 linear layers of ``model`` multiply in float32, on a CPU without bfloat16 arithmetic.
-
-    Their inputs and outputs stay in bfloat16.
-    """
-    for module, kind in _kept(model).items():
-        if kind is Linear16bit:
-            module.__class__ = kind
-            vars(module)["compute_dtype"] = module.get_parameter("weight").dtype
-
-
-def _kept(model: nn.Module) -> dict[nn.Module, type[Dense16bit]]:
+def kept_in_16bit(model: nn.Module) -> dict[nn.Module, type[Dense16bit]]:
     """The modules of ``model`` whose weights can stay in 16 bits, with the classes that keep them.
 
     No other module may share such a weight, or read it itself.
@@ -154,86 +139,8 @@ def _kept(model: nn.Module) -> dict[nn.Module, type[Dense16bit]]:
     return {module: kind for module, kind in kept.items() if module.weight not in others}
 
 
-def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Makes a 4-bit model compute in ``dtype``, without a float32 copy of its large dense weights on the CPU.
-
-    4-bit layers compute in ``dtype``, and other floating-point tensors are cast to it. If it is float32, the 16-bit
-    weights of dense linear layers and of embeddings keep their dtype, and are frozen. So do decoded 4-bit weights.
-
-    Returns:
-        ``model``, changed in place.
-
-    Example:
-        >>> model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 100))
-        >>> model = qlora_ext.quantize_model(model.bfloat16(), skip=("3",))
-        >>> model = qlora_ext.nn.set_compute_dtype(model, torch.float32)
-        >>> model(torch.tensor([5])).dtype, model[0].weight.dtype, model[2].weight.dtype, model[3].weight.dtype
-        (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
-    """
-    kept = _kept(model) if dtype == torch.float32 else {}
-    weights = {module: module.get_parameter("weight") for module in kept}
-    decoded = {layer: layer.weight_dtype for _, layer in layers_of(model)} if dtype == torch.float32 else {}
-    for module, kind in kept.items():
-        module.__class__ = kind
-        module._parameters["weight"] = None
-    model.to(dtype)
-    for module, weight in weights.items():
-        weight.requires_grad_(False)
-        module._parameters["weight"] = weight
-    for layer, weight_dtype in decoded.items():
-        layer.weight_dtype = weight_dtype
-    return model
-
-
 def to_dense_classes(model: nn.Module) -> None:
     """Gives the layers of ``model`` that keep 16 bits the classes that they had before. Weights do not change."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Dense16bit)]
     for layer in layers:
         layer.__class__ = layer.dense_class
-
-
-@contextlib.contextmanager
-def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Makes ``model`` compute in ``dtype`` inside the ``with`` statement, and then restores all its dtypes.
-
-    4-bit layers compute in ``dtype``, and tensors with a narrower floating dtype are cast to it. Wider tensors, packed
-    states, and 16-bit weights of a model that computes in ``dtype`` do not change. Layers that are replaced meanwhile
-    are not restored.
-
-    Example:
-        >>> model = qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 48)).bfloat16())
-        >>> with qlora_ext.nn.computing_in(model, torch.float32):
-        ...     y = model(torch.ones(64))
-        >>> y.dtype, model[0].compute_dtype
-        (torch.float32, torch.bfloat16)
-    """
-    layers = {layer: layer.compute_dtype for _, layer in layers_of(model)}
-    stored = {id(t) for layer in layers for t in layer.packed_state().values()}  # exposed scales may be float16
-    for module in model.modules():
-        if isinstance(module, Dense16bit) and module.compute_dtype == dtype:
-            stored.add(id(module.get_parameter("weight")))
-    tensors = {
-        name: t.dtype
-        for name, t in _tensors_of(model)
-        if t.is_floating_point()
-        and t.itemsize < dtype.itemsize
-        and not isinstance(t, Weight4bit)
-        and id(t) not in stored
-    }
-    for layer in layers:
-        layer.compute_dtype = dtype
-    for name, t in _tensors_of(model):
-        if name in tensors:
-            t.data = t.data.to(dtype)
-    try:
-        yield
-    finally:
-        for name, t in _tensors_of(model):
-            if name in tensors and t.is_floating_point():
-                t.data = t.data.to(tensors[name])
-        for layer, before in layers.items():
-            layer.compute_dtype = before
-
-
-def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return itertools.chain(model.named_parameters(), model.named_buffers())

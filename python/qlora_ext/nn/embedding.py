@@ -177,10 +177,6 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         held = self._parameters["weight"]
         return decode_rows(held if isinstance(held, Weight4bit) else self.packed_weight(), ids, self.compute_dtype)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded table [V, D], in ``dtype`` or ``weight_dtype``."""
-        return self.weight4bit.dequantize(dtype)
-
     def to_embedding(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Embedding:
         """The dense embedding for this one, without gradient: the decoded table, or ``weight`` [V, D] if given."""
         weight = self.dequantize(dtype) if weight is None else weight.detach().to(dtype or self.weight_dtype)

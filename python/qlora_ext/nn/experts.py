@@ -67,9 +67,7 @@ class ExpertsLora(NamedTuple):
 
     def several(self) -> tuple[Any, ...]:
         """The last arguments of the operators, which describe several adapters; none of one adapter."""
-        if not isinstance(self.a, StackedAdapters):
-            return ()
-        return self.adapter_of_row, self.a.rank_offsets, self.a.scalings, self.a.seeds, self.a.max_rank
+        return self.a.arguments(self.adapter_of_row) if isinstance(self.a, StackedAdapters) else ()
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -202,11 +200,7 @@ class Experts4bit(Packed4bit):
 
     def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight ``name``, with its shape in the dense module."""
-        w4 = self.packed_weight(name)
-        shape = self._shapes[name]
-        out = torch.empty(shape, dtype=dtype or w4.dtype, device=w4.device)
-        for e in range(shape[0]):
-            out[e] = w4.matrix(e).dequantize(out.dtype)
+        out = self.packed_weight(name).dequantize(dtype)
         return out.transpose(1, 2).contiguous() if self.is_transposed else out
 
     def to_experts(self, dtype: torch.dtype | None = None, weights: dict[str, Tensor] | None = None) -> nn.Module:
@@ -270,12 +264,6 @@ class Experts4bit(Packed4bit):
             adapters=several,
             offsets=offsets,
         )
-
-    def _some_experts(self, name: str, experts: list[int]) -> Weight4bit:
-        """The stacked weights of some experts of a streamed module."""
-        assert self.residency is not None
-        w4 = self._as_weight(name, self.residency.read_experts(name, experts))
-        return w4.replace(shape=torch.Size((len(experts), *w4.shape[1:])))
 
     def forward(
         self,
@@ -356,8 +344,9 @@ def _grouped_streamed(
     if x.shape[0] < offsets.shape[0]:  # some experts have no token and are not loaded
         before = torch.cat([offsets.new_zeros(1), offsets[:-1]])
         chosen = (offsets > before).nonzero().squeeze(1)
-        w4 = experts._some_experts(name, chosen.tolist())
+        w4 = experts._as_weight(name, experts.residency.read_experts(experts, name, chosen.tolist()))
+        w4 = w4.replace(shape=torch.Size((len(chosen), *w4.shape[1:])))
         dense = tuple(None if t is None else t.index_select(0, chosen) for t in dense)
         return experts._grouped(w4, x, offsets[chosen], dense, numbers, several)
-    with experts.residency.lend(name) as packed:
+    with experts.residency.lend(experts, name) as packed:
         return experts._grouped(experts._as_weight(name, packed), x, offsets, dense, numbers, several)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._internal.dynamo import outside_graphs
-from .._internal.loans import PackedTensors
+from .._internal.shared_buffers import PackedTensors
 from ..adapters import StackedAdapters, adapter_of_each_row
 from ..autograd import call_linear, draw_seed, in_order_of
 from ..form import Form, FormKeywords
@@ -172,7 +172,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
                     f"x: expected a floating dtype, got {x.dtype}; if the model casts x to the dtype of this layer's "
                     "weight, which FSDP2 shards as bytes, leave the layer dense (skip_modules)"
                 )
-            w4 = self.packed_tensors("weight", self.packed_state())
+            w4 = self.exposed_tensors("weight")
         if w4.column_order is not None:
             x, lora_a = in_order_of(w4.column_order, x, lora_a)
         return self._fused(w4, x, lora_a, lora_b, scaling, dropout_p, adapter_of_row)
@@ -190,9 +190,9 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         adapters: tuple[Any, ...] = ()
         seeds = None
         if isinstance(lora_a, StackedAdapters):
-            of_row = adapter_of_each_row(adapter_of_row, x)
-            lora_a, lora_b, rank_offsets, scalings, max_rank, seeds = lora_a
-            adapters = of_row, rank_offsets, scalings, seeds, max_rank
+            stacked = lora_a
+            lora_a, lora_b, seeds = stacked.lora_a, stacked.lora_b, stacked.seeds
+            adapters = stacked.arguments(adapter_of_each_row(adapter_of_row, x))
         seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None and seeds is None else None
         cast, dtype = self.dtypes(x)
         bias = self.bias  # read once, because reading a parameter is slower than a plain attribute
@@ -229,10 +229,6 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         autocast = autocast_dtype(x.device.type)
         return (self.compute_dtype, x.dtype) if autocast is None else (autocast, autocast)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight [N, K], in ``dtype`` or ``weight_dtype``."""
-        return self.weight4bit.dequantize(dtype)
-
     def to_linear(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Linear:
         """The dense layer for this one, in ``dtype`` or ``weight_dtype``.
 
@@ -261,7 +257,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
 @outside_graphs
 def _fused_streamed(layer: Linear4bit, x: Tensor, lora_a: Any, *args: Any) -> Tensor:
     assert layer.residency is not None
-    with layer.residency.lend("weight") as packed:
+    with layer.residency.lend(layer, "weight") as packed:
         if packed.column_order is not None:  # copied, because the backward needs it after the loan
             x, lora_a = in_order_of(packed.column_order.clone(), x, lora_a)
         y: Tensor = layer._fused(packed, x, lora_a, *args)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import cpu, ops
-from .._internal.loans import Loan, PackedTensors
+from .._internal.shared_buffers import Loan, PackedTensors
 from ..form import Form
 from ..weight import TENSORS, Weight4bit, quantize, weight_of
 
@@ -50,19 +50,19 @@ def full_tensor(t: Tensor) -> Tensor:
 
 
 class Residency(Protocol):
-    """Provides the packed weights of a module whose parameters are not on the computing device; see ``streaming``."""
+    """Provides the packed weights of modules whose parameters are not on the computing device; see ``streaming``."""
 
     @property
     def device(self) -> torch.device:
         """The device that computes."""
 
-    def lend(self, weight: str) -> Loan:
-        """The packed tensors of ``weight`` on ``device``, valid until the loan ends."""
+    def lend(self, module: Packed4bit, weight: str) -> Loan:
+        """The packed tensors of a weight on ``device``, valid until the loan ends."""
 
-    def read(self, weight: str) -> PackedTensors:
-        """Permanent copies of the packed tensors of ``weight``."""
+    def read(self, module: Packed4bit, weight: str) -> PackedTensors:
+        """Permanent copies of the packed tensors of a weight."""
 
-    def read_experts(self, weight: str, experts: list[int]) -> PackedTensors:
+    def read_experts(self, module: Packed4bit, weight: str, experts: list[int]) -> PackedTensors:
         """Permanent copies for some matrices of a stack, stacked in that order."""
 
     def check(self) -> None:
@@ -148,19 +148,11 @@ class Packed4bit(nn.Module, abc.ABC):
         self.form = form
         self.compute_dtype = self._exposed_dtype = compute_dtype
 
-    def _empty_state(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        """Zeros with the names, shapes and dtypes of the packed state."""
-        state: dict[str, Tensor] = {}
-        for name, shape in self.packed_shapes.items():
-            names = _names_of(name)
-            for tensor, spec in self.form.tensors(shape[-2:], shape[:-2]).items():
-                state[names[tensor]] = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
-        return state
-
     def _register_packed(self, device: torch.device | str | None) -> None:
-        state = self._empty_state(device)
-        for name in self.packed_shapes:
-            w4 = self._as_weight(name, self.packed_tensors(name, state), self._exposed_dtype)
+        for name, shape in self.packed_shapes.items():
+            specs = self.form.tensors(shape[-2:], shape[:-2])
+            zeros = {t: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for t, spec in specs.items()}
+            w4 = self._as_weight(name, PackedTensors(**zeros), self._exposed_dtype)
             self.register_parameter(name, nn.Parameter(w4, requires_grad=False))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -269,8 +261,9 @@ class Packed4bit(nn.Module, abc.ABC):
             self._exposed_dtype = w4.dtype
             self._expose(name, tensors)
 
-    def packed_tensors(self, name: str, state: Mapping[str, Tensor]) -> PackedTensors:
-        """The tensors of the weight ``name`` among ``state``, which has them by their names in the module."""
+    def exposed_tensors(self, name: str) -> PackedTensors:
+        """The tensors of the exposed weight ``name``, of which this process may hold only shards."""
+        state = self.packed_state()
         return PackedTensors(*(state.get(part) for part in _names_of(name).values()))  # type: ignore[arg-type]
 
     def unshare(self, name: str) -> None:
@@ -311,22 +304,16 @@ class Packed4bit(nn.Module, abc.ABC):
         module, the result is a copy on the device that computes.
         """
         if self.residency is not None:
-            return self._as_weight(name, self.residency.read(name))
+            return self._as_weight(name, self.residency.read(self, name))
         w4 = self._parameters[name]
         if isinstance(w4, Weight4bit):
             return w4.replace()
-        parts = {tensor: self._tensor(part) for tensor, part in _names_of(name).items()}
-        full = {tensor: None if t is None else full_tensor(t.detach()) for tensor, t in parts.items()}
-        return self._as_weight(name, PackedTensors(**full))  # type: ignore[arg-type]
+        full = (None if t is None else full_tensor(t.detach()) for t in self.exposed_tensors(name))
+        return self._as_weight(name, PackedTensors(*full))  # type: ignore[arg-type]
 
     def _as_weight(self, name: str, tensors: PackedTensors, dtype: torch.dtype | None = None) -> Weight4bit:
         shape = self.packed_shapes[name]
         return weight_of(self.form, **tensors._asdict(), shape=shape, dtype=dtype or self.weight_dtype)
-
-    def freeze_packed(self) -> None:
-        """Clears ``requires_grad`` of the packed state, which other code may have set for all parameters."""
-        for t in self.packed_state().values():
-            t.requires_grad_(False)
 
     def quantize(self, w: Tensor) -> Weight4bit:
         """Quantizes a dense weight of this module to the module's form."""
@@ -403,12 +390,12 @@ class Packed4bit(nn.Module, abc.ABC):
         Raises:
             ValueError: a dtype or a shape differs, so that the scales would be misread.
         """
-        empty = self._empty_state("meta")
         found = {prefix + name: t for name, t in self.packed_state().items()} if state is None else state
         for weight, shape in self.packed_shapes.items():
             form = f"the packed state of a weight {list(shape)} with {self.form}"
+            specs = self.form.tensors(shape[-2:], shape[:-2])
             for tensor, name in _names_of(weight).items():
-                t, expected = found.get(prefix + name), empty.get(name)
+                t, expected = found.get(prefix + name), specs.get(tensor)
                 if t is None:
                     continue
                 if expected is None:
@@ -481,6 +468,10 @@ class PackedWeight4bit(Packed4bit):
     def set_weight(self, w4: Weight4bit) -> None:
         """Stores ``w4``, which has the dense weight's shape; see ``set_packed``."""
         self.set_packed("weight", w4)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded weight, in ``dtype`` or ``weight_dtype``."""
+        return self.packed_weight().dequantize(dtype)
 
 
 def layers_of(model: nn.Module) -> Iterable[tuple[str, Packed4bit]]:

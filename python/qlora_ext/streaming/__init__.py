@@ -1,6 +1,6 @@
 """Models larger than device memory: streams the frozen 4-bit base block by block."""
 
-from .checkpoints import offload_checkpoints
+from .activation_offload import offload_checkpoints
 from .mlp import chunk_mlp, dense_mlps
 from .streaming import SOURCES, Streaming, state_of, stream, streaming_of
 

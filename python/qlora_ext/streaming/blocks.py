@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._internal.loans import PackedTensors
+from .._internal.shared_buffers import PackedTensors
 from ..calibration.stages import stacks_of
 from ..nn import Embedding4bit, Experts4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
 
@@ -79,14 +79,10 @@ class Block:
 
     def views(self, memory: Tensor) -> dict[tuple[Packed4bit, str], PackedTensors]:
         """The tensors of each weight of each module, as views of ``memory``."""
-        found: dict[Packed4bit, dict[str, Tensor]] = {module: {} for module in self.modules}
+        found: dict[tuple[Packed4bit, str], dict[str, Tensor]] = {}
         for part in self.parts:
-            found[part.module][part.name] = part.view(memory)
-        return {
-            (module, weight): module.packed_tensors(weight, views)
-            for module, views in found.items()
-            for weight in module.packed_shapes
-        }
+            found.setdefault((part.module, part.weight), {})[part.tensor] = part.view(memory)
+        return {key: PackedTensors(**views) for key, views in found.items()}
 
 
 def _block(name: str, modules: list[Packed4bit]) -> Block:

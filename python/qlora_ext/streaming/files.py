@@ -11,10 +11,10 @@ import os
 import sys
 import weakref
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
 
+from .._internal.file_mappings import file_mappings
 from ..untrusted import FileError, printable
 
 
@@ -89,18 +89,6 @@ class File:
             done += count
 
 
-def _file_mappings() -> list[tuple[int, int, int, int, str]]:
-    """Begin, end, offset in the file, inode and path of every mapping of a file in this process."""
-    found = []
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        for line in maps:
-            fields = line.rstrip("\n").split(maxsplit=5)
-            if len(fields) == 6 and fields[5].startswith("/"):
-                begin, _, end = fields[0].partition("-")
-                found.append((int(begin, 16), int(end, 16), int(fields[2], 16), int(fields[4]), fields[5]))
-    return found
-
-
 def extents_of(tensors: Iterable[Tensor]) -> list[Extent | None]:
     """The file range from which each tensor is mapped; None for tensors that are not mapped from a file.
 
@@ -109,18 +97,18 @@ def extents_of(tensors: Iterable[Tensor]) -> list[Extent | None]:
     """
     if sys.platform != "linux":
         raise OSError("source='disk' needs Linux, because it finds the mapped files in /proc")
-    mappings = _file_mappings()
+    mappings = file_mappings()
     files: dict[tuple[str, int], File] = {}
     found: list[Extent | None] = []
     for tensor in tensors:
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        inside = (m for m in mappings if m[0] <= begin and end <= m[1])
-        mapping: Any = next(inside, None) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+        inside = (m for m in mappings if m.begin <= begin and end <= m.end)
+        mapping = next(inside, None) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
         if mapping is None:
             found.append(None)
             continue
-        first, _, offset, inode, path = mapping
-        if (path, inode) not in files:
-            files[path, inode] = File(path, inode)
-        found.append(Extent(files[path, inode], offset + begin - first, tensor.nbytes))
+        key = mapping.path, mapping.inode
+        if key not in files:
+            files[key] = File(*key)
+        found.append(Extent(files[key], mapping.offset + begin - mapping.begin, tensor.nbytes))
     return found

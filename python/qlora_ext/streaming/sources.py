@@ -8,17 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..digest import bytes_of
 from .blocks import Block, Part
 from .files import Extent, extents_of
 
 
 def _bytes_of(memory: Tensor, part: Part) -> memoryview:
     return memory.numpy().data[part.offset : part.offset + part.nbytes]
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class FileSource:
@@ -64,7 +60,7 @@ class FileSource:
         if part.state == state:
             extent.file.read(extent.offset + begin, into)
         else:
-            into[:] = raw(part.host_tensor)[begin : begin + len(into)]
+            into[:] = bytes_of(part.host_tensor)[begin : begin + len(into)]
 
 
 class PinnedSource:
@@ -95,7 +91,7 @@ class PinnedSource:
 
     def read_part(self, part: Part, into: memoryview, begin: int = 0) -> None:
         """Fills ``into`` with a tensor's bytes from ``begin`` on."""
-        into[:] = raw(part.host_tensor)[begin : begin + len(into)]
+        into[:] = bytes_of(part.host_tensor)[begin : begin + len(into)]
 
     def check(self) -> None:
         """Does nothing, because memory does not change like files."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._internal.loans import Loan, PackedTensors, set_lender
+from .._internal.shared_buffers import PackedTensors, set_owner
 from ..nn import Experts4bit, Packed4bit, layers_of
 from ..nn.model import Model
 from ..sizes import parse_size
@@ -28,6 +28,8 @@ _MIN_SLOTS = 2  # double buffering: one slot is used while the other is filled
 
 class Streaming:
     """The streaming state of one model: its blocks, and the ring of slots that they share. Created by ``stream``.
+
+    It is the ``residency`` of the model's streamed modules, see ``nn.packed.Residency``.
 
     Several threads may use the model at once. An operator holds a lock while it uses weights on loan, so no thread
     refills a slot that another thread reads.
@@ -44,6 +46,7 @@ class Streaming:
     ) -> None:
         self.blocks, self.device, self.fills = blocks, device, 0
         self._model, self._source = model, source
+        self._index = {module: i for i, block in enumerate(blocks) for module in block.modules}
         size = max(block.nbytes for block in blocks)
         with torch.inference_mode(False):
             self.slots = [Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(slots)]
@@ -76,7 +79,7 @@ class Streaming:
         self._source.check()
 
     @contextlib.contextmanager
-    def lend(self, index: int, module: Packed4bit, weight: str) -> Iterator[PackedTensors]:
+    def lend(self, module: Packed4bit, weight: str) -> Iterator[PackedTensors]:
         """The packed tensors of a weight on ``device``, valid inside the ``with`` statement. Other threads wait.
 
         Raises:
@@ -84,6 +87,7 @@ class Streaming:
                 that streams the model.
         """
         self._check_process()
+        index = self._index[module]
         with self._lock:
             if isinstance(module, Experts4bit):
                 self._sparse_blocks.discard(index)
@@ -104,7 +108,7 @@ class Streaming:
     def _views(self, index: int, slot: Slot) -> dict[tuple[Packed4bit, str], PackedTensors]:
         views = self.blocks[index].views(slot.memory)
         for (module, weight), tensors in views.items():
-            set_lender(tensors[0], functools.partial(self.lend, index, module, weight))
+            set_owner(tensors[0], functools.partial(self.lend, module, weight))
         return views
 
     def _use(self, index: int) -> Slot:
@@ -186,27 +190,27 @@ class Streaming:
         """Whether the modules' tensors have not changed since they were read into ``slot``."""
         return slot.block is not None and slot.state == slot.block.state
 
-    def read_experts(self, index: int, module: Packed4bit, weight: str, experts: list[int]) -> PackedTensors:
+    def read_experts(self, module: Packed4bit, weight: str, experts: list[int]) -> PackedTensors:
         """Stacked copies of some experts' packed tensors on ``device``.
 
         From now on, the block's stacks of experts are not loaded into the ring, until a use needs all experts.
         """
         self._check_process()
         with self._lock:
-            self._sparse_blocks.add(index)
+            self._sparse_blocks.add(self._index[module])
         found: dict[str, Tensor] = {}
         for part in self._parts_of(module, weight):
             size = part.nbytes // part.shape[0]
             copy = torch.empty(len(experts), size, dtype=torch.uint8, device="cpu")
             for row, expert in zip(copy, experts, strict=True):
                 self._source.read_part(part, row.numpy().data, expert * size)
-            found[part.name] = copy.view(part.dtype).view(len(experts), *part.shape[1:]).to(self.device)
-        return module.packed_tensors(weight, found)
+            found[part.tensor] = copy.view(part.dtype).view(len(experts), *part.shape[1:]).to(self.device)
+        return PackedTensors(**found)
 
     def read(self, module: Packed4bit, weight: str) -> PackedTensors:
         """Permanent copies of a weight's packed tensors on ``device``."""
         parts = self._parts_of(module, weight)
-        return module.packed_tensors(weight, {part.name: self.read_part(part).to(self.device) for part in parts})
+        return PackedTensors(**{part.tensor: self.read_part(part).to(self.device) for part in parts})
 
     def _parts_of(self, module: Packed4bit, weight: str) -> list[Part]:
         return [part for part in self._parts[module] if part.weight == weight]
@@ -229,29 +233,6 @@ class Streaming:
                 parts.setdefault(part.module, []).append(part)
         return parts
 
-
-class _Residency:
-    """Provides the packed weights of a module in block ``index``; see ``nn.packed.Residency``."""
-
-    def __init__(self, streaming: Streaming, index: int, module: Packed4bit) -> None:
-        self.streaming, self._index, self._module = streaming, index, module
-
-    @property
-    def device(self) -> torch.device:
-        return self.streaming.device
-
-    def lend(self, weight: str) -> Loan:
-        return self.streaming.lend(self._index, self._module, weight)
-
-    def read(self, weight: str) -> PackedTensors:
-        return self.streaming.read(self._module, weight)
-
-    def read_experts(self, weight: str, experts: list[int]) -> PackedTensors:
-        return self.streaming.read_experts(self._index, self._module, weight, experts)
-
-    def check(self) -> None:
-        self.streaming.check()
-
     def __deepcopy__(self, memo: Any) -> None:
         """None: a copy of the model has its own weights and is not streamed."""
 
@@ -272,7 +253,7 @@ class _LeftToStreaming:
 
     def __iter__(self) -> Iterator[str]:
         for path, layer in layers_of(self.model):
-            if isinstance(layer.residency, _Residency):
+            if isinstance(layer.residency, Streaming):
                 for tensor in layer.packed_state():
                     name = f"{path}.{tensor}" if path else tensor
                     yield from (name, f"base_model.model.{name}")
@@ -286,7 +267,7 @@ def streaming_of(model: nn.Module) -> Streaming | None:
         None
     """
     residencies = (layer.residency for _, layer in layers_of(model))
-    return next((r.streaming for r in residencies if isinstance(r, _Residency)), None)
+    return next((r for r in residencies if isinstance(r, Streaming)), None)
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -399,9 +380,9 @@ def stream(
     largest = max(block.nbytes for block in blocks)
     slots = _slots(allowed, rest, largest, len(blocks))
     streaming = Streaming(model, blocks, files or PinnedSource(blocks), where, slots)
-    for i, block in enumerate(blocks):
+    for block in blocks:
         for module in block.modules:
-            module.residency = _Residency(streaming, i, module)
+            module.residency = streaming
     vars(model)["_ddp_params_and_buffers_to_ignore"] = _LeftToStreaming(model)
     return model
 

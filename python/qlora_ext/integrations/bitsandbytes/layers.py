@@ -13,12 +13,6 @@ from ...nn import SCALES, Linear4bit
 from ...weight import Weight4bit
 
 
-def _packed_state(w4: Weight4bit, prefix: str) -> dict[str, Tensor]:
-    """The packed state of a layer with this weight, with the keys of our ``state_dict``."""
-    tensors = {"weight": w4.packed, **{scale: getattr(w4, scale) for scale in SCALES}}
-    return {prefix + name: t for name, t in tensors.items() if t is not None}
-
-
 class FromBitsandbytes(Linear4bit):
     """A mixin for our layers that replace one of bitsandbytes'."""
 
@@ -58,29 +52,20 @@ class FromBitsandbytes(Linear4bit):
         weight = f"{prefix}weight"
         if any(key.startswith(f"{weight}.quant_state.") for key in state_dict):
             try:
-                w4 = self._read(state_dict, prefix)
+                w4 = Weight4bit.from_bitsandbytes(state_dict, weight)
+                expected = self.packed_shapes["weight"]
+                if tuple(w4.shape) != expected:
+                    raise ValueError(f"{weight}: expected shape {list(expected)}, got {list(w4.shape)}")
+                if w4.code != self.form.code:
+                    raise ValueError(f"{weight}: expected {self.form.code.upper()} codes, got {w4.code.upper()}")
             except (KeyError, ValueError) as error:  # an error even with strict=False
                 args[-1].append(error.args[0])
                 return
             others = {key: t for key, t in state_dict.items() if not key.startswith(f"{weight}.")}
-            state_dict = others | _packed_state(w4, prefix)
+            tensors = {"weight": w4.packed, **{scale: getattr(w4, scale) for scale in SCALES}}
+            state_dict = others | {prefix + name: t for name, t in tensors.items() if t is not None}
             self.weight_dtype = w4.dtype
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _read(self, state_dict: dict[str, Any], prefix: str) -> Weight4bit:
-        """Reads this layer's weight from a state in bitsandbytes' format.
-
-        Raises:
-            KeyError, ValueError: a key is missing, or the weight has another form.
-        """
-        w4 = Weight4bit.from_bitsandbytes(state_dict, f"{prefix}weight")
-        expected = self.packed_shapes["weight"]
-        if tuple(w4.shape) != expected:
-            raise ValueError(f"{prefix}weight: expected shape {list(expected)}, got {list(w4.shape)}")
-        if w4.code != self.form.code:
-            raise ValueError(f"{prefix}weight: expected {self.form.code.upper()} codes, got {w4.code.upper()}")
-        self.check_form(_packed_state(w4, prefix), prefix)
-        return w4
 
     def fused_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.compute_type_is_set:
@@ -101,7 +86,7 @@ class AdoptedLinear4bit(FromBitsandbytes, bnb.nn.Linear4bit):
 ADOPTED: dict[type[Linear4bit], type[FromBitsandbytes]] = {Linear4bit: AdoptedLinear4bit}
 
 
-def stand_in(layer: Linear4bit) -> None:
+def look_like_linear4bit(layer: Linear4bit) -> None:
     """Changes the class of one of our layers, in place, to one that is also a ``bnb.nn.Linear4bit``."""
     layer.__class__ = ADOPTED[type(layer)]
     assert isinstance(layer, FromBitsandbytes)

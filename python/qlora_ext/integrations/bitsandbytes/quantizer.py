@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,14 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
+from ...dtype_names import name_of
+from ...formats import NF4
 from ...nn import CONVERSIONS, Linear4bit, layers_of
 from ..transformers import QLoRAConfig, QLoRAQuantizer, attach
 from ..transformers.quantizer import forget_bitsandbytes_keys
 from .state import state_dict
+
+_KIND = "bitsandbytes_4bit"  # in the libraries' tables
 
 
 def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
@@ -34,7 +39,7 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
     codes = {layer.form.code for layer in layers}
     if len(codes) != 1:
         raise ValueError(f"model: expected 4-bit layers of one code, got {', '.join(sorted(codes))}")
-    compute_dtypes = {str(layer.compute_dtype).removeprefix("torch.") for layer in layers}
+    compute_dtypes = {name_of(layer.compute_dtype) for layer in layers}
     if len(compute_dtypes) != 1:
         raise ValueError(f"model: expected 4-bit layers of one compute dtype, got {sorted(compute_dtypes)}")
     return BitsAndBytesConfig(
@@ -46,33 +51,39 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
     )
 
 
-class BitsandbytesQuantizer(QLoRAQuantizer):
-    """Loads our layers instead of exactly those that ``BitsAndBytesConfig`` requests from bitsandbytes.
+class LikeBitsandbytes:
+    """A mixin, placed before one of our quantizers: it loads our layers instead of exactly those of bitsandbytes.
 
-    The model keeps that configuration and ``is_loaded_in_4bit``, and is saved in bitsandbytes' format, so that it also
-    loads without qlora_ext.
+    The model keeps its ``BitsAndBytesConfig`` and ``is_loaded_in_4bit``, and is saved in bitsandbytes' format, so that
+    it also loads without qlora_ext.
     """
 
     quantization_config: Any  # BitsAndBytesConfig
+    follows_bitsandbytes = True
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model = super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
+        look_like_bitsandbytes(model)
+        announce(model)
+        return model
+
+    def _dequantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        model = super()._dequantize(model, *args, **kwargs)  # type: ignore[misc]
+        model.is_loaded_in_4bit = False
+        return model
+
+
+class BitsandbytesQuantizer(LikeBitsandbytes, QLoRAQuantizer):
+    """The quantizer of transformers for a ``BitsAndBytesConfig``."""
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
         stored = bool(kwargs.get("pre_quantized", True))
         super().__init__(QLoRAConfig.from_bitsandbytes(quantization_config, stored), **kwargs)
         self.quantization_config = quantization_config
 
-    @property
-    def follows_bitsandbytes(self) -> bool:
-        return True
-
     def update_device_map(self, device_map: Any) -> Any:
         device_map = super().update_device_map(device_map)
         return {"": "cpu"} if device_map is None else device_map
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        model = super()._process_model_after_weight_loading(model, **kwargs)
-        stand_in_all(model)
-        announce(model)
-        return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         return state_dict(model, self.quantization_config.bnb_4bit_quant_storage), {}
@@ -81,8 +92,27 @@ class BitsandbytesQuantizer(QLoRAQuantizer):
         model = super()._dequantize(model, dtype)
         if is_bitsandbytes_available():
             model = _dequantize_theirs(model, self.quantization_config, dtype)
-        model.is_loaded_in_4bit = False
         return model
+
+
+def take_over(quantizers: dict[str, Any], ours: Any, stored: Sequence[str]) -> Any:
+    """Makes the ``BitsAndBytesConfig`` of a library with this table of quantizers load our layers.
+
+    bitsandbytes quantizes dense weights to FP4 itself, because its encoder does not choose the nearest values.
+
+    Args:
+        ours: the quantizer that serves NF4.
+        stored: the codes of checkpoints that it serves.
+    """
+    theirs = quantizers[_KIND]
+
+    def quantizer(quantization_config: Any, **options: Any) -> Any:
+        codes = stored if options.get("pre_quantized", True) else (NF4,)
+        is_ours = quantization_config.load_in_4bit and quantization_config.bnb_4bit_quant_type in codes
+        return (ours if is_ours else theirs)(quantization_config, **options)
+
+    quantizers[_KIND] = quantizer
+    return quantizer
 
 
 def announce(model: nn.Module) -> None:
@@ -93,16 +123,16 @@ def announce(model: nn.Module) -> None:
         print(f"qlora_ext: {len(codes)} linear layers in {kinds} instead of bitsandbytes'", file=sys.stderr, flush=True)
 
 
-def stand_in_all(model: Any) -> None:
+def look_like_bitsandbytes(model: Any) -> None:
     """If bitsandbytes is installed, makes ``model`` and its 4-bit layers look like bitsandbytes'."""
     if not is_bitsandbytes_available():
         return
     from . import conv1d as conv1d
-    from .layers import stand_in
+    from .layers import look_like_linear4bit
 
     for _, layer in layers_of(model):
         assert isinstance(layer, Linear4bit)
-        stand_in(layer)
+        look_like_linear4bit(layer)
     model.is_loaded_in_4bit = True
 
 

@@ -10,43 +10,24 @@ from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 from torch import nn
 
 from ...nn import layers_of
-from ..bitsandbytes.quantizer import announce, stand_in_all
+from ..bitsandbytes.quantizer import LikeBitsandbytes
 from ..transformers import QLoRAConfig
 from .models import attach, saved_config
 from .quantizer import DiffusersQLoRAQuantizer
 
 
-class DiffusersBitsandbytesQuantizer(DiffusersQLoRAQuantizer):
-    """Loads our layers instead of exactly those that ``BitsAndBytesConfig`` with NF4 requests from bitsandbytes.
-
-    The model keeps that configuration and ``is_loaded_in_4bit``, and is saved in bitsandbytes' format, so that it also
-    loads without qlora_ext.
-    """
+class DiffusersBitsandbytesQuantizer(LikeBitsandbytes, DiffusersQLoRAQuantizer):
+    """The quantizer of diffusers for a ``BitsAndBytesConfig`` with NF4."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(QLoRAConfig.from_bitsandbytes(quantization_config), **kwargs)
         self.quantization_config = quantization_config
-
-    @property
-    def follows_bitsandbytes(self) -> bool:
-        return True
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         return super().update_torch_dtype(torch_dtype or torch.float16)  # diffusers' own default for bitsandbytes
 
     def describe(self, model: Any) -> None:
         model.register_to_config(quantization_config=self.quantization_config)
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        model = super()._process_model_after_weight_loading(model, **kwargs)
-        stand_in_all(model)
-        announce(model)
-        return model
-
-    def _dequantize(self, model: Any) -> Any:
-        model = super()._dequantize(model)
-        model.is_loaded_in_4bit = False
-        return model
 
 
 def keep_diffusers_format(model: nn.Module) -> None:

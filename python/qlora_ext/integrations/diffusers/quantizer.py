@@ -13,7 +13,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ... import _library
+from ..._library import cuda_is_usable
 from ...bitsandbytes_format import COMPANIONS
 from ...nn import (
     CONVERSIONS,
@@ -84,7 +84,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
 
     def update_device_map(self, device_map: Any) -> Any:
         # A quantized model goes to the GPU if there is one, as in transformers and for bitsandbytes.
-        if device_map is None and _library.cuda_error is None and torch.cuda.is_available():
+        if device_map is None and cuda_is_usable():
             device_map = {"": torch.cuda.current_device()}
         if self.config.stream is None or not isinstance(device_map, Mapping):
             return device_map
@@ -239,7 +239,6 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._check_loaded(model)
         for _, layer in layers_of(model):
-            layer.freeze_packed()
             layer.join()
         del self.places
         align(model)

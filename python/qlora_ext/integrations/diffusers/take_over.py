@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers.quantizers import auto
 
+from ...formats import NF4
+from ..bitsandbytes.quantizer import take_over
 from .bitsandbytes import DiffusersBitsandbytesQuantizer
 
-_KIND = "bitsandbytes_4bit"
-_theirs = auto.AUTO_QUANTIZER_MAPPING[_KIND]
-
-
-def _quantizer(quantization_config: Any, **options: Any) -> Any:
-    """The quantizer for a 4-bit configuration of bitsandbytes: ours for NF4, theirs for FP4."""
-    is_nf4 = quantization_config.load_in_4bit and quantization_config.bnb_4bit_quant_type == "nf4"
-    return (DiffusersBitsandbytesQuantizer if is_nf4 else _theirs)(quantization_config, **options)
-
-
-auto.AUTO_QUANTIZER_MAPPING[_KIND] = _quantizer
+_quantizer = take_over(auto.AUTO_QUANTIZER_MAPPING, DiffusersBitsandbytesQuantizer, (NF4,))

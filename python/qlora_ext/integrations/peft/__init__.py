@@ -12,32 +12,31 @@ import os
 import pathlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import peft
 from torch import nn
 
+from ...fingerprint import fingerprint
 from ...untrusted import excerpt, printable
 from .._patches import extend
-from . import loftq as loftq
 from . import methods as methods
+from .adapter_loading import loading
 from .base_file import (
     BASE_FILE,
     FORMAT_VERSION,
-    OnMismatch,
-    compare_base,
     is_4bit,
+    read_base,
     recorded_dropout,
     recorded_merge_aware,
     write_base,
 )
 from .experts import set_dropout
-from .gradients import inert_adapters
-from .initial import initialize_lora
+from .initial_values import initialize_lora
 from .linear import LoraLinear4bit, cast_fused
-from .loading import loading
 from .merge import MergeError, merge_calibrated, merge_to_4bit
-from .merge_aware import set_merge_aware
+from .merge_aware import served_in, set_merge_aware
+from .unreached_adapters import inert_adapters
 
 __all__ = [
     "BASE_FILE",
@@ -57,6 +56,8 @@ __all__ = [
     "set_merge_aware",
     "write_base",
 ]
+
+OnMismatch = Literal["refuse", "warn", "ignore"]
 
 # The default of ``on_mismatch``: what happens if an adapter was trained on another 4-bit base.
 on_base_mismatch: OnMismatch = "warn"
@@ -88,7 +89,24 @@ def check_base(
         >>> check_base(model, directory)
         True
     """
-    return compare_base(model, directory, on_mismatch or on_base_mismatch)
+    record = read_base(directory) if is_4bit(model) else {}
+    if not record:
+        return None
+    served = served_in(model)
+    same_format = served is not None and record.get("merge_aware") == served.code
+    found = served.fingerprint if served is not None and same_format else fingerprint(model)
+    if found == record["fingerprint"]:
+        return True
+    message = (
+        f"{directory}: this adapter was trained on another 4-bit base: expected fingerprint "
+        f"{excerpt(record['fingerprint'][:12])}, got {found[:12]}"
+    )
+    on_mismatch = on_mismatch or on_base_mismatch
+    if on_mismatch == "refuse":
+        raise ValueError(message)
+    if on_mismatch == "warn":
+        warnings.warn(message, stacklevel=2)
+    return False
 
 
 @extend("peft.utils.other:prepare_model_for_kbit_training")

@@ -8,7 +8,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +30,6 @@ _SCHEMA: Schema = {
     "merge_aware?": (bool, str),
     "base_format?": str,
 }
-
-OnMismatch = Literal["refuse", "warn", "ignore"]
 
 
 def is_4bit(model: nn.Module) -> bool:
@@ -78,86 +76,41 @@ def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(directory: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any] | None]:
+def read_base(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record of the adapter in ``directory``; empty if it has none.
+
+    Raises:
+        ValueError: a value is invalid, or the file is damaged or of a newer version.
+    """
     path = pathlib.Path(directory) / BASE_FILE
     if not path.is_file():
-        return path, None
+        return {}
     record: dict[str, Any] = read_json(path, _SCHEMA)
     if record["format_version"] != FORMAT_VERSION:
         raise FileError(f"{path}: expected format_version {FORMAT_VERSION}, got {record['format_version']}")
-    return path, record
+    p, aware, read_in = (record.get(name) for name in ("lora_dropout", "merge_aware", "base_format"))
+    if p is not None and not 0.0 <= p <= 1.0:
+        raise FileError(f"{path}: expected a probability from 0 to 1 as lora_dropout, got {p}")
+    if isinstance(aware, str) and aware and aware not in SERVED_FORMATS:
+        raise FileError(f"{path}: expected merge_aware to be {', '.join(SERVED_FORMATS)} or true, got {excerpt(aware)}")
+    if read_in not in (None, *READ_IN):
+        raise FileError(f"{path}: expected base_format to be {', '.join(READ_IN)}, got {excerpt(str(read_in))}")
+    return record
 
 
 def recorded_dropout(directory: str | os.PathLike[str]) -> float | None:
-    """The dropout of the adapter in ``directory`` if ``write_base`` recorded one, else None.
-
-    Raises:
-        ValueError: it is not a probability, or the file is damaged or of a newer version.
-    """
-    path, record = _read(directory)
-    p: float | None = (record or {}).get("lora_dropout")
-    if p is not None and not 0.0 <= p <= 1.0:
-        raise FileError(f"{path}: expected a probability from 0 to 1 as lora_dropout, got {p}")
-    return p
+    """The dropout of the adapter in ``directory`` if ``write_base`` recorded one, else None."""
+    return read_base(directory).get("lora_dropout")
 
 
 def recorded_merge_aware(directory: str | os.PathLike[str]) -> str | bool:
-    """The format for which the adapter in ``directory`` was trained merge-aware; True for the base's own.
-
-    Raises:
-        ValueError: there is no such format, or the file is damaged or of a newer version.
-    """
-    path, record = _read(directory)
-    aware: str | bool = (record or {}).get("merge_aware") or False
-    if isinstance(aware, str) and aware not in SERVED_FORMATS:
-        raise FileError(f"{path}: expected merge_aware to be {', '.join(SERVED_FORMATS)} or true, got {excerpt(aware)}")
-    return aware
+    """The format for which the adapter in ``directory`` was trained merge-aware; True for the base's own."""
+    return read_base(directory).get("merge_aware") or False
 
 
 def recorded_base_format(directory: str | os.PathLike[str]) -> str | None:
-    """``QLoRAConfig.served`` of the base on which the adapter in ``directory`` was trained; None for NF4.
-
-    Raises:
-        ValueError: there is no such format, or the file is damaged or of a newer version.
-    """
-    path, record = _read(directory)
-    read_in: str | None = (record or {}).get("base_format")
-    if read_in not in (None, *READ_IN):
-        raise FileError(f"{path}: expected base_format to be {', '.join(READ_IN)}, got {excerpt(str(read_in))}")
-    return read_in
-
-
-def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatch: OnMismatch) -> bool | None:
-    """Whether ``model`` is the 4-bit base that the adapter in ``directory`` was trained on.
-
-    Args:
-        on_mismatch: "refuse" raises a ValueError, "warn" warns, "ignore" only returns.
-
-    Returns:
-        True or False, or None if the adapter has no record (PEFT alone wrote it) or the model is not 4-bit.
-
-    Raises:
-        ValueError: the base is another one, with "refuse"; or the record is damaged or of a newer version.
-    """
-    if not is_4bit(model):
-        return None
-    _, record = _read(directory)
-    if record is None:
-        return None
-    served = served_in(model)
-    same_format = served is not None and record.get("merge_aware") == served.code
-    found = served.fingerprint if served is not None and same_format else fingerprint(model)
-    if found == record["fingerprint"]:
-        return True
-    message = (
-        f"{directory}: this adapter was trained on another 4-bit base: expected fingerprint "
-        f"{excerpt(record['fingerprint'][:12])}, got {found[:12]}"
-    )
-    if on_mismatch == "refuse":
-        raise ValueError(message)
-    if on_mismatch == "warn":
-        warnings.warn(message, stacklevel=3)
-    return False
+    """``QLoRAConfig.served`` of the base on which the adapter in ``directory`` was trained; None for NF4."""
+    return read_base(directory).get("base_format")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...adapters import StackedAdapters
 from ...nn import Experts4bit, ExpertsLora
-from .calls import samples_of_call
+from .call_cache import samples_of_call
 from .linear import active_dropout
 from .merge import Over4bit
 from .operands import Adapter, added, by_sample

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
 from ...nn import Linear4bit
-from .calls import samples_of_call
+from .call_cache import samples_of_call
 from .merge import Over4bit
 from .operands import Adapter, added, by_sample
 from .trained_weight import MergeAware, fold_scaling
@@ -35,7 +35,7 @@ def active_dropout(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-class _Decoding(nn.Linear):
+class _DenseProxy(nn.Linear):
     """A proxy of a 4-bit layer for one call of PEFT's code, which may read the weight.
 
     Its products are those of the 4-bit layer. The weight is decoded at the first access. It has no parameters.
@@ -89,7 +89,7 @@ def reader(name: str) -> Callable[..., Any]:
 
     def method(self: OverLinear4bit, *args: Any, **kwargs: Any) -> Any:
         base = self.base_layer
-        over = self._over(_Decoding(base, base.weight_dtype)) if isinstance(base, Linear4bit) else self
+        over = self._over(_DenseProxy(base, base.weight_dtype)) if isinstance(base, Linear4bit) else self
         return getattr(super(OverLinear4bit, over), name)(*args, **kwargs)
 
     method.__name__ = name
@@ -107,7 +107,7 @@ class OverLinear4bit(Over4bit):
     @property
     def layer4bit(self) -> Linear4bit:
         layer = self.base_layer
-        if isinstance(layer, _Decoding):
+        if isinstance(layer, _DenseProxy):
             layer = layer.of()
         assert isinstance(layer, Linear4bit)
         return layer
@@ -123,11 +123,11 @@ class OverLinear4bit(Over4bit):
         return self.layer4bit.bias
 
     @contextlib.contextmanager
-    def _base_as(self, stand_in: nn.Linear) -> Iterator[nn.Linear]:
+    def _base_as(self, dense: nn.Linear) -> Iterator[nn.Linear]:
         layer = self.base_layer
-        self.base_layer = stand_in
+        self.base_layer = dense
         try:
-            yield stand_in
+            yield dense
         finally:
             self.base_layer = layer
 
@@ -157,7 +157,7 @@ class OverLinear4bit(Over4bit):
         if self.disable_adapters and self.merged:  # type: ignore[attr-defined]
             self.unmerge()
         self._refuse_offloaded(x)
-        copied = self._over(_Decoding(self.layer4bit, x.dtype))
+        copied = self._over(_DenseProxy(self.layer4bit, x.dtype))
         y: Tensor = super(OverLinear4bit, copied).forward(x, *args, **kwargs)  # type: ignore[misc]
         return y
 

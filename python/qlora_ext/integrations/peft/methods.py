@@ -21,12 +21,12 @@ from ...nn.dense_16bit import Dense16bit, widen
 from .._patches import extend
 from ..transformers.modules import dequantize_modules
 from .base_file import is_4bit
-from .calls import PerSample
-from .dense_16bit import merge_in_compute_dtype, widen_written
+from .call_cache import PerSample
 from .embedding import LoraEmbedding4bit
 from .experts import LoraExperts4bit, without_dropout
 from .linear import READERS, LoraLinear4bit, LoraWeight4bit, OverLinear4bit, decoded, reader
 from .merge import Over4bit
+from .over_dense_16bit import merge_in_compute_dtype, widen_written
 from .parameter import LoraParameter
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...adapters import StackedAdapters, adapter_of_each_row, stack_adapters
-from .calls import once_per_call
+from .call_cache import once_per_call
 from .trained_weight import fold_scaling
 
 # The arguments of ``Linear4bit.fused_forward`` after x.

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from .calls import samples_of_call
+from .call_cache import samples_of_call
 
 
 def _with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:

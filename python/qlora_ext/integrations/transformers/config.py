@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ... import _library, bitsandbytes_format
+from ... import bitsandbytes_format
 from ..._internal.integrate import integrate
+from ..._library import cuda_is_usable
 from ...dtypes import computing_dtype, layers_dtype
 from ...form import Form
 from ...formats import NF4, READ_IN
@@ -164,7 +165,7 @@ def default_device(device: torch.device | str | int | None) -> torch.device | st
     """``device``, or the GPU if there is one, because models may load on the CPU and move."""
     if device is not None:
         return device
-    return "cuda" if _library.cuda_error is None and torch.cuda.is_available() else "cpu"
+    return "cuda" if cuda_is_usable() else "cpu"
 
 
 class QLoRAConfig(QuantizationConfigMixin):

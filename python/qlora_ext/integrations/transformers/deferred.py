@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...atomic import staged_file
+from ...digest import bytes_of
 
 _DTYPES = {
     "F64": torch.float64,
@@ -57,11 +58,6 @@ def deferred(
     for name, t in tensors.items():
         setattr(t, _SOURCE, (compute, name))
     return tensors
-
-
-def _bytes_of(t: Tensor) -> Any:
-    """The bytes of a tensor, as a buffer."""
-    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _computed(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -108,4 +104,4 @@ def write_file(tensors: Mapping[str, Tensor], path: pathlib.Path, metadata: Mapp
             expected = tensors[name]
             assert (t.dtype, t.shape) == (expected.dtype, expected.shape), name
             file.seek(begin + header[name]["data_offsets"][0])
-            file.write(_bytes_of(t))
+            file.write(bytes_of(t))

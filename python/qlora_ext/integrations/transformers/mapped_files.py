@@ -6,10 +6,11 @@ import ctypes
 import functools
 import mmap
 import os
-import sys
 from collections.abc import Iterable
 
 from torch import Tensor
+
+from ..._internal.file_mappings import file_mappings
 
 _MADV_DONTNEED, _MADV_PAGEOUT = 4, 21  # asm-generic/mman-common.h
 _Range = tuple[int, int]
@@ -55,16 +56,8 @@ class MappedFiles:
         return [(b, e) for b, e in self._mappings() if not any(b < end and begin < e for begin, end in self._older)]
 
     def _mappings(self) -> list[_Range]:
-        if sys.platform != "linux" or not self._paths:
-            return []
-        found = []
-        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-            for line in maps:
-                fields = line.rstrip("\n").split(maxsplit=5)
-                if len(fields) == 6 and fields[5] in self._paths:
-                    begin, _, end = fields[0].partition("-")
-                    found.append((int(begin, 16), int(end, 16)))
-        return found
+        found = file_mappings() if self._paths else []
+        return [(m.begin, m.end) for m in found if m.path in self._paths]
 
     def release(self, *tensors: Tensor) -> None:
         """Releases the pages of ``tensors``, which the load has read for the last time.

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from ... import _library
+from ..._library import cuda_is_usable
 from ...bitsandbytes_format import COMPANIONS
 from ...form import Form
 from ...nn import (
@@ -32,11 +32,11 @@ from ...nn import (
     report_coverage,
     tied_heads,
 )
-from ...nn.dense_16bit import multiply_in_float32
+from ...nn.compute_dtype import multiply_in_float32
 from ...streaming import stream
 from ...weight import Weight4bit
-from . import conversions
-from .checkpoint_files import check_dense
+from . import safe_conversions
+from .checkpoint.headers import check_dense
 from .config import METHOD, QLoRAConfig
 from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
@@ -52,8 +52,8 @@ from .modules import (
     packed_weights,
     refuse_split_experts,
 )
-from .source import Source
 from .stored_config import forget_mlx
+from .weight_source import Source
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -115,11 +115,10 @@ class QLoRAQuantizer(HfQuantizer):
                 raise ValueError(f"device_map: expected one device for a streamed model, got {device_map}")
             self.streaming_device = devices.pop()
             if self.streaming_device in (None, "auto"):  # a streamed model fits one device
-                on_cuda = _library.cuda_error is None and torch.cuda.is_available()
-                self.streaming_device = torch.cuda.current_device() if on_cuda else "cpu"
+                self.streaming_device = torch.cuda.current_device() if cuda_is_usable() else "cpu"
             return {"": "cpu"}
         # A quantized model goes to the GPU if there is one, as for bitsandbytes.
-        if device_map is None and _library.cuda_error is None and torch.cuda.is_available():
+        if device_map is None and cuda_is_usable():
             return {"": torch.cuda.current_device()}
         return device_map
 
@@ -266,7 +265,7 @@ class QLoRAQuantizer(HfQuantizer):
                     setattr(parent, name, replacement)
 
     def get_quantize_ops(self) -> Any:
-        from .loading import Quantize
+        from .weight_operations import Quantize
 
         return Quantize(self.quantize, self.mapped_files.release, self.not_finite, self.qlora_config._spill)
 
@@ -275,7 +274,7 @@ class QLoRAQuantizer(HfQuantizer):
             return []
         from transformers.core_model_loading import WeightConverter
 
-        from .loading import LoadBitsandbytes
+        from .weight_operations import LoadBitsandbytes
 
         sources = [*(f"weight.{name}" for name in COMPANIONS), "weight"]
         return [WeightConverter(sources, "weight", operations=[LoadBitsandbytes(self)])]
@@ -298,7 +297,6 @@ class QLoRAQuantizer(HfQuantizer):
             if not self._saves_source:
                 self.source = self.qlora_config._source = None
         for _, layer in layers_of(model):
-            layer.freeze_packed()  # transformers makes every floating-point parameter trainable
             layer.join()
         if self.bitsandbytes_storage is not None:
             forget_bitsandbytes_keys(model)
@@ -318,7 +316,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         if self.reads_our_format:
-            weight_conversions = conversions.for_loading(model, weight_conversions)
+            weight_conversions = safe_conversions.for_loading(model, weight_conversions)
         if self.source is not None:
             weight_conversions = self.source.conversions(weight_conversions)
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
@@ -332,7 +330,7 @@ class QLoRAQuantizer(HfQuantizer):
             model._weight_conversions = self.conversions = self.source.prepare_saving(found or [])
         else:
             self.conversions = found
-            model._weight_conversions = conversions.for_saving(model, found)
+            model._weight_conversions = safe_conversions.for_saving(model, found)
 
     @property
     def _saves_source(self) -> bool:

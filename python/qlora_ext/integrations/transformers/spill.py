@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import digest
 from ...atomic import staged_file
+from ...dtype_names import name_of
 from ...form import Form
 from ...weight import TENSORS, Weight4bit, weight_of
 from .config import QLoRAConfig
@@ -76,7 +77,7 @@ class Spill:
         fields = {
             "name": name,
             "shape": list(w4.shape),
-            "dtype": str(w4.dtype).removeprefix("torch."),
+            "dtype": name_of(w4.dtype),
             "form": w4.form.keywords,
         }
         tensors = {key: t.contiguous() for key, t in w4.tensors.items()}

@@ -1,6 +1,6 @@
-"""The recipes by which 4-bit formats compute the scales, offsets and codes of a weight.
+"""The encoders of 4-bit formats, which compute the scales, offsets and codes of a weight.
 
-A format with a recipe of its own gives the bits that its library gives for a float32 weight:
+A format with an encoder of its own gives the bits that its library gives for a float32 weight:
 
     mxfp4    OCP Microscaling Formats 1.0, section 6.3: a power of two per block
     nvfp4    compressed-tensors: an E4M3 scale per block, and the largest magnitude of the weight at its largest value
@@ -37,7 +37,7 @@ def tensors_of(w: Tensor, form: Form) -> Tensors:
     """The tensors of ``w`` in ``form``, by their names in ``Weight4bit``.
 
     Raises:
-        ValueError: there is no recipe for that form.
+        ValueError: there is no encoder for that form.
     """
     own = _OWN.get((form.code, form.scales, form.offsets))
     if own is not None:

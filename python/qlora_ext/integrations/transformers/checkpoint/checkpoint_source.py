@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,21 +14,21 @@ from torch import Tensor, nn
 from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ...checkpoints import LOAD_ORIGINAL, MLX, Settings, format_of, joined, mxfp4, retained_of
-from ...checkpoints.rows import alternating_rows, grouped_rows, select_rows
-from ...form import Form
-from ...nn import Linear4bit, Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
-from ...untrusted import excerpt, printable
-from ...weight import Weight4bit
-from .checkpoint_decoded import DecodedWeight, decoded_weights
-from .checkpoint_experts import DenseExperts, alternates, dense_experts
-from .checkpoint_files import Header, Names, map_tensors, patterns_of, read_headers
-from .checkpoint_fp8 import ScaledWeight, scaled_weights
-from .checkpoint_operations import OriginalNames, PackedTensors, module_of
-from .checkpoint_weights import Matrix, StoredWeight, experts_of
-from .deferred import deferred, dtype_of
-from .modules import BaseNames, check_complete, empty_layer
-from .source import Source
+from ....checkpoints import LOAD_ORIGINAL, MLX, Settings, format_of, joined, mxfp4, retained_of
+from ....checkpoints.rows import alternating_rows, grouped_rows, select_rows
+from ....form import Form
+from ....nn import Linear4bit, Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
+from ....untrusted import excerpt, printable
+from ....weight import Weight4bit
+from ..deferred import deferred, dtype_of
+from ..modules import BaseNames, check_complete, empty_layer
+from ..weight_source import Source
+from .decoded_weights import DecodedWeight, decoded_weights
+from .expert_stacks import DenseExperts, alternates, dense_experts
+from .fp8_weights import ScaledWeight, scaled_weights
+from .headers import Header, Names, map_tensors, patterns_of, read_headers
+from .operations import OriginalNames, PackedTensors, module_of
+from .stored_weights import Matrix, StoredWeight, experts_of
 
 # The tensor with the codes is the first of these that a format has.
 _CODES = ("weight_packed", "qweight", "blocks", "weight")
@@ -322,28 +323,32 @@ class CheckpointSource(Source):
             dense: Tensor = getattr(module, name.rpartition(".")[2])
             return self._dense[name].read(by_key, dense.shape, dense.dtype)
         assert isinstance(module, Packed4bit)
-        weight, dtype = self._weights[name], module.weight_dtype
-        experts = [*experts_of(weight, by_key)]
-        stack, done = joined.Stack(len(experts)), list[Tensor]()
-        limit = max(sum(t.nbytes for t in tensors) // 16, _RELEASED_AT_ONCE)
-        for e, (parts, given, shape) in enumerate(experts):
-            matrices = [self._read(weight, matrix, given, shape, dtype) for matrix in parts]
+        weight = self._weights[name]
+        matrices = self._matrices(weight, by_key, module)
+        first = next(matrices)
+        if first[1].shape == weight.shape:
+            return first[1]
+        return joined.stacked(itertools.chain([first], matrices), weight.shape[0])
+
+    def _matrices(
+        self, weight: StoredWeight, by_key: Mapping[str, Tensor], module: Packed4bit
+    ) -> Iterator[tuple[str, Weight4bit]]:
+        """The matrices of ``weight``, one for each expert, with their places. What has been read is released."""
+        done = list[Tensor]()
+        limit = max(sum(t.nbytes for t in by_key.values()) // 16, _RELEASED_AT_ONCE)
+        for parts, given, shape in experts_of(weight, by_key):
+            matrices = [self._read(weight, matrix, given, shape, module.weight_dtype) for matrix in parts]
             if matrices[0].column_order is not None and not isinstance(module, Linear4bit):
                 raise ValueError(
                     f"{parts[0].where}: expected groups of neighbouring columns in {type(module).__name__}, got an "
                     f"activation order (desc_act), which only linear layers support; {LOAD_ORIGINAL}"
                 )
             w4 = joined.in_blocks_of(joined.join_rows(matrices, parts[0].where), weight.block_size)
-            if weight.alternates:
-                w4 = select_rows(w4, alternating_rows(w4.shape[0]))
-            if w4.shape == weight.shape:
-                return w4
-            stack.put(e, w4, parts[0].where)
+            yield parts[0].where, select_rows(w4, alternating_rows(w4.shape[0])) if weight.alternates else w4
             done += [given[key] for matrix in parts for key in matrix.tensors.values()]
             if sum(t.nbytes for t in done) > limit:
                 self.release(*done)
                 done = []
-        return stack.weight
 
     def _read(
         self,

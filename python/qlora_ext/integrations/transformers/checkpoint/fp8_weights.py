@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import core_model_loading
 
-from ...untrusted import excerpt, printable
-from .checkpoint_files import Header, Names
+from ....untrusted import excerpt, printable
+from .headers import Header, Names
+from .stored_weights import Matrix
 
 # Dtypes of safetensors that hold codes, not values.
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U8", "I8", "I16", "I32", "U32")
@@ -20,24 +19,8 @@ _TENSORS = ("weight", "weight_scale", "input_scale")
 _CHUNK = 1 << 18  # elements that are decoded at a time
 
 
-@dataclasses.dataclass
-class ScaledWeight:
-    """A weight of the model that the checkpoint stores in FP8 with a scale. It is decoded, and stays dense.
-
-    Attributes:
-        where: the file and the name of the weight in it, for messages.
-        tensors: the names of its tensors in the checkpoint, by their names in the format.
-        retained: the tensors that are saved as they were read.
-    """
-
-    where: str
-    tensors: dict[str, str]
-    retained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
-        return sorted(self.tensors.values(), key=core_model_loading.dot_natural_key)
+class ScaledWeight(Matrix):
+    """A weight of the model that the checkpoint stores in FP8 with a scale. It is decoded, and stays dense."""
 
     def read(self, by_key: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The decoded weight.

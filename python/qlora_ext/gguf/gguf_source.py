@@ -12,7 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..form import Form
 from ..integrations.transformers import Conv1D4bit, QLoRAConfig
 from ..integrations.transformers.modules import dense_modules, empty_layer
-from ..integrations.transformers.source import Source
+from ..integrations.transformers.weight_source import Source
 from ..nn import is_dense, paths_to, tied_heads
 from . import blocks
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 from transformers import core_model_loading
 
-from ...checkpoints import Settings
+from ....checkpoints import Settings
+
+
+def in_order_of_reading(names: Iterable[str]) -> list[str]:
+    """The names of tensors of a weight, in the order in which transformers reads them."""
+    return sorted(names, key=core_model_loading.dot_natural_key)
 
 
 @dataclasses.dataclass
@@ -24,6 +29,11 @@ class Matrix:
     where: str
     tensors: dict[str, str]
     retained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
+        return in_order_of_reading(self.tensors.values())
 
 
 @dataclasses.dataclass
@@ -60,8 +70,7 @@ class StoredWeight:
     @property
     def names(self) -> list[str]:
         """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
-        names = (name for parts in self.matrices for matrix in parts for name in matrix.tensors.values())
-        return sorted(names, key=core_model_loading.dot_natural_key)
+        return in_order_of_reading(name for parts in self.matrices for matrix in parts for name in matrix.names)
 
 
 def experts_of(

@@ -1,4 +1,4 @@
-"""Packed weights on loan: other weights reuse their memory, so a borrower may not keep them.
+"""Packed weights in buffers that other weights reuse: they are on loan, and a borrower may not keep them.
 
 A loan is a context manager. Until it ends, no other thread can refill the memory.
 """
@@ -27,19 +27,19 @@ class PackedTensors(NamedTuple):
 
 
 Loan: TypeAlias = AbstractContextManager[PackedTensors]
-Lender: TypeAlias = Callable[[], Loan]
+Owner: TypeAlias = Callable[[], Loan]
 
-_LENDER = "_qlora_lender"
-
-
-def set_lender(packed: Tensor, lender: Lender) -> None:
-    """Records that ``packed`` is on loan from ``lender``, which a backward pass must call to get it again."""
-    setattr(packed, _LENDER, lender)
+_OWNER = "_qlora_owner"
 
 
-def lender_of(packed: Tensor) -> Lender | None:
-    """The lender of ``packed``; None if the tensor is permanent, so that a backward pass may save it.
+def set_owner(packed: Tensor, owner: Owner) -> None:
+    """Records that ``packed`` is on loan from ``owner``, which a backward pass must call to get it again."""
+    setattr(packed, _OWNER, owner)
+
+
+def owner_of(packed: Tensor) -> Owner | None:
+    """The owner of ``packed``; None if the tensor is permanent, so that a backward pass may save it.
 
     While a graph is traced the answer is None, because modules with weights on loan run outside of compiled graphs.
     """
-    return None if torch.compiler.is_dynamo_compiling() else getattr(packed, _LENDER, None)
+    return None if torch.compiler.is_dynamo_compiling() else getattr(packed, _OWNER, None)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import core_model_loading
 
-from ...checkpoints.rows import alternating_rows, grouped_rows
-from ...untrusted import excerpt, printable
-from .checkpoint_files import PARTS, Header, Names, patterns_of
+from ....checkpoints.rows import alternating_rows, grouped_rows
+from ....untrusted import excerpt, printable
+from .headers import PARTS, Header, Names, patterns_of
+from .stored_weights import in_order_of_reading
 
 
 def alternates(experts: nn.Module) -> bool:
@@ -84,7 +85,7 @@ class DenseExperts:
     @property
     def names(self) -> list[str]:
         """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
-        return sorted((key for keys in self.parts for key in keys), key=core_model_loading.dot_natural_key)
+        return in_order_of_reading(key for keys in self.parts for key in keys)
 
     def read(self, by_key: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The stack.
@@ -146,7 +147,7 @@ def _joined(
         if surplus := [pattern for pattern in by_pattern if pattern not in patterns]:
             raise ValueError(f"{where}: expected one name for each tensor, found names like {', '.join(surplus)} too")
         for pattern in patterns:
-            keys = sorted(by_pattern.get(pattern, ()), key=core_model_loading.dot_natural_key)
+            keys = in_order_of_reading(by_pattern.get(pattern, ()))
             if len(keys) != count:
                 raise ValueError(f"{where}: expected {count} tensors with names like {pattern}, found {len(keys)}")
             columns.append(keys)

@@ -17,7 +17,7 @@ from . import dtypes
 from ._internal.dynamo import constant_in_graphs
 from ._library import LIBRARY
 from .autograd import below_autograd, differentiable, no_tangent, refuse_tangent
-from .ops import autocast_dtype, check_one_device
+from .ops import autocast_dtype, register_fake
 
 _kernel = below_autograd(torch.ops.qlora.linear_dense.default)
 _kernel_dx = below_autograd(torch.ops.qlora.linear_dense_dx.default)
@@ -54,18 +54,16 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"weight: expected shape [out_features, in_features], got {list(weight.shape)}")
 
 
-@torch.library.register_fake("qlora::linear_dense")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check_weight(weight)
-    check_one_device("linear_dense", x, weight, bias)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+@register_fake("linear_dense")
+def _(a: Any) -> Any:
+    _check_weight(a.weight)
+    return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]))
 
 
-@torch.library.register_fake("qlora::linear_dense_dx")
-def _(dy: Tensor, weight: Tensor) -> Tensor:
-    _check_weight(weight)
-    check_one_device("linear_dense_dx", dy, weight)
-    return dy.new_empty((*dy.shape[:-1], weight.shape[1]))
+@register_fake("linear_dense_dx")
+def _(a: Any) -> Any:
+    _check_weight(a.weight)
+    return a.dy.new_empty((*a.dy.shape[:-1], a.weight.shape[1]))
 
 
 @constant_in_graphs

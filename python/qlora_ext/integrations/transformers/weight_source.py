@@ -25,10 +25,10 @@ class Source(abc.ABC):
     2. ``conversions``, for transformers' conversions between the checkpoint's tensors and the model's.
 
     A weight then reaches its module in one of two ways. A source whose checkpoint transformers opens itself puts an
-    operation into ``conversions`` that fills the module (``loading.fill``). A source that passes a ``state_dict`` to
-    ``from_pretrained`` puts values there that are ``Weight4bit`` once they are read, and ``Quantize`` takes them as
-    they are; its model is not ``pre_quantized``, so that transformers reads one weight at a time. For a GGUF file,
-    transformers asks the quantizer for such values (``values``).
+    operation into ``conversions`` that fills the module (``weight_operations.fill``). A source that passes a
+    ``state_dict`` to ``from_pretrained`` puts values there that are ``Weight4bit`` once they are read, and ``Quantize``
+    takes them as they are; its model is not ``pre_quantized``, so that transformers reads one weight at a time. For a
+    GGUF file, transformers asks the quantizer for such values (``values``).
 
     3. ``loaded``, when all weights have been read. A source whose model is saved in the format of this package is then
        dropped.

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import core_model_loading
 
-from ...untrusted import FileError, excerpt, printable
+from ....untrusted import FileError, excerpt, printable
 
 # The ends of names that only 4-bit codes have.
 _CODES = (".weight_packed", ".qweight", "_blocks")

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ...nn import Packed4bit
 from ...nn.dense_16bit import Dense16bit
 from .._patches import extend
-from .checkpoint import CheckpointSource
+from .checkpoint.checkpoint_source import CheckpointSource
 from .config import METHOD, QLoRAConfig
 from .deferred import has_deferred, write_file
 from .model_card import OursMetadata, write_card
@@ -30,7 +30,7 @@ def get_hf_quantizer(original: Any, config: Any, quantization_config: Any, *args
         return original(config, quantization_config, *args, **kwargs)
     if kwargs.pop("gguf_file", None) is not None:  # the original accepts only its own quantizer for a GGUF file
         quantization_config = copy.copy(quantization_config)
-        gguf = importlib.import_module("qlora_ext.gguf.from_pretrained")  # it imports this package
+        gguf = importlib.import_module("qlora_ext.gguf.weights")  # it imports this package
         quantization_config._source = gguf.source_of(quantization_config)
         return original(config, quantization_config, *args, **kwargs)
     check_index(config)

@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ...checkpoints import MLX, Settings
-from ...nn import dense_modules, paths_to
-from .checkpoint_files import Header, Names, map_tensors
-from .checkpoint_operations import module_of
-from .checkpoint_weights import Matrix
-from .modules import packed_weights
+from ....checkpoints import MLX, Settings
+from ....nn import dense_modules, paths_to
+from ..modules import packed_weights
+from .headers import Header, Names, map_tensors
+from .operations import module_of
+from .stored_weights import Matrix
 
 
 @dataclasses.dataclass
@@ -38,8 +37,7 @@ class DecodedWeight:
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
-        return sorted(self.matrix.tensors.values(), key=core_model_loading.dot_natural_key)
+        return self.matrix.names
 
     def read(self, by_key: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The decoded weight.

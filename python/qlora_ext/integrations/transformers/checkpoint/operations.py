@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ...nn import Packed4bit, scale_names
-from ...weight import Weight4bit
-from .loading import UncastOperation, fill
+from ....nn import Packed4bit, scale_names
+from ....weight import Weight4bit
+from ..weight_operations import UncastOperation, fill
 
 # The name under which transformers collects the tensors of a weight.
 PATTERN = "tensors of a 4-bit weight"
