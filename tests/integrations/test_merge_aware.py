@@ -16,7 +16,8 @@ transformers = pytest.importorskip("transformers")
 import qlora_ext
 from qlora_ext.integrations import peft as integration
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
-from qlora_ext.merged import merged_linear_nf4, merged_weight, retained_update, seed_of, with_update
+from qlora_ext.merged_linear import merged_linear_nf4
+from qlora_ext.merging.codes import merged_weight, retained_update, seed_of, with_update
 from qlora_ext.nn import layers_of
 from samples import layer_and_adapter
 from tiny_models import make, token_ids

@@ -15,13 +15,14 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import qlora_ext
-from qlora_ext import merged
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.form import Form
 from qlora_ext.formats import SERVED_FORMATS
 from qlora_ext.integrations import peft as integration
-from qlora_ext.integrations.peft import base_file, trained_weight
+from qlora_ext.integrations.peft import base_file
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
+from qlora_ext.merged_linear import merged_linear_nf4
+from qlora_ext.merging import codes, merge_aware
 from qlora_ext.nn import Experts4bit, Linear4bit, layers_of
 from test_merge_aware import adapted, logits
 from test_moe import moe
@@ -50,9 +51,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counting(w4: Any, a: Tensor, b: Tensor, scaling: float, seed: int = 0) -> Any:
         seeds.append(seed)
-        return merged.merged_weight(w4, a, b, scaling, seed)
+        return codes.merged_weight(w4, a, b, scaling, seed)
 
-    monkeypatch.setattr(trained_weight, "merged_weight", counting)
+    monkeypatch.setattr(merge_aware, "merged_weight", counting)
     return seeds
 
 
@@ -106,7 +107,7 @@ def test_dense_layers_with_an_adapter_become_4bit() -> None:
         assert type(layers[0].self_attn.o_proj) is torch.nn.Linear
         assert (logits(model) - expected).norm() < 0.5 * expected.norm()
         found.append(layers[1].mlp.up_proj.base_layer.weight4bit)
-        assert layers[1].mlp.up_proj.rounding_seed == merged.seed_of("model.layers.1.mlp.up_proj.weight")
+        assert layers[1].mlp.up_proj.rounding_seed == codes.seed_of("model.layers.1.mlp.up_proj.weight")
     assert all(torch.equal(a, b) for a, b in zip(*(w4.tensors.values() for w4 in found), strict=True))
 
 
@@ -155,11 +156,11 @@ def test_gradients_of_experts_pass_the_rounding(code: str) -> None:
     a, b = torch.randn(3, 4, 64).mul(0.1).requires_grad_(), torch.randn(3, 48, 4).mul(0.1).requires_grad_()
     x, bias = torch.randn(7, 64, requires_grad=True), torch.randn(3, 48, requires_grad=True)
     offsets, dy = torch.tensor([2, 2, 7]), torch.randn(7, 48)
-    weight = merged.merged_weight(w4, a, b, 2.0, 5)
+    weight = codes.merged_weight(w4, a, b, 2.0, 5)
     assert torch.equal(
-        weight.matrix(1).packed, merged.merged_weight(w4.matrix(1), a[1], b[1], 2.0, merged.seed_of("5.1")).packed
+        weight.matrix(1).packed, codes.merged_weight(w4.matrix(1), a[1], b[1], 2.0, codes.seed_of("5.1")).packed
     )
-    y = merged.merged_linear_nf4(x, weight, bias, a, b, 2.0, offsets)
+    y = merged_linear_nf4(x, weight, bias, a, b, 2.0, offsets)
     found = torch.autograd.grad(y, [x, bias, a, b], dy)
     update = 2.0 * b @ a
     dense = weight.dequantize(torch.float32) + update - update.detach()

@@ -13,7 +13,8 @@ import qlora_ext
 from forms import FORMS, random_weight
 from qlora_ext.formats import code_values
 from qlora_ext.integrations import peft as integration
-from qlora_ext.merged import encode_like, merged_linear_nf4, merged_weight, with_nearest_codes, with_update
+from qlora_ext.merged_linear import merged_linear_nf4
+from qlora_ext.merging.codes import encode_like, merged_weight, with_nearest_codes, with_update
 from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, layers_of
 from qlora_ext.weight import Weight4bit
 from tiny_experts import Experts, routing

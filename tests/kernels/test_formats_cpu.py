@@ -19,7 +19,7 @@ import reference
 from grouped_samples import assert_like_single_experts, grouped_sample
 from qlora_ext import _C, formats
 from qlora_ext.form import Form
-from qlora_ext.merged import with_update
+from qlora_ext.merging.codes import with_update
 from qlora_ext.weight import Weight4bit, weight_of
 from samples import LinearSample, linear_sample
 from test_codec_cpu import DTYPES, assert_bits

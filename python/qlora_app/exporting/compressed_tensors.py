@@ -97,7 +97,7 @@ class _Plan:
 
 def _is_reencoded(adapted: Adapted, name: str) -> bool:
     """Whether training has encoded the base in the format ``name``."""
-    from qlora_ext.integrations.peft.served import is_in
+    from qlora_ext.merging.target_format import is_in
 
     forms = stored_forms(adapted.source, load_config(adapted.source)) or {}
     return trained_for(adapted.adapter) == name and not all(is_in(form, name) for form in forms.values())
@@ -173,7 +173,7 @@ def _layers(model: Any, names: list[str]) -> dict[str, Any]:
 
     Layers that are dense in a 4-bit base stay dense.
     """
-    from qlora_ext.integrations.peft.merge import Over4bit
+    from qlora_ext.merging.layers import Over4bit
     from qlora_ext.nn import Linear4bit, layers_of
 
     kinds = (Over4bit, Linear4bit) if any(layers_of(model)) else (torch.nn.Linear,)
@@ -205,7 +205,7 @@ def _linear(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, dic
 
     A base in the same form keeps its codes where there is no adapter.
     """
-    from qlora_ext.merged import seed_of
+    from qlora_ext.merging.codes import seed_of
 
     kind, calibrated = plan.kind, plan.calibrated.weights
     layers = _layers(model, plan.names)
@@ -228,7 +228,7 @@ def _experts(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, di
     from qlora_ext.checkpoints import select_rows
     from qlora_ext.checkpoints.rows import grouped_rows
     from qlora_ext.integrations.transformers.checkpoint_experts import alternates
-    from qlora_ext.merged import seed_of
+    from qlora_ext.merging.codes import seed_of
     from qlora_ext.nn import layers_of
 
     four_bit = any(layers_of(model))

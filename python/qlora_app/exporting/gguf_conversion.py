@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlora_ext.gguf import blocks
 from qlora_ext.gguf.file import VERSION_KEY
-from qlora_ext.merged import seed_of
+from qlora_ext.merging.codes import seed_of
 from qlora_ext.version import VERSION
 
 from ..errors import UserError, first_line

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor
 
-from qlora_ext.integrations.peft.merge import Over4bit
+from qlora_ext.merging.layers import Over4bit
 from qlora_ext.nn import Experts4bit, Packed4bit
 from qlora_ext.weight import Weight4bit
 

@@ -59,7 +59,7 @@ def weights_of(model: Any) -> dict[str, Pair]:
     """The matrices of a loaded model, which may have adapters, by their names in the dense model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from qlora_ext.integrations.peft.merge import Over4bit
+    from qlora_ext.merging.layers import Over4bit
     from qlora_ext.nn import Packed4bit, TiedLinear4bit
 
     found: dict[str, Pair] = {}
@@ -118,7 +118,7 @@ def _first(pair: Pair) -> Tensor:
 @torch.no_grad()
 def weight_errors(trained: Mapping[str, Pair], exported: Mapping[str, Callable[[], Tensor]]) -> Iterator[WeightError]:
     """The errors of all matrices that both models have."""
-    from qlora_ext.merged import retained_update
+    from qlora_ext.merging.codes import retained_update
 
     for name in trained.keys() & exported.keys():
         before, after = (weight.cpu() for weight in trained[name]())

@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from qlora_ext.form import Form
-from qlora_ext.integrations.peft.merge import Over4bit
-from qlora_ext.merged import encode_like
+from qlora_ext.merging.codes import encode_like
+from qlora_ext.merging.layers import Over4bit
 from qlora_ext.nn import Experts4bit, Linear4bit, Packed4bit, TiedLinear4bit
 from qlora_ext.weight import Weight4bit, quantize
 

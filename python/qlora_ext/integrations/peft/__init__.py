@@ -17,6 +17,8 @@ from typing import Any
 import peft
 from torch import nn
 
+from ...merging.merge import MergeError, merge_calibrated, merge_to_4bit
+from ...merging.merge_aware import set_merge_aware
 from ...untrusted import excerpt, printable
 from .._patches import extend
 from . import loftq as loftq
@@ -36,8 +38,6 @@ from .gradients import inert_adapters
 from .initial import initialize_lora
 from .linear import LoraLinear4bit, cast_fused
 from .loading import loading
-from .merge import MergeError, merge_calibrated, merge_to_4bit
-from .merge_aware import set_merge_aware
 
 __all__ = [
     "BASE_FILE",
