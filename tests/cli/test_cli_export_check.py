@@ -38,6 +38,7 @@ ERRORS = re.compile(r"relative error of the weights: ([\d.e+-]+) in all (\d+)")
 # The largest error of the weights that a target may cause, and the largest increase of the loss.
 DIRECTORIES = {
     "dense": (2e-3, 1e-3),
+    "nf4": (0.2, 0.05),
     "bitsandbytes": (0.2, 0.05),
     "compressed-tensors:int4": (0.2, 0.05),
     "compressed-tensors:nvfp4": (0.2, 0.05),

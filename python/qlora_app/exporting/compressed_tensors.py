@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,20 +13,21 @@ import torch
 from ..errors import UserError, first_line
 from ..models import validate_model
 from ..models.adapted import Adapted
-from ..models.loading import load_dense, stored_forms
-from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
+from ..models.loading import stored_forms
+from ..models.pretrained import load_config
 from ..models.size import model_size
-from .calibrated import CalibratedWeights
+from .calibrated import calibrated_weights
 from .job import Job
+from .merging import load, loads_4bit, merge, merge_codes
 from .model_directories import check_linear, find_model, size_of, writer
 from .targets import ExportRequest
 from .trained_for import trained_for
-from .tying import tie_if_equal, untie
 from .weights import Encoder, before_and_after, finished_in, layers_by_name, stacks_in, stored_in
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qlora_ext.calibration import Calibration
     from qlora_ext.checkpoints.compressed_tensors_files import Kind
     from qlora_ext.nn import Experts4bit
     from qlora_ext.weight import Weight4bit
@@ -50,7 +52,7 @@ def prepare(request: ExportRequest) -> Job:
                 f"--to {request.to}: {adapted.source.name} is in {stored.get('format')} already, and rounding it to "
                 "another 4-bit format would cost accuracy; use the target of its own format, or --to dense"
             )
-        return Job(size_of(model_size(quantized).bytes, adapted), lambda: _in_own_format(adapted))
+        return Job(size_of(model_size(quantized).bytes, adapted), lambda _: _in_own_format(adapted))
     names = [
         name
         for name, layer in layers_of(quantized)
@@ -71,9 +73,8 @@ def prepare(request: ExportRequest) -> Job:
         }
     except ValueError as error:
         raise UserError(f"--to {request.to}: {first_line(error)}; use --to dense") from error
-    calibrated = CalibratedWeights(adapted, kind.form, lambda model: [*_encoded(_layers(model, names), kind)])
-    plan = _Plan(adapted, kind, names, fitting, parts, calibrated)
-    return Job(size_of(model_size(quantized).bytes, adapted), lambda: _build(plan), calibrated=calibrated)
+    plan = _Plan(adapted, kind, names, fitting, parts)
+    return Job(size_of(model_size(quantized).bytes, adapted), functools.partial(_build, plan), calibrates=adapted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,6 @@ class _Plan:
         names: of the linear layers that are 4-bit in the result.
         experts: those that are 4-bit in the result, by name, without memory for their weights.
         parts: for each stack of experts the names of each expert's layers in the result.
-        calibrated: the weights that ``--calibrate`` has encoded.
     """
 
     adapted: Adapted
@@ -92,7 +92,6 @@ class _Plan:
     names: list[str]
     experts: dict[str, Experts4bit]
     parts: dict[str, list[list[str]]]
-    calibrated: CalibratedWeights
 
 
 def _is_reencoded(adapted: Adapted, name: str) -> bool:
@@ -105,31 +104,26 @@ def _is_reencoded(adapted: Adapted, name: str) -> bool:
 
 def _in_own_format(adapted: Adapted) -> Callable[[pathlib.Path], None]:
     """Merges into the codes of a checkpoint of compressed-tensors, under its scales."""
-    from qlora_ext.integrations.peft import merge_to_4bit
-
     model = adapted.load()
     if adapted.adapter is not None:
-        tied = untie(model)
-        model, error = merge_to_4bit(model)
-        tie_if_equal(model, tied)
-        print(f"the codes retain {error.retained:.1%} of the adapter's update")
+        model = merge(model, lambda model: merge_codes(model)[0])
     return writer(model, adapted, lambda model, partial: model.save_pretrained(partial))
 
 
-def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
+def _build(plan: _Plan, calibration: Calibration | None) -> Callable[[pathlib.Path], None]:
     from qlora_ext.integrations.transformers.checkpoint_experts import DenseExperts, alternates
 
     adapted, kind = plan.adapted, plan.kind
-    four_bit = adapted.adapter is not None or is_4bit(adapted.source) or has_4bit_blocks(adapted.source)
-    model = adapted.load() if four_bit else load_dense(adapted.source, adapted.loader.dtype, adapted.loader.device)
+    calibrated = calibrated_weights(
+        adapted, kind.form, lambda model: [*_encoded(_layers(model, plan.names), kind)], calibration
+    )
+    model = load(adapted)
     encode = Encoder(kind.form)
-    tensors = dict([*_linear(model, plan, encode), *_experts(model, plan, encode)])
+    tensors = dict([*_linear(model, plan, calibrated, encode), *_experts(model, plan, encode)])
     encode.report()
     if adapted.adapter is not None:
-        tied = untie(model)
-        model = model.merge_and_unload()
-        tie_if_equal(model, tied)
-    elif four_bit:
+        model = merge(model)
+    elif loads_4bit(adapted):
         model = model.dequantize()
     state = model.state_dict()
     for stack, parts in plan.parts.items():
@@ -200,14 +194,16 @@ def _encoded(layers: Mapping[str, Any], kind: Kind) -> Iterator[list[str]]:
             yield group
 
 
-def _linear(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _linear(
+    model: Any, plan: _Plan, calibrated: Mapping[str, Weight4bit], encode: Encoder
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The tensors of each linear layer that is 4-bit in the result, by its name.
 
     A base in the same form keeps its codes where there is no adapter.
     """
     from qlora_ext.merging.codes import seed_of
 
-    kind, calibrated = plan.kind, plan.calibrated.weights
+    kind = plan.kind
     layers = _layers(model, plan.names)
     for group in _groups(layers, kind):
         if group[0] in calibrated:

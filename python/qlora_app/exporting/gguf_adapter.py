@@ -104,7 +104,7 @@ class _Plan:
     dtype: torch.dtype
 
 
-def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
+def _build(plan: _Plan, _: object) -> Callable[[pathlib.Path], None]:
     from ..gguf.adapter import write_adapter
 
     matrices = dict(_matrices(plan))

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import torch
 
+from qlora_ext.calibration import Calibration
 from qlora_ext.gguf import GGUFWeights, blocks
 from qlora_ext.gguf.file import ARCHITECTURES, TensorInfo, read_header
 from qlora_ext.nn import Experts4bit, layers_of, quantize_model
@@ -28,7 +29,6 @@ from ..models.loading import stored_forms
 from ..models.pretrained import load_config
 from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
-from .calibrated import CalibratedWeights
 from .job import Job
 from .lora import adapted_experts, architecture_of, check_plain, check_tied, ranks_of
 from .merged_weights import MergedWeights
@@ -62,19 +62,19 @@ class _Merge:
 
     Attributes:
         target: the option and its value, for error messages.
+        kind: the type that the target names.
         tensors: those that hold the weights that change.
         kinds: the types of all tensors that change, by name.
         dropped: the names of tensors that the result does not have.
-        calibrated: the weights that ``--calibrate`` has encoded; None if the target has no 4-bit weights.
     """
 
     target: str
     adapted: Adapted
+    kind: str
     file: pathlib.Path
     tensors: list[FileTensor]
     kinds: dict[str, str]
     dropped: set[str]
-    calibrated: CalibratedWeights | None
 
 
 def _file_of(source: ModelSource) -> pathlib.Path:
@@ -107,9 +107,9 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
     # The values of NVFP4 weights contain the factors that the file has beside them.
     factors = {f"{name.removesuffix('weight')}scale" for name in kinds if in_file[name].type_name == "NVFP4"}
     kinds = _embeddings(file, embeddings) | kinds
-    calibrated = gguf_conversion.calibrated_weights(adapted, kind, [(tensor, kinds[tensor.name]) for tensor in tensors])
-    merge = _Merge(target, adapted, file, tensors, kinds, factors & in_file.keys(), calibrated)
-    return Job(_size(target, file, kinds), lambda: _build(merge), calibrated=calibrated)
+    merge = _Merge(target, adapted, kind, file, tensors, kinds, factors & in_file.keys())
+    calibrates = adapted if kind in blocks.KINDS else None
+    return Job(_size(target, file, kinds), functools.partial(_build, merge), calibrates=calibrates)
 
 
 def _changed(target: str, adapted: Adapted, skeleton: Any) -> list[str]:
@@ -148,12 +148,13 @@ def _size(target: str, file: pathlib.Path, kinds: dict[str, str]) -> int:
     return nbytes
 
 
-def _build(merge: _Merge) -> Callable[[pathlib.Path], None]:
+def _build(merge: _Merge, calibration: Calibration | None) -> Callable[[pathlib.Path], None]:
+    kinds = [(tensor, merge.kinds[tensor.name]) for tensor in merge.tensors]
+    encoded = gguf_conversion.calibrated(merge.adapted, merge.kind, kinds, calibration)
     model = merge.adapted.load_to_merge()
     source = merge.adapted.source
     in_file = GGUFWeights(merge.file, validate_model.skeleton(source, load_config(source)))
-    calibrated = {} if merge.calibrated is None else merge.calibrated.weights
-    return functools.partial(_write, merge, MergedWeights(model, calibrated, in_file.decode))
+    return functools.partial(_write, merge, MergedWeights(model, encoded, in_file.decode))
 
 
 def _write(merge: _Merge, weights: MergedWeights, path: pathlib.Path) -> None:
@@ -193,7 +194,7 @@ def _retype(target: str, source: ModelSource, kind: str, embeddings: str | None)
         in_file = {tensor.name: tensor for tensor in header.tensors}
         rewrite(file, path, {name: _retyped(target, file, in_file[name], kind) for name, kind in kinds.items()})
 
-    return Job(_size(target, file, kinds), lambda: write)
+    return Job(_size(target, file, kinds), lambda _: write)
 
 
 def _retyped(target: str, file: pathlib.Path, tensor: TensorInfo, kind: str) -> NewTensor:

@@ -9,6 +9,7 @@ from ..models.adapter_files import find
 
 # The formats in which targets keep the weights of merge-aware training.
 _FORMATS = {
+    "nf4": "nf4",
     "bitsandbytes": "nf4",
     "compressed-tensors:int4": "int4",
     "compressed-tensors:nvfp4": "nvfp4",
@@ -32,7 +33,7 @@ def trained_for(adapter: pathlib.Path | None) -> str | None:
 def warn_of_other_format(to: str, adapter: str) -> None:
     """Says that a target changes the weights of merge-aware training, and which one keeps them."""
     code = trained_for(find(adapter))
-    if code is not None and _FORMATS.get(to) != code:
+    if code is not None and to != "nf4" and _FORMATS.get(to) != code:  # that one retains the format of the base
         targets = " or ".join(f"--to {name}" for name, own in _FORMATS.items() if own == code)
         print(
             f"qlora-ext: --to {to}: the adapter was trained for {code}, so the loss of the result will differ from the "
