@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_ext.merging.weights import ModelWeight, weights_of
+
 from ..errors import UserError, first_line
 from ..models import validate_model
 from ..models.adapted import Adapted
@@ -22,7 +24,7 @@ from .merging import load, loads_4bit, merge, merge_codes
 from .model_directories import check_linear, find_model, size_of, writer
 from .targets import ExportRequest
 from .trained_for import trained_for
-from .weights import Encoder, before_and_after, finished_in, layers_by_name, stacks_in, stored_in
+from .weights import Encoder, joined, read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,35 +164,35 @@ def _ignored(model: Any, plan: _Plan, tensors: Mapping[str, object]) -> list[str
     return [*dict.fromkeys([*dense, *(name.removesuffix(".weight") for name in stored)])]
 
 
-def _layers(model: Any, names: list[str]) -> dict[str, Any]:
-    """Selects from the linear layers ``names`` those that are 4-bit in the result.
+def _layers(model: Any, names: list[str]) -> dict[str, ModelWeight]:
+    """Selects from the linear layers ``names`` those that are 4-bit in the result, and returns their weights.
 
     Layers that are dense in a 4-bit base stay dense.
     """
-    from qlora_ext.merging.layers import Over4bit
-    from qlora_ext.nn import Linear4bit, layers_of
+    from qlora_ext.nn import layers_of
 
-    kinds = (Over4bit, Linear4bit) if any(layers_of(model)) else (torch.nn.Linear,)
-    modules = layers_by_name(model)
-    return {name: modules[name] for name in names if isinstance(modules.get(name), kinds)}
+    weights, four_bit = weights_of(model), any(layers_of(model))
+    found = ((name, weights.get(f"{name}.weight")) for name in names)
+    return {name: w for name, w in found if w is not None and w.is_4bit == four_bit and w.over_dense is None}
 
 
-def _groups(layers: Mapping[str, Any], kind: Kind) -> Iterator[list[str]]:
+def _groups(layers: Mapping[str, ModelWeight], kind: Kind) -> Iterator[list[str]]:
     """The names of the layers. Layers that share a factor form a group."""
     from qlora_ext.checkpoints.compressed_tensors_files import joined_layers
 
     return joined_layers(layers) if kind.has_factor else ([name] for name in layers)
 
 
-def _stored(layer: Any, kind: Kind) -> Weight4bit | None:
-    """The 4-bit weight of a layer whose scales the result has."""
-    return None if kind.has_factor else stored_in(kind.form, layer)
+def _stored(w4: Weight4bit | None, kind: Kind) -> Weight4bit | None:
+    """The 4-bit weight if the result has its scales."""
+    return None if w4 is None or w4.form != kind.form else w4
 
 
-def _encoded(layers: Mapping[str, Any], kind: Kind) -> Iterator[list[str]]:
+def _encoded(layers: Mapping[str, ModelWeight], kind: Kind) -> Iterator[list[str]]:
     """The groups of layers that need new scales."""
     for group in _groups(layers, kind):
-        if finished_in(kind.form, [layers[name] for name in group]) is None and _stored(layers[group[0]], kind) is None:
+        keeps_scales = not kind.has_factor and _stored(layers[group[0]].stored, kind) is not None
+        if not keeps_scales and joined(kind.form, [layers[name] for name in group]) is None:
             yield group
 
 
@@ -210,12 +212,14 @@ def _linear(
             for name in group:
                 yield name, kind.tensors(calibrated[name], [calibrated[name].shape[0]])[0]
             continue
-        parts = [before_and_after(layers[name]) for name in group]
-        before, after = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        w4 = finished_in(kind.form, [layers[name] for name in group])
+        weights = [layers[name] for name in group]
+        w4 = joined(kind.form, weights)
         if w4 is None:
-            w4 = encode(before, after, _stored(layers[group[0]], kind), seed_of(f"{group[0]}.weight"))
-        rows = [len(weight) for weight, _ in parts]
+            pairs = (weight.before_and_after() for weight in weights)
+            before, after = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+            stored = None if kind.has_factor else _stored(weights[0].stored, kind)
+            w4 = encode(before, after, stored, seed_of(f"{group[0]}.weight"))
+        rows = [weight.module.out_features for weight in weights]
         yield from zip(group, kind.tensors(w4.to("cpu"), rows), strict=True)
 
 
@@ -227,15 +231,17 @@ def _experts(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, di
     from qlora_ext.merging.codes import seed_of
     from qlora_ext.nn import layers_of
 
-    four_bit = any(layers_of(model))
-    for name, stack in stacks_in(model, plan.experts).items():
-        if four_bit and not stack.is_4bit:
+    weights, four_bit = weights_of(model), any(layers_of(model))
+    stacks = [(f"{path}.{name}", layout) for path, layout in plan.experts.items() for name in layout.packed_shapes]
+    for name, layout in stacks:
+        if weights[name].is_4bit != four_bit:
             continue
-        before, after = stack.before_and_after()
-        stored, seed = stack.stored_in(plan.kind.form), seed_of(name)
+        *values, w4 = read(weights[name])
+        before, after = map(layout.as_quantized, values)
+        stored, seed = _stored(w4, plan.kind), seed_of(name)
         for e, layers in enumerate(plan.parts[name]):
             w4 = encode(before[e], after[e], None if stored is None else stored.matrix(e), seed_of(f"{seed}.{e}"))
-            if len(layers) > 1 and alternates(stack.layout):
+            if len(layers) > 1 and alternates(layout):
                 w4 = select_rows(w4, grouped_rows(len(before[e])))
             rows = [len(before[e]) // len(layers)] * len(layers)
             yield from zip(layers, plan.kind.tensors(w4.to("cpu"), rows), strict=True)

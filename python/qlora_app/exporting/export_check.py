@@ -131,7 +131,7 @@ class Check:
         require(report, path, self._limit)
 
     def _report(self, path: pathlib.Path) -> Report:
-        from .weight_errors import update_errors, weight_errors, weights_in, weights_of
+        from .weight_errors import exported_matrices, matrices_of, update_errors, weight_errors
 
         factors = None if self._read_adapter is None else self._read_adapter(path)
         if self._adapted is None:
@@ -145,7 +145,7 @@ class Check:
             return Report(text.name, found.compare(trained), [*update_errors(factors)], True)
         source = resolve(str(path))
         exported = _load(source, dtype, loader.device)
-        errors = weight_errors(weights_of(trained), weights_in(source, exported))
+        errors = weight_errors(matrices_of(trained), exported_matrices(source, exported))
         return Report(text.name, found.compare(exported), [*errors], False)
 
 
@@ -304,23 +304,22 @@ def _rows_of(blocks: list[list[int]]) -> list[Row]:
 def _put(factors: Mapping[str, tuple[Factors, Factors]], model: Any) -> None:
     """Replaces the adapter of a model by the one that was exported."""
     import torch
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.lora.layer import LoraLayer
 
     from qlora_ext.integrations.peft.experts import expert_factors
-
-    from .weight_errors import name_in_model
+    from qlora_ext.merging.weights import weights_of
 
     with torch.no_grad():
-        for name, layer in model.named_modules():
-            if not isinstance(layer, LoraLayer):
+        for name, weight in weights_of(model).items():
+            layer = weight.owner
+            if not isinstance(layer, LoraLayer) or weight.parameter == "bias":
                 continue
-            path, (adapter,) = name_in_model(name), layer.active_adapters
-            if isinstance(layer, ParamWrapper) and layer.parameter_name != "weight":  # on experts, not their router
-                path = f"{path}.{layer.parameter_name}"
-                lora_a, lora_b = expert_factors(layer, adapter)
-            else:
+            (adapter,) = layer.active_adapters
+            if weight.parameter == "weight":  # also of the router of experts
                 lora_a, lora_b = (module[adapter].weight for module in (layer.lora_A, layer.lora_B))
-            _, (a, b, scaling) = factors[path]
+            else:
+                lora_a, lora_b = expert_factors(layer, adapter)
+            _, (a, b, scaling) = factors[name.removesuffix(".weight")]
             lora_a.copy_(a)
             lora_b.copy_(scaling * b)
             layer.scaling[adapter] = 1.0

@@ -17,6 +17,7 @@ from qlora_ext.calibration import Calibration
 from qlora_ext.gguf import blocks
 from qlora_ext.gguf.file import VERSION_KEY
 from qlora_ext.merging.codes import seed_of
+from qlora_ext.merging.weights import weights_of
 from qlora_ext.version import VERSION
 from qlora_ext.weight import Weight4bit
 
@@ -32,10 +33,9 @@ from .calibrated import calibrated_weights
 from .gguf_description import add_description
 from .job import Job
 from .lora import architecture_of, check_mergeable, tied_layer
-from .merged_weights import MergedWeights, Read
 from .merging import untie
 from .targets import ExportRequest
-from .weights import Encoder, is_linear, layers_by_name, scaled_by
+from .weights import Encoder, MergedWeights, Read, is_linear
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 _ROUTER = "ffn_gate_inp.weight"
@@ -120,18 +120,19 @@ def calibrated(
     """
     if calibration is None:
         return {}
-    named = [tensor.weight.removesuffix(".weight") for tensor, own in kinds if own == kind]
+    named = [
+        tensor.weight.removesuffix(".weight") for tensor, own in kinds if own == kind and tensor.name not in EMBEDDINGS
+    ]
     return calibrated_weights(adapted, blocks.form_of(kind), lambda model: _to_encode(model, kind, named), calibration)
 
 
 def _to_encode(model: Any, kind: str, names: list[str]) -> list[list[str]]:
     """Selects from the weights ``names`` those of linear layers that need new scales in the type ``kind``."""
-    layers, head = layers_by_name(model), model.get_output_embeddings()
-    found = []
+    weights, found = weights_of(model), []
     for name in dict.fromkeys(names):
-        layer = layers.get(name)
-        if is_linear(layer) and layer is not head:
-            w4 = scaled_by(layer)
+        weight = weights.get(f"{name}.weight")
+        if weight is not None and is_linear(weight):
+            w4 = weight.stored if (trained := weight.trained) is None else trained
             if w4 is None or blocks.in_form_of(kind, w4) is None:
                 found.append([name])
     return found

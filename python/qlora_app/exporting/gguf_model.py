@@ -31,11 +31,10 @@ from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
 from .job import Job
 from .lora import adapted_experts, architecture_of, check_plain, check_tied, ranks_of
-from .merged_weights import MergedWeights
 from .model_directories import find_model
 from .targets import ExportRequest
 from .trained_for import trained_for
-from .weights import Encoder
+from .weights import Encoder, MergedWeights
 
 _MORE_METADATA = 1 << 16  # bytes
 # Tensors that llama.cpp reads in float32.
