@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
 
 from qlora_ext.form import Form
+from qlora_ext.merging.target_format import quantize_joined
 from qlora_ext.nn import is_fused_experts
-from qlora_ext.weight import Weight4bit, quantize
+from qlora_ext.weight import Weight4bit
 
 from ..models.adapted import Adapted
 from ..quantization import calibrate
@@ -43,25 +43,14 @@ def encode(
     with torch.no_grad():
         calibrator = Calibrator(model, layers, calibration, form, None)
         for group in groups:
-            for name, plain in _by_recipe({name: layers[name] for name in group}, form).items():
+            by_recipe = quantize_joined([layers[name].weight.detach() for name in group], form)
+            for name, plain in zip(group, by_recipe, strict=True):
                 weight = layers[name].weight
                 w4 = calibrator.refine(name, "weight", weight.detach(), plain)
                 weight.copy_(w4.dequantize(weight.dtype))
                 found[name] = w4.to("cpu")
         calibrator.finish()
     return found, calibrator.report
-
-
-def _by_recipe(group: dict[str, nn.Linear], form: Form) -> dict[str, Weight4bit]:
-    """The weights of layers of the same width by the form's recipe, which may compute a factor for all of them."""
-    from qlora_ext.checkpoints import select_rows
-
-    weights = [layer.weight.detach() for layer in group.values()]
-    joined = quantize(torch.cat(weights), form)
-    if len(weights) == 1:
-        return dict.fromkeys(group, joined)
-    parts = torch.arange(len(joined.packed), dtype=torch.int64, device=joined.device).split([len(w) for w in weights])
-    return {name: select_rows(joined, part) for name, part in zip(group, parts, strict=True)}
 
 
 def calibrated_weights(

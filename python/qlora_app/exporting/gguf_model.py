@@ -16,7 +16,7 @@ import torch
 from qlora_ext.calibration import Calibration
 from qlora_ext.gguf import GGUFWeights, blocks
 from qlora_ext.gguf.file import ARCHITECTURES, TensorInfo, read_header
-from qlora_ext.nn import Experts4bit, layers_of, quantize_model
+from qlora_ext.nn import layers_of, quantize_model
 from qlora_ext.weight import quantize
 
 from ..errors import UserError, first_line
@@ -30,7 +30,7 @@ from ..models.pretrained import load_config
 from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
 from .job import Job
-from .lora import adapted_experts, architecture_of, check_plain, check_tied, ranks_of
+from .lora import adapted_layers, architecture_of, check_plain, check_tied
 from .model_directories import find_model
 from .targets import ExportRequest
 from .trained_for import trained_for
@@ -88,7 +88,7 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
     check_plain(target, adapted.adapter)
     check_tied(target, adapted.adapter, skeleton)
     architecture = architecture_of(target, source, load_config(source))
-    changed, file = _changed(target, adapted, skeleton), _file_of(source)
+    changed, file = _changed(target, adapted), _file_of(source)
     in_file = {tensor.name: tensor for tensor in read_header(file).tensors}
     try:
         tensors = file_tensors(architecture, skeleton, changed)
@@ -111,7 +111,7 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
     return Job(_size(target, file, kinds), functools.partial(_build, merge), calibrates=calibrates)
 
 
-def _changed(target: str, adapted: Adapted, skeleton: Any) -> list[str]:
+def _changed(target: str, adapted: Adapted) -> list[str]:
     """The names of the weights that the adapter changes, and of those that training encoded otherwise than the file."""
     source, adapter = adapted.source, adapted.adapter
     assert adapter is not None
@@ -123,9 +123,7 @@ def _changed(target: str, adapted: Adapted, skeleton: Any) -> list[str]:
     if stored is None or trained_for(adapter) is not None:
         names = [f"{name}.{weight}" for name, layer in layers.items() for weight in layer.packed_shapes]
         encoded = [name for name in names if stored is None or name in stored]
-    experts = {name: layer for name, layer in layers.items() if isinstance(layer, Experts4bit)}
-    changed = [f"{layer}.weight" for layer in ranks_of(target, adapter, skeleton, experts)]
-    return [*dict.fromkeys([*changed, *adapted_experts(adapter, quantized, experts), *encoded])]
+    return [*dict.fromkeys([*adapted_layers(target, adapter, quantized), *encoded])]
 
 
 def _embeddings(file: pathlib.Path, kind: str | None) -> dict[str, str]:

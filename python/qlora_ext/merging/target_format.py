@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,12 +111,17 @@ def _encode(group: dict[str, Linear4bit | DenseLoraLinear], code: str) -> None:
     if all(isinstance(layer, Linear4bit) and is_in(layer.form, code) for layer in group.values()):
         return
     weights = [_weight(layer) for layer in group.values()]
-    joined = quantize(torch.cat(weights), code)
-    first = 0
-    for (name, layer), w in zip(group.items(), weights, strict=True):
-        rows = torch.arange(first, first + len(w), dtype=torch.int64, device=w.device)
-        first += len(w)
-        _put(name, layer, joined if len(group) == 1 else select_rows(joined, rows))
+    for (name, layer), w4 in zip(group.items(), quantize_joined(weights, Form.named(code)), strict=True):
+        _put(name, layer, w4)
+
+
+def quantize_joined(weights: Sequence[Tensor], form: Form) -> list[Weight4bit]:
+    """Encodes weights [N, K] of the same width as one, because some formats have a factor that all of them share."""
+    joined = quantize(torch.cat([*weights]), form)
+    if len(weights) == 1:
+        return [joined]
+    parts = torch.arange(joined.shape[0], dtype=torch.int64, device=joined.device).split([len(w) for w in weights])
+    return [select_rows(joined, part) for part in parts]
 
 
 def _weight(layer: Linear4bit | DenseLoraLinear) -> Tensor:
