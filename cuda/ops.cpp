@@ -11,10 +11,10 @@
 #include "cpp/ops/codec_calls.h"
 #include "cpp/ops/encode_calls.h"
 #include "cpp/ops/value_error.h"
-#include "cuda/launch/any/adapters.h"
-#include "cuda/launch/any/codec.h"
-#include "cuda/launch/any/launchers.h"
 #include "cuda/launch/device.h"
+#include "cuda/launch/generic/adapters.h"
+#include "cuda/launch/generic/codec.h"
+#include "cuda/launch/generic/launchers.h"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/registry.h"
 #include "cuda/tuning/choose.h"
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(Args args) {
   if (call.is_empty()) return {call.da, call.db};
   if (const LoraGradProblem& p = stack_of(call.problem); p.m == 0 && !kOverExperts<Args>) {
     const OnDevice on(call.dy);
-    check_launch("linear_nf4_dlora", cuda::any::clear_gradients(p, call.da.size(0), on.stream()));
+    check_launch("linear_nf4_dlora", cuda::generic::clear_gradients(p, call.da.size(0), on.stream()));
   } else {
     run_any("grouped_linear_nf4_dlora", call.problem, call.dy);
   }

@@ -1,5 +1,5 @@
 // The scales of a packed weight and its offsets, one per quantization block, and the forms in which they are stored.
-// Only two files decode them and depend on the form: cpp/cpu/codec/scales-inl.h and cuda/tile/any/block_scale.cuh.
+// Only two files decode them and depend on the form: cpp/cpu/codec/scales-inl.h and cuda/tile/generic/block_scale.cuh.
 #pragma once
 
 #include <cstdint>

@@ -53,7 +53,7 @@ inline std::vector<double> scalings(const Tensor& t, int64_t count) {
 }
 
 // The same on CUDA, where the host checks types and sizes alone: it would have to wait for the numbers. Kernels neither
-// read nor write out of bounds, whatever these are (cuda/tile/any/adapters.cuh).
+// read nor write out of bounds, whatever these are (cuda/tile/generic/adapters.cuh).
 inline void device_adapters(const AdapterArgs& args, int64_t m, const char* like_name, const Tensor& like,
                             LoraOperands* operands) {
   Lora& stack = operands->lora;

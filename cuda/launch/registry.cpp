@@ -3,8 +3,8 @@
 
 #include <iterator>
 
-#include "cuda/launch/any/launchers.h"
-#include "cuda/launch/any/linear_library.h"
+#include "cuda/launch/generic/launchers.h"
+#include "cuda/launch/generic/linear_library.h"
 #include "cuda/launch/sm80/launchers.h"
 #include "cuda/launch/sm90/launchers.h"
 #include "cuda/tuning/choose.h"
@@ -23,8 +23,8 @@ struct Launchers<LinearProblem> {
       {Kernel::kLibrary, nullptr, library::launch},
       {Kernel::kFewTokens, sm80::plan_few_tokens, sm80::launch_few_tokens},
       {Kernel::kTensorCores, sm80::plan, sm80::launch},
-      {Kernel::kExact, nullptr, any::launch},
-      {Kernel::kRagged, nullptr, any::launch},
+      {Kernel::kExact, nullptr, generic::launch},
+      {Kernel::kRagged, nullptr, generic::launch},
   };
 };
 
@@ -35,7 +35,7 @@ struct Launchers<LinearDxProblem> {
       {Kernel::kGemm, nullptr, sm80::launch_gemm},
       {Kernel::kLibrary, nullptr, library::launch},
       {Kernel::kTensorCores, sm80::plan, sm80::launch},
-      {Kernel::kExact, any::plan_exact, any::launch_exact},
+      {Kernel::kExact, generic::plan_exact, generic::launch_exact},
       {Kernel::kRagged, sm80::plan_ragged, sm80::launch_ragged},
   };
 };
@@ -44,7 +44,7 @@ template <>
 struct Launchers<LoraGradProblem> {
   static constexpr Launcher<LoraGradProblem> kRows[] = {
       {Kernel::kTensorCores, sm80::plan, sm80::launch},
-      {Kernel::kExact, any::plan_exact, any::launch_exact},
+      {Kernel::kExact, generic::plan_exact, generic::launch_exact},
       {Kernel::kRagged, sm80::plan_ragged, sm80::launch_ragged},
   };
 };
@@ -54,8 +54,8 @@ struct Launchers<Grouped<LinearProblem>> {
   static constexpr Launcher<Grouped<LinearProblem>> kRows[] = {
       {Kernel::kSm90, nullptr, sm90::launch},
       {Kernel::kTensorCores, nullptr, sm80::launch},
-      {Kernel::kExact, nullptr, any::launch},
-      {Kernel::kRagged, nullptr, any::launch},
+      {Kernel::kExact, nullptr, generic::launch},
+      {Kernel::kRagged, nullptr, generic::launch},
   };
 };
 
@@ -64,7 +64,7 @@ struct Launchers<Grouped<LinearDxProblem>> {
   static constexpr Launcher<Grouped<LinearDxProblem>> kRows[] = {
       {Kernel::kSm90, nullptr, sm90::launch},
       {Kernel::kTensorCores, nullptr, sm80::launch},
-      {Kernel::kExact, nullptr, any::launch_exact},
+      {Kernel::kExact, nullptr, generic::launch_exact},
       {Kernel::kRagged, nullptr, sm80::launch_ragged},
   };
 };
@@ -73,7 +73,7 @@ template <>
 struct Launchers<Grouped<LoraGradProblem>> {
   static constexpr Launcher<Grouped<LoraGradProblem>> kRows[] = {
       {Kernel::kTensorCores, nullptr, sm80::launch},
-      {Kernel::kExact, nullptr, any::launch_exact},
+      {Kernel::kExact, nullptr, generic::launch_exact},
       {Kernel::kRagged, nullptr, sm80::launch_ragged},
   };
 };

@@ -21,7 +21,7 @@ cudaError_t with_type(DType dtype, const Use& use) {
   return dtype == DType::kFloat32 ? use(float{}) : with_16_bit_type(dtype, use);
 }
 
-// The types that the kernels of exact products are compiled for (any::exact_accepts).
+// The types that the kernels of exact products are compiled for (generic::exact_accepts).
 template <class Use>
 cudaError_t with_exact_type(DType dtype, const Use& use) {
   if (dtype == DType::kFloat32) return use(float{});

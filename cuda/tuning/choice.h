@@ -15,9 +15,9 @@ enum class Kernel {
   kTensorCores,  // bfloat16 and float16 of regular shapes, on mma.sync (kernels/sm80)
   kSm90,         // the same, on wgmma and TMA (kernels/sm90)
   kRagged,       // bfloat16 and float16 of any shape: float32 FMA in the forward, mma.sync elsewhere
-  kExact,        // float32, and float16 on 7.5, of any shape: every product is a float32 FMA (kernels/any)
+  kExact,        // float32, and float16 on 7.5, of any shape: every product is a float32 FMA (kernels/generic)
   kGemm,         // many tokens: decodes w, and multiplies on mma.sync (launch/sm80/linear_gemm.cu)
-  kLibrary,      // many tokens: decodes w, and multiplies with torch's cuBLAS (launch/any/linear_library.h)
+  kLibrary,      // many tokens: decodes w, and multiplies with torch's cuBLAS (launch/generic/linear_library.h)
 };
 
 inline constexpr Kernel kKernels[] = {Kernel::kFewTokens, Kernel::kTensorCores, Kernel::kSm90,   Kernel::kRagged,

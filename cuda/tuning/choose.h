@@ -4,7 +4,7 @@
 //
 // A kernel has a row in its operator's table here, which says what it accepts and how it is configured, and a row in
 // launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and expects to be the fastest
-// (is_ahead). Each architecture's functions have their own file: any.h, sm80.h, sm90.h and sm90_experts.h. Those of
+// (is_ahead). Each architecture's functions have their own file: generic.h, sm80.h, sm90.h and sm90_experts.h. Those of
 // many tokens, which decode the weight once, are in gemm.h and library.h.
 #pragma once
 
@@ -13,10 +13,10 @@
 
 #include "cpp/format/grouped.h"
 #include "cpp/format/problem.h"
-#include "cuda/tuning/any.h"
 #include "cuda/tuning/choice.h"
 #include "cuda/tuning/device.h"
 #include "cuda/tuning/gemm.h"
+#include "cuda/tuning/generic.h"
 #include "cuda/tuning/library.h"
 #include "cuda/tuning/sm80.h"
 #include "cuda/tuning/sm90.h"
@@ -63,8 +63,8 @@ struct Kernels<LinearProblem> {
        nullptr,
        sm80::config,
        {.tokens = {16, 32, 64}, .splits = true, .ctas = true}},
-      {Kernel::kExact, any::exact_accepts, nullptr, any::config, {.tokens = {4, 16, 64}}},
-      {Kernel::kRagged, any::ragged_accepts, nullptr, any::config, {.tokens = {4, 16, 64}}},
+      {Kernel::kExact, generic::exact_accepts, nullptr, generic::config, {.tokens = {4, 16, 64}}},
+      {Kernel::kRagged, generic::ragged_accepts, nullptr, generic::config, {.tokens = {4, 16, 64}}},
   };
 };
 
@@ -79,7 +79,7 @@ struct Kernels<LinearDxProblem> {
       {Kernel::kGemm, gemm::accepts, gemm::is_ahead, gemm::config, {.panel = true}},
       {Kernel::kLibrary, library::accepts, library::is_ahead, library::config, {.panel = true}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}, .splits = true}},
-      {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {.splits = true}},
+      {Kernel::kExact, generic::exact_accepts, nullptr, generic::exact_config, {.splits = true}},
       {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::ragged_config, {.tokens = {16, 32}, .splits = true}},
   };
 };
@@ -88,7 +88,7 @@ template <>
 struct Kernels<LoraGradProblem> {
   static constexpr KernelRow<LoraGradProblem> kRows[] = {
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.ranks = {16, 32, 64}, .splits = true}},
-      {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {.splits = true}},
+      {Kernel::kExact, generic::exact_accepts, nullptr, generic::exact_config, {.splits = true}},
       {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::config, {.ranks = {16, 32, 64}, .splits = true}},
   };
 };
@@ -98,8 +98,8 @@ struct Kernels<Grouped<LinearProblem>> {
   static constexpr KernelRow<Grouped<LinearProblem>> kRows[] = {
       {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128}, .multicast = {1, 2}}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
-      {Kernel::kExact, any::exact_accepts, nullptr, any::config, {.tokens = {16, 64}}},
-      {Kernel::kRagged, any::ragged_accepts, nullptr, any::config, {.tokens = {16, 64}}},
+      {Kernel::kExact, generic::exact_accepts, nullptr, generic::config, {.tokens = {16, 64}}},
+      {Kernel::kRagged, generic::ragged_accepts, nullptr, generic::config, {.tokens = {16, 64}}},
   };
 };
 
@@ -108,7 +108,7 @@ struct Kernels<Grouped<LinearDxProblem>> {
   static constexpr KernelRow<Grouped<LinearDxProblem>> kRows[] = {
       {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128, 256}, .multicast = {1, 2}}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
-      {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {}},
+      {Kernel::kExact, generic::exact_accepts, nullptr, generic::exact_config, {}},
       {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::ragged_config, {.tokens = {16, 32}}},
   };
 };
@@ -117,7 +117,7 @@ template <>
 struct Kernels<Grouped<LoraGradProblem>> {
   static constexpr KernelRow<Grouped<LoraGradProblem>> kRows[] = {
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.ranks = {16, 32, 64}}},
-      {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {}},
+      {Kernel::kExact, generic::exact_accepts, nullptr, generic::exact_config, {}},
       {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::config, {.ranks = {16, 32, 64}}},
   };
 };

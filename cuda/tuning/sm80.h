@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "cpp/format/grouped.h"
-#include "cuda/tuning/any.h"
 #include "cuda/tuning/choice.h"
 #include "cuda/tuning/device.h"
+#include "cuda/tuning/generic.h"
 #include "cuda/tuning/splits.h"
 
 namespace qlora::cuda::sm80 {
@@ -200,7 +200,7 @@ constexpr Config dlora_tile(int64_t rank, const Config& wish) {
   return {.ranks = or_wish(wish.ranks, rank <= 16   ? 16
                                        : rank <= 32 ? 32
                                                     : 64),
-          .columns = any::kLoraColumns,
+          .columns = generic::kLoraColumns,
           .splits = wish.splits};
 }
 constexpr Config config(const LoraGradProblem& p, const Device&, const Config& wish) {

@@ -7,9 +7,9 @@
 #include <limits>
 
 #include "cpp/format/grouped.h"
-#include "cuda/tuning/any.h"
 #include "cuda/tuning/choice.h"
 #include "cuda/tuning/device.h"
+#include "cuda/tuning/generic.h"
 #include "cuda/tuning/sm90.h"
 
 namespace qlora::cuda::sm90 {

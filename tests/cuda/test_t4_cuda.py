@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.mark.parametrize("source", ["low_rank_update", "linear_nf4_dlora", "quantize_nf4", "encode_nf4"])
 def test_kernels_for_any_device_compile(source: str, tmp_path: pathlib.Path) -> None:
     flags = ["-std=c++20", "--expt-relaxed-constexpr", "-I", str(ROOT), "-arch=sm_75", "-cubin"]
-    path = ROOT / "cuda" / "launch" / "any" / f"{source}.cu"
+    path = ROOT / "cuda" / "launch" / "generic" / f"{source}.cu"
     subprocess.run(["nvcc", *flags, "-o", str(tmp_path / "kernels.cubin"), str(path)], check=True)
 
 

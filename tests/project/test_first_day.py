@@ -220,7 +220,7 @@ def test_a_sweep_names_places_that_exist() -> None:
     assert change("linear_nf4", stream, best) == "forward_streams in cuda/tuning/stream.h"
     best = "tensor_cores:tokens=32,splits=1"
     assert change("linear_nf4_dx", "tensor_cores tokens=64 columns=256 splits=2", best) == (
-        "dx_tokens in cuda/tuning/sm80.h, dx_splits in cuda/tuning/any.h"
+        "dx_tokens in cuda/tuning/sm80.h, dx_splits in cuda/tuning/generic.h"
     )
 
 

@@ -61,10 +61,29 @@ def test_the_workflow_runs_jobs_that_exist() -> None:
     assert unknown.returncode == 2
     assert "unknown job nosuchjob" in unknown.stderr
     jobs = re.findall(r"^#   (\w+) +", (ROOT / ".ci/run").read_text(), re.MULTILINE)
-    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
-    listed = [name for names in re.findall(r"job: \[(.*?)\]", workflow) for name in names.split(", ")]
-    named = re.findall(r"run: \.ci/run (\w+)$", workflow, re.MULTILINE)
-    assert sorted(listed + named) == sorted(jobs)
+    for name, wanted in {"nightly": {*jobs}, "ci": {"tests", "arm", "cuda", "docs"}}.items():
+        workflow = (ROOT / f".github/workflows/{name}.yml").read_text()
+        listed = [job for jobs in re.findall(r"job: \[(.*?)\]", workflow) for job in jobs.split(", ")]
+        named = re.findall(r"run: \.ci/run (?:--since \S+ )?(\w+)$", workflow, re.MULTILINE)
+        assert {*listed, *named} == wanted
+
+
+@pytest.mark.skipif(not (ROOT / ".ci" / "run").exists(), reason=".ci is not in this tree")
+def test_every_file_concerns_jobs_and_folders_that_exist() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    function = re.search(r"^concerned\(\) \{\n.*?^\}\n", script, re.MULTILINE | re.DOTALL)
+    assert function is not None
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    if not files:
+        pytest.skip("this tree is no clone")
+    loop = 'while read -r file; do concerned "$file"; done'
+    out = subprocess.run(["bash", "-c", function[0] + loop], input=files, capture_output=True, text=True, check=True)
+    words = set(out.stdout.split())
+    assert {"tests", "arm", "cuda", "docs", "simulator"} <= words
+    folders = {word for word in words if "/" in word}
+    assert all((ROOT / folder).is_dir() for folder in folders)
+    tested = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert {f"tests/{name}" for name in tested - {"cudasim"}} <= folders
 
 
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint is not installed")

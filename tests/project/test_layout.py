@@ -22,7 +22,7 @@ CPU_FOLDERS = ("codec", "few_tokens", "many_tokens", "many_tokens_tiles", "float
 CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{name}/" for name in CPU_FOLDERS))
 
 # Folders of CUDA code, each named for the oldest architecture that runs it, and what its files may include of others.
-CUDA_FOLDERS = {"any": ("any",), "sm80": ("any", "sm80"), "sm90": ("any", "sm80", "sm90")}
+CUDA_FOLDERS = {"generic": ("generic",), "sm80": ("generic", "sm80"), "sm90": ("generic", "sm80", "sm90")}
 CUDA_LAUNCH = tuple(f"cuda/launch/{name}.h" for name in ("cluster", "device", "launch", "types", "workspace"))
 
 

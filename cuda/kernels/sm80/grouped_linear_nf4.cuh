@@ -6,10 +6,10 @@
 #include <cstdint>
 
 #include "cpp/format/grouped.h"
-#include "cuda/kernels/any/grouped_linear_nf4_ragged.cuh"
+#include "cuda/kernels/generic/grouped_linear_nf4_ragged.cuh"
 #include "cuda/kernels/sm80/linear_nf4.cuh"
-#include "cuda/tile/any/arch_limits.cuh"
-#include "cuda/tile/any/groups.cuh"
+#include "cuda/tile/generic/arch_limits.cuh"
+#include "cuda/tile/generic/groups.cuh"
 
 namespace qlora::kernels {
 

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "cuda/kernels/any/grouped_linear_nf4_dlora_exact.cuh"
+#include "cuda/kernels/generic/grouped_linear_nf4_dlora_exact.cuh"
 #include "cuda/kernels/sm80/linear_nf4_dlora.cuh"
-#include "cuda/tile/any/groups.cuh"
+#include "cuda/tile/generic/groups.cuh"
 
 namespace qlora::kernels {
 

@@ -17,9 +17,9 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/store.cuh"
-#include "cuda/tile/any/dropout.cuh"
-#include "cuda/tile/any/element.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/dropout.cuh"
+#include "cuda/tile/generic/element.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 #include "cuda/tile/sm80/gemm_tile.cuh"
 
 namespace qlora::kernels {

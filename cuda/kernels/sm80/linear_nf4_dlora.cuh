@@ -15,7 +15,7 @@
 
 #include <cstdint>
 
-#include "cuda/kernels/any/linear_nf4_dlora_parts.cuh"
+#include "cuda/kernels/generic/linear_nf4_dlora_parts.cuh"
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/prmt.cuh"

@@ -20,7 +20,7 @@
 #include "cuda/kernels/sm80/linear_nf4_dx_accumulators.cuh"
 #include "cuda/kernels/sm80/linear_nf4_dx_loader.cuh"
 #include "cuda/ptx/grid_dependency.cuh"
-#include "cuda/tile/any/arch_limits.cuh"
+#include "cuda/tile/generic/arch_limits.cuh"
 
 namespace qlora::kernels {
 

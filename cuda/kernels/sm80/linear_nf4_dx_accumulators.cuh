@@ -11,10 +11,10 @@
 #include "cuda/ptx/lop3.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/store.cuh"
-#include "cuda/tile/any/block_scale.cuh"
-#include "cuda/tile/any/dropout.cuh"
-#include "cuda/tile/any/split.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/block_scale.cuh"
+#include "cuda/tile/generic/dropout.cuh"
+#include "cuda/tile/generic/split.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 
 namespace qlora::kernels {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/kernels/any/linear_nf4_dx_args.cuh"
+#include "cuda/kernels/generic/linear_nf4_dx_args.cuh"
 #include "cuda/tile/sm80/dx_layout.cuh"
 
 namespace qlora::kernels {

@@ -9,7 +9,7 @@
 
 #include "cpp/format/grouped.h"
 #include "cuda/kernels/sm90/linear_nf4.cuh"
-#include "cuda/tile/any/groups.cuh"
+#include "cuda/tile/generic/groups.cuh"
 #include "cuda/tile/sm90/expert_work.cuh"
 
 namespace qlora::kernels {

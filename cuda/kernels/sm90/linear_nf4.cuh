@@ -14,7 +14,7 @@
 #include "cuda/ptx/load.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/generic/block_scale.cuh"
 #include "cuda/tile/sm90/copies.cuh"
 #include "cuda/tile/sm90/linear_tile.cuh"
 #include "cuda/tile/sm90/operand.cuh"

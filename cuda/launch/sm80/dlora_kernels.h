@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/kernels/sm80/linear_nf4_dlora.cuh"
-#include "cuda/launch/any/dlora.h"
+#include "cuda/launch/generic/dlora.h"
 
 namespace qlora::cuda::sm80 {
 
@@ -29,7 +29,7 @@ struct DLoraKernels {
     }
   }
 
-  // float32 has kernels of its own (launch/any).
+  // float32 has kernels of its own (launch/generic).
   template <bool kRagged>
   static Kernel of(DType dtype, int64_t ranks) {
     return dtype == DType::kBFloat16 ? of<bfloat16, kRagged>(ranks) : of<float16, kRagged>(ranks);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/kernels/sm80/linear_nf4_dx.cuh"
-#include "cuda/launch/any/dx.h"
+#include "cuda/launch/generic/dx.h"
 #include "cuda/tuning/sm80.h"
 
 namespace qlora::cuda::sm80 {
@@ -46,7 +46,7 @@ struct DxKernels {
     return tokens == kDxSmallBlockTokens ? kernel<T, kDxSmallBlockTokens, true>() : kernel<T, kDxRaggedTokens, true>();
   }
 
-  // float32 has kernels of its own (launch/any).
+  // float32 has kernels of its own (launch/generic).
   static Kernel regular(const LinearDxProblem& p, int64_t tokens) {
     const bool offsets = has_offsets(p.w);
     return p.dtype == DType::kBFloat16 ? regular<bfloat16>(tokens, offsets) : regular<float16>(tokens, offsets);

@@ -1,7 +1,7 @@
 // Launches the forward of experts on mma.sync.
 #include "cuda/kernels/sm80/grouped_linear_nf4.cuh"
 
-#include "cuda/launch/any/grouped_linear.h"
+#include "cuda/launch/generic/grouped_linear.h"
 #include "cuda/launch/sm80/launchers.h"
 #include "cuda/launch/sm80/linear_tiles.h"
 #include "cuda/launch/types.h"

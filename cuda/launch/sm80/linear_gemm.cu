@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "cuda/launch/any/low_rank.h"
-#include "cuda/launch/any/weight_panels.h"
+#include "cuda/launch/generic/low_rank.h"
+#include "cuda/launch/generic/weight_panels.h"
 #include "cuda/launch/sm80/launchers.h"
 #include "cuda/launch/types.h"
 #include "cuda/launch/workspace.h"

@@ -7,7 +7,7 @@
 
 #include "cpp/format/problem.h"
 #include "cuda/kernels/sm80/linear_nf4.cuh"
-#include "cuda/launch/any/low_rank.h"
+#include "cuda/launch/generic/low_rank.h"
 #include "cuda/tile/sm80/linear_tile.cuh"
 #include "cuda/tuning/sm80.h"
 

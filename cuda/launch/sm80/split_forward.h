@@ -8,8 +8,8 @@
 #include <utility>
 
 #include "cpp/format/problem.h"
-#include "cuda/launch/any/low_rank.h"
 #include "cuda/launch/cluster.h"
+#include "cuda/launch/generic/low_rank.h"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/workspace.h"
 #include "cuda/tile/sm80/linear_sum.cuh"

@@ -4,8 +4,8 @@
 #include <cuda_runtime.h>
 
 #include "cpp/format/problem.h"
-#include "cuda/launch/any/low_rank.h"
 #include "cuda/launch/cluster.h"
+#include "cuda/launch/generic/low_rank.h"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/sm90/tensor_map.h"
 #include "cuda/tile/sm90/work.cuh"

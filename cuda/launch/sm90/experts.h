@@ -5,7 +5,7 @@
 
 #include "cpp/format/grouped.h"
 #include "cuda/kernels/sm90/grouped_linear_nf4.cuh"
-#include "cuda/launch/any/grouped_low_rank.h"
+#include "cuda/launch/generic/grouped_low_rank.h"
 #include "cuda/launch/sm90/clusters.h"
 
 namespace qlora::cuda::sm90 {

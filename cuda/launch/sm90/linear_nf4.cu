@@ -1,7 +1,7 @@
 // Launches the forward on wgmma and TMA.
 #include "cuda/kernels/sm90/linear_nf4.cuh"
 
-#include "cuda/launch/any/low_rank.h"
+#include "cuda/launch/generic/low_rank.h"
 #include "cuda/launch/sm90/args.h"
 #include "cuda/launch/sm90/clusters.h"
 #include "cuda/launch/sm90/launchers.h"

@@ -36,8 +36,8 @@
 
 #include <cstdint>
 
-#include "cuda/tile/any/block_scale.cuh"
-#include "cuda/tile/any/nf4_pairs_f32.cuh"
+#include "cuda/tile/generic/block_scale.cuh"
+#include "cuda/tile/generic/nf4_pairs_f32.cuh"
 
 namespace qlora::tile {
 

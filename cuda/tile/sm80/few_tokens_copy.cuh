@@ -6,7 +6,7 @@
 
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/load.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 #include "cuda/tile/sm80/few_tokens_tile.cuh"
 
 namespace qlora::tile {

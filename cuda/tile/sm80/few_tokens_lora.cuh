@@ -13,10 +13,10 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/mma_tf32.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/tile/any/arch_limits.cuh"
-#include "cuda/tile/any/dropout.cuh"
-#include "cuda/tile/any/element.cuh"
-#include "cuda/tile/any/lora_step.cuh"
+#include "cuda/tile/generic/arch_limits.cuh"
+#include "cuda/tile/generic/dropout.cuh"
+#include "cuda/tile/generic/element.cuh"
+#include "cuda/tile/generic/lora_step.cuh"
 #include "cuda/tile/sm80/few_tokens_tile.cuh"
 
 namespace qlora::tile {

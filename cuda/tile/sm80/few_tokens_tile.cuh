@@ -22,7 +22,7 @@
 
 #include <cstdint>
 
-#include "cuda/tile/any/pair_table.cuh"
+#include "cuda/tile/generic/pair_table.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
 
 namespace qlora::tile {

@@ -15,7 +15,7 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 
 namespace qlora::tile {
 

@@ -21,7 +21,7 @@
 #include "cuda/ptx/fma2.cuh"
 #include "cuda/ptx/lop3.cuh"
 #include "cuda/ptx/prmt.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 
 namespace qlora::tile {
 

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "cuda/tile/any/arch_limits.cuh"
+#include "cuda/tile/generic/arch_limits.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
 
 namespace qlora::tile {

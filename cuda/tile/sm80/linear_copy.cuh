@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/cp_async.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
 
 namespace qlora::tile {

@@ -7,10 +7,10 @@
 
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/store.cuh"
-#include "cuda/tile/any/cluster_sum.cuh"
-#include "cuda/tile/any/element.cuh"
-#include "cuda/tile/any/split.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/cluster_sum.cuh"
+#include "cuda/tile/generic/element.cuh"
+#include "cuda/tile/generic/split.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 #include "cuda/tile/sm80/k_slices.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
 

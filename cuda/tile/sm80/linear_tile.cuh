@@ -18,8 +18,8 @@
 
 #include <cstdint>
 
-#include "cuda/tile/any/arch_limits.cuh"
-#include "cuda/tile/any/pair_table.cuh"
+#include "cuda/tile/generic/arch_limits.cuh"
+#include "cuda/tile/generic/pair_table.cuh"
 
 namespace qlora::tile {
 

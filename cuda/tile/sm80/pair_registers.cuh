@@ -1,6 +1,6 @@
-// Decodes packed codes in registers, to the same pairs as the table in shared memory (cuda/tile/any/pair_table.cuh). 8
-// weights take 21 instructions instead of 8, but none of them is a load. Kernels that are bound by shared memory decode
-// a part of their weights this way.
+// Decodes packed codes in registers, to the same pairs as the table in shared memory
+// (cuda/tile/generic/pair_table.cuh). 8 weights take 21 instructions instead of 8, but none of them is a load. Kernels
+// that are bound by shared memory decode a part of their weights this way.
 //
 // The lower bytes of the 16 values form one table of 16 bytes, in four registers, and the upper bytes another. prmt
 // looks up four bytes among 8, selected by the lower three bits of four nibbles. A third prmt then uses the fourth bit
@@ -12,8 +12,8 @@
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/hold.cuh"
 #include "cuda/ptx/prmt.cuh"
-#include "cuda/tile/any/pair_table.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/pair_table.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 
 namespace qlora::tile {
 

@@ -7,8 +7,8 @@
 #include <type_traits>
 
 #include "cuda/ptx/shared.cuh"
-#include "cuda/tile/any/arch_limits.cuh"
-#include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/generic/arch_limits.cuh"
+#include "cuda/tile/generic/block_scale.cuh"
 #include "cuda/tile/sm80/integer_pairs.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
 

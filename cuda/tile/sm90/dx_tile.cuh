@@ -19,7 +19,7 @@
 #include "cuda/ptx/lop3.cuh"
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/tile/any/nf4_pairs_f32.cuh"
+#include "cuda/tile/generic/nf4_pairs_f32.cuh"
 #include "cuda/tile/sm90/layout.cuh"
 
 namespace qlora::tile {

@@ -16,7 +16,7 @@
 #include "cuda/ptx/hold.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/tile/any/groups.cuh"
+#include "cuda/tile/generic/groups.cuh"
 #include "cuda/tile/sm90/layout.cuh"
 #include "cuda/tile/sm90/work.cuh"
 

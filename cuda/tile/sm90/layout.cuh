@@ -18,9 +18,9 @@
 
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/tile/any/block_scale.cuh"
-#include "cuda/tile/any/code_tables.cuh"
-#include "cuda/tile/any/pair_table.cuh"
+#include "cuda/tile/generic/block_scale.cuh"
+#include "cuda/tile/generic/code_tables.cuh"
+#include "cuda/tile/generic/pair_table.cuh"
 
 namespace qlora::tile {
 

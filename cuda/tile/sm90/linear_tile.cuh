@@ -15,7 +15,7 @@
 
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
 #include "cuda/tile/sm80/pair_registers.cuh"
 #include "cuda/tile/sm90/layout.cuh"

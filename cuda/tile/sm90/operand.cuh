@@ -9,8 +9,8 @@
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/tile/any/lora_step.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/lora_step.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 
 namespace qlora::tile {
 

@@ -8,7 +8,7 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 #include "cuda/tile/sm80/linear_sum.cuh"
 #include "cuda/tile/sm90/work.cuh"
 

@@ -10,8 +10,8 @@
 
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/hold.cuh"
-#include "cuda/tile/any/block_scale.cuh"
-#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/generic/block_scale.cuh"
+#include "cuda/tile/generic/unroll.cuh"
 #include "cuda/tile/sm90/layout.cuh"
 
 namespace qlora::tile {
