@@ -56,7 +56,7 @@ def prepare(request: ExportRequest) -> Job:
     stacks = {name: (path, layer) for name, (path, layer) in adapted.items() if isinstance(layer, LoraExperts4bit)}
     scalings = {name: (float(layer.scaling["default"]), layer.r["default"]) for name, (_, layer) in adapted.items()}
     shapes = {name: layer.layer4bit.packed_shapes[layer.parameter_name] for name, (_, layer) in stacks.items()}
-    linear = [name for name in adapted if name not in stacks]
+    linear = sorted(adapted.keys() - stacks)  # the order of the adapter's file
     try:
         alpha, factors = fold(scalings)
         found = {layer: [place] for layer, place in places(architecture, model, linear).items()}
