@@ -145,7 +145,7 @@ cpu::Cpu cpu_of(const std::optional<std::string>& isa) {
   }
   const cpu::Isa* const found = cpu::find_isa(isa->c_str());
   require(found, "isa: expected " + std::string(cpu::isa_names()) + ", got " + *isa);
-  return {found->needs, cpu::current_cpu().intel, true, true};
+  return {found->needs, cpu::current_cpu().intel, true, true, cpu::current_cpu().integers};
 }
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};

@@ -144,7 +144,7 @@ constexpr bool multiplies_pairs(DType dtype, const Cpu& cpu) {
 constexpr bool has_tiles(DType dtype, const Cpu& cpu) { return dtype == DType::kBFloat16 && cpu.has(kAmxBf16); }
 
 // The minimum number of weights in a row (forward) or column (dx) for integer products. With fewer weights, the search
-// for concentrated ones (few_tokens/concentration-inl.h) reads all of them. These thresholds are estimates, not
+// for concentrated ones (verdict/rows-inl.h) reads all of them. These thresholds are estimates, not
 // measured. Columns of dx in panels, whose W is rounded too, must also be long enough for errors to average out.
 inline constexpr int64_t kLeastRowWeights = 128, kLeastColumnWeights = 64, kLeastPanelColumnWeights = 256;
 
@@ -155,13 +155,14 @@ constexpr bool has_long_sums(const LinearDxProblem& p) { return p.w.n >= kLeastP
 constexpr bool has_long_sums(const LoraGradProblem&) { return false; }
 template <class Problem>
 constexpr bool multiplies_int_pairs(const Problem& p, const Cpu& cpu) {
-  return cpu.has(kAvx2) && cpu.fast_pairs && !has_tiles(p.dtype, cpu) && !multiplies_pairs(p.dtype, cpu) &&
-         has_long_sums(p) && accepts(Kernel::kManyTokensInt, p);
+  return cpu.integers && cpu.has(kAvx2) && cpu.fast_pairs && !has_tiles(p.dtype, cpu) &&
+         !multiplies_pairs(p.dtype, cpu) && has_long_sums(p) && accepts(Kernel::kManyTokensInt, p);
 }
 
 // Matrices of bytes hold integers, so the same minimum applies.
 constexpr bool multiplies_byte_matrices(const LinearProblem& p, const Cpu& cpu) {
-  return cpu.has(kArmI8mm) && p.w.k >= kLeastRowWeights && has_byte_matrices(p.w) && accepts(Kernel::kFewTokensInt, p);
+  return cpu.integers && cpu.has(kArmI8mm) && p.w.k >= kLeastRowWeights && has_byte_matrices(p.w) &&
+         accepts(Kernel::kFewTokensInt, p);
 }
 
 // The kernels for many tokens decode W once for all tokens, and those for few once for each group that registers can
@@ -197,7 +198,7 @@ constexpr Kernel few_tokens_kernel(const LinearProblem& p, const Cpu& cpu) {
   if (p.dtype == DType::kFloat32) return Kernel::kFewTokensFloat;
   if (multiplies_byte_matrices(p, cpu)) return Kernel::kFewTokensInt;
   if (cpu.has(kAsimd) && multiplies_pairs(p.dtype, cpu) && !p.w.scales.offsets) return Kernel::kFewTokensBf16;
-  if (p.w.k < kLeastRowWeights || (cpu.has(kAsimd) && p.m > 2)) return Kernel::kFewTokensFloat;
+  if (!cpu.integers || p.w.k < kLeastRowWeights || (cpu.has(kAsimd) && p.m > 2)) return Kernel::kFewTokensFloat;
   return accepts(Kernel::kFewTokensInt, p) ? Kernel::kFewTokensInt : Kernel::kFewTokensFloat;
 }
 
@@ -220,7 +221,7 @@ constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
   if (!cpu.has(kAvx2)) return 0;
   constexpr int64_t kPanelGroup = 32;  // weights that AVX2 panels decode at once
   if (!cpu.has(kAvx512f)) return multiplies_int_pairs(p, cpu) ? 3 : p.w.k % kPanelGroup ? 8 : 4;
-  const bool integers = accepts(Kernel::kFewTokensInt, p);
+  const bool integers = cpu.integers && accepts(Kernel::kFewTokensInt, p);
   if (has_tiles(p.dtype, cpu)) return integers ? 8 : p.w.k % 8 ? 6 : 16;
   if (multiplies_pairs(p.dtype, cpu)) return integers ? 6 : 4;
   return integers ? 16 : p.w.k % 8 ? 6 : 8;
@@ -249,7 +250,7 @@ constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
 constexpr Choice choose(const LinearDxProblem& p, const Cpu& cpu) {
   Choice c;
   if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
-    if (cpu.has(kAvx512vbmi) && p.w.n >= kLeastColumnWeights && accepts(Kernel::kFewTokensInt, p)) {
+    if (cpu.integers && cpu.has(kAvx512vbmi) && p.w.n >= kLeastColumnWeights && accepts(Kernel::kFewTokensInt, p)) {
       c.add(Kernel::kFewTokensInt);
       return c;
     }

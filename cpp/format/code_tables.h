@@ -112,7 +112,7 @@ QLORA_INLINE constexpr const Bf16CodeTable& bf16_codes(Code code) {
 }
 
 // The codes whose values are at least kLeast of the largest, which the search for concentrated rows and columns counts
-// (cpp/cpu/few_tokens/concentration-inl.h). If fewer codes were large, a chunk in a block with a large scale would hold
+// (cpp/cpu/verdict/rows-inl.h). If fewer codes were large, a chunk in a block with a large scale would hold
 // too few of them to prove anything. At this bound, first chunks suffice for nine tiles in ten of normally distributed
 // weights in NF4.
 struct LargeCodes {

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
+
+from exports import exported, gguf_adapter
+
+__all__ = ["exported", "gguf_adapter"]  # fixtures
+
+
+class ModuleOfTests(pytest.Module):
+    """Is skipped where a library is missing without which most commands do nothing."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        for library in ("transformers", "peft", "gguf"):
+            pytest.importorskip(library, reason=f"{library} is not installed")
+        return super().collect()
+
+
+def pytest_pycollect_makemodule(module_path: pathlib.Path, parent: pytest.Collector) -> pytest.Module:
+    module: pytest.Module = ModuleOfTests.from_parent(parent, path=module_path)
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from transformers import AutoModelForCausalLM
 
 import qlora_ext

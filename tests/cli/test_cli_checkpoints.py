@@ -12,11 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-pytest.importorskip("gguf", reason="the command's libraries are not installed")
-
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig

@@ -10,9 +10,6 @@ import zipfile
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 import qlora_ext
 import tiny_models
 from qlora_app.decoding import cache

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
 
 from commands import SMALL, Paths, here
 from qlora_app.errors import UserError
@@ -91,8 +89,6 @@ def test_a_file_that_cannot_be_read_is_rejected(refused: Any, tmp_path: pathlib.
     [{}, {"epochs": 2.0}, {"warmup_steps": 3}, {"lr_schedule": "constant"}, {"merge_aware": True}, {"layers": "0-2"}],
 )
 def test_the_settings_of_a_run_are_such_a_file(options: dict[str, Any], tmp_path: pathlib.Path) -> None:
-    import dataclasses
-
     settings = Settings(**given(options))
     path = write(tmp_path / "settings.json", json.dumps(dataclasses.asdict(settings)))
     assert Settings(**given(read_config(path, {}))) == settings

@@ -14,9 +14,6 @@ from typing import Any, TypeAlias
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from qlora_app.data import directory, hub, read_examples
 from qlora_app.data.store import Stored
 from qlora_app.errors import UserError

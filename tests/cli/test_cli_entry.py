@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from commands import environment
 
 SLOW = ("torch", "numpy", "transformers", "peft", "rich", "matplotlib", "gguf", "datasets", "trl", "pyarrow")

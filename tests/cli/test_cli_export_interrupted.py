@@ -13,44 +13,29 @@ import types
 from typing import Any
 
 import pytest
-import torch
-
-for library in ("transformers", "peft", "gguf"):
-    pytest.importorskip(library, reason=f"{library} is not installed")
-
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from commands import command, here, listing
-from gguf_files import WIDE, WITH_BYTES, write
+from exports import adapt, output_of, read, write_base
 from qlora_app.errors import UserError, writing
 
-# One target of each kind of writer.
-TARGETS = (
-    "dense", "bitsandbytes", "compressed-tensors:nvfp4", "gguf-adapter", "gguf:q4_0", "ollama:iq4_nl", "ollama:adapter",
-)  # fmt: skip
+# One target of each kind of writer, and the library that it needs.
+TARGETS = {
+    **{"dense": "transformers", "bitsandbytes": "bitsandbytes", "compressed-tensors:nvfp4": "compressed_tensors"},
+    **dict.fromkeys(("gguf-adapter", "gguf:q4_0", "ollama:iq4_nl", "ollama:adapter"), "gguf"),
+}
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """An adapter whose base is a GGUF file that stores no 4-bit weights, so that every target can hold it."""
-    directory = tmp_path_factory.mktemp("interrupted")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**WIDE, **WITH_BYTES}), dtype=torch.float32)
-    write(model, directory / "base.gguf", "llama", kinds=["F16"])
-    base = AutoModelForCausalLM.from_pretrained(directory, gguf_file="base.gguf", dtype=torch.float32)
-    peft = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8))
-    peft.peft_config["default"].base_model_name_or_path = str(directory / "base.gguf")
-    peft.save_pretrained(directory / "adapter")
-    return directory / "adapter"
+    base = write_base(tmp_path_factory.mktemp("interrupted") / "base.gguf", "F16")
+    adapt(base.parent / "adapter", base, read(base), r=8)
+    return base.parent / "adapter"
 
 
 def command_line(adapter: pathlib.Path, target: str, directory: pathlib.Path) -> tuple[list[Any], pathlib.Path]:
-    if target == "bitsandbytes":
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    if "compressed" in target:
-        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    output = directory / ("out.gguf" if target.startswith("gguf") else "out")
+    pytest.importorskip(TARGETS[target], reason=f"{TARGETS[target]} is not installed")
+    output = output_of(target, directory)
     return ["export", "--adapter", adapter, "--check", "none", "--to", target, "--output", output], output
 
 
@@ -89,6 +74,7 @@ def test_a_killed_export_leaves_nothing_half(adapter: pathlib.Path, tmp_path: pa
     complete = state(output)
     done = command(*export, "--overwrite", before=functools.partial(kill_at, "os.rename", 1, str(tmp_path)))
     assert done.returncode == -signal.SIGKILL
+    assert not output.suffix or state(output) == complete  # a directory may have another name until the next export
     here(*export, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
     assert state(output) == complete
@@ -113,7 +99,10 @@ def test_a_file_that_cannot_be_written(adapter: pathlib.Path, tmp_path: pathlib.
 
 def test_numpys_error_for_a_full_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``ndarray.tofile``, with which the gguf package writes, raises an OSError without an errno."""
-    for free, message in ((0, "the disk that holds .* is full"), (1 << 30, "cannot write .*: 96 requested")):
+    for free, message in (
+        (0, "the disk .* is full; no incomplete file was left"),
+        (1 << 30, "cannot write .*: 96 requested"),
+    ):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
         with pytest.raises(UserError, match=message), writing(tmp_path / "out.gguf"):
             raise OSError("96 requested and 64 written")

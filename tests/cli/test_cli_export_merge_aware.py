@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-for library in ("transformers", "peft", "gguf", "compressed_tensors"):
-    pytest.importorskip(library, reason=f"{library} is not installed")
+pytest.importorskip("compressed_tensors", reason="compressed_tensors is not installed")
 
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import qlora_ext
 from commands import Paths, here
-from gguf_files import WIDE, write
-from qlora_app.models import Loader, load_dense, resolve
+from exports import Refused, dense, loaded, ours, output_of, read, write_base
 from qlora_ext.form import Form
 from qlora_ext.integrations.peft import set_merge_aware
 from qlora_ext.nn import Packed4bit
@@ -28,19 +24,14 @@ from tiny_directories import config_of, make, save
 from tiny_models import save_tiny_llama, token_ids
 
 LEARNT, HELD_OUT = token_ids(6, 24).split((4, 2))
-
-
-def load(base: pathlib.Path, code: str) -> Any:
-    """The base as ``finetune`` loads it."""
-    cpu = torch.device("cpu")
-    return Loader(resolve(str(base)), Form(), torch.float32, cpu, torch.float32, served=code).while_loading()
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
 def train(base: pathlib.Path, code: str, adapter: pathlib.Path, **options: Any) -> Any:
     """Trains an adapter for the format ``code``, and saves it."""
     torch.manual_seed(3)
     config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options}
-    model = get_peft_model(load(base, code), LoraConfig(task_type="CAUSAL_LM", **config))
+    model = get_peft_model(loaded(base, code), LoraConfig(task_type="CAUSAL_LM", **config))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -59,9 +50,10 @@ def train(base: pathlib.Path, code: str, adapter: pathlib.Path, **options: Any) 
     return model
 
 
-def export(adapter: pathlib.Path, to: str, output: pathlib.Path, *options: str) -> None:
-    none = "--check", "none"
-    here("export", "--adapter", adapter, "--to", to, "--output", output, "--dtype", "float32", *none, *options)
+def export(adapter: pathlib.Path, to: str, *options: str) -> pathlib.Path:
+    out = output_of(to, adapter.parent)
+    here("export", "--adapter", adapter, "--to", to, "--output", out, "--dtype", "float32", "--check", "none", *options)
+    return out
 
 
 def held_out_loss(model: Any) -> float:
@@ -90,11 +82,6 @@ def check(trained: Any, exported: Any) -> None:
         assert torch.equal(exported.get_submodule(name).weight.float(), weight), name
 
 
-def make_gguf(path: pathlib.Path, *kinds: str) -> None:
-    torch.manual_seed(0)
-    write(AutoModelForCausalLM.from_config(LlamaConfig(**WIDE), dtype=torch.float32), path, "llama", kinds=kinds)
-
-
 @pytest.mark.parametrize("code", ["q4_0", "iq4_nl", "mxfp4"])
 @pytest.mark.parametrize("kinds", [("Q4_0", "Q4_1", "F16", "MXFP4", "Q8_0"), ("F16",)])
 @pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "down_proj"]])
@@ -102,11 +89,9 @@ def test_a_gguf_file_is_the_trained_model(
     tmp_path: pathlib.Path, code: str, kinds: tuple[str, ...], targets: Any
 ) -> None:
     """The base has other 4-bit types and dense ones, or only dense ones, which are quantized when they are read."""
-    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
-    make_gguf(base, *kinds)
+    base = write_base(tmp_path / "base.gguf", *kinds)
     model = train(base, code, tmp_path / "adapter", target_modules=targets)
-    export(tmp_path / "adapter", f"gguf:{code}", out)
-    check(model, AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32))
+    check(model, read(export(tmp_path / "adapter", f"gguf:{code}")))
 
 
 @pytest.mark.parametrize("code", ["int4", "nvfp4", "mxfp4"])
@@ -114,68 +99,49 @@ def test_a_directory_of_compressed_tensors_is_the_trained_model(
     paths: Paths, tmp_path: pathlib.Path, code: str
 ) -> None:
     model = train(paths["model"], code, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"])
-    export(tmp_path / "adapter", f"compressed-tensors:{code}", tmp_path / "out")
-    options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
-    check(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options).dequantize())
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    theirs = read(export(tmp_path / "adapter", f"compressed-tensors:{code}"), torch.bfloat16)
     assert type(theirs.hf_quantizer).__name__ == "CompressedTensorsHfQuantizer"
     held_out_loss(theirs)  # decodes the weights, to bfloat16
     assert held_out_loss(torch.nn.Module.float(theirs)) == pytest.approx(held_out_loss(model), abs=1e-3)
 
 
-@pytest.mark.parametrize("code", ["q4_0", "iq4_nl", "mxfp4"])
+@pytest.mark.parametrize("to", ["gguf:q4_0", "gguf:iq4_nl", "gguf:mxfp4", "compressed-tensors:int4",
+                                "compressed-tensors:nvfp4", "compressed-tensors:mxfp4"])  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_a_gguf_file_of_a_directory_is_the_trained_model(tmp_path: pathlib.Path, family: str, code: str) -> None:
-    base, out = save(tmp_path / "base", make(config_of(family))), tmp_path / "out.gguf"
-    experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]} if "moe" in family else {}
+def test_a_directory_and_its_experts_are_the_trained_model(tmp_path: pathlib.Path, family: str, to: str) -> None:
+    base = save(tmp_path / "base", make(config_of(family)))
+    experts = EXPERTS if "moe" in family else {}
+    target, code = to.split(":")
     model = train(base, code, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **experts)
-    export(tmp_path / "adapter", f"gguf:{code}", out, "--embeddings", "f32")
-    exported = load_dense(resolve(str(out)), torch.float32, torch.device("cpu"))
-    assert held_out_loss(exported) == pytest.approx(held_out_loss(model), abs=1e-5)
-
-
-@pytest.mark.parametrize("code", ["int4", "nvfp4", "mxfp4"])
-def test_experts_in_compressed_tensors_are_the_trained_ones(tmp_path: pathlib.Path, code: str) -> None:
-    base, out = save(tmp_path / "base", make(config_of("qwen3_moe"))), tmp_path / "out"
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = train(base, code, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=experts)
-    export(tmp_path / "adapter", f"compressed-tensors:{code}", out)
-    options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
-    exported = AutoModelForCausalLM.from_pretrained(out, **options).dequantize()
-    assert held_out_loss(exported) == pytest.approx(held_out_loss(model), abs=1e-5)
+    out = export(tmp_path / "adapter", to, *(["--embeddings", "f32"] if target == "gguf" else []))
+    found = dense(out) if target == "gguf" else ours(out).dequantize()
+    assert held_out_loss(found) == pytest.approx(held_out_loss(model), abs=1e-5)
 
 
 def test_a_directory_of_bitsandbytes_is_the_trained_model(tmp_path: pathlib.Path) -> None:
     """The base has other 4-bit types, which no other export to that format takes."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    base = tmp_path / "base.gguf"
-    make_gguf(base, "Q8_0", "Q4_0", "Q4_1", "MXFP4")
+    base = write_base(tmp_path / "base.gguf", "Q8_0", "Q4_0", "Q4_1", "MXFP4")
     model = train(base, "nf4", tmp_path / "adapter")
-    export(tmp_path / "adapter", "bitsandbytes", tmp_path / "out")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    theirs = read(export(tmp_path / "adapter", "bitsandbytes"))
     assert type(theirs.hf_quantizer).__name__ == "Bnb4BitHfQuantizer"
     check(model, theirs.dequantize())
 
 
-def test_a_head_in_other_4_bits_is_rejected(
-    tmp_path: pathlib.Path, refused: Callable[..., str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    base = tmp_path / "base.gguf"
-    make_gguf(base, "Q4_0")
+def test_a_head_in_other_4_bits_is_rejected(tmp_path: pathlib.Path, refused: Refused) -> None:
+    base = write_base(tmp_path / "base.gguf", "Q4_0")
     train(base, "nf4", tmp_path / "adapter", target_modules=["q_proj"])
-    capfd.readouterr()
     message = refused("export", "--adapter", tmp_path / "adapter", "--to", "bitsandbytes", "--output", tmp_path / "no")
     assert "base.gguf stores lm_head.weight in int4, which bitsandbytes does not have, and training does" in message
     assert not (tmp_path / "no").exists()
 
 
 def test_a_base_in_another_stored_format(paths: Paths, tmp_path: pathlib.Path) -> None:
-    base, out = tmp_path / "base", tmp_path / "out"
-    here("export", "--model", paths["model"], "--to", "compressed-tensors:int4", "--output", base)
+    base = tmp_path / "base"
+    to = ["--to", "compressed-tensors:int4", "--output", base]
+    here("export", "--check", "none", "--model", paths["model"], *to)
     model = train(base, "nvfp4", tmp_path / "adapter")
-    export(tmp_path / "adapter", "compressed-tensors:nvfp4", out)
-    options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
-    check(model, AutoModelForCausalLM.from_pretrained(out, **options).dequantize())
+    check(model, ours(export(tmp_path / "adapter", "compressed-tensors:nvfp4")).dequantize())
 
 
 def test_layers_that_do_not_fit_stay_dense(tmp_path: pathlib.Path) -> None:
@@ -185,9 +151,7 @@ def test_layers_that_do_not_fit_stay_dense(tmp_path: pathlib.Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
     model = train(tmp_path / "base", "int4", tmp_path / "adapter")
-    export(tmp_path / "adapter", "compressed-tensors:int4", tmp_path / "out")
-    options = {"dtype": torch.float32, "quantization_config": qlora_ext.QLoRAConfig()}
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+    exported = ours(export(tmp_path / "adapter", "compressed-tensors:int4"))
     assert not isinstance(exported.model.layers[0].mlp.down_proj, Packed4bit)
     assert isinstance(exported.model.layers[0].mlp.up_proj, Packed4bit)
     assert held_out_loss(exported.dequantize()) == pytest.approx(held_out_loss(model), abs=1e-5)
@@ -196,11 +160,11 @@ def test_layers_that_do_not_fit_stay_dense(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("code", ["int4", "nvfp4"])
 def test_a_dense_base_is_quantized_once(paths: Paths, tmp_path: pathlib.Path, code: str) -> None:
     """In NVFP4, whose factor is that of several layers, the base is first quantized to NF4."""
-    dense = AutoModelForCausalLM.from_pretrained(paths["model"], dtype=torch.float32)
     model = train(paths["model"], code, tmp_path / "adapter")
-    base = model.unload()
-    found = base.model.layers[0].mlp.down_proj.weight4bit
-    expected = quantize(dense.model.layers[0].mlp.down_proj.weight, Form.named(code if code == "int4" else "nf4"))
+    found = model.unload().model.layers[0].mlp.down_proj.weight4bit
+    expected = quantize(
+        dense(paths["model"]).model.layers[0].mlp.down_proj.weight, Form.named(code if code == "int4" else "nf4")
+    )
     if code == "nvfp4":
         expected = quantize(expected.dequantize(torch.float32), code)
     assert torch.equal(found.dequantize(torch.float32), expected.dequantize(torch.float32))
@@ -220,7 +184,8 @@ def test_finetune_trains_for_a_format(paths: Paths, tmp_path: pathlib.Path, capf
     assert json.loads((run / "adapter" / "qlora_base.json").read_text())["merge_aware"] == "int4"
     assert json.loads((run / "adapter" / "qlora_base.json").read_text())["base_format"] == "int4"
     capfd.readouterr()
-    export = "export", "--adapter", run, "--dtype", "float32", "--output", tmp_path / "out", "--overwrite", "--to"
+    options = "--check", "none", "--dtype", "float32", "--overwrite"
+    export = "export", "--adapter", run, *options, "--output", tmp_path / "out", "--to"
     here(*export, "compressed-tensors:int4")
     assert "was trained for" not in capfd.readouterr().err
     for to in ("compressed-tensors:nvfp4", "dense"):

@@ -6,29 +6,25 @@ import argparse
 import json
 import os
 import pathlib
-import signal
 import struct
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-gguf = pytest.importorskip("gguf", reason="the command's libraries are not installed")
-
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import qlora_ext
-from forks import Command
 from gguf_files import four_bit_file, llama_file, write
+from qlora_app.commands.check import _base
 from qlora_app.main import main
 from qlora_app.models.loading import Loader
-from qlora_app.models.sources import resolve
+from qlora_app.models.sources import ModelSource, resolve
+from qlora_app.training.adapting import add_adapter
+from qlora_app.training.settings import Settings
 from qlora_ext.form import Form
 from qlora_ext.gguf import read_header, weights
-from test_cli_stream import killed_at_the_sixth_weight
 from tiny_models import SIZES, make, same_state
 
 __all__ = ["four_bit_file", "llama_file"]  # fixtures
@@ -108,20 +104,6 @@ def test_weights_read_one_by_one_are_the_same(
     assert same_state(found, qlora_ext.quantize_model(expected))
 
 
-@pytest.mark.parametrize("file", ["llama_file", "four_bit_file"])
-def test_a_killed_quantize_is_resumed(
-    file: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
-) -> None:
-    command = ["quantize", "--model", str(request.getfixturevalue(file)), "--output"]
-    killed = Command(*command, tmp_path / "out", before=killed_at_the_sixth_weight)
-    assert killed.wait().returncode == -signal.SIGKILL
-    assert main([*command, str(tmp_path / "out")]) == 0
-    assert "has already quantized 5 weights" in capsys.readouterr().out
-    assert main([*command, str(tmp_path / "whole")]) == 0
-    load = AutoModelForCausalLM.from_pretrained
-    assert same_state(load(tmp_path / "out"), load(tmp_path / "whole"))
-
-
 def test_surplus_weights_are_reported(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(make("llama"), tmp_path / "more.gguf", "llama", {"rope_freqs.weight": np.ones(8, np.float32)})
     assert main(["quantize", "--model", str(tmp_path / "more.gguf"), "--output", str(tmp_path / "out")]) == 0
@@ -143,10 +125,6 @@ def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_
 
 def test_the_base_in_an_adapters_configuration() -> None:
     """A path or hub name for other tools; the name with the GGUF file is in qlora_ext's own file."""
-    from qlora_app.models.sources import ModelSource
-    from qlora_app.training.adapting import add_adapter
-    from qlora_app.training.settings import Settings
-
     for source, expected in (
         (ModelSource("package:llm-x", "/some/where", "x.gguf"), "/some/where"),
         (ModelSource("/some/x.gguf", "/some", "x.gguf"), "/some"),
@@ -215,19 +193,8 @@ def test_the_rest_of_a_model_without_4bit_weights(refused, llama_file: pathlib.P
 
 
 def test_a_plan_has_the_sizes_of_the_file(four_bit_file: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [
-        "plan",
-        "--model",
-        str(four_bit_file),
-        "--seq-len",
-        "8",
-        "--device",
-        "cpu",
-        "--dtype",
-        "bfloat16",
-        "--json",
-    ]
-    assert main(command) == 0
+    options = ["--seq-len", "8", "--device", "cpu", "--dtype", "bfloat16", "--json"]
+    assert main(["plan", "--model", str(four_bit_file), *options]) == 0
     planned = json.loads(capsys.readouterr().out)["bytes"]
     model = Loader(resolve(str(four_bit_file)), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
     layers = [layer.packed_state() for _, layer in qlora_ext.nn.layers_of(model)]
@@ -239,8 +206,6 @@ def test_a_plan_has_the_sizes_of_the_file(four_bit_file: pathlib.Path, capsys: p
 
 
 def test_check_needs_the_dense_model_of_a_file(four_bit_file: pathlib.Path) -> None:
-    from qlora_app.commands.check import _base
-
     base, reason = _base(argparse.Namespace(base=None), resolve(str(four_bit_file)))
     assert base is None
     assert reason == "its file stores 4-bit weights, which are used as they are; name the dense model with --base"

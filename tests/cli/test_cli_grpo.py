@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shutil
 import sys
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOTrainer
+
 import qlora_app
-from commands import Paths, adapter_bytes, here, read_lines
+from commands import Paths, adapter_bytes, here, read_lines, stopped
 from qlora_app.data.prompts import prompt_of
 from qlora_app.errors import UserError
 from qlora_app.training.reward_function import find_rewards
@@ -43,8 +43,6 @@ def task(paths: Paths) -> dict[str, pathlib.Path]:
 
     The tied head of the tiny model is scaled up, because its logits would be so small that no answer is likely.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     data, reward, directory = (paths["root"] / name for name in ("prompts.jsonl", "reward.py", "decided"))
     model = AutoModelForCausalLM.from_pretrained(paths["model"])
     with torch.no_grad():
@@ -85,14 +83,12 @@ def test_the_reward_rises(run: pathlib.Path) -> None:
 def test_a_resumed_run_has_the_same_bits(
     run: pathlib.Path, task: dict[str, pathlib.Path], refused: Any, tmp_path: pathlib.Path
 ) -> None:
-    stopped = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
-    shutil.rmtree(stopped / "checkpoint-8")
-    shutil.rmtree(stopped / "adapter")
-    resume = ["finetune", "--output", stopped, "--resume"]
+    begun = stopped(run, tmp_path, 5)
+    resume = ["finetune", "--output", begun, "--resume"]
     assert "the run does not record which code to run" in refused(*resume)
     assert "--reward differs" in refused(*resume, "--reward", f"{task['reward']}:few")
     here(*resume, "--reward", f"{task['reward']}:share")
-    assert adapter_bytes(stopped) == adapter_bytes(run)
+    assert adapter_bytes(begun) == adapter_bytes(run)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +182,6 @@ def test_the_python_function_takes_a_function(
     task: dict[str, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And TRL compares the training forward's log-probabilities with themselves, so that their ratio is 1."""
-    from trl import GRPOTrainer
-
     seen: list[int] = []
     compared: list[Any] = []
     usual = GRPOTrainer._compute_loss

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import random
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from accelerate.data_loader import SeedableRandomSampler
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
-from commands import SMALL, Paths, adapter_bytes, here, read_lines
+from commands import SMALL, Paths, adapter_bytes, here, read_lines, stopped
+from qlora_app.errors import UserError
+from qlora_app.training import trainer
 from qlora_app.training.settings import Settings, resumed
+from qlora_app.training.trainer import StagedSampler
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +31,33 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
+@contextlib.contextmanager
+def rows_taken() -> Iterator[list[Any]]:
+    """The rows in the order in which they are trained on."""
+    rows: list[Any] = []
+    original = trainer.collate
+
+    def collate(batch: Any) -> Any:
+        rows.extend(tuple(row["input_ids"]) for row in batch)
+        return original(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "collate", collate)
+        yield rows
+
+
 @pytest.fixture(scope="module")
-def short(paths: Paths, many: pathlib.Path) -> pathlib.Path:
-    """A run of 5 steps."""
+def begun(paths: Paths, many: pathlib.Path) -> tuple[pathlib.Path, list[Any]]:
+    """A run of 5 steps, and its rows. Tests copy it before they change it."""
     run = many.parent / "short"
-    begin(paths, many, run, "--max-steps", "5")
-    return run
+    with rows_taken() as rows:
+        begin(paths, many, run, "--max-steps", "5")
+    return run, rows
+
+
+@pytest.fixture(scope="module")
+def short(begun: tuple[pathlib.Path, list[Any]]) -> pathlib.Path:
+    return begun[0]
 
 
 def begin(paths: Paths, data: pathlib.Path, run: pathlib.Path, *more: str) -> None:
@@ -43,30 +68,11 @@ def steps_of(run: pathlib.Path) -> list[int]:
     return [int(line["step"]) for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The rows in the order in which they are trained on."""
-    from qlora_app.training import trainer
-
-    rows: list[Any] = []
-    original = trainer.collate
-
-    def collate(batch: Any) -> Any:
-        rows.extend(tuple(row["input_ids"]) for row in batch)
-        return original(batch)
-
-    monkeypatch.setattr(trainer, "collate", collate)
-    return rows
-
-
-def test_a_finished_run_is_made_longer(
-    short: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_is_made_longer(short: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The first steps equal those of the shorter run, and an interrupted run ends with the same bits."""
     run = pathlib.Path(shutil.copytree(short, tmp_path / "run"))
     before = adapter_bytes(run)
-    here("finetune", "--output", run, "--resume", "--max-steps", "9")
-    printed = capfd.readouterr().out
+    printed = here("finetune", "--output", run, "--resume", "--max-steps", "9")
     assert "extending the run to 9 steps" in printed
     assert "resuming after step 5" in printed
     longer = adapter_bytes(run)
@@ -78,52 +84,40 @@ def test_a_finished_run_is_made_longer(
         first, last = ([line[name] for line in read_lines(r / "metrics.jsonl") if name in line] for r in (short, run))
         assert last[:5] == first
 
-    again = pathlib.Path(shutil.copytree(run, tmp_path / "again"))
-    shutil.rmtree(again / "checkpoint-9")
-    shutil.rmtree(again / "adapter")
+    again = stopped(run, tmp_path, 8)
     assert (again / "checkpoint-6").is_dir()
-    here("finetune", "--output", again, "--resume")
-    assert "extending" not in capfd.readouterr().out
+    assert "extending" not in here("finetune", "--output", again, "--resume")
     assert adapter_bytes(again) == longer
 
     here("finetune", "--output", run, "--resume", "--max-steps", "9")
     assert adapter_bytes(run) == longer
-    here("merge", "--adapter", run, "--output", tmp_path / "merged", "--evaluate", "--dtype", "float32")
-    assert "(+0.0000)" in capfd.readouterr().out
+    assert "(+0.0000)" in here(
+        "merge", "--adapter", run, "--output", tmp_path / "merged", "--evaluate", "--dtype", "float32"
+    )
 
 
-def test_new_rows_are_taken_and_none_twice(
-    paths: Paths, many: pathlib.Path, tmp_path: pathlib.Path, taken: list[Any]
-) -> None:
-    begin(paths, many, tmp_path / "run", "--max-steps", "5")
-    measured = len(taken)
-    trained = {*taken}
-    taken.clear()
-    here("finetune", "--output", tmp_path / "run", "--resume", "--max-steps", "9")
-    assert measured
-    fresh = [row for row in taken if row not in trained]
+def test_new_rows_are_taken_and_none_twice(begun: tuple[pathlib.Path, list[Any]], tmp_path: pathlib.Path) -> None:
+    run = shutil.copytree(begun[0], tmp_path / "run")
+    with rows_taken() as taken:
+        here("finetune", "--output", run, "--resume", "--max-steps", "9")
+    fresh = [row for row in taken if row not in {*begun[1]}]
     assert len(fresh) == len(set(fresh)) == 4 * 2  # rows per step
 
 
 def test_the_first_epoch_continues_after_the_shorter_run(
-    paths: Paths, many: pathlib.Path, tmp_path: pathlib.Path, taken: list[Any]
+    begun: tuple[pathlib.Path, list[Any]], tmp_path: pathlib.Path
 ) -> None:
     """A run extended before it finished trains on its original rows first, in their original order."""
-    begin(paths, many, tmp_path / "run", "--max-steps", "5")
-    complete = list(taken)
-    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
-    taken.clear()
-    here("finetune", "--output", tmp_path / "run", "--resume", "--max-steps", "7")
+    run, complete = shutil.copytree(begun[0], tmp_path / "run"), begun[1]
+    shutil.rmtree(run / "checkpoint-5")
+    with rows_taken() as taken:
+        here("finetune", "--output", run, "--resume", "--max-steps", "7")
     held_out = len(complete) - 2 * 5  # measured before and after
     mid = len(complete) - held_out // 2
     assert taken[: 2 * 2] == complete[mid - 2 * 2 : mid]
 
 
 def test_the_order_is_transformers_own() -> None:
-    import torch
-    from accelerate.data_loader import SeedableRandomSampler
-
-    from qlora_app.training.trainer import StagedSampler
 
     torch.manual_seed(3)
     theirs, ours = SeedableRandomSampler(range(11)), StagedSampler([11], 3)
@@ -157,13 +151,11 @@ def test_a_schedule_that_depends_on_the_length(
     assert adapter_bytes(run) == longer
 
 
-def test_more_epochs(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_more_epochs(paths: Paths, tmp_path: pathlib.Path) -> None:
     run = tmp_path / "run"
     begin(paths, paths["data"], run, "--epochs", "1")
     first = steps_of(run)
-    capfd.readouterr()
-    here("finetune", "--output", run, "--resume", "--epochs", "2")
-    assert "extending the run to 2 epochs" in capfd.readouterr().out
+    assert "extending the run to 2 epochs" in here("finetune", "--output", run, "--resume", "--epochs", "2")
     assert steps_of(run) == list(range(1, 2 * len(first) + 1))
     begin(paths, paths["data"], tmp_path / "at_once", "--epochs", "2")
     assert adapter_bytes(run) == adapter_bytes(tmp_path / "at_once")
@@ -186,8 +178,6 @@ def test_lengths_are_recorded_in_their_order() -> None:
     again = resumed({"max_steps": 9, "former_steps": [5]}, {"max_steps": 20})
     assert again.former_steps == (5, 9)
     assert resumed({"epochs": 1.0}, {"epochs": 2.5}).former_steps == ()
-    from qlora_app.errors import UserError
-
     for damaged in ([9], [0], [-5, 3], [5, 5]):
         with pytest.raises(UserError, match="former_steps"):
             Settings(max_steps=9, former_steps=tuple(damaged))

@@ -6,15 +6,15 @@ import json
 import pathlib
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import qlora_app
+import qlora_ext
+from commands import here
 from qlora_app.main import main
 from qlora_app.outputs.files import write_json
 from qlora_app.planning import families, memory
@@ -99,10 +99,6 @@ def test_plan_is_the_measured_peak(measured: dict[str, int], lever: str, monkeyp
 
 
 def test_static_parts_are_those_of_a_real_model() -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    import qlora_ext
 
     sizes = "hidden=64,intermediate=128,layers=9,heads=4,vocab=200"
     parts = planned(families.config_of_sizes(sizes), rank=3, seq_len=16)
@@ -129,16 +125,11 @@ def test_the_line_through_few_layers_meets_a_deep_model() -> None:
 )
 def test_papers_footprints(model: str, gigabytes: float) -> None:
     """Dettmers et al. (2023), figure 6: batch 1, 512 tokens, rank 64 on all layers, gradient checkpointing."""
-    parts = planned(families.config(model), rank=64, batch_size=1, seq_len=512, grad_checkpointing=True)
-    assert sum(parts.values()) / 1e9 == pytest.approx(gigabytes, rel=0.1)
-
-
-def test_papers_65b_fits_48_gb() -> None:
-    """Dettmers et al. (2023): a 65B model, rank 64 on all layers, on one 48 GB GPU, with gradient checkpointing."""
-    config = families.config("llama-65b")
-    total = sum(planned(config, rank=64, seq_len=512, grad_checkpointing=True).values())
-    assert 33e9 < total < 48e9
-    assert sum(planned(config, rank=64, seq_len=512).values()) > 48e9
+    config, options = families.config(model), {"rank": 64, "batch_size": 1, "seq_len": 512}
+    total = sum(planned(config, **options, grad_checkpointing=True).values())
+    assert total / 1e9 == pytest.approx(gigabytes, rel=0.1)
+    if model == "llama-65b":  # which the paper trains on a GPU of 48 GB
+        assert total < 48e9 < sum(planned(config, **options).values())
 
 
 def test_double_quantization_costs_0_127_bits() -> None:
@@ -146,61 +137,20 @@ def test_double_quantization_costs_0_127_bits() -> None:
     assert 4 * parts["scales"] / parts["base weights"] == pytest.approx(8 / 64 + 32 / (64 * 256), rel=1e-3)
 
 
-def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
-
-
-def test_advice_makes_it_fit(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+def test_advice_makes_it_fit(tmp_path: pathlib.Path) -> None:
     small = ("plan", "--sizes", "hidden=64,intermediate=128,layers=9,heads=4,vocab=200", "--seq-len", "512")
-    planned = json.loads(output(capsys, *small, "--json"))
+    planned = json.loads(here(*small, "--json"))
     assert planned["fits"]
     assert planned == qlora_app.plan(sizes=small[2], seq_len=512, grad_checkpointing=False, rank=None)
     assert planned["total"] == pytest.approx(sum(planned["bytes"].values()))
     picture = tmp_path / "plan.png"
-    tight = output(capsys, *small, "--memory", f"{0.8 * planned['total'] / 1e6:.3f}MB", "--plot", picture)
+    tight = here(*small, "--memory", f"{0.8 * planned['total'] / 1e6:.3f}MB", "--plot", picture)
     assert "does not fit" in tight
     assert "--grad-checkpointing saves" in tight
     assert "and then it fits" in tight
     assert picture.read_bytes().startswith(b"\x89PNG")
-    saved = json.loads(output(capsys, *small, "--json", "--grad-checkpointing"))
+    saved = json.loads(here(*small, "--json", "--grad-checkpointing"))
     assert saved["total"] < 0.8 * planned["total"]
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"rank": 0}, ValueError, "^rank 0: expected 1 to"),
-        ({"device": "tpu"}, ValueError, "^device tpu: expected one of cuda, cpu"),
-        ({"max_memory": "8GB", "adapters": 2}, ValueError, "max_memory plans one adapter; remove sweep and adapters"),
-        ({"sizes": "hidden=64", "model": "llama-7b"}, ValueError, "^model and sizes exclude each other"),
-        ({"rank": "8"}, TypeError, "^plan: expected rank to be an integer"),
-        ({"ranck": 8}, TypeError, r"^plan\(\) got an unexpected keyword argument 'ranck'"),
-    ],
-)
-def test_bad_plans_in_python(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        qlora_app.plan(**options)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--rank", "0"], "--rank 0"),
-        (["--memory", "lots"], "--memory lots"),
-        (["--optimizer", "sgdd"], "--optimizer sgdd"),
-        (["--dtype", "int4"], "--dtype int4"),
-        (["--sizes", "hidden=64"], "missing"),
-        (["--sizes", "hidden=64,intermediate=128,layers=2,heads=5"], "multiple"),
-        (["--model", "./nowhere"], "./nowhere"),
-        (["--model", "llama-7b", "--target-modules", "nowhere"], "nowhere"),
-    ],
-)
-def test_bad_plans(capfd: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
-    assert main(["plan", *arguments]) == 2
-    message = capfd.readouterr().err
-    assert named in message
-    assert message.count("\n") == 1
 
 
 def test_hub_style_names() -> None:
@@ -210,7 +160,7 @@ def test_hub_style_names() -> None:
     assert not families.known("some/thing-1b")
 
 
-def test_adapters_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+def test_adapters_are_listed(tmp_path: pathlib.Path) -> None:
     for name, record in (
         ("first", {"model": "base-a", "date": "2025-01-02T03:04:05+00:00",
                    "metrics": {"steps": 7, "perplexity_before": 20.0, "perplexity_after": 10.0}}),
@@ -222,13 +172,13 @@ def test_adapters_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: pathl
         write_json(tmp_path / name / "qlora_run.json", record)
     (tmp_path / "foreign").mkdir()
     write_json(tmp_path / "foreign" / "adapter_config.json", {"r": 4, "base_model_name_or_path": "base-b"})
-    table = output(capsys, "adapters", tmp_path).splitlines()
+    table = here("adapters", tmp_path).splitlines()
     assert table[0].split() == ["adapter", "base", "fingerprint", "rank", "alpha", "date", "steps", "perplexity"]
     cells = table[1].split()
     assert cells == ["first", "base-a", "0123456789ab", "16", "32", "2025-01-02", "03:04", "7", "20.00", "->", "10.00"]
     assert table[2].startswith("foreign  base-b")
     assert len(table) == 3
-    records = [json.loads(line) for line in output(capsys, "adapters", tmp_path, "--json").splitlines()]
+    records = [json.loads(line) for line in here("adapters", tmp_path, "--json").splitlines()]
     assert [record["fingerprint"] for record in records] == ["0123456789abcdef", None]
 
 
@@ -241,9 +191,6 @@ def test_no_adapter_to_list(capfd: pytest.CaptureFixture[str], tmp_path: pathlib
 
 
 def test_experts_and_their_adapters_are_counted() -> None:
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
-    import qlora_ext
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = MixtralConfig(**sizes, num_hidden_layers=2, vocab_size=128, num_local_experts=4)
@@ -259,8 +206,6 @@ def test_experts_and_their_adapters_are_counted() -> None:
 
 
 def test_experts_of_known_families() -> None:
-    from transformers import AutoModelForCausalLM
-
     for name, billions in (("mistralai/Mixtral-8x7B-v0.1", 46.7), ("Qwen/Qwen3-30B-A3B", 30.5)):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(families.config(name))

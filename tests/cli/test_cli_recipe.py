@@ -1,28 +1,27 @@
 """The recipe of ``finetune``: schedules, warm-up, clipping, NEFTune, no packing, rsLoRA, DoRA, modules trained in
-full."""
+full; and experiment trackers, through transformers' Trainer."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers.integrations import integration_utils
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
-from commands import SMALL, Paths, adapter_bytes, base, here, read_lines
+from commands import SMALL, Paths, adapter_bytes, base, here, read_lines, stopped
+from qlora_app.data import read_examples, split
 from qlora_app.training.settings import SCHEDULES, Settings, layer_numbers
+from qlora_app.training.trainer import training_arguments
 
 STEPS = ["--max-steps", "5", "--save-steps", "3"]
 
 
 def arguments_of(tmp_path: pathlib.Path, steps: int = 100, **settings: Any) -> Any:
-    from qlora_app.training.trainer import training_arguments
-
     return training_arguments(Settings(**settings), steps, tmp_path, torch.device("cpu"))
 
 
@@ -45,8 +44,6 @@ def test_arguments_of_the_trainer(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_transformers_knows_the_schedules(name: str) -> None:
-    from transformers import get_scheduler
-
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=0 if name == "constant" else 2, num_training_steps=10)
     rates = [schedule.lr_lambdas[0](step) for step in range(10)]
@@ -60,74 +57,48 @@ def test_layer_numbers() -> None:
     assert layer_numbers("3, 0-1,1") == [0, 1, 3]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--warmup-steps 3 --warmup-ratio 0.1", "--warmup-steps and --warmup-ratio"),
-        ("--lr-schedule constant --warmup-steps 3", "--lr-schedule constant has no warm-up"),
-        ("--lr-schedule cosin", "did you mean cosine?"),
-        ("--warmup-ratio 1", "--warmup-ratio 1.0: expected"),
-        ("--weight-decay -1", "--weight-decay -1.0: expected"),
-        ("--max-grad-norm nan", "--max-grad-norm nan: expected"),
-        ("--layers 2", "--layers 2: expected layers from 0 to 1, got 2"),
-        ("--layers 1-0", "--layers 1-0: expected layer numbers"),
-        ("--layers x", "--layers x: expected layer numbers"),
-        ("--modules-to-save nowhere", "--modules-to-save nowhere: no module"),
-        ("--modules-to-save mlp", "--modules-to-save mlp: its linear layers are 4-bit"),
-        ("--chunked-loss --modules-to-save lm_head", "--chunked-loss: the output head is trained too"),
-        ("--merge-aware --dora", "remove --dora"),
-        ("--max-memory 8GB --dora", "--max-memory: the planner does not support --dora"),
-        ("--max-memory 8GB --layers 0", "--max-memory: the planner does not support --layers"),
-        ("--method dpo --neftune-alpha 5", "--neftune-alpha: not supported with DPO"),
-    ],
-)
-def test_invalid_arguments_are_rejected(
-    refused: Any, paths: Paths, tmp_path: pathlib.Path, options: str, said: str
-) -> None:
-    assert said in refused("finetune", *base(paths), "--output", tmp_path / "run", *SMALL, *options.split())
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_rank_above_that_of_the_layers(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_above_that_of_the_layers(paths: Paths, tmp_path: pathlib.Path) -> None:
     """The hidden size of the tiny model is 64."""
     for rank in (64, 65):
         options = ["--rank", str(rank), "--max-steps", "1"]
-        here("finetune", *base(paths), "--output", tmp_path / f"{rank}", *SMALL, *options)
-        assert ("note: --rank 65 is larger than the layers" in capfd.readouterr().out) == (rank == 65)
+        assert (
+            "note: --rank 65 is larger than the layers"
+            in here("finetune", *base(paths), "--output", tmp_path / f"{rank}", *SMALL, *options)
+        ) == (rank == 65)
 
 
-def weights(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+# Two recipes with most options.
+RECIPES = {
+    "rslora": "--lr-schedule cosine --warmup-steps 2 --weight-decay 0.1 --neftune-alpha 5 --no-packing --rslora "
+    "--layers 1",
+    "dora": "--dora --modules-to-save lm_head,norm --lr-schedule linear --max-grad-norm 0",
+}
 
-    return load_file(adapter / "adapter_model.safetensors")
+
+@pytest.fixture(scope="module")
+def runs(paths: Paths) -> dict[str, pathlib.Path]:
+    """A run of 5 steps by each recipe. Tests only read it."""
+    found = {name: paths["root"] / name for name in RECIPES}
+    for name, options in RECIPES.items():
+        here("finetune", *base(paths), "--output", found[name], *SMALL, *STEPS, *options.split())
+    return found
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        "--lr-schedule cosine --warmup-steps 2 --weight-decay 0.1 --neftune-alpha 5 --no-packing --rslora --layers 1",
-        "--dora --modules-to-save lm_head,norm --lr-schedule linear --max-grad-norm 0",
-    ],
-)
-def test_a_resumed_run_has_the_same_bits(paths: Paths, tmp_path: pathlib.Path, options: str) -> None:
-    run = tmp_path / "run"
-    here("finetune", *base(paths), "--output", run, *SMALL, *STEPS, *options.split())
-    complete = adapter_bytes(run)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_resumed_run_has_the_same_bits(runs: dict[str, pathlib.Path], tmp_path: pathlib.Path, name: str) -> None:
+    run = runs[name]
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    names = set(weights(run / "adapter"))
-    if "--dora" in options:
+    names = set(load_file(run / "adapter" / "adapter_model.safetensors"))
+    if name == "dora":
         assert config["use_dora"]
         assert {"base_model.model.lm_head.weight", "base_model.model.model.norm.weight"} <= names
     else:
         assert (config["use_rslora"], config["layers_to_transform"]) == (True, [1])
         assert names
         assert all(".layers.1." in name for name in names)
-    shutil.rmtree(run / "adapter")
-    shutil.rmtree(run / "checkpoint-5")
-    here("finetune", "--output", run, "--resume")
-    assert adapter_bytes(run) == complete
+    begun = stopped(run, tmp_path, 3)
+    here("finetune", "--output", begun, "--resume")
+    assert adapter_bytes(begun) == adapter_bytes(run)
 
 
 def test_each_option_changes_the_adapter(paths: Paths, tmp_path: pathlib.Path) -> None:
@@ -140,25 +111,18 @@ def test_each_option_changes_the_adapter(paths: Paths, tmp_path: pathlib.Path) -
     assert len(set(learnt.values())) == len(learnt)
 
 
-def test_trained_modules_and_dora_in_merge_and_generate(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_trained_modules_and_dora_in_merge_and_generate(runs: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     """Also in a dtype other than that of training, and from a checkpoint, which does not name the base."""
-    run = tmp_path / "run"
-    here("finetune", *base(paths), "--output", run, *SMALL, *STEPS, "--dora", "--modules-to-save", "lm_head")
+    run = runs["dora"]
     here("generate", "--adapter", run, "--max-new-tokens", "2", "count 3")
     here("generate", "--adapter", run / "checkpoint-3", "--max-new-tokens", "2", "count 3")
-    capfd.readouterr()
-    for number, more in enumerate((["--dtype", "float32"], ["--4bit"])):
-        here("merge", "--adapter", run, "--output", tmp_path / f"merged{number}", "--evaluate", *more)
-        printed = capfd.readouterr().out
+    for limit, more in ((1e-4, ["--dtype", "float32"]), (0.05, ["--4bit"])):
+        printed = here("merge", "--adapter", run, "--output", tmp_path / more[0], "--evaluate", *more)
         before, after = (float(printed.split(f" {word}")[0].split()[-1]) for word in ("unmerged", "merged ("))
-        assert after == pytest.approx(before, abs=1e-4 if number == 0 else 0.05)
+        assert after == pytest.approx(before, abs=limit)
 
 
 def test_a_head_that_is_tied_is_trained_with_the_embeddings(paths: Paths, tmp_path: pathlib.Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(paths["model"])
     model.config.tie_word_embeddings = True
     model.tie_weights()
@@ -174,10 +138,7 @@ def test_a_head_that_is_tied_is_trained_with_the_embeddings(paths: Paths, tmp_pa
     assert not torch.equal(trained, model.get_input_embeddings().weight)
 
 
-def test_rows_of_their_own(paths: Paths, tmp_path: pathlib.Path) -> None:
-    from transformers import AutoTokenizer
-
-    from qlora_app.data import read_examples, split
+def test_rows_of_their_own(paths: Paths) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     examples = read_examples(str(paths["data"]))
@@ -205,3 +166,29 @@ def test_the_learning_rate_follows_its_schedule(paths: Paths, tmp_path: pathlib.
     here("finetune", *base(paths), "--output", run, *SMALL, *options)
     rates = [line["learning_rate"] for line in read_lines(run / "metrics.jsonl") if "learning_rate" in line]
     assert rates == pytest.approx([0.0, 0.0015, 0.003, 0.0015])
+
+
+def test_tensorboard_gets_the_metrics(paths: Paths, tmp_path: pathlib.Path) -> None:
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    options = [*base(paths), "--output", run, *SMALL, "--max-steps", "3"]
+    here("finetune", *options, "--report-to", "tensorboard")
+    (events,) = (run / "runs").glob("*/events.out.tfevents.*")
+    accumulator = loading.EventAccumulator(str(events))
+    accumulator.Reload()
+    assert [scalar.step for scalar in accumulator.Scalars("train/loss")] == [1, 2, 3]
+    # The event files are the run's own: --overwrite replaces them. The adapter does not depend on them.
+    adapter = adapter_bytes(run)
+    here("finetune", *options, "--overwrite")
+    assert not (run / "runs").exists()
+    assert adapter_bytes(run) == adapter
+
+
+def test_a_missing_tracker_is_rejected(
+    refused: Any, paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*base(paths), "--output", tmp_path / "run"]
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    sentence = refused("finetune", *options, "--report-to", "tensorboard,wandb")
+    assert "--report-to wandb: wandb is not installed; install it with: pip install wandb" in sentence
+    assert not (tmp_path / "run").exists()

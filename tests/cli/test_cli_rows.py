@@ -9,14 +9,14 @@ import pathlib
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chat_templates
 from commands import Paths
-from qlora_app.data import check_template, encode, held_out, pack, split, split_prompts, summary
+from qlora_app.data import check_template, encode, encoding, held_out, pack, split, split_prompts, summary
+from qlora_app.decoding.rollouts import _encoded
 from qlora_app.errors import UserError
+from qlora_app.main import main
 from qlora_app.quantization.calibrate import tokens_of
 from qlora_app.training.settings import Settings
 from tiny_models import add_special_tokens
@@ -33,8 +33,6 @@ TOOLS = [{"name": "add"}]
 
 @pytest.fixture
 def tokenizer(paths: Paths) -> Any:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -175,10 +173,7 @@ def test_questions_are_encoded_as_in_rows(
 ) -> None:
     """By ``generate``, ``chat``, ``serve`` and the decoding of TRL's GRPO."""
     pytest.importorskip("starlette", reason="starlette is not installed")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qlora_app.decoding.rollouts import _encoded
-    from qlora_app.main import main
     from qlora_app.serving.application import Application
 
     tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(paths["model"]), "<bos> $A <eos>")
@@ -260,31 +255,6 @@ def test_packing_stops_when_there_is_enough() -> None:
     assert [row["input_ids"] for row in packed] == [[1, 2, 3, 1, 2, 3]] * 2
 
 
-def test_finetune_reports_dropped_examples(
-    refused: Any, paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Errors are raised before the model is read, if possible."""
-    monkeypatch.setattr("qlora_app.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read"))
-    data = tmp_path / "data.jsonl"
-    arguments = ["finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run"]
-    data.write_text("".join(json.dumps({"prompt": "q" * 300, "completion": "r"}) + "\n" for _ in range(5)))
-    assert "5 dropped: the answer begins beyond --seq-len 256" in refused(*arguments)
-    data.write_text(json.dumps({"messages": [ASKED, SAID]}) + "\n")
-    assert "no chat template" in refused(*arguments)
-    data.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "r"}) + "\n" for i in range(5)))
-    for options, part in (
-        (["--target-modules", "nowhere"], "nowhere"),
-        (["--optimizer", "sgdd"], "sgdd"),
-        (["--method", "dpo"], "rows with prompt, chosen and rejected"),
-        (["--epochs", "1", "--max-steps", "5"], "give one of them"),
-        (["--epochs", "-1"], "--epochs -1"),
-        (["--beta", "0"], "--beta 0"),
-        (["--beta", "0.2"], "--beta is an option of DPO"),
-    ):
-        assert part in refused(*arguments, *options)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("answered", ["", " \n"])
 def test_an_empty_answer_teaches_nothing(tokenizer: Any, answered: str) -> None:
     silent = {"role": "assistant", "content": answered}
@@ -304,8 +274,6 @@ def test_an_empty_answer_teaches_nothing(tokenizer: Any, answered: str) -> None:
 
 def test_a_long_text_goes_to_the_tokenizer_in_pieces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of lines, of words, or of one word: all tokens are learnt."""
-    from qlora_app.data import encoding
-
     monkeypatch.setattr(encoding, "_PIECE", 100)
     for text in ("a line\n" * 90, "word " * 120, "x" * 700, "short"):
         pieces = list(encoding._pieces(text))
@@ -317,8 +285,6 @@ def test_a_long_text_goes_to_the_tokenizer_in_pieces(tokenizer: Any, monkeypatch
 
 
 def test_a_long_answer_is_tokenized_as_far_as_it_is_used(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_app.data import encoding
-
     seen: list[int] = []
 
     class Counting:

@@ -6,11 +6,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-pytest.importorskip("starlette", reason="starlette is not installed")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-
 from openai_server import ANSWER, MODELS, Server, chat, wait_until
 from qlora_app.serving.text import token_places
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
 pytest.importorskip("starlette", reason="starlette is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
@@ -97,12 +95,6 @@ def test_invalid_arguments_are_rejected(
     """Errors are raised before the model loads."""
     monkeypatch.setattr("qlora_app.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read"))
     model = ["--model", paths["model"]]
-    for option, value in (
-        ("--port", "65536"), ("--sequences", "0"), ("--context", "1"), ("--api-key", "a b"), ("--host", "no such host"),
-        ("--adapter", "=x"), ("--adapter", paths["root"] / "nowhere"), ("--cors", "localhost:3000"),
-        ("--cors", "http://localhost:3000/"),
-    ):  # fmt: skip
-        assert option in refused("serve", *model, option, value)
     assert "adapter" in refused("serve", "--model", finished_run)  # it is one
     twice = refused("serve", "--adapter", finished_run, "--adapter", finished_run / "adapter")
     assert f"two models would have the name {finished_run.name}" in twice

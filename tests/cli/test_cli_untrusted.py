@@ -9,12 +9,8 @@ import shutil
 from typing import Any
 
 import pytest
-import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-from commands import SMALL, Paths, base, here
+from commands import SMALL, Paths, here, stopped
 from qlora_app.main import main
 from test_cli_validate_model import adapter, change_json, model
 
@@ -66,14 +62,22 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(refused, own_code: Any, t
         ({"layers_pattern": [5]}, "expected layers_pattern to be a text"),
         ({"layers_pattern": 5}, "expected layers_pattern to be a text"),
         ({"target_modules": "("}, "target_modules: expected regular expressions"),
+        # Those of another adapter.
+        *(({"target_modules": value}, "") for value in (None, [], ["q_proj"], ["nowhere"], 5, "[")),
+        *(({"r": value}, "") for value in (4, 2**40, -1, "2")),
+        *(({"peft_type": value}, "") for value in ("NOTHING", None, "IA3")),
+        ({"lora_alpha": "x"}, ""),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, ""),
+        ({"modules_to_save": ["lm_head"]}, ""),
     ],
+    ids=str,
 )
-def test_an_adapter_with_values_that_harm(
+def test_an_adapter_with_values_that_harm_or_do_not_fit(
     refused, adapter: pathlib.Path, paths: Paths, values: dict[str, Any], part: str
 ) -> None:
     change_json(adapter / "adapter_config.json", lambda config: config.update(values))
     message = refused("generate", "--adapter", adapter, "--prompt", "1", "--model", paths["model"])
-    assert "adapter_config.json" in message
+    assert ("adapter_config.json" if part else "adapter") in message
     assert part in message
 
 
@@ -96,12 +100,11 @@ def test_a_model_directory_cannot_pass_on_to_another(refused, own_code: Any, pat
 
 
 def test_escapes_are_not_printed(
-    refused, paths: Paths, adapter: pathlib.Path, capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch
+    refused, paths: Paths, adapter: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
 ) -> None:
     change_json(adapter / "adapter_config.json", lambda c: c.update(base_model_name_or_path=f"base{ESCAPE}"))
     (adapter / "qlora_run.json").unlink()
-    here("adapters", adapter)
-    listed = capfd.readouterr().out
+    listed = here("adapters", adapter)
     assert r"base\x1b[2J" in listed
     assert r"base\x1b[2J" in refused("generate", "--adapter", adapter, "--prompt", "1")
     data = tmp_path / "pairs.jsonl"
@@ -112,8 +115,7 @@ def test_escapes_are_not_printed(
     )
     message += refused("generate", "--adapter", ESCAPE, "--prompt", "1", f"--no-such{ESCAPE}")
     monkeypatch.setattr("qlora_app.commands.generate.complete", lambda *a, **k: f"said {ESCAPE}\nmore")
-    here("generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1")
-    said = capfd.readouterr().out
+    said = here("generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1")
     assert said.endswith("\nmore\n")
     for text in (listed, message, said):
         assert "\x1b" not in text
@@ -197,118 +199,13 @@ def test_wrong_settings_in_the_record_of_a_run(
 
 @pytest.mark.parametrize("name", ["settings.json", "before.json", "checkpoint-8/trainer_state.json"])
 def test_damaged_files_of_a_run(refused, finished_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
-    run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
-    shutil.rmtree(run / "checkpoint-11")
-    shutil.rmtree(run / "adapter")
+    run = stopped(finished_run, tmp_path, 8)
     damages = [damage for damage in DAMAGES if damage not in ("{}", '{"a": 1e999}')] if "settings" in name else DAMAGES
     for damage in damages[:: 1 if name == "settings.json" else 4]:
         (run / name).write_text(damage)
         message = refused("finetune", "--output", run, "--resume")
         assert name.partition("/")[0] in message
         assert len(message) < 600
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_damaged_checkpoints(refused, finished_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
-    run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
-    shutil.rmtree(run / "checkpoint-11")
-    file = run / "checkpoint-8" / name
-    full = file.read_bytes()
-    file.write_bytes(full[: len(full) // 2])
-    assert "checkpoint-8" in refused("finetune", "--output", run, "--resume")
-    torch.save([1, 2], file)
-    assert "checkpoint-8" in refused("finetune", "--output", run, "--resume")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"instruction": "a", "input": 5, "output": "b"}', "line 1"),
-        ('{"text": "a"}\n' + DEEP, "line 2"),
-        ('{"text": "\\ud800"}', "surrogate"),
-        ('{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": ""}]}', "surrogate"),
-        ('{"text": 1' + "0" * 5000 + "}", "digits"),
-        ('{"messages": [{"role": 5, "content": "a"}]}', "line 1"),
-        ("{}" + " " * 100_000 + "x", "line 1"),
-    ],
-)
-def test_lines_that_are_not_examples(refused, paths: Paths, tmp_path: pathlib.Path, content: str, message: str) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text(content)
-    sentence = refused("finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run")
-    assert message in sentence
-    assert len(sentence) < 500
-
-
-def test_options_out_of_range(refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    train = ["finetune", *base(paths), "--output", tmp_path / "run"]
-    for option, value in (
-        ("--seed", 2**32),
-        ("--lr", "1e300"),
-        ("--alpha", "1e300"),
-        ("--rank", 10**15),
-        ("--max-steps", 10**30),
-        ("--seq-len", 10**30),
-        ("--batch-size", 10**30),
-        ("--eval-size", 10**30),
-    ):
-        assert option in refused(*train, option, value)
-    ask = ["generate", "--adapter", finished_run, "--prompt", "1"]
-    for option, value in (
-        ("--seed", -1),
-        ("--seed", 2**32),
-        ("--max-new-tokens", 10**30),
-        ("--temperature", "inf"),
-        ("--temperature", "nan"),
-        ("--temperature", "1e-320"),
-        ("--temperature", "1e300"),
-        ("--temperature", "-1"),
-    ):
-        assert option in refused(*ask, option, value)
-    assert "prompt" in refused("generate", "--adapter", finished_run, "--prompt", "\udcff")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["x" * 300, "a\x00b", "", "~no-such-user/x", "x/" * 3000])
-def test_names_that_no_file_has(refused, paths: Paths, tmp_path: pathlib.Path, name: str) -> None:
-    output = tmp_path / "run"
-    for arguments in (
-        ["quantize", "--model", name, "--output", output],
-        ["plan", "--model", name],
-        ["finetune", "--model", paths["model"], "--data", name, "--output", output],
-        ["generate", "--adapter", name, "--prompt", "1"],
-        ["adapters", name],
-    ):
-        assert len(refused(*arguments)) < 400
-    assert not output.exists()
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--rank", 10**30),
-        ("--seq-len", 2**40),
-        ("--devices", 10**30),
-        ("--batch-size", 2**31),
-        ("--memory", "9" * 400),
-        ("--memory", "0"),
-        ("--sizes", "hidden=²,layers=1"),
-        ("--sizes", "hidden=64,intermediate=64,layers=1,heads=4,kv-heads=0"),
-        ("--sizes", "hidden=64,intermediate=64,layers=1,heads=4,kv-heads=3"),
-        ("--sizes", "hidden=64,intermediate=64,layers=1,heads=4,vocab=0"),
-        ("--sizes", f"hidden={10**20},intermediate=1,layers=1,heads=1"),
-    ],
-)
-def test_plans_out_of_range(refused, option: str, value: object) -> None:
-    assert option in refused("plan", *([] if option == "--sizes" else ["--model", "smollm2-135m"]), option, value)
-
-
-def test_a_resumed_run_needs_a_complete_adapter(refused, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    from test_cli_validate_model import change_weights
-
-    run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
-    change_weights(run / "checkpoint-11", lambda w: w.pop(next(iter(w))))
-    assert "checkpoint-11" in refused("finetune", "--output", run, "--resume")
 
 
 def test_a_fifo_is_no_file(

@@ -9,11 +9,12 @@ import shlex
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
+from rich.console import Console
+from transformers import TrainerState
 
 from commands import SMALL, Paths, here
+from qlora_app.main import main
+from qlora_app.terminal.progress import ProgressCallback
 
 
 @pytest.mark.parametrize(
@@ -50,8 +51,6 @@ def test_nothing_is_suggested_that_is_not_alike(refused: Any, typed: str) -> Non
 
 
 def test_help_and_version_as_commands(capfd: pytest.CaptureFixture[str]) -> None:
-    from qlora_app.main import main
-
     for typed, same in ((["help"], ["--help"]), (["help", "merge"], ["merge", "--help"]), (["version"], ["--version"]),
                         (["version", "--json"], ["--version"])):  # fmt: skip
         printed = []
@@ -70,10 +69,6 @@ def test_a_value_may_look_like_an_option(refused: Any, tmp_path: pathlib.Path) -
 
 @pytest.mark.parametrize("width", [40, 200])
 def test_the_bar_keeps_its_counts(width: int, tmp_path: pathlib.Path) -> None:
-    from rich.console import Console
-    from transformers import TrainerState
-
-    from qlora_app.terminal.progress import ProgressCallback
 
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=width, color_system=None)
@@ -95,42 +90,25 @@ def test_the_bar_keeps_its_counts(width: int, tmp_path: pathlib.Path) -> None:
 
 
 def test_the_line_to_try_is_one_for_a_shell(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     run = tmp_path / "a run of $HOME, 'quoted'"
     arguments = ["--model", paths["model"], "--data", paths["data"], "--output", run, *SMALL]
-    here("finetune", *arguments, "--epochs", "0.5")
-    out = capfd.readouterr().out
+    out = here("finetune", *arguments, "--epochs", "0.5")
     (line,) = [line for line in out.splitlines() if line.startswith("try it: ")]
     command = shlex.split(line.removeprefix("try it: "))
     assert command[:4] == ["qlora-ext", "generate", "--adapter", str(run / "adapter")]
-    here(*command[1:])
-    assert capfd.readouterr().out.strip()
+    assert here(*command[1:]).strip()
     metrics = json.loads((run / "adapter" / "qlora_run.json").read_text())["metrics"]
     rows = int(next(line for line in out.splitlines() if line.startswith("rows ")).split()[1])
     assert metrics["steps"] == -(-rows // 2 // 2)  # half of the batches of two
 
 
-@pytest.mark.parametrize("option", ["--init-adapter", "--max-memory", "--modules-to-save", "--layers", "--resident"])
-def test_an_option_without_a_value_is_an_error(refused: Any, paths: Paths, tmp_path: pathlib.Path, option: str) -> None:
-    """A shell passes this for an unset variable."""
-    arguments = ["--model", paths["model"], "--data", paths["data"], "--output", tmp_path / "run"]
-    assert f"{option}: the value is empty" in refused("finetune", *arguments, option, "")
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_empty_name_is_an_error(refused: Any, paths: Paths) -> None:
-    assert "--data: the name is empty" in refused("check", "--model", paths["model"], "--data", "")
-    assert "--plot: the name is empty" in refused("plan", "--model", paths["model"], "--plot", "")
-
-
-def test_copying_a_4bit_model_is_reported(
-    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_copying_a_4bit_model_is_reported(paths: Paths, tmp_path: pathlib.Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    here("quantize", "--model", paths["model"], "--output", first)
-    assert "already" not in capfd.readouterr().out
-    here("quantize", "--model", first, "--output", second, "--block-size", "128")
-    assert f"note: {first} is 4-bit already; its 4-bit weights are copied as they are" in capfd.readouterr().out
+    assert "already" not in here("quantize", "--model", paths["model"], "--output", first)
+    assert f"note: {first} is 4-bit already; its 4-bit weights are copied as they are" in here(
+        "quantize", "--model", first, "--output", second, "--block-size", "128"
+    )
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("rich", reason="the command's libraries are not installed")
 
 import qlora_app
@@ -49,37 +47,14 @@ def test_the_adapter_is_that_of_the_command(paths: Paths, finished_run: pathlib.
     assert listing(done.directory).keys() == listing(finished_run).keys() - {"stdout.txt"}
 
 
-def test_a_run_is_resumed(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    begun = {"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **RUN}
-    qlora_app.finetune(**{**begun, "max_steps": 4})
-    done = qlora_app.finetune(output=tmp_path / "run", resume=True, max_steps=11)
-    assert done.metrics["steps"] == 11
+def test_a_run_is_resumed(paths: Paths, tmp_path: pathlib.Path) -> None:
+    begun = {"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **RUN, "max_steps": 1}
+    first = adapter_bytes(qlora_app.finetune(**begun).directory)
+    done = qlora_app.finetune(output=tmp_path / "run", resume=True, max_steps=2)
+    assert done.metrics["steps"] == 2
     with pytest.raises(ValueError, match=r"^output .* already has a run; add resume to continue it, or overwrite"):
         qlora_app.finetune(**begun)
-    again = qlora_app.finetune(**begun, overwrite=True)
-    assert adapter_bytes(again.directory) == adapter_bytes(finished_run)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"rank": 0}, ValueError, "rank 0: expected a value of at least 1"),
-        ({"rank": "2"}, TypeError, "finetune: expected rank to be an integer of 64 bits, got 2"),
-        ({"ranks": 2}, TypeError, "unexpected keyword argument 'ranks'"),
-        ({"former_steps": (1,)}, TypeError, "unexpected keyword argument 'former_steps'"),
-        ({"epochs": 1.0, "max_steps": 3}, ValueError, "^epochs and max_steps "),
-        ({"force": True}, ValueError, "force needs resume"),
-        ({"model": "/nowhere"}, ValueError, "model /nowhere: no such file or directory"),
-        ({"data": "/nowhere.jsonl"}, ValueError, "data /nowhere.jsonl: no such file or directory"),
-        ({"target_modules": "nothing"}, ValueError, "target_modules nothing: no layer of the model has that name"),
-    ],
-)
-def test_invalid_arguments_are_rejected(
-    paths: Paths, tmp_path: pathlib.Path, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        qlora_app.finetune(**{"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **options})
-    assert list(tmp_path.iterdir()) == []
+    assert adapter_bytes(qlora_app.finetune(**begun, overwrite=True).directory) == first
 
 
 def test_none_means_the_default(paths: Paths, tmp_path: pathlib.Path) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
 
 from safetensors import safe_open
 

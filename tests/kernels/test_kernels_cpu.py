@@ -258,6 +258,18 @@ def test_the_choice(choice: tuple) -> None:
     assert _C.choose(op, dtype, m, n, k, block_size, isa) == kernels
 
 
+def test_without_integers() -> None:
+    code = f"from qlora_ext import _C\nfor c in {[choice[:-1] for choice in CHOICES]!r}: print(*_C.choose(*c))"
+    env = os.environ | {"QLORA_CPU_INTEGERS": "0"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    chosen = [line.split() for line in run.stdout.splitlines()]
+    assert len(chosen) == len(CHOICES)
+    for kernels, choice in zip(chosen, CHOICES, strict=True):
+        assert kernels
+        assert not any(kernel.endswith("_int") for kernel in kernels)
+        assert kernels == choice[-1] or any(kernel.endswith("_int") for kernel in choice[-1])
+
+
 def test_the_set_has_what_is_chosen() -> None:
     for op, dtype, m, n, k, block_size, *_ in CHOICES:
         has = {kernel for kernel, types in _C.kernels(op).items() if dtype in types}

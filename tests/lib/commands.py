@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -33,16 +36,19 @@ def command(*arguments: object, before: Callable[[], object] | None = None) -> s
     return Command(*arguments, before=before).wait()
 
 
-def here(*arguments: object) -> None:
-    """Runs the command in this process, if the test needs no separate one."""
+def here(*arguments: object) -> str:
+    """Runs the command in this process, if the test needs no separate one, and returns what it printed."""
     from qlora_app.main import main
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert main([str(argument) for argument in arguments]) == 0
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert main([str(argument) for argument in arguments]) == 0
     finally:
         torch.set_num_threads(threads)
+        sys.stdout.write(printed.getvalue())
+    return printed.getvalue()
 
 
 def base(paths: Paths) -> list[object]:
@@ -61,6 +67,16 @@ def wait_for_step(process: Command, run: pathlib.Path, step: int) -> None:
             return
         time.sleep(0.002)
     raise AssertionError(f"step {step} was not reached (exit code {process.poll()})")
+
+
+def stopped(run: pathlib.Path, directory: pathlib.Path, step: int) -> pathlib.Path:
+    """A copy of a finished run as one that was stopped after the checkpoint of a step."""
+    copy = pathlib.Path(shutil.copytree(run, directory / f"stopped-{run.name}"))
+    shutil.rmtree(copy / "adapter")
+    for checkpoint in copy.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(checkpoint)
+    return copy
 
 
 def adapter_bytes(run: pathlib.Path) -> bytes:
@@ -112,6 +128,7 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     from qlora_app.main import main
 
     def run(*arguments: object) -> str:
+        capfd.readouterr()
         try:
             status = main([str(argument) for argument in arguments])
         except SystemExit as stop:  # argparse

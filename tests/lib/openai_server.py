@@ -11,6 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
+
+for library in ("starlette", "uvicorn"):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+
 from qlora_app.serving import server
 from qlora_app.serving.application import Application, build
 from qlora_app.serving.loop import DecodingLoop

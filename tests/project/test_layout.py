@@ -17,7 +17,7 @@ SOURCES = [p for d in ("cpp", "cuda") for p in (ROOT / d).rglob("*") if p.suffix
 
 CPU_GROUND = ("cpp/cpu/shared/", "cpp/cpu/isa/", "cpp/cpu/kernels.h")
 CPU_CONTRACTS = ("cpp/cpu/kernels.h", "cpp/cpu/dispatch.h", "cpp/cpu/tuning.h")
-CPU_FOLDERS = ("codec", "few_tokens", "many_tokens", "many_tokens_tiles", "float64")
+CPU_FOLDERS = ("codec", "verdict", "few_tokens", "many_tokens", "many_tokens_tiles", "float64")
 
 CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{name}/" for name in CPU_FOLDERS))
 
@@ -37,13 +37,21 @@ MAY_INCLUDE = {
     "cpp/cpu/shared/": ("cpp/format", "cpp/cpu/shared/", "cpp/cpu/kernels.h"),
     "cpp/cpu/isa/": ("cpp/format", "cpp/cpu/shared/", "cpp/cpu/isa/"),
     "cpp/cpu/codec/": ("cpp/format", *CPU_GROUND, "cpp/cpu/codec/"),
-    "cpp/cpu/few_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/few_tokens/"),
+    "cpp/cpu/verdict/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/verdict/"),
+    "cpp/cpu/few_tokens/": (
+        "cpp/format",
+        *CPU_GROUND,
+        *CPU_CONTRACTS,
+        "cpp/cpu/codec/",
+        "cpp/cpu/verdict/",
+        "cpp/cpu/few_tokens/",
+    ),
     "cpp/cpu/many_tokens/": (
         "cpp/format",
         *CPU_GROUND,
         *CPU_CONTRACTS,
         "cpp/cpu/codec/",
-        "cpp/cpu/few_tokens/",
+        "cpp/cpu/verdict/",
         "cpp/cpu/many_tokens/",
     ),
     "cpp/cpu/many_tokens_tiles/": (

@@ -9,18 +9,20 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/few_tokens/concentration-inl.h"
+#include "cpp/cpu/few_tokens/products-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/verdict/rows-inl.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace few_tokens {
 
 using namespace stream;
+using namespace verdict;
 
 inline constexpr int kTileRows = kLanes;
 inline constexpr int64_t kChunkBytes = kChunk / 2;

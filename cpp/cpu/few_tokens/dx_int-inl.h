@@ -9,7 +9,6 @@
 #include <cstdint>
 
 #include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/few_tokens/column_concentration-inl.h"
 #include "cpp/cpu/few_tokens/dx_int_accumulate-inl.h"
 #include "cpp/cpu/few_tokens/dx_int_round-inl.h"
 #include "cpp/cpu/few_tokens/dx_int_scan-inl.h"
@@ -24,6 +23,7 @@
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/verdict/columns-inl.h"
 #include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
@@ -32,6 +32,7 @@ namespace {
 namespace few_tokens {
 
 using namespace stream;
+using namespace verdict;
 
 inline constexpr int64_t kPrefetchAhead = 4096;  // bytes of a strip, beyond the tile that follows
 

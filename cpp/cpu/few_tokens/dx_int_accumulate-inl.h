@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/few_tokens/column_concentration-inl.h"
 #include "cpp/cpu/few_tokens/dx_int_round-inl.h"
 #include "cpp/cpu/few_tokens/slabs-inl.h"
 #include "cpp/cpu/isa/row_pairs.h"
@@ -14,6 +13,7 @@
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/verdict/columns-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -21,6 +21,7 @@ namespace {
 namespace few_tokens {
 
 using namespace stream;
+using namespace verdict;
 
 // Adds kPairs pairs of weight rows for kTokens tokens. The lower row of a pair lies `to_lower` bytes after the upper
 // one. `pairs` [pair][token][kDxStripGroups] is dy times the scales of both rows (dx_int_round-inl.h). This is a

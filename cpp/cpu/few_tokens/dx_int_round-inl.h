@@ -21,7 +21,6 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/few_tokens/column_concentration-inl.h"
 #include "cpp/cpu/few_tokens/dx_int_scan-inl.h"
 #include "cpp/cpu/few_tokens/slabs-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
@@ -30,6 +29,7 @@
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/verdict/columns-inl.h"
 #include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
@@ -38,6 +38,7 @@ namespace {
 namespace few_tokens {
 
 using namespace stream;
+using namespace verdict;
 
 inline constexpr int kDxPairs = kDxTileRows / 2;  // of rows in a tile
 inline constexpr float kLargestDy = 16383.0f;     // 16 products with 13-bit codes stay inside int32

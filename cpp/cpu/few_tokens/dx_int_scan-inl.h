@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "cpp/cpu/few_tokens/budget-inl.h"
-#include "cpp/cpu/few_tokens/column_concentration-inl.h"
 #include "cpp/cpu/few_tokens/products-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
 #include "cpp/cpu/isa/stream.h"
@@ -14,6 +13,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/verdict/columns-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -21,15 +21,14 @@ namespace {
 namespace few_tokens {
 
 using namespace stream;
+using namespace verdict;
 
 struct DxScan {
   uint8_t* concentrated;  // of each group of columns: 1 if it has a concentrated column
   float* most_dy;         // of each token: the largest |dy| that a tile may have to be served
 };
 
-// How much larger than most of them the largest of some values may be: kMaxSpread = 2^kMaxLog2Spread.
-template <class T>
-inline constexpr float kMaxSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
+// 2^kMaxLog2Spread is kSpread.
 template <class T>
 inline constexpr float kMaxLog2Spread = kMantissaBits<T> == 7 ? 7.0f : 4.0f;
 
@@ -50,14 +49,15 @@ template <class T>
     return bits_float(static_cast<uint32_t>(bin) << kDropped);
   };
   const float of_large = least_of(5), of_most = 8 * least_of(7);
-  return kMaxSpread<T> * (of_large < of_most ? of_large : of_most);
+  return kSpread<T> * (of_large < of_most ? of_large : of_most);
 }
 
 // The largest value that, as the largest of a token's dy, still lets is_even hold for it.
 template <class T>
 float most_dy(const T* dy, int64_t rows) {
-  const float largest = bits_float(largest_bits_within(dy, rows));
-  if (is_even(dy, rows, rows, largest, kMaxSpread<T>)) return largest;
+  const uint32_t largest = largest_bits_within(dy, rows);
+  if (largest < kInfinityBits && is_even<T>(kFewTokensRule, dy, rows, rows, bits_float(largest)))
+    return bits_float(largest);
   return most_dy_by_histogram(dy, rows);
 }
 

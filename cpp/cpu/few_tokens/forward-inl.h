@@ -22,7 +22,6 @@
 #include "cpp/cpu/few_tokens/accumulate-inl.h"
 #include "cpp/cpu/few_tokens/arrange-inl.h"
 #include "cpp/cpu/few_tokens/budget-inl.h"
-#include "cpp/cpu/few_tokens/concentration-inl.h"
 #include "cpp/cpu/few_tokens/low_rank-inl.h"
 #include "cpp/cpu/few_tokens/tile-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
@@ -35,6 +34,7 @@
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/cpu/shared/work_stealing-inl.h"
+#include "cpp/cpu/verdict/rows-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -42,6 +42,7 @@ namespace {
 namespace few_tokens {
 
 using namespace stream;
+using namespace verdict;
 
 inline constexpr int64_t kMaxPrefetchBytes = 64 << 10;  // at once
 inline constexpr int64_t kLeastStolenBytes = 64 << 10;  // of packed weights

@@ -39,7 +39,7 @@ struct FirstWeightsBook<true> {
 //   allowed    a rounding of w to T: 0.42 units of 2^-8 (bfloat16) or 2^-11 (float16) of |x w|
 //   here       0.29 steps of largest / 32767 in x, times |w|: the same for a small x as for a large one
 //
-// So rounding x is accurate enough if most values are at least largest / kSpread. In the worst case that is_even
+// So rounding x is accurate enough if most values are at least largest / kSpread<T>. In the worst case that is_even
 // accepts, 5/8 of the values are just as small and the others are near zero. Then the mean square error of a segment
 // is 7.6e-11, where 9.6e-11 is allowed, in units of largest² w² per value. Numbers from N(0, 1), the largest of 1024 of
 // which is 3 to 5, are far from that. A segment with an outlier is refused, and so is one whose values are so small or
@@ -49,7 +49,7 @@ struct FirstWeightsBook<true> {
 // is rounded, by 0.42 units of 2^-11. There the steps of x must be small beside its root mean square too (kMaxPeak).
 //
 // These are sums over many products. If a few weights decide the sum of a row, these may meet small x, so such rows are
-// summed in float32 (concentration-inl.h). README.md has what is promised of a single entry.
+// summed in float32 (verdict/rows-inl.h). README.md has what is promised of a single entry.
 //
 // With offsets, an offset is multiplied by the sum of the same rounded x. As both products have the same roundings of
 // x, their error is that of x times the whole weight, also where value and offset nearly cancel.
@@ -60,10 +60,6 @@ struct IntProducts : FirstWeightsBook<kHasOffsets> {
   static constexpr int kMaxTokens = kMaxIntTokens, kMaxPairedTokens = kMaxPairedIntTokens;
   static constexpr bool kServesEveryRow = false;
   static constexpr bool kMayOverflow = true;
-  static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
-
-  // The most that largest / rms of x may be for exact weights: the error then is 1.04 times that of rounding y.
-  static constexpr float kMaxPeak = 6.0f;
 
   explicit IntProducts(const Weight& w)
       : FirstWeightsBook<kHasOffsets>(w.table().value),
@@ -102,11 +98,10 @@ struct IntProducts : FirstWeightsBook<kHasOffsets> {
     } else if (bits < power_of_two_bits(-60) || bits > power_of_two_bits(60)) {
       return false;
     } else {
-      if (!is_even(x, chunks * kChunk, segment.count, bits_float(token_bits), kSpread)) return false;
+      if (!is_even<T>(kFewTokensRule, x, chunks * kChunk, segment.count, bits_float(token_bits))) return false;
       *scale = static_cast<float>(bits_float(bits) / (double{kLargestX} * per_one));
     }
-    if (bits && limits_peak && !is_below_peak(x, chunks * kChunk, segment.count, bits_float(bits), kMaxPeak))
-      return false;
+    if (bits && limits_peak && !is_below_peak(x, chunks * kChunk, segment.count, bits_float(bits))) return false;
     const Floats inverse = splat(bits ? float{kLargestX} / bits_float(bits) : 0.0f);
     for (int64_t c = 0; c < chunks; ++c) {
       Ints rounded_x[kLaneWeights];

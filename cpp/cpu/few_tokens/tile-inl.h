@@ -11,7 +11,7 @@
 //                     ..                                         ..
 // clang-format on
 //
-// Rows that integer products cannot serve (concentration-inl.h) are summed again in float32, and so are rows with
+// Rows that integer products cannot serve (verdict/rows-inl.h) are summed again in float32, and so are rows with
 // weights that are not finite, where decoded weights are multiplied by padding.
 #pragma once
 
@@ -19,7 +19,6 @@
 
 #include "cpp/cpu/few_tokens/accumulate-inl.h"
 #include "cpp/cpu/few_tokens/arrange-inl.h"
-#include "cpp/cpu/few_tokens/concentration-inl.h"
 #include "cpp/cpu/few_tokens/low_rank-inl.h"
 #include "cpp/cpu/few_tokens/products-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
@@ -28,6 +27,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/verdict/rows-inl.h"
 #include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
@@ -36,6 +36,7 @@ namespace {
 namespace few_tokens {
 
 using namespace stream;
+using namespace verdict;
 
 using RowBits = uint32_t;  // one bit per row of a tile
 static_assert(kTileRows < 32);

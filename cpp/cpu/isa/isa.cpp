@@ -125,6 +125,11 @@ std::string canonical(const char* name) {
   return out;
 }
 
+bool wants_integers() {
+  const char* const wanted = std::getenv("QLORA_CPU_INTEGERS");
+  return !wanted || std::string(wanted) != "0";
+}
+
 const Isa& best_isa() {
   for (const Isa* isa : kIsas)
     if (supported(*isa)) return *isa;
@@ -193,7 +198,7 @@ const Isa& current_isa() { return *selection().isa; }
 const char* isa_error() { return selection().error.empty() ? nullptr : selection().error.c_str(); }
 
 const Cpu& current_cpu() {
-  static const Cpu cpu = {current_isa().needs, is_intel(), selection().forced, has_fast_pairs()};
+  static const Cpu cpu = {current_isa().needs, is_intel(), selection().forced, has_fast_pairs(), wants_integers()};
   return cpu;
 }
 

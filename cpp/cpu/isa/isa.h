@@ -67,6 +67,7 @@ struct Cpu {
   bool intel;         // the processor is Intel's, whose vdpbf16ps is slow
   bool isa_forced;    // QLORA_CPU_ISA names the set, so every instruction of it is wanted
   bool fast_pairs;    // products of int16 pairs are issued as often as those of float32
+  bool integers;      // kernels may multiply in integers: QLORA_CPU_INTEGERS is not 0 at the first call
 
   constexpr bool has(Feature feature) const { return features & feature; }
 };

@@ -24,6 +24,7 @@
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/verdict/rows-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -194,9 +195,9 @@ class IntForward {
   int64_t find_rows() {
     in_float_ = static_cast<uint8_t*>(scratch(ScratchUse::kBefore, p_.w.n));
     auto body = [&](int64_t begin, int64_t end) {
-      const int64_t bytes = row_scales(p_.w) * static_cast<int64_t>(sizeof(float));
+      const int64_t bytes = verdict::row_scales(p_.w) * static_cast<int64_t>(sizeof(float));
       float* const scales = static_cast<float*>(scratch(ScratchUse::kThread, bytes));
-      for (int64_t row = begin; row < end; ++row) in_float_[row] = !serves_row(p_.w, row, scales);
+      for (int64_t row = begin; row < end; ++row) in_float_[row] = !verdict::serves_row(p_.w, row, scales);
     };
     pool_(p_.w.n, kGrain, body);
     int64_t count = 0;

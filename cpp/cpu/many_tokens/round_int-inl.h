@@ -6,18 +6,16 @@
 //
 //   step = max(largest |x| / 32767,  largest sum of |x| over a chain / (2^31 / largest code))
 //
-// few_tokens_int rounds to `L / 32767` and asks for tokens that are even with respect to L (few_tokens/products-inl.h).
+// few_tokens_int rounds to `L / 32767` and asks for tokens that are even with respect to L (verdict/tokens-inl.h).
 // Here a token is served if each of its pieces is even with respect to 32767 times its own step. Otherwise parts of up
 // to 2 * kDepth columns must be even with respect to 32767 times a step that is at least the root mean square of all,
-// and at least a quarter of the largest. Tokens may be less even, since rows must be less concentrated (kMinOfRow).
-// README.md has what is promised.
+// and at least a quarter of the largest. Tokens may be less even, since rows must be less concentrated
+// (kManyTokensRule). README.md has what is promised.
 #pragma once
 
 #include <cstdint>
 
-#include "cpp/cpu/few_tokens/concentration-inl.h"
-#include "cpp/cpu/few_tokens/products-inl.h"
-#include "cpp/cpu/few_tokens/weight-inl.h"
+#include "cpp/cpu/codec/largest-inl.h"
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/many_tokens/multiply_int-inl.h"
@@ -26,6 +24,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/verdict/tokens-inl.h"
 #include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
@@ -53,7 +52,7 @@ class TokenRounding {
     float largest_value = 0.0f, largest_step = 0.0f;
     double squares = 0.0;
     const auto set_step = [&](int64_t piece, int64_t column, int64_t columns) {
-      const float largest = bits_float(few_tokens::largest_bits_within(x + column, columns));
+      const float largest = bits_float(largest_bits_within(x + column, columns));
       if (!(largest <= 0x1p60f)) return false;
       const float step = largest / 32767.0f, step_of_sums = largest_chain(x + column, columns) / largest_sum_;
       steps[piece] = step > step_of_sums ? step : step_of_sums;
@@ -70,45 +69,25 @@ class TokenRounding {
     float typical = largest_step;  // at least the root mean square
     for (int i = 0; i < 2 && 0.25 * typical * typical * static_cast<double>(count_) >= squares; ++i) typical *= 0.5f;
     const auto is_even_part = [&](int64_t, int64_t column, int64_t columns) {
-      return is_even(x + column, columns, 32767.0f * typical);
+      return verdict::is_even<T>(verdict::kManyTokensRule, x + column, columns, columns, 32767.0f * typical);
     };
     const auto is_even_piece = [&](int64_t piece, int64_t column, int64_t columns) {
-      return is_even(x + column, columns, 32767.0f * steps[piece]);
+      return verdict::is_even<T>(verdict::kManyTokensRule, x + column, columns, columns, 32767.0f * steps[piece]);
     };
     const auto is_below_peak = [&](int64_t piece, int64_t column, int64_t columns) {
-      return few_tokens::is_below_peak(x + column, columns, columns, 32767.0f * steps[piece], kMaxPeak);
+      return verdict::is_below_peak(x + column, columns, columns, 32767.0f * steps[piece]);
     };
     return (each_piece(cut(count_, 2 * kDepth, kIntColumns), is_even_part) || each_piece(pieces, is_even_piece)) &&
            (!limits_peak_ || each_piece(pieces, is_below_peak));
   }
 
  private:
-  static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
-  static constexpr float kMaxPeak = 6.0f;  // as few_tokens_int
-
   // Whether `holds` of all pieces.
   template <class Holds>
   bool each_piece(const Cut& pieces, const Holds& holds) const {
     for (int64_t piece = 0; piece < pieces.count; ++piece)
       if (!holds(piece, piece * pieces.size, min(pieces.size, count_ - piece * pieces.size))) return false;
     return true;
-  }
-  // Whether enough of the values of x, none above `largest`, are large enough for its step: 3/4 are not zero, and of
-  // these 3/8 are at least largest / kSpread, 5/8 at least half of that, and 7/8 at least a sixteenth of that. Zeros
-  // alone are even.
-  static bool is_even(const T* x, int64_t count, float largest) {
-    const auto at_least = [&](float bound) {
-      int64_t found = 0;
-      for (int64_t c = 0; c < count; c += stream::kLanes)
-        found += stream::count_at_least(stream::load(x + c, stream::kLanes), bound);
-      return found;
-    };
-    const int64_t large = at_least(largest / kSpread);
-    if (8 * large >= 7 * count) return true;  // of nearly every token
-    const int64_t nonzero = at_least(bits_float(1));
-    if (nonzero == 0) return true;
-    return 8 * large >= 3 * nonzero && 8 * at_least(largest / (2 * kSpread)) >= 5 * nonzero &&
-           8 * at_least(largest / (16 * kSpread)) >= 7 * nonzero && 4 * nonzero >= 3 * count;
   }
   float largest_chain(const T* x, int64_t columns) const {
     float largest = 0.0f;
@@ -205,31 +184,6 @@ void run_lists(int64_t m, int64_t columns, int64_t rank, void* all_low, int64_t 
   lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
   for (int64_t first = 0; first < m; first += some)
     multiply(first, min(some, m - first), copied, all_low ? static_cast<T*>(all_low) + first * rank : shared);
-}
-
-// The least sum of all weights of a row or column that is not concentrated, in units of the largest weight: four times
-// that of few_tokens_int.
-inline constexpr float kMinOfRow = 4 * few_tokens::kMinOfAll;
-
-// Whether integer products serve a row of W: its weights are finite, and it is not concentrated
-// (few_tokens/concentration-inl.h). `scales` has room for row_scales(w).
-inline int64_t row_scales(const Weight& w) {
-  const int64_t granules = ceil_div(w.k, few_tokens::ScaleReader(w.scales).granule());
-  return (w.scales.offsets ? 2 : 1) * (granules + 2 + stream::kLanes);
-}
-inline bool serves_row(const Weight& w, int64_t row, float* scales) {
-  const few_tokens::ScaleReader reader(w.scales);
-  const int64_t first = row * w.k / reader.granule(), count = ceil_div((row + 1) * w.k, reader.granule()) - first;
-  float* const offsets = w.scales.offsets ? scales + row_scales(w) / 2 : nullptr;
-  reader.read(first, count, scales);
-  if (offsets) reader.read_offsets(first, count, scales, offsets);
-  const float* const both[] = {scales, offsets};
-  for (const float* values : both) {
-    const uint32_t largest = values ? few_tokens::largest_bits_within(values, count) : 0;
-    if (bits_float(largest) > few_tokens::kHugeScale || largest >= kInfinityBits) return false;
-  }
-  const few_tokens::GranuleScales of_row{scales, offsets, first, count, 0.0f};
-  return !few_tokens::RowConcentration(w, reader, of_row, kMinOfRow).is_concentrated(row);
 }
 
 }  // namespace many_tokens

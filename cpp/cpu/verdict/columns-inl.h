@@ -1,5 +1,5 @@
-// Finds the groups of 64 columns that integer sums of dx cannot serve: those with a concentrated column over the weight
-// rows of a slab. concentration-inl.h defines "concentrated" for a row.
+// Finds the groups of 64 columns that integer sums of dx cannot serve for few tokens: those with a concentrated column
+// over the weight's rows. rows-inl.h defines "concentrated" for a row.
 //
 // Each column adds up its large codes, in units derived from the largest possible weight, until all columns of the
 // group reach the required sum. For ordinary weights that takes the first 64 rows or so.
@@ -7,20 +7,18 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/few_tokens/concentration-inl.h"
-#include "cpp/cpu/few_tokens/products-inl.h"
-#include "cpp/cpu/few_tokens/slabs-inl.h"
-#include "cpp/cpu/few_tokens/weight-inl.h"
+#include "cpp/cpu/codec/scale_reader-inl.h"
 #include "cpp/cpu/isa/row_pairs.h"
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/verdict/rows-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
-namespace few_tokens {
+namespace verdict {
 
 using namespace stream;
 
@@ -44,7 +42,7 @@ class ColumnConcentration {
   void take(Carver* carver) {
     scales_ = carver->take<float>(kDxScaleStride);
     per_scale_ = carver->take<float>(kDxScaleStride);
-    units_ = carver->take<uint8_t>(kDxTileRows * kDxScaleStride);
+    units_ = carver->take<uint8_t>(kRowsAtOnce * kDxScaleStride);
     sums_ = carver->take<uint8_t>(kDxStripGroups * kDxColumns);
   }
 
@@ -57,7 +55,7 @@ class ColumnConcentration {
   }
 
  private:
-  static constexpr int64_t kFewRows = 256;
+  static constexpr int64_t kFewRows = 256, kRowsAtOnce = 16;
   static constexpr float kUnits = 64.0f;  // of the largest weight
   static constexpr float kMaxUnits = kMaxOfOne * kUnits;
   static constexpr int kEnough = static_cast<int>(kMinOfAll * kUnits);
@@ -85,8 +83,8 @@ class ColumnConcentration {
     const int64_t row_bytes = w_.k / 2;
     const CodeSet large(large_.is_large);
     for (int64_t i = 0; i < groups_ * kDxColumns; ++i) sums_[i] = 0;
-    for (int64_t n = 0; n < end && left; n += kDxTileRows) {
-      const int64_t rows = min(end - n, kDxTileRows);
+    for (int64_t n = 0; n < end && left; n += kRowsAtOnce) {
+      const int64_t rows = min(end - n, kRowsAtOnce);
       for (int64_t t = 0; t < rows; ++t) {
         reader_.read((n + t) * row_groups_ + first_, groups_, scales_);
         for (int64_t b = 0; b < groups_; b += kLanes)
@@ -118,6 +116,6 @@ class ColumnConcentration {
   uint8_t* sums_ = nullptr;   // [group][column, in the order of add_where_in]
 };
 
-}  // namespace few_tokens
+}  // namespace verdict
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA

@@ -1,13 +1,14 @@
 // Finds the weight rows that integer products cannot serve: those whose sum depends on a few weights.
 //
-// Integer products round x to a fixed step of the largest value of its segment (forward_int-inl.h), so a small x has a
-// large relative error. In a sum of many products of like size that error is far below the rounding of a weight to the
-// dtype. In a row of the identity, whose single weight may meet a small x, it is the error of the whole sum. Such rows
-// are *concentrated*:
+// Integer products round x to a fixed step of the largest value of its segment (few_tokens/forward_int-inl.h), so a
+// small x has a large relative error. In a sum of many products of like size that error is far below the rounding of a
+// weight to the dtype. In a row of the identity, whose single weight may meet a small x, it is the error of the whole
+// sum. Such rows are *concentrated*:
 //
 //   sum over k of min(|w_k|, m / 8)  <  2 m,   m = the largest |w| of the row
 //
-// In every other row at least 16 weights share at least twice the largest. README.md derives what follows.
+// In every other row at least 16 weights share at least twice the largest. Panels ask for 8 m (Rule::least_sum).
+// README.md derives what follows.
 //
 // For most tiles, the first chunks of the rows prove that no row is concentrated, by counting *large* codes
 // (LargeCodes), whose weights are at least a known fraction of their scale. In other tiles each row is examined
@@ -20,26 +21,29 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/few_tokens/products-inl.h"
-#include "cpp/cpu/few_tokens/weight-inl.h"
+#include "cpp/cpu/codec/largest-inl.h"
+#include "cpp/cpu/codec/scale_reader-inl.h"
 #include "cpp/cpu/isa/codec.h"
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/verdict/tokens-inl.h"
 #include "cpp/format/code_tables.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
-namespace few_tokens {
+namespace verdict {
 
 using namespace stream;
 
-// In units of the largest weight: the most that one weight contributes to the sum, and the least sum of all weights of
-// a row that is not concentrated.
-inline constexpr float kMaxOfOne = 0.125f;
-inline constexpr float kMinOfAll = 2.0f;
+// Scales above it may make sums overflow although y is finite.
+inline constexpr float kHugeScale = 0x1p90f;
+
+// In units of the largest weight: the most that one weight contributes to the sum, and the least sum of a row of the
+// kernels for few tokens.
+inline constexpr float kMaxOfOne = 0.125f, kMinOfAll = kFewTokensRule.least_sum;
 
 // Decoded scales and offsets of granules first .. first + count - 1. `offset` is null where the weight has none.
 struct GranuleScales {
@@ -189,12 +193,11 @@ class FirstWeights {
   alignas(64) float sums_[kLanes * kLanes];
 };
 
-// A row is concentrated if its sum is below `min_of_all` times its largest weight.
 class RowConcentration {
  public:
   RowConcentration(const Weight& w, const ScaleReader& reader, const GranuleScales& scales,
-                   float min_of_all = kMinOfAll)
-      : w_(w), reader_(reader), scales_(scales), large_(large_codes(w.code)), min_of_all_(min_of_all) {}
+                   const Rule& rule = kFewTokensRule)
+      : w_(w), reader_(reader), scales_(scales), large_(large_codes(w.code)), least_sum_(rule.least_sum) {}
 
   bool is_concentrated(int64_t n) const { return is_concentrated(n * w_.k, (n + 1) * w_.k); }
 
@@ -214,7 +217,7 @@ class RowConcentration {
         least = scale < least ? scale : least;
       }
       sum += static_cast<float>(count_bytes_with(large, load_chunk(w_.packed + i / 2))) * least;
-      if (sum >= min_of_all_ * largest) return false;
+      if (sum >= least_sum_ * largest) return false;
     }
     return largest != 0.0f && is_concentrated_exactly(begin, end);
   }
@@ -234,7 +237,7 @@ class RowConcentration {
       for (int64_t j = 0; j < count; j += kLanes)
         sum_of_part = add(sum_of_part, min(absolute(load(w + j, count - j)), splat(bound * kMaxOfOne)));
       total += sum(sum_of_part);
-      if (total >= min_of_all_ * bound) return false;
+      if (total >= least_sum_ * bound) return false;
     }
     return is_concentrated_exactly(begin, end, bound);
   }
@@ -262,16 +265,37 @@ class RowConcentration {
       eighths += count_at_least(w, largest * 0.125f), sixteenths += count_at_least(w, largest * 0.0625f);
       sixty_fourths += count_at_least(w, largest * 0.015625f);
     });
-    return 4 * eighths + 3 * sixteenths + sixty_fourths < static_cast<int64_t>(64 * min_of_all_);
+    return 4 * eighths + 3 * sixteenths + sixty_fourths < static_cast<int64_t>(64 * least_sum_);
   }
 
   const Weight& w_;
   const ScaleReader& reader_;
   const GranuleScales scales_;
   const LargeCodes& large_;
-  const float min_of_all_;
+  const float least_sum_;
 };
 
-}  // namespace few_tokens
+// Whether panels of integers serve a row of W: its weights are finite, and it is not concentrated. `scales` has space
+// for row_scales(w).
+inline int64_t row_scales(const Weight& w) {
+  const int64_t granules = ceil_div(w.k, ScaleReader(w.scales).granule());
+  return (w.scales.offsets ? 2 : 1) * (granules + 2 + kLanes);
+}
+inline bool serves_row(const Weight& w, int64_t row, float* scales) {
+  const ScaleReader reader(w.scales);
+  const int64_t first = row * w.k / reader.granule(), count = ceil_div((row + 1) * w.k, reader.granule()) - first;
+  float* const offsets = w.scales.offsets ? scales + row_scales(w) / 2 : nullptr;
+  reader.read(first, count, scales);
+  if (offsets) reader.read_offsets(first, count, scales, offsets);
+  const float* const both[] = {scales, offsets};
+  for (const float* values : both) {
+    const uint32_t largest = values ? largest_bits_within(values, count) : 0;
+    if (bits_float(largest) > kHugeScale || largest >= kInfinityBits) return false;
+  }
+  const GranuleScales of_row{scales, offsets, first, count, 0.0f};
+  return !RowConcentration(w, reader, of_row, kManyTokensRule).is_concentrated(row);
+}
+
+}  // namespace verdict
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA
