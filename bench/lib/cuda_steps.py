@@ -18,20 +18,13 @@ SECONDS_PER_TEST = 120
 
 # A test of each kernel: few tokens, tiles, dX, LoRA's gradients, experts, the codec and its encoders.
 SLICE = (
-    "test_linear_few_tokens_cuda.py::test_rows_end_anywhere",
     "test_linear_cuda.py::test_dropout_in_every_tile",
-    "test_linear_cuda.py::test_a_long_sum_is_split_and_deterministic",
-    "test_linear_dx_cuda.py::test_dx_dropout_in_every_tile",
-    "test_linear_dx_cuda.py::test_dx_splits_its_sum",
-    "test_linear_dx_cuda.py::test_dlora_splits_its_sum",
+    "test_linear_cuda.py::test_split_sums",
     "test_grouped_cuda.py::test_a_step_of_training_is_that_of_the_dense_layer",
     "test_codec_cuda.py::test_data_at_any_address",
     "test_encode_cuda.py::test_feedback",
 )
-SLICE_SM90 = (
-    "test_linear_sm90_cuda.py::test_any_rank_with_dropout",
-    "test_linear_dx_sm90_cuda.py::test_any_rank_with_dropout",
-)
+SLICE_SM90 = ("test_linear_cuda.py::test_ranks_of_sm90",)
 
 
 def pytest(*arguments: str) -> list[str]:

@@ -32,20 +32,22 @@ from .commands import (
 )
 from .errors import UserError, did_you_mean, first_line
 
+# As the help lists them.
+_COMMANDS = (finetune, generate, chat, serve, quantize, check, merge, export, adapters, plan, run, info, completion)
 _TRACEBACK = "QLORA_TRACEBACK"
 # torch's messages, which are RuntimeErrors.
 _OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed")
 
 
-class _HelpAll(argparse.Action):
-    """Prints the help with every option, and exits."""
+class _Print(argparse.Action):
+    """Prints a ``text`` about the parser, and exits."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show all options and exit")
+    def __init__(self, option_strings: Sequence[str], dest: str, text: Callable[[Any], str], help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+        self._text = text
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
-        assert isinstance(parser, _Parser)
-        print(parser.format_help_all(), end="")
+        print(self._text(parser), end="")
         parser.exit()
 
 
@@ -59,23 +61,21 @@ class _Parser(argparse.ArgumentParser):
 
     def shorten_help(self, *options: str) -> None:
         """Makes ``--help`` show only these options, and ``--help-all`` all of them."""
-        self.add_argument("--help-all", action=_HelpAll)
+        full = super().format_help
+        self.add_argument("--help-all", action=_Print, text=lambda parser: full(), help="show all options and exit")
         self.usage = "%(prog)s [options]"
         self._in_help = frozenset(("--help", "--help-all", *options))
 
-    def format_help_all(self) -> str:
-        return super().format_help()
-
     def format_help(self) -> str:
         if self._in_help is None:
-            return self.format_help_all()
+            return super().format_help()
         hidden = [action for action in self._actions if self._in_help.isdisjoint(action.option_strings)]
         texts, epilog = [action.help for action in hidden], self.epilog
         try:
             for action in hidden:
                 action.help = argparse.SUPPRESS
             self.epilog = f"{self.prog} --help-all shows {len(hidden)} more options."
-            return self.format_help_all()
+            return super().format_help()
         finally:
             self.epilog = epilog
             for action, text in zip(hidden, texts, strict=True):
@@ -88,23 +88,18 @@ class _Parser(argparse.ArgumentParser):
         # Checked before argparse, which would report a misspelt required option as missing, and would pass unknown
         # options of a command up to the main parser.
         typed = sys.argv[1:] if args is None else list(args)
-        for option in self._options_among(typed):
-            if not any(known.startswith(option) for known in self._option_string_actions):
+        has_command = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
+        for argument in typed:
+            if argument == "--" or (has_command and not argument.startswith("-")):
+                break  # what follows is not for this parser
+            option = argument.partition("=")[0]
+            if option.startswith("--") and not any(known.startswith(option) for known in self._option_string_actions):
                 meant = did_you_mean(option, self._option_string_actions)
                 self.error(f"unknown option {excerpt(option)}{meant}")
         parsed, unknown = super().parse_known_args(typed, namespace)
         if unknown:
             self.error(f"unexpected argument {excerpt(unknown[0])}")
         return parsed, unknown
-
-    def _options_among(self, typed: list[str]) -> Iterator[str]:
-        """The long options in ``typed`` for this parser, without those of a subcommand."""
-        has_command = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
-        for argument in typed:
-            if argument == "--" or (has_command and not argument.startswith("-")):
-                return
-            if argument.startswith("--"):
-                yield argument.partition("=")[0]
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
@@ -116,17 +111,10 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"{what} {excerpt(value)}: expected one of {', '.join(known)}{meant}")
 
 
-class _Version(argparse.Action):
-    """Prints the version, read from the compiled module, and exits."""
+def _version(parser: argparse.ArgumentParser) -> str:
+    from qlora_ext.version import VERSION  # from the compiled module
 
-    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version and exit")
-
-    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
-        from qlora_ext.version import VERSION
-
-        print(f"qlora_ext {VERSION}")
-        parser.exit()
+    return f"qlora_ext {VERSION}\n"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,25 +124,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`qlora-ext COMMAND --help` or `qlora-ext help COMMAND` explains a command. "
         f"{_TRACEBACK}=1 prints the traceback of an error.",
     )
-    parser.add_argument("--version", action=_Version)
+    parser.add_argument("--version", action=_Print, text=_version, help="print the version and exit")
     # "run" changes the first two, because it replaces this process by another program.
     parser.set_defaults(quiet=True, needs_library=True, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (
-        finetune,
-        generate,
-        chat,
-        serve,
-        quantize,
-        check,
-        merge,
-        export,
-        adapters,
-        plan,
-        run,
-        info,
-        completion,
-    ):
+    for command in _COMMANDS:
         command.add_parser(commands)
     return parser
 

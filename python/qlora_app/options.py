@@ -33,8 +33,7 @@ def option(default: Any, text: str, minimum: float | None = None, below: float |
             - ``maximum``, the largest value, instead of ``below``;
             - ``flag``, if the option has another name than the field;
             - ``bare``, the value of an option without one;
-            - ``schema``, of a recorded value, if it is not that of the field's type;
-            - ``group``, the group of options in the help; None if the field is not an option.
+            - ``schema``, of a recorded value, if it is not that of the field's type.
     """
     return dataclasses.field(default=default, metadata={"help": text, "minimum": minimum, "below": below, **more})
 
@@ -76,7 +75,7 @@ def fields_of(table: type[Options]) -> list[dataclasses.Field[Any]]:
     """The fields that are options: those of ``table`` itself, then those that it inherits."""
     fields = {field.name: field for field in dataclasses.fields(table)}
     names = dict.fromkeys(name for base in table.__mro__ for name in inspect.get_annotations(base))
-    return [fields[name] for name in names if name in fields and fields[name].metadata.get("group", "") is not None]
+    return [fields[name] for name in names if name in fields and fields[name].metadata]
 
 
 def _kind(field: dataclasses.Field[Any]) -> Any:
@@ -99,13 +98,15 @@ def add_options(
 
     Args:
         only: the fields that get an option (default: all).
-        titles: of the groups of options.
+        titles: of groups of options in the help, by the first field of each.
         omit: leave options that are not given out of the namespace.
     """
-    groups: dict[str, Any] = {key: parser.add_argument_group(title) for key, title in (titles or {}).items()}
+    group: Any = parser
     for field in fields_of(table):
         if only and field.name not in only:
             continue
+        if titles and field.name in titles:
+            group = parser.add_argument_group(titles[field.name])
         default, kind, more, text = field.default, _kind(field), field.metadata, field.metadata["help"]
         keywords: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS if omit else default}
         if default is REQUIRED:
@@ -120,7 +121,7 @@ def add_options(
         if "bare" in more:
             keywords.update(nargs="?", const=more["bare"])
         name = more.get("flag", flag(field.name))
-        groups.get(more.get("group", ""), parser).add_argument(name, help=text, **keywords)
+        group.add_argument(name, help=text, **keywords)
 
 
 def options_in(table: type[_Table], values: Mapping[str, Any]) -> _Table:

@@ -1,6 +1,6 @@
 """Atomic writes: a file appears under its final name complete or not at all, even if the process is killed.
 
-No other module of the library renames or deletes a file (``tests/project/test_deletions.py`` lists every such call).
+No other module of the library renames or deletes a file (``tests/project/test_deletions.py`` lists every such module).
 """
 
 from __future__ import annotations

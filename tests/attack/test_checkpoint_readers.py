@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,15 @@ def problem(sample: Sample, config: Any, shape: Any) -> str | None:
     return None
 
 
+def check(note: str, problem: Callable[..., str | None], *args: Any) -> None:
+    note = f"QLORA_ATTACK_SEED={SEED}: mutation {note}"
+    try:
+        wrong = problem(*args)
+    except Exception as error:
+        raise AssertionError(f"{note}: {error!r}") from error
+    assert wrong is None, f"{note}: {wrong}"
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_damaged_tensors(name: str) -> None:
     accepted = 0
@@ -126,12 +136,7 @@ def test_damaged_tensors(name: str) -> None:
         shape: Any = sample.shape
         if draw.random() < 0.1:
             shape = [size + draw.choice((-16, -1, 1, 8, 16)) for size in sample.shape]
-        note = f"QLORA_ATTACK_SEED={SEED}: mutation {i} of {name}"
-        try:
-            wrong = problem(sample, sample.config, shape)
-        except Exception as error:
-            raise AssertionError(f"{note}: {error!r}") from error
-        assert wrong is None, f"{note}: {wrong}"
+        check(f"{i} of {name}", problem, sample, sample.config, shape)
         accepted += tuple(shape) == sample.shape
     assert accepted
 
@@ -143,16 +148,11 @@ def test_damaged_configurations(name: str) -> None:
     data = json.dumps(sample.config).encode()
     for i in range(COUNT):
         draw = random.Random(f"{SEED} {name} config {i}")
-        note = f"QLORA_ATTACK_SEED={SEED}: mutation {i} of the configuration of {name}"
         try:
             config = json.loads(mutate_json(draw, data))
         except (ValueError, RecursionError):
             continue  # not JSON: the file's reader rejects it
-        try:
-            wrong = problem(copy.deepcopy(sample), config, sample.shape)
-        except Exception as error:
-            raise AssertionError(f"{note}: {error!r}") from error
-        assert wrong is None, f"{note}: {wrong}"
+        check(f"{i} of the configuration of {name}", problem, copy.deepcopy(sample), config, sample.shape)
 
 
 STATE = "w.quant_state.bitsandbytes__"
@@ -194,9 +194,4 @@ def test_damaged_weights_of_bitsandbytes(code: str, double_quant: bool) -> None:
             tensors[STATE + code] = torch.tensor(list(text), dtype=torch.uint8)
         else:
             mutate(draw, tensors)
-        note = f"QLORA_ATTACK_SEED={SEED}: mutation {i} of bitsandbytes' {code}"
-        try:
-            wrong = bitsandbytes_problem(tensors)
-        except Exception as error:
-            raise AssertionError(f"{note}: {error!r}") from error
-        assert wrong is None, f"{note}: {wrong}"
+        check(f"{i} of bitsandbytes' {code}", bitsandbytes_problem, tensors)

@@ -10,7 +10,8 @@ import re
 import pytest
 import torch
 
-from accuracy import assert_accurate
+from cuda_cases import DX, FORWARD, case
+from operator_results import RESULTS, check_samples
 from own_process import run_file
 
 pytestmark = [
@@ -27,13 +28,8 @@ SHAPES = [(3, 136, 2048), (20, 136, 2048), (40, 136, 1024)]
 
 
 def run_shapes() -> None:
-    from samples import linear_sample
-    from test_linear_dx_cuda import check_dx
-
-    for m, n, k in SHAPES:
-        s = linear_sample(m, n, k, 8, torch.bfloat16, "cuda")
-        assert_accurate(torch.ops.qlora.linear_nf4(*s.args), s.forward_accuracy())
-    check_dx(linear_sample(40, 1032, 64, 8, torch.bfloat16, "cuda"))
+    for op, m, n, k in [*((FORWARD, *shape) for shape in SHAPES), (DX, 40, 1032, 64)]:
+        check_samples(RESULTS[op], case(op, m, n, k, 8).sample, 0)
     torch.cuda.synchronize()  # no error of a refused launch remains
 
 

@@ -7,11 +7,11 @@ import pathlib
 
 import pytest
 
-from host_programs import needs_compiler, printed_by
+from cuda_cases import DLORA, DX, FORWARD, SM90
+from host_programs import built, needs_compiler, printed_by
 from qlora_ext import _C
 
 CARDS = ("sm80", "sm90", "sm100", "sm120")  # A100, H100, B200, RTX 5090
-FORWARD, DX, DLORA = "linear_nf4", "linear_nf4_dx", "linear_nf4_dlora"
 RANK = 16
 NO_BFLOAT16 = "bfloat16 needs compute capability 8.0 or newer, and this device has 7.5: compute in float16 or float32"
 
@@ -219,19 +219,37 @@ def line(card: str, op: str, dtype: str, m: int, n: int, k: int, block: int, exp
     return f"{card} {op} {dtype} {m} {n} {k} {block} {RANK} {experts} {forced}\n"
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return built("tests/cuda/print_choices.cpp", tmp_path_factory.mktemp("choices"))
+
+
 @needs_compiler
-def test_the_choice_on_each_card(tmp_path: pathlib.Path) -> None:
+def test_the_choice_on_each_card(program: pathlib.Path) -> None:
     lines = [line(card, *problem, "-") for problem in CHOICES for card in CARDS]
-    found = iter(printed_by("tests/cuda/print_choices.cpp", tmp_path, "".join(lines)))
+    found = iter(printed_by(program, "".join(lines)))
     for problem, expected in CHOICES.items():
         choices = tuple(next(found) for _ in CARDS)
         assert choices == (expected if isinstance(expected, tuple) else (expected,) * len(CARDS)), problem
 
 
 @needs_compiler
-def test_the_choice_on_a_t4(tmp_path: pathlib.Path) -> None:
+def test_shapes_of_hoppers_kernels_are_its_choice(program: pathlib.Path) -> None:
+    width = {FORWARD: "rows", DX: "columns"}
+    expected = {
+        (op, *shape): f"sm90 tokens={tokens} {width[op]}=128 splits={splits} multicast=1"
+        for op, shapes in SM90.items()
+        for shape, (tokens, splits) in shapes.items()
+    } | {(DX, 64, 72, 96): "tensor_cores tokens=64 columns=256"}
+    lines = [line("sm90", op, "bfloat16", *shape, 64, 0, "-") for op, *shape in expected]
+    found = printed_by(program, "".join(lines))
+    assert dict(zip(expected, found, strict=True)) == expected
+
+
+@needs_compiler
+def test_the_choice_on_a_t4(program: pathlib.Path) -> None:
     lines = [line("sm75", *problem, "-") for problem in ON_T4]
-    found = printed_by("tests/cuda/print_choices.cpp", tmp_path, "".join(lines))
+    found = printed_by(program, "".join(lines))
     assert dict(zip(ON_T4, found, strict=True)) == ON_T4
 
 
@@ -248,10 +266,10 @@ def test_kernels_on_mma_sync_are_refused_on_a_t4(operator: str) -> None:
 
 
 @needs_compiler
-def test_a_kernel_is_forced_by_its_name_and_parameters(tmp_path: pathlib.Path) -> None:
+def test_a_kernel_is_forced_by_its_name_and_parameters(program: pathlib.Path) -> None:
     cases = FORCED | REFUSED
     lines = [line(c, op, "bfloat16", m, 4096, k, 64, experts, forced) for c, op, m, k, experts, forced in cases]
-    found = printed_by("tests/cuda/print_choices.cpp", tmp_path, "".join(lines))
+    found = printed_by(program, "".join(lines))
     for (case, expected), text in zip(cases.items(), found, strict=True):
         if case in FORCED:
             assert text == expected, case

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from host_programs import needs_compiler, printed_by
+from host_programs import built, needs_compiler, printed_by
 
 pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return printed_by("tests/cuda/print_tuning.cpp", tmp_path_factory.mktemp("tuning"))
+    return printed_by(built("tests/cuda/print_tuning.cpp", tmp_path_factory.mktemp("tuning")))
 
 
 def ceil(a: int, b: int) -> int:

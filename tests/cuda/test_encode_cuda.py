@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import pytest
 import torch
 from torch import Tensor
 
 import reference
+from codec_checks import assert_bits, free_memory
 from encoding_samples import feedback_of, moments, weight
 from samples import DTYPES
-from test_codec_cuda import assert_bits, free_memory
 
 pytestmark = pytest.mark.cuda
 
@@ -23,29 +23,20 @@ SEEDS = [0, -1, 2**40 + 5]
 FEEDBACK_SHAPES = [(1, 64), (17, 96), (2, 1), (33, 31), (5, 130), (9, 256), (6, 293), (70, 20)]
 
 
-def search(w: Tensor, importance: Tensor, block: int, code: str = "nf4") -> Tensor:
-    """absmax on CUDA, checked to have the CPU's bits."""
-    absmax = OPS.search_absmax_nf4(w.cuda(), importance.cuda(), block, code)
-    assert_bits(absmax, OPS.search_absmax_nf4(w, importance, block, code), f"absmax of blocks of {block}")
-    return absmax
+def same(name: str, *args: object, **options: object) -> Tensor:
+    """The operator's result on CUDA, checked to have the CPU's bits."""
+    operator = getattr(OPS, name)
+    got = operator(*(t.cuda() if isinstance(t, Tensor) else t for t in args), **options)
+    expected = operator(*args, **options)
+    assert got.is_cuda
+    assert got.shape == expected.shape
+    assert_bits(got, expected, f"{name} of {tuple(args[0].shape)}, {args[2:]}, {options}")
+    return got
 
 
-def encode(w: Tensor, absmax: Tensor, block: int, *feedback: Tensor, code: str = "nf4") -> Tensor:
-    """Packed codes on CUDA, checked to have the CPU's bits."""
-    packed = OPS.encode_nf4(w.cuda(), absmax.cuda(), block, *(t.cuda() for t in feedback), code=code)
-    expected = OPS.encode_nf4(w, absmax, block, *feedback, code=code)
-    assert packed.shape == expected.shape
-    assert_bits(packed, expected, f"codes of {tuple(w.shape)} in blocks of {block}")
-    return packed
-
-
-def encode_stochastic(w: Tensor, absmax: Tensor, block: int, seed: int, code: str = "nf4") -> Tensor:
-    """The same with stochastic rounding."""
-    packed = OPS.encode_nf4_stochastic(w.cuda(), absmax.cuda(), block, seed, code)
-    expected = OPS.encode_nf4_stochastic(w, absmax, block, seed, code)
-    assert packed.shape == expected.shape
-    assert_bits(packed, expected, f"codes of {tuple(w.shape)} in blocks of {block} by seed {seed}")
-    return packed
+search = functools.partial(same, "search_absmax_nf4")
+encode = functools.partial(same, "encode_nf4")
+encode_stochastic = functools.partial(same, "encode_nf4_stochastic")
 
 
 def scales(w: Tensor, block: int, code: str = "nf4") -> Tensor:
@@ -279,38 +270,26 @@ def test_two_streams() -> None:
         assert_bits(stochastic, OPS.encode_nf4_stochastic(w, absmax, 64, 0), "stochastic codes")
 
 
-def _wrong() -> dict[str, Callable[[], Tensor]]:
+def test_wrong_arguments_are_named() -> None:
     w, absmax = torch.zeros(4, 64, device="cuda"), torch.ones(4, device="cuda")
     eye, order = torch.eye(64, device="cuda"), torch.arange(64, device="cuda")
-    return {
-        "importance: expected shape": lambda: OPS.search_absmax_nf4(w, absmax, 64),
-        "importance: expected on the device of w": lambda: OPS.search_absmax_nf4(w, torch.ones(64), 64),
-        "block_size: expected": lambda: OPS.search_absmax_nf4(w, eye[0], 48),
-        "absmax: expected 4 elements": lambda: OPS.encode_nf4(w, absmax[1:], 64),
-        "absmax: expected on the device of w": lambda: OPS.encode_nf4(w, absmax.cpu(), 64),
-        "order: expected with feedback": lambda: OPS.encode_nf4(w, absmax, 64, eye, None),
-        "feedback: expected with order": lambda: OPS.encode_nf4(w, absmax, 64, None, order),
-        "feedback: expected shape": lambda: OPS.encode_nf4(w, absmax, 64, eye[1:], order),
-        "order: expected on the device of w": lambda: OPS.encode_nf4(w, absmax, 64, eye, order.cpu()),
-        "order: expected Long": lambda: OPS.encode_nf4(w, absmax, 64, eye, order.int()),
-    }
-
-
-def test_wrong_arguments_of_stochastic_codes_are_named() -> None:
-    w, absmax = torch.zeros(4, 64, device="cuda"), torch.ones(4, device="cuda")
-    for args, message in (
-        ((w, absmax[1:], 64, 0), "absmax: expected 4 elements"),
-        ((w, absmax.cpu(), 64, 0), "absmax: expected on the device of w"),
-        ((w, absmax, 48, 0), "block_size: expected a power of two"),
+    for operator, args, message in (
+        (OPS.search_absmax_nf4, (w, absmax, 64), "importance: expected shape"),
+        (OPS.search_absmax_nf4, (w, torch.ones(64), 64), "importance: expected on the device of w"),
+        (OPS.search_absmax_nf4, (w, eye[0], 48), "block_size: expected"),
+        (OPS.encode_nf4, (w, absmax[1:], 64), "absmax: expected 4 elements"),
+        (OPS.encode_nf4, (w, absmax.cpu(), 64), "absmax: expected on the device of w"),
+        (OPS.encode_nf4, (w, absmax, 64, eye, None), "order: expected with feedback"),
+        (OPS.encode_nf4, (w, absmax, 64, None, order), "feedback: expected with order"),
+        (OPS.encode_nf4, (w, absmax, 64, eye[1:], order), "feedback: expected shape"),
+        (OPS.encode_nf4, (w, absmax, 64, eye, order.cpu()), "order: expected on the device of w"),
+        (OPS.encode_nf4, (w, absmax, 64, eye, order.int()), "order: expected Long"),
+        (OPS.encode_nf4_stochastic, (w, absmax[1:], 64, 0), "absmax: expected 4 elements"),
+        (OPS.encode_nf4_stochastic, (w, absmax.cpu(), 64, 0), "absmax: expected on the device of w"),
+        (OPS.encode_nf4_stochastic, (w, absmax, 48, 0), "block_size: expected a power of two"),
     ):
         with pytest.raises(ValueError, match=message):
-            OPS.encode_nf4_stochastic(*args)
-
-
-def test_wrong_arguments_are_named() -> None:
-    for message, call in _wrong().items():
-        with pytest.raises(ValueError, match=message):
-            call()
+            operator(*args)
 
 
 @pytest.mark.campaign

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 import accuracy
 from accuracy import assert_accurate
-from forms import oracle
+from codec_checks import assert_bits
+from forms import oracle, random_weight
+from operator_results import check_samples, dx, forward
 from qlora_ext import _C, formats
+from qlora_ext.form import Form
 from qlora_ext.weight import Weight4bit
-from samples import DTYPES, rows, to_f64
-from test_codec_cuda import assert_bits
+from samples import DTYPES, LinearSample, rows, to_f64
 
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
@@ -23,54 +23,8 @@ CODES = (*_C.codes(), "shuffled", MADE_UP)
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def floats(count: int, g: torch.Generator) -> Tensor:
-    """Scales for weights of about 0.05, if the code's largest value is 1."""
-    return torch.rand(count, generator=g) * 0.05 + 0.02
-
-
-def codes(count: int, g: torch.Generator) -> Tensor:
-    return torch.randint(64, 256, (count,), generator=g, dtype=torch.uint8)
-
-
-def table() -> Tensor:
-    """Values of codes from 64 on. Those of all others are NaN, as two are of FP8."""
-    values = torch.full((256,), float("nan"))
-    values[64:] = torch.linspace(0.02, 0.07, 192)
-    return values
-
-
-def nibbles(count: int, g: torch.Generator) -> Tensor:
-    return torch.randint(0, 16, (count,), generator=g, dtype=torch.uint8)
-
-
-# The tensors of `blocks` blocks in `nested` nested blocks.
-Make = Callable[[int, int, torch.Generator], dict[str, Tensor]]
-SCALES: dict[str, Make] = {
-    "float32": lambda b, n, g: {"absmax": floats(b, g)},
-    "float16": lambda b, n, g: {"absmax": floats(b, g).to(FP16)},
-    "bfloat16": lambda b, n, g: {"absmax": floats(b, g).to(BF16)},
-    "nested8": lambda b, n, g: {
-        "absmax": torch.randint(0, 256, (b,), generator=g, dtype=torch.uint8),
-        "nested_absmax": torch.rand(n, generator=g) * 0.02,
-        "nested_offset": torch.tensor(0.05),
-    },
-    "table8": lambda b, n, g: {"absmax": codes(b, g), "scale_table": table()},
-    "nested_table8": lambda b, n, g: {
-        "absmax": codes(b, g),
-        "scale_table": table(),
-        "nested_absmax": torch.rand(n, generator=g) + 0.5,
-    },
-}
-OFFSETS: dict[str, Make] = {
-    "no": lambda b, n, g: {},
-    "float32": lambda b, n, g: {"block_offsets": floats(b, g) - 0.1},
-    "float16": lambda b, n, g: {"block_offsets": (floats(b, g) - 0.1).to(FP16)},
-    "bfloat16": lambda b, n, g: {"block_offsets": (floats(b, g) - 0.1).to(BF16)},
-    "zero_point8": lambda b, n, g: {"block_offsets": nibbles(b, g)},
-    "scaled8": lambda b, n, g: {"block_offsets": nibbles(b, g), "offset_scale": torch.rand(n, generator=g) * 0.01},
-}
 # Each form once, and the pairs that checkpoints have: Q4_1, GPTQ and AWQ, and Q4_K.
-FORMS = [(scales, "no") for scales in SCALES] + [("float32", offsets) for offsets in OFFSETS if offsets != "no"]
+FORMS = [(scales, "no") for scales in formats.SCALE_FORMS] + [("float32", offsets) for offsets in formats.OFFSET_FORMS]
 FORMS += [("float16", "float16"), ("float16", "zero_point8"), ("nested_table8", "scaled8"), ("nested8", "bfloat16")]
 
 
@@ -83,23 +37,13 @@ def weight(
     nested_block: int = 256,
     seed: int = 0,
 ) -> Weight4bit:
-    """Random codes under random scales, on the CPU."""
-    g = torch.Generator().manual_seed(seed)
-    numel = torch.Size(shape).numel()
-    blocks = -(-numel // block)
-    nested = -(-blocks // nested_block)
-    tensors = SCALES[scales](blocks, nested, g) | OFFSETS[offsets](blocks, nested, g)
-    packed = torch.randint(0, 256, (-(-numel // 2),), generator=g, dtype=torch.uint8)
-    fields = {"nested_absmax": None, "nested_offset": None} | tensors
-    return Weight4bit(
-        packed=packed,
-        shape=torch.Size(shape),
-        dtype=torch.float32,
-        block_size=block,
-        nested_block_size=nested_block,
-        code=code,
-        **fields,
-    )
+    """Random codes under random scales, on the CPU. Values of a table that no scale has are NaN, as two are of FP8."""
+    form = Form(code, scales, block, nested_block, None if offsets == "no" else offsets)
+    w4 = random_weight(form, shape, seed)
+    if w4.scale_table is not None:
+        assert int(w4.absmax.max()) < 64
+        w4.scale_table[64:] = float("nan")
+    return w4
 
 
 def decoded(w4: Weight4bit) -> Tensor:
@@ -110,30 +54,23 @@ def decoded(w4: Weight4bit) -> Tensor:
 @pytest.mark.parametrize(("scales", "offsets"), FORMS)
 def test_decoded_bits(scales: str, offsets: str, code: str) -> None:
     for block, nested_block, numel in [(16, 8, 5003), (32, 7, 4096), (64, 256, 20_000), (512, 4, 6000), (4096, 1, 33)]:
-        w4 = weight((numel,), code, scales, offsets, block, nested_block)
+        w4 = weight((1, numel), code, scales, offsets, block, nested_block)
         on_card, expected = w4.to("cuda"), decoded(w4)
         for dtype in DTYPES:
             assert_bits(on_card.dequantize(dtype), expected.to(dtype), f"blocks of {block} to {dtype}")
 
 
 @pytest.mark.parametrize("code", ["uint4", "int4", "e2m1", MADE_UP], ids=lambda code: code[:8])
-@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("scales", formats.SCALE_FORMS)
 def test_zero_points_are_subtracted_before_scaling(scales: str, code: str) -> None:
     """The difference is multiplied by the scale in one rounding, also by a negative one, which gives -0."""
     for block, numel, largest in [(16, 5003, 15), (64, 20_000, 255), (512, 6000, 15)]:
-        w4 = weight((numel,), code, scales, "zero_point8", block)
+        w4 = weight((1, numel), code, scales, "zero_point8", block)
         w4.block_offsets.copy_(torch.randint(0, largest + 1, w4.block_offsets.shape))
         if w4.absmax.is_floating_point():
             w4.absmax[::2].neg_()
         for dtype in DTYPES:
             assert_bits(w4.to("cuda").dequantize(dtype), decoded(w4).to(dtype), f"blocks of {block} to {dtype}")
-
-
-def lora(n: int, k: int, dtype: torch.dtype, rank: int = 4) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(1)
-    a = torch.randn(rank, k, generator=g) * k**-0.5
-    b = torch.randn(n, rank, generator=g) * 0.2
-    return a.to("cuda", dtype), b.to("cuda", dtype)
 
 
 def normal(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -145,22 +82,14 @@ def scaled_to(w4: Weight4bit) -> float:
     return float(decoded(w4).square().mean().sqrt()) / 0.05
 
 
-def check_forward(w4: Weight4bit, m: int, dtype: torch.dtype) -> None:
-    n, k = w4.shape
-    x, (a, b), scaling = normal((m, k), dtype), lora(n, k, dtype), scaled_to(w4)
-    on_card = w4.to("cuda")
-    y = OPS.linear_nf4(x, *on_card.operands(n, None, a, b, scaling, 0.0, 0, None))
-    w = to_f64(decoded(w4))
-    assert_accurate(y, accuracy.forward(rows(x), w, None, to_f64(a), to_f64(b), scaling, 0.0, 0, dtype))
-
-
-def check_dx(w4: Weight4bit, m: int, dtype: torch.dtype) -> None:
-    n, k = w4.shape
-    dy, (a, b), scaling = normal((m, n), dtype), lora(n, k, dtype), scaled_to(w4)
-    on_card = w4.to("cuda")
-    dx = OPS.linear_nf4_dx(dy, *on_card.operands(k, a, b, scaling, 0.0, 0, None))
-    w = to_f64(decoded(w4))
-    assert_accurate(dx, accuracy.dx(rows(dy), w, to_f64(a), to_f64(b), scaling, 0.0, 0, dtype))
+def check(w4: Weight4bit, m: int, dtype: torch.dtype) -> None:
+    """The forward and dX, with LoRA."""
+    (n, k), g = w4.shape, torch.Generator().manual_seed(1)
+    a = (torch.randn(4, k, generator=g) * k**-0.5).to("cuda", dtype)
+    b = (torch.randn(n, 4, generator=g) * 0.2).to("cuda", dtype)
+    s = LinearSample(normal((m, k), dtype), w4.to("cuda"), None, a, b, scaled_to(w4), 0.0, 0)
+    for results in (forward, dx):
+        check_samples(results, lambda seed: (s, normal((m, n), dtype)), 0)
 
 
 # (m, n, k, block): few tokens, many, tails of every size, blocks that span rows, small blocks, shapes without tensor
@@ -174,8 +103,7 @@ SHAPES += [(5, 72, 96, 32), (7, 33, 48, 16), (4, 31, 45, 32), (70, 40, 64, 64)]
 def test_forms(scales: str, offsets: str, m: int, n: int, k: int, block: int) -> None:
     for dtype in (BF16, torch.float32):
         w4 = weight((n, k), "fp4", scales, offsets, block, nested_block=8)
-        check_forward(w4, m, dtype)
-        check_dx(w4, m, dtype)
+        check(w4, m, dtype)
 
 
 @pytest.mark.parametrize("m", [3, 40])
@@ -184,8 +112,7 @@ def test_codes(code: str, m: int) -> None:
     for dtype in (BF16, FP16):
         for block, scales, offsets in [(64, "float16", "no"), (32, "table8", "no"), (32, "float16", "zero_point8")]:
             w4 = weight((136, 256), code, scales, offsets, block)
-            check_forward(w4, m, dtype)
-            check_dx(w4, m, dtype)
+            check(w4, m, dtype)
 
 
 @pytest.mark.parametrize("m", [1, 4, 7, 16, 33, 70])
@@ -198,8 +125,7 @@ def test_zero_points(code: str, scales: str, m: int) -> None:
             w4 = weight((n, k), code, scales, "zero_point8", block)
             if n == 72:
                 w4.block_offsets.copy_(torch.randint(0, 256, w4.block_offsets.shape))
-            check_forward(w4, m, dtype)
-            check_dx(w4, m, dtype)
+            check(w4, m, dtype)
 
 
 @pytest.mark.parametrize("m", [1, 6, 16, 40, 70])

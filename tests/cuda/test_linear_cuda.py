@@ -1,192 +1,236 @@
-"""The forward on CUDA, compared with the oracle for every shape, rank, type, block size and scale form."""
+"""The linear operators on CUDA have the oracle's results: every kernel, as chosen and forced, for every shape, rank,
+type, block size, form and dropout, with the same bits each time."""
 
 from __future__ import annotations
 
-import numpy as np
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
-from torch import Tensor
 
 import reference
-from accuracy import assert_accurate, rounded
-from samples import DTYPES, LinearSample, linear_sample, relative_error, to_f64
+from cuda_cases import BF16, CAPABILITY, DLORA, DX, F16, F32, FEW, FORWARD, HALF, SM90, Case, case, each
+from operator_results import RESULTS, call, check_samples
+from samples import DTYPES
 
 pytestmark = pytest.mark.cuda
-OPS = torch.ops.qlora
-HALF = [torch.bfloat16, torch.float16]
-MANY = 200  # tokens: several tiles of the tensor cores, below the crossover to the library
 
-# (m, n, k). The first are for the tensor cores, k % 64 == 0, with tails of every other size: of 8, 16, 32, 64
-# tokens, of 128 rows, of stages of 128 k. Errors of very few outputs vary by chance, so if n is 1, m is not.
+# (m, n, k). Those of the forward are for the tensor cores if k % 64 == 0, with tails of every other size: of 8, 16, 32,
+# 64 tokens, of 128 rows, of stages of 128 k. Errors of very few outputs vary by chance, so if n is 1, m is not.
 REGULAR = [(1, 200, 192), (7, 129, 320), (8, 128, 128), (60, 1, 128), (16, 72, 448), (31, 259, 64), (33, 130, 192)]
 REGULAR += [(63, 56, 320), (64, 136, 64)]
 RAGGED = [(5, 7, 33), (40, 131, 101), (3, 50, 1), (60, 1, 257), (9, 66, 700), (33, 65, 96), (1, 129, 8)]
+# Those of dX are for the fast path if k % 32 == 0 and n % 8 == 0.
+DX_REGULAR = [(1, 64, 256), (7, 72, 96), (16, 200, 288), (31, 520, 64), (63, 136, 320), (64, 1032, 32), (65, 64, 576)]
+DX_REGULAR += [(300, 40, 64)]
+DX_RAGGED = [(3, 1, 257) if shape == (60, 1, 257) else shape for shape in RAGGED]
+CODES = [(3, 129, 320), (8, 40, 128), (16, 72, 448), (31, 70, 64), (64, 136, 64), (9, 66, 700)]
+DX_CODES = [(7, 72, 96), (31, 200, 64), (40, 131, 101)]
+SMALL = [(1, 64, 96), (16, 40, 72), (65, 136, 320), (300, 64, 8), (19, 33, 67), (3, 1, 1)]
 
 
-def run(s: LinearSample) -> Tensor:
-    return OPS.linear_nf4(*s.args)
+def chosen() -> Iterator[Case]:
+    """By the kernel that is chosen."""
+    for dtype in DTYPES:
+        for op, shapes, codes in ((FORWARD, REGULAR + RAGGED, CODES), (DX, DX_REGULAR + DX_RAGGED, DX_CODES)):
+            yield from (case(op, *shape, dtype=dtype) for shape in shapes)
+            yield from (case(op, *shape, dtype=dtype, code="shuffled") for shape in codes)
+            for rank in (None, 0, 1, 5, 64, 256):
+                for shape in ((17, 72, 128 if op == FORWARD else 96), (17, 71, 95)):
+                    yield case(op, *shape, rank, dtype, bias=rank is None, dropout_p=0.3)
+        yield from (case(DLORA, *shape, dtype=dtype, dropout_p=p) for shape in SMALL for p in (0.0, 0.3))
+        yield from (case(DLORA, 37, 72, 67, rank, dtype, dropout_p=0.5) for rank in (1, 3, 20, 32, 64, 256))
+    for form in ({"block_size": b, "double_quant": d} for b in reference.BLOCK_SIZES for d in (False, True)):
+        for n, k, dtype in ((40, 320, BF16), (39, 323, BF16), (40, 320, F32)):
+            yield case(FORWARD, 9, n, k, None, dtype, **form)
+            yield case(DX, 9, n, k + 32 if n == 40 else k, None, dtype, **form)
+    yield from (case(FORWARD, *shape, dtype=dtype) for shape in ((65, 64, 576), (200, 140, 64)) for dtype in HALF)
+    # Above every crossover to the library
+    yield from (case(FORWARD, 1100, 24, k, 4, t, dropout_p=0.2) for t, k in ((F32, 64), (BF16, 33), (BF16, 64)))
 
 
-def check(s: LinearSample) -> Tensor:
-    y = run(s)
-    assert y.dtype == s.x.dtype
-    assert y.is_cuda
-    assert_accurate(y, s.forward_accuracy())
-    return y
+def every_tile() -> Iterator[Case]:
+    """With dropout."""
+    for m in (4, 12, 24, 64):
+        for p in (0.1, 1.0):
+            yield case(FORWARD, m, 136, 320, dropout_p=p)
+            yield case(DX, m, 192, 320, dropout_p=p)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n", "k"), REGULAR + RAGGED)
-def test_shapes(m: int, n: int, k: int, dtype: torch.dtype) -> None:
-    check(linear_sample(m, n, k, rank=16, dtype=dtype, device="cuda"))
+def split_sums() -> Iterator[Case]:
+    """Sums that are long enough for several CTAs per tile, and for several stages of scales."""
+    for m, dtype in ((2, BF16), (12, F16), (64, BF16), (64, F16)):
+        yield from (
+            case(FORWARD, m, 40, k, r, dtype, again=1, dropout_p=0.5) for r, k in ((None, 2112), (40, 2112), (8, 5184))
+        )
+        if m != 12:
+            yield from (case(DX, m, 2056, 64, rank, dtype, again=1, dropout_p=0.5) for rank in (None, 8))
+    yield from (case(DLORA, 2100, 24, 40, 4, dtype, again=1, dropout_p=0.2) for dtype in DTYPES)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("m", "n", "k"), [(65, 64, 576), (MANY, 140, 64)])
-def test_many_tokens(m: int, n: int, k: int, dtype: torch.dtype) -> None:
-    check(linear_sample(m, n, k, rank=16, dtype=dtype, device="cuda"))
+def few_tokens() -> Iterator[Case]:
+    """The forward for up to 16 tokens, which also computes h: all boundaries of tiles, slices of k and ranks."""
+    yield from (case(FORWARD, m, 200, 448, dtype=dtype) for m in range(1, 17) for dtype in HALF)
+    yield from (case(FORWARD, m, n, 192, 8) for m in (3, 8, 16) for n in (1, 8, 63, 65, 127, 129))
+    # Slices of k end in one segment of a unit, in one of the alternating groups, in a stage, in the last CTA.
+    for k in (64, 128, 512, 576, 1024, 1088, 1600, 2112):
+        yield from (case(FORWARD, m, 72, k, r, double_quant=k % 128 == 0) for m in (2, 7, 13) for r in (None, 16))
+    for rank in (0, 1, 5, 8, 15, 16, 17, 24, 32, 33, 64):
+        for m in (1, 6, 16):
+            for p in (0.0, 0.3):
+                yield from (case(FORWARD, m, 136, 320, rank, t, bias=rank % 2 == 0, dropout_p=p) for t in HALF)
+    # More rows than multiprocessors, so that every CTA has several stages
+    yield from (case(FORWARD, m, 128 * 140, 640, 4, block_size=128) for m in (4, 16))
 
 
-@pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 64), (torch.bfloat16, 33), (torch.bfloat16, 64)])
-def test_library(k: int, dtype: torch.dtype) -> None:
-    """Above every crossover. torch's GEMM accumulates into the output, in its own order."""
-    s = linear_sample(1100, 24, k, rank=4, dtype=dtype, device="cuda", dropout_p=0.2)
-    assert relative_error(run(s), s.expected()) < 4 * torch.finfo(dtype).eps
+def sm90() -> Iterator[Case]:
+    """Hopper's kernels: both types in the smallest tile; one type per shape, alternating, in the larger tiles."""
+    for op, shapes in SM90.items():
+        for i, (shape, (tokens, splits)) in enumerate(shapes.items()):
+            kernel = f"sm90:tokens={tokens},splits={splits},multicast=1"
+            for dtype in HALF if tokens == 64 else [HALF[i % 2]]:
+                yield case(
+                    op, *shape, dtype=dtype, kernel=kernel, dropout_p=0.1 * (op == FORWARD or shape[0] in (129, 257))
+                )
+        for form in (
+            {"block_size": b, "double_quant": d} for b in reference.BLOCK_SIZES if b >= 64 for d in (False, True)
+        ):
+            # Rows of 320 begin in the middle of the larger blocks, and end in the middle of a stage.
+            yield case(op, 34, 150 if op == FORWARD else 72, 320, None, kernel="sm90", **form)
+        for dtype in HALF:
+            yield from (
+                case(op, 40, 150 if op == FORWARD else 72, 320, 8, dtype, "sm90", code="shuffled", double_quant=d)
+                for d in (False, True)
+            )
+    for terms, dtype in ((576, BF16), (5184, F16)):
+        yield case(FORWARD, 66, 40, terms, 40, dtype, "sm90", again=1, dropout_p=0.5)
+    for terms, dtype in ((264, BF16), (2056, F16)):
+        yield case(DX, 66, terms, 64, 40, dtype, "sm90", again=1, dropout_p=0.5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [None, 0, 1, 5, 64, 256])
-@pytest.mark.parametrize(("m", "n", "k"), [(17, 72, 128), (17, 71, 95)])
-def test_any_rank_with_dropout(m: int, n: int, k: int, rank: int | None, dtype: torch.dtype) -> None:
-    check(linear_sample(m, n, k, rank=rank, dtype=dtype, device="cuda", bias=rank is None, dropout_p=0.3))
+def sm90_ranks() -> Iterator[Case]:
+    for op in (FORWARD, DX):
+        for rank in (None, 0, 1, 5, 12, 64, 130, 256):
+            for n, k in ((72, 128), (72, 1088)) if op == FORWARD else ((72, 192), (1032, 192)):
+                yield from (case(op, 40, n, k, rank, t, "sm90", bias=rank is None, dropout_p=0.3) for t in HALF)
+    yield case(FORWARD, 257, 5100, 64, 150, kernel="sm90")  # several stages in the large tile
 
 
-@pytest.mark.parametrize("m", [4, 12, 24, 64])
-@pytest.mark.parametrize("p", [0.1, 1.0])
-def test_dropout_in_every_tile(m: int, p: float) -> None:
-    check(linear_sample(m, 136, 320, rank=16, dtype=torch.bfloat16, device="cuda", dropout_p=p))
+def many_tokens() -> Iterator[Case]:
+    """A panel of the weight is decoded, and our own GEMM or a library multiplies by it. The total is rounded once."""
+    for op in (FORWARD, DX):
+        # Tiles of tokens and columns that are not full, and sums that end within a stage
+        yield case(op, 150, 280, 328, 4, F16, "gemm", 1)
+        yield case(op, 150, 280, 328, None, BF16, "gemm", 1, bias=False)
+        yield case(op, 150, 280, 328, 5, BF16, "gemm", 1, dropout_p=0.3)  # rows of h, g, lora_b begin at any address
+        yield case(op, 150, 280, 328, 24, F16, "gemm", 1, dropout_p=1.0)
+        yield case(op, 150, 280, 328, 144, F16, "gemm", 1, double_quant=False)  # more stages than are copied ahead
+        # One stage and many
+        yield from (case(op, *shape, kernel="gemm", again=1, dropout_p=0.2) for shape in ((1, 8, 8), (128, 256, 32)))
+        yield case(op, 129, 264, 1096, kernel="gemm", again=1, dropout_p=0.2)
+        for dtype in DTYPES:
+            library = (op, 200, 48, 128)
+            yield from (case(*library, r, dtype, "library", 1, bias=b) for r in (4, None) for b in (True, False))
+            yield case(*library, 5, dtype, "library", 1, dropout_p=0.3)
+            yield case(*library, 4, dtype, "library", 1, dropout_p=1.0)
+            yield case(*library, 4, dtype, "library", 1, double_quant=False)
+            yield case(*library, 80, dtype, "library", 1)
+            yield case(op, (2, 75), 33, 101, 3, dtype, "library", 1, dropout_p=0.2)
+            yield from (case(op, 3, n, k, 16, dtype, "library", 1, dropout_p=0.2) for n, k in ((72, 192), (41, 95)))
+        # Two whole panels and a partial one
+        yield case(op, 200, 704, 704, 4, BF16, "library:panel=256", 1, dropout_p=0.2, block_size=128)
+    yield case(FORWARD, (2, 20), 37, 72, 3, BF16, "gemm", 1, dropout_p=0.2)  # outputs of any number
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("block_size", reference.BLOCK_SIZES)
-@pytest.mark.parametrize(
-    ("n", "k", "dtype"), [(40, 320, torch.bfloat16), (39, 323, torch.bfloat16), (40, 320, torch.float32)]
-)
-def test_every_block_size(n: int, k: int, dtype: torch.dtype, block_size: int, double_quant: bool) -> None:
-    check(linear_sample(9, n, k, None, dtype, "cuda", block_size=block_size, double_quant=double_quant))
+def forced() -> Iterator[Case]:
+    """Every kernel of an operator, with every tile that it was compiled for and with sums split otherwise than it would
+    choose."""
+    for kernels, op in (
+        ((f"few_tokens:tokens={FEW},splits=2", "few_tokens"), FORWARD),
+        (("tensor_cores", "tensor_cores:splits=3", "ragged", "ragged:tokens=4", "ragged:tokens=64"), FORWARD),
+        (("exact", "exact:tokens=64", "gemm", "library"), FORWARD),
+        (("tensor_cores", "tensor_cores:tokens=8", "tensor_cores:tokens=64,splits=3", "ragged"), DX),
+        (("ragged:tokens=16,splits=2", "exact:splits=3", "gemm:panel=1024", "library"), DX),
+        (("sm90", "sm90:tokens=128,splits=2", "sm90:splits=4"), FORWARD),
+        (("sm90",), DX),
+    ):
+        for kernel in kernels:
+            m = min(11, FEW) if kernel.startswith("few_tokens") else 11
+            dtype = F32 if kernel.startswith("exact") else BF16
+            yield case(op, m, 136, 2048, dtype=dtype, kernel=kernel, dropout_p=0.2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("m", "n", "k"), [(3, 129, 320), (8, 40, 128), (16, 72, 448), (31, 70, 64), (64, 136, 64), (9, 66, 700)]
-)
-def test_another_code(m: int, n: int, k: int, dtype: torch.dtype) -> None:
-    check(linear_sample(m, n, k, rank=16, dtype=dtype, device="cuda", code="shuffled"))
+def streams() -> Iterator[Case]:
+    """CTAs take equal runs of the segments of all tiles (stream-K). A tile has 128 rows, a segment 64 k, and a run a
+    multiple of 4 segments. LoRA and bias are added once per tile, and the bits are the same in every order of the
+    CTAs: the simulator shuffles them by its seed, a card by chance."""
+    # 4 tiles of 10 segments in runs of 20, which end with a tile
+    yield case(FORWARD, 1, 389, 640, 16, BF16, "few_tokens:ctas=2", 3)
+    # runs of 12: over one border, and a last one of 4
+    yield case(FORWARD, 3, 389, 640, 8, BF16, "few_tokens:ctas=4", 3, dropout_p=0.2)
+    # runs of 28: over two borders. h has a launch of its own
+    yield case(FORWARD, 5, 630, 640, 33, F16, "few_tokens:ctas=2", 3)
+    # runs of 4, tiles of 9: odd parts
+    yield case(FORWARD, 16, 257, 576, 16, BF16, "few_tokens:ctas=7", 3, "fp4", bias=False)
+    # one tile of 17: no border
+    yield case(FORWARD, 8, 100, 1088, 32, F16, "few_tokens:ctas=3", 3, "made up")
+    yield case(FORWARD, 17, 389, 640, 16, F16, "tensor_cores:ctas=4", 3)
+    # on two tiles of tokens
+    yield case(FORWARD, 33, 257, 576, 40, BF16, "tensor_cores:tokens=32,ctas=7", 3, "nf4 alone", bias=False)
 
 
-@pytest.mark.parametrize("nested_block_size", [1, 100, 256])
-def test_any_nested_block_size(nested_block_size: int) -> None:
-    s = linear_sample(3, 70, 320, 4, torch.bfloat16, "cuda", double_quant=False)
-    codes, nested_absmax, nested_offset = OPS.quantize_absmax(s.w4.absmax, nested_block_size)
-    w = OPS.dequantize_absmax(codes, nested_absmax, nested_offset, nested_block_size)
-    x, packed, _, _, _, block_size, _, *rest = s.args
-    plain = OPS.linear_nf4(x, packed, w, None, None, block_size, 256, *rest)
-    nested = OPS.linear_nf4(x, packed, codes, nested_absmax, nested_offset, block_size, nested_block_size, *rest)
-    assert torch.equal(plain, nested)
+def check(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", case.kernel)
+    first = check_samples(RESULTS[case.op], case.sample, entries=250)
+    assert all(t.is_cuda and t.dtype == case.dtype for t in first)
+    for seed in range(case.again):
+        if "CUDASIM_TORCH_LIBRARY" in os.environ:
+            monkeypatch.setenv("CUDASIM_SEED", str(seed))
+        assert all(map(torch.equal, call(case.op, *case.sample()), first))
 
 
-@pytest.mark.parametrize(("m", "dtype"), [(2, HALF[0]), (12, HALF[1]), (64, HALF[0]), (64, HALF[1])])
-def test_a_long_sum_is_split_and_deterministic(m: int, dtype: torch.dtype) -> None:
-    """k is large enough for several CTAs per tile, and for several stages of scales."""
-    for rank, k in ((None, 2112), (40, 2112), (8, 5184)):
-        s = linear_sample(m, 40, k, rank, dtype, "cuda", dropout_p=0.5)
-        assert torch.equal(check(s), run(s))
+@each(chosen())
+def test_the_choice(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_unaligned_tensors(dtype: torch.dtype) -> None:
-    """Contiguous views that are not aligned to 16 bytes."""
-    s = linear_sample(6, 64, 128, 6, dtype, "cuda")
-    expected = to_f64(run(s))
-    for name in ("x", "bias", "lora_a", "lora_b"):
-        t = getattr(s, name)
-        moved = torch.empty(t.numel() + 1, dtype=dtype, device="cuda")[1:].view_as(t).copy_(t)
-        assert moved.data_ptr() % 16 != 0
-        setattr(s, name, moved)
-        assert relative_error(run(s), expected) < 4 * torch.finfo(dtype).eps
+@each(every_tile())
+def test_dropout_in_every_tile(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
 
 
-def test_unaligned_packed_weight() -> None:
-    s = linear_sample(6, 64, 128, 6, torch.bfloat16, "cuda")
-    x, packed, *rest = s.args
-    moved = torch.empty(packed.numel() + 1, dtype=torch.uint8, device="cuda")[1:].view_as(packed).copy_(packed)
-    assert relative_error(OPS.linear_nf4(x, moved, *rest), to_f64(run(s))) < 4 * torch.finfo(torch.bfloat16).eps
+@each(split_sums())
+def test_split_sums(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0,), (2, 0), (2, 3), ()])
-def test_leading_dimensions(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    s = linear_sample(shape, 40, 128, 4, dtype, "cuda")
-    y = run(s)
-    assert y.shape == (*shape, 40)
-    if y.numel():
-        assert relative_error(y, s.expected()) < 4 * torch.finfo(dtype).eps
+@each(few_tokens())
+def test_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
 
 
-def test_non_contiguous_x() -> None:
-    s = linear_sample(6, 40, 128, 4, torch.bfloat16, "cuda")
-    expected = run(s)
-    s.x = s.x.t().contiguous().t()
-    assert not s.x.is_contiguous()
-    assert torch.equal(run(s), expected)
+@each(sm90())
+def test_sm90(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
 
 
-@pytest.mark.parametrize(("m", "k"), [(3, 128), (3, 95), (40, 128)])
-def test_a_block_that_is_nan_gives_nan(m: int, k: int) -> None:
-    """NaN is in its row and in no other, as with decoding."""
-    s = linear_sample(m, 40, k, None, torch.bfloat16, "cuda", double_quant=False)
-    s.w4.absmax[(7 * k) // 64] = float("nan")
-    touched = np.isnan(s.decoded()).any(axis=1)
-    assert np.array_equal(np.isnan(to_f64(run(s))), np.broadcast_to(touched, (m, 40)))
+@each(sm90_ranks())
+def test_ranks_of_sm90(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("m", [8, 64])
-def test_infinite_x_stays_in_its_token(m: int, dtype: torch.dtype) -> None:
-    s = linear_sample(m, 40, 128, None, dtype, "cuda")
-    expected = to_f64(run(s))
-    s.x[2, 5] = float("inf")
-    y = to_f64(run(s))
-    assert not np.isfinite(y[2]).any()
-    assert np.array_equal(np.delete(y, 2, 0), np.delete(expected, 2, 0))
+@each(many_tokens())
+def test_many_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
 
 
-@pytest.mark.parametrize("m", [16, 64])
-def test_codes_have_little_more_than_half_the_error_of_rounded_weights(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16. Both outputs are rounded in the same way, and this error is subtracted from both squares. A factor that
-    halved the error (a quarter of its square) would not keep the codes of -1 and 1 exact."""
-    # A library, which some cards choose at 64 tokens, multiplies by the rounded weights.
-    few = 8 if torch.cuda.get_device_capability()[0] >= 10 else 16
-    monkeypatch.setenv("QLORA_CUDA_KERNEL", "few_tokens" if m <= few else "tensor_cores")
-    s = linear_sample(m, 256, 512, None, torch.bfloat16, "cuda", bias=False)
-    expected = s.forward_accuracy()
-    rounding = relative_error(rounded(expected.exact, s.x.dtype), expected.exact) ** 2
-    error = relative_error(run(s), expected.exact) ** 2 - rounding
-    plain = relative_error(expected.formula, expected.exact) ** 2 - rounding
-    assert plain > 0
-    assert error <= plain / 3, (error, plain)
+@each(forced())
+def test_forced(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
 
 
-def test_two_streams_at_once() -> None:
-    samples = [linear_sample(m, 136, 1088, 8, torch.bfloat16, "cuda", seed=m) for m in (2, 20)]
-    expected = [run(s) for s in samples]
-    streams = [torch.cuda.Stream() for _ in samples]
-    torch.cuda.synchronize()
-    results = []
-    for _ in range(2):
-        for s, stream in zip(samples, streams, strict=True):
-            with torch.cuda.stream(stream):
-                results.append(run(s))
-    torch.cuda.synchronize()
-    for i, y in enumerate(results):
-        assert torch.equal(y, expected[i % 2])
+@pytest.mark.skipif(CAPABILITY[0] >= 10, reason="from compute capability 10.0 on, no kernel takes streams")
+@each(streams())
+def test_streams(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)

@@ -1,6 +1,6 @@
 """A 4-bit code is an argument: every operator on a packed weight computes with the given code.
 
-The codec's and the linear operators' own tests run with each code (test_codec_cpu.py, test_encode_cpu.py,
+The codec's and the linear operators' own tests run with each code (test_codec.py, test_encode_cpu.py,
 test_linear_cpu.py, test_kernels_cpu.py, and their twins for CUDA). Here is what lies above them.
 """
 

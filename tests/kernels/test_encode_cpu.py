@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 import isas
 import reference
+from codec_checks import assert_bits
 from encoding_samples import feedback_of, moments, weight
-from test_codec_cpu import assert_bits
+from samples import DTYPES
 
 OPS = torch.ops.qlora
 test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
@@ -17,17 +20,60 @@ test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instr
 SHAPES = [(1, 64), (3, 64), (16, 192), (17, 96), (5, 100), (2, 1), (33, 31), (4, 7), (2, 1024)]
 
 
+def check_search(w: torch.Tensor, block: int, code: str) -> None:
+    importance = torch.rand(w.shape[1]) ** 4
+    importance[::3] = 0
+    expected = reference.search_absmax_nf4(w.float().numpy(), importance.numpy(), block, reference.CODES[code])
+    assert_bits(OPS.search_absmax_nf4(w, importance, block, code), expected, "absmax")
+
+
+def scales(w: torch.Tensor, block: int, code: str) -> torch.Tensor:
+    """Scales larger and smaller than the blocks' magnitudes, negative and zero."""
+    absmax = OPS.quantize_nf4(w, block, code)[1] * torch.linspace(0.3, 1.3, -(-w.numel() // block))
+    absmax[0] *= -1
+    absmax[-1] = 0 if absmax.numel() > 1 else absmax[-1]
+    return absmax
+
+
+def check_encode(w: torch.Tensor, block: int, code: str) -> None:
+    absmax = scales(w, block, code)
+    expected = reference.encode_nf4(w.float().numpy(), absmax.numpy(), block, reference.CODES[code])
+    assert_bits(OPS.encode_nf4(w, absmax, block, None, None, code), expected, "codes")
+
+
+def check_stochastic(w: torch.Tensor, block: int, code: str) -> None:
+    absmax, table = scales(w, block, code), reference.CODES[code]
+    for seed in (0, -1, 2**40 + 5, -(2**62) + 3):
+        expected = reference.encode_nf4_stochastic(w.float().numpy(), absmax.numpy(), block, seed, table=table)
+        assert_bits(OPS.encode_nf4_stochastic(w, absmax, block, seed, code), expected, f"codes of seed {seed}")
+
+
+def check_feedback(w: torch.Tensor, block: int, code: str) -> None:
+    absmax, (feedback, order) = OPS.quantize_nf4(w, block, code)[1] * 0.9, feedback_of(moments(w.shape[1]))
+    given = (t.float().numpy() for t in (w, absmax, feedback))
+    expected = reference.encode_with_feedback(*given, order.numpy(), block, reference.CODES[code])
+    packed = OPS.encode_nf4(w, absmax, block, feedback, order, code)
+    assert np.array_equal(reference.unpack(packed.numpy(), w.numel()).reshape(w.shape), expected)
+
+
+each_check = pytest.mark.parametrize("check", [check_search, check_encode, check_stochastic, check_feedback])
+
+
 @pytest.mark.parametrize("code", reference.CODE_KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", [16, 32, 64, 512])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_scales_are_the_oracles(n: int, k: int, block: int, dtype: torch.dtype, code: str) -> None:
-    w, importance = weight(n, k, dtype), torch.rand(k) ** 4
-    importance[::3] = 0
-    got = OPS.search_absmax_nf4(w, importance, block, code)
-    assert_bits(
-        got, reference.search_absmax_nf4(w.float().numpy(), importance.numpy(), block, reference.CODES[code]), "absmax"
-    )
+@each_check
+def test_the_oracles_bits(check: Callable, n: int, k: int, block: int, dtype: torch.dtype, code: str) -> None:
+    check(weight(n, k, dtype), block, code)
+
+
+@pytest.mark.parametrize("code", [code for code in reference.CODES if code not in reference.CODE_KINDS])
+@each_check
+def test_the_oracles_bits_of_other_codes(check: Callable, code: str) -> None:
+    for n, k in ((17, 96), (5, 100), (33, 31), (2, 1)):
+        for block in (16, 64):
+            check(weight(n, k), block, code)
 
 
 def test_scales_lower_the_weighted_error() -> None:
@@ -52,19 +98,6 @@ def test_scales_of_nothing_and_of_no_number() -> None:
     )  # all importances are 0, which gives plain scales
 
 
-@pytest.mark.parametrize("code", reference.CODE_KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("block", [16, 32, 64, 512])
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_codes_under_scales(n: int, k: int, block: int, dtype: torch.dtype, code: str) -> None:
-    w = weight(n, k, dtype)
-    absmax = OPS.quantize_nf4(w, block, code)[1] * torch.linspace(0.3, 1.3, -(-n * k // block))
-    absmax[0] *= -1
-    absmax[-1] = 0 if absmax.numel() > 1 else absmax[-1]
-    expected = reference.encode_nf4(w.float().numpy(), absmax.numpy(), block, reference.CODES[code])
-    assert_bits(OPS.encode_nf4(w, absmax, block, code=code), expected, "codes")
-
-
 @pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("scale", [1.0, -2.0, 0.0, 1e-39, float("inf"), float("nan")])
 def test_codes_of_weights_that_are_not_finite(scale: float, code: str) -> None:
@@ -82,23 +115,6 @@ def test_codes_of_weights_that_are_not_finite(scale: float, code: str) -> None:
     assert np.array_equal(reference.unpack(packed.numpy(), w.numel()).reshape(6, 64), codes)
 
 
-@pytest.mark.parametrize("code", reference.CODES)
-@pytest.mark.parametrize("block", [16, 64])
-@pytest.mark.parametrize(("n", "k"), [(17, 96), (5, 100), (33, 31), (2, 1)])
-def test_every_way_to_encode_takes_every_code(n: int, k: int, block: int, code: str) -> None:
-    w, blocks, table = weight(n, k), -(-n * k // block), reference.CODES[code]
-    absmax = OPS.quantize_nf4(w, block, code)[1] * torch.linspace(0.3, 1.3, blocks)
-    given = w.numpy(), absmax.numpy(), block
-    expected = reference.encode_nf4(*given, table)
-    assert_bits(OPS.encode_nf4(w, absmax, block, None, None, code), expected, "codes")
-    expected = reference.encode_nf4_stochastic(*given, 7, table=table)
-    assert_bits(OPS.encode_nf4_stochastic(w, absmax, block, 7, code), expected, "stochastic codes")
-    feedback, order = feedback_of(moments(k))
-    packed = OPS.encode_nf4(w, absmax, block, feedback, order, code)
-    expected = reference.encode_with_feedback(*given[:2], feedback.numpy(), order.numpy(), block, table)
-    assert np.array_equal(reference.unpack(packed.numpy(), n * k).reshape(n, k), expected)
-
-
 def test_the_padding_of_an_odd_number_is_the_code_of_zero() -> None:
     w = torch.full((1, 33), -3.0)
     for scale in (1.0, float("nan")):
@@ -112,23 +128,6 @@ def test_plain_scales_give_plain_codes(code: str) -> None:
     w = weight(7, 100)
     packed, absmax = OPS.quantize_nf4(w, 64, code)
     assert torch.equal(OPS.encode_nf4(w, absmax, 64, code=code), packed)
-
-
-@pytest.mark.parametrize("code", reference.CODE_KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("block", [16, 32, 64, 512])
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_feedback_is_the_oracles(n: int, k: int, block: int, dtype: torch.dtype, code: str) -> None:
-    w = weight(n, k, dtype)
-    absmax = OPS.quantize_nf4(w, block, code)[1] * 0.9
-    feedback, order = feedback_of(moments(k))
-    packed = OPS.encode_nf4(w, absmax, block, feedback, order, code)
-    table = reference.CODES[code]
-    expected = reference.encode_with_feedback(
-        w.float().numpy(), absmax.numpy(), feedback.numpy(), order.numpy(), block, table
-    )
-    got = reference.unpack(packed.numpy(), n * k).reshape(n, k)
-    assert np.array_equal(got, expected)
 
 
 def test_feedback_lowers_the_error_of_outputs() -> None:
@@ -179,21 +178,6 @@ def test_invalid_arguments_are_rejected() -> None:
     for call, text in refused:
         with pytest.raises(ValueError, match=text):
             call()
-
-
-@pytest.mark.parametrize("code", reference.CODE_KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("block", [16, 32, 64, 512])
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_stochastic_codes_are_the_oracles(n: int, k: int, block: int, dtype: torch.dtype, code: str) -> None:
-    w = weight(n, k, dtype)
-    absmax = OPS.quantize_nf4(w, block, code)[1] * torch.linspace(0.3, 1.3, -(-n * k // block))
-    absmax[0] *= -1
-    for seed in (0, -1, 2**40 + 5, -(2**62) + 3):
-        got = OPS.encode_nf4_stochastic(w, absmax, block, seed, code)
-        table = reference.CODES[code]
-        expected = reference.encode_nf4_stochastic(w.float().numpy(), absmax.numpy(), block, seed, table=table)
-        assert_bits(got, expected, "codes")
 
 
 @pytest.mark.parametrize("code", reference.CODES)

@@ -16,14 +16,14 @@ import torch
 import forms
 import isas
 import reference
+from codec_checks import assert_bits
 from grouped_samples import assert_like_single_experts, grouped_sample
+from operator_results import check_samples, dx, forward, gradient
 from qlora_ext import _C, formats
 from qlora_ext.form import Form
 from qlora_ext.merging.codes import with_update
 from qlora_ext.weight import Weight4bit, weight_of
-from samples import LinearSample, linear_sample
-from test_codec_cpu import DTYPES, assert_bits
-from test_linear_cpu import check_samples, dx, forward
+from samples import DTYPES, LinearSample, linear_sample
 
 OPS = torch.ops.qlora
 test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
@@ -102,8 +102,7 @@ def sample(form: Form, m: int, n: int, k: int, dtype: torch.dtype, seed: int = 0
 def check(form: Form, case: tuple[int, int, int], dtype: torch.dtype, results: Callable) -> None:
     def make(seed: int) -> tuple[LinearSample, torch.Tensor]:
         s = sample(form, *case, dtype, seed)
-        dy = torch.randn(case[0], case[1], generator=torch.Generator().manual_seed(seed + 1000)).to(dtype)
-        return s, dy
+        return s, gradient(s, seed + 1000)
 
     check_samples(results, make)
 

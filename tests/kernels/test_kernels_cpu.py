@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import isas
+from operator_results import RESULTS, call
 from qlora_ext import _C
 from samples import LinearSample
-from test_linear_cpu import check, dlora, dx, forward, make
+from test_linear_cpu import check, make
 
 test_on = isas.test_on
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-RESULTS = {"linear_nf4": forward, "linear_nf4_dx": dx, "linear_nf4_dlora": dlora}
 # Operator, kernel -> the types for which the set in use has it. float64 has a test of its own.
 KERNELS = {
     (op, kernel): [dtype for dtype in (F32, BF16, F16) if str(dtype)[6:] in types]
@@ -87,14 +87,6 @@ def test_accuracy(op: str, kernel: str, case: tuple, dtype: torch.dtype, force: 
     check(RESULTS[op], case, dtype)
 
 
-def call(op: str, s: LinearSample, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    if op == "linear_nf4":
-        return (torch.ops.qlora.linear_nf4(*s.args),)
-    if op == "linear_nf4_dx":
-        return (torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy)),)
-    return torch.ops.qlora.linear_nf4_dlora(dy, s.x, *s.lora_args)
-
-
 @pytest.mark.parametrize(("op", "kernel"), [key for key, dtypes in KERNELS.items() if dtypes], ids=lambda name: name)
 @pytest.mark.parametrize("m", [1, 6, 16, 17, 33, 48])
 def test_threads_do_not_change_a_bit(op: str, kernel: str, m: int, force: Callable) -> None:
@@ -102,7 +94,7 @@ def test_threads_do_not_change_a_bit(op: str, kernel: str, m: int, force: Callab
         m = min(m, DX_INT_TOKENS)
     force(kernel)
     threads = torch.get_num_threads()
-    for n, k, block in ((704, 576, 64), (333, 555, 32), (1216, 128, 32)):
+    for n, k, block in ((704, 576, 64), (333, 555, 32), (1216, 128, 32), (320, 2112, 64)):
         if (k % 64 or block < 64) and (op, kernel) == ("linear_nf4_dx", "few_tokens_int"):
             continue
         if k % 64 and kernel == "many_tokens_int":

@@ -9,7 +9,7 @@ import torch
 
 import isas
 import reference
-from accuracy import Expected, assert_accurate, concatenate
+from operator_results import RESULTS, call, check_samples, dx, forward, gradient
 from samples import DTYPES, LinearSample, linear_sample
 
 test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
@@ -54,60 +54,25 @@ def make(case: tuple, dtype: torch.dtype, seed: int = 0) -> tuple[LinearSample, 
     m, n, k, rank, block, double_quant, p, *code = case
     options = {"block_size": block, "double_quant": double_quant, "seed": seed, "code": code[0] if code else "nf4"}
     s = linear_sample(m, n, k, rank, dtype, dropout_p=p, **options)
-    dy = torch.randn(m, n, generator=torch.Generator().manual_seed(seed + 1000)).to(dtype)
-    return s, dy
+    return s, gradient(s, seed + 1000)
 
 
 def check(results: Callable, case: tuple, dtype: torch.dtype) -> None:
     check_samples(results, lambda seed: make(case, dtype, seed))
 
 
-def check_samples(results: Callable, make_sample: Callable[[int], tuple[LinearSample, torch.Tensor]]) -> None:
-    """Over enough seeds, because a norm of random errors varies by chance."""
-    pooled: dict[int, list[tuple[torch.Tensor, Expected]]] = {}
-    for seed in range(64):
-        for i, result in enumerate(results(*make_sample(seed))):
-            pooled.setdefault(i, []).append(result)
-        if min(sum(out.numel() for out, _ in parts) for parts in pooled.values()) >= 4000:
-            break
-    for parts in pooled.values():
-        out, expected = zip(*parts, strict=True)
-        assert_accurate(torch.cat(out), concatenate(expected))
-
-
-Results = list[tuple[torch.Tensor, Expected]]
-
-
-def forward(s: LinearSample, dy: torch.Tensor) -> Results:
-    return [(torch.ops.qlora.linear_nf4(*s.args), s.forward_accuracy())]
-
-
-def dx(s: LinearSample, dy: torch.Tensor) -> Results:
-    out = torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy))
-    return [(out, s.dx_accuracy(dy))]
-
-
-def dlora(s: LinearSample, dy: torch.Tensor) -> Results:
-    out = torch.ops.qlora.linear_nf4_dlora(dy, s.x, *s.lora_args)
-    return list(zip(out, s.dlora_accuracy(dy), strict=True))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ODD, ids=name)
-def test_forward(case: tuple, dtype: torch.dtype) -> None:
-    check(forward, case, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ODD, ids=name)
-def test_dx(case: tuple, dtype: torch.dtype) -> None:
-    check(dx, case, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [c for c in ODD if c[3]], ids=name)
-def test_dlora(case: tuple, dtype: torch.dtype) -> None:
-    check(dlora, case, dtype)
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        pytest.param(op, case, id=f"{op}-{name(case)}")
+        for op in RESULTS
+        for case in ODD
+        if op != "linear_nf4_dlora" or case[3]
+    ],
+)
+def test_results(op: str, case: tuple, dtype: torch.dtype) -> None:
+    check(RESULTS[op], case, dtype)
 
 
 @pytest.mark.parametrize("block", reference.BLOCK_SIZES)
@@ -120,19 +85,20 @@ def test_every_block_size(block: int, k: int, code: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_nonfinite_token_stays_alone(dtype: torch.dtype) -> None:
-    """Padding does not spread values: NaN and infinity reach only their own row."""
-    s, dy = make((40, 50, 100, 4, 64, True, 0.0), dtype)
-    y = torch.ops.qlora.linear_nf4(*s.args)
-    dx = torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy))
-    s.x[3, 99], dy[5, 49] = float("inf"), float("nan")
-    bad_y = torch.ops.qlora.linear_nf4(*s.args)
-    bad_dx = torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy))
-    assert not bad_y[3].isfinite().any()
-    assert bad_dx[5].isnan().all()
-    others = torch.arange(40)
-    assert torch.equal(bad_y[others != 3], y[others != 3])
-    assert torch.equal(bad_dx[others != 5], dx[others != 5])
+@pytest.mark.parametrize("case", [(40, 50, 100, 4, 64, True, 0.0), (5, 96, 1100, 0, 64, True, 0.0)], ids=name)
+def test_nonfinite_tokens_stay_alone(case: tuple, dtype: torch.dtype) -> None:
+    """Padding does not spread values: NaN and infinity reach only their own rows."""
+    s, dy = make(case, dtype)
+    (y,), (dx,) = call("linear_nf4", s, dy), call("linear_nf4_dx", s, dy)
+    s.x[3, -1], s.x[1, 70], dy[4, -1], dy[0, 5] = float("inf"), float("nan"), float("nan"), -float("inf")
+    (bad_y,), (bad_dx,) = call("linear_nf4", s, dy), call("linear_nf4_dx", s, dy)
+    assert not bad_y[[1, 3]].isfinite().any()
+    assert bad_dx[4].isnan().all()
+    assert not bad_dx[0].isfinite().all()
+    rows = torch.arange(case[0])
+    of_y, of_dx = (rows != 1) & (rows != 3), (rows != 0) & (rows != 4)
+    assert torch.equal(bad_y[of_y], y[of_y])
+    assert torch.equal(bad_dx[of_dx], dx[of_dx])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -150,8 +116,7 @@ def test_threads_do_not_change_a_bit(case: tuple, dtype: torch.dtype) -> None:
     s, dy = make(case, dtype)
 
     def results() -> list[torch.Tensor]:
-        dx = torch.ops.qlora.linear_nf4_dx(*s.dx_args(dy))
-        return [torch.ops.qlora.linear_nf4(*s.args), dx, *torch.ops.qlora.linear_nf4_dlora(dy, s.x, *s.lora_args)]
+        return [t for op in RESULTS for t in call(op, s, dy)]
 
     threads = torch.get_num_threads()
     try:

@@ -8,9 +8,9 @@ import torch
 
 import isas
 import reference
+from codec_checks import assert_bits
 from qlora_ext.form import Form
 from qlora_ext.weight import Weight4bit, quantize
-from test_codec_cpu import assert_bits
 
 OPS = torch.ops.qlora
 test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs

@@ -58,14 +58,14 @@ class Recorder:
     """Records in the simulated process which launches belong to which case."""
 
     def __init__(self, profile: Path) -> None:
-        self._profile = profile
-        self.cases: dict[str, Any] = {}
         profile.touch()
+        self._lines = profile.open()
+        self.cases: dict[str, Any] = {}
 
     def __call__(self, name: str, call: Callable[..., Any], *args: object) -> Any:
-        before = len(launches_in(self._profile))
+        self._lines.readlines()  # of launches before this case
         out = call(*args)
-        self.cases[name] = launches_in(self._profile)[before:]
+        self.cases[name] = [json.loads(line) for line in self._lines.readlines()]
         return out
 
 
@@ -79,9 +79,3 @@ def cases_printed(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     """The cases that a ``Recorder`` printed last in the process."""
     cases: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return cases
-
-
-def launches_of_cases(script: str, arch: str, directory: Path) -> dict[str, list[Launch]]:
-    """The launches of every case of ``script``, which is run simulating an architecture; ``directory`` is for files."""
-    found = cases_printed(simulated(script, arch, directory / "launches.jsonl"))
-    return {name: [Launch(launch) for launch in launches] for name, launches in found.items()}

@@ -49,7 +49,7 @@ LONG = {
     "tests/integrations/test_merge_aware.py::test_it_compiles_as_one_graph",
     "tests/integrations/test_transformers.py::test_import_qlora_ext_is_enough",
     "tests/integrations/test_transformers.py::test_loading_peaks_near_the_4bit_size",
-    "tests/kernels/test_codec_cpu.py::test_on",
+    "tests/kernels/test_codec.py::test_on",
     "tests/kernels/test_encode_cpu.py::test_on",
     "tests/kernels/test_fragments_cpu.py::test_every_fragment_compiles_alone",
     "tests/kernels/test_kernels_cpu.py::test_kernels_are_printed_once_a_problem",

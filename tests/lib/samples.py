@@ -122,7 +122,7 @@ def linear_sample(
     w = torch.randn(n, k, generator=generator) * 0.05
     return LinearSample(
         x=randn(*lead, k),
-        # Quantized on the CPU: the bits are the same (test_codec_cuda.py), and simulating this takes longer than y.
+        # Quantized on the CPU: the bits are the same (test_codec.py), and simulating this takes longer than y.
         w4=quantize(w, Form.of(block_size=block_size, double_quant=double_quant, code=code)).to(device),
         bias=randn(n) if bias else None,
         lora_a=None if rank is None else randn(rank, k, factor=max(k, 1) ** -0.5),

@@ -89,18 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
             damaged.append(str(error))
     if not adapters and not damaged:
         raise UserError(f"{arguments.directory}: there is no adapter in that directory")
-    _show(adapters, root, arguments.json)
+    if arguments.json:
+        for adapter in adapters:
+            print(json.dumps(adapter))
+    elif adapters:
+        for line in aligned([list(_COLUMNS), *(_cells(adapter, root) for adapter in adapters)]):
+            print(line)
     for message in damaged:
         print(f"qlora-ext adapters: {printable(message)}", file=sys.stderr)
     return 2 if damaged else 0
-
-
-def _show(adapters: list[dict[str, Any]], root: pathlib.Path, as_json: bool) -> None:
-    if as_json:
-        for adapter in adapters:
-            print(json.dumps(adapter))
-        return
-    if not adapters:
-        return
-    for line in aligned([list(_COLUMNS), *(_cells(adapter, root) for adapter in adapters)]):
-        print(line)

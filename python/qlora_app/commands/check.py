@@ -15,7 +15,7 @@ from ..models.loading import Loader, load_dense
 from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_tokenizer
 from ..models.sources import ModelSource, resolve
 from ..models.validate_model import check_tokens
-from ..options import BaseOptions, add_options
+from ..options import REQUIRED, BaseOptions, Options, add_options, like, option, options_in
 from ..outputs.directory import output_file
 from ..outputs.files import write_json
 from ..terminal.bars import counted
@@ -34,6 +34,44 @@ _SHOWN = 10
 _MARK = "qlora-ext check"  # identifies files that --json wrote
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckRequest(Options):
+    """What ``check`` compares, on which text."""
+
+    model: str = option(
+        REQUIRED,
+        "a model directory, 4-bit (ours or bitsandbytes') or dense, a .gguf file, a hub name, or package:NAME",
+    )
+    trust_remote_code: bool = like(BaseOptions, "trust_remote_code")
+    base: str | None = option(
+        None, "the dense model to compare with (default: the one that --model records)", metavar="MODEL"
+    )
+    data: str | None = option(
+        None,
+        "the text: anything that finetune's --data takes, or self, a text that the dense model writes (default: "
+        f"{DEFAULT_DATA}, or self if that is not installed)",
+        metavar="DATA|self",
+    )
+    tokens: int = option(4096, "length of the text")
+    seed: int = option(0, "seed of the written text and the random labels", 0, maximum=2**32 - 1)
+    max_increase: float | None = option(
+        None, f"maximum increase of the loss for exit code 0, in nats per token (default: {MAX_INCREASE})"
+    )
+    curve: bool = option(
+        False, "also measure the loss with the costliest layers in 16 bits, for budgets of --keep from 0%% to 20%%"
+    )
+    json: str | None = option(None, "write all results to a JSON file", metavar="FILE")
+    dtype: str = like(BaseOptions, "dtype")
+    device: str = like(BaseOptions, "device", default="cpu")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < 2 * held_out.LENGTH:
+            raise UserError(f"--tokens {self.tokens}: expected {2 * held_out.LENGTH} or more")
+        if self.max_increase is not None and not 0 <= self.max_increase < float("inf"):
+            raise UserError(f"--max-increase {self.max_increase}: expected 0 or more, in nats per token")
+
+
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "check",
@@ -43,48 +81,19 @@ def add_parser(commands: Any) -> None:
         f"Exit code 0: good; {EXIT_FAILED}: the loss rises by more than --max-increase, weights or logits are damaged, "
         "or a layer does not match the dense model; 2: the model cannot be loaded, or an option is wrong.",
     )
-    parser.add_argument(
-        "--model", required=True, help="a model directory, 4-bit (ours or bitsandbytes') or dense, a .gguf file, a hub "
-        "name, or package:NAME",
-    )  # fmt: skip
-    add_options(parser, BaseOptions, ["trust_remote_code"])
-    parser.add_argument(
-        "--base", metavar="MODEL", help="the dense model to compare with (default: the one that --model records)"
-    )
-    parser.add_argument(
-        "--data", metavar="DATA|self",
-        help="the text: anything that finetune's --data takes, or self, a text that the dense model writes (default: "
-        f"{DEFAULT_DATA}, or self if that is not installed)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tokens", type=int, default=4096, metavar="N", help="length of the text (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the written text and the random labels"
-    )
-    parser.add_argument(
-        "--max-increase", type=float, metavar="X",
-        help=f"maximum increase of the loss for exit code 0, in nats per token (default: {MAX_INCREASE})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--curve", action="store_true",
-        help="also measure the loss with the costliest layers in 16 bits, for budgets of --keep from 0%% to 20%%",
-    )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write all results to a JSON file")
-    add_options(parser, BaseOptions, ["dtype"])
-    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add_options(parser, CheckRequest)
     parser.set_defaults(run=run)
 
 
-def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSource | None, str]:
+def _base(request: CheckRequest, source: ModelSource) -> tuple[ModelSource | None, str]:
     """The dense model to compare with, or the reason why there is none.
 
     The model that a 4-bit directory records is used only if it is on this machine, and never with its own code.
     """
-    if arguments.base is not None:
-        base = resolve(arguments.base, arguments.trust_remote_code, "--base")
+    if request.base is not None:
+        base = resolve(request.base, request.trust_remote_code, "--base")
         if is_4bit(base):
-            raise UserError(f"--base {arguments.base}: expected a dense model, got a quantized one")
+            raise UserError(f"--base {request.base}: expected a dense model, got a quantized one")
         return base, ""
     if has_4bit_blocks(source):
         return None, "its file stores 4-bit weights, which are used as they are; name the dense model with --base"
@@ -102,15 +111,6 @@ def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSour
     return None, f"its dense model {excerpt(name)} is not on this machine; name it with --base"
 
 
-def _check_options(arguments: argparse.Namespace) -> None:
-    if arguments.tokens < 2 * held_out.LENGTH:
-        raise UserError(f"--tokens {arguments.tokens}: expected {2 * held_out.LENGTH} or more")
-    if not 0 <= arguments.seed < 2**32:
-        raise UserError(f"--seed {arguments.seed}: expected 0 to 4294967295")
-    if arguments.max_increase is not None and not 0 <= arguments.max_increase < float("inf"):
-        raise UserError(f"--max-increase {arguments.max_increase}: expected 0 or more, in nats per token")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     from qlora_ext.fidelity import check_model
@@ -118,45 +118,45 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..quantization.advice import advice_on
 
-    _check_options(arguments)
-    dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
-    compute = parse_computing_dtype(arguments.dtype, device)
-    source = resolve(arguments.model, arguments.trust_remote_code)
-    base_source, reason = _base(arguments, source)
-    if base_source is None and (arguments.curve or arguments.max_increase is not None):
-        option = "--curve" if arguments.curve else "--max-increase"
-        raise UserError(f"{option}: {arguments.model} cannot be compared with a dense model: {reason}")
+    request = options_in(CheckRequest, vars(arguments))
+    dtype, device = parse_dtype(request.dtype), parse_device(request.device)
+    compute = parse_computing_dtype(request.dtype, device)
+    source = resolve(request.model, request.trust_remote_code)
+    base_source, reason = _base(request, source)
+    if base_source is None and (request.curve or request.max_increase is not None):
+        given = "--curve" if request.curve else "--max-increase"
+        raise UserError(f"{given}: {request.model} cannot be compared with a dense model: {reason}")
     found_file = None
-    if arguments.json is not None:
+    if request.json is not None:
         base_input = None if base_source is None else base_source.on_disk
-        inputs = [("--model", source.on_disk), ("--base", base_input), ("--data", arguments.data)]
-        found_file = output_file("--json", arguments.json, _MARK, inputs)
+        inputs = [("--model", source.on_disk), ("--base", base_input), ("--data", request.data)]
+        found_file = output_file("--json", request.json, _MARK, inputs)
     tokenizer = load_tokenizer(source)
-    text = held_out.default_text() if arguments.data is None else arguments.data
+    text = held_out.default_text() if request.data is None else request.data
     model = Loader(source, Form(), dtype, device, compute).while_loading()
     base = None if base_source is None else load_dense(base_source, dtype, device, compute)
     if text == "self":
-        ids = held_out.written(base or model, arguments.tokens, arguments.seed)
+        ids = held_out.written(base or model, request.tokens, request.seed)
     else:
-        ids = held_out.blocks(text, tokenizer, arguments.tokens, held_out.length_for(model))
+        ids = held_out.blocks(text, tokenizer, request.tokens, held_out.length_for(model))
     check_tokens(model, ids.tolist())
     if base is not None:
         known = [vocabulary_size(m) for m in (base, model)]
         if known[0] != known[1]:
             raise UserError(
-                f"{arguments.base or arguments.model}: expected the dense model that --model was quantized from, got "
+                f"{request.base or request.model}: expected the dense model that --model was quantized from, got "
                 f"a vocabulary of {known[0]} tokens instead of {known[1]}"
             )
     with counted("comparing layers") as progress:
         try:
             found = check_model(
-                model, base, ids, curve=CURVE if arguments.curve else (), seed=arguments.seed, progress=progress
+                model, base, ids, curve=CURVE if request.curve else (), seed=request.seed, progress=progress
             )
         except ValueError as error:
             if not str(error).startswith(("base:", "model:")):
                 raise
-            raise UserError(f"{arguments.base or arguments.model}: {first_line(error)}") from error
-    limit = MAX_INCREASE if arguments.max_increase is None else arguments.max_increase
+            raise UserError(f"{request.base or request.model}: {first_line(error)}") from error
+    limit = MAX_INCREASE if request.max_increase is None else request.max_increase
     good = found.is_sound and (found.increase is None or found.increase.nats <= limit)
     advice = advice_on(found)
     _report(found, text, reason, limit)
@@ -165,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
     if found_file is not None:
         record = {
             "written_by": _MARK,
-            "model": arguments.model,
+            "model": request.model,
             "base": None if base_source is None else base_source.name,
             "data": text,
             "max_increase": limit,

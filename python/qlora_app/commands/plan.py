@@ -84,6 +84,11 @@ class PlanRequest(Options):
         for one, other in (("model", "sizes"), ("sweep", "adapters")):
             if all(getattr(self, name) != getattr(PlanRequest, name) for name in (one, other)):
                 raise UserError(f"{flag(one)} and {flag(other)} exclude each other; give one of them")
+        if self.resident and self.stream == "none":
+            raise UserError(f"--resident {self.resident} needs --stream ram or --stream disk")
+        if self.offload_checkpoints and not self.grad_checkpointing:
+            raise UserError("--offload-checkpoints needs --grad-checkpointing")
+        check_dtype(self.dtype)
 
 
 def add_parser(commands: Any) -> None:
@@ -155,11 +160,8 @@ def _job(request: PlanRequest, config: Any, source: ModelSource | None) -> Job:
     from ..training import adapting
     from ..training.fitting import job_of
 
-    if request.offload_checkpoints and not request.grad_checkpointing:
-        raise UserError("--offload-checkpoints needs --grad-checkpointing")
     if request.optimizer not in OPTIMIZERS:
         raise UserError(f"--optimizer {request.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
-    check_dtype(request.dtype)
     job = dataclasses.replace(job_of(request, config, source), host=request.device == "cpu")
     if job.modules_to_save:
         with reading("configuration", str(request.model)):
@@ -189,26 +191,23 @@ def _largest(
     """The largest job of a sweep, its peaks, and what is printed about the sweep; empty for a run of one adapter."""
     from ..planning.memory import disk_bytes, peaks, split
 
-    measured: dict[tuple[Any, ...], tuple[Job, list[dict[str, float]]]] = {}
-    adapters, disk = _adapters(request), 0.0
-    keys = {name: tuple(getattr(options, key) for key in _SIZES) for name, options in adapters.items()}
-    for name, options in adapters.items():
-        if keys[name] not in measured:
-            job = _job(options, config, source)
-            try:
-                measured[keys[name]] = job, peaks(job)
-            except ValueError as error:
-                if "arget modules" not in str(error):
-                    raise
-                raise UserError(
-                    f"--target-modules {options.target_modules}: no layer of the model has that name"
-                ) from error
-        disk += disk_bytes(*measured[keys[name]])
-    total = {key: sum(split(*found).values()) for key, found in measured.items()}
-    largest = max(adapters, key=lambda name: total[keys[name]])
+    adapters = _adapters(request)
+    measured: dict[PlanRequest, tuple[Job, list[dict[str, float]]]] = {}
+    for options in dict.fromkeys(adapters.values()):
+        job = _job(options, config, source)
+        try:
+            measured[options] = job, peaks(job)
+        except ValueError as error:
+            if "arget modules" not in str(error):
+                raise
+            raise UserError(
+                f"--target-modules {options.target_modules}: no layer of the model has that name"
+            ) from error
+    disk = sum(disk_bytes(*measured[options]) for options in adapters.values())
+    largest = max(adapters, key=lambda name: sum(split(*measured[adapters[name]]).values()))
     count = max(len(adapters), request.adapters)
     sweep = {"adapters": count, "largest": largest or None, "disk_bytes": disk * count / len(adapters)}
-    return *measured[keys[largest]], sweep if count > 1 else {}
+    return *measured[adapters[largest]], sweep if count > 1 else {}
 
 
 def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float) -> None:
@@ -228,12 +227,6 @@ def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float
     with staged_file(path) as partial:
         figure.savefig(partial, format="png", metadata={"Software": _MARK})
     pyplot.close(figure)
-
-
-def _as_option(change: dict[str, Any]) -> str:
-    """A change that would save memory, as command-line options."""
-    note = " (its state may leave the GPU)" if change.get("optimizer") == "paged_adamw_8bit" else ""
-    return options_of(change) + note
 
 
 def _options_that_fit(job: Job, memory: float, link: float, flops: float) -> dict[str, Any]:
@@ -279,8 +272,6 @@ def _print_options(found: dict[str, Any], request: PlanRequest) -> None:
 
 def _planned(request: PlanRequest) -> dict[str, Any]:
     """What ``--json`` prints."""
-    if request.resident and request.stream == "none":
-        raise UserError(f"--resident {request.resident} needs --stream ram or --stream disk")
     if request.max_memory is not None and request.modules_to_save:
         raise UserError("--max-memory does not support --modules-to-save; use only one of them")
     if request.max_memory is not None and (request.sweep is not None or request.adapters != 1):
@@ -291,9 +282,9 @@ def _planned(request: PlanRequest) -> dict[str, Any]:
     name, config, source = _config(request)
     from qlora_ext import cpu
 
-    from ..planning.advice import savings
     from ..planning.blocks import place, streamed
     from ..planning.memory import process_bytes, split
+    from ..planning.search import savings
 
     if request.max_memory is not None:
         job = _job(request, config, source)
@@ -324,7 +315,10 @@ def _planned(request: PlanRequest) -> dict[str, Any]:
     fits = total <= memory
     if request.plot is not None:
         _plot(output_file("--plot", request.plot, _MARK, []), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory)
-    advice = {} if fits or streaming else {_as_option(change): saving for change, saving in savings(job, measured)}
+    advice = {}
+    for change, saving in [] if fits or streaming else savings(job, measured):
+        note = " (its state may leave the GPU)" if change.get("optimizer") == "paged_adamw_8bit" else ""
+        advice[options_of(change) + note] = saving
     return (
         {"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": advice}
         | ({"streaming": streaming} if streaming else {})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 from typing import Any
 
+from qlora_ext.formats import BLOCK_SIZES
 from qlora_ext.untrusted import printable
 
 from ..errors import UserError
@@ -15,11 +17,62 @@ from ..models.loading import Loader
 from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_tokenizer, restore_use_cache
 from ..models.size import dense_share, model_size
 from ..models.sources import PROVENANCE, resolve
-from ..options import add_options, options_in
+from ..options import REQUIRED, BaseOptions, add_options, like, option, options_in
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
 from ..quantization import calibrate, mixed_precision
-from ..quantization.request import QuantizeRequest
+from ..quantization.calibrate import INITIAL_ADAPTER, CalibrationOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeRequest(CalibrationOptions):
+    """What ``quantize`` reads, and how it encodes the weights."""
+
+    model: str = option(REQUIRED, "a model directory, a .gguf file, a hub name, or package:NAME")
+    trust_remote_code: bool = like(BaseOptions, "trust_remote_code")
+    output: str = option(REQUIRED, "output directory", metavar="DIR")
+    overwrite: bool = option(False, "replace what qlora-ext wrote to --output")
+    block_size: int = option(64, "weights per scale, a power of two from 16 to 4096", choices=BLOCK_SIZES)
+    format: str = option(
+        "qlora_ext", "format of the 4-bit weights: ours, or one that loads with bitsandbytes alone",
+        choices=("qlora_ext", "bitsandbytes"),
+    )  # fmt: skip
+    no_double_quant: bool = option(False, "keep the scales in float32")
+    embeddings: bool = option(
+        False, "quantize embeddings too, and output heads tied to them: smaller, faster to generate with, less accurate"
+    )
+    quantize_rest: bool = option(
+        False,
+        "of a GGUF file with 4-bit weights, which stay as they are, quantize the other layers to NF4 instead of "
+        "leaving them dense",
+    )
+    dtype: str = option("bfloat16", "dtype of the dense weights")
+    device: str = like(BaseOptions, "device", default="cpu")
+    init_lora: str | None = option(
+        None,
+        f"also write an adapter to OUTPUT/{INITIAL_ADAPTER} that approximates the quantization error: of the "
+        "outputs on the text of --calibrate (svd), or of the weights (loftq); finetune --init-adapter starts from it",
+        choices=("svd", "loftq"),
+    )
+    init_rank: int = option(16, "rank of that adapter", 1)
+    keep: str | None = option(
+        None,
+        "keep the layers in 16 bits whose 4 bits cost the most loss per byte: a number of layers (8), or as many "
+        "as fit into a percentage of the 4-bit model's size (5%%) or into a size (200MB). Measured on the text of "
+        "--calibrate, or on text that the model writes",
+        metavar="N|SHARE|SIZE",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_lora == "svd" and self.calibrate == "none":
+            raise UserError(
+                "--init-lora svd needs the layers' inputs on a text; add --calibrate self, or --calibrate with a text"
+            )
+        if self.embeddings and self.format == "bitsandbytes":
+            raise UserError(
+                "--embeddings and --format bitsandbytes exclude each other: bitsandbytes loads no 4-bit embeddings"
+            )
 
 
 def add_parser(commands: Any) -> None:
@@ -61,7 +114,7 @@ def _run(request: QuantizeRequest, output: Output) -> int:
     tokenizer = load_tokenizer(source)
     form = Form.of(block_size=request.block_size, double_quant=not request.no_double_quant)
     loader = Loader(source, form, dtype, device, embeddings=request.embeddings, rest=request.quantize_rest)
-    mixed = mixed_precision.from_options(request, tokenizer, form)
+    mixed = mixed_precision.from_options(request.keep, request, tokenizer, form)
     dense_first = request.calibrate != "none" or init_lora is not None or mixed is not None
     dense_first = dense_first or (request.format == "bitsandbytes" and has_4bit_blocks(source))  # it has NF4 only
     with contextlib.ExitStack() as stack:

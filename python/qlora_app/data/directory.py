@@ -47,7 +47,8 @@ def rows(directory: pathlib.Path, split: str, prompts: bool) -> Rows:
         )
 
     files = sorted(filter(is_data, directory.rglob("*")))
-    data = [path for path in files if reader_of(path) is not None]
+    readers = {path: reader for path in files if (reader := reader_of(path)) is not None}
+    data = [*readers]
     if not data:
         raise UserError(f"--data {shown}: expected files in it that end in {', '.join(READERS)}; found none")
     if saved := next((path.parent for path in data if path.suffix == ".arrow" and is_saved(path.parent)), None):
@@ -69,6 +70,4 @@ def rows(directory: pathlib.Path, split: str, prompts: bool) -> Rows:
         + (f"; left out: {excerpt(', '.join(left_out), 400)}" if left_out else "")
     )
     for path in data:
-        reader = reader_of(path)
-        assert reader is not None
-        yield from reader(path, split, prompts)
+        yield from readers[path](path, split, prompts)

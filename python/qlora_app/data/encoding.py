@@ -383,17 +383,15 @@ def split(
     row_tokens = seq_len if packing and not preferences else 1
     wanted = None if train_rows is None else train_rows * row_tokens
     wanted_first = wanted if first_rows is None else first_rows * row_tokens
-    examples_are_parsed = not any(
-        isinstance(example, str) for example in examples
-    )  # pieces of one text are to be shuffled first
+    are_texts = any(isinstance(example, str) for example in examples)  # whose pieces are to be shuffled first
     shuffled = (examples[i] for i in in_order(examples, seed))
     for row in encode(tokenizer, shuffled, seq_len, counts, preferences):
         rows.append(row)
         if len(rows) > held_out_rows:
             size += 1 if row_tokens == 1 else len(row["input_ids"])
-        if examples_are_parsed and wanted is not None and size >= wanted:
+        if not are_texts and wanted is not None and size >= wanted:
             break
-    if not examples_are_parsed or wanted_first is None or size < wanted_first:
+    if are_texts or wanted_first is None or size < wanted_first:
         held_out_rows = min(held_out_rows, max(1, len(rows) // 10))
     if len(rows) < 2:
         left_out = "".join(f"; {reason}" for reason in summary(counts, seq_len))
@@ -401,12 +399,12 @@ def split(
             f"--data: too little text: {len(rows)} of {len(examples)} examples are usable, at least two (or "
             f"twice --seq-len of text) are needed{left_out}"
         )
-    order = range(len(rows)) if examples_are_parsed else in_order(rows, seed)
+    order = in_order(rows, seed) if are_texts else range(len(rows))
     held_out = [rows[i] for i in order[:held_out_rows]]
     train = (rows[i] for i in order[held_out_rows:])
     if not preferences and packing:
         return Parts(pack(train, seq_len, train_rows), held_out, counts)
-    selected: Stored[Row] = Stored()
-    for row in itertools.islice(train, train_rows):
-        selected.append(row if preferences else {**row, "position_ids": list(range(len(row["input_ids"])))})
-    return Parts(selected, held_out, counts)
+    selected: Iterable[Row] = itertools.islice(train, train_rows)
+    if not preferences:
+        selected = ({**row, "position_ids": list(range(len(row["input_ids"])))} for row in selected)
+    return Parts(Stored(selected), held_out, counts)

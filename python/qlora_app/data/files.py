@@ -203,10 +203,6 @@ def _parquet(path: pathlib.Path, split: str, prompts: bool) -> Rows:
         raise UserError(f"{shown}: damaged, or not Parquet ({first_line(error)})") from error
 
 
-def _arrow(path: pathlib.Path, split: str, prompts: bool) -> Rows:
-    return hub.saved_rows(path, split)
-
-
 READERS: dict[str, Callable[[pathlib.Path, str, bool], Rows]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
@@ -214,7 +210,7 @@ READERS: dict[str, Callable[[pathlib.Path, str, bool], Rows]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".arrow": lambda path, split, prompts: hub.saved_rows(path, split),
     ".txt": _txt,
 }
 

@@ -33,9 +33,7 @@ def _rows(tokenizer: Any, examples: Sequence[Example]) -> Iterator[Row]:
     rows = encode(tokenizer, shuffled, LENGTH, preferences=False)
     if not any(isinstance(example, str) for example in examples):
         return rows
-    pieces: Stored[Row] = Stored()
-    for row in rows:
-        pieces.append(row)
+    pieces = Stored(rows)
     return (pieces[i] for i in in_order(pieces, 0))
 
 

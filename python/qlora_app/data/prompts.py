@@ -105,7 +105,4 @@ def split_prompts(
             "expected a larger --seq-len or a smaller --max-new-tokens"
         )
     held_out = min(held_out_rows, max(1, len(rows) // 10))
-    train: Stored[Row] = Stored()
-    for row in rows[held_out:]:
-        train.append(row)
-    return Parts(train, rows[:held_out], counts)
+    return Parts(Stored(rows[i] for i in range(held_out, len(rows))), rows[:held_out], counts)

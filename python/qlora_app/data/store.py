@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar, overload
 
 from ..errors import UserError
@@ -20,9 +20,11 @@ class Stored(Sequence[T], Generic[T]):
     The temporary file has no name, and is deleted with the sequence.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, values: Iterable[T] = ()) -> None:
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # closed with its last reference
         self._ends = array.array("Q", [0])
+        for value in values:
+            self.append(value)
 
     def append(self, value: T) -> None:
         """Adds a value.

@@ -35,7 +35,7 @@ def prepare(request: ExportRequest) -> Job:
     from qlora_ext.integrations.peft.experts import LoraExperts4bit
     from qlora_ext.nn import quantize_model
 
-    from ..gguf.adapter import fold, places, stack_places
+    from ..gguf.adapter import fold, places
 
     if request.adapter is None:
         raise UserError(f"{_TARGET}: expected an adapter (--adapter), got a model; use --to dense")
@@ -50,25 +50,23 @@ def prepare(request: ExportRequest) -> Job:
     check_tied(_TARGET, adapter, model)
     with torch.device("meta"):
         quantized = quantize_model(validate_model.skeleton(source, base_config))
-    adapted = {
-        name.removesuffix(".weight"): found for name, found in adapted_layers(_TARGET, adapter, quantized).items()
-    }
+    adapted = adapted_layers(_TARGET, adapter, quantized)
     stacks = {name: (path, layer) for name, (path, layer) in adapted.items() if isinstance(layer, LoraExperts4bit)}
-    scalings = {name: (float(layer.scaling["default"]), layer.r["default"]) for name, (_, layer) in adapted.items()}
-    shapes = {name: layer.layer4bit.packed_shapes[layer.parameter_name] for name, (_, layer) in stacks.items()}
-    linear = sorted(adapted.keys() - stacks)  # the order of the adapter's file
+    names = {name: name.removesuffix(".weight") for name in (*sorted(adapted.keys() - stacks), *stacks)}
+    loras = {layer: adapted[name][1] for name, layer in names.items()}
+    scalings = {layer: (float(lora.scaling["default"]), lora.r["default"]) for layer, lora in loras.items()}
     try:
         alpha, factors = fold(scalings)
-        found = {layer: [place] for layer, place in places(architecture, model, linear).items()}
-        found |= stack_places(architecture, model, shapes)
+        in_file = places(architecture, model, names)
     except ValueError as error:
         raise UserError(f"{_TARGET}: {first_line(error)}; use --to dense") from error
     kept = dtype_named("float16" if request.kind == "f16" else "float32")
     count = 0
-    for name, (_, layer) in adapted.items():
-        a, b = (matrices["default"].weight.numel() for matrices in (layer.lora_A, layer.lora_B))
-        count += a * len(found[name]) + b
-    plan = _Plan(adapter, architecture, alpha, {layer: (found[layer], factors[layer]) for layer in found}, stacks, kept)
+    for name, (_, lora) in adapted.items():
+        a, b = (matrices["default"].weight.numel() for matrices in (lora.lora_A, lora.lora_B))
+        count += a * len(in_file[name]) + b
+    layers = {layer: (in_file[name], factors[layer]) for name, layer in names.items()}
+    plan = _Plan(adapter, architecture, alpha, layers, stacks, kept)
     return Job(
         count * kept.itemsize + _HEADER, functools.partial(_build, plan), functools.partial(_read, plan, scalings)
     )

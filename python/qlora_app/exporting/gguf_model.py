@@ -21,8 +21,7 @@ from qlora_ext.weight import quantize
 
 from ..errors import UserError, first_line
 from ..gguf.layout import FileTensor, file_tensors
-from ..gguf.rewriting import rewrite
-from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed
+from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed, rewrite
 from ..models import validate_model
 from ..models.adapted import Adapted
 from ..models.loading import stored_forms

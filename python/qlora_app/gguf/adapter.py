@@ -12,89 +12,46 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qlora_ext.gguf.file import VERSION_KEY
-from qlora_ext.gguf.names import Names
 from qlora_ext.version import VERSION
+
+from .layout import file_tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a layer is in the base's GGUF file.
+    """Rows of a layer, or of each matrix of a stack, in the base's GGUF file.
 
     Attributes:
-        tensor: the name of its weight there.
+        tensor: the name of their weight there.
         rows: row i of that weight is row ``rows[i]`` of the model's; of a stack, of each matrix.
     """
 
     tensor: str
-    rows: slice | Tensor
+    rows: Tensor
 
 
-def places(architecture: str, model: Any, layers: Iterable[str]) -> dict[str, Place]:
-    """Where linear layers of a transformers model are in its GGUF file.
-
-    Args:
-        architecture: llama.cpp's name.
-        model: the dense model; it may be on the meta device.
-        layers: their names in the model.
-
-    Raises:
-        ValueError: a layer does not exist, or no tensor of the file has its rows.
-    """
-    names, state = Names(architecture, model), model.state_dict()
-    in_file = collections.defaultdict(list)
-    for tensor, weight in names.of_model.items():
-        in_file[weight].append(tensor)
-    found = {}
-    for layer in layers:
-        weight = f"{layer}.weight"
-        tensors = in_file[weight]
-        if weight not in state or state[weight].ndim != 2 or len(tensors) != 1:
-            raise ValueError(f"{layer}: expected a linear layer that {architecture} models of llama.cpp have")
-        rows = names.places_of(tensors[0], tuple(state[weight].shape))[weight]
-        if rows is None or rows.transposed or rows.stack != state[weight].shape[:1]:
-            raise ValueError(f"{layer}: expected a layer whose rows are in a tensor of the GGUF file")
-        found[layer] = Place(tensors[0], rows.numbers)
-    return found
-
-
-def stack_places(architecture: str, model: Any, stacks: Mapping[str, tuple[int, ...]]) -> dict[str, list[Place]]:
-    """Where stacked weights of experts are in the GGUF file, which has separate stacks for gate and up.
+def places(architecture: str, model: Any, weights: Iterable[str]) -> dict[str, list[Place]]:
+    """Where linear layers and stacks of experts of a transformers model are in its GGUF file.
 
     Args:
         architecture: llama.cpp's name.
         model: the dense model; it may be on the meta device.
-        stacks: the shapes [E, N, K] of the weights, by their names in the model.
+        weights: their names in the model.
 
     Raises:
-        ValueError: the matrices of a stack are not in tensors of the file, row by row.
+        ValueError: no tensors of the file have the rows of a weight.
     """
-    names = Names(architecture, model)
-    found = {}
-    for stack, (experts, rows, width) in stacks.items():
-        tensors = {
-            f"{name.removesuffix('.weight')}.weight" for name, weight in names.of_model.items() if weight == stack
-        }
-        places, taken = [], 0
-        for tensor in sorted(tensors):
-            count = rows // len(tensors)
-            place = names.places_of(tensor, (experts, count, width)).get(stack)
-            if place is None or place.stack != (experts, rows):
-                break
-            numbers = torch.arange(experts * rows, dtype=torch.int64, device="cpu")[place.numbers].view(experts, -1)
-            local = numbers - rows * torch.arange(experts, dtype=torch.int64, device="cpu")[:, None]
-            if numbers.shape[1] != count or not torch.equal(local, local[:1].expand_as(local)):
-                break
-            places.append(Place(tensor, local[0]))
-            taken += count
-        if taken != rows:
+    found = collections.defaultdict(list)
+    for tensor in file_tensors(architecture, model, weights):
+        rows = tensor.rows_of_each_matrix()
+        if rows is None:
             raise ValueError(
-                f"{stack}: expected experts whose rows are in tensors of {architecture} files of llama.cpp"
+                f"{tensor.weight}: expected a weight whose rows are in tensors of {architecture} files of llama.cpp"
             )
-        found[stack] = places
+        found[tensor.weight].append(Place(tensor.name, rows))
     return found
 
 

@@ -52,6 +52,16 @@ class FileTensor:
         weight = weight.transpose(-1, -2) if self.place.transposed else weight
         return weight.reshape(-1, self.shape[-1])[self.place.numbers].reshape(self.shape)
 
+    def rows_of_each_matrix(self) -> Tensor | None:
+        """The rows of a weight's matrix that this tensor has; None if it has others of the next matrix, or no rows."""
+        if not isinstance(self.place, Rows):
+            return None
+        *stack, rows = self.place.stack
+        matrices = math.prod(stack)
+        numbers = torch.arange(matrices * rows, dtype=torch.int64, device="cpu")[self.place.numbers].view(matrices, -1)
+        local = numbers - rows * torch.arange(matrices, dtype=torch.int64, device="cpu")[:, None]
+        return local[0] if torch.equal(local, local[:1].expand_as(local)) else None
+
     def packed_rows(self, w4: Weight4bit) -> Weight4bit:
         """The 4-bit weight with the rows of this tensor, as a stack [matrices, rows, columns].
 
@@ -109,7 +119,7 @@ def file_tensors(architecture: str, model: Any, weights: Iterable[str]) -> list[
     found = []
     for full_name in weights:
         weight = _in_decoder(full_name)
-        shape, parts = tuple(state[weight].shape), in_file[weight]
+        shape, parts = tuple(state[weight].shape) if weight in state else (), in_file[weight]
         tensors = [
             _matrix(names, name, weight, shape, len(parts)) or _small(names, name, weight, shape, len(parts))
             for name in parts

@@ -11,12 +11,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import gguf
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_ext.gguf.metadata import FAMILIES, FLOATS, FULL, ROPE_KEY, SLIDING, scalar_of_27b, table
 
+_TYPES = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32, int: gguf.GGUFValueType.UINT32}
 # Parameters of YaRN that llama.cpp does not read in the files of these architectures.
 _BETAS = (("beta_fast", 32.0), ("beta_slow", 1.0))
 
@@ -106,13 +108,7 @@ def ignored_window(config: Any) -> int | None:
 def add_hyperparameters(writer: Any, config: Any) -> None:
     """Adds the metadata of the model to a file, for a configuration that ``check`` accepts."""
     for key, value in _hyperparameters(writer.arch, config.get_text_config()):
-        key = f"{writer.arch}.{key}"
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, value)
+        writer.add_key_value(f"{writer.arch}.{key}", value, _TYPES[type(value)])
     rope, _ = _ropes(config.get_text_config())
     if rope.get("rope_type") in ("llama3", "longrope"):
         writer.add_string(ROPE_KEY, json.dumps(rope))

@@ -1,10 +1,12 @@
-"""Writes the tensors of a GGUF file one at a time."""
+"""Writes the tensors of a GGUF file one at a time, and copies of a file with some tensors replaced."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import gguf
@@ -12,6 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from qlora_ext.gguf import blocks
+from qlora_ext.gguf.file import VERSION_KEY, read_header
+from qlora_ext.version import VERSION
 from qlora_ext.weight import Weight4bit
 
 # The types to which a dense weight is converted.
@@ -36,23 +40,16 @@ class NewTensor:
     data: Callable[[], Any]
 
 
-def bytes_per_row(kind: str, width: int) -> int | None:
-    """The size of a row in a type; None if rows of that width do not consist of whole blocks."""
-    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return None if width % elements else width // elements * size
-
-
 def nbytes_of(kind: str, shape: Sequence[int]) -> int:
     """The size of a tensor in a type.
 
     Raises:
         ValueError: its rows do not consist of whole blocks.
     """
-    *rows, width = shape
-    size = bytes_per_row(kind, width)
-    if size is None:
-        raise ValueError(f"rows of {width} weights, no multiple of a block")
-    return math.prod(rows) * size
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    if shape[-1] % elements:
+        raise ValueError(f"rows of {shape[-1]} weights, no multiple of a block")
+    return math.prod(shape) // int(elements) * int(size)
 
 
 def packed(kind: str, w4: Weight4bit) -> Any:
@@ -85,3 +82,37 @@ def write_tensors(writer: gguf.GGUFWriter, tensors: Sequence[NewTensor]) -> None
     for tensor in tensors:
         writer.write_tensor_data(tensor.data())
     writer.close()
+
+
+def rewrite(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    replaced: Mapping[str, NewTensor],
+    dropped: Collection[str] = (),
+) -> None:
+    """Writes the file ``path``: ``source`` with the tensors ``replaced``, by name, and without those ``dropped``.
+
+    The metadata, with the tokenizer, and other tensors do not change.
+
+    Raises:
+        FileError: ``source`` is damaged.
+    """
+    header = read_header(source)
+    writer = gguf.GGUFWriter(os.fspath(path), header.architecture)
+    writer.add_string(VERSION_KEY, VERSION)
+    reader = gguf.GGUFReader(source)
+    for name, field in reader.fields.items():
+        if name in (gguf.Keys.General.ARCHITECTURE, VERSION_KEY) or name.startswith("GGUF."):
+            continue
+        if name == gguf.Keys.General.ALIGNMENT:
+            writer.add_custom_alignment(field.contents())
+        elif field.types[0] != gguf.GGUFValueType.ARRAY:
+            writer.add_key_value(name, field.contents(), field.types[0])
+        elif len(field.types) > 1:  # the gguf package does not write empty arrays
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    tensors = []
+    for tensor in (tensor for tensor in header.tensors if tensor.name not in dropped):
+        data = functools.partial(np.memmap, source, np.uint8, "r", tensor.begin, (tensor.nbytes,))
+        old = NewTensor(tensor.name, tensor.shape, tensor.type_name, tensor.nbytes, data)
+        tensors.append(replaced.get(tensor.name, old))
+    write_tensors(writer, tensors)

@@ -16,30 +16,13 @@ from types import ModuleType
 from typing import Any
 
 
-class _Loader(importlib.abc.Loader):
-    """Imports ``qlora_ext`` before the module that ``loader`` loads; otherwise it behaves as ``loader``."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _BeforeTransformers)]
-        try:
-            import qlora_ext as qlora_ext
-        except Exception as error:  # the program itself must still run
-            if sys.stderr is not None:
-                print(f"qlora-ext run: {sys.executable} cannot import qlora_ext: {error}", file=sys.stderr)
-        module: ModuleType | None = self._loader.create_module(spec)
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
+def _import_ours() -> None:
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _BeforeTransformers)]
+    try:
+        import qlora_ext as qlora_ext
+    except Exception as error:  # the program itself must still run
+        if sys.stderr is not None:
+            print(f"qlora-ext run: {sys.executable} cannot import qlora_ext: {error}", file=sys.stderr)
 
 
 class _BeforeTransformers(importlib.abc.MetaPathFinder):
@@ -52,8 +35,17 @@ class _BeforeTransformers(importlib.abc.MetaPathFinder):
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next((s for finder in others if (s := finder.find_spec(name, path, target)) is not None), None)
-        if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _Loader(spec.loader)
+        loader: Any = None if spec is None else spec.loader
+        if hasattr(loader, "exec_module"):
+            create = loader.create_module
+
+            def create_after_ours(spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+                vars(loader).pop("create_module", None)
+                _import_ours()
+                module: ModuleType | None = create(spec)
+                return module
+
+            loader.create_module = create_after_ours  # called by an import, and not by a search for the library
         return spec
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from qlora_ext.dtype_names import AUTO as AUTO
@@ -63,14 +64,11 @@ def parse_device(name: str) -> torch.device:
     info = build_info()
     if name == "auto":
         return torch.device("cuda" if info["cuda_available"] else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9][0-9]?))?", name):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not info["cuda_available"]:
         raise UserError(f"--device {name}: no CUDA here ({info['cuda_error'] or 'torch finds no device'})")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device

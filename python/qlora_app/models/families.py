@@ -58,11 +58,12 @@ def _key(name: str) -> str:
     return key
 
 
-def config(name: str) -> Any:
-    """The transformers configuration of a known model, such as llama-3-8b or meta-llama/Meta-Llama-3-8B."""
+def _config(
+    kind: str, vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, tied: bool = False,
+    **more: Any,
+) -> Any:  # fmt: skip
     from transformers import AutoConfig
 
-    kind, vocab, hidden, intermediate, layers, heads, kv_heads, tied = _FAMILIES[_key(name)]
     return AutoConfig.for_model(
         kind,
         vocab_size=vocab,
@@ -72,8 +73,13 @@ def config(name: str) -> Any:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         tie_word_embeddings=tied,
-        **_EXPERTS.get(_key(name), {}),
+        **more,
     )
+
+
+def config(name: str) -> Any:
+    """The transformers configuration of a known model, such as llama-3-8b or meta-llama/Meta-Llama-3-8B."""
+    return _config(*_FAMILIES[_key(name)], **_EXPERTS.get(_key(name), {}))
 
 
 def config_of_sizes(text: str) -> Any:
@@ -85,8 +91,6 @@ def config_of_sizes(text: str) -> Any:
     Raises:
         ValueError: ``text`` has another form, or the sizes do not fit together.
     """
-    from transformers import AutoConfig
-
     sizes = {"vocab": 32000}
     for part in text.split(","):
         key, _, value = part.partition("=")
@@ -96,18 +100,12 @@ def config_of_sizes(text: str) -> Any:
         if len(value) > 6:
             raise ValueError(f"sizes {excerpt(text)}: expected numbers below a million")
         sizes[key.strip()] = int(value)
-    missing = [key for key in ("hidden", "intermediate", "layers", "heads") if key not in sizes]
+    needed = ("hidden", "intermediate", "layers", "heads")
+    missing = [key for key in needed if key not in sizes]
     missing += [key for key, size in sizes.items() if not size]
     if missing:
         raise ValueError(f"sizes {text}: {', '.join(missing)} is missing or 0")
     if sizes["hidden"] % sizes["heads"] or sizes["heads"] % sizes.get("kv-heads", 1):
         raise ValueError(f"sizes {text}: expected hidden to be a multiple of heads, and heads of kv-heads")
-    return AutoConfig.for_model(
-        "llama",
-        vocab_size=sizes["vocab"],
-        hidden_size=sizes["hidden"],
-        intermediate_size=sizes["intermediate"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes.get("kv-heads", sizes["heads"]),
-    )
+    vocab, hidden, intermediate, layers, heads = (sizes[k] for k in ("vocab", *needed))
+    return _config("llama", vocab, hidden, intermediate, layers, heads, sizes.get("kv-heads", heads))

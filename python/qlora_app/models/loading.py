@@ -172,6 +172,7 @@ class Loader:
             spill: receives the quantized weights; ``device`` must then be the CPU.
         """
         from qlora_ext.integrations.transformers import QLoRAConfig
+        from qlora_ext.integrations.transformers.modules import dense_modules
         from qlora_ext.integrations.transformers.spill import spilling
 
         model_config = load_config(self.source)
@@ -180,11 +181,16 @@ class Loader:
         if self.source.gguf_file is not None and weights is None:
             # transformers cannot quantize a GGUF file that it reads itself.
             self._say_that_it_decodes("the names of its tensors are unknown")
-            return self._after_loading(stream, resident, shown=spill is not None)
+            model = _dense(self.source, self.dtype, shown=spill is not None)
+            self._quantize(model)
+            return self._placed(model, stream, resident)
+        heads = None  # which stay dense
+        if self.rest:
+            heads = [*dense_modules(validate_model.skeleton(self.source, model_config)).heads]
         config = QLoRAConfig(
             block_size=self.form.block_size, double_quant=self.form.double_quant,
             nested_block_size=self.form.nested_block_size, embeddings=self.embeddings, stream=stream, resident=resident,
-            skip_modules=self._heads(model_config) if self.rest else None,
+            skip_modules=heads,
             served=self.served if self.served in READ_IN else None,
         )  # fmt: skip
         if spill is not None:
@@ -210,15 +216,13 @@ class Loader:
 
         validate_model.check_room(self.source, load_config(self.source))
         self._say_that_it_decodes("options need the dense model")
-        dtype = self.dtype
-        model = _dense(self.source, dtype)
+        model = _dense(self.source, self.dtype)
         runs = calibration is not None or keep is not None
         if runs:
             model.to(self.device)
-        with computing_in(model, computing_dtype(dtype, self.device)) if runs else contextlib.nullcontext():
+        with computing_in(model, computing_dtype(self.dtype, self.device)) if runs else contextlib.nullcontext():
             self._quantize(model, keep, calibration=calibration, init_lora=init_lora)
-        model.to(self.device)
-        return _checked(model, self.source, dtype, self.compute, self.layers)
+        return self._placed(model)
 
     def _say_that_it_decodes(self, why: str) -> None:
         if has_4bit_blocks(self.source):
@@ -227,12 +231,6 @@ class Loader:
                 f"because {why}",
                 file=sys.stderr,
             )
-
-    def _heads(self, model_config: Any) -> list[str]:
-        """The names of the output heads, which stay dense."""
-        from qlora_ext.integrations.transformers.modules import dense_modules
-
-        return [*dense_modules(validate_model.skeleton(self.source, model_config)).heads]
 
     def _quantized(self, config: Any, weights: GGUFWeights | None, shown: bool) -> Any:
         """Lets transformers quantize the model while it loads it, from its files or from ``weights``."""
@@ -245,18 +243,15 @@ class Loader:
             print(f"qlora-ext: {weights.summary}", file=sys.stderr)
         return model
 
-    def _after_loading(self, stream: str | None, resident: str | None, shown: bool) -> Any:
-        """Loads the dense model and then quantizes it, for sources that transformers cannot quantize while loading."""
+    def _placed(self, model: Any, stream: str | None = None, resident: str | None = None) -> Any:
+        """The quantized model on its device, or streamed to it, checked."""
         from qlora_ext import streaming
 
-        dtype = self.dtype
-        model = _dense(self.source, dtype, shown)
-        self._quantize(model)
         if stream is not None and self.device.type != "cpu":
             streaming.stream(model, resident, "ram", self.device)
         else:
             model.to(self.device)
-        return _checked(model, self.source, dtype, self.compute, self.layers)
+        return _checked(model, self.source, self.dtype, self.compute, self.layers)
 
     def _quantize(self, model: Any, keep: Callable[[Any], list[str]] | None = None, **options: Any) -> None:
         from qlora_ext.nn import quantize_model

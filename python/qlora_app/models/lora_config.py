@@ -5,12 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 
-def is_tied(model: Any) -> bool:
-    """Whether the output head of ``model`` shares the weight of its embeddings."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", head)
-
-
 def lora_config(model: Any, rank: int, targets: str | list[str], modules_to_save: list[str], **more: Any) -> Any:
     """The configuration of a new adapter on ``model``.
 
@@ -22,5 +16,7 @@ def lora_config(model: Any, rank: int, targets: str | list[str], modules_to_save
     from peft import LoraConfig
 
     if modules_to_save:
-        more |= {"modules_to_save": modules_to_save, "ensure_weight_tying": is_tied(model)}
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", head)
+        more |= {"modules_to_save": modules_to_save, "ensure_weight_tying": tied}
     return LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=targets, **more)

@@ -100,12 +100,6 @@ def _gguf(name: str, path: pathlib.Path, trust_remote_code: bool, option: str) -
     return ModelSource(name, str(path.parent), path.name, trust_remote_code)
 
 
-def _only_gguf(directory: pathlib.Path) -> pathlib.Path | None:
-    """The GGUF file of a directory that has exactly one."""
-    found = [path for path in directory.glob("*.gguf") if path.is_file()]
-    return found[0] if len(found) == 1 else None
-
-
 def _check_directory(path: pathlib.Path, option: str, name: str) -> None:
     """Rejects a path that is not a model directory, or holds files that transformers would skip or block on."""
     if not (path / "config.json").exists():
@@ -154,9 +148,9 @@ def resolve(name: str, trust_remote_code: bool = False, option: str = "--model",
             raise UserError(f"{option} {name}: expected a model directory, a .gguf file or a hub name, got a file")
         return _gguf(str(path.resolve()), path.resolve(), trust_remote_code, option)
     if path.is_dir():
-        gguf = None if (path / "config.json").exists() else _only_gguf(path)
-        if gguf is not None:
-            return _gguf(str(gguf.resolve()), gguf.resolve(), trust_remote_code, option)
+        ggufs = [] if (path / "config.json").exists() else [file for file in path.glob("*.gguf") if file.is_file()]
+        if len(ggufs) == 1:
+            return _gguf(str(ggufs[0].resolve()), ggufs[0].resolve(), trust_remote_code, option)
         _check_directory(path, option, name)
         return ModelSource(str(path.resolve()), str(path.resolve()), None, trust_remote_code)
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

@@ -11,10 +11,9 @@ Example:
 """
 
 from ..models import families
-from .advice import savings
 from .blocks import Streamed, place, streamed
 from .memory import OPTIMIZERS, Job, peak_memory
-from .search import Switched, choose, largest_model, longest_context
+from .search import Switched, choose, largest_model, longest_context, savings
 
 __all__ = [
     "OPTIMIZERS",

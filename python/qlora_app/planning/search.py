@@ -1,4 +1,4 @@
-"""Searches for the changes with which a run fits into memory, the longest context, and the largest model that fits."""
+"""Changes that save memory: those with which a run fits, the longest context, and the largest model that fits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from ..models import families
 from .blocks import Streamed, place, streamed
-from .memory import Job, peaks, split, static_split
+from .memory import Job, peaks, split, static_split, trains_head
 
+_MIN_SAVING = 0.005  # of the total: smaller savings are not reported
 # Changed fields of Job, from those that cost nothing to those that cost time. Each is applied with all before it.
 _CHANGES: tuple[dict[str, Any], ...] = (
     {},
@@ -172,3 +173,44 @@ def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]] | N
         if _before_the_step(found.job, found.blocks) <= memory >= total(found.job, found.blocks):
             return name
     return None
+
+
+def savings(job: Job, measured: list[dict[str, float]] | None = None) -> list[tuple[dict[str, Any], float]]:
+    """The changes that would reduce the memory of a run that is not streamed, each alone, the largest saving first.
+
+    Args:
+        measured: the ``peaks`` of the job, if they are known.
+
+    Returns:
+        Changed fields of ``job``, and the bytes per device that they save.
+
+    Example:
+        >>> planning = qlora_app.planning
+        >>> config = planning.families.config_of_sizes("hidden=64,intermediate=128,layers=2,heads=4,vocab=4096")
+        >>> planning.savings(planning.Job(config, seq_len=128))[0][0]
+        {'chunked_loss': True}
+    """
+    measured = peaks(job) if measured is None else measured
+    parts = split(job, measured)
+    total = sum(parts.values())
+    plain = job.optimizer == "adamw_torch"
+    changes: list[tuple[bool, dict[str, Any]]] = [
+        (not job.grad_checkpointing, {"grad_checkpointing": True}),
+        (not job.chunked_loss and not trains_head(job), {"chunked_loss": True}),
+        (job.batch_size > 1, {"batch_size": job.batch_size // 2}),
+        (job.seq_len > 256, {"seq_len": job.seq_len // 2}),
+        (job.rank > 8, {"rank": job.rank // 2}),
+        (plain, {"optimizer": "adamw_8bit"}),
+        (not job.host, {"devices": job.devices * 2}),
+        (plain and not job.host, {"optimizer": "paged_adamw_8bit"}),
+    ]
+    found: list[tuple[dict[str, Any], float]] = []
+    for change in (change for possible, change in changes if possible):
+        changed = dataclasses.replace(job, **change)
+        outside_step = change.keys() <= {"optimizer", "devices"}  # the step is that of the unchanged job
+        size = split(changed, measured if outside_step else peaks(changed))
+        found.append((change, total - sum(size.values())))
+    found = [(change, saving) for change, saving in found if saving > _MIN_SAVING * total]
+    streamable, _ = place(parts, streamed(job), None)
+    found.append(({"stream": "disk" if job.host else "ram"}, total - sum(streamable.values())))
+    return sorted(found, key=lambda pair: -pair[1])

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from qlora_ext.fidelity import LayerCost, Sensitivity
     from qlora_ext.form import Form
 
-    from .request import QuantizeRequest
-
 # Size of the text on which the layers are compared. Sequences are short, because each is one sample per layer.
 TOKENS, LENGTH = 4096, 128
 
@@ -79,25 +77,27 @@ class MixedPrecision:
         )
 
 
-def from_options(options: QuantizeRequest, tokenizer: Any, form: Form) -> MixedPrecision | None:
+def from_options(
+    keep: str | None, options: calibrate.CalibrationOptions, tokenizer: Any, form: Form
+) -> MixedPrecision | None:
     """The choice of layers that ``--keep`` specifies; None without it.
 
     Raises:
         UserError: the value is not a budget, or the text is too short.
     """
-    if options.keep is None:
+    if keep is None:
         return None
     from qlora_ext.fidelity import allowance
 
     try:
-        allowance(options.keep, 0)
+        allowance(keep, 0)
     except ValueError:
         raise UserError(
-            f"--keep {options.keep}: expected a number of layers, a share such as 5% or a size such as 200MB"
+            f"--keep {keep}: expected a number of layers, a share such as 5% or a size such as 200MB"
         ) from None
     own = options.calibrate in ("self", "none")
     return MixedPrecision(
-        options.keep,
+        keep,
         "self" if own else calibrate.tokens_of(options.calibrate, tokenizer, TOKENS, LENGTH),
         form,
         "self" if own else options.calibrate,

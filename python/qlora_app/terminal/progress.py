@@ -11,14 +11,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.text import Text
 from transformers import TrainerCallback
+
+from qlora_ext.untrusted import printable
 
 from ..outputs.files import append_json_line, write_json_lines
 
 _WIDE_COLUMNS = 70  # narrower terminals show only the counts, the loss and the time left
 _NAMED_CURVES = 20  # more names would cover the curves
+_SHOWN = 300  # only the last characters of a prompt are shown
 _LINES = 20  # progress lines per run if the output is not a terminal
 
 
@@ -111,6 +116,13 @@ def describe(measured: dict[str, Any]) -> str:
     return loss
 
 
+def show_sample(console: Console, title: str, prompt: str, answer: str) -> None:
+    """Shows a prompt and a model's completion in a frame."""
+    text = Text(printable(prompt.strip()[-_SHOWN:], lines=True), style="dim")
+    text.append("\n" + printable(answer.strip(), lines=True), style="not dim")
+    console.print(Panel(text, title=title, title_align="left"))
+
+
 @contextlib.contextmanager
 def _plotted(path: pathlib.Path, histories: Iterable[list[dict[str, Any]]], title: str) -> Iterator[Any]:
     """The axes of a plot of losses by step, which is saved as a PNG."""
@@ -136,14 +148,19 @@ def _plotted(path: pathlib.Path, histories: Iterable[list[dict[str, Any]]], titl
     pyplot.close(figure)
 
 
+def _points(history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """The steps at which there is a value, and the values."""
+    found = [record for record in history if key in record]
+    return [record["step"] for record in found], [record[key] for record in found]
+
+
 def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
     """Plots the training loss per step, and the held-out loss where it was measured, as a PNG; for GRPO, the reward."""
     rewards = any("eval_reward" in record for record in history)
     trained, measured = ("reward", "eval_reward") if rewards else ("loss", "eval_loss")
     with _plotted(path, [history], title) as axes:
         for key, label, style in ((trained, "training", "-"), (measured, "held out", "o--")):
-            points = [(record["step"], record[key]) for record in history if key in record]
-            axes.plot(*zip(*points, strict=True), style, label=label) if points else None
+            axes.plot(*_points(history, key), style, label=label)
         axes.legend()
 
 
@@ -153,11 +170,9 @@ def plot_losses(histories: dict[str, list[dict[str, Any]]], path: pathlib.Path) 
     with _plotted(path, histories.values(), title) as axes:
         for i, (name, history) in enumerate(histories.items()):
             colour, style = f"C{i % 10}", ("-", "--", ":")[i // 10 % 3]
-            steps = [record["step"] for record in history if "loss" in record]
-            losses = [record["loss"] for record in history if "loss" in record]
+            steps, losses = _points(history, "loss")
             means = [statistics.fmean(losses[max(0, j - 9) : j + 1]) for j in range(len(losses))]
             axes.plot(steps, means, style, color=colour, label=name)
-            points = [(record["step"], record["eval_loss"]) for record in history if "eval_loss" in record]
-            axes.plot(*zip(*points, strict=True), "o", color=colour) if points else None
+            axes.plot(*_points(history, "eval_loss"), "o", color=colour)
         if 0 < len(histories) <= _NAMED_CURVES:
             axes.legend(fontsize=7)

@@ -94,20 +94,6 @@ def check_chunked_loss(model: Any) -> None:
         raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which is not supported")
 
 
-def check_adapter(model: Any, settings: Settings) -> None:
-    """Rejects options of the adapter that do not fit the model.
-
-    Args:
-        model: the model, possibly without weights and not quantized yet.
-
-    Raises:
-        UserError: an option does not fit; the message names it.
-    """
-    targets_of(model, settings.target_modules, settings.layers)
-    _check_layers(model, settings.layers)
-    check_saved(model, named_modules(settings.modules_to_save))
-
-
 def add_adapter(model: Any, source: ModelSource, settings: Settings, force: bool) -> Any:
     """``model``, the base from ``source``, with a new adapter, or the one of ``--init-adapter``.
 
@@ -117,19 +103,30 @@ def add_adapter(model: Any, source: ModelSource, settings: Settings, force: bool
     Raises:
         UserError: an option does not fit the model, or the adapter's files are damaged.
     """
-    from peft import get_peft_model
     from transformers import set_seed
 
-    from qlora_ext.integrations.peft import set_dropout
+    from qlora_ext.integrations.peft import set_dropout, set_merge_aware
+
+    set_seed(settings.seed)
+    if settings.init_adapter:
+        adapted = load_adapter(model, find(settings.init_adapter, "--init-adapter"), force, trainable=True)
+        set_dropout(adapted, "default", settings.dropout)
+    else:
+        adapted = _new_adapter(model, settings)
+    adapted.peft_config["default"].base_model_name_or_path = source.path
+    if settings.merge_aware:
+        try:
+            set_merge_aware(adapted, code=None if settings.merge_aware == BASE_FORMAT else settings.merge_aware)
+        except ValueError as error:
+            raise UserError(f"--merge-aware {settings.merge_aware}: {first_line(error)}") from error
+    return adapted
+
+
+def _new_adapter(model: Any, settings: Settings) -> Any:
+    from peft import get_peft_model
 
     from ..models.lora_config import lora_config
 
-    if settings.init_adapter:
-        set_seed(settings.seed)
-        adapted = load_adapter(model, find(settings.init_adapter, "--init-adapter"), force, trainable=True)
-        set_dropout(adapted, "default", settings.dropout)
-        adapted.peft_config["default"].base_model_name_or_path = source.path
-        return _made_merge_aware(adapted, settings)
     config = lora_config(
         model,
         settings.rank,
@@ -141,26 +138,12 @@ def add_adapter(model: Any, source: ModelSource, settings: Settings, force: bool
         use_dora=settings.dora,
         layers_to_transform=layer_numbers(settings.layers) or None,
     )
-    set_seed(settings.seed)
     try:
-        adapted = get_peft_model(model, config)
+        return get_peft_model(model, config)
     except ValueError as error:
         option = flag("modules_to_save" if "modules_to_save" in str(error) else "target_modules")
         value = settings.modules_to_save if "save" in option else settings.target_modules
         raise UserError(f"{option} {value}: {first_line(error)}") from error
-    adapted.peft_config["default"].base_model_name_or_path = source.path
-    return _made_merge_aware(adapted, settings)
-
-
-def _made_merge_aware(adapted: Any, settings: Settings) -> Any:
-    from qlora_ext.integrations.peft import set_merge_aware
-
-    if settings.merge_aware:
-        try:
-            set_merge_aware(adapted, code=None if settings.merge_aware == BASE_FORMAT else settings.merge_aware)
-        except ValueError as error:
-            raise UserError(f"--merge-aware {settings.merge_aware}: {first_line(error)}") from error
-    return adapted
 
 
 def _largest_rank(model: Any, targets: str) -> int | None:
@@ -184,5 +167,7 @@ def check_without_weights(source: ModelSource, config: Any, settings: Settings) 
     """
     validate_model.check_room(source, config)
     model = validate_model.skeleton(source, config)
-    check_adapter(model, settings)
+    targets_of(model, settings.target_modules, settings.layers)
+    _check_layers(model, settings.layers)
+    check_saved(model, named_modules(settings.modules_to_save))
     return _largest_rank(model, settings.target_modules)

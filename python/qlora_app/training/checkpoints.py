@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
 import re
 from typing import Any
@@ -12,14 +11,11 @@ from qlora_ext.untrusted import read_json
 from ..errors import UserError, first_line
 from ..outputs.files import write_json
 from ..outputs.ownership import MANIFEST
+from .identity import digest_of_files
 
 
 def _describe(path: pathlib.Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": digest_of_files(path)}
 
 
 def write_manifest(checkpoint: pathlib.Path) -> None:

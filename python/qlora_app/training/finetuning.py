@@ -11,9 +11,8 @@ from qlora_ext.untrusted import FileError, excerpt
 from ..errors import UserError, as_arguments, path_named
 from ..options import keywords_of
 from . import sweep as sweeping
-from .recipe import Finetuned
 from .reward_function import Reward
-from .run import Request
+from .run import Finetuned, Request
 from .settings import Settings
 from .sweep import Swept
 from .sweep_options import checked

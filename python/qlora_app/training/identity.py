@@ -6,11 +6,8 @@ import array
 import hashlib
 import json
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
-
-from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..data import Example, Row
@@ -35,11 +32,11 @@ def digest_of_model(model: Any) -> str:
     return digest.hexdigest()
 
 
-def digest_of_adapter(adapter: pathlib.Path) -> str:
-    """SHA-256 over the files of an adapter's configuration and weights."""
+def digest_of_files(*paths: pathlib.Path) -> str:
+    """SHA-256 over the content of files."""
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        with (adapter / name).open("rb") as file:
+    for path in paths:
+        with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -61,25 +58,3 @@ def digest_of_rows(*parts: Sequence[Row]) -> str:
                 if key not in ("position_ids", "prompt", "columns"):  # packing adds the first; the data have the others
                     digest.update(f"{len(row[key])} ".encode() + array.array("q", row[key]).tobytes())
     return digest.hexdigest()
-
-
-def check_same(run: pathlib.Path, what: str, recorded: Any, found: str, force: bool) -> None:
-    """Rejects resuming a run with a changed input. With ``force``, only prints a note.
-
-    Args:
-        what: the input, for the message.
-        recorded: the digest that the run recorded.
-        found: the current digest.
-
-    Raises:
-        UserError: ``found`` and ``recorded`` differ, or no digest was recorded.
-    """
-    if recorded == found:
-        return
-    if isinstance(recorded, str) and re.fullmatch("[0-9a-f]{64}", recorded):
-        problem = f"{what} differs from what the run {run} started with ({found[:12]}, recorded {recorded[:12]})"
-    else:
-        problem = f"the run {run} does not record which {what.split()[0].lstrip('-')} it started with"
-    if not force:
-        raise UserError(f"--resume: {problem}; add --force to continue anyway, or start over in another --output")
-    print(f"--force: continuing, although {problem}", flush=True)

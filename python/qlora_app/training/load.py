@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from qlora_ext.formats import SERVED_FORMATS
 from qlora_ext.nn import layers_of
 from qlora_ext.streaming import chunk_mlp, dense_mlps
 
-from ..data import Parts, answers_of
+from ..data import answers_of
 from ..errors import UserError
 from ..models.adapter_files import find
 from ..models.conversion import four_bit_directory, is_quantized
@@ -109,8 +110,7 @@ def adapt(run: Run, base: Base) -> None:
         chunk_mlp(run.model, s.mlp_chunk)
     if s.chunked_loss:
         adapting.check_chunked_loss(run.model)
-    check_tokens(run.model, _token_ids(run.parts))
-    _check_lengths(run)
+    _check_rows(run)
 
 
 def _dtypes(run: Run) -> tuple[torch.dtype, torch.dtype]:
@@ -154,28 +154,29 @@ def _served(run: Run) -> str | None:
     return s.merge_aware if s.merge_aware in SERVED_FORMATS else None
 
 
-def _token_ids(parts: Parts) -> Iterator[list[int]]:
-    for rows in (parts.train, parts.held_out):
-        for row in rows:
-            yield from (ids for key, ids in row.items() if key.endswith("_ids") and key != "position_ids")
+def _check_rows(run: Run) -> None:
+    """Rejects tokens that the model lacks, and examples of more tokens than it reads.
 
+    An example in a packed row has positions of its own.
+    """
 
-def _check_lengths(run: Run) -> None:
-    """Rejects examples of more tokens than the model reads. An example in a packed row has positions of its own."""
+    def rows() -> Iterator[Any]:
+        return itertools.chain(run.parts.train, run.parts.held_out)
+
+    def size(row: Any) -> int:
+        if "columns" in row:
+            return len(row["prompt_ids"]) + run.settings.max_new_tokens
+        if "prompt_ids" in row:
+            return len(row["prompt_ids"]) + max(map(len, answers_of(row)))
+        return max(row["position_ids"]) + 1 if "position_ids" in row else len(row["input_ids"])
+
+    check_tokens(
+        run.model, (ids for row in rows() for key, ids in row.items() if key.endswith("_ids") and key != "position_ids")
+    )
     limit = longest_input(run.model)
     if limit is None or run.settings.seq_len <= limit:
         return
-    longest = 0
-    for rows in (run.parts.train, run.parts.held_out):
-        for row in rows:
-            if "columns" in row:
-                size = len(row["prompt_ids"]) + run.settings.max_new_tokens
-            elif "prompt_ids" in row:
-                size = len(row["prompt_ids"]) + max(map(len, answers_of(row)))
-            else:
-                size = max(row["position_ids"]) + 1 if "position_ids" in row else len(row["input_ids"])
-            longest = max(longest, size)
-    if longest > limit:
+    if (longest := max(map(size, rows()), default=0)) > limit:
         raise UserError(
             f"--seq-len {run.settings.seq_len}: the longest example has {longest} tokens, and the model reads at most "
             f"{limit} (max_position_embeddings in its config.json); use --seq-len {limit}"

@@ -5,51 +5,38 @@ KTO learns from single answers with a label, which says whether they are good. B
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from ..models.validate_model import longest_input
-from .trainer import RunTrainer, training_arguments
+from .trainer import RunTrainer
 
 if TYPE_CHECKING:
     from ..data import Row
+    from .run import Run
     from .settings import Settings
-
-
-def preference_arguments(
-    settings: Settings, method: str, steps: int, directory: pathlib.Path, device: torch.device
-) -> Any:
-    """The recipe of ``training_arguments`` for DPO or KTO, which by convention have no dropout."""
-    more = {"beta": settings.beta, "max_length": settings.seq_len, "per_device_eval_batch_size": settings.batch_size}
-    kind = KTOConfig if method == "kto" else DPOConfig
-    return training_arguments(settings, steps, directory, device, kind, bf16=False, **more)
 
 
 class _EncodedTrainer(RunTrainer):
     """Trains on answers that ``data.encoding`` has encoded, by a trainer of TRL that is another base class."""
 
-    def __init__(
-        self, model: Any, args: TrainingArguments, train: Sequence[Row], held_out: list[Row], tokenizer: Any
-    ) -> None:
-        self.held_out = held_out
+    def __init__(self, run: Run) -> None:
+        args = run.arguments
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list(self._rows(train, args.per_device_train_batch_size)),
-            eval_dataset=Dataset.from_list(self._rows(held_out, args.per_device_eval_batch_size)),
-            processing_class=tokenizer,
+            run,
+            train_dataset=Dataset.from_list(self._rows(run.parts.train, args.per_device_train_batch_size)),
+            eval_dataset=Dataset.from_list(self._rows(run.parts.held_out, args.per_device_eval_batch_size)),
+            processing_class=run.tokenizer,
         )
-        self.remove_callback(PrinterCallback)
-        # TRL copies the initial adapter as its reference. A new adapter does not change the base, so the base alone is
-        # the same reference, without the memory of the copy.
-        if "ref" in model.peft_config:
-            model.delete_adapter("ref")
+
+    @classmethod
+    def more_arguments(cls, settings: Settings) -> dict[str, Any]:
+        size = settings.batch_size
+        return {"beta": settings.beta, "max_length": settings.seq_len, "per_device_eval_batch_size": size}
 
     def _rows(self, rows: Sequence[Row], batch_size: int) -> list[Any]:
         """The rows as TRL's collator takes them."""
@@ -57,9 +44,6 @@ class _EncodedTrainer(RunTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # it holds tokens already
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing. TRL would write a model card into the run's directory."""
 
     def _held_out_metrics(self) -> tuple[float, dict[str, list[float]]]:
         """The loss of the held-out rows, and TRL's metrics per batch."""
@@ -71,7 +55,9 @@ class _EncodedTrainer(RunTrainer):
 
 
 class PreferenceTrainer(_EncodedTrainer, DPOTrainer):  # type: ignore[misc,unused-ignore]
-    """Trains on preferences."""
+    """Trains on preferences, by convention without dropout."""
+
+    kind = DPOConfig
 
     def measure(self) -> dict[str, Any]:
         loss, metrics = self._held_out_metrics()
@@ -93,10 +79,12 @@ def _mismatched(rows: Sequence[Row], batch_size: int) -> Iterator[dict[str, Any]
 class LabelTrainer(_EncodedTrainer, KTOTrainer):  # type: ignore[misc,unused-ignore]
     """Trains on answers with a label. The batches consist of neighbouring rows, which are shuffled already."""
 
-    def __init__(self, model: Any, args: KTOConfig, *rows_and_tokenizer: Any) -> None:
+    kind = KTOConfig
+
+    def __init__(self, run: Run) -> None:
         # A question with the answer of another row may be longer than any example.
-        args.max_length = min(args.max_length, longest_input(model) or args.max_length)
-        super().__init__(model, args, *rows_and_tokenizer)
+        run.arguments.max_length = min(run.arguments.max_length, longest_input(run.model) or run.arguments.max_length)
+        super().__init__(run)
 
     def _rows(self, rows: Sequence[Row], batch_size: int) -> list[Any]:
         return list(_mismatched(rows, batch_size))
@@ -116,6 +104,3 @@ class LabelTrainer(_EncodedTrainer, KTOTrainer):  # type: ignore[misc,unused-ign
         batches = (self.held_out[start : start + size] for start in range(0, len(self.held_out), size))
         counts = [n for batch in batches if (n := sum(row["label"] == [label] for row in batch))]
         return sum(mean * n for mean, n in zip(means, counts, strict=True)) / sum(counts) if means else None
-
-
-TRAINERS = {"dpo": PreferenceTrainer, "kto": LabelTrainer}

@@ -29,7 +29,7 @@ from ..outputs.directory import Output
 from ..outputs.ownership import foreign_in_adapter
 from . import adapting
 from .checkpoints import newest_checkpoint
-from .identity import digest_of_adapter, digest_of_examples, digest_of_rows
+from .identity import digest_of_examples, digest_of_files, digest_of_rows
 from .reward_function import digest_of_rewards, find_rewards
 from .run import SETTINGS, Request, Run, Shared
 from .settings import NO_NEFTUNE, Settings, given, read_settings, resumed
@@ -61,9 +61,15 @@ def prepare(request: Request, output: Output, shared: Shared | None = None) -> R
             f"note: --rank {s.rank} is larger than the layers, whose weights have at most rank {largest}: the adapter "
             "takes more memory without learning more"
         )
-    _fit(run, config)
+    if s.max_memory and not run.resumes:  # a resumed run keeps its options
+        from .fitting import fit
+
+        run.settings, chosen = fit(s, config, run.source, run.device)
+        run.report(chosen)
     _encode(run)
-    run.arguments = _arguments(run)
+    from .train import arguments_of
+
+    run.arguments = arguments_of(run)
     return run
 
 
@@ -71,10 +77,6 @@ def _find(request: Request, typed: dict[str, Any], output: Output, shared: Share
     """Finds the settings and inputs of the run, and checks them against each other."""
     directory = output.path
     begun = (directory / SETTINGS).is_file()
-    if request.resume and request.overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    if request.force and not request.resume:
-        raise UserError("--force needs --resume: it accepts another base or other data")
     resumes = request.resume and begun
     if request.resume and not begun and (directory.parent / SETTINGS).is_file():
         raise UserError(f"--output {directory} is inside the run {directory.parent}; name the run with --output")
@@ -188,16 +190,8 @@ def _check_init_adapter(run: Run, typed: dict[str, Any]) -> None:
         kind = excerpt(str(config.get("peft_type")))
         raise UserError(f"--init-adapter {name}: expected an adapter of PEFT's LoRA, got one of {kind}")
     check_files(path)
-    run.identify("adapter", digest_of_adapter(path), f"--init-adapter {name}")
-
-
-def _fit(run: Run, config: Any) -> None:
-    """Chooses the options with which a new run fits into ``--max-memory``. A resumed run keeps its options."""
-    from .fitting import fit
-
-    if run.settings.max_memory and not run.resumes:
-        run.settings, chosen = fit(run.settings, config, run.source, run.device)
-        run.report(chosen)
+    digest = digest_of_files(path / "adapter_config.json", path / "adapter_model.safetensors")
+    run.identify("adapter", digest, f"--init-adapter {name}")
 
 
 def _encode(run: Run) -> None:
@@ -252,19 +246,3 @@ def _split(run: Run, options: tuple[Any, ...]) -> Parts:
     for reason in summary(parts.counts, s.seq_len):
         run.report(f"      {reason}")
     return parts
-
-
-def _arguments(run: Run) -> Any:
-    """The arguments of the trainer, whose construction checks them."""
-    steps = run.settings.steps(len(run.parts.train))
-    if run.rewards:
-        from .rewards import reward_arguments
-
-        return reward_arguments(run.settings, steps, run.directory, run.device)
-    if run.preferences:
-        from .preferences import preference_arguments
-
-        return preference_arguments(run.settings, run.method, steps, run.directory, run.device)
-    from .trainer import training_arguments
-
-    return training_arguments(run.settings, steps, run.directory, run.device)

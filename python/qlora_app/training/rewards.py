@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import pathlib
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Awaitable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from qlora_ext.untrusted import excerpt
@@ -24,26 +22,13 @@ from ..data import formatted_tokens
 from ..decoding import Rollouts, Sampling
 from ..errors import UserError, first_line
 from .reward_function import Reward
-from .trainer import RunTrainer, training_arguments
+from .trainer import RunTrainer
 
 if TYPE_CHECKING:
-    from ..data import Row
+    from .run import Run
     from .settings import Settings
 
 _LARGEST = torch.finfo(torch.float32).max  # of a reward: TRL computes in float32
-
-
-def reward_arguments(settings: Settings, steps: int, directory: pathlib.Path, device: torch.device) -> Any:
-    """The recipe of ``training_arguments`` for GRPO. Answers are sampled without dropout and learnt without it."""
-    more = {
-        "beta": settings.beta,
-        "num_generations": settings.generations,
-        "max_completion_length": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "disable_dropout": True,
-        "bf16": False,
-    }
-    return training_arguments(settings, steps, directory, device, GRPOConfig, **more)
 
 
 def _columns(row: Any) -> dict[str, Any]:
@@ -110,40 +95,34 @@ async def _awaited(awaitable: Awaitable[Any]) -> Any:
 class RewardTrainer(RunTrainer, GRPOTrainer):  # type: ignore[misc,unused-ignore]
     """Trains on prompts that ``data.split_prompts`` has encoded."""
 
-    def __init__(
-        self,
-        model: Any,
-        args: GRPOConfig,
-        train: Sequence[Row],
-        held_out: list[Row],
-        tokenizer: Any,
-        rewards: Sequence[Reward],
-        report: Callable[[str], None],
-    ) -> None:
-        self.held_out = held_out
-        self._rewards = [CheckedReward(reward) for reward in rewards]
-        self._rollouts = Rollouts(encode=lambda text: formatted_tokens(tokenizer, text), progress=report)
+    kind = GRPOConfig
+
+    def __init__(self, run: Run) -> None:
+        tokenizer = run.tokenizer
+        self._rewards = [CheckedReward(reward) for reward in run.rewards]
+        self._rollouts = Rollouts(encode=lambda text: formatted_tokens(tokenizer, text), progress=run.report)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # TRL says that rollout_func is experimental
             super().__init__(
-                model=model,
-                args=args,
+                run,
                 reward_funcs=[*self._rewards],  # TRL adds them up
-                train_dataset=Dataset.from_list([_columns(row) for row in train]),
+                train_dataset=Dataset.from_list([_columns(row) for row in run.parts.train]),
                 processing_class=tokenizer,
                 rollout_func=self._rollouts,
             )
-        self.remove_callback(PrinterCallback)
-        # TRL copies the initial adapter as its reference. A new adapter does not change the base, so the base alone is
-        # the same reference, without the memory of the copy.
-        if "ref" in model.peft_config:
-            model.delete_adapter("ref")
+
+    @classmethod
+    def more_arguments(cls, settings: Settings) -> dict[str, Any]:
+        return {
+            "beta": settings.beta,
+            "num_generations": settings.generations,
+            "max_completion_length": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "disable_dropout": True,  # answers are sampled without it
+        }
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return GRPOTrainer._get_train_sampler(self, dataset)  # a prompt occurs once per answer
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing. TRL would write a model card into the run's directory."""
 
     def measure(self) -> dict[str, Any]:
         """The mean reward of an answer to each held-out prompt, added up over the functions.

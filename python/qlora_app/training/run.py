@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,6 @@ from ..models.sources import ModelSource
 from ..options import DEFAULT_RUN
 from ..outputs.directory import Output
 from ..outputs.ownership import read_marker
-from .identity import check_same
 from .reward_function import Reward
 from .settings import Settings
 
@@ -53,6 +53,12 @@ class Request:
     sweep: Mapping[str, list[Any]] | None = None
     configured: bool = False
 
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise UserError("--resume and --overwrite exclude each other")
+        if self.force and not self.resume:
+            raise UserError("--force needs --resume: it accepts another base or other data")
+
     def begin_anew(self) -> None:
         """Reports that ``output`` has nothing to resume, so that a new run begins.
 
@@ -63,6 +69,22 @@ class Request:
         if not (self.configured or self.options.keys() & {"model", "data"}):
             raise UserError(f"{where}; to begin a new one, give --model, --data or --config")
         print(f"{where}: a new one begins", flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuned:
+    """A finished run.
+
+    Attributes:
+        directory: of the run, with ``metrics.jsonl`` and ``loss.png``.
+        adapter: the directory of the PEFT adapter, inside ``directory``.
+        metrics: ``steps``, and the measurements on the held-out rows, such as ``perplexity_before`` and
+            ``perplexity_after``.
+    """
+
+    directory: pathlib.Path
+    adapter: pathlib.Path
+    metrics: dict[str, float]
 
 
 class Shared:
@@ -153,8 +175,26 @@ class Run:
         self.console.print(line)
 
     def identify(self, what: str, digest: str, name: str) -> None:
-        """Records the digest of an input of a new run, or checks that of a resumed run."""
-        if self.resumes:
-            check_same(self.directory, name, read_marker(self.directory).get(what), digest, self.request.force)
-        else:
+        """Records the digest of an input of a new run, or checks that of a resumed run.
+
+        Args:
+            what: its key in the marker of the directory.
+            name: of the input, for the message.
+
+        Raises:
+            UserError: the input differs from the recorded one, or none was recorded. With ``force``, a note is printed.
+        """
+        if not self.resumes:
             self.digests[what] = digest
+            return
+        recorded = read_marker(self.directory).get(what)
+        if recorded == digest:
+            return
+        run = self.directory
+        if isinstance(recorded, str) and re.fullmatch("[0-9a-f]{64}", recorded):
+            problem = f"{name} differs from what the run {run} started with ({digest[:12]}, recorded {recorded[:12]})"
+        else:
+            problem = f"the run {run} does not record which {name.split()[0].lstrip('-')} it started with"
+        if not self.request.force:
+            raise UserError(f"--resume: {problem}; add --force to continue anyway, or start over in another --output")
+        print(f"--force: continuing, although {problem}", flush=True)

@@ -13,14 +13,13 @@ from qlora_ext.version import VERSION
 
 from ..outputs.files import staged_directory, write_json, write_json_lines
 from ..outputs.ownership import RECORD, foreign_in_adapter
-from ..terminal.progress import describe, is_measured, plot_loss
-from ..terminal.samples import show_sample
+from ..terminal.progress import describe, is_measured, plot_loss, show_sample
 from .measuring import figures, sample
-from .run import Run
+from .run import Finetuned, Run
 
 
-def save(run: Run) -> dict[str, float]:
-    """Saves the adapter and the metrics of a trained run. Returns the metrics."""
+def save(run: Run) -> Finetuned:
+    """Saves the adapter and the metrics of a trained run."""
     end = run.trainer.measure()
     steps = [line for line in run.trainer.state.log_history if "loss" in line or is_measured(line)]
     history = [run.before, *(line for line in steps if "loss" in line or line["step"] < end["step"]), end]
@@ -37,7 +36,7 @@ def save(run: Run) -> dict[str, float]:
     # Not wrapped, so that the commands can be copied.
     run.console.print(f"try it: {_try_it(run, 'generate', '--prompt', 'Hello')}", soft_wrap=True)
     run.console.print(f"   or:  {_try_it(run, 'chat')}", soft_wrap=True)
-    return metrics
+    return Finetuned(run.directory, run.adapter, metrics)
 
 
 def _save_adapter(run: Run, metrics: dict[str, Any]) -> None:

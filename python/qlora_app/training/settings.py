@@ -66,140 +66,122 @@ def named_modules(text: str) -> list[str]:
 class Settings(Options):
     """The options of ``qlora-ext finetune``. Defaults follow the QLoRA paper (Dettmers et al., 2023, appendix B)."""
 
-    model: str = _option(DEFAULT_MODEL, "a model directory, a .gguf file, a hub name, or package:NAME", group="what",
-                         free=True)  # fmt: skip
+    model: str = _option(DEFAULT_MODEL, "a model directory, a .gguf file, a hub name, or package:NAME", free=True)
     data: str = _option(
         DEFAULT_DATA,
         "a file (.jsonl, .csv, .parquet, .txt, ...), a directory of files, OWNER/NAME on the hub, or package:NAME",
-        group="what",
         free=True,
     )
-    split: str = _option("train", "the split to read, if the data have several", group="what")
-    seq_len: int = _option(256, "tokens per row; longer texts make several rows", 2, group="what")
-    eval_size: int = _option(48, "examples held out to measure perplexity on", 1, group="what")
+    split: str = _option("train", "the split to read, if the data have several")
+    seq_len: int = _option(256, "tokens per row; longer texts make several rows", 2)
+    eval_size: int = _option(48, "examples held out to measure perplexity on", 1)
 
-    rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
-    alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", 0, 1e6, group="adapter")
-    dropout: float = _option(0.05, "LoRA dropout (not with dpo, kto and grpo)", 0, 1, group="adapter")
-    target_modules: str = _option(
-        "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
-    )
-    layers: str = _option(
-        "", "numbers of the layers that get an adapter, from 0 on, such as 0-3,7 (default: all)", group="adapter"
-    )
+    rank: int = _option(16, "rank of the LoRA matrices", 1)
+    alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", 0, 1e6)
+    dropout: float = _option(0.05, "LoRA dropout (not with dpo, kto and grpo)", 0, 1)
+    target_modules: str = _option("all-linear", "layers that get an adapter: all-linear, or names separated by commas")
+    layers: str = _option("", "numbers of the layers that get an adapter, from 0 on, such as 0-3,7 (default: all)")
     modules_to_save: str = _option(
-        "", "modules to train in full and save with the adapter, such as lm_head or embed_tokens, separated by commas",
-        group="adapter",
-    )  # fmt: skip
-    rslora: bool = _option(False, "scale by alpha / sqrt(rank), which suits large ranks (rsLoRA)", group="adapter")
-    dora: bool = _option(False, "also train the norm of each row of the weights (DoRA; slower steps)",
-                         group="adapter")  # fmt: skip
-    block_size: int = _option(64, "weights per scale", choices=BLOCK_SIZES, group="adapter")
+        "", "modules to train in full and save with the adapter, such as lm_head or embed_tokens, separated by commas"
+    )
+    rslora: bool = _option(False, "scale by alpha / sqrt(rank), which suits large ranks (rsLoRA)")
+    dora: bool = _option(False, "also train the norm of each row of the weights (DoRA; slower steps)")
+    block_size: int = _option(64, "weights per scale", choices=BLOCK_SIZES)
     init_adapter: str = _option(
-        "", "an adapter to start from, such as one of quantize --init-lora; it determines rank, alpha and layers",
-        group="adapter", free=True,
-    )  # fmt: skip
+        "",
+        "an adapter to start from, such as one of quantize --init-lora; it determines rank, alpha and layers",
+        free=True,
+    )
 
     merge_aware: str = _option(
         "",
         "train with the 4-bit weights that export writes in this format, so that exporting loses nothing (slower "
         "steps; no dropout): q4_0, iq4_nl, int4, nvfp4, mxfp4 or nf4; base, or no value: those of merge --4bit",
-        choices=(BASE_FORMAT, *SERVED_FORMATS), bare=BASE_FORMAT, group="adapter", metavar="FORMAT", schema=(bool, str),
-    )  # fmt: skip
+        choices=(BASE_FORMAT, *SERVED_FORMATS),
+        bare=BASE_FORMAT,
+        metavar="FORMAT",
+        schema=(bool, str),
+    )
 
     method: str = _option(
         "auto",
         "sft: learn the answers; dpo (by TRL): learn which of two answers is preferred; kto (by TRL): learn which "
         "answers are good and which bad; grpo (by TRL): sample answers and learn from their rewards; auto: sft, dpo "
         "or kto, depending on --data",
-        choices=METHODS, group="training",
-    )  # fmt: skip
+        choices=METHODS,
+    )
     beta: float = _option(
-        0.1, "dpo, kto and grpo: larger values keep the model closer to the base (default: 0.1, and 0 with grpo)", 0,
-        1e6, group="training",
-    )  # fmt: skip
-    generations: int = _option(4, "grpo: answers per prompt", 2, group="training")
-    max_new_tokens: int = _option(128, "grpo: tokens per answer", 1, group="training")
-    temperature: float = _option(1.0, "grpo: sampling temperature", 0, 1e3, group="training")
-    max_steps: int = _option(50, "optimizer steps", 1, group="training")
-    epochs: float = _option(0.0, "passes over the rows, instead of --max-steps", 0, 1e6, group="training")
-    batch_size: int = _option(4, "rows per forward pass; short examples share a row", 1, group="training")
-    grad_accum: int = _option(1, "forward passes per optimizer step", 1, group="training")
-    lr: float = _option(2e-4, "learning rate", 0, 1e6, group="training")
+        0.1,
+        "dpo, kto and grpo: larger values keep the model closer to the base (default: 0.1, and 0 with grpo)",
+        0,
+        1e6,
+    )
+    generations: int = _option(4, "grpo: answers per prompt", 2)
+    max_new_tokens: int = _option(128, "grpo: tokens per answer", 1)
+    temperature: float = _option(1.0, "grpo: sampling temperature", 0, 1e3)
+    max_steps: int = _option(50, "optimizer steps", 1)
+    epochs: float = _option(0.0, "passes over the rows, instead of --max-steps", 0, 1e6)
+    batch_size: int = _option(4, "rows per forward pass; short examples share a row", 1)
+    grad_accum: int = _option(1, "forward passes per optimizer step", 1)
+    lr: float = _option(2e-4, "learning rate", 0, 1e6)
     lr_schedule: str = _option(
-        "constant_with_warmup", "learning-rate schedule, by its name in transformers", choices=SCHEDULES,
-        group="training",
-    )  # fmt: skip
-    warmup_ratio: float = _option(
-        0.03, "share of the steps in which the learning rate rises from 0", 0, 1, group="training"
+        "constant_with_warmup", "learning-rate schedule, by its name in transformers", choices=SCHEDULES
     )
-    warmup_steps: int = _option(0, "warm-up steps, instead of --warmup-ratio", 0, group="training")
-    weight_decay: float = _option(0.0, "weight decay of the optimizer", 0, 1e6, group="training")
-    max_grad_norm: float = _option(
-        0.3, "norm to which gradients are clipped (0: no clipping)", 0, 1e6, group="training"
-    )
+    warmup_ratio: float = _option(0.03, "share of the steps in which the learning rate rises from 0", 0, 1)
+    warmup_steps: int = _option(0, "warm-up steps, instead of --warmup-ratio", 0)
+    weight_decay: float = _option(0.0, "weight decay of the optimizer", 0, 1e6)
+    max_grad_norm: float = _option(0.3, "norm to which gradients are clipped (0: no clipping)", 0, 1e6)
     neftune_alpha: float = _option(
-        0.0, "noise added to the embeddings in training (NEFTune; 5 is common, 0: none)", 0, 1e6, group="training"
+        0.0, "noise added to the embeddings in training (NEFTune; 5 is common, 0: none)", 0, 1e6
     )
-    no_packing: bool = _option(False, "put each example into its own padded row", group="training")
+    no_packing: bool = _option(False, "put each example into its own padded row")
     optimizer: str = _option(
         "adamw_torch",
         "an optimizer of transformers' Trainer; adamw_8bit and paged_adamw_8bit (with bitsandbytes) save memory",
-        group="training",
     )
-    seed: int = _option(
-        0, "seed of the adapter's initial values, the data order and dropout", 0, 2**32, group="training"
-    )
-    save_steps: int = _option(20, "steps between checkpoints", 1, group="training", free=True)
+    seed: int = _option(0, "seed of the adapter's initial values, the data order and dropout", 0, 2**32)
+    save_steps: int = _option(20, "steps between checkpoints", 1, free=True)
     eval_steps: int = _option(
-        0, "steps between measurements of held-out perplexity (0: only before and after training)", 0,
-        group="training", free=True,
-    )  # fmt: skip
+        0, "steps between measurements of held-out perplexity (0: only before and after training)", 0, free=True
+    )
 
     report_to: str = _option(
         "none",
         "experiment trackers to report to, by their names in transformers, separated by commas, such as "
         "tensorboard (which writes to OUTPUT/runs), wandb or mlflow",
-        group="training", free=True,
-    )  # fmt: skip
+        free=True,
+    )
 
-    dtype: str = _option(
-        AUTO,
-        "bfloat16, float16, float32, or auto: the faster one on this processor",
-        group="machine",
-    )
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="machine", free=True)
-    grad_checkpointing: bool = _option(
-        False, "recompute activations in the backward pass: less memory, more time", group="machine"
-    )
-    chunked_loss: bool = _option(False, "never have the logits of all tokens in memory", group="machine")
+    dtype: str = _option(AUTO, "bfloat16, float16, float32, or auto: the faster one on this processor")
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N", free=True)
+    grad_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, more time")
+    chunked_loss: bool = _option(False, "never have the logits of all tokens in memory")
     offload_checkpoints: bool = _option(
-        False, "with --grad-checkpointing on a GPU: keep the layers' inputs in host memory until the backward pass",
-        group="machine",
-    )  # fmt: skip
+        False, "with --grad-checkpointing on a GPU: keep the layers' inputs in host memory until the backward pass"
+    )
     mlp_chunk: int = _option(
-        0, "run the MLPs on at most N tokens at a time, and recompute them backward (0: all tokens)", 0, group="machine"
+        0, "run the MLPs on at most N tokens at a time, and recompute them backward (0: all tokens)", 0
     )
     stream: str = _option(
         "none",
         "load each frozen layer just before it is used: from ram (pinned host memory, for a GPU) or disk (the files of "
         "a 4-bit model; a dense model is first quantized to OUTPUT-base)",
-        choices=("none", "ram", "disk"), group="machine", free=True,
-    )  # fmt: skip
+        choices=("none", "ram", "disk"),
+        free=True,
+    )
     resident: str = _option(
-        "", "with --stream: memory that the weights may use on the device, such as 6GB (default: the minimum)",
-        group="machine", free=True, metavar="SIZE",
-    )  # fmt: skip
-
-    max_memory: str = _option(
         "",
-        "choose the memory-saving options with which the run fits into this much, such as 8GB",
-        group="machine",
+        "with --stream: memory that the weights may use on the device, such as 6GB (default: the minimum)",
+        free=True,
         metavar="SIZE",
     )
 
+    max_memory: str = _option(
+        "", "choose the memory-saving options with which the run fits into this much, such as 8GB", metavar="SIZE"
+    )
+
     # Not an option: the numbers of steps before --resume --max-steps extended the run, in increasing order.
-    former_steps: tuple[int, ...] = _option((), "", group=None)
+    former_steps: tuple[int, ...] = ()
 
     @property
     def step_rows(self) -> int:
@@ -246,7 +228,7 @@ class Settings(Options):
         super().__post_init__()
         positive = ("alpha", "lr", "temperature") if self.method == "grpo" else ("alpha", "lr", "beta")
         for name in positive:
-            if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
+            if getattr(self, name) <= 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
         if self.merge_aware and self.dora:
             raise UserError("--merge-aware supports plain LoRA only; remove --dora")
@@ -317,8 +299,7 @@ def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
         FileError, UserError: a value has a wrong type, or is out of range.
     """
     check(values, schema(Settings), printable(path), "settings")
-    names = {field.name for field in dataclasses.fields(Settings)}
-    known = {name: value for name, value in values.items() if name in names and value is not None}
+    known = {name: value for name, value in named_settings(values).items() if value is not None}
     try:
         return Settings(**_with_format(known))
     except UserError as error:
@@ -331,12 +312,8 @@ def options_of(changes: Mapping[str, Any]) -> str:
     return " ".join(options) or "no option"
 
 
-GROUPS = {
-    "what": "model and text",
-    "adapter": "adapter",
-    "training": "training",
-    "machine": "machine and memory",
-}
+# The first option of each group in the help.
+GROUPS = {"model": "model and text", "rank": "adapter", "method": "training", "dtype": "machine and memory"}
 
 
 def named_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from ..outputs.files import need_space, write_json
 from ..outputs.lock import locked
 from ..outputs.ownership import RECORD, SWEEP
 from .identity import digest_of_model, digest_of_rows
-from .recipe import Finetuned, Recipe
-from .run import SETTINGS, Request, Run, Shared
+from .recipe import finetune_once
+from .run import SETTINGS, Finetuned, Request, Run, Shared
 from .settings import BASE_FORMAT, Settings, given, named_modules, read_settings, resumed
 from .sweep_options import Values, as_text, checked, combinations
 
@@ -59,7 +59,7 @@ def is_sweep(directory: pathlib.Path) -> bool:
 def run(request: Request) -> Finetuned | Swept:
     """Trains what ``request`` asks for: one adapter, or those of a sweep."""
     resumes_sweep = request.resume and is_sweep(path_named(request.output, "--output"))
-    return Recipe(request).run() if request.sweep is None and not resumes_sweep else sweep(request)
+    return finetune_once(request) if request.sweep is None and not resumes_sweep else sweep(request)
 
 
 def sweep(request: Request) -> Swept:
@@ -138,10 +138,6 @@ class _Sweep:
 def _found(request: Request, output: Output) -> _Sweep:
     """The sweep to resume, or a new one whose options are valid."""
     path = output.path
-    if request.resume and request.overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    if request.force and not request.resume:
-        raise UserError("--force needs --resume: it accepts another base or other data")
     if (path / SETTINGS).is_file() and not request.overwrite:
         raise UserError(f"--sweep: --output {path} is a run of one adapter; name another directory")
     if is_sweep(path) and not (request.resume or request.overwrite):

@@ -5,18 +5,38 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shlex
+from typing import Any
 
 from ..models.adapter_files import find
 from ..models.sources import PACKAGE
 from ..outputs.files import need_space, write_json
-from ..terminal.progress import ProgressCallback, describe
-from ..terminal.samples import show_sample
+from ..terminal.progress import ProgressCallback, describe, show_sample
 from .checkpoints import checkpoints, step_of
 from .measuring import measure_before
 from .restoring import optimizer_overrides
 from .run import SETTINGS, Run
 from .settings import read_settings
-from .trainer import NameInertAdapters, OffloadCheckpoints, QLoRATrainer, Rescale, RunTrainer, run_trainer
+from .trainer import NameInertAdapters, QLoRATrainer, RunTrainer, run_trainer, training_arguments
+
+
+def _trainer_of(method: str) -> type[RunTrainer]:
+    """The trainer of a method. Only that of sft works without TRL."""
+    if method == "sft":
+        return QLoRATrainer
+    if method == "grpo":
+        from .rewards import RewardTrainer
+
+        return RewardTrainer
+    from .preferences import LabelTrainer, PreferenceTrainer
+
+    return LabelTrainer if method == "kto" else PreferenceTrainer
+
+
+def arguments_of(run: Run) -> Any:
+    """The arguments of the trainer for prepared rows, whose construction checks them."""
+    s, trainer = run.settings, _trainer_of(run.method)
+    steps, more = s.steps(len(run.parts.train)), trainer.more_arguments(s)
+    return training_arguments(s, steps, run.directory, run.device, trainer.kind, **more)
 
 
 def train(run: Run) -> None:
@@ -34,21 +54,23 @@ def train(run: Run) -> None:
 
 
 def _train(run: Run) -> None:
-    run.trainer = _trainer(run)
+    s = run.settings
+    run.trainer = _trainer_of(run.method)(run)
     before = measure_before(run)
     run.before = {"step": 0, **{f"eval_{key}": before[key] for key in before if key not in ("prompt", "sample")}}
     progress = ProgressCallback(run.console, run.metrics, run.before)
     run.trainer.add_callback(progress)
-    _add_callbacks(run)
+    run.trainer.add_callback(NameInertAdapters(run.report))
+    if run.longer:
+        run.report(f"extending the run to {f'{s.epochs:g} epochs' if s.epochs else f'{s.max_steps} steps'}")
     run.report(f"held-out {describe(run.before)} before training ({len(run.parts.held_out)} examples)")
     show_sample(run.console, "before training", before["prompt"], before["sample"])
     if run.checkpoint:
-        run.trainer.add_callback(Rescale(run.report if run.longer and run.settings.depends_on_length else None))
         run.report(f"resuming after step {step_of(run.checkpoint)}")
     elif run.request.resume:
         run.report("no checkpoint yet: starting at step 0")
     try:
-        run_trainer(run.trainer, run.checkpoint)
+        run_trainer(run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(run)) from None
     finally:
@@ -76,33 +98,6 @@ def write_settings(run: Run, directory: pathlib.Path) -> None:
     if run.settings.init_adapter:
         recorded["init_adapter"] = str(find(run.settings.init_adapter).resolve())
     write_json(directory / SETTINGS, recorded)
-
-
-def _trainer(run: Run) -> RunTrainer:
-    if run.rewards:
-        from .rewards import RewardTrainer
-
-        rows = run.parts.train, run.parts.held_out
-        return RewardTrainer(run.model, run.arguments, *rows, run.tokenizer, run.rewards, run.report)
-    if run.preferences:
-        from .preferences import TRAINERS
-
-        rows = run.parts.train, run.parts.held_out
-        return TRAINERS[run.method](run.model, run.arguments, *rows, run.tokenizer)
-    chunked = run.settings.chunked_loss
-    return QLoRATrainer(run.model, run.arguments, run.parts.train, run.parts.held_out, chunked=chunked)
-
-
-def _add_callbacks(run: Run) -> None:
-    s = run.settings
-    run.trainer.add_callback(NameInertAdapters(run.report))
-    if s.former_steps and not run.rewards:
-        run.trainer.stages = s.stages[:-1]
-    if run.longer:
-        lengths = f"{s.epochs:g} epochs" if s.epochs else f"{s.max_steps} steps"
-        run.report(f"extending the run to {lengths}")
-    if s.offload_checkpoints:
-        run.trainer.add_callback(OffloadCheckpoints())
 
 
 def _interrupted(run: Run) -> str:

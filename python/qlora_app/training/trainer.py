@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from ..outputs.files import delete, move_up, staged_directory
 from ..outputs.ownership import foreign_in_checkpoint
 from .checkpoints import checkpoints, step_of, write_manifest
 from .settings import Settings, named_modules
+
+if TYPE_CHECKING:
+    from .run import Run
 
 _MAX_CHECKPOINTS = 2
 _STATE: Schema = {
@@ -99,6 +102,7 @@ def training_arguments(
             remove_unused_columns=False,
             report_to=_trackers(settings.report_to),
             disable_tqdm=True,
+            bf16=False,  # the model computes in its own dtype; TRL's default is autocast
             **more,
         )
     except ValueError as error:
@@ -161,11 +165,33 @@ class StagedSampler(torch.utils.data.Sampler[int]):
 
 
 class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
-    """The base class of our trainers: atomic checkpoints, and an evaluation without side effects."""
+    """The base class of our trainers: atomic checkpoints, and an evaluation without side effects.
 
-    held_out: list[Row]
-    stages: Sequence[int] = ()  # rows available at each length of an extended run
+    Attributes:
+        kind: the class of its arguments.
+        stages: the numbers of rows that were available at each former length of an extended run.
+    """
+
+    kind: type[TrainingArguments] = TrainingArguments
     _staging: pathlib.Path | None = None
+
+    def __init__(self, run: Run, **more: Any) -> None:
+        self.held_out = run.parts.held_out
+        self.stages = run.settings.stages[:-1]
+        super().__init__(model=run.model, args=run.arguments, **more)
+        self.remove_callback(PrinterCallback)
+        # TRL copies the initial adapter as its reference. A new adapter does not change the base, so the base alone is
+        # the same reference, without the memory of the copy.
+        if "ref" in run.model.peft_config:
+            run.model.delete_adapter("ref")
+
+    @classmethod
+    def more_arguments(cls, settings: Settings) -> dict[str, Any]:
+        """The arguments of ``kind`` that ``training_arguments`` does not know."""
+        return {}
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing. TRL would write a model card into the run's directory."""
 
     def measure(self) -> dict[str, Any]:
         """Measures the held-out rows. Returns a line of ``metrics.jsonl``, see ``describe``."""
@@ -208,27 +234,11 @@ class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
 class QLoRATrainer(RunTrainer):
     """Trains on packed rows; see ``data.pack``."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: TrainingArguments,
-        train: Sequence[Row],
-        held_out: list[Row],
-        chunked: bool = False,
-        **kw: Any,
-    ):
-        self.held_out = held_out
-        self._chunked = chunked
-        self._plain_head = has_plain_head(model)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            data_collator=collate,
-            **kw,
-        )
-        self.remove_callback(PrinterCallback)
+    def __init__(self, run: Run) -> None:
+        self._chunked = run.settings.chunked_loss
+        self._plain_head = has_plain_head(run.model)
+        rows = {"train_dataset": run.parts.train, "eval_dataset": run.parts.held_out}
+        super().__init__(run, data_collator=collate, **rows)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -256,27 +266,42 @@ class Diverged(UserError):
     """The loss is not finite."""
 
 
-class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Records when a checkpoint has been loaded, which is before the first step."""
+class _Beginning(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Applies the options of this command when the training begins, after the checkpoint has been loaded.
 
-    done = False
+    Attributes:
+        loaded: whether the checkpoint has been loaded, which is before the first step.
+    """
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.done = True
+    loaded = False
 
-
-class _Intervals(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Applies this command's intervals to a resumed run, instead of those recorded in the checkpoint."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.compute_steps(args, state.max_steps)
-
-
-class OffloadCheckpoints(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Calls ``offload_checkpoints`` after the Trainer has enabled gradient checkpointing."""
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        offload_checkpoints(model)
+        state.compute_steps(args, state.max_steps)  # the intervals of this command, not those of the checkpoint
+        if self._run.settings.offload_checkpoints:
+            offload_checkpoints(model)  # the Trainer has enabled gradient checkpointing
+        if self._run.checkpoint is not None:
+            self._rescale(args, state, kwargs["optimizer"], kwargs["lr_scheduler"])
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.loaded = True
+
+    def _rescale(self, args: Any, state: Any, optimizer: Any, scheduler: Any) -> None:
+        """Sets the learning rate to the value of its schedule, which spans all steps.
+
+        A checkpoint holds the learning rate that the run would have had before it was extended.
+        """
+        rates = [rate * factor(scheduler.last_epoch)
+                 for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]  # fmt: skip
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if self._run.longer and self._run.settings.depends_on_length:
+            self._run.report(
+                f"the {args.lr_scheduler_type.value} schedule spans all {state.max_steps} steps now: the learning rate "
+                f"at step {state.global_step + 1} is {rates[0]:.3g}"
+            )
 
 
 class NameInertAdapters(TrainerCallback):  # type: ignore[misc,unused-ignore]
@@ -296,40 +321,15 @@ class NameInertAdapters(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self._report = None
 
 
-class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Sets the learning rate of a resumed run to the value of its schedule, which spans all steps.
-
-    A checkpoint holds the learning rate that the run would have had before it was extended.
-
-    Args:
-        report: prints the new learning rate.
-    """
-
-    def __init__(self, report: Callable[[str], None] | None) -> None:
-        self._report = report
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
-        rates = [rate * factor(scheduler.last_epoch)
-                 for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]  # fmt: skip
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        if self._report is not None:
-            self._report(
-                f"the {args.lr_scheduler_type.value} schedule spans all {state.max_steps} steps now: the learning rate "
-                f"at step {state.global_step + 1} is {rates[0]:.3g}"
-            )
-
-
-def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
-    """Trains to the last step, starting from ``checkpoint`` if it is given."""
+def run_trainer(run: Run) -> None:
+    """Trains to the last step, starting from the checkpoint of the run if it has one."""
     from ..models.adapter_files import complete_adapter
 
+    trainer, checkpoint = run.trainer, run.checkpoint
     if checkpoint is not None:
         read_json(checkpoint / "trainer_state.json", _STATE)
-    loading = _Loading()
-    trainer.add_callback(loading)
-    trainer.add_callback(_Intervals())
+    beginning = _Beginning(run)
+    trainer.add_callback(beginning)
     try:
         if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
             # The run is complete, but the Trainer would train one more step.
@@ -347,7 +347,7 @@ def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
         raise Diverged(first_line(error)) from error
     except Exception as error:
         # Before the first step, the checkpoint is loaded, and a damaged one may raise any exception.
-        if checkpoint is None or loading.done:
+        if checkpoint is None or beginning.loaded:
             raise
         raise UserError(
             f"the checkpoint {checkpoint} is damaged: {first_line(error)}; delete it to use the one before it"

@@ -1,4 +1,4 @@
-"""Encoding and decoding on the CPU have the oracle's bits on every instruction set.
+"""Encoding and decoding have the oracle's bits, on CUDA and on every instruction set of the CPU.
 
 Each test here runs with the instruction set in use; `test_on` runs the whole file again, one process for each other.
 """
@@ -6,8 +6,9 @@ Each test here runs with the instruction set in use; `test_on` runs the whole fi
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,90 +18,59 @@ from hypothesis import strategies as st
 
 import isas
 import reference
+from codec_checks import (
+    assert_bits,
+    check_dequantize,
+    check_quantize,
+    check_quantize_absmax,
+    free_memory,
+    neighbourhoods,
+    weights,
+)
 from qlora_ext import _C
+from samples import DTYPES
 
 OPS = torch.ops.qlora
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = reference.BLOCK_SIZES
 GOLDEN = Path(__file__).parents[1] / "data" / "bitsandbytes_nf4"
 test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
+CHUNK = 16384  # the elements of a CTA on CUDA, several of the kernels' units
 
 
-def bits(x: torch.Tensor | np.ndarray) -> np.ndarray:
-    """Flat bit patterns; bfloat16 as uint16."""
-    t = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
-    t = t.detach().reshape(-1).contiguous()
-    return t.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[t.element_size()]).numpy()
+def on_devices(*names: str, cpu: Sequence[Any], cuda: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test by ``device`` and other names, with the rows for the CPU and those for CUDA."""
+    rows = [("cuda", *row) for row in cuda] if isas.FORCED is None else []
+    marked = [pytest.param(*row, marks=pytest.mark.cuda) for row in rows]
+    return pytest.mark.parametrize(("device", *names), [*(("cpu", *row) for row in cpu), *marked])
 
 
-def assert_bits(got: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray, what: str) -> None:
-    a, b = bits(got), bits(expected)
-    assert a.shape == b.shape, what
-    wrong = np.flatnonzero(a != b)
-    if wrong.size:
-        i = wrong[0]
-        pytest.fail(f"{what}: {wrong.size} of {a.size} differ, the first at {i}: {a[i]:#x}, expected {b[i]:#x}")
+each_device = on_devices(cpu=[()], cuda=[()])
+each_code = on_devices("code", cpu=[(code,) for code in reference.CODES], cuda=[("nf4",)])
 
 
-def check_quantize(w: torch.Tensor, block: int, code: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:
-    packed, absmax = OPS.quantize_nf4(w, block, code)
-    expected_packed, expected_absmax = reference.quantize_nf4(w.float().numpy(), block, reference.CODES[code])
-    assert_bits(absmax, expected_absmax, "absmax")
-    assert_bits(packed, expected_packed, "packed")
-    return packed, absmax
-
-
-def check_quantize_absmax(absmax: torch.Tensor, nested_block: int) -> tuple[torch.Tensor, ...]:
-    codes, nested, offset = OPS.quantize_absmax(absmax, nested_block)
-    expected = reference.quantize_absmax(absmax.numpy(), nested_block)
-    assert_bits(offset, np.array(expected[2]), "nested_offset")
-    assert_bits(nested, expected[1], "nested_absmax")
-    assert_bits(codes, expected[0], "codes")
-    return codes, nested, offset
-
-
-def check_dequantize(
-    packed: torch.Tensor, scales: tuple, numel: int, block: int, nested_block: int = 256, code: str = "nf4"
-) -> None:
-    with np.errstate(invalid="ignore", over="ignore"):
-        if len(scales) == 1:
-            absmax = scales[0].numpy()
-        else:
-            absmax = reference.dequantize_absmax(*(s.numpy() for s in scales), nested_block)
-            assert_bits(OPS.dequantize_absmax(*scales, nested_block), absmax, "dequantize_absmax")
-        decoded = reference.dequantize_nf4(packed.numpy(), absmax, numel, block, reference.CODES[code])
-    expected = decoded, reference.bfloat16_bits(decoded), reference.float16_bits(decoded)
-    for dtype, rounded in zip(DTYPES, expected, strict=True):
-        nested = scales[1:] or (None, None)
-        got = OPS.dequantize_nf4(packed, scales[0], *nested, block, nested_block, [numel], dtype, code)
-        assert_bits(got, rounded, f"dequantize_nf4 to {dtype}")
-
-
-def numels(block: int) -> list[int]:
+def numels(block: int, device: str = "cpu") -> list[int]:
+    if device == "cuda":
+        return [1, 2, 7, 33, block - 1, block, block + 1, 3 * block + 5, CHUNK - 2, CHUNK, 2 * CHUNK + 4097]
     around = [block * n + d for n in (1, 16, 17, 40) for d in (-1, 0, 1)]
     return sorted({1, 2, 3, 31, 32, 33, block // 2, 5 * block + 45, 3 * block + 32, 200 * 101 + 7, *around})
-
-
-def weights(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Normal, with a different scale in each block."""
-    scale = torch.exp(0.5 * torch.randn(numel // 32 + 1)).repeat_interleave(32)[:numel]
-    return (torch.randn(numel) * scale).to(dtype)
 
 
 @pytest.mark.parametrize("code", reference.CODE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", BLOCK_SIZES)
-def test_every_length(block: int, dtype: torch.dtype, code: str) -> None:
-    for numel in numels(block):
-        w = weights(numel, dtype)
+@each_device
+def test_every_length(device: str, block: int, dtype: torch.dtype, code: str) -> None:
+    for numel in numels(block, device):
+        w = weights(numel, dtype, device)
         packed, absmax = check_quantize(w, block, code)
         check_dequantize(packed, (absmax,), numel, block, code=code)
         for nested_block in (256, 32, 7):
             check_dequantize(packed, check_quantize_absmax(absmax, nested_block), numel, block, nested_block, code)
 
 
-def test_nothing() -> None:
-    packed, absmax = check_quantize(torch.empty(0, 64), 64)
+@each_device
+def test_nothing(device: str) -> None:
+    packed, absmax = check_quantize(torch.empty(0, 64, device=device), 64)
     codes, nested, offset = check_quantize_absmax(absmax, 256)
     assert packed.shape == (0, 32)
     assert codes.numel() == nested.numel() == 0
@@ -108,11 +78,11 @@ def test_nothing() -> None:
     check_dequantize(packed, (absmax,), 0, 64)
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@each_code
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_any_length(dtype: torch.dtype, code: str) -> None:
+def test_rows_of_any_length(dtype: torch.dtype, device: str, code: str) -> None:
     for shape in [(1, 1), (3, 5), (7, 100), (33, 65), (64, 576), (2, 3, 34)]:
-        w = weights(int(np.prod(shape)), dtype).reshape(shape)
+        w = weights(int(np.prod(shape)), dtype, device).reshape(shape)
         check_quantize(w, 64, code)
         check_quantize(w.transpose(0, -1), 64, code)
 
@@ -139,10 +109,10 @@ def test_out_of_cache_and_threads() -> None:
     check_dequantize(results[0][0], check_quantize_absmax(results[0][1], 256), numel, 64)
 
 
-@pytest.mark.parametrize("code", reference.CODES)
+@each_code
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [16, 32, 64, 512])
-def test_special_blocks(block: int, dtype: torch.dtype, code: str) -> None:
+def test_special_blocks(block: int, dtype: torch.dtype, device: str, code: str) -> None:
     base = torch.randn(400, block)
     base /= base.abs().amax(1, keepdim=True)
     for i in range(299):  # every power of two, including subnormal ones
@@ -163,6 +133,7 @@ def test_special_blocks(block: int, dtype: torch.dtype, code: str) -> None:
         w[330 + i, position] = float("inf")
         w[340 + i, position] = -float("inf")
     w[350] = float("nan")
+    w = w.to(device)
     packed, absmax = check_quantize(w, block, code)
     assert torch.equal(absmax.isnan(), ~w.isfinite().all(1))
     least, zero = (int(reference.encode(np.float32([q]), reference.CODES[code])[0]) for q in (np.nan, 0.0))
@@ -182,29 +153,24 @@ def _nested(w: torch.Tensor, block: int, code: str) -> tuple[torch.Tensor, tuple
     return packed, check_quantize_absmax(absmax, 256), w.numel(), block
 
 
-@pytest.mark.parametrize("code", reference.CODES)
-def test_scales_no_quantizer_makes(code: str) -> None:
+@each_code
+def test_scales_no_quantizer_makes(device: str, code: str) -> None:
     """Any bytes are a valid packed weight, and any floats are valid scales."""
-    packed = torch.arange(256, dtype=torch.uint8).repeat(64)
+    packed = torch.arange(256, dtype=torch.uint8, device=device).repeat(64)
     numel = packed.numel() * 2
     patterns = np.random.default_rng(0).integers(0, 2**32, numel // 64, dtype=np.uint32)
     nan = (patterns & 0x7FFFFFFF) > 0x7F800000
     patterns[nan] = 0x7FC00000
-    check_dequantize(packed, (torch.from_numpy(patterns.view(np.float32)),), numel, 64, code=code)
+    check_dequantize(packed, (torch.from_numpy(patterns.view(np.float32)).to(device),), numel, 64, code=code)
     codes = torch.arange(256, dtype=torch.uint8).repeat(2)
     for nested, offset in [(0.01, 0.03), (-2.0, 1.0), (1e-38, 1e-40), (3e38, 3e38), (float("nan"), 0.0)]:
-        check_dequantize(packed, (codes, torch.full((2,), nested), torch.tensor(offset)), numel, 64, code=code)
+        scales = tuple(t.to(device) for t in (codes, torch.full((2,), nested), torch.tensor(offset)))
+        check_dequantize(packed, scales, numel, 64, code=code)
 
 
-def neighbourhoods(points: np.ndarray, ulps: int) -> np.ndarray:
-    """Every float32 at most `ulps` away from one of `points`."""
-    steps = np.arange(-ulps, ulps + 1)
-    return (points.view(np.int32)[:, None] + steps).astype(np.int32).view(np.float32).reshape(-1)
-
-
-@pytest.mark.parametrize("code", reference.CODES)
-@pytest.mark.parametrize("absmax", [1.0, 0.0371, 3.0517578e-05, 1.7e-37, 0.9e38])
-def test_around_every_boundary(absmax: float, code: str) -> None:
+@each_code
+@pytest.mark.parametrize("absmax", [1.0, 0.0371, 3.0517578e-05, 1.7e-37, 2.9e38])
+def test_around_every_boundary(absmax: float, device: str, code: str) -> None:
     table = reference.CODES[code]
     values, _ = reference.ranked(table)
     most = reference.largest(table)
@@ -216,15 +182,18 @@ def test_around_every_boundary(absmax: float, code: str) -> None:
         blocks = np.concatenate([np.full((near.shape[0], 1), most), near], axis=1) * np.float32(
             min(absmax, 2.7e38 / most)
         )
-    check_quantize(torch.from_numpy(blocks), 64, code)
-    check_quantize(torch.from_numpy(-blocks), 64, code)
+    check_quantize(torch.from_numpy(blocks).to(device), 64, code)
+    check_quantize(torch.from_numpy(-blocks).to(device), 64, code)
 
 
-@pytest.mark.parametrize("code", reference.CODE_KINDS)
+@on_devices(
+    *("limit", "code"),
+    cpu=[(limit, code) for limit in (1.0, 0.125, 65504.0, 1e-4) for code in reference.CODE_KINDS],
+    cuda=[(1.0, "nf4")],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("limit", [1.0, 0.125, 65504.0, 1e-4])
-def test_all_16_bit_patterns(dtype: torch.dtype, limit: float, code: str) -> None:
-    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
+def test_all_16_bit_patterns(dtype: torch.dtype, device: str, limit: float, code: str) -> None:
+    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype).to(device)
     in_range = every[every.float().abs() <= limit]
     for block in (32, 4096):
         w = in_range[: in_range.numel() // (block - 1) * (block - 1)].reshape(-1, block - 1)
@@ -232,28 +201,31 @@ def test_all_16_bit_patterns(dtype: torch.dtype, limit: float, code: str) -> Non
     check_quantize(every, 32, code)
 
 
-def test_around_every_scale_boundary() -> None:
-    near = neighbourhoods(reference.midpoints(reference.DYNAMIC8), 300)
+@on_devices("ulps", cpu=[(300,)], cuda=[(100,)])
+def test_around_every_scale_boundary(device: str, ulps: int) -> None:
+    near = neighbourhoods(reference.midpoints(reference.DYNAMIC8), ulps)
     near = near[np.abs(near) <= 1.0]
     # With its mirror image, the mean is 0 and the largest magnitude 1, so that q is the value itself.
     values = np.concatenate([near, -near, [1.0, -1.0]]).astype(np.float32)
-    codes, nested, offset = check_quantize_absmax(torch.from_numpy(values), values.size)
+    codes, nested, offset = check_quantize_absmax(torch.from_numpy(values).to(device), values.size)
     assert offset == 0.0
     assert nested.item() == 1.0
     assert codes.unique().numel() == 256
-    scale = torch.from_numpy(values * np.float32(0.0123))
+    scale = torch.from_numpy(values * np.float32(0.0123)).to(device)
     check_quantize_absmax(scale, values.size)
     check_quantize_absmax(scale, 256)
 
 
-def test_the_mean_is_summed_in_order() -> None:
+@each_device
+def test_the_mean_is_summed_in_order(device: str) -> None:
     for count in (1, 15, 16, 1023, 1025, 65535, 65536, 65537, 3 * 65536 + 1041):
         x = torch.exp(4 * torch.randn(count)) + 1e-3
-        check_quantize_absmax(x, 256)
+        check_quantize_absmax(x.to(device), 256)
 
 
-def test_scales_that_are_not_finite() -> None:
-    x = torch.rand(1000)
+@each_device
+def test_scales_that_are_not_finite(device: str) -> None:
+    x = torch.rand(1000, device=device)
     for value in (float("nan"), float("inf")):
         x[777] = value
         codes, nested, offset = check_quantize_absmax(x, 256)
@@ -320,21 +292,17 @@ def test_golden(case: dict) -> None:
         assert_bits(got, field["deq_bf16@bf16"], "deq_bf16")
 
 
-def free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(isas.FORCED is not None, reason="once is enough: indices are the same on every instruction set")
 @pytest.mark.skipif(free_memory() < 9 << 30, reason="needs 9 GB of free memory")
-def test_more_than_2_to_the_31_elements() -> None:
+@each_device
+def test_more_than_2_to_the_31_elements(device: str) -> None:
     numel = (1 << 31) + 4096 + 33
-    w = torch.zeros(numel, dtype=torch.bfloat16)
-    tail = weights(8225, torch.bfloat16)
-    w[-8225:] = tail
+    w = torch.zeros(numel, dtype=torch.bfloat16, device=device)
+    w[-8225:] = weights(8225, torch.bfloat16, device)
     packed, absmax = OPS.quantize_nf4(w, 64)
     start = (numel - 8225) // 64 * 64
-    expected_packed, expected_absmax = reference.quantize_nf4(w[start:].float().numpy(), 64)
+    expected_packed, expected_absmax = reference.quantize_nf4(w[start:].float().cpu().numpy(), 64)
     assert_bits(packed[start // 2 :], expected_packed, "packed")
     assert_bits(absmax[start // 64 :], expected_absmax, "absmax")
     assert torch.all(packed[: start // 2] == 0x77)
