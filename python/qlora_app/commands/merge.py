@@ -17,16 +17,17 @@ class MergeRequest(ExportRequest):
 
     command: ClassVar[str] = "merge"
 
-    to: str = option("dense", "", group=None)
     adapter: str = like(SavedOptions, "adapter", default=REQUIRED)
     output: str = option(REQUIRED, "output directory", metavar="DIR")
     overwrite: bool = option(False, "replace what qlora-ext wrote to --output")
     four_bit: bool = option(False, "save in 4 bits", flag="--4bit")
     evaluate: bool = option(False, "compare the run's held-out loss before and after merging")
-    check: str = option("none", "", group=None)
-    data: None = option(None, "", group=None)
-    max_loss_increase: None = option(None, "", group=None)
-    embeddings: None = option(None, "", group=None)
+    # Of export, these are no options here.
+    to: str = "dense"
+    check: str = "none"
+    data: str | None = None
+    max_loss_increase: float | None = None
+    embeddings: str | None = None
 
     @property
     def result(self) -> str:
