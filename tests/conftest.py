@@ -1,11 +1,12 @@
-"""Shared fixtures. Tests marked `cuda` need a GPU or the kernel simulator, and tests marked `campaign` run under
-scripts/attack; otherwise they are skipped with the reason."""
+"""Shared fixtures. Tests marked `cuda` need a GPU or the kernel simulator, tests marked `campaign` run under
+scripts/attack, and files that import an optional library need it; otherwise they are skipped with the reason."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -23,6 +24,29 @@ __all__ = ["finished_run", "paths", "refused"]  # fixtures
 # Set before the first call, so that every call reads it (test_kernels_cpu.py changes it from kernel to kernel).
 os.environ.setdefault("QLORA_CPU_KERNEL", "")
 os.environ.setdefault("QLORA_CUDA_KERNEL", "")
+
+
+# What no test needs to have but those that import it.
+OPTIONAL = {"accelerate", "bitsandbytes", "compressed_tensors", "datasets", "diffusers", "gguf", "peft", "safetensors"}
+OPTIONAL |= {"tokenizers", "transformers", "trl"}
+
+
+class Module(pytest.Module):
+    """A file of tests, which is skipped if it imports an optional library that is not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            library = (getattr(error.__cause__, "name", None) or "").partition(".")[0]
+            if isinstance(error.__cause__, ModuleNotFoundError) and library in OPTIONAL:
+                pytest.skip(f"{library} is not installed", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: pathlib.Path, parent: pytest.Collector) -> pytest.Module:
+    module: pytest.Module = Module.from_parent(parent, path=module_path)
+    return module
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

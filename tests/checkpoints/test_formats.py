@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from checkpoint_samples import SAMPLES, Sample, mxfp4, packed
 from qlora_ext.checkpoints import alternating_rows, format_of, grouped_rows, retained_of, select_rows
 from qlora_ext.checkpoints.mxfp4 import names_of
 from qlora_ext.weight import Weight4bit
+from tensors import same_bits
 
 
 def read(sample: Sample, dtype: torch.dtype = torch.bfloat16) -> Weight4bit:
@@ -26,19 +29,9 @@ def decoded(w4: Weight4bit, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.stack([matrix.dequantize(dtype) for matrix in matrices]).view(w4.shape)
 
 
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.reshape(-1).clone().view(torch.uint8)
-
-
 def same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    """Also that dtypes and shapes are the same, and that no tensor is a strided view, which files cannot store."""
-    return found.keys() == expected.keys() and all(
-        t.dtype == expected[name].dtype
-        and t.shape == expected[name].shape
-        and t.is_contiguous()
-        and torch.equal(bits(t), bits(expected[name]))
-        for name, t in found.items()
-    )
+    """Also that no tensor is a strided view, which files cannot store."""
+    return same_bits(found, expected) and all(t.is_contiguous() for t in found.values())
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -49,7 +42,7 @@ def test_a_weight_decodes_to_the_bits_of_its_reference(name: str) -> None:
     assert w4.shape == torch.Size(sample.shape)
     np.testing.assert_array_equal(values.view(np.uint32), sample.values.astype(np.float32).view(np.uint32))
     rounded = torch.from_numpy(sample.values).to(torch.bfloat16)
-    assert torch.equal(bits(decoded(w4)), bits(rounded))
+    assert same_bits({"w": decoded(w4)}, {"w": rounded})
 
 
 def test_zero_points_with_scales_of_any_sign() -> None:
@@ -170,3 +163,28 @@ def test_transformers_decodes_gpt_oss_alike() -> None:
     sample.tensors["scales"].clamp_(1, 250)
     expected = mxfp4_of_transformers.convert_moe_packed_tensors(**sample.tensors, dtype=torch.float32)
     assert torch.equal(decoded(read(sample), torch.float32), expected.transpose(1, 2))
+
+
+DATA = pathlib.Path(__file__).parents[1] / "data"
+GOLDEN = np.load(DATA / "compressed_tensors.npz")
+CASES = json.loads((DATA / "compressed_tensors.json").read_text())["cases"]
+
+
+def golden(name: str) -> torch.Tensor:
+    """The array ``name``, whose dtype may follow its name in the file."""
+    key = next(key for key in GOLDEN.files if key.partition("@")[0] == name)
+    t = torch.from_numpy(GOLDEN[key])
+    dtype = key.partition("@")[2]
+    return t.view(getattr(torch, dtype)) if dtype else t
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_a_weight_is_decoded_and_written_as_by_its_library(case: dict[str, Any]) -> None:
+    name = case["name"]
+    kind, settings = format_of(case["config"])
+    tensors = {key: golden(f"{name}.{key}") for key in case["tensors"]}
+    expected = golden(f"{name}!decompressed")
+    w4 = kind.read(tensors, case["shape"], expected.dtype, settings, name)
+    values = {"float32": w4.dequantize(torch.float32), "stored": w4.dequantize()}
+    assert same_bits(values, {"float32": golden(f"{name}!float32"), "stored": expected})
+    assert same_bytes(kind.write(w4, settings, retained_of(kind, tensors)), tensors)

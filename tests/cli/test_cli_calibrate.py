@@ -1,4 +1,4 @@
-"""``qlora-ext quantize --calibrate`` writes a 4-bit directory with a record, and loses no results when killed.
+"""``qlora-ext quantize --calibrate`` writes a 4-bit directory with a record.
 
 ``--init-lora`` writes an adapter with which ``finetune --init-adapter`` starts, as with any other.
 """
@@ -20,7 +20,6 @@ from qlora_app.main import main
 from qlora_app.outputs.directory import Output
 from qlora_app.outputs.files import contents
 from qlora_app.quantization import calibrate
-from qlora_ext.calibration import Calibrator
 from tiny_models import save_tiny_llama
 
 
@@ -84,30 +83,6 @@ def test_a_text_that_is_given(model: pathlib.Path, tmp_path: pathlib.Path, capsy
     assert "expected a text of at least 8 tokens, got 3" in capsys.readouterr().err
     assert quantize(model, tmp_path / "other", "--calibrate", str(tmp_path / "none.txt")) == 2
     assert f"--calibrate {tmp_path / 'none.txt'}: no such file" in capsys.readouterr().err
-
-
-def test_a_killed_calibration_is_resumed(
-    model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert quantize(model, tmp_path / "whole", "--calibrate", "self") == 0
-    refine, calls = Calibrator.refine, []
-
-    def killed(self: Calibrator, name: str, *args: Any) -> Any:
-        calls.append(name)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-        return refine(self, name, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Calibrator, "refine", killed)
-        assert quantize(model, tmp_path / "out", "--calibrate", "self") not in (0, 2)
-    assert (tmp_path / "out.calibration" / "tokens.safetensors").exists()
-    assert not (tmp_path / "out").exists()
-    assert quantize(model, tmp_path / "out", "--calibrate", "self", "--calibration-seed", "1") == 2
-    assert quantize(model, tmp_path / "out", "--calibrate", "self") == 0
-    whole, resumed = (load(tmp_path / name).state_dict() for name in ("whole", "out"))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert not (tmp_path / "out.calibration").exists()
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -17,7 +17,7 @@ import qlora_app
 from commands import Paths, adapter_bytes, base, command, here, listing, read_lines
 from qlora_app.main import main
 from qlora_app.outputs.lock import locked
-from qlora_app.outputs.ownership import foreign_in_sweep
+from qlora_app.outputs.ownership import foreign_in_output
 from qlora_app.training.restoring import restored
 from qlora_app.training.sweep_options import as_text, combinations, parse_sweep
 
@@ -147,7 +147,7 @@ def test_a_killed_sweep_is_resumed(paths: Paths, swept: pathlib.Path, tmp_path: 
     for run, whole in zip(runs_of(output), runs_of(swept), strict=True):
         assert adapter_bytes(run) == adapter_bytes(whole)
         assert [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
-    assert foreign_in_sweep(output) is None
+    assert foreign_in_output(output) is None
     assert json.loads((output / "sweep.json").read_text()) == json.loads((swept / "sweep.json").read_text())
 
 
@@ -214,7 +214,7 @@ def test_a_run_that_another_process_trains_is_left_alone(refused: Any, interrupt
 
 def test_foreign_files_are_not_overwritten(refused: Any, paths: Paths, interrupted: pathlib.Path) -> None:
     for name in ("notes", f"{NAMES[1]}/notes", f"{NAMES[1]}/adapter/notes", "other/settings.json"):
-        assert foreign_in_sweep(interrupted) is None
+        assert foreign_in_output(interrupted) is None
         (interrupted / name).parent.mkdir(exist_ok=True)
         (interrupted / name).touch()
         message = refused(*start_sweep(paths, interrupted, "--overwrite"))

@@ -6,16 +6,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -24,19 +20,15 @@ from bitsandbytes_layers import bare
 from qlora_ext.integrations.bitsandbytes import state_dict
 from qlora_ext.integrations.peft import LoraLinear4bit
 from qlora_ext.nn import Embedding4bit, Linear4bit
+from tensors import error, same_bits
 from tiny_models import FAMILIES, make, token_ids
 
 IDS = token_ids()
 
 
-def config(double_quant: bool = True, compute_dtype: torch.dtype = torch.float32, **options: Any) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        **options,
-    )
+def config(**options: Any) -> BitsAndBytesConfig:
+    usual = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    return BitsAndBytesConfig(load_in_4bit=True, **usual | options)
 
 
 def load(path: Path, quantization_config: Any = None, **options: Any) -> Any:
@@ -60,10 +52,6 @@ def exact(model: Any) -> Any:
 def decoded(layer: Any) -> Tensor:
     weight: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return weight
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("compress_statistics", [True, False])
@@ -212,10 +200,7 @@ def test_a_state_is_written_as_bitsandbytes_would(compress_statistics: bool, sto
     qlora_ext.adopt(model)
     for module, theirs_state in zip((model, model[0]), expected, strict=True):
         found = state_dict(module, storage)
-        assert found.keys() == theirs_state.keys()
-        for key, t in theirs_state.items():
-            assert (found[key].dtype, found[key].shape) == (t.dtype, t.shape)
-            assert torch.equal(found[key].view(torch.uint8), t.view(torch.uint8))
+        assert same_bits(found, theirs_state)
 
 
 def test_a_state_that_bitsandbytes_has_not_is_refused() -> None:
@@ -260,6 +245,7 @@ def test_unsupported_layers_are_unchanged_and_counted() -> None:
             "foreign": foreign,
             "lost": lost,
             "doubled": doubled,
+            "fp4, not moved yet": bnb.nn.Linear4bit(64, 32, quant_type="fp4"),
             "absent": bnb.nn.Linear4bit(64, 32, quant_type="nf4", device="meta"),
         }
     )
@@ -271,6 +257,7 @@ def test_unsupported_layers_are_unchanged_and_counted() -> None:
         "foreign": "expected bitsandbytes' own code values",
         "lost": "quant_state is lost",
         "doubled": "Doubled, which has its own forward",
+        "fp4, not moved yet": "has not quantized yet",
         "absent": "its weight is offloaded",
     }
     assert adoption.left.keys() == reasons.keys()
@@ -304,10 +291,10 @@ def test_hooks_of_accelerate_and_of_torch_stay() -> None:
     assert seen == ["torch"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_stays_one_of_bitsandbytes_to_all_around(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "kind"), [*((family, "nf4") for family in FAMILIES), ("llama", "fp4")])
+def test_a_model_stays_one_of_bitsandbytes_to_all_around(family: str, kind: str, tmp_path: Path) -> None:
     make(family, torch.float32).save_pretrained(tmp_path / "dense")
-    model = load(tmp_path / "dense", config(bnb_4bit_quant_storage=torch.bfloat16))
+    model = load(tmp_path / "dense", config(bnb_4bit_quant_type=kind, bnb_4bit_quant_storage=torch.bfloat16))
     model.save_pretrained(tmp_path / "before")
     names, size, given = set(theirs(model)), model.num_parameters(), model.config.quantization_config
     with torch.no_grad():

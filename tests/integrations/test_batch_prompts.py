@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 import qlora_ext
 import tiny_models
 from qlora_app.decoding import BatchDecoder, Sampling, batch

@@ -1,18 +1,18 @@
-"""Conversion to and from bitsandbytes' 4-bit state, compared with the installed bitsandbytes."""
+"""Conversion to and from bitsandbytes' NF4 and FP4 states, compared with the installed bitsandbytes."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor
 
 import qlora_ext
-from qlora_ext import NF4Weight
-
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+from qlora_ext import NF4Weight, Weight4bit
+from tensors import same_bits
 
 PREFIX = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{PREFIX}.quant_state.bitsandbytes__nf4"
@@ -46,20 +46,18 @@ def rewrite(state_dict: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
     return {**state_dict, STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("block_size", [32, 64, 256, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_reads_and_writes_its_bytes(dtype: torch.dtype, block_size: int, double_quant: bool) -> None:
-    theirs = saved_by_bitsandbytes(torch.randn(48, 160).to(dtype), block_size, double_quant)
-    w4 = NF4Weight.from_bitsandbytes(theirs, PREFIX)
-    assert (w4.dtype, w4.block_size, w4.double_quant) == (dtype, block_size, double_quant)
+def test_reads_and_writes_its_bytes(dtype: torch.dtype, block_size: int, double_quant: bool, kind: str) -> None:
+    theirs = saved_by_bitsandbytes(torch.randn(48, 160).to(dtype), block_size, double_quant, quant_type=kind)
+    w4 = Weight4bit.from_bitsandbytes(theirs, PREFIX)
+    assert (w4.code, w4.dtype, w4.block_size, w4.double_quant) == (kind, dtype, block_size, double_quant)
     assert torch.equal(w4.dequantize(), decoded_by_bitsandbytes(theirs))
     ours = w4.to_bitsandbytes(PREFIX)
     assert list(ours) == list(theirs)
-    for key, t in theirs.items():
-        assert ours[key].dtype == t.dtype
-        assert ours[key].shape == t.shape
-        assert torch.equal(ours[key], t), key
+    assert same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -86,9 +84,42 @@ def test_odd_counts_keep_their_last_half_byte() -> None:
     assert torch.equal(w4.to_bitsandbytes(PREFIX)[PREFIX], theirs[PREFIX])
 
 
+def fp4(**options: Any) -> dict[str, Tensor]:
+    return saved_by_bitsandbytes(torch.randn(4, 64), quant_type="fp4", **options)
+
+
+def test_every_code_has_their_value() -> None:
+    tensors = fp4(double_quant=False)
+    for first in (0, 128):
+        tensors[PREFIX] = torch.arange(first, first + 128).to(torch.uint8).reshape(-1, 1)
+        found, expected = Weight4bit.from_bitsandbytes(tensors, PREFIX).dequantize(), decoded_by_bitsandbytes(tensors)
+        assert same_bits({"w": found}, {"w": expected + 0.0})  # some decoders give -0.0 for code 8
+
+
+def test_forms_that_bitsandbytes_lacks_are_rejected() -> None:
+    w4 = Weight4bit.from_bitsandbytes(fp4(double_quant=False), PREFIX)
+    with pytest.raises(ValueError, match="code: expected nf4 or fp4, got e2m1, which bitsandbytes lacks"):
+        w4.replace(code="e2m1").to_bitsandbytes(PREFIX)
+    with pytest.raises(ValueError, match="which bitsandbytes lacks"):
+        w4.replace(absmax=w4.absmax.half()).to_bitsandbytes(PREFIX)
+
+
+def test_states_of_two_codes_and_under_another_name_are_rejected() -> None:
+    nf4, tensors = saved_by_bitsandbytes(torch.randn(4, 64)), fp4()
+    renamed = {key.replace("bitsandbytes__fp4", "bitsandbytes__nf4"): t for key, t in tensors.items()}
+    for state, message in (
+        ({**nf4, **tensors}, "expected a bitsandbytes NF4 or FP4 weight, got both FP4 and NF4"),
+        (renamed, "expected quant_type 'nf4', got 'fp4'"),
+        ({**tensors, f"{PREFIX}.quant_map": nf4[f"{PREFIX}.quant_map"]}, "expected bitsandbytes' own code values"),
+        ({key.replace("__fp4", "__af4"): t for key, t in tensors.items()}, "NF4 or FP4 weight, got AF4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Weight4bit.from_bitsandbytes(state, PREFIX)
+
+
 def test_refuses_fp4_and_int8_by_name() -> None:
     with pytest.raises(ValueError, match=r"expected a bitsandbytes NF4 weight, got FP4"):
-        NF4Weight.from_bitsandbytes(saved_by_bitsandbytes(torch.randn(4, 64), quant_type="fp4"), PREFIX)
+        NF4Weight.from_bitsandbytes(fp4(), PREFIX)
     int8 = {PREFIX: torch.zeros(4, 64, dtype=torch.int8), PREFIX.replace("weight", "SCB"): torch.ones(4)}
     with pytest.raises(ValueError, match=r"got int8"):
         NF4Weight.from_bitsandbytes(int8, PREFIX)

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_ext import QLoRAConfig

@@ -6,21 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_ext import QLoRAConfig
 from qlora_ext.integrations.bitsandbytes import save_pretrained
 from qlora_ext.nn import Linear4bit, quantize_model
+from tensors import error, same_bits
 from tiny_models import FAMILIES, make, token_ids
 
 IDS = token_ids()
@@ -30,10 +27,12 @@ def load(path: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, **options).eval()
 
 
-def theirs_config(double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+def theirs_config(
+    double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16, kind: str = "nf4"
+) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
     )
@@ -58,24 +57,27 @@ def exact(model: Any) -> Any:
     return model
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
-
-
 @pytest.mark.usefixtures("native_bfloat16")
-@pytest.mark.parametrize(("family", "double_quant"), [*((family, True) for family in FAMILIES), ("llama", False)])
-def test_writes_the_directory_that_bitsandbytes_writes(family: str, double_quant: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "double_quant", "kind"),
+    [
+        *((family, True, "nf4") for family in FAMILIES),
+        ("llama", False, "nf4"),
+        *(("llama", d, "fp4") for d in (True, False)),
+    ],
+)
+def test_writes_the_directory_that_bitsandbytes_writes(
+    family: str, double_quant: bool, kind: str, tmp_path: Path
+) -> None:
     make(family).save_pretrained(tmp_path / "dense")
-    load(tmp_path / "dense", quantization_config=theirs_config(double_quant)).save_pretrained(tmp_path / "theirs")
+    config = theirs_config(double_quant, kind=kind)
+    load(tmp_path / "dense", quantization_config=config).save_pretrained(tmp_path / "theirs")
     ours = load(tmp_path / "theirs", quantization_config=QLoRAConfig())
     save_pretrained(ours, tmp_path / "ours", max_shard_size="40KB")
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
 
     expected, written = files(tmp_path / "theirs"), files(tmp_path / "ours")
-    assert written.keys() == expected.keys()
-    for name, t in expected.items():
-        assert (written[name].dtype, written[name].shape) == (t.dtype, t.shape)
-        assert torch.equal(written[name], t), name
+    assert same_bits(written, expected)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
     their_config = json.loads((tmp_path / "theirs" / "config.json").read_text())["quantization_config"]
     assert config == {key: their_config[key] for key in config} | {"llm_int8_skip_modules": ["lm_head"]}
@@ -87,6 +89,7 @@ def test_writes_the_directory_that_bitsandbytes_writes(family: str, double_quant
             module = again.get_submodule(name)
             assert isinstance(module, bnb.nn.Linear4bit)
             decoded = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            assert layer.form.code == kind
             assert torch.equal(decoded, layer.dequantize())
             compared += 1
     assert compared > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 import warnings
@@ -10,20 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import Qwen3MoeConfig
 
 import packed_models
 from load_memory import peaks_of_loading_and_saving
-from packed_models import CONFIGS, change, load, same_tensors
+from packed_models import CONFIGS, change, check_our_format, check_saved, configured, load, same_tensors
 from qlora_ext import Form, quantize
-from qlora_ext.integrations.transformers import save_in_our_format
 from qlora_ext.nn import TiedLinear4bit
 from qlora_ext.weight import Weight4bit
 from tiny_models import same_state
@@ -62,8 +55,7 @@ def test_tensors_for_which_the_model_has_no_place_are_saved(case: tuple[str, str
     load(checkpoint.path).save_pretrained(tmp_path / "saved")
     assert same_tensors(tmp_path / "saved", checkpoint.tensors)
     model = load(checkpoint.path)
-    model.save_pretrained(checkpoint.path)  # over the files that it has mapped
-    assert same_tensors(checkpoint.path, checkpoint.tensors)
+    check_saved(model, checkpoint.path, checkpoint)  # over the files that it has mapped
 
 
 def test_biases_of_zeros_are_saved_and_others_are_an_error(tmp_path: pathlib.Path) -> None:
@@ -84,14 +76,12 @@ def test_biases_of_zeros_are_saved_and_others_are_an_error(tmp_path: pathlib.Pat
 
 def test_a_tied_table_is_saved_once(tmp_path: pathlib.Path) -> None:
     checkpoint = packed_models.save(tmp_path, "llama", "pack-quantized", packed="embed_tokens")
-    config = json.loads((checkpoint.path / "config.json").read_text())
-    (checkpoint.path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    configured(checkpoint, tie_word_embeddings=True)
     del checkpoint.tensors["lm_head.weight"]
     change(checkpoint, "", lambda t: None)
     model = load(checkpoint.path)
     assert isinstance(model.lm_head, TiedLinear4bit)
-    model.save_pretrained(tmp_path / "saved")
-    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+    check_saved(model, tmp_path / "saved", checkpoint)
 
 
 @pytest.mark.parametrize("case", TRAINED, ids="-".join)
@@ -138,10 +128,7 @@ def test_new_weights_are_saved_or_rejected(case: tuple[str, str], tmp_path: path
             model.save_pretrained(tmp_path / "saved")
         assert not (tmp_path / "saved" / "model.safetensors").exists()
     if case[0] == "llama":
-        save_in_our_format(model)
-        model.save_pretrained(tmp_path / "saved")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32, device_map="cpu")
-        assert same_state(again, model)
+        check_our_format(model, tmp_path / "ours")
 
 
 def new_weight(dense: torch.Tensor, form: Form) -> Weight4bit:

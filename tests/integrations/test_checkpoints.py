@@ -12,22 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 import packed_models
 from load_memory import peak_of_loading
-from packed_models import FORMATS, IDS, change, load, same_tensors
+from packed_models import FORMATS, IDS, change, check_our_format, check_saved, configured, load
 from qlora_app.models.pretrained import is_4bit
 from qlora_app.models.sources import ModelSource
 from qlora_ext.fingerprint import fingerprint
-from qlora_ext.integrations.transformers import save_in_our_format
+from qlora_ext.integrations.peft import merge_to_4bit, set_merge_aware
 from qlora_ext.nn import Embedding4bit, Experts4bit, layers_of
 from tiny_models import same_state
 
@@ -69,8 +64,7 @@ def test_the_weights_are_the_files(family: str, kind: str, tmp_path: pathlib.Pat
         if name in state and name not in values:
             assert torch.equal(t, state[name]), name
 
-    model.save_pretrained(tmp_path / "saved")
-    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+    check_saved(model, tmp_path / "saved", checkpoint)
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["quantization_config"] == checkpoint.config
     assert same_state(load(tmp_path / "saved"), model)
@@ -94,8 +88,7 @@ def test_weights_that_the_checkpoint_keeps_dense_stay_dense(tmp_path: pathlib.Pa
     packed = [name for name, _ in layers_of(model)]
     assert packed == ["model.layers.1.mlp.experts"]
     torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
-    model.save_pretrained(tmp_path / "saved")
-    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+    check_saved(model, tmp_path / "saved", checkpoint)
 
 
 def test_a_model_without_our_configuration_is_transformers_own(tmp_path: pathlib.Path) -> None:
@@ -123,8 +116,7 @@ def test_experts_of_gpt_oss_that_are_stored_one_by_one(old_names: bool, tmp_path
         if "layers.0.mlp" in name or name.endswith("_bias"):
             assert torch.equal(state[name], t), name
     torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
-    model.save_pretrained(tmp_path / "saved")
-    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+    check_saved(model, tmp_path / "saved", checkpoint)
 
 
 def test_an_expert_that_is_missing(tmp_path: pathlib.Path) -> None:
@@ -179,7 +171,7 @@ TRAINED = [
 ]
 
 
-def adapted(model: Any) -> Any:
+def adapted(model: Any, std: float = 0.1) -> Any:
     """The model with LoRA on its attention, and on the experts that it has."""
     experts = [name for name, p in model.named_parameters() if name.endswith(("experts.gate_up_proj", "down_proj"))]
     options: dict[str, Any] = {"target_parameters": experts} if experts else {}
@@ -191,7 +183,7 @@ def adapted(model: Any) -> Any:
     torch.manual_seed(2)
     for name, p in sorted(model.named_parameters()):
         if "lora_" in name:
-            torch.nn.init.normal_(p, std=0.1)
+            torch.nn.init.normal_(p, std=std)
     return model
 
 
@@ -240,24 +232,27 @@ MOE = ("qwen3_moe", "nvfp4-pack-quantized")
 MXFP4 = ("gpt_oss", "mxfp4")
 
 
-def test_streaming(tmp_path: pathlib.Path) -> None:
-    checkpoint = packed_models.save(tmp_path, *MXFP4)
+ORDER = ("llama", "gptq-order")  # the permutation of its columns belongs to the layer
+
+
+@pytest.mark.parametrize("case", [MXFP4, ORDER], ids="-".join)
+def test_streaming(case: tuple[str, str], tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *case)
     model = load(checkpoint.path, stream="ram")
-    assert torch.equal(model(IDS).logits, load(checkpoint.path)(IDS).logits)
-    model.save_pretrained(tmp_path / "saved")
-    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
-    with pytest.raises(ValueError, match="'disk' needs a 4-bit model saved by qlora_ext; load the mxfp4 checkpoint"):
+    check_saved(model, tmp_path / "saved", checkpoint)
+    with pytest.raises(ValueError, match=f"'disk' needs a 4-bit model saved by qlora_ext; load the {case[1][:4]}"):
         load(checkpoint.path, stream="disk")
+    gradients = []
+    for base in (load(checkpoint.path), model):
+        trained = adapted(base)
+        trained(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append({name: p.grad for name, p in trained.named_parameters() if p.requires_grad})
+    assert all(torch.equal(grad, gradients[1][name]) for name, grad in gradients[0].items())
 
 
-@pytest.mark.parametrize("case", [MXFP4, MOE, NVFP4], ids="-".join)
+@pytest.mark.parametrize("case", [MXFP4, MOE, NVFP4, ORDER], ids="-".join)
 def test_saved_in_our_format(case: tuple[str, str], tmp_path: pathlib.Path) -> None:
-    model = load(packed_models.save(tmp_path, *case).path)
-    save_in_our_format(model)
-    model.save_pretrained(tmp_path / "ours")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32, device_map="cpu")
-    assert same_state(again, model)
-    assert torch.equal(load(tmp_path / "ours", stream="disk")(IDS).logits, model(IDS).logits)
+    check_our_format(load(packed_models.save(tmp_path, *case).path), tmp_path / "ours")
 
 
 def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
@@ -353,15 +348,12 @@ ELSEWHERE: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_configurations_in_files_of_their_own(case: str, tmp_path: pathlib.Path) -> None:
     kind, name, fields = ELSEWHERE[case]
     checkpoint = packed_models.save(tmp_path, "llama", kind)
-    config = json.loads((checkpoint.path / "config.json").read_text())
-    del config["quantization_config"]
-    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    configured(checkpoint, quantization_config=None)
     (checkpoint.path / name).write_text(json.dumps(fields))
     assert is_4bit(ModelSource("model", str(checkpoint.path)))  # as the commands find it
     model = load(checkpoint.path)
     torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
-    model.save_pretrained(tmp_path / "saved")
-    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+    check_saved(model, tmp_path / "saved", checkpoint)
     assert same_state(load(tmp_path / "saved"), model)
     (checkpoint.path / name).write_text("{")
     with pytest.raises(ValueError, match=rf"{name}: not JSON"):
@@ -370,10 +362,68 @@ def test_configurations_in_files_of_their_own(case: str, tmp_path: pathlib.Path)
 
 def test_an_older_name_of_the_configuration(tmp_path: pathlib.Path) -> None:
     checkpoint = packed_models.save(tmp_path, *NVFP4)
-    config = json.loads((checkpoint.path / "config.json").read_text())
-    config["compression_config"] = config.pop("quantization_config")
-    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    configured(checkpoint, compression_config=checkpoint.config, quantization_config=None)
     model = load(checkpoint.path)
     torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
     model.save_pretrained(tmp_path / "saved")
     assert same_state(load(tmp_path / "saved"), model)
+
+
+def test_layers_whose_groups_are_in_order_have_no_permutation(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *ORDER)
+    change(checkpoint, "model.layers.0.mlp.up_proj.g_idx", lambda t: t.sort().values)
+    model = load(checkpoint.path)
+    plain = [name for name, layer in layers_of(model) if not layer.form.reordered]
+    assert plain == ["model.layers.0.mlp.up_proj"]
+
+
+def test_merging_in_activation_order(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, *ORDER)
+    model = adapted(load(checkpoint.path), 0.01).eval()
+    y = model(IDS).logits
+    model.merge_adapter()
+    assert not torch.equal(model(IDS).logits, y)
+    model.unmerge_adapter()
+    assert torch.equal(model(IDS).logits, y)
+    dense = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(dense(IDS).logits, y, rtol=1e-4, atol=1e-4)
+    merged, error = merge_to_4bit(model)
+    assert 0.8 < error.retained < 1.2
+    merged.save_pretrained(tmp_path / "merged")
+    assert same_state(load(tmp_path / "merged"), merged)
+
+
+def test_merge_aware_training_in_activation_order(tmp_path: pathlib.Path) -> None:
+    model = adapted(load(packed_models.save(tmp_path, *ORDER).path)).eval()
+    set_merge_aware(model)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    y = model(IDS).logits
+    merged, _ = merge_to_4bit(model)
+    assert torch.equal(merged(IDS).logits, y)
+
+
+def test_another_order_is_not_saved(tmp_path: pathlib.Path) -> None:
+    model = load(packed_models.save(tmp_path, *ORDER).path)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.set_weight(layer.weight.replace(column_order=layer.column_order.flip(0)))
+    with pytest.raises(ValueError, match=r"up_proj\.weight: expected the columns in the order of the checkpoint's"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_experts_in_activation_order_are_rejected(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, "qwen3_moe", "gptq-order")
+    with pytest.raises(
+        ValueError, match=r"experts\.0\.down_proj\.weight: expected .* got an activation order \(desc_act\)"
+    ):
+        load(checkpoint.path)
+    for name in [name for name in checkpoint.tensors if ".experts." in name and name.endswith("g_idx")]:
+        checkpoint.tensors[name] = checkpoint.tensors[name].sort().values
+    change(checkpoint, "", lambda t: None)
+    model = load(checkpoint.path)
+    assert {layer.form.reordered for _, layer in layers_of(model)} == {False, True}
+    assert any(isinstance(layer, Experts4bit) for _, layer in layers_of(model))
+    check_saved(model, tmp_path / "saved", checkpoint)
+    fields = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert fields["quantization_config"]["desc_act"]

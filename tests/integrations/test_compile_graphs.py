@@ -7,27 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch import Tensor
 
+from adapted_models import LINEAR, ON_EXPERTS, draw
 from graphs import CountingBackend, largest_error
 from qlora_ext.nn import quantize_model
 from test_compile_models import language_step
-from test_moe import moe
-from test_peft_experts import EXPERTS, draw
-from tiny_models import make, token_ids
+from tiny_models import logits, make, token_ids
 
 IDS = token_ids(2, 6)
-LINEAR = {"target_modules": "all-linear"}
 MODELS = {
     "llama": (lambda: make("llama", torch.float32), LINEAR),
-    "mixtral": (lambda: moe("mixtral"), LINEAR),
-    "qwen3_moe": (lambda: moe("qwen3_moe"), {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "mixtral": (lambda: make("mixtral", torch.float32), LINEAR),
+    "qwen3_moe": (
+        lambda: make("qwen3_moe", torch.float32),
+        ON_EXPERTS,
+    ),
 }
 
 
@@ -39,7 +36,7 @@ def _forget_graphs() -> None:
 def adapted(name: str, **options: Any) -> Any:
     build, targets = MODELS[name]
     torch.manual_seed(2)
-    return draw(get_peft_model(quantize_model(build()), LoraConfig(r=4, **targets, **options)))
+    return draw(get_peft_model(quantize_model(build()), LoraConfig(**{"r": 4, **targets, **options})))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -54,10 +51,8 @@ def test_dropout_breaks_no_graph(name: str) -> None:
     assert not torch.equal(first, second)  # each call draws its own masks
 
 
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(input_ids=IDS, use_cache=False).logits
-    return out
+def outputs(model: Any) -> Tensor:
+    return logits(model, IDS, use_cache=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
@@ -68,9 +63,9 @@ def test_a_compiled_model_swaps_adapters_without_compiling_anew(name: str, tmp_p
     for adapter, rank in ranks.items():
         build, targets = MODELS[name]
         torch.manual_seed(rank)
-        config = LoraConfig(r=rank, lora_alpha=rank * (2 if adapter == "first" else 5), **targets)
+        config = LoraConfig(**targets | {"r": rank, "lora_alpha": rank * (2 if adapter == "first" else 5)})
         model = draw(get_peft_model(quantize_model(build()), config)).eval()
-        expected[adapter] = logits(model)
+        expected[adapter] = outputs(model)
         model.save_pretrained(tmp_path / adapter)
 
     model = PeftModel.from_pretrained(quantize_model(MODELS[name][0]()), tmp_path / "first").eval()
@@ -78,13 +73,13 @@ def test_a_compiled_model_swaps_adapters_without_compiling_anew(name: str, tmp_p
     assert all(isinstance(m.scaling["default"], Tensor) for m in model.modules() if hasattr(m, "lora_A"))
     backend = CountingBackend()
     compiled = torch.compile(model, backend=backend)
-    torch.testing.assert_close(logits(compiled), expected["first"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logits(model), expected["first"], rtol=1e-4, atol=1e-5)  # also uncompiled
+    torch.testing.assert_close(outputs(compiled), expected["first"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(model), expected["first"], rtol=1e-4, atol=1e-5)  # also uncompiled
     graphs = backend.forward
     with torch._dynamo.config.patch(error_on_recompile=True):
         for adapter in ("second", "first", "second"):
             hotswap_adapter(model, tmp_path / adapter, adapter_name="default")
-            torch.testing.assert_close(logits(compiled), expected[adapter], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(outputs(compiled), expected[adapter], rtol=1e-4, atol=1e-5)
     assert backend.forward == graphs == 1
     assert not torch.allclose(expected["first"], expected["second"], atol=1e-2)
 

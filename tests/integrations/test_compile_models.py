@@ -9,13 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import qlora_ext

@@ -7,12 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import qlora_ext
-
-pytest.importorskip("transformers")
-pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -22,7 +16,11 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import qlora_ext
+from tensors import same_bits
 
 INT4 = {"num_bits": 4, "type": "int"}
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
@@ -90,10 +88,7 @@ def test_a_model_of_the_library(name: str, dtype: torch.dtype, tmp_path: pathlib
 
     model.save_pretrained(tmp_path / "again")
     ours, theirs = (load_file(tmp_path / d / "model.safetensors") for d in ("again", "model"))
-    assert ours.keys() == theirs.keys()
-    for key, t in theirs.items():
-        assert ours[key].dtype == t.dtype
-        assert torch.equal(ours[key].reshape(-1).view(torch.uint8), t.reshape(-1).view(torch.uint8)), key
+    assert same_bits(ours, theirs)
 
     ids = torch.arange(12)[None]
     y = model(ids).logits

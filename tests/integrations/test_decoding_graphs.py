@@ -11,10 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, get_peft_model
 
 import qlora_ext

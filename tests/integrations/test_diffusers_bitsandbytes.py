@@ -10,14 +10,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-pytest.importorskip("diffusers", reason="diffusers is not installed")
-
 from diffusers import BitsAndBytesConfig
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -29,6 +24,7 @@ import qlora_ext
 from qlora_ext import QLoRAConfig
 from qlora_ext.integrations.peft import LoraLinear4bit
 from qlora_ext.nn import Linear4bit
+from tensors import same_bits
 from tiny_diffusers import KINDS, make, output
 
 DTYPE = torch.bfloat16
@@ -65,13 +61,7 @@ def theirs(model: Any) -> dict[str, Any]:
 
 
 def equal_files(a: pathlib.Path, b: pathlib.Path) -> bool:
-    left, right = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
-    return left.keys() == right.keys() and all(
-        left[key].dtype == right[key].dtype
-        and left[key].shape == right[key].shape
-        and torch.equal(left[key].reshape(-1).view(torch.uint8), right[key].reshape(-1).view(torch.uint8))
-        for key in left
-    )
+    return same_bits(load_file(a / WEIGHTS), load_file(b / WEIGHTS))
 
 
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -7,11 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-pytest.importorskip("diffusers", reason="diffusers is not installed")
-
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,

@@ -8,43 +8,32 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
+from adapted_models import base, draw
 from qlora_app.main import main
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
-from qlora_ext.nn import Experts4bit, ExpertsLora, quantize_model
-from test_moe import CONFIGS, moe
-from test_peft_experts import draw
+from qlora_ext.nn import Experts4bit, ExpertsLora
 from tiny_experts import Experts, routing
-from tiny_models import save_tiny_llama, token_ids
+from tiny_models import MIXTURES, logits, make, save_tiny_llama, token_ids
 
 IDS = token_ids()
 P = 0.3
 
 
-def adapted(base: Any = None, lora_dropout: float = P, **options: Any) -> Any:
+def adapted(model: Any = None, lora_dropout: float = P, **options: Any) -> Any:
     """The README's snippet."""
     torch.manual_seed(2)
     config = LoraConfig(**{"r": 4, "target_modules": "all-linear", "lora_dropout": lora_dropout, **options})
-    return draw(get_peft_model(base or quantize_model(moe()), config))
+    return draw(get_peft_model(model or base("mixtral"), config))
 
 
 def experts_of(model: Any) -> list[LoraExperts4bit]:
     return [m for m in model.modules() if isinstance(m, LoraExperts4bit)]
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(input_ids=IDS).logits
-    return out
 
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
@@ -67,15 +56,15 @@ def test_the_mean_over_masks_is_the_result_without_dropout(name: str) -> None:
 def test_all_dropped_leaves_the_base_alone() -> None:
     model = adapted(lora_dropout=1.0, target_modules=["q_proj", "w1", "w2", "w3"])
     assert len(experts_of(model)) == 4
-    plain = logits(quantize_model(moe()))
+    plain = logits(base("mixtral"))
     assert torch.equal(logits(model.train()), plain)
     assert not torch.equal(logits(model.eval()), plain)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_trains_with_dropout_and_checkpointing_replays_it(family: str) -> None:
     with pytest.warns(UserWarning, match=r"lora_dropout=0.3: has no effect on \w+Router.weight"):
-        model = adapted(quantize_model(moe(family))).train()
+        model = adapted(base(family)).train()
     assert {m.lora_dropout["default"].p for m in experts_of(model)} == {P}
 
     def gradients() -> list[Tensor]:
@@ -112,11 +101,11 @@ def test_files_are_those_of_peft_and_training_continues_with_dropout(tmp_path: p
     assert model.peft_config["default"].lora_dropout == P
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.0
 
-    dense = PeftModel.from_pretrained(quantize_model(moe()).dequantize(), tmp_path)
+    dense = PeftModel.from_pretrained(base("mixtral").dequantize(), tmp_path)
     assert {type(m) for m in dense.modules() if isinstance(m, ParamWrapper)} == {ParamWrapper}  # PEFT's own
     torch.testing.assert_close(logits(dense), expected, rtol=1e-3, atol=1e-3)
 
-    again = PeftModel.from_pretrained(quantize_model(moe()), tmp_path, is_trainable=True)
+    again = PeftModel.from_pretrained(base("mixtral"), tmp_path, is_trainable=True)
     assert again.peft_config["default"].lora_dropout == P
     layers = [m for m in again.modules() if hasattr(m, "lora_dropout")]
     assert {m.lora_dropout["default"].p for m in layers} == {P}
@@ -129,7 +118,7 @@ def test_files_are_those_of_peft_and_training_continues_with_dropout(tmp_path: p
     assert torch.equal(logits(again), dropped)
     (tmp_path / "qlora_base.json").write_text('{"fingerprint": "", "format_version": 1, "lora_dropout": 1.5}')
     with pytest.raises(ValueError, match="expected a probability from 0 to 1 as lora_dropout, got 1.5"):
-        PeftModel.from_pretrained(quantize_model(moe()), tmp_path)
+        PeftModel.from_pretrained(base("mixtral"), tmp_path)
 
 
 def test_adapters_active_together_have_one_dropout() -> None:
@@ -148,12 +137,13 @@ def test_adapters_active_together_have_one_dropout() -> None:
 
 def test_a_dense_model_is_left_to_peft() -> None:
     with pytest.raises(ValueError, match="does not work with lora_dropout != 0"):
-        adapted(moe())
+        adapted(make("mixtral", torch.float32))
 
 
 def test_the_command_trains_a_mixture_with_its_default_options(tmp_path: pathlib.Path) -> None:
     save_tiny_llama(tmp_path / "model", 0)  # only its tokenizer is used
-    config = CONFIGS["mixtral"].__class__(**{**CONFIGS["mixtral"].to_dict(), "vocab_size": 257, "eos_token_id": 256})
+    config = MIXTURES["mixtral"]()
+    config.update({"vocab_size": 257, "eos_token_id": 256})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("one and two make three, and three and two make five.\n" * 100)
     files = ["--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--output", tmp_path / "run"]

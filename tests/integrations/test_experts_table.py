@@ -5,12 +5,9 @@ from __future__ import annotations
 import pathlib
 import warnings
 
+import peft
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from packaging.version import Version
 
 from moe_families import FAMILIES, IDS, build, row

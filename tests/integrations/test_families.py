@@ -5,12 +5,8 @@ By default, one family of each kind and those that once failed; all of them in t
 
 from __future__ import annotations
 
-import pytest
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 import peft
+import pytest
 import transformers
 
 import families

@@ -9,13 +9,10 @@ import sys
 import warnings
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
-
-gguf = pytest.importorskip("gguf", reason="the command's libraries are not installed")
-pytest.importorskip("transformers", reason="transformers is not installed")
-
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 from transformers.quantizers.auto import get_hf_quantizer

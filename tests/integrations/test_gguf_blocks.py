@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
-
-gguf = pytest.importorskip("gguf", reason="the command's libraries are not installed")
 
 from gguf_files import random_blocks, without_signed_zeros
 from qlora_ext.gguf import blocks

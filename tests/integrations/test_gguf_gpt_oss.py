@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("gguf", reason="the command's libraries are not installed")
-pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip(
     "transformers.integrations.gguf.gguf_config_mapping", reason="transformers does not build configurations by a table"
 )

@@ -14,8 +14,6 @@ import torch
 
 import qlora_ext
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-
 PRELUDE = """
 import importlib, importlib.util, sys, threading
 import qlora_ext

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
-
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
 from qlora_ext.integrations.peft import inert_adapters
 from qlora_ext.nn import quantize_model

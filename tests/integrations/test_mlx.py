@@ -9,24 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-
-from transformers import AutoModelForCausalLM, Gemma3TextConfig
+from transformers import Gemma3TextConfig
 
 import packed_models
 from checkpoint_samples import mlx
-from packed_models import IDS, Checkpoint, change, load, same_tensors
-from qlora_ext.integrations.transformers import save_in_our_format
+from packed_models import IDS, Checkpoint, change, check_our_format, check_saved, configured, load
 from qlora_ext.nn import Embedding4bit, Linear4bit, TiedLinear4bit
-from tiny_models import same_state
 
 ALL = r"(proj|embed_tokens|lm_head)\.weight$"
-
-
-def configured(checkpoint: Checkpoint, **fields: Any) -> None:
-    path = checkpoint.path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def with_bits(checkpoint: Checkpoint, layer: str, bits: int, group: int) -> None:
@@ -60,12 +50,8 @@ def test_embeddings_and_heads_stay_packed(tied: bool, tmp_path: pathlib.Path) ->
     assert isinstance(model.lm_head, TiedLinear4bit if tied else Linear4bit)
     check_weights(model, checkpoint)
     torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
-    model.save_pretrained(tmp_path / "saved")
-    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
-    save_in_our_format(model)
-    model.save_pretrained(tmp_path / "ours")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32, device_map="cpu")
-    assert same_state(again, model)
+    check_saved(model, tmp_path / "saved", checkpoint)
+    check_our_format(model, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -98,8 +84,7 @@ def test_layers_with_settings_of_their_own(tmp_path: pathlib.Path) -> None:
         model = load(checkpoint.path)
     assert model.model.layers[0].self_attn.q_proj.block_size == 64
     check_weights(model, checkpoint)
-    model.save_pretrained(tmp_path / "saved")
-    assert same_tensors(tmp_path / "saved", checkpoint.tensors)
+    check_saved(model, tmp_path / "saved", checkpoint)
     model.lm_head.weight.data[3, 5] += 1
     with pytest.raises(
         ValueError, match=r"^lm_head\.weight: expected the values that mlx stores, .*save_in_our_format"
@@ -121,8 +106,7 @@ def test_an_embedding_without_a_4bit_module_is_decoded(tmp_path: pathlib.Path, m
     check_weights(model, checkpoint)
     torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
     for path in (tmp_path / "saved", checkpoint.path):  # the latter has the files that are mapped
-        model.save_pretrained(path)
-        assert same_tensors(path, checkpoint.tensors)
+        check_saved(model, path, checkpoint)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load(checkpoint.path, torch.bfloat16).save_pretrained(tmp_path / "half")

@@ -6,14 +6,11 @@ import copy
 import pathlib
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 
 from qlora_app.models.adapter_files import load
 from qlora_ext import quantize_model

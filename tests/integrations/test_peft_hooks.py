@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
-
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from torch.nn.modules.module import register_module_forward_hook
 
 import qlora_ext

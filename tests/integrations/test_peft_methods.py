@@ -6,18 +6,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 
 from qlora_ext import QLoRAConfig
 from qlora_ext.nn import Linear4bit, quantize_model
-from tiny_models import FAMILIES, make, token_ids
+from tensors import error
+from tiny_models import FAMILIES, logits, make, token_ids
 
 IDS = token_ids()
 TARGETS = ["q_proj", "up_proj"]
@@ -41,16 +39,6 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def base(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     return quantize_model(make(family, dtype))
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(input_ids=IDS).logits
-    return out
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("method", METHODS)

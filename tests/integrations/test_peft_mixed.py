@@ -1,33 +1,29 @@
-"""Several PEFT adapters at once on 4-bit layers: one per sample (``adapter_names``), or several that are summed."""
+"""Several PEFT adapters at once on 4-bit layers, experts and their router: one per sample (``adapter_names``)."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import random
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
-from peft import LoraConfig
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-
-import qlora_ext
+import moe_families
+from adapted_models import BASE, EXPERTS, adapted, add_adapter, alone, base, counting_fused_calls, draw
 from qlora_ext.integrations import peft as integration
-from test_peft import adapted, base, counting_fused_calls
-from tiny_models import make, token_ids
+from qlora_ext.integrations.peft.experts import LoraExperts4bit
+from qlora_ext.nn import Experts4bit, quantize_model
+from tiny_models import MIXTURES, logits, make, token_ids
 
 IDS = token_ids(5)
 MASK = torch.ones_like(IDS)
 MASK[1, :4] = MASK[4, :9] = 0  # left padding
-BASE = "__base__"
+NAMES = ["wide", "few", BASE, "default", "wide"]
 # Of different ranks and scalings, on different layers. "default" is on all linear layers.
 OTHERS: dict[str, dict[str, Any]] = {
     "few": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "up_proj", "down_proj"]},
@@ -43,42 +39,93 @@ def several(dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def logits(model: Any, names: Sequence[str] | None = None, **options: Any) -> Tensor:
-    with torch.no_grad():
-        by_sample = {} if names is None else {"adapter_names": list(names)}
-        out: Tensor = model(input_ids=IDS, attention_mask=MASK, **by_sample, **options).logits
-    return out
+def mixture(family: str = "mixtral", dtype: torch.dtype = torch.float32, more: Sequence[str] = ()) -> Any:
+    """Adapters of different ranks and scalings: "default" and "wide" on all experts, "few" on one of their weights."""
+    options = {"target_parameters": [*EXPERTS, *more], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base(family).to(dtype), LoraConfig(r=3, target_modules=["v_proj"], **options))
+    torch.manual_seed(7)
+    draw(model.eval())
+    add_adapter(model, "wide", LoraConfig(r=5, lora_alpha=3, target_modules=["q_proj"], **options))
+    add_adapter(model, "few", LoraConfig(r=2, lora_alpha=4, target_modules=[], **options))
+    for m in model.modules():
+        if isinstance(m, LoraExperts4bit) and m.parameter_name != "down_proj":
+            m.delete_adapter("few")
+    return model
 
 
-@contextlib.contextmanager
-def alone(model: Any, name: str) -> Any:
-    """The model with one adapter for all samples."""
-    with model.disable_adapter() if name == BASE else contextlib.nullcontext():
-        if name != BASE:
-            model.set_adapter(name)
-        yield
-    model.set_adapter("default")
+def router() -> Any:
+    return mixture(more=["mlp.gate.weight"])
+
+
+def of_samples(model: Any, names: Sequence[str] | None = None) -> Tensor:
+    """The logits of five samples."""
+    return logits(model, IDS, attention_mask=MASK, **({} if names is None else {"adapter_names": [*names]}))
+
+
+def of_each_alone(model: Any, compute: Callable[[], Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """What is computed with each adapter for all samples."""
+    found = {}
+    for name in {*names}:
+        with alone(model, name):
+            found[name] = compute()
+    return found
 
 
 def adapted_layers(model: Any) -> dict[str, integration.LoraLinear4bit]:
     return {name: m for name, m in model.named_modules() if isinstance(m, integration.LoraLinear4bit)}
 
 
+def blocks(model: Any) -> list[nn.Module]:
+    """The modules that route tokens to experts."""
+    parents = [m for m in model.modules() if not isinstance(m, LoraExperts4bit)]
+    return [m for m in parents if any(isinstance(child, LoraExperts4bit) for child in m.children())]
+
+
+def output(block: nn.Module, x: Tensor) -> Tensor:
+    y: Any = block(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def by_sample(model: Any, block: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
+    with model._enable_peft_forward_hooks(adapter_names=[*names]):
+        return output(block, x)
+
+
+def check_random_names(expected: dict[str, Tensor], mixed_of: Callable[[list[str]], Tensor], times: int) -> None:
+    choose = random.Random(3)
+    for _ in range(times):
+        names = choose.choices(["default", *sorted({*expected} - {"default", BASE}), BASE], k=5)
+        mixed = mixed_of(names)
+        for sample, name in enumerate(names):
+            assert torch.equal(mixed[sample], expected[name][sample]), (names, sample)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_samples_have_the_bits_of_batches_with_one_adapter(dtype: torch.dtype) -> None:
     model = several(dtype)
-    expected = {}
-    for name in ("default", *OTHERS, BASE):
-        with alone(model, name):
-            expected[name] = logits(model)
-    draw = random.Random(3)
-    for _ in range(6):
-        names = draw.choices([*expected], k=len(IDS))
+
+    def mixed(names: list[str]) -> Tensor:
         with counting_fused_calls() as calls:
-            mixed = logits(model, names)
+            found = of_samples(model, names)
         assert len(calls) == len(adapted_layers(model))  # one operator per layer, whatever the number of adapters
-        for sample, name in enumerate(names):
-            assert torch.equal(mixed[sample], expected[name][sample]), (names, sample)
+        return found
+
+    expected = of_each_alone(model, lambda: of_samples(model), ("default", *OTHERS, BASE))
+    check_random_names(expected, mixed, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_samples_of_a_block_of_experts_have_the_bits_of_batches_with_one_adapter(
+    family: str, dtype: torch.dtype
+) -> None:
+    """Of the same routing, that is in one block. Later blocks get other tokens, and so other experts get other ones."""
+    model = mixture(family, dtype)
+    with torch.no_grad():
+        for block in blocks(model):
+            x = torch.randn(5, 7, 64, dtype=dtype)
+            expected = of_each_alone(model, lambda block=block, x=x: output(block, x), (*NAMES, "few"))
+            check_random_names(expected, lambda names, block=block, x=x: by_sample(model, block, x, names), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -96,8 +143,8 @@ def test_layers_take_samples_of_any_shape(shape: tuple[int, ...], dtype: torch.d
 
 def one_model(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(4)
-    model = peft.get_peft_model(
-        qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 48))).to(dtype),
+    model = get_peft_model(
+        quantize_model(nn.Sequential(nn.Linear(64, 48))).to(dtype),
         LoraConfig(target_modules=["0"], r=4, init_lora_weights=False),
     )
     for name, options in OTHERS.items():
@@ -113,90 +160,169 @@ def one_layer(dtype: torch.dtype = torch.float32) -> Any:
     return layer
 
 
-def test_gradients_reach_each_adapter_from_its_samples() -> None:
-    layer = one_layer()
-    layer.set_adapter(["default", "wide"])  # makes both trainable
-    x = torch.randn(4, 3, 64, requires_grad=True)
-    names = ["wide", BASE, "default", "wide"]
-    dy = torch.randn(4, 3, 48)
-    (layer(x, adapter_names=names) * dy).sum().backward()
-    mixed = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-    assert mixed.keys() == {f"lora_{m}.{name}.weight" for m in "AB" for name in ("default", "wide")}
-    dx = x.grad
-    for name in ("default", "wide"):
-        layer.zero_grad()
+def with_shared_experts() -> Any:
+    """They see flattened tokens."""
+    model = get_peft_model(quantize_model(moe_families.build("Qwen2-MoE")), LoraConfig(target_modules="all-linear"))
+    model.add_adapter("wide", LoraConfig(r=5, target_modules=["up_proj", "shared_expert_gate"]))
+    return draw(draw(model.eval(), "default"), "wide")
+
+
+def with_embeddings_and_a_dense_head() -> Any:
+    quantized = quantize_model(make("gemma3_text", torch.float32), embeddings=True, skip=["lm_head"])
+    model = adapted(quantized, target_modules=["embed_tokens", "q_proj", "lm_head"])
+    model.add_adapter("wide", LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False))
+    return model
+
+
+def with_biases() -> Any:
+    model = adapted()
+    options = {"init_lora_weights": False, "target_modules": ["up_proj"], "lora_bias": True}
+    model.add_adapter("wide", LoraConfig(**options))
+    return model
+
+
+def trained(active: str = "default", **options: Any) -> Any:
+    """PEFT takes modules for samples of an adapter only if it is also active, and then has none for the others."""
+    model = adapted(target_modules=["q_proj"])
+    model.add_adapter("wide", LoraConfig(r=2, target_modules=["v_proj"], **options))
+    for name, parameter in model.named_parameters():
+        if "wide" in name and "lora" not in name:
+            nn.init.normal_(parameter.data, std=0.1)
+    model.set_adapter(active)
+    return model
+
+
+TOKENS = {"trainable_token_indices": [1, 5, 60]}
+MODELS: dict[str, Callable[[], Any]] = {
+    **{family: lambda family=family: mixture(family) for family in ("mixtral", "qwen3_moe")},
+    **{f"{f}, router": lambda f=f: mixture(f, more=["mlp.gate.weight"]) for f in ("mixtral", "qwen3_moe")},
+    "shared experts": with_shared_experts,
+    "embeddings": with_embeddings_and_a_dense_head,
+    "biases": with_biases,
+    "head": lambda: trained(modules_to_save=["lm_head"]),
+    "head, active": lambda: trained("wide", modules_to_save=["lm_head"]),
+    "tokens": lambda: trained(**TOKENS),
+    "tokens, active": lambda: trained("wide", **TOKENS),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models(kind: str) -> None:
+    model = MODELS[kind]()
+    names = NAMES if kind.startswith(("mixtral", "qwen3")) else ["wide", "default", BASE, "wide", "default"]
+    mixed = of_samples(model, names)
+    answers = of_each_alone(model, lambda: of_samples(model), names)
+    assert (answers["wide"] - answers[BASE]).norm() > 0.01 * answers[BASE].norm()
+    for sample, name in enumerate(names):
+        torch.testing.assert_close(mixed[sample], answers[name][sample], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="got 3 and 5"):
+        of_samples(model, names[:3])
+
+
+def test_experts_run_once_whatever_the_number_of_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixture()
+    calls: list[str] = []
+    grouped = Experts4bit._grouped
+    monkeypatch.setattr(Experts4bit, "_grouped", lambda *args: calls.append("grouped") or grouped(*args))
+    of_samples(model, NAMES)
+    assert calls == ["grouped"] * 4  # two weights of two layers
+
+
+def decoder_layer(model: Any) -> nn.Module:
+    return model.base_model.model.model.layers[0].mlp
+
+
+@pytest.mark.parametrize("build", [several, mixture, router])
+def test_gradients_reach_each_adapter_from_its_samples(build: Callable[[], Any]) -> None:
+    model = build()
+    block = decoder_layer(model)
+    x, dy = torch.randn(5, 6, 64, requires_grad=True), torch.randn(5, 6, 64)
+
+    def gradients(names: Sequence[str]) -> dict[str, Tensor]:
+        for key, p in block.named_parameters():  # PEFT makes the active adapters trainable
+            p.requires_grad_("lora_" in key)
+        y = output(block, x) if len({*names}) == 1 else by_sample(model, block, x, names)
+        model.zero_grad()
         x.grad = None
-        layer.set_adapter(name)
-        samples = torch.tensor([n == name for n in names])
-        (layer(x) * dy)[samples].sum().backward()
-        assert torch.equal(x.grad[samples], dx[samples])
-        for m in "AB":
-            torch.testing.assert_close(
-                layer.get_parameter(f"lora_{m}.{name}.weight").grad, mixed[f"lora_{m}.{name}.weight"]
-            )
+        y.backward(torch.where(torch.tensor([name in names for name in NAMES])[:, None, None], dy, 0))
+        trained = {key: p.grad.clone() for key, p in block.named_parameters() if p.grad is not None}
+        return {"x": x.grad, **trained}
+
+    mixed = gradients(NAMES)
+    seen = {"x"}
+    for name in ("default", "wide", "few"):
+        samples = torch.tensor([n == name for n in NAMES])
+        with alone(model, name):
+            expected = gradients([name])
+        torch.testing.assert_close(mixed["x"][samples], expected.pop("x")[samples], rtol=1e-4, atol=1e-5)
+        for key, gradient in expected.items():
+            torch.testing.assert_close(mixed[key], gradient, rtol=1e-4, atol=1e-5)
+        seen |= {*expected}
+    assert seen == {*mixed}
+    assert all(any(name in key for key in seen) for name in ("default", "wide", "few"))
 
 
 GENERATE = {"max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}],
-    ids=str,
+    ("build", "options"),
+    [
+        (several, {}),
+        (several, {"num_beams": 3}),
+        (several, {"num_beams": 3, "num_return_sequences": 2}),
+        (several, {"cache_implementation": "static"}),
+        (router, {}),
+        (router, {"num_beams": 2}),
+    ],
 )
-def test_generate(options: dict[str, Any]) -> None:
-    model = several()
-    names = ["wide", "few", BASE, "default", "wide"]
+def test_generate(build: Callable[[], Any], options: dict[str, Any]) -> None:
+    model = build()
 
     def generate(**more: Any) -> Tensor:
         ids: Tensor = model.generate(input_ids=IDS, attention_mask=MASK, do_sample=False, **GENERATE, **options, **more)
         return ids.unflatten(0, (len(IDS), -1))
 
-    mixed = generate(adapter_names=names)
-    answers = {}
-    for name in {*names}:
-        with alone(model, name):
-            answers[name] = generate()
+    mixed = generate(adapter_names=NAMES)
+    answers = of_each_alone(model, generate, NAMES)
     assert not torch.equal(answers["wide"], answers[BASE])
-    for sample, name in enumerate(names):
+    for sample, name in enumerate(NAMES):
         assert torch.equal(mixed[sample], answers[name][sample])
 
 
 def test_generate_stacks_adapters_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """But again in the next call, because programs may write to adapters in any way."""
     model = several()
-    names = ["wide", "few", BASE, "default", "wide"]
     stacks: list[Any] = []
     stack = integration.operands.stack_adapters
     monkeypatch.setattr(integration.operands, "stack_adapters", lambda *args: stacks.append(args) or stack(*args))
-    model.generate(input_ids=IDS, adapter_names=names, **GENERATE)
+    model.generate(input_ids=IDS, adapter_names=NAMES, **GENERATE)
     assert len(stacks) == len(adapted_layers(model))
-    before = logits(model, names)
+    before = of_samples(model, NAMES)
     model.base_model.model.model.layers[0].mlp.up_proj.lora_B["wide"].weight.data.mul_(2.0)
-    after = logits(model, names)
-    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [name != "wide" for name in names]
+    after = of_samples(model, NAMES)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [name != "wide" for name in NAMES]
 
 
 def test_repeated_names_for_several_samples_of_a_prompt() -> None:
     """PEFT repeats names for beams only, and rejects the rest."""
     model = several()
     options = {"input_ids": IDS, "num_return_sequences": 2, "do_sample": True, "top_k": 1, **GENERATE}
-    names = ["wide", "few", BASE, "default", "wide"]
     with pytest.raises(ValueError, match="got 5 and 10"):
-        model.generate(adapter_names=names, **options)
-    repeated = model.generate(adapter_names=[name for name in names for _ in range(2)], **options)
-    expected = model.generate(input_ids=IDS, adapter_names=names, do_sample=False, **GENERATE)
+        model.generate(adapter_names=NAMES, **options)
+    repeated = model.generate(adapter_names=[name for name in NAMES for _ in range(2)], **options)
+    expected = model.generate(input_ids=IDS, adapter_names=NAMES, do_sample=False, **GENERATE)
     assert torch.equal(repeated, expected.repeat_interleave(2, 0))
 
 
 def test_a_failed_call_leaves_nothing_behind() -> None:
     model = several()
-    expected = logits(model)
+    expected = of_samples(model)
     with pytest.raises(ValueError, match="got 4 and 5"):
-        logits(model, ["wide"] * 4)
+        of_samples(model, ["wide"] * 4)
     with pytest.raises(ValueError, match="non-existing adapter"):
-        logits(model, ["wide", "few", "typo", BASE, BASE])
-    assert torch.equal(logits(model), expected)
+        of_samples(model, ["wide", "few", "typo", BASE, BASE])
+    assert torch.equal(of_samples(model), expected)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -204,10 +330,10 @@ def test_calls_of_other_threads_and_calls_inside_calls_have_their_own_names() ->
     model = several()
     model.add_adapter("dense", LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
     batches = [["wide"] * 5, None, ["few", BASE, "dense", "one", "few"], ["dense"] * 5]
-    expected = [logits(model, names) for names in batches]
+    expected = [of_samples(model, names) for names in batches]
 
     def same(i: int) -> bool:
-        return torch.equal(logits(model, batches[i % 4]), expected[i % 4])
+        return torch.equal(of_samples(model, batches[i % 4]), expected[i % 4])
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert all(pool.map(same, range(16)))
@@ -219,7 +345,7 @@ def test_calls_of_other_threads_and_calls_inside_calls_have_their_own_names() ->
             inner.append(same(1))
 
     model.base_model.model.model.register_forward_pre_hook(call)
-    assert torch.equal(logits(model, batches[2]), expected[2])
+    assert torch.equal(of_samples(model, batches[2]), expected[2])
     assert inner == [True, True]
 
 
@@ -227,11 +353,11 @@ def test_compiled_code_runs_eagerly() -> None:
     """Dynamo does not notice other names, which are in hooks, and would answer with the adapters of an earlier call."""
     model = several()
     batches = [["wide"] * 5, None, ["few", BASE, "default", "one", "few"], None]
-    expected = [logits(model, names) for names in batches]
+    expected = [of_samples(model, names) for names in batches]
     compiled: list[Any] = []
     mlp = model.base_model.model.model.layers[0].mlp
     mlp.forward = torch.compile(mlp.forward, backend=lambda graph, _: compiled.append(graph) or graph, fullgraph=True)
-    assert all(torch.equal(logits(model, n), y) for n, y in zip(batches, expected, strict=True))
+    assert all(torch.equal(of_samples(model, n), y) for n, y in zip(batches, expected, strict=True))
     assert len(compiled) == 1
     small = one_model()
     whole, x = torch.compile(small, backend="eager"), torch.randn(2, 64)
@@ -258,208 +384,77 @@ def test_what_cannot_run_fused_runs_as_in_peft() -> None:
     torch.testing.assert_close(dropped[1], layer.base_layer(x)[1])
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_other_kinds_of_lora(options: dict[str, Any]) -> None:
+def test_dora_is_rejected() -> None:
     model = adapted()
-    model.add_adapter("other", LoraConfig(init_lora_weights=False, target_modules=["up_proj"], **options))
-    names = ["other", "default", BASE, "other", "default"]
-    if "use_dora" in options:
-        with pytest.raises(ValueError, match="DoRA"):
-            logits(model, names)
-        return
-    mixed = logits(model, names)
-    for name in {*names}:
-        with alone(model, name):
-            same = [sample for sample, other in enumerate(names) if other == name]
-            torch.testing.assert_close(mixed[same], logits(model)[same], rtol=1e-4, atol=1e-4)
+    model.add_adapter("wide", LoraConfig(init_lora_weights=False, target_modules=["up_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="DoRA"):
+        of_samples(model, ["wide", "default", BASE, "wide", "default"])
 
 
-def test_merged_and_merge_aware_adapters_are_rejected() -> None:
-    model = several()
-    names = ["wide", "few", BASE, "default", "wide"]
-    expected = logits(model, names)
+@pytest.mark.parametrize("build", [several, mixture])
+def test_merged_and_merge_aware_adapters_are_rejected(build: Callable[[], Any]) -> None:
+    model = build()
+    expected = of_samples(model, NAMES)
     model.merge_adapter(["few"])
     with pytest.raises(ValueError, match="adapter_names.*merged adapters.*unmerge_adapter"):
-        logits(model, names)
+        of_samples(model, NAMES)
     model.unmerge_adapter()
-    assert torch.equal(logits(model, names), expected)
+    assert torch.equal(of_samples(model, NAMES), expected)
     integration.set_merge_aware(model, adapter_name="few")
-    for chosen in (names, ["few"] * 5):  # also if "default" is active
+    for chosen in (NAMES, ["few"] * 5):  # also if "default" is active
         with pytest.raises(ValueError, match="adapter_names: expected adapters that are not merge-aware.*got few"):
-            logits(model, chosen)
-    others = [BASE if name == "few" else name for name in names]
-    assert torch.equal(logits(model, others)[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
+            of_samples(model, chosen)
+    others = [BASE if name == "few" else name for name in NAMES]
+    assert torch.equal(of_samples(model, others)[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
 
 
 def test_methods_without_adapters_per_sample_are_rejected() -> None:
     model = peft.get_peft_model(base(), peft.IA3Config(task_type="CAUSAL_LM")).eval()
     with pytest.raises(ValueError, match="adapter_names: expected a method with adapters per sample.*got IA3Model"):
-        logits(model, ["default"] * 5)
+        of_samples(model, ["default"] * 5)
 
 
-def test_embeddings_and_dense_layers_run_as_in_peft() -> None:
-    quantized = qlora_ext.nn.quantize_model(make("gemma3_text", torch.float32), embeddings=True, skip=["lm_head"])
-    model = adapted(quantized, target_modules=["embed_tokens", "q_proj", "lm_head"])
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False))
-    names = ["second", "default", BASE, "second", "default"]
-    mixed = logits(model, names)
-    for name in {*names}:
-        with alone(model, name):
-            same = [sample for sample, other in enumerate(names) if other == name]
-            torch.testing.assert_close(mixed[same], logits(model)[same], rtol=1e-4, atol=1e-4)
+def test_wrong_numbers_of_names_are_rejected_if_only_experts_have_adapters() -> None:
+    """The experts see tokens only, whose number other numbers of samples may divide too."""
+    config = LoraConfig(r=3, target_modules=[], target_parameters=EXPERTS, task_type="CAUSAL_LM")
+    model = draw(get_peft_model(base("mixtral"), config).eval())
+    assert IDS.numel() % 2 == 0
+    expected = of_samples(model)
+    for names in (["default"] * 2, ["default", BASE] * 5):
+        with pytest.raises(ValueError, match=f"got {len(names)} and 5"):
+            of_samples(model, names)
+    assert torch.equal(of_samples(model), expected)
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize(
-    "options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 5, 60]}], ids=str
-)
-def test_modules_that_some_adapters_trained(options: dict[str, Any]) -> None:
-    """PEFT takes them for samples of that adapter only if it is also active, and then has none for the others."""
-    model = adapted(base(dtype=torch.float32), target_modules=["q_proj"])
-    model.add_adapter("trained", LoraConfig(r=2, target_modules=["v_proj"], **options))
-    for name, parameter in model.named_parameters():
-        if "trained" in name and "lora" not in name:
-            nn.init.normal_(parameter.data, std=0.1)
-    names = ["trained", "default", BASE, "trained", "default"]
-    expected = {}
-    for name in {*names}:
-        with alone(model, name):
-            expected[name] = logits(model)
-    assert not torch.allclose(expected["trained"], expected[BASE], atol=1e-2)
-    for active in ("default", "trained"):
-        model.set_adapter(active)
-        mixed = logits(model, names)
-        for sample, name in enumerate(names):
-            torch.testing.assert_close(mixed[sample], expected[name][sample], rtol=1e-4, atol=1e-4)
+def test_experts_outside_of_a_block_are_rejected() -> None:
+    model = mixture()
+    experts = next(m for m in model.modules() if isinstance(m, LoraExperts4bit))
+    index, weights = torch.zeros(10, 1, dtype=torch.int64), torch.ones(10, 1)
+    with (
+        pytest.raises(
+            ValueError, match=r"adapter_names: adapters on \w+_proj need a model that passes them all tokens"
+        ),
+        model._enable_peft_forward_hooks(adapter_names=["wide"] * 5),
+    ):
+        experts(torch.randn(10, 64), index, weights)
 
 
-def test_adapters_change_between_calls(tmp_path: Path) -> None:
-    """Hot-swapped, combined, deleted and added again: mixed batches follow."""
-    model = several()
-    model.save_pretrained(tmp_path, selected_adapters=["wide"])
-    names = ["few", "few", BASE, "default", "wide"]
-    before = logits(model, names)
-    model.add_weighted_adapter(["few", "wide"], [0.5, -1.0], "both", combination_type="cat")
-    mixed = logits(model, ["both", *names[1:]])
-    assert torch.equal(mixed[1:], before[1:])
-    with alone(model, "both"):
-        assert torch.equal(mixed[0], logits(model)[0])
-    model.delete_adapter("one")
-    with pytest.raises(ValueError, match="non-existing"):
-        logits(model, ["one", *names[1:]])
-    model.load_adapter(tmp_path / "wide", "one")
-    assert torch.equal(logits(model, ["one" if name == "wide" else name for name in names]), before)
-    model.delete_adapter("few")
-    model.add_adapter("few", LoraConfig(r=5, init_lora_weights=True, target_modules=["q_proj"]))  # the identity
-    assert torch.equal(logits(model, names)[:2], logits(model, [BASE] * 5)[:2])
+def test_dropout_has_one_probability() -> None:
+    model = mixture()
+    block, x = blocks(model)[0], torch.randn(2, 6, 64)
 
+    def run(p: float, of_wide: float) -> Tensor:
+        for name, probability in (("default", p), ("wide", of_wide)):
+            integration.set_dropout(model, name, probability)
+        for m in block.modules():
+            if isinstance(m, nn.Dropout):
+                m.train()
+        return by_sample(model, block, x, ["wide", "default"])
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_hot_swapped_adapters(prepared: bool, tmp_path: Path) -> None:
-    """Also with scalings as tensors and padded ranks, as ``prepare_model_for_compiled_hotswap`` makes them."""
-    config = LoraConfig(r=6, lora_alpha=3, init_lora_weights=False, target_modules="all-linear")
-    other = peft.get_peft_model(base(), config)
-    other.save_pretrained(tmp_path)
-    model = adapted()
-    model.add_adapter("wide", LoraConfig(**OTHERS["wide"], init_lora_weights=False))
-    if prepared:
-        prepare_model_for_compiled_hotswap(model, target_rank=20)
-    names = ["wide", "default", BASE, "default", "wide"]
-    before = logits(model, names)
-    hotswap_adapter(model, tmp_path, adapter_name="default")
-    after = logits(model, names)
-    assert torch.equal(after[[0, 2, 4]], before[[0, 2, 4]])
-    torch.testing.assert_close(after[[1, 3]], logits(other.eval())[[1, 3]], rtol=1e-4, atol=1e-4)
-    with alone(model, "default"):
-        assert torch.equal(after[[1, 3]], logits(model)[[1, 3]])
-
-
-def test_a_hot_swapped_merge_aware_adapter_is_merged_again(tmp_path: Path) -> None:
-    peft.get_peft_model(base(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).save_pretrained(tmp_path)
-    model = adapted()
-    integration.set_merge_aware(model)
-    assert not torch.equal(logits(model), logits(base()))
-    hotswap_adapter(model, tmp_path, adapter_name="default")  # B is 0, so that the merged weights are the base's
-    torch.testing.assert_close(logits(model), logits(base()))
-
-
-def exact(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor:
-    """The layer with the sum of adapters, in float64."""
-    w = layer.base_layer.dequantize(torch.float32).double()
-    for name in names:
-        w = w + layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double() * float(layer.scaling[name])
-    y: Tensor = x.double() @ w.T
-    return y + layer.base_layer.bias.double()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("names", [["default", "wide", "few", "one"], ["one", "default"]], ids="+".join)
-def test_sums_are_one_operator(names: list[str], dtype: torch.dtype) -> None:
-    layer = one_layer(dtype)
-    layer.set_adapter(names)
-    x = torch.randn(2, 5, 64, dtype=dtype)
-    with torch.no_grad(), counting_fused_calls() as calls:
-        y = layer(x)
-        assert calls == ["fused"]
-        error = (y - exact(layer, x, names)).norm() / y.norm()
-        layer.base_layer.register_forward_hook(lambda *_: None)
-        theirs = (layer(x) - exact(layer, x, names)).norm() / y.norm()
-    assert calls == ["fused", "plain"]
-    assert error <= {torch.float32: 3e-7, torch.float64: 1e-6}.get(dtype, 1.5 * theirs.item())
-
-
-def test_models_sum_adapters_and_train_them() -> None:
-    model = several()
-    model.base_model.set_adapter(["few", "default", "wide"])
-
-    def step() -> tuple[Tensor, dict[str, Tensor]]:
-        model.zero_grad()
-        out = model(input_ids=IDS, labels=IDS)
-        out.loss.backward()
-        return out.logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    with counting_fused_calls() as calls:
-        fused, gradients = step()
-    assert calls == ["fused"] * len(adapted_layers(model))
-    for layer in adapted_layers(model).values():
-        layer.base_layer.register_forward_hook(lambda *_: None)
-    theirs, expected = step()
-    torch.testing.assert_close(fused, theirs, rtol=1e-4, atol=1e-4)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
-    assert not any(".one." in name for name in gradients)
-
-
-def test_sums_with_dropout_draw_a_mask_per_adapter() -> None:
-    layer = one_layer()
-    layer.set_adapter(["default", "wide"])
-    layer.lora_dropout["wide"] = nn.Dropout(0.5)
-    x = torch.randn(5, 64)
-    with counting_fused_calls() as calls:
-        layer.eval()(x)
-        torch.manual_seed(1)
-        y = layer.train()(x)
-    assert calls == ["fused", "plain"]
-    torch.manual_seed(1)
-    dropped = layer.lora_dropout["wide"](x)
-    layer.eval()
-    parts = {"default": x, "wide": dropped}
-    expected = layer.base_layer(x)
-    for name, part in parts.items():
-        expected = expected + layer.lora_B[name](layer.lora_A[name](part)) * layer.scaling[name]
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_cast_adapters_give_the_same_bits() -> None:
-    model = several(torch.bfloat16)
-    names = ["wide", "few", BASE, "default", "one"]
-    expected = logits(model, names)
-    model.base_model.set_adapter(["few", "wide"])
-    total = logits(model)
-    model.set_adapter("default")
-    integration.cast_fused(model)
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
-    assert torch.equal(logits(model, names), expected)
-    model.base_model.set_adapter(["few", "wide"])
-    # Where scalings differ, B is rounded before and after it is multiplied.
-    torch.testing.assert_close(logits(model), total, rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        clean, dropped = run(0.0, 0.0), run(0.5, 0.5)
+        assert all(not torch.equal(*samples) for samples in zip(dropped, clean, strict=True))
+        assert torch.equal(run(1.0, 1.0), by_sample(model, block, x, [BASE, BASE]))
+        with pytest.raises(ValueError, match="lora_dropout: expected one probability"):
+            run(0.5, 0.25)

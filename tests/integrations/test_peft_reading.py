@@ -6,14 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import get_peft_model
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qlora_ext

@@ -7,19 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, OPTConfig, T5Config
 from transformers.quantizers import auto
 
 from qlora_ext.integrations.peft import LoraLinear4bit
 from qlora_ext.nn import Linear4bit
+from tensors import error
 from tiny_models import FAMILIES, make, token_ids
 
 IDS = token_ids()
@@ -62,10 +59,6 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         out: torch.Tensor = model(input_ids=IDS, labels=IDS).logits
     return out.float()
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 def layers(model: Any) -> dict[str, Any]:
@@ -163,10 +156,17 @@ def test_a_directory_saved_while_taken_over_loads_into_plain_bitsandbytes(tmp_pa
         assert torch.equal(decoded, layers(model)[name].dequantize())
 
 
-def test_fp4_and_int8_stay_with_bitsandbytes(taken_over: None, tmp_path: Path) -> None:
+def test_fp4_and_int8_are_not_encoded(taken_over: None, tmp_path: Path) -> None:
+    """But checkpoints in FP4 are taken over."""
     save(tmp_path, "llama")
     fp4 = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     assert {type(m) for m in layers(fp4).values()} == {bnb.nn.Linear4bit}
+    fp4.save_pretrained(tmp_path / "fp4")
+    ours = layers(AutoModelForCausalLM.from_pretrained(tmp_path / "fp4"))
+    for name, layer in layers(fp4).items():
+        decoded = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert isinstance(ours[name], Linear4bit)
+        assert torch.equal(ours[name].dequantize(), decoded)
     int8 = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     assert any(isinstance(m, bnb.nn.Linear8bitLt) for m in int8.modules())
 

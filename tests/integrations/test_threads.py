@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import threading
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
-from peft import LoraConfig, get_peft_model
-
 from qlora_ext.nn import quantize_model
-from test_moe import moe
 from tiny_models import make
 
 THREADS, CALLS = 8, 5
+mixtral = functools.partial(make, "mixtral")
 TARGETS = ["q_proj", "up_proj"]
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 KINDS: dict[str, tuple[Any, Any]] = {
     "lora": (make, lambda: LoraConfig(target_modules=TARGETS)),
-    "experts": (moe, lambda: LoraConfig(**EXPERTS)),
-    "experts_and_router": (moe, lambda: LoraConfig(target_modules="all-linear")),
+    "experts": (mixtral, lambda: LoraConfig(**EXPERTS)),
+    "experts_and_router": (mixtral, lambda: LoraConfig(target_modules="all-linear")),
     "embedding": (make, lambda: LoraConfig(target_modules=["embed_tokens", "q_proj"])),
     "dora": (make, lambda: LoraConfig(target_modules=TARGETS, use_dora=True)),
     "lora_bias": (make, lambda: LoraConfig(target_modules=TARGETS, lora_bias=True)),

@@ -10,16 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
+import transformers
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from load_memory import peak_of_loading
-from qlora_ext import QLoRAConfig
+from qlora_ext import QLoRAConfig, quantize_nf4
 from qlora_ext.nn import Linear4bit, quantize_model
 from tiny_models import FAMILIES, make, same_state, token_ids
 
@@ -35,63 +33,6 @@ def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path / "dense"
 
 
-every_family = pytest.mark.parametrize("saved", FAMILIES, indirect=True)
-
-
-@pytest.mark.usefixtures("native_bfloat16")
-@every_family
-def test_quantizes_while_loading_as_quantize_model_does(saved: Path) -> None:
-    model = load(saved, quantization_config=QLoRAConfig())
-    expected = quantize_model(load(saved))
-    assert any(isinstance(m, Linear4bit) for m in model.modules())
-    assert same_state(model, expected)
-    linears = [name for name, m in model.named_modules() if type(m) is nn.Linear]
-    assert linears == ["lm_head"]
-
-
-@pytest.mark.usefixtures("native_bfloat16")
-@every_family
-@pytest.mark.parametrize("how", ["from_pretrained", "quantize_model"])
-def test_saves_and_loads_4bit_bit_for_bit(saved: Path, tmp_path: Path, how: str) -> None:
-    config = QLoRAConfig(block_size=128, double_quant=False)
-    if how == "from_pretrained":
-        model = load(saved, quantization_config=config)
-    else:
-        model = quantize_model(load(saved), block_size=128, double_quant=False)
-    model.save_pretrained(tmp_path / "4bit", max_shard_size="20KB")
-    assert len(list((tmp_path / "4bit").glob("*.safetensors"))) > 1
-    written = json.loads((tmp_path / "4bit" / "config.json").read_text())["quantization_config"]
-    assert (written["quant_method"], written["block_size"], written["double_quant"]) == ("qlora_ext", 128, False)
-    again = load(tmp_path / "4bit")
-    assert not any(m.weight.requires_grad for m in again.modules() if isinstance(m, Linear4bit))
-    assert same_state(again, model)
-    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
-    assert same_state(
-        load(tmp_path / "4bit", quantization_config=QLoRAConfig(block_size=128, double_quant=False)), model
-    )
-
-
-@every_family
-def test_dequantize_gives_the_dense_model(saved: Path, tmp_path: Path) -> None:
-    model = load(saved, quantization_config=QLoRAConfig())
-    expected = model(token_ids()).logits
-    kinds = {name: type(m) for name, m in load(saved).named_modules()}
-    dense = model.dequantize()
-    assert {name: type(m) for name, m in dense.named_modules()} == kinds
-    assert not hasattr(dense.config, "quantization_config")
-    torch.testing.assert_close(dense(token_ids()).logits, expected, rtol=0.02, atol=0.02)
-    dense.save_pretrained(tmp_path / "again")
-    assert same_state(load(tmp_path / "again"), dense)
-
-
-def test_memory_footprint_counts_the_packed_bytes(saved: Path) -> None:
-    model = load(saved, quantization_config=QLoRAConfig())
-    four_bit = sum(m.weight4bit.nbytes for m in model.modules() if isinstance(m, Linear4bit))
-    dense = load(saved)
-    linears = sum(m.weight.nbytes for n, m in dense.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
-    assert model.get_memory_footprint() == dense.get_memory_footprint() - linears + four_bit
-
-
 def test_skip_modules_and_tied_weights(tmp_path: Path) -> None:
     make("qwen2").save_pretrained(tmp_path / "tied")
     model = load(tmp_path / "tied", quantization_config=QLoRAConfig(skip_modules=["mlp"]))
@@ -99,12 +40,6 @@ def test_skip_modules_and_tied_weights(tmp_path: Path) -> None:
     assert quantized
     assert all("self_attn" in name for name in quantized)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-
-    make("llama").save_pretrained(tmp_path / "untied")
-    model = load(tmp_path / "untied", quantization_config=QLoRAConfig(skip_modules=[]))
-    assert isinstance(model.lm_head, Linear4bit)
-    model.save_pretrained(tmp_path / "4bit")
-    assert same_state(load(tmp_path / "4bit"), model)
 
 
 def test_compute_dtype(saved: Path, tmp_path: Path) -> None:
@@ -148,31 +83,32 @@ def test_code_that_reads_the_dtype_of_an_offloaded_weight(whole: bool) -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_generates(saved: Path) -> None:
-    model = load(saved, quantization_config=QLoRAConfig())
-    ids = token_ids()
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_generates(family: str) -> None:
+    model, ids = quantize_model(make(family)), token_ids()
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert out.shape == (2, ids.shape[1] + 4)
     assert torch.equal(out[:, : ids.shape[1]], ids)
 
 
 @pytest.mark.parametrize(
-    ("saved", "double_quant", "storage", "shards"),
+    ("saved", "double_quant", "storage", "shards", "kind"),
     [
-        *[(family, double_quant, "uint8", "20KB") for family in FAMILIES for double_quant in (True, False)],
-        *[("llama", True, storage, "5GB") for storage in ("bfloat16", "float16", "float32", "float64")],
+        *[(family, double_quant, "uint8", "20KB", "nf4") for family in FAMILIES for double_quant in (True, False)],
+        *[("llama", True, storage, "5GB", "nf4") for storage in ("bfloat16", "float16", "float32", "float64")],
+        *[("llama", double_quant, "uint8", "5GB", "fp4") for double_quant in (True, False)],
     ],
     indirect=["saved"],
 )
 def test_loads_bitsandbytes_checkpoints(
-    saved: Path, tmp_path: Path, double_quant: bool, storage: str, shards: str
+    saved: Path, tmp_path: Path, double_quant: bool, storage: str, shards: str, kind: str
 ) -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     theirs = load(
         saved,
         quantization_config=transformers.BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=kind,
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_quant_storage=storage,
         ),
@@ -185,7 +121,7 @@ def test_loads_bitsandbytes_checkpoints(
             continue
         layer = ours.get_submodule(name)
         decoded = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        assert layer.double_quant == double_quant
+        assert (layer.form.code, layer.double_quant) == (kind, double_quant)
         assert torch.equal(layer.dequantize(), decoded)
         assert (module.bias is None) == (layer.bias is None)
         assert module.bias is None or torch.equal(layer.bias, module.bias)
@@ -194,6 +130,31 @@ def test_loads_bitsandbytes_checkpoints(
     assert torch.equal(ours.get_input_embeddings().weight, theirs.get_input_embeddings().weight)
     ours.save_pretrained(tmp_path / "ours")
     assert same_state(load(tmp_path / "ours"), ours)
+
+
+def test_experts_of_a_bitsandbytes_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from safetensors.torch import load_file, save_file
+
+    make("mixtral").save_pretrained(tmp_path / "dense")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    theirs = load(tmp_path / "dense", quantization_config=config)
+    theirs.save_pretrained(tmp_path / "bnb")
+    model = load(tmp_path / "bnb", quantization_config=QLoRAConfig())
+    assert torch.equal(model.model.layers[1].mlp.experts.down_proj, theirs.model.layers[1].mlp.experts.down_proj)
+    model.save_pretrained(tmp_path / "4bit")
+    assert same_state(load(tmp_path / "4bit"), model)
+
+    # As in transformers < 5: every expert is a separate, quantized module.
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    file = tmp_path / "bnb" / "model.safetensors"
+    state = load_file(file)
+    one = quantize_nf4(torch.randn(96, 64)).to_bitsandbytes(name)
+    save_file({**{key: t for key, t in state.items() if key != name}, **one}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"expected stacked experts.* got .*experts.0.w1"):
+        load(tmp_path / "bnb", quantization_config=QLoRAConfig())
 
 
 @pytest.mark.parametrize(

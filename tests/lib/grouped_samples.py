@@ -4,7 +4,8 @@ own rows are used, because dropout depends on the index of a row among all."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from forms import random_weight
 from qlora_ext._internal.loans import PackedTensors
 from qlora_ext.form import Form
 from qlora_ext.weight import TENSORS, Weight4bit, operands, quantize
-from samples import LinearSample
+from samples import LinearSample, linear_sample
 
 OPS = torch.ops.qlora
 
@@ -39,6 +40,7 @@ class GroupedSample:
     scaling: float
     dropout_p: float
     seed: int
+    seed_tensor: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.offsets = torch.tensor(self.counts).cumsum(0).to(self.x.device)
@@ -50,25 +52,25 @@ class GroupedSample:
     def lora_args(self) -> tuple:
         return self.lora_a, self.lora_b, self.scaling, self.dropout_p, self.seed
 
-    def args(self, seed_tensor: Tensor | None = None) -> tuple:
+    def args(self) -> tuple:
         """The arguments of torch.ops.qlora.grouped_linear_nf4 after x and the offsets."""
-        return operands(self.stack, self.weights[0], self.n, self.bias, *self.lora_args, seed_tensor)
+        return operands(self.stack, self.weights[0], self.n, self.bias, *self.lora_args, self.seed_tensor)
 
-    def dx_args(self, seed_tensor: Tensor | None = None) -> tuple:
+    def dx_args(self) -> tuple:
         """The arguments of torch.ops.qlora.grouped_linear_nf4_dx after dy and the offsets."""
-        return operands(self.stack, self.weights[0], self.k, *self.lora_args, seed_tensor)
+        return operands(self.stack, self.weights[0], self.k, *self.lora_args, self.seed_tensor)
 
-    def forward(self, offsets: Tensor | None = None) -> Tensor:
+    def forward(self, offsets: Tensor | None = None, with_h: bool = False) -> Any:
         at = self.offsets if offsets is None else offsets
-        return OPS.grouped_linear_nf4(self.x, at, *self.args())
+        return (OPS.grouped_linear_nf4_with_h if with_h else OPS.grouped_linear_nf4)(self.x, at, *self.args())
 
-    def dx(self, dy: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def dx(self, dy: Tensor, offsets: Tensor | None = None, with_g: bool = False) -> Any:
         at = self.offsets if offsets is None else offsets
-        return OPS.grouped_linear_nf4_dx(dy, at, *self.dx_args())
+        return (OPS.grouped_linear_nf4_dx_with_g if with_g else OPS.grouped_linear_nf4_dx)(dy, at, *self.dx_args())
 
-    def dlora(self, dy: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def dlora(self, dy: Tensor, offsets: Tensor | None = None, **given: Tensor) -> tuple[Tensor, Tensor]:
         at = self.offsets if offsets is None else offsets
-        return OPS.grouped_linear_nf4_dlora(dy, self.x, at, *self.lora_args)
+        return OPS.grouped_linear_nf4_dlora(dy, self.x, at, *self.lora_args, self.seed_tensor, **given)
 
     def dy(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -90,15 +92,36 @@ class GroupedSample:
         w4 = self.weights[e].to(self.x.device)
         return LinearSample(x, w4, *own, self.scaling, self.dropout_p, self.seed)
 
+    def _of_parts(self, expected: Callable[[LinearSample], accuracy.Expected]) -> accuracy.Expected:
+        return accuracy.concatenate([expected(self.of_expert(e, self.x)).rows(rows) for e, rows in self.parts()])
+
     def forward_accuracy(self) -> accuracy.Expected:
-        parts = [self.of_expert(e, self.x).forward_accuracy().rows(rows) for e, rows in self.parts()]
-        return accuracy.concatenate(parts)
+        return self._of_parts(LinearSample.forward_accuracy)
 
     def dx_accuracy(self, dy: Tensor) -> accuracy.Expected:
-        return accuracy.concatenate([self.of_expert(e, self.x).dx_accuracy(dy).rows(r) for e, r in self.parts()])
+        return self._of_parts(lambda s: s.dx_accuracy(dy))
+
+    def h_accuracy(self) -> accuracy.Expected:
+        return self._of_parts(LinearSample.h_accuracy)
+
+    def g_accuracy(self, dy: Tensor) -> accuracy.Expected:
+        return self._of_parts(lambda s: s.g_accuracy(dy))
 
     def dlora_accuracy(self, dy: Tensor) -> dict[int, tuple[accuracy.Expected, accuracy.Expected]]:
         return {e: self.of_expert(e, self.x).dlora_accuracy(self.only(dy, rows)) for e, rows in self.parts()}
+
+    def check_dlora(self, found: tuple[Tensor, Tensor], dy: Tensor) -> None:
+        expected = self.dlora_accuracy(dy)
+        for e in range(len(self.counts)):
+            for gradient, of_own in zip(found, expected.get(e, (None, None)), strict=True):
+                if of_own is None:
+                    assert not gradient[e].any()
+                else:
+                    accuracy.assert_accurate(gradient[e], of_own)
+
+    @property
+    def differentiable(self) -> list[Tensor]:
+        return [t for t in (self.x, self.bias, self.lora_a, self.lora_b) if t is not None]
 
     @staticmethod
     def only(dy: Tensor, rows: slice) -> Tensor:
@@ -159,3 +182,12 @@ def grouped_sample(
         dropout_p=dropout_p,
         seed=1234,
     )
+
+
+def of_experts(m: int = 5, n: int = 48, k: int = 64, *args: Any, **options: Any) -> GroupedSample:
+    """As ``linear_sample``, over experts: m rows of five of them, two without any, and of none."""
+    return grouped_sample([0, m // 2, 1, 0, m - m // 2], n, k, *args, **options)
+
+
+# A problem over one weight, or over experts, whose methods are the same.
+KINDS = {"linear": linear_sample, "experts": of_experts}

@@ -9,19 +9,17 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pytest
+import safetensors.torch as safetensors
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 import checkpoint_samples as samples
 from checkpoint_samples import Sample
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
-
 from qlora_ext import QLoRAConfig
+from qlora_ext.integrations.transformers import save_in_our_format
+from tensors import same_bits
+from tiny_models import same_state
 
 SIZES = {
     "hidden_size": 64,
@@ -229,13 +227,29 @@ def load(path: pathlib.Path, dtype: torch.dtype = torch.float32, **options: Any)
 def same_tensors(path: pathlib.Path, expected: dict[str, Tensor]) -> bool:
     found = safetensors.load_file(path / "model.safetensors")
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    bits = torch.uint8
-    return all(
-        t.dtype == found[name].dtype
-        and t.shape == found[name].shape
-        and torch.equal(t.contiguous().reshape(-1).view(bits), found[name].reshape(-1).view(bits))
-        for name, t in expected.items()
-    )
+    return same_bits(found, expected)
+
+
+def configured(checkpoint: Checkpoint, **fields: Any) -> None:
+    """Saves the configuration again with other fields; without those that are None."""
+    path = checkpoint.path / "config.json"
+    fields = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+
+
+def check_saved(model: Any, path: pathlib.Path, checkpoint: Checkpoint) -> None:
+    """The model is saved with the tensors of its checkpoint."""
+    model.save_pretrained(path)
+    assert same_tensors(path, checkpoint.tensors)
+
+
+def check_our_format(model: Any, path: pathlib.Path) -> None:
+    """The model is saved in our format, loads with the same bits, and can be streamed."""
+    save_in_our_format(model)
+    model.save_pretrained(path)
+    again = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu")
+    assert same_state(again, model)
+    assert torch.equal(load(path, stream="disk")(IDS).logits, model(IDS).logits)
 
 
 def change(checkpoint: Checkpoint, name: str, made: Any) -> None:

@@ -34,6 +34,7 @@ LONG = {
     "tests/cli/test_cli_recipe.py::test_each_option_changes_the_adapter",
     "tests/cli/test_cli_stream.py::test_a_streamed_run_is_the_resident_one",
     "tests/cli/test_cli_stream.py::test_the_ring_uses_the_remaining_memory",
+    "tests/cli/test_outputs.py::TestOutputs::runTest",
     "tests/cli/test_run.py::test_the_environment_variable_takes_over_with_a_manual_import",
     "tests/integrations/test_compile_graphs.py::test_a_compiled_model_swaps_adapters_without_compiling_anew",
     "tests/integrations/test_compile_graphs.py::test_dropout_breaks_no_graph",

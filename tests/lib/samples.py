@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import reference
 from qlora_ext.form import Form
 from qlora_ext.weight import Weight4bit, operands, quantize
 
+OPS = torch.ops.qlora
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPCHECKS = (  # all checks of torch.library.opcheck, which omits the last one by default
@@ -48,15 +50,16 @@ class LinearSample:
     scaling: float
     dropout_p: float
     seed: int
+    seed_tensor: Tensor | None = None
 
     @property
     def args(self) -> tuple:
         """The arguments in the order of torch.ops.qlora.linear_nf4."""
-        return self.x, *operands(self.w4, self.w4, self.w4.shape[0], self.bias, *self.lora_args, None)
+        return self.x, *operands(self.w4, self.w4, self.w4.shape[0], self.bias, *self.lora_args, self.seed_tensor)
 
     def dx_args(self, dy: Tensor) -> tuple:
         """The arguments of torch.ops.qlora.linear_nf4_dx."""
-        return dy, *operands(self.w4, self.w4, self.w4.shape[1], *self.lora_args, None)
+        return dy, *operands(self.w4, self.w4, self.w4.shape[1], *self.lora_args, self.seed_tensor)
 
     @property
     def lora_args(self) -> tuple:
@@ -65,6 +68,19 @@ class LinearSample:
     @property
     def differentiable(self) -> list[Tensor]:
         return [t for t in (self.x, self.bias, self.lora_a, self.lora_b) if t is not None]
+
+    def forward(self, with_h: bool = False) -> Any:
+        return (OPS.linear_nf4_with_h if with_h else OPS.linear_nf4)(*self.args)
+
+    def dx(self, dy: Tensor, with_g: bool = False) -> Any:
+        return (OPS.linear_nf4_dx_with_g if with_g else OPS.linear_nf4_dx)(*self.dx_args(dy))
+
+    def dlora(self, dy: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
+        return OPS.linear_nf4_dlora(dy, self.x, *self.lora_args, self.seed_tensor, **given)
+
+    def dy(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(*self.x.shape[:-1], self.w4.shape[0], generator=generator).to(self.x)
 
     def decoded(self) -> np.ndarray:
         """The exact float32 weight as float64 [N, K], decoded by the oracle."""
@@ -95,6 +111,19 @@ class LinearSample:
 
     def dlora_accuracy(self, dy: Tensor) -> tuple[accuracy.Expected, accuracy.Expected]:
         return accuracy.dlora(rows(dy), rows(self.x), *self.lora64(), self.x.dtype)
+
+    def h_accuracy(self) -> accuracy.Expected:
+        dropped = rows(self.x) * reference.dropout_mask(rows(self.x).shape, self.dropout_p, self.seed)
+        terms = accuracy.given(dropped), accuracy.given(self.scaling * to_f64(self.lora_a).T), 1.0
+        return accuracy.sums([terms], 0.0, self.x.dtype)
+
+    def g_accuracy(self, dy: Tensor) -> accuracy.Expected:
+        terms = accuracy.given(rows(dy)), accuracy.given(self.scaling * to_f64(self.lora_b)), 1.0
+        return accuracy.sums([terms], 0.0, self.x.dtype)
+
+    def check_dlora(self, found: tuple[Tensor, Tensor], dy: Tensor) -> None:
+        for gradient, expected in zip(found, self.dlora_accuracy(dy), strict=True):
+            accuracy.assert_accurate(gradient, expected)
 
 
 def linear_sample(
@@ -149,7 +178,7 @@ def relative_error(out: Tensor | np.ndarray, expected: np.ndarray) -> float:
 
 
 def by_operator(s: LinearSample) -> Tensor:
-    return torch.ops.qlora.linear_nf4(*s.args)
+    return OPS.linear_nf4(*s.args)
 
 
 def by_function(s: LinearSample) -> Tensor:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
-
-pytest.importorskip("diffusers", reason="diffusers is not installed")
-
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
 
 MODELS: dict[str, Any] = {

@@ -5,14 +5,21 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
+from tensors import same_bits
 from tiny_configs import config_of
 
 SIZES = {
@@ -37,16 +44,32 @@ CONFIGS: dict[str, Any] = {
     ),  # Conv1D: transposed weights
 }
 FAMILIES = list(CONFIGS)
+_EXPERTS = {**SIZES, "intermediate_size": 96, "num_experts_per_tok": 2}
+MIXTURES: dict[str, Any] = {
+    "mixtral": lambda: MixtralConfig(**_EXPERTS, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_EXPERTS,
+        moe_intermediate_size=48,  # rows that are not a multiple of the block
+        num_experts=6,
+        head_dim=16,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+    ),
+    # Experts with transposed weights, biases, and their own gate function.
+    "gpt_oss": lambda: GptOssConfig(**_EXPERTS, num_local_experts=4, head_dim=16, sliding_window=8),
+}
 
 
 def make(family: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
     """A model with distinct weights and, if it has biases, nonzero biases. Its family may be any of transformers'."""
     torch.manual_seed(seed)
-    config = CONFIGS[family]() if family in CONFIGS else config_of(family)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    known = {**CONFIGS, **MIXTURES}
+    model = AutoModelForCausalLM.from_config(known[family]() if family in known else config_of(family), dtype=dtype)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.1)
+        elif family in MIXTURES and "gate.weight" in name:
+            torch.nn.init.normal_(p)  # every expert gets tokens
     return model.eval()
 
 
@@ -84,13 +107,13 @@ def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
     return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
+def logits(model: Any, ids: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
+    """Those of ``token_ids()``, unless given."""
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=token_ids() if ids is None else ids, **inputs).logits
+    return out
+
+
 def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     """Whether two modules have the same tensors, by name and bit by bit."""
-    state, other = a.state_dict(), b.state_dict()
-    return state.keys() == other.keys() and all(_same(t, other[name]) for name, t in state.items())
-
-
-def _same(t: torch.Tensor, other: torch.Tensor) -> bool:
-    if t.dtype != other.dtype or t.shape != other.shape:
-        return False
-    return torch.equal(t.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+    return same_bits(a.state_dict(), b.state_dict())

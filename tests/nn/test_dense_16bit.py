@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import pathlib
 
+import peft
 import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 import qlora_ext
 from qlora_app.models.loss import head_loss

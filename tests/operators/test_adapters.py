@@ -1,98 +1,131 @@
-"""Several adapters in one call: every row has the bits of the same call with its adapter alone."""
+"""Several adapters in one call, over one weight or over experts: each row has the bits of the call with its adapter."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import qlora_ext
-from adapter_samples import batch, dx_args, forward_args
+from adapter_samples import RANKS, Batch, batch, expert_batch
+from forms import FORMS
 from graphs import CountingBackend
+from grouped_samples import OPS, SKEWED
 from qlora_ext.adapters import stack_adapters
 from samples import DTYPES, OPCHECKS
 
-linear = torch.ops.qlora.linear_nf4
+either = pytest.mark.parametrize("make", [batch, expert_batch])
+NAMES = ["", "_with_h", "_dx", "_dx_with_g", "_dlora"]
 
 
-@pytest.mark.parametrize("of_row", [[2] * 7, [-1] * 7, [1] * 7, []])
-def test_one_adapter_for_all_rows(of_row: list[int]) -> None:
-    b = batch(len(of_row))
-    b.of_row = torch.tensor(of_row, dtype=torch.int32)
-    y = b.together()
-    assert y.shape == (len(of_row), 48)
-    assert not of_row or torch.equal(y, b.alone(of_row[0]))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [6, 50])
-def test_values_that_are_not_finite_stay_in_their_rows(m: int, dtype: torch.dtype) -> None:
-    """Rows of other adapters, and rows without one, are as if the bad values did not exist."""
-    b = batch(m, k=128, dtype=dtype)
-    b.of_row = torch.tensor([2, 0, -1, 3, 1, 0], dtype=torch.int32).repeat(m)[:m]
-    clean = b.together()
-    dy = torch.randn(m, 48).to(dtype)
-    clean_dx = torch.ops.qlora.linear_nf4_dx(*dx_args(b, dy, None))
-    b.lora_a[2][1, 5], b.lora_a[2][0, 9] = torch.inf, torch.nan
-    b.lora_b[2][7, 3] = -torch.inf
-    others = b.of_row != 2
-    assert torch.equal(b.together()[others], clean[others])
-    assert not b.together()[~others].isfinite().all()
-    dx = torch.ops.qlora.linear_nf4_dx(*dx_args(b, dy, None))
-    assert torch.equal(dx[others], clean_dx[others])
-    b = dataclasses.replace(batch(m, k=128, dtype=dtype), of_row=b.of_row)
-    b.x[0, 3], dy[0, 3] = torch.nan, torch.inf
-    y, clean = b.together(), b.of_alone()
-    assert y[0].isnan().all()
-    assert torch.equal(y[1:], clean[1:])
-    assert torch.equal(torch.ops.qlora.linear_nf4_dx(*dx_args(b, dy, None))[1:], clean_dx[1:])
-
-
-@pytest.mark.parametrize("order", ["random", "sorted"])
+@either
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("m", [12, 40])
-def test_gradients_are_those_of_the_adapters_own_rows(m: int, dtype: torch.dtype, dropout_p: float, order: str) -> None:
-    b = batch(m, k=128, dtype=dtype, order=order, dropout_p=dropout_p, requires_grad=True)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    y = b.together()
-    dy = torch.randn_like(y)
-    y.backward(dy)
-    assert torch.equal(b.x.grad, b.of_alone(lambda e: torch.ops.qlora.linear_nf4_dx(*dx_args(b, dy, e))))
-    for e, (a, lora_b) in enumerate(zip(b.lora_a, b.lora_b, strict=True)):
-        rows = (b.of_row == e).nonzero().flatten()
-        args = [t.detach() for t in (dy[rows], b.x[rows], a, lora_b)]
-        if dropout_p == 0.0:
-            expected = torch.ops.qlora.linear_nf4_dlora(*args, b.scaling[e], 0.0, 7)
-            equal = torch.equal
-        else:  # the rows of others give zeros: the same sums, in another order
-            dy_of_e = torch.where((b.of_row == e)[:, None], dy, 0)
-            args = [t.detach() for t in (dy_of_e, b.x, a, lora_b)]
-            expected = torch.ops.qlora.linear_nf4_dlora(*args, b.scaling[e], dropout_p, 7)
-            equal = functools.partial(torch.allclose, rtol=tolerance, atol=tolerance)
-        assert all(equal(got, want) for got, want in zip((a.grad, lora_b.grad), expected, strict=True))
+def test_each_row_has_the_bits_of_its_adapter_alone(make: Callable, dropout_p: float, dtype: torch.dtype) -> None:
+    for rows, order, seeds in ((12, "random", None), (40, "sorted", [5, -6, 7, 8])):
+        make(rows, k=128, dtype=dtype, order=order, dropout_p=dropout_p, seeds=seeds).check()
+    if make is expert_batch:
+        make(SKEWED[8], dtype=dtype, dropout_p=dropout_p).check()
+
+
+def test_random_problems() -> None:
+    draw = random.Random(5)
+    for _ in range(25):
+        counts = [draw.choice([0, 0, 1, 2, 7, 40]) for _ in range(draw.randint(1, 6))]
+        ranks = tuple(draw.choice([0, 1, 2, 5, 16, 33]) for _ in range(draw.randint(1, 5)))
+        options = {"n": draw.choice([1, 24, 39, 80]), "k": draw.choice([32, 64, 101, 192])}
+        options |= {"dtype": draw.choice(DTYPES), "dropout_p": draw.choice([0.0, 0.0, 0.3, 1.0])}
+        options |= {"bias": draw.random() < 0.5, "unassigned": draw.choice([0, 2])}
+        if options["k"] % 32 == 0 and draw.random() < 0.5:
+            options["form"] = dataclasses.replace(draw.choice(list(FORMS.values())), block_size=32)
+        order = draw.choice(["random", "sorted"])
+        expert_batch(counts, ranks=ranks, order=order, **options).check()
+
+
+@either
+@pytest.mark.parametrize("of_row", [-1, 1, 2])  # none, an adapter of rank 0, and another one
+@pytest.mark.parametrize("rows", [7, 0])
+def test_one_adapter_for_all_rows(make: Callable, rows: int, of_row: int) -> None:
+    b = make(rows)
+    b.of_row.fill_(of_row)
+    b.check()
+    da, db = b.run("_dlora", dy=b.dy())
+    assert (da.shape[-2:], db.shape[-2:]) == ((15, 64), (48, 15))
+    assert of_row == 2 or not (da.any() or db.any())
+
+
+@either
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [6, 50])
+def test_values_that_are_not_finite_stay_in_their_rows(make: Callable, rows: int, dtype: torch.dtype) -> None:
+    """Rows of other adapters, and rows without one, are as if the bad values did not exist."""
+
+    def outputs(b: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        return b.run(""), b.run("_dx", dy=dy), *b.run("_dlora", dy=dy)
+
+    of_row = torch.tensor([2, 0, -1, 3, 1, 0], dtype=torch.int32).repeat(rows)[:rows]
+    clean, bad = (dataclasses.replace(make(rows, k=128, dtype=dtype), of_row=of_row) for _ in range(2))
+    dy = bad.dy()
+    expected = outputs(clean, dy)
+    bad.lora_a[2][..., 1, 5], bad.lora_a[2][..., 0, 9], bad.lora_b[2][..., 7, 3] = torch.inf, torch.nan, -torch.inf
+    y, dx, da, db = outputs(bad, dy)
+    others, ranks = of_row != 2, [*range(4), *range(12, 15)]  # of the others
+    assert not y[~others].isfinite().all()
+    assert torch.equal(y[others], expected[0][others])
+    assert torch.equal(dx[others], expected[1][others])
+    assert torch.equal(da[..., ranks, :], expected[2][..., ranks, :])
+    assert torch.equal(db[..., ranks], expected[3][..., ranks])
+    clean.x[0, 3], dy[0, 3] = torch.nan, torch.inf
+    y, dx, *_ = outputs(clean, dy)
+    assert y[0].isnan().all()
+    assert torch.equal(y[1:], expected[0][1:])
+    assert torch.equal(dx[1:], expected[1][1:])
+
+
+@either
+def test_gradients(make: Callable) -> None:
+    b = make(20, dropout_p=0.2, seeds=[3, 4, 5, 6])
+    y, dy = b.run(""), b.dy()
+    leaves = [t.requires_grad_() for t in (b.x, b.bias, *b.parameters)]
+    dx, dbias, *lora = torch.autograd.grad(b.run(""), leaves, dy)
+    with torch.no_grad():
+        (found, h), (expected_dx, g) = b.run("_with_h"), b.run("_dx_with_g", dy=dy)
+        da, db = b.run("_dlora", dy=dy, h=h, g=g)
+    assert torch.equal(found, y)
+    assert torch.equal(dx, expected_dx)
+    assert torch.equal(torch.cat(lora[:4], -2), da)
+    assert torch.equal(torch.cat(lora[4:], -1), db)
+    if make is expert_batch:
+        torch.testing.assert_close(dbias, torch.stack([t.sum(0) for t in dy[: b.unassigned.start].split(b.g.counts)]))
+    else:
+        torch.testing.assert_close(dbias, dy.sum(0))
+
+
+@either
+def test_gradcheck(make: Callable) -> None:
+    b = make(6, n=6, k=10, ranks=(2, 0, 3), dtype=torch.float64, block_size=32, dropout_p=0.4)
+    leaves = [t.requires_grad_() for t in (b.x, b.bias, *b.parameters)]
+    assert torch.autograd.gradcheck(lambda *_: b.run(""), leaves)
 
 
 def test_dropout_of_consecutive_rows_and_of_scattered_rows_agree() -> None:
     """Consecutive rows are read in place, others are copied and masked first."""
     b = batch(12, k=96, dropout_p=0.5)
-    s = stack_adapters(b.lora_a[:1], b.lora_b[:1], b.scaling[:1])
     dy = torch.randn(12, 48)
+    dy[8] = 0  # the row that the second call has in between
 
     def dlora(rows: list[int]) -> tuple[Tensor, Tensor]:
         of_row = torch.full((12,), -1, dtype=torch.int32)
         of_row[rows] = 0
-        only = dy.clone()
-        only[8] = 0  # the row that the second call has in between
-        lora = s.lora_a, s.lora_b, 1.0, 0.5, 7, None, None, None
-        last = of_row, s.rank_offsets, s.scalings, None, s.max_rank
-        return torch.ops.qlora.linear_nf4_dlora(only, b.x, *lora, *last)
+        return dataclasses.replace(b, of_row=of_row).run("_dlora", dy=dy)
 
-    for consecutive, scattered in zip(dlora([6, 7, 8, 9]), dlora([6, 7, 9]), strict=True):
-        assert torch.allclose(consecutive, scattered, 1e-6, 1e-6)
+    torch.testing.assert_close(dlora([6, 7, 8, 9]), dlora([6, 7, 9]), rtol=1e-6, atol=1e-6)
 
 
 def test_the_seed_of_the_call_serves_all() -> None:
@@ -131,16 +164,17 @@ def test_autocast() -> None:
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in (b.x, *b.parameters))
 
 
-def test_opcheck() -> None:
-    b = batch(5, requires_grad=True, seeds=[1, 2, 3, 4], dropout_p=0.2)
-    torch.library.opcheck(linear, tuple(t.detach() if isinstance(t, Tensor) else t for t in forward_args(b)))
-    args = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in forward_args(b)]
-    torch.library.opcheck(linear, tuple(args), test_utils=OPCHECKS)
-    plain = tuple(t.detach() if isinstance(t, Tensor) else t for t in forward_args(b))
-    torch.library.opcheck(torch.ops.qlora.linear_nf4_with_h, plain)
-    dy = torch.randn(5, 48)
-    dx = tuple(t.detach() if isinstance(t, Tensor) else t for t in dx_args(b, dy, None))
-    torch.library.opcheck(torch.ops.qlora.linear_nf4_dx_with_g, dx)
+@either
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(make: Callable, name: str) -> None:
+    b = make(5, seeds=[1, 2, 3, 4], dropout_p=0.2)
+    arguments = b.arguments(name, dy=b.dy())
+    if name == "_dlora":
+        arguments |= {"h": b.run("_with_h")[1], "g": b.run("_dx_with_g", dy=b.dy())[1]}
+    if name == "":
+        arguments |= {key: arguments[key].clone().requires_grad_() for key in ("x", "lora_a", "lora_b")}
+    operator = getattr(OPS, b.operator + name).default
+    torch.library.opcheck(operator, (), arguments, test_utils=OPCHECKS)
 
 
 def test_fullgraph_compile() -> None:
@@ -149,47 +183,61 @@ def test_fullgraph_compile() -> None:
     compiled = torch.compile(
         lambda x, rows: dataclasses.replace(b, of_row=rows).together(x), backend=backend, fullgraph=True
     )
-    y = compiled(b.x, b.of_row)
-    assert torch.equal(y, b.together())
-    y.sum().backward()
-    got = [t.grad.clone() for t in (b.x, *b.parameters)]
-    for t in (b.x, *b.parameters):
-        t.grad = None
-    b.together().sum().backward()
-    assert all(torch.equal(a, t.grad) for a, t in zip(got, (b.x, *b.parameters), strict=True))
+    leaves = [b.x, *b.parameters]
+    y, expected = compiled(b.x, b.of_row), b.together()
+    assert torch.equal(y, expected)
+    found = torch.autograd.grad(y.sum(), leaves)
+    assert all(map(torch.equal, found, torch.autograd.grad(expected.sum(), leaves)))
     other = b.of_row.flip(0)
     assert torch.equal(compiled(b.x, other), dataclasses.replace(b, of_row=other).together())
     assert backend.forward == 1
 
 
-def test_vmap() -> None:
-    b = batch(5)
-    xs = torch.randn(3, 5, 64)
-    y = torch.func.vmap(b.together)(xs)
-    assert torch.equal(y, torch.stack([b.together(x) for x in xs]))
+@either
+def test_vmap(make: Callable) -> None:
+    b = make(5, dropout_p=0.3)
+    xs = torch.randn(3, *b.x.shape)
+
+    def call(x: Tensor) -> Tensor:
+        changed = {"x": x} if isinstance(b, Batch) else {"g": dataclasses.replace(b.g, x=x)}
+        return dataclasses.replace(b, **changed).run("")
+
+    assert torch.equal(torch.func.vmap(call)(xs), torch.stack([call(x) for x in xs]))
 
 
-def _wrong(**changes) -> dict:
-    """Arguments of torch.ops.qlora.linear_nf4 by name, some of them wrong."""
-    b = batch(5)
-    names = [argument.name for argument in linear.default._schema.arguments]
-    return {**dict(zip(names, forward_args(b), strict=True)), **changes}
+@pytest.mark.parametrize("counts", [[40, 2, 1, 3, 0, 5, 2, 2], [1] * 9, [20, 30]], ids=str)
+def test_the_bits_do_not_depend_on_the_number_of_threads(counts: list[int]) -> None:
+    m, threads = expert_batch(counts, dropout_p=0.3), torch.get_num_threads()
+    dy, results = m.dy(), []
+    try:
+        for count in (1, 2, 8):
+            torch.set_num_threads(count)
+            results.append((*m.run("_with_h"), *m.run("_dx_with_g", dy=dy), *m.run("_dlora", dy=dy)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
 
 
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@either
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter_of_row": torch.tensor([0, 1, 4, 0, 0], dtype=torch.int32)}, "adapter_of_row: .* -1 .* 3, got 4"),
-        ({"adapter_of_row": torch.tensor([0, 1, -2, 0, 0], dtype=torch.int32)}, "adapter_of_row: .* got -2 for row 2"),
-        ({"adapter_of_row": torch.zeros(4, dtype=torch.int32)}, r"adapter_of_row: expected shape \[5\]"),
+        ({"adapter_of_row": int32(0, 1, 4, 0, 0)}, "adapter_of_row: .* -1 .* 3, got 4"),
+        ({"adapter_of_row": int32(0, 1, -2, 0, 0)}, "adapter_of_row: .* got -2 for row 2"),
+        ({"adapter_of_row": int32(0, 0, 0, 0)}, r"adapter_of_row: expected shape \[5\]"),
         ({"adapter_of_row": torch.zeros(5)}, "adapter_of_row: expected Int"),
-        ({"adapter_of_row": None}, "rank_offsets: expected None"),
+        ({"adapter_of_row": None}, "rank_offsets: expected None without adapter_of_row"),
         ({"rank_offsets": None}, "rank_offsets: expected a tensor"),
-        ({"rank_offsets": torch.tensor([0, 4, 4, 12, 14], dtype=torch.int32)}, "rank_offsets: expected 15 last"),
-        ({"rank_offsets": torch.tensor([0, 4, 3, 12, 15], dtype=torch.int32)}, "rank_offsets: expected ascending"),
-        ({"rank_offsets": torch.tensor([1, 4, 4, 12, 15], dtype=torch.int32)}, "rank_offsets: expected 0 first"),
+        ({"rank_offsets": int32(0, 4, 4, 12, 14)}, "rank_offsets: expected 15 last"),
+        ({"rank_offsets": int32(0, 4, 3, 12, 15)}, "rank_offsets: expected ascending"),
+        ({"rank_offsets": int32(1, 4, 4, 12, 15)}, "rank_offsets: expected 0 first"),
         ({"rank_offsets": torch.tensor([0, 4, 4, 12, 15])}, "rank_offsets: expected Int"),
-        ({"rank_offsets": torch.zeros(0, dtype=torch.int32)}, "rank_offsets: expected shape"),
+        ({"rank_offsets": int32()}, "rank_offsets: expected shape"),
         ({"scalings": None}, "scalings: expected a tensor"),
         ({"scalings": torch.ones(3)}, r"scalings: expected shape \[4\]"),
         ({"scalings": torch.full((4,), torch.inf)}, "scalings: expected finite"),
@@ -199,11 +247,13 @@ def _wrong(**changes) -> dict:
         ({"max_rank": 9}, "max_rank: expected 8"),
         ({"scaling": 2.0}, "scaling: expected 1.0"),
         ({"lora_a": None, "lora_b": None}, "lora_a: expected a tensor"),
+        ({"lora_a": torch.zeros(15, 63)}, r"lora_a: expected shape \[(3, )?any, 64\]"),
     ],
 )
-def test_errors_of_the_operator_name_the_argument(changes: dict, message: str) -> None:
+def test_errors_of_the_operator_name_the_argument(make: Callable, changes: dict[str, Any], message: str) -> None:
+    b = make(5)
     with pytest.raises(ValueError, match=message):
-        linear(**_wrong(**changes))
+        getattr(OPS, b.operator)(**{**b.arguments(""), **changes})
 
 
 @pytest.mark.parametrize(
@@ -216,7 +266,7 @@ def test_errors_of_the_operator_name_the_argument(changes: dict, message: str) -
         ({"lora_a": torch.zeros(4, 64)}, TypeError, "lora_a: expected a list"),
         ({"adapter_of_row": None}, TypeError, "adapter_of_row: expected a tensor"),
         ({"adapter_of_row": torch.zeros(5)}, ValueError, "adapter_of_row: expected int32"),
-        ({"adapter_of_row": torch.zeros(2, dtype=torch.int32)}, ValueError, "adapter_of_row: expected the leading"),
+        ({"adapter_of_row": int32(0, 0)}, ValueError, "adapter_of_row: expected the leading"),
         ({"adapter_of_row": torch.full((5,), 2**32)}, ValueError, "adapter_of_row: .* got 2147483647"),
     ],
 )
@@ -227,17 +277,37 @@ def test_errors_of_the_function_name_the_argument(changes: dict, error: type, me
         qlora_ext.linear_nf4(b.x, b.w4, **given)
 
 
-def test_matrices_that_do_not_fit_are_named() -> None:
-    b = batch(5)
-    for matrices, change, message in (
-        (b.lora_a, torch.zeros(8, 63), r"lora_a\[2\]: expected 64 columns"),
-        (b.lora_b, torch.zeros(47, 8), r"lora_b\[2\]: expected 48 rows"),
-        (b.lora_b, torch.zeros(48, 7), r"lora_b\[2\]: expected 8 columns"),
-        (b.lora_b, torch.zeros(48), r"lora_b\[2\]: expected two dimensions"),
-        (b.lora_b, torch.zeros(48, 8).double(), r"lora_b\[2\]: expected the dtype"),
+@either
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("lora_a", (8, 63), "expected 64 columns"),
+        ("lora_b", (47, 8), "expected 48 rows"),
+        ("lora_b", (48, 7), r"expected 8 columns \(the rank of lora_a\[2\]\)"),
+        ("lora_b", (48,), "expected (two|three) dimensions"),
+    ],
+)
+def test_matrices_that_do_not_fit_are_named(make: Callable, name: str, shape: tuple[int, ...], message: str) -> None:
+    b = make(5)
+    lead = b.lora_a[0].shape[:-2]
+    assert stack_adapters(b.lora_a, b.lora_b).lora_b.shape == (*lead, 48, sum(RANKS))
+    changed = getattr(b, name)
+    for matrix, expected in (
+        (torch.zeros(*lead, *shape), message),
+        (torch.zeros(*changed[2].shape).double(), "expected the dtype"),
+        (torch.zeros(2, *changed[2].shape[-2:]), "expected (two dimensions|three dimensions, the first of size .3.)"),
     ):
-        right = matrices[2]
-        matrices[2] = change
-        with pytest.raises(ValueError, match=message):
-            b.together()
-        matrices[2] = right
+        matrices = {"lora_a": [*b.lora_a], "lora_b": [*b.lora_b]}
+        matrices[name][2] = matrix
+        with pytest.raises(ValueError, match=rf"{name}\[2\]: {expected}"):
+            stack_adapters(**matrices)
+
+
+@pytest.mark.cuda
+def test_cuda_takes_one_adapter_of_experts_per_call() -> None:
+    m = expert_batch(8, device="cuda")
+    for name in ("", "_dx", "_dlora"):
+        with pytest.raises(ValueError, match=r"adapter_of_row: .* run on the CPU only, got d?[xy] on cuda"):
+            m.run(name, dy=m.dy())
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="adapter_of_row: .* CPU only"):
+        m.run("")

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import qlora_ext
+from grouped_samples import KINDS
 from samples import DEVICES, WAYS, by_function, by_operator, by_python, gradients, linear_sample, relative_error
 
 FORMS = [{}, {"rank": None}, {"bias": False}, {"dropout_p": 0.4}, {"rank": 1, "double_quant": False}, {"rank": 0}]
@@ -137,33 +138,23 @@ def test_forward_mode_by_x_and_bias(form: dict, way, requires_grad: bool) -> Non
         torch.testing.assert_close(tangent, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_forward_mode_by_torch_func() -> None:
-    s = linear_sample(m=3, dtype=torch.float64, dropout_p=0.4)
-    dx = torch.randn_like(s.x)
-    y, tangent = torch.func.jvp(lambda x: by_operator(dataclasses.replace(s, x=x)), (s.x,), (dx,))
-    torch.testing.assert_close(y, by_operator(s))
-    expected = by_operator(dataclasses.replace(s, x=s.x + dx)) - y
-    torch.testing.assert_close(tangent, expected, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("way", [by_operator, by_python])
 @pytest.mark.parametrize("name", ["lora_a", "lora_b"])
 def test_forward_mode_by_an_adapter_is_refused(name: str, way) -> None:
     s = linear_sample(dtype=torch.float64)
     with pytest.raises(NotImplementedError, match=f"{name}: linear_nf4 has forward-mode derivatives for x and bias"):
         jvp_by_hand(way, s, **{name: torch.randn_like(getattr(s, name))})
-    with pytest.raises(NotImplementedError, match=f"{name}: linear_nf4 has forward-mode derivatives for x and bias"):
-        torch.func.jvp(
-            lambda t: by_operator(dataclasses.replace(s, **{name: t})),
-            (getattr(s, name),),
-            (torch.randn_like(getattr(s, name)),),
-        )
 
 
-def test_forward_mode_over_the_backward_is_refused() -> None:
-    s = linear_sample(dtype=torch.float64, requires_grad=True)
-    y = by_operator(s)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="the backward of linear_nf4: forward-mode"):
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_mode_over_the_backward_is_refused(kind: str) -> None:
+    s = KINDS[kind](dtype=torch.float64)
+    s.x.requires_grad_()
+    y = s.forward()
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="the backward of .*linear_nf4: forward-mode"),
+    ):
         torch.autograd.grad(y, s.x, forward_ad.make_dual(torch.ones_like(y), torch.randn_like(y)))
 
 
@@ -181,28 +172,3 @@ def test_forward_mode_under_autocast() -> None:
         expected = torch.ops.qlora.linear_nf4(dx, *s.args[1:8], None, *s.lora_args)
     assert y.dtype == tangent.dtype == torch.bfloat16
     assert torch.equal(tangent, expected)
-
-
-@pytest.mark.parametrize("name", ["x", "bias", "lora_a", "lora_b"])
-def test_forward_mode_of_grouped_linear_is_refused(name: str) -> None:
-    w4 = qlora_ext.quantize_nf4(torch.randn(2, 6, 64), double_quant=False)
-    dense = {
-        "x": torch.randn(5, 64),
-        "bias": torch.randn(2, 6),
-        "lora_a": torch.randn(2, 3, 64),
-        "lora_b": torch.randn(2, 6, 3),
-    }
-
-    def grouped(**changes: torch.Tensor) -> torch.Tensor:
-        x, bias, lora_a, lora_b = (dense | changes).values()
-        packed = w4.packed, w4.absmax.reshape(2, -1), None, None, 64, 256
-        return torch.ops.qlora.grouped_linear_nf4(x, torch.tensor([2, 5]), *packed, 6, bias, lora_a, lora_b, 0.5)
-
-    tangent = torch.randn_like(dense[name])
-    with pytest.raises(NotImplementedError, match="grouped_linear_nf4: forward-mode AD is not supported"):
-        torch.func.jvp(lambda t: grouped(**{name: t}), (dense[name],), (tangent,))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="grouped_linear_nf4: forward-mode AD"):
-        grouped(**{name: forward_ad.make_dual(dense[name], tangent)})
-    y = grouped(x=dense["x"].requires_grad_())
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="the backward of grouped_linear_nf4"):
-        torch.autograd.grad(y, dense["x"], forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))

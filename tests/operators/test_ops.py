@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 import qlora_ext
-from grouped_samples import grouped_sample
+from grouped_samples import KINDS, grouped_sample
 from qlora_ext import _library
 from samples import DEVICES, DTYPES, OPCHECKS, linear_sample, relative_error
 
@@ -22,7 +24,7 @@ def op_calls(device: str) -> dict[str, tuple]:
     absmax = torch.rand(300, device=device)
     codes = OPS.quantize_absmax(absmax, 256)
     dy = torch.randn(2, 3, 48, device=device)
-    g = grouped_sample([2, 0, 3], device=device, dropout_p=0.3)
+    g = dataclasses.replace(grouped_sample([2, 0, 3], device=device, dropout_p=0.3), seed_tensor=seed)
     lora_a, lora_b = torch.randn(4, 64, device=device), torch.randn(48, 4, device=device)
     h, h_of_experts = torch.randn(2, 3, 4, device=device), torch.randn(len(g.x), 4, device=device)
     return {
@@ -47,10 +49,10 @@ def op_calls(device: str) -> dict[str, tuple]:
         "linear_nf4_dlora": (dy, s.x, *lora, h, h),
         "linear_dense": (s.x, w.bfloat16(), s.bias),
         "linear_dense_dx": (dy, w.bfloat16()),
-        "grouped_linear_nf4": (g.x, g.offsets, *g.args(seed)),
-        "grouped_linear_nf4_with_h": (g.x, g.offsets, *g.args(seed)),
-        "grouped_linear_nf4_dx": (g.dy(), g.offsets, *g.dx_args(seed)),
-        "grouped_linear_nf4_dx_with_g": (g.dy(), g.offsets, *g.dx_args(seed)),
+        "grouped_linear_nf4": (g.x, g.offsets, *g.args()),
+        "grouped_linear_nf4_with_h": (g.x, g.offsets, *g.args()),
+        "grouped_linear_nf4_dx": (g.dy(), g.offsets, *g.dx_args()),
+        "grouped_linear_nf4_dx_with_g": (g.dy(), g.offsets, *g.dx_args()),
         "grouped_linear_nf4_dlora": (g.dy(), g.x, g.offsets, *g.lora_args, seed, h_of_experts, h_of_experts),
     }
 
@@ -133,19 +135,6 @@ def test_any_leading_dimensions(lead: tuple[int, ...], device: str) -> None:
     da, db = OPS.linear_nf4_dlora(y, s.x, *s.lora_args)
     for got, expected in zip((da, db), s.expected_dlora(y), strict=True):
         assert relative_error(got, expected) < 1e-5
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_arguments_give_the_same_bits(dtype: torch.dtype, device: str) -> None:
-    s = linear_sample(m=6, dtype=dtype, device=device, dropout_p=0.5)
-    expected = OPS.linear_nf4(*s.args)
-    s.x = s.x.t().contiguous().t()
-    s.lora_a = s.lora_a.t().contiguous().t()
-    s.lora_b = torch.stack([s.lora_b, s.lora_b], -1)[..., 0]
-    s.bias = torch.stack([s.bias, s.bias], -1)[..., 0]
-    assert not any(t.is_contiguous() for t in s.differentiable)
-    assert torch.equal(OPS.linear_nf4(*s.args), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -278,20 +267,22 @@ def test_one_meta_tensor_among_others_is_named(name: str) -> None:
             changed(name, **{argument: named(name, "cpu")[argument].to("meta")})
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    s = linear_sample(m=70, n=130, k=200, rank=5, dtype=torch.bfloat16, dropout_p=0.1)
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(
+    ("kind", "m", "n", "k"), [("linear", 70, 130, 200), ("experts", 55, 48, 64), ("experts", 4, 48, 64)]
+)
+def test_results_do_not_depend_on_the_number_of_threads(kind: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    s = KINDS[kind](m, n, k, 5, dtype, dropout_p=0.3)
+    dy, before = s.dy(), torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            y = OPS.linear_nf4(*s.args)
-            dx = OPS.linear_nf4_dx(*s.dx_args(y))
-            results.append((y, dx, *OPS.linear_nf4_dlora(y, s.x, *s.lora_args)))
+            results.append((s.forward(), s.dx(dy), *s.dlora(dy)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(map(torch.equal, results[0], other))
 
 
 def test_dropout_keeps_the_share_it_says() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import qlora_ext
-from samples import DEVICES, OPCHECKS, linear_sample
+from grouped_samples import KINDS
+from samples import DEVICES, linear_sample
 
 OPS = torch.ops.qlora
 SEEDS = [0, 1234, -5, 2**63 - 1]
@@ -20,34 +21,18 @@ def seed_on(device: str, value: int = 1234) -> torch.Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("m", [3, 200])
-def test_every_operator_draws_the_mask_of_the_number(m: int, seed: int, device: str) -> None:
-    s = dataclasses.replace(linear_sample(m, 48, 64, device=device, dropout_p=0.4), seed=seed)
-    dy = torch.randn(m, 48, device=device)
-    number, tensor = (*s.lora_args,), (*s.lora_args[:-1], 77, seed_on(device, seed))
-    by_number = OPS.linear_nf4(*s.args)
-    assert torch.equal(by_number, OPS.linear_nf4(s.x, *s.w4.operands(48, s.bias, *tensor)))
-    assert not torch.equal(by_number, OPS.linear_nf4(s.x, *s.w4.operands(48, s.bias, *tensor[:-1], None)))
-    assert torch.equal(OPS.linear_nf4_dx(*s.dx_args(dy)), OPS.linear_nf4_dx(dy, *s.w4.operands(64, *tensor)))
-    by_number, by_tensor = OPS.linear_nf4_dlora(dy, s.x, *number), OPS.linear_nf4_dlora(dy, s.x, *tensor)
-    assert all(torch.equal(a, b) for a, b in zip(by_number, by_tensor, strict=True))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_gradients_and_opcheck(device: str) -> None:
-    s = linear_sample(5, device=device, dropout_p=0.3, requires_grad=True)
-
-    def gradients(seed: int | torch.Tensor) -> list[torch.Tensor]:
-        y = qlora_ext.linear_nf4(s.x, s.w4, s.bias, s.lora_a, s.lora_b, s.scaling, s.dropout_p, seed)
-        return [y, *torch.autograd.grad(y.square().sum(), s.differentiable)]
-
-    for a, b in zip(gradients(s.seed), gradients(seed_on(device, s.seed)), strict=True):
-        assert torch.equal(a, b)
-    lora = *s.lora_args, seed_on(device)
-    torch.library.opcheck(OPS.linear_nf4.default, (s.x, *s.w4.operands(48, s.bias, *lora)), test_utils=OPCHECKS)
-    dy = torch.randn(5, 48, device=device)
-    torch.library.opcheck(OPS.linear_nf4_dx.default, (dy, *s.w4.operands(64, *lora)), test_utils=OPCHECKS)
-    torch.library.opcheck(OPS.linear_nf4_dlora.default, (dy, s.x, *lora), test_utils=OPCHECKS)
+@pytest.mark.parametrize(("kind", "m"), [("linear", 3), ("linear", 200), ("experts", 8)])
+def test_every_operator_draws_the_mask_of_the_number(kind: str, m: int, seed: int, device: str) -> None:
+    s = dataclasses.replace(KINDS[kind](m, 48, 64, device=device, dropout_p=0.4), seed=seed)
+    dy = s.dy()
+    expected = s.forward(), s.dx(dy), *s.dlora(dy)
+    leaves = [t.requires_grad_() for t in s.differentiable]
+    by_number = torch.autograd.grad(s.forward(), leaves, dy)
+    s.seed = 77
+    assert not torch.equal(s.forward(), expected[0])
+    s.seed_tensor = seed_on(device, seed)
+    assert all(map(torch.equal, (s.forward(), s.dx(dy), *s.dlora(dy)), expected))
+    assert all(map(torch.equal, torch.autograd.grad(s.forward(), leaves, dy), by_number))
 
 
 @pytest.mark.parametrize("device", ["meta", *DEVICES])

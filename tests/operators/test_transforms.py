@@ -109,6 +109,13 @@ REFUSING: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "encode_nf4_stochastic": (lambda w: OPS.encode_nf4_stochastic(w, torch.ones(w.numel() // 64), 64, 0), W),
     "merge_lora_nf4": (lambda a: OPS.merge_lora_nf4(*PACKED, a, torch.ones(48, 4), 1.0, 0), torch.randn(4, 64)),
     "grouped_linear_nf4": (lambda x: OPS.grouped_linear_nf4(x, OFFSETS, *STACK, 48, None, A2, B2, 1.0), S.x),
+    "grouped_linear_nf4: bias": (
+        lambda t: OPS.grouped_linear_nf4(S.x, OFFSETS, *STACK, 48, t, A2, B2, 1.0),
+        torch.randn(2, 48),
+    ),
+    "grouped_linear_nf4: lora_a": (lambda t: OPS.grouped_linear_nf4(S.x, OFFSETS, *STACK, 48, None, t, B2, 1.0), A2),
+    "grouped_linear_nf4: lora_b": (lambda t: OPS.grouped_linear_nf4(S.x, OFFSETS, *STACK, 48, None, A2, t, 1.0), B2),
+    "linear_nf4: lora_b": (lambda b: OPS.linear_nf4(S.x, *PACKED, 48, None, LORA[0], b, *LORA[2:]), S.lora_b),
     "grouped_linear_nf4_dx": (lambda dy: OPS.grouped_linear_nf4_dx(dy, OFFSETS, *STACK, 64, A2, B2, 1.0), DY),
     "grouped_linear_nf4_dlora": (lambda x: OPS.grouped_linear_nf4_dlora(DY, x, OFFSETS, A2, B2, 1.0), S.x),
 }
@@ -126,7 +133,11 @@ def test_no_operator_drops_a_tangent(call: str, way: str) -> None:
 WITHOUT_A_GRADIENT = (
     "grouped_linear_nf4",
     "linear_dense",
+    "grouped_linear_nf4: bias",
+    "grouped_linear_nf4: lora_a",
+    "grouped_linear_nf4: lora_b",
     "linear_nf4: lora_a",
+    "linear_nf4: lora_b",
     "encode_nf4",
     "encode_nf4_stochastic",
     "merge_lora_nf4",

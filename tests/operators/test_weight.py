@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import pathlib
-import pickle
 
 import numpy as np
 import pytest
@@ -136,28 +134,9 @@ def test_wrong_arguments_of_the_function() -> None:
         qlora_ext.linear_nf4(torch.zeros(2, 64), qlora_ext.quantize_nf4(torch.zeros(64)))
 
 
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w)), lambda w: w.to("cpu")])
-def test_copies_keep_every_bit(copy_of) -> None:
-    w4 = qlora_ext.quantize_nf4(torch.randn(8, 128))
-    other = copy_of(w4)
-    for a, b in zip(w4.tensors.values(), other.tensors.values(), strict=True):
-        assert torch.equal(a, b)
-    assert (other.shape, other.dtype, other.block_size) == (w4.shape, w4.dtype, w4.block_size)
-
-
 @pytest.mark.cuda
 def test_moved_to_the_device_and_back() -> None:
     w4 = qlora_ext.quantize_nf4(torch.randn(8, 128))
     there = w4.to("cuda")
     assert there.device.type == "cuda"
     assert torch.equal(there.dequantize().cpu(), w4.dequantize())
-
-
-def test_torch_load_takes_a_weight_with_weights_only(tmp_path) -> None:
-    for double_quant in (True, False):
-        w4 = qlora_ext.quantize_nf4(torch.randn(48, 64, dtype=torch.bfloat16), double_quant=double_quant)
-        torch.save({"weights": [w4]}, tmp_path / "weight.pt")
-        (loaded,) = torch.load(tmp_path / "weight.pt", weights_only=True)["weights"]
-        assert isinstance(loaded, qlora_ext.NF4Weight)
-        assert torch.equal(loaded.dequantize(), w4.dequantize())
-        assert (loaded.shape, loaded.dtype, loaded.block_size) == (w4.shape, w4.dtype, w4.block_size)

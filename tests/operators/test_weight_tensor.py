@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from torch.utils.flop_counter import FlopCounterMode
 
 import qlora_ext
+import tensors
 from forms import FORMS, random_weight
 from qlora_ext.nn import Embedding4bit, Linear4bit
 from qlora_ext.weight import TENSORS, NF4Weight, Weight4bit
@@ -35,11 +36,8 @@ def weight() -> NF4Weight:
 
 
 def same_bits(a: Weight4bit, b: Any) -> bool:
-    return (
-        (type(a), a.shape, a.dtype, a.form) == (type(b), b.shape, b.dtype, b.form)
-        and a.tensors.keys() == b.tensors.keys()
-        and all(torch.equal(t, b.tensors[name]) for name, t in a.tensors.items())
-    )
+    same_kind = (type(a), a.shape, a.dtype, a.form) == (type(b), b.shape, b.dtype, b.form)
+    return same_kind and tensors.same_bits(a.tensors, b.tensors)
 
 
 def saved(value: Any, weights_only: bool = True) -> Any:

@@ -19,7 +19,7 @@ OF_MODULES = {"remove": ("os",), "replace": ("os",), "move": ("shutil",), "copyf
 # Where such calls may stand.
 PLACES = {
     "python/qlora_app/outputs/files.py": "the rule for all deletions is at its top",
-    "python/qlora_app/outputs/lock.py": "the content of a file that was checked to be a lock file",
+    "python/qlora_app/outputs/lock.py": "a file that was checked to be a lock file",
     "python/qlora_app/decoding/cache.py": "unfinished packages in the user's own cache, under their lock",
     "python/qlora_app/gguf/tokenizer.py": "a directory of its own among the system's temporary files",
     "python/qlora_ext/atomic.py": "a file with an unpredictable name, which this process made",

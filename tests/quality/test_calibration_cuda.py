@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import qlora_ext
+import tiny_models
 from qlora_ext.calibration import Calibration, calibration_of
-
-tiny_models = pytest.importorskip("tiny_models")
 
 pytestmark = pytest.mark.cuda
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -13,8 +14,6 @@ import qlora_ext
 from qlora_ext._internal.svd import low_rank_approximation
 from qlora_ext.calibration import Calibration, InitLora, initial_lora_of
 from test_calibration import Chain, correlated
-
-peft = pytest.importorskip("peft")
 
 
 def test_the_low_rank_approximation_equals_that_of_a_full_decomposition() -> None:

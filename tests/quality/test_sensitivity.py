@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -9,78 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
-import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from safetensors import torch as safetensors
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import moe_families
 import qlora_ext
+from forms import FORMS, random_weight
+from qlora_ext.adapters import stack_adapters
+from qlora_ext.nn import Experts4bit, ExpertsLora, Linear4bit
 from qlora_ext.sizes import parse_size
 from qlora_ext.streaming import chunk_mlp, stream, streaming_of
 from qlora_ext.streaming.schedule import upcoming
 from qlora_ext.streaming.streaming import Streaming
-from tiny_models import CONFIGS, make, same_state, token_ids
-
-LAYERS = 5
-
-
-def save(family: str, path: pathlib.Path) -> pathlib.Path:
-    sizes = {"n_layer" if family == "gpt2" else "num_hidden_layers": LAYERS}
-    if family in CONFIGS:
-        config = type(CONFIGS[family]())(**{**CONFIGS[family]().to_diff_dict(), **sizes, "layer_types": None})
-    else:
-        name, options = moe_families.FAMILIES[family]
-        config = getattr(transformers, name)(**{**moe_families.SIZES, **options, **sizes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    qlora_ext.quantize_model(model, skip=("lm_head",)).save_pretrained(path, max_shard_size="60KB")
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return save("llama", tmp_path_factory.mktemp("llama"))
-
-
-def load(path: pathlib.Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
-
-
-def adapted(model: Any, dropout: float = 0.1, **options: Any) -> Any:
-    torch.manual_seed(0)
-    options = {"target_modules": "all-linear", **options}
-    model = get_peft_model(model, LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False, **options))
-    return model.train()
-
-
-def checkpointed(model: Any, reentrant: bool) -> None:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-
-
-def trained(model: Any, steps: int = 3, device: str = "cpu") -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of several steps, and the adapters after these."""
-    torch.manual_seed(1)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
-    ids, losses = token_ids().to(device), []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, {name: p.detach().clone() for name, p in parameters.items()}
-
-
-def assert_same(found: tuple[list[float], dict[str, Any]], expected: tuple[list[float], dict[str, Any]]) -> None:
-    assert found[0] == expected[0]
-    assert found[0][0] != found[0][-1]
-    assert [name for name, t in expected[1].items() if not torch.equal(t, found[1][name])] == []
+from qlora_ext.weight import Weight4bit
+from streamed_models import LAYERS, adapted, assert_same, checkpointed, load, save, trained
+from tiny_experts import Experts, routing
+from tiny_models import make, same_state, token_ids
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
@@ -414,3 +359,60 @@ def test_adapters_learn_from_a_single_token_as_well(tmp_path: pathlib.Path) -> N
         model(input_ids=token_ids()[:1, :1]).logits.float().square().mean().backward()
         runs.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert all((g is None and runs[1][name] is None) or torch.equal(g, runs[1][name]) for name, g in runs[0].items())
+
+
+class Layered(nn.Module):
+    """Linear layers, or experts, in a module list."""
+
+    def __init__(self, weights: list[Weight4bit]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for w4 in weights:
+            if w4.shape[0] == 5:
+                layer = Experts4bit(Experts(), torch.float64, **w4.form.keywords)
+                layer.set_packed("gate_up_proj", w4)
+                layer.set_packed("down_proj", random_weight(w4.form, (5, 64, 48)))
+            else:
+                layer = Linear4bit(64, 64, False, torch.float64, **w4.form.keywords)
+                layer.set_weight(w4)
+            self.layers.append(layer)
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x, *more)
+        return x
+
+
+def from_disk(model: nn.Module, path: pathlib.Path) -> nn.Module:
+    """``model`` with its state mapped from a file, and streamed from there."""
+    safetensors.save_file(model.state_dict(), path)
+    model.load_state_dict(safetensors.load_file(path), assign=True)
+    return stream(model, source="disk")
+
+
+def two_adapters(tokens: int) -> dict[str, ExpertsLora]:
+    """Adapters of which each token uses one."""
+    a, b = (
+        [torch.randn(5, *shape).double() for shape in shapes] for shapes in (((2, 64), (3, 64)), ((96, 2), (96, 3)))
+    )
+    return {"gate_up_proj": ExpertsLora(stack_adapters(a, b), None, adapter_of_row=torch.arange(tokens) % 2)}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("experts", [False, True], ids=["linear", "experts"])
+def test_a_streamed_model_has_the_same_bits(name: str, experts: bool, tmp_path: pathlib.Path) -> None:
+    shape = (5, 96, 64) if experts else (64, 64)
+    weights = [random_weight(FORMS[name], shape, seed) for seed in range(4)]
+    resident = Layered(weights)
+    streamed = from_disk(Layered(weights), tmp_path / "state.safetensors")
+    assert len(streaming_of(streamed).slots) == 2
+    for tokens in (1, 7):
+        more = (*routing(tokens), two_adapters(tokens)) if experts else ()
+        x = torch.randn(tokens, 64, dtype=torch.float64, requires_grad=True)
+        y, expected = streamed(x, *more), resident(x, *more)
+        assert torch.equal(y, expected)
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
+    for layer, w4 in zip(streamed.layers, weights, strict=True):
+        read = layer.packed_weight("gate_up_proj" if experts else "weight")
+        assert read.form == w4.form
+        assert all(torch.equal(t, w4.tensors[key]) for key, t in read.tensors.items())

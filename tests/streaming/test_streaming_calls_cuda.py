@@ -15,12 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from own_process import run_file
 from qlora_ext.streaming import stream, streaming_of
-from test_streaming import LAYERS, adapted, checkpointed, load, save
+from streamed_models import LAYERS, adapted, checkpointed, load, save
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 2

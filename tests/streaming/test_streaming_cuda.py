@@ -11,21 +11,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 import qlora_ext
 from qlora_ext.nn import Experts4bit
 from qlora_ext.streaming import offload_checkpoints, stream, streaming_of
-from test_streaming import LAYERS, adapted, assert_same, checkpointed, load, save, trained
+from streamed_models import LAYERS, adapted, assert_same, checkpointed, load, save, trained
 from tiny_models import token_ids
 
 pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return save("llama", tmp_path_factory.mktemp("llama"))
 
 
 def resident(path: pathlib.Path) -> Any:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 import torch
 
 from qlora_ext.streaming import stream
 from qlora_ext.untrusted import FileError
-from test_streaming import adapted, load, save, trained
+from streamed_models import adapted, load, trained
 from tiny_models import token_ids
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return save("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
@@ -96,25 +86,3 @@ def test_a_short_read_is_continued(llama: pathlib.Path, monkeypatch: pytest.Monk
     expected, preadv = load(llama)(token_ids()).logits, os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:100]], at))
     assert torch.equal(stream(load(llama), source="disk")(token_ids()).logits, expected)
-
-
-def forward_in(connection: Any, model: Any) -> None:
-    try:
-        model(token_ids())
-    except RuntimeError as error:
-        connection.send(str(error))
-    connection.close()
-
-
-def test_a_forked_process_gets_an_error_because_it_has_no_reader(llama: pathlib.Path) -> None:
-    model = stream(load(llama), source="disk")
-    model(token_ids())
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=forward_in, args=(sender, model))
-    child.start()
-    sender.close()
-    child.join(60)
-    hangs = child.is_alive()
-    child.kill()
-    assert not hangs
-    assert "forked from the one that streams it" in receiver.recv()

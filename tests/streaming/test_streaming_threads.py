@@ -12,20 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 from qlora_ext.streaming import stream, streaming_of
 from qlora_ext.streaming.sources import FileSource
-from test_streaming import adapted, checkpointed, load, save
+from streamed_models import adapted, checkpointed, load, save
 from tiny_models import token_ids
 
 TIMEOUT = 120
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return save("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from ..errors import UserError, check_text, first_line, path_named, writing
+from ..errors import UserError, check_text, first_line, path_named
 from .files import (
     contents,
     filled_from_inside,
     is_unfinished_name,
-    make_parents,
     nothing_may_be_there,
+    parents_made,
     recover,
-    remove_empty,
     staged_directory,
     unfinished_in,
     write_json,
 )
 from .lock import locked
-from .ownership import (
-    MARKER,
-    WAITING,
-    foreign_in_run,
-    foreign_in_sweep,
-    foreign_to,
-    is_ours,
-    may_be_unfinished_in_run,
-    may_be_unfinished_in_sweep,
-)
+from .ownership import MARKER, WAITING, foreign_in_output, is_ours, may_be_unfinished
 from .ownership import read_marker as read_marker
 
 
@@ -134,29 +125,13 @@ def output_file(option: str, name: str, mark: str, inputs: Sequence[tuple[str, s
     return path
 
 
-def _foreign(directory: pathlib.Path) -> str | None:
-    """The first entry of a directory with a marker that the command named in the marker did not write.
-
-    Raises:
-        UserError: the marker is damaged, or belongs to an unfinished output.
-    """
-    marker = read_marker(directory)
-    if marker.get("command") == "finetune":
-        return foreign_in_run(directory)
-    if marker.get("command") == "sweep":
-        return foreign_in_sweep(directory)
-    if "files" not in marker or "waiting" in marker:
-        raise UserError(f"{MARKER} is damaged, or belongs to an unfinished output")
-    return foreign_to([*marker["files"], MARKER])(directory)
-
-
 def _check_ours(path: pathlib.Path) -> None:
     """Rejects a directory with entries that qlora-ext did not write."""
     advice = "--overwrite does not delete it; name another directory, or delete it yourself"
     if not (path / MARKER).is_file():
         raise UserError(f"--output {path}: not written by qlora-ext (it has no {MARKER}); {advice}")
     try:
-        foreign = _foreign(path)
+        foreign = foreign_in_output(path)
     except UserError as error:
         raise UserError(f"--output {path}: {error}; {advice}") from error
     if foreign is not None:
@@ -176,21 +151,21 @@ def _check_place(path: pathlib.Path) -> None:
             raise UserError(f"--output {path} is the {what} directory or contains it; name a separate directory")
 
 
+@dataclasses.dataclass
 class Output:
     """The directory that ``--output`` names, locked for this process. It may not exist yet.
 
     Attributes:
         path: absolute, with links resolved.
         overwrite: whether an earlier output of the command may be replaced.
-        begun: whether the results are complete, and writing has begun.
         inputs: options and the paths that they read, see ``protect``.
+        begun: whether the results are complete, and writing has begun.
     """
 
-    def __init__(self, path: pathlib.Path, overwrite: bool) -> None:
-        self.path = path
-        self.begun = False
-        self.overwrite = overwrite
-        self.inputs: list[tuple[str, str]] = []
+    path: pathlib.Path
+    overwrite: bool
+    inputs: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    begun: bool = dataclasses.field(default=False, init=False)
 
     def protect(self, option: str, *names: str | None) -> None:
         """Records that ``option`` reads the files or directories ``names``. None and names of no file are ignored."""
@@ -224,13 +199,10 @@ class Output:
                 of a sweep's runs.
         """
         self.begun = True
-        with staged_directory(self.path, _foreign if self.overwrite else nothing_may_be_there) as partial:
+        with staged_directory(self.path, foreign_in_output if self.overwrite else nothing_may_be_there) as partial:
             yield partial
             mark(partial, command, begun_with)
             self.check()  # again, because other processes may have written there
-
-
-_MAY_BE_UNFINISHED = {"finetune": may_be_unfinished_in_run, "sweep": may_be_unfinished_in_sweep}
 
 
 def _recover_left(path: pathlib.Path) -> list[str]:
@@ -242,9 +214,9 @@ def _recover_left(path: pathlib.Path) -> list[str]:
     siblings = set() if filled_from_inside(path) else unfinished_in(path.parent)
     left = [path.with_name(name) for kind in WAITING if (name := f"{path.name}.{kind}") in siblings]
     marker = read_marker(path) if path.is_dir() and is_ours(path) else {}
-    may_be_unfinished = _MAY_BE_UNFINISHED.get(marker.get("command", ""))
-    if may_be_unfinished is not None:
-        left += [path / name for name in sorted(unfinished_in(path)) if may_be_unfinished(name)]
+    if marker:
+        names = sorted(unfinished_in(path))
+        left += [path / name for name in names if may_be_unfinished(marker.get("command"), name)]
     for unfinished in left:
         with contextlib.suppress(UserError), locked(unfinished):
             notes += recover(unfinished)
@@ -256,8 +228,8 @@ def _recover_left(path: pathlib.Path) -> list[str]:
     return notes
 
 
-def _check_name(path: pathlib.Path) -> None:
-    """Rejects reserved names of unfinished files, and paths inside intermediate results, which are deleted later."""
+def check_name(path: pathlib.Path) -> None:
+    """Rejects reserved names of unfinished files, and outputs inside intermediate results, which are deleted later."""
     if any(is_unfinished_name(part) for part in path.parts):
         raise UserError(f"--output {path}: names of this form are reserved for unfinished files; choose another name")
     for parent in path.parents:
@@ -280,23 +252,15 @@ def claim(name: str, overwrite: bool, inputs: Sequence[tuple[str, str]] = ()) ->
         UserError: the name is not a valid directory, it is not writable, or another process is writing there.
     """
     path = _resolved(name)
-    _check_name(path)
+    check_name(path)
     missing = [parent for parent in path.parents if not parent.exists()]
     place = path if path.is_dir() else (missing[-1] if missing else path).parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"--output {path}: no permission to write there")
-    made: list[pathlib.Path] = []
-    try:
-        with writing(path):
-            made += make_parents(path)
-        with locked(path):
-            for sentence in _recover_left(path):
-                print(sentence, flush=True)
-            output = Output(path, overwrite)
-            output.inputs += inputs
-            yield output
-    finally:
-        remove_empty(made)
+    with parents_made(path), locked(path):
+        for sentence in _recover_left(path):
+            print(sentence, flush=True)
+        yield Output(path, overwrite, [*inputs])
 
 
 def mark(directory: pathlib.Path, command: str, begun_with: dict[str, Any]) -> None:

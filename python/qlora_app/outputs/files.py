@@ -3,7 +3,7 @@
 
 Unfinished directories are siblings with the name ``.partial-KIND-NAME-TOKEN``. A directory that cannot be renamed (a
 mount point, or one whose parent is not writable) is filled from inside; NAME is then ``.``. ``recover`` finishes or
-undoes operations that a kill interrupted.
+undoes what was interrupted, be it by a kill, an error or Ctrl-C: every replacement ends with it.
 
 The rules for every deletion in the package (docs/security.md):
 
@@ -24,7 +24,7 @@ import pathlib
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from qlora_ext import atomic
@@ -144,99 +144,61 @@ def delete(path: pathlib.Path, output: pathlib.Path, foreign: Foreign) -> None:
     _delete(gone)
 
 
-def delete_lock(file: pathlib.Path, descriptor: int) -> None:
-    """Deletes the lock file of ``descriptor``, on which this process holds the lock."""
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(descriptor), file.lstat()):
-            file.unlink()
+@contextlib.contextmanager
+def parents_made(path: pathlib.Path) -> Iterator[None]:
+    """Creates the missing parents of ``path``. At the end, those that are still empty are removed."""
+    made: list[pathlib.Path] = []
+    try:
+        with writing(path):
+            for parent in reversed([parent for parent in path.parents if not parent.exists()]):
+                with contextlib.suppress(FileExistsError):
+                    parent.mkdir()
+                    made.append(parent)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for parent in reversed(made):
+                parent.rmdir()
 
 
-def make_parents(path: pathlib.Path) -> list[pathlib.Path]:
-    """Creates the missing parents of ``path``. Returns those that this process created, outermost first."""
-    made = []
-    for parent in reversed([parent for parent in path.parents if not parent.exists()]):
-        with contextlib.suppress(FileExistsError):
-            parent.mkdir()
-            made.append(parent)
-    return made
+def _move_content(directory: pathlib.Path) -> None:
+    for path in sorted(directory.iterdir(), key=lambda path: path.name in _ENTRY_FILES):
+        path.rename(directory.parent / path.name)
+    fsync(directory.parent)
 
 
-def remove_empty(made: Iterable[pathlib.Path]) -> None:
-    """Removes the directories in ``made`` that are still empty."""
-    with contextlib.suppress(OSError):
-        for path in reversed(list(made)):
-            path.rmdir()
-
-
-def move_up(staged: pathlib.Path) -> None:
-    """Moves the content of ``staged`` to its parent, which this process fills, and removes ``staged``."""
-    for path in staged.iterdir():
-        path.rename(staged.parent / path.name)
-    staged.rmdir()
-
-
-def _move_entries(source: pathlib.Path, target: pathlib.Path) -> None:
-    for path in sorted(source.iterdir(), key=lambda path: path.name in _ENTRY_FILES):
-        path.rename(target / path.name)
-    fsync(target)
-
-
-def _finish_placing(placing: pathlib.Path, path: pathlib.Path) -> None:
-    _move_entries(placing, path)
-    # The old content is deleted before ``placing``, whose existence prevents that it is restored.
-    for old in _unfinished(path, "old", INSIDE):
-        _discard(old)
-    placing.rmdir()
+def move_up(directory: pathlib.Path) -> None:
+    """Moves the content of ``directory`` to its parent, which this process fills, and removes ``directory``."""
+    _move_content(directory)
+    directory.rmdir()
 
 
 def _place_inside(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
-    """Replaces the content of the directory ``path`` by that of ``new``, a directory inside it."""
-    old, placing = _as("old", new), _as("placing", new)
-    try:
-        if former := contents(path):
-            old.mkdir()
-            for entry in sorted(former, key=lambda entry: entry.name not in _ENTRY_FILES):
-                entry.rename(old / entry.name)
-            _refuse_foreign(old, path, foreign)
-            fsync(old)
-        new.rename(placing)
-    except BaseException:  # Ctrl-C too
-        if old.exists() and not placing.exists():
-            _move_entries(old, path)
-            old.rmdir()
-        raise
-    try:
-        fsync(path)
-        _finish_placing(placing, path)
-    except KeyboardInterrupt:
-        if placing.exists():
-            _finish_placing(placing, path)
-        raise
+    """Sets the content of the directory ``path`` aside, and declares its successor ``new``, inside it, complete."""
+    if former := contents(path):
+        old = _as("old", new)
+        old.mkdir()
+        for entry in sorted(former, key=lambda entry: entry.name not in _ENTRY_FILES):
+            entry.rename(old / entry.name)
+        _refuse_foreign(old, path, foreign)
+        fsync(old)
+    new.rename(_as("placing", new))
+    fsync(path)
 
 
 def _place_next_to(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
-    """Renames the directory ``new`` to ``path``. An existing directory is set aside before, and deleted afterwards."""
-    old = None
+    """Renames the directory ``new`` to ``path``. An existing directory is set aside before."""
     if path.is_dir():
         shutil.copymode(path, new)
         if any(path.iterdir()):
-            old = _as("old", new)
-    try:
-        if old is not None:
-            path.rename(old)
+            old = path.rename(_as("old", new))
             _refuse_foreign(old, path, foreign)
-        new.rename(path)
-    except BaseException:  # Ctrl-C too
-        if old is not None and old.exists() and not path.exists():
-            old.rename(path)
-        raise
+    new.rename(path)
     fsync(path.parent)
-    if old is not None:
-        _discard(old)
 
 
 def _place(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
-    """Replaces the directory ``path`` by the directory ``new``."""
+    """Replaces the directory ``path`` by the directory ``new``, up to what ``recover`` finishes."""
     if new.parent == path:
         _place_inside(new, path, foreign)
         return
@@ -246,13 +208,10 @@ def _place(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
         if error.errno not in _CANNOT_RENAME or not path.is_dir() or not new.exists():
             raise
         # A mount of the same file system, or another user's directory in which only owners may rename.
-        within = unfinished_name("new", path, inside=True)
-        try:
-            shutil.move(new, within)
-            _fsync_tree(within)
-            _place_inside(within, path, foreign)
-        finally:
-            _delete(within)
+        within = path / f"{PARTIAL}new-{INSIDE}-{new.name[-8:]}"
+        shutil.move(new, within)
+        _fsync_tree(within)
+        _place_inside(within, path, foreign)
 
 
 @contextlib.contextmanager
@@ -275,20 +234,16 @@ def staged_directory(path: pathlib.Path, foreign: Foreign = nothing_may_be_there
         UserError: the directory cannot be written, or the one to replace has a foreign entry.
     """
     partial = unfinished_name("new", path, filled_from_inside(path))
+    token = partial.name[-8:]
     with writing(path):
         partial.mkdir()
         try:
             yield partial
             _fsync_tree(partial)
             _place(partial, path, foreign)
+            recover(path, token)
         finally:
-            _delete(partial)
-
-
-def _unfinished(folder: pathlib.Path, kind: str, name: str) -> list[pathlib.Path]:
-    """The unfinished entries of a kind in ``folder`` with the final name ``name``."""
-    matches = ((path, _UNFINISHED.fullmatch(path.name)) for path in sorted(folder.iterdir()))
-    return [path for path, match in matches if match and match[1] == kind and match[2] == name]
+            recover(path, token)  # undoes after an error, and finishes after Ctrl-C in the line above
 
 
 def _put_back(old: pathlib.Path, path: pathlib.Path) -> str:
@@ -306,21 +261,27 @@ def _put_back(old: pathlib.Path, path: pathlib.Path) -> str:
     return f"removed {printable(old)}, which an interrupted command had replaced"
 
 
-def _recover_in(folder: pathlib.Path, name: str) -> list[str]:
-    if not folder.is_dir():
-        return []
+def _recover_in(folder: pathlib.Path, name: str, token: str) -> list[str]:
+    unfinished: dict[str, list[pathlib.Path]] = {kind: [] for kind in ("placing", "old", "new", "gone")}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _UNFINISHED.fullmatch(path.name)
+        if match and match[2] == name and match[3].endswith(token):
+            unfinished[match[1]].append(path)
     notes = []
-    for placing in _unfinished(folder, "placing", name):
-        _finish_placing(placing, folder)
+    for placing in unfinished["placing"]:
+        _move_content(placing)
+        # The old content is deleted before ``placing``, whose existence prevents that it is restored.
+        while unfinished["old"]:
+            _discard(unfinished["old"].pop())
+        placing.rmdir()
         notes.append(f"finished replacing {printable(folder)}, which an interrupted command had begun")
-    for old in _unfinished(folder, "old", name):
+    for old in unfinished["old"]:
         if name == INSIDE:
-            _move_entries(old, folder)
-            old.rmdir()
+            move_up(old)
             notes.append(f"restored {printable(folder)}, which an interrupted command had set aside")
         else:
             notes.append(_put_back(old, folder / name))
-    for rest in (*_unfinished(folder, "new", name), *_unfinished(folder, "gone", name)):
+    for rest in (*unfinished["new"], *unfinished["gone"]):
         _delete(rest)
         done = "could not remove" if os.path.lexists(rest) else "removed"
         notes.append(f"{done} {printable(rest)}, which an interrupted command had left")
@@ -329,18 +290,21 @@ def _recover_in(folder: pathlib.Path, name: str) -> list[str]:
     return notes
 
 
-def recover(path: pathlib.Path) -> list[str]:
+def recover(path: pathlib.Path, token: str = "") -> list[str]:
     """Cleans up after killed commands that wrote the file or directory ``path``. The caller holds its lock.
 
     A directory that was set aside is restored unless its successor is in place. If moving a complete successor had
     begun, the move is finished. All other unfinished entries of this name are deleted. Other names are not touched.
 
+    Args:
+        token: the end of the unfinished names of one operation; that of all if empty.
+
     Returns:
         One sentence per action.
     """
     with writing(path):
-        siblings = [] if filled_from_inside(path) else _recover_in(path.parent, path.name)
-        return [*siblings, *_recover_in(path, INSIDE)]
+        siblings = [] if filled_from_inside(path) else _recover_in(path.parent, path.name, token)
+        return [*siblings, *_recover_in(path, INSIDE, token)]
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import pathlib
 import re
@@ -13,69 +12,61 @@ import stat
 import sys
 from collections.abc import Iterator
 
+from filelock import FileLock, Timeout
+
 from ..errors import UserError, writing
-from .files import LOCK, delete_lock, filled_from_inside
+from .files import LOCK, filled_from_inside
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
 _HOLDER = re.compile(rb"(\d+) ([\w.-]+)\n")
 
 
-def _holder(descriptor: int) -> str:
-    found = _HOLDER.fullmatch(os.pread(descriptor, 512, 0))
-    return f"process {int(found[1])} on {found[2].decode()}" if found else "another process"
+def _content(file: pathlib.Path) -> bytes:
+    try:
+        if not stat.S_ISREG(file.lstat().st_mode):
+            return b"?"
+        with file.open("rb") as opened:
+            return opened.read(512)
+    except FileNotFoundError:
+        return b""
 
 
-def _check_lock_file(descriptor: int, file: pathlib.Path) -> None:
-    """Rejects a file with the name of a lock file that qlora-ext did not write, because it would be deleted."""
-    status = os.fstat(descriptor)
-    content = os.pread(descriptor, 512, 0) if stat.S_ISREG(status.st_mode) else b"?"
-    if content and not _HOLDER.fullmatch(content):
-        raise UserError(f"{file}: expected a lock file of qlora-ext, got another file; move it elsewhere")
+def _signature() -> bytes:
+    return f"{os.getpid()} {socket.gethostname()}\n".encode()
 
 
-def _acquire(file: pathlib.Path, path: pathlib.Path) -> int:
-    while True:
-        with writing(file):
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        try:
-            _check_lock_file(descriptor, file)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The previous holder deletes the file when it ends. A lock on a deleted file excludes nobody.
-            if os.path.samestat(os.fstat(descriptor), file.lstat()):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            holder = _holder(descriptor)
-            os.close(descriptor)
-            raise UserError(f"--output {path}: {holder} is writing there; wait until it ends, or name another "
-                            "directory") from None  # fmt: skip
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                print(f"note: the file system of {path} has no locks; do not write there from two processes at once",
-                      file=sys.stderr)  # fmt: skip
-                return descriptor
-            os.close(descriptor)
-            raise UserError(f"cannot lock {file}: {error.strerror}") from error
-        except UserError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+def _sign(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, _signature(), 0)
 
 
 @contextlib.contextmanager
 def _hold(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
-    descriptor = _acquire(file, path)
+    with writing(file):
+        content = _content(file)
+    if content and not _HOLDER.fullmatch(content):  # it would be overwritten and deleted
+        raise UserError(f"{file}: expected a lock file of qlora-ext, got another file; move it elsewhere")
+    lock = FileLock(file, timeout=0, fallback_to_soft=False, on_acquired=_sign)
     try:
-        with writing(file):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        lock.acquire()
+    except Timeout:
+        found = _HOLDER.fullmatch(_content(file))
+        holder = f"process {int(found[1])} on {found[2].decode()}" if found else "another process"
+        raise UserError(f"--output {path}: {holder} is writing there; wait until it ends, or name another "
+                        "directory") from None  # fmt: skip
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            with writing(file):
+                raise
+        print(f"note: the file system of {path} has no locks; do not write there from two processes at once",
+              file=sys.stderr)  # fmt: skip
+    try:
         yield
     finally:
-        delete_lock(file, descriptor)
-        os.close(descriptor)
+        # The file is deleted before the lock is released, so that no process holds the lock of a deleted file.
+        if _content(file) in (b"", _signature()):
+            file.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextlib.contextmanager

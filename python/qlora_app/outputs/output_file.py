@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator
 
 from ..errors import UserError, path_named
-from .directory import Output, output_file
-from .files import is_unfinished_name, recover, staged_file
+from .directory import Output, check_name, output_file
+from .files import recover, staged_file
 from .lock import locked
 
 
+@dataclasses.dataclass
 class OutputFile(Output):
     """The file that ``--output`` names, locked for this process. It may not exist yet.
 
@@ -20,9 +22,7 @@ class OutputFile(Output):
         mark: text near the beginning of every file that the command writes.
     """
 
-    def __init__(self, path: pathlib.Path, overwrite: bool, mark: str) -> None:
-        super().__init__(path, overwrite)
-        self.mark = mark
+    mark: str = dataclasses.field(kw_only=True)
 
     def check(self) -> None:
         """Checks that the file may be written.
@@ -55,8 +55,7 @@ def claim_file(name: str, overwrite: bool, suffix: str, mark: str) -> Iterator[O
     path = path_named(name, "--output").absolute()
     if path.suffix != suffix or path.is_dir():
         raise UserError(f"--output {name}: expected the name of a file that ends in {suffix}")
-    if is_unfinished_name(path.name):
-        raise UserError(f"--output {path}: names of this form are reserved for unfinished files; choose another name")
+    check_name(path)
     if not path.parent.is_dir():
         raise UserError(f"--output {name}: there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -64,4 +63,4 @@ def claim_file(name: str, overwrite: bool, suffix: str, mark: str) -> Iterator[O
     with locked(path):
         for sentence in recover(path):
             print(sentence, flush=True)
-        yield OutputFile(path, overwrite, mark)
+        yield OutputFile(path, overwrite, mark=mark)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 import re
 import stat
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
 
 from qlora_ext.untrusted import Schema, read_json
 
 from ..errors import UserError
 from .files import contents
+
+Written: TypeAlias = Callable[[str], bool]  # whether a command wrote the file of that relative name
 
 # The file in every directory that a command writes, with the command and its files or settings.
 MARKER = "qlora_output.json"
@@ -23,7 +24,7 @@ _MARKER: Schema = {"command?": str, "files?": [str], "waiting?": str, "output?":
 _RUN = frozenset({"settings.json", "before.json", "metrics.jsonl", "loss.png", MARKER})
 SWEEP = "sweep.json"  # in the directory of a sweep, which also has a run per adapter; its marker lists their names
 _SWEEP = frozenset({SWEEP, "loss.png", MARKER})
-_EVENTS = re.compile(r"runs/[^/]+/events\.out\.tfevents\.[^/]+")
+_EVENTS = re.compile(r"[^/]+/events\.out\.tfevents\.[^/]+")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Files of adapters and checkpoints that have no list of their files: from earlier versions, or damaged.
 _SAVED_BY_PEFT = frozenset({"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora_base.json"})
@@ -57,7 +58,7 @@ def is_ours(directory: pathlib.Path) -> bool:
         return False
 
 
-def foreign_in(directory: pathlib.Path, written: Callable[[str], bool]) -> str | None:
+def foreign_in(directory: pathlib.Path, written: Written) -> str | None:
     """The relative name of the first foreign entry below ``directory``; None if there is none.
 
     Foreign entries are links, files that are not regular, empty directories, and files that ``written`` rejects.
@@ -76,11 +77,6 @@ def foreign_in(directory: pathlib.Path, written: Callable[[str], bool]) -> str |
     return None
 
 
-def foreign_to(files: Collection[str]) -> Callable[[pathlib.Path], str | None]:
-    """A ``Foreign`` that accepts ``files``, given by their relative paths."""
-    return lambda directory: foreign_in(directory, frozenset(files).__contains__)
-
-
 def _listed(path: pathlib.Path, of: Callable[[Any], Any]) -> set[str]:
     """The names that a record lists; empty if it is missing or damaged."""
     try:
@@ -90,12 +86,12 @@ def _listed(path: pathlib.Path, of: Callable[[Any], Any]) -> set[str]:
     return {name for name in names or () if isinstance(name, str)}
 
 
-def _saved_with_adapter(adapter: pathlib.Path) -> Callable[[str], bool]:
+def _saved_with_adapter(adapter: pathlib.Path) -> Written:
     listed = _listed(adapter / RECORD, lambda record: record.get("files"))
     return {*(listed or _SAVED_BY_PEFT), RECORD}.__contains__
 
 
-def _saved_with_checkpoint(checkpoint: pathlib.Path) -> Callable[[str], bool]:
+def _saved_with_checkpoint(checkpoint: pathlib.Path) -> Written:
     listed = {*_listed(checkpoint / MANIFEST, lambda manifest: manifest), *_SAVED_BY_PEFT, MANIFEST}
     return lambda name: name in listed or bool(_SAVED_BY_TRAINER.fullmatch(name))
 
@@ -112,46 +108,49 @@ def foreign_in_checkpoint(checkpoint: pathlib.Path) -> str | None:
     return foreign_in(checkpoint, _saved_with_checkpoint(checkpoint))
 
 
-def _written_by_run(run: pathlib.Path) -> Callable[[str], bool]:
-    @functools.cache
-    def saved_with(name: str) -> Callable[[str], bool]:
-        if name == "adapter":
-            return _saved_with_adapter(run / name)
-        return _saved_with_checkpoint(run / name) if _CHECKPOINT.fullmatch(name) else lambda name: False
+def _written(files: Collection[str], directories: Mapping[str, Written]) -> Written:
+    """Accepts ``files``, and below each of ``directories`` what its function accepts."""
 
     def written(name: str) -> bool:
         first, _, rest = name.partition("/")
-        return bool(_EVENTS.fullmatch(name)) or (saved_with(first)(rest) if rest else name in _RUN)
+        return directories[first](rest) if rest and first in directories else name in files
 
     return written
 
 
-def foreign_in_run(run: pathlib.Path) -> str | None:
-    """The first entry in the directory of a run that the run did not write."""
-    return foreign_in(run, _written_by_run(run))
+def _written_by_run(run: pathlib.Path) -> Written:
+    saved = {path.name: _saved_with_checkpoint(path) for path in run.iterdir() if _CHECKPOINT.fullmatch(path.name)}
+    events: Written = lambda name: bool(_EVENTS.fullmatch(name))  # noqa: E731
+    return _written(_RUN, {**saved, "adapter": _saved_with_adapter(run / "adapter"), "runs": events})
 
 
-def foreign_in_sweep(sweep: pathlib.Path) -> str | None:
-    """The first entry in the directory of a sweep that neither the sweep nor one of its runs wrote."""
-    by_run = {name: _written_by_run(sweep / name) for name in read_marker(sweep).get("runs") or ()}
+def foreign_in_output(directory: pathlib.Path) -> str | None:
+    """The first entry of a directory with a marker that the command named in the marker did not write.
 
-    def written(name: str) -> bool:
-        first, _, rest = name.partition("/")
-        return first in by_run and by_run[first](rest) if rest else name in _SWEEP
-
-    return foreign_in(sweep, written)
-
-
-def may_be_unfinished_in_run(name: str) -> bool:
-    """Whether a run writes an entry of that name, so that a kill may leave it unfinished."""
-    return name in _RUN or name == "adapter" or bool(_CHECKPOINT.fullmatch(name))
-
-
-def may_be_unfinished_in_sweep(name: str) -> bool:
-    """The same for a file of a sweep. Its runs are written together with it."""
-    return name in _SWEEP
+    Raises:
+        UserError: the marker is damaged, or belongs to an unfinished output.
+    """
+    marker = read_marker(directory)
+    if marker.get("command") == "finetune":
+        return foreign_in(directory, _written_by_run(directory))
+    if marker.get("command") == "sweep":
+        runs = [directory / name for name in marker.get("runs") or ()]
+        return foreign_in(directory, _written(_SWEEP, {run.name: _written_by_run(run) for run in runs if run.is_dir()}))
+    if "files" not in marker or "waiting" in marker:
+        raise UserError(f"{MARKER} is damaged, or belongs to an unfinished output")
+    return foreign_in(directory, {*marker["files"], MARKER}.__contains__)
 
 
-def may_wait(kind: str, name: str) -> bool:
-    """Whether intermediate results of a kind, "weights" or "calibration", may include a file of that name."""
-    return name == MARKER or bool(WAITING[kind].fullmatch(name))
+def may_be_unfinished(command: str | None, name: str) -> bool:
+    """Whether a command writes an entry of that name into its output later, so that a kill may leave it unfinished.
+
+    The runs of a sweep are written together with it.
+    """
+    if command == "finetune":
+        return name in _RUN or name == "adapter" or bool(_CHECKPOINT.fullmatch(name))
+    return command == "sweep" and name in _SWEEP
+
+
+def is_result(kind: str) -> Written:
+    """Recognizes the files of intermediate results of a kind, "weights" or "calibration"."""
+    return lambda name: name == MARKER or bool(WAITING[kind].fullmatch(name))

@@ -26,13 +26,9 @@ from .files import (
     write_json,
 )
 from .lock import locked
-from .ownership import MARKER, foreign_in, may_wait, read_marker
+from .ownership import MARKER, foreign_in, is_result, read_marker
 
 _DONE = {"weights": "quantized", "calibration": "calibrated"}
-
-
-def _foreign(kind: str, directory: pathlib.Path) -> str | None:
-    return foreign_in(directory, lambda name: may_wait(kind, name))
 
 
 def _check_ours(directory: pathlib.Path, marker: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -51,9 +47,9 @@ def _check_ours(directory: pathlib.Path, marker: dict[str, Any], kind: str) -> d
     if any(found.get(key) != value for key, value in marker.items()):
         raise UserError(f"{directory} was not written by this command: {advice}")
     for name in unfinished_in(directory):
-        if may_wait(kind, name):
+        if is_result(kind)(name):
             recover(directory / name)
-    foreign = _foreign(kind, directory)
+    foreign = foreign_in(directory, is_result(kind))
     if foreign is not None:
         raise UserError(f"{directory} holds {foreign!a}, which qlora-ext did not write: {advice}")
     return found
@@ -73,7 +69,7 @@ def _open(directory: pathlib.Path, output: Output, kind: str, key: dict[str, Any
                 f"{directory} is or holds {option} {name} and would be deleted at the end; name another --output"
             )
     if found and found.get("key") != key:
-        delete(directory, output.path, lambda path: _foreign(kind, path))
+        delete(directory, output.path, lambda path: foreign_in(path, is_result(kind)))
     if not os.path.lexists(directory):
         with staged_directory(directory) as partial:
             write_json(partial / MARKER, {"command": "qlora-ext", "version": VERSION, **marker, "key": key})
@@ -165,6 +161,6 @@ def _delete(found: Waiting, output: Output) -> None:
         return
     try:
         with writing(found.directory):
-            delete(found.directory, output.path, lambda path: _foreign(found.kind, path))
+            delete(found.directory, output.path, lambda path: foreign_in(path, is_result(found.kind)))
     except UserError as error:  # a foreign entry in it; the command's result is complete anyway
         print(f"note: {error}", flush=True)

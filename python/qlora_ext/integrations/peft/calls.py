@@ -82,7 +82,8 @@ def samples_of_call(layer: nn.Module, x: Tensor) -> Tensor:
 def _record_shape(model: nn.Module, call: dict[Hashable, Any]) -> Iterator[RemovableHandle]:
     """Adds hooks by which ``call`` knows the shape of the hidden states that a mixture of experts flattens."""
 
-    def record(_: nn.Module, args: Any, kwargs: Any) -> None:
+    # torch adds a hook before it notes that the hook takes keywords: another thread's call in between passes none.
+    def record(_: nn.Module, args: Any, kwargs: Any = None) -> None:
         if _computed.get() is call:  # not another thread's call
             hidden = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
             call[samples_of_call] = hidden.shape[:2] if hidden is not None and hidden.ndim == 3 else None
@@ -93,8 +94,8 @@ def _record_shape(model: nn.Module, call: dict[Hashable, Any]) -> Iterator[Remov
             yield module.register_forward_pre_hook(record, with_kwargs=True)
 
 
-def _choose(call: Any, names: Sequence[str], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """The hook that passes ``adapter_names`` to a layer, which other calls may be running too."""
+def _choose(call: Any, names: Sequence[str], module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+    """The hook that passes ``adapter_names`` to a layer, which other calls may be running too (see ``record``)."""
     if _computed.get() is not call:
         return None
     if isinstance(module, AuxiliaryTrainingWrapper):  # it fails for adapters without a copy of the module

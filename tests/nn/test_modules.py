@@ -5,21 +5,34 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import qlora_ext
 from forms import FORMS, oracle, random_weight
 from qlora_ext import formats
 from qlora_ext.form import Form
-from qlora_ext.nn import Embedding4bit, Linear4bit, TiedLinear4bit
+from qlora_ext.nn import Embedding4bit, Experts4bit, ExpertsLora, Linear4bit, Packed4bit, TiedLinear4bit
 from qlora_ext.weight import TENSORS, Weight4bit
+from tensors import same_bits
+from tiny_experts import Experts, routing
 
 EVERY = pytest.mark.parametrize("name", FORMS)
+KINDS = ("linear", "embedding", "experts", "odd linear", "odd embedding")
+every_kind = pytest.mark.parametrize("kind", KINDS)
 SHAPE = (24, 160)  # rows do not hold whole blocks of 64 or 128
+IDS = torch.tensor([[3, 10, 0], [10, 7, 3]])
+ROUTED = torch.tensor([[0, 1], [4, 0], [2, 3]])
+X = torch.randn(11, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Transposed(Experts):
+    has_bias, is_transposed = True, True
 
 
 def layer_of(w4: Weight4bit, bias: bool = False) -> Linear4bit:
@@ -29,14 +42,32 @@ def layer_of(w4: Weight4bit, bias: bool = False) -> Linear4bit:
     return layer
 
 
-def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and bool(np.array_equal(bits(a[key]), bits(b[key]))) for key in a
-    )
+def empty(kind: str, form: Form, **options: Any) -> Packed4bit:
+    n, k = (23, 33) if kind.startswith("odd") else SHAPE
+    torch.manual_seed(0)  # the bias of experts
+    if kind == "experts":
+        return Experts4bit(Transposed(), torch.float64, **form.keywords, **options)
+    if "embedding" in kind:
+        return Embedding4bit(n, k, compute_dtype=torch.float32, **form.keywords, **options)
+    return Linear4bit(k, n, False, torch.float32, **form.keywords, **options)
 
 
-def bits(t: Tensor) -> np.ndarray:
-    return t.detach().reshape(-1).view(torch.uint8).numpy()
+def filled(kind: str, name: str) -> Packed4bit:
+    module = empty(kind, FORMS[name])
+    for seed, (weight, shape) in enumerate(module.packed_shapes.items()):
+        module.set_packed(weight, random_weight(FORMS[name], shape, seed))
+    return module
+
+
+def input_of(kind: str) -> Tensor:
+    if "embedding" in kind:
+        return IDS
+    return X[:3].clone() if kind == "experts" else torch.ones(3, 33 if kind.startswith("odd") else SHAPE[1])
+
+
+def outputs(kind: str, module: Any, x: Tensor | None = None) -> Tensor:
+    x = input_of(kind) if x is None else x
+    return module(x, ROUTED, ROUTED.double() / 5) if kind == "experts" else module(x)
 
 
 @EVERY
@@ -109,55 +140,69 @@ def test_exposed_parameters_are_what_has_an_entry_per_block(name: str) -> None:
     assert same_bits(layer.packed_state(), state)
 
 
-@EVERY
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m.half(),
-        lambda m: m.double(),
-        lambda m: m.to(torch.bfloat16),
-        lambda m: m.float().to("cpu"),
-        lambda m: copy.deepcopy(m),
-        lambda m: pickle.loads(pickle.dumps(m)),
-        lambda m: saved_and_loaded(m),
-        lambda m: m.share_memory(),
-    ],
-)
-def test_nothing_changes_its_bits(name: str, change) -> None:
-    w4 = random_weight(FORMS[name], SHAPE)
-    layer = change(layer_of(w4))
-    assert layer.form == w4.form
-    assert same_bits(layer.weight4bit.tensors, w4.tensors)
-    assert type(layer.weight4bit.absmax) is Tensor
-
-
-def saved_and_loaded(module: nn.Module) -> nn.Module:
+def saved_and_loaded(value: Any, weights_only: bool = False) -> Any:
     file = io.BytesIO()
-    torch.save(module, file)
+    torch.save(value, file)
     file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
+    return torch.load(file, weights_only=weights_only)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "there and back": lambda m: m.bfloat16().to("cpu").float(),
+    "to": lambda m: m.to(dtype=torch.bfloat16, memory_format=torch.contiguous_format),
+    "type": lambda m: m.type(torch.float16),
+    "modes": lambda m: m.requires_grad_(False).train().eval(),
+    "apply": lambda m: m.apply(lambda sub: getattr(sub, "reset_parameters", int)()),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": saved_and_loaded,
+    "shared memory": lambda m: m.share_memory(),
+}
 
 
 @EVERY
-@pytest.mark.parametrize("assign", [False, True])
-def test_its_state_loads_strictly_into_the_same_form_only(name: str, assign: bool) -> None:
-    w4 = random_weight(FORMS[name], SHAPE)
-    state = layer_of(w4).state_dict()
-    new = Linear4bit(SHAPE[1], SHAPE[0], False, **w4.form.keywords)
-    new.load_state_dict(state, assign=assign)
-    assert same_bits(new.weight4bit.tensors, w4.tensors)
+@every_kind
+def test_nothing_changes_its_bits(kind: str, name: str) -> None:
+    before = filled(kind, name)
+    for what, change in CHANGES.items():
+        module = change(filled(kind, name))
+        assert module.form == FORMS[name], what
+        assert same_bits(module.packed_state(), before.packed_state()), what
+        assert {type(module.packed_weight(weight).absmax) for weight in module.packed_shapes} == {Tensor}, what
+
+
+@EVERY
+@every_kind
+@pytest.mark.parametrize(("device", "assign"), [("cpu", False), ("cpu", True), ("meta", True)])
+def test_its_state_loads_strictly(kind: str, name: str, device: str, assign: bool) -> None:
+    module, new = filled(kind, name), empty(kind, FORMS[name], device=device)
+    new.load_state_dict(saved_and_loaded(module.state_dict(), weights_only=True), assign=assign)
+    assert same_bits(new.state_dict(), module.state_dict())
+    assert torch.equal(outputs(kind, new), outputs(kind, module))
+
+
+@EVERY
+@every_kind
+def test_its_state_loads_into_the_same_form_only(kind: str, name: str) -> None:
+    module = filled(kind, name)
+    state = module.state_dict()
     for other, form in FORMS.items():
-        has, wants = w4.form.tensors(SHAPE).items(), form.tensors(SHAPE).items()
-        if has == wants:
+        wants = empty(kind, form)
+        has, needs = ({k: (t.shape, t.dtype) for k, t in m.packed_state().items()}.items() for m in (module, wants))
+        if has == needs:
             continue
-        layer = Linear4bit(SHAPE[1], SHAPE[0], False, **form.keywords)
-        only_lacks = has < wants  # what is there fits
+        before = {key: t.clone() for key, t in wants.packed_state().items()}
+        only_lacks = has < needs  # what is there fits
         with pytest.raises(RuntimeError, match="Missing key" if only_lacks else f"packed state of a weight .*{form}"):
-            pytest.fail(f"{other}: {layer.load_state_dict(state, assign=assign)}")
+            pytest.fail(f"{other}: {wants.load_state_dict(state)}")
         if not only_lacks:
-            with pytest.raises(RuntimeError, match=f"packed state of a weight .*{form}"):
-                layer.load_state_dict(state, strict=False, assign=assign)
+            for assign in (False, True):
+                with pytest.raises(RuntimeError, match=f"packed state of a weight .*{form}"):
+                    wants.load_state_dict(state, strict=False, assign=assign)
+            assert same_bits(wants.packed_state(), before)
 
 
 def test_the_error_names_the_form_that_was_expected() -> None:
@@ -183,8 +228,7 @@ def test_rows_of_a_table(name: str, width: int) -> None:
     w4 = random_weight(FORMS[name], (11, width))
     table = Embedding4bit(11, width, compute_dtype=torch.float32, **w4.form.keywords)
     table.set_weight(w4)
-    ids = torch.tensor([[3, 10, 0], [10, 7, 3]])
-    assert torch.equal(table(ids), w4.dequantize()[ids])
+    assert torch.equal(table(IDS), w4.dequantize()[IDS])
 
 
 @EVERY
@@ -198,15 +242,34 @@ def test_a_tied_head_shares_every_tensor(name: str) -> None:
 
 
 @EVERY
-def test_a_compiled_layer(name: str) -> None:
-    layer, x = layer_of(random_weight(FORMS[name], (24, 64))), torch.randn(3, 64, requires_grad=True)
-    expected = layer(x)
-    (grad,) = torch.autograd.grad(expected.sum(), x)
+def test_experts_compute_with_it(name: str) -> None:
+    experts = filled("experts", name)
+    dense, routed = experts.to_experts(torch.float32).double(), routing()
+    torch.testing.assert_close(experts(X, *routed), dense(X, *routed))
+    lora = ExpertsLora(torch.randn(5, 4, 64).double(), torch.randn(5, 96, 4).double().requires_grad_())
+    y = experts(X, *routed, {"gate_up_proj": lora})
+    y.sum().backward()
+    with torch.no_grad():
+        dense.gate_up_proj += (lora.b @ lora.a).mT
+    torch.testing.assert_close(y, dense(X, *routed))
+    assert lora.b.grad.isfinite().all()
+    assert lora.b.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("linear", name) for name in FORMS), ("embedding", "nf4"), ("experts", "nf4")]
+)
+def test_a_compiled_module(kind: str, name: str) -> None:
     torch._dynamo.reset()  # each form compiles the same functions anew
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    y = compiled(x)
+    module, x = filled(kind, name), input_of(kind)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    if kind == "embedding":
+        assert torch.equal(compiled(x), module(x))
+        return
+    x.requires_grad_()
+    expected, y = outputs(kind, module, x), outputs(kind, compiled, x)
     assert torch.equal(y, expected)
-    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], grad)
+    assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)))
 
 
 @pytest.mark.parametrize("code", [[*range(-8, 8)], torch.arange(-8.0, 8.0), (*map(float, range(-8, 8)),)])

@@ -9,9 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 import qlora_ext
 from forms import FORMS, random_weight
 from qlora_app import planning
