@@ -40,8 +40,8 @@ from qlora_ext.checkpoints.compressed_tensors_files import joined_layers
 from qlora_ext.dtypes import computing_dtype
 from qlora_ext.fidelity import losses_of
 from qlora_ext.form import Form
-from qlora_ext.integrations.peft.merge import Over4bit
-from qlora_ext.merged import encode_like, seed_of
+from qlora_ext.merging.codes import encode_like, seed_of
+from qlora_ext.merging.layers import Over4bit
 
 # Of the default job: tokens per row, rows to train on and held-out examples.
 LENGTH, TRAINED, HELD_OUT = 256, 200, 48

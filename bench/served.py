@@ -25,7 +25,7 @@ from qlora_app.models import DEFAULT_MODEL, load_tokenizer, resolve
 from qlora_ext.dtypes import computing_dtype
 from qlora_ext.formats import SERVED_FORMATS
 from qlora_ext.integrations.peft import LoraLinear4bit, merge_to_4bit, set_merge_aware
-from qlora_ext.merged import encode_like, merged_weight
+from qlora_ext.merging.codes import encode_like, merged_weight
 from qlora_ext.weight import quantize
 
 HELD_OUT, RATE = 32, 2e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from . import adapters, autograd, calibration, cpu, fidelity, nn, streaming, transforms
+from . import adapters, autograd, calibration, cpu, fidelity, merging, nn, streaming, transforms
 from ._internal import hooks as _hooks
 from ._internal.lazy import lazily as _lazily
 from ._library import build_info
@@ -48,6 +48,7 @@ __all__ = [
     "take_over_bitsandbytes",
 ]
 
+assert merging  # it registers an operator on CUDA
 assert transforms  # it registers vmap rules
 
 # ``from_pretrained`` finds our quantizers in the libraries' registries. Everything else waits for ``integrate``.

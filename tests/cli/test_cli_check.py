@@ -203,7 +203,7 @@ def test_an_adapter_merged_into_the_codes_is_no_damage(
     made: pathlib.Path, check: Checked, tmp_path: pathlib.Path
 ) -> None:
     """Merging rounds stochastically, which has a larger error than rounding to the nearest code."""
-    from qlora_ext.merged import with_update
+    from qlora_ext.merging.codes import with_update
 
     model = AutoModelForCausalLM.from_pretrained(made / "qlora_ext", device_map="cpu")
     dense = AutoModelForCausalLM.from_pretrained(made / "dense", device_map="cpu")

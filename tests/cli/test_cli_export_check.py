@@ -19,7 +19,7 @@ from commands import Paths, here, listing
 from exports import Refused, adapt, read
 from gguf_files import write
 from qlora_app.exporting import export_check
-from qlora_app.exporting.merged_weights import MergedWeights
+from qlora_app.exporting.weights import MergedWeights
 from qlora_app.main import main
 from qlora_app.models.adapted import find_adapted
 from qlora_app.options import BaseOptions

@@ -1,4 +1,4 @@
-"""``qlora-ext merge --4bit`` and ``quantize --format bitsandbytes``, on the finished run of commands.py."""
+"""``qlora-ext merge``, ``export --to nf4`` and ``quantize --format bitsandbytes``, on the run of commands.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
-from commands import Paths, here
+import qlora_app
+from commands import Paths, here, listing
 
 
 def test_merge_to_4bit_prints_its_error(
@@ -101,3 +102,32 @@ def test_merge_to_4bit_calibrated(
     with pytest.raises(AssertionError):
         here("merge", "--adapter", finished_run, "--output", paths["root"] / "no", "--calibrate", "self")
     assert "--calibrate needs --4bit" in capfd.readouterr().err
+
+
+def test_a_4bit_merge_is_an_export_to_nf4(
+    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("qlora_app.quantization.calibrate.LENGTH", 64)
+    calibrated = {"calibrate": str(paths["data"]), "calibration_tokens": 512}
+    for name, more, record in (("plain", {}, "merge_error.json"), ("calibrated", calibrated, "calibration.json")):
+        merged, exported = tmp_path / f"{name} merged", tmp_path / f"{name} exported"
+        options = [item for key, value in more.items() for item in (f"--{key.replace('_', '-')}", value)]
+        here("merge", "--adapter", finished_run, "--output", merged, "--4bit", *options)
+        assert "MB in 4 bits" in capfd.readouterr().out
+        qlora_app.export(adapter=finished_run, to="nf4", output=exported, **more)
+        printed = capfd.readouterr().out
+        assert "MB in nf4" in printed
+        assert re.search(r"loss on .* trained, .* exported", printed)
+        one, other = ({**listing(path), "qlora_output.json": None} for path in (merged, exported))
+        assert one == other
+        assert record in one
+        commands = [json.loads((path / "qlora_output.json").read_text())["command"] for path in (merged, exported)]
+        assert commands == ["merge", "export"]
+
+
+def test_nf4_without_an_adapter_is_what_quantize_writes(paths: Paths, tmp_path: pathlib.Path) -> None:
+    here("quantize", "--model", paths["model"], "--output", tmp_path / "one")
+    here("export", "--model", paths["model"], "--to", "nf4", "--check", "none", "--output", tmp_path / "other")
+    one, other = ({**listing(tmp_path / name), "qlora_output.json": None} for name in ("one", "other"))
+    assert one == other

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import qlora_ext
 from codec_checks import assert_bits
-from qlora_ext.merged import merged_linear_nf4, merged_weight, with_update
+from qlora_ext.merged_linear import merged_linear_nf4
+from qlora_ext.merging.codes import merged_weight, with_update
 from samples import layer_and_adapter
 
 pytestmark = pytest.mark.cuda

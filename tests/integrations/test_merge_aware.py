@@ -15,13 +15,13 @@ from torch import Tensor
 
 import qlora_ext
 from adapted_models import base, draw, made
-from qlora_ext import merged
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.form import Form
 from qlora_ext.formats import SERVED_FORMATS
 from qlora_ext.integrations import peft as integration
-from qlora_ext.integrations.peft import base_file, trained_weight
+from qlora_ext.integrations.peft import base_file
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
+from qlora_ext.merging import codes, merge_aware
 from qlora_ext.nn import Experts4bit, Linear4bit, layers_of
 from test_merging import IDS, drawn, of_ids
 from tiny_models import make
@@ -46,9 +46,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counting(w4: Any, a: Tensor, b: Tensor, scaling: float, seed: int = 0) -> Any:
         seeds.append(seed)
-        return merged.merged_weight(w4, a, b, scaling, seed)
+        return codes.merged_weight(w4, a, b, scaling, seed)
 
-    monkeypatch.setattr(trained_weight, "merged_weight", counting)
+    monkeypatch.setattr(merge_aware, "merged_weight", counting)
     return seeds
 
 
@@ -102,7 +102,7 @@ def test_dense_layers_with_an_adapter_become_4bit() -> None:
         assert type(layers[0].self_attn.o_proj) is torch.nn.Linear
         assert (of_ids(model) - expected).norm() < 0.5 * expected.norm()
         found.append(layers[1].mlp.up_proj.base_layer.weight4bit)
-        assert layers[1].mlp.up_proj.rounding_seed == merged.seed_of("model.layers.1.mlp.up_proj.weight")
+        assert layers[1].mlp.up_proj.rounding_seed == codes.seed_of("model.layers.1.mlp.up_proj.weight")
     assert all(torch.equal(a, b) for a, b in zip(*(w4.tensors.values() for w4 in found), strict=True))
 
 

@@ -20,9 +20,9 @@ from forms import FORMS, random_weight
 from qlora_ext.calibration import Calibration, calibration_of
 from qlora_ext.formats import code_values
 from qlora_ext.integrations import peft as integration
-from qlora_ext.merged import (
+from qlora_ext.merged_linear import merged_linear_nf4
+from qlora_ext.merging.codes import (
     encode_like,
-    merged_linear_nf4,
     merged_weight,
     retained_update,
     seed_of,

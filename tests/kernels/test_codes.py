@@ -15,7 +15,8 @@ import reference
 from grouped_samples import assert_like_single_experts, grouped_sample
 from qlora_ext import _C, _library, formats
 from qlora_ext.form import Form
-from qlora_ext.merged import merged_linear_nf4, merged_weight
+from qlora_ext.merged_linear import merged_linear_nf4
+from qlora_ext.merging.codes import merged_weight
 from qlora_ext.weight import NF4Weight, Weight4bit, quantize
 from samples import DEVICES, OPCHECKS, by_function, by_operator, by_python, linear_sample, relative_error
 

@@ -21,7 +21,7 @@ from grouped_samples import assert_like_single_experts, grouped_sample
 from operator_results import check_samples, dx, forward, gradient
 from qlora_ext import _C, formats
 from qlora_ext.form import Form
-from qlora_ext.merged import with_update
+from qlora_ext.merging.codes import with_update
 from qlora_ext.weight import Weight4bit, weight_of
 from samples import DTYPES, LinearSample, linear_sample
 

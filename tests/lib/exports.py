@@ -42,6 +42,7 @@ class Target:
 
 TARGETS = {
     "dense": Target("run", 0.01, 2e-3, "transformers"),
+    "nf4": Target("run", 0.2, 0.2, "transformers", True),
     "bitsandbytes": Target("run", 0.2, 0.2, "bitsandbytes", True),
     "compressed-tensors:int4": Target("run", 0.2, 0.2, "compressed_tensors", True),
     "compressed-tensors:nvfp4": Target("run", 0.2, 0.2, "compressed_tensors", True),

@@ -10,7 +10,7 @@ import torch
 from checkpoint_samples import gptq
 from qlora_ext import Form, linear_nf4
 from qlora_ext.checkpoints import format_of
-from qlora_ext.merged import merged_weight, retained_update, with_nearest_codes, with_update
+from qlora_ext.merging.codes import merged_weight, retained_update, with_nearest_codes, with_update
 from qlora_ext.nn import Linear4bit
 from qlora_ext.weight import Weight4bit
 

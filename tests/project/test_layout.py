@@ -307,7 +307,8 @@ IMPORTED_BY = {
     ),
     "qlora_app/": (),
     "qlora_ext/gguf/": ("qlora_app/", "qlora_ext/__init__.py"),
-    "qlora_ext/checkpoints/": ("qlora_ext/integrations/", "qlora_ext/gguf/", "qlora_app/"),
+    "qlora_ext/checkpoints/": ("qlora_ext/merging/", "qlora_ext/integrations/", "qlora_ext/gguf/", "qlora_app/"),
+    "qlora_ext/merging/": ("qlora_ext/integrations/", "qlora_ext/__init__.py", "qlora_app/"),
     "qlora_ext/integrations/": ("qlora_ext/gguf/", "qlora_ext/__init__.py", "qlora_app/"),
     "qlora_ext/fidelity/": ("qlora_ext/__init__.py", "qlora_app/"),
     "qlora_ext/calibration/": (
@@ -323,6 +324,7 @@ IMPORTED_BY = {
         "qlora_ext/streaming/",
         "qlora_ext/fingerprint.py",
         "qlora_ext/fidelity/",
+        "qlora_ext/merging/",
         "qlora_ext/integrations/",
         "qlora_ext/gguf/",
         "qlora_ext/__init__.py",

@@ -46,10 +46,11 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     from ..exporting import export
-    from ..exporting.export_check import CheckError
+    from ..exporting.export_check import CheckError, check_of
 
     try:
-        export.run(options_in(ExportRequest, vars(arguments)))
+        request = options_in(ExportRequest, vars(arguments))
+        export.run(request, check_of(request))
     except CheckError as error:
         print(printable(f"qlora-ext: {error}"), file=sys.stderr)
         return EXIT_FAILED

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_ext.merging.weights import ModelWeight, weights_of
+
 from ..errors import UserError, first_line
 from ..models import validate_model
 from ..models.adapted import Adapted
-from ..models.loading import load_dense, stored_forms
-from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
+from ..models.loading import stored_forms
+from ..models.pretrained import load_config
 from ..models.size import model_size
-from .calibrated import CalibratedWeights
+from .calibrated import calibrated_weights
 from .job import Job
+from .merging import load, loads_4bit, merge, merge_codes
 from .model_directories import check_linear, find_model, size_of, writer
 from .targets import ExportRequest
 from .trained_for import trained_for
-from .tying import tie_if_equal, untie
-from .weights import Encoder, before_and_after, finished_in, layers_by_name, stacks_in, stored_in
+from .weights import Encoder, joined, read
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qlora_ext.calibration import Calibration
     from qlora_ext.checkpoints.compressed_tensors_files import Kind
     from qlora_ext.nn import Experts4bit
     from qlora_ext.weight import Weight4bit
@@ -50,7 +54,7 @@ def prepare(request: ExportRequest) -> Job:
                 f"--to {request.to}: {adapted.source.name} is in {stored.get('format')} already, and rounding it to "
                 "another 4-bit format would cost accuracy; use the target of its own format, or --to dense"
             )
-        return Job(size_of(model_size(quantized).bytes, adapted), lambda: _in_own_format(adapted))
+        return Job(size_of(model_size(quantized).bytes, adapted), lambda _: _in_own_format(adapted))
     names = [
         name
         for name, layer in layers_of(quantized)
@@ -71,9 +75,8 @@ def prepare(request: ExportRequest) -> Job:
         }
     except ValueError as error:
         raise UserError(f"--to {request.to}: {first_line(error)}; use --to dense") from error
-    calibrated = CalibratedWeights(adapted, kind.form, lambda model: [*_encoded(_layers(model, names), kind)])
-    plan = _Plan(adapted, kind, names, fitting, parts, calibrated)
-    return Job(size_of(model_size(quantized).bytes, adapted), lambda: _build(plan), calibrated=calibrated)
+    plan = _Plan(adapted, kind, names, fitting, parts)
+    return Job(size_of(model_size(quantized).bytes, adapted), functools.partial(_build, plan), calibrates=adapted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,6 @@ class _Plan:
         names: of the linear layers that are 4-bit in the result.
         experts: those that are 4-bit in the result, by name, without memory for their weights.
         parts: for each stack of experts the names of each expert's layers in the result.
-        calibrated: the weights that ``--calibrate`` has encoded.
     """
 
     adapted: Adapted
@@ -92,12 +94,11 @@ class _Plan:
     names: list[str]
     experts: dict[str, Experts4bit]
     parts: dict[str, list[list[str]]]
-    calibrated: CalibratedWeights
 
 
 def _is_reencoded(adapted: Adapted, name: str) -> bool:
     """Whether training has encoded the base in the format ``name``."""
-    from qlora_ext.integrations.peft.served import is_in
+    from qlora_ext.merging.target_format import is_in
 
     forms = stored_forms(adapted.source, load_config(adapted.source)) or {}
     return trained_for(adapted.adapter) == name and not all(is_in(form, name) for form in forms.values())
@@ -105,31 +106,26 @@ def _is_reencoded(adapted: Adapted, name: str) -> bool:
 
 def _in_own_format(adapted: Adapted) -> Callable[[pathlib.Path], None]:
     """Merges into the codes of a checkpoint of compressed-tensors, under its scales."""
-    from qlora_ext.integrations.peft import merge_to_4bit
-
     model = adapted.load()
     if adapted.adapter is not None:
-        tied = untie(model)
-        model, error = merge_to_4bit(model)
-        tie_if_equal(model, tied)
-        print(f"the codes retain {error.retained:.1%} of the adapter's update")
+        model = merge(model, lambda model: merge_codes(model)[0])
     return writer(model, adapted, lambda model, partial: model.save_pretrained(partial))
 
 
-def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
+def _build(plan: _Plan, calibration: Calibration | None) -> Callable[[pathlib.Path], None]:
     from qlora_ext.integrations.transformers.checkpoint.expert_stacks import DenseExperts, alternates
 
     adapted, kind = plan.adapted, plan.kind
-    four_bit = adapted.adapter is not None or is_4bit(adapted.source) or has_4bit_blocks(adapted.source)
-    model = adapted.load() if four_bit else load_dense(adapted.source, adapted.loader.dtype, adapted.loader.device)
+    calibrated = calibrated_weights(
+        adapted, kind.form, lambda model: [*_encoded(_layers(model, plan.names), kind)], calibration
+    )
+    model = load(adapted)
     encode = Encoder(kind.form)
-    tensors = dict([*_linear(model, plan, encode), *_experts(model, plan, encode)])
+    tensors = dict([*_linear(model, plan, calibrated, encode), *_experts(model, plan, encode)])
     encode.report()
     if adapted.adapter is not None:
-        tied = untie(model)
-        model = model.merge_and_unload()
-        tie_if_equal(model, tied)
-    elif four_bit:
+        model = merge(model)
+    elif loads_4bit(adapted):
         model = model.dequantize()
     state = model.state_dict()
     for stack, parts in plan.parts.items():
@@ -168,58 +164,62 @@ def _ignored(model: Any, plan: _Plan, tensors: Mapping[str, object]) -> list[str
     return [*dict.fromkeys([*dense, *(name.removesuffix(".weight") for name in stored)])]
 
 
-def _layers(model: Any, names: list[str]) -> dict[str, Any]:
-    """Selects from the linear layers ``names`` those that are 4-bit in the result.
+def _layers(model: Any, names: list[str]) -> dict[str, ModelWeight]:
+    """Selects from the linear layers ``names`` those that are 4-bit in the result, and returns their weights.
 
     Layers that are dense in a 4-bit base stay dense.
     """
-    from qlora_ext.integrations.peft.merge import Over4bit
-    from qlora_ext.nn import Linear4bit, layers_of
+    from qlora_ext.nn import layers_of
 
-    kinds = (Over4bit, Linear4bit) if any(layers_of(model)) else (torch.nn.Linear,)
-    modules = layers_by_name(model)
-    return {name: modules[name] for name in names if isinstance(modules.get(name), kinds)}
+    weights, four_bit = weights_of(model), any(layers_of(model))
+    found = ((name, weights.get(f"{name}.weight")) for name in names)
+    return {name: w for name, w in found if w is not None and w.is_4bit == four_bit and w.over_dense is None}
 
 
-def _groups(layers: Mapping[str, Any], kind: Kind) -> Iterator[list[str]]:
+def _groups(layers: Mapping[str, ModelWeight], kind: Kind) -> Iterator[list[str]]:
     """The names of the layers. Layers that share a factor form a group."""
     from qlora_ext.checkpoints.compressed_tensors_files import joined_layers
 
     return joined_layers(layers) if kind.has_factor else ([name] for name in layers)
 
 
-def _stored(layer: Any, kind: Kind) -> Weight4bit | None:
-    """The 4-bit weight of a layer whose scales the result has."""
-    return None if kind.has_factor else stored_in(kind.form, layer)
+def _stored(w4: Weight4bit | None, kind: Kind) -> Weight4bit | None:
+    """The 4-bit weight if the result has its scales."""
+    return None if w4 is None or w4.form != kind.form else w4
 
 
-def _encoded(layers: Mapping[str, Any], kind: Kind) -> Iterator[list[str]]:
+def _encoded(layers: Mapping[str, ModelWeight], kind: Kind) -> Iterator[list[str]]:
     """The groups of layers that need new scales."""
     for group in _groups(layers, kind):
-        if finished_in(kind.form, [layers[name] for name in group]) is None and _stored(layers[group[0]], kind) is None:
+        keeps_scales = not kind.has_factor and _stored(layers[group[0]].stored, kind) is not None
+        if not keeps_scales and joined(kind.form, [layers[name] for name in group]) is None:
             yield group
 
 
-def _linear(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _linear(
+    model: Any, plan: _Plan, calibrated: Mapping[str, Weight4bit], encode: Encoder
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The tensors of each linear layer that is 4-bit in the result, by its name.
 
     A base in the same form keeps its codes where there is no adapter.
     """
-    from qlora_ext.merged import seed_of
+    from qlora_ext.merging.codes import seed_of
 
-    kind, calibrated = plan.kind, plan.calibrated.weights
+    kind = plan.kind
     layers = _layers(model, plan.names)
     for group in _groups(layers, kind):
         if group[0] in calibrated:
             for name in group:
                 yield name, kind.tensors(calibrated[name], [calibrated[name].shape[0]])[0]
             continue
-        parts = [before_and_after(layers[name]) for name in group]
-        before, after = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        w4 = finished_in(kind.form, [layers[name] for name in group])
+        weights = [layers[name] for name in group]
+        w4 = joined(kind.form, weights)
         if w4 is None:
-            w4 = encode(before, after, _stored(layers[group[0]], kind), seed_of(f"{group[0]}.weight"))
-        rows = [len(weight) for weight, _ in parts]
+            pairs = (weight.before_and_after() for weight in weights)
+            before, after = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+            stored = None if kind.has_factor else _stored(weights[0].stored, kind)
+            w4 = encode(before, after, stored, seed_of(f"{group[0]}.weight"))
+        rows = [weight.module.out_features for weight in weights]
         yield from zip(group, kind.tensors(w4.to("cpu"), rows), strict=True)
 
 
@@ -228,18 +228,20 @@ def _experts(model: Any, plan: _Plan, encode: Encoder) -> Iterator[tuple[str, di
     from qlora_ext.checkpoints import select_rows
     from qlora_ext.checkpoints.rows import grouped_rows
     from qlora_ext.integrations.transformers.checkpoint.expert_stacks import alternates
-    from qlora_ext.merged import seed_of
+    from qlora_ext.merging.codes import seed_of
     from qlora_ext.nn import layers_of
 
-    four_bit = any(layers_of(model))
-    for name, stack in stacks_in(model, plan.experts).items():
-        if four_bit and not stack.is_4bit:
+    weights, four_bit = weights_of(model), any(layers_of(model))
+    stacks = [(f"{path}.{name}", layout) for path, layout in plan.experts.items() for name in layout.packed_shapes]
+    for name, layout in stacks:
+        if weights[name].is_4bit != four_bit:
             continue
-        before, after = stack.before_and_after()
-        stored, seed = stack.stored_in(plan.kind.form), seed_of(name)
+        *values, w4 = read(weights[name])
+        before, after = map(layout.as_quantized, values)
+        stored, seed = _stored(w4, plan.kind), seed_of(name)
         for e, layers in enumerate(plan.parts[name]):
             w4 = encode(before[e], after[e], None if stored is None else stored.matrix(e), seed_of(f"{seed}.{e}"))
-            if len(layers) > 1 and alternates(stack.layout):
+            if len(layers) > 1 and alternates(layout):
                 w4 = select_rows(w4, grouped_rows(len(before[e])))
             rows = [len(before[e]) // len(layers)] * len(layers)
             yield from zip(layers, plan.kind.tensors(w4.to("cpu"), rows), strict=True)

@@ -11,30 +11,31 @@ from qlora_ext.gguf.file import VERSION_KEY
 from qlora_ext.untrusted import printable
 
 from ..errors import UserError, as_arguments
-from ..models.adapter_files import base_of, find
+from ..models.adapter_files import base_of, find, record_of
 from ..models.sources import resolve
 from ..options import keywords_of
 from ..outputs.directory import Output, claim
 from ..outputs.files import need_space
 from ..outputs.output_file import claim_file
 from ..quantization import calibrate as calibrating
-from .export_check import Check, CheckError, check_options, require, show
-from .job import Job
+from .export_check import Check, CheckError, check_of
 from .targets import TARGETS, ExportRequest, Target
 from .trained_for import warn_of_other_format
 
 
 def _protect_inputs(request: ExportRequest, output: Output) -> None:
-    calibrating.protect(request, output)
-    trusted = request.trust_remote_code
+    trusted, data = request.trust_remote_code, request.data
     if request.adapter is None:
         assert request.model is not None
-        output.protect("--model", request.model, resolve(request.model, trusted).on_disk)
-        return
-    adapter = find(request.adapter)
-    output.protect("--adapter", request.adapter, str(adapter))
-    output.protect("--data", request.data)
-    output.protect("--model", request.model, base_of(adapter, request.model, trusted).on_disk)
+        source = resolve(request.model, trusted)
+    else:
+        adapter = find(request.adapter)
+        output.protect("--adapter", request.adapter, str(adapter))
+        source = base_of(adapter, request.model, trusted)
+        data = data or (record_of(adapter).get("settings") or {}).get("data")  # that a check may read
+    output.protect("--model", request.model, source.on_disk)
+    calibrating.protect(request, output)
+    output.protect("--data", None if data is None else str(data))
 
 
 def _claim(request: ExportRequest, target: Target) -> contextlib.AbstractContextManager[Output]:
@@ -43,18 +44,13 @@ def _claim(request: ExportRequest, target: Target) -> contextlib.AbstractContext
     return claim_file(request.output, request.overwrite, target.suffix, VERSION_KEY)
 
 
-def _calibrate(request: ExportRequest, job: Job, layers: pathlib.Path | None) -> None:
-    """Encodes the weights that ``--calibrate`` asks for, and retains finished ones in the directory ``layers``."""
-    assert job.calibrated is not None
-    with calibrating.calibration(request, job.calibrated.adapted.tokenizer, layers) as calibration:
-        assert calibration is not None
-        job.calibrated.compute(calibration)
-
-
-def run(request: ExportRequest) -> pathlib.Path:
-    """Runs the command, and returns the path of the result.
+def run(request: ExportRequest, check: type[Check] | None) -> pathlib.Path:
+    """Runs ``export`` or ``merge``, and returns the path of the result.
 
     A target first prepares: it rejects what it cannot hold, and estimates its size. Nothing is written until then.
+
+    Args:
+        check: of the result, whose data are read before it is written.
 
     Raises:
         UserError: nothing was written, or the result cannot be checked. CheckError: the result is worse than the
@@ -62,7 +58,6 @@ def run(request: ExportRequest) -> pathlib.Path:
     """
     if request.adapter is None and request.model is None:
         raise UserError("export: expected an adapter (--adapter) or a model (--model), got neither")
-    check_options(request)
     target = TARGETS[request.to]
     if request.embeddings is not None and not target.has_embeddings:
         raise UserError(f"--embeddings: expected a target that is a whole model as GGUF, got --to {request.to}")
@@ -72,7 +67,7 @@ def run(request: ExportRequest) -> pathlib.Path:
         if request.adapter is not None:
             warn_of_other_format(request.to, request.adapter)
         job = target.prepare(request)
-        if request.calibrate != "none" and job.calibrated is None:
+        if request.calibrate != "none" and job.calibrates is None:
             raise UserError(
                 f"--calibrate {request.calibrate}: --to {request.to} cannot calibrate this model. Either the "
                 "target has no 4-bit weights to encode, or the model is already quantized "
@@ -80,21 +75,18 @@ def run(request: ExportRequest) -> pathlib.Path:
             )
         print(f"{output.path} needs about {job.nbytes / 1e6:.1f} MB of disk space", flush=True)
         need_space(output.path.parent, job.nbytes, output.path.name)
-        check = None if request.check == "none" else Check(request, job)
+        checked = None if check is None else check(request, job)
         with calibrating.stored_layers(request, output) as layers:
-            if request.calibrate != "none":
-                _calibrate(request, job, layers)
-            write = job.build()
-            with output.written("export") as partial:
+            tokenizer = None if job.calibrates is None else job.calibrates.tokenizer
+            with calibrating.calibration(request, tokenizer, layers) as calibration:
+                write = job.build(calibration)
+            with output.written(request.command) as partial:
                 write(partial)
         size = sum(path.stat().st_size for path in (output.path, *output.path.rglob("*")) if path.is_file())
-        print(f"{printable(output.path)}: {size / 1e6:.1f} MB in {request.to}", flush=True)
+        print(f"{printable(output.path)}: {size / 1e6:.1f} MB in {request.result}", flush=True)
         del write
-        if check is not None:
-            report = check.report(output.path)
-            show(report)
-            limit = request.max_loss_increase
-            require(report, output.path, target.max_loss_increase if limit is None else limit)
+        if checked is not None:
+            checked.report(output.path)
         return output.path
 
 
@@ -104,7 +96,7 @@ def export(*, to: str, output: str | os.PathLike[str], **options: Any) -> pathli
     It prints what the command prints. ``docs/deploy.md`` explains the targets.
 
     Args:
-        to: the target: ``dense``, ``bitsandbytes``, ``compressed-tensors:int4``, ``compressed-tensors:nvfp4``,
+        to: the target: ``dense``, ``nf4``, ``bitsandbytes``, ``compressed-tensors:int4``, ``compressed-tensors:nvfp4``,
             ``compressed-tensors:mxfp4``, ``gguf-adapter``, ``gguf-adapter:f16``, ``gguf:f16``, ``gguf:bf16``,
             ``gguf:q8_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:iq4_nl``, ``gguf:mxfp4``, ``ollama``, ``ollama:`` with
             one of these types, or ``ollama:adapter``.
@@ -131,7 +123,8 @@ def export(*, to: str, output: str | os.PathLike[str], **options: Any) -> pathli
         ValueError: export: expected an adapter (adapter) or a model (model), got neither
     """
     try:
-        return run(ExportRequest(**keywords_of("export", ExportRequest, {"to": to, "output": output, **options})))
+        request = ExportRequest(**keywords_of("export", ExportRequest, {"to": to, "output": output, **options}))
+        return run(request, check_of(request))
     except UserError as error:
         raise ValueError(as_arguments(str(error))) from error
     except CheckError as error:

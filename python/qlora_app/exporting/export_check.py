@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -22,7 +23,8 @@ from ..models.sources import ModelSource, resolve
 from ..terminal.tables import print_table
 from ..training.evaluation import rows_of_run
 from .job import Factors, Job
-from .targets import CHECKS, ExportRequest
+from .merging import load
+from .targets import CHECKS, TARGETS, ExportRequest
 
 if TYPE_CHECKING:
     import torch
@@ -78,18 +80,21 @@ class Report:
     of_updates: bool
 
 
-def check_options(arguments: ExportRequest) -> None:
-    """Checks the options of a check against each other.
+def check_of(request: ExportRequest) -> type[Check] | None:
+    """The check that the options describe, or None.
 
     Raises:
         UserError: one of them has no effect, or is out of range.
     """
-    limit = arguments.max_loss_increase
+    limit = request.max_loss_increase
     if limit is not None and not 0 <= limit < math.inf:
         raise UserError(f"--max-loss-increase {limit}: expected 0 or more, in nats per token")
+    if request.check != "none":
+        return Check
     for name in ("data", "max_loss_increase"):
-        if arguments.check == "none" and getattr(arguments, name) is not None:
+        if getattr(request, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} needs a check: --check short or full")
+    return None
 
 
 class Check:
@@ -99,50 +104,97 @@ class Check:
     export loads it before it writes.
 
     Args:
-        arguments: of the command.
+        request: what is exported.
         job: the export.
     """
 
-    def __init__(self, arguments: ExportRequest, job: Job) -> None:
+    def __init__(self, request: ExportRequest, job: Job) -> None:
+        limit = request.max_loss_increase
+        self._limit = TARGETS[request.to].max_loss_increase if limit is None else limit
         self._read_adapter = job.read_adapter
-        self._adapted = None if _without_weights(arguments, job) else find_adapted(arguments)
+        self._adapted = None if _without_weights(request, job) else find_adapted(request)
         self._model: Any = None
         if self._adapted is not None:
-            self._text = _text(arguments, self._adapted, CHECKS[arguments.check])
+            self._text = _text(request, self._adapted, CHECKS[request.check])
             if job.read_adapter is not None:
                 self._model = self._adapted.load()
 
-    def report(self, path: pathlib.Path) -> Report:
-        """Compares the exported model at ``path`` with the trained one."""
-        try:
-            return self._report(path)
-        except UserError as error:
-            raise UserError(f"{printable(path)} was written, but cannot be checked: {error}") from error
+    def report(self, path: pathlib.Path) -> None:
+        """Compares the exported model at ``path`` with the trained one, and prints the result.
+
+        Raises:
+            UserError: it cannot be checked. CheckError: it is worse than the limit allows.
+        """
+        with _written(path):
+            report = self._report(path)
+        show(report)
+        require(report, path, self._limit)
 
     def _report(self, path: pathlib.Path) -> Report:
-        from qlora_ext.fidelity import compare, losses_of
-
-        from ..training.trainer import batches
-        from .weight_errors import update_errors, weight_errors, weights_in, weights_of
+        from .weight_errors import exported_matrices, matrices_of, update_errors, weight_errors
 
         factors = None if self._read_adapter is None else self._read_adapter(path)
         if self._adapted is None:
             return Report("", None, [*update_errors(factors or {})], True)
         loader, dtype = self._adapted.loader, _dtype(self._adapted.loader)
-        trained = self._model
-        if trained is None:
-            four_bit = self._adapted.adapter is not None or _has_4bit(loader.source)
-            trained = self._adapted.load() if four_bit else load_dense(loader.source, dtype, loader.device)
+        trained = load(self._adapted, dtype) if self._model is None else self._model
         text = _complete(self._text, trained)
-        rows = [*batches(text.rows, text.size, trained.device)]
-        before = losses_of(trained, rows, dtype)
+        found = _Losses(trained, text, dtype)
         if factors is not None:
             _put(factors, trained)
-            return Report(text.name, compare(trained, before, rows, dtype), [*update_errors(factors)], True)
+            return Report(text.name, found.compare(trained), [*update_errors(factors)], True)
         source = resolve(str(path))
         exported = _load(source, dtype, loader.device)
-        found = compare(exported, before, rows, dtype)
-        return Report(text.name, found, [*weight_errors(weights_of(trained), weights_in(source, exported))], False)
+        errors = weight_errors(matrices_of(trained), exported_matrices(source, exported))
+        return Report(text.name, found.compare(exported), [*errors], False)
+
+
+class HeldOutCheck(Check):
+    """``merge --evaluate``: the losses on the examples that the run has held out, in the dtype of its computation."""
+
+    def __init__(self, request: ExportRequest, job: Job) -> None:
+        self._adapted = adapted = find_adapted(request)
+        assert adapted.adapter is not None
+        parts, size, name = rows_of_run(adapted.adapter, adapted.tokenizer, "--evaluate")
+        self._text = _Text(name, parts.held_out, size)
+
+    def report(self, path: pathlib.Path) -> None:
+        from qlora_ext.dtypes import computing_dtype
+
+        assert self._adapted is not None
+        loader = self._adapted.loader
+        dtype = computing_dtype(loader.dtype, loader.device)
+        with _written(path):
+            losses = _Losses(self._adapted.load(), self._text, dtype)
+            found = losses.compare(_load(resolve(str(path)), dtype, loader.device))
+        rise = round(found.loss - found.base_loss, 4) + 0.0
+        print(f"held-out loss: {found.base_loss:.4f} unmerged, {found.loss:.4f} merged ({rise:+.4f})")
+
+
+class _Losses:
+    """The losses of the trained model on a text."""
+
+    def __init__(self, trained: Any, text: _Text, dtype: torch.dtype) -> None:
+        from qlora_ext.fidelity import losses_of
+
+        from ..training.trainer import batches
+
+        self._rows, self._dtype = [*batches(text.rows, text.size, trained.device)], dtype
+        self._trained = losses_of(trained, self._rows, dtype)
+
+    def compare(self, exported: Any) -> Comparison:
+        from qlora_ext.fidelity import compare
+
+        return compare(exported, self._trained, self._rows, self._dtype)
+
+
+@contextlib.contextmanager
+def _written(path: pathlib.Path) -> Iterator[None]:
+    """Says in errors of a check that the result was written."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{printable(path)} was written, but cannot be checked: {error}") from error
 
 
 def _dtype(loader: Loader) -> torch.dtype:
@@ -154,15 +206,11 @@ def _dtype(loader: Loader) -> torch.dtype:
     return torch.float32 if loader.device.type == "cpu" else computing_dtype(loader.dtype, loader.device)
 
 
-def _has_4bit(source: ModelSource) -> bool:
-    return is_4bit(source) or has_4bit_blocks(source)
-
-
 def _load(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
     """The exported model. Weights that are not 4-bit there stay dense."""
     from qlora_ext.form import Form
 
-    if _has_4bit(source):
+    if is_4bit(source) or has_4bit_blocks(source):
         return Loader(source, Form(), dtype, device).while_loading()
     return load_dense(source, dtype, device)
 
@@ -256,23 +304,22 @@ def _rows_of(blocks: list[list[int]]) -> list[Row]:
 def _put(factors: Mapping[str, tuple[Factors, Factors]], model: Any) -> None:
     """Replaces the adapter of a model by the one that was exported."""
     import torch
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.lora.layer import LoraLayer
 
     from qlora_ext.integrations.peft.experts import expert_factors
-
-    from .weight_errors import name_in_model
+    from qlora_ext.merging.weights import weights_of
 
     with torch.no_grad():
-        for name, layer in model.named_modules():
-            if not isinstance(layer, LoraLayer):
+        for name, weight in weights_of(model).items():
+            layer = weight.owner
+            if not isinstance(layer, LoraLayer) or weight.parameter == "bias":
                 continue
-            path, (adapter,) = name_in_model(name), layer.active_adapters
-            if isinstance(layer, ParamWrapper) and layer.parameter_name != "weight":  # on experts, not their router
-                path = f"{path}.{layer.parameter_name}"
-                lora_a, lora_b = expert_factors(layer, adapter)
-            else:
+            (adapter,) = layer.active_adapters
+            if weight.parameter == "weight":  # also of the router of experts
                 lora_a, lora_b = (module[adapter].weight for module in (layer.lora_A, layer.lora_B))
-            _, (a, b, scaling) = factors[path]
+            else:
+                lora_a, lora_b = expert_factors(layer, adapter)
+            _, (a, b, scaling) = factors[name.removesuffix(".weight")]
             lora_a.copy_(a)
             lora_b.copy_(scaling * b)
             layer.scaling[adapter] = 1.0

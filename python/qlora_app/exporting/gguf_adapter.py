@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import gguf
 import torch
 from torch import Tensor
 
@@ -17,8 +17,7 @@ from ..models import validate_model
 from ..models.adapter_files import base_of, check_files, find
 from ..models.pretrained import load_config
 from .job import Factors, Job
-from .lora import PREFIX, adapted_experts, architecture_of, check_biases, check_plain, check_tied, ranks_of
-from .read_adapter import read_adapter
+from .lora import PREFIX, adapted_layers, architecture_of, check_biases, check_plain, check_tied
 from .targets import ExportRequest
 
 if TYPE_CHECKING:
@@ -30,24 +29,11 @@ _TARGET = "--to gguf-adapter"
 _HEADER = 1 << 16  # bytes
 
 
-def _scalings(ranks: dict[str, int], adapter: pathlib.Path) -> dict[str, tuple[float, int]]:
-    """The factor of B · A, and the rank, of each layer."""
-    from peft import LoraConfig
-    from peft.utils.other import get_pattern_key
-
-    with reading("configuration", str(adapter)):
-        lora = LoraConfig.from_pretrained(str(adapter))
-        found = {}
-        for layer, rank in ranks.items():
-            alpha = float(lora.alpha_pattern.get(get_pattern_key([*lora.alpha_pattern], layer), lora.lora_alpha))
-            found[layer] = alpha / (math.sqrt(rank) if lora.use_rslora else rank), rank
-    return found
-
-
 def prepare(request: ExportRequest) -> Job:
     """The adapter, as float32 or float16."""
     from qlora_ext.dtype_names import dtype_named
-    from qlora_ext.nn import Experts4bit, layers_of, quantize_model
+    from qlora_ext.integrations.peft.experts import LoraExperts4bit
+    from qlora_ext.nn import quantize_model
 
     from ..gguf.adapter import fold, places
 
@@ -64,24 +50,23 @@ def prepare(request: ExportRequest) -> Job:
     check_tied(_TARGET, adapter, model)
     with torch.device("meta"):
         quantized = quantize_model(validate_model.skeleton(source, base_config))
-    experts = {name: layer for name, layer in layers_of(quantized) if isinstance(layer, Experts4bit)}
-    ranks = ranks_of(_TARGET, adapter, model, experts)
-    stacks = adapted_experts(adapter, quantized, experts)
-    scalings = _scalings(ranks, adapter)
-    scalings |= {name: (float(layer.scaling["default"]), layer.r["default"]) for name, (_, layer) in stacks.items()}
-    shapes = {name: layer.layer4bit.packed_shapes[layer.parameter_name] for name, (_, layer) in stacks.items()}
+    adapted = adapted_layers(_TARGET, adapter, quantized)
+    stacks = {name: (path, layer) for name, (path, layer) in adapted.items() if isinstance(layer, LoraExperts4bit)}
+    names = {name: name.removesuffix(".weight") for name in (*sorted(adapted.keys() - stacks), *stacks)}
+    loras = {layer: adapted[name][1] for name, layer in names.items()}
+    scalings = {layer: (float(lora.scaling["default"]), lora.r["default"]) for layer, lora in loras.items()}
     try:
         alpha, factors = fold(scalings)
-        in_file = places(architecture, model, [*(f"{layer}.weight" for layer in ranks), *stacks])
+        in_file = places(architecture, model, names)
     except ValueError as error:
         raise UserError(f"{_TARGET}: {first_line(error)}; use --to dense") from error
-    found = {name: in_file[name if name in stacks else f"{name}.weight"] for name in (*ranks, *stacks)}
     kept = dtype_named("float16" if request.kind == "f16" else "float32")
-    state = model.state_dict()
-    count = sum(rank * sum(state[f"{layer}.weight"].shape) for layer, rank in ranks.items())
-    for name, (e, n, k) in shapes.items():
-        count += e * stacks[name][1].r["default"] * (n + k * len(found[name]))
-    plan = _Plan(adapter, architecture, alpha, {layer: (found[layer], factors[layer]) for layer in found}, stacks, kept)
+    count = 0
+    for name, (_, lora) in adapted.items():
+        a, b = (matrices["default"].weight.numel() for matrices in (lora.lora_A, lora.lora_B))
+        count += a * len(in_file[name]) + b
+    layers = {layer: (in_file[name], factors[layer]) for name, layer in names.items()}
+    plan = _Plan(adapter, architecture, alpha, layers, stacks, kept)
     return Job(
         count * kept.itemsize + _HEADER, functools.partial(_build, plan), functools.partial(_read, plan, scalings)
     )
@@ -93,7 +78,7 @@ class _Plan:
 
     Attributes:
         layers: for each layer or stack the tensors in the base's file, and the factor of B.
-        stacks: from ``adapted_experts``.
+        stacks: of the layers those on experts, and their names in the adapter's file.
     """
 
     adapter: pathlib.Path
@@ -104,7 +89,7 @@ class _Plan:
     dtype: torch.dtype
 
 
-def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
+def _build(plan: _Plan, _: object) -> Callable[[pathlib.Path], None]:
     from ..gguf.adapter import write_adapter
 
     matrices = dict(_matrices(plan))
@@ -114,8 +99,25 @@ def _build(plan: _Plan) -> Callable[[pathlib.Path], None]:
 def _read(
     plan: _Plan, scalings: Mapping[str, tuple[float, int]], path: pathlib.Path
 ) -> dict[str, tuple[Factors, Factors]]:
-    places = {layer: places for layer, (places, _) in plan.layers.items()}
-    return read_adapter({layer: (a, b, scalings[layer][0]) for layer, a, b in _factors(plan)}, places, path)
+    """The factors of each layer, or stack of them, that were trained and in the file ``path``, float32.
+
+    Raises:
+        UserError: the file is damaged, or its tensors of one stack have different A.
+    """
+    trained, found = [*_factors(plan)], {}
+    with reading("weights", str(path)):
+        reader = gguf.GGUFReader(path)
+        alpha = reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
+        matrices = {tensor.name: torch.from_numpy(tensor.data.copy()).float() for tensor in reader.tensors}
+        for name, a, b in trained:
+            places, in_b = plan.layers[name][0], torch.empty_like(b)
+            for place in places:
+                in_b[..., place.rows, :] = matrices[f"{place.tensor}.lora_b"]
+            in_a, *others = (matrices[f"{place.tensor}.lora_a"] for place in places)
+            if not all(torch.equal(in_a, other) for other in others):
+                raise UserError(f"{path}: the tensors of {name} have different A")
+            found[name] = (a, b, scalings[name][0]), (in_a, in_b, alpha / in_a.shape[-2])
+    return found
 
 
 def _factors(plan: _Plan) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -13,10 +13,13 @@ import gguf
 import torch
 from torch import Tensor
 
+from qlora_ext.calibration import Calibration
 from qlora_ext.gguf import blocks
 from qlora_ext.gguf.file import VERSION_KEY
-from qlora_ext.merged import seed_of
+from qlora_ext.merging.codes import seed_of
+from qlora_ext.merging.weights import weights_of
 from qlora_ext.version import VERSION
+from qlora_ext.weight import Weight4bit
 
 from ..errors import UserError, first_line
 from ..gguf import metadata, tokenizer
@@ -26,14 +29,13 @@ from ..models.adapted import Adapted
 from ..models.loading import load_dense
 from ..models.pretrained import is_4bit, load_config
 from . import modelfile
-from .calibrated import CalibratedWeights
+from .calibrated import calibrated_weights
 from .gguf_description import add_description
 from .job import Job
 from .lora import architecture_of, check_mergeable, tied_layer
-from .merged_weights import MergedWeights, Read
+from .merging import untie
 from .targets import ExportRequest
-from .tying import untie
-from .weights import Encoder, is_linear, layers_by_name, scaled_by
+from .weights import Encoder, MergedWeights, Read, is_linear
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 _ROUTER = "ffn_gate_inp.weight"
@@ -56,7 +58,6 @@ class _Conversion:
         kinds: the tensors that come from weights, and their types.
         factors: tensors that do not, float32.
         unties: whether the adapter changes the output head or the embeddings, although the base ties them.
-        calibrated: the weights that ``--calibrate`` has encoded; None if the target has no 4-bit weights.
     """
 
     target: str
@@ -69,7 +70,6 @@ class _Conversion:
     kinds: list[tuple[FileTensor, str]]
     factors: dict[str, Tensor]
     unties: bool
-    calibrated: CalibratedWeights | None
 
 
 def prepare(request: ExportRequest, kind: str, adapted: Adapted, skeleton: Any) -> Job:
@@ -106,35 +106,33 @@ def prepare(request: ExportRequest, kind: str, adapted: Adapted, skeleton: Any) 
     window = metadata.ignored_window(config)
     if window is not None:
         print(f"llama.cpp attends to all tokens of this model, which has a window of {window}; longer texts differ")
-    calibrated = calibrated_weights(adapted, kind, kinds)
-    conversion = _Conversion(
-        target, adapted, config, architecture, kind, words, sampling, kinds, factors, unties, calibrated
-    )
-    return Job(nbytes, lambda: _build(conversion), calibrated=calibrated)
+    conversion = _Conversion(target, adapted, config, architecture, kind, words, sampling, kinds, factors, unties)
+    return Job(nbytes, functools.partial(_build, conversion), calibrates=adapted if kind in blocks.KINDS else None)
 
 
-def calibrated_weights(
-    adapted: Adapted, kind: str, kinds: Iterable[tuple[FileTensor, str]]
-) -> CalibratedWeights | None:
-    """The weights that ``--calibrate`` encodes for a target of the type ``kind``; None if ``kind`` is not a 4-bit type.
+def calibrated(
+    adapted: Adapted, kind: str, kinds: Iterable[tuple[FileTensor, str]], calibration: Calibration | None
+) -> dict[str, Weight4bit]:
+    """The weights of a target of the 4-bit type ``kind`` that a calibration encodes.
 
     Args:
         kinds: the tensors that come from weights, and their types.
     """
-    if kind not in blocks.KINDS:
-        return None
-    named = [tensor.weight.removesuffix(".weight") for tensor, own in kinds if own == kind]
-    return CalibratedWeights(adapted, blocks.form_of(kind), lambda model: _to_encode(model, kind, named))
+    if calibration is None:
+        return {}
+    named = [
+        tensor.weight.removesuffix(".weight") for tensor, own in kinds if own == kind and tensor.name not in EMBEDDINGS
+    ]
+    return calibrated_weights(adapted, blocks.form_of(kind), lambda model: _to_encode(model, kind, named), calibration)
 
 
 def _to_encode(model: Any, kind: str, names: list[str]) -> list[list[str]]:
     """Selects from the weights ``names`` those of linear layers that need new scales in the type ``kind``."""
-    layers, head = layers_by_name(model), model.get_output_embeddings()
-    found = []
+    weights, found = weights_of(model), []
     for name in dict.fromkeys(names):
-        layer = layers.get(name)
-        if is_linear(layer) and layer is not head:
-            w4 = scaled_by(layer)
+        weight = weights.get(f"{name}.weight")
+        if weight is not None and is_linear(weight):
+            w4 = weight.stored if (trained := weight.trained) is None else trained
             if w4 is None or blocks.in_form_of(kind, w4) is None:
                 found.append([name])
     return found
@@ -158,8 +156,9 @@ def kind_of(tensor: FileTensor, kind: str, embeddings: str) -> str:
     return embeddings if tensor.name in EMBEDDINGS else kind
 
 
-def _build(conversion: _Conversion) -> Callable[[pathlib.Path], None]:
+def _build(conversion: _Conversion, calibration: Calibration | None) -> Callable[[pathlib.Path], None]:
     adapted = conversion.adapted
+    encoded = calibrated(adapted, conversion.kind, conversion.kinds, calibration)
     if adapted.adapter is not None or is_4bit(adapted.source):
         model = adapted.load_to_merge()
         if conversion.unties:
@@ -168,8 +167,7 @@ def _build(conversion: _Conversion) -> Callable[[pathlib.Path], None]:
     else:
         dtype = getattr(conversion.config, "dtype", None) or adapted.loader.dtype
         model = load_dense(adapted.source, dtype, adapted.loader.device)
-    calibrated = {} if conversion.calibrated is None else conversion.calibrated.weights
-    return functools.partial(_write, conversion, MergedWeights(model, calibrated))
+    return functools.partial(_write, conversion, MergedWeights(model, encoded))
 
 
 def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) -> None:

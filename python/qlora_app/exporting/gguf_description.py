@@ -12,17 +12,10 @@ import gguf
 import yaml
 
 from ..models.adapted import Adapted
+from .modelfile import SAMPLING
 
 # The fields of a model card, and the keys in the file.
 _LICENSE = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
-# llama.cpp's parameters, by their names in a generation configuration of transformers.
-_SAMPLING = {
-    "temperature": "temp",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "penalty_repeat",
-}
 
 
 def add_description(
@@ -44,7 +37,7 @@ def add_description(
         writer.add_string(f"general.{_LICENSE[field]}", text)
     for field, value in sampling.items():
         add = writer.add_int32 if isinstance(value, int) else writer.add_float32
-        add(f"general.sampling.{_SAMPLING[field]}", value)
+        add(f"general.sampling.{SAMPLING[field][1]}", value)
 
 
 def _name(adapted: Adapted) -> str:

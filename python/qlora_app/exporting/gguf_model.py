@@ -13,9 +13,10 @@ import gguf
 import numpy as np
 import torch
 
+from qlora_ext.calibration import Calibration
 from qlora_ext.gguf import GGUFWeights, blocks
 from qlora_ext.gguf.file import ARCHITECTURES, TensorInfo, read_header
-from qlora_ext.nn import Experts4bit, layers_of, quantize_model
+from qlora_ext.nn import layers_of, quantize_model
 from qlora_ext.weight import quantize
 
 from ..errors import UserError, first_line
@@ -27,14 +28,12 @@ from ..models.loading import stored_forms
 from ..models.pretrained import load_config
 from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
-from .calibrated import CalibratedWeights
 from .job import Job
-from .lora import adapted_experts, architecture_of, check_plain, check_tied, ranks_of
-from .merged_weights import MergedWeights
+from .lora import adapted_layers, architecture_of, check_plain, check_tied
 from .model_directories import find_model
 from .targets import ExportRequest
 from .trained_for import trained_for
-from .weights import Encoder
+from .weights import Encoder, MergedWeights
 
 _MORE_METADATA = 1 << 16  # bytes
 # Tensors that llama.cpp reads in float32.
@@ -61,19 +60,19 @@ class _Merge:
 
     Attributes:
         target: the option and its value, for error messages.
+        kind: the type that the target names.
         tensors: those that hold the weights that change.
         kinds: the types of all tensors that change, by name.
         dropped: the names of tensors that the result does not have.
-        calibrated: the weights that ``--calibrate`` has encoded; None if the target has no 4-bit weights.
     """
 
     target: str
     adapted: Adapted
+    kind: str
     file: pathlib.Path
     tensors: list[FileTensor]
     kinds: dict[str, str]
     dropped: set[str]
-    calibrated: CalibratedWeights | None
 
 
 def _file_of(source: ModelSource) -> pathlib.Path:
@@ -88,7 +87,7 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
     check_plain(target, adapted.adapter)
     check_tied(target, adapted.adapter, skeleton)
     architecture = architecture_of(target, source, load_config(source))
-    changed, file = _changed(target, adapted, skeleton), _file_of(source)
+    changed, file = _changed(target, adapted), _file_of(source)
     in_file = {tensor.name: tensor for tensor in read_header(file).tensors}
     try:
         tensors = file_tensors(architecture, skeleton, changed)
@@ -106,12 +105,12 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
     # The values of NVFP4 weights contain the factors that the file has beside them.
     factors = {f"{name.removesuffix('weight')}scale" for name in kinds if in_file[name].type_name == "NVFP4"}
     kinds = _embeddings(file, embeddings) | kinds
-    calibrated = gguf_conversion.calibrated_weights(adapted, kind, [(tensor, kinds[tensor.name]) for tensor in tensors])
-    merge = _Merge(target, adapted, file, tensors, kinds, factors & in_file.keys(), calibrated)
-    return Job(_size(target, file, kinds), lambda: _build(merge), calibrated=calibrated)
+    merge = _Merge(target, adapted, kind, file, tensors, kinds, factors & in_file.keys())
+    calibrates = adapted if kind in blocks.KINDS else None
+    return Job(_size(target, file, kinds), functools.partial(_build, merge), calibrates=calibrates)
 
 
-def _changed(target: str, adapted: Adapted, skeleton: Any) -> list[str]:
+def _changed(target: str, adapted: Adapted) -> list[str]:
     """The names of the weights that the adapter changes, and of those that training encoded otherwise than the file."""
     source, adapter = adapted.source, adapted.adapter
     assert adapter is not None
@@ -123,9 +122,7 @@ def _changed(target: str, adapted: Adapted, skeleton: Any) -> list[str]:
     if stored is None or trained_for(adapter) is not None:
         names = [f"{name}.{weight}" for name, layer in layers.items() for weight in layer.packed_shapes]
         encoded = [name for name in names if stored is None or name in stored]
-    experts = {name: layer for name, layer in layers.items() if isinstance(layer, Experts4bit)}
-    changed = [f"{layer}.weight" for layer in ranks_of(target, adapter, skeleton, experts)]
-    return [*dict.fromkeys([*changed, *adapted_experts(adapter, quantized, experts), *encoded])]
+    return [*dict.fromkeys([*adapted_layers(target, adapter, quantized), *encoded])]
 
 
 def _embeddings(file: pathlib.Path, kind: str | None) -> dict[str, str]:
@@ -147,12 +144,13 @@ def _size(target: str, file: pathlib.Path, kinds: dict[str, str]) -> int:
     return nbytes
 
 
-def _build(merge: _Merge) -> Callable[[pathlib.Path], None]:
+def _build(merge: _Merge, calibration: Calibration | None) -> Callable[[pathlib.Path], None]:
+    kinds = [(tensor, merge.kinds[tensor.name]) for tensor in merge.tensors]
+    encoded = gguf_conversion.calibrated(merge.adapted, merge.kind, kinds, calibration)
     model = merge.adapted.load_to_merge()
     source = merge.adapted.source
     in_file = GGUFWeights(merge.file, validate_model.skeleton(source, load_config(source)))
-    calibrated = {} if merge.calibrated is None else merge.calibrated.weights
-    return functools.partial(_write, merge, MergedWeights(model, calibrated, in_file.decode))
+    return functools.partial(_write, merge, MergedWeights(model, encoded, in_file.decode))
 
 
 def _write(merge: _Merge, weights: MergedWeights, path: pathlib.Path) -> None:
@@ -192,7 +190,7 @@ def _retype(target: str, source: ModelSource, kind: str, embeddings: str | None)
         in_file = {tensor.name: tensor for tensor in header.tensors}
         rewrite(file, path, {name: _retyped(target, file, in_file[name], kind) for name, kind in kinds.items()})
 
-    return Job(_size(target, file, kinds), lambda: write)
+    return Job(_size(target, file, kinds), lambda _: write)
 
 
 def _retyped(target: str, file: pathlib.Path, tensor: TensorInfo, kind: str) -> NewTensor:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .calibrated import CalibratedWeights
+    from qlora_ext.calibration import Calibration
+
+    from ..models.adapted import Adapted
 
 # A, B and the factor of B · A, which a layer with an adapter adds to its weight.
 Factors: TypeAlias = "tuple[Tensor, Tensor, float]"
@@ -22,13 +24,14 @@ class Job:
 
     Attributes:
         nbytes: the estimated size of the result.
-        build: reads and merges the weights, and returns the function that writes the result to a path.
+        build: reads and merges the weights, which it encodes with a calibration if it gets one, and returns the
+            function that writes the result to a path.
         read_adapter: for a target that is an adapter alone: reads a result, and returns the factors of each layer,
             those of the adapter that was exported and those of the result.
-        calibrated: for a target that encodes weights anew: those that ``--calibrate`` encodes, before ``build``.
+        calibrates: the model, if the target encodes weights anew; ``build`` then takes a calibration.
     """
 
     nbytes: int
-    build: Callable[[], Callable[[pathlib.Path], None]]
+    build: Callable[[Calibration | None], Callable[[pathlib.Path], None]]
     read_adapter: Callable[[pathlib.Path], Mapping[str, tuple[Factors, Factors]]] | None = None
-    calibrated: CalibratedWeights | None = None
+    calibrates: Adapted | None = None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import re
-from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_ext.gguf.file import ARCHITECTURES, read_header
@@ -15,12 +13,10 @@ from ..models.adapter_files import check_files, config_of
 from ..models.sources import ModelSource
 
 if TYPE_CHECKING:
-    from qlora_ext.integrations.peft.experts import LoraExperts4bit
-    from qlora_ext.nn import Experts4bit
+    from peft.tuners.lora.layer import LoraLayer
 
 # Of the names in an adapter's file.
 PREFIX = "base_model.model."
-_MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Settings of PEFT with which an adapter is more than B · A, and what they are called.
 _MORE = {
     "use_dora": "DoRA",
@@ -105,76 +101,51 @@ def architecture_of(target: str, source: ModelSource, config: Any) -> str:
     )
 
 
-def ranks_of(target: str, adapter: pathlib.Path, model: Any, experts: Collection[str] = ()) -> dict[str, int]:
-    """The linear layers with an adapter, and their ranks.
+def adapted_layers(target: str, adapter: pathlib.Path, quantized: Any) -> dict[str, tuple[str, LoraLayer]]:
+    """The layers of an adapter, and their names in its file, by the names of the weights of the model.
 
-    Args:
-        experts: names of modules with stacked weights that may have adapters, too.
-
-    Raises:
-        UserError: the adapter has other weights than pairs of A and B, or their shapes do not fit ``model``.
-    """
-    found = validate_model.shapes(adapter / "adapter_model.safetensors")
-    matches = {name: _MATRIX.fullmatch(name) for name in found}
-    others = [name for name, match in matches.items() if match is None or match[1].endswith(".base_layer")]
-    others += [name for name, match in matches.items() if match and match[1].endswith(".experts")]
-    others = [name for name in others if not _of_experts(matches[name], experts)]
-    if others:
-        raise UserError(
-            f"{target}: the adapter {adapter} has weights other than those of LoRA on linear layers, which that "
-            f"target cannot hold: {validate_model.named(others)}; use --to dense"
-        )
-    state, ranks = model.state_dict(), {}
-    for layer in {match[1]: None for match in matches.values() if match and not _of_experts(match, experts)}:
-        a, b = (found.get(f"base_model.model.{layer}.lora_{side}.weight", []) for side in "AB")
-        weight = state.get(f"{layer}.weight")
-        expected = [] if weight is None else list(weight.shape)
-        if len(a) != 2 or len(b) != 2 or [b[0], a[1]] != expected or a[0] != b[1]:
-            raise UserError(f"the adapter {adapter} does not fit its base: {layer} has A {a} and B {b} on {expected}")
-        ranks[layer] = a[0]
-    return ranks
-
-
-def _of_experts(match: re.Match[str] | None, experts: Collection[str]) -> bool:
-    return match is not None and match[1].replace(".base_layer", "") in experts
-
-
-def adapted_experts(
-    adapter: pathlib.Path, quantized: Any, experts: Mapping[str, Experts4bit]
-) -> dict[str, tuple[str, LoraExperts4bit]]:
-    """The layers of the adapter on experts, and their names in its file, by the names of the stacks.
-
-    They have no memory for their weights.
-
-    Only PEFT knows which of a module's weights have which of the nested adapters in the file.
+    They have no memory for their weights. PEFT makes them, because only PEFT knows their ranks and scalings, and which
+    of the weights of experts have which of the nested adapters in the file.
 
     Args:
         quantized: the 4-bit model on the meta device, which gets the adapter.
 
     Raises:
-        UserError: the adapter does not fit its base.
+        UserError: the adapter has other weights than A and B of linear layers and experts, or does not fit its base.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import LoraLayer
 
     from qlora_ext.integrations.peft.experts import LoraExperts4bit
 
     stored = validate_model.shapes(adapter / "adapter_model.safetensors")
-    if not any(name.split(".lora_")[0].replace(".base_layer", "").removeprefix(PREFIX) in experts for name in stored):
-        return {}
     with reading("configuration", str(adapter)):
         config = LoraConfig.from_pretrained(str(adapter))
-        config.inference_mode = True
+        config.inference_mode, config.init_lora_weights = True, False
         inject_adapter_in_model(config, quantized, low_cpu_mem_usage=True)
-    found: dict[str, tuple[str, LoraExperts4bit]] = {}
-    for name, layer in quantized.named_modules():
-        if isinstance(layer, LoraExperts4bit):
-            for side, module in (("A", layer.lora_A), ("B", layer.lora_B)):
-                expected, given = [*module["default"].weight.shape], stored.get(f"{PREFIX}{name}.lora_{side}.weight")
-                if given != expected:
-                    raise UserError(
-                        f"the adapter {adapter} does not fit its base: {name} has {side} {given}, expected {expected}"
-                    )
-            found[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = name, layer
+    found: dict[str, tuple[str, LoraLayer]] = {}
+    fits, modules = f"the adapter {adapter} does not fit its base", dict(quantized.named_modules())
+    for name, layer in modules.items():
+        parameter = getattr(layer, "parameter_name", "weight")
+        if not isinstance(layer, LoraLayer) or "default" not in layer.lora_A:
+            continue
+        if parameter != "weight" and not isinstance(layer, LoraExperts4bit):
+            continue
+        for side, matrices in (("A", layer.lora_A), ("B", layer.lora_B)):
+            expected, given = (
+                [*matrices["default"].weight.shape],
+                stored.pop(f"{PREFIX}{name}.lora_{side}.weight", None),
+            )
+            if given != expected:
+                raise UserError(f"{fits}: {name} has {side} {given}, expected {expected}")
+        found[f"{name.replace('.base_layer', '')}.{parameter}"] = name, layer
+    if missing := [name for name in stored if name.removeprefix(PREFIX).rpartition(".lora_")[0] not in modules]:
+        raise UserError(f"{fits}, which has no layers for {validate_model.named(missing)}")
+    if stored:
+        raise UserError(
+            f"{target}: the adapter {adapter} has weights other than those of LoRA on linear layers, which that "
+            f"target cannot hold: {validate_model.named([*stored])}; use --to dense"
+        )
     return found
 
 

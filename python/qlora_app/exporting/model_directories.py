@@ -1,7 +1,8 @@
-"""The targets that are model directories of transformers: ``dense`` and ``bitsandbytes``."""
+"""The targets that are model directories of transformers: ``dense``, ``nf4`` and ``bitsandbytes``."""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,15 @@ from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_confi
 from ..models.size import model_size
 from ..models.sources import PROVENANCE
 from ..outputs.files import write_json
+from ..quantization import calibrate
 from .job import Job
 from .lora import check_biases
-from .targets import ExportRequest
+from .merging import merge, merge_codes
+from .targets import MERGE_ERROR, ExportRequest
 from .trained_for import trained_for
-from .tying import tie_if_equal, untie
 
 if TYPE_CHECKING:
+    from qlora_ext.calibration import Calibration
     from qlora_ext.nn import Experts4bit
 
 _BYTES_PER_TOKEN = 64  # of a tokenizer's files, with its merges
@@ -63,7 +66,7 @@ def writer(model: Any, adapted: Adapted, save: Callable[[Any, pathlib.Path], Non
 
 
 def prepare(request: ExportRequest) -> Job:
-    return _dense(request) if request.to == "dense" else _bitsandbytes(request)
+    return {"dense": _dense, "nf4": _nf4, "bitsandbytes": _bitsandbytes}[request.to](request)
 
 
 def _dense(request: ExportRequest) -> Job:
@@ -71,12 +74,9 @@ def _dense(request: ExportRequest) -> Job:
     adapted, skeleton = find_model(request)
     loader = adapted.loader
 
-    def build() -> Callable[[pathlib.Path], None]:
+    def build(_: object) -> Callable[[pathlib.Path], None]:
         if adapted.adapter is not None:
-            model = adapted.load()
-            tied = untie(model)
-            model = model.merge_and_unload()
-            tie_if_equal(model, tied)
+            model = merge(adapted.load())
         elif is_4bit(adapted.source):
             model = loader.while_loading().dequantize()
         else:
@@ -84,6 +84,51 @@ def _dense(request: ExportRequest) -> Job:
         return writer(model, adapted, lambda model, partial: model.save_pretrained(partial))
 
     return Job(size_of(model_size(skeleton.to(loader.dtype)).bytes, adapted), build)
+
+
+def _nf4(request: ExportRequest) -> Job:
+    """The model in 4 bits as ``qlora_ext`` saves it. The adapter is merged into codes under the scales of the base."""
+    import torch
+
+    from qlora_ext.calibration import calibration_of
+    from qlora_ext.dtypes import computing_dtype
+    from qlora_ext.integrations.peft import merge_calibrated
+    from qlora_ext.nn import quantize_model
+
+    adapted, skeleton = find_model(request)
+    loader = adapted.loader
+    with torch.device("meta"):
+        quantized = quantize_model(skeleton.to(loader.dtype), **loader.form.keywords)
+
+    def build(calibration: Calibration | None) -> Callable[[pathlib.Path], None]:
+        records: dict[str, Any] = {}
+
+        def into_codes(model: Any) -> Any:
+            if calibration is not None:
+                return merge_calibrated(model, calibration, computing_dtype(loader.dtype, loader.device))
+            model, error = merge_codes(model)
+            records[MERGE_ERROR] = dataclasses.asdict(error)
+            return model
+
+        if adapted.adapter is not None:
+            model = merge(adapted.load(), into_codes)
+        else:
+            model = loader.while_loading() if calibration is None else loader.dense_first(calibration)
+            records[PROVENANCE] = {"model": dense_name(adapted.source), "kept": None}
+        if calibration is not None:
+            report = calibration_of(model)
+            records[calibrate.RECORD] = calibrate.record(request, report)
+            print(*calibrate.summary(report), sep="\n")
+
+        def save(model: Any, partial: pathlib.Path) -> None:
+            model.save_pretrained(partial)
+            for name, record in records.items():
+                write_json(partial / name, record)
+
+        return writer(model, adapted, save)
+
+    has_codes = adapted.adapter is None and is_4bit(adapted.source)
+    return Job(size_of(model_size(quantized).bytes, adapted), build, calibrates=None if has_codes else adapted)
 
 
 def check_linear(target: str, adapted: Adapted, quantized: Any) -> dict[str, Experts4bit]:
@@ -133,8 +178,8 @@ def _check_codes(adapted: Adapted, quantized: Any, experts: Mapping[str, Experts
             )
 
 
-def _merge_experts(model: Any) -> None:
-    """Replaces 4-bit experts with adapters by dense ones, into which the adapters are merged.
+def _with_merged_experts(model: Any) -> Any:
+    """The model with dense experts, into which their adapters are merged, in place of 4-bit experts with adapters.
 
     ``merge_to_4bit`` merges those that were trained merge-aware: it has their rounding.
     """
@@ -144,6 +189,7 @@ def _merge_experts(model: Any) -> None:
         for name, child in [*parent.named_children()]:
             if isinstance(child, LoraExperts4bit) and not isinstance(parent, LoraExperts4bit) and not child.merge_aware:
                 setattr(parent, name, child.unload_and_optionally_merge_module(merge=True))
+    return model
 
 
 def _with_dense_experts(model: Any) -> Any:
@@ -164,7 +210,6 @@ def _bitsandbytes(request: ExportRequest) -> Job:
     import torch
 
     from qlora_ext.integrations.bitsandbytes import save_pretrained
-    from qlora_ext.integrations.peft import merge_to_4bit
     from qlora_ext.nn import quantize_model
 
     adapted, skeleton = find_model(request)
@@ -177,14 +222,9 @@ def _bitsandbytes(request: ExportRequest) -> Job:
         quantized = quantize_model(dense, keep=[*experts], **loader.form.keywords)
     _check_codes(adapted, quantized, experts)
 
-    def build() -> Callable[[pathlib.Path], None]:
+    def build(_: object) -> Callable[[pathlib.Path], None]:
         if adapted.adapter is not None:
-            model = adapted.load()
-            tied = untie(model)
-            _merge_experts(model)
-            model, error = merge_to_4bit(model)
-            tie_if_equal(model, tied)
-            print(f"the codes retain {error.retained:.1%} of the adapter's update")
+            model = merge(adapted.load(), lambda model: merge_codes(_with_merged_experts(model))[0])
         elif has_4bit_blocks(adapted.source) or (experts and not is_4bit(adapted.source)):
             model = loader.dense_first(keep=lambda model: [*experts])
         else:

@@ -12,13 +12,13 @@ from ..models.sources import ModelSource
 from . import chat_template
 
 _LIMIT = 2**31  # of the numbers in files
-# Ollama's parameters, by their names in a generation configuration of transformers.
-_SAMPLING = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repeat_penalty",
+# The parameters of Ollama and of llama.cpp, by their names in a generation configuration of transformers.
+SAMPLING = {
+    "temperature": ("temperature", "temp"),
+    "top_k": ("top_k", "top_k"),
+    "top_p": ("top_p", "top_p"),
+    "min_p": ("min_p", "min_p"),
+    "repetition_penalty": ("repeat_penalty", "penalty_repeat"),
 }
 
 
@@ -43,7 +43,7 @@ def sampling(generation: Any) -> dict[str, int | float]:
     if generation is None or not generation.do_sample:
         return {}
     found: dict[str, int | float] = {}
-    for name in _SAMPLING:
+    for name in SAMPLING:
         value = getattr(generation, name, None)
         if value is None:
             continue
@@ -79,7 +79,7 @@ def text(
             "if it recognizes the one in the GGUF file; check it with: ollama show NAME --template"
         )
     lines += [f'PARAMETER stop "{stop}"' for stop in _stops(tokenizer, generation, template) if '"' not in stop]
-    lines += [f"PARAMETER {_SAMPLING[key]} {value}" for key, value in sampling(generation).items()]
+    lines += [f"PARAMETER {SAMPLING[key][0]} {value}" for key, value in sampling(generation).items()]
     return "\n".join(lines) + "\n", notes
 
 

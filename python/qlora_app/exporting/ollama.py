@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from qlora_ext.untrusted import printable
 
@@ -14,6 +15,9 @@ from ..outputs.files import write_text
 from . import gguf_adapter, gguf_model, modelfile
 from .job import Job
 from .targets import ExportRequest
+
+if TYPE_CHECKING:
+    from qlora_ext.calibration import Calibration
 
 _MODEL, _ADAPTER = "model.gguf", "adapter.gguf"
 
@@ -48,8 +52,8 @@ def _with_modelfile(
 ) -> Job:
     """The job with its file in a directory, next to a Modelfile."""
 
-    def build() -> Callable[[pathlib.Path], None]:
-        write = job.build()
+    def build(calibration: Calibration | None) -> Callable[[pathlib.Path], None]:
+        write = job.build(calibration)
         source = adapted.source
         text, notes = modelfile.text(base, adapter, adapted.tokenizer, modelfile.generation_config(source), source.name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..options import REQUIRED, SavedOptions, like, option
 from ..quantization.calibrate import CalibrationOptions
@@ -12,6 +12,8 @@ from ..quantization.calibrate import CalibrationOptions
 if TYPE_CHECKING:
     from .job import Job
 
+# The file of ``--to nf4`` with the error of each layer.
+MERGE_ERROR = "merge_error.json"
 # The values of --check, and on how many tokens they measure the losses at most.
 CHECKS = {"none": 0, "short": 2048, "full": 1 << 16}
 # By how much 4 bits may raise the loss, in nats per token, and a target with more bits.
@@ -57,6 +59,7 @@ EMBEDDINGS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4")
 
 TARGETS = {
     "dense": Target("a model directory in --dtype", "model_directories", max_loss_increase=DENSE_LIMIT),
+    "nf4": Target("a directory in 4 bits for qlora_ext, in NF4 or the format of a 4-bit base", "model_directories"),
     "bitsandbytes": Target("a directory in NF4", "model_directories"),
     **{f"compressed-tensors:{kind}": Target(_COMPRESSED, "compressed_tensors") for kind in ("int4", "nvfp4", "mxfp4")},
     "gguf-adapter": Target(_ADAPTER, "gguf_adapter", ".gguf", DENSE_LIMIT),
@@ -71,6 +74,8 @@ TARGETS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportRequest(SavedOptions, CalibrationOptions):
     """What ``export`` writes, where to, and how it checks the result."""
+
+    command: ClassVar[str] = "export"
 
     to: str = option(REQUIRED, "one of the targets above", choices=(*TARGETS,), metavar="TARGET")
     adapter: str | None = like(SavedOptions, "adapter")
@@ -98,3 +103,8 @@ class ExportRequest(SavedOptions, CalibrationOptions):
     def kind(self) -> str:
         """The type that the target's name has after a colon; empty for the target's only or default one."""
         return self.to.partition(":")[2]
+
+    @property
+    def result(self) -> str:
+        """What the result is in, for people."""
+        return self.to

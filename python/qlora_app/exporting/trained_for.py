@@ -6,15 +6,12 @@ import pathlib
 import sys
 
 from ..models.adapter_files import find
+from .targets import TARGETS
 
-# The formats in which targets keep the weights of merge-aware training.
-_FORMATS = {
-    "bitsandbytes": "nf4",
-    "compressed-tensors:int4": "int4",
-    "compressed-tensors:nvfp4": "nvfp4",
-    "compressed-tensors:mxfp4": "mxfp4",
-    **{f"{program}:{name}": name for program in ("gguf", "ollama") for name in ("q4_0", "iq4_nl", "mxfp4")},
-}
+
+def _format_of(to: str) -> str:
+    """The format of the 4-bit weights of a target, which keeps those of merge-aware training for it."""
+    return "nf4" if to in ("nf4", "bitsandbytes") else to.partition(":")[2]
 
 
 def trained_for(adapter: pathlib.Path | None) -> str | None:
@@ -32,8 +29,8 @@ def trained_for(adapter: pathlib.Path | None) -> str | None:
 def warn_of_other_format(to: str, adapter: str) -> None:
     """Says that a target changes the weights of merge-aware training, and which one keeps them."""
     code = trained_for(find(adapter))
-    if code is not None and _FORMATS.get(to) != code:
-        targets = " or ".join(f"--to {name}" for name, own in _FORMATS.items() if own == code)
+    if code is not None and to != "nf4" and _format_of(to) != code:  # that one retains the format of the base
+        targets = " or ".join(f"--to {name}" for name in TARGETS if _format_of(name) == code)
         print(
             f"qlora-ext: --to {to}: the adapter was trained for {code}, so the loss of the result will differ from the "
             f"trained one; use {targets} to keep the weights that were trained",

@@ -1,48 +1,41 @@
-"""The weights of the layers of a loaded model, for targets that encode them anew."""
+"""Reads the weights of a loaded model with its adapters one at a time, and encodes them."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from qlora_ext.form import Form
-from qlora_ext.integrations.peft.merge import Over4bit
-from qlora_ext.merged import encode_like
-from qlora_ext.nn import Experts4bit, Linear4bit, Packed4bit, TiedLinear4bit
+from qlora_ext.merging.codes import encode_like
+from qlora_ext.merging.weights import ModelWeight, weights_of
+from qlora_ext.nn import Linear4bit, TiedLinear4bit
 from qlora_ext.weight import Weight4bit, quantize
 
-
-def layers_by_name(model: Any) -> dict[str, Any]:
-    """The modules of a model, which may have adapters, by their names without adapters."""
-    return {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+# A weight without and with its adapters, float32, and its 4-bit weight, if it has one.
+Read = tuple[Tensor, Tensor, Weight4bit | None]
 
 
-def before_and_after(layer: Any) -> tuple[Tensor, Tensor]:
-    """The weight of a linear layer, and its sum with the adapters on a 4-bit one, float32 [N, K]."""
-    if isinstance(layer, Over4bit):
-        return layer.before_and_after()
-    weight = layer.dequantize(torch.float32) if isinstance(layer, Linear4bit) else layer.weight.detach().float()
-    return weight, weight
+def read(weight: ModelWeight) -> Read:
+    """A weight. After merge-aware training, both tensors and the 4-bit weight are the trained one."""
+    trained = weight.trained
+    if trained is None:
+        return *weight.before_and_after(), weight.stored
+    values = weight.decoded(trained)
+    return values, values, trained
 
 
-def stored_in(form: Form, layer: Any) -> Weight4bit | None:
-    """The 4-bit weight of a layer, without adapters, if it is in that form."""
-    packed = layer.layer4bit if isinstance(layer, Over4bit) else layer
-    return packed.weight4bit if isinstance(packed, Linear4bit) and packed.form == form else None
+def is_linear(weight: ModelWeight) -> bool:
+    """Whether it is that of a linear layer. Heads tied to a 4-bit table do not count."""
+    return isinstance(weight.module, Linear4bit | torch.nn.Linear) and not isinstance(weight.module, TiedLinear4bit)
 
 
-def finished_in(form: Form, layers: Sequence[Any]) -> Weight4bit | None:
-    """The joined rows of layers whose weights are in that form and need no rounding; else None.
-
-    These are layers without an adapter, or with one that was trained merge-aware.
-    """
-    found = [w4 for layer in layers if (w4 := _finished(layer)) is not None and w4.form == form]
-    if len(found) < len(layers):
+def joined(form: Form, weights: Sequence[ModelWeight]) -> Weight4bit | None:
+    """The joined rows of weights that are in that form and need no rounding; else None."""
+    found = [w4 for weight in weights if (w4 := weight.trained) is not None and w4.form == form]
+    if len(found) < len(weights):
         return None
     first = found[0]
     if len(found) == 1:
@@ -53,99 +46,50 @@ def finished_in(form: Form, layers: Sequence[Any]) -> Weight4bit | None:
     return first.replace(packed=packed, absmax=absmax, shape=torch.Size((len(packed), *first.shape[1:])))
 
 
-def _finished(layer: Any) -> Weight4bit | None:
-    if not isinstance(layer, Over4bit):
-        return layer.weight4bit if isinstance(layer, Linear4bit) else None
-    names = layer.names_to_merge(None)
-    return layer.trained_weight(names) if names else layer.layer4bit.packed_weight(layer.parameter_name)
+class MergedWeights:
+    """The weights of a model that may have adapters, by their names in the dense model without adapters.
 
-
-def is_linear(layer: Any) -> bool:
-    """Whether a module, with or without adapters, is a linear layer. Heads tied to a 4-bit table do not count."""
-    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    return isinstance(base, (Linear4bit, torch.nn.Linear)) and not isinstance(base, TiedLinear4bit)
-
-
-def scaled_by(layer: Any) -> Weight4bit | None:
-    """The 4-bit weight of a linear layer. After merge-aware training, it includes the adapter."""
-    if isinstance(layer, Over4bit):
-        trained = layer.trained_weight(layer.names_to_merge(None))
-        return layer.layer4bit.packed_weight(layer.parameter_name) if trained is None else trained
-    return layer.weight4bit if isinstance(layer, Linear4bit) else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """The stacked weights [E, N, K] of experts, of one kind.
-
-    Attributes:
-        owner: the layer with the adapter on them, or the 4-bit or dense experts.
-        layout: 4-bit experts of that shape, which may be on the meta device.
-        parameter: the name of the weights in them.
-    """
-
-    owner: Any
-    layout: Experts4bit
-    parameter: str
-
-    @property
-    def is_4bit(self) -> bool:
-        """Whether the weights in the model are 4-bit."""
-        return isinstance(self.owner, (Over4bit, Experts4bit))
-
-    @property
-    def _trained(self) -> Weight4bit | None:
-        """The weights with their adapter, if it was trained merge-aware."""
-        return self.owner.trained_weight(self.owner.names_to_merge(None)) if isinstance(self.owner, Over4bit) else None
-
-    def before_and_after(self) -> tuple[Tensor, Tensor]:
-        """The weights, and their sums with the adapters on 4-bit ones, float32 [E, N, K].
-
-        Both are the trained weights after merge-aware training.
-        """
-        trained = self._trained
-        if trained is not None:
-            values = trained.dequantize(torch.float32)
-            return values, values
-        if isinstance(self.owner, Over4bit):
-            before, after = self.owner.before_and_after()
-        elif isinstance(self.owner, Experts4bit):
-            before = after = self.owner.dequantize(self.parameter, torch.float32)
-        else:
-            before = after = getattr(self.owner, self.parameter).detach().float()
-        return self.layout.as_quantized(before), self.layout.as_quantized(after)
-
-    def stored_in(self, form: Form) -> Weight4bit | None:
-        """The 4-bit weights without adapters, or those of merge-aware training, if they are in that form."""
-        trained = self._trained
-        if trained is not None:
-            return trained if trained.form == form else None
-        packed = self.owner.layer4bit if isinstance(self.owner, Over4bit) else self.owner
-        if not isinstance(packed, Packed4bit) or packed.form != form:
-            return None
-        return packed.packed_weight(self.parameter)
-
-
-def stacks_in(model: Any, experts: Mapping[str, Experts4bit]) -> dict[str, Stack]:
-    """The stacks of a loaded model, which may have adapters, by the names of the weights.
+    Adapters on dense layers are merged at once, those on 4-bit layers when their weight is read.
 
     Args:
-        experts: 4-bit modules of the shapes of those in the model, by name.
+        model: loaded.
+        calibrated: the merged weights of linear layers that are 4-bit already, by the name of the layer.
+        dense: reads a dense weight more precisely than the model has it. Adapters must then be plain LoRA.
     """
-    owners = {}
-    for name, module in layers_by_name(model).items():
-        path = name.replace(".base_layer", "")
-        if isinstance(module, Over4bit):
-            owners[f"{path}.{module.parameter_name}"] = module
-        elif path in experts:
-            for parameter in experts[path].packed_shapes:
-                if hasattr(module, parameter):  # not the adapters around it
-                    owners.setdefault(f"{path}.{parameter}", module)
-    return {
-        f"{path}.{parameter}": Stack(owners[f"{path}.{parameter}"], layout, parameter)
-        for path, layout in experts.items()
-        for parameter in layout.packed_shapes
-    }
+
+    def __init__(
+        self, model: Any, calibrated: Mapping[str, Weight4bit], dense: Callable[[str], Tensor] | None = None
+    ) -> None:
+        self._calibrated, self._dense = calibrated, dense
+        self._weights = weights_of(model)
+        if dense is None:
+            for weight in self._weights.values():
+                weight.merge_into_dense()
+        self._last: tuple[str, Read] | None = None
+
+    def read(self, name: str) -> Read:
+        """A weight, on the CPU. The last one is kept, because several tensors of a file may come from it."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            before, after, w4 = self._read(name)
+            before, after = before.cpu(), before.cpu() if after is before else after.cpu()
+            self._last = name, (before, after, None if w4 is None else w4.to("cpu"))
+        return self._last[1]
+
+    def _read(self, name: str) -> Read:
+        w4 = self._calibrated.get(name.removesuffix(".weight"))
+        if w4 is not None:
+            w = w4.dequantize(torch.float32)
+            return w, w, w4
+        weight = self._weights[name]
+        if self._dense is None or weight.is_4bit:
+            before, after, w4 = read(weight)
+            return (before, after, w4) if weight.is_4bit else (after, after, None)
+        before = after = self._dense(name)
+        if weight.over_dense is not None:
+            layer: Any = weight.over_dense
+            after = sum((layer.get_delta_weight(adapter).float().cpu() for adapter in layer.active_adapters), before)
+        return before, after, None
 
 
 class Encoder:

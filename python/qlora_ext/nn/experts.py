@@ -12,7 +12,7 @@ from .._internal.dynamo import outside_graphs
 from ..adapters import StackedAdapters, adapter_of_each_row
 from ..autograd import call_linear, draw_seed
 from ..form import Form, FormKeywords
-from ..merged import merged_linear_nf4
+from ..merged_linear import merged_linear_nf4
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
 from .packed import Packed4bit, scale_names
@@ -33,7 +33,7 @@ class ExpertsLora(NamedTuple):
         scaling: lora_alpha / R.
         dropout_p: probability of dropping an element of x, 0 to 1. Each expert of a token draws its own mask, as if the
             experts were separate layers.
-        merged: the weights with the adapter, by ``qlora_ext.merged``. If given, the experts run with these, without
+        merged: the weights with the adapter, by ``qlora_ext.merging``. If given, the experts run with these, without
             dropout, and ``a`` and ``b`` only get gradients.
         adapter_of_row: which of several adapters each token uses, -1 for none: integers [tokens].
 

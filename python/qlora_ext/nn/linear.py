@@ -15,7 +15,7 @@ from ..adapters import StackedAdapters, adapter_of_each_row
 from ..autograd import call_linear, draw_seed, in_order_of
 from ..form import Form, FormKeywords
 from ..formats import NF4
-from ..merged import merged_linear_nf4
+from ..merged_linear import merged_linear_nf4
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
 from .packed import PackedWeight4bit
@@ -215,7 +215,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     def merged_forward(
         self, x: Tensor, merged: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0
     ) -> Tensor:
-        """The layer with an adapter [R, K] and [N, R] merged into its weight; see ``qlora_ext.merged``.
+        """The layer with an adapter [R, K] and [N, R] merged into its weight; see ``qlora_ext.merging``.
 
         Args:
             merged: this layer's weight and the adapter, merged by ``merged_weight``.

@@ -18,6 +18,9 @@ import peft
 from torch import nn
 
 from ...fingerprint import fingerprint
+from ...merging.merge import MergeError, merge_calibrated, merge_to_4bit
+from ...merging.merge_aware import set_merge_aware
+from ...merging.target_format import target_format
 from ...untrusted import excerpt, printable
 from .._patches import extend
 from . import methods as methods
@@ -34,8 +37,6 @@ from .base_file import (
 from .experts import set_dropout
 from .initial_values import initialize_lora
 from .linear import LoraLinear4bit, cast_fused
-from .merge import MergeError, merge_calibrated, merge_to_4bit
-from .merge_aware import served_in, set_merge_aware
 from .unreached_adapters import inert_adapters
 
 __all__ = [
@@ -92,9 +93,9 @@ def check_base(
     record = read_base(directory) if is_4bit(model) else {}
     if not record:
         return None
-    served = served_in(model)
-    same_format = served is not None and record.get("merge_aware") == served.code
-    found = served.fingerprint if served is not None and same_format else fingerprint(model)
+    target = target_format(model)
+    same_format = target is not None and record.get("merge_aware") == target.name
+    found = target.fingerprint if target is not None and same_format else fingerprint(model)
     if found == record["fingerprint"]:
         return True
     message = (

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...merging.merge_aware import MergeAware
+from .._patches import extend
+
 
 @contextlib.contextmanager
 def loading(model: nn.Module) -> Iterator[None]:
@@ -43,3 +46,11 @@ def loading(model: nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if name in read and id(parameter) not in retained:
             parameter.data.copy_(read[name])
+
+
+@extend("peft.utils.hotswap:hotswap_adapter_from_state_dict")
+def _hotswap_adapter_from_state_dict(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    original(model, *args, **kwargs)
+    for module in model.modules():
+        if isinstance(module, MergeAware):
+            module.forget_merged()

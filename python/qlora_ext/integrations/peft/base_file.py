@@ -16,10 +16,11 @@ from torch import nn
 from ...atomic import staged_file
 from ...fingerprint import fingerprint
 from ...formats import READ_IN, SERVED_FORMATS
+from ...merging.merge_aware import merge_aware_format
+from ...merging.target_format import target_format
 from ...nn import Packed4bit, layers_of
 from ...untrusted import FileError, Schema, excerpt, read_json
 from .._patches import extend
-from .merge_aware import merge_aware_format, served_in
 
 BASE_FILE = "qlora_base.json"
 FORMAT_VERSION = 1
@@ -60,8 +61,8 @@ def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str
 
     For a model that FSDP2 has sharded, every rank has to call this, as for ``fingerprint``. The first rank writes.
     """
-    aware, served = merge_aware_format(model, adapter), served_in(model)
-    base = served.fingerprint if aware and served is not None else fingerprint(model)
+    aware, target = merge_aware_format(model, adapter), target_format(model)
+    base = target.fingerprint if aware and target is not None else fingerprint(model)
     record: dict[str, Any] = {"fingerprint": base, "format_version": FORMAT_VERSION}
     lora_dropout = _unsaved_dropout(getattr(model, "peft_config", {}).get(adapter))
     if lora_dropout:

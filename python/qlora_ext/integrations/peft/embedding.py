@@ -6,8 +6,8 @@ import torch
 from peft.tuners.lora.layer import Embedding as DenseLoraEmbedding
 from torch import Tensor, nn
 
+from ...merging.layers import Over4bit
 from ...nn import Embedding4bit
-from .merge import Over4bit
 
 
 class LoraEmbedding4bit(Over4bit, DenseLoraEmbedding):

@@ -11,12 +11,12 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from ...adapters import StackedAdapters
+from ...merging.layers import Over4bit
+from ...merging.merge_aware import MergeAware, fold_scaling
 from ...nn import Experts4bit, ExpertsLora
 from .call_cache import samples_of_call
 from .linear import active_dropout
-from .merge import Over4bit
 from .operands import Adapter, added, by_sample
-from .trained_weight import MergeAware, fold_scaling
 
 
 def without_dropout(config: Any) -> Any:

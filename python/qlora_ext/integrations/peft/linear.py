@@ -12,11 +12,11 @@ from peft.tuners.lora.layer import Linear as DenseLoraLinear
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
+from ...merging.layers import Over4bit
+from ...merging.merge_aware import MergeAware, fold_scaling
 from ...nn import Linear4bit
 from .call_cache import samples_of_call
-from .merge import Over4bit
 from .operands import Adapter, added, by_sample
-from .trained_weight import MergeAware, fold_scaling
 
 
 def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -282,6 +282,9 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
         self._refuse_offloaded(x)
         y: Tensor = DenseLoraLinear.forward(self, x, *args, **kwargs)
         return y
+
+
+Over4bit.lora_linear = LoraLinear4bit
 
 
 class LoraWeight4bit(LoraLinear4bit):

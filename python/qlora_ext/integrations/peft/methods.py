@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, PeftType
 from torch import nn
 
+from ...merging.layers import Over4bit
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
 from ...nn.dense_16bit import Dense16bit, widen
 from .._patches import extend
@@ -25,7 +26,6 @@ from .call_cache import PerSample
 from .embedding import LoraEmbedding4bit
 from .experts import LoraExperts4bit, without_dropout
 from .linear import READERS, LoraLinear4bit, LoraWeight4bit, OverLinear4bit, decoded, reader
-from .merge import Over4bit
 from .over_dense_16bit import merge_in_compute_dtype, widen_written
 from .parameter import LoraParameter
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...adapters import StackedAdapters, adapter_of_each_row, stack_adapters
+from ...merging.merge_aware import fold_scaling
 from .call_cache import once_per_call
-from .trained_weight import fold_scaling
 
 # The arguments of ``Linear4bit.fused_forward`` after x.
 Operands = tuple[Any, ...]

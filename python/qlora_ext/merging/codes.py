@@ -1,4 +1,4 @@
-"""4-bit layers with a merged adapter, and merge-aware training.
+"""Adds the update of an adapter to 4-bit weights.
 
 An adapter moves most weights by less than half a step between two codes. Rounding to the nearest code leaves such
 weights unchanged, and the training is lost. With stochastic rounding the expected value is right: a fraction of the
@@ -15,18 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import LIBRARY, cuda_error
-from .autograd import bias_gradient, in_order_of, linear_over, refuse_tangent
-from .ops import MERGE_LORA_NF4
-from .weight import TENSORS, Weight4bit, operands, quantize
+from .._library import LIBRARY, cuda_error
+from ..ops import MERGE_LORA_NF4
+from ..weight import TENSORS, Weight4bit, operands, quantize
 
 # If rounding to the nearest codes retains this share of an update, it is used. Stochastic rounding has larger errors.
 RETAINED_BY_NEAREST = 0.95
 # The same for ``encode_like``. At the end of training, the loss is flat along the update: losing 15% of the update
 # costs about 2% of its gain. Stochastic rounding of a large update has a 1.5 times larger error.
 _RETAINED = 0.85
-
-_NO_LORA = None, None, 1.0, 0.0, 0, None  # seed_tensor comes last
 
 
 def seed_of(name: str) -> int:
@@ -35,11 +32,6 @@ def seed_of(name: str) -> int:
     Merging an adapter twice gives the same model. The rounding errors of different weights are independent.
     """
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
-
-
-def _check_shape(w4: Weight4bit, moved: Tensor) -> None:
-    if moved.shape != w4.shape:
-        raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
 
 
 def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
@@ -55,24 +47,27 @@ def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
     Raises:
         ValueError: the shapes of ``moved`` and ``w4`` differ.
     """
-    _check_shape(w4, moved)
-    if moved.ndim == 3:
-        parts = (with_update(w4.matrix(e), moved[e], seed_of(f"{seed}.{e}")) for e in range(len(moved)))
-        return Weight4bit.stack([*parts])
-    scales = w4.decoded_scales()
-    scaled = w4.without_offsets(moved, scales).contiguous()
-    packed = torch.ops.qlora.encode_nf4_stochastic(scaled, scales, w4.block_size, seed, w4.code)
-    return w4.replace(packed=packed)
+    return _under_scales_of(w4, moved, seed)
 
 
 def with_nearest_codes(w4: Weight4bit, moved: Tensor) -> Weight4bit:
     """Encodes ``moved`` under the scales and offsets of W to the nearest codes; see ``with_update``."""
-    _check_shape(w4, moved)
+    return _under_scales_of(w4, moved, None)
+
+
+def _under_scales_of(w4: Weight4bit, moved: Tensor, seed: int | None) -> Weight4bit:
+    """See ``with_update``. Without a seed, it rounds to the nearest codes."""
+    if moved.shape != w4.shape:
+        raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
     if moved.ndim == 3:
-        return Weight4bit.stack([with_nearest_codes(w4.matrix(e), moved[e]) for e in range(len(moved))])
+        seeds = (None if seed is None else seed_of(f"{seed}.{e}") for e in range(len(moved)))
+        return Weight4bit.stack([_under_scales_of(w4.matrix(e), moved[e], own) for e, own in enumerate(seeds)])
     scales = w4.decoded_scales()
     scaled = w4.without_offsets(moved, scales).contiguous()
-    packed = torch.ops.qlora.encode_nf4(scaled, scales, w4.block_size, code=w4.code)
+    if seed is None:
+        packed = torch.ops.qlora.encode_nf4(scaled, scales, w4.block_size, code=w4.code)
+    else:
+        packed = torch.ops.qlora.encode_nf4_stochastic(scaled, scales, w4.block_size, seed, w4.code)
     return w4.replace(packed=packed)
 
 
@@ -146,70 +141,3 @@ def _merge_on_cuda(*args: Any) -> Tensor:
 
 if cuda_error is None:
     LIBRARY.impl("merge_lora_nf4", _merge_on_cuda, "CUDA")
-
-
-class MergedLinearNF4Function(torch.autograd.Function):
-    """y = x · Ŵᵀ + bias with Ŵ = ``merged_weight``; A and B get the gradients of W + scaling · B · A.
-
-    This is the straight-through estimator (Bengio et al., 2013): the backward ignores the rounding. ``apply`` takes
-    x [..., K], offsets, bias [N] or None, lora_a [R, K], lora_b [N, R], scaling and Ŵ. If Ŵ is a stack, x is [S, K],
-    offsets are those of ``grouped_linear_nf4``, and bias and adapters are stacked too; else offsets is None.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        offsets: Tensor | None,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        merged: Weight4bit,
-    ) -> Tensor:
-        ctx.save_for_backward(x, offsets, lora_a, lora_b, merged)
-        ctx.scaling = scaling
-        linear, rows = linear_over(offsets)
-        y: Tensor = linear.kernel(x, *rows, *operands(merged, merged, merged.shape[-2], bias, *_NO_LORA))
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        refuse_tangent("the backward of a merge-aware layer", dy)
-        x, offsets, lora_a, lora_b, merged = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
-        linear, rows = linear_over(offsets)
-        dx = da = db = None
-        if needs_x:
-            dx = linear.dx(dy, *rows, *operands(merged, merged, x.shape[-1], *_NO_LORA))
-        if needs_a or needs_b:
-            da, db = linear.dlora(dy, x, *rows, lora_a, lora_b, ctx.scaling, 0.0, 0)
-        dbias = bias_gradient(dy, offsets) if needs_bias else None
-        return dx, None, dbias, da if needs_a else None, db if needs_b else None, None, None
-
-
-def merged_linear_nf4(
-    x: Tensor,
-    merged: Weight4bit,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    """The layer, or the experts, over ``merged``, which is ``merged_weight(w4, lora_a, lora_b, scaling)``.
-
-    Args:
-        x: [..., K]; bias [N], lora_a [R, K] and lora_b [N, R] have the same dtype.
-        offsets: of experts, the rows of x at which theirs end; see ``grouped_linear_nf4`` in docs/operators.md.
-
-    Returns:
-        y [..., N], which has first derivatives in x, bias, lora_a and lora_b.
-    """
-    if merged.column_order is not None:
-        x, lora_a = in_order_of(merged.column_order, x, lora_a)
-    y: Tensor = MergedLinearNF4Function.apply(  # type: ignore[no-untyped-call]
-        x, offsets, bias, lora_a, lora_b, scaling, merged
-    )
-    return y

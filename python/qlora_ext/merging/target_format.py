@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,31 +11,37 @@ from peft.tuners.lora.layer import Linear as DenseLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...checkpoints import select_rows
-from ...checkpoints.compressed_tensors_files import joined_layers
-from ...fingerprint import fingerprint
-from ...form import Form
-from ...formats import FLOAT32, NESTED8, NF4, SERVED_FORMATS
-from ...nn import Experts4bit, Linear4bit, Linear16bit, TiedLinear4bit, layers_of
-from ...weight import Weight4bit, quantize
-from .linear import LoraLinear4bit
+from ..checkpoints import select_rows
+from ..checkpoints.compressed_tensors_files import joined_layers
+from ..fingerprint import fingerprint
+from ..form import Form
+from ..formats import FLOAT32, NESTED8, NF4, SERVED_FORMATS
+from ..nn import Experts4bit, Linear4bit, Linear16bit, TiedLinear4bit, layers_of
+from ..weight import Weight4bit, quantize
+from .layers import Over4bit
 
-# Layers whose rows servers join are encoded together in it, because they have one factor.
+# Layers whose rows servers join are encoded together in this format, because they have one factor.
 _WITH_FACTOR = "nvfp4"
 _PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
+class TargetFormat:
     """The format in which the base of a PEFT model was encoded.
 
     Attributes:
-        code: its name.
+        name: of the format.
         fingerprint: that of the base before.
     """
 
-    code: str
+    name: str
     fingerprint: str
+
+
+def target_format(peft_model: Any) -> TargetFormat | None:
+    """The format in which ``encode_base`` has encoded the base; None if it has not."""
+    found: TargetFormat | None = getattr(peft_model, "target_format", None)
+    return found
 
 
 def is_in(form: Form, code: str) -> bool:
@@ -55,8 +62,8 @@ def _is_dense_lora(module: nn.Module) -> bool:
     return isinstance(module, DenseLoraLinear) and type(module.base_layer) in (nn.Linear, Linear16bit)
 
 
-def serve_in(peft_model: Any, code: str) -> None:
-    """Encodes the base of ``peft_model`` in the format ``code``, and records that in its attribute ``served``.
+def encode_base(peft_model: Any, code: str) -> None:
+    """Encodes the base of ``peft_model`` in the format ``code``, and records that in its attribute ``target_format``.
 
     This reaches 4-bit layers, and the dense linear layers with an adapter, except the output head.
 
@@ -66,22 +73,21 @@ def serve_in(peft_model: Any, code: str) -> None:
     """
     if code not in SERVED_FORMATS:
         raise ValueError(f"code: expected {', '.join(SERVED_FORMATS)}, got {code!r}")
-    served: Served | None = getattr(peft_model, "served", None)
-    if served is not None and served.code != code:
-        raise ValueError(f"code: expected {served.code}, the format of the base for an earlier adapter, got {code}")
+    earlier = target_format(peft_model)
+    if earlier is not None and earlier.name != code:
+        raise ValueError(f"code: expected {earlier.name}, the format of the base for an earlier adapter, got {code}")
     for name, layer in layers_of(peft_model):
         if layer.is_sharded or layer.residency is not None:
             how = "streamed" if layer.residency is not None else "sharded; call set_merge_aware before fully_shard"
             raise ValueError(f"peft_model: expected layers in memory, got {name}, which is {how}")
-    if served is None:
-        served = Served(code, fingerprint(peft_model))
+    target = earlier or TargetFormat(code, fingerprint(peft_model))
     layers = _linear_layers(peft_model, code)
     for group in joined_layers(layers) if code == _WITH_FACTOR else [[name] for name in layers]:
         _encode({name: layers[name] for name in group}, code)
     for layer in peft_model.modules():
         if isinstance(layer, Experts4bit) and not is_in(layer.form, code):
             _encode_experts(layer, code)
-    peft_model.served = served
+    peft_model.target_format = target
 
 
 def _linear_layers(peft_model: Any, code: str) -> dict[str, Linear4bit | DenseLoraLinear]:
@@ -105,12 +111,17 @@ def _encode(group: dict[str, Linear4bit | DenseLoraLinear], code: str) -> None:
     if all(isinstance(layer, Linear4bit) and is_in(layer.form, code) for layer in group.values()):
         return
     weights = [_weight(layer) for layer in group.values()]
-    joined = quantize(torch.cat(weights), code)
-    first = 0
-    for (name, layer), w in zip(group.items(), weights, strict=True):
-        rows = torch.arange(first, first + len(w), dtype=torch.int64, device=w.device)
-        first += len(w)
-        _put(name, layer, joined if len(group) == 1 else select_rows(joined, rows))
+    for (name, layer), w4 in zip(group.items(), quantize_joined(weights, Form.named(code)), strict=True):
+        _put(name, layer, w4)
+
+
+def quantize_joined(weights: Sequence[Tensor], form: Form) -> list[Weight4bit]:
+    """Encodes weights [N, K] of the same width as one, because some formats have a factor that all of them share."""
+    joined = quantize(torch.cat([*weights]), form)
+    if len(weights) == 1:
+        return [joined]
+    parts = torch.arange(joined.shape[0], dtype=torch.int64, device=joined.device).split([len(w) for w in weights])
+    return [select_rows(joined, part) for part in parts]
 
 
 def _weight(layer: Linear4bit | DenseLoraLinear) -> Tensor:
@@ -130,7 +141,7 @@ def _put(name: str, layer: Linear4bit | DenseLoraLinear, w4: Weight4bit) -> None
     dense = layer.base_layer
     layer.base_layer = Linear4bit.from_linear(dense, **w4.form.keywords)
     layer.base_layer.set_packed("weight", w4.replace(dtype=dense.weight.dtype))
-    layer.__class__ = LoraLinear4bit
+    layer.__class__ = Over4bit.lora_linear
     layer.set_name(name)
 
 
