@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_app
 from commands import Paths, here, listing
-from exports import TARGETS, Exported, Refused, error, logits, ours, read, with_adapter_file, write_base
+from exports import TARGETS, Exported, Refused, logits, ours, read, with_adapter_file, write_base
 from gguf_files import llama_file as llama_file
 from qlora_app.exporting import targets
 from qlora_app.main import main
 from qlora_ext.untrusted import printable
+from tensors import error
 
 EXPORT = ("export", "--check", "none")
 MODELS = [to for to in TARGETS if not to.startswith("ollama") and "adapter" not in to]

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
 from commands import Paths, here
-from exports import Exported, Refused, adapt, error, logits, ours, read, retained
+from exports import Exported, Refused, adapt, logits, ours, read, retained
 from gguf_files import write
 from qlora_ext.nn import layers_of
+from tensors import error
 from tiny_models import make
 
 EXPORT = ("export", "--check", "none")

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import packed_models
 from commands import Paths, here
-from exports import Refused, adapt, error, logits, ours, output_of, read, retained, share
+from exports import Refused, adapt, logits, ours, output_of, read, retained, share
 from gguf_files import WIDE, WITH_BYTES, write
 from qlora_ext.nn import Experts4bit, layers_of
+from tensors import error
 
 EXPORT = ("export", "--check", "none")
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

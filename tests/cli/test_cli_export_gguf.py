@@ -15,8 +15,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import qlora_app
 from commands import here
-from exports import Refused, adapt, error, logits, matrices_of, read, with_adapter_file
+from exports import Refused, adapt, logits, matrices_of, read, with_adapter_file
 from gguf_files import write
+from tensors import error
 from tiny_configs import config_of
 from tiny_models import SIZES, token_ids
 

@@ -12,8 +12,9 @@ import torch
 
 import qlora_ext
 from commands import here
-from exports import adapt, contents, error, logits, read, retained, write_base
+from exports import adapt, contents, logits, read, retained, write_base
 from qlora_ext.gguf import blocks
+from tensors import error
 
 TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4")
 

@@ -19,7 +19,8 @@ import llama_cpp_runs
 import packed_models
 import qlora_ext
 from commands import here
-from exports import adapt, error, logits, ours, read_gguf, retained
+from exports import adapt, logits, ours, read_gguf, retained
+from tensors import error
 from tiny_directories import VOCABULARY, byte_level, config_of, make, save
 
 IDS = torch.randint(4, VOCABULARY - 2, (1, 32), generator=torch.Generator().manual_seed(1))

@@ -26,10 +26,11 @@ import llama_cpp_runs
 import qlora_app
 import tiny_configs
 from commands import here
-from exports import Refused, error, logits, read_gguf
+from exports import Refused, logits, read_gguf
 from qlora_app.models.loading import load_dense
 from qlora_app.models.pretrained import load_tokenizer
 from qlora_app.models.sources import resolve
+from tensors import error
 from tiny_directories import VARIANTS, VOCABULARY, byte_level, config_of, make, save, sentencepiece
 
 IDS = torch.randint(4, VOCABULARY - 2, (1, 40), generator=torch.Generator().manual_seed(1))

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from commands import here
-from exports import Refused, adapt, dense, error, loaded, logits, ours, output_of, read, share, write_base
+from exports import Refused, adapt, dense, loaded, logits, ours, output_of, read, share, write_base
 from qlora_app.main import main
 from qlora_ext.gguf.file import read_header
+from tensors import error
 from tiny_models import save_tiny_llama
 
 Weights = dict[str, torch.Tensor]

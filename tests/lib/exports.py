@@ -125,10 +125,6 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     return found
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 def adapt(
     directory: pathlib.Path,
     base: pathlib.Path,
