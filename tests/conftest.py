@@ -28,7 +28,7 @@ os.environ.setdefault("QLORA_CUDA_KERNEL", "")
 
 # What no test needs to have but those that import it.
 OPTIONAL = {"accelerate", "bitsandbytes", "compressed_tensors", "datasets", "diffusers", "gguf", "peft", "safetensors"}
-OPTIONAL |= {"tokenizers", "transformers", "trl"}
+OPTIONAL |= {"tokenizers", "transformers", "trl", "yaml"}
 
 
 class Module(pytest.Module):

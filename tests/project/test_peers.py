@@ -6,10 +6,9 @@ import sys
 from typing import Any
 
 import pytest
+import yaml
 
 from test_layout import ROOT
-
-yaml = pytest.importorskip("yaml")  # which the environment of the CUDA tests lacks
 
 # By its path, because bench/run.py has the same name.
 _spec = importlib.util.spec_from_file_location("peers_run", ROOT / "tests/peers/run.py")
