@@ -256,10 +256,9 @@ def test_without_integers() -> None:
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     chosen = [line.split() for line in run.stdout.splitlines()]
     assert len(chosen) == len(CHOICES)
-    for kernels, choice in zip(chosen, CHOICES, strict=True):
-        assert kernels
+    for kernels in chosen:
         assert not any(kernel.endswith("_int") for kernel in kernels)
-        assert kernels == choice[-1] or any(kernel.endswith("_int") for kernel in choice[-1])
+        assert kernels[-1] in ("many_tokens_float", "float64")  # which take everything
 
 
 def test_the_set_has_what_is_chosen() -> None:

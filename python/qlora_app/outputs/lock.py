@@ -12,8 +12,6 @@ import stat
 import sys
 from collections.abc import Iterator
 
-from filelock import FileLock, Timeout
-
 from ..errors import UserError, writing
 from .files import LOCK, filled_from_inside
 
@@ -42,6 +40,8 @@ def _sign(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def _hold(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout  # here, because it takes long to import
+
     with writing(file):
         content = _content(file)
     if content and not _HOLDER.fullmatch(content):  # it would be overwritten and deleted
