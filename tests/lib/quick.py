@@ -31,7 +31,7 @@ LONG = {
     "tests/cli/test_cli_plan_stream.py::test_long_contexts",
     "tests/cli/test_cli_plan_stream.py::test_choices_that_fit",
     "tests/cli/test_cli_plan_stream.py::test_planned_memory_of_streaming",
-    "tests/cli/test_cli_recipe.py::test_each_option_changes_the_adapter",
+    "tests/cli/test_cli_settings.py::test_each_option_changes_the_adapter",
     "tests/cli/test_cli_stream.py::test_a_streamed_run_is_the_resident_one",
     "tests/cli/test_cli_stream.py::test_the_ring_uses_the_remaining_memory",
     "tests/cli/test_outputs.py::TestOutputs::runTest",

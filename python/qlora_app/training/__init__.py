@@ -1,1 +1,1 @@
-"""A fine-tuning run: its settings, the phases of the recipe, the trainer and its checkpoints."""
+"""A fine-tuning run: its settings, its phases, the trainer and its checkpoints."""

@@ -1,4 +1,4 @@
-"""The request for a fine-tuning run, and the run itself, which all phases of the recipe share."""
+"""The request for a fine-tuning run, and the run itself, which all its phases share."""
 
 from __future__ import annotations
 

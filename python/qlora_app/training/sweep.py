@@ -21,7 +21,7 @@ from ..outputs.files import need_space, write_json
 from ..outputs.lock import locked
 from ..outputs.ownership import RECORD, SWEEP
 from .identity import digest_of_model, digest_of_rows
-from .recipe import finetune_once
+from .phases import finetune_once
 from .run import SETTINGS, Finetuned, Request, Run, Shared
 from .settings import BASE_FORMAT, Settings, given, named_modules, read_settings, resumed
 from .sweep_options import Values, as_text, checked, combinations

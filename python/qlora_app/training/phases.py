@@ -1,4 +1,4 @@
-"""The fine-tuning recipe: prepare, load, train, save."""
+"""The phases of a fine-tuning run: prepare, load, train, save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe of ``finetune``: schedules, warm-up, clipping, NEFTune, no packing, rsLoRA, DoRA, modules trained in
+"""The settings of ``finetune``: schedules, warm-up, clipping, NEFTune, no packing, rsLoRA, DoRA, modules trained in
 full; and experiment trackers, through transformers' Trainer."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def arguments_of(tmp_path: pathlib.Path, steps: int = 100, **settings: Any) -> A
     return training_arguments(Settings(**settings), steps, tmp_path, torch.device("cpu"))
 
 
-def test_the_default_recipe_is_the_paper_s(tmp_path: pathlib.Path) -> None:
+def test_the_defaults_are_the_paper_s(tmp_path: pathlib.Path) -> None:
     made = arguments_of(tmp_path)
     assert made.lr_scheduler_type.value == "constant_with_warmup"
     assert (made.warmup_steps, made.max_grad_norm, made.weight_decay) == (3, 0.3, 0.0)
@@ -67,7 +67,7 @@ def test_a_rank_above_that_of_the_layers(paths: Paths, tmp_path: pathlib.Path) -
         ) == (rank == 65)
 
 
-# Two recipes with most options.
+# Two runs with most options.
 RECIPES = {
     "rslora": "--lr-schedule cosine --warmup-steps 2 --weight-decay 0.1 --neftune-alpha 5 --no-packing --rslora "
     "--layers 1",
@@ -77,7 +77,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def runs(paths: Paths) -> dict[str, pathlib.Path]:
-    """A run of 5 steps by each recipe. Tests only read it."""
+    """A run of 5 steps by each of the two. Tests only read it."""
     found = {name: paths["root"] / name for name in RECIPES}
     for name, options in RECIPES.items():
         here("finetune", *base(paths), "--output", found[name], *SMALL, *STEPS, *options.split())
