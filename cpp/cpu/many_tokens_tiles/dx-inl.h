@@ -24,12 +24,12 @@ class Dx {
   static constexpr WeightIs kWeightIs = WeightIs::kB;
   static constexpr bool kScalesOfSlice = true;
 
-  Dx(const Problem& p, const Chunk& chunk) : p_(p), chunk_(chunk) {}
-  const Chunk& chunk() const { return chunk_; }
+  Dx(const Problem& p, const Batch& batch) : p_(p), batch_(batch) {}
+  const Batch& batch() const { return batch_; }
   static bfloat16* saved_low_rank(const Problem& p) { return static_cast<bfloat16*>(p.g); }
 
-  // The columns of a group: as many as the second-level cache can hold sums for, beside one slice of the panel.
-  int64_t group(const Slices&, const Rectangle& rectangle) const {
+  // The columns of a bundle: as many as the second-level cache can hold sums for, beside one slice of the panel.
+  int64_t bundle(const Slices&, const Rectangle& rectangle) const {
     const int64_t columns = min(max(kSumBytes / (rectangle.pairs * kOutputTileBytes), 1) * kPair, kMostColumns);
     return min(columns, round_up(rectangle.size, kPair));
   }
@@ -53,9 +53,9 @@ class Dx {
     for (int64_t c = 0; c < rectangle.size; c += kPair) {
       const int64_t columns = min(kPair, rectangle.size - c);
       for (int64_t q = 0; q < rectangle.pairs; ++q, sums += kOutputTileBytes) {
-        const int64_t tiles = chunk_.panel.tiles_of(rectangle.pair + q), token = (rectangle.pair + q) * kPair;
-        for (int64_t t = 0; t < min(kPair, chunk_.panel.tokens - token); ++t) {
-          const Mask mask(p_.lora.dropout, (chunk_.first_token + token + t) * p_.w.k + rectangle.begin + c, columns);
+        const int64_t tiles = batch_.panel.tiles_of(rectangle.pair + q), token = (rectangle.pair + q) * kPair;
+        for (int64_t t = 0; t < min(kPair, batch_.panel.tokens - token); ++t) {
+          const Mask mask(p_.lora.dropout, (batch_.first_token + token + t) * p_.w.k + rectangle.begin + c, columns);
           F kept[2];
           unzip(mask(all, 0), mask(all, kLanes), kept[0], kept[1]);
           for (int64_t w = 0; w < 2; ++w) {
@@ -67,33 +67,33 @@ class Dx {
     }
   }
 
-  // Prefetches this piece's share of the group's next slice, row by row.
-  LinePrefetcher prefetcher(const Rectangle& group, int64_t column, const Slices& slices, int64_t slice) const {
-    const int64_t k = p_.w.k, pieces = ceil_div(group.size, kPair), piece = (column - group.begin) / kPair;
-    const int64_t steps = group.pairs * slices[slice].steps;
-    int64_t first = group.begin;
-    if (++slice == slices.count()) slice = slices.rank_slices_first(), first += group.size;
+  // Prefetches this piece's share of the bundle's next slice, row by row.
+  LinePrefetcher prefetcher(const Rectangle& bundle, int64_t column, const Slices& slices, int64_t slice) const {
+    const int64_t k = p_.w.k, pieces = ceil_div(bundle.size, kPair), piece = (column - bundle.begin) / kPair;
+    const int64_t steps = bundle.pairs * slices[slice].steps;
+    int64_t first = bundle.begin;
+    if (++slice == slices.count()) slice = slices.rank_slices_first(), first += bundle.size;
     const Slice s = slices[slice];
     const int64_t share = ceil_div(s.size, pieces), row = s.begin + piece * share;
-    const int64_t rows = min(share, s.begin + s.size - row), columns = min(group.size, k - first);
+    const int64_t rows = min(share, s.begin + s.size - row), columns = min(bundle.size, k - first);
     if (rows <= 0 || columns <= 0) return {};
     return LinePrefetcher(p_.w.packed + (row * k + first) / 2, rows, columns / 2, k / 2, steps);
   }
 
   // Rounds and writes tile `t` of the tokens of an output tile.
   void finish(const OutputTile& done, int64_t t) const {
-    const int64_t tiles = chunk_.panel.tiles_of(done.pair), token = done.pair * kPair + t * kTileRows;
+    const int64_t tiles = batch_.panel.tiles_of(done.pair), token = done.pair * kPair + t * kTileRows;
     if (t >= tiles) return;
-    bfloat16* out = chunk_.at(token, done.outer);
+    bfloat16* out = batch_.at(token, done.outer);
     const char* row = done.sums + t * kTileBytes;
-    for (int64_t i = 0; i < min(kTileRows, chunk_.panel.tokens - token); ++i, out += p_.w.k, row += kRowBytes)
+    for (int64_t i = 0; i < min(kTileRows, batch_.panel.tokens - token); ++i, out += p_.w.k, row += kRowBytes)
       Words::store_pairs(out, Words::round_pair(load_row(row), load_row(row + tiles * kTileBytes)), done.count);
   }
 
  private:
   static constexpr int64_t kSumBytes = int64_t{512} << 10, kMostColumns = 2048;
   const Problem& p_;
-  const Chunk chunk_;
+  const Batch batch_;
 };
 
 inline void dx(const Pool& pool, const LinearDxProblem& p) {

@@ -24,14 +24,14 @@ class Forward {
   static constexpr bool kScalesOfSlice = false;
   static constexpr int64_t kPiecesPerDecode = 1;
 
-  Forward(const Problem& p, const Chunk& chunk) : p_(p), chunk_(chunk) {}
-  const Chunk& chunk() const { return chunk_; }
+  Forward(const Problem& p, const Batch& batch) : p_(p), batch_(batch) {}
+  const Batch& batch() const { return batch_; }
   static bfloat16* saved_low_rank(const Problem& p) { return static_cast<bfloat16*>(p.h); }
 
-  // The rows of a group: as many as the second-level cache can hold sums for, beside one slice of the panel. If the
-  // cache has room for the whole panel, a group is one piece, so that W is read in memory order.
-  int64_t group(const Slices& slices, const Rectangle& rectangle) const {
-    if (chunk_.panel.token_tiles() * slices.steps() * kTileBytes <= kPanelBytes) return kPair;
+  // The rows of a bundle: as many as the second-level cache can hold sums for, beside one slice of the panel. If the
+  // cache has room for the whole panel, a bundle is one piece, so that W is read in memory order.
+  int64_t bundle(const Slices& slices, const Rectangle& rectangle) const {
+    if (batch_.panel.token_tiles() * slices.steps() * kTileBytes <= kPanelBytes) return kPair;
     int64_t rows = min(kSumBytes / (rectangle.pairs * kOutputTileBytes), kMostRows / kPair) * kPair;
     while (rows > kPair && scale_floats(rows) > kMostScales) rows -= kPair;
     return min(max(rows, kPair), round_up(rectangle.size, kPair));
@@ -47,12 +47,12 @@ class Forward {
   }
   void drop(char*, const Rectangle&) const {}
 
-  // If a group is one piece of rows, W is read as one stream, and each slice of a piece prefetches a slice's bytes:
+  // If a bundle is one piece of rows, W is read as one stream, and each slice of a piece prefetches a slice's bytes:
   // those of the next piece, kSlicesAhead slices further on. Otherwise each piece prefetches the piece after the next
   // one.
-  LinePrefetcher prefetcher(const Rectangle& group, int64_t row, const Slices& slices, int64_t slice) const {
-    const int64_t steps = group.pairs * slices[slice].steps, end = group.begin + group.size, k = p_.w.k;
-    if (group.size <= kPair) {
+  LinePrefetcher prefetcher(const Rectangle& bundle, int64_t row, const Slices& slices, int64_t slice) const {
+    const int64_t steps = bundle.pairs * slices[slice].steps, end = bundle.begin + bundle.size, k = p_.w.k;
+    if (bundle.size <= kPair) {
       const int64_t bytes = kPair * k / 2 / slices.count();
       const int64_t at = row * k / 2 + (slice + slices.count() + kSlicesAhead) * bytes;
       return LinePrefetcher(p_.w.packed + at, 1, min(bytes, p_.w.n * k / 2 - at), 0, steps);
@@ -60,7 +60,7 @@ class Forward {
     for (int i = 0; i < 2; ++i) {
       row += kPair;
       if (row < end) continue;
-      row = group.begin;
+      row = bundle.begin;
       if (++slice == slices.count()) slice = 0, row = end;
     }
     if (row >= p_.w.n) return {};
@@ -70,7 +70,7 @@ class Forward {
 
   // Rounds and writes tile `t` of the tokens of an output tile, transposed.
   void finish(const OutputTile& done, int64_t t) const {
-    const int64_t tiles = chunk_.panel.tiles_of(done.pair), token = done.pair * kPair + t * kTileRows;
+    const int64_t tiles = batch_.panel.tiles_of(done.pair), token = done.pair * kPair + t * kTileRows;
     if (t >= tiles) return;
     const bfloat16* const bias = p_.bias ? static_cast<const bfloat16*>(p_.bias) + done.outer : nullptr;
     F v[kLanes];
@@ -85,8 +85,8 @@ class Forward {
       v[i.value] = Words::as_floats(Words::round_pair(row, next));
     });
     transpose(v);
-    bfloat16* const out = chunk_.at(token, done.outer);
-    const int64_t tokens = min(kTileRows, chunk_.panel.tokens - token);
+    bfloat16* const out = batch_.at(token, done.outer);
+    const int64_t tokens = min(kTileRows, batch_.panel.tokens - token);
     for (int64_t i = 0; i < tokens; ++i) Words::store_pairs(out + i * p_.w.n, Words::as_words(v[i]), done.count);
   }
 
@@ -94,7 +94,7 @@ class Forward {
   static constexpr int64_t kSumBytes = int64_t{512} << 10, kMostRows = 512;
   static constexpr int64_t kMostScales = int64_t{64} << 10, kSlicesAhead = 2;
   const Problem& p_;
-  const Chunk chunk_;
+  const Batch batch_;
 };
 
 inline void forward(const Pool& pool, const LinearProblem& p) {

@@ -22,7 +22,7 @@ using many_tokens::Scale;
 
 inline constexpr int64_t kPanelBytes = int64_t{1280} << 10;  // of the second-level cache, for a panel
 
-// The dense operand of a chunk of tokens, as tiles [slice][pair of tokens][step]. So what an output tile multiplies is
+// The dense operand of a batch of tokens, as tiles [slice][pair of tokens][step]. So what an output tile multiplies is
 // contiguous, and a slice of all tokens is, too. The last pair has one tile per step if its tokens fill no second.
 struct DensePanel {
   char* tiles;
@@ -141,7 +141,7 @@ void save_low_rank(const char* tile, int64_t tokens, int64_t ranks, bfloat16* ou
   for (int64_t t = 0; t < tokens; ++t) Words::store_pairs(out + t * stride, Words::as_words(v[t]), ranks);
 }
 
-// Computes h or g for the tokens of a chunk, which begin at token `first_token` of `in`. Writes them to the rank steps
+// Computes h or g for the tokens of a batch, which begin at token `first_token` of `in`. Writes them to the rank steps
 // of `panel` and, unless it is null, to `saved` [m, rank].
 template <WeightIs weight_is>
 void add_low_rank(const Pool& pool, const Matrix<bfloat16>& in, int64_t first_token, const Matrix<bfloat16>& factor,

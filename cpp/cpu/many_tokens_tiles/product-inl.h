@@ -1,9 +1,9 @@
 // The loop of the forward and of dx: pieces of W are decoded one after the other and multiplied with all pairs of
 // tokens.
 //
-//   for each group of pieces along the outer dimension of W (y: rows, dx: columns), whose sums stay in the cache
+//   for each bundle of pieces along the outer dimension of W (y: rows, dx: columns), whose sums stay in the cache
 //     for each slice of the summed dimension
-//       for each piece of the group, 32 rows or columns
+//       for each piece of the bundle, 32 rows or columns
 //         for each pair of tokens: an output tile
 //
 // While a core multiplies tiles, its vector unit is free. But out-of-order execution reaches only a few steps ahead,
@@ -35,7 +35,7 @@ struct OutputTile {
 };
 
 // Tokens [first_token, first_token + panel.tokens) of a product, and where their output goes.
-struct Chunk {
+struct Batch {
   DensePanel panel;
   int64_t first_token;
   bfloat16* output;  // of all tokens, [m, output_columns]
@@ -59,8 +59,8 @@ class InterleavedWork {
     }
     if (output_) {
       __builtin_prefetch(output_, 1, 3);
-      __builtin_prefetch(output_ + op_.chunk().output_columns, 1, 3);
-      output_ += 2 * op_.chunk().output_columns;
+      __builtin_prefetch(output_ + op_.batch().output_columns, 1, 3);
+      output_ += 2 * op_.batch().output_columns;
     }
     prefetcher.step();
     decoder.step();
@@ -96,7 +96,7 @@ template <class Op>
 class Product {
  public:
   Product(const Op& op, const Slices& slices, const Rectangle& task)
-      : op_(op), slices_(slices), task_(task), group_(op.group(slices, task)), interleaved_(op) {
+      : op_(op), slices_(slices), task_(task), bundle_(op.bundle(slices, task)), interleaved_(op) {
     Carver sizes(nullptr);
     carve(sizes);
     Carver memory(scratch(ScratchUse::kThread, sizes.used()));
@@ -112,32 +112,32 @@ class Product {
 
  private:
   struct Place {
-    int64_t group, slice, piece;  // the first row or column of the group, the slice, the first of the piece
+    int64_t bundle, slice, piece;  // the first row or column of the bundle, the slice, the first of the piece
   };
   int64_t end() const { return task_.begin + task_.size; }
   int64_t count(int64_t begin, int64_t most) const { return min(most, end() - begin); }
   Place after(Place p) const {
     p.piece += kPair;
-    if (p.piece < min(p.group + group_, end())) return p;
-    p.piece = p.group;
+    if (p.piece < min(p.bundle + bundle_, end())) return p;
+    p.piece = p.bundle;
     if (++p.slice < slices_.count()) return p;
     p.slice = 0;
-    p.group += group_;
-    return {p.group, 0, p.group};
+    p.bundle += bundle_;
+    return {p.bundle, 0, p.bundle};
   }
 
   void carve(Carver& memory) {
     pieces_ = memory.take<char>(Op::kPiecesPerDecode * kPieceBytes);
     done_ = memory.take<char>(kOutputTileBytes);
     other_done_ = memory.take<char>(kOutputTileBytes);
-    scales_ = memory.take<float>(op_.scale_floats(group_));
-    sums_ = memory.take<char>(slices_.count() > 1 ? ceil_div(group_, kPair) * task_.pairs * kOutputTileBytes : 0);
+    scales_ = memory.take<float>(op_.scale_floats(bundle_));
+    sums_ = memory.take<char>(slices_.count() > 1 ? ceil_div(bundle_, kPair) * task_.pairs * kOutputTileBytes : 0);
   }
 
   void decode(const Place& p, const Slice& s) {
-    if (p.piece == p.group && (p.slice == 0 || Op::kScalesOfSlice))
-      source_ = op_.source(p.group, count(p.group, group_), s, scales_);
-    const int64_t together = min(count(p.piece, Op::kPiecesPerDecode * kPair), p.group + group_ - p.piece);
+    if (p.piece == p.bundle && (p.slice == 0 || Op::kScalesOfSlice))
+      source_ = op_.source(p.bundle, count(p.bundle, bundle_), s, scales_);
+    const int64_t together = min(count(p.piece, Op::kPiecesPerDecode * kPair), p.bundle + bundle_ - p.piece);
     interleaved_.decoder = typename Op::Decoder(source_, p.piece, together, s, pieces_, kPieceBytes);
     for (int64_t i = 0; i < Op::Decoder::kStepsAhead; ++i) interleaved_.decoder.step();
     for (int64_t i = 0; s.ranks && i < together; i += kPair) {
@@ -149,20 +149,20 @@ class Product {
   Place multiply(const Place& p) {
     const Slice s = slices_[p.slice];
     const bool first = p.slice == 0, last = p.slice == slices_.count() - 1;
-    if (p.piece == p.group && p.slice == slices_.rank_slices_first() && p.slice > 0)
-      op_.drop(sums_, {p.group, count(p.group, group_), task_.pair, task_.pairs});
-    char* sums = sums_ + (p.piece - p.group) / kPair * task_.pairs * kOutputTileBytes;
+    if (p.piece == p.bundle && p.slice == slices_.rank_slices_first() && p.slice > 0)
+      op_.drop(sums_, {p.bundle, count(p.bundle, bundle_), task_.pair, task_.pairs});
+    char* sums = sums_ + (p.piece - p.bundle) / kPair * task_.pairs * kOutputTileBytes;
     interleaved_.prefetcher =
-        op_.prefetcher({p.group, count(p.group, group_), task_.pair, task_.pairs}, p.piece, slices_, p.slice);
-    const int64_t of_pieces = (p.piece - p.group) / kPair % Op::kPiecesPerDecode;
+        op_.prefetcher({p.bundle, count(p.bundle, bundle_), task_.pair, task_.pairs}, p.piece, slices_, p.slice);
+    const int64_t of_pieces = (p.piece - p.bundle) / kPair % Op::kPiecesPerDecode;
     if (of_pieces == 0) decode(p, s);
     const char* const piece = pieces_ + of_pieces * kPieceBytes;
     for (int64_t q = 0; q < task_.pairs; ++q, sums += kOutputTileBytes) {
       const int64_t pair = task_.pair + q;
-      const Chunk& chunk = op_.chunk();
+      const Batch& batch = op_.batch();
       interleaved_.begin_tile(first ? nullptr : sums + kOutputTileBytes,
-                              last ? chunk.at(pair * kPair, p.piece) : nullptr);
-      multiply_output_tile<Op::kWeightIs>(chunk.panel.tiles_of(pair), piece, chunk.panel.piece(s, pair), s.steps, sums,
+                              last ? batch.at(pair * kPair, p.piece) : nullptr);
+      multiply_output_tile<Op::kWeightIs>(batch.panel.tiles_of(pair), piece, batch.panel.piece(s, pair), s.steps, sums,
                                           first, last ? done_ : sums, interleaved_);
       interleaved_.end_tile();
       if (last) {
@@ -179,7 +179,7 @@ class Product {
   const Op& op_;
   const Slices& slices_;
   const Rectangle task_;
-  const int64_t group_;  // rows or columns of a group
+  const int64_t bundle_;  // rows or columns of a bundle
   InterleavedWork<Op> interleaved_;
   ScaledPiece source_;
   char *pieces_, *sums_, *done_, *other_done_;
@@ -197,7 +197,7 @@ inline const Pool kThisThread = {[](int64_t count, int64_t, Pool::Body body, voi
 // low-rank intermediate from it, and `out` [m, outer] is the output: its columns are the rows or columns of W that are
 // not summed.
 template <class Op>
-void run_chunk(const Pool& pool, const typename Op::Problem& p, int64_t first, int64_t tokens,
+void run_batch(const Pool& pool, const typename Op::Problem& p, int64_t first, int64_t tokens,
                const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor, const Slices& slices, bfloat16* out,
                int64_t outer) {
   const Lora& lora = p.lora;
@@ -235,9 +235,9 @@ void run_chunk(const Pool& pool, const typename Op::Problem& p, int64_t first, i
   pool(grid.tasks(), 1, body);
 }
 
-// With enough tokens, each thread has chunks of its own: their panels stay in its cache, and no thread waits for
-// another. Otherwise all threads share a chunk, and each takes some rows or columns of W. W is decoded again for each
-// chunk, so a thread's chunk should not be smaller than a shared one, unless W is small.
+// With enough tokens, each thread has batchs of its own: their panels stay in its cache, and no thread waits for
+// another. Otherwise all threads share a batch, and each takes some rows or columns of W. W is decoded again for each
+// batch, so a thread's batch should not be smaller than a shared one, unless W is small.
 template <class Op>
 void run(const Pool& pool, const typename Op::Problem& p, const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor,
          const Slices& slices, void* output, int64_t outer) {
@@ -249,18 +249,18 @@ void run(const Pool& pool, const typename Op::Problem& p, const Matrix<bfloat16>
   const int64_t least_alone = in.stride * outer <= kSmallWeight ? kLeast / 2 : kLeast;
   if (m >= pool.threads * least_alone) {
     const int64_t rounds = ceil_div(m, pool.threads * fit);
-    const Cut chunk = cut_by_count(m, pool.threads * rounds, kPair);
+    const Cut batch = cut_by_count(m, pool.threads * rounds, kPair);
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * chunk.size;
-        run_chunk<Op>(kThisThread, p, first, min(chunk.size, m - first), in, factor, slices, out, outer);
+        const int64_t first = i * batch.size;
+        run_batch<Op>(kThisThread, p, first, min(batch.size, m - first), in, factor, slices, out, outer);
       }
     };
-    pool(chunk.count, 1, body);
+    pool(batch.count, 1, body);
   } else {
-    const Cut chunk = many_tokens::cut(m, fit, kPair);
-    for (int64_t first = 0; first < m; first += chunk.size)
-      run_chunk<Op>(pool, p, first, min(chunk.size, m - first), in, factor, slices, out, outer);
+    const Cut batch = many_tokens::cut(m, fit, kPair);
+    for (int64_t first = 0; first < m; first += batch.size)
+      run_batch<Op>(pool, p, first, min(batch.size, m - first), in, factor, slices, out, outer);
   }
 }
 
