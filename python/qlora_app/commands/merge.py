@@ -33,6 +33,10 @@ class MergeRequest(ExportRequest):
     def result(self) -> str:
         return "4 bits" if self.four_bit else self.dtype
 
+    @property
+    def typed(self) -> str:
+        return "merge --4bit" if self.four_bit else "merge"
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(

@@ -1,7 +1,8 @@
 """The user's cache of compiled decoding: packages ``DIGEST.pt2``, each complete or absent.
 
 A package is made among the system's temporary files, where torch compiles too. What a killed compilation leaves there
-is the system's to delete.
+is the system's to delete. A kill during the final copy leaves an unfinished file beside the package, for the user to
+delete.
 """
 
 from __future__ import annotations

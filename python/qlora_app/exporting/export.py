@@ -15,7 +15,7 @@ from ..models.adapter_files import base_of, find, record_of
 from ..models.sources import resolve
 from ..options import keywords_of
 from ..outputs.directory import Output, claim
-from ..outputs.files import need_space
+from ..outputs.files import filled_from_inside, need_space
 from ..outputs.output_file import claim_file
 from ..quantization import calibrate as calibrating
 from .export_check import Check, CheckError, check_of
@@ -23,7 +23,7 @@ from .targets import TARGETS, ExportRequest, Target
 from .trained_for import warn_of_other_format
 
 
-def _protect_inputs(request: ExportRequest, output: Output) -> None:
+def _protect_inputs(request: ExportRequest, output: Output, checks: bool) -> None:
     trusted, data = request.trust_remote_code, request.data
     if request.adapter is None:
         assert request.model is not None
@@ -32,7 +32,8 @@ def _protect_inputs(request: ExportRequest, output: Output) -> None:
         adapter = find(request.adapter)
         output.protect("--adapter", request.adapter, str(adapter))
         source = base_of(adapter, request.model, trusted)
-        data = data or (record_of(adapter).get("settings") or {}).get("data")  # that a check may read
+        if checks:  # on the data of the run, if none are named
+            data = data or (record_of(adapter).get("settings") or {}).get("data")
     output.protect("--model", request.model, source.on_disk)
     calibrating.protect(request, output)
     output.protect("--data", None if data is None else str(data))
@@ -62,10 +63,10 @@ def run(request: ExportRequest, check: type[Check] | None) -> pathlib.Path:
     if request.embeddings is not None and not target.has_embeddings:
         raise UserError(f"--embeddings: expected a target that is a whole model as GGUF, got --to {request.to}")
     with _claim(request, target) as output:
-        _protect_inputs(request, output)
+        _protect_inputs(request, output, check is not None)
         output.check()
         if request.adapter is not None:
-            warn_of_other_format(request.to, request.adapter)
+            warn_of_other_format(request)
         job = target.prepare(request)
         if request.calibrate != "none" and job.calibrates is None:
             raise UserError(
@@ -74,7 +75,8 @@ def run(request: ExportRequest, check: type[Check] | None) -> pathlib.Path:
                 "and has no adapter. Omit --calibrate"
             )
         print(f"{output.path} needs about {job.nbytes / 1e6:.1f} MB of disk space", flush=True)
-        need_space(output.path.parent, job.nbytes, output.path.name)
+        disk = output.path if filled_from_inside(output.path) else output.path.parent
+        need_space(disk, job.nbytes, output.path.name)
         checked = None if check is None else check(request, job)
         with calibrating.stored_layers(request, output) as layers:
             tokenizer = None if job.calibrates is None else job.calibrates.tokenizer

@@ -46,7 +46,7 @@ def find_model(request: ExportRequest) -> tuple[Adapted, Any]:
     validate_model.check_room(adapted.source, config)
     skeleton = validate_model.skeleton(adapted.source, config)
     if adapted.adapter is not None:
-        check_biases(f"--to {request.to}", adapted.adapter, skeleton)
+        check_biases(request.typed, adapted.adapter, skeleton)
     return adapted, skeleton
 
 

@@ -108,3 +108,8 @@ class ExportRequest(SavedOptions, CalibrationOptions):
     def result(self) -> str:
         """What the result is in, for people."""
         return self.to
+
+    @property
+    def typed(self) -> str:
+        """The option that chose the target."""
+        return f"--to {self.to}"

@@ -6,7 +6,7 @@ import pathlib
 import sys
 
 from ..models.adapter_files import find
-from .targets import TARGETS
+from .targets import TARGETS, ExportRequest
 
 
 def _format_of(to: str) -> str:
@@ -26,13 +26,14 @@ def trained_for(adapter: pathlib.Path | None) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def warn_of_other_format(to: str, adapter: str) -> None:
+def warn_of_other_format(request: ExportRequest) -> None:
     """Says that a target changes the weights of merge-aware training, and which one keeps them."""
-    code = trained_for(find(adapter))
+    to, code = request.to, None if request.adapter is None else trained_for(find(request.adapter))
     if code is not None and to != "nf4" and _format_of(to) != code:  # that one retains the format of the base
-        targets = " or ".join(f"--to {name}" for name in TARGETS if _format_of(name) == code)
+        way = "--to" if request.command == "export" else "export --to"
+        targets = " or ".join(f"{way} {name}" for name in TARGETS if _format_of(name) == code)
         print(
-            f"qlora-ext: --to {to}: the adapter was trained for {code}, so the loss of the result will differ from the "
-            f"trained one; use {targets} to keep the weights that were trained",
+            f"qlora-ext: {request.typed}: the adapter was trained for {code}, so the loss of the result will differ from "
+            f"the trained one; use {targets} to keep the weights that were trained",
             file=sys.stderr,
         )

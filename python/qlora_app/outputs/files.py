@@ -24,6 +24,7 @@ import pathlib
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -38,6 +39,7 @@ LOCK = f"{PARTIAL}lock"
 WAITS_INSIDE = f"{PARTIAL}calibration"
 # new: being written. old: complete, set aside for its successor. placing: complete, being moved up into the directory
 # that contains it. gone: being deleted.
+_SAVED = "saved an earlier directory"  # how the sentence about it begins
 _UNFINISHED = re.compile(re.escape(PARTIAL) + r"(new|old|placing|gone)-(.+)-([0-9a-f]{8})", re.DOTALL)
 # The files that make a directory a model, a run or a sweep. They are moved away first and put in place last.
 _ENTRY_FILES = ("config.json", "settings.json", "sweep.json")
@@ -243,7 +245,9 @@ def staged_directory(path: pathlib.Path, foreign: Foreign = nothing_may_be_there
             _place(partial, path, foreign)
             recover(path, token)
         finally:
-            recover(path, token)  # undoes after an error, and finishes after Ctrl-C in the line above
+            for note in recover(path, token):  # undoes after an error, and finishes after Ctrl-C in the line above
+                if note.startswith(_SAVED):
+                    print(f"note: {note}", file=sys.stderr)
 
 
 def _put_back(old: pathlib.Path, path: pathlib.Path) -> str:
@@ -256,7 +260,7 @@ def _put_back(old: pathlib.Path, path: pathlib.Path) -> str:
     if os.path.lexists(_as("new", old)):  # the successor is not in place: another program took the name
         free = next(p for n in range(1, 1 << 20) if not os.path.lexists(p := path.with_name(f"{path.name}.former-{n}")))
         old.rename(free)
-        return f"saved an earlier directory as {printable(free)}: a command was interrupted while it replaced it"
+        return f"{_SAVED} as {printable(free)}: a command was interrupted while it replaced it"
     _discard(old)
     return f"removed {printable(old)}, which an interrupted command had replaced"
 

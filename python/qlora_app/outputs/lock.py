@@ -33,9 +33,12 @@ def _signature() -> bytes:
     return f"{os.getpid()} {socket.gethostname()}\n".encode()
 
 
-def _sign(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, _signature(), 0)
+def _sign(file: pathlib.Path) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
+    try:
+        os.write(descriptor, _signature())
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -46,9 +49,14 @@ def _hold(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
         content = _content(file)
     if content and not _HOLDER.fullmatch(content):  # it would be overwritten and deleted
         raise UserError(f"{file}: expected a lock file of qlora-ext, got another file; move it elsewhere")
-    lock = FileLock(file, timeout=0, fallback_to_soft=False, on_acquired=_sign)
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
-        lock.acquire()
+        try:
+            lock.acquire()
+        except Timeout:
+            if _content(file):
+                raise
+            lock.acquire()  # the file was that of a process that ended just now
     except Timeout:
         found = _HOLDER.fullmatch(_content(file))
         holder = f"process {int(found[1])} on {found[2].decode()}" if found else "another process"
@@ -61,6 +69,9 @@ def _hold(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
         print(f"note: the file system of {path} has no locks; do not write there from two processes at once",
               file=sys.stderr)  # fmt: skip
     try:
+        if lock.is_locked:
+            with writing(file):
+                _sign(file)
         yield
     finally:
         # The file is deleted before the lock is released, so that no process holds the lock of a deleted file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 
@@ -22,6 +23,9 @@ def counted(what: str, now: str = "") -> Iterator[Callable[..., None]]:
     at_hand = TextColumn("{task.fields[now]}")
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), at_hand)
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    both = sys.stdout.isatty()  # or else what is printed meanwhile would not reach the file that is stdout
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=both
+    ) as bar:
         task = bar.add_task(what, total=None, now=now)
         yield lambda done, of, now="": bar.update(task, completed=done, total=of, now=now)
