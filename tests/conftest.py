@@ -54,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="run each test once, unless it takes long: lib/quick.py")
 
 
+@pytest.hookimpl(trylast=True)  # among what -m and -k leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part, parts = (int(number) for number in config.getoption("part").split("/"))
     if not 1 <= part <= parts:

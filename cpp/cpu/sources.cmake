@@ -36,7 +36,7 @@ int main() {
   std::fputs(qlora::cpu::current_isa().name, stdout);
 }
 ]] @ONLY)
-  set(_library "$<IF:$<PLATFORM_ID:Darwin>,c++,stdc++>") # CXX=gcc compiles C++ but does not link it
+  set(_library "$<$<PLATFORM_ID:Linux>:stdc++>") # CXX=gcc compiles C++ but does not link it
   try_run(_ran _built SOURCES "${CMAKE_CURRENT_BINARY_DIR}/native_isas.cpp" NO_CACHE
           CMAKE_FLAGS "-DINCLUDE_DIRECTORIES=${_cpu}/../.." RUN_OUTPUT_VARIABLE _best
           LINK_LIBRARIES ${_library}

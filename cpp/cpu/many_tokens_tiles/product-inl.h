@@ -235,7 +235,7 @@ void run_batch(const Pool& pool, const typename Op::Problem& p, int64_t first, i
   pool(grid.tasks(), 1, body);
 }
 
-// With enough tokens, each thread has batchs of its own: their panels stay in its cache, and no thread waits for
+// With enough tokens, each thread has batches of its own: their panels stay in its cache, and no thread waits for
 // another. Otherwise all threads share a batch, and each takes some rows or columns of W. W is decoded again for each
 // batch, so a thread's batch should not be smaller than a shared one, unless W is small.
 template <class Op>

@@ -33,7 +33,7 @@ def warn_of_other_format(request: ExportRequest) -> None:
         way = "--to" if request.command == "export" else "export --to"
         targets = " or ".join(f"{way} {name}" for name in TARGETS if _format_of(name) == code)
         print(
-            f"qlora-ext: {request.typed}: the adapter was trained for {code}, so the loss of the result will differ from "
-            f"the trained one; use {targets} to keep the weights that were trained",
+            f"qlora-ext: {request.typed}: the adapter was trained for {code}, so the loss of the result will differ "
+            f"from the trained one; use {targets} to keep the weights that were trained",
             file=sys.stderr,
         )
