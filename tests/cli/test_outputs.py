@@ -458,6 +458,16 @@ def test_a_file_system_without_locks(
     assert names_in(tmp_path) == []
 
 
+def test_a_lock_that_cannot_be_signed_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock, "_sign", full)
+    with pytest.raises(UserError, match="is full"), claim(str(tmp_path / "new" / "out"), False):
+        pass
+    assert names_in(tmp_path) == []
+
+
 def test_recovery_touches_no_other_name(tmp_path: pathlib.Path) -> None:
     remaining = [
         ".partial-mine",
