@@ -166,7 +166,7 @@ def test_the_environment_variable_takes_over_with_a_manual_import() -> None:
             command, capture_output=True, text=True, env=environment, check=True
         ).stdout.strip()
     theirs = "transformers.quantizers.quantizer_bnb_4bit"
-    assert found == {"1": "qlora_ext.integrations.bitsandbytes.take_over", "0": theirs, "": theirs}
+    assert found == {"1": "qlora_ext.integrations.bitsandbytes.quantizer", "0": theirs, "": theirs}
 
 
 @pytest.mark.slow
