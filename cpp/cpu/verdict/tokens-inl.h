@@ -14,16 +14,15 @@ namespace verdict {
 
 using namespace stream;
 
-// What a kernel asks for: of the values of a token that are not zero, so many eighths of at least largest / (kSpread<T>
-// · divisor); and in a row or column of W, weights that together are at least `least_sum` times the largest
-// (rows-inl.h).
+// At least eighths / 8 of a token's nonzero values must be largest / (kSpread<T> · divisor) or more.
 struct Share {
   int eighths;
   float divisor;
 };
+// What a kernel requires before it multiplies in integers.
 struct Rule {
   Share shares[3];
-  float least_sum;
+  float least_sum;  // of the weights of a row or column, in units of its largest (rows-inl.h)
 };
 inline constexpr Rule kFewTokensRule = {{{5, 1.0f}, {7, 8.0f}}, 2.0f};
 // Panels ask more of rows and less of tokens, because most activations have channels that are far larger than others.

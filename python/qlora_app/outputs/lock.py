@@ -56,7 +56,7 @@ def _hold(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
         except Timeout:
             if _content(file):
                 raise
-            lock.acquire()  # the file was that of a process that ended just now
+            lock.acquire()  # a process that ended just now had it
     except Timeout:
         found = _HOLDER.fullmatch(_content(file))
         holder = f"process {int(found[1])} on {found[2].decode()}" if found else "another process"
