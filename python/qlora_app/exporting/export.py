@@ -65,8 +65,7 @@ def run(request: ExportRequest, check: type[Check] | None) -> pathlib.Path:
     with _claim(request, target) as output:
         _protect_inputs(request, output, check is not None)
         output.check()
-        if request.adapter is not None:
-            warn_of_other_format(request)
+        warn_of_other_format(request)
         job = target.prepare(request)
         if request.calibrate != "none" and job.calibrates is None:
             raise UserError(

@@ -28,7 +28,7 @@ def trained_for(adapter: pathlib.Path | None) -> str | None:
 
 def warn_of_other_format(request: ExportRequest) -> None:
     """Says that a target changes the weights of merge-aware training, and which one keeps them."""
-    to, code = request.to, None if request.adapter is None else trained_for(find(request.adapter))
+    to, code = request.to, trained_for(None if request.adapter is None else find(request.adapter))
     if code is not None and to != "nf4" and _format_of(to) != code:  # that one retains the format of the base
         way = "--to" if request.command == "export" else "export --to"
         targets = " or ".join(f"{way} {name}" for name in TARGETS if _format_of(name) == code)
