@@ -210,8 +210,11 @@ std::optional<cuda::Device> cuda_device_of(const DeviceArg& arg) {
 
 py::list choose(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k, int64_t block_size,
                 const std::optional<std::string>& isa, const std::string& code, const DeviceArg& device,
-                const std::string& kernel) {
+                const std::string& kernel, const std::string& activations_name) {
   check_block_size(block_size);
+  Activations activations = Activations::kExact;
+  const std::string error = find_activations(activations_name.c_str(), &activations);
+  require(error.empty(), error);
   for (const auto& [name, count] : {std::pair{"m", m}, {"n", n}, {"k", k}})
     require(count >= 0, std::string(name) + ": expected 0 or more, got " + std::to_string(count));
   const std::optional<cuda::Device> card = cuda_device_of(device);
@@ -225,6 +228,7 @@ py::list choose(const std::string& op, const std::string& dtype, int64_t m, int6
     if constexpr (requires { problem.w; }) {
       problem.w.scales.block_size = block_size;
       problem.w.code = code_of(code);
+      problem.activations = activations;
     }
     py::list names;
     if (card) {
@@ -302,7 +306,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "choose", &choose, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
       py::arg("block_size") = 64, py::arg("isa") = py::none(), py::arg("code") = "nf4", py::arg("device") = "cpu",
-      py::arg("kernel") = "",
+      py::arg("kernel") = "", py::arg("activations") = "exact",
       "The names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
       "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` tries in order, until one accepts its "
       "data. `device`: \"cpu\", or a card: \"sm80\", \"sm90\" and so on, or its attributes, {\"arch\": 90, "

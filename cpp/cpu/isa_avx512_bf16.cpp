@@ -14,9 +14,10 @@ const Kernels& avx512_bf16_kernels() {
       .isa = &kAvx512Bf16Isa,
       .codec = &codec,
       .dense = &dense,
-      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensFloat>(
-          float64::forward),
-      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensFloat>(float64::dx),
+      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensInt8,
+                             kManyTokensFloat>(float64::forward),
+      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensInt8,
+                        kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensBf16, kManyTokensFloat>(float64::dlora),
   };
   return kernels;

@@ -23,6 +23,8 @@ const Kernels& avx_vnni_kernels() {
     k.forward[kFewTokensInt] = run<kFewTokensInt>;
     k.forward[kManyTokensInt] = run<kManyTokensInt>;
     k.dx[kManyTokensInt] = run<kManyTokensInt>;
+    k.forward[kManyTokensInt8] = run<kManyTokensInt8>;
+    k.dx[kManyTokensInt8] = run<kManyTokensInt8>;
     return k;
   }();
   return kernels;

@@ -14,9 +14,9 @@ const Kernels& scalar_kernels() {
       .isa = &kScalarIsa,
       .codec = &codec,
       .dense = &dense,
-      .forward = kernels_for<kFewTokensInt, kFewTokensBf16, kFewTokensFloat, kManyTokensInt, kManyTokensFloat>(
-          float64::forward),
-      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensFloat>(float64::dx),
+      .forward = kernels_for<kFewTokensInt, kFewTokensBf16, kFewTokensFloat, kManyTokensInt, kManyTokensInt8,
+                             kManyTokensFloat>(float64::forward),
+      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensInt8, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensFloat>(float64::dlora),
   };
   return kernels;

@@ -12,9 +12,11 @@
 namespace qlora::cpu {
 
 enum class Kernel {
+  kFewTokensInt8,    // x and codes as int8, exact int32 sums, no fallback (few_tokens/forward_int8-inl.h)
   kFewTokensInt,     // codes as integers, exact int32 sums, float32 as fallback (few_tokens/*_int-inl.h)
   kFewTokensBf16,    // codes as bfloat16, multiplied in pairs (few_tokens/forward_bf16-inl.h)
   kFewTokensFloat,   // codes as float32 (few_tokens/*_float-inl.h)
+  kManyTokensInt8,   // panels of int8, exact int32 sums, no fallback (many_tokens/*_int8-inl.h)
   kManyTokensTiles,  // bfloat16 in a tile unit (many_tokens_tiles/)
   kManyTokensBf16,   // panels of bfloat16 pairs (many_tokens/linear_bf16-inl.h)
   kManyTokensInt,    // panels of int16 pairs, exact int32 sums, float32 as fallback (many_tokens/*_int-inl.h)
@@ -44,9 +46,11 @@ struct KernelInfo {
   bool few_tokens;
 };
 inline constexpr KernelInfo kKernelInfo[] = {
+    {Kernel::kFewTokensInt8, "few_tokens_int8", kUpTo32Bit, true},
     {Kernel::kFewTokensInt, "few_tokens_int", k16Bit, true},
     {Kernel::kFewTokensBf16, "few_tokens_bf16", kBFloat16Only, true},
     {Kernel::kFewTokensFloat, "few_tokens_float", kUpTo32Bit, true},
+    {Kernel::kManyTokensInt8, "many_tokens_int8", kUpTo32Bit, false},
     {Kernel::kManyTokensTiles, "many_tokens_tiles", kBFloat16Only, false},
     {Kernel::kManyTokensBf16, "many_tokens_bf16", kBFloat16Only, false},
     {Kernel::kManyTokensInt, "many_tokens_int", k16Bit, false},
@@ -67,7 +71,7 @@ constexpr const char* kernel_name(Kernel kernel) { return info_of(kernel).name; 
 // The kernels that a problem goes to, one after the other until one serves it: a kernel may find out from the data,
 // which no choice sees, that it cannot (Outcome, dispatch.h). The last one always can.
 struct Choice {
-  Kernel kernels[4];
+  Kernel kernels[6];
   int count = 0;
 
   constexpr void add(Kernel kernel) { kernels[count++] = kernel; }
@@ -97,10 +101,16 @@ constexpr bool has_int_columns(const Weight& w) {
   return w.n > 0 && w.k > 0 && w.k % kIntColumns == 0 && has_one_scale_per(kLeastIntBlock, w) &&
          (w.scales.offsets ? ints.exact : ints.serves);
 }
+// Whether x and dy can be rounded to int8 for the weight: rows are whole segments, and a word of four weights never has
+// two scales.
+constexpr bool has_int8_segments(const Weight& w) {
+  return w.n > 0 && w.k > 0 && has_one_scale_per(16, w) && w.k % kInt8Segment == 0;
+}
 // Whether few tokens can be multiplied by the weight in matrices of bytes: each chunk has one scale.
 constexpr bool has_byte_matrices(const Weight& w) { return has_one_scale_per(64, w) && !w.scales.offsets; }
 constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
+  if (kernel == Kernel::kManyTokensInt8) return p.m > 0 && has_int8_segments(p.w);
   if (kernel == Kernel::kManyTokensInt) return p.m > 0 && has_int_columns(p.w);
   if (!info_of(kernel).few_tokens) return true;
   if (p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
@@ -112,6 +122,8 @@ constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
 }
 constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
+  if (kernel == Kernel::kManyTokensInt8) return p.m > 0 && has_int8_segments(p.w);
+  if (kernel == Kernel::kFewTokensInt8) return false;
   if (kernel == Kernel::kManyTokensInt)
     return p.dtype == DType::kBFloat16 && p.m > 0 && p.w.n % kIntColumns == 0 && has_int_columns(p.w);
   if (!info_of(kernel).few_tokens) return true;
@@ -122,7 +134,8 @@ constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
   return kernel == Kernel::kFewTokensFloat && p.m <= kMostDxFloatTokens;
 }
 constexpr bool accepts(Kernel kernel, const LoraGradProblem& p) {
-  return info_of(kernel).types.has(p.dtype) && !info_of(kernel).few_tokens && kernel != Kernel::kManyTokensInt;
+  return info_of(kernel).types.has(p.dtype) && !info_of(kernel).few_tokens && kernel != Kernel::kManyTokensInt &&
+         kernel != Kernel::kManyTokensInt8;
 }
 
 // Whether a kernel takes a call of several adapters. The others run once per adapter.
@@ -191,6 +204,16 @@ constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
   return p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
 }
 
+// Int8 wherever it is asked for and rows are whole segments. Other shapes are multiplied exactly.
+template <class Problem>
+constexpr bool multiplies_int8(const Problem& p, const Cpu& cpu) {
+  if constexpr (requires { p.activations; }) {
+    return p.activations == Activations::kInt8 && !cpu.has(kAsimd) && accepts(Kernel::kManyTokensInt8, p);
+  } else {
+    return false;
+  }
+}
+
 // Of 16-bit types: integers, or on ARM pairs of bfloat16. SMLAL multiplies half as fast as FMLA, and beyond 2 tokens
 // that costs more than decoding to float32 does (V2: 64 weights and 2 tokens 20 cycles against 24, 3: 31 against 28).
 // Matrices of bytes are ahead of both (V2: 64 weights and 1 token 6.8 cycles against 9.7, 6: 23 against 25).
@@ -239,6 +262,7 @@ constexpr void add_many_tokens(const Problem& p, const Cpu& cpu, Choice* c) {
 
 constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
   Choice c;
+  if (multiplies_int8(p, cpu)) c.add(Kernel::kManyTokensInt8);
   if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
     const Kernel kernel = few_tokens_kernel(p, cpu);
     if (kernel != Kernel::kFewTokensFloat || p.m <= kMostFloatTokens) c.add(kernel);
@@ -249,6 +273,7 @@ constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
 
 constexpr Choice choose(const LinearDxProblem& p, const Cpu& cpu) {
   Choice c;
+  if (multiplies_int8(p, cpu)) c.add(Kernel::kManyTokensInt8);
   if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
     if (cpu.integers && cpu.has(kAvx512vbmi) && p.w.n >= kLeastColumnWeights && accepts(Kernel::kFewTokensInt, p)) {
       c.add(Kernel::kFewTokensInt);

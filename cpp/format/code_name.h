@@ -1,5 +1,5 @@
 // The names of codes: those of kCodeTables, and of a code that a caller has made up "0x" and the bits of its 16 float32
-// values, eight hexadecimal digits each, code 0 first.
+// values, eight hexadecimal digits each, code 0 first. And the names of what meets a weight.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 
 #include "cpp/format/codes.h"
 #include "cpp/format/custom_codes.h"
+#include "cpp/format/problem.h"
 
 namespace qlora {
 
@@ -61,6 +62,17 @@ inline std::string find_code(const char* name, Code* code) {
   if (!intern_code(values, code))
     return "code: expected at most " + std::to_string(kMaxCustomCodes) + " made-up codes in a process, got another";
   return {};
+}
+
+// Sets `activations` to what the name says and returns an empty text, or returns what is wrong with the name.
+inline std::string find_activations(const char* name, Activations* activations) {
+  constexpr const char* kNames[] = {"exact", "int8"};  // in the order of Activations
+  for (int i = 0; i < 2; ++i) {
+    if (std::strcmp(kNames[i], name) != 0) continue;
+    *activations = static_cast<Activations>(i);
+    return {};
+  }
+  return std::string("activations: expected exact or int8, got ") + name;
 }
 
 }  // namespace qlora

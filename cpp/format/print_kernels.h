@@ -41,7 +41,10 @@ template <class Problem>
 std::string problem_text(const Problem& p) {
   const auto [n, k] = weight_shape(p);
   const auto size = [](const char* name, int64_t value) { return std::string(name) + std::to_string(value); };
-  return size("m=", p.m) + size(" n=", n) + size(" k=", k) + size(" rank=", p.lora.rank) + " " + dtype_name(p.dtype);
+  std::string text =
+      size("m=", p.m) + size(" n=", n) + size(" k=", k) + size(" rank=", p.lora.rank) + " " + dtype_name(p.dtype);
+  if constexpr (requires { p.activations; }) text += p.activations == Activations::kInt8 ? " int8" : "";
+  return text;
 }
 
 template <class Problem>

@@ -51,9 +51,15 @@ struct Adapters {
   int64_t stack_rank = 0;             // the sum of the ranks: da is [stack_rank, k], db [n, stack_rank]
 };
 
+// What meets W: x and dy · scale as they are, or rounded to int8, one unit per token and segment of kInt8Segment values
+// (cpp/cpu/many_tokens/round_int8-inl.h). LoRA and offsets of dX take x and dy as they are.
+enum class Activations : int { kExact, kInt8 };
+inline constexpr int kInt8Segment = 64;
+
 // y = x · wᵀ + h · bᵀ + bias, h = round(scaling · dropout(x) · aᵀ)
 struct LinearProblem {
   DType dtype = DType::kFloat32;  // of x, bias, lora_a, lora_b, y
+  Activations activations = Activations::kExact;
   int64_t m = 0;
   const void* x = nullptr;
   Weight w;
@@ -66,6 +72,7 @@ struct LinearProblem {
 // dx = dy · w + dropout_mask ∘ (g · a), g = round(scaling · dy · b)
 struct LinearDxProblem {
   DType dtype = DType::kFloat32;
+  Activations activations = Activations::kExact;
   int64_t m = 0;
   const void* dy = nullptr;  // [m, n]
   Weight w;

@@ -6,9 +6,11 @@
 
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cpp/format/code_name.h"
+#include "cpp/format/problem.h"
 #include "cpp/ops/stable.h"
 
 namespace qlora {
@@ -22,16 +24,29 @@ struct CodeName {
   explicit CodeName(const char* name) : error(find_code(name, &code)) {}
 };
 
+// The argument `activations`. checks::activations returns what it names.
+struct ActivationsName {
+  Activations activations = Activations::kExact;
+  std::string error;  // what is wrong with the name, or empty
+
+  ActivationsName() = default;
+  explicit ActivationsName(const char* name) : error(find_activations(name, &activations)) {}
+};
+
+// An argument that is given as a text, from which it is constructed.
+template <class T>
+concept IsName = std::is_same_v<T, CodeName> || std::is_same_v<T, ActivationsName>;
+
 }  // namespace qlora
 
 // torch's own conversion to std::string copies the text and leaks the copy.
-template <>
-struct torch::stable::detail::ToImpl<qlora::CodeName> {
-  static qlora::CodeName call(StableIValue value, uint64_t, bool) {
+template <qlora::IsName Name>
+struct torch::stable::detail::ToImpl<Name> {
+  static Name call(StableIValue value, uint64_t, bool) {
     const auto handle = torch::stable::detail::to<StringHandle>(value);
     const char* text = nullptr;
     TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
-    qlora::CodeName name(text);
+    Name name(text);
     TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
     return name;
   }
@@ -59,6 +74,8 @@ template <>
 inline constexpr const char* kSchemaType<double> = "float";
 template <>
 inline constexpr const char* kSchemaType<CodeName> = "str";
+template <>
+inline constexpr const char* kSchemaType<ActivationsName> = "str";
 template <>
 inline constexpr const char* kSchemaType<std::vector<int64_t>> = "SymInt[]";
 template <>
@@ -126,6 +143,11 @@ struct AdapterArgs {
   }
 };
 
+// The last argument of the operators that multiply by a packed weight.
+inline auto activations_field(ActivationsName& activations) {
+  return field("activations", activations, {.default_value = "\"exact\""});
+}
+
 struct DequantizeArgs {
   PackedArgs w;
   std::vector<int64_t> shape;
@@ -154,8 +176,10 @@ struct LinearArgs {
   OptionalTensor bias, lora_a, lora_b;
   LoraNumbers lora;
   AdapterArgs adapters;
+  ActivationsName activations;
 
   auto inputs() { return field("x", x); }
+  auto options() { return activations_field(activations); }
   auto others(bool may_omit_dropout) {
     return std::tuple_cat(w.fields(), field("out_features", out_features, {kSymInt}), field("bias", bias),
                           field("lora_a", lora_a), field("lora_b", lora_b), lora.fields(may_omit_dropout),
@@ -170,8 +194,10 @@ struct LinearDxArgs {
   OptionalTensor lora_a, lora_b;
   LoraNumbers lora;
   AdapterArgs adapters;
+  ActivationsName activations;
 
   auto inputs() { return field("dy", dy); }
+  auto options() { return activations_field(activations); }
   auto others(bool may_omit_dropout) {
     return std::tuple_cat(w.fields(), field("in_features", in_features, {kSymInt}), field("lora_a", lora_a),
                           field("lora_b", lora_b), lora.fields(may_omit_dropout), w.last_fields());
@@ -185,6 +211,7 @@ struct LoraGradArgs {
   AdapterArgs adapters;
 
   auto inputs() { return std::tuple_cat(field("dy", dy), field("x", x)); }
+  auto options() { return std::tuple<>(); }
   auto others(bool may_omit_dropout) {
     return std::tuple_cat(field("lora_a", lora_a), field("lora_b", lora_b), lora.fields(may_omit_dropout),
                           field("h", h, {.default_value = "None"}), field("g", g, {.default_value = "None"}));
@@ -193,7 +220,7 @@ struct LoraGradArgs {
 
 template <class Args>
 auto fields_of(Args& a) {
-  return std::tuple_cat(a.inputs(), a.others(false), a.adapters.fields());
+  return std::tuple_cat(a.inputs(), a.others(false), a.adapters.fields(), a.options());
 }
 
 // The same for experts, whose rows end at `offsets`.
@@ -209,7 +236,7 @@ inline constexpr bool kOverExperts = requires(const Args& a) { a.offsets; };
 
 template <class Args>
 auto fields_of(GroupedArgs<Args>& a) {
-  return std::tuple_cat(a.inputs(), field("offsets", a.offsets), a.others(true), a.adapters.fields());
+  return std::tuple_cat(a.inputs(), field("offsets", a.offsets), a.others(true), a.adapters.fields(), a.options());
 }
 
 // Calls visit(field) for each of fields_of(args).

@@ -33,10 +33,10 @@ struct InC<OptionalTensor> {
     return borrowed ? OptionalTensor(InC<Tensor>::taken(*borrowed)) : std::nullopt;
   }
 };
-template <>
-struct InC<CodeName> {
+template <IsName Name>
+struct InC<Name> {
   using Type = const char*;
-  static CodeName taken(const char* name) { return CodeName(name); }
+  static Name taken(const char* name) { return Name(name); }
 };
 
 template <class Fields>

@@ -77,6 +77,7 @@ struct LinearCall {
   LinearCall(const Args& a, bool keeps_h) {
     LinearProblem& p = stack_of(problem);
     p.dtype = checks::compute_dtype("x", a.x);
+    p.activations = checks::activations(a.activations);
     const checks::Experts experts = checks::experts_of(a, "packed", a.w.packed);
     int64_t k = 0;
     p.m = checks::rows_of("x", a.x, &k, experts);
@@ -110,6 +111,7 @@ struct LinearDxCall {
   LinearDxCall(const Args& a, bool keeps_g) {
     LinearDxProblem& p = stack_of(problem);
     p.dtype = checks::compute_dtype("dy", a.dy);
+    p.activations = checks::activations(a.activations);
     const checks::Experts experts = checks::experts_of(a, "packed", a.w.packed);
     int64_t n = 0;
     p.m = checks::rows_of("dy", a.dy, &n, experts);

@@ -148,6 +148,11 @@ inline Code code(const CodeName& name) {
   return name.code;
 }
 
+inline Activations activations(const ActivationsName& name) {
+  require(name.error.empty(), name.error);
+  return name.activations;
+}
+
 // Multiplies sizes, one at a time. A negative size is an error, and so is a product above kMaxElements. A size of 0
 // does not lift the limit on the others, because the strides of an empty tensor are products of them.
 class Count {
