@@ -121,8 +121,8 @@ class DxInt8Task : DxTask<W, T> {
       F scales[kVectors];
       unroll<kVectors>(
           [&](auto i) { scales[i.value] = load(piece_scales_[group] + s * kInt8Segment + i.value * kLanes); });
-      B::round_rows(slice(s, token), kInt8Segment, scales, tokens,
-                    rounded_ + s * kSegmentWords, DxInt8Panels::kDepth, units_ + s * kRoundedTokens);
+      B::round_rows(slice(s, token), kInt8Segment, scales, tokens, rounded_ + s * kSegmentWords, DxInt8Panels::kDepth,
+                    units_ + s * kRoundedTokens);
       for (int64_t t = 0; t < tokens; ++t) units_[s * kRoundedTokens + t] *= one;
     }
   }

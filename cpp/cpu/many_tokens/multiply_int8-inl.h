@@ -6,9 +6,9 @@
 //                                                             + offset [row, block] · int32 sum of x [token, block])
 //   dX       sums [token, column] += unit [token, segment] · int32 sum
 //
-// Sums of a segment, or of a block where blocks are smaller, are exact. They are added in their order, in float32. Where instructions multiply unsigned by
-// signed bytes, something is added to all bytes that are broadcast, and sums start from minus that times the sum of the
-// lanes' bytes.
+// Sums of a segment, or of a block where blocks are smaller, are exact. They are added in their order, in float32.
+// Where instructions multiply unsigned by signed bytes, something is added to all bytes that are broadcast, and sums
+// start from minus that times the sum of the lanes' bytes.
 #pragma once
 
 #include <cstdint>

@@ -70,7 +70,8 @@ struct WordInt8 {
       });
       const U bits = largest_of_rows(most);
       const U above = _mm512_sub_epi32(bits, _mm512_set1_epi32(static_cast<int>(kLeastPlainBits)));
-      if (_mm512_cmplt_epu32_mask(above, _mm512_set1_epi32(static_cast<int>(kInfinityBits - kLeastPlainBits))) != 0xFFFF)
+      if (_mm512_cmplt_epu32_mask(above, _mm512_set1_epi32(static_cast<int>(kInfinityBits - kLeastPlainBits))) !=
+          0xFFFF)
         break;
       const F largest = _mm512_castsi512_ps(bits), of_127 = splat(kInt8Largest);
       alignas(64) float inverse[kLanes];
