@@ -14,7 +14,7 @@ const Kernels& avx512_bf16_kernels() {
       .isa = &kAvx512Bf16Isa,
       .codec = &codec,
       .dense = &dense,
-      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensInt8,
+      .forward = kernels_for<kFewTokensInt8, kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensInt8,
                              kManyTokensFloat>(float64::forward),
       .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensBf16, kManyTokensInt, kManyTokensInt8,
                         kManyTokensFloat>(float64::dx),
