@@ -75,7 +75,7 @@ struct Sums {
       add_to<kDwords>(values, packed, dword, x, sum);
     } else {
       constexpr int kAtOnce = B::kPartialSteps / 2 < kDwords ? B::kPartialSteps / 2 : kDwords;
-      unroll<kDwords / kAtOnce>([&](auto part) {
+      unroll<kDwords / kAtOnce>([&](auto part) __attribute__((always_inline)) {
         typename B::Partial partial[kTokens][1];
         unroll<kTokens>([&](auto i) { partial[i][0] = B::no_partial(); });
         add_to<kAtOnce>(values, packed + part * kAtOnce, dword + part * kAtOnce, x, partial);

@@ -16,7 +16,7 @@ namespace {
 namespace panel {
 
 inline constexpr int kRowDwords = 4;
-inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
+[[gnu::always_inline]] inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
   const char* const row = static_cast<const char*>(p);
   U v[4];  // rows i and 4 + i
   unroll<4>([&](auto i) {
@@ -31,7 +31,7 @@ inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
   out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi64(high01, high23));
 }
 
-inline void decode_eight(const U& values, F packed, U& even, U& odd) {
+[[gnu::always_inline]] inline void decode_eight(const U& values, F packed, U& even, U& odd) {
   const U codes = _mm256_castps_si256(packed), low = _mm256_set1_epi8(15);
   even = _mm256_shuffle_epi8(values, _mm256_and_si256(_mm256_srli_epi16(codes, 4), low));
   odd = _mm256_shuffle_epi8(values, _mm256_and_si256(codes, low));

@@ -16,7 +16,7 @@ namespace {
 namespace panel {
 
 inline constexpr int kRowDwords = 8;
-inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
+[[gnu::always_inline]] inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
   U v[8];  // the bytes of rows i and 4 + i, then of rows 8 + i and 12 + i
   const char* row = static_cast<const char*>(p);
   unroll<4>([&](auto q) {
@@ -45,7 +45,7 @@ inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
 }
 
 // vpermb uses the low six bits of a byte, and a quarter of the values has all of them.
-inline void decode_eight(const U& values, F packed, U& even, U& odd) {
+[[gnu::always_inline]] inline void decode_eight(const U& values, F packed, U& even, U& odd) {
   const U codes = _mm512_castps_si512(packed);
   even = _mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), values);
   odd = _mm512_permutexvar_epi8(codes, values);
