@@ -38,7 +38,7 @@ using few_tokens::TokenGroups;
 inline int blocks_per_segment(const Weight& w) {
   return static_cast<int>(kInt8Segment / ScaleReader(w.scales, kInt8Segment).granule());
 }
-inline constexpr int kMostTokens = kAccumulators / 3;  // of a group: each has two vectors of sums
+inline constexpr int kMostTokens = 8;  // of a group: registers hold their sums beside the decoded rows
 
 template <class T, class B>
 class Int8Forward {
@@ -55,7 +55,9 @@ class Int8Forward {
 
   Outcome run(const Pool& pool) {
     const int64_t m = p_.m, k = p_.w.k, rank = p_.lora.rank;
-    const int64_t scale_floats = kLanes * round_up(segments_ * blocks_, kRowDwords) + stream::kLanes;
+    const auto transposed = [](int64_t columns) { return kLanes * round_up(columns, kRowDwords); };
+    const int64_t of_scales = transposed(segments_ * blocks_), of_b = transposed(rank);
+    const int64_t most = max(of_scales, of_b) + stream::kLanes;  // whole vectors are read and written
     T* dropped = nullptr;
     const auto lay_out = [&](void* base) {
       Carver memory(base);
@@ -65,7 +67,7 @@ class Int8Forward {
       return memory.used();
     };
     const int64_t bytes = lay_out(nullptr);
-    if (bytes > few_tokens::kMaxScratchBytes || 4 * (3 * scale_floats + kLanes * rank) > few_tokens::kMaxScratchBytes)
+    if (bytes > few_tokens::kMaxScratchBytes || 4 * (4 * most) > few_tokens::kMaxScratchBytes)
       return Outcome::kTooLarge;
     lay_out(scratch(ScratchUse::kCall, bytes));
     few_tokens::prepare(pool, p_, 0, dropped, h_, m, [&](int64_t token) { round(token); });
@@ -76,10 +78,10 @@ class Int8Forward {
                    Scratch s{};
                    const auto lay_out = [&](void* base) {
                      Carver memory(base);
-                     s.read = memory.take<float>(scale_floats);
-                     s.scales = memory.take<float>(scale_floats);
-                     s.offsets = memory.take<float>(p_.w.scales.offsets ? scale_floats : 0);
-                     s.b = memory.take<float>(kLanes * rank);
+                     s.read = memory.take<float>(most);
+                     s.scales = memory.take<float>(of_scales);
+                     s.offsets = memory.take<float>(p_.w.scales.offsets ? of_scales : 0);
+                     s.b = memory.take<float>(of_b);
                      return memory.used();
                    };
                    lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
@@ -161,11 +163,16 @@ class Int8Forward {
     }
   }
 
-  // Reads rows of B, transposed.
+  // Reads rows of B, transposed. A vector that is stored after a row's end is overwritten by the next row.
   static void read_b(const Lora& lora, int64_t row, const Scratch& s) {
-    const T* const b = static_cast<const T*>(lora.b) + lora.b_row(row);
-    for (int64_t r = 0; r < kLanes; ++r)
-      for (int64_t j = 0; j < lora.rank; ++j) s.b[j * kLanes + r] = to_float(b[r * lora.b_row(1) + j]);
+    const T* b = static_cast<const T*>(lora.b) + lora.b_row(row);
+    for (float *to = s.read, *const end = to + kLanes * lora.rank; to < end; to += lora.rank, b += lora.b_row(1)) {
+      for (int64_t j = 0; j < lora.rank; j += kLanes) {
+        const int64_t ranks = lora.rank - j;
+        store(to + j, ranks < kLanes ? load_first(b + j, static_cast<int>(ranks)) : load(b + j));
+      }
+    }
+    transpose(s.read, lora.rank, 1.0f, s.b);
   }
 
   // Adds low rank and bias to the sums of a token, whose first lane is `row`, and stores rows first .. last - 1.

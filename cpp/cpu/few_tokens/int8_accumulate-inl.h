@@ -124,7 +124,7 @@ template <class B, int kBlocks, int kTokens>
     if constexpr (kAhead) unroll<kRowDwords>([&](auto i) { rows[i] = next[i]; });
     Sums<B, kTokens> sum;
     F of_segment[kTokens];
-    unroll<kParts>([&](auto part) {
+    unroll<kParts>([&](auto part) __attribute__((always_inline)) {
       constexpr int kDword = part * kOfPart, kBlock = part * kBlocks / kParts;
       if constexpr (!kAhead && kDword % kRowDwords == 0) load_rows(packed + kDword * 4, row_bytes, rows);
       if constexpr (part * kBlocks % kParts == 0) sum.start(x + kX.start(kBlock, 0));
