@@ -113,7 +113,8 @@ constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
   if (kernel == Kernel::kManyTokensInt8) return p.m > 0 && has_int8_segments(p.w);
   if (kernel == Kernel::kFewTokensInt8)
-    return p.m > 0 && p.m <= kMostForwardTokens && p.w.n >= kInt8Rows && has_int8_segments(p.w);
+    return p.activations == Activations::kInt8 && p.m > 0 && p.m <= kMostForwardTokens && p.w.n >= kInt8Rows &&
+           has_int8_segments(p.w);
   if (kernel == Kernel::kManyTokensInt) return p.m > 0 && has_int_columns(p.w);
   if (!info_of(kernel).few_tokens) return true;
   if (p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;

@@ -67,7 +67,7 @@ class Int8Forward {
       return memory.used();
     };
     const int64_t bytes = lay_out(nullptr);
-    if (bytes > few_tokens::kMaxScratchBytes || 4 * (4 * most) > few_tokens::kMaxScratchBytes)
+    if (bytes > few_tokens::kMaxScratchBytes || 16 * most > few_tokens::kMaxScratchBytes)
       return Outcome::kTooLarge;
     lay_out(scratch(ScratchUse::kCall, bytes));
     few_tokens::prepare(pool, p_, 0, dropped, h_, m, [&](int64_t token) { round(token); });
