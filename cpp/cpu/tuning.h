@@ -271,7 +271,8 @@ constexpr void add_many_tokens(const Problem& p, const Cpu& cpu, Choice* c) {
 constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
   Choice c;
   if (multiplies_int8(p, cpu)) {
-    if (cpu.has(kAvx2) && p.m <= kMostInt8FewTokens && accepts(Kernel::kFewTokensInt8, p)) c.add(Kernel::kFewTokensInt8);
+    if (cpu.has(kAvx2) && p.m <= kMostInt8FewTokens && accepts(Kernel::kFewTokensInt8, p))
+      c.add(Kernel::kFewTokensInt8);
     c.add(Kernel::kManyTokensInt8);
   }
   if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {

@@ -20,6 +20,7 @@
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/int8_segment-inl.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
@@ -35,9 +36,6 @@ namespace few_tokens_int8 {
 using few_tokens::lora_of;
 using few_tokens::TokenGroups;
 
-inline int blocks_per_segment(const Weight& w) {
-  return static_cast<int>(kInt8Segment / ScaleReader(w.scales, kInt8Segment).granule());
-}
 inline constexpr int kMostTokens = 8;  // of a group: registers hold their sums beside the decoded rows
 
 template <class T, class B>
@@ -67,8 +65,7 @@ class Int8Forward {
       return memory.used();
     };
     const int64_t bytes = lay_out(nullptr);
-    if (bytes > few_tokens::kMaxScratchBytes || 16 * most > few_tokens::kMaxScratchBytes)
-      return Outcome::kTooLarge;
+    if (bytes > few_tokens::kMaxScratchBytes || 16 * most > few_tokens::kMaxScratchBytes) return Outcome::kTooLarge;
     lay_out(scratch(ScratchUse::kCall, bytes));
     few_tokens::prepare(pool, p_, 0, dropped, h_, m, [&](int64_t token) { round(token); });
     const few_tokens::Items items(p_.w, kLanes);
@@ -195,16 +192,17 @@ class Int8Forward {
   const TokenGroups groups_;
   const ScaleReader reader_;
   const int64_t segments_;
-  const int blocks_;  // of a segment
+  const int blocks_;      // of a segment
   int32_t* x_ = nullptr;  // [group][segment][SegmentOfX]
-  float* h_ = nullptr;  // in the layout of low_rank-inl.h
+  float* h_ = nullptr;    // in the layout of low_rank-inl.h
 };
 
 inline Outcome forward(const Pool& pool, const LinearProblem& p) {
   const Int8CodeTable& codes = int8_codes(p.w.code);
   Outcome outcome = Outcome::kDone;
   with_type(p.dtype, [&]<class T>() {
-    with_int8_word(codes, blocks_per_segment(p.w), [&]<class B>(B) { outcome = Int8Forward<T, B>(p, codes).run(pool); });
+    with_int8_word(codes, blocks_per_segment(p.w),
+                   [&]<class B>(B) { outcome = Int8Forward<T, B>(p, codes).run(pool); });
   });
   return outcome;
 }

@@ -14,6 +14,7 @@
 #include "cpp/cpu/isa/bytes.h"
 #include "cpp/cpu/isa/panel.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/int8_segment-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/problem.h"
@@ -24,7 +25,7 @@ namespace few_tokens_int8 {
 
 using namespace panel;
 
-inline constexpr int kSegmentWords = kInt8Segment / 4, kSegmentBytes = kInt8Segment / 2;
+inline constexpr int kSegmentBytes = kInt8Segment / 2;
 
 // The word of a segment of x that has the columns of dword `dword` of the packed weights with even or odd numbers.
 constexpr int word_of_x(int dword, bool odd) { return dword / 2 * 4 + dword % 2 + 2 * odd; }
@@ -58,9 +59,7 @@ struct Sums {
   typename B::Sum sum[kTokens][kChains];
 
   [[gnu::always_inline]] void start(const int32_t* from) {
-    unroll<kTokens>([&](auto i) {
-      unroll<kChains>([&](auto c) { sum[i][c] = B::splat_sum(c ? 0 : from[i]); });
-    });
+    unroll<kTokens>([&](auto i) { unroll<kChains>([&](auto c) { sum[i][c] = B::splat_sum(c ? 0 : from[i]); }); });
   }
   [[gnu::always_inline]] F total(int i) const {
     F all = B::to_floats(sum[i][0]);
