@@ -84,7 +84,7 @@ class DxInt8Task : DxTask<W, T> {
       float* const sums = this->sums_ + (piece.column - this->column_) * this->tokens_;
       for (int64_t t = 0; t < this->tokens_; t += kRoundedTokens) {
         const int64_t some = min(this->tokens_ - t, kRoundedTokens);
-        DxInt8Panels in{rounded_, words_, units_, starts_, kIntColumns, segments};
+        DxInt8Panels in{rounded_, words_, units_, starts_, kRoundedTokens, kIntColumns, segments};
         for (int64_t l = 0; l < kIntColumns; l += kTileLanes) {
           if (l % group_ == 0) round_slice(t, some, segments, l / group_);
           in.lanes = words_ + l * segments * kSegmentWords, in.starts = starts_ + l;
@@ -95,12 +95,15 @@ class DxInt8Task : DxTask<W, T> {
     }
   }
 
+  float* slice(int64_t segment, int64_t token) const { return dy_ + (segment * this->tokens_ + token) * kInt8Segment; }
+
   // Rows [row, row + rows) of dy as floats, and zeros after them up to a whole segment.
   void load_slice(int64_t row, int64_t rows) {
     const int64_t padded = round_up(rows, kInt8Segment);
     for (int64_t t = 0; t < this->tokens_; ++t) {
       const T* const dy = static_cast<const T*>(this->p_.dy) + this->place(t) * this->p_.w.n + row;
-      for (int64_t r = 0; r < padded; r += kLanes) store(dy_ + t * kSliceRows + r, load_some(dy + r, rows - r));
+      for (int64_t r = 0; r < padded; r += kLanes)
+        store(slice(r / kInt8Segment, t) + r % kInt8Segment, load_some(dy + r, rows - r));
     }
   }
 
@@ -119,13 +122,9 @@ class DxInt8Task : DxTask<W, T> {
       F scales[kVectors];
       unroll<kVectors>(
           [&](auto i) { scales[i.value] = load(piece_scales_[group] + s * kInt8Segment + i.value * kLanes); });
-      for (int64_t t = 0; t < tokens; ++t) {
-        const float* const dy = dy_ + (token + t) * kSliceRows + s * kInt8Segment;
-        F v[kVectors];
-        unroll<kVectors>([&](auto i) { v[i.value] = mul(load(dy + i.value * kLanes), scales[i.value]); });
-        units_[t * DxInt8Panels::kMostSegments + s] =
-            one * B::template round<Int8Order::kMemory>(v, rounded_ + t * DxInt8Panels::kDepth + s * kSegmentWords);
-      }
+      B::round_rows(slice(s, token), kInt8Segment, scales, tokens,
+                    rounded_ + s * kSegmentWords, DxInt8Panels::kDepth, units_ + s * kRoundedTokens);
+      for (int64_t t = 0; t < tokens; ++t) units_[s * kRoundedTokens + t] *= one;
     }
   }
 
@@ -153,7 +152,7 @@ class DxInt8Task : DxTask<W, T> {
   const int64_t group_;  // columns that share a row's scale
   const bool halves_ = group_ < kGroup;
   const typename B::Values values_;
-  float* const dy_;  // a slice [token][kSliceRows]
+  float* const dy_;  // a slice [segment][token][kInt8Segment]
   alignas(64) int32_t words_[kIntColumns * DxInt8Panels::kDepth];
   alignas(64) int32_t starts_[DxInt8Panels::kMostSegments * kIntColumns];
   alignas(64) float piece_scales_[kIntColumns / kLeastIntBlock][kSliceRows];
