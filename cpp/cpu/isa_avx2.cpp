@@ -14,8 +14,8 @@ const Kernels& avx2_kernels() {
       .isa = &kAvx2Isa,
       .codec = &codec,
       .dense = &dense,
-      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensInt8, kManyTokensFloat>(
-          float64::forward),
+      .forward = kernels_for<kFewTokensInt8, kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensInt8,
+                             kManyTokensFloat>(float64::forward),
       .dx = kernels_for<kFewTokensFloat, kManyTokensInt, kManyTokensInt8, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensFloat>(float64::dlora),
   };

@@ -14,8 +14,8 @@ const Kernels& avx512_kernels() {
       .isa = &kAvx512Isa,
       .codec = &codec,
       .dense = &dense,
-      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensInt8, kManyTokensFloat>(
-          float64::forward),
+      .forward = kernels_for<kFewTokensInt8, kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensInt8,
+                             kManyTokensFloat>(float64::forward),
       .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensInt, kManyTokensInt8, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensFloat>(float64::dlora),
   };

@@ -20,6 +20,7 @@ const Kernels& avx_vnni_kernels() {
   static const Kernels kernels = [] {
     Kernels k = avx2_kernels();
     k.isa = &kAvxVnniIsa;
+    k.forward[kFewTokensInt8] = run<kFewTokensInt8>;
     k.forward[kFewTokensInt] = run<kFewTokensInt>;
     k.forward[kManyTokensInt] = run<kManyTokensInt>;
     k.dx[kManyTokensInt] = run<kManyTokensInt>;

@@ -8,6 +8,7 @@
 #include "cpp/cpu/check.h"
 #include "cpp/cpu/shared/dropout.h"
 #include "cpp/cpu/tuning.h"
+#include "cpp/format/code_tables.h"
 #include "cpp/format/grouped.h"
 #include "cpp/format/print_kernels.h"
 #include "tests/kernels/accuracy.h"
@@ -109,6 +110,37 @@ Matrix inputs(const LinearShape& s, int64_t rows, int64_t columns, DType dtype, 
   return m;
 }
 
+// x as Activations::kInt8 rounds it.
+Matrix rounded_to_int8(const Matrix& x) {
+  Matrix out = x;
+  for (size_t first = 0; first < out.value.size(); first += kInt8Segment) {
+    float largest = 0.0f;
+    for (int i = 0; i < kInt8Segment; ++i)
+      largest = std::fmax(largest, std::fabs(static_cast<float>(out.value[first + i])));
+    const float factor = largest < 0x1p-100f ? 0x1p60f : 1.0f, scaled = largest * factor;
+    const double unit = scaled / 127.0f / factor;
+    const float inverse = scaled > 0.0f ? 127.0f / scaled : 0.0f;
+    for (int i = 0; i < kInt8Segment; ++i) {
+      double& value = out.value[first + i];
+      value = unit * std::nearbyint(static_cast<float>(value) * factor * inverse);
+    }
+  }
+  return out;
+}
+// w with the 8-bit integers of its code.
+Matrix with_int8_codes(const Matrix& decoded, const Weight& w) {
+  const Int8CodeTable& codes = int8_codes(w.code);
+  Matrix out = decoded;
+  std::vector<float> scale(ceil_div(w.n * w.k, w.scales.block_size));
+  cpu::scalar_kernels().codec->dequantize_absmax(kOneThread, w.scales, static_cast<int64_t>(scale.size()),
+                                                 scale.data());
+  for (int64_t i = 0; i < w.n * w.k; ++i) {
+    const int code = code_at(w.packed, i);
+    out.value[i] += (codes.value[code] / codes.per_one - w.table().value[code]) * scale[i / w.scales.block_size];
+  }
+  return out;
+}
+
 Matrix factor(int64_t rows, int64_t columns, double size, DType dtype, Random& random) {
   Matrix m(rows, columns);
   for (double& x : m.value) x = rounded(random.normal() * size, dtype);
@@ -149,6 +181,16 @@ class LinearTest {
       std::vector<Product> products = {{given(x), transposed(w), {}}};
       if (r) products.push_back({h, given(transposed(b)), {}});
       check("linear_nf4", set_.forward, cpu::linear_nf4, forward,
+            {{m, n, sums(products, s.bias ? bias.value : std::vector<double>{}, dtype)}, {m, r, expected(h)}},
+            [](LinearProblem* p, std::vector<Tensor>& out) { p->y = out[0].data(), p->h = out[1].data(); });
+    }
+
+    if (set_.forward[cpu::Kernel::kManyTokensInt8] && cpu::has_int8_segments(forward.w)) {
+      forward.activations = Activations::kInt8;
+      std::vector<Product> products = {
+          {given(rounded_to_int8(x)), given(transposed(with_int8_codes(weights.decoded(), forward.w))), {}}};
+      if (r) products.push_back({h, given(transposed(b)), {}});
+      check("linear_nf4 in int8", set_.forward, cpu::linear_nf4, forward,
             {{m, n, sums(products, s.bias ? bias.value : std::vector<double>{}, dtype)}, {m, r, expected(h)}},
             [](LinearProblem* p, std::vector<Tensor>& out) { p->y = out[0].data(), p->h = out[1].data(); });
     }
@@ -195,6 +237,7 @@ class LinearTest {
     const Tensor x_tensor(dtype, x), a_tensor(dtype, a), b_tensor(dtype, b);
     LinearProblem p;
     p.dtype = dtype, p.m = s.m, p.x = x_tensor.data(), p.w = weights.weight();
+    p.activations = Activations::kInt8;  // the exact kernels do not look at it
     p.lora.a = a_tensor.data(), p.lora.b = b_tensor.data(), p.lora.rank = s.rank;
     for (const cpu::KernelInfo& info : cpu::kKernelInfo) {
       const auto run = set_.forward[info.kernel];
@@ -223,6 +266,16 @@ class LinearTest {
   static bool has_kernels(const KernelsFor<Problem>& kernels, DType dtype) {
     for (const cpu::KernelInfo& info : cpu::kKernelInfo)
       if (kernels[info.kernel] && info.types.has(dtype)) return true;
+    return false;
+  }
+
+  // Whether a kernel rounds activations to int8, and whether the problem asks for it.
+  static bool rounds(cpu::Kernel kernel) {
+    return kernel == cpu::Kernel::kFewTokensInt8 || kernel == cpu::Kernel::kManyTokensInt8;
+  }
+  template <class Problem>
+  static bool is_rounded(const Problem& p) {
+    if constexpr (requires { p.activations; }) return p.activations == Activations::kInt8;
     return false;
   }
 
@@ -261,7 +314,8 @@ class LinearTest {
     };
     for (const cpu::KernelInfo& info : cpu::kKernelInfo) {
       const auto run = kernels[info.kernel];
-      if (run && accepts(info.kernel, p)) attempt(info.name, [&](const cpu::Pool& pool) { return run(pool, p); });
+      if (run && accepts(info.kernel, p) && rounds(info.kernel) == is_rounded(p))
+        attempt(info.name, [&](const cpu::Pool& pool) { return run(pool, p); });
     }
     attempt("choice", [&](const cpu::Pool& pool) {
       cpu::check(chosen(pool, p));

@@ -51,7 +51,7 @@ inline constexpr int64_t kLeastStolenBytes = 64 << 10;  // of packed weights
 struct Items {
   int64_t super_tile, rows;  // weight rows of a super-tile and of an item
 
-  Items(const Weight& w, const WeightRows& weight_rows) : super_tile(int64_t{kTileRows} * weight_rows.period) {
+  Items(const Weight& w, int64_t super_tile_) : super_tile(super_tile_) {
     constexpr int64_t kItemBytes = 8 << 10;
     rows = super_tile * max(ceil_div(kItemBytes, max(super_tile * w.k / 2, 1)),
                             ceil_div(ceil_div(w.n, super_tile), WorkStealingRanges::kMaxItems));
@@ -61,6 +61,33 @@ struct Items {
     return ceil_div(super_tile * w.k, ScaleReader(w.scales).granule()) + 2 + kLanes;
   }
 };
+
+// Runs compute(first row, end) for the super-tiles that a thread takes, and prefetches what follows.
+template <class T, class Compute>
+[[gnu::always_inline]] inline void walk(const LinearProblem& p, const Items& items, const ScaleReader& reader,
+                                        WorkStealingRanges& ranges, int64_t thread, const Compute& compute) {
+  const auto first_row = [&](int64_t item) { return min(item * items.rows, p.w.n); };
+  const auto prefetch_scales_and_lora_b = [&](int64_t first, int64_t last) {
+    const int64_t row_bytes =
+        (p.lora.adapters ? p.lora.adapters->stack_rank : p.lora.rank) * static_cast<int64_t>(sizeof(T));
+    if (row_bytes) prefetch(static_cast<const uint8_t*>(p.lora.b) + first * row_bytes, (last - first) * row_bytes);
+    reader.prefetch_blocks(first * p.w.k, last * p.w.k);
+  };
+  RowPagePrefetcher pages(p.w, 0, p.w.k);
+  int64_t expected = -1;
+  for (WorkStealingRanges::Range left = ranges.next(thread); !left.empty(); left = ranges.next(thread)) {
+    const int64_t item = left.first, first = first_row(item), last = first_row(item + 1);
+    if (item != expected) {  // the first item of a range
+      pages.go_to(first, first_row(left.end));
+      prefetch(p.w.packed + first * p.w.k / 2, min((last - first) * p.w.k / 2, kMaxPrefetchBytes));
+      prefetch_scales_and_lora_b(first, last);
+    }
+    expected = item + 1;
+    pages.reach((item + 2) * items.rows);
+    if (item + 1 < left.end) prefetch_scales_and_lora_b(last, first_row(item + 2));
+    for (int64_t n = first; n < last; n += items.super_tile) compute(n, min(n + items.super_tile, last));
+  }
+}
 
 // A thread's walk over W.
 template <class T, class Products>
@@ -81,35 +108,13 @@ class ForwardWalk {
       return memory.used();
     };
     lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
-    ScaleReader reader(p_.w.scales);
-    RowPagePrefetcher pages(p_.w, 0, p_.w.k);
-    int64_t expected = -1;
-    for (WorkStealingRanges::Range left = ranges.next(thread); !left.empty(); left = ranges.next(thread)) {
-      const int64_t item = left.first, first = first_row(item), last = first_row(item + 1);
-      if (item != expected) {  // the first item of a range
-        pages.go_to(first, first_row(left.end));
-        prefetch(p_.w.packed + first * p_.w.k / 2, min((last - first) * p_.w.k / 2, kMaxPrefetchBytes));
-        prefetch_scales_and_lora_b(reader, first, last);
-      }
-      expected = item + 1;
-      pages.reach((item + 2) * items_.rows);
-      if (item + 1 < left.end) prefetch_scales_and_lora_b(reader, last, first_row(item + 2));
-      for (int64_t n = first; n < last; n += items_.super_tile)
-        compute(n, min(n + items_.super_tile, last), reader, scales, offsets, sums);
-    }
+    const ScaleReader reader(p_.w.scales);
+    walk<T>(p_, items_, reader, ranges, thread,
+            [&](int64_t first, int64_t last) { compute(first, last, reader, scales, offsets, sums); });
   }
 
  private:
   static constexpr bool kHasOffsets = Products::kOffsets != OffsetsEnter::kNothing;
-
-  int64_t first_row(int64_t item) const { return min(item * items_.rows, p_.w.n); }
-
-  void prefetch_scales_and_lora_b(const ScaleReader& reader, int64_t first, int64_t last) const {
-    const int64_t row_bytes =
-        (p_.lora.adapters ? p_.lora.adapters->stack_rank : p_.lora.rank) * static_cast<int64_t>(sizeof(T));
-    if (row_bytes) prefetch(static_cast<const uint8_t*>(p_.lora.b) + first * row_bytes, (last - first) * row_bytes);
-    reader.prefetch_blocks(first * p_.w.k, last * p_.w.k);
-  }
 
   // Computes the super-tile of weight rows first .. last - 1 for all tokens.
   [[gnu::always_inline]] void compute(int64_t first, int64_t last, const ScaleReader& reader, float* scales,
@@ -157,38 +162,37 @@ LinearProblem tokens_of(const LinearProblem& p, int64_t first, int64_t count) {
   return part;
 }
 
-// Computes h and the arrangements of x. Threads get tiles of h and tokens to arrange in turn, so that each has its part
-// of both. `dropped` holds x after dropout, or nothing where no element is dropped.
-template <class T, class Products>
-void prepare(const Pool& pool, const LinearProblem& p, const Products& products, const ForwardPlan<Products>& plan,
-             int64_t first_token, T* dropped, const ArrangedX<Products>& x) {
-  const int64_t k = p.w.k, rank = p.lora.rank, period = plan.rows.period;
+// Computes h, and runs arrange(i) for i below `arranged`. Threads get tiles of h and parts of x to arrange in turn, so
+// that each has its part of both. `dropped` holds x after dropout, or nothing where no element is dropped.
+template <class T, class Arrange>
+void prepare(const Pool& pool, const LinearProblem& p, int64_t first_token, T* dropped, float* h, int64_t arranged,
+             const Arrange& arrange) {
+  const int64_t k = p.w.k, rank = p.lora.rank;
   // A is read a few rows at a time, too few for the hardware to start prefetching.
   prefetch(p.lora.a, min(rank * k * static_cast<int64_t>(sizeof(T)), kMaxPrefetchBytes));
 
   const T* in = static_cast<const T*>(p.x);
-  for (int64_t i = 0; i < p.m * padded_rank(rank); ++i) x.h[i] = 0.0f;
+  for (int64_t i = 0; i < p.m * padded_rank(rank); ++i) h[i] = 0.0f;
   const bool drops = rank && p.lora.dropout.active();
   for (int64_t i = 0; drops && i < p.m; ++i)
     drop(lora_of(p.lora, first_token + i).dropout, in + i * k, 1, k, first_token + i, dropped + i * k);
   const int64_t of_tile = p.lora.adapters ? 1 : kTileTokens;
   const int64_t rank_groups = ceil_div(rank, kTileRanks), h_tiles = ceil_div(p.m, of_tile) * rank_groups;
-  const int64_t arranged = p.m * period, units = h_tiles + arranged;
+  const int64_t units = h_tiles + arranged;
   auto prepare_units = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t tile = i * h_tiles / units, token = i - tile;
+      const int64_t tile = i * h_tiles / units;
       if ((i + 1) * h_tiles / units > tile) {
         const int64_t first = tile / rank_groups * of_tile;
         low_rank_h(lora_of(p.lora, first_token + first), drops ? dropped : in, p.m, k, first, min(of_tile, p.m - first),
-                   tile % rank_groups * kTileRanks, x.h);
+                   tile % rank_groups * kTileRanks, h);
       } else {
-        arrange_token(products, plan, in, token / period, static_cast<int>(token % period), first_token, x);
+        arrange(i - tile);
       }
     }
   };
-  run(pool, p.m * k * (rank + 16 * period) > kWorthThreads, units, 1, prepare_units);
-  if (p.h)
-    save_low_rank<T>(p.m, rank, [&](int64_t i, int64_t j) { return x.h + (j / kLanes * p.m + i) * kLanes; }, p.h);
+  run(pool, k * (p.m * rank + 16 * arranged) > kWorthThreads, units, 1, prepare_units);
+  if (p.h) save_low_rank<T>(p.m, rank, [&](int64_t i, int64_t j) { return h + (j / kLanes * p.m + i) * kLanes; }, p.h);
 }
 
 // The forward of p, whose first token is token `first_token` of the call. If the arrangements do not fit the scratch,
@@ -197,16 +201,17 @@ template <class T, class Products>
 Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, FallbackTokens* fallback_tokens) {
   const Products products(p.w);
   const ForwardPlan<Products> plan(p.m, p.w);
-  const Items items(p.w, plan.rows);
+  const int64_t period = plan.rows.period;
+  const Items items(p.w, kTileRows * period);
   const int64_t k = p.w.k;
   ArrangedX<Products> x{};
   x.fallback_tokens = fallback_tokens;
   T* dropped = nullptr;
   const auto lay_out = [&](void* base) {
     Carver memory(base);
-    x.values = memory.take<typename Products::X>(plan.arrangement_values() * plan.rows.period);
-    x.scales = memory.take<float>(plan.arrangement_scales() * plan.rows.period);
-    x.sums = memory.take<float>(plan.arrangement_sums() * plan.rows.period);
+    x.values = memory.take<typename Products::X>(plan.arrangement_values() * period);
+    x.scales = memory.take<float>(plan.arrangement_scales() * period);
+    x.sums = memory.take<float>(plan.arrangement_sums() * period);
     x.h = memory.take<float>(p.m * padded_rank(p.lora.rank));
     dropped = memory.take<T>(p.lora.rank && p.lora.dropout.active() ? p.m * k : 0);
     return memory.used();
@@ -220,7 +225,9 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, F
     return forward<T, Products>(pool, tokens_of<T>(p, half, p.m - half), first_token + half, fallback_tokens);
   }
   lay_out(scratch(ScratchUse::kCall, bytes));
-  prepare(pool, p, products, plan, first_token, dropped, x);
+  prepare(pool, p, first_token, dropped, x.h, p.m * period, [&](int64_t i) {
+    arrange_token(products, plan, static_cast<const T*>(p.x), i / period, static_cast<int>(i % period), first_token, x);
+  });
   if (fallback_tokens->contains_all(first_token, p.m)) return Outcome::kDone;
   run_stealing(pool, ceil_div(p.w.n, items.rows), ceil_div(kWorthThreads, items.rows * k * p.m),
                max(ceil_div(kLeastStolenBytes, max(items.rows * k / 2, 1)), 2),

@@ -18,6 +18,7 @@
 #include "cpp/cpu/many_tokens/tasks-inl.h"
 #include "cpp/cpu/many_tokens/weight-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/int8_segment-inl.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"

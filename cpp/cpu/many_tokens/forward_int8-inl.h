@@ -17,6 +17,7 @@
 #include "cpp/cpu/many_tokens/weight-inl.h"
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/int8_segment-inl.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
@@ -28,10 +29,6 @@ namespace {
 namespace many_tokens {
 
 using namespace panel;
-
-inline int blocks_per_segment(const Weight& w) {
-  return static_cast<int>(w.scales.block_size < kInt8Segment ? kInt8Segment / w.scales.block_size : 1);
-}
 
 // x rounded to int8, as a lanes panel [tile][k / 4][width] and what belongs to its lanes.
 struct Int8Tokens {

@@ -17,6 +17,7 @@
 #include "cpp/cpu/isa/panel.h"
 #include "cpp/cpu/many_tokens/multiply-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/int8_segment-inl.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
@@ -28,7 +29,6 @@ namespace many_tokens {
 
 using namespace panel;
 
-inline constexpr int kSegmentWords = kInt8Segment / 4;
 inline constexpr int kLeastInt8Block = 16, kMostInt8Blocks = 4 * kDepth / kLeastInt8Block;  // of a row of a panel
 
 template <int height, int vectors>

@@ -18,6 +18,11 @@ inline constexpr bool is_plain_segment(uint32_t largest_bits) {
   return largest_bits - kLeastPlainBits < kInfinityBits - kLeastPlainBits;
 }
 inline constexpr float kInt8Largest = 127.0f;
+inline constexpr int kSegmentWords = kInt8Segment / 4;  // of four int8
+
+inline int blocks_per_segment(const Weight& w) {
+  return static_cast<int>(w.scales.block_size < kInt8Segment ? kInt8Segment / w.scales.block_size : 1);
+}
 
 // The order of a segment's bytes: that of memory, or that in which the codes of a weight row are decoded, where of each
 // 16 elements the even ones, which are the high nibbles of 8 bytes, come first.
