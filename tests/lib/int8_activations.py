@@ -1,5 +1,4 @@
-"""Results of linear layers with ``activations="int8"`` by the oracle, with the bounds of float32's sums, and how far they
-may be from the exact ones."""
+"""Results of linear layers with ``activations="int8"`` by the oracle, and how far they may be from the exact ones."""
 
 from __future__ import annotations
 

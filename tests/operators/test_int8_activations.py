@@ -50,6 +50,17 @@ def test_every_form(form: str) -> None:
         check(int8.sample(form, m, n, 256))
 
 
+@pytest.mark.parametrize("kernel", [kernel for kernel in _C.kernels("linear_nf4") if kernel.endswith("_int8")])
+def test_every_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for the numbers of tokens for which it is not chosen."""
+    monkeypatch.setenv("QLORA_CPU_KERNEL", kernel)
+    for dtype in _C.kernels("linear_nf4")[kernel]:
+        for m, n in ((1, 96), (8, 70), (33, 512)):
+            for form in ("nf4", "q4_1", "nvfp4"):
+                s = int8.sample(form, m, n, 320, dtype=getattr(torch, dtype))
+                assert_accurate(forward(s), int8.forward(s))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["nf4", "q4_0", "q4_1", "made up"])
 def test_with_bias_and_dropped_out_lora(form: str, dtype: torch.dtype) -> None:
@@ -98,17 +109,18 @@ def test_segments_of_every_size(change) -> None:
     np.testing.assert_allclose(y, parts, rtol=1e-5, atol=1e-6 * np.abs(y).max(initial=0))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # infinity times a weight of 0
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_token(value: float) -> None:
     for m in (2, 70):
         s = int8.sample("q4_0", m, 64, 192)
-        clean, dy = s.forward(), s.dy()
-        before, clean_dx = forward(s), dx(s, dy)
+        dy = s.dy()
+        y, dx_before = forward(s), dx(s, dy)
         s.x[1, 100] = dy[1, 33] = value
         weight = s.decoded()
         for found, clean, other in (
-            (forward(s), before, value * weight[:, 100]),
-            (dx(s, dy), clean_dx, value * weight[33]),
+            (forward(s), y, value * weight[:, 100]),
+            (dx(s, dy), dx_before, value * weight[33]),
         ):
             expected = clean.double()
             expected[1] = torch.from_numpy(other)
