@@ -33,8 +33,7 @@ SCALED8 = "scaled8"  # integers, whose unit is minus a nested scale
 SCALE_FORMS = (FLOAT32, FLOAT16, BFLOAT16, NESTED8, TABLE8, NESTED_TABLE8)
 OFFSET_FORMS = (FLOAT32, FLOAT16, BFLOAT16, ZERO_POINT8, SCALED8)
 # What meets a 4-bit weight: the activations as they are, or rounded to int8 on the CPU.
-EXACT = "exact"
-ACTIVATIONS = (EXACT, "int8")
+EXACT, INT8 = ACTIVATIONS = ("exact", "int8")
 BLOCK_SIZES: tuple[int, ...] = tuple(_C.block_sizes())
 MAX_NESTED_BLOCK_SIZE: int = _C.MAX_NESTED_BLOCK_SIZE
 MAX_ELEMENTS: int = _C.MAX_ELEMENTS  # cpp/format/packing.h has the reason
