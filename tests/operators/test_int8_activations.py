@@ -21,6 +21,7 @@ from qlora_ext import _C
 from samples import DTYPES, OPCHECKS, OPS, LinearSample, gradients, linear_sample, to_f64
 
 test_on = isas.test_on
+pytestmark = pytest.mark.skipif(not int8.SERVED, reason=f"{_C.cpu_isa()} has no kernels of this mode")
 # Tokens and rows of the weight: one, few, a tile, many; and dy with whole segments, and with a last one of 16.
 SIZES = [(1, 64), (7, 80), (64, 80), (300, 128)]
 
@@ -50,7 +51,9 @@ def test_every_form(form: str) -> None:
         check(int8.sample(form, m, n, 256))
 
 
-@pytest.mark.parametrize("kernel", [kernel for kernel in _C.kernels("linear_nf4") if kernel.endswith("_int8")])
+@pytest.mark.parametrize(
+    "kernel", [name for name, dtypes in _C.kernels("linear_nf4").items() if dtypes and name.endswith("_int8")]
+)
 def test_every_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for the numbers of tokens for which it is not chosen."""
     monkeypatch.setenv("QLORA_CPU_KERNEL", kernel)
