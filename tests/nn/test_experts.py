@@ -127,7 +127,7 @@ def test_activations_reach_both_products(monkeypatch: pytest.MonkeyPatch) -> Non
     experts(x, *chosen)
     experts(x, *chosen, lora={"down_proj": merged})
     assert given == ["int8"] * 4
-    assert repr(experts).endswith("activations=int8)")
+    assert experts.extra_repr().endswith("activations=int8")
 
 
 def test_quantize_model_finds_experts() -> None:

@@ -84,7 +84,7 @@ def test_quantize_model_shares_skips_and_keeps_tied() -> None:
     assert model.head.weight is model.embed.weight
 
 
-def test_activations_reach_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_reach_every_product() -> None:
     """Of layers, with LoRA, merged weights, and tied heads; and layers show them if they are not exact."""
     layer = Linear4bit.from_linear(nn.Linear(128, 48), activations="int8")
     x, a, b = torch.randn(70, 128), torch.randn(4, 128), torch.randn(48, 4)
