@@ -31,8 +31,11 @@ def _auto(isa: str, codes: set[str]) -> tuple[str, str]:
     return EXACT, f"{isa} does not multiply int8 fast by the codes {', '.join(sorted(codes))}"
 
 
-def set_activations(model: Any, wanted: str) -> None:
+def set_activations(model: Any, wanted: str, device: str) -> None:
     """Sets ``activations`` of the 4-bit layers of ``model`` to a value of ``--activations``, and reports a choice.
+
+    Args:
+        device: the type of the device that computes.
 
     Raises:
         UserError: a recorded value is none of ``CHOICES``.
@@ -44,8 +47,8 @@ def set_activations(model: Any, wanted: str) -> None:
         raise UserError(f"activations: expected {', '.join(CHOICES)}, got {excerpt(wanted)}")
     layers = [layer for _, layer in layers_of(model)]
     chosen = wanted
-    if model.device.type != "cpu" and wanted != EXACT:
-        chosen, why = EXACT, f"4-bit layers compute exactly on {model.device.type}"
+    if device != "cpu" and wanted != EXACT:
+        chosen, why = EXACT, f"4-bit layers compute exactly on {device}"
     elif wanted == AUTO:
         chosen, why = _auto(_C.cpu_isa(), {layer.form.code for layer in layers})
     if chosen != wanted:

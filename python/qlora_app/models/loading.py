@@ -258,7 +258,7 @@ class Loader:
     def _finished(self, model: Any) -> Any:
         model = _checked(model, self.source, self.dtype, self.compute, self.layers)
         if self.activations is not None:
-            set_activations(model, self.activations)
+            set_activations(model, self.activations, self.device.type)
         return model
 
     def _quantize(self, model: Any, keep: Callable[[Any], list[str]] | None = None, **options: Any) -> None:
