@@ -1,5 +1,5 @@
-// The values of a code as 16-bit numbers, for instructions that multiply pairs of them, and which of its codes are
-// large.
+// The values of a code as 16-bit and 8-bit numbers, for instructions that multiply several of them, and which of its
+// codes are large.
 #pragma once
 
 #include "cpp/format/codes.h"
@@ -14,7 +14,8 @@ namespace qlora {
 // eight products with 15-bit factors inside int32.
 struct IntCodeTable {
   static constexpr int kLargest = 8191;
-  int16_t value[kCodes] = {};
+  using Value = int16_t;
+  Value value[kCodes] = {};
   double per_one = 0.0;
   bool serves = false;
   bool exact = false;
@@ -67,6 +68,61 @@ static_assert(kIntCodes[Code::kE2m1].exact && kIntCodes[Code::kInt4].exact && kI
 QLORA_EXPORT const IntCodeTable& custom_int_codes(Code code);
 QLORA_INLINE constexpr const IntCodeTable& int_codes(Code code) {
   return is_custom(code) ? custom_int_codes(code) : kIntCodes[code];
+}
+
+// 8-bit integers, for products with x rounded to int8: value ~ integer / per_one. Where a power of two makes all values
+// integers they are exact. Otherwise per_one is the multiplier that fits the 16 values best, among those that change no
+// value by more than 1/254 of the largest, as rounding to 127ths may.
+struct Int8CodeTable {
+  static constexpr int kLargest = 127;
+  using Value = int8_t;
+  Value value[kCodes] = {};
+  double per_one = 0.0;
+  bool exact = false;
+  int8_t least = 0, most = 0;  // of the integers
+
+  constexpr Int8CodeTable() = default;
+  explicit constexpr Int8CodeTable(const CodeTable& table) {
+    double power = 1.0;
+    while (table.largest * power >= 2.0) power /= 2.0;
+    while (table.largest * power < 1.0) power *= 2.0;
+    for (; table.largest * power <= kLargest && !exact; power *= 2.0) {
+      exact = true;
+      for (const float x : table.value) exact &= x * power == nearest(x * power);
+      per_one = power;
+    }
+    if (!exact) per_one = best_multiplier(table) / table.largest;
+    for (int i = 0; i < kCodes; ++i) {
+      value[i] = static_cast<int8_t>(nearest(table.value[i] * per_one));
+      least = value[i] < least ? value[i] : least;
+      most = value[i] > most ? value[i] : most;
+    }
+  }
+
+ private:
+  static constexpr double best_multiplier(const CodeTable& table) {
+    double best = 1e9, multiplier = kLargest;
+    for (int i = 0; i <= 126; ++i) {
+      const double candidate = kLargest - 0.5 * i;
+      double sum = 0.0, most = 0.0;
+      for (const float value : table.value) {
+        const double exact = value / double{table.largest} * candidate, rounding = exact - nearest(exact);
+        const double size = rounding < 0 ? -rounding : rounding;
+        sum += rounding * rounding, most = size > most ? size : most;
+      }
+      if (most / candidate > 0.5 / kLargest * (1 + 1e-9)) continue;
+      if (sum / (candidate * candidate) < best) best = sum / (candidate * candidate), multiplier = candidate;
+    }
+    return multiplier;
+  }
+  static constexpr int nearest(double x) { return static_cast<int>(x < 0 ? x - 0.5 : x + 0.5); }
+};
+inline constexpr PerCode<Int8CodeTable> kInt8Codes;
+static_assert(kInt8Codes[Code::kE2m1].exact && kInt8Codes[Code::kInt4].exact && kInt8Codes[Code::kUint4].exact &&
+              kInt8Codes[Code::kIq4Nl].exact);
+const Int8CodeTable& custom_int8_codes(Code code);
+QLORA_INLINE constexpr const Int8CodeTable& int8_codes(Code code) {
+  return is_custom(code) ? custom_int8_codes(code) : kInt8Codes[code];
 }
 
 // bfloat16, for products summed in float32: value ~ number / per_one. The multiplier of the values, in units of the

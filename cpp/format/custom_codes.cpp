@@ -13,11 +13,12 @@ namespace {
 struct CustomCode {
   CodeTable table;
   IntCodeTable ints;
+  Int8CodeTable bytes;
   Bf16CodeTable bf16;
   LargeCodes large;
 
   explicit CustomCode(const float (&values)[kCodes])
-      : table("custom", false, values), ints(table), bf16(table), large(table) {}
+      : table("custom", false, values), ints(table), bytes(table), bf16(table), large(table) {}
 };
 
 // Entries are appended and never change. An entry is written before `count` says that it is there.
@@ -63,6 +64,7 @@ bool intern_code(const float (&values)[kCodes], Code* code) {
 
 const CodeTable& custom_table(Code code) { return entry(code).table; }
 const IntCodeTable& custom_int_codes(Code code) { return entry(code).ints; }
+const Int8CodeTable& custom_int8_codes(Code code) { return entry(code).bytes; }
 const Bf16CodeTable& custom_bf16_codes(Code code) { return entry(code).bf16; }
 const LargeCodes& custom_large_codes(Code code) { return entry(code).large; }
 
