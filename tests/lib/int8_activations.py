@@ -16,6 +16,7 @@ from qlora_ext import _C
 from samples import LinearSample, linear_sample, rows
 
 INT8 = "int8"
+LEAST_DX_BLOCK = 32  # smaller blocks have an exact gradient
 # Whether the instruction set in use has kernels of the mode. Others compute exactly.
 SERVED = any(kernel.endswith("_int8") for kernel in _C.choose("linear_nf4", "float32", 70, 64, 128, activations=INT8))
 # The rounding of 127 / a and of the product with it, and that of the unit, in units: 3 · 127 · 2^-24 beside a half.
@@ -48,6 +49,14 @@ class Int8Weight:
     @property
     def values(self) -> np.ndarray:
         return self.scale.astype(np.float64) * self.c / self.per_one + self.offset
+
+    def of_dx(self) -> Int8Weight:
+        """The same weight as the gradient multiplies it: beside offsets, the integers lie around zero."""
+        if not self.offset.any():
+            return self
+        middle = (int(self.c.min()) + int(self.c.max()) + 1) // 2
+        offset = np.float32(self.offset) + np.float32(middle / self.per_one) * self.scale
+        return dataclasses.replace(self, c=self.c - middle, offset=offset.astype(np.float64))
 
     @property
     def noise(self) -> np.ndarray:
@@ -84,7 +93,7 @@ def _column_groups(w: Int8Weight, dy: np.ndarray) -> list[tuple[slice, np.ndarra
 
 def dx(s: LinearSample, dy: Tensor) -> accuracy.Expected:
     """dx of the sample."""
-    w, dy64 = Int8Weight.of(s), rows(dy)
+    w, dy64 = Int8Weight.of(s).of_dx(), rows(dy)
     parts = []
     for columns, q, units in _column_groups(w, dy64):
         ones = w.c[:, columns] / w.per_one
@@ -109,7 +118,7 @@ def forward_bound(s: LinearSample) -> np.ndarray:
 
 def dx_bound(s: LinearSample, dy: Tensor) -> np.ndarray:
     """[M, K]: the same of dx."""
-    w, dy64 = Int8Weight.of(s), rows(dy)
+    w, dy64 = Int8Weight.of(s).of_dx(), rows(dy)
     bound = np.abs(dy64) @ np.abs(w.values - s.decoded())
     for columns, _, units in _column_groups(w, dy64):
         bound[:, columns] += FACTOR * units / 2 @ np.abs(w.c[:, columns] / w.per_one)

@@ -37,10 +37,12 @@ def dx(s: LinearSample, dy: Tensor, with_g: bool = False):
 def check(s: LinearSample) -> None:
     """Both directions against the oracle, and within the bound of the exact result."""
     dy = s.dy()
-    for found, expected, exact, bound in (
-        (forward(s), int8.forward(s), s.forward_accuracy(), int8.forward_bound(s)),
-        (dx(s, dy), int8.dx(s, dy), s.dx_accuracy(dy), int8.dx_bound(s, dy)),
-    ):
+    directions = [(forward(s), int8.forward(s), s.forward_accuracy(), int8.forward_bound(s))]
+    if s.w4.block_size < int8.LEAST_DX_BLOCK:
+        assert torch.equal(dx(s, dy), s.dx(dy))
+    else:
+        directions.append((dx(s, dy), int8.dx(s, dy), s.dx_accuracy(dy), int8.dx_bound(s, dy)))
+    for found, expected, exact, bound in directions:
         assert_accurate(found, expected)
         assert (np.abs(to_f64(found) - exact.exact) <= bound + np.maximum(exact.bound, expected.bound)).all()
 
@@ -87,7 +89,7 @@ def _with_zeros(x: Tensor) -> None:
 
 
 def _with_large(x: Tensor) -> None:
-    x[:, 5], x[2, 70] = 3e4, -3e38
+    x[:, 5], x[2, 33] = 3e4, -3e38
 
 
 def _tiny(x: Tensor) -> None:
