@@ -83,7 +83,7 @@ class DxInt8Task : DxTask<W, T> {
       float* const sums = this->sums_ + (piece.column - this->column_) * this->tokens_;
       for (int64_t t = 0; t < this->tokens_; t += kRoundedTokens) {
         const int64_t some = min(this->tokens_ - t, kRoundedTokens);
-        DxInt8Panels in{rounded_, words_, units_, starts_, kIntColumns, segments};
+        DxInt8Panels in{rounded_, words_, units_, starts_, kRoundedTokens, kIntColumns, segments};
         for (int64_t l = 0; l < kIntColumns; l += kTileLanes) {
           if (l % group_ == 0) round_slice(t, some, segments, l / group_);
           in.lanes = words_ + l * segments * kSegmentWords, in.starts = starts_ + l;
@@ -118,13 +118,9 @@ class DxInt8Task : DxTask<W, T> {
       F scales[kVectors];
       unroll<kVectors>(
           [&](auto i) { scales[i.value] = load(piece_scales_[group] + s * kInt8Segment + i.value * kLanes); });
-      for (int64_t t = 0; t < tokens; ++t) {
-        const float* const dy = dy_ + (token + t) * kSliceRows + s * kInt8Segment;
-        F v[kVectors];
-        unroll<kVectors>([&](auto i) { v[i.value] = mul(load(dy + i.value * kLanes), scales[i.value]); });
-        units_[t * DxInt8Panels::kMostSegments + s] =
-            one * B::template round<Int8Order::kMemory>(v, rounded_ + t * DxInt8Panels::kDepth + s * kSegmentWords);
-      }
+      B::round_rows(dy_ + token * kSliceRows + s * kInt8Segment, kSliceRows, scales, tokens,
+                    rounded_ + s * kSegmentWords, DxInt8Panels::kDepth, units_ + s * kRoundedTokens);
+      for (int64_t t = 0; t < tokens; ++t) units_[s * kRoundedTokens + t] *= one;
     }
   }
 

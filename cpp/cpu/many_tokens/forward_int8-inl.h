@@ -124,7 +124,7 @@ class ForwardInt8Task : ForwardTask<W, T> {
       const int64_t segment = piece.column / kInt8Segment;
       ForwardInt8Panels in{};
       in.broadcast = panel_, in.scales = piece_scales_, in.offsets = w.scales.offsets ? piece_offsets_ : nullptr;
-      in.stride = x_.stride, in.blocks = blocks_, in.segments = static_cast<int>(piece.columns / kInt8Segment);
+      in.stride = x_.stride, in.blocks = static_cast<int>(piece.columns / kInt8Segment) * blocks_;
       for (int64_t l = 0; l < this->tokens_; l += kTileLanes) {
         const int64_t width = tile_width(this->tokens_ - l), lane = token_in_x_ + l;
         in.lanes = x_.words + lane * (w.k / 4) + piece.column / 4 * width;
@@ -132,18 +132,17 @@ class ForwardInt8Task : ForwardTask<W, T> {
         in.starts = x_.starts + segment * blocks_ * x_.stride + lane;
         in.x_sums = x_.sums + segment * blocks_ * x_.stride + lane;
         float* const sums = this->sums_ + l * this->rows_ + (piece.row - this->row_) * width;
-        if (blocks_ == 1) {
-          multiply<true>(in, width, piece.rows, sums, piece.column == 0, prefetcher);
-        } else {
-          multiply<false>(in, width, piece.rows, sums, piece.column == 0, prefetcher);
-        }
+        const auto multiply = blocks_ == 1   ? &ForwardInt8Task::multiply<kSegmentWords>
+                              : blocks_ == 2 ? &ForwardInt8Task::multiply<kSegmentWords / 2>
+                                             : &ForwardInt8Task::multiply<kSegmentWords / 4>;
+        multiply(in, width, piece.rows, sums, piece.column == 0, prefetcher);
       }
     }
   }
-  template <bool kOneBlock>
-  void multiply(const ForwardInt8Panels& in, int64_t width, int64_t rows, float* sums, bool first,
-                WeightLinePrefetcher& prefetcher) {
-    using Tile = ForwardInt8Tile<B, kOneBlock>;
+  template <int words_of_block>
+  static void multiply(const ForwardInt8Panels& in, int64_t width, int64_t rows, float* sums, bool first,
+                       WeightLinePrefetcher& prefetcher) {
+    using Tile = ForwardInt8Tile<B, words_of_block>;
     if (width == kTileLanes) {
       multiply_int8<Tile, 2>(in, rows, sums, first, prefetcher);
     } else {

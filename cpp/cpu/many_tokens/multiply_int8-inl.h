@@ -2,11 +2,11 @@
 // kInt8Segment elements of the summed dimension, over which the rounded operand has one unit. Forward and dX differ in
 // which operand is broadcast, and in what belongs to it:
 //
-//   forward  sums [row, token]    += unit [token, segment] · sum over the blocks of the segment
-//                                      (scale [row, block] · int32 sum + offset [row, block] · int32 sum of x [token])
+//   forward  sums [row, token]    += unit [token, segment] · (scale [row, block] · int32 sum
+//                                                             + offset [row, block] · int32 sum of x [token, block])
 //   dX       sums [token, column] += unit [token, segment] · int32 sum
 //
-// Sums of a segment are exact. Segments are added in their order, in float32. Where instructions multiply unsigned by
+// Sums of a segment, or of a block where blocks are smaller, are exact. They are added in their order, in float32. Where instructions multiply unsigned by
 // signed bytes, something is added to all bytes that are broadcast, and sums start from minus that times the sum of the
 // lanes' bytes.
 #pragma once
@@ -86,7 +86,7 @@ struct ForwardInt8Panels {
   const int32_t* starts;     // [block][lane], what sums start from, blocks `stride` apart
   const float* x_sums;       // likewise, for offsets
   int64_t stride;
-  int segments, blocks;  // blocks of a segment
+  int blocks;  // or segments, where blocks are larger
 
   void skip_rows(int64_t rows) {
     broadcast += rows * kDepth, scales += rows * kMostInt8Blocks;
@@ -94,49 +94,34 @@ struct ForwardInt8Panels {
   }
 };
 
-template <class B, bool kOneBlock>
+template <class B, int words_of_block>
 struct ForwardInt8Tile {
   using Panels = ForwardInt8Panels;
 
   template <int height, int vectors>
   static void multiply(const Panels& in, float* sums, bool first, WeightLinePrefetcher& prefetcher) {
-    constexpr int kWidth = vectors * kLanes;
     F total[height][vectors];
     load_totals(sums, first, total);
     const int32_t *broadcast = in.broadcast, *lane = in.lanes;
-    const int blocks = kOneBlock ? 1 : in.blocks, words = kSegmentWords / blocks;
-    for (int s = 0; s < in.segments; ++s) {
+    for (int block = 0; block < in.blocks; ++block, broadcast += words_of_block) {
       prefetcher.step();
-      F of_segment[height][vectors];
-      unroll<height>([&](auto r) { unroll<vectors>([&](auto v) { of_segment[r.value][v.value] = zero(); }); });
-      for (int b = 0; b < blocks; ++b, broadcast += words, lane += words * kWidth) {
-        const int block = s * blocks + b;
-        typename B::Sum sum[height][vectors];
-        unroll<vectors>([&](auto v) {
-          const auto start = B::load_sum(in.starts + block * in.stride + v.value * kLanes);
-          unroll<height>([&](auto r) { sum[r.value][v.value] = start; });
-        });
-        add_products<B, kDepth>(broadcast, lane, kOneBlock ? kSegmentWords : words, sum);
-        unroll<height>([&](auto r) {
-          const F scale = splat(in.scales[r.value * kMostInt8Blocks + block]);
-          unroll<vectors>([&](auto v) {
-            F& to = of_segment[r.value][v.value];
-            to = multiply_add(B::to_floats(sum[r.value][v.value]), scale, to);
-          });
-        });
-        if (!in.offsets) continue;
-        unroll<height>([&](auto r) {
-          const F offset = splat(in.offsets[r.value * kMostInt8Blocks + block]);
-          unroll<vectors>([&](auto v) {
-            F& to = of_segment[r.value][v.value];
-            to = multiply_add(load(in.x_sums + block * in.stride + v.value * kLanes), offset, to);
-          });
-        });
-      }
+      typename B::Sum sum[height][vectors];
       unroll<vectors>([&](auto v) {
-        const F unit = load(in.units + s * in.stride + v.value * kLanes);
-        unroll<height>([&](auto r) {
-          total[r.value][v.value] = multiply_add(of_segment[r.value][v.value], unit, total[r.value][v.value]);
+        const auto start = B::load_sum(in.starts + block * in.stride + v.value * kLanes);
+        unroll<height>([&](auto r) { sum[r.value][v.value] = start; });
+      });
+      add_products<B, kDepth>(broadcast, lane, words_of_block, sum);
+      lane += words_of_block * vectors * kLanes;
+      const float* const units = in.units + block * words_of_block / kSegmentWords * in.stride;
+      unroll<height>([&](auto r) {
+        const F scale = splat(in.scales[r.value * kMostInt8Blocks + block]);
+        unroll<vectors>([&](auto v) {
+          F of_block = mul(B::to_floats(sum[r.value][v.value]), scale);
+          if (in.offsets) {
+            of_block = multiply_add(load(in.x_sums + block * in.stride + v.value * kLanes),
+                                    splat(in.offsets[r.value * kMostInt8Blocks + block]), of_block);
+          }
+          total[r.value][v.value] = multiply_add(of_block, load(units + v.value * kLanes), total[r.value][v.value]);
         });
       });
     }
@@ -150,12 +135,12 @@ struct DxInt8Panels {
 
   const int32_t* broadcast;  // dy · scale [height][kDepth]
   const int32_t* lanes;      // W [depth][width]
-  const float* units;        // [height][kMostSegments]
+  const float* units;        // [segment][row], segments `unit_stride` apart
   const int32_t* starts;     // [segment][lane], what sums start from, segments `stride` apart
-  int64_t stride;
+  int64_t unit_stride, stride;
   int segments;
 
-  void skip_rows(int64_t rows) { broadcast += rows * kDepth, units += rows * kMostSegments; }
+  void skip_rows(int64_t rows) { broadcast += rows * kDepth, units += rows; }
 };
 
 template <class B>
@@ -176,7 +161,7 @@ struct DxInt8Tile {
       });
       add_products<B, Panels::kDepth>(broadcast, lane, kSegmentWords, sum);
       unroll<height>([&](auto r) {
-        const F unit = splat(in.units[r.value * Panels::kMostSegments + s]);
+        const F unit = splat(in.units[s * in.unit_stride + r.value]);
         unroll<vectors>([&](auto v) {
           total[r.value][v.value] = multiply_add(B::to_floats(sum[r.value][v.value]), unit, total[r.value][v.value]);
         });
@@ -189,7 +174,7 @@ struct DxInt8Tile {
 // Tile::multiply<height, vectors> by height.
 template <class Tile, int vectors>
 struct Int8TilesByHeight {
-  static constexpr int kMost = kAccumulators / 2;
+  static constexpr int kMost = kInt8Height;
   void (*of[kMost + 1])(const typename Tile::Panels&, float*, bool, WeightLinePrefetcher&) = {};
   constexpr Int8TilesByHeight() { fill<kMost>(); }
 

@@ -82,6 +82,15 @@ struct Int8Bytes {
     return unit;
   }
 
+  static void round_rows(const float* x, int64_t stride, const F (&scales)[kInt8Segment / kLanes], int64_t count,
+                         Word* out, int64_t out_stride, float* units) {
+    for (int64_t i = 0; i < count; ++i, x += stride, out += out_stride) {
+      F v[kInt8Segment / kLanes];
+      for (int j = 0; j < kInt8Segment / kLanes; ++j) v[j] = mul(panel::load(x + j * kLanes), scales[j]);
+      units[i] = round<Int8Order::kMemory>(v, out);
+    }
+  }
+
   using Values = U;  // in each half
   static Values values_of(const Int8CodeTable& codes, int added) {
     const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes.value));
@@ -120,6 +129,7 @@ struct Int8Bytes {
 };
 
 inline constexpr bool kHasBf16Words = false;
+inline constexpr int kInt8Height = 3;
 
 #ifdef __AVXVNNI__
 

@@ -41,37 +41,51 @@ struct WordInt8 {
 
   template <Int8Order order>
   static float round(const F (&v)[4], Word* out) {
-    const auto magnitude = [&](F x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)); };
     const U most = _mm512_max_epu32(_mm512_max_epu32(magnitude(v[0]), magnitude(v[1])),
                                     _mm512_max_epu32(magnitude(v[2]), magnitude(v[3])));
     const uint32_t bits = _mm512_reduce_max_epu32(most);
-    float unit = 0.0f;
-    U rounded;
     if (is_plain_segment(bits)) [[likely]] {
       const float largest = __builtin_bit_cast(float, bits);
-      const F inverse = splat(kInt8Largest / largest);
-      unit = largest / kInt8Largest;
-      const auto nearest = [&](F x) { return _mm512_cvtps_epi32(mul(x, inverse)); };
-      // Packing joins quarters of vectors: quarter i then has elements 4i .. 4i + 3 of each of v.
-      rounded = _mm512_packs_epi16(_mm512_packs_epi32(nearest(v[0]), nearest(v[1])),
-                                   _mm512_packs_epi32(nearest(v[2]), nearest(v[3])));
-      rounded =
-          _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rounded);
-    } else {
-      float x[kInt8Segment];
-      for (int i = 0; i < 4; ++i) panel::store(x + i * kLanes, v[i]);
-      int8_t bytes[kInt8Segment];
-      unit = round_segment(x, bytes);
-      rounded = _mm512_loadu_si512(bytes);
+      store(out, in_order<order>(rounded_times(v, splat(kInt8Largest / largest))));
+      return largest / kInt8Largest;
     }
-    if constexpr (order == Int8Order::kDecoded) {
-      const __m128i from = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-      rounded = _mm512_shuffle_epi8(rounded, _mm512_broadcast_i32x4(from));
-    } else {
-      rounded = _mm512_xor_si512(rounded, _mm512_set1_epi8(static_cast<char>(128)));
-    }
-    store(out, rounded);
+    float x[kInt8Segment];
+    for (int i = 0; i < 4; ++i) panel::store(x + i * kLanes, v[i]);
+    int8_t bytes[kInt8Segment];
+    const float unit = round_segment(x, bytes);
+    store(out, in_order<order>(_mm512_loadu_si512(bytes)));
     return unit;
+  }
+  // The largest of 16 segments are found together.
+  static void round_rows(const float* x, int64_t stride, const F (&scales)[4], int64_t count, Word* out,
+                         int64_t out_stride, float* units) {
+    const auto scaled = [&](int64_t i, int j) { return mul(panel::load(x + i * stride + j * kLanes), scales[j]); };
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      U most[kLanes];
+      unroll<kLanes>([&](auto r) {
+        U largest = magnitude(scaled(i + r.value, 0));
+        unroll<3>([&](auto j) { largest = _mm512_max_epu32(largest, magnitude(scaled(i + r.value, j.value + 1))); });
+        most[r.value] = largest;
+      });
+      const U bits = largest_of_rows(most);
+      const U above = _mm512_sub_epi32(bits, _mm512_set1_epi32(static_cast<int>(kLeastPlainBits)));
+      if (_mm512_cmplt_epu32_mask(above, _mm512_set1_epi32(static_cast<int>(kInfinityBits - kLeastPlainBits))) != 0xFFFF)
+        break;
+      const F largest = _mm512_castsi512_ps(bits), of_127 = splat(kInt8Largest);
+      alignas(64) float inverse[kLanes];
+      panel::store(inverse, _mm512_div_ps(of_127, largest));
+      panel::store(units + i, _mm512_div_ps(largest, of_127));
+      unroll<kLanes>([&](auto r) {
+        const F by = splat(inverse[r.value]);
+        const F v[4] = {scaled(i + r.value, 0), scaled(i + r.value, 1), scaled(i + r.value, 2), scaled(i + r.value, 3)};
+        store(out + (i + r.value) * out_stride, in_order<Int8Order::kMemory>(rounded_times(v, by)));
+      });
+    }
+    for (; i < count; ++i) {
+      const F v[4] = {scaled(i, 0), scaled(i, 1), scaled(i, 2), scaled(i, 3)};
+      units[i] = round<Int8Order::kMemory>(v, out + i * out_stride);
+    }
   }
 
   using Values = U;  // in each quarter
@@ -113,6 +127,38 @@ struct WordInt8 {
   }
 
  private:
+  static U magnitude(F x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)); }
+  // The bytes of a segment times `inverse`, in memory order.
+  static U rounded_times(const F (&v)[4], F inverse) {
+    const auto nearest = [&](F x) { return _mm512_cvtps_epi32(mul(x, inverse)); };
+    // Packing joins quarters of vectors: quarter i then has elements 4i .. 4i + 3 of each of v.
+    const U bytes = _mm512_packs_epi16(_mm512_packs_epi32(nearest(v[0]), nearest(v[1])),
+                                       _mm512_packs_epi32(nearest(v[2]), nearest(v[3])));
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+  }
+  template <Int8Order order>
+  static U in_order(U bytes) {
+    if constexpr (order == Int8Order::kMemory) return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(128)));
+    const __m128i from = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    return _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(from));
+  }
+  // The largest lane of each of 16 vectors of bits, in the order of the vectors.
+  static U largest_of_rows(const U (&v)[kLanes]) {
+    U pairs[8], fours[4], halves[2];  // of the largest, each stage in half as many vectors
+    unroll<8>([&](auto i) {
+      const U a = v[2 * i.value], b = v[2 * i.value + 1];
+      pairs[i.value] = _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    });
+    unroll<4>([&](auto i) {
+      const U a = pairs[2 * i.value], b = pairs[2 * i.value + 1];
+      fours[i.value] = _mm512_max_epu32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    });
+    const auto join_quarters = [](U a, U b) {
+      return _mm512_max_epu32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+    };
+    unroll<2>([&](auto i) { halves[i.value] = join_quarters(fours[2 * i.value], fours[2 * i.value + 1]); });
+    return join_quarters(halves[0], halves[1]);
+  }
   static U look_up(const Values& values, U codes) {
     return _mm512_shuffle_epi8(values, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
   }
@@ -126,6 +172,7 @@ struct WordInt8 {
   }
 };
 
+inline constexpr int kInt8Height = 7;
 #ifdef __AVX512BF16__
 inline constexpr bool kHasBf16Words = true;
 #else

@@ -86,6 +86,16 @@ struct WordInt8 {
     return unit;
   }
 
+  // Rounds `count` segments of floats, `stride` apart and times `scales`, to be broadcast: to words `out_stride` apart.
+  static void round_rows(const float* x, int64_t stride, const F (&scales)[kInt8Segment / kLanes], int64_t count,
+                         Word* out, int64_t out_stride, float* units) {
+    for (int64_t i = 0; i < count; ++i, x += stride, out += out_stride) {
+      F v[kInt8Segment / kLanes];
+      for (int j = 0; j < kInt8Segment / kLanes; ++j) v[j] = mul(panel::load(x + j * kLanes), scales[j]);
+      units[i] = round<Int8Order::kMemory>(v, out);
+    }
+  }
+
   // The integers of the codes, in the form from which weights are decoded: for decode_row, to be broadcast, or for
   // decode_lanes.
   struct Values {
@@ -118,6 +128,8 @@ struct WordInt8 {
 };
 
 inline constexpr bool kHasBf16Words = false;
+// Rows of a tile of outputs that is two vectors wide: its sums of int32 and of floats stay in registers.
+inline constexpr int kInt8Height = 3;
 
 // Runs run(word) with the word that is fastest for a weight's codes, where it has `blocks` blocks per segment.
 template <class Run>
