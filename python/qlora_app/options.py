@@ -10,9 +10,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from qlora_ext.dtype_names import AUTO
+from qlora_ext.formats import EXACT
 from qlora_ext.untrusted import FileError, check, excerpt
 
 from .errors import UserError
+from .models.activations import CHOICES as ACTIVATIONS
+from .models.activations import HELP as ACTIVATIONS_HELP
 
 # The default directory of a run: ``finetune`` writes it, other commands read the adapter from it.
 DEFAULT_RUN = "qlora-run"
@@ -173,6 +176,8 @@ class BaseOptions(Options):
         "faster in float32 and on a GPU that lacks it, which takes float16",
     )
 
+    activations: str | None = EXACT  # no option, except of commands that generate text
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SavedOptions(BaseOptions):
@@ -189,6 +194,9 @@ class SamplingOptions(BaseOptions):
     max_new_tokens: int = option(80, "maximum length of an answer", 1, maximum=1_000_000)
     temperature: float = option(0.0, "sampling temperature; 0 always takes the most likely token")
     seed: int = option(0, "seed of sampling", 0, maximum=2**32 - 1)
+    activations: str | None = option(
+        None, f"{ACTIVATIONS_HELP} (default: as the adapter was trained, or the model saved)", choices=ACTIVATIONS
+    )
     compile: str = option(
         "auto",
         "generate with compiled code, which takes about two minutes to compile and is cached for later runs; "

@@ -24,6 +24,7 @@ from ._library import LIBRARY
 from .adapters import StackedAdapters, adapter_of_each_row, stack_adapters
 from .arguments import arguments_of
 from .form import Form
+from .formats import EXACT, check_activations
 from .ops import autocast_dtype, autocast_linear_nf4_args
 from .weight_ops import FUNCTIONS, implements
 from .weight_tensor import Numbers, Weight4bit, operands
@@ -135,6 +136,14 @@ class LinearOperator:
 _LINEAR, _EXPERTS = LinearOperator("linear_nf4"), LinearOperator("grouped_linear_nf4")
 
 
+def last_arguments(adapters: tuple[Any, ...], activations: str) -> tuple[Any, ...]:
+    """The last arguments of an operator: those that describe several adapters, () for one, and ``activations``.
+
+    Defaults at the end are left out, because each argument costs a small layer time.
+    """
+    return adapters if activations == EXACT else (*(adapters or (None, None, None, None, 0)), activations)
+
+
 def linear_over(offsets: Tensor | None) -> tuple[LinearOperator, tuple[Tensor, ...]]:
     """The operator over a single weight or over experts, and the argument that only the latter has."""
     return (_LINEAR, ()) if offsets is None else (_EXPERTS, (offsets,))
@@ -163,6 +172,7 @@ def _forward(ctx: Any, linear: LinearOperator, args: tuple[Any, ...]) -> Tensor:
     ctx.numbers = a.block_size, a.nested_block_size, a.code
     ctx.in_features = a.x.shape[-1]
     ctx.lora_numbers, ctx.max_rank = (a.scaling, a.dropout_p, a.seed), a.max_rank
+    ctx.activations = a.activations
     return y
 
 
@@ -177,7 +187,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if needs.x:
         loan = contextlib.nullcontext(PackedTensors(*others[4:])) if ctx.owner is None else ctx.owner()
         with loan as packed:
-            args = dy, *rows, *operands(packed, Numbers(*ctx.numbers), ctx.in_features, *lora), *adapters
+            args = dy, *rows, *operands(packed, Numbers(*ctx.numbers), ctx.in_features, *lora)
+            args += last_arguments(adapters, ctx.activations)
             dx, g = (linear.dx(*args), None) if h is None else linear.dx_with_g(*args)
     if h is not None:
         da, db = linear.dlora(dy, x, *rows, *lora, h, g, *adapters)
@@ -196,8 +207,8 @@ class LinearNF4Function(torch.autograd.Function):
     ``apply`` takes the arguments of ``torch.ops.qlora.linear_nf4`` in its order: x [..., K], packed, absmax,
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
     lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device), code, scale_table,
-    block_offsets and offset_scale; and of several adapters adapter_of_row, rank_offsets, scalings, seeds and max_rank
-    (``adapters.py``).
+    block_offsets and offset_scale; of several adapters adapter_of_row, rank_offsets, scalings, seeds and max_rank
+    (``adapters.py``); and activations, which apply to dx too.
     Gradients reach x, bias, lora_a and lora_b. The backward saves references to the packed state (or to its owner, see
     ``_internal/shared_buffers.py``), the adapters and the seed; and, if adapters are trained, x and
     h = scaling · dropout(x) · Aᵀ [..., R]. It saves no dequantized weight and no dropout mask: it draws the mask again
@@ -260,17 +271,18 @@ def call_linear(
     *others: Any,
     adapters: tuple[Any, ...] = (),
     offsets: Tensor | None = None,
+    activations: str = EXACT,
 ) -> Tensor:
     """``linear_nf4`` of ``torch.ops.qlora``, or ``grouped_linear_nf4`` of experts, without the dispatcher if possible.
 
     Args:
         w, form: see ``operands``.
         others: out_features, bias, lora_a, lora_b, scaling, dropout_p, seed and seed_tensor.
-        adapters: the operator's last arguments, which describe the adapters of a call with several.
+        adapters: the operator's arguments that describe the adapters of a call with several.
         offsets: of experts.
     """
     linear, rows = linear_over(offsets)
-    args = x, *rows, *operands(w, form, *others), *adapters
+    args = x, *rows, *operands(w, form, *others), *last_arguments(adapters, activations)
     by_dispatcher = torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active()
     if by_dispatcher or torch._C._is_any_autocast_enabled():
         y: Tensor = linear.operator(*args)
@@ -341,6 +353,7 @@ def linear_nf4(
     dropout_p: float = 0.0,
     seed: int | Tensor | Sequence[int] | None = None,
     adapter_of_row: Tensor | None = None,
+    activations: str = EXACT,
 ) -> Tensor:
     """The fused QLoRA layer: y = x · dequantize(w4)ᵀ + scaling · dropout(x) · lora_aᵀ · lora_bᵀ + bias.
 
@@ -360,6 +373,9 @@ def linear_nf4(
             once. A row has the bits of the same call with its adapter alone, and dropout's mask is that
             of this call. An adapter's gradients are those of a call with its rows alone, but for the mask.
             docs/operators.md says where CUDA differs: it cannot reject numbers of adapters that do not exist.
+        activations: "int8" rounds what meets the weight, x and in the backward dy times the scales, to int8 with a
+            scale per token and 64 columns, which is faster on a CPU. LoRA and bias take the exact x and dy. CUDA, and
+            layers whose in_features are no multiple of 64, compute exactly. docs/operators.md has the error bound.
 
     Returns:
         y [..., N] in x's dtype, differentiable in x, bias, lora_a and lora_b. Under autocast the dense arguments
@@ -412,5 +428,6 @@ def linear_nf4(
     seed, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (seed, None)
     if w4.column_order is not None:
         x, lora_a = in_order_of(w4.column_order, x, lora_a)
+    check_activations(activations)
     lora = lora_a, lora_b, scaling, dropout_p, seed, seed_tensor
-    return call_linear(x, w4, w4, w4.shape[0], bias, *lora, adapters=adapters)
+    return call_linear(x, w4, w4, w4.shape[0], bias, *lora, adapters=adapters, activations=activations)

@@ -32,6 +32,8 @@ ZERO_POINT8 = "zero_point8"  # integers, whose unit is minus the block's scale
 SCALED8 = "scaled8"  # integers, whose unit is minus a nested scale
 SCALE_FORMS = (FLOAT32, FLOAT16, BFLOAT16, NESTED8, TABLE8, NESTED_TABLE8)
 OFFSET_FORMS = (FLOAT32, FLOAT16, BFLOAT16, ZERO_POINT8, SCALED8)
+# What meets a 4-bit weight: the activations as they are, or rounded to int8 on the CPU.
+EXACT, INT8 = ACTIVATIONS = ("exact", "int8")
 BLOCK_SIZES: tuple[int, ...] = tuple(_C.block_sizes())
 MAX_NESTED_BLOCK_SIZE: int = _C.MAX_NESTED_BLOCK_SIZE
 MAX_ELEMENTS: int = _C.MAX_ELEMENTS  # cpp/format/packing.h has the reason
@@ -65,6 +67,12 @@ def check_offsets(offsets: Any) -> None:
     """Raises a ValueError unless ``offsets`` is None or the name of a form of offsets."""
     if offsets is not None and offsets not in OFFSET_FORMS:
         raise ValueError(f"offsets: expected None, {', '.join(OFFSET_FORMS)}, got {reprlib.repr(offsets)}")
+
+
+def check_activations(activations: Any) -> None:
+    """Raises a ValueError unless ``activations`` is one of ``ACTIVATIONS``."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations: expected {' or '.join(ACTIVATIONS)}, got {reprlib.repr(activations)}")
 
 
 # A code that a caller makes up has no entry in a table: its name contains the bits of its 16 float32 values.

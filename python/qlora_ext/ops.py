@@ -18,7 +18,7 @@ from torch import Tensor
 from ._library import LIBRARY, OPERATORS
 from ._library import link_compiled_code as link_compiled_code
 from .arguments import arguments_of
-from .formats import MAX_ELEMENTS, NF4, check_block_sizes, check_code, is_integer
+from .formats import EXACT, MAX_ELEMENTS, NF4, check_activations, check_block_sizes, check_code, is_integer
 
 # Named tuples of the operators' arguments. An omitted argument takes the schema's default.
 given_linear_nf4 = arguments_of(torch.ops.qlora.linear_nf4.default, defaults=True)
@@ -100,6 +100,7 @@ def register_fake(name: str) -> Callable[[Any], Any]:
                 _refuse_onnx()
             check_block_sizes(getattr(a, "block_size", 64), getattr(a, "nested_block_size", 256))
             check_code(getattr(a, "code", NF4))
+            check_activations(getattr(a, "activations", EXACT))
             check_lora_numbers(getattr(a, "scaling", 1.0), getattr(a, "dropout_p", 0.0))
             check_seed_tensor(getattr(a, "seed_tensor", None))
             check_one_device(name, *args)

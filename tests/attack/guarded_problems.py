@@ -13,14 +13,19 @@ import torch
 
 from campaign import Problem, serve
 from fences import fenced, fill_new_memory
-from random_problems import CPU_KERNELS, KERNEL_VARIABLE, OPS, Draw, bits, call_by_kernel, draw
+from random_problems import CPU_KERNELS, KERNEL_VARIABLE, OPS, Draw, bits, by_name, call_by_kernel, draw, in_order
+
+_INT8_KERNELS = ["few_tokens_int8", "many_tokens_int8"]
 
 
 def guarded(rng: random.Random) -> Problem:
     d = Draw(rng)
     name, arguments = draw(d, rng, on_cpu=True)
     operator = getattr(OPS, name)
-    kernel = d.choose("kernel", ["", "", *CPU_KERNELS]) if "linear" in name else ""
+    kernel = d.choose("kernel", ["", "", *CPU_KERNELS, *_INT8_KERNELS]) if "linear" in name else ""
+    if "activations" in by_name(name, arguments):
+        options = {"activations": d.choose("activations", ["exact", "int8"])}
+        arguments = in_order(name, by_name(name, arguments) | options)
 
     def run() -> str | None:
         torch.set_num_threads(rng.randint(1, 3))

@@ -15,8 +15,10 @@ from transformers.integrations import integration_utils
 
 from commands import SMALL, Paths, adapter_bytes, base, here, read_lines, stopped
 from qlora_app.data import read_examples, split
+from qlora_app.models import Loader, activations
 from qlora_app.training.settings import SCHEDULES, Settings, layer_numbers
 from qlora_app.training.trainer import training_arguments
+from qlora_ext.nn import layers_of
 
 STEPS = ["--max-steps", "5", "--save-steps", "3"]
 
@@ -136,6 +138,58 @@ def test_a_head_that_is_tied_is_trained_with_the_embeddings(paths: Paths, tmp_pa
     trained = merged.get_input_embeddings().weight
     assert torch.equal(trained, merged.get_output_embeddings().weight)
     assert not torch.equal(trained, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("isa", "codes", "expected"),
+    [
+        ("avx512_bf16", {"nf4"}, "int8"),
+        ("avx_vnni", {"nf4", "int4"}, "int8"),
+        ("neon_i8mm", {"nf4"}, "int8"),
+        ("avx2", {"int4", "uint4", "e2m1"}, "int8"),
+        ("avx2", {"int4", "nf4"}, "exact"),
+        ("scalar", {"int4"}, "exact"),
+        ("neon", {"int4"}, "exact"),
+    ],
+)
+def test_the_automatic_activations(isa: str, codes: set[str], expected: str) -> None:
+    chosen, why = activations._auto(isa, codes)
+    assert chosen == expected
+    assert why.startswith(isa)
+
+
+def test_activations(
+    paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, refused: Any
+) -> None:
+    """What auto is at the start of a run is recorded, restored when it is resumed or answers, and told in the card."""
+    computed: list[set[str]] = []
+    original = Loader._finished
+
+    def spy(self: Loader, model: Any) -> Any:
+        model = original(self, model)
+        computed.append({layer.activations for _, layer in layers_of(model)})
+        return model
+
+    monkeypatch.setattr(Loader, "_finished", spy)
+    monkeypatch.setattr(activations, "_auto", lambda isa, codes: ("int8", "of a test"))
+    run = tmp_path / "run"
+    here("finetune", *base(paths), "--output", run, *SMALL, *STEPS, "--activations", "auto")
+    assert "qlora-ext: --activations auto: int8, because of a test" in capfd.readouterr().err
+    assert json.loads((run / "settings.json").read_text())["activations"] == "auto"
+    assert json.loads((run / "adapter" / "qlora_run.json").read_text())["settings"]["activations"] == "int8"
+    assert "rounded their inputs and gradients to int8" in (run / "adapter" / "README.md").read_text()
+    monkeypatch.setattr(activations, "_auto", lambda isa, codes: ("exact", "of another processor"))
+    begun = stopped(run, tmp_path, 3)
+    here("finetune", "--output", begun, "--resume", "--activations", "auto")
+    assert adapter_bytes(begun) == adapter_bytes(run)
+    generate = ["generate", "--adapter", run, "--max-new-tokens", "1", "count 3"]
+    for options in ([], ["--activations", "exact"], ["--activations", "auto"]):
+        here(*generate, *options)
+    here("merge", "--adapter", run, "--output", tmp_path / "merged")
+    assert computed == [{"int8"}, {"int8"}, {"int8"}, {"exact"}, {"exact"}, {"exact"}]
+    record = run / "adapter" / "qlora_run.json"
+    record.write_text(record.read_text().replace('"activations": "int8"', '"activations": "int4"'))
+    assert "activations: expected exact, int8, auto, got int4" in refused(*generate)
 
 
 def test_rows_of_their_own(paths: Paths) -> None:

@@ -49,3 +49,13 @@ def test_another_code_has_another_digest(change: dict[str, Any]) -> None:
 
     assert digest(model()) == digest(model())
     assert digest(model(**change)) != digest(model())
+
+
+def test_other_activations_have_another_digest() -> None:
+    model = qlora_ext.quantize_model(tiny_models.make())
+    digests = []
+    for name in ("exact", "int8", "exact"):
+        for _, layer in qlora_ext.nn.layers_of(model):
+            layer.activations = name
+        digests.append(digest(model))
+    assert digests[0] == digests[2] != digests[1]

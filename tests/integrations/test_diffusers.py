@@ -153,6 +153,7 @@ SKIPS: dict[str, tuple[QLoRAConfig, int]] = {
     "a whole stack": (QLoRAConfig(skip_modules=["single_transformer_blocks"]), 24),
     "other blocks": (QLoRAConfig(block_size=128, nested_block_size=64), 30),
     "a compute dtype": (QLoRAConfig(compute_dtype="bfloat16"), 30),
+    "int8 activations": (QLoRAConfig(activations="int8"), 30),
 }
 
 
@@ -166,7 +167,7 @@ def test_arguments_of_the_configuration_hold_after_a_reload(
     model.save_pretrained(tmp_path / "4bit")
     again = FluxTransformer2DModel.from_pretrained(tmp_path / "4bit")
     for name, layer in layers(again).items():
-        assert layer.block_size == config.block_size
+        assert (layer.block_size, layer.activations) == (config.block_size, config.activations)
         assert layer.form == layers(model)[name].form
     assert torch.equal(output(model, "flux"), output(again, "flux"))
     assert model.dtype == torch.float32

@@ -50,6 +50,25 @@ def test_all_linear_layers_run_fused(family: str) -> None:
     assert calls == ["fused"] * len(layers)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_lora_multiplies_the_exact_x_beside_int8_activations(fused: bool) -> None:
+    """Rounded to int8, all of x that the adapter reads would be 0."""
+    model = quantize_model(torch.nn.Sequential(torch.nn.Linear(128, 48)), activations="int8")
+    model = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    layer = model.base_model.model[0]
+    if not fused:
+        layer.lora_A["default"].register_forward_hook(lambda *_: None)
+    x = 0.1 * torch.randn(70, 128)
+    x[:, ::64] = 100.0
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    a.data[:, ::64] = 0.0
+    with model.disable_adapter():
+        without = model(x)
+    with counting_fused_calls() as calls:
+        torch.testing.assert_close(model(x) - without, layer.scaling["default"] * x @ a.T @ b.T, rtol=0, atol=1e-4)
+    assert calls == ["fused" if fused else "plain"]
+
+
 @every_row
 def test_outputs_and_gradients_are_those_of_dense_lora(row: str) -> None:
     ours = made(row)

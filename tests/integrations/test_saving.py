@@ -67,6 +67,8 @@ ROWS = {
     },
     **{f"{f}, towers {towers}": seeing(f, towers=towers) for f in tiny_vision.CONFIGS for towers in (False, True)},
     "block size, one level of scales": Row(make, {"block_size": 128, "double_quant": False}),
+    "int8 activations": Row(make, {"activations": "int8"}),
+    "int8 activations of experts": Row(lambda: make("mixtral"), {"activations": "int8"}),
     "experts in small blocks": Row(lambda: make("mixtral"), {"block_size": 32}),
     "experts, of which some are skipped": Row(lambda: make("mixtral"), {"skip_modules": ["lm_head", "layers.1.mlp"]}),
     # Their files store q, k and v in one tensor.

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from load_memory import peak_of_loading
 from qlora_ext import QLoRAConfig, quantize_nf4
-from qlora_ext.nn import Linear4bit, quantize_model
+from qlora_ext.nn import Linear4bit, layers_of, quantize_model
 from tiny_models import FAMILIES, make, same_state, token_ids
 
 
@@ -48,6 +48,25 @@ def test_compute_dtype(saved: Path, tmp_path: Path) -> None:
     assert layer.compute_dtype == torch.float32
     model.save_pretrained(tmp_path / "4bit")
     assert load(tmp_path / "4bit").model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+
+
+def test_activations(saved: Path, tmp_path: Path) -> None:
+    """They are saved and told in the card; a configuration that names some replaces them."""
+    load(saved, quantization_config=QLoRAConfig(activations="int8", embeddings=True)).save_pretrained(tmp_path / "int8")
+    load(saved, quantization_config=QLoRAConfig(activations="exact")).save_pretrained(tmp_path / "exact")
+    for name, config, expected in (
+        ("int8", None, "int8"),
+        ("int8", QLoRAConfig(), "int8"),
+        ("int8", QLoRAConfig(activations="exact"), "exact"),
+        ("exact", None, "exact"),
+        ("exact", QLoRAConfig(activations="int8"), "int8"),
+    ):
+        model = load(tmp_path / name, **({} if config is None else {"quantization_config": config}))
+        assert {layer.activations for _, layer in layers_of(model)} == {expected}
+        assert model.config.quantization_config.activations == expected
+        assert ("to int8" in (tmp_path / name / "README.md").read_text()) == (name == "int8")
+        written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert written.get("activations") == (None if name == "exact" else "int8")
 
 
 def test_device_map(saved: Path, tmp_path: Path) -> None:
@@ -194,6 +213,9 @@ def test_config_rejects_invalid_values() -> None:
             QLoRAConfig(skip_modules=skip)
     with pytest.raises(ValueError, match="compute_dtype"):
         QLoRAConfig(compute_dtype="uint8")
+    for name in ("int4", 8, True):
+        with pytest.raises(ValueError, match=f"activations: expected exact or int8, got .?{name}"):
+            QLoRAConfig(activations=name)
     with pytest.raises(TypeError, match="'bits'"):
         QLoRAConfig(bits=3)
     with pytest.raises(ValueError, match="newer version of qlora_ext"):

@@ -72,7 +72,7 @@ def _array(t: Tensor) -> np.ndarray:
     return (t.float() if t.is_floating_point() else t).cpu().numpy()
 
 
-def _values(code: str) -> np.ndarray:
+def code_values(code: str) -> np.ndarray:
     if code.startswith("0x"):
         return np.frombuffer(bytes.fromhex(code[2:]), ">f4").astype(np.float32)
     return reference.CODES[code]
@@ -85,6 +85,15 @@ def oracle(w4: Weight4bit) -> np.ndarray:
 
 def decoded(weight: dict[str, Any], numel: int) -> np.ndarray:
     """The first ``numel`` values of a weight, float32, from an operator's arguments by name."""
+    codes, scales, offsets, zero_points = parts(weight, numel)
+    values = code_values(weight.get("code", "nf4"))[codes]
+    if zero_points is not None:
+        return (values - zero_points) * scales
+    return values * scales if offsets is None else values * scales + offsets
+
+
+def parts(weight: dict[str, Any], numel: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Of each of the first ``numel`` elements the code, the scale, the offset, and the zero point that makes it."""
     arrays = {name: _array(weight[name]).reshape(-1) for name in TENSORS if weight.get(name) is not None}
     nested_block = min(weight["nested_block_size"], arrays["absmax"].size + 1)
     nested = np.arange(arrays["absmax"].size) // nested_block
@@ -98,12 +107,12 @@ def decoded(weight: dict[str, Any], numel: int) -> np.ndarray:
     def per_element(of_blocks: np.ndarray) -> np.ndarray:
         return np.repeat(of_blocks.astype(np.float32), weight["block_size"])[:numel]
 
-    values = _values(weight.get("code", "nf4"))[reference.unpack(arrays["packed"], numel)]
+    codes, scales = reference.unpack(arrays["packed"], numel), per_element(scales)
     offsets = arrays.get("block_offsets")
     if offsets is None:
-        return values * per_element(scales)
+        return codes, scales, None, None
     if offsets.dtype != np.uint8:
-        return values * per_element(scales) + per_element(offsets)
-    if "offset_scale" not in arrays:  # zero points
-        return (values - per_element(offsets)) * per_element(scales)
-    return values * per_element(scales) - per_element(offsets) * per_element(arrays["offset_scale"][nested])
+        return codes, scales, per_element(offsets), None
+    if "offset_scale" not in arrays:
+        return codes, scales, -(per_element(offsets) * scales), per_element(offsets)
+    return codes, scales, -(per_element(offsets) * per_element(arrays["offset_scale"][nested])), None

@@ -20,7 +20,14 @@ from qlora_ext import _C
 
 FORCED = os.environ.get("QLORA_CPU_ISA")
 # Sets that have another set's kernels except for a few, and the files that test those.
-PARTIAL = {"avx_vnni": ("test_kernels_cpu", "test_linear_few_tokens_cpu", "test_linear_many_tokens_int_cpu")}
+PARTIAL = {
+    "avx_vnni": (
+        "test_kernels_cpu",
+        "test_linear_few_tokens_cpu",
+        "test_linear_many_tokens_int_cpu",
+        "test_int8_activations",
+    )
+}
 
 
 def _run(isa: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

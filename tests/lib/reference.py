@@ -350,6 +350,52 @@ def dropout_mask(shape: tuple[int, int], p: float, seed: int) -> np.ndarray:
     return np.where(keep, 1.0 / (1.0 - p) if p < 1.0 else 0.0, 0.0).reshape(shape)
 
 
+INT8_SEGMENT = 64
+
+
+def int8_code(table: np.ndarray) -> tuple[np.ndarray, float]:
+    """The integers c in -127..127 of a code's values, and what one is in them: value ~ c / per_one.
+
+    Exact with the least power of two that makes all values integers, if there is one. Otherwise the multiplier in steps
+    of a half that fits the values best, among those with no larger error than half a step of 1/127.
+    """
+    values, most = table.astype(np.float64), float(largest(table))
+
+    def nearest(x: np.ndarray) -> np.ndarray:
+        return np.trunc(x + np.copysign(0.5, x))
+
+    powers = 2.0 ** (np.arange(8) - np.floor(np.log2(most)))
+    exact = [p for p in powers if most * p <= 127 and np.array_equal(values * p, nearest(values * p))]
+    if exact:
+        return nearest(values * exact[0]), exact[0]
+    multipliers = 127 - 0.5 * np.arange(127)
+    in_ones = np.multiply.outer(multipliers, values / most)
+    errors = np.abs(in_ones - nearest(in_ones)) / multipliers[:, None]
+    fits = errors.max(1) <= 0.5 / 127 * (1 + 1e-9)
+    per_one = multipliers[np.argmin(np.where(fits, np.square(errors).sum(1), np.inf))] / most
+    return nearest(values * per_one), per_one
+
+
+def round_to_int8(x: np.ndarray, size: int = INT8_SEGMENT) -> tuple[np.ndarray, np.ndarray]:
+    """q [M, K] in -127..127 and the unit of each element, float32, of x [M, K], whose values float32 holds.
+
+    Each row is rounded in segments of ``size``, the last of which may be shorter.
+    """
+    x = np.asarray(x, F32)
+    q, units = np.zeros_like(x), np.zeros_like(x)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        for first in range(0, x.shape[1], size):
+            part = x[:, first : first + size]
+            a = np.abs(part).max(1, keepdims=True)
+            factor = np.where(a < F32(2.0**-100), F32(2.0**60), F32(1))
+            unit = a * factor / F32(127) / factor
+            rounded = np.rint(part * factor * np.where(a > 0, F32(127) / (a * factor), F32(0)))
+            rounded = np.where(np.isinf(a), np.isinf(part) * np.sign(part), rounded)
+            q[:, first : first + size] = np.where(np.isnan(a), F32(0), rounded)
+            units[:, first : first + size] = unit
+    return q, units
+
+
 def linear(x, w, bias=None, lora_a=None, lora_b=None, scaling=1.0, dropout_p=0.0, seed=0):
     """float64 y [M, N] of x [M, K] and the decoded w [N, K]."""
     y = x @ w.T

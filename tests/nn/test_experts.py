@@ -112,6 +112,24 @@ def test_dtypes_and_autocast(dtype: torch.dtype) -> None:
     assert module.float()(x, index, weights).dtype == torch.float32
 
 
+def test_activations_reach_both_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def spy(call):
+        return lambda *args, **kwargs: given.append((*args, *kwargs.values())[-1]) or call(*args, **kwargs)
+
+    for name in ("call_linear", "merged_linear_nf4"):
+        monkeypatch.setattr(f"qlora_ext.nn.experts.{name}", spy(getattr(qlora_ext.nn.experts, name)))
+    experts = Experts4bit.from_experts(Experts(), activations="int8")
+    _, n, k = experts.packed_shapes["down_proj"]
+    merged = ExpertsLora(torch.zeros(4, 2, k), torch.zeros(4, n, 2), merged=experts.packed_weight("down_proj"))
+    x, chosen = torch.randn(6, 64), routing(6)
+    experts(x, *chosen)
+    experts(x, *chosen, lora={"down_proj": merged})
+    assert given == ["int8"] * 4
+    assert experts.extra_repr().endswith("activations=int8")
+
+
 def test_quantize_model_finds_experts() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -168,7 +168,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_nothing_changes_its_bits(kind: str, name: str) -> None:
     before = filled(kind, name)
     for what, change in CHANGES.items():
-        module = change(filled(kind, name))
+        original = filled(kind, name)
+        original.activations = "int8"
+        module = change(original)
+        assert module.activations == "int8", what
         assert module.form == FORMS[name], what
         assert same_bits(module.packed_state(), before.packed_state()), what
         assert {type(module.packed_weight(weight).absmax) for weight in module.packed_shapes} == {Tensor}, what

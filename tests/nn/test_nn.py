@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import qlora_ext
+from int8_activations import SERVED
 from qlora_ext.nn import Linear4bit, quantize_model
+from tiny_experts import Experts
 
 
 def layer(dtype: torch.dtype = torch.bfloat16) -> Linear4bit:
@@ -82,6 +84,35 @@ def test_quantize_model_shares_skips_and_keeps_tied() -> None:
     assert model.head.weight is model.embed.weight
 
 
+def test_activations_reach_every_product() -> None:
+    """Of layers, with LoRA, merged weights, and tied heads; and layers show them if they are not exact."""
+    layer = Linear4bit.from_linear(nn.Linear(128, 48), activations="int8")
+    x, a, b = torch.randn(70, 128), torch.randn(4, 128), torch.randn(48, 4)
+    w4, bias = layer.weight, layer.bias
+
+    def same(y: Tensor, *lora: Tensor) -> None:
+        assert torch.equal(y, qlora_ext.linear_nf4(x, w4, bias, *lora, activations="int8"))
+        if SERVED:
+            assert not torch.equal(y, qlora_ext.linear_nf4(x, w4, bias, *lora))
+
+    same(layer(x))
+    same(layer.fused_forward(x, a, b, 0.5), a, b, 0.5)
+    same(layer.merged_forward(x, w4, a, b))
+    assert repr(layer).endswith("double_quant=True, activations=int8)")
+    layer.activations = "exact"
+    assert torch.equal(layer(x), qlora_ext.linear_nf4(x, w4, bias))
+    assert "activations" not in repr(layer)
+    layer.activations = "int4"
+    with pytest.raises(ValueError, match="activations: expected exact or int8, got int4"):
+        layer(x)
+
+    model = nn.ModuleDict({"embed": nn.Embedding(32, 64), "up": nn.Linear(64, 64), "lm_head": nn.Linear(64, 32)})
+    model["lm_head"].weight = model["embed"].weight
+    quantize_model(model, embeddings=True, activations="int8")
+    assert [m.activations for m in model.values()] == ["int8"] * 3
+    assert quantize_model(nn.Linear(64, 64), activations="int8").activations == "int8"
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_to_linear_is_the_decoded_layer(bias: bool) -> None:
     linear = nn.Linear(64, 32, bias=bias)
@@ -108,6 +139,20 @@ def test_to_linear_is_the_decoded_layer(bias: bool) -> None:
 )
 def test_a_wrong_argument_is_named(call: Callable[[], object], text: str) -> None:
     with pytest.raises(TypeError, match=text):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Linear4bit(64, 64, activations="int4"),
+        lambda: Linear4bit.from_linear(nn.Linear(64, 64), activations="int4"),
+        lambda: quantize_model(nn.Linear(64, 64), activations="int4"),
+        lambda: qlora_ext.nn.Experts4bit.from_experts(Experts(), activations="int4"),
+    ],
+)
+def test_unknown_activations_are_named(call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="activations: expected exact or int8, got 'int4'"):
         call()
 
 

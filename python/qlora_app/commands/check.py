@@ -10,6 +10,7 @@ from qlora_ext.untrusted import excerpt, printable
 
 from ..data import DEFAULT_DATA, held_out
 from ..errors import UserError, first_line
+from ..models.activations import CHOICES, HELP
 from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
 from ..models.loading import Loader, load_dense
 from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_tokenizer
@@ -63,6 +64,7 @@ class CheckRequest(Options):
     json: str | None = option(None, "write all results to a JSON file", metavar="FILE")
     dtype: str = like(BaseOptions, "dtype")
     device: str = like(BaseOptions, "device", default="cpu")
+    activations: str | None = option(None, f"{HELP} (default: as the model was saved)", choices=CHOICES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
         found_file = output_file("--json", request.json, _MARK, inputs)
     tokenizer = load_tokenizer(source)
     text = held_out.default_text() if request.data is None else request.data
-    model = Loader(source, Form(), dtype, device, compute).while_loading()
+    model = Loader(source, Form(), dtype, device, compute, activations=request.activations).while_loading()
     base = None if base_source is None else load_dense(base_source, dtype, device, compute)
     if text == "self":
         ids = held_out.written(base or model, request.tokens, request.seed)

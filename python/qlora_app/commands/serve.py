@@ -18,7 +18,7 @@ from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
 from ..models.adapter_files import check_files, find, load
 from ..models.sources import PACKAGE
-from ..options import DEFAULT_RUN, BaseOptions, add_options, option, options_in
+from ..options import DEFAULT_RUN, BaseOptions, SamplingOptions, add_options, like, option, options_in
 from ..vocabulary import vocabulary_size
 
 _LIBRARIES = ("starlette", "uvicorn")  # of the extra [serve]
@@ -56,6 +56,7 @@ class ServeRequest(BaseOptions):
         "auto: if the model can be compiled",
         choices=tuple(_COMPILED),
     )
+    activations: str | None = like(SamplingOptions, "activations")
     reproducible: bool = option(
         False,
         "make answers to requests with a seed independent of other requests; costs as much as --sequences answers",

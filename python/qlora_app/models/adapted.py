@@ -64,7 +64,7 @@ def find_adapted(options: BaseOptions) -> Adapted:
 
     dtype, device = parse_dtype(options.dtype), parse_device(options.device)
     compute = parse_computing_dtype(options.dtype, device)
-    block_size = Form.block_size
+    block_size, activations = Form.block_size, options.activations
     path = None
     name = options.adapter
     if name is None and options.model is None:
@@ -78,14 +78,17 @@ def find_adapted(options: BaseOptions) -> Adapted:
     else:
         path = find(name)
         source = base_of(path, options.model, options.trust_remote_code)
-        block_size = (record_of(path).get("settings") or {}).get("block_size", block_size)
+        settings = record_of(path).get("settings") or {}
+        block_size = settings.get("block_size", block_size)
         if block_size not in BLOCK_SIZES:
             raise UserError(f"{path / RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
         check_files(path)
+        if activations is None:
+            activations = settings.get("activations")
     served = None
     if path is not None:
         from qlora_ext.integrations.peft.base_file import recorded_base_format
 
         served = recorded_base_format(path)
-    loader = Loader(source, Form(block_size=block_size), dtype, device, compute, served=served)
+    loader = Loader(source, Form(block_size=block_size), dtype, device, compute, served=served, activations=activations)
     return Adapted(path, loader, options.force, load_tokenizer(source))

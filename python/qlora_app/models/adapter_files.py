@@ -20,7 +20,7 @@ _METRICS: Schema = {"steps?": int, "perplexity_before?": float, "perplexity_afte
 RECORD_SCHEMA: Schema = {
     "model?": str,
     "date?": str,
-    "settings?": {"block_size?": int},
+    "settings?": {"block_size?": int, "activations?": str},
     "metrics?": _METRICS,
 }
 CONFIG_SCHEMA: Schema = {
@@ -62,7 +62,7 @@ def record_of(adapter: pathlib.Path) -> dict[str, Any]:
         return record
     settings = adapter.parent / "settings.json"
     if adapter.name.startswith("checkpoint-") and settings.is_file():
-        begun: dict[str, Any] = read_json(settings, {"model?": str, "block_size?": int})
+        begun: dict[str, Any] = read_json(settings, {"model?": str, "block_size?": int, "activations?": str})
         return {"model": begun.get("model"), "settings": begun}
     return {}
 

@@ -14,6 +14,7 @@ from qlora_ext.untrusted import printable
 
 from ..errors import UserError, first_line
 from . import validate_model
+from .activations import set_activations
 from .pretrained import has_4bit_blocks, load_config, load_pretrained, loading
 from .sources import ModelSource
 
@@ -149,6 +150,7 @@ class Loader:
         embeddings: quantize embeddings too, each with the output head that is tied to it.
         rest: quantize also the layers whose weights a GGUF file does not store in 4 bits.
         served: the format for which an adapter is trained merge-aware. Dense weights are quantized to it, if possible.
+        activations: a value of ``--activations``; None for those that the model was saved with.
 
     Both methods raise a UserError if a weight is missing, has another shape, is NaN, or is in the files but not in the
     model.
@@ -163,6 +165,7 @@ class Loader:
     embeddings: bool = False
     rest: bool = False
     served: str | None = None
+    activations: str | None = None
 
     def while_loading(self, stream: str | None = None, resident: str | None = None, spill: Spill | None = None) -> Any:
         """Loads the model, quantizing each weight when it is read, if transformers supports that for the source.
@@ -195,8 +198,7 @@ class Loader:
         )  # fmt: skip
         if spill is not None:
             config = spilling(config, spill)
-        model = self._quantized(config, weights, shown=spill is not None)
-        return _checked(model, self.source, self.dtype, self.compute, self.layers)
+        return self._finished(self._quantized(config, weights, shown=spill is not None))
 
     def dense_first(
         self,
@@ -251,7 +253,13 @@ class Loader:
             streaming.stream(model, resident, "ram", self.device)
         else:
             model.to(self.device)
-        return _checked(model, self.source, self.dtype, self.compute, self.layers)
+        return self._finished(model)
+
+    def _finished(self, model: Any) -> Any:
+        model = _checked(model, self.source, self.dtype, self.compute, self.layers)
+        if self.activations is not None:
+            set_activations(model, self.activations, self.device.type)
+        return model
 
     def _quantize(self, model: Any, keep: Callable[[Any], list[str]] | None = None, **options: Any) -> None:
         from qlora_ext.nn import quantize_model

@@ -12,6 +12,7 @@ import torch
 from qlora_ext.dtypes import gpu_without_bfloat16, layers_dtype
 from qlora_ext.form import Form
 from qlora_ext.formats import SERVED_FORMATS
+from qlora_ext.integrations.transformers.modules import activations_of
 from qlora_ext.nn import layers_of
 from qlora_ext.streaming import chunk_mlp, dense_mlps
 
@@ -30,19 +31,21 @@ from . import adapting
 from .identity import digest_of_model
 from .run import Run
 
-# In the marker of a run's directory: the dtypes of the model, and of the products in its 4-bit layers.
+# In the marker of a run's directory: the dtypes of the model, and of the products in its 4-bit layers, and what these
+# multiply.
 _COMPUTING = "compute_dtype"
 _LAYERS = "layers_dtype"
+ACTIVATIONS = "activations"
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A 4-bit model, its digest, its number of parameters, and the dtypes in which it computes, by their names."""
+    """A 4-bit model, its digest, its number of parameters, and how it computes: dtypes and activations, by name."""
 
     model: Any
     digest: str
     parameters: int
-    dtypes: dict[str, str]
+    computes: dict[str, str]
 
 
 def load(run: Run) -> None:
@@ -78,15 +81,14 @@ def load_base(run: Run, output: Output) -> Base:
         run.report(f"4-bit layers multiply in {name_of(dtype)}, {why}")
     if coverage_note := dense_share(model):
         run.report(coverage_note)
-    return Base(
-        model, digest_of_model(model), size.parameters, {_COMPUTING: name_of(compute), _LAYERS: name_of(layers)}
-    )
+    computes = {_COMPUTING: name_of(compute), _LAYERS: name_of(layers), ACTIVATIONS: activations_of(model)}
+    return Base(model, digest_of_model(model), size.parameters, computes)
 
 
 def identify(run: Run, base: Base) -> None:
     """Records the base of a new run, or checks that of a resumed run."""
     run.identify("base", base.digest, f"--model {run.source.name}")
-    run.digests |= base.dtypes
+    run.digests |= base.computes
 
 
 def adapt(run: Run, base: Base) -> None:
@@ -136,7 +138,10 @@ def _in_4_bits(run: Run, compute: torch.dtype, layers: torch.dtype, output: Outp
     """The model in 4 bits. To stream from disk, it is converted to a 4-bit directory first."""
     s = run.settings
     form, dtype = Form(block_size=s.block_size), parse_dtype(s.dtype)
-    loader = Loader(run.source, form, dtype, run.device, compute, layers, served=_served(run))
+    # A resumed run keeps what auto was at its start.
+    activations = (read_marker(run.directory) if run.resumes else {}).get(ACTIVATIONS, s.activations)
+    options = {"served": _served(run), "activations": activations}
+    loader = Loader(run.source, form, dtype, run.device, compute, layers, **options)
     if s.stream == "none":
         return loader.while_loading()
     if s.stream == "disk" and not is_quantized(load_config(run.source)):

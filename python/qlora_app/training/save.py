@@ -8,14 +8,24 @@ import pathlib
 import shlex
 from typing import Any
 
+from qlora_ext.formats import EXACT
 from qlora_ext.untrusted import printable
 from qlora_ext.version import VERSION
 
 from ..outputs.files import staged_directory, write_json, write_json_lines
 from ..outputs.ownership import RECORD, foreign_in_adapter
 from ..terminal.progress import describe, is_measured, plot_loss, show_sample
+from .load import ACTIVATIONS
 from .measuring import figures, sample
 from .run import Finetuned, Run
+
+_INT8 = """
+### Int8 activations
+
+The 4-bit layers of the base rounded their inputs and gradients to int8 during training (`--activations int8`). The
+adapter itself got the exact ones. `qlora-ext generate`, `chat` and `serve` compute in the same way unless
+`--activations exact` is given.
+"""
 
 
 def save(run: Run) -> Finetuned:
@@ -40,15 +50,19 @@ def save(run: Run) -> Finetuned:
 
 
 def _save_adapter(run: Run, metrics: dict[str, Any]) -> None:
+    activations = run.digests[ACTIVATIONS]  # what auto is on this processor
     record = {
         "model": run.source.name,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "version": VERSION,
-        "settings": dataclasses.asdict(run.settings),
+        "settings": {**dataclasses.asdict(run.settings), ACTIVATIONS: activations},
         "metrics": metrics,
     }
     with staged_directory(run.adapter, foreign_in_adapter) as partial:
         run.model.save_pretrained(str(partial))
+        if activations != EXACT:
+            with (partial / "README.md").open("a", encoding="utf-8") as card:
+                card.write(_INT8)
         files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if not p.is_dir())
         write_json(partial / RECORD, {**record, "files": files})
 

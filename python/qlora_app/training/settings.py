@@ -9,12 +9,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_ext.formats import BLOCK_SIZES, SERVED_FORMATS
+from qlora_ext.formats import BLOCK_SIZES, EXACT, SERVED_FORMATS
 from qlora_ext.sizes import parse_size
 from qlora_ext.untrusted import check, excerpt, printable, read_json
 
 from ..data import DEFAULT_DATA
 from ..errors import UserError
+from ..models.activations import CHOICES as ACTIVATIONS
+from ..models.activations import HELP as ACTIVATIONS_HELP
 from ..models.devices import AUTO, check_dtype
 from ..models.sources import DEFAULT_MODEL
 from ..options import Options, flag, option, schema
@@ -153,6 +155,7 @@ class Settings(Options):
     )
 
     dtype: str = _option(AUTO, "bfloat16, float16, float32, or auto: the faster one on this processor")
+    activations: str = _option(EXACT, f"{ACTIVATIONS_HELP}; also for the gradients", choices=ACTIVATIONS)
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", free=True)
     grad_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, more time")
     chunked_loss: bool = _option(False, "never have the logits of all tokens in memory")

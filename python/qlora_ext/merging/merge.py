@@ -90,7 +90,7 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
         keep their bits.
 
     Raises:
-        ValueError: no adapter is active on a 4-bit layer, or the layers differ in form or compute dtype.
+        ValueError: no adapter is active on a 4-bit layer, or the layers differ in form, compute dtype or activations.
 
     Example:
         >>> from qlora_ext.integrations.peft import merge_calibrated
@@ -98,17 +98,18 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
         >>> len(qlora_ext.calibration.calibration_of(merged))
         14
     """
-    forms: dict[str, tuple[Form, torch.dtype]] = {}
+    forms: dict[str, tuple[Form, torch.dtype, str]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Over4bit) and (layer.merged_adapters or layer.names_to_merge(None)):
             forms[name.removeprefix("base_model.model.").replace(".base_layer", "")] = (
                 layer.layer4bit.form,
                 layer.layer4bit.compute_dtype,
+                layer.layer4bit.activations,
             )
     if not forms:
         raise ValueError("model: expected an active adapter on a 4-bit layer, found none")
-    form, dtype = next(iter(forms.values()))
-    if any(other != (form, dtype) for other in forms.values()):
+    form, dtype, activations = first = next(iter(forms.values()))
+    if any(other != first for other in forms.values()):
         raise ValueError(
             f"model: expected adapters on layers of the same form, got {sorted({*map(str, forms.values())})}"
         )
@@ -116,5 +117,11 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
     others = [name for name, module in base.named_modules() if is_dense(module) and name not in forms]
     with contextlib.nullcontext() if compute_dtype is None else computing_in(base, compute_dtype):
         return quantize_model(
-            base, skip=others, towers=True, calibration=calibration, compute_dtype=dtype, **form.keywords
+            base,
+            skip=others,
+            towers=True,
+            calibration=calibration,
+            compute_dtype=dtype,
+            activations=activations,
+            **form.keywords,
         )

@@ -12,6 +12,7 @@ from .._internal.dynamo import outside_graphs
 from ..adapters import StackedAdapters, adapter_of_each_row
 from ..autograd import call_linear, draw_seed
 from ..form import Form, FormKeywords
+from ..formats import EXACT, check_activations
 from ..merged_linear import merged_linear_nf4
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
@@ -111,6 +112,7 @@ class Experts4bit(Packed4bit):
         experts: the dense module. Its weights are not read.
         compute_dtype: of the products; the default is the dtype of the dense weights.
         device: of the packed state; "meta" allocates nothing.
+        activations: as in ``Linear4bit``.
         form: ``block_size``, ``double_quant``, ``nested_block_size``, ``code``, ``scales`` and ``offsets``, as in
             ``Linear4bit``.
 
@@ -134,6 +136,7 @@ class Experts4bit(Packed4bit):
         compute_dtype: torch.dtype | None = None,
         *,
         device: torch.device | str | None = None,
+        activations: str = EXACT,
         **form: Unpack[FormKeywords],
     ) -> None:
         super().__init__()
@@ -156,6 +159,8 @@ class Experts4bit(Packed4bit):
         self._taken_over = [key for key in vars(experts) if key not in _MODULE_STATE]
         _hand_over(experts, self, self._taken_over, but=self._shapes)
         dtype: torch.dtype = experts.down_proj.dtype  # type: ignore[assignment]
+        check_activations(activations)
+        self.activations = activations
         self._set_form(Form.of(**form), compute_dtype or dtype)
         self._register_packed(device)
         self.train(experts.training)
@@ -190,10 +195,14 @@ class Experts4bit(Packed4bit):
 
     @classmethod
     def from_experts(
-        cls, experts: nn.Module, compute_dtype: torch.dtype | None = None, **form: Unpack[FormKeywords]
+        cls,
+        experts: nn.Module,
+        compute_dtype: torch.dtype | None = None,
+        activations: str = EXACT,
+        **form: Unpack[FormKeywords],
     ) -> Experts4bit:
         """Quantizes a dense module. Arguments and errors are those of the constructor and of ``quantize_nf4``."""
-        module = cls(experts, compute_dtype, device="meta", **form)
+        module = cls(experts, compute_dtype, device="meta", activations=activations, **form)
         for name in module._shapes:
             module.set_packed(name, module.quantize(getattr(experts, name)))
         return module
@@ -229,7 +238,7 @@ class Experts4bit(Packed4bit):
             given = self._parameters.get(f"{name}_bias")
             bias = None if given is None else given.to(x.dtype).contiguous()
             a, b = (t.to(x.dtype).contiguous() for t in lora.dense())
-            return merged_linear_nf4(x, lora.merged, bias, a, b, lora.scaling, offsets)
+            return merged_linear_nf4(x, lora.merged, bias, a, b, lora.scaling, offsets, self.activations)
         dense = self._parameters.get(f"{name}_bias"), *((None, None) if lora is None else lora.dense())
         numbers = (1.0, 0.0) if lora is None else (lora.scaling, lora.dropout_p)
         several = () if lora is None else lora.several()
@@ -263,6 +272,7 @@ class Experts4bit(Packed4bit):
             draw_seed(x.device) if dropout_p > 0.0 and not own_seeds else None,
             adapters=several,
             offsets=offsets,
+            activations=self.activations,
         )
 
     def forward(
@@ -319,7 +329,7 @@ class Experts4bit(Packed4bit):
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(shape)}" for name, shape in self._shapes.items())
-        return f"{shapes}, {self.form}"
+        return f"{shapes}, {self._description()}"
 
 
 def _of_rows(lora: ExpertsLora, hidden_states: Tensor, k: int, order: Tensor) -> ExpertsLora:

@@ -14,7 +14,7 @@ from .._internal.shared_buffers import PackedTensors
 from ..adapters import StackedAdapters, adapter_of_each_row
 from ..autograd import call_linear, draw_seed, in_order_of
 from ..form import Form, FormKeywords
-from ..formats import NF4
+from ..formats import EXACT, NF4, check_activations
 from ..merged_linear import merged_linear_nf4
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
@@ -44,6 +44,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         offsets: the form of the offsets, one of ``formats.OFFSET_FORMS``; None if there are none.
         reordered: whether the weight's columns are stored in the order of the buffer ``column_order``, int32 [K]. Each
             call brings x into that order.
+        activations: "int8" rounds the layer's inputs and gradients to int8 on the CPU, see ``linear_nf4``. It is an
+            attribute, which may be set at any time.
 
     Example:
         >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
@@ -71,6 +73,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         scales: str | None = None,
         offsets: str | None = None,
         reordered: bool = False,
+        activations: str = EXACT,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
@@ -83,6 +86,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             offsets=offsets,
             reordered=reordered,
         )
+        check_activations(activations)
+        self.activations = activations
         self._set_form(form, compute_dtype)
         self._register_packed(device)
         if bias:
@@ -103,12 +108,14 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         cls,
         linear: nn.Linear,
         compute_dtype: torch.dtype | None = None,
+        activations: str = EXACT,
         **form: Unpack[FormKeywords],
     ) -> Linear4bit:
         """Quantizes an ``nn.Linear``. The bias does not change.
 
         Args:
             compute_dtype: as in the constructor; the default is the dtype of ``linear``.
+            activations: as in the constructor.
             form: ``block_size``, ``double_quant``, ``nested_block_size``, ``code``, ``scales`` and ``offsets``, as in
                 the constructor.
 
@@ -118,7 +125,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         if isinstance(linear, Linear4bit) or not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         dtype = compute_dtype or linear.weight.dtype
-        module = cls(linear.in_features, linear.out_features, False, dtype, device="meta", **form)
+        sizes = linear.in_features, linear.out_features
+        module = cls(*sizes, False, dtype, device="meta", activations=activations, **form)
         module.set_weight(module.quantize(linear.weight))
         if linear.bias is not None:
             module.bias = nn.Parameter(linear.bias.detach(), requires_grad=linear.bias.requires_grad)
@@ -209,6 +217,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             0,
             seed_tensor,
             adapters=adapters,
+            activations=self.activations,
         )
         return y.to(dtype)
 
@@ -222,7 +231,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         """
         cast, dtype = self.dtypes(x)
         bias = None if self.bias is None else self.bias.to(cast)
-        return merged_linear_nf4(x.to(cast), merged, bias, lora_a.to(cast), lora_b.to(cast), scaling).to(dtype)
+        lora = lora_a.to(cast), lora_b.to(cast), scaling
+        return merged_linear_nf4(x.to(cast), merged, bias, *lora, activations=self.activations).to(dtype)
 
     def dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """The dtype of the computation and the dtype of the output."""
@@ -250,7 +260,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, bias={self.bias is not None}, {self.form}"
+        return f"{sizes}, bias={self.bias is not None}, {self._description()}"
 
 
 # The memory of a streamed weight differs from call to call, so no compiled graph may contain it.

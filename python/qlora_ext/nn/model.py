@@ -13,6 +13,7 @@ from .._internal.integrate import integrate
 from ..calibration import Calibration, Calibrator, InitLora
 from ..calibration.init_lora import keep_initial_lora, loftq
 from ..form import Form, FormKeywords
+from ..formats import EXACT, check_activations
 from .conversions import conversion_of
 from .coverage_report import check_something_is_4bit, report_coverage
 from .dense_modules import dense_modules, is_dense, paths_to
@@ -185,6 +186,7 @@ def quantize_model(
     init_lora: Any = None,
     keep: Iterable[str] = (),
     compute_dtype: torch.dtype | None = None,
+    activations: str = EXACT,
     **options: Any,
 ) -> Model:
     """Replaces the linear layers and experts of ``model`` by 4-bit ones, in place and one at a time.
@@ -215,6 +217,7 @@ def quantize_model(
         keep: full names of additional modules that stay dense, for example the layers whose quantization costs the
             most, from ``qlora_ext.sensitivity(model).keep("5%")``. It does not change the default of ``skip``.
         compute_dtype: of the 4-bit modules; the default is each module's own dtype.
+        activations: "int8" rounds the inputs and gradients of 4-bit layers to int8 on the CPU, see ``linear_nf4``.
 
     Layers that transformers (T5's ``wo``) or diffusers (Wan's ``time_embedder``) keep in float32 always stay dense, and
     so does the ``out_proj`` of ``nn.MultiheadAttention``, whose weight torch reads.
@@ -240,6 +243,7 @@ def quantize_model(
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     skip, keep = None if skip is None else _names_of("skip", skip), _names_of("keep", keep)
     form = Form.of(block_size=block_size, double_quant=double_quant, **options)
+    check_activations(activations)
     lora = None if init_lora is None else InitLora.of(init_lora)
     if lora is not None and lora.method == "svd" and calibration is None:
         raise ValueError("init_lora: expected calibration=... with 'svd', which weighs errors by the layers' inputs")
@@ -253,6 +257,7 @@ def quantize_model(
             if wanted is not None:
                 raise ValueError(f"{name}: expected a model that contains layers, got a single {type(model).__name__}")
         alone = quantized(model, compute_dtype, **form.keywords)
+        alone.activations = activations
         alone.take_hooks(model)
         return cast(Model, alone)
     asked = named_in(model, skip or (), keep)
@@ -277,6 +282,7 @@ def quantize_model(
             elif lora is not None and weight == "weight":
                 w4, initial[at] = loftq(dense, w4, new.quantize, lora)
                 new.set_packed(weight, w4)
+        new.activations = activations
         new.take_hooks(module)
         for parent, name, _ in places[module]:
             setattr(parent, name, new)

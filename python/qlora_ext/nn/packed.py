@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import cpu, ops
 from .._internal.shared_buffers import Loan, PackedTensors
 from ..form import Form
+from ..formats import EXACT
 from ..weight import TENSORS, Weight4bit, quantize, weight_of
 
 # The names of the scales in the packed state, offsets included. No change of a model's dtype may touch them.
@@ -88,6 +89,8 @@ class Packed4bit(nn.Module, abc.ABC):
     """
 
     form: Form
+    # What meets the weights of layers and experts: "exact" or "int8", see ``linear_nf4``. Embeddings have no products.
+    activations: str = EXACT
     residency: Residency | None = None
     # Whether the module shares its packed state with another module.
     packed_is_tied = False
@@ -339,6 +342,10 @@ class Packed4bit(nn.Module, abc.ABC):
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
         """The matrices of the replaced module that can be calibrated, by name, in the layout of ``packed_shapes``."""
         return {}
+
+    def _description(self) -> str:
+        """The form, and ``activations`` unless they are exact, for ``extra_repr``."""
+        return str(self.form) if self.activations == EXACT else f"{self.form}, activations={self.activations}"
 
     @abc.abstractmethod
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:

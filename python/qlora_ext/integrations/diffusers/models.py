@@ -14,7 +14,7 @@ from ...nn import AFTER_QUANTIZE, DENSE_RULES, DenseModules, layers_of
 from .._patches import extend
 from ..bitsandbytes.state import state_dict
 from ..transformers import METHOD, QLoRAConfig
-from ..transformers.modules import compute_dtype_of
+from ..transformers.modules import activations_of, compute_dtype_of
 from .quantizer import DiffusersQLoRAQuantizer, align, forget
 
 
@@ -37,6 +37,7 @@ def attach(model: Any) -> None:
     config, compute_dtype = QLoRAConfig(), compute_dtype_of(model)
     if compute_dtype is not None and compute_dtype != model.dtype:
         config.compute_dtype = compute_dtype
+    config.activations = activations_of(model)
     quantizer = DiffusersQLoRAQuantizer(config, pre_quantized=True)
     quantizer.describe(model)
     align(model)
@@ -97,7 +98,7 @@ def _merge_quantization_configs(original: Any, quantization_config: Any, quantiz
     else:
         config = original(quantization_config, ours)
     if isinstance(config, QLoRAConfig):
-        config.stream, config.resident = ours.stream, ours.resident
+        config.take_options(ours)
     return config
 
 

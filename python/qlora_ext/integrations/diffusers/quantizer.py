@@ -146,7 +146,8 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
             else:
                 self.awaited[f"{name}.weight"] = module
 
-    def _replace(self, module: nn.Module, new: nn.Module) -> None:
+    def _replace(self, module: nn.Module, new: Packed4bit) -> None:
+        new.activations = self.config.activations
         for parent, name, _ in self.places.pop(module):  # popped, so that no reference keeps the dense weight
             setattr(parent, name, new)
 

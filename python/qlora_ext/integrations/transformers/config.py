@@ -18,7 +18,7 @@ from ..._internal.integrate import integrate
 from ..._library import cuda_is_usable
 from ...dtypes import computing_dtype, layers_dtype
 from ...form import Form
-from ...formats import NF4, READ_IN
+from ...formats import EXACT, NF4, READ_IN, check_activations
 from ...sizes import parse_size
 from ...streaming import SOURCES
 from ...untrusted import compiled_pattern
@@ -199,6 +199,9 @@ class QLoRAConfig(QuantizationConfigMixin):
         served: for adapters that are trained merge-aware for ``"q4_0"``, ``"iq4_nl"``, ``"int4"``, ``"mxfp4"`` or
             ``"nf4"``: quantize dense linear layers and experts to that format instead of NF4, except where a row is no
             multiple of its blocks.
+        activations: "exact", the default, or "int8": round the inputs and gradients of 4-bit layers to int8, with a
+            scale per token and 64 values, which is faster on a CPU; see ``qlora_ext.linear_nf4``. It is saved with the
+            model. If given, it replaces that of a saved model.
 
     ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit,
     in our format or in MXFP4, NVFP4, INT4, AWQ, GPTQ, MLX' or bitsandbytes' formats, keeps its codes, block sizes and
@@ -240,6 +243,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         towers: bool = False,
         stream: str | None = None,
         resident: str | int | None = None,
+        activations: str | None = None,
         **more: Unpack[_MoreArguments],
     ) -> None:
         integrate()
@@ -255,6 +259,9 @@ class QLoRAConfig(QuantizationConfigMixin):
         names = skip_modules if isinstance(skip_modules, list | tuple | set) else [] if skip_modules is None else [None]
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"skip_modules: expected a list of names, got {reprlib.repr(skip_modules)}")
+        if activations is not None:
+            check_activations(activations)
+            self.activations = activations
         for name in skip_modules or ():
             compiled_pattern(name, "skip_modules")
         if stream not in (None, *SOURCES):
@@ -344,10 +351,16 @@ class QLoRAConfig(QuantizationConfigMixin):
             self.block_size, self.double_quant = form.block_size, form.double_quant
             self.nested_block_size = form.nested_block_size
 
+    def take_options(self, given: QLoRAConfig) -> None:
+        """Takes the options of ``given`` that say how a saved model runs."""
+        self.stream, self.resident = given.stream, given.resident
+        self.activations = vars(given).get("activations", self.activations)
+
     def to_dict(self) -> dict[str, Any]:
         if self._source is not None and self._source.saved_config is not None:
             return copy.deepcopy(dict(self._source.saved_config))
-        unsaved = ("forms", "stream", "resident", "served")
+        unsaved = ["forms", "stream", "resident", "served"]
+        unsaved += ["activations"] if self.activations == EXACT else []  # which earlier versions do not know
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in unsaved}
         fields |= {"quant_method": METHOD, "needs": NEEDS}
         fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
@@ -410,6 +423,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         ours._bitsandbytes_storage = storage or torch.uint8
         return ours
 
+    # An attribute of the instance if it was given.
+    activations: str = EXACT
     # The storage dtype of the packed bytes in a checkpoint that bitsandbytes wrote, else None.
     _bitsandbytes_storage: torch.dtype | None = None
     # A ``Spill`` that receives each quantized weight.

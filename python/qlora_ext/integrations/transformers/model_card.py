@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+from ...formats import EXACT
 from .config import METHOD, NEEDS
 
 _CARD = """---
@@ -25,16 +26,29 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 ```
 
-`quantization_config` in `config.json` describes the quantization.
+`quantization_config` in `config.json` describes the quantization.{more}
 """
+_INT8 = (
+    ' On a CPU, its 4-bit layers round their inputs to int8; `QLoRAConfig(activations="exact")` as '
+    "`quantization_config` makes them compute exactly."
+)
 
 
 class OursMetadata(dict[str, str]):
-    """The metadata of a file in our format, beside which ``save_pretrained`` writes a card."""
+    """The metadata of a file in our format, beside which ``save_pretrained`` writes a card.
+
+    Attributes:
+        activations: those of the model.
+    """
+
+    def __init__(self, activations: str) -> None:
+        super().__init__()
+        self.activations = activations
 
 
-def write_card(directory: pathlib.Path) -> None:
-    """Writes the card into ``directory``, unless there is one."""
+def write_card(directory: pathlib.Path, activations: str) -> None:
+    """Writes the card of a model into ``directory``, unless there is one."""
     card = directory / "README.md"
     if not card.exists():
-        card.write_text(_CARD.format(method=METHOD, needs=NEEDS), encoding="utf-8")
+        more = "" if activations == EXACT else _INT8
+        card.write_text(_CARD.format(method=METHOD, needs=NEEDS, more=more), encoding="utf-8")

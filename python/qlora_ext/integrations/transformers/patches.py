@@ -62,7 +62,7 @@ def _merged(saved: Any, given: QLoRAConfig) -> QLoRAConfig:
             raise ValueError(
                 f"embeddings: expected False for a {config._source.name} checkpoint, whose dense weights stay dense"
             )
-    config.stream, config.resident = given.stream, given.resident
+    config.take_options(given)
     return config
 
 
@@ -84,7 +84,7 @@ def dtype(original: Any, self: Any) -> torch.dtype:
 def save_file(original: Any, tensors: Any, filename: Any, metadata: Any = None) -> Any:
     path = pathlib.Path(os.fspath(filename))
     if isinstance(metadata, OursMetadata):
-        write_card(path.parent)
+        write_card(path.parent, metadata.activations)
     if has_deferred(tensors):
         return write_file(tensors, path, metadata)
     return original(tensors, filename, metadata=metadata)

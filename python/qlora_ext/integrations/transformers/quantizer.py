@@ -43,6 +43,7 @@ from .mapped_files import MappedFiles
 from .model_card import OursMetadata
 from .modules import (
     BaseNames,
+    activations_of,
     check_loaded,
     compute_dtype_of,
     dense_names,
@@ -261,6 +262,7 @@ class QLoRAQuantizer(HfQuantizer):
                 new |= {head: TiedLinear4bit(layer, head.bias) for head in heads[module]}
             for old, replacement in new.items():
                 replacement._is_hf_initialized = True  # type: ignore[assignment]  # no random initialization
+                replacement.activations = self.qlora_config.activations
                 for parent, name, _ in places[old]:
                     setattr(parent, name, replacement)
 
@@ -344,7 +346,7 @@ class QLoRAQuantizer(HfQuantizer):
             assert self.source is not None
             return self.source.state_dict(model), {}
         names = BaseNames(model)
-        return (names.select(model.state_dict()) if names else None), OursMetadata()
+        return (names.select(model.state_dict()) if names else None), OursMetadata(self.qlora_config.activations)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
@@ -387,6 +389,7 @@ def attach(model: Any) -> None:
     compute_dtype = compute_dtype_of(model)
     if compute_dtype is not None and compute_dtype != model.config.dtype:
         config.compute_dtype = compute_dtype
+    config.activations = activations_of(model)
     quantizer = QLoRAQuantizer(config, pre_quantized=True)
     quantizer.save_packed_state(model)
     model.hf_quantizer = quantizer
