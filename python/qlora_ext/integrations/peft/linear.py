@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,18 +17,17 @@ from ...merging.layers import Over4bit
 from ...merging.merge_aware import MergeAware, fold_scaling
 from ...nn import Linear4bit
 from .call_cache import samples_of_call
-from .operands import Adapter, added, by_sample
+from .operands import added, by_sample
+from .stacks import Adapter, StacksAdapters
 
 
 def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
     """Whether calling ``module`` only runs the ``forward`` of its class, without hooks or a replaced ``forward``."""
-    return type(module) in kinds and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    own = module.__dict__  # faster than attributes
+    return type(module) in kinds and "forward" not in own and not any(_hooks(own))
+
+
+_hooks = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def active_dropout(dropout: nn.Module) -> float:
@@ -185,7 +185,7 @@ _ADAPTER_MODULES = "lora_A", "lora_B", "lora_dropout"
 _LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
 
 
-class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
+class LoraLinear4bit(StacksAdapters, MergeAware, OverLinear4bit, DenseLoraLinear):
     """PEFT's LoRA layer over a ``Linear4bit``.
 
     Plain adapters run in one operator, y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias: a single one, several active
@@ -213,21 +213,22 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
 
     def plain_adapters(self, names: Iterable[str]) -> list[Adapter] | None:
         """Those of the adapters ``names`` that this layer has; None if PEFT's code must call a module and its hooks."""
-        modules = self._modules  # faster than nn.Module.__getattr__
-        lora_a: Any = modules["lora_A"]
-        base: Any = modules["base_layer"]
+        modules: Any = self._modules  # faster than nn.Module.__getattr__
+        base = modules["base_layer"]
         if has_global_hook() or not _is_plain(base, (type(base),)):
             return None
+        of_a, of_b, of_dropout = (modules[m]._modules for m in _ADAPTER_MODULES)
         adapters = []
         for name in names:
-            if name not in lora_a._modules:
+            if name not in of_a:
                 continue
-            a, b, dropout = (modules[m]._modules[name] for m in _ADAPTER_MODULES)
-            if name in self.lora_variant or b.bias is not None:
-                return None
+            a, b, dropout = of_a[name], of_b[name], of_dropout[name]
             if not (_is_plain(a, _LINEAR) and _is_plain(b, _LINEAR) and _is_plain(dropout, _DROPOUT)):
                 return None
-            adapters.append(Adapter(name, a.weight, b.weight, self.scaling[name], active_dropout(dropout)))
+            weight_a, of_b_alone = a._parameters["weight"], b._parameters
+            if name in self.lora_variant or of_b_alone["bias"] is not None:
+                return None
+            adapters.append(Adapter(name, weight_a, of_b_alone["weight"], self.scaling[name], active_dropout(dropout)))
         return adapters
 
     def cast_fused(self) -> None:
