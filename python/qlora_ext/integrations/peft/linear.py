@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -23,11 +22,13 @@ from .stacks import Adapter, StacksAdapters
 
 def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
     """Whether calling ``module`` only runs the ``forward`` of its class, without hooks or a replaced ``forward``."""
-    own = module.__dict__  # faster than attributes
-    return type(module) in kinds and "forward" not in own and not any(_hooks(own))
-
-
-_hooks = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(module) in kinds and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def active_dropout(dropout: nn.Module) -> float:
@@ -223,12 +224,11 @@ class LoraLinear4bit(StacksAdapters, MergeAware, OverLinear4bit, DenseLoraLinear
             if name not in of_a:
                 continue
             a, b, dropout = of_a[name], of_b[name], of_dropout[name]
+            if name in self.lora_variant or b.bias is not None:
+                return None
             if not (_is_plain(a, _LINEAR) and _is_plain(b, _LINEAR) and _is_plain(dropout, _DROPOUT)):
                 return None
-            weight_a, of_b_alone = a._parameters["weight"], b._parameters
-            if name in self.lora_variant or of_b_alone["bias"] is not None:
-                return None
-            adapters.append(Adapter(name, weight_a, of_b_alone["weight"], self.scaling[name], active_dropout(dropout)))
+            adapters.append(Adapter(name, a.weight, b.weight, self.scaling[name], active_dropout(dropout)))
         return adapters
 
     def cast_fused(self) -> None:
