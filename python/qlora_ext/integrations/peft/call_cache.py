@@ -179,7 +179,6 @@ class PerSample:
     takes_names: bool  # whether PEFT's method does
     model: nn.Module
     training: bool
-    modules: Any
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
         names = kwargs.get("adapter_names")
@@ -199,6 +198,6 @@ class PerSample:
         return _one_call(self, hooks, names, kwargs.get("num_beams") or 1, by_sample)
 
     def _serves(self, names: Sequence[str]) -> bool:
-        layers = (m for m in _outer_modules(self) if isinstance(m, BaseTunerLayer))
+        layers = (m for m in _outer_modules(self.model) if isinstance(m, BaseTunerLayer))
         known = {"__base__"}.union(*(layer._get_available_adapters() for layer in layers))
         return not self.training and known.issuperset(names)

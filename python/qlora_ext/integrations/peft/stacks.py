@@ -37,7 +37,7 @@ def _stack(adapters: Sequence[Adapter], dtype: torch.dtype) -> StackedAdapters:
 
 
 _COMPARED = 64  # values of a parameter that is not trained
-_count = operator.attrgetter("_version", "requires_grad")
+_state = operator.attrgetter("_version", "requires_grad", "dtype", "device")
 
 
 class _RetainedStack:
@@ -51,7 +51,7 @@ class _RetainedStack:
     def __init__(self, layer: Any, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
         self.names, self._dtype = tuple(adapter.name for adapter in adapters), dtype
         self._parameters, self._scalings = _sources(layer, self.names)
-        self._counts = [*map(_count, self._parameters)]
+        self._states = [*map(_state, self._parameters)]
         # Usable in calls with gradients too, even if the first call runs in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             # Aliases of the parameters' memory, which no other tensor can take while they exist.
@@ -70,7 +70,7 @@ class _RetainedStack:
         return (
             all(map(operator.is_, parameters, self._parameters))
             and all(map(operator.is_, scalings, self._scalings))
-            and [*map(_count, parameters)] == self._counts
+            and [*map(_state, parameters)] == self._states
             and all(map(Tensor.is_set_to, parameters, self._aliases))
             and torch.equal(torch.cat(self._compared), self._contents)
         )
@@ -99,8 +99,8 @@ def _can_retain(parameter: Any) -> bool:
 class StacksAdapters:
     """A mixin, placed before a PEFT layer class, for layers whose samples may have different adapters.
 
-    A layer retains one stack, of the last call that stacked adapters. Training frees it, and so does deleting an
-    adapter.
+    On the CPU, a layer retains one stack, of the last call that stacked adapters. Training frees it, and so does
+    deleting an adapter. Calls with one adapter do not, because a server may alternate between both.
     """
 
     _retained: _RetainedStack | None = None
@@ -124,6 +124,7 @@ class StacksAdapters:
             return names, _stack(adapters, dtype)
         retained = self._retained  # read once, because another thread may replace it
         if retained is None or not retained.serves(self, names, dtype):
+            self.forget_stack()
             if not all(map(_can_retain, parameters)) or any(isinstance(scaling, Tensor) for scaling in scalings):
                 return names, _stack(adapters, dtype)
             retained = self._retained = _RetainedStack(self, adapters, dtype)
