@@ -65,18 +65,22 @@ def by_sample(layer: Any, x: Tensor, names: Sequence[str]) -> Operands | None:
 
 
 def _by_sample(layer: Any, x: Tensor, names: Sequence[str], dtype: torch.dtype) -> Operands | None:
-    adapters: list[Adapter] | None = layer.plain_adapters(dict.fromkeys(name for name in names if name != "__base__"))
-    if adapters is None:
-        return None
-    if not adapters:
-        return ()
-    here = tuple(adapter.name for adapter in adapters)
-    if all(name == here[0] for name in names):
-        return _alone(adapters[0])
-    if _draws(adapters) or x.ndim < 2:
-        return None
-    stacked, stack = once_per_call((layer, dtype, *here), lambda: layer.stack(adapters, dtype))
-    key = _adapter_of_row, stacked, x.shape[:-1], *names
+    here = [name for name in dict.fromkeys(names) if name in layer.lora_A]
+    mixes = len({*names}) > 1 and x.ndim > 1
+    found = layer.retained_stack(here, dtype) if mixes and here else None
+    if found is None:
+        adapters: list[Adapter] | None = layer.plain_adapters(here)
+        if adapters is None:
+            return None
+        if not adapters:
+            return ()
+        if all(name == here[0] for name in names):
+            return _alone(adapters[0])
+        if _draws(adapters) or x.ndim < 2:
+            return None
+        found = once_per_call((layer, dtype, *here), lambda: layer.stack(adapters, dtype))
+    stacked, stack = found
+    key = _adapter_of_row, (*stacked,), x.shape[:-1], *names
     return stack, None, 1.0, 0.0, once_per_call(key, lambda: _adapter_of_row(names, stacked, x))
 
 

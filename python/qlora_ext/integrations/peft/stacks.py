@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,11 @@ def _stack(adapters: Sequence[Adapter], dtype: torch.dtype) -> StackedAdapters:
     return stack._replace(lora_a=stack.lora_a.to(dtype), lora_b=stack.lora_b.to(dtype))
 
 
-_COMPARED = 64  # values of a parameter that is not trained
-_state = operator.attrgetter("_version", "requires_grad", "dtype", "device")
+ADAPTER_MODULES = "lora_A", "lora_B", "lora_dropout"
+_COMPARED = 64  # values of a parameter that does not require gradients
+_EMPTY = "forward", "_forward_hooks", "_forward_pre_hooks"  # attributes of a module that PEFT's code need not call
+_state = operator.attrgetter("_version", "requires_grad", "dtype", "is_cpu")
+_training = operator.attrgetter("training")
 
 
 class _RetainedStack:
@@ -49,29 +53,48 @@ class _RetainedStack:
     """
 
     def __init__(self, layer: Any, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
-        self.names, self._dtype = tuple(adapter.name for adapter in adapters), dtype
-        self._parameters, self._scalings = _sources(layer, self.names)
+        self.names, self._dtype, self._scaling = tuple(adapter.name for adapter in adapters), dtype, layer.scaling
+        containers = [layer._modules[attribute]._modules for attribute in ADAPTER_MODULES]
+        of_adapters = [[container[name] for container in containers] for name in self.names]
+        self._modules = [*itertools.chain(*of_adapters)]
+        self._types = [*map(type, self._modules)]
+        self._dropouts = [module for module in self._modules if isinstance(module, nn.Dropout)]
+        parameters = [module._parameters for a, b, _ in of_adapters for module in (a, b)]
+        places = [
+            *((layer._modules, attribute) for attribute in ADAPTER_MODULES),
+            *itertools.product([*containers, layer.scaling], self.names),
+            *itertools.product(parameters, ("weight", "bias")),
+        ]
+        self._dicts, self._keys = zip(*places, strict=True)
+        self._parts = [*map(dict.get, self._dicts, self._keys)]
+        own = [vars(module) for module in self._modules]
+        self._own, self._empty = own * len(_EMPTY), [key for key in _EMPTY for _ in own]
+        self._parameters = [of_module["weight"] for of_module in parameters]
         self._states = [*map(_state, self._parameters)]
-        # Usable in calls with gradients too, even if the first call runs in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            # Aliases of the parameters' memory, which no other tensor can take while they exist.
-            self._aliases = [p.detach() for p in self._parameters]
-            flat = [alias.view(-1) for alias in self._aliases]
-            trained = [p.requires_grad for p in self._parameters]
-            self._compared = [t if all_of_it else t[:_COMPARED] for t, all_of_it in zip(flat, trained, strict=True)]
-            self._contents = torch.cat(self._compared)
-            self.stack = _stack(adapters, dtype)
+        # Aliases of the parameters' memory, which no other tensor can take while they exist.
+        self._aliases = [p.detach() for p in self._parameters]
+        self._compared = [
+            alias.view(-1) if p.requires_grad else alias.view(-1)[:_COMPARED]
+            for p, alias in zip(self._parameters, self._aliases, strict=True)
+        ]
+        self._contents = torch.cat(self._compared)
+        self.stack = _stack(adapters, dtype)
 
-    def serves(self, layer: Any, names: Sequence[str], dtype: torch.dtype) -> bool:
-        """Whether the stack has the adapters ``names`` of the layer as they are now, in ``dtype``."""
-        if dtype != self._dtype or not set(names).issubset(self.names):
-            return False
-        parameters, scalings = _sources(layer, self.names)
+    def serves(self, layer: Any, names: Iterable[str], dtype: torch.dtype) -> bool:
+        """Whether the stack has the adapters ``names`` of the layer as they are now, in ``dtype``, without dropout.
+
+        Also False if PEFT's code has to run. The loops run in C: each call asks each layer about all of its adapters.
+        """
         return (
-            all(map(operator.is_, parameters, self._parameters))
-            and all(map(operator.is_, scalings, self._scalings))
-            and [*map(_state, parameters)] == self._states
-            and all(map(Tensor.is_set_to, parameters, self._aliases))
+            dtype == self._dtype
+            and set(names).issubset(self.names)
+            and layer.scaling is self._scaling
+            and all(map(operator.is_, map(dict.get, self._dicts, self._keys), self._parts))
+            and not any(map(dict.get, self._own, self._empty))
+            and [*map(type, self._modules)] == self._types
+            and not any(map(_training, self._dropouts))
+            and [*map(_state, self._parameters)] == self._states
+            and all(map(Tensor.is_set_to, self._parameters, self._aliases))
             and torch.equal(torch.cat(self._compared), self._contents)
         )
 
@@ -79,56 +102,61 @@ class _RetainedStack:
         return type(None), ()  # copies of the layer make their own
 
 
-def _sources(layer: Any, names: Sequence[str]) -> tuple[list[Any], list[Any]]:
-    """The parameters and scalings of the adapters ``names``; None for those that the layer does not have."""
-    modules = [layer.lora_A._modules, layer.lora_B._modules]
-    parameters = [m[name]._parameters.get("weight") if name in m else None for name in names for m in modules]
-    return parameters, [layer.scaling.get(name) for name in names]
+def _can_retain(layer: Any, adapter: Adapter) -> bool:
+    """Whether changes of an adapter are noticed, without waiting for a device."""
+    parameters = [layer._modules[m]._modules[adapter.name]._parameters.get("weight") for m in ADAPTER_MODULES[:2]]
+    return not isinstance(adapter.scaling, Tensor) and all(
+        type(p) is nn.Parameter
+        and p.device.type == "cpu"
+        and not p.is_inference()  # it would have no version counter
+        and p.is_contiguous()
+        for p in parameters
+    )
 
 
-def _can_retain(parameter: Any) -> bool:
-    """Whether the changes of a parameter are noticed, without waiting for a device."""
-    return (
-        type(parameter) is nn.Parameter
-        and parameter.device.type == "cpu"
-        and not parameter.is_inference()  # it would have no version counter
-        and parameter.is_contiguous()
+def _retains() -> bool:
+    """Whether this call may retain a stack: without gradients, and of real tensors."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
 class StacksAdapters:
     """A mixin, placed before a PEFT layer class, for layers whose samples may have different adapters.
 
-    On the CPU, a layer retains one stack, of the last call that stacked adapters. Training frees it, and so does
-    deleting an adapter. Calls with one adapter do not, because a server may alternate between both.
+    On the CPU, a layer retains one stack, of the last call without gradients that stacked adapters. A call with
+    gradients frees it, and so does deleting an adapter. Calls with one adapter do not, because a server may alternate
+    between both.
     """
 
     _retained: _RetainedStack | None = None
+
+    def runs_plain(self) -> bool:
+        """Whether calling the base only runs its own code."""
+        return True
 
     def forget_stack(self) -> None:
         if self._retained is not None:
             self._retained = None
 
-    def stack(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[tuple[str, ...], StackedAdapters]:
-        """A stack that has ``adapters`` in ``dtype``, and the names of all of its adapters.
-
-        It is differentiable if one of the adapters needs a gradient.
-        """
-        names = tuple(adapter.name for adapter in adapters)
-        parameters, scalings = _sources(self, names)
-        trains = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
-        if trains:
-            self.forget_stack()
-        traced = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
-        if trains or traced or torch.compiler.is_compiling():
-            return names, _stack(adapters, dtype)
+    def retained_stack(self, names: Iterable[str], dtype: torch.dtype) -> tuple[Sequence[str], StackedAdapters] | None:
+        """The retained stack and the names of its adapters; None if it lacks one of ``names`` as it is now."""
         retained = self._retained  # read once, because another thread may replace it
-        if retained is None or not retained.serves(self, names, dtype):
-            self.forget_stack()
-            if not all(map(_can_retain, parameters)) or any(isinstance(scaling, Tensor) for scaling in scalings):
-                return names, _stack(adapters, dtype)
-            retained = self._retained = _RetainedStack(self, adapters, dtype)
+        if retained is None or not _retains() or not self.runs_plain() or not retained.serves(self, names, dtype):
+            return None
         return retained.names, retained.stack
+
+    def stack(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[Sequence[str], StackedAdapters]:
+        """A new stack of ``adapters``, and their names. Gradients reach the adapters."""
+        if not torch.compiler.is_compiling():
+            self.forget_stack()
+        if _retains() and all(_can_retain(self, adapter) for adapter in adapters):
+            self._retained = retained = _RetainedStack(self, adapters, dtype)
+            return retained.names, retained.stack
+        return [adapter.name for adapter in adapters], _stack(adapters, dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.forget_stack()
