@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import swap_tensors
 
-from adapted_models import BASE
+from adapted_models import BASE, counting_fused_calls
 from qlora_ext.integrations.peft import stacks
 from test_peft_mixed import IDS, NAMES, adapted_layers, mixture, of_samples, one_model, several
 
@@ -30,16 +30,16 @@ def layer_of(model: Any) -> Any:
     return model.base_model.model[0]
 
 
-def mixed(model: Any) -> Tensor:
+def mixed(model: Any, names: Sequence[str] = NAMES) -> Tensor:
     with torch.no_grad():
-        y: Tensor = model(X, adapter_names=NAMES)
+        y: Tensor = model(X, adapter_names=names)
     return y
 
 
-def fresh(model: Any) -> Tensor:
+def fresh(model: Any, names: Sequence[str] = NAMES) -> Tensor:
     """The same without a stack of an earlier call."""
     layer_of(model).forget_stack()
-    return mixed(model)
+    return mixed(model, names)
 
 
 @pytest.fixture
@@ -179,6 +179,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "re-added": add_again,
     "scaling": scale,
     "scaling tensor": scale_by_a_tensor,
+    "scalings": lambda model: setattr(layer_of(model), "scaling", dict.fromkeys(layer_of(model).scaling, 3.0)),
     "dtype of adapters": lambda model: layer_of(model).lora_B["wide"].bfloat16(),
 }
 
@@ -192,6 +193,53 @@ def test_changed_adapters_are_stacked_again(change: str) -> None:
     after = mixed(model)
     assert not torch.equal(after, before)
     assert torch.equal(after, fresh(model))
+
+
+def add_bias(layer: Any) -> None:
+    layer.lora_B["wide"].bias = nn.Parameter(torch.ones(48))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def replace_forward(layer: Any) -> None:
+    module = layer.lora_A["wide"]
+    module.forward = lambda x: 2 * nn.functional.linear(x, module.weight)
+
+
+FOR_THE_CODE_OF_PEFT: dict[str, Callable[[Any], object]] = {
+    "hook": lambda layer: layer.lora_B["wide"].register_forward_hook(lambda *args: 2 * args[2]),
+    "hook in a new dict": lambda layer: setattr(layer.lora_A["few"], "_forward_hooks", {7: lambda *args: 2 * args[2]}),
+    "hook before": lambda layer: layer.lora_dropout["wide"].register_forward_pre_hook(lambda _, args: (2 * args[0],)),
+    "hook on the base": lambda layer: layer.base_layer.register_forward_hook(lambda *args: 2 * args[2]),
+    "forward": replace_forward,
+    "bias": add_bias,
+    "class": lambda layer: setattr(layer.lora_A["wide"], "__class__", Doubled),
+    "dropout": lambda layer: layer.lora_dropout["few"].train(),
+}
+
+
+@pytest.mark.parametrize("change", FOR_THE_CODE_OF_PEFT)
+def test_what_the_operator_lacks_runs_as_in_peft(change: str) -> None:
+    model = one_model()
+    layer = layer_of(model)
+    layer.lora_dropout["few"] = nn.Dropout(0.5).eval()
+    before = mixed(model)
+    FOR_THE_CODE_OF_PEFT[change](layer)
+    with counting_fused_calls() as calls:
+        after = mixed(model)
+    assert "fused" not in calls
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_other_adapters_are_stacked_if_one_is_missing(stacked: list[int]) -> None:
+    model = one_model()
+    batches = [["wide", "few", *[BASE] * 3], NAMES, NAMES[::-1], ["one", *NAMES[1:]], ["few"] * 5]
+    found = [mixed(model, names) for names in batches]
+    assert stacked == [2, 3, 3]
+    assert all(torch.equal(y, fresh(model, names)) for y, names in zip(found, batches, strict=True))
 
 
 def test_switched_off_and_merged_adapters() -> None:
