@@ -101,8 +101,8 @@ foreach(_isa IN LISTS _not_run)
   list(APPEND _${_isa} -O1)
 endforeach()
 
-# The parts of each instruction set (parts/parts.h). They are compiled as three files, the many-token parts and those of
-# offsets apart from the others, so that the compiler needs at most 3.5 GB for a file. Where QLORA_CPU_PARTS_APART is set
+# The parts of each instruction set (parts/parts.h). They are compiled as four files, the many-token parts, those of
+# offsets and those of int8 apart from the others, so that the compiler needs at most 3.5 GB for a file. Where QLORA_CPU_PARTS_APART is set
 # each part is a file: with the checks of QLORA_SANITIZE a part takes as much as several without. The machine code is not
 # quite the same, since what is inlined depends on all that a file holds.
 set(_few_tokens few_tokens_dx_float few_tokens_forward_int few_tokens_forward_float few_tokens_offsets)
@@ -134,10 +134,13 @@ foreach(_isa IN LISTS _isas)
   else()
     set(_many ${_parts_${_isa}})
     list(FILTER _many INCLUDE REGEX "^many_tokens")
+    list(FILTER _many EXCLUDE REGEX "_int8$")
     set(_others ${_parts_${_isa}})
-    list(FILTER _others EXCLUDE REGEX "^many_tokens|_offsets$")
+    list(FILTER _others EXCLUDE REGEX "^many_tokens|_offsets$|_int8$")
     set(_offsets ${_parts_${_isa}})
     list(FILTER _offsets INCLUDE REGEX "_offsets$")
+    set(_int8 ${_parts_${_isa}})
+    list(FILTER _int8 INCLUDE REGEX "_int8$")
     if(_many)
       _add_cpu_file(${_isa}_many_tokens ${_isa} ${_many})
     endif()
@@ -146,6 +149,9 @@ foreach(_isa IN LISTS _isas)
     endif()
     if(_offsets)
       _add_cpu_file(${_isa}_offsets ${_isa} ${_offsets})
+    endif()
+    if(_int8)
+      _add_cpu_file(${_isa}_int8 ${_isa} ${_int8})
     endif()
   endif()
 endforeach()

@@ -122,7 +122,8 @@ constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
 }
 constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
-  if (kernel == Kernel::kManyTokensInt8) return p.m > 0 && has_int8_segments(p.w);
+  if (kernel == Kernel::kManyTokensInt8)
+    return p.m > 0 && has_int8_segments(p.w) && has_one_scale_per(kLeastIntBlock, p.w);
   if (kernel == Kernel::kFewTokensInt8) return false;
   if (kernel == Kernel::kManyTokensInt)
     return p.dtype == DType::kBFloat16 && p.m > 0 && p.w.n % kIntColumns == 0 && has_int_columns(p.w);

@@ -14,7 +14,8 @@ namespace qlora {
 // eight products with 15-bit factors inside int32.
 struct IntCodeTable {
   static constexpr int kLargest = 8191;
-  int16_t value[kCodes] = {};
+  using Value = int16_t;
+  Value value[kCodes] = {};
   double per_one = 0.0;
   bool serves = false;
   bool exact = false;
@@ -74,7 +75,8 @@ QLORA_INLINE constexpr const IntCodeTable& int_codes(Code code) {
 // value by more than 1/254 of the largest, as rounding to 127ths may.
 struct Int8CodeTable {
   static constexpr int kLargest = 127;
-  int8_t value[kCodes] = {};
+  using Value = int8_t;
+  Value value[kCodes] = {};
   double per_one = 0.0;
   bool exact = false;
   int8_t least = 0, most = 0;  // of the integers

@@ -246,8 +246,9 @@ void dx_with_g(const Pool& pool, const LinearDxProblem& p, const T* g, int64_t f
   });
 }
 
-template <class W, class T>
-void dx(const Pool& pool, const LinearDxProblem& p) {
+// Calls run(g, first, tokens) for tokens first .. first + tokens - 1, until all are done. Their g are computed before.
+template <class W, class T, class Run>
+void for_tokens_with_g(const Pool& pool, const LinearDxProblem& p, const Run& run) {
   const int64_t some = p.lora.rank && !p.g ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
   const int64_t g_bytes = some * p.lora.rank * static_cast<int64_t>(sizeof(T));
   T* const g = static_cast<T*>(p.g ? p.g : scratch(ScratchUse::kCall, g_bytes));
@@ -257,8 +258,14 @@ void dx(const Pool& pool, const LinearDxProblem& p) {
       const Matrix<T> dy{static_cast<const T*>(p.dy), p.w.n};
       low_rank_of_call<W, Factor::kFeatureByRank>(pool, dy, p.lora, first, tokens, p.w.n, g);
     }
-    dx_with_g<W, T>(pool, p, g, first, tokens);
+    run(g, first, tokens);
   }
+}
+
+template <class W, class T>
+void dx(const Pool& pool, const LinearDxProblem& p) {
+  for_tokens_with_g<W, T>(
+      pool, p, [&](const T* g, int64_t first, int64_t tokens) { dx_with_g<W, T>(pool, p, g, first, tokens); });
 }
 
 }  // namespace many_tokens

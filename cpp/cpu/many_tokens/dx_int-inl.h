@@ -18,6 +18,7 @@
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/many_tokens/dx-inl.h"
+#include "cpp/cpu/many_tokens/dx_integers-inl.h"
 #include "cpp/cpu/many_tokens/low_rank-inl.h"
 #include "cpp/cpu/many_tokens/multiply_int-inl.h"
 #include "cpp/cpu/many_tokens/round_int-inl.h"
@@ -41,75 +42,6 @@ using namespace panel;
 
 using IntColumns = verdict::PanelColumns<2 * kLongChain>;
 
-// The integers of W's codes. Beside offsets they are moved to lie around zero, and the offsets by `center` scales, so
-// that the two products do not nearly cancel.
-struct DxCodes {
-  IntCodeTable table;
-  float center = 0.0f;
-
-  explicit DxCodes(const Weight& w) : table(int_codes(w.code)) {
-    if (!w.scales.offsets) return;
-    int least = table.value[0], most = least;
-    for (const int value : table.value) least = min(least, value), most = max(most, value);
-    const int middle = (least + most + 1) / 2;
-    for (int16_t& value : table.value) value = static_cast<int16_t>(value - middle);
-    center = static_cast<float>(middle / table.per_one);
-  }
-};
-
-// dy · offsets of the groups that a task's columns form, in float32.
-template <class T>
-class OffsetSums {
- public:
-  OffsetSums(const Weight& w, int64_t group, int64_t column, int64_t columns, int64_t tokens)
-      : group_(group), column_(column), groups_(columns / group), lanes_(round_up(groups_, kLanes)), tokens_(tokens) {
-    if (!w.scales.offsets) return;
-    for (float& offset : offsets_) offset = 0.0f;
-  }
-
-  // Adds the product of rows [row, row + rows). `center` is what the codes' values miss of a block's scale, and
-  // dy(token) points to a token's first row.
-  template <class Dy>
-  void add(const ScaledPiece& source, int64_t row, int64_t rows, float center, const Dy& dy) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t g = 0; g < groups_; ++g) {
-        const ScaleAndOffset block = source.template block_of<true>(row + r, column_ + g * group_);
-        const int64_t tile = g / kTileLanes * kTileLanes, width = tile_width(lanes_ - tile);
-        offsets_[tile * rows + r * width + g - tile] = block.offset + center * block.scale;
-      }
-    }
-    WeightLinePrefetcher nothing;
-    for (int64_t t = 0; t < tokens_; t += kTokens) {
-      const int64_t some = min(tokens_ - t, kTokens);
-      for (int64_t i = 0; i < some; ++i)
-        load_broadcast<WordF32>(Matrix<T>{dy(t + i) + row, 0}, 0, 1, 0, rows, dy_ + i * kDepth);
-      multiply<WordF32, kChain<T>>(dy_, some, offsets_, lanes_, static_cast<int>(rows), sums_ + t * lanes_, row == 0,
-                                   nothing);
-    }
-  }
-
-  // Adds a token's sums to those of its columns, of which `columns` tiles lie `stride` floats apart.
-  void add_to(int64_t t, float* sums, int64_t columns, int64_t stride) const {
-    const int64_t first = t / kTokens * kTokens, some = min(tokens_ - first, kTokens);
-    for (int64_t c = 0; c < columns; c += kTileLanes, sums += stride) {
-      const int64_t g = c / group_, tile = g / kTileLanes * kTileLanes;
-      const F sum = splat(sums_[first * lanes_ + tile * some + (t - first) * tile_width(lanes_ - tile) + g - tile]);
-      store(sums, panel::add(load(sums), sum)), store(sums + kLanes, panel::add(load(sums + kLanes), sum));
-    }
-  }
-
- private:
-  static constexpr int64_t kTokens = 32;  // at once
-  static constexpr int64_t kMostGroups = most_dx_columns(kFewDxTokens) / kLeastIntBlock, kMostSums = 4096;
-  static_assert(kMostTokens * most_dx_columns(kMostTokens) / kLeastIntBlock <= kMostSums &&
-                kFewDxTokens * kMostGroups <= kMostSums);
-
-  const int64_t group_, column_, groups_, lanes_, tokens_;
-  alignas(64) float dy_[kTokens * kDepth];
-  alignas(64) float offsets_[kMostGroups * kDepth / 2];  // lanes panel: few tokens have more columns and fewer rows
-  alignas(64) float sums_[kMostSums];                    // of kTokens tokens after the other, [tile][token][width]
-};
-
 // dx of the listed tokens [token, token + tokens) and columns [column, column + columns). `g` has the order of the
 // list.
 template <class T>
@@ -118,8 +50,8 @@ class DxIntTask : DxTask<WordF32, T> {
   using Base = DxTask<WordF32, T>;
   using Word = WordInt::Word;
 
-  DxIntTask(const LinearDxProblem& p, const DxCodes& codes, const TokenLists<T>& lists, const IntColumns& weights,
-            const T* g, int64_t token, int64_t tokens, int64_t column, int64_t columns)
+  DxIntTask(const LinearDxProblem& p, const CenteredCodes<IntCodeTable>& codes, const TokenLists<T>& lists,
+            const IntColumns& weights, const T* g, int64_t token, int64_t tokens, int64_t column, int64_t columns)
       : Base(p, g, 0, token, tokens, column, columns, lists.places()),
         codes_(codes),
         lists_(lists),
@@ -131,13 +63,13 @@ class DxIntTask : DxTask<WordF32, T> {
 
   void operator()() {
     this->begin();
-    if (halves_ && this->p_.lora.rank) exchange_halves(true);
+    if (halves_ && this->p_.lora.rank) exchange_halves(this->sums_, this->tokens_, this->columns_, true);
     add_weight();
     if (this->p_.w.scales.offsets) {
       for (int64_t t = 0; t < this->tokens_; ++t)
         offset_sums_.add_to(t, this->sums_ + t * kTileLanes, this->columns_, this->tokens_ * kTileLanes);
     }
-    if (halves_) exchange_halves(false);
+    if (halves_) exchange_halves(this->sums_, this->tokens_, this->columns_, false);
     this->finish();
   }
 
@@ -231,25 +163,7 @@ class DxIntTask : DxTask<WordF32, T> {
                             out, kTileLanes * piece.rows / 2);
   }
 
-  // Sums of 16 lanes: between the order of a group and that of its halves (WordInt::decode_lanes). Of a group's vectors
-  // 0, 1, 2, 3 the first halves come first.
-  void exchange_halves(bool to_halves) {
-    constexpr int kHalf = kLanes / 2, kHalves = 8;
-    for (int64_t c = 0; c < this->columns_; c += kGroup) {
-      for (int64_t t = 0; t < this->tokens_; ++t) {
-        float* const tile = this->sums_ + c * this->tokens_ + t * kTileLanes;
-        const auto half = [&](int i) { return tile + i / 4 * kTileLanes * this->tokens_ + i % 4 * kHalf; };
-        float copy[kHalves][kHalf];
-        for (int i = 0; i < kHalves; ++i) __builtin_memcpy(copy[i], half(i), sizeof(copy[i]));
-        for (int i = 0; i < kHalves; ++i) {
-          const int other = i % 2 * 4 + i / 2;  // where the half goes in the order of halves
-          __builtin_memcpy(half(to_halves ? other : i), copy[to_halves ? i : other], sizeof(copy[i]));
-        }
-      }
-    }
-  }
-
-  const DxCodes& codes_;
+  const CenteredCodes<IntCodeTable>& codes_;
   const TokenLists<T>& lists_;
   const IntColumns& weights_;
   const WordInt::Values values_;
@@ -271,7 +185,7 @@ class IntDx {
   IntDx(const Pool& pool, const LinearDxProblem& p)
       : pool_(pool),
         p_(p),
-        codes_(p.w),
+        codes_(int_codes(p.w.code), p.w),
         rounding_(p.w.n, IntColumns::kChainRows, codes_.table, kLongChain),
         columns_(p.w) {}
 
@@ -322,7 +236,7 @@ class IntDx {
 
   const Pool& pool_;
   const LinearDxProblem& p_;
-  const DxCodes codes_;
+  const CenteredCodes<IntCodeTable> codes_;
   const TokenRounding<T> rounding_;
   IntColumns columns_;
   TokenLists<T> lists_;

@@ -3,6 +3,7 @@
 
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/kernels.h"
+#include "cpp/cpu/many_tokens/linear_int8-inl.h"
 #include "cpp/cpu/parts/parts.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/format/problem.h"
@@ -10,12 +11,12 @@
 namespace qlora::cpu::QLORA_ISA::parts {
 
 template <>
-Outcome run<Kernel::kManyTokensInt8>(const Pool&, const LinearProblem&) {
-  return Outcome::kTooLarge;
+Outcome run<Kernel::kManyTokensInt8>(const Pool& pool, const LinearProblem& p) {
+  return many_tokens::forward_int8(pool, p);
 }
 template <>
-Outcome run<Kernel::kManyTokensInt8>(const Pool&, const LinearDxProblem&) {
-  return Outcome::kTooLarge;
+Outcome run<Kernel::kManyTokensInt8>(const Pool& pool, const LinearDxProblem& p) {
+  return many_tokens::dx_int8(pool, p);
 }
 
 }  // namespace qlora::cpu::QLORA_ISA::parts

@@ -1,0 +1,206 @@
+// The matrix multiplication of int8, in the panels of multiply-inl.h with words of four int8 (WordInt8). A *segment* is
+// kInt8Segment elements of the summed dimension, over which the rounded operand has one unit. Forward and dX differ in
+// which operand is broadcast, and in what belongs to it:
+//
+//   forward  sums [row, token]    += unit [token, segment] · (scale [row, block] · int32 sum
+//                                                             + offset [row, block] · int32 sum of x [token, block])
+//   dX       sums [token, column] += unit [token, segment] · int32 sum
+//
+// Sums of a segment, or of a block where blocks are smaller, are exact. They are added in their order, in float32. Where instructions multiply unsigned by
+// signed bytes, something is added to all bytes that are broadcast, and sums start from minus that times the sum of the
+// lanes' bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/bytes.h"
+#include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/many_tokens/multiply-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens {
+
+using namespace panel;
+
+inline constexpr int kSegmentWords = kInt8Segment / 4;
+inline constexpr int kLeastInt8Block = 16, kMostInt8Blocks = 4 * kDepth / kLeastInt8Block;  // of a row of a panel
+
+template <int height, int vectors>
+inline void load_totals(const float* sums, bool first, F (&total)[height][vectors]) {
+  unroll<height>([&](auto r) {
+    unroll<vectors>([&](auto v) {
+      total[r.value][v.value] = first ? zero() : load(sums + (r.value * vectors + v.value) * kLanes);
+    });
+  });
+}
+template <int height, int vectors>
+inline void store_totals(const F (&total)[height][vectors], float* sums) {
+  unroll<height>([&](auto r) {
+    unroll<vectors>([&](auto v) { store(sums + (r.value * vectors + v.value) * kLanes, total[r.value][v.value]); });
+  });
+}
+
+// Adds the products of `words` steps, a multiple of B::kPartialSteps, to sums of int32. Rows of the broadcast panel are
+// `stride` words long.
+template <class B, int stride, int height, int vectors>
+inline __attribute__((always_inline)) void add_products(const int32_t* broadcast, const int32_t* lane, int words,
+                                                        typename B::Sum (&sum)[height][vectors]) {
+  const auto add_steps = [&](int steps, auto& to) {
+    for (int d = 0; d < steps; ++d, ++broadcast, lane += vectors * kLanes) {
+      typename B::Vector x[vectors];
+      unroll<vectors>([&](auto v) { x[v.value] = B::load(lane + v.value * kLanes); });
+      unroll<height>([&](auto r) {
+        const auto w = B::broadcast(broadcast + r.value * stride);
+        unroll<vectors>([&](auto v) { to[r.value][v.value] = B::multiply_add(w, x[v.value], to[r.value][v.value]); });
+      });
+    }
+  };
+  if constexpr (B::kPartialSteps == 0) {
+    add_steps(words, sum);
+  } else {
+    for (int d = 0; d < words; d += B::kPartialSteps) {
+      typename B::Partial partial[height][vectors];
+      unroll<height>([&](auto r) { unroll<vectors>([&](auto v) { partial[r.value][v.value] = B::no_partial(); }); });
+      add_steps(B::kPartialSteps, partial);
+      unroll<height>([&](auto r) {
+        unroll<vectors>(
+            [&](auto v) { sum[r.value][v.value] = B::add_partial(partial[r.value][v.value], sum[r.value][v.value]); });
+      });
+    }
+  }
+}
+
+// A piece of the forward's summed dimension as operands.
+struct ForwardInt8Panels {
+  const int32_t* broadcast;  // W [height][kDepth]
+  const int32_t* lanes;      // x [depth][width], from the piece's first word on
+  const float* scales;       // [height][kMostInt8Blocks]
+  const float* offsets;      // likewise, or null
+  const float* units;        // [segment][lane], segments `stride` apart
+  const int32_t* starts;     // [block][lane], what sums start from, blocks `stride` apart
+  const float* x_sums;       // likewise, for offsets
+  int64_t stride;
+  int blocks;  // or segments, where blocks are larger
+
+  void skip_rows(int64_t rows) {
+    broadcast += rows * kDepth, scales += rows * kMostInt8Blocks;
+    if (offsets) offsets += rows * kMostInt8Blocks;
+  }
+};
+
+template <class B, int words_of_block>
+struct ForwardInt8Tile {
+  using Panels = ForwardInt8Panels;
+
+  template <int height, int vectors>
+  static void multiply(const Panels& in, float* sums, bool first, WeightLinePrefetcher& prefetcher) {
+    F total[height][vectors];
+    load_totals(sums, first, total);
+    const int32_t *broadcast = in.broadcast, *lane = in.lanes;
+    for (int block = 0; block < in.blocks; ++block, broadcast += words_of_block) {
+      prefetcher.step();
+      typename B::Sum sum[height][vectors];
+      unroll<vectors>([&](auto v) {
+        const auto start = B::load_sum(in.starts + block * in.stride + v.value * kLanes);
+        unroll<height>([&](auto r) { sum[r.value][v.value] = start; });
+      });
+      add_products<B, kDepth>(broadcast, lane, words_of_block, sum);
+      lane += words_of_block * vectors * kLanes;
+      const float* const units = in.units + block * words_of_block / kSegmentWords * in.stride;
+      unroll<height>([&](auto r) {
+        const F scale = splat(in.scales[r.value * kMostInt8Blocks + block]);
+        unroll<vectors>([&](auto v) {
+          F of_block = mul(B::to_floats(sum[r.value][v.value]), scale);
+          if (in.offsets) {
+            of_block = multiply_add(load(in.x_sums + block * in.stride + v.value * kLanes),
+                                    splat(in.offsets[r.value * kMostInt8Blocks + block]), of_block);
+          }
+          total[r.value][v.value] = multiply_add(of_block, load(units + v.value * kLanes), total[r.value][v.value]);
+        });
+      });
+    }
+    store_totals(total, sums);
+  }
+};
+
+// A piece of dX's summed dimension, rows of W, as operands.
+struct DxInt8Panels {
+  static constexpr int kDepth = 64, kMostSegments = kDepth / kSegmentWords;
+
+  const int32_t* broadcast;  // dy · scale [height][kDepth]
+  const int32_t* lanes;      // W [depth][width]
+  const float* units;        // [segment][row], segments `unit_stride` apart
+  const int32_t* starts;     // [segment][lane], what sums start from, segments `stride` apart
+  int64_t unit_stride, stride;
+  int segments;
+
+  void skip_rows(int64_t rows) { broadcast += rows * kDepth, units += rows; }
+};
+
+template <class B>
+struct DxInt8Tile {
+  using Panels = DxInt8Panels;
+
+  template <int height, int vectors>
+  static void multiply(const Panels& in, float* sums, bool first, WeightLinePrefetcher& prefetcher) {
+    F total[height][vectors];
+    load_totals(sums, first, total);
+    const int32_t *broadcast = in.broadcast, *lane = in.lanes;
+    for (int s = 0; s < in.segments; ++s, broadcast += kSegmentWords, lane += kSegmentWords * vectors * kLanes) {
+      prefetcher.step();
+      typename B::Sum sum[height][vectors];
+      unroll<vectors>([&](auto v) {
+        const auto start = B::load_sum(in.starts + s * in.stride + v.value * kLanes);
+        unroll<height>([&](auto r) { sum[r.value][v.value] = start; });
+      });
+      add_products<B, Panels::kDepth>(broadcast, lane, kSegmentWords, sum);
+      unroll<height>([&](auto r) {
+        const F unit = splat(in.units[s * in.unit_stride + r.value]);
+        unroll<vectors>([&](auto v) {
+          total[r.value][v.value] = multiply_add(B::to_floats(sum[r.value][v.value]), unit, total[r.value][v.value]);
+        });
+      });
+    }
+    store_totals(total, sums);
+  }
+};
+
+// Tile::multiply<height, vectors> by height.
+template <class Tile, int vectors>
+struct Int8TilesByHeight {
+  static constexpr int kMost = kInt8Height;
+  void (*of[kMost + 1])(const typename Tile::Panels&, float*, bool, WeightLinePrefetcher&) = {};
+  constexpr Int8TilesByHeight() { fill<kMost>(); }
+
+ private:
+  template <int height>
+  constexpr void fill() {
+    if constexpr (height > 0) {
+      fill<height - 1>();
+      of[height] = Tile::template multiply<height, vectors>;
+    }
+  }
+};
+
+// The product of a broadcast panel and one tile of `vectors` vectors of lanes, in tiles of nearly equal height.
+template <class Tile, int vectors>
+void multiply_int8(typename Tile::Panels in, int64_t height, float* sums, bool first,
+                   WeightLinePrefetcher& prefetcher) {
+  static constexpr Int8TilesByHeight<Tile, vectors> kTiles;
+  const int64_t tiles = ceil_div(height, kTiles.kMost);
+  for (int64_t t = 0, row = 0; t < tiles; ++t) {
+    const int64_t of_tile = (height - row) / (tiles - t);
+    kTiles.of[of_tile](in, sums + row * vectors * kLanes, first, prefetcher);
+    row += of_tile, in.skip_rows(of_tile);
+  }
+}
+
+}  // namespace many_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,48 @@
+// How activations are rounded to int8: the numbers of a segment are rounded to multiples of their unit, a 127th of the
+// largest.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+
+// Segments whose largest magnitude is in this range need none of the care below: neither 1 / unit nor unit is subnormal
+// or infinite. Magnitudes are compared by their bits, which have the order of the numbers.
+inline constexpr uint32_t kLeastPlainBits = power_of_two_bits(-100);
+inline constexpr bool is_plain_segment(uint32_t largest_bits) {
+  return largest_bits - kLeastPlainBits < kInfinityBits - kLeastPlainBits;
+}
+inline constexpr float kInt8Largest = 127.0f;
+
+// The order of a segment's bytes: that of memory, or that in which the codes of a weight row are decoded, where of each
+// 16 elements the even ones, which are the high nibbles of 8 bytes, come first.
+enum class Int8Order { kMemory, kDecoded };
+
+// Rounds a segment and returns its unit. An infinite number is 1 or -1 infinite unit beside which finite ones are 0,
+// and NaN makes the unit NaN.
+inline float round_segment(const float* x, int8_t* out) {
+  uint32_t bits[kInt8Segment], largest = 0;
+  __builtin_memcpy(bits, x, sizeof(bits));
+  for (const uint32_t b : bits) largest = (b & kMagnitudeBits) > largest ? b & kMagnitudeBits : largest;
+  if (largest >= kInfinityBits) {
+    for (int i = 0; i < kInt8Segment; ++i) {
+      const bool is_infinite = (bits[i] & kMagnitudeBits) == kInfinityBits;
+      out[i] = static_cast<int8_t>(is_infinite ? (bits[i] > kMagnitudeBits ? -1 : 1) : 0);
+    }
+  } else {
+    const float factor = largest < kLeastPlainBits ? 0x1p60f : 1.0f;
+    const float scaled = __builtin_bit_cast(float, largest) * factor;
+    const float inverse = scaled > 0.0f ? kInt8Largest / scaled : 0.0f;
+    for (int i = 0; i < kInt8Segment; ++i) out[i] = static_cast<int8_t>(__builtin_rintf(x[i] * factor * inverse));
+    return scaled / kInt8Largest / factor;
+  }
+  return __builtin_bit_cast(float, largest);
+}
+
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA
