@@ -291,11 +291,11 @@ def test_generate(build: Callable[[], Any], options: dict[str, Any]) -> None:
 
 
 def test_generate_stacks_adapters_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But again in the next call, because programs may write to adapters in any way."""
+    """But again in a call after a program has written to one in any way."""
     model = several()
     stacks: list[Any] = []
-    stack = integration.operands.stack_adapters
-    monkeypatch.setattr(integration.operands, "stack_adapters", lambda *args: stacks.append(args) or stack(*args))
+    stack = integration.stacks.stack_adapters
+    monkeypatch.setattr(integration.stacks, "stack_adapters", lambda *args: stacks.append(args) or stack(*args))
     model.generate(input_ids=IDS, adapter_names=NAMES, **GENERATE)
     assert len(stacks) == len(adapted_layers(model))
     before = of_samples(model, NAMES)

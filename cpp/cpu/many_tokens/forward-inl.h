@@ -118,7 +118,7 @@ class ForwardTask {
     multiply_pieces<W, Becomes::kBroadcast>(
         p_.w, pieces, strip_, strip_ + shape_.other_half, scales_, scales_ + scale_floats_, shape_.interleaved,
         [&](const Piece& piece, const Word* panel, auto& interleaved) {
-          multiply_strip(panel, piece.row - row_, piece.rows,
+          multiply_strip(panel, piece.row - row_, piece.rows, lanes_,
                          static_cast<int>(round_up(piece.columns, kGroup) / kStepElements),
                          (piece.column - column) / kStepElements, lanes_depth, piece.column == 0, interleaved);
         });
@@ -131,57 +131,97 @@ class ForwardTask {
       const int64_t rows = min(strips_.size, rows_ - r);
       load_broadcast<W>(b, row_ + r, rows, rank, ranks, strip_);
       WeightLinePrefetcher nothing;
-      multiply_strip(strip_, r, rows, depth, 0, depth, p_.w.k == 0 && rank == 0, nothing);
+      multiply_strip(strip_, r, rows, lanes_, depth, 0, depth, p_.w.k == 0 && rank == 0, nothing);
     }
   }
 
-  // Adds the low-rank product of each adapter to the sums of its tokens. Unless these are all tokens, their sums are
-  // moved side by side and back.
+  // Some ranks of an adapter, and the task's tokens that use it.
+  struct AdapterPart {
+    Matrix<T> b;
+    int64_t rank, ranks, count;
+    const int32_t* list;
+    const Word* lanes;  // h
+    int depth;
+  };
+
+  // Adds the low-rank product of each adapter to the sums of its tokens. The stack's rows of B are read in their order,
+  // once for all adapters whose h fits lanes_: an adapter's part of a row is often less than a cache line.
   void add_adapters() {
+    constexpr int64_t kMostParts = 64;
+    AdapterPart parts[kMostParts];
+    int32_t lists[kMostTokens];
+    int32_t* next_list = lists;
+    Word* next_lanes = lanes_;
+    int64_t found = 0;
     const auto place = [this](int64_t t) { return places_ ? places_[token_ + t] : token_ + t; };
     for_each_adapter(*p_.lora.adapters, tokens_, place, [&](const Lora& lora, const int32_t* list, int64_t count) {
       const T* const h = h_ + (token_ - first_token_) * p_.lora.rank;
+      __builtin_memcpy(next_list, list, static_cast<size_t>(count) * sizeof(*list));
       for (int64_t rank = 0; rank < lora.rank; rank += kRanks) {
         const int64_t ranks = min(kRanks, lora.rank - rank);
-        copy_low_rank(h, p_.lora.rank, list, count, rank, ranks, copied_h_);
-        const int depth = transpose_lanes<W, Order::kMemory>(Matrix<T>{copied_h_, ranks}, 0, count, 0, ranks, lanes_);
-        for (int64_t row = 0; row < rows_; row += strips_.size) {
-          const int64_t rows = min(strips_.size, rows_ - row);
-          load_broadcast<W>(factor_of<Factor::kFeatureByRank, T>(lora, p_.w.n), row_ + row, rows, rank, ranks, strip_);
-          WeightLinePrefetcher nothing;
-          if (count == tokens_) {
-            multiply_strip(strip_, row, rows, depth, 0, depth, false, nothing);
-            continue;
-          }
-          move_sums<false>(row, rows, list, count);
-          multiply<W, kChain<T>>(strip_, rows, lanes_, count * W::kWords, depth, copied_sums_, false, nothing);
-          move_sums<true>(row, rows, list, count);
+        const int64_t most_words = round_up(count * W::kWords, kLanes) * round_up(ranks, kLanes);
+        if (found == kMostParts || next_lanes + most_words > lanes_ + kMostLaneWords) {
+          add_parts(parts, found);
+          next_lanes = lanes_;
+          found = 0;
         }
+        copy_low_rank(h, p_.lora.rank, list, count, rank, ranks, copied_h_);
+        const Matrix<T> of_tokens{copied_h_, ranks};
+        const int depth = transpose_lanes<W, Order::kMemory>(of_tokens, 0, count, 0, ranks, next_lanes);
+        parts[found++] = {
+            factor_of<Factor::kFeatureByRank, T>(lora, p_.w.n), rank, ranks, count, next_list, next_lanes, depth};
+        next_lanes += round_up(count * W::kWords, kLanes) * depth;
       }
+      next_list += count;
     });
+    add_parts(parts, found);
   }
 
-  // Copies the sums of the task's rows [row, row + rows) and the listed tokens to copied_sums_, or back.
+  // Unless a part has all tokens, their sums are moved side by side and back.
+  void add_parts(const AdapterPart* parts, int64_t count) {
+    for (int64_t row = 0; row < rows_; row += strips_.size) {
+      const int64_t rows = min(strips_.size, rows_ - row);
+      for (const AdapterPart* part = parts; part < parts + count; ++part) {
+        load_broadcast<W>(part->b, row_ + row, rows, part->rank, part->ranks, strip_);
+        WeightLinePrefetcher nothing;
+        if (part->count == tokens_) {
+          multiply_strip(strip_, row, rows, part->lanes, part->depth, 0, part->depth, false, nothing);
+          continue;
+        }
+        move_sums<false>(row, rows, part->list, part->count);
+        multiply<W, kChain<T>>(strip_, rows, part->lanes, part->count * W::kWords, part->depth, copied_sums_, false,
+                               nothing);
+        move_sums<true>(row, rows, part->list, part->count);
+      }
+    }
+  }
+
+  // Copies the sums of the task's rows [row, row + rows) and the listed tokens to copied_sums_, or back. Neighbours in
+  // a vector are copied together.
   template <bool kBack>
   void move_sums(int64_t row, int64_t rows, const int32_t* list, int64_t count) {
     const int64_t lanes = count * W::kWords;
+    const auto lane_of = [&](int64_t lane) { return list[lane / W::kWords] * W::kWords + lane % W::kWords; };
     for (int64_t lane = 0, some; lane < lanes; lane += some) {
-      const int64_t i = lane / W::kWords, from = list[i] * W::kWords + lane % W::kWords;
+      const int64_t from = lane_of(lane);
       const int64_t tile = from & -kTileLanes, width = tile_width(token_lanes_ - tile);
       const int64_t copied_tile = lane & -kTileLanes, copied_width = tile_width(lanes - copied_tile);
       float* sum = sums_ + tile * rows_ + row * width + from - tile;
       float* copied = copied_sums_ + copied_tile * rows + lane - copied_tile;
-      const bool neighbours = W::kWords == 1 && (lane | from) % kLanes == 0 && i + kLanes <= count &&
-                              list[i + kLanes - 1] - list[i] == kLanes - 1;
-      some = neighbours ? kLanes : 1;
-      for (int64_t r = 0; r < rows; ++r, sum += width, copied += copied_width) {
-        float* const to = kBack ? sum : copied;
-        const float* const in = kBack ? copied : sum;
-        if (neighbours) {
-          store(to, load(in));
-        } else {
-          *to = *in;
-        }
+      const int64_t most = min(lanes - lane, kLanes - max(lane % kLanes, from % kLanes));
+      some = 1;
+      while (some < most && lane_of(lane + some) == from + some) ++some;
+      const auto copy = [&](auto size) {
+        some = size.value;
+        for (int64_t r = 0; r < rows; ++r, sum += width, copied += copied_width)
+          __builtin_memcpy(kBack ? sum : copied, kBack ? copied : sum, sizeof(float) * size.value);
+      };
+      if (some == kLanes) {
+        copy(Index<kLanes>{});
+      } else if (some >= 4) {
+        copy(Index<4>{});
+      } else {
+        copy(Index<1>{});
       }
     }
   }
@@ -189,11 +229,11 @@ class ForwardTask {
   // Multiplies the panel of the task's rows [row, row + rows) with steps [at, at + depth) of the lanes, and adds to
   // their sums.
   template <class Interleaved>
-  void multiply_strip(const Word* panel, int64_t row, int64_t rows, int depth, int64_t at, int64_t lanes_depth,
-                      bool first, Interleaved& interleaved) {
+  void multiply_strip(const Word* panel, int64_t row, int64_t rows, const Word* lanes, int depth, int64_t at,
+                      int64_t lanes_depth, bool first, Interleaved& interleaved) {
     for (int64_t l = 0; l < token_lanes_; l += kTileLanes) {
       const int64_t some = min(token_lanes_ - l, kTileLanes), width = tile_width(some);
-      multiply<W, kChain<T>>(panel, rows, lanes_ + l * lanes_depth + at * width, some, depth,
+      multiply<W, kChain<T>>(panel, rows, lanes + l * lanes_depth + at * width, some, depth,
                              sums_ + l * rows_ + row * width, first, interleaved);
     }
   }

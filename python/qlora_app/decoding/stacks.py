@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from qlora_ext.integrations.peft.linear import LoraLinear4bit
-from qlora_ext.integrations.peft.operands import Adapter
+from qlora_ext.integrations.peft.stacks import Adapter
 
 from ..tensor_state import TensorState
 from .fixed import tuner_layers

@@ -91,8 +91,8 @@ _LIST = (
     Patch(
         "peft.utils.hotswap:hotswap_adapter_from_state_dict",
         "peft >= 0.19",
-        "writes to the data of parameters, which neither version counters nor hooks notice, so that a merge-aware "
-        "layer does not merge again",
+        "writes to the data of parameters, which neither version counters nor hooks notice, so that a layer "
+        "would still use what it has merged or stacked",
     ),
     Patch(
         "peft.utils.other:prepare_model_for_kbit_training",

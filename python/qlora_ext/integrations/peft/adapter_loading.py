@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...merging.merge_aware import MergeAware
 from .._patches import extend
+from .stacks import StacksAdapters
 
 
 @contextlib.contextmanager
@@ -54,3 +55,5 @@ def _hotswap_adapter_from_state_dict(original: Any, model: nn.Module, *args: Any
     for module in model.modules():
         if isinstance(module, MergeAware):
             module.forget_merged()
+        if isinstance(module, StacksAdapters):
+            module.forget_stack()

@@ -79,6 +79,19 @@ def samples_of_call(layer: nn.Module, x: Tensor) -> Tensor:
     return x  # PEFT compares its length with the number of names
 
 
+def _outer_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model without those of adapters, of which each layer may have hundreds."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            base = module._modules.get("base_layer")
+            waiting += module._modules.values() if base is None else [base]
+    return [*found]
+
+
 def _record_shape(model: nn.Module, call: dict[Hashable, Any]) -> Iterator[RemovableHandle]:
     """Adds hooks by which ``call`` knows the shape of the hidden states that a mixture of experts flattens."""
 
@@ -89,7 +102,7 @@ def _record_shape(model: nn.Module, call: dict[Hashable, Any]) -> Iterator[Remov
             call[samples_of_call] = hidden.shape[:2] if hidden is not None and hidden.ndim == 3 else None
 
     of_experts = ParamWrapper, Experts4bit
-    for module in model.modules():
+    for module in _outer_modules(model):
         if not isinstance(module, of_experts) and any(isinstance(child, of_experts) for child in module.children()):
             yield module.register_forward_pre_hook(record, with_kwargs=True)
 
@@ -108,7 +121,7 @@ def _pass_names(tuner: Any, names: Sequence[str], beams: int, call: Any) -> Iter
     encoder = _get_encoder(tuner.model)
     encoding = set() if encoder is None else {*encoder.modules()}
     repeated = [name for name in names for _ in range(beams)]
-    for module in tuner.modules():
+    for module in _outer_modules(tuner):
         if isinstance(module, tuner.tuner_layer_cls | AuxiliaryTrainingWrapper):
             choose = functools.partial(_choose, call, names if module in encoding else repeated)
             yield module.register_forward_pre_hook(choose, with_kwargs=True)
@@ -166,7 +179,6 @@ class PerSample:
     takes_names: bool  # whether PEFT's method does
     model: nn.Module
     training: bool
-    modules: Any
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
         names = kwargs.get("adapter_names")
@@ -186,6 +198,6 @@ class PerSample:
         return _one_call(self, hooks, names, kwargs.get("num_beams") or 1, by_sample)
 
     def _serves(self, names: Sequence[str]) -> bool:
-        layers = (m for m in self.modules() if isinstance(m, BaseTunerLayer))
+        layers = (m for m in _outer_modules(self.model) if isinstance(m, BaseTunerLayer))
         known = {"__base__"}.union(*(layer._get_available_adapters() for layer in layers))
         return not self.training and known.issuperset(names)

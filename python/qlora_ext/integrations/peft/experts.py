@@ -16,7 +16,8 @@ from ...merging.merge_aware import MergeAware, fold_scaling
 from ...nn import Experts4bit, ExpertsLora
 from .call_cache import samples_of_call
 from .linear import active_dropout
-from .operands import Adapter, added, by_sample
+from .operands import added, by_sample
+from .stacks import Adapter, StacksAdapters
 
 
 def without_dropout(config: Any) -> Any:
@@ -26,7 +27,7 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-class LoraExperts4bit(MergeAware, Over4bit, ParamWrapper):
+class LoraExperts4bit(StacksAdapters, MergeAware, Over4bit, ParamWrapper):
     """PEFT's LoRA on one of the stacked weights of an ``Experts4bit``, fused.
 
     It adds scaling · dropout(x) · A[e]ᵀ · B[e]ᵀ to expert e. As in PEFT, the layers wrap each other if several weights

@@ -16,7 +16,8 @@ from ...merging.layers import Over4bit
 from ...merging.merge_aware import MergeAware, fold_scaling
 from ...nn import Linear4bit
 from .call_cache import samples_of_call
-from .operands import Adapter, added, by_sample
+from .operands import added, by_sample
+from .stacks import ADAPTER_MODULES, Adapter, StacksAdapters
 
 
 def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -181,11 +182,10 @@ class OverLinear4bit(Over4bit):
         return f"{super().__repr__()}".removeprefix("lora.")
 
 
-_ADAPTER_MODULES = "lora_A", "lora_B", "lora_dropout"
 _LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
 
 
-class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
+class LoraLinear4bit(StacksAdapters, MergeAware, OverLinear4bit, DenseLoraLinear):
     """PEFT's LoRA layer over a ``Linear4bit``.
 
     Plain adapters run in one operator, y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias: a single one, several active
@@ -211,18 +211,21 @@ class LoraLinear4bit(MergeAware, OverLinear4bit, DenseLoraLinear):
         with self.decoded_base() if reads_weight else contextlib.nullcontext():
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    def runs_plain(self) -> bool:
+        base: Any = self._modules["base_layer"]
+        return not has_global_hook() and _is_plain(base, (type(base),))
+
     def plain_adapters(self, names: Iterable[str]) -> list[Adapter] | None:
         """Those of the adapters ``names`` that this layer has; None if PEFT's code must call a module and its hooks."""
-        modules = self._modules  # faster than nn.Module.__getattr__
-        lora_a: Any = modules["lora_A"]
-        base: Any = modules["base_layer"]
-        if has_global_hook() or not _is_plain(base, (type(base),)):
+        if not self.runs_plain():
             return None
+        modules: Any = self._modules  # faster than nn.Module.__getattr__
+        of_a, of_b, of_dropout = (modules[m]._modules for m in ADAPTER_MODULES)
         adapters = []
         for name in names:
-            if name not in lora_a._modules:
+            if name not in of_a:
                 continue
-            a, b, dropout = (modules[m]._modules[name] for m in _ADAPTER_MODULES)
+            a, b, dropout = of_a[name], of_b[name], of_dropout[name]
             if name in self.lora_variant or b.bias is not None:
                 return None
             if not (_is_plain(a, _LINEAR) and _is_plain(b, _LINEAR) and _is_plain(dropout, _DROPOUT)):

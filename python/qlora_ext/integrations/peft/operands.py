@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...adapters import StackedAdapters, adapter_of_each_row, stack_adapters
+from ...adapters import adapter_of_each_row
 from ...merging.merge_aware import fold_scaling
 from .call_cache import once_per_call
+from .stacks import Adapter
 
 # The arguments of ``Linear4bit.fused_forward`` after x.
 Operands = tuple[Any, ...]
-
-
-class Adapter(NamedTuple):
-    """A plain LoRA adapter of a layer: A [R, K], B [N, R], and the probability of dropout in this call.
-
-    Of experts, A is [E, R, K] and B [E, N, R].
-    """
-
-    name: str
-    a: Tensor
-    b: Tensor
-    scaling: float | Tensor
-    dropout_p: float
 
 
 def _alone(adapter: Adapter) -> Operands:
@@ -40,6 +28,8 @@ def _draws(adapters: list[Adapter]) -> bool:
 
 def added(layer: Any, x: Tensor, adapters: list[Adapter]) -> Operands | None:
     """The operands if all ``adapters`` of a layer are added to all rows; None if PEFT's code has to run."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        layer.forget_stack()
     if len(adapters) == 1:
         return _alone(adapters[0])
     if not adapters:
@@ -75,26 +65,25 @@ def by_sample(layer: Any, x: Tensor, names: Sequence[str]) -> Operands | None:
 
 
 def _by_sample(layer: Any, x: Tensor, names: Sequence[str], dtype: torch.dtype) -> Operands | None:
-    adapters: list[Adapter] | None = layer.plain_adapters(dict.fromkeys(name for name in names if name != "__base__"))
-    if adapters is None:
-        return None
-    if not adapters:
-        return ()
-    here = tuple(adapter.name for adapter in adapters)
-    if all(name == here[0] for name in names):
-        return _alone(adapters[0])
-    if _draws(adapters) or x.ndim < 2:
-        return None
-    stacked = once_per_call((_stack, layer, dtype, *here), lambda: _stack(adapters, dtype))
-    of_row = once_per_call((_adapter_of_row, here, x.shape[:-1], *names), lambda: _adapter_of_row(names, here, x))
-    return stacked, None, 1.0, 0.0, of_row
+    here = [name for name in dict.fromkeys(names) if name in layer.lora_A]
+    mixes = len({*names}) > 1 and x.ndim > 1
+    found = layer.retained_stack(here, dtype) if mixes and here else None
+    if found is None:
+        adapters: list[Adapter] | None = layer.plain_adapters(here)
+        if adapters is None:
+            return None
+        if not adapters:
+            return ()
+        if all(name == here[0] for name in names):
+            return _alone(adapters[0])
+        if _draws(adapters) or x.ndim < 2:
+            return None
+        found = once_per_call((layer, dtype, *here), lambda: layer.stack(adapters, dtype))
+    stacked, stack = found
+    key = _adapter_of_row, (*stacked,), x.shape[:-1], *names
+    return stack, None, 1.0, 0.0, once_per_call(key, lambda: _adapter_of_row(names, stacked, x))
 
 
-def _stack(adapters: list[Adapter], dtype: torch.dtype) -> StackedAdapters:
-    a, b, scaling, _ = zip(*map(_alone, adapters), strict=True)
-    return stack_adapters([t.to(dtype) for t in a], [t.to(dtype) for t in b], scaling)
-
-
-def _adapter_of_row(names: Sequence[str], here: Sequence[str], x: Tensor) -> Tensor:
-    of_sample = [here.index(name) if name in here else -1 for name in names]
+def _adapter_of_row(names: Sequence[str], stacked: Sequence[str], x: Tensor) -> Tensor:
+    of_sample = [stacked.index(name) if name in stacked else -1 for name in names]
     return adapter_of_each_row(torch.tensor(of_sample, dtype=torch.int32, device=x.device), x)
