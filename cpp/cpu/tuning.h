@@ -111,7 +111,8 @@ inline constexpr int64_t kInt8Rows = 16;  // that few tokens are multiplied with
 constexpr bool has_byte_matrices(const Weight& w) { return has_one_scale_per(64, w) && !w.scales.offsets; }
 constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
-  if (kernel == Kernel::kManyTokensInt8) return p.m > 0 && has_int8_segments(p.w);
+  if (kernel == Kernel::kManyTokensInt8)
+    return p.activations == Activations::kInt8 && p.m > 0 && has_int8_segments(p.w);
   if (kernel == Kernel::kFewTokensInt8)
     return p.activations == Activations::kInt8 && p.m > 0 && p.m <= kMostForwardTokens && p.w.n >= kInt8Rows &&
            has_int8_segments(p.w);
@@ -127,7 +128,8 @@ constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
 constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
   if (!info_of(kernel).types.has(p.dtype)) return false;
   if (kernel == Kernel::kManyTokensInt8)
-    return p.m > 0 && has_int8_segments(p.w) && has_one_scale_per(kLeastIntBlock, p.w);
+    return p.activations == Activations::kInt8 && p.m > 0 && has_int8_segments(p.w) &&
+           has_one_scale_per(kLeastIntBlock, p.w);
   if (kernel == Kernel::kFewTokensInt8) return false;
   if (kernel == Kernel::kManyTokensInt)
     return p.dtype == DType::kBFloat16 && p.m > 0 && p.w.n % kIntColumns == 0 && has_int_columns(p.w);
