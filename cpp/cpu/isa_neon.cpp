@@ -14,8 +14,9 @@ const Kernels& neon_kernels() {
       .isa = &kNeonIsa,
       .codec = &codec,
       .dense = &dense,
-      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensFloat>(float64::forward),
-      .dx = kernels_for<kFewTokensFloat, kManyTokensFloat>(float64::dx),
+      .forward = kernels_for<kFewTokensInt8, kFewTokensInt, kFewTokensFloat, kManyTokensInt8, kManyTokensFloat>(
+          float64::forward),
+      .dx = kernels_for<kFewTokensFloat, kManyTokensInt8, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensFloat>(float64::dlora),
   };
   return kernels;

@@ -14,9 +14,9 @@ const Kernels& neon_bf16_kernels() {
       .isa = &kNeonBf16Isa,
       .codec = &codec,
       .dense = &dense,
-      .forward = kernels_for<kFewTokensInt, kFewTokensBf16, kFewTokensFloat, kManyTokensBf16, kManyTokensFloat>(
-          float64::forward),
-      .dx = kernels_for<kFewTokensFloat, kManyTokensBf16, kManyTokensFloat>(float64::dx),
+      .forward = kernels_for<kFewTokensInt8, kFewTokensInt, kFewTokensBf16, kFewTokensFloat, kManyTokensInt8,
+                             kManyTokensBf16, kManyTokensFloat>(float64::forward),
+      .dx = kernels_for<kFewTokensFloat, kManyTokensInt8, kManyTokensBf16, kManyTokensFloat>(float64::dx),
       .dlora = kernels_for<kManyTokensBf16, kManyTokensFloat>(float64::dlora),
   };
   return kernels;

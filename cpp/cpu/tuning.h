@@ -211,20 +211,14 @@ constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
   return p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
 }
 
-// Int8 wherever it is asked for and rows are whole segments. Other shapes are multiplied exactly.
-template <class Problem>
-constexpr bool multiplies_int8(const Problem& p, const Cpu& cpu) {
-  if constexpr (requires { p.activations; }) {
-    return p.activations == Activations::kInt8 && !cpu.has(kAsimd) && accepts(Kernel::kManyTokensInt8, p);
-  } else {
-    return false;
-  }
+// Int8 is taken wherever it is asked for and rows are whole segments; other shapes are multiplied exactly. Beyond these
+// tokens, panels of int8 are ahead of decoding W once for each group of 8. Measured on Zen 4, one thread, 2048x2048 and
+// 576x576, with and without rank 16: with AVX-512, 32 tokens take 0.88 to 1.04 of the panels' time. With AVX2, 12
+// tokens take 0.66 to 0.86, and 16 take 0.83 to 1.17, more than 1 for codes that are no small integers. On ARM nothing
+// has been measured; the bound is one group.
+constexpr int64_t most_int8_few_tokens(const Cpu& cpu) {
+  return cpu.has(kAvx512f) ? 32 : cpu.has(kAvx2) ? 12 : cpu.has(kAsimd) ? 8 : 0;
 }
-
-// Beyond this, panels of int8 are ahead of decoding W once for each group of 8 tokens. Measured on Zen 4, one thread,
-// 2048x2048 and 576x576, with and without rank 16: with AVX-512, 32 tokens take 0.88 to 1.04 of the panels' time. With
-// AVX2, 12 tokens take 0.66 to 0.86, and 16 take 0.83 to 1.17, more than 1 for codes that are no small integers.
-constexpr int64_t most_int8_few_tokens(const Cpu& cpu) { return cpu.has(kAvx512f) ? 32 : cpu.has(kAvx2) ? 12 : 0; }
 
 // Of 16-bit types: integers, or on ARM pairs of bfloat16. SMLAL multiplies half as fast as FMLA, and beyond 2 tokens
 // that costs more than decoding to float32 does (V2: 64 weights and 2 tokens 20 cycles against 24, 3: 31 against 28).
@@ -274,7 +268,7 @@ constexpr void add_many_tokens(const Problem& p, const Cpu& cpu, Choice* c) {
 
 constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
   Choice c;
-  if (multiplies_int8(p, cpu)) {
+  if (accepts(Kernel::kManyTokensInt8, p)) {
     if (p.m <= most_int8_few_tokens(cpu) && accepts(Kernel::kFewTokensInt8, p)) c.add(Kernel::kFewTokensInt8);
     c.add(Kernel::kManyTokensInt8);
   }
@@ -288,7 +282,7 @@ constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
 
 constexpr Choice choose(const LinearDxProblem& p, const Cpu& cpu) {
   Choice c;
-  if (multiplies_int8(p, cpu)) c.add(Kernel::kManyTokensInt8);
+  if (accepts(Kernel::kManyTokensInt8, p)) c.add(Kernel::kManyTokensInt8);
   if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
     if (cpu.integers && cpu.has(kAvx512vbmi) && p.w.n >= kLeastColumnWeights && accepts(Kernel::kFewTokensInt, p)) {
       c.add(Kernel::kFewTokensInt);

@@ -8,10 +8,10 @@
 #include "cpp/cpu/check.h"
 #include "cpp/cpu/shared/dropout.h"
 #include "cpp/cpu/tuning.h"
-#include "cpp/format/code_tables.h"
 #include "cpp/format/grouped.h"
 #include "cpp/format/print_kernels.h"
 #include "tests/kernels/accuracy.h"
+#include "tests/kernels/int8.h"
 #include "tests/kernels/numbers.h"
 #include "tests/kernels/pools.h"
 #include "tests/kernels/problems.h"
@@ -110,37 +110,6 @@ Matrix inputs(const LinearShape& s, int64_t rows, int64_t columns, DType dtype, 
   return m;
 }
 
-// x as Activations::kInt8 rounds it.
-Matrix rounded_to_int8(const Matrix& x) {
-  Matrix out = x;
-  for (size_t first = 0; first < out.value.size(); first += kInt8Segment) {
-    float largest = 0.0f;
-    for (int i = 0; i < kInt8Segment; ++i)
-      largest = std::fmax(largest, std::fabs(static_cast<float>(out.value[first + i])));
-    const float factor = largest < 0x1p-100f ? 0x1p60f : 1.0f, scaled = largest * factor;
-    const double unit = scaled / 127.0f / factor;
-    const float inverse = scaled > 0.0f ? 127.0f / scaled : 0.0f;
-    for (int i = 0; i < kInt8Segment; ++i) {
-      double& value = out.value[first + i];
-      value = unit * std::nearbyint(static_cast<float>(value) * factor * inverse);
-    }
-  }
-  return out;
-}
-// w with the 8-bit integers of its code.
-Matrix with_int8_codes(const Matrix& decoded, const Weight& w) {
-  const Int8CodeTable& codes = int8_codes(w.code);
-  Matrix out = decoded;
-  std::vector<float> scale(ceil_div(w.n * w.k, w.scales.block_size));
-  cpu::scalar_kernels().codec->dequantize_absmax(kOneThread, w.scales, static_cast<int64_t>(scale.size()),
-                                                 scale.data());
-  for (int64_t i = 0; i < w.n * w.k; ++i) {
-    const int code = code_at(w.packed, i);
-    out.value[i] += (codes.value[code] / codes.per_one - w.table().value[code]) * scale[i / w.scales.block_size];
-  }
-  return out;
-}
-
 Matrix factor(int64_t rows, int64_t columns, double size, DType dtype, Random& random) {
   Matrix m(rows, columns);
   for (double& x : m.value) x = rounded(random.normal() * size, dtype);
@@ -187,8 +156,8 @@ class LinearTest {
 
     if (set_.forward[cpu::Kernel::kManyTokensInt8] && cpu::has_int8_segments(forward.w)) {
       forward.activations = Activations::kInt8;
-      std::vector<Product> products = {
-          {given(rounded_to_int8(x)), given(transposed(with_int8_codes(weights.decoded(), forward.w))), {}}};
+      const Int8Weight int8(forward.w, weights.decoded());
+      std::vector<Product> products = {{given(Int8Rows(x).values()), given(transposed(int8.values())), {}}};
       if (r) products.push_back({h, given(transposed(b)), {}});
       check("linear_nf4 in int8", set_.forward, cpu::linear_nf4, forward,
             {{m, n, sums(products, s.bias ? bias.value : std::vector<double>{}, dtype)}, {m, r, expected(h)}},
@@ -201,6 +170,15 @@ class LinearTest {
       std::vector<Product> products = {{given(dy), w, {}}};
       if (r) products.push_back({g, given(a), mask});
       check("linear_nf4_dx", set_.dx, cpu::linear_nf4_dx, dx, {{m, k, sums(products, {}, dtype)}, {m, r, expected(g)}},
+            [](LinearDxProblem* p, std::vector<Tensor>& out) { p->dx = out[0].data(), p->g = out[1].data(); });
+    }
+
+    dx.activations = Activations::kInt8;
+    if (set_.dx[cpu::Kernel::kManyTokensInt8] && accepts(cpu::Kernel::kManyTokensInt8, dx)) {
+      std::vector<Product> products = int8_dx_products(dy, Int8Weight(dx.w, weights.decoded()), dx.w);
+      if (r) products.push_back({g, given(a), mask});
+      check("linear_nf4_dx in int8", set_.dx, cpu::linear_nf4_dx, dx,
+            {{m, k, sums(products, {}, dtype)}, {m, r, expected(g)}},
             [](LinearDxProblem* p, std::vector<Tensor>& out) { p->dx = out[0].data(), p->g = out[1].data(); });
     }
 
@@ -250,6 +228,36 @@ class LinearTest {
       for (int64_t i = 0; i < s.m; ++i)
         for (int64_t j = 0; j < s.n; ++j) right &= std::isfinite(out.at(i, j)) == (i % 2 == 0);
       report_->check(right, std::string("NaN and infinity of linear_nf4 by ") + info.name + ", " + dtype_name(dtype));
+    }
+  }
+
+  // In int8 every set has the same bits.
+  void run_int8_bits() {
+    const LinearShape s = {19, 130, 192, 0, 64, true, 0.0, false, false, Inputs::kOutliers};
+    Random random(6);
+    const PackedWeights weights(s, Code::kNf4, false, random);
+    const Int8Weight w(weights.weight(), weights.decoded());
+    const bool fused = set_.isa != &cpu::kScalarIsa;
+    const Matrix x = inputs(s, s.m, s.k, DType::kFloat32, random), dy = inputs(s, s.m, s.n, DType::kFloat32, random);
+    const Tensor x_tensor(DType::kFloat32, x), dy_tensor(DType::kFloat32, dy);
+    LinearProblem forward;
+    forward.dtype = DType::kFloat32, forward.m = s.m, forward.x = x_tensor.data(), forward.w = weights.weight();
+    forward.activations = Activations::kInt8;
+    LinearDxProblem dx;
+    dx.dtype = DType::kFloat32, dx.m = s.m, dx.dy = dy_tensor.data(), dx.w = weights.weight();
+    dx.activations = Activations::kInt8;
+    const Tensor y_bits(DType::kFloat32, int8_forward_bits(x, w, fused));
+    const Tensor dx_bits(DType::kFloat32, int8_dx_bits(dy, w, fused));
+    for (const cpu::KernelInfo& info : cpu::kKernelInfo) {
+      if (!rounds(info.kernel)) continue;
+      Tensor y(DType::kFloat32, s.m, s.n), dx_out(DType::kFloat32, s.m, s.k);
+      forward.y = y.data(), dx.dx = dx_out.data();
+      if (const auto run = set_.forward[info.kernel])
+        report_->check(run(kOneThread, forward) == Outcome::kDone && y == y_bits,
+                       std::string("bits of y by ") + info.name);
+      if (const auto run = set_.dx[info.kernel])
+        report_->check(run(kOneThread, dx) == Outcome::kDone && dx_out == dx_bits,
+                       std::string("bits of dx by ") + info.name);
     }
   }
 
@@ -344,6 +352,7 @@ void test_linear(const Kernels& set, Report* report) {
     }
     test.run_non_finite(dtype);
   }
+  test.run_int8_bits();
   for (const auto& [name, count] : test.served()) std::printf("  %s: %d problems\n", name.c_str(), count);
 }
 

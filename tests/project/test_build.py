@@ -211,6 +211,7 @@ class cuda:
 FEATURES = {
     "neon_i8mm": "i8mm",
     "neon_bf16": "bf16",
+    "neon_dotprod": "asimddp",
     "neon": "asimd",
     "amx_bf16": "amx_bf16",
     "avx512_bf16": "avx512_bf16",
@@ -218,7 +219,7 @@ FEATURES = {
     "avx_vnni": "avx_vnni",
     "avx2": "avx2",
 }
-BASES = {"avx_vnni": "avx2", "amx_bf16": "avx512_bf16", "neon_i8mm": "neon_bf16"}
+BASES = {"avx_vnni": "avx2", "amx_bf16": "avx512_bf16", "neon_dotprod": "neon", "neon_i8mm": "neon_bf16"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="features are read from /proc/cpuinfo")

@@ -51,15 +51,18 @@ bool saves(unsigned states) {
 #endif
 }
 
-// What an AArch64 processor multiplies beside float32: bfloat16 (BFDOT, BFMMLA), and matrices of bytes (SMMLA).
+// What an AArch64 processor multiplies beside float32: bfloat16 (BFDOT, BFMMLA), and bytes, four of a lane (SDOT) or
+// matrices of them (SMMLA). Every core with BF16 has SDOT, which ARMv8.4 requires.
 [[maybe_unused]] uint32_t arm_features() {
   uint32_t features = 0;
   [[maybe_unused]] const auto add = [&](Feature feature, bool has) { features |= has ? feature : 0u; };
 #if defined(__aarch64__) && defined(__linux__)
   constexpr unsigned long kBf16Bit = 1ul << 14, kI8mmBit = 1ul << 13;  // HWCAP2_BF16 and _I8MM of Linux 5.6
+  constexpr unsigned long kDotProdBit = 1ul << 20;                     // HWCAP_ASIMDDP
   const unsigned long has = getauxval(AT_HWCAP2);
   add(kArmBf16, has & kBf16Bit);
   add(kArmI8mm, has & kI8mmBit);
+  add(kArmDotProd, getauxval(AT_HWCAP) & kDotProdBit);
 #elif defined(__aarch64__) && defined(__APPLE__)
   const auto has = [](const char* name) {
     int value = 0;
@@ -68,6 +71,7 @@ bool saves(unsigned states) {
   };
   add(kArmBf16, has("hw.optional.arm.FEAT_BF16"));
   add(kArmI8mm, has("hw.optional.arm.FEAT_I8MM"));
+  add(kArmDotProd, has("hw.optional.arm.FEAT_DotProd"));
 #endif
   return features;
 }

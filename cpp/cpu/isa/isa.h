@@ -28,6 +28,7 @@ enum Feature : uint32_t {
   kArmBf16 = 1u << 12,
   kAvxVnni = 1u << 13,
   kArmI8mm = 1u << 14,
+  kArmDotProd = 1u << 15,
 };
 
 // The features that kernels are compiled for, and the set's name, which the folder in isa/, the file isa_<name>.cpp,
@@ -44,12 +45,13 @@ inline constexpr Isa kAvx512Isa = {
 inline constexpr Isa kAvx512Bf16Isa = {"avx512_bf16", kAvx512Isa.needs | kAvx512bf16};
 inline constexpr Isa kAmxBf16Isa = {"amx_bf16", kAvx512Bf16Isa.needs | kAmxBf16};
 inline constexpr Isa kNeonIsa = {"neon", kAsimd};
-inline constexpr Isa kNeonBf16Isa = {"neon_bf16", kNeonIsa.needs | kArmBf16};
+inline constexpr Isa kNeonDotProdIsa = {"neon_dotprod", kNeonIsa.needs | kArmDotProd};
+inline constexpr Isa kNeonBf16Isa = {"neon_bf16", kNeonDotProdIsa.needs | kArmBf16};
 inline constexpr Isa kNeonI8mmIsa = {"neon_i8mm", kNeonBf16Isa.needs | kArmI8mm};
 
 // The best come first: the first one that a processor supports is used.
-inline constexpr const Isa* kIsas[] = {&kNeonI8mmIsa, &kNeonBf16Isa, &kNeonIsa, &kAmxBf16Isa, &kAvx512Bf16Isa,
-                                       &kAvx512Isa,   &kAvxVnniIsa,  &kAvx2Isa, &kScalarIsa};
+inline constexpr const Isa* kIsas[] = {&kNeonI8mmIsa,   &kNeonBf16Isa, &kNeonDotProdIsa, &kNeonIsa, &kAmxBf16Isa,
+                                       &kAvx512Bf16Isa, &kAvx512Isa,   &kAvxVnniIsa,     &kAvx2Isa, &kScalarIsa};
 
 QLORA_EXPORT bool compiled(const Isa&);              // whether this build has it
 QLORA_EXPORT bool supported(const Isa&);             // whether it is compiled and this processor has its features
