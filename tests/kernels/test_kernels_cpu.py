@@ -166,7 +166,7 @@ def test_a_kernel_that_finds_it_cannot_serve_says_so(force: Callable) -> None:
 
 def test_a_kernel_that_does_not_exist_is_refused(force: Callable) -> None:
     force("few_token")
-    with pytest.raises(ValueError, match="expected one of few_tokens_int, few_tokens_bf16, .*float64, got few_token"):
+    with pytest.raises(ValueError, match="expected one of few_tokens_int8, few_tokens_int, .*float64, got few_token"):
         call("linear_nf4", *make((1, *SHAPES[0]), BF16))
 
 
