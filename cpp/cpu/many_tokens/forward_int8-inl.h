@@ -34,7 +34,7 @@ using namespace panel;
 struct Int8Tokens {
   const int64_t stride;  // lanes from a segment or block to the next one
   int32_t* words = nullptr;
-  float* units = nullptr;     // [segment][stride]
+  float* units = nullptr;     // [block][stride]
   int32_t* starts = nullptr;  // [block][stride], what sums start from
   float* sums = nullptr;      // [block][stride], the sum of a block's x, for weights with offsets
 
@@ -42,11 +42,20 @@ struct Int8Tokens {
   void take(Carver* memory, const LinearProblem& p) {
     const int64_t segments = p.w.k / kInt8Segment, blocks = segments * blocks_per_segment(p.w);
     words = memory->take<int32_t>(stride * (p.w.k / 4));
-    units = memory->take<float>(stride * segments);
+    units = memory->take<float>(stride * blocks);
     starts = memory->take<int32_t>(stride * blocks);
     sums = memory->take<float>(p.w.scales.offsets ? stride * blocks : 0);
   }
 };
+
+// The unit of a part of a segment. An infinite unit is that of the parts with an infinite number only: times the zeros
+// of the others it would be NaN.
+inline float unit_of_block(float unit, const int32_t* block, int words) {
+  if (__builtin_bit_cast(uint32_t, unit) != kInfinityBits) return unit;
+  for (int d = 0; d < words; ++d)
+    if (block[d] != 0) return unit;
+  return 0.0f;
+}
 
 // Rounds the 64 values of a segment for each of up to kLanes tokens of x, from `first` of `tokens` on.
 template <class B, class T>
@@ -55,12 +64,13 @@ void round_tokens(const LinearProblem& p, const T* x, int64_t tokens, int64_t fi
   constexpr int kVectors = kInt8Segment / kLanes;
   const int64_t depth = p.w.k / 4, tile = first & -kTileLanes, width = tile_width(tokens - tile);
   alignas(64) int32_t rows[kLanes][kSegmentWords];
+  float units[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) {
     const bool is_token = first + i < tokens;  // lanes without a token hold zeros
     const T* const at = x + (first + i) * p.w.k + segment * kInt8Segment;
     F v[kVectors];
     unroll<kVectors>([&](auto j) { v[j.value] = is_token ? load(at + j.value * kLanes) : zero(); });
-    out.units[segment * out.stride + first + i] = B::template round<Int8Order::kDecoded>(v, rows[i]);
+    units[i] = B::template round<Int8Order::kDecoded>(v, rows[i]);
   }
   int32_t* const to = out.words + tile * depth + segment * kSegmentWords * width + (first - tile);
   unroll<kSegmentWords / kLanes>([&](auto square) {
@@ -76,7 +86,10 @@ void round_tokens(const LinearProblem& p, const T* x, int64_t tokens, int64_t fi
     const int64_t at = (segment * blocks + b) * out.stride + first;
     B::store_sum(out.starts + at, sum);
     if (p.w.scales.offsets) store(out.sums + at, B::to_floats(sum));
-    for (int64_t i = 0; i < kLanes; ++i) out.starts[at + i] *= -added;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      out.starts[at + i] *= -added;
+      out.units[at + i] = unit_of_block(units[i], rows[i] + b * words, words);
+    }
   }
 }
 
@@ -125,7 +138,7 @@ class ForwardInt8Task : ForwardTask<W, T> {
       for (int64_t l = 0; l < this->tokens_; l += kTileLanes) {
         const int64_t width = tile_width(this->tokens_ - l), lane = token_in_x_ + l;
         in.lanes = x_.words + lane * (w.k / 4) + piece.column / 4 * width;
-        in.units = x_.units + segment * x_.stride + lane;
+        in.units = x_.units + segment * blocks_ * x_.stride + lane;
         in.starts = x_.starts + segment * blocks_ * x_.stride + lane;
         in.x_sums = x_.sums + segment * blocks_ * x_.stride + lane;
         float* const sums = this->sums_ + l * this->rows_ + (piece.row - this->row_) * width;

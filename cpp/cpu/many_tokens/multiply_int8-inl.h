@@ -2,8 +2,8 @@
 // kInt8Segment elements of the summed dimension, over which the rounded operand has one unit. Forward and dX differ in
 // which operand is broadcast, and in what belongs to it:
 //
-//   forward  sums [row, token]    += unit [token, segment] · (scale [row, block] · int32 sum
-//                                                             + offset [row, block] · int32 sum of x [token, block])
+//   forward  sums [row, token]    += unit [token, block] · (scale [row, block] · int32 sum
+//                                                           + offset [row, block] · int32 sum of x [token, block])
 //   dX       sums [token, column] += unit [token, segment] · int32 sum
 //
 // Sums of a segment, or of a block where blocks are smaller, are exact. They are added in their order, in float32.
@@ -82,8 +82,8 @@ struct ForwardInt8Panels {
   const int32_t* lanes;      // x [depth][width], from the piece's first word on
   const float* scales;       // [height][kMostInt8Blocks]
   const float* offsets;      // likewise, or null
-  const float* units;        // [segment][lane], segments `stride` apart
-  const int32_t* starts;     // [block][lane], what sums start from, blocks `stride` apart
+  const float* units;        // [block][lane], blocks `stride` apart
+  const int32_t* starts;     // likewise, what sums start from
   const float* x_sums;       // likewise, for offsets
   int64_t stride;
   int blocks;  // or segments, where blocks are larger
@@ -112,7 +112,7 @@ struct ForwardInt8Tile {
       });
       add_products<B, kDepth>(broadcast, lane, words_of_block, sum);
       lane += words_of_block * vectors * kLanes;
-      const float* const units = in.units + block * words_of_block / kSegmentWords * in.stride;
+      const float* const units = in.units + block * in.stride;
       unroll<height>([&](auto r) {
         const F scale = splat(in.scales[r.value * kMostInt8Blocks + block]);
         unroll<vectors>([&](auto v) {
