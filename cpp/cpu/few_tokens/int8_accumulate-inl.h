@@ -17,6 +17,7 @@
 #include "cpp/cpu/shared/int8_segment-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/portable.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -74,7 +75,7 @@ struct Sums {
       add_to<kDwords>(values, packed, dword, x, sum);
     } else {
       constexpr int kAtOnce = B::kPartialSteps / 2 < kDwords ? B::kPartialSteps / 2 : kDwords;
-      unroll<kDwords / kAtOnce>([&](auto part) __attribute__((always_inline)) {
+      unroll<kDwords / kAtOnce>([&](auto part) QLORA_INLINE_LAMBDA {
         typename B::Partial partial[kTokens][1];
         unroll<kTokens>([&](auto i) { partial[i][0] = B::no_partial(); });
         add_to<kAtOnce>(values, packed + part * kAtOnce, dword + part * kAtOnce, x, partial);
@@ -87,7 +88,7 @@ struct Sums {
   template <int kDwords, class To, int kOf>
   [[gnu::always_inline]] static void add_to(const typename B::Values& values, const F* packed, int dword,
                                             const int32_t* x, To (&to)[kTokens][kOf]) {
-    unroll<kDwords>([&](auto w) __attribute__((always_inline)) {
+    unroll<kDwords>([&](auto w) QLORA_INLINE_LAMBDA {
       typename B::Vector even, odd;
       decode_eight(values, packed[w], even, odd);
       unroll<kTokens>([&](auto i) {
@@ -123,7 +124,7 @@ template <class B, int kBlocks, int kTokens>
     if constexpr (kAhead) unroll<kRowDwords>([&](auto i) { rows[i] = next[i]; });
     Sums<B, kTokens> sum;
     F of_segment[kTokens];
-    unroll<kParts>([&](auto part) __attribute__((always_inline)) {
+    unroll<kParts>([&](auto part) QLORA_INLINE_LAMBDA {
       constexpr int kDword = part * kOfPart, kBlock = part * kBlocks / kParts;
       if constexpr (!kAhead && kDword % kRowDwords == 0) load_rows(packed + kDword * 4, row_bytes, rows);
       if constexpr (part * kBlocks % kParts == 0) sum.start(x + kX.start(kBlock, 0));

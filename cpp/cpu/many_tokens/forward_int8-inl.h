@@ -120,7 +120,7 @@ class ForwardInt8Task : ForwardTask<W, T> {
  private:
   void add_columns(int64_t column, int64_t columns) {
     const Weight& w = this->p_.w;
-    const Pieces pieces{{this->row_, this->rows_, column, columns}, this->strips_.size, piece_columns_};
+    const Pieces pieces{{this->row_, this->rows_, column, columns}, strips_.size, piece_columns_};
     RowPagePrefetcher pages(w, column, columns);
     pages.go_to(this->row_, this->row_ + this->rows_);
     ScaledPiece source;
@@ -182,6 +182,7 @@ class ForwardInt8Task : ForwardTask<W, T> {
   const typename B::Values values_;
   const int blocks_;
   int32_t* const panel_;
+  const Cut strips_ = cut(this->rows_, StripShape::kMostRows / kInt8Height * kInt8Height, 1);
   const int64_t piece_columns_ = cut(this->p_.w.k, 4 * kDepth, kInt8Segment).size;
   alignas(64) float piece_scales_[StripShape::kMostRows * kMostInt8Blocks];
   alignas(64) float piece_offsets_[StripShape::kMostRows * kMostInt8Blocks];

@@ -21,6 +21,7 @@
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/portable.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -49,7 +50,7 @@ inline void store_totals(const F (&total)[height][vectors], float* sums) {
 // Adds the products of `words` steps, a multiple of B::kPartialSteps, to sums of int32. Rows of the broadcast panel are
 // `stride` words long.
 template <class B, int stride, int height, int vectors>
-inline __attribute__((always_inline)) void add_products(const int32_t* broadcast, const int32_t* lane, int words,
+QLORA_INLINE void add_products(const int32_t* broadcast, const int32_t* lane, int words,
                                                         typename B::Sum (&sum)[height][vectors]) {
   const auto add_steps = [&](int steps, auto& to) {
     for (int d = 0; d < steps; ++d, ++broadcast, lane += vectors * kLanes) {
