@@ -42,10 +42,7 @@ def test_tails_and_ranks(n, k, ranks, options, m, dtype) -> None:
     check_bits(batch(m, n, k, ranks, dtype, order="sorted" if m == 27 else "random", **options))
 
 
-# Those of int8 activations: tests/operators/test_int8_activations.py.
-@pytest.mark.parametrize(
-    "kernel", [name for name, dtypes in _C.kernels("linear_nf4").items() if dtypes and not name.endswith("_int8")]
-)
+@pytest.mark.parametrize("kernel", [name for name, dtypes in _C.kernels("linear_nf4").items() if dtypes])
 def test_every_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forced, for the operators and numbers of tokens that it takes, with one thread and with two."""
     ran = 0
