@@ -48,15 +48,6 @@ struct Int8Tokens {
   }
 };
 
-// The unit of a part of a segment. An infinite unit is that of the parts with an infinite number only: times the zeros
-// of the others it would be NaN.
-inline float unit_of_block(float unit, const int32_t* block, int words) {
-  if (__builtin_bit_cast(uint32_t, unit) != kInfinityBits) return unit;
-  for (int d = 0; d < words; ++d)
-    if (block[d] != 0) return unit;
-  return 0.0f;
-}
-
 // Rounds the 64 values of a segment for each of up to kLanes tokens of x, from `first` of `tokens` on.
 template <class B, class T>
 void round_tokens(const LinearProblem& p, const T* x, int64_t tokens, int64_t first, int64_t segment, int added,
@@ -65,7 +56,6 @@ void round_tokens(const LinearProblem& p, const T* x, int64_t tokens, int64_t fi
   const int64_t depth = p.w.k / 4, tile = first & -kTileLanes, width = tile_width(tokens - tile);
   const int blocks = blocks_per_segment(p.w), words = kSegmentWords / blocks;
   alignas(64) int32_t rows[kLanes][kSegmentWords];
-  float units[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) {
     const bool is_token = first + i < tokens;  // lanes without a token hold zeros
     const T* const at = x + (first + i) * p.w.k + segment * kInt8Segment;
@@ -88,10 +78,7 @@ void round_tokens(const LinearProblem& p, const T* x, int64_t tokens, int64_t fi
     const int64_t at = (segment * blocks + b) * out.stride + first;
     B::store_sum(out.starts + at, sum);
     if (p.w.scales.offsets) store(out.sums + at, B::to_floats(sum));
-    for (int64_t i = 0; i < kLanes; ++i) {
-      out.starts[at + i] *= -added;
-      out.units[at + i] = unit_of_block(units[i], rows[i] + b * words, words);
-    }
+    for (int64_t i = 0; i < kLanes; ++i) out.starts[at + i] *= -added;
   }
 }
 

@@ -2,8 +2,8 @@
 // kInt8Segment elements of the summed dimension, over which the rounded operand has one unit. Forward and dX differ in
 // which operand is broadcast, and in what belongs to it:
 //
-//   forward  sums [row, token]    += unit [token, block] · (scale [row, block] · int32 sum
-//                                                           + offset [row, block] · int32 sum of x [token, block])
+//   forward  sums [row, token]    += unit [token, segment] · (scale [row, block] · int32 sum
+//                                                             + offset [row, block] · int32 sum of x [token, block])
 //   dX       sums [token, column] += unit [token, segment] · int32 sum
 //
 // Sums of a segment, or of a block where blocks are smaller, are exact. They are added in their order, in float32.
