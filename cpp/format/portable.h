@@ -11,8 +11,10 @@
 // current one.
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #define QLORA_INLINE [[gnu::always_inline]] inline
+#define QLORA_INLINE_LAMBDA __attribute__((always_inline))  // after the parameters of a lambda
 #else
 #define QLORA_INLINE inline
+#define QLORA_INLINE_LAMBDA
 #endif
 
 #if defined(__CUDACC__)

@@ -10,13 +10,17 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from qlora_ext.dtype_names import AUTO
-from qlora_ext.formats import EXACT
+from qlora_ext.formats import EXACT, INT8
 from qlora_ext.untrusted import FileError, check, excerpt
 
 from .errors import UserError
-from .models.activations import CHOICES as ACTIVATIONS
-from .models.activations import HELP as ACTIVATIONS_HELP
 
+# --activations
+ACTIVATIONS = (EXACT, INT8, AUTO)
+ACTIVATIONS_HELP = (
+    "exact; int8: round the inputs of 4-bit layers to int8, which is faster on a CPU and costs little accuracy "
+    "(docs/quality.md); auto: int8 if this processor multiplies it fast"
+)
 # The default directory of a run: ``finetune`` writes it, other commands read the adapter from it.
 DEFAULT_RUN = "qlora-run"
 REQUIRED: Any = dataclasses.MISSING

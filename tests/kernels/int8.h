@@ -98,8 +98,8 @@ inline std::vector<Product> int8_dx_products(const Matrix& dy, const Int8Weight&
   return products;
 }
 
-// y and dx bit for bit, without low rank, bias and offsets, where a segment has one block: the order of the sums is
-// part of the contract. Plain C++ does not fuse a product and a sum, every other set does.
+// y and dx bit for bit, without low rank, bias and offsets: the order of the sums is part of the contract. Plain C++
+// does not fuse a product and a sum, every other set does.
 inline float multiply_add(float a, float b, float c, bool fused) { return fused ? std::fmaf(a, b, c) : a * b + c; }
 inline Matrix int8_forward_bits(const Matrix& x, const Int8Weight& w, bool fused) {
   const Int8Rows rounded(x);
@@ -107,9 +107,9 @@ inline Matrix int8_forward_bits(const Matrix& x, const Int8Weight& w, bool fused
   for (int64_t t = 0; t < y.rows; ++t) {
     for (int64_t row = 0; row < y.columns; ++row) {
       float total = 0.0f;
-      for (int64_t first = 0; first < x.columns; first += kInt8Segment) {
+      for (int64_t first = 0; first < x.columns; first += w.group) {
         double sum = 0;
-        for (int64_t i = first; i < first + kInt8Segment; ++i) sum += rounded.integer.at(t, i) * w.integer.at(row, i);
+        for (int64_t i = first; i < first + w.group; ++i) sum += rounded.integer.at(t, i) * w.integer.at(row, i);
         const float scale = static_cast<float>(w.scale.at(row, first)) * w.one();
         total =
             multiply_add(static_cast<float>(sum) * scale, static_cast<float>(rounded.unit.at(t, first)), total, fused);
@@ -121,10 +121,10 @@ inline Matrix int8_forward_bits(const Matrix& x, const Int8Weight& w, bool fused
 }
 inline Matrix int8_dx_bits(const Matrix& dy, const Int8Weight& w, bool fused) {
   Matrix dx(dy.rows, w.integer.columns);
-  for (int64_t group = 0; group < dx.columns; group += kInt8Segment) {
+  for (int64_t group = 0; group < dx.columns; group += w.group) {
     const Int8Rows rounded = rounded_dy(dy, w, group);
     for (int64_t t = 0; t < dx.rows; ++t) {
-      for (int64_t column = group; column < group + kInt8Segment; ++column) {
+      for (int64_t column = group; column < group + w.group; ++column) {
         float total = 0.0f;
         for (int64_t first = 0; first < dy.columns; first += kInt8Segment) {
           double sum = 0;

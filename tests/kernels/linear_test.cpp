@@ -233,7 +233,7 @@ class LinearTest {
 
   // In int8 every set has the same bits.
   void run_int8_bits() {
-    const LinearShape s = {19, 130, 192, 0, 64, true, 0.0, false, false, Inputs::kOutliers};
+    const LinearShape s = {19, 130, 192, 0, 32, true, 0.0, false, false, Inputs::kOutliers};
     Random random(6);
     const PackedWeights weights(s, Code::kNf4, false, random);
     const Int8Weight w(weights.weight(), weights.decoded());

@@ -22,13 +22,12 @@ from test_linear_cpu import check, make
 
 test_on = isas.test_on
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-# Operator, kernel -> the types for which the set in use has it. float64 has a test of its own, and the kernels of int8
-# activations are in tests/operators/test_int8_activations.py.
+# Operator, kernel -> the types for which the set in use has it. float64 has a test of its own.
 KERNELS = {
     (op, kernel): [dtype for dtype in (F32, BF16, F16) if str(dtype)[6:] in types]
     for op in RESULTS
     for kernel, types in _C.kernels(op).items()
-    if kernel != "float64" and not kernel.endswith("_int8")
+    if kernel != "float64"
 }
 
 # n, k, rank, block size, double quantization, dropout, and the code if not NF4. The last segment of x, k % 256 values,
@@ -166,7 +165,7 @@ def test_a_kernel_that_finds_it_cannot_serve_says_so(force: Callable) -> None:
 
 def test_a_kernel_that_does_not_exist_is_refused(force: Callable) -> None:
     force("few_token")
-    with pytest.raises(ValueError, match="expected one of few_tokens_int, few_tokens_bf16, .*float64, got few_token"):
+    with pytest.raises(ValueError, match="expected one of few_tokens_int8, few_tokens_int, .*float64, got few_token"):
         call("linear_nf4", *make((1, *SHAPES[0]), BF16))
 
 

@@ -107,13 +107,15 @@ class Int8Forward {
       for (int i = 0; i < kInt8Segment / kLanes; ++i) v[i] = load(x + i * kLanes);
       int32_t* const words = out + of.words(token - first);
       float* const floats = reinterpret_cast<float*>(out);
-      floats[of.unit(token - first)] = B::template round<Int8Order::kDecoded>(v, words);
+      const float unit = B::template round<Int8Order::kDecoded>(v, words);
       int32_t sum_of_word[kSegmentWords];
       for (int i = 0; i < kSegmentWords; i += kLanes)
         B::store_sum(sum_of_word + i, B::add_bytes(B::load(words + i), B::splat_sum(0)));
       for (int b = 0; b < blocks_; ++b) {
+        const int of_block = kSegmentWords / blocks_;
         int32_t sum = 0;
-        for (int i = b * kSegmentWords / blocks_; i < (b + 1) * kSegmentWords / blocks_; ++i) sum += sum_of_word[i];
+        for (int i = b * of_block; i < (b + 1) * of_block; ++i) sum += sum_of_word[i];
+        floats[of.unit(b, token - first)] = unit_of_block(unit, words + b * of_block, of_block);
         out[of.start(b, token - first)] = -added_ * sum;
         floats[of.sum(b, token - first)] = static_cast<float>(sum);
       }

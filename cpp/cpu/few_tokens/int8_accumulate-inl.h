@@ -3,7 +3,7 @@
 //   for each segment               load its bytes of each row, and transpose them: a dword of 8 weights of each row
 //     for each dword               decode it once
 //       for each token             sum[token] += dword · the same columns of the token, which are broadcast
-//     sums[token] += unit of the token's segment · sum over the segment's blocks (scale · sum [+ offset · sum of x])
+//     for each block             sums[token] += unit of the token's segment · (scale · sum [+ offset · sum of x])
 //
 // No sum crosses lanes, and float32 adds segments in their order, as many_tokens/multiply_int8-inl.h does.
 #pragma once
@@ -17,6 +17,7 @@
 #include "cpp/cpu/shared/int8_segment-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/portable.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -30,15 +31,15 @@ inline constexpr int kSegmentBytes = kInt8Segment / 2;
 // The word of a segment of x that has the columns of dword `dword` of the packed weights with even or odd numbers.
 constexpr int word_of_x(int dword, bool odd) { return dword / 2 * 4 + dword % 2 + 2 * odd; }
 
-// A segment of some tokens of x, one after the other: the words, the units, and for each block what sums start from and
+// A segment of some tokens of x, one after the other: the words, and for each block the units, what sums start from and
 // the sums of x. All have 32 bits, and `blocks` are those of a segment.
 struct SegmentOfX {
   int64_t tokens;
   int blocks;
 
   int64_t words(int64_t token) const { return token * kSegmentWords; }
-  int64_t unit(int64_t token) const { return words(tokens) + token; }
-  int64_t start(int block, int64_t token) const { return unit(tokens) + block * tokens + token; }
+  int64_t unit(int block, int64_t token) const { return words(tokens) + block * tokens + token; }
+  int64_t start(int block, int64_t token) const { return unit(blocks, 0) + block * tokens + token; }
   int64_t sum(int block, int64_t token) const { return start(blocks, 0) + block * tokens + token; }
   int64_t size() const { return sum(blocks, 0); }
 };
@@ -74,7 +75,7 @@ struct Sums {
       add_to<kDwords>(values, packed, dword, x, sum);
     } else {
       constexpr int kAtOnce = B::kPartialSteps / 2 < kDwords ? B::kPartialSteps / 2 : kDwords;
-      unroll<kDwords / kAtOnce>([&](auto part) __attribute__((always_inline)) {
+      unroll<kDwords / kAtOnce>([&](auto part) QLORA_INLINE_LAMBDA {
         typename B::Partial partial[kTokens][1];
         unroll<kTokens>([&](auto i) { partial[i][0] = B::no_partial(); });
         add_to<kAtOnce>(values, packed + part * kAtOnce, dword + part * kAtOnce, x, partial);
@@ -87,7 +88,7 @@ struct Sums {
   template <int kDwords, class To, int kOf>
   [[gnu::always_inline]] static void add_to(const typename B::Values& values, const F* packed, int dword,
                                             const int32_t* x, To (&to)[kTokens][kOf]) {
-    unroll<kDwords>([&](auto w) __attribute__((always_inline)) {
+    unroll<kDwords>([&](auto w) QLORA_INLINE_LAMBDA {
       typename B::Vector even, odd;
       decode_eight(values, packed[w], even, odd);
       unroll<kTokens>([&](auto i) {
@@ -122,8 +123,7 @@ template <class B, int kBlocks, int kTokens>
     next_rows += kLanes * kSegmentBytes;
     if constexpr (kAhead) unroll<kRowDwords>([&](auto i) { rows[i] = next[i]; });
     Sums<B, kTokens> sum;
-    F of_segment[kTokens];
-    unroll<kParts>([&](auto part) __attribute__((always_inline)) {
+    unroll<kParts>([&](auto part) QLORA_INLINE_LAMBDA {
       constexpr int kDword = part * kOfPart, kBlock = part * kBlocks / kParts;
       if constexpr (!kAhead && kDword % kRowDwords == 0) load_rows(packed + kDword * 4, row_bytes, rows);
       if constexpr (part * kBlocks % kParts == 0) sum.start(x + kX.start(kBlock, 0));
@@ -132,22 +132,21 @@ template <class B, int kBlocks, int kTokens>
         load_rows(packed + (packed + kSegmentBytes < end ? kSegmentBytes : 0), row_bytes, next);
       if constexpr ((part + 1) * kBlocks % kParts == 0) {
         const F scale = load(scales + kBlock * kLanes);
-        unroll<kTokens>([&](auto i) {
-          of_segment[i] = kBlock == 0 ? mul(sum.total(i), scale) : multiply_add(sum.total(i), scale, of_segment[i]);
-        });
+        F of_block[kTokens];
+        unroll<kTokens>([&](auto i) { of_block[i] = mul(sum.total(i), scale); });
         if (to_offsets) {
           const F offset = load(scales + to_offsets + kBlock * kLanes);
           unroll<kTokens>([&](auto i) {
             const Broadcast sum_of_x = broadcast(reinterpret_cast<const float*>(x) + kX.sum(kBlock, i));
-            of_segment[i] = multiply_add(sum_of_x, offset, of_segment[i]);
+            of_block[i] = multiply_add(sum_of_x, offset, of_block[i]);
           });
         }
+        // In memory, as registers are few.
+        unroll<kTokens>([&](auto i) {
+          const Broadcast unit = broadcast(reinterpret_cast<const float*>(x) + kX.unit(kBlock, i));
+          store(sums + i * kLanes, multiply_add(unit, of_block[i], load(sums + i * kLanes)));
+        });
       }
-    });
-    // In memory, as registers are few.
-    unroll<kTokens>([&](auto i) {
-      const Broadcast unit = broadcast(reinterpret_cast<const float*>(x) + kX.unit(i));
-      store(sums + i * kLanes, multiply_add(unit, of_segment[i], load(sums + i * kLanes)));
     });
     x += kX.size(), scales += kBlocks * kLanes;
   }

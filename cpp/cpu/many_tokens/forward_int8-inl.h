@@ -32,9 +32,9 @@ using namespace panel;
 
 // x rounded to int8, as a lanes panel [tile][k / 4][width] and what belongs to its lanes.
 struct Int8Tokens {
-  const int64_t stride;  // lanes from a segment or block to the next one
+  const int64_t stride;  // lanes from a block of W, or a segment if blocks are larger, to the next one
   int32_t* words = nullptr;
-  float* units = nullptr;     // [segment][stride]
+  float* units = nullptr;     // [block][stride]
   int32_t* starts = nullptr;  // [block][stride], what sums start from
   float* sums = nullptr;      // [block][stride], the sum of a block's x, for weights with offsets
 
@@ -42,7 +42,7 @@ struct Int8Tokens {
   void take(Carver* memory, const LinearProblem& p) {
     const int64_t segments = p.w.k / kInt8Segment, blocks = segments * blocks_per_segment(p.w);
     words = memory->take<int32_t>(stride * (p.w.k / 4));
-    units = memory->take<float>(stride * segments);
+    units = memory->take<float>(stride * blocks);
     starts = memory->take<int32_t>(stride * blocks);
     sums = memory->take<float>(p.w.scales.offsets ? stride * blocks : 0);
   }
@@ -54,13 +54,16 @@ void round_tokens(const LinearProblem& p, const T* x, int64_t tokens, int64_t fi
                   const Int8Tokens& out) {
   constexpr int kVectors = kInt8Segment / kLanes;
   const int64_t depth = p.w.k / 4, tile = first & -kTileLanes, width = tile_width(tokens - tile);
+  const int blocks = blocks_per_segment(p.w), words = kSegmentWords / blocks;
   alignas(64) int32_t rows[kLanes][kSegmentWords];
   for (int64_t i = 0; i < kLanes; ++i) {
     const bool is_token = first + i < tokens;  // lanes without a token hold zeros
     const T* const at = x + (first + i) * p.w.k + segment * kInt8Segment;
     F v[kVectors];
     unroll<kVectors>([&](auto j) { v[j.value] = is_token ? load(at + j.value * kLanes) : zero(); });
-    out.units[segment * out.stride + first + i] = B::template round<Int8Order::kDecoded>(v, rows[i]);
+    const float unit = B::template round<Int8Order::kDecoded>(v, rows[i]);
+    for (int b = 0; b < blocks; ++b)
+      out.units[(segment * blocks + b) * out.stride + first + i] = unit_of_block(unit, rows[i] + b * words, words);
   }
   int32_t* const to = out.words + tile * depth + segment * kSegmentWords * width + (first - tile);
   unroll<kSegmentWords / kLanes>([&](auto square) {
@@ -69,7 +72,6 @@ void round_tokens(const LinearProblem& p, const T* x, int64_t tokens, int64_t fi
     transpose(v);
     unroll<kLanes>([&](auto i) { B::store_bits(to + (square.value * kLanes + i.value) * width, v[i.value]); });
   });
-  const int blocks = blocks_per_segment(p.w), words = kSegmentWords / blocks;
   for (int b = 0; b < blocks; ++b) {
     auto sum = B::splat_sum(0);
     for (int d = b * words; d < (b + 1) * words; ++d) sum = B::add_bytes(B::load(to + d * width), sum);
@@ -125,7 +127,7 @@ class ForwardInt8Task : ForwardTask<W, T> {
       for (int64_t l = 0; l < this->tokens_; l += kTileLanes) {
         const int64_t width = tile_width(this->tokens_ - l), lane = token_in_x_ + l;
         in.lanes = x_.words + lane * (w.k / 4) + piece.column / 4 * width;
-        in.units = x_.units + segment * x_.stride + lane;
+        in.units = x_.units + segment * blocks_ * x_.stride + lane;
         in.starts = x_.starts + segment * blocks_ * x_.stride + lane;
         in.x_sums = x_.sums + segment * blocks_ * x_.stride + lane;
         float* const sums = this->sums_ + l * this->rows_ + (piece.row - this->row_) * width;

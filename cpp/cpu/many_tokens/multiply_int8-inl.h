@@ -21,6 +21,7 @@
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/portable.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -49,8 +50,8 @@ inline void store_totals(const F (&total)[height][vectors], float* sums) {
 // Adds the products of `words` steps, a multiple of B::kPartialSteps, to sums of int32. Rows of the broadcast panel are
 // `stride` words long.
 template <class B, int stride, int height, int vectors>
-inline __attribute__((always_inline)) void add_products(const int32_t* broadcast, const int32_t* lane, int words,
-                                                        typename B::Sum (&sum)[height][vectors]) {
+QLORA_INLINE void add_products(const int32_t* broadcast, const int32_t* lane, int words,
+                               typename B::Sum (&sum)[height][vectors]) {
   const auto add_steps = [&](int steps, auto& to) {
     for (int d = 0; d < steps; ++d, ++broadcast, lane += vectors * kLanes) {
       typename B::Vector x[vectors];
@@ -82,8 +83,8 @@ struct ForwardInt8Panels {
   const int32_t* lanes;      // x [depth][width], from the piece's first word on
   const float* scales;       // [height][kMostInt8Blocks]
   const float* offsets;      // likewise, or null
-  const float* units;        // [segment][lane], segments `stride` apart
-  const int32_t* starts;     // [block][lane], what sums start from, blocks `stride` apart
+  const float* units;        // [block][lane], blocks `stride` apart
+  const int32_t* starts;     // likewise, what sums start from
   const float* x_sums;       // likewise, for offsets
   int64_t stride;
   int blocks;  // or segments, where blocks are larger
@@ -112,7 +113,7 @@ struct ForwardInt8Tile {
       });
       add_products<B, kDepth>(broadcast, lane, words_of_block, sum);
       lane += words_of_block * vectors * kLanes;
-      const float* const units = in.units + block * words_of_block / kSegmentWords * in.stride;
+      const float* const units = in.units + block * in.stride;
       unroll<height>([&](auto r) {
         const F scale = splat(in.scales[r.value * kMostInt8Blocks + block]);
         unroll<vectors>([&](auto v) {

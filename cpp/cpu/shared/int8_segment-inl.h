@@ -49,5 +49,15 @@ inline float round_segment(const float* x, int8_t* out) {
   return __builtin_bit_cast(float, largest);
 }
 
+// The unit of the `words` words of a segment that meet a block of W. Beside an infinity in another block, what is
+// finite counts as 0, and 0 times an infinite unit would be NaN.
+inline float unit_of_block(float unit, const int32_t* words, int count) {
+  if (unit != __builtin_inff()) [[likely]]
+    return unit;
+  for (int i = 0; i < count; ++i)
+    if (words[i] != 0) return unit;
+  return 0.0f;
+}
+
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA

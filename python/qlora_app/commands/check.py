@@ -10,13 +10,22 @@ from qlora_ext.untrusted import excerpt, printable
 
 from ..data import DEFAULT_DATA, held_out
 from ..errors import UserError, first_line
-from ..models.activations import CHOICES, HELP
 from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
 from ..models.loading import Loader, load_dense
 from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_tokenizer
 from ..models.sources import ModelSource, resolve
 from ..models.validate_model import check_tokens
-from ..options import REQUIRED, BaseOptions, Options, add_options, like, option, options_in
+from ..options import (
+    ACTIVATIONS,
+    ACTIVATIONS_HELP,
+    REQUIRED,
+    BaseOptions,
+    Options,
+    add_options,
+    like,
+    option,
+    options_in,
+)
 from ..outputs.directory import output_file
 from ..outputs.files import write_json
 from ..terminal.bars import counted
@@ -64,7 +73,7 @@ class CheckRequest(Options):
     json: str | None = option(None, "write all results to a JSON file", metavar="FILE")
     dtype: str = like(BaseOptions, "dtype")
     device: str = like(BaseOptions, "device", default="cpu")
-    activations: str | None = option(None, f"{HELP} (default: as the model was saved)", choices=CHOICES)
+    activations: str | None = option(None, f"{ACTIVATIONS_HELP} (default: as the model was saved)", choices=ACTIVATIONS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

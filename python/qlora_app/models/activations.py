@@ -6,16 +6,12 @@ import sys
 from typing import Any
 
 from qlora_ext.dtype_names import AUTO
-from qlora_ext.formats import ACTIVATIONS, EXACT, INT8
+from qlora_ext.formats import EXACT, INT8
 from qlora_ext.untrusted import excerpt
 
 from ..errors import UserError
+from ..options import ACTIVATIONS
 
-CHOICES = (*ACTIVATIONS, AUTO)
-HELP = (
-    "exact; int8: round the inputs of 4-bit layers to int8, which is faster on a CPU and costs little accuracy "
-    "(docs/quality.md); auto: int8 if this processor multiplies it fast"
-)
 # The instruction sets that multiply int8 at twice their rate for other numbers, whatever the code of the weights.
 _FAST = ("avx_vnni", "avx512", "avx512_bf16", "amx_bf16", "neon_i8mm")
 # AVX2 adds several products in 16 bits, which hold those of small integers only.
@@ -38,19 +34,19 @@ def set_activations(model: Any, wanted: str, device: str) -> None:
         device: the type of the device that computes.
 
     Raises:
-        UserError: a recorded value is none of ``CHOICES``.
+        UserError: a recorded value is none of ``ACTIVATIONS``.
     """
-    from qlora_ext import _C
+    from qlora_ext import build_info
     from qlora_ext.nn import layers_of
 
-    if wanted not in CHOICES:
-        raise UserError(f"activations: expected {', '.join(CHOICES)}, got {excerpt(wanted)}")
+    if wanted not in ACTIVATIONS:
+        raise UserError(f"activations: expected {', '.join(ACTIVATIONS)}, got {excerpt(wanted)}")
     layers = [layer for _, layer in layers_of(model)]
     chosen = wanted
     if device != "cpu" and wanted != EXACT:
         chosen, why = EXACT, f"4-bit layers compute exactly on {device}"
     elif wanted == AUTO:
-        chosen, why = _auto(_C.cpu_isa(), {layer.form.code for layer in layers})
+        chosen, why = _auto(build_info()["cpu_isa"], {layer.form.code for layer in layers})
     if chosen != wanted:
         print(f"qlora-ext: --activations {wanted}: {chosen}, because {why}", file=sys.stderr)
     for layer in layers:

@@ -15,11 +15,9 @@ from qlora_ext.untrusted import check, excerpt, printable, read_json
 
 from ..data import DEFAULT_DATA
 from ..errors import UserError
-from ..models.activations import CHOICES as ACTIVATIONS
-from ..models.activations import HELP as ACTIVATIONS_HELP
 from ..models.devices import AUTO, check_dtype
 from ..models.sources import DEFAULT_MODEL
-from ..options import Options, flag, option, schema
+from ..options import ACTIVATIONS, ACTIVATIONS_HELP, Options, flag, option, schema
 
 METHODS = ("auto", "sft", "dpo", "kto", "grpo")
 NO_NEFTUNE = (

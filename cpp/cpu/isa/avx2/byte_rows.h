@@ -10,6 +10,7 @@
 #include "cpp/cpu/isa/panel.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/portable.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -19,7 +20,7 @@ inline constexpr int kRowDwords = 4;
 [[gnu::always_inline]] inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
   const char* const row = static_cast<const char*>(p);
   U v[4];  // rows i and 4 + i
-  unroll<4>([&](auto i) __attribute__((always_inline)) {
+  unroll<4>([&](auto i) QLORA_INLINE_LAMBDA {
     const auto at = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + (i + r) * stride)); };
     v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(4), 1);
   });
