@@ -238,7 +238,9 @@ class LinearTest {
     const PackedWeights weights(s, Code::kNf4, false, random);
     const Int8Weight w(weights.weight(), weights.decoded());
     const bool fused = set_.isa != &cpu::kScalarIsa;
-    const Matrix x = inputs(s, s.m, s.k, DType::kFloat32, random), dy = inputs(s, s.m, s.n, DType::kFloat32, random);
+    Matrix x = inputs(s, s.m, s.k, DType::kFloat32, random);
+    const Matrix dy = inputs(s, s.m, s.n, DType::kFloat32, random);
+    for (int i = 0; i < kInt8Segment; ++i) x.at(0, i) = i ? i - 20.5 : 127;  // halves of a unit, which go to even
     const Tensor x_tensor(DType::kFloat32, x), dy_tensor(DType::kFloat32, dy);
     LinearProblem forward;
     forward.dtype = DType::kFloat32, forward.m = s.m, forward.x = x_tensor.data(), forward.w = weights.weight();
