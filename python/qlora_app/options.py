@@ -19,7 +19,7 @@ from .errors import UserError
 ACTIVATIONS = (EXACT, INT8, AUTO)
 ACTIVATIONS_HELP = (
     "exact; int8: round the inputs of 4-bit layers to int8, which is faster on a CPU and costs little accuracy "
-    "(docs/quality.md); auto: int8 if this processor multiplies it fast"
+    "(docs/operators.md); auto: int8 if this processor multiplies it fast"
 )
 # The default directory of a run: ``finetune`` writes it, other commands read the adapter from it.
 DEFAULT_RUN = "qlora-run"

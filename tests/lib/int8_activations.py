@@ -12,13 +12,10 @@ import accuracy
 import forms
 import reference
 from accuracy import U32, Operand, given
-from qlora_ext import _C
 from samples import LinearSample, linear_sample, rows
 
 INT8 = "int8"
 LEAST_DX_BLOCK = 32  # smaller blocks have an exact gradient
-# Whether the instruction set in use has kernels of the mode. Others compute exactly.
-SERVED = any(kernel.endswith("_int8") for kernel in _C.choose("linear_nf4", "float32", 70, 64, 128, activations=INT8))
 # The rounding of 127 / a and of the product with it, and that of the unit, in units: 3 · 127 · 2^-24 beside a half.
 FACTOR = 1 + 2.0**-14
 

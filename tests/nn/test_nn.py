@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import qlora_ext
-from int8_activations import SERVED
 from qlora_ext.nn import Linear4bit, quantize_model
 from tiny_experts import Experts
 
@@ -92,8 +91,7 @@ def test_activations_reach_every_product() -> None:
 
     def same(y: Tensor, *lora: Tensor) -> None:
         assert torch.equal(y, qlora_ext.linear_nf4(x, w4, bias, *lora, activations="int8"))
-        if SERVED:
-            assert not torch.equal(y, qlora_ext.linear_nf4(x, w4, bias, *lora))
+        assert not torch.equal(y, qlora_ext.linear_nf4(x, w4, bias, *lora))
 
     same(layer(x))
     same(layer.fused_forward(x, a, b, 0.5), a, b, 0.5)

@@ -21,7 +21,6 @@ from qlora_ext import _C
 from samples import DTYPES, OPCHECKS, OPS, LinearSample, gradients, linear_sample, to_f64
 
 test_on = isas.test_on
-pytestmark = pytest.mark.skipif(not int8.SERVED, reason=f"{_C.cpu_isa()} has no kernels of this mode")
 # Tokens and rows of the weight: one, few, a tile, many; and dy with whole segments, and with a last one of 16.
 SIZES = [(1, 64), (7, 80), (64, 80), (300, 128)]
 

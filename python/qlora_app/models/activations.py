@@ -36,8 +36,8 @@ def set_activations(model: Any, wanted: str, device: str) -> None:
     Raises:
         UserError: a recorded value is none of ``ACTIVATIONS``.
     """
-    from qlora_ext import build_info
-    from qlora_ext.nn import layers_of
+    from qlora_ext import QLoRAConfig, build_info
+    from qlora_ext.nn import Embedding4bit, layers_of
 
     if wanted not in ACTIVATIONS:
         raise UserError(f"activations: expected {', '.join(ACTIVATIONS)}, got {excerpt(wanted)}")
@@ -46,8 +46,12 @@ def set_activations(model: Any, wanted: str, device: str) -> None:
     if device != "cpu" and wanted != EXACT:
         chosen, why = EXACT, f"4-bit layers compute exactly on {device}"
     elif wanted == AUTO:
-        chosen, why = _auto(build_info()["cpu_isa"], {layer.form.code for layer in layers})
+        codes = {layer.form.code for layer in layers if not isinstance(layer, Embedding4bit)}  # of products
+        chosen, why = _auto(build_info()["cpu_isa"], codes)
     if chosen != wanted:
         print(f"qlora-ext: --activations {wanted}: {chosen}, because {why}", file=sys.stderr)
     for layer in layers:
         layer.activations = chosen
+    config = getattr(model.config, "quantization_config", None)
+    if isinstance(config, QLoRAConfig):
+        config.activations = chosen  # which is saved with the model

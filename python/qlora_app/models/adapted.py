@@ -8,9 +8,10 @@ import sys
 from typing import Any
 
 from qlora_ext.formats import BLOCK_SIZES
+from qlora_ext.untrusted import excerpt
 
 from ..errors import UserError
-from ..options import DEFAULT_RUN, BaseOptions
+from ..options import ACTIVATIONS, DEFAULT_RUN, BaseOptions
 from .adapter_files import RECORD, base_of, check_files, find, load, record_of
 from .devices import parse_computing_dtype, parse_device, parse_dtype
 from .loading import Loader
@@ -85,6 +86,9 @@ def find_adapted(options: BaseOptions) -> Adapted:
         check_files(path)
         if activations is None:
             activations = settings.get("activations")
+            if activations not in (None, *ACTIVATIONS):
+                expected = ", ".join(ACTIVATIONS)
+                raise UserError(f"{path / RECORD}: activations: expected {expected}, got {excerpt(activations)}")
     served = None
     if path is not None:
         from qlora_ext.integrations.peft.base_file import recorded_base_format

@@ -12,7 +12,7 @@ from qlora_ext.untrusted import FileError, Schema, check, compiled_pattern, exce
 
 from ..errors import UserError, first_line, path_named
 from ..outputs.ownership import RECORD as RECORD
-from ..outputs.ownership import SWEEP
+from ..outputs.ownership import SWEEP, read_marker
 from . import validate_model
 from .sources import ModelSource, resolve
 
@@ -62,7 +62,9 @@ def record_of(adapter: pathlib.Path) -> dict[str, Any]:
         return record
     settings = adapter.parent / "settings.json"
     if adapter.name.startswith("checkpoint-") and settings.is_file():
-        begun: dict[str, Any] = read_json(settings, {"model?": str, "block_size?": int, "activations?": str})
+        begun: dict[str, Any] = read_json(settings, {"model?": str, "block_size?": int})
+        # What --activations auto was is in the run's record.
+        begun |= {k: v for k, v in read_marker(adapter.parent).items() if k == "activations"}
         return {"model": begun.get("model"), "settings": begun}
     return {}
 

@@ -138,7 +138,7 @@ def four_bit_directory(loader: Loader, run: Output) -> ModelSource:
     from qlora_ext.integrations.transformers import save_in_our_format
 
     origin, source = json.loads(json.dumps(_origin_of(loader))), loader.source
-    on_cpu = dataclasses.replace(loader, device=torch.device("cpu"), compute=None)
+    on_cpu = dataclasses.replace(loader, device=torch.device("cpu"), compute=None, activations=None)
     directory = run.path.with_name(f"{run.path.name}-base")
     with claim(str(directory), run.overwrite, run.inputs) as output:
         if (found := _read_origin(output.path)) != origin:

@@ -140,8 +140,7 @@ def _in_4_bits(run: Run, compute: torch.dtype, layers: torch.dtype, output: Outp
     form, dtype = Form(block_size=s.block_size), parse_dtype(s.dtype)
     # A resumed run keeps what auto was at its start.
     activations = (read_marker(run.directory) if run.resumes else {}).get(ACTIVATIONS, s.activations)
-    options = {"served": _served(run), "activations": activations}
-    loader = Loader(run.source, form, dtype, run.device, compute, layers, **options)
+    loader = Loader(run.source, form, dtype, run.device, compute, layers, served=_served(run), activations=activations)
     if s.stream == "none":
         return loader.while_loading()
     if s.stream == "disk" and not is_quantized(load_config(run.source)):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_ext.formats import BLOCK_SIZES, EXACT, SERVED_FORMATS
+from qlora_ext.formats import BLOCK_SIZES, SERVED_FORMATS
 from qlora_ext.sizes import parse_size
 from qlora_ext.untrusted import check, excerpt, printable, read_json
 
@@ -153,7 +153,9 @@ class Settings(Options):
     )
 
     dtype: str = _option(AUTO, "bfloat16, float16, float32, or auto: the faster one on this processor")
-    activations: str = _option(EXACT, f"{ACTIVATIONS_HELP}; also for the gradients", choices=ACTIVATIONS)
+    activations: str | None = _option(
+        None, f"{ACTIVATIONS_HELP}; also for the gradients (default: as the model was saved)", choices=ACTIVATIONS
+    )
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", free=True)
     grad_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, more time")
     chunked_loss: bool = _option(False, "never have the logits of all tokens in memory")

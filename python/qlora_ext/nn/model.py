@@ -247,10 +247,13 @@ def quantize_model(
     lora = None if init_lora is None else InitLora.of(init_lora)
     if lora is not None and lora.method == "svd" and calibration is None:
         raise ValueError("init_lora: expected calibration=... with 'svd', which weighs errors by the layers' inputs")
-    is_4bit = any(isinstance(module, Packed4bit) for module in model.modules())
+    already = {module for module in model.modules() if isinstance(module, Packed4bit)}
     integrate()
     for prepare in BEFORE_QUANTIZE:
         prepare(model)
+    for module in model.modules():
+        if isinstance(module, Packed4bit) and module not in already:
+            module.activations = activations
 
     if conversion_of(model) is not None or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
         for name, wanted in (("calibration", calibration), ("init_lora", lora)):
@@ -264,7 +267,7 @@ def quantize_model(
     places = places_in(model)
     chosen = to_be_quantized(model, skip, embeddings, towers, keep)
     check_something_is_4bit(model, bool(chosen), asked)
-    if is_4bit and not chosen:
+    if already and not chosen:
         warnings.warn("model: its layers are 4-bit already and stay as they are; nothing was quantized", stacklevel=2)
     heads = tied_heads(model) if embeddings else {}
     calibrator = None

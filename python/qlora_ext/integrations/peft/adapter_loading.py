@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...merging.merge_aware import MergeAware
@@ -42,11 +43,13 @@ def loading(model: nn.Module) -> Iterator[None]:
     for module, name, parameter in before:
         loaded = module._parameters.get(name)
         if loaded is not None and loaded is not parameter and loaded.shape == parameter.shape:
-            parameter.data.copy_(loaded.data)
+            with torch.no_grad():  # not through `data`, which version counters do not notice
+                parameter.copy_(loaded)
             module._parameters[name] = parameter
     for name, parameter in model.named_parameters():
         if name in read and id(parameter) not in retained:
-            parameter.data.copy_(read[name])
+            with torch.no_grad():
+                parameter.copy_(read[name])
 
 
 @extend("peft.utils.hotswap:hotswap_adapter_from_state_dict")

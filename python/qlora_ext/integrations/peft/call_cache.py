@@ -87,8 +87,7 @@ def _outer_modules(model: nn.Module) -> list[nn.Module]:
         module = waiting.pop()
         if module is not None and module not in found:
             found[module] = None
-            base = module._modules.get("base_layer")
-            waiting += module._modules.values() if base is None else [base]
+            waiting += [module.base_layer] if isinstance(module, BaseTunerLayer) else module._modules.values()
     return [*found]
 
 

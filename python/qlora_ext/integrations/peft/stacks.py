@@ -158,6 +158,10 @@ class StacksAdapters:
             return retained.names, retained.stack
         return [adapter.name for adapter in adapters], _stack(adapters, dtype)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.forget_stack()  # which has the memory that is being replaced
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
     def delete_adapter(self, adapter_name: str) -> None:
         self.forget_stack()
         super().delete_adapter(adapter_name)  # type: ignore[misc]

@@ -200,8 +200,8 @@ class QLoRAConfig(QuantizationConfigMixin):
             ``"nf4"``: quantize dense linear layers and experts to that format instead of NF4, except where a row is no
             multiple of its blocks.
         activations: "exact", the default, or "int8": round the inputs and gradients of 4-bit layers to int8, with a
-            scale per token and 64 values, which is faster on a CPU; see ``qlora_ext.linear_nf4``. It is saved with the
-            model. If given, it replaces that of a saved model.
+            scale per token and 64 values, which is faster on a CPU; see ``qlora_ext.linear_nf4``. It is saved with a
+            model in our format. If given, it replaces that of a saved model.
 
     ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit,
     in our format or in MXFP4, NVFP4, INT4, AWQ, GPTQ, MLX' or bitsandbytes' formats, keeps its codes, block sizes and
