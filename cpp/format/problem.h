@@ -52,7 +52,7 @@ struct Adapters {
 };
 
 // What meets W: x and dy · scale as they are, or rounded to int8, one unit per token and segment of kInt8Segment values
-// (cpp/cpu/many_tokens/round_int8-inl.h). LoRA and offsets of dX take x and dy as they are.
+// (cpp/cpu/shared/int8_segment-inl.h). LoRA and offsets of dX take x and dy as they are.
 enum class Activations : int { kExact, kInt8 };
 inline constexpr int kInt8Segment = 64;
 

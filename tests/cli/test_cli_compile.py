@@ -159,6 +159,9 @@ def test_batches_are_those_of_the_eager_model(monkeypatch: pytest.MonkeyPatch) -
         assert answers(engine) == answers(eager) != second
     model.get_base_model().model.layers[0].mlp.gate_proj.to(torch.float64).to(torch.float32)  # in other memory
     assert answers(engine) == second
+    for _, layer in layers_of(model):
+        layer.activations = "int8"
+    assert answers(engine) == answers(eager)
 
 
 def test_sequences_with_different_adapters_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

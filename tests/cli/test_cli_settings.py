@@ -185,8 +185,9 @@ def test_activations(
     generate = ["generate", "--adapter", run, "--max-new-tokens", "1", "count 3"]
     for options in ([], ["--activations", "exact"], ["--activations", "auto"]):
         here(*generate, *options)
+    here("generate", "--adapter", begun / "checkpoint-3", *generate[3:])
     here("merge", "--adapter", run, "--output", tmp_path / "merged")
-    assert computed == [{"int8"}, {"int8"}, {"int8"}, {"exact"}, {"exact"}, {"exact"}]
+    assert computed == [{"int8"}, {"int8"}, {"int8"}, {"exact"}, {"exact"}, {"int8"}, {"exact"}]
     record = run / "adapter" / "qlora_run.json"
     record.write_text(record.read_text().replace('"activations": "int8"', '"activations": "int4"'))
     assert "activations: expected exact, int8, auto, got int4" in refused(*generate)

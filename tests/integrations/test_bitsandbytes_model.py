@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_ext import QLoRAConfig
 from qlora_ext.integrations.bitsandbytes import save_pretrained
-from qlora_ext.nn import Linear4bit, quantize_model
+from qlora_ext.nn import Linear4bit, layers_of, quantize_model
 from tensors import error, same_bits
 from tiny_models import FAMILIES, make, token_ids
 
@@ -107,6 +107,12 @@ def test_every_linear_layer_and_any_block_size(tmp_path: Path) -> None:
     assert kinds == {name: isinstance(m, Linear4bit) for name, m in ours.named_modules()}
     decoded = bnb.functional.dequantize_4bit(again.lm_head.weight.data, again.lm_head.weight.quant_state)
     assert torch.equal(decoded, ours.lm_head.dequantize())
+
+
+def test_adopted_layers_have_the_activations_that_are_asked_for(tmp_path: Path) -> None:
+    save_pretrained(quantize_model(make()), tmp_path)
+    adopted = quantize_model(load(tmp_path), activations="int8")
+    assert {layer.activations for _, layer in layers_of(adopted)} == {"int8"}
 
 
 def test_only_4bit_models_are_written(tmp_path: Path) -> None:

@@ -160,6 +160,27 @@ def one_layer(dtype: torch.dtype = torch.float32) -> Any:
     return layer
 
 
+class Beside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer, self.other = nn.Linear(64, 64), nn.Linear(64, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.base_layer(x))
+
+
+def test_layers_beside_one_named_base_layer() -> None:
+    torch.manual_seed(0)
+    options = {"target_modules": ["base_layer", "other"], "init_lora_weights": False}
+    model = get_peft_model(quantize_model(Beside()), LoraConfig(**options)).eval()
+    model.add_adapter("wide", LoraConfig(r=5, **options))
+    x, names = torch.randn(4, 64), ["wide", "default", "default", "wide"]
+    mixed = model(x, adapter_names=names)
+    for sample, name in enumerate(names):
+        model.set_adapter(name)
+        assert torch.equal(mixed[sample], model(x)[sample])
+
+
 def with_shared_experts() -> Any:
     """They see flattened tokens."""
     model = get_peft_model(quantize_model(moe_families.build("Qwen2-MoE")), LoraConfig(target_modules="all-linear"))

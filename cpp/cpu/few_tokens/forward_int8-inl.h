@@ -36,6 +36,8 @@ namespace few_tokens_int8 {
 using few_tokens::lora_of;
 using few_tokens::TokenGroups;
 
+// The last tile begins within the weight, and B is read and transposed in whole vectors.
+static_assert(kLanes <= kInt8Rows && kLanes - kRowDwords <= stream::kLanes);
 inline constexpr int kMostTokens = 8;  // of a group: registers hold their sums beside the decoded rows
 
 template <class T, class B>

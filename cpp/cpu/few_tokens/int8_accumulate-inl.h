@@ -56,7 +56,7 @@ struct RowsAndTokens {
 // The sums of the tokens of a group. Few tokens have several sums each, because a product waits for the previous one.
 template <class B, int kTokens>
 struct Sums {
-  static constexpr int kChains = kTokens > 2 ? 1 : 2;
+  static constexpr int kChains = B::kPartialSteps || kTokens > 2 ? 1 : 2;
   typename B::Sum sum[kTokens][kChains];
 
   [[gnu::always_inline]] void start(const int32_t* from) {

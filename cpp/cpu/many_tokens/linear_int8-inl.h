@@ -29,31 +29,32 @@ struct LowRankWord<true> {
 inline bool low_rank_in_range(const LinearProblem& p) { return in_range(p.x, p.m, p.w.k); }
 inline bool low_rank_in_range(const LinearDxProblem& p) { return in_range(p.dy, p.m, p.w.n); }
 
-// Calls run(word, element) with null pointers to the word of low-rank products and to the type of x. Leaves what pairs
-// of bfloat16 cannot serve to other kernels.
+// Calls run(word, element) with null pointers to the word of low-rank products and to the type of x.
 template <class Problem, class Run>
-Outcome with_low_rank_word(const Problem& p, const Run& run) {
+void with_low_rank_word(const Problem& p, const Run& run) {
   if (p.dtype == DType::kFloat32) {
     run(static_cast<WordF32*>(nullptr), static_cast<float*>(nullptr));
   } else if (p.dtype == DType::kFloat16) {
     run(static_cast<WordF32*>(nullptr), static_cast<float16*>(nullptr));
+  } else if (panel::kHasBf16Words && p.lora.rank && !low_rank_in_range(p)) {
+    run(static_cast<WordF32*>(nullptr), static_cast<bfloat16*>(nullptr));
   } else {
-    if (panel::kHasBf16Words && p.lora.rank && !low_rank_in_range(p)) return Outcome::kOutOfRange;
     run(static_cast<LowRankWord<panel::kHasBf16Words>::Type*>(nullptr), static_cast<bfloat16*>(nullptr));
   }
-  return Outcome::kDone;
 }
 
 inline Outcome forward_int8(const Pool& pool, const LinearProblem& p) {
-  return with_low_rank_word(p, [&]<class W, class T>(W*, T*) {
+  with_low_rank_word(p, [&]<class W, class T>(W*, T*) {
     panel::with_int8_word(int8_codes(p.w.code), blocks_per_segment(p.w),
                           [&]<class B>(B) { forward_int8_as<B, W, T>(pool, p); });
   });
+  return Outcome::kDone;
 }
 inline Outcome dx_int8(const Pool& pool, const LinearDxProblem& p) {
-  return with_low_rank_word(p, [&]<class W, class T>(W*, T*) {
+  with_low_rank_word(p, [&]<class W, class T>(W*, T*) {
     panel::with_int8_word(int8_codes(p.w.code), 1, [&]<class B>(B) { dx_int8_as<B, W, T>(pool, p); });
   });
+  return Outcome::kDone;
 }
 
 }  // namespace many_tokens

@@ -11,13 +11,14 @@
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 
-// Segments whose largest magnitude is in this range need none of the care below: neither 1 / unit nor unit is subnormal
-// or infinite. Magnitudes are compared by their bits, which have the order of the numbers.
+// Segments whose largest magnitude is 0 or in this range need none of the care below: neither 1 / unit nor unit is
+// subnormal or infinite. Magnitudes are compared by their bits, which have the order of the numbers.
 inline constexpr uint32_t kLeastPlainBits = power_of_two_bits(-100);
 inline constexpr bool is_plain_segment(uint32_t largest_bits) {
-  return largest_bits - kLeastPlainBits < kInfinityBits - kLeastPlainBits;
+  return largest_bits - kLeastPlainBits < kInfinityBits - kLeastPlainBits || largest_bits == 0;
 }
 inline constexpr float kInt8Largest = 127.0f;
+inline constexpr float inverse_unit(float largest) { return largest > 0.0f ? kInt8Largest / largest : 0.0f; }
 inline constexpr int kSegmentWords = kInt8Segment / 4;  // of four int8
 
 inline int blocks_per_segment(const Weight& w) {
@@ -42,7 +43,7 @@ inline float round_segment(const float* x, int8_t* out) {
   } else {
     const float factor = largest < kLeastPlainBits ? 0x1p60f : 1.0f;
     const float scaled = __builtin_bit_cast(float, largest) * factor;
-    const float inverse = scaled > 0.0f ? kInt8Largest / scaled : 0.0f;
+    const float inverse = inverse_unit(scaled);
     for (int i = 0; i < kInt8Segment; ++i) out[i] = static_cast<int8_t>(__builtin_rintf(x[i] * factor * inverse));
     return scaled / kInt8Largest / factor;
   }

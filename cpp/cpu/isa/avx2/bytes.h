@@ -52,7 +52,7 @@ struct Int8Bytes {
     U rounded[2];
     if (is_plain_segment(bits)) [[likely]] {
       const float largest = __builtin_bit_cast(float, bits);
-      const F inverse = splat(kInt8Largest / largest);
+      const F inverse = splat(inverse_unit(largest));
       unit = largest / kInt8Largest;
       const auto nearest = [&](F x) { return _mm256_cvtps_epi32(mul(x, inverse)); };
       // Packing joins halves of vectors: each then has elements 4i .. 4i + 3 of four vectors.

@@ -46,7 +46,7 @@ struct WordInt8 {
     const uint32_t bits = _mm512_reduce_max_epu32(most);
     if (is_plain_segment(bits)) [[likely]] {
       const float largest = __builtin_bit_cast(float, bits);
-      store(out, in_order<order>(rounded_times(v, splat(kInt8Largest / largest))));
+      store(out, in_order<order>(rounded_times(v, splat(inverse_unit(largest)))));
       return largest / kInt8Largest;
     }
     float x[kInt8Segment];
@@ -60,6 +60,10 @@ struct WordInt8 {
   static void round_rows(const float* x, int64_t stride, const F (&scales)[4], int64_t count, Word* out,
                          int64_t out_stride, float* units) {
     const auto scaled = [&](int64_t i, int j) { return mul(panel::load(x + i * stride + j * kLanes), scales[j]); };
+    const auto round_one = [&](int64_t i) {
+      const F v[4] = {scaled(i, 0), scaled(i, 1), scaled(i, 2), scaled(i, 3)};
+      units[i] = round<Int8Order::kMemory>(v, out + i * out_stride);
+    };
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       U most[kLanes];
@@ -70,12 +74,15 @@ struct WordInt8 {
       });
       const U bits = largest_of_rows(most);
       const U above = _mm512_sub_epi32(bits, _mm512_set1_epi32(static_cast<int>(kLeastPlainBits)));
-      if (_mm512_cmplt_epu32_mask(above, _mm512_set1_epi32(static_cast<int>(kInfinityBits - kLeastPlainBits))) !=
-          0xFFFF)
-        break;
+      const __mmask16 nonzero = _mm512_test_epi32_mask(bits, bits);
+      const U range = _mm512_set1_epi32(static_cast<int>(kInfinityBits - kLeastPlainBits));
+      if (_mm512_mask_cmpge_epu32_mask(nonzero, above, range) != 0) {  // not all of them are plain
+        for (int r = 0; r < kLanes; ++r) round_one(i + r);
+        continue;
+      }
       const F largest = _mm512_castsi512_ps(bits), of_127 = splat(kInt8Largest);
       alignas(64) float inverse[kLanes];
-      panel::store(inverse, _mm512_div_ps(of_127, largest));
+      panel::store(inverse, _mm512_maskz_div_ps(nonzero, of_127, largest));
       panel::store(units + i, _mm512_div_ps(largest, of_127));
       unroll<kLanes>([&](auto r) {
         const F by = splat(inverse[r.value]);
@@ -83,10 +90,7 @@ struct WordInt8 {
         store(out + (i + r.value) * out_stride, in_order<Int8Order::kMemory>(rounded_times(v, by)));
       });
     }
-    for (; i < count; ++i) {
-      const F v[4] = {scaled(i, 0), scaled(i, 1), scaled(i, 2), scaled(i, 3)};
-      units[i] = round<Int8Order::kMemory>(v, out + i * out_stride);
-    }
+    for (; i < count; ++i) round_one(i);
   }
 
   using Values = U;  // in each quarter

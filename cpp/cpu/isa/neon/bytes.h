@@ -79,7 +79,7 @@ struct WordInt8 {
     int8_t* const bytes = reinterpret_cast<int8_t*>(out);
     float unit = 0.0f;
     if (is_plain_segment(bits)) [[likely]] {
-      const float largest = __builtin_bit_cast(float, bits), inverse = kInt8Largest / largest;
+      const float largest = __builtin_bit_cast(float, bits), inverse = inverse_unit(largest);
       unit = largest / kInt8Largest;
       const auto nearest = [inverse](F x) {
         const auto integers = [inverse](float32x4_t y) { return vcvtnq_s32_f32(vmulq_n_f32(y, inverse)); };
