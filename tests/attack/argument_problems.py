@@ -177,7 +177,7 @@ def good_arguments(rng: random.Random) -> dict[str, Any]:
     good |= {"block_size": block, "nested_block_size": nested_block, "out_features": n, "in_features": k}
     good |= {"w": randn(n, k), "x": randn(m, k), "dy": randn(m, n), "bias": randn(n), "shape": [n, k], "dtype": dtype}
     good |= {"lora_a": randn(rank, k), "lora_b": randn(n, rank), "scaling": 0.5, "seed": 12}
-    good |= {"h": None, "g": None, "importance": torch.rand(k)}
+    good |= {"h": None, "g": None, "importance": torch.rand(k), "activations": "exact"}
     good |= {"feedback": torch.eye(k), "order": torch.randperm(k)}
     good["seed_tensor"] = rng.choice([None, torch.tensor(-12)])
     good |= dict.fromkeys(("adapter_of_row", "rank_offsets", "scalings", "seeds")) | {"max_rank": 0}
@@ -243,13 +243,16 @@ PYTHON: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "Weight4bit.dequantize": (dequantize, ["w4", "dtype"]),
     "qlora_ext.linear_nf4": (
         qlora_ext.linear_nf4,
-        ["x", "w4", "bias", "lora_a", "lora_b", "scaling", "dropout_p", "seed"],
+        ["x", "w4", "bias", "lora_a", "lora_b", "scaling", "dropout_p", "seed", "activations"],
     ),
-    "Linear4bit": (linear4bit, ["x", "in_features", "out_features", "compute_dtype", *FORM]),
+    "Linear4bit": (linear4bit, ["x", "in_features", "out_features", "compute_dtype", "activations", *FORM]),
     "Linear4bit.from_linear": (Linear4bit.from_linear, ["linear", "compute_dtype", *FORM]),
     "Embedding4bit": (embedding4bit, ["ids", "num_embeddings", "embedding_dim", "padding_idx", "compute_dtype", *FORM]),
-    "quantize_model": (qlora_ext.quantize_model, ["model", "skip", "block_size", "double_quant", "embeddings"]),
-    "QLoRAConfig": (qlora_ext.QLoRAConfig, [*FORM, "compute_dtype", "skip_modules", "embeddings"]),
+    "quantize_model": (
+        qlora_ext.quantize_model,
+        ["model", "skip", "block_size", "double_quant", "embeddings", "activations"],
+    ),
+    "QLoRAConfig": (qlora_ext.QLoRAConfig, [*FORM, "compute_dtype", "skip_modules", "embeddings", "activations"]),
 }
 OPERATORS = [
     *("search_absmax_nf4", "encode_nf4", "quantize_nf4", "quantize_absmax", "dequantize_absmax", "dequantize_nf4"),
