@@ -17,10 +17,7 @@ from .errors import UserError
 
 # --activations
 ACTIVATIONS = (EXACT, INT8, AUTO)
-ACTIVATIONS_HELP = (
-    "exact; int8: round the inputs of 4-bit layers to int8, which is faster on a CPU and costs little accuracy "
-    "(docs/operators.md); auto: int8 if this processor multiplies it fast"
-)
+ACTIVATIONS_HELP = "int8: round inputs of 4-bit layers, which is faster on CPUs; auto: where it is"
 # The default directory of a run: ``finetune`` writes it, other commands read the adapter from it.
 DEFAULT_RUN = "qlora-run"
 REQUIRED: Any = dataclasses.MISSING
@@ -170,9 +167,9 @@ class BaseOptions(Options):
         f"the adapter, or the run that made it (default: ./{DEFAULT_RUN}, if it exists and --model is not given)",
         metavar="DIR",
     )
-    model: str | None = option(None, "the base model (default: the one that the adapter names)")
-    trust_remote_code: bool = option(False, "run Python code that comes with the model named by --model")
-    force: bool = option(False, "accept an adapter that was trained on another 4-bit base")
+    model: str | None = option(None, "the base model (default: that of the adapter)")
+    trust_remote_code: bool = option(False, "run Python code that comes with the --model")
+    force: bool = option(False, "accept an adapter that has another 4-bit base")
     device: str = option(AUTO, "auto, cpu, cuda or cuda:N")
     dtype: str = option(
         AUTO,
@@ -198,9 +195,7 @@ class SamplingOptions(BaseOptions):
     max_new_tokens: int = option(80, "maximum length of an answer", 1, maximum=1_000_000)
     temperature: float = option(0.0, "sampling temperature; 0 always takes the most likely token")
     seed: int = option(0, "seed of sampling", 0, maximum=2**32 - 1)
-    activations: str | None = option(
-        None, f"{ACTIVATIONS_HELP} (default: as the adapter was trained, or the model saved)", choices=ACTIVATIONS
-    )
+    activations: str | None = option(None, f"{ACTIVATIONS_HELP} (default: as trained or saved)", choices=ACTIVATIONS)
     compile: str = option(
         "auto",
         "generate with compiled code, which takes about two minutes to compile and is cached for later runs; "

@@ -73,7 +73,7 @@ class CheckRequest(Options):
     json: str | None = option(None, "write all results to a JSON file", metavar="FILE")
     dtype: str = like(BaseOptions, "dtype")
     device: str = like(BaseOptions, "device", default="cpu")
-    activations: str | None = option(None, f"{ACTIVATIONS_HELP} (default: as the model was saved)", choices=ACTIVATIONS)
+    activations: str | None = option(None, f"{ACTIVATIONS_HELP} (default: as saved)", choices=ACTIVATIONS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

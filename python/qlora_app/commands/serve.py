@@ -46,7 +46,7 @@ class ServeRequest(BaseOptions):
         None, f"key that clients have to send (default: ${_KEY_VARIABLE}; none if unset)", metavar="KEY"
     )
     cors: tuple[str, ...] = option((), "let web pages of ORIGIN use the server (*: all pages)", metavar="ORIGIN")
-    sequences: int = option(8, "how many answers are written at the same time", 1, maximum=256)
+    sequences: int = option(8, "answers that are written at the same time", 1, maximum=256)
     context: int | None = option(
         None, f"tokens of a prompt and its answer (default: the model's, at most {_CONTEXT})", 2, maximum=1 << 20
     )

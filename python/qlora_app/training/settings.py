@@ -154,7 +154,7 @@ class Settings(Options):
 
     dtype: str = _option(AUTO, "bfloat16, float16, float32, or auto: the faster one on this processor")
     activations: str | None = _option(
-        None, f"{ACTIVATIONS_HELP}; also for the gradients (default: as the model was saved)", choices=ACTIVATIONS
+        None, f"{ACTIVATIONS_HELP}; also gradients (default: as saved)", choices=ACTIVATIONS
     )
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", free=True)
     grad_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, more time")
