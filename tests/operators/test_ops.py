@@ -94,7 +94,7 @@ def test_schemas_are_those_of_the_design() -> None:
         "Tensor? adapter_of_row=None, Tensor? rank_offsets=None, Tensor? scalings=None, Tensor? seeds=None, "
         "int max_rank=0"
     )
-    last = f"{form}, {adapters}"
+    last = f'{form}, {adapters}, str activations="exact"'
     expected = {
         "quantize_nf4": f"(Tensor w, int block_size, {code}) -> (Tensor packed, Tensor absmax)",
         "search_absmax_nf4": f"(Tensor w, Tensor importance, int block_size, {code}) -> Tensor absmax",
