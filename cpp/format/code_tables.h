@@ -6,6 +6,21 @@
 
 namespace qlora {
 
+QLORA_INLINE constexpr int nearest_integer(double x) { return static_cast<int>(x < 0 ? x - 0.5 : x + 0.5); }
+
+// The least power of two by which all values of a table become integers of magnitudes up to `most`, or 0.
+QLORA_INLINE constexpr double power_for_integers(const CodeTable& table, int most) {
+  double power = 1.0;
+  while (table.largest * power >= 2.0) power /= 2.0;
+  while (table.largest * power < 1.0) power *= 2.0;
+  for (; table.largest * power <= most; power *= 2.0) {
+    bool exact = true;
+    for (const float x : table.value) exact &= x * power == nearest_integer(x * power);
+    if (exact) return power;
+  }
+  return 0.0;
+}
+
 // 13-bit integers, for products summed exactly in int32: value ~ integer / per_one. Integers serve a code if each is
 // within 1.5e-4 of its value. Rounding a decoded weight may change it by 2.4e-4 (float16) or 3.9e-3 (bfloat16).
 //
@@ -22,19 +37,13 @@ struct IntCodeTable {
 
   constexpr IntCodeTable() = default;
   explicit constexpr IntCodeTable(const CodeTable& table) {
-    double power = 1.0;
-    while (table.largest * power >= 2.0) power /= 2.0;
-    while (table.largest * power < 1.0) power *= 2.0;
-    for (; table.largest * power <= kLargest && !exact; power *= 2.0) {
-      exact = true;
-      for (const float x : table.value) exact &= x * power == nearest(x * power);
-      per_one = power;
-    }
+    per_one = power_for_integers(table, kLargest);
+    exact = per_one != 0.0;
     if (!exact) per_one = best_multiplier(table) / table.largest;
     serves = true;
     for (int i = 0; i < kCodes; ++i) {
-      const double value_in_ones = table.value[i] * per_one, error = value_in_ones - nearest(value_in_ones);
-      value[i] = static_cast<int16_t>(nearest(value_in_ones));
+      const double value_in_ones = table.value[i] * per_one, error = value_in_ones - nearest_integer(value_in_ones);
+      value[i] = static_cast<int16_t>(nearest_integer(value_in_ones));
       serves &= magnitude(error) <= 1.5e-4 * magnitude(value_in_ones);
     }
   }
@@ -59,7 +68,6 @@ struct IntCodeTable {
     return multiplier;
   }
   static constexpr double magnitude(double x) { return x < 0 ? -x : x; }
-  static constexpr int nearest(double x) { return static_cast<int>(x < 0 ? x - 0.5 : x + 0.5); }
 };
 inline constexpr PerCode<IntCodeTable> kIntCodes;
 static_assert(kIntCodes[Code::kNf4].serves);
@@ -83,17 +91,11 @@ struct Int8CodeTable {
 
   constexpr Int8CodeTable() = default;
   explicit constexpr Int8CodeTable(const CodeTable& table) {
-    double power = 1.0;
-    while (table.largest * power >= 2.0) power /= 2.0;
-    while (table.largest * power < 1.0) power *= 2.0;
-    for (; table.largest * power <= kLargest && !exact; power *= 2.0) {
-      exact = true;
-      for (const float x : table.value) exact &= x * power == nearest(x * power);
-      per_one = power;
-    }
+    per_one = power_for_integers(table, kLargest);
+    exact = per_one != 0.0;
     if (!exact) per_one = best_multiplier(table) / table.largest;
     for (int i = 0; i < kCodes; ++i) {
-      value[i] = static_cast<int8_t>(nearest(table.value[i] * per_one));
+      value[i] = static_cast<int8_t>(nearest_integer(table.value[i] * per_one));
       least = value[i] < least ? value[i] : least;
       most = value[i] > most ? value[i] : most;
     }
@@ -106,7 +108,7 @@ struct Int8CodeTable {
       const double candidate = kLargest - 0.5 * i;
       double sum = 0.0, most = 0.0;
       for (const float value : table.value) {
-        const double exact = value / double{table.largest} * candidate, rounding = exact - nearest(exact);
+        const double exact = value / double{table.largest} * candidate, rounding = exact - nearest_integer(exact);
         const double size = rounding < 0 ? -rounding : rounding;
         sum += rounding * rounding, most = size > most ? size : most;
       }
@@ -115,7 +117,6 @@ struct Int8CodeTable {
     }
     return multiplier;
   }
-  static constexpr int nearest(double x) { return static_cast<int>(x < 0 ? x - 0.5 : x + 0.5); }
 };
 inline constexpr PerCode<Int8CodeTable> kInt8Codes;
 static_assert(kInt8Codes[Code::kE2m1].exact && kInt8Codes[Code::kInt4].exact && kInt8Codes[Code::kUint4].exact &&
