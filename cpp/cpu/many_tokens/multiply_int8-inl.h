@@ -2,13 +2,14 @@
 // kInt8Segment elements of the summed dimension, over which the rounded operand has one unit. Forward and dX differ in
 // which operand is broadcast, and in what belongs to it:
 //
-//   forward  sums [row, token]    += unit [token, segment] · (scale [row, block] · int32 sum
-//                                                             + offset [row, block] · int32 sum of x [token, block])
+//   forward  sums [row, token]    += unit [token, block] · (scale [row, block] · int32 sum
+//                                                           + offset [row, block] · int32 sum of x [token, block])
 //   dX       sums [token, column] += unit [token, segment] · int32 sum
 //
-// Sums of a segment, or of a block where blocks are smaller, are exact. They are added in their order, in float32.
-// Where instructions multiply unsigned by signed bytes, something is added to all bytes that are broadcast, and sums
-// start from minus that times the sum of the lanes' bytes.
+// A block is one of W inside a segment, or the segment if blocks are larger. Its unit is that of the segment, or 0
+// beside an infinity in another block. Sums of a block, in dX of a segment, are exact. They are added in their order,
+// in float32. Where instructions multiply unsigned by signed bytes, something is added to all bytes that are broadcast,
+// and sums start from minus that times the sum of the lanes' bytes.
 #pragma once
 
 #include <cstdint>
