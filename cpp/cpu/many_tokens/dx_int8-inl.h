@@ -122,8 +122,8 @@ class DxInt8Task : DxTask<W, T> {
       F scales[kVectors];
       unroll<kVectors>(
           [&](auto i) { scales[i.value] = load(piece_scales_[group] + s * kInt8Segment + i.value * kLanes); });
-      B::round_rows(slice(s, token), kInt8Segment, scales, tokens, rounded_ + s * kSegmentWords, DxInt8Panels::kDepth,
-                    units_ + s * kRoundedTokens);
+      B::round_rows(slice(s, token), kInt8Segment, scales, tokens, rounded_ + s * kSegmentWords * B::kRows,
+                    DxInt8Panels::kDepth, units_ + s * kRoundedTokens);
       for (int64_t t = 0; t < tokens; ++t) units_[s * kRoundedTokens + t] *= one;
     }
   }
@@ -131,11 +131,13 @@ class DxInt8Task : DxTask<W, T> {
   void decode(const ScaledPiece& source, const Piece& piece, int segments) {
     const int64_t depth = int64_t{segments} * kSegmentWords, last = piece.row + piece.rows - 1;
     int32_t* out = words_;
-    for (int64_t row = piece.row; row < piece.row + 4 * depth; row += 4, out += kTileLanes) {
-      const uint8_t* packed[4];  // rows beyond the last one meet zeros
-      for (int i = 0; i < 4; ++i) packed[i] = source.packed(min(row + i, last), piece.column);
+    constexpr int kRows = 4 * B::kRows;
+    for (int64_t row = piece.row; row < piece.row + 4 * depth; row += kRows, out += kTileLanes * B::kRows) {
+      const uint8_t* packed[kRows];  // rows beyond the last one meet zeros
+      for (int i = 0; i < kRows; ++i) packed[i] = source.packed(min(row + i, last), piece.column);
       B::decode_lanes(values_, packed, halves_, out, kTileLanes * depth);
     }
+    if constexpr (B::kAddedToDy == 0) return;
     for (int64_t l = 0; l < kIntColumns; l += kLanes) {
       const int32_t* lane = words_ + l / kTileLanes * kTileLanes * depth + l % kTileLanes;
       for (int s = 0; s < segments; ++s) {

@@ -50,6 +50,12 @@ inline float round_segment(const float* x, int8_t* out) {
   return __builtin_bit_cast(float, largest);
 }
 
+// Moves the words of a segment to a panel, in which each `some` of them lie `apart` words from the next ones.
+template <int some>
+inline void spread(const int32_t* words, int32_t* panel, int64_t apart) {
+  for (int i = 0; i < kSegmentWords; i += some, panel += apart) __builtin_memcpy(panel, words + i, 4 * some);
+}
+
 // The unit of the `words` words of a segment that meet a block of W. Beside an infinity in another block, what is
 // finite counts as 0, and 0 times an infinite unit would be NaN.
 inline float unit_of_block(float unit, const int32_t* words, int count) {

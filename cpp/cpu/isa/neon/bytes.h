@@ -26,6 +26,7 @@ struct WordInt8 {
   struct Sum {
     int32x4_t low, high;
   };
+  static constexpr int kRows = 1;
   static constexpr int kPartialSteps = 0;
   static int added_to(const Int8CodeTable&) { return 0; }
   static constexpr int kAddedToDy = 0;
@@ -54,7 +55,7 @@ struct WordInt8 {
   }
 #endif
   static Sum multiply_add(Vector a, Broadcast b, Sum sum) { return multiply_add(b, a, sum); }
-  static F to_floats(Sum sum) { return {vcvtq_f32_s32(sum.low), vcvtq_f32_s32(sum.high)}; }
+  static F to_floats(Sum sum, int /*row*/ = 0) { return {vcvtq_f32_s32(sum.low), vcvtq_f32_s32(sum.high)}; }
   static Sum add_bytes(Vector x, Sum sum) {
     return {vpadalq_s16(sum.low, vpaddlq_s8(x.low)), vpadalq_s16(sum.high, vpaddlq_s8(x.high))};
   }
@@ -152,12 +153,15 @@ inline constexpr bool kHasBf16Words = true;
 #else
 inline constexpr bool kHasBf16Words = false;
 #endif
+
+#ifndef __ARM_FEATURE_MATMUL_INT8  // which has neon_i8mm/bytes.h
 inline constexpr int kInt8Height = 3;
 
 template <class Run>
 void with_int8_word(const Int8CodeTable&, int /*blocks*/, const Run& run) {
   run(WordInt8());
 }
+#endif
 
 }  // namespace panel
 }  // namespace
