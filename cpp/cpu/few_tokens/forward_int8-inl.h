@@ -51,7 +51,8 @@ class Int8Forward {
         groups_(p.m, kMostTokens),
         reader_(p.w.scales, kInt8Segment),
         segments_(p.w.k / kInt8Segment),
-        blocks_(blocks_per_segment(p.w)) {}
+        blocks_(blocks_per_segment(p.w)),
+        group_size_(OfX{ceil_div(p.m, groups_.count), blocks_}.size() * segments_) {}
 
   Outcome run(const Pool& pool) {
     const int64_t m = p_.m, k = p_.w.k, rank = p_.lora.rank;
@@ -61,7 +62,7 @@ class Int8Forward {
     T* dropped = nullptr;
     const auto lay_out = [&](void* base) {
       Carver memory(base);
-      x_ = memory.take<int32_t>(of_group_ * groups_.count);
+      x_ = memory.take<int32_t>(group_size_ * groups_.count);
       h_ = memory.take<float>(m * few_tokens::padded_rank(rank));
       dropped = memory.take<T>(rank && p_.lora.dropout.active() ? m * k : 0);
       return memory.used();
@@ -105,7 +106,7 @@ class Int8Forward {
     const int64_t first = groups_.first(group), tokens = groups_.tokens(group);
     const T* x = static_cast<const T*>(p_.x) + token * p_.w.k;
     const OfX of{tokens, blocks_};
-    int32_t* out = x_ + group * of_group_;
+    int32_t* out = x_ + group * group_size_;
     for (int64_t s = 0; s < segments_; ++s, x += kInt8Segment, out += of.size()) {
       F v[kInt8Segment / kLanes];
       for (int i = 0; i < kInt8Segment / kLanes; ++i) v[i] = load(x + i * kLanes);
@@ -140,8 +141,7 @@ class Int8Forward {
     for (int64_t group = 0; group < groups_.count; ++group) {
       const int64_t m0 = groups_.first(group), tokens = groups_.tokens(group);
       const RowsAndTokens operands = {p_.w.packed + row * k / 2, k / 2, s.scales,
-                                      p_.w.scales.offsets ? s.offsets - s.scales : 0,
-                                      x_ + group * of_group_};
+                                      p_.w.scales.offsets ? s.offsets - s.scales : 0, x_ + group * group_size_};
       float sums[kMostTokens * kLanes];
       with_count<kMostTokens>(tokens, [&](auto count) {
         if (blocks_ == 1) return multiply<B, 1, count.value>(values_, operands, sums);
@@ -198,11 +198,10 @@ class Int8Forward {
   const TokenGroups groups_;
   const ScaleReader reader_;
   const int64_t segments_;
-  const int blocks_;         // of a segment
-  const int64_t of_group_ =  // words of x, no fewer than any group has
-      OfX{ceil_div(p_.m, groups_.count), blocks_}.size() * segments_;
-  int32_t* x_ = nullptr;  // [group][segment][OfX]
-  float* h_ = nullptr;    // in the layout of low_rank-inl.h
+  const int blocks_;          // of a segment
+  const int64_t group_size_;  // words of x that the largest group takes
+  int32_t* x_ = nullptr;      // [group][segment][OfX]
+  float* h_ = nullptr;        // in the layout of low_rank-inl.h
 };
 
 inline Outcome forward(const Pool& pool, const LinearProblem& p) {

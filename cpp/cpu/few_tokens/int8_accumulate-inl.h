@@ -1,7 +1,7 @@
 // The inner loop of the forward in int8: kLanes weight rows side by side, a row per lane, and the tokens of a group.
 //
 //   for each segment               load its bytes of each row, and transpose them: a dword of 8 weights of each row
-//     for each dword               decode it once (B::kRows dwords, if these are multiplied at once, with as many tokens)
+//     for each dword               decode it once (or B::kRows dwords, for as many tokens at once)
 //       for each token             sum[token] += dword · the same columns of the token, which are broadcast
 //     for each block             sums[token] += unit of the token's segment · (scale · sum [+ offset · sum of x])
 //
@@ -38,7 +38,7 @@ struct SegmentOfX {
   int64_t tokens;
   int blocks;
 
-  int64_t words(int64_t token) const { return token / rows * rows * kSegmentWords + token % rows * rows; }
+  int64_t words(int64_t token) const { return in_broadcast<rows>(token, 0, kSegmentWords); }
   int64_t unit(int block, int64_t token) const { return words(round_up(tokens, rows)) + block * tokens + token; }
   int64_t start(int block, int64_t token) const { return unit(blocks, 0) + block * tokens + token; }
   int64_t sum(int block, int64_t token) const { return start(blocks, 0) + block * tokens + token; }

@@ -159,7 +159,7 @@ class ForwardInt8Task : ForwardTask<W, T> {
     for (int64_t r = 0; r < piece.rows; ++r) {
       const int64_t row = piece.row + r;
       for (int64_t c = 0; c < piece.columns; c += kInt8Segment)
-        B::decode_row(values_, source.packed(row, piece.column + c), panel_ + in_broadcast<B>(r, c / 4, kDepth));
+        B::decode_row(values_, source.packed(row, piece.column + c), panel_ + in_broadcast<B::kRows>(r, c / 4, kDepth));
       for (int64_t c = 0, at = r * kMostInt8Blocks; c < piece.columns; c += columns_of_block, ++at) {
         const float* const scale = source.scale_at(row, piece.column + c);
         piece_scales_[at] = *scale * one;

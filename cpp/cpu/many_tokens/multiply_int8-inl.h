@@ -11,11 +11,13 @@
 // in float32. Where instructions multiply unsigned by signed bytes, something is added to all bytes that are broadcast,
 // and sums start from minus that times the sum of the lanes' bytes.
 //
-// An instruction that multiplies matrices takes two rows and two lanes at once (B::kRows), with two words of each. These
-// lie side by side in both panels:
+// An instruction that multiplies matrices takes two rows (B::kRows) and two lanes at once, and two words of each. Words
+// that meet in a matrix are neighbours in both panels:
 //
-//   broadcast panel  row 0 d0 d1 | row 1 d0 d1 | row 0 d2 d3 | row 1 d2 d3 | ..    and so rows 2 and 3
-//   lanes panel      lane 0 d0 d1 | lane 1 d0 d1 | .. | lane 0 d2 d3 | ..
+// clang-format off
+//   broadcast   row 0: words 0, 1   row 1: words 0, 1   row 0: words 2, 3   row 1: words 2, 3   ..   then rows 2 and 3
+//   lanes       lane 0: words 0, 1   lane 1: words 0, 1   ..   the last lane: words 0, 1   lane 0: words 2, 3   ..
+// clang-format on
 #pragma once
 
 #include <cstdint>
@@ -54,17 +56,12 @@ inline void store_totals(const F (&total)[height][vectors], float* sums) {
   });
 }
 
-// Where a word of a row lies in a broadcast panel with rows of `stride` words.
-template <class B>
-constexpr int64_t in_broadcast(int64_t row, int64_t word, int64_t stride) {
-  return row / B::kRows * B::kRows * stride + (row % B::kRows + word) * B::kRows;
-}
-
 // Sums that start from those at `from`, which are zeros if nothing is added to bytes.
 template <class B, int row_groups, int vectors>
 QLORA_INLINE void start_sums(const int32_t* from, typename B::Sum (&sum)[row_groups][vectors]) {
   unroll<vectors>([&](auto v) {
-    const auto start = B::kAddedToDy ? B::load_sum(from + v.value * kLanes) : B::splat_sum(0);
+    auto start = B::splat_sum(0);
+    if constexpr (B::kAddedToDy != 0) start = B::load_sum(from + v.value * kLanes);
     unroll<row_groups>([&](auto r) { sum[r.value][v.value] = start; });
   });
 }
@@ -90,7 +87,8 @@ QLORA_INLINE void add_products(const int32_t* broadcast, const int32_t* lane, in
   } else {
     for (int d = 0; d < words; d += B::kPartialSteps) {
       typename B::Partial partial[row_groups][vectors];
-      unroll<row_groups>([&](auto r) { unroll<vectors>([&](auto v) { partial[r.value][v.value] = B::no_partial(); }); });
+      unroll<row_groups>(
+          [&](auto r) { unroll<vectors>([&](auto v) { partial[r.value][v.value] = B::no_partial(); }); });
       add_steps(B::kPartialSteps, partial);
       unroll<row_groups>([&](auto r) {
         unroll<vectors>(
@@ -175,16 +173,17 @@ struct DxInt8Tile {
     F total[height][vectors];
     load_totals(sums, first, total);
     const int32_t *broadcast = in.broadcast, *lane = in.lanes;
-    for (int s = 0; s < in.segments; ++s) {
+    for (int s = 0; s < in.segments;
+         ++s, broadcast += kSegmentWords * B::kRows, lane += kSegmentWords * vectors * kLanes) {
       prefetcher.step();
       typename B::Sum sum[ceil_div(height, B::kRows)][vectors];
       start_sums<B>(in.starts + s * in.stride, sum);
       add_products<B, Panels::kDepth>(broadcast, lane, kSegmentWords, sum);
-      broadcast += kSegmentWords * B::kRows, lane += kSegmentWords * vectors * kLanes;
       unroll<height>([&](auto r) {
         const F unit = splat(in.units[s * in.unit_stride + r.value]);
         unroll<vectors>([&](auto v) {
-          total[r.value][v.value] = multiply_add(B::to_floats(sum[r / B::kRows][v.value], r % B::kRows), unit, total[r.value][v.value]);
+          total[r.value][v.value] =
+              multiply_add(B::to_floats(sum[r / B::kRows][v.value], r % B::kRows), unit, total[r.value][v.value]);
         });
       });
     }
@@ -209,8 +208,8 @@ struct Int8TilesByHeight {
   }
 };
 
-// The product of a broadcast panel and one tile of `vectors` vectors of lanes, in tiles of nearly equal height that begin
-// at a multiple of Tile::kRows.
+// The product of a broadcast panel and one tile of `vectors` vectors of lanes, in tiles of nearly equal height that
+// begin at a multiple of Tile::kRows.
 template <class Tile, int vectors>
 void multiply_int8(typename Tile::Panels in, int64_t height, float* sums, bool first,
                    WeightLinePrefetcher& prefetcher) {

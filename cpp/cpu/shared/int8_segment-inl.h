@@ -50,7 +50,13 @@ inline float round_segment(const float* x, int8_t* out) {
   return __builtin_bit_cast(float, largest);
 }
 
-// Moves the words of a segment to a panel, in which each `some` of them lie `apart` words from the next ones.
+// Where a word of a row lies in a broadcast panel with `stride` words per row, of which `rows` alternate after as many
+// words (many_tokens/multiply_int8-inl.h).
+template <int rows>
+constexpr int64_t in_broadcast(int64_t row, int64_t word, int64_t stride) {
+  return row / rows * rows * stride + (row % rows + word) * rows;
+}
+// Moves the words of a segment to a panel in which each `some` of them lie `apart` words from the next ones.
 template <int some>
 inline void spread(const int32_t* words, int32_t* panel, int64_t apart) {
   for (int i = 0; i < kSegmentWords; i += some, panel += apart) __builtin_memcpy(panel, words + i, 4 * some);

@@ -1,5 +1,5 @@
-// The words of the vocabulary panel:: for weight rows side by side with SMMLA: those of NEON, and overloads that keep the
-// eight bytes of a row together that a matrix has.
+// The words of the vocabulary panel:: for weight rows side by side with SMMLA: those of NEON, and overloads that keep
+// the eight bytes of a row together that a matrix has.
 #pragma once
 
 #include <arm_neon.h>

@@ -44,11 +44,6 @@ struct MatrixInt8 : WordInt8 {
     const int32x4_t v = vdupq_n_s32(x);
     return {{v, v, v, v}};
   }
-  static Sum load_sum(const int32_t* p) {
-    Sum sum;
-    unroll<kPairs>([&](auto i) { sum.pair[i] = vcombine_s32(vld1_s32(p + 2 * i), vld1_s32(p + 2 * i)); });
-    return sum;
-  }
   static Sum multiply_add(Broadcast a, const Vector& b, Sum sum) {
     unroll<kPairs>([&](auto i) { sum.pair[i] = vmmlaq_s32(sum.pair[i], a, b.pair[i]); });
     return sum;
@@ -63,7 +58,7 @@ struct MatrixInt8 : WordInt8 {
     for (int64_t i = 0; i < count; ++i) {
       Word words[kSegmentWords];
       WordInt8::round_rows(x + i * stride, stride, scales, 1, words, 0, units + i);
-      spread<kRows>(words, out + i / 2 * 2 * out_stride + i % 2 * 2, 4);
+      spread<kRows>(words, out + in_broadcast<kRows>(i, 0, out_stride), kRows * kRows);
     }
   }
 

@@ -13,8 +13,8 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace panel {
 
-// Lane r of out[j] is dword j of the 4 * kRowDwords bytes at p + r * stride: floats, or eight packed weights each. Where
-// instructions multiply matrices, an overload for bytes puts dwords that are multiplied at once side by side.
+// Lane r of out[j] is dword j of the 4 * kRowDwords bytes at p + r * stride: floats, or eight packed weights each.
+// Where instructions multiply matrices, an overload for bytes keeps the dwords of a row that meet in one together.
 inline constexpr int kRowDwords = 4;
 inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
   for (int j = 0; j < kRowDwords; ++j)
@@ -22,7 +22,8 @@ inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
       __builtin_memcpy(&out[j].lane[r], static_cast<const char*>(p) + r * stride + 4 * j, 4);
 }
 
-// The codes of the weights with even and with odd numbers among the eight of each lane. (Of matrices, two vectors.)
+// The codes of the weights with even and with odd numbers among the eight of each lane. `packed`
+// points to as many vectors as words are multiplied at once (kRows).
 inline void decode_eight(const WordInt8::Values& values, const F* packed, WordInt8::Vector& even,
                          WordInt8::Vector& odd) {
   uint8_t byte[4 * kLanes];

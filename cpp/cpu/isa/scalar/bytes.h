@@ -17,8 +17,9 @@ namespace panel {
 // signed bytes: then something is added to the bytes that are broadcast.
 struct WordInt8 {
   using Word = int32_t;
-  // Rows that are multiplied at once, and words of each: more than one where an instruction multiplies matrices. A Sum
-  // then has kLanes sums of each of kRows rows (many_tokens/multiply_int8-inl.h draws the panels).
+  // Rows that are multiplied at once, and words of each: two where an instruction multiplies matrices. A Sum then has
+  // kLanes sums of each of kRows rows, decode_lanes takes 4 * kRows rows, and panels are those that
+  // many_tokens/multiply_int8-inl.h draws.
   static constexpr int kRows = 1;
   struct Vector {
     int8_t byte[4 * kLanes];
