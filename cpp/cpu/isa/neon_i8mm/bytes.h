@@ -53,13 +53,9 @@ struct MatrixInt8 : WordInt8 {
   static Sum add_bytes(const Vector& x, Sum sum) { return multiply_add(vdupq_n_s8(1), x, sum); }
   static void store_sum(int32_t* p, const Sum& sum) { WordInt8::store_sum(p, lanes(sum, 0)); }
 
-  static void round_rows(const float* x, int64_t stride, const F (&scales)[8], int64_t count, Word* out,
-                         int64_t out_stride, float* units) {
-    for (int64_t i = 0; i < count; ++i) {
-      Word words[kSegmentWords];
-      WordInt8::round_rows(x + i * stride, stride, scales, 1, words, 0, units + i);
-      spread<kRows>(words, out + in_broadcast<kRows>(i, 0, out_stride), kRows * kRows);
-    }
+  static void round_products(const int16_t* rows, const int16_t* scales, int64_t count, Word* out, int64_t stride,
+                             float* factors) {
+    WordInt8::round_products<kRows>(rows, scales, count, out, stride, factors);
   }
 
   static void decode_row(const Values& values, const uint8_t* packed, Word* out) {
@@ -101,6 +97,7 @@ struct MatrixInt8 : WordInt8 {
   }
 };
 
+// Sums of int32 take half of the registers, and those of floats lie in memory meanwhile.
 inline constexpr int kInt8Height = 4;
 
 template <class Run>
