@@ -117,15 +117,15 @@ struct WordInt8 {
         most = vmaxq_s16(most, vabsq_s16(product[i.value]));
       });
       const int32_t largest = vmaxvq_s16(most), factor = largest < kLeastProduct ? 0 : kFactorOfOne / largest;
+      int8_t* const to = reinterpret_cast<int8_t*>(out + in_broadcast<kOfRows>(t, 0, stride));
       unroll<4>([&](auto i) {
         const int16x8_t low = vqrdmulhq_n_s16(product[2 * i.value], static_cast<int16_t>(factor));
         const int16x8_t high = vqrdmulhq_n_s16(product[2 * i.value + 1], static_cast<int16_t>(factor));
-        Word* const to = out + in_broadcast<kOfRows>(t, 4 * i.value, stride);
         if constexpr (kOfRows == 1) {
-          vst1q_s8(reinterpret_cast<int8_t*>(to), vqmovn_high_s16(vqmovn_s16(low), high));
+          vst1q_s8(to + 16 * i.value, vqmovn_high_s16(vqmovn_s16(low), high));
         } else {
-          vst1_s8(reinterpret_cast<int8_t*>(to), vqmovn_s16(low));
-          vst1_s8(reinterpret_cast<int8_t*>(to + kOfRows * kOfRows), vqmovn_s16(high));
+          vst1_s8(to + 16 * kOfRows * i.value, vqmovn_s16(low));
+          vst1_s8(to + 16 * kOfRows * i.value + 8 * kOfRows, vqmovn_s16(high));
         }
       });
       factors[t] = static_cast<float>(factor);
