@@ -54,15 +54,17 @@ struct RowsAndTokens {
   const int32_t* x;       // [segment][SegmentOfX]
 };
 
-// The sums of the tokens of a group. Few tokens have several sums each, because a product waits for the previous one.
+// The sums of the tokens of a group. Few tokens have several sums each, because a product waits for the previous one,
+// unless a Sum has several registers (kRows > 1).
 template <class B, int kTokens>
 struct Sums {
-  static constexpr int kRows = B::kRows, kGroups = ceil_div(kTokens, kRows);
+  static constexpr int kRows = B::kRows, kSums = ceil_div(kTokens, kRows);
   static constexpr int kChains = B::kPartialSteps || kRows > 1 || kTokens > 2 ? 1 : 2;
-  typename B::Sum sum[kGroups][kChains];
+  static_assert(kRows == 1 || B::kAddedToDy == 0, "sums of several tokens start from zeros");
+  typename B::Sum sum[kSums][kChains];
 
   [[gnu::always_inline]] void start(const int32_t* from) {
-    unroll<kGroups>([&](auto i) {
+    unroll<kSums>([&](auto i) {
       unroll<kChains>([&](auto c) { sum[i][c] = B::splat_sum(c || B::kAddedToDy == 0 ? 0 : from[i]); });
     });
   }
@@ -80,10 +82,10 @@ struct Sums {
     } else {
       constexpr int kAtOnce = B::kPartialSteps / 2 < kDwords ? B::kPartialSteps / 2 : kDwords;
       unroll<kDwords / kAtOnce>([&](auto part) QLORA_INLINE_LAMBDA {
-        typename B::Partial partial[kGroups][1];
-        unroll<kGroups>([&](auto i) { partial[i][0] = B::no_partial(); });
+        typename B::Partial partial[kSums][1];
+        unroll<kSums>([&](auto i) { partial[i][0] = B::no_partial(); });
         add_to<kAtOnce>(values, packed + part * kAtOnce, dword + part * kAtOnce, x, partial);
-        unroll<kGroups>([&](auto i) { sum[i][0] = B::add_partial(partial[i][0], sum[i][0]); });
+        unroll<kSums>([&](auto i) { sum[i][0] = B::add_partial(partial[i][0], sum[i][0]); });
       });
     }
   }
@@ -91,12 +93,12 @@ struct Sums {
  private:
   template <int kDwords, class To, int kOf>
   [[gnu::always_inline]] static void add_to(const typename B::Values& values, const F* packed, int dword,
-                                            const int32_t* x, To (&to)[kGroups][kOf]) {
+                                            const int32_t* x, To (&to)[kSums][kOf]) {
     unroll<kDwords / kRows>([&](auto w) QLORA_INLINE_LAMBDA {
       typename B::Vector even, odd;
       decode_eight(values, packed + w * kRows, even, odd);
       const int of_even = word_of_x(dword + w * kRows, false), of_odd = word_of_x(dword + w * kRows, true);
-      unroll<kGroups>([&](auto i) {
+      unroll<kSums>([&](auto i) {
         const int32_t* const of_tokens = x + i * kRows * kSegmentWords;
         to[i][0] = B::multiply_add(even, B::broadcast(of_tokens + of_even * kRows), to[i][0]);
         To& other = to[i][kOf - 1];

@@ -165,7 +165,7 @@ class DxInt8Task : DxIntegersTask<W, T> {
       for (int i = 0; i < kRows; ++i) packed[i] = source.packed(min(row + i, last), piece.column);
       B::decode_lanes(values_, packed, this->halves_, out, kTileLanes * depth);
     }
-    if constexpr (B::kAddedToDy == 0) return;
+    if constexpr (B::kAddedToDy == 0) return;  // sums start from zeros
     for (int64_t l = 0; l < kIntColumns; l += kLanes) {
       const int32_t* lane = words_ + l / kTileLanes * kTileLanes * depth + l % kTileLanes;
       for (int s = 0; s < segments; ++s) {

@@ -57,26 +57,26 @@ inline void store_totals(const F (&total)[height][vectors], float* sums) {
 }
 
 // Sums that start from those at `from`, which are zeros if nothing is added to bytes.
-template <class B, int row_groups, int vectors>
-QLORA_INLINE void start_sums(const int32_t* from, typename B::Sum (&sum)[row_groups][vectors]) {
+template <class B, int broadcasts, int vectors>
+QLORA_INLINE void start_sums(const int32_t* from, typename B::Sum (&sum)[broadcasts][vectors]) {
   unroll<vectors>([&](auto v) {
     auto start = B::splat_sum(0);
     if constexpr (B::kAddedToDy != 0) start = B::load_sum(from + v.value * kLanes);
-    unroll<row_groups>([&](auto r) { sum[r.value][v.value] = start; });
+    unroll<broadcasts>([&](auto r) { sum[r.value][v.value] = start; });
   });
 }
 
 // Adds the products of `words` words, a multiple of B::kPartialSteps, to sums of int32. Rows of the broadcast panel are
 // `stride` words long.
-template <class B, int stride, int row_groups, int vectors>
+template <class B, int stride, int broadcasts, int vectors>
 QLORA_INLINE void add_products(const int32_t* broadcast, const int32_t* lane, int words,
-                               typename B::Sum (&sum)[row_groups][vectors]) {
+                               typename B::Sum (&sum)[broadcasts][vectors]) {
   constexpr int kRows = B::kRows;
   const auto add_steps = [&](int steps, auto& to) {
     for (int d = 0; d < steps; d += kRows, broadcast += kRows * kRows, lane += vectors * kLanes * kRows) {
       typename B::Vector x[vectors];
       unroll<vectors>([&](auto v) { x[v.value] = B::load(lane + v.value * kLanes * kRows); });
-      unroll<row_groups>([&](auto r) {
+      unroll<broadcasts>([&](auto r) {
         const auto w = B::broadcast(broadcast + r.value * kRows * stride);
         unroll<vectors>([&](auto v) { to[r.value][v.value] = B::multiply_add(w, x[v.value], to[r.value][v.value]); });
       });
@@ -86,11 +86,11 @@ QLORA_INLINE void add_products(const int32_t* broadcast, const int32_t* lane, in
     add_steps(words, sum);
   } else {
     for (int d = 0; d < words; d += B::kPartialSteps) {
-      typename B::Partial partial[row_groups][vectors];
-      unroll<row_groups>(
+      typename B::Partial partial[broadcasts][vectors];
+      unroll<broadcasts>(
           [&](auto r) { unroll<vectors>([&](auto v) { partial[r.value][v.value] = B::no_partial(); }); });
       add_steps(B::kPartialSteps, partial);
-      unroll<row_groups>([&](auto r) {
+      unroll<broadcasts>([&](auto r) {
         unroll<vectors>(
             [&](auto v) { sum[r.value][v.value] = B::add_partial(partial[r.value][v.value], sum[r.value][v.value]); });
       });
