@@ -17,7 +17,7 @@ from .model import (
     tied_heads,
     to_be_quantized,
 )
-from .packed import SCALES, Packed4bit, layers_of, scale_names
+from .packed import SCALES, Packed4bit, activations_of, layers_of, scale_names
 
 __all__ = [
     "AFTER_QUANTIZE",
@@ -35,6 +35,7 @@ __all__ = [
     "Linear16bit",
     "Packed4bit",
     "TiedLinear4bit",
+    "activations_of",
     "check_something_is_4bit",
     "computing_in",
     "conversion_of",
