@@ -490,8 +490,3 @@ def layers_of(model: nn.Module) -> Iterable[tuple[str, Packed4bit]]:
         ['0']
     """
     return ((name, m) for name, m in model.named_modules() if isinstance(m, Packed4bit))
-
-
-def activations_of(model: nn.Module) -> str:
-    """``activations`` of the first 4-bit layer of ``model``."""
-    return next((layer.activations for _, layer in layers_of(model)), EXACT)
