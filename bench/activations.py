@@ -86,10 +86,10 @@ class Subject:
     def loss(self, model: Any) -> float:
         return losses_of(model.eval(), self.held_out).mean().item()
 
-    def losses(self, form: Form, activations: str, seed: int, steps: list[int]) -> dict[str, float]:
-        """The held-out loss before training and after each of ``steps``."""
+    def losses(self, form: Form, activations: str, seed: int, steps: list[int], base: float | None) -> dict[str, float]:
+        """The held-out loss before training, unless it is given as ``base``, and after each of ``steps``."""
         model = load(self.source, form, activations, seed)
-        found = {"base": self.loss(model)}
+        found = {"base": self.loss(model) if base is None else base}
         trained = itertools.islice(self.train(model), max(steps))
         return found | {f"{step} steps": self.loss(model) for step in trained if step in steps}
 
@@ -158,12 +158,12 @@ Found = Iterator[dict[str, Any]]
 def add_losses(report: harness.Report, arguments: argparse.Namespace) -> Found:
     subject = Subject.of(arguments.model, arguments.tokens, arguments.held_out)
     for form, activations, seed in itertools.product(arguments.formats, arguments.activations, arguments.seeds):
-        run = {"format": form, "activations": activations, "seed": seed}
-        earlier = next((row for row in report.rows if run.items() <= row.items()), {})
-        if not all(f"{step} steps" in earlier for step in arguments.steps):
-            found = subject.losses(COMPARED[form], activations, seed, arguments.steps)
-            report.rows = [row for row in report.rows if row is not earlier]
-            yield run | found
+        alike = {row["seed"]: row for row in report.rows if (row["format"], row["activations"]) == (form, activations)}
+        if not all(f"{step} steps" in alike.get(seed, {}) for step in arguments.steps):
+            base = next((row["base"] for row in alike.values()), None)  # new adapters change nothing, whatever the seed
+            found = subject.losses(COMPARED[form], activations, seed, arguments.steps, base)
+            report.rows = [row for row in report.rows if row is not alike.get(seed)]
+            yield {"format": form, "activations": activations, "seed": seed, **found}
 
 
 def add_gradients(report: harness.Report, arguments: argparse.Namespace) -> Found:
