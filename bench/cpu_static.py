@@ -51,10 +51,14 @@ ARM_LOOPS = [
     ("few_tokens_bf16_1", "neon_bf16", 64, 1, "decode and multiply, bfloat16"),
     ("few_tokens_bf16_6", "neon_bf16", 64, 6, "the same"),
     *((f"few_tokens_matrix_{i}", "neon_i8mm", 128, i, "two rows, by matrices of bytes") for i in (1, 2, 4, 6)),
+    *((f"few_tokens_int8_{i}", "neon_dotprod", 512, i, "eight rows, int8 by SDOT") for i in (1, 2, 4, 8)),
+    *((f"few_tokens_int8_{i}", "neon_i8mm", 512, i, "eight rows, int8 by SMMLA") for i in (1, 2, 4, 8)),
     ("decode_float", "neon", 32, 0, "many tokens: decode to a panel of float32"),
     ("multiply_float", "neon", 6, 16, "many tokens: multiply float32"),
     ("decode_bf16", "neon_bf16", 32, 0, "many tokens: decode to a panel of bfloat16, table of a scale included"),
     ("multiply_bf16", "neon_bf16", 12, 16, "many tokens: multiply bfloat16"),
+    ("multiply_int8", "neon_dotprod", 12, 16, "many tokens: multiply int8 by SDOT, before sums are scaled"),
+    ("multiply_int8", "neon_i8mm", 32, 16, "many tokens: multiply int8 by SMMLA, before sums are scaled"),
     ("dequantize_float", "neon", 32, 0, "dequantize to float32"),
     ("dequantize_16", "neon", 32, 0, "dequantize to bfloat16 or float16"),
 ]
@@ -150,6 +154,8 @@ def row(name: str, what: str, body: list[str], weights: int, tokens: int, machin
 def symbol(name: str) -> str:
     """A pattern for the symbol that contains the loop: the function itself, or the template that it calls."""
     kind, _, tokens = name.removeprefix("few_tokens_").partition("_")
+    if kind == "int8":
+        return rf"few_tokens_int8.*multiplyI.*Li1ELi{tokens}E"
     if name.startswith("few_tokens"):
         return rf"accumulateILi{tokens}E.*{kind.capitalize()}Products"
     functions = {"decode": "decode_rows", "multiply": "multiply_tile"}
