@@ -254,7 +254,7 @@ def _range(values: Sequence[float], sign: str = "") -> str:
     if not values:
         return "not run"
     mean, low, high = (f"{value:{sign}.3f}" for value in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean} ({low} to {high}; {len(values)} seeds)"
+    return f"{mean} ({low} to {high}; {len(values)} seeds)" if len(values) > 1 else f"{mean} (one seed)"
 
 
 def activations_losses() -> str:
