@@ -191,6 +191,8 @@ def main() -> None:
     parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=[*ACTIVATIONS], help="default: both")
     parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="default 0,1,2")
     arguments = parser.parse_args()
+    if max(arguments.steps) > BATCHES:
+        parser.error(f"--steps: expected at most {BATCHES}, got {max(arguments.steps)}")
     model = pathlib.Path(arguments.model).stem.removeprefix("package:")
     common = f"{model}, LoRA of rank {quality.RANK} on all linear layers, bfloat16, learning rate {RATE:g}."
     if arguments.part == "losses":
