@@ -5,8 +5,8 @@
 The models have the shapes of SmolLM2-135M or Llama-3.2-1B (with a vocabulary of 32,000), random weights, bf16 compute,
 and an unmerged LoRA of rank 16 on all linear layers, unless stated otherwise. The output head is tied to the embeddings
 and bf16, unless stated otherwise. transformers' `generate` is timed token by token; ours is prepared as in the commands
-generate and chat. llama.cpp (llama-cpp-python, if installed) runs the same shapes without an adapter, with its own
-quantization.
+generate and chat, with exact activations unless stated otherwise. llama.cpp (llama-cpp-python, if installed) runs the
+same shapes without an adapter, with its own quantization.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import quality
 from lib import harness
 from lib.shapes import LLAMA_1B, SMOLLM2_135M
 from qlora_app.decoding import compile_decoding, prepare_to_answer
+from qlora_ext.formats import EXACT, INT8
 from qlora_ext.integrations.peft import merge_to_4bit
 from step import RANK
 
@@ -156,13 +157,18 @@ def llama_cpp_model(path: Path, form: str, threads: int, new: int):
 def contenders(config: LlamaConfig, folder: str, threads: int, new: int) -> dict[str, Any]:
     dense = f"{folder}/dense"
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(dense)
-    with_head = qlora_ext.QLoRAConfig(embeddings=True)
-    found = {
-        COMPILED: transformers_model(dense, new, qlora_ext.QLoRAConfig(), compiled=True),
-        f"{COMPILED}, 4-bit head": transformers_model(dense, new, with_head, compiled=True),
-        f"{COMPILED}, 4-bit head, adapter merged": transformers_model(
-            dense, new, with_head, merged=True, compiled=True
-        ),
+    found = {}
+    for activations, suffix in ((EXACT, ""), (INT8, ", int8 activations")):
+        plain = qlora_ext.QLoRAConfig(activations=activations)
+        with_head = qlora_ext.QLoRAConfig(activations=activations, embeddings=True)
+        for name, quantization, merged in (
+            ("", plain, False),
+            (", 4-bit head", with_head, False),
+            (", 4-bit head, adapter merged", with_head, True),
+        ):
+            answer = transformers_model(dense, new, quantization, merged=merged, compiled=True)
+            found[f"{COMPILED}{name}{suffix}"] = answer
+    found |= {
         "qlora_ext, eager": transformers_model(dense, new, qlora_ext.QLoRAConfig()),
         "bf16, adapter merged": transformers_model(dense, new, merged=True),
         "bf16 + PEFT": transformers_model(dense, new),

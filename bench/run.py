@@ -49,6 +49,8 @@ CPU_BENCHES = (
     ("streaming",),
     ("quality",),
     ("fidelity",),
+    ("activations",),
+    ("activations", "--part", "gradients"),
     ("sensitivity",),
     ("troubleshooting",),
 )

@@ -61,8 +61,8 @@ def load(path: pathlib.Path, dtype: torch.dtype, **options: object) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
 
 
-def with_lora(model: Any, dropout: float) -> Any:
-    torch.manual_seed(0)
+def with_lora(model: Any, dropout: float, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
     sizes = {"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": dropout}
     return get_peft_model(model, LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM"))
 

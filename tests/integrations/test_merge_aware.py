@@ -89,10 +89,11 @@ def test_without_an_update_the_weights_are_those_of_the_format(code: str) -> Non
 
 
 def test_dense_layers_with_an_adapter_become_4bit() -> None:
-    """Their codes do not depend on the dtype in which the model was loaded."""
+    """Their codes do not depend on the dtype in which the model was loaded, and they compute like the other layers."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = qlora_ext.quantize_model(make("llama", torch.bfloat16).to(dtype), skip=["lm_head", "up_proj", "o_proj"])
+        model = make("llama", torch.bfloat16).to(dtype)
+        model = qlora_ext.quantize_model(model, skip=["lm_head", "up_proj", "o_proj"], activations="int8")
         config = {"target_modules": ["up_proj", "q_proj"], "init_lora_weights": False}
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()
         expected = of_ids(model)
@@ -102,6 +103,7 @@ def test_dense_layers_with_an_adapter_become_4bit() -> None:
         assert type(layers[0].self_attn.o_proj) is torch.nn.Linear
         assert (of_ids(model) - expected).norm() < 0.5 * expected.norm()
         found.append(layers[1].mlp.up_proj.base_layer.weight4bit)
+        assert {layer.activations for _, layer in layers_of(model)} == {"int8"}
         assert layers[1].mlp.up_proj.rounding_seed == codes.seed_of("model.layers.1.mlp.up_proj.weight")
     assert all(torch.equal(a, b) for a, b in zip(*(w4.tensors.values() for w4 in found), strict=True))
 

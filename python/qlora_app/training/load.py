@@ -12,8 +12,7 @@ import torch
 from qlora_ext.dtypes import gpu_without_bfloat16, layers_dtype
 from qlora_ext.form import Form
 from qlora_ext.formats import SERVED_FORMATS
-from qlora_ext.integrations.transformers.modules import activations_of
-from qlora_ext.nn import layers_of
+from qlora_ext.nn import activations_of, layers_of
 from qlora_ext.streaming import chunk_mlp, dense_mlps
 
 from ..data import answers_of

@@ -16,7 +16,7 @@ from ..checkpoints.compressed_tensors_files import joined_layers
 from ..fingerprint import fingerprint
 from ..form import Form
 from ..formats import FLOAT32, NESTED8, NF4, SERVED_FORMATS
-from ..nn import Experts4bit, Linear4bit, Linear16bit, TiedLinear4bit, layers_of
+from ..nn import Experts4bit, Linear4bit, Linear16bit, TiedLinear4bit, activations_of, layers_of
 from ..weight import Weight4bit, quantize
 from .layers import Over4bit
 
@@ -81,9 +81,9 @@ def encode_base(peft_model: Any, code: str) -> None:
             how = "streamed" if layer.residency is not None else "sharded; call set_merge_aware before fully_shard"
             raise ValueError(f"peft_model: expected layers in memory, got {name}, which is {how}")
     target = earlier or TargetFormat(code, fingerprint(peft_model))
-    layers = _linear_layers(peft_model, code)
+    layers, activations = _linear_layers(peft_model, code), activations_of(peft_model)
     for group in joined_layers(layers) if code == _WITH_FACTOR else [[name] for name in layers]:
-        _encode({name: layers[name] for name in group}, code)
+        _encode({name: layers[name] for name in group}, code, activations)
     for layer in peft_model.modules():
         if isinstance(layer, Experts4bit) and not is_in(layer.form, code):
             _encode_experts(layer, code)
@@ -106,13 +106,13 @@ def _linear_layers(peft_model: Any, code: str) -> dict[str, Linear4bit | DenseLo
     return found
 
 
-def _encode(group: dict[str, Linear4bit | DenseLoraLinear], code: str) -> None:
+def _encode(group: dict[str, Linear4bit | DenseLoraLinear], code: str, activations: str) -> None:
     """Encodes layers of the same width as one weight."""
     if all(isinstance(layer, Linear4bit) and is_in(layer.form, code) for layer in group.values()):
         return
     weights = [_weight(layer) for layer in group.values()]
     for (name, layer), w4 in zip(group.items(), quantize_joined(weights, Form.named(code)), strict=True):
-        _put(name, layer, w4)
+        _put(name, layer, w4, activations)
 
 
 def quantize_joined(weights: Sequence[Tensor], form: Form) -> list[Weight4bit]:
@@ -132,14 +132,14 @@ def _weight(layer: Linear4bit | DenseLoraLinear) -> Tensor:
     return weight.detach().bfloat16().float()
 
 
-def _put(name: str, layer: Linear4bit | DenseLoraLinear, w4: Weight4bit) -> None:
-    """Replaces the weight of a layer, and makes a dense layer with an adapter 4-bit."""
+def _put(name: str, layer: Linear4bit | DenseLoraLinear, w4: Weight4bit, activations: str) -> None:
+    """Replaces the weight of a layer, and makes a dense layer with an adapter 4-bit, with these ``activations``."""
     if isinstance(layer, Linear4bit):
         layer.unshare("weight")
         layer.set_packed("weight", w4.replace(dtype=layer.weight_dtype))
         return
     dense = layer.base_layer
-    layer.base_layer = Linear4bit.from_linear(dense, **w4.form.keywords)
+    layer.base_layer = Linear4bit.from_linear(dense, activations=activations, **w4.form.keywords)
     layer.base_layer.set_packed("weight", w4.replace(dtype=dense.weight.dtype))
     layer.__class__ = Over4bit.lora_linear
     layer.set_name(name)

@@ -1,6 +1,6 @@
 """Frozen modules with 4-bit weights, and ``quantize_model``, which puts them into a model."""
 
-from .compute_dtype import computing_in, multiply_in_bfloat16, set_compute_dtype
+from .compute_dtype import activations_of, computing_in, multiply_in_bfloat16, set_compute_dtype
 from .conversions import CONVERSIONS, conversion_of
 from .coverage_report import Coverage, check_something_is_4bit, coverage, report_coverage
 from .dense_16bit import Embedding16bit, Linear16bit
@@ -35,6 +35,7 @@ __all__ = [
     "Linear16bit",
     "Packed4bit",
     "TiedLinear4bit",
+    "activations_of",
     "check_something_is_4bit",
     "computing_in",
     "conversion_of",

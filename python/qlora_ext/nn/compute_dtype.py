@@ -1,4 +1,4 @@
-"""The dtype in which a 4-bit model computes: changes it for the whole model, for its 4-bit or for its dense layers."""
+"""How a 4-bit model computes: changes its dtype, for the whole model, for its 4-bit or for its dense layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..formats import EXACT
 from ..weight import Weight4bit
 from .dense_16bit import Dense16bit, Linear16bit, kept_in_16bit
 from .embedding import Embedding4bit, TiedLinear4bit
@@ -74,6 +75,16 @@ def multiply_in_bfloat16(model: nn.Module) -> None:
         is_served = layer.block_size >= 32 and (layer.form.offsets is None or layer.form.code in ("int4", "uint4"))
         if is_served and not isinstance(layer, Embedding4bit | TiedLinear4bit):
             layer.compute_dtype = torch.bfloat16
+
+
+def activations_of(model: nn.Module) -> str:
+    """``activations`` of the first 4-bit layer of ``model``.
+
+    Example:
+        >>> qlora_ext.nn.activations_of(qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 48)), activations="int8"))
+        'int8'
+    """
+    return next((layer.activations for _, layer in layers_of(model)), EXACT)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ...nn import AFTER_QUANTIZE, DENSE_RULES, DenseModules, layers_of
+from ...nn import AFTER_QUANTIZE, DENSE_RULES, DenseModules, activations_of, layers_of
 from .._patches import extend
 from ..bitsandbytes.state import state_dict
 from ..transformers import METHOD, QLoRAConfig
-from ..transformers.modules import activations_of, compute_dtype_of
+from ..transformers.modules import compute_dtype_of
 from .quantizer import DiffusersQLoRAQuantizer, align, forget
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ...form import Form
-from ...formats import EXACT
 from ...nn import (
     DENSE_RULES,
     DenseModules,
@@ -235,11 +234,6 @@ def forms_of(model: nn.Module) -> dict[str, Form]:
 def compute_dtype_of(model: nn.Module) -> torch.dtype | None:
     """The compute dtype of the first 4-bit layer of ``model``; None if it has no such layer."""
     return next((layer.compute_dtype for _, layer in layers_of(model)), None)
-
-
-def activations_of(model: nn.Module) -> str:
-    """``activations`` of the first 4-bit layer of ``model``."""
-    return next((layer.activations for _, layer in layers_of(model)), EXACT)
 
 
 def dequantize_modules(model: Any, dtype: torch.dtype | str | None = None) -> Any:

@@ -22,6 +22,7 @@ from ...nn import (
     Embedding4bit,
     Packed4bit,
     TiedLinear4bit,
+    activations_of,
     check_something_is_4bit,
     conversion_of,
     dense_modules,
@@ -43,7 +44,6 @@ from .mapped_files import MappedFiles
 from .model_card import OursMetadata
 from .modules import (
     BaseNames,
-    activations_of,
     check_loaded,
     compute_dtype_of,
     dense_names,
