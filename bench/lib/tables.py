@@ -194,7 +194,7 @@ def times_of_formats(machine: str) -> str:
 
 
 def int8_layers() -> str:
-    """Of bench/int8_layers.py on all machines that have run it: the speed of int8 activations over that of exact ones."""
+    """Of bench/int8_layers.py: the speed of layers with int8 activations over that of exact ones."""
     rows, problems = [], []
     for machine in files.machines():
         for name, section in files.sections(machine).items():
