@@ -63,6 +63,7 @@ class DxInt8Task : DxTask<W, T> {
   static constexpr int64_t kRoundedTokens = 48;  // so that they stay in the cache, and whole tiles of all sets
 
   void add_weight() {
+    const typename Int8Unit<B>::Session session(kSegmentWords);
     const LinearDxProblem& p = this->p_;
     const Cut slices = cut(p.w.n, min(kSliceRows, 2 * this->shape_.piece_depth), kInt8Segment);
     const Pieces pieces{{0, p.w.n, this->column_, this->columns_}, slices.size, kIntColumns};

@@ -99,14 +99,23 @@ class ForwardInt8Task : ForwardTask<W, T> {
         panel_(reinterpret_cast<int32_t*>(this->strip_)) {}
 
   void operator()() {
-    // Columns at once: so many that the task's part of x stays in the second-level cache.
-    const int64_t most_columns = 4 * kMostLaneWords / round_up(this->tokens_, kTileLanes);
-    const int64_t columns = max(most_columns / piece_columns_, 1) * piece_columns_;
-    for (int64_t c = 0; c < this->p_.w.k; c += columns) add_columns(c, min(columns, this->p_.w.k - c));
+    add_weight();
     this->finish();
   }
 
  private:
+  using Unit = Int8Unit<B>;
+  using Panels = ForwardInt8Panels<B>;
+  static constexpr int64_t kStripRows = Unit::kPanelBytes / (4 * Panels::kDepth) / Unit::kHeight * Unit::kHeight;
+  static_assert(Unit::kPanelBytes <= 4 * StripShape::kPanelWords && kStripRows <= 2 * StripShape::kMostRows);
+
+  void add_weight() {
+    const typename Unit::Session session(kSegmentWords / blocks_);
+    // Columns at once: so many that the task's part of x stays in the second-level cache.
+    const int64_t most_columns = 4 * kMostLaneWords / round_up(this->tokens_, kTileLanes);
+    const int64_t columns = max(most_columns / piece_columns_, 1) * piece_columns_;
+    for (int64_t c = 0; c < this->p_.w.k; c += columns) add_columns(c, min(columns, this->p_.w.k - c));
+  }
   void add_columns(int64_t column, int64_t columns) {
     const Weight& w = this->p_.w;
     const Pieces pieces{{this->row_, this->rows_, column, columns}, strips_.size, piece_columns_};
@@ -121,7 +130,7 @@ class ForwardInt8Task : ForwardTask<W, T> {
       decode(source, piece);
       WeightLinePrefetcher prefetcher = prefetch_piece(w, pieces.after(piece));
       const int64_t segment = piece.column / kInt8Segment;
-      ForwardInt8Panels in{};
+      Panels in{};
       in.broadcast = panel_, in.scales = piece_scales_, in.offsets = w.scales.offsets ? piece_offsets_ : nullptr;
       in.stride = x_.stride, in.blocks = static_cast<int>(piece.columns / kInt8Segment) * blocks_;
       for (int64_t l = 0; l < this->tokens_; l += kTileLanes) {
@@ -139,7 +148,7 @@ class ForwardInt8Task : ForwardTask<W, T> {
     }
   }
   template <int words_of_block>
-  static void multiply(const ForwardInt8Panels& in, int64_t width, int64_t rows, float* sums, bool first,
+  static void multiply(const Panels& in, int64_t width, int64_t rows, float* sums, bool first,
                        WeightLinePrefetcher& prefetcher) {
     using Tile = ForwardInt8Tile<B, words_of_block>;
     if (width == kTileLanes) {
@@ -153,11 +162,11 @@ class ForwardInt8Task : ForwardTask<W, T> {
     int32_t* words = panel_;
     const float one = static_cast<float>(1.0 / codes_.per_one);
     const int64_t columns_of_block = kInt8Segment / blocks_;
-    for (int64_t r = 0; r < piece.rows; ++r, words += kDepth) {
+    for (int64_t r = 0; r < piece.rows; ++r, words += Panels::kDepth) {
       const int64_t row = piece.row + r;
       for (int64_t c = 0; c < piece.columns; c += kInt8Segment)
         B::decode_row(values_, source.packed(row, piece.column + c), words + c / 4);
-      for (int64_t c = 0, at = r * kMostInt8Blocks; c < piece.columns; c += columns_of_block, ++at) {
+      for (int64_t c = 0, at = r * Panels::kMostBlocks; c < piece.columns; c += columns_of_block, ++at) {
         const float* const scale = source.scale_at(row, piece.column + c);
         piece_scales_[at] = *scale * one;
         if (source.has_offsets()) piece_offsets_[at] = scale[source.to_offset()];
@@ -171,10 +180,10 @@ class ForwardInt8Task : ForwardTask<W, T> {
   const typename B::Values values_;
   const int blocks_;
   int32_t* const panel_;
-  const Cut strips_ = cut(this->rows_, StripShape::kMostRows / kInt8Height * kInt8Height, 1);
-  const int64_t piece_columns_ = cut(this->p_.w.k, 4 * kDepth, kInt8Segment).size;
-  alignas(64) float piece_scales_[StripShape::kMostRows * kMostInt8Blocks];
-  alignas(64) float piece_offsets_[StripShape::kMostRows * kMostInt8Blocks];
+  const Cut strips_ = cut(this->rows_, kStripRows, 1);
+  const int64_t piece_columns_ = cut(this->p_.w.k, 4 * Panels::kDepth, kInt8Segment).size;
+  alignas(64) float piece_scales_[kStripRows * Panels::kMostBlocks];
+  alignas(64) float piece_offsets_[kStripRows * Panels::kMostBlocks];
 };
 
 template <class B, class W, class T>

@@ -1,0 +1,84 @@
+// The tile unit as what multiplies int8 in the tasks of many_tokens/*_int8-inl.h. Rows of their panels are rows of
+// tiles as they stand, and a tile is as deep as a block:
+//
+// clang-format off
+//   broadcast panel, 12 rows     [ b0 b1 .. b63 ]               a: 12 rows of a block's 64 (32, 16) bytes
+//
+//   lanes panel, 16 (8, 4) words [ l0 .. l15 ] [ l16 .. l31 ]   b and b': words of 16 lanes each
+//
+//   sums                         [ s0 .. s15 ] [ s16 .. s31 ]   a · b and a · b', int32: stored, and read as vectors
+// clang-format on
+//
+// What bounds the speed is not the tile unit. For two tiles of 12 x 16 sums and 64 bytes it takes 24 to 32 cycles.
+// Their 24 vectors take 72 instructions to be converted, scaled and added in the forward, which are 36 cycles of two
+// ports, and 82 rows are loaded, which are 41: 12 of a, 32 of b, 24 of sums, 12 scales that are broadcast and 2 units.
+// Tiles of bfloat16 take 48 cycles for the same products, and vpdpbusd takes 192 and 36. 24 is the most vectors of
+// totals that stay in registers. If they stayed in memory, 2 x 2 whole tiles would need fewer loads, but a store for
+// each of the loads that totals then are.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/bytes.h"
+#include "cpp/cpu/isa/tiles.h"
+#include "cpp/cpu/many_tokens/multiply_int8-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/code_tables.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens_tiles {
+
+// Words of four int8 of which both operands are signed, so that nothing is added to bytes.
+struct WordInt8 : panel::WordInt8 {
+  static int added_to(const Int8CodeTable&) { return 0; }
+};
+
+}  // namespace many_tokens_tiles
+
+namespace many_tokens {
+
+template <>
+struct Int8Unit<many_tokens_tiles::WordInt8> {
+  // A strip of 48 rows of W and 384 columns stays in the first-level cache, beside those of 32 tokens and their sums.
+  static constexpr int kHeight = 12, kPanelDepth = 96, kTileRows = 16;
+  static constexpr int64_t kPanelBytes = int64_t{18} << 10;
+
+  struct Session : tiles::Session {
+    explicit Session(int words_of_block) : tiles::Session(kHeight, words_of_block) {}
+  };
+
+  // Tiles have kHeight rows also where `height` is less: what follows in the panel is multiplied for nothing. The
+  // products of a block are computed while the previous block's are used.
+  template <int stride, int words, int height, int vectors, class Panels, class Use>
+  QLORA_INLINE static void for_each_block(const Panels& in, int blocks, WeightLinePrefetcher& prefetcher,
+                                          const Use& use) {
+    using Word = panel::WordInt8;
+    alignas(64) int32_t sums[2][vectors][kTileRows * kLanes];
+    const auto multiply = [&](auto turn, int block) {
+      constexpr int kSums = 2 * turn.value, kA = 4 + turn.value, kB = 6;
+      const int32_t* const lane = in.lanes + block * words * vectors * kLanes;
+      tiles::load<kA, 4 * stride>(in.broadcast + block * words);
+      unroll<vectors>([&](auto v) {
+        tiles::zero<kSums + v.value>();
+        tiles::load<kB + v.value, 4 * vectors * kLanes>(lane + v.value * kLanes);
+        tiles::dot_int8<kSums + v.value, kA, kB + v.value>();
+      });
+      unroll<vectors>([&](auto v) { tiles::store<kSums + v.value>(sums[turn.value][v.value]); });
+    };
+    multiply(Index<0>{}, 0);
+    for (int block = 0; block < blocks; ++block) {
+      const int next = block + 1;
+      if (next < blocks) next % 2 ? multiply(Index<1>{}, next) : multiply(Index<0>{}, next);
+      prefetcher.step();
+      const auto& of_block = sums[block % 2];
+      use(block, [&](auto r, auto v) { return Word::to_floats(Word::load_sum(of_block[v.value] + r.value * kLanes)); });
+    }
+  }
+};
+
+}  // namespace many_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA
