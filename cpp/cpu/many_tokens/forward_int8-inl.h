@@ -119,6 +119,7 @@ class ForwardInt8Task : ForwardTask<W, T> {
   void add_columns(int64_t column, int64_t columns) {
     const Weight& w = this->p_.w;
     const Pieces pieces{{this->row_, this->rows_, column, columns}, strips_.size, piece_columns_};
+    const auto multiply = multiply_of_blocks();
     RowPagePrefetcher pages(w, column, columns);
     pages.go_to(this->row_, this->row_ + this->rows_);
     ScaledPiece source;
@@ -132,7 +133,8 @@ class ForwardInt8Task : ForwardTask<W, T> {
       const int64_t segment = piece.column / kInt8Segment;
       Panels in{};
       in.broadcast = panel_, in.scales = piece_scales_, in.offsets = w.scales.offsets ? piece_offsets_ : nullptr;
-      in.stride = x_.stride, in.blocks = static_cast<int>(piece.columns / kInt8Segment) * blocks_;
+      in.stride = x_.stride, in.words = kSegmentWords / blocks_,
+      in.blocks = static_cast<int>(piece.columns / kInt8Segment) * blocks_;
       for (int64_t l = 0; l < this->tokens_; l += kTileLanes) {
         const int64_t width = tile_width(this->tokens_ - l), lane = token_in_x_ + l;
         in.lanes = x_.words + lane * (w.k / 4) + piece.column / 4 * width;
@@ -140,11 +142,17 @@ class ForwardInt8Task : ForwardTask<W, T> {
         in.starts = x_.starts + segment * blocks_ * x_.stride + lane;
         in.x_sums = x_.sums + segment * blocks_ * x_.stride + lane;
         float* const sums = this->sums_ + l * this->rows_ + (piece.row - this->row_) * width;
-        const auto multiply = blocks_ == 1   ? &ForwardInt8Task::multiply<kSegmentWords>
-                              : blocks_ == 2 ? &ForwardInt8Task::multiply<kSegmentWords / 2>
-                                             : &ForwardInt8Task::multiply<kSegmentWords / 4>;
         multiply(in, width, piece.rows, sums, piece.column == 0, prefetcher);
       }
+    }
+  }
+  auto multiply_of_blocks() const {
+    if constexpr (Unit::kUnrollsBlocks) {
+      return blocks_ == 1   ? &ForwardInt8Task::multiply<kSegmentWords>
+             : blocks_ == 2 ? &ForwardInt8Task::multiply<kSegmentWords / 2>
+                            : &ForwardInt8Task::multiply<kSegmentWords / 4>;
+    } else {
+      return &ForwardInt8Task::multiply<0>;
     }
   }
   template <int words_of_block>

@@ -85,14 +85,15 @@ template <class B>
 struct Int8Unit {
   static constexpr int kHeight = kInt8Height, kPanelDepth = kDepth;
   static constexpr int64_t kPanelBytes = int64_t{24} << 10;
+  static constexpr bool kUnrollsBlocks = true;  // so that the compiler needs to know their size
   struct Session {
     explicit Session(int /*words_of_block*/) {}
   };
 
-  // Calls use(block, sum) for block after block, where sum(row, vector) are the block's sums as floats. Rows of the
-  // broadcast panel are `stride` words long.
-  template <int stride, int words, int height, int vectors, class Panels, class Use>
-  QLORA_INLINE static void for_each_block(const Panels& in, int blocks, WeightLinePrefetcher& prefetcher,
+  // Calls use(block, sum) for each block of `words` words, where sum(row, vector) are the block's sums as floats. Rows
+  // of the broadcast panel are `stride` words long.
+  template <int stride, int height, int vectors, class Panels, class Use>
+  QLORA_INLINE static void for_each_block(const Panels& in, int words, int blocks, WeightLinePrefetcher& prefetcher,
                                           const Use& use) {
     const int32_t *broadcast = in.broadcast, *lane = in.lanes;
     for (int block = 0; block < blocks; ++block, broadcast += words, lane += words * vectors * kLanes) {
@@ -122,7 +123,7 @@ struct ForwardInt8Panels {
   const int32_t* starts;     // likewise, what sums start from
   const float* x_sums;       // likewise, for offsets
   int64_t stride;
-  int blocks;  // or segments, where blocks are larger
+  int words, blocks;  // words of a block; or segments, where blocks are larger
 
   void skip_rows(int64_t rows) {
     broadcast += rows * kDepth, scales += rows * kMostBlocks;
@@ -130,6 +131,7 @@ struct ForwardInt8Panels {
   }
 };
 
+// words_of_block is 0 where the compiler does not need to know it.
 template <class B, int words_of_block>
 struct ForwardInt8Tile {
   using Unit = Int8Unit<B>;
@@ -139,8 +141,9 @@ struct ForwardInt8Tile {
   static void multiply(const Panels& in, float* sums, bool first, WeightLinePrefetcher& prefetcher) {
     F total[height][vectors];
     load_totals(sums, first, total);
-    Unit::template for_each_block<Panels::kDepth, words_of_block, height, vectors>(
-        in, in.blocks, prefetcher, [&](int64_t block, const auto& sum) QLORA_INLINE_LAMBDA {
+    Unit::template for_each_block<Panels::kDepth, height, vectors>(
+        in, words_of_block ? words_of_block : in.words, in.blocks, prefetcher,
+        [&](int64_t block, const auto& sum) QLORA_INLINE_LAMBDA {
           const float* const units = in.units + block * in.stride;
           const auto add = [&](auto has_offsets) QLORA_INLINE_LAMBDA {
             unroll<height>([&](auto r) {
@@ -185,8 +188,8 @@ struct DxInt8Tile {
   static void multiply(const Panels& in, float* sums, bool first, WeightLinePrefetcher& prefetcher) {
     F total[height][vectors];
     load_totals(sums, first, total);
-    Unit::template for_each_block<Panels::kDepth, kSegmentWords, height, vectors>(
-        in, in.segments, prefetcher, [&](int64_t segment, const auto& sum) QLORA_INLINE_LAMBDA {
+    Unit::template for_each_block<Panels::kDepth, height, vectors>(
+        in, kSegmentWords, in.segments, prefetcher, [&](int64_t segment, const auto& sum) QLORA_INLINE_LAMBDA {
           unroll<height>([&](auto r) {
             const F unit = splat(in.units[segment * in.unit_stride + r.value]);
             unroll<vectors>(

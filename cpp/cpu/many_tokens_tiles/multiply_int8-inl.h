@@ -45,6 +45,7 @@ struct Int8Unit<many_tokens_tiles::WordInt8> {
   // A strip of 48 rows of W and 384 columns stays in the first-level cache, beside those of 32 tokens and their sums.
   static constexpr int kHeight = 12, kPanelDepth = 96, kTileRows = 16;
   static constexpr int64_t kPanelBytes = int64_t{18} << 10;
+  static constexpr bool kUnrollsBlocks = false;
 
   struct Session : tiles::Session {
     explicit Session(int words_of_block) : tiles::Session(kHeight, words_of_block) {}
@@ -52,8 +53,8 @@ struct Int8Unit<many_tokens_tiles::WordInt8> {
 
   // Tiles have kHeight rows also where `height` is less: what follows in the panel is multiplied for nothing. The
   // products of a block are computed while the previous block's are used.
-  template <int stride, int words, int height, int vectors, class Panels, class Use>
-  QLORA_INLINE static void for_each_block(const Panels& in, int blocks, WeightLinePrefetcher& prefetcher,
+  template <int stride, int height, int vectors, class Panels, class Use>
+  QLORA_INLINE static void for_each_block(const Panels& in, int words, int blocks, WeightLinePrefetcher& prefetcher,
                                           const Use& use) {
     using Word = panel::WordInt8;
     alignas(64) int32_t sums[2][vectors][kTileRows * kLanes];
