@@ -71,13 +71,52 @@ struct Int8Weight {
   }
 };
 
-// dy · scale of the group of columns that begins at `column`, rounded.
+// Multiples of a 32767th of the largest magnitude, or zeros where that is below 2^-48 or above 2^62.
+struct Fractions {
+  float largest = 0.0f;
+  std::vector<int32_t> of;
+
+  explicit Fractions(const std::vector<float>& values) : of(values.size()) {
+    for (const float x : values) largest = std::fmax(largest, std::fabs(x));
+    if (!(largest >= 0x1p-48f && largest <= 0x1p62f)) return;
+    const float inverse = 32767.0f / largest;
+    for (size_t i = 0; i < values.size(); ++i) of[i] = static_cast<int32_t>(std::nearbyint(values[i] * inverse));
+  }
+};
+inline int32_t product_of_fractions(int32_t a, int32_t b) { return (a * b + 16384) >> 15; }
+
+// dy · scale of the group of columns that begins at `column`, rounded: by fractions, unless their products are small.
 inline Int8Rows rounded_dy(const Matrix& dy, const Int8Weight& w, int64_t column) {
   Matrix scaled = dy;
   for (int64_t t = 0; t < dy.rows; ++t)
     for (int64_t row = 0; row < dy.columns; ++row)
       scaled.at(t, row) = static_cast<float>(dy.at(t, row)) * static_cast<float>(w.scale.at(row, column));
-  return Int8Rows(scaled);
+  Int8Rows rounded(scaled);
+  for (int64_t first = 0; first < dy.columns; first += kInt8Segment) {
+    const int64_t rows = dy.columns - first < kInt8Segment ? dy.columns - first : kInt8Segment;
+    std::vector<float> values(rows);
+    for (int64_t i = 0; i < rows; ++i) values[i] = static_cast<float>(w.scale.at(first + i, column));
+    const Fractions scales(values);
+    for (int64_t t = 0; t < dy.rows; ++t) {
+      for (int64_t i = 0; i < rows; ++i) values[i] = static_cast<float>(dy.at(t, first + i));
+      const Fractions fractions(values);
+      std::vector<int32_t> products(rows);
+      int32_t largest = 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        products[i] = product_of_fractions(fractions.of[i], scales.of[i]);
+        largest = products[i] > largest ? products[i] : -products[i] > largest ? -products[i] : largest;
+      }
+      if (largest < 4096) continue;
+      const int32_t factor = 127 * 32768 / largest;
+      const float unit = static_cast<float>(32768.0 * 32768.0 / (32767.0 * 32767.0)) * scales.largest *
+                         fractions.largest / static_cast<float>(factor);
+      for (int64_t i = 0; i < rows; ++i) {
+        rounded.integer.at(t, first + i) = product_of_fractions(products[i], factor);
+        rounded.unit.at(t, first + i) = unit;
+      }
+    }
+  }
+  return rounded;
 }
 // The products whose sum is dx. Beside offsets, codes are counted from their middle, and dy meets what that leaves.
 inline std::vector<Product> int8_dx_products(const Matrix& dy, const Int8Weight& w, const Weight& weight) {

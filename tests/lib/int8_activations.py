@@ -18,6 +18,8 @@ INT8 = "int8"
 LEAST_DX_BLOCK = 32  # smaller blocks have an exact gradient
 # The rounding of 127 / a and of the product with it, and that of the unit, in units: 3 · 127 · 2^-24 beside a half.
 FACTOR = 1 + 2.0**-14
+# Products of fractions are known to 1.5, and a unit is at least 4096 / 127 of them.
+DX_FACTOR = FACTOR + 2 * 1.5 * 127 / 4096
 
 
 @dataclasses.dataclass
@@ -85,7 +87,7 @@ def _column_groups(w: Int8Weight, dy: np.ndarray) -> list[tuple[slice, np.ndarra
     """The columns under one scale per row, and dy times that scale, as q and units."""
     width, (_, k) = min(64, w.block_size), w.c.shape
     groups = [slice(first, first + width) for first in range(0, k, width)]
-    return [(g, *reference.round_to_int8(np.float32(dy) * w.scale[:, g.start])) for g in groups]
+    return [(g, *reference.round_products_to_int8(dy, w.scale[:, g.start])) for g in groups]
 
 
 def dx(s: LinearSample, dy: Tensor) -> accuracy.Expected:
@@ -118,7 +120,7 @@ def dx_bound(s: LinearSample, dy: Tensor) -> np.ndarray:
     w, dy64 = Int8Weight.of(s).of_dx(), rows(dy)
     bound = np.abs(dy64) @ np.abs(w.values - s.decoded())
     for columns, _, units in _column_groups(w, dy64):
-        bound[:, columns] += FACTOR * units / 2 @ np.abs(w.c[:, columns] / w.per_one)
+        bound[:, columns] += DX_FACTOR * units / 2 @ np.abs(w.c[:, columns] / w.per_one)
     return bound
 
 

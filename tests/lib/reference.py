@@ -396,6 +396,42 @@ def round_to_int8(x: np.ndarray, size: int = INT8_SEGMENT) -> tuple[np.ndarray, 
     return q, units
 
 
+def _fractions(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x [M, S] as multiples of a 32767th of the largest magnitude of each row, and those largest [M, 1].
+
+    Rows whose largest is below 2^-48 or above 2^62 are zeros.
+    """
+    most = np.abs(x).max(1, keepdims=True)
+    fits = (most >= F32(2.0**-48)) & (most <= F32(2.0**62))
+    inverse = np.divide(F32(32767), most, where=fits, out=np.zeros_like(most))
+    return np.where(fits, np.rint(np.where(fits, x, F32(0)) * inverse), F32(0)).astype(np.int64), most
+
+
+def _product_of_fractions(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b + 2**14) >> 15
+
+
+def round_products_to_int8(x: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `round_to_int8` gives of ``x * scale``, of x [M, K] and scale [K], by fractions of 15 bits.
+
+    Segments whose largest product of fractions is below 2^12 are those of `round_to_int8`.
+    """
+    x, scale = np.asarray(x, F32), np.asarray(scale, F32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        q, units = round_to_int8(x * scale)
+    for first in range(0, x.shape[1], INT8_SEGMENT):
+        here = slice(first, first + INT8_SEGMENT)
+        (of_x, most_x), (of_scale, most_scale) = _fractions(x[:, here]), _fractions(scale[None, here])
+        products = _product_of_fractions(of_x, of_scale)
+        most = np.abs(products).max(1, keepdims=True)
+        factor = np.where(most < 2**12, 0, 127 * 2**15 // np.maximum(most, 1))
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            unit = most_x * (most_scale * F32(2.0**30 / 32767.0**2)) / factor.astype(F32)
+        q[:, here] = np.where(factor > 0, _product_of_fractions(products, factor).astype(F32), q[:, here])
+        units[:, here] = np.where(factor > 0, unit, units[:, here])
+    return q, units
+
+
 def linear(x, w, bias=None, lora_a=None, lora_b=None, scaling=1.0, dropout_p=0.0, seed=0):
     """float64 y [M, N] of x [M, K] and the decoded w [N, K]."""
     y = x @ w.T

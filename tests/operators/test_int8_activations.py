@@ -33,9 +33,9 @@ def dx(s: LinearSample, dy: Tensor, with_g: bool = False):
     return (OPS.linear_nf4_dx_with_g if with_g else OPS.linear_nf4_dx)(*s.dx_args(dy), activations=INT8)
 
 
-def check(s: LinearSample) -> None:
+def check(s: LinearSample, dy: Tensor | None = None) -> None:
     """Both directions against the oracle, and within the bound of the exact result."""
-    dy = s.dy()
+    dy = s.dy() if dy is None else dy
     directions = [(forward(s), int8.forward(s), s.forward_accuracy(), int8.forward_bound(s))]
     if s.w4.block_size < int8.LEAST_DX_BLOCK:
         assert torch.equal(dx(s, dy), s.dx(dy))
@@ -109,6 +109,18 @@ def test_segments_of_every_size(change) -> None:
     own = dataclasses.replace(s, x=s.x - rest.x)
     y, parts = to_f64(forward(s)), to_f64(forward(own)) + to_f64(forward(rest))
     np.testing.assert_allclose(y, parts, rtol=1e-5, atol=1e-6 * np.abs(y).max(initial=0))
+
+
+def test_fractions_whose_products_are_small() -> None:
+    """Where dy is large only where scales are small, or has no fractions, products are rounded in float32."""
+    for m in (3, 70):
+        s = int8.sample("nf4", m, 192, 192, bias=False)
+        dy = s.dy()
+        s.w4.absmax.view(192, -1)[5] *= 1000
+        dy[:, 5] = 0
+        dy[0, 64:128] *= 2.0**-60
+        dy[1, 128:] *= 2.0**70
+        check(s, dy)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # infinity times a weight of 0

@@ -45,32 +45,23 @@ using IntColumns = verdict::PanelColumns<2 * kLongChain>;
 // dx of the listed tokens [token, token + tokens) and columns [column, column + columns). `g` has the order of the
 // list.
 template <class T>
-class DxIntTask : DxTask<WordF32, T> {
+class DxIntTask : DxIntegersTask<WordF32, T> {
  public:
-  using Base = DxTask<WordF32, T>;
+  using Base = DxIntegersTask<WordF32, T>;
   using Word = WordInt::Word;
 
   DxIntTask(const LinearDxProblem& p, const CenteredCodes<IntCodeTable>& codes, const TokenLists<T>& lists,
             const IntColumns& weights, const T* g, int64_t token, int64_t tokens, int64_t column, int64_t columns)
-      : Base(p, g, 0, token, tokens, column, columns, lists.places()),
+      : Base(p, g, 0, token, tokens, column, columns, weights.group_columns(), lists.places()),
         codes_(codes),
         lists_(lists),
         weights_(weights),
         values_(WordInt::values_of(codes.table.value)),
         dy_(reinterpret_cast<Word*>(this->broadcast_)),
-        words_(reinterpret_cast<Word*>(this->lanes_)),
-        offset_sums_(p.w, weights.group_columns(), column, columns, tokens) {}
+        words_(reinterpret_cast<Word*>(this->lanes_)) {}
 
   void operator()() {
-    this->begin();
-    if (halves_ && this->p_.lora.rank) exchange_halves(this->sums_, this->tokens_, this->columns_, true);
-    add_weight();
-    if (this->p_.w.scales.offsets) {
-      for (int64_t t = 0; t < this->tokens_; ++t)
-        offset_sums_.add_to(t, this->sums_ + t * kTileLanes, this->columns_, this->tokens_ * kTileLanes);
-    }
-    if (halves_) exchange_halves(this->sums_, this->tokens_, this->columns_, false);
-    this->finish();
+    this->run([this] { add_weight(); });
   }
 
  private:
@@ -82,7 +73,7 @@ class DxIntTask : DxTask<WordF32, T> {
     const LinearDxProblem& p = this->p_;
     const Cut slices = cut(p.w.n, 2 * this->shape_.piece_depth, kChainRows);
     const Pieces pieces{{0, p.w.n, this->column_, this->columns_}, slices.size, kIntColumns};
-    const int64_t group = weights_.group_columns();
+    const int64_t group = this->group_;
     float units[kTileLanes];
     for (float& unit : units) unit = 1.0f;
     ScaledPiece source;
@@ -90,10 +81,7 @@ class DxIntTask : DxTask<WordF32, T> {
       if (pieces.begins_strip(piece)) {
         source = ScaledPiece(p.w, pieces.strip(piece.row), this->scales_);
         round_slice(piece.row, piece.rows);
-        if (p.w.scales.offsets) {
-          offset_sums_.add(source, piece.row, piece.rows, codes_.center,
-                           [&](int64_t t) { return static_cast<const T*>(p.dy) + this->place(t) * p.w.n; });
-        }
+        this->add_offsets(source, piece, codes_.center);
       }
       if (weights_.in_float(piece.column / kIntColumns)) continue;
       decode(source, piece);
@@ -115,10 +103,9 @@ class DxIntTask : DxTask<WordF32, T> {
   // Rounds rows [row, row + rows) of dy to 15 bits of a step for each chain.
   void round_slice(int64_t row, int64_t rows) {
     for (int64_t t = 0; t < this->tokens_; ++t) {
-      const int64_t token = this->place(t);
-      const float* const steps = lists_.steps(token, this->p_.w.n / kChainRows) + row / kChainRows;
-      const T* const dy = static_cast<const T*>(this->p_.dy) + token * this->p_.w.n + row;
-      const int64_t ahead = (this->place(min(t + 3, this->tokens_ - 1)) - token) * this->p_.w.n;
+      const float* const steps = lists_.steps(this->place(t), this->p_.w.n / kChainRows) + row / kChainRows;
+      const T* const dy = this->dy(t) + row;
+      const int64_t ahead = this->dy(min(t + 3, this->tokens_ - 1)) - this->dy(t);
       for (int64_t r = 0; r < rows; r += 64 / sizeof(T)) __builtin_prefetch(dy + ahead + r);
       for (int64_t chain = 0; chain < rows / kChainRows; ++chain) {
         const float step = steps[chain];
@@ -159,15 +146,14 @@ class DxIntTask : DxTask<WordF32, T> {
   void decode(const ScaledPiece& source, const Piece& piece) {
     Word* out = words_;
     for (int64_t row = piece.row; row < piece.row + piece.rows; row += 2, out += kTileLanes)
-      WordInt::decode_lanes(values_, source.packed(row, piece.column), source.packed(row + 1, piece.column), halves_,
-                            out, kTileLanes * piece.rows / 2);
+      WordInt::decode_lanes(values_, source.packed(row, piece.column), source.packed(row + 1, piece.column),
+                            this->halves_, out, kTileLanes * piece.rows / 2);
   }
 
   const CenteredCodes<IntCodeTable>& codes_;
   const TokenLists<T>& lists_;
   const IntColumns& weights_;
   const WordInt::Values values_;
-  const bool halves_ = weights_.group_columns() < kGroup;
   Word *const dy_, *const words_;                        // dy_: the slice, [token][kSliceWords]
   alignas(64) float steps_[kMostTokens * kSliceChains];  // of the slice, by token and chain
   // Of the groups of a piece: the scales, and the largest of each chain.
@@ -176,7 +162,6 @@ class DxIntTask : DxTask<WordF32, T> {
   // Some tokens of the scaled slice.
   alignas(64) Word scaled_dy_[kScaledTokens * kDepth];
   alignas(64) float units_[kScaledTokens * kMostChains];
-  OffsetSums<T> offset_sums_;
 };
 
 template <class T>

@@ -109,6 +109,42 @@ inline void exchange_halves(float* sums, int64_t tokens, int64_t columns, bool t
   }
 }
 
+// A task whose scales multiply dy in each of the groups of `group` columns that have the same.
+template <class W, class T>
+class DxIntegersTask : protected DxTask<W, T> {
+ protected:
+  DxIntegersTask(const LinearDxProblem& p, const T* g, int64_t first_token, int64_t token, int64_t tokens,
+                 int64_t column, int64_t columns, int64_t group, const int64_t* places = nullptr)
+      : DxTask<W, T>(p, g, first_token, token, tokens, column, columns, places),
+        group_(group),
+        offset_sums_(p.w, group, column, columns, tokens) {}
+
+  // `add_weight` adds the product of codes, and calls add_offsets for each strip of rows.
+  template <class AddWeight>
+  void run(const AddWeight& add_weight) {
+    this->begin();
+    if (halves_ && this->p_.lora.rank) exchange_halves(this->sums_, this->tokens_, this->columns_, true);
+    add_weight();
+    if (this->p_.w.scales.offsets) {
+      for (int64_t t = 0; t < this->tokens_; ++t)
+        offset_sums_.add_to(t, this->sums_ + t * kTileLanes, this->columns_, this->tokens_ * kTileLanes);
+    }
+    if (halves_) exchange_halves(this->sums_, this->tokens_, this->columns_, false);
+    this->finish();
+  }
+  void add_offsets(const ScaledPiece& source, const Piece& strip, float center) {
+    if (!this->p_.w.scales.offsets) return;
+    offset_sums_.add(source, strip.row, strip.rows, center, [this](int64_t t) { return dy(t); });
+  }
+  const T* dy(int64_t t) const { return static_cast<const T*>(this->p_.dy) + this->place(t) * this->p_.w.n; }
+
+  const int64_t group_;
+  const bool halves_ = group_ < kGroup;
+
+ private:
+  OffsetSums<T> offset_sums_;
+};
+
 }  // namespace many_tokens
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA

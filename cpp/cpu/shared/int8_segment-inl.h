@@ -1,5 +1,5 @@
 // How activations are rounded to int8: the numbers of a segment are rounded to multiples of their unit, a 127th of the
-// largest.
+// largest. dy · scale is the product of two numbers that are rounded before, to fractions.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +49,25 @@ inline float round_segment(const float* x, int8_t* out) {
   }
   return __builtin_bit_cast(float, largest);
 }
+
+// Fractions of a segment are int16: multiples of a 32767th of the largest magnitude. The fractions of dy and those of
+// the scales are made once, and their product is that of two int16:
+//
+//   product = round(dy · scale / 32768)                      of fractions, in -32767 .. 32767
+//   factor  = 127 · 32768 / largest |product|, truncated     of a segment
+//   int8    = round(product · factor / 32768)
+//
+// where halves are rounded up. Products are known to one and a half, so where the largest is below 4096 they would be
+// too coarse for 127 units of it: then, and where 32767 / largest or the units might be subnormal or infinite, the
+// factor is 0, and dy · scale is multiplied and rounded in float32 (round_segment).
+inline constexpr float kMostFraction = 32767.0f;
+inline constexpr int32_t kLeastProduct = 4096, kFactorOfOne = 127 * 32768;
+inline constexpr uint32_t kLeastFractionBits = power_of_two_bits(-48), kMostFractionBits = power_of_two_bits(62);
+inline constexpr bool has_fractions(uint32_t largest_bits) {
+  return largest_bits - kLeastFractionBits <= kMostFractionBits - kLeastFractionBits;
+}
+// The unit of a segment is the largest of dy times the largest of the scales times this, divided by the factor.
+inline constexpr float kUnitOfFractions = static_cast<float>(32768.0 * 32768.0 / (32767.0 * 32767.0));
 
 // The unit of the `words` words of a segment that meet a block of W. Beside an infinity in another block, what is
 // finite counts as 0, and 0 times an infinite unit would be NaN.

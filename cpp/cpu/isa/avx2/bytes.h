@@ -39,15 +39,7 @@ struct Int8Bytes {
 
   template <Int8Order order>
   static float round(const F (&v)[8], Word* out) {
-    U most = _mm256_setzero_si256();
-    unroll<8>([&](auto i) {
-      const U magnitude = _mm256_and_si256(_mm256_castps_si256(v[i.value]), _mm256_set1_epi32(0x7FFFFFFF));
-      most = _mm256_max_epu32(most, magnitude);
-    });
-    __m128i half = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4E));
-    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xB1));
-    const uint32_t bits = static_cast<uint32_t>(_mm_cvtsi128_si32(half));
+    const uint32_t bits = largest_magnitude(v);
     float unit = 0.0f;
     U rounded[2];
     if (is_plain_segment(bits)) [[likely]] {
@@ -82,12 +74,47 @@ struct Int8Bytes {
     return unit;
   }
 
-  static void round_rows(const float* x, int64_t stride, const F (&scales)[kInt8Segment / kLanes], int64_t count,
-                         Word* out, int64_t out_stride, float* units) {
-    for (int64_t i = 0; i < count; ++i, x += stride, out += out_stride) {
-      F v[kInt8Segment / kLanes];
-      for (int j = 0; j < kInt8Segment / kLanes; ++j) v[j] = mul(panel::load(x + j * kLanes), scales[j]);
-      units[i] = round<Int8Order::kMemory>(v, out);
+  // Fractions lie in the order from which packing makes bytes in memory order: vectors 2i and 2i + 1 have 32 elements,
+  // and halves of 8 in turn.
+  static float round_to_fractions(const F (&v)[8], int16_t* out) {
+    const uint32_t bits = largest_magnitude(v);
+    const float largest = __builtin_bit_cast(float, bits);
+    const F inverse = splat(has_fractions(bits) ? kMostFraction / largest : 0.0f);
+    const auto nearest = [&](F x) { return _mm256_cvtps_epi32(has_fractions(bits) ? mul(x, inverse) : zero()); };
+    unroll<2>([&](auto half) {
+      const F* const four = v + 4 * half.value;
+      const auto store_pair = [&](F a, F b, int at) {
+        store(reinterpret_cast<Word*>(out + 32 * half.value + at), _mm256_packs_epi32(nearest(a), nearest(b)));
+      };
+      // Packing takes halves in turn, so these bring elements 0 .. 7 and 16 .. 23 together, and 8 .. 15 and 24 .. 31.
+      store_pair(_mm256_permute2f128_ps(four[0], four[2], 0x20), _mm256_permute2f128_ps(four[0], four[2], 0x31), 0);
+      store_pair(_mm256_permute2f128_ps(four[1], four[3], 0x20), _mm256_permute2f128_ps(four[1], four[3], 0x31), 16);
+    });
+    return largest;
+  }
+  static void round_products(const int16_t* rows, const int16_t* scales, int64_t count, Word* out, int64_t stride,
+                             float* factors) {
+    const auto load_fractions = [](const int16_t* p) { return load(reinterpret_cast<const Word*>(p)); };
+    for (int64_t t = 0; t < count; ++t, rows += kInt8Segment, out += stride) {
+      U product[4], most = _mm256_setzero_si256();
+      unroll<4>([&](auto i) {
+        product[i.value] =
+            _mm256_mulhrs_epi16(load_fractions(rows + 16 * i.value), load_fractions(scales + 16 * i.value));
+        most = _mm256_max_epu16(most, _mm256_abs_epi16(product[i.value]));
+      });
+      const __m128i half = _mm_max_epu16(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+      const __m128i least = _mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1)));
+      const int32_t largest = 0xFFFF & ~_mm_cvtsi128_si32(least);
+      // The quotient of floats is not an integer unless that of the integers is one.
+      const float quotient = static_cast<float>(kFactorOfOne) / static_cast<float>(largest);
+      const int32_t factor = largest < kLeastProduct ? 0 : static_cast<int32_t>(quotient);
+      const U by = _mm256_set1_epi16(static_cast<int16_t>(factor));
+      unroll<2>([&](auto i) {
+        const U bytes = _mm256_packs_epi16(_mm256_mulhrs_epi16(product[2 * i.value], by),
+                                           _mm256_mulhrs_epi16(product[2 * i.value + 1], by));
+        store(out + i.value * kLanes, _mm256_add_epi8(bytes, _mm256_set1_epi8(static_cast<char>(kAddedToDy))));
+      });
+      factors[t] = static_cast<float>(factor);
     }
   }
 
@@ -117,6 +144,17 @@ struct Int8Bytes {
   }
 
  private:
+  static uint32_t largest_magnitude(const F (&v)[8]) {  // as bits
+    U most = _mm256_setzero_si256();
+    unroll<8>([&](auto i) {
+      const U magnitude = _mm256_and_si256(_mm256_castps_si256(v[i.value]), _mm256_set1_epi32(0x7FFFFFFF));
+      most = _mm256_max_epu32(most, magnitude);
+    });
+    __m128i half = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4E));
+    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xB1));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(half));
+  }
   static U look_up(const Values& values, U codes) {
     return _mm256_shuffle_epi8(values, _mm256_and_si256(codes, _mm256_set1_epi8(15)));
   }

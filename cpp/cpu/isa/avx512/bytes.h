@@ -41,9 +41,7 @@ struct WordInt8 {
 
   template <Int8Order order>
   static float round(const F (&v)[4], Word* out) {
-    const U most = _mm512_max_epu32(_mm512_max_epu32(magnitude(v[0]), magnitude(v[1])),
-                                    _mm512_max_epu32(magnitude(v[2]), magnitude(v[3])));
-    const uint32_t bits = _mm512_reduce_max_epu32(most);
+    const uint32_t bits = largest_magnitude(v);
     if (is_plain_segment(bits)) [[likely]] {
       const float largest = __builtin_bit_cast(float, bits);
       store(out, in_order<order>(rounded_times(v, splat(inverse_unit(largest)))));
@@ -56,41 +54,57 @@ struct WordInt8 {
     store(out, in_order<order>(_mm512_loadu_si512(bytes)));
     return unit;
   }
-  // The largest of 16 segments are found together.
-  static void round_rows(const float* x, int64_t stride, const F (&scales)[4], int64_t count, Word* out,
-                         int64_t out_stride, float* units) {
-    const auto scaled = [&](int64_t i, int j) { return mul(panel::load(x + i * stride + j * kLanes), scales[j]); };
-    const auto round_one = [&](int64_t i) {
-      const F v[4] = {scaled(i, 0), scaled(i, 1), scaled(i, 2), scaled(i, 3)};
-      units[i] = round<Int8Order::kMemory>(v, out + i * out_stride);
+  // Fractions lie in the order from which packing makes bytes in memory order: quarters of 8 elements, in turn in two
+  // vectors.
+  static float round_to_fractions(const F (&v)[4], int16_t* out) {
+    const uint32_t bits = largest_magnitude(v);
+    const float largest = __builtin_bit_cast(float, bits);
+    const F inverse = splat(has_fractions(bits) ? kMostFraction / largest : 0.0f);
+    const auto nearest = [&](F x) {  // 16 elements as eight pairs
+      return _mm512_cvtps_epi32(has_fractions(bits) ? mul(x, inverse) : zero());
     };
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
+    const auto join_words = [&](F a, F b) {
+      const __m512i both = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(nearest(a)));
+      return _mm512_inserti64x4(both, _mm512_cvtepi32_epi16(nearest(b)), 1);
+    };
+    const U first = join_words(v[0], v[1]), second = join_words(v[2], v[3]);
+    const U even = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), odd = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(first, even, second));
+    _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi64(first, odd, second));
+    return largest;
+  }
+  // The largest products of 16 segments are found together.
+  static void round_products(const int16_t* rows, const int16_t* scales, int64_t count, Word* out, int64_t stride,
+                             float* factors) {
+    const U scale[2] = {_mm512_loadu_si512(scales), _mm512_loadu_si512(scales + 32)};
+    for (int64_t t = 0; t < count; t += kLanes) {
+      const auto product = [&](int64_t row, int half) {
+        return _mm512_mulhrs_epi16(_mm512_loadu_si512(rows + (t + row) * kInt8Segment + 32 * half), scale[half]);
+      };
+      const int some = static_cast<int>(count - t < kLanes ? count - t : kLanes);
       U most[kLanes];
       unroll<kLanes>([&](auto r) {
-        U largest = magnitude(scaled(i + r.value, 0));
-        unroll<3>([&](auto j) { largest = _mm512_max_epu32(largest, magnitude(scaled(i + r.value, j.value + 1))); });
-        most[r.value] = largest;
+        const int64_t row = r.value < some ? r.value : 0;
+        most[r.value] = _mm512_max_epu16(_mm512_abs_epi16(product(row, 0)), _mm512_abs_epi16(product(row, 1)));
       });
-      const U bits = largest_of_rows(most);
-      const U above = _mm512_sub_epi32(bits, _mm512_set1_epi32(static_cast<int>(kLeastPlainBits)));
-      const __mmask16 nonzero = _mm512_test_epi32_mask(bits, bits);
-      const U range = _mm512_set1_epi32(static_cast<int>(kInfinityBits - kLeastPlainBits));
-      if (_mm512_mask_cmpge_epu32_mask(nonzero, above, range) != 0) {  // not all of them are plain
-        for (int r = 0; r < kLanes; ++r) round_one(i + r);
-        continue;
+      const U pairs = largest_of_rows(most);  // of words
+      const U largest =
+          _mm512_max_epu32(_mm512_srli_epi32(pairs, 16), _mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF)));
+      const __mmask16 enough = _mm512_cmpge_epu32_mask(largest, _mm512_set1_epi32(kLeastProduct));
+      // The quotient of floats is not an integer unless that of the integers is one.
+      const F quotient =
+          _mm512_maskz_div_ps(enough, splat(static_cast<float>(kFactorOfOne)), _mm512_cvtepi32_ps(largest));
+      const U factor = _mm512_cvttps_epi32(quotient);
+      panel::store(factors + t, _mm512_cvtepi32_ps(factor));
+      alignas(64) int32_t factor_of[kLanes];
+      _mm512_store_si512(factor_of, factor);
+      for (int r = 0; r < some; ++r) {
+        const U by = _mm512_set1_epi16(static_cast<int16_t>(factor_of[r]));
+        const U bytes =
+            _mm512_packs_epi16(_mm512_mulhrs_epi16(product(r, 0), by), _mm512_mulhrs_epi16(product(r, 1), by));
+        store(out + (t + r) * stride, _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(kAddedToDy))));
       }
-      const F largest = _mm512_castsi512_ps(bits), of_127 = splat(kInt8Largest);
-      alignas(64) float inverse[kLanes];
-      panel::store(inverse, _mm512_maskz_div_ps(nonzero, of_127, largest));
-      panel::store(units + i, _mm512_div_ps(largest, of_127));
-      unroll<kLanes>([&](auto r) {
-        const F by = splat(inverse[r.value]);
-        const F v[4] = {scaled(i + r.value, 0), scaled(i + r.value, 1), scaled(i + r.value, 2), scaled(i + r.value, 3)};
-        store(out + (i + r.value) * out_stride, in_order<Int8Order::kMemory>(rounded_times(v, by)));
-      });
     }
-    for (; i < count; ++i) round_one(i);
   }
 
   using Values = U;  // in each quarter
@@ -133,6 +147,10 @@ struct WordInt8 {
 
  private:
   static U magnitude(F x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)); }
+  static uint32_t largest_magnitude(const F (&v)[4]) {  // as bits
+    return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_max_epu32(magnitude(v[0]), magnitude(v[1])),
+                                                    _mm512_max_epu32(magnitude(v[2]), magnitude(v[3]))));
+  }
   // The bytes of a segment times `inverse`, in memory order.
   static U rounded_times(const F (&v)[4], F inverse) {
     const auto nearest = [&](F x) { return _mm512_cvtps_epi32(mul(x, inverse)); };
@@ -147,19 +165,19 @@ struct WordInt8 {
     const __m128i from = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     return _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(from));
   }
-  // The largest lane of each of 16 vectors of bits, in the order of the vectors.
+  // The largest words of each of 16 vectors, in the order of the vectors: of the even and of the odd ones.
   static U largest_of_rows(const U (&v)[kLanes]) {
     U pairs[8], fours[4], halves[2];  // of the largest, each stage in half as many vectors
     unroll<8>([&](auto i) {
       const U a = v[2 * i.value], b = v[2 * i.value + 1];
-      pairs[i.value] = _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+      pairs[i.value] = _mm512_max_epu16(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     });
     unroll<4>([&](auto i) {
       const U a = pairs[2 * i.value], b = pairs[2 * i.value + 1];
-      fours[i.value] = _mm512_max_epu32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+      fours[i.value] = _mm512_max_epu16(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
     });
     const auto join_quarters = [](U a, U b) {
-      return _mm512_max_epu32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+      return _mm512_max_epu16(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
     };
     unroll<2>([&](auto i) { halves[i.value] = join_quarters(fours[2 * i.value], fours[2 * i.value + 1]); });
     return join_quarters(halves[0], halves[1]);

@@ -70,12 +70,7 @@ struct WordInt8 {
 
   template <Int8Order order>
   static float round(const F (&v)[8], Word* out) {
-    uint32x4_t most = vdupq_n_u32(0);
-    unroll<8>([&](auto i) {
-      const auto magnitude = [](float32x4_t x) { return vreinterpretq_u32_f32(vabsq_f32(x)); };
-      most = vmaxq_u32(most, vmaxq_u32(magnitude(v[i.value].low), magnitude(v[i.value].high)));
-    });
-    const uint32_t bits = vmaxvq_u32(most);
+    const uint32_t bits = largest_magnitude(v);
     int8_t* const bytes = reinterpret_cast<int8_t*>(out);
     float unit = 0.0f;
     if (is_plain_segment(bits)) [[likely]] {
@@ -98,12 +93,34 @@ struct WordInt8 {
     return unit;
   }
 
-  static void round_rows(const float* x, int64_t stride, const F (&scales)[8], int64_t count, Word* out,
-                         int64_t out_stride, float* units) {
-    for (int64_t i = 0; i < count; ++i, x += stride, out += out_stride) {
-      F v[8];
-      unroll<8>([&](auto j) { v[j.value] = mul(panel::load(x + j.value * kLanes), scales[j.value]); });
-      units[i] = round<Int8Order::kMemory>(v, out);
+  static float round_to_fractions(const F (&v)[8], int16_t* out) {
+    const uint32_t bits = largest_magnitude(v);
+    const float largest = __builtin_bit_cast(float, bits);
+    const float inverse = has_fractions(bits) ? kMostFraction / largest : 0.0f;
+    const auto nearest = [&](float32x4_t x) {
+      return vcvtnq_s32_f32(has_fractions(bits) ? vmulq_n_f32(x, inverse) : vdupq_n_f32(0.0f));
+    };
+    unroll<8>([&](auto i) {
+      const int16x4_t low = vqmovn_s32(nearest(v[i.value].low));
+      vst1q_s16(out + i.value * 8, vqmovn_high_s32(low, nearest(v[i.value].high)));
+    });
+    return largest;
+  }
+  static void round_products(const int16_t* rows, const int16_t* scales, int64_t count, Word* out, int64_t stride,
+                             float* factors) {
+    for (int64_t t = 0; t < count; ++t, rows += kInt8Segment, out += stride) {
+      int16x8_t product[8], most = vdupq_n_s16(0);
+      unroll<8>([&](auto i) {
+        product[i.value] = vqrdmulhq_s16(vld1q_s16(rows + 8 * i.value), vld1q_s16(scales + 8 * i.value));
+        most = vmaxq_s16(most, vabsq_s16(product[i.value]));
+      });
+      const int32_t largest = vmaxvq_s16(most), factor = largest < kLeastProduct ? 0 : kFactorOfOne / largest;
+      unroll<4>([&](auto i) {
+        const int16x8_t low = vqrdmulhq_n_s16(product[2 * i.value], static_cast<int16_t>(factor));
+        const int16x8_t high = vqrdmulhq_n_s16(product[2 * i.value + 1], static_cast<int16_t>(factor));
+        vst1q_s8(reinterpret_cast<int8_t*>(out) + 16 * i.value, vqmovn_high_s16(vqmovn_s16(low), high));
+      });
+      factors[t] = static_cast<float>(factor);
     }
   }
 
@@ -139,6 +156,14 @@ struct WordInt8 {
   }
 
  private:
+  static uint32_t largest_magnitude(const F (&v)[8]) {  // as bits
+    uint32x4_t most = vdupq_n_u32(0);
+    unroll<8>([&](auto i) {
+      const auto magnitude = [](float32x4_t x) { return vreinterpretq_u32_f32(vabsq_f32(x)); };
+      most = vmaxq_u32(most, vmaxq_u32(magnitude(v[i.value].low), magnitude(v[i.value].high)));
+    });
+    return vmaxvq_u32(most);
+  }
   template <Int8Order order>
   static int8x16_t in_order(int8x16_t bytes) {
     if constexpr (order == Int8Order::kMemory) return bytes;

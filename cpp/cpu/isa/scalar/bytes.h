@@ -86,13 +86,39 @@ struct WordInt8 {
     return unit;
   }
 
-  // Rounds `count` segments of floats, `stride` apart and times `scales`, to be broadcast: to words `out_stride` apart.
-  static void round_rows(const float* x, int64_t stride, const F (&scales)[kInt8Segment / kLanes], int64_t count,
-                         Word* out, int64_t out_stride, float* units) {
-    for (int64_t i = 0; i < count; ++i, x += stride, out += out_stride) {
-      F v[kInt8Segment / kLanes];
-      for (int j = 0; j < kInt8Segment / kLanes; ++j) v[j] = mul(panel::load(x + j * kLanes), scales[j]);
-      units[i] = round<Int8Order::kMemory>(v, out);
+  // The fractions of a segment (int8_segment-inl.h), or zeros where it has none, in the order that round_products
+  // takes. Returns the largest magnitude.
+  static float round_to_fractions(const F (&v)[kInt8Segment / kLanes], int16_t* out) {
+    uint32_t largest = 0;
+    for (int i = 0; i < kInt8Segment; ++i) {
+      const uint32_t bits = __builtin_bit_cast(uint32_t, v[i / kLanes].lane[i % kLanes]) & kMagnitudeBits;
+      largest = bits > largest ? bits : largest;
+    }
+    const float value = __builtin_bit_cast(float, largest);
+    const float inverse = has_fractions(largest) ? kMostFraction / value : 0.0f;
+    for (int i = 0; i < kInt8Segment; ++i) {
+      const float x = v[i / kLanes].lane[i % kLanes];
+      out[i] = inverse > 0.0f ? static_cast<int16_t>(__builtin_rintf(x * inverse)) : int16_t{0};
+    }
+    return value;
+  }
+  // Multiplies `count` segments of fractions, kInt8Segment apart, by those of scales, and rounds the products to be
+  // broadcast: to words `stride` apart. `factors` may be written up to a multiple of kLanes.
+  static void round_products(const int16_t* rows, const int16_t* scales, int64_t count, Word* out, int64_t stride,
+                             float* factors) {
+    const auto product = [](int32_t a, int32_t b) { return (a * b + 16384) >> 15; };
+    for (int64_t t = 0; t < count; ++t, rows += kInt8Segment, out += stride) {
+      int32_t largest = 0;
+      for (int i = 0; i < kInt8Segment; ++i) {
+        const int32_t p = product(rows[i], scales[i]);
+        largest = p > largest ? p : -p > largest ? -p : largest;
+      }
+      const int32_t factor = largest < kLeastProduct ? 0 : kFactorOfOne / largest;
+      int8_t bytes[kInt8Segment];
+      for (int i = 0; i < kInt8Segment; ++i)
+        bytes[i] = static_cast<int8_t>(product(product(rows[i], scales[i]), factor));
+      __builtin_memcpy(out, bytes, sizeof(bytes));
+      factors[t] = static_cast<float>(factor);
     }
   }
 
