@@ -29,11 +29,12 @@ void with_element(DType dtype, const Run& run) {
 }
 
 inline Outcome forward_int8(const Pool& pool, const LinearProblem& p) {
-  with_element(p.dtype, [&]<class T>(T*) { many_tokens::forward_int8_as<WordInt8, many_tokens::WordF32, T>(pool, p); });
+  with_element(p.dtype,
+               [&]<class T>(T*) { many_tokens::forward_int8_as<TileWordInt8, many_tokens::WordF32, T>(pool, p); });
   return Outcome::kDone;
 }
 inline Outcome dx_int8(const Pool& pool, const LinearDxProblem& p) {
-  with_element(p.dtype, [&]<class T>(T*) { many_tokens::dx_int8_as<WordInt8, many_tokens::WordF32, T>(pool, p); });
+  with_element(p.dtype, [&]<class T>(T*) { many_tokens::dx_int8_as<TileWordInt8, many_tokens::WordF32, T>(pool, p); });
   return Outcome::kDone;
 }
 

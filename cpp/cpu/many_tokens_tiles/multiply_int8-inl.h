@@ -25,23 +25,19 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
-#include "cpp/format/code_tables.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace many_tokens_tiles {
 
-// Words of four int8 of which both operands are signed, so that nothing is added to bytes.
-struct WordInt8 : panel::WordInt8 {
-  static int added_to(const Int8CodeTable&) { return 0; }
-};
+struct TileWordInt8 : panel::SignedWordInt8 {};  // which the tile unit multiplies
 
 }  // namespace many_tokens_tiles
 
 namespace many_tokens {
 
 template <>
-struct Int8Unit<many_tokens_tiles::WordInt8> {
+struct Int8Unit<many_tokens_tiles::TileWordInt8> {
   // A strip of 48 rows of W and 384 columns stays in the first-level cache, beside those of 32 tokens and their sums.
   static constexpr int kHeight = 12, kPanelDepth = 96, kTileRows = 16;
   static constexpr int64_t kPanelBytes = int64_t{18} << 10;
@@ -56,7 +52,7 @@ struct Int8Unit<many_tokens_tiles::WordInt8> {
   template <int stride, int height, int vectors, class Panels, class Use>
   QLORA_INLINE static void for_each_block(const Panels& in, int words, int blocks, WeightLinePrefetcher& prefetcher,
                                           const Use& use) {
-    using Word = panel::WordInt8;
+    using Word = many_tokens_tiles::TileWordInt8;
     alignas(64) int32_t sums[2][vectors][kTileRows * kLanes];
     const auto multiply = [&](auto turn, int block) {
       constexpr int kSums = 2 * turn.value, kA = 4 + turn.value, kB = 6;
