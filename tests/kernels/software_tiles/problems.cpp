@@ -1,7 +1,7 @@
 // Runs the kernels for tiles on many problems and compares them with plain float64 loops. The problems test layouts,
 // the ends of every dimension, dropout, and that results do not depend on the number of threads. In int8, they have the
-// same bits as the vector unit's. The program is compiled for a vocabulary, TILES: software_tiles, on any machine and
-// with sanitizers, or a real one on a machine that has it.
+// same bits as the vector unit's, but for low-rank products in bfloat16. The program is compiled for a vocabulary,
+// TILES: software_tiles, on any machine and with sanitizers, or a real one on a machine that has it.
 //
 //   problems [seed]    prints the number of problems, or the first wrong one and ends with 1
 #define QLORA_ISA TILES
@@ -155,12 +155,21 @@ bool again(Problem p, void* Problem::* out, const Bf16& expected, Run run) {
          (here.empty() || std::memcmp(here.data(), expected.data(), here.size() * sizeof(bfloat16)) == 0);
 }
 
-// Whether the tile unit's int8 gives the bits of the vector unit's, for every number of threads.
+// Whether the tile unit's int8 gives the same bits for every number of threads: those of the vector unit, unless it has
+// multiplied a low-rank product in bfloat16, which must be near.
 template <class T, class Problem, class OfTiles, class OfVectors>
-bool same_as_vectors(Problem p, void* Problem::* out, int64_t count, OfTiles of_tiles, OfVectors of_vectors) {
-  std::vector<T> want(static_cast<size_t>(count)), got(want);
+bool same_as_vectors(Problem p, void* Problem::* out, int64_t rows, int64_t columns, OfTiles of_tiles,
+                     OfVectors of_vectors) {
+  std::vector<T> want(static_cast<size_t>(rows * columns)), got(want);
   p.*out = want.data();
   of_vectors(kPools[0], p);
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (p.lora.rank) {
+      const Doubles of_vectors_64 = widened(want);
+      p.*out = want.data();
+      if (of_tiles(kPools[0], p) != Outcome::kDone || !near(want, of_vectors_64, rows, columns)) return false;
+    }
+  }
   for (const Pool& pool : kPools) {
     std::memset(static_cast<void*>(got.data()), 0xFF, got.size() * sizeof(T));
     p.*out = got.data();
@@ -198,13 +207,13 @@ const char* wrong_in_int8(const Shape& s, const Weight& w, bool has_adapters) {
   y.dtype = kDType, y.activations = Activations::kInt8, y.m = s.m, y.x = x.data(), y.w = w, y.lora = lora;
   y.bias = s.bias ? bias.data() : nullptr;
   const auto y_of_vectors = many_tokens::forward_int8_as<panel::WordInt8, many_tokens::WordF32, T>;
-  if (!same_as_vectors<T>(y, &LinearProblem::y, s.m * s.n, many_tokens_tiles::forward_int8, y_of_vectors))
+  if (!same_as_vectors<T>(y, &LinearProblem::y, s.m, s.n, many_tokens_tiles::forward_int8, y_of_vectors))
     return "y in int8";
   LinearDxProblem dx;
   dx.dtype = kDType, dx.activations = Activations::kInt8, dx.m = s.m, dx.dy = dy.data(), dx.w = w, dx.lora = lora;
   if (!accepts(Kernel::kManyTokensInt8, dx)) return nullptr;
   const auto dx_of_vectors = many_tokens::dx_int8_as<panel::WordInt8, many_tokens::WordF32, T>;
-  if (!same_as_vectors<T>(dx, &LinearDxProblem::dx, s.m * s.k, many_tokens_tiles::dx_int8, dx_of_vectors))
+  if (!same_as_vectors<T>(dx, &LinearDxProblem::dx, s.m, s.k, many_tokens_tiles::dx_int8, dx_of_vectors))
     return "dx in int8";
   return nullptr;
 }
