@@ -56,7 +56,7 @@ template <int tile, int stride = 64>
 inline void load(const void* p) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
                :
-               : "r"(p), "r"(int64_t{stride}), "i"(tile), "m"(*static_cast<const char (*)[16 * stride]>(p)));
+               : "r"(p), "r"(int64_t{stride}), "i"(tile), "m"(*static_cast<const char (*)[15 * stride + 64]>(p)));
 }
 // The same for data that is read once from the second-level cache. It leaves the first level to data that is read
 // again.
