@@ -4,6 +4,7 @@
 #include "cpp/cpu/few_tokens/forward_float-inl.h"
 #include "cpp/cpu/few_tokens/forward_int-inl.h"
 #include "cpp/cpu/many_tokens/multiply-inl.h"
+#include "cpp/cpu/many_tokens/multiply_int8-inl.h"
 #ifdef __x86_64__
 #include "cpp/cpu/many_tokens/multiply_int-inl.h"
 #endif
@@ -64,6 +65,11 @@ void decode_float(const CodeTable& code, const uint8_t* packed, const float* sca
 }
 void multiply_float(const float* broadcast, const float* lanes, int depth, float* sums) {
   multiply<many_tokens::WordF32>(broadcast, lanes, depth, sums);
+}
+void multiply_int8(const many_tokens::ForwardInt8Panels<panel::WordInt8>& in, float* sums,
+                   WeightLinePrefetcher& prefetcher) {
+  many_tokens::ForwardInt8Tile<panel::WordInt8, kSegmentWords>::multiply<panel::kInt8Height, 2>(in, sums, false,
+                                                                                                prefetcher);
 }
 void dequantize_float(const codec::Table<float>& table, const uint8_t* packed, int64_t bytes, float* out) {
   dequantize_block<false>(table, packed, bytes, out);

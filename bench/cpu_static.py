@@ -55,6 +55,8 @@ ARM_LOOPS = [
     ("multiply_float", "neon", 6, 16, "many tokens: multiply float32"),
     ("decode_bf16", "neon_bf16", 32, 0, "many tokens: decode to a panel of bfloat16, table of a scale included"),
     ("multiply_bf16", "neon_bf16", 12, 16, "many tokens: multiply bfloat16"),
+    ("multiply_int8", "neon", 12, 16, "many tokens: multiply int8"),
+    ("multiply_int8", "neon_dotprod", 12, 16, "the same"),
     ("dequantize_float", "neon", 32, 0, "dequantize to float32"),
     ("dequantize_16", "neon", 32, 0, "dequantize to bfloat16 or float16"),
 ]
@@ -67,6 +69,9 @@ X86_LOOPS = [
         ("multiply_int", 12, 16, "many tokens: multiply int16"),
     )
     for isa in ("avx2", "avx_vnni")
+] + [
+    ("multiply_int8", "avx2", 12, 16, "many tokens: multiply int8, any code"),
+    ("multiply_int8", "avx_vnni", 192, 16, "the same, and scale"),
 ]
 LOOPS = {"aarch64": ARM_LOOPS, "x86_64": X86_LOOPS}
 
@@ -156,6 +161,8 @@ def symbol(name: str) -> str:
     words = {"float": "WordF32", "bf16": "WordBf16"}
     kind, _, word = name.partition("_")
     called = rf"{functions[kind]}.*{words[word]}" if kind in functions and word in words else rf"{name}_tile"
+    if name == "multiply_int8":
+        called = "ForwardInt8Tile.*multiply"
     return rf"^{name}$|{called}"
 
 

@@ -38,7 +38,7 @@ namespace many_tokens {
 template <>
 struct Int8Unit<many_tokens_tiles::TileWordInt8> {
   // A strip of 48 rows of W and 384 columns stays in the first-level cache, beside those of 32 tokens and their sums.
-  static constexpr int kHeight = 12, kPanelDepth = 96, kTileRows = 16;
+  static constexpr int kHeight = kAccumulators / 2, kPanelDepth = 96, kTileRows = 16;
   static constexpr int64_t kPanelBytes = int64_t{18} << 10;
   static constexpr bool kUnrollsBlocks = false;
 
