@@ -107,6 +107,7 @@ class ForwardInt8Task : ForwardTask<W, T> {
   using Unit = Int8Unit<B>;
   using Panels = ForwardInt8Panels<B>;
   static constexpr int64_t kStripRows = Unit::kPanelBytes / (4 * Panels::kDepth) / Unit::kHeight * Unit::kHeight;
+  // scales_ has room for those of two strips of the exact kernels.
   static_assert(Unit::kPanelBytes <= 4 * StripShape::kPanelWords && kStripRows <= 2 * StripShape::kMostRows);
 
   void add_weight() {

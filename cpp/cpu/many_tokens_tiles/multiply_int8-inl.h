@@ -9,11 +9,11 @@
 //   sums                         [ s0 .. s15 ] [ s16 .. s31 ]   a · b and a · b', int32: stored, and read as vectors
 // clang-format on
 //
-// What bounds the speed is not the tile unit, but what is done to its sums. In the forward, 12 x 32 outputs and a block of
-// 64 take 24 to 32 cycles of tile products. Their 24 vectors take 72 instructions to be converted, scaled and added,
-// which are 36 cycles of two ports, and 82 loads, which are 41: 12 rows of a, 32 of b, 24 of sums, 12 scales and 2 units.
-// docs/cpu_roofline.md has the other cases. 24 is as many vectors of totals as fit the registers. Were totals in memory,
-// whole tiles in squares of 2 x 2 would load less, but store each total again for every other block.
+// What bounds the speed is not the tile unit, but what is done to its sums. In the forward, 12 x 32 outputs and a block
+// of 64 take 24 to 32 cycles of tile products. Their 24 vectors take 72 instructions to be converted, scaled and added,
+// which are 36 cycles of two ports, and 82 loads, which are 41: 12 rows of a, 32 of b, 24 of sums, 12 scales and 2
+// units. docs/cpu_roofline.md has the other cases. 24 is as many vectors of totals as fit the registers. Were totals in
+// memory, whole tiles in squares of 2 x 2 would load less, but store each total again for every other block.
 #pragma once
 
 #include <cstdint>

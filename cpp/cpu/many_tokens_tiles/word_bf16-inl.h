@@ -37,15 +37,16 @@ struct TileWordBf16 : panel::WordBf16 {
     };
     for (; height > 0; height -= kRows, broadcast += kRows * many_tokens::kDepth) {
       const int64_t rows = min(height, kRows);
+      for (int64_t r = 0; r < rows && whole < depth; ++r) {
+        __builtin_memcpy(last_rows + r * kTileWords, broadcast + r * many_tokens::kDepth + whole,
+                         static_cast<size_t>(depth - whole) * sizeof(Word));
+      }
       unroll<vectors>([](auto v) { tiles::zero<v.value>(); });
       for (int d = 0; d < whole; d += kTileWords) {
         tiles::load<kA, 4 * many_tokens::kDepth>(broadcast + d);
         multiply_tiles(lanes + d * kWidth);
       }
       if (whole < depth) {
-        for (int64_t r = 0; r < rows; ++r)
-          __builtin_memcpy(last_rows + r * kTileWords, broadcast + r * many_tokens::kDepth + whole,
-                           static_cast<size_t>(depth - whole) * sizeof(Word));
         tiles::load<kA>(last_rows);
         multiply_tiles(last_lanes);
       }
