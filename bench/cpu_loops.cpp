@@ -4,12 +4,15 @@
 #include "cpp/cpu/few_tokens/forward_float-inl.h"
 #include "cpp/cpu/few_tokens/forward_int-inl.h"
 #include "cpp/cpu/many_tokens/multiply-inl.h"
-#include "cpp/cpu/many_tokens/multiply_int8-inl.h"
 #ifdef __x86_64__
 #include "cpp/cpu/many_tokens/multiply_int-inl.h"
 #endif
 #include "cpp/cpu/many_tokens/weight-inl.h"
 #include "cpp/cpu/many_tokens/word_f32-inl.h"
+#ifdef __ARM_FEATURE_DOTPROD
+#include "cpp/cpu/few_tokens/int8_accumulate-inl.h"
+#include "cpp/cpu/many_tokens/multiply_int8-inl.h"
+#endif
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 #include "cpp/cpu/few_tokens/forward_bf16-inl.h"
 #endif
@@ -52,6 +55,17 @@ void multiply(const typename W::Word* broadcast, const typename W::Word* lanes, 
     constexpr int kRows = tokens <= Products::kMaxPairedTokens ? 2 : 1;                                         \
     few_tokens::accumulate<tokens, kRows, Products>(products, segments, rows, x, scale, first, sums);           \
   }
+#ifdef __ARM_FEATURE_MATMUL_INT8
+using Int8Word = panel::MatrixInt8;
+#elif defined(__ARM_FEATURE_DOTPROD)
+using Int8Word = panel::WordInt8;
+#endif
+// Blocks of a segment or more, without offsets.
+#define FEW_TOKENS_INT8(tokens)                                                                           \
+  void few_tokens_int8_##tokens(const Int8Word::Values& values, const uint8_t* packed, int64_t row_bytes, \
+                                const float* scales, const int32_t* x, float* sums) {                     \
+    few_tokens_int8::multiply<Int8Word, 1, tokens>(values, {packed, row_bytes, scales, 0, x}, sums);      \
+  }
 using IntProducts = few_tokens::IntProducts<bfloat16, stream::HalfOrder, false>;
 using FloatProducts = few_tokens::FloatProducts<false>;
 
@@ -66,11 +80,6 @@ void decode_float(const CodeTable& code, const uint8_t* packed, const float* sca
 void multiply_float(const float* broadcast, const float* lanes, int depth, float* sums) {
   multiply<many_tokens::WordF32>(broadcast, lanes, depth, sums);
 }
-void multiply_int8(const many_tokens::ForwardInt8Panels<panel::WordInt8>& in, float* sums,
-                   WeightLinePrefetcher& prefetcher) {
-  many_tokens::ForwardInt8Tile<panel::WordInt8, kSegmentWords>::multiply<panel::kInt8Height, 2>(in, sums, false,
-                                                                                                prefetcher);
-}
 void dequantize_float(const codec::Table<float>& table, const uint8_t* packed, int64_t bytes, float* out) {
   dequantize_block<false>(table, packed, bytes, out);
 }
@@ -83,6 +92,19 @@ FEW_TOKENS(few_tokens_int, IntProducts, 8)
 void multiply_int(const many_tokens::IntPanels& in, float* sums, WeightLinePrefetcher& prefetcher) {
   many_tokens::multiply_int_tile<many_tokens::kLongChain, false, panel::kAccumulators / 2, 2>(in, sums, true,
                                                                                               prefetcher);
+}
+#endif
+#ifdef __ARM_FEATURE_DOTPROD
+FEW_TOKENS_INT8(1)
+FEW_TOKENS_INT8(2)
+FEW_TOKENS_INT8(4)
+FEW_TOKENS_INT8(8)
+// The products alone, without what scales the sums of a block.
+void multiply_int8(const int32_t* broadcast, const int32_t* lanes, int words, Int8Word::Sum* sums) {
+  Int8Word::Sum sum[panel::kInt8Height / Int8Word::kRows][2];
+  many_tokens::start_sums<Int8Word>(nullptr, sum);
+  many_tokens::add_products<Int8Word, many_tokens::kDepth>(broadcast, lanes, words, sum);
+  __builtin_memcpy(sums, sum, sizeof(sum));
 }
 #endif
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC

@@ -51,12 +51,14 @@ ARM_LOOPS = [
     ("few_tokens_bf16_1", "neon_bf16", 64, 1, "decode and multiply, bfloat16"),
     ("few_tokens_bf16_6", "neon_bf16", 64, 6, "the same"),
     *((f"few_tokens_matrix_{i}", "neon_i8mm", 128, i, "two rows, by matrices of bytes") for i in (1, 2, 4, 6)),
+    *((f"few_tokens_int8_{i}", "neon_dotprod", 512, i, "eight rows, int8 by SDOT") for i in (1, 2, 4, 8)),
+    *((f"few_tokens_int8_{i}", "neon_i8mm", 512, i, "eight rows, int8 by SMMLA") for i in (1, 2, 4, 8)),
     ("decode_float", "neon", 32, 0, "many tokens: decode to a panel of float32"),
     ("multiply_float", "neon", 6, 16, "many tokens: multiply float32"),
     ("decode_bf16", "neon_bf16", 32, 0, "many tokens: decode to a panel of bfloat16, table of a scale included"),
     ("multiply_bf16", "neon_bf16", 12, 16, "many tokens: multiply bfloat16"),
-    ("multiply_int8", "neon", 12, 16, "many tokens: multiply int8"),
-    ("multiply_int8", "neon_dotprod", 12, 16, "the same"),
+    ("multiply_int8", "neon_dotprod", 12, 16, "many tokens: multiply int8 by SDOT, before sums are scaled"),
+    ("multiply_int8", "neon_i8mm", 32, 16, "many tokens: multiply int8 by SMMLA, before sums are scaled"),
     ("dequantize_float", "neon", 32, 0, "dequantize to float32"),
     ("dequantize_16", "neon", 32, 0, "dequantize to bfloat16 or float16"),
 ]
@@ -69,9 +71,6 @@ X86_LOOPS = [
         ("multiply_int", 12, 16, "many tokens: multiply int16"),
     )
     for isa in ("avx2", "avx_vnni")
-] + [
-    ("multiply_int8", "avx2", 12, 16, "many tokens: multiply int8, any code"),
-    ("multiply_int8", "avx_vnni", 192, 16, "the same, and scale"),
 ]
 LOOPS = {"aarch64": ARM_LOOPS, "x86_64": X86_LOOPS}
 
@@ -155,14 +154,14 @@ def row(name: str, what: str, body: list[str], weights: int, tokens: int, machin
 def symbol(name: str) -> str:
     """A pattern for the symbol that contains the loop: the function itself, or the template that it calls."""
     kind, _, tokens = name.removeprefix("few_tokens_").partition("_")
+    if kind == "int8":
+        return rf"few_tokens_int8.*multiplyI.*Li1ELi{tokens}E"
     if name.startswith("few_tokens"):
         return rf"accumulateILi{tokens}E.*{kind.capitalize()}Products"
     functions = {"decode": "decode_rows", "multiply": "multiply_tile"}
     words = {"float": "WordF32", "bf16": "WordBf16"}
     kind, _, word = name.partition("_")
     called = rf"{functions[kind]}.*{words[word]}" if kind in functions and word in words else rf"{name}_tile"
-    if name == "multiply_int8":
-        called = "ForwardInt8Tile.*multiply"
     return rf"^{name}$|{called}"
 
 

@@ -193,6 +193,25 @@ def times_of_formats(machine: str) -> str:
     return table(["format", *headings], [[name, *(of[p] for p in problems)] for name, of in found.items()])
 
 
+def int8_layers() -> str:
+    """Of bench/int8_layers.py on all machines that have run it: the speed of int8 activations over that of exact ones."""
+    rows, problems = [], []
+    for machine in files.machines():
+        for name, section in files.sections(machine).items():
+            if not name.startswith("int8_layers_"):
+                continue
+            problems = list(dict.fromkeys((row["op"], row["M"]) for row in section["rows"]))
+            found: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+            for row in section["rows"]:
+                cell = f"{1 / files.median(row['int8']):.2f} ({row['GMAC/s, int8']:.3g})"
+                found.setdefault((row["format"], row["N x K"]), {})[row["op"], row["M"]] = cell
+            dtype = name.split("_")[2]
+            for i, (key, of) in enumerate(found.items()):
+                rows.append([f"{files.MACHINES[machine]}, {dtype}" if i == 0 else "", *key, *(of[p] for p in problems)])
+    headings = [f"{op}, {tokens} token{'s' if tokens > 1 else ''}" for op, tokens in problems]
+    return table(["processor", "format", "N x K", *headings], rows)
+
+
 def eager() -> str:
     """Of bench/eager_overhead.py: microseconds per call, before the weight was a tensor and since."""
     rows = files.sections("amd_25_17_avx2")["eager_overhead"]["rows"]
@@ -232,6 +251,7 @@ PAGES: dict[Path, Tables] = {
         "steps": methods_of_steps,
         "shares": shares_of_steps,
         "busy": busy,
+        "int8 layers": int8_layers,
         "operators on Zen 5": lambda: operators("amd_26_2"),
         "operators on AMX": lambda: operators("intel_6_167"),
         "1b": lambda: methods("step_1b_2_threads"),

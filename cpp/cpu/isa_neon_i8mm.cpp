@@ -1,4 +1,4 @@
-// The table of NEON with I8MM: that of NEON with BF16, with another kernel for few tokens.
+// The table of NEON with I8MM: that of NEON with BF16, with other kernels for few tokens and for int8.
 #define QLORA_ISA neon_i8mm
 
 #include "cpp/cpu/dispatch.h"
@@ -19,6 +19,9 @@ const Kernels& neon_i8mm_kernels() {
     Kernels k = neon_bf16_kernels();
     k.isa = &kNeonI8mmIsa;
     k.forward[Kernel::kFewTokensInt] = few_tokens_int;
+    k.forward[Kernel::kFewTokensInt8] = neon_i8mm::parts::run<Kernel::kFewTokensInt8>;
+    k.forward[Kernel::kManyTokensInt8] = neon_i8mm::parts::run<Kernel::kManyTokensInt8>;
+    k.dx[Kernel::kManyTokensInt8] = neon_i8mm::parts::run<Kernel::kManyTokensInt8>;
     return k;
   }();
   return kernels;

@@ -118,7 +118,7 @@ set(_parts_avx512_bf16 codec ${_few_tokens} few_tokens_forward_int8 few_tokens_d
 set(_parts_amx_bf16 many_tokens_tiles many_tokens_tiles_int8)
 set(_parts_neon codec ${_few_tokens} few_tokens_forward_int8 ${_many_tokens} many_tokens_int8)
 set(_parts_neon_dotprod few_tokens_forward_int8 many_tokens_int8)
-set(_parts_neon_i8mm few_tokens_forward_matrices)
+set(_parts_neon_i8mm few_tokens_forward_matrices few_tokens_forward_int8 many_tokens_int8)
 set(_parts_neon_bf16 codec ${_few_tokens} few_tokens_forward_int8 few_tokens_forward_bf16 many_tokens_bf16 ${_many_tokens} many_tokens_int8)
 function(_add_cpu_file name isa)  # and the parts that it has
   set(_content "")

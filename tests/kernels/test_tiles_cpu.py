@@ -1,8 +1,8 @@
 """The kernels for a tile unit, with tile operations in plain C++ that check their use, and on the hardware.
 
 tests/kernels/software_tiles/problems.cpp compares them with plain float64 loops, and in int8 with the vector unit's
-bits. Every request for scratch gets new memory of exactly its size, filled with NaNs. So a read beyond an operand, or of
-a value that was never written, is seen.
+bits. Every request for scratch gets new memory of exactly its size, filled with NaNs. So a read beyond an operand, or
+of a value that was never written, is seen.
 """
 
 from __future__ import annotations

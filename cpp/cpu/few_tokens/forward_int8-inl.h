@@ -51,7 +51,8 @@ class Int8Forward {
         groups_(p.m, kMostTokens),
         reader_(p.w.scales, kInt8Segment),
         segments_(p.w.k / kInt8Segment),
-        blocks_(blocks_per_segment(p.w)) {}
+        blocks_(blocks_per_segment(p.w)),
+        group_size_(OfX{ceil_div(p.m, groups_.count), blocks_}.size() * segments_) {}
 
   Outcome run(const Pool& pool) {
     const int64_t m = p_.m, k = p_.w.k, rank = p_.lora.rank;
@@ -61,7 +62,7 @@ class Int8Forward {
     T* dropped = nullptr;
     const auto lay_out = [&](void* base) {
       Carver memory(base);
-      x_ = memory.take<int32_t>(SegmentOfX{m, blocks_}.size() * segments_);
+      x_ = memory.take<int32_t>(group_size_ * groups_.count);
       h_ = memory.take<float>(m * few_tokens::padded_rank(rank));
       dropped = memory.take<T>(rank && p_.lora.dropout.active() ? m * k : 0);
       return memory.used();
@@ -91,6 +92,8 @@ class Int8Forward {
   }
 
  private:
+  using OfX = SegmentOfX<B::kRows>;
+
   // Of a thread.
   struct Scratch {
     float *read, *scales, *offsets, *b;
@@ -102,17 +105,17 @@ class Int8Forward {
     while (groups_.first(group + 1) <= token) ++group;
     const int64_t first = groups_.first(group), tokens = groups_.tokens(group);
     const T* x = static_cast<const T*>(p_.x) + token * p_.w.k;
-    const SegmentOfX of{tokens, blocks_};
-    int32_t* out = x_ + SegmentOfX{first, blocks_}.size() * segments_;
+    const OfX of{tokens, blocks_};
+    int32_t* out = x_ + group * group_size_;
     for (int64_t s = 0; s < segments_; ++s, x += kInt8Segment, out += of.size()) {
       F v[kInt8Segment / kLanes];
       for (int i = 0; i < kInt8Segment / kLanes; ++i) v[i] = load(x + i * kLanes);
-      int32_t* const words = out + of.words(token - first);
       float* const floats = reinterpret_cast<float*>(out);
+      alignas(64) int32_t words[kSegmentWords], sum_of_word[kSegmentWords];
       const float unit = B::template round<Int8Order::kDecoded>(v, words);
-      int32_t sum_of_word[kSegmentWords];
+      spread<B::kRows>(words, out + of.words(token - first), B::kRows * B::kRows);
       for (int i = 0; i < kSegmentWords; i += kLanes)
-        B::store_sum(sum_of_word + i, B::add_bytes(B::load(words + i), B::splat_sum(0)));
+        WordInt8::store_sum(sum_of_word + i, WordInt8::add_bytes(WordInt8::load(words + i), WordInt8::splat_sum(0)));
       for (int b = 0; b < blocks_; ++b) {
         const int of_block = kSegmentWords / blocks_;
         int32_t sum = 0;
@@ -138,8 +141,7 @@ class Int8Forward {
     for (int64_t group = 0; group < groups_.count; ++group) {
       const int64_t m0 = groups_.first(group), tokens = groups_.tokens(group);
       const RowsAndTokens operands = {p_.w.packed + row * k / 2, k / 2, s.scales,
-                                      p_.w.scales.offsets ? s.offsets - s.scales : 0,
-                                      x_ + SegmentOfX{m0, blocks_}.size() * segments_};
+                                      p_.w.scales.offsets ? s.offsets - s.scales : 0, x_ + group * group_size_};
       float sums[kMostTokens * kLanes];
       with_count<kMostTokens>(tokens, [&](auto count) {
         if (blocks_ == 1) return multiply<B, 1, count.value>(values_, operands, sums);
@@ -196,9 +198,10 @@ class Int8Forward {
   const TokenGroups groups_;
   const ScaleReader reader_;
   const int64_t segments_;
-  const int blocks_;      // of a segment
-  int32_t* x_ = nullptr;  // [group][segment][SegmentOfX]
-  float* h_ = nullptr;    // in the layout of low_rank-inl.h
+  const int blocks_;          // of a segment
+  const int64_t group_size_;  // words of x that the largest group takes
+  int32_t* x_ = nullptr;      // [group][segment][OfX]
+  float* h_ = nullptr;        // in the layout of low_rank-inl.h
 };
 
 inline Outcome forward(const Pool& pool, const LinearProblem& p) {

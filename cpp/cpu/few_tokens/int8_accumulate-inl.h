@@ -1,7 +1,7 @@
 // The inner loop of the forward in int8: kLanes weight rows side by side, a row per lane, and the tokens of a group.
 //
 //   for each segment               load its bytes of each row, and transpose them: a dword of 8 weights of each row
-//     for each dword               decode it once
+//     for each dword               decode it once (or B::kRows dwords, for as many tokens at once)
 //       for each token             sum[token] += dword · the same columns of the token, which are broadcast
 //     for each block             sums[token] += unit of the token's segment · (scale · sum [+ offset · sum of x])
 //
@@ -31,14 +31,15 @@ inline constexpr int kSegmentBytes = kInt8Segment / 2;
 // The word of a segment of x that has the columns of dword `dword` of the packed weights with even or odd numbers.
 constexpr int word_of_x(int dword, bool odd) { return dword / 2 * 4 + dword % 2 + 2 * odd; }
 
-// A segment of some tokens of x, one after the other: the words, and for each block the units, what sums start from and
-// the sums of x. All have 32 bits, and `blocks` are those of a segment.
+// A segment of some tokens of x: the words, as a broadcast panel (many_tokens/multiply_int8-inl.h), and for each block
+// the units, what sums start from and the sums of x. All have 32 bits, and `blocks` are those of a segment.
+template <int rows>
 struct SegmentOfX {
   int64_t tokens;
   int blocks;
 
-  int64_t words(int64_t token) const { return token * kSegmentWords; }
-  int64_t unit(int block, int64_t token) const { return words(tokens) + block * tokens + token; }
+  int64_t words(int64_t token) const { return in_broadcast<rows>(token, 0, kSegmentWords); }
+  int64_t unit(int block, int64_t token) const { return words(round_up(tokens, rows)) + block * tokens + token; }
   int64_t start(int block, int64_t token) const { return unit(blocks, 0) + block * tokens + token; }
   int64_t sum(int block, int64_t token) const { return start(blocks, 0) + block * tokens + token; }
   int64_t size() const { return sum(blocks, 0); }
@@ -53,17 +54,22 @@ struct RowsAndTokens {
   const int32_t* x;       // [segment][SegmentOfX]
 };
 
-// The sums of the tokens of a group. Few tokens have several sums each, because a product waits for the previous one.
+// The sums of the tokens of a group. Few tokens have several sums each, because a product waits for the previous one,
+// unless a Sum has several registers (kRows > 1).
 template <class B, int kTokens>
 struct Sums {
-  static constexpr int kChains = B::kPartialSteps || kTokens > 2 ? 1 : 2;
-  typename B::Sum sum[kTokens][kChains];
+  static constexpr int kRows = B::kRows, kSums = ceil_div(kTokens, kRows);
+  static constexpr int kChains = B::kPartialSteps || kRows > 1 || kTokens > 2 ? 1 : 2;
+  static_assert(kRows == 1 || B::kAddedToDy == 0, "sums of several tokens start from zeros");
+  typename B::Sum sum[kSums][kChains];
 
   [[gnu::always_inline]] void start(const int32_t* from) {
-    unroll<kTokens>([&](auto i) { unroll<kChains>([&](auto c) { sum[i][c] = B::splat_sum(c ? 0 : from[i]); }); });
+    unroll<kSums>([&](auto i) {
+      unroll<kChains>([&](auto c) { sum[i][c] = B::splat_sum(c || B::kAddedToDy == 0 ? 0 : from[i]); });
+    });
   }
   [[gnu::always_inline]] F total(int i) const {
-    F all = B::to_floats(sum[i][0]);
+    F all = B::to_floats(sum[i / kRows][0], i % kRows);
     if constexpr (kChains == 2) all = add(all, B::to_floats(sum[i][1]));  // exact
     return all;
   }
@@ -76,10 +82,10 @@ struct Sums {
     } else {
       constexpr int kAtOnce = B::kPartialSteps / 2 < kDwords ? B::kPartialSteps / 2 : kDwords;
       unroll<kDwords / kAtOnce>([&](auto part) QLORA_INLINE_LAMBDA {
-        typename B::Partial partial[kTokens][1];
-        unroll<kTokens>([&](auto i) { partial[i][0] = B::no_partial(); });
+        typename B::Partial partial[kSums][1];
+        unroll<kSums>([&](auto i) { partial[i][0] = B::no_partial(); });
         add_to<kAtOnce>(values, packed + part * kAtOnce, dword + part * kAtOnce, x, partial);
-        unroll<kTokens>([&](auto i) { sum[i][0] = B::add_partial(partial[i][0], sum[i][0]); });
+        unroll<kSums>([&](auto i) { sum[i][0] = B::add_partial(partial[i][0], sum[i][0]); });
       });
     }
   }
@@ -87,15 +93,16 @@ struct Sums {
  private:
   template <int kDwords, class To, int kOf>
   [[gnu::always_inline]] static void add_to(const typename B::Values& values, const F* packed, int dword,
-                                            const int32_t* x, To (&to)[kTokens][kOf]) {
-    unroll<kDwords>([&](auto w) QLORA_INLINE_LAMBDA {
+                                            const int32_t* x, To (&to)[kSums][kOf]) {
+    unroll<kDwords / kRows>([&](auto w) QLORA_INLINE_LAMBDA {
       typename B::Vector even, odd;
-      decode_eight(values, packed[w], even, odd);
-      unroll<kTokens>([&](auto i) {
-        const int32_t* const of_token = x + i * kSegmentWords;
-        to[i][0] = B::multiply_add(even, B::broadcast(of_token + word_of_x(dword + w, false)), to[i][0]);
+      decode_eight(values, packed + w * kRows, even, odd);
+      const int of_even = word_of_x(dword + w * kRows, false), of_odd = word_of_x(dword + w * kRows, true);
+      unroll<kSums>([&](auto i) {
+        const int32_t* const of_tokens = x + i * kRows * kSegmentWords;
+        to[i][0] = B::multiply_add(even, B::broadcast(of_tokens + of_even * kRows), to[i][0]);
         To& other = to[i][kOf - 1];
-        other = B::multiply_add(odd, B::broadcast(of_token + word_of_x(dword + w, true)), other);
+        other = B::multiply_add(odd, B::broadcast(of_tokens + of_odd * kRows), other);
       });
     });
   }
@@ -108,7 +115,7 @@ template <class B, int kBlocks, int kTokens>
   constexpr int kDwords = kSegmentBytes / 4, kParts = kBlocks > 2 ? kBlocks : 2, kOfPart = kDwords / kParts;
   // Where registers hold all dwords of a segment, the rows of the next one are transposed between products.
   constexpr bool kAhead = kRowDwords == kDwords;
-  constexpr SegmentOfX kX{kTokens, kBlocks};
+  constexpr SegmentOfX<B::kRows> kX{kTokens, kBlocks};
   const typename B::Values values = of_code;  // in registers, which no store changes
   const uint8_t *packed = operands.packed, *next_rows = packed + kLanes * operands.row_bytes;
   const int64_t row_bytes = operands.row_bytes, to_offsets = operands.to_offsets;

@@ -130,7 +130,7 @@ class DxInt8Task : DxIntegersTask<W, T> {
   void scale_slice(const Piece& piece, int segments, int64_t token, int64_t tokens, const Scales& scales) {
     const float one = static_cast<float>(1.0 / codes_.table.per_one);
     for (int s = 0; s < segments; ++s) {
-      int32_t* const out = rounded_ + s * kSegmentWords;
+      int32_t* const out = rounded_ + s * kSegmentWords * B::kRows;
       float factors[kRoundedTokens], *const units = units_ + s * kRoundedTokens;
       B::round_products(dy_ + in_slice(s, token) * kInt8Segment, scales.fraction + s * kInt8Segment, tokens, out,
                         DxInt8Panels::kDepth, factors);
@@ -150,7 +150,9 @@ class DxInt8Task : DxIntegersTask<W, T> {
         unroll<kVectors>([&](auto i) {
           v[i.value] = mul(v[i.value], panel::load(scales.value + s * kInt8Segment + i.value * kLanes));
         });
-        units[t] = B::template round<Int8Order::kMemory>(v, out + t * DxInt8Panels::kDepth) * one;
+        alignas(64) int32_t words[kSegmentWords];
+        units[t] = B::template round<Int8Order::kMemory>(v, words) * one;
+        spread<B::kRows>(words, out + in_broadcast<B::kRows>(t, 0, DxInt8Panels::kDepth), B::kRows * B::kRows);
       }
     }
   }
@@ -158,11 +160,13 @@ class DxInt8Task : DxIntegersTask<W, T> {
   void decode(const ScaledPiece& source, const Piece& piece, int segments) {
     const int64_t depth = int64_t{segments} * kSegmentWords, last = piece.row + piece.rows - 1;
     int32_t* out = words_;
-    for (int64_t row = piece.row; row < piece.row + 4 * depth; row += 4, out += kTileLanes) {
-      const uint8_t* packed[4];  // rows beyond the last one meet zeros
-      for (int i = 0; i < 4; ++i) packed[i] = source.packed(min(row + i, last), piece.column);
+    constexpr int kRows = 4 * B::kRows;
+    for (int64_t row = piece.row; row < piece.row + 4 * depth; row += kRows, out += kTileLanes * B::kRows) {
+      const uint8_t* packed[kRows];  // rows beyond the last one meet zeros
+      for (int i = 0; i < kRows; ++i) packed[i] = source.packed(min(row + i, last), piece.column);
       B::decode_lanes(values_, packed, this->halves_, out, kTileLanes * depth);
     }
+    if constexpr (B::kAddedToDy == 0) return;  // sums start from zeros
     for (int64_t l = 0; l < kIntColumns; l += kLanes) {
       const int32_t* lane = words_ + l / kTileLanes * kTileLanes * depth + l % kTileLanes;
       for (int s = 0; s < segments; ++s) {

@@ -65,16 +65,20 @@ void round_tokens(const LinearProblem& p, const T* x, int64_t tokens, int64_t fi
     for (int b = 0; b < blocks; ++b)
       out.units[(segment * blocks + b) * out.stride + first + i] = unit_of_block(unit, rows[i] + b * words, words);
   }
-  int32_t* const to = out.words + tile * depth + segment * kSegmentWords * width + (first - tile);
-  unroll<kSegmentWords / kLanes>([&](auto square) {
-    F v[kLanes];
-    unroll<kLanes>([&](auto i) { v[i.value] = B::as_floats(B::load(rows[i.value] + square.value * kLanes)); });
-    transpose(v);
-    unroll<kLanes>([&](auto i) { B::store_bits(to + (square.value * kLanes + i.value) * width, v[i.value]); });
-  });
+  int32_t* const to = out.words + tile * depth + segment * kSegmentWords * width + (first - tile) * B::kRows;
+  if constexpr (B::kRows == 1) {
+    unroll<kSegmentWords / kLanes>([&](auto square) {
+      F v[kLanes];
+      unroll<kLanes>([&](auto i) { v[i.value] = B::as_floats(B::load(rows[i.value] + square.value * kLanes)); });
+      transpose(v);
+      unroll<kLanes>([&](auto i) { B::store_bits(to + (square.value * kLanes + i.value) * width, v[i.value]); });
+    });
+  } else {
+    for (int i = 0; i < kLanes; ++i) spread<B::kRows>(rows[i], to + i * B::kRows, width * B::kRows);
+  }
   for (int b = 0; b < blocks; ++b) {
     auto sum = B::splat_sum(0);
-    for (int d = b * words; d < (b + 1) * words; ++d) sum = B::add_bytes(B::load(to + d * width), sum);
+    for (int d = b * words; d < (b + 1) * words; d += B::kRows) sum = B::add_bytes(B::load(to + d * width), sum);
     const int64_t at = (segment * blocks + b) * out.stride + first;
     B::store_sum(out.starts + at, sum);
     if (p.w.scales.offsets) store(out.sums + at, B::to_floats(sum));
@@ -168,13 +172,13 @@ class ForwardInt8Task : ForwardTask<W, T> {
   }
 
   void decode(const ScaledPiece& source, const Piece& piece) {
-    int32_t* words = panel_;
     const float one = static_cast<float>(1.0 / codes_.per_one);
     const int64_t columns_of_block = kInt8Segment / blocks_;
-    for (int64_t r = 0; r < piece.rows; ++r, words += Panels::kDepth) {
+    for (int64_t r = 0; r < piece.rows; ++r) {
       const int64_t row = piece.row + r;
       for (int64_t c = 0; c < piece.columns; c += kInt8Segment)
-        B::decode_row(values_, source.packed(row, piece.column + c), words + c / 4);
+        B::decode_row(values_, source.packed(row, piece.column + c),
+                      panel_ + in_broadcast<B::kRows>(r, c / 4, Panels::kDepth));
       for (int64_t c = 0, at = r * Panels::kMostBlocks; c < piece.columns; c += columns_of_block, ++at) {
         const float* const scale = source.scale_at(row, piece.column + c);
         piece_scales_[at] = *scale * one;

@@ -10,6 +10,14 @@
 // beside an infinity in another block. Sums of a block, in dX of a segment, are exact. They are added in their order,
 // in float32. Where instructions multiply unsigned by signed bytes, something is added to all bytes that are broadcast,
 // and sums start from minus that times the sum of the lanes' bytes.
+//
+// An instruction that multiplies matrices takes two rows (B::kRows) and two lanes at once, and two words of each. Words
+// that meet in a matrix are neighbours in both panels:
+//
+// clang-format off
+//   broadcast   row 0: words 0, 1   row 1: words 0, 1   row 0: words 2, 3   row 1: words 2, 3   ..   then rows 2 and 3
+//   lanes       lane 0: words 0, 1   lane 1: words 0, 1   ..   the last lane: words 0, 1   lane 0: words 2, 3   ..
+// clang-format on
 #pragma once
 
 #include <cstdint>
@@ -48,17 +56,28 @@ inline void store_totals(const F (&total)[height][vectors], float* sums) {
   });
 }
 
-// Adds the products of `words` steps, a multiple of B::kPartialSteps, to sums of int32. Rows of the broadcast panel are
+// Sums that start from those at `from`, which are zeros if nothing is added to bytes.
+template <class B, int broadcasts, int vectors>
+QLORA_INLINE void start_sums(const int32_t* from, typename B::Sum (&sum)[broadcasts][vectors]) {
+  unroll<vectors>([&](auto v) {
+    auto start = B::splat_sum(0);
+    if constexpr (B::kAddedToDy != 0) start = B::load_sum(from + v.value * kLanes);
+    unroll<broadcasts>([&](auto r) { sum[r.value][v.value] = start; });
+  });
+}
+
+// Adds the products of `words` words, a multiple of B::kPartialSteps, to sums of int32. Rows of the broadcast panel are
 // `stride` words long.
-template <class B, int stride, int height, int vectors>
+template <class B, int stride, int broadcasts, int vectors>
 QLORA_INLINE void add_products(const int32_t* broadcast, const int32_t* lane, int words,
-                               typename B::Sum (&sum)[height][vectors]) {
+                               typename B::Sum (&sum)[broadcasts][vectors]) {
+  constexpr int kRows = B::kRows;
   const auto add_steps = [&](int steps, auto& to) {
-    for (int d = 0; d < steps; ++d, ++broadcast, lane += vectors * kLanes) {
+    for (int d = 0; d < steps; d += kRows, broadcast += kRows * kRows, lane += vectors * kLanes * kRows) {
       typename B::Vector x[vectors];
-      unroll<vectors>([&](auto v) { x[v.value] = B::load(lane + v.value * kLanes); });
-      unroll<height>([&](auto r) {
-        const auto w = B::broadcast(broadcast + r.value * stride);
+      unroll<vectors>([&](auto v) { x[v.value] = B::load(lane + v.value * kLanes * kRows); });
+      unroll<broadcasts>([&](auto r) {
+        const auto w = B::broadcast(broadcast + r.value * kRows * stride);
         unroll<vectors>([&](auto v) { to[r.value][v.value] = B::multiply_add(w, x[v.value], to[r.value][v.value]); });
       });
     }
@@ -67,10 +86,11 @@ QLORA_INLINE void add_products(const int32_t* broadcast, const int32_t* lane, in
     add_steps(words, sum);
   } else {
     for (int d = 0; d < words; d += B::kPartialSteps) {
-      typename B::Partial partial[height][vectors];
-      unroll<height>([&](auto r) { unroll<vectors>([&](auto v) { partial[r.value][v.value] = B::no_partial(); }); });
+      typename B::Partial partial[broadcasts][vectors];
+      unroll<broadcasts>(
+          [&](auto r) { unroll<vectors>([&](auto v) { partial[r.value][v.value] = B::no_partial(); }); });
       add_steps(B::kPartialSteps, partial);
-      unroll<height>([&](auto r) {
+      unroll<broadcasts>([&](auto r) {
         unroll<vectors>(
             [&](auto v) { sum[r.value][v.value] = B::add_partial(partial[r.value][v.value], sum[r.value][v.value]); });
       });
@@ -95,16 +115,14 @@ struct Int8Unit {
   template <int stride, int height, int vectors, class Panels, class Use>
   QLORA_INLINE static void for_each_block(const Panels& in, int words, int blocks, WeightLinePrefetcher& prefetcher,
                                           const Use& use) {
+    constexpr int kRows = B::kRows;
     const int32_t *broadcast = in.broadcast, *lane = in.lanes;
-    for (int block = 0; block < blocks; ++block, broadcast += words, lane += words * vectors * kLanes) {
+    for (int block = 0; block < blocks; ++block, broadcast += words * kRows, lane += words * vectors * kLanes) {
       prefetcher.step();
-      typename B::Sum sum[height][vectors];
-      unroll<vectors>([&](auto v) {
-        const auto start = B::load_sum(in.starts + block * in.stride + v.value * kLanes);
-        unroll<height>([&](auto r) { sum[r.value][v.value] = start; });
-      });
+      typename B::Sum sum[ceil_div(height, kRows)][vectors];
+      start_sums<B>(in.starts + block * in.stride, sum);
       add_products<B, stride>(broadcast, lane, words, sum);
-      use(block, [&](auto r, auto v) { return B::to_floats(sum[r.value][v.value]); });
+      use(block, [&](auto r, auto v) { return B::to_floats(sum[r / kRows][v.value], r % kRows); });
     }
   }
 };
@@ -134,6 +152,7 @@ struct ForwardInt8Panels {
 // words_of_block is 0 where the compiler does not need to know it.
 template <class B, int words_of_block>
 struct ForwardInt8Tile {
+  static constexpr int kRows = B::kRows;
   using Unit = Int8Unit<B>;
   using Panels = ForwardInt8Panels<B>;
 
@@ -181,6 +200,7 @@ struct DxInt8Panels {
 
 template <class B>
 struct DxInt8Tile {
+  static constexpr int kRows = B::kRows;
   using Unit = Int8Unit<B>;
   using Panels = DxInt8Panels;
 
@@ -217,14 +237,15 @@ struct Int8TilesByHeight {
   }
 };
 
-// The product of a broadcast panel and one tile of `vectors` vectors of lanes, in tiles of nearly equal height.
+// The product of a broadcast panel and one tile of `vectors` vectors of lanes, in tiles of nearly equal height that
+// begin at a multiple of Tile::kRows.
 template <class Tile, int vectors>
 void multiply_int8(typename Tile::Panels in, int64_t height, float* sums, bool first,
                    WeightLinePrefetcher& prefetcher) {
   static constexpr Int8TilesByHeight<Tile, vectors> kTiles;
   const int64_t tiles = ceil_div(height, kTiles.kMost);
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
-    const int64_t of_tile = (height - row) / (tiles - t);
+    const int64_t of_tile = min(round_up((height - row) / (tiles - t), Tile::kRows), height - row);
     kTiles.of[of_tile](in, sums + row * vectors * kLanes, first, prefetcher);
     row += of_tile, in.skip_rows(of_tile);
   }

@@ -69,6 +69,18 @@ inline constexpr bool has_fractions(uint32_t largest_bits) {
 // The unit of a segment is the largest of dy times the largest of the scales times this, divided by the factor.
 inline constexpr float kUnitOfFractions = static_cast<float>(32768.0 * 32768.0 / (32767.0 * 32767.0));
 
+// Where a word of a row lies in a broadcast panel with `stride` words per row, of which `rows` alternate after as many
+// words (many_tokens/multiply_int8-inl.h).
+template <int rows>
+constexpr int64_t in_broadcast(int64_t row, int64_t word, int64_t stride) {
+  return row / rows * rows * stride + (row % rows + word) * rows;
+}
+// Moves the words of a segment to a panel in which each `some` of them lie `apart` words from the next ones.
+template <int some>
+inline void spread(const int32_t* words, int32_t* panel, int64_t apart) {
+  for (int i = 0; i < kSegmentWords; i += some, panel += apart) __builtin_memcpy(panel, words + i, 4 * some);
+}
+
 // The unit of the `words` words of a segment that meet a block of W. Beside an infinity in another block, what is
 // finite counts as 0, and 0 times an infinite unit would be NaN.
 inline float unit_of_block(float unit, const int32_t* words, int count) {

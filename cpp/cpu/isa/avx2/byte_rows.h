@@ -32,8 +32,8 @@ inline constexpr int kRowDwords = 4;
   out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi64(high01, high23));
 }
 
-[[gnu::always_inline]] inline void decode_eight(const U& values, F packed, U& even, U& odd) {
-  const U codes = _mm256_castps_si256(packed), low = _mm256_set1_epi8(15);
+[[gnu::always_inline]] inline void decode_eight(const U& values, const F* packed, U& even, U& odd) {
+  const U codes = _mm256_castps_si256(*packed), low = _mm256_set1_epi8(15);
   even = _mm256_shuffle_epi8(values, _mm256_and_si256(_mm256_srli_epi16(codes, 4), low));
   odd = _mm256_shuffle_epi8(values, _mm256_and_si256(codes, low));
 }

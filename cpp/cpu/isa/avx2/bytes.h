@@ -21,13 +21,14 @@ struct Int8Bytes {
   using Word = int32_t;
   using Vector = U;
   using Sum = U;
+  static constexpr int kRows = 1;
   static constexpr int kAddedToDy = added_to_dy;
 
   static Vector load(const Word* p) { return _mm256_loadu_si256(reinterpret_cast<const U*>(p)); }
   static Vector broadcast(const Word* p) { return _mm256_set1_epi32(*p); }
   static Sum load_sum(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const U*>(p)); }
   static Sum splat_sum(int32_t x) { return _mm256_set1_epi32(x); }
-  static F to_floats(Sum sum) { return _mm256_cvtepi32_ps(sum); }
+  static F to_floats(Sum sum, int /*row*/ = 0) { return _mm256_cvtepi32_ps(sum); }
   static Sum add_bytes(Vector x, Sum sum) {
     const U pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), x);
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

@@ -46,8 +46,8 @@ inline constexpr int kRowDwords = 8;
 }
 
 // vpermb uses the low six bits of a byte, and a quarter of the values has all of them.
-[[gnu::always_inline]] inline void decode_eight(const U& values, F packed, U& even, U& odd) {
-  const U codes = _mm512_castps_si512(packed);
+[[gnu::always_inline]] inline void decode_eight(const U& values, const F* packed, U& even, U& odd) {
+  const U codes = _mm512_castps_si512(*packed);
   even = _mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), values);
   odd = _mm512_permutexvar_epi8(codes, values);
 }

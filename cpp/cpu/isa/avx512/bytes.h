@@ -21,6 +21,7 @@ struct WordInt8Adding {
   using Word = int32_t;
   using Vector = U;
   using Sum = U;
+  static constexpr int kRows = 1;
   static constexpr int kPartialSteps = 0;
   static int added_to(const Int8CodeTable&) { return added; }
   static constexpr int kAddedToDy = added;
@@ -34,7 +35,7 @@ struct WordInt8Adding {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(broadcast), "v"(lanes));
     return sum;
   }
-  static F to_floats(Sum sum) { return _mm512_cvtepi32_ps(sum); }
+  static F to_floats(Sum sum, int /*row*/ = 0) { return _mm512_cvtepi32_ps(sum); }
   static Sum add_bytes(Vector x, Sum sum) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), x); }
   static void store_sum(int32_t* p, Sum sum) { _mm512_storeu_si512(p, sum); }
   static void store(Word* p, Vector v) { _mm512_storeu_si512(p, v); }

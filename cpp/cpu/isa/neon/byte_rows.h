@@ -25,9 +25,9 @@ inline constexpr int kRowDwords = 4;
   transpose4(out[0].high, out[1].high, out[2].high, out[3].high);
 }
 
-[[gnu::always_inline]] inline void decode_eight(const WordInt8::Values& values, F packed, WordInt8::Vector& even,
+[[gnu::always_inline]] inline void decode_eight(const WordInt8::Values& values, const F* packed, WordInt8::Vector& even,
                                                 WordInt8::Vector& odd) {
-  const uint8x16_t low = bytes_of(packed.low), high = bytes_of(packed.high);
+  const uint8x16_t low = bytes_of(packed->low), high = bytes_of(packed->high);
   even = {vqtbl1q_s8(values, high_nibbles(low)), vqtbl1q_s8(values, high_nibbles(high))};
   odd = {vqtbl1q_s8(values, low_nibbles(low)), vqtbl1q_s8(values, low_nibbles(high))};
 }

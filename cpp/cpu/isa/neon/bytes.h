@@ -26,6 +26,7 @@ struct WordInt8 {
   struct Sum {
     int32x4_t low, high;
   };
+  static constexpr int kRows = 1;
   static constexpr int kPartialSteps = 0;
   static int added_to(const Int8CodeTable&) { return 0; }
   static constexpr int kAddedToDy = 0;
@@ -54,7 +55,7 @@ struct WordInt8 {
   }
 #endif
   static Sum multiply_add(Vector a, Broadcast b, Sum sum) { return multiply_add(b, a, sum); }
-  static F to_floats(Sum sum) { return {vcvtq_f32_s32(sum.low), vcvtq_f32_s32(sum.high)}; }
+  static F to_floats(Sum sum, int /*row*/ = 0) { return {vcvtq_f32_s32(sum.low), vcvtq_f32_s32(sum.high)}; }
   static Sum add_bytes(Vector x, Sum sum) {
     return {vpadalq_s16(sum.low, vpaddlq_s8(x.low)), vpadalq_s16(sum.high, vpaddlq_s8(x.high))};
   }
@@ -106,19 +107,26 @@ struct WordInt8 {
     });
     return largest;
   }
+  template <int kOfRows = 1>
   static void round_products(const int16_t* rows, const int16_t* scales, int64_t count, Word* out, int64_t stride,
                              float* factors) {
-    for (int64_t t = 0; t < count; ++t, rows += kInt8Segment, out += stride) {
+    for (int64_t t = 0; t < count; ++t, rows += kInt8Segment) {
       int16x8_t product[8], most = vdupq_n_s16(0);
       unroll<8>([&](auto i) {
         product[i.value] = vqrdmulhq_s16(vld1q_s16(rows + 8 * i.value), vld1q_s16(scales + 8 * i.value));
         most = vmaxq_s16(most, vabsq_s16(product[i.value]));
       });
       const int32_t largest = vmaxvq_s16(most), factor = largest < kLeastProduct ? 0 : kFactorOfOne / largest;
+      int8_t* const to = reinterpret_cast<int8_t*>(out + in_broadcast<kOfRows>(t, 0, stride));
       unroll<4>([&](auto i) {
         const int16x8_t low = vqrdmulhq_n_s16(product[2 * i.value], static_cast<int16_t>(factor));
         const int16x8_t high = vqrdmulhq_n_s16(product[2 * i.value + 1], static_cast<int16_t>(factor));
-        vst1q_s8(reinterpret_cast<int8_t*>(out) + 16 * i.value, vqmovn_high_s16(vqmovn_s16(low), high));
+        if constexpr (kOfRows == 1) {
+          vst1q_s8(to + 16 * i.value, vqmovn_high_s16(vqmovn_s16(low), high));
+        } else {
+          vst1_s8(to + 16 * kOfRows * i.value, vqmovn_s16(low));
+          vst1_s8(to + 16 * kOfRows * i.value + 8 * kOfRows, vqmovn_s16(high));
+        }
       });
       factors[t] = static_cast<float>(factor);
     }
@@ -177,12 +185,15 @@ inline constexpr bool kHasBf16Words = true;
 #else
 inline constexpr bool kHasBf16Words = false;
 #endif
+
+#ifndef __ARM_FEATURE_MATMUL_INT8  // which has neon_i8mm/bytes.h
 inline constexpr int kInt8Height = 3;
 
 template <class Run>
 void with_int8_word(const Int8CodeTable&, int /*blocks*/, const Run& run) {
   run(WordInt8());
 }
+#endif
 
 }  // namespace panel
 }  // namespace

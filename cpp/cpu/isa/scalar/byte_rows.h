@@ -14,6 +14,7 @@ namespace {
 namespace panel {
 
 // Lane r of out[j] is dword j of the 4 * kRowDwords bytes at p + r * stride: floats, or eight packed weights each.
+// Where instructions multiply matrices, an overload for bytes keeps the dwords of a row that meet in one together.
 inline constexpr int kRowDwords = 4;
 inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
   for (int j = 0; j < kRowDwords; ++j)
@@ -21,11 +22,12 @@ inline void load_rows(const void* p, int64_t stride, F (&out)[kRowDwords]) {
       __builtin_memcpy(&out[j].lane[r], static_cast<const char*>(p) + r * stride + 4 * j, 4);
 }
 
-// The codes of the weights with even and with odd numbers among the eight of each lane.
-inline void decode_eight(const WordInt8::Values& values, const F& packed, WordInt8::Vector& even,
+// The codes of the weights with even and with odd numbers among the eight of each lane. `packed`
+// points to as many vectors as words are multiplied at once (kRows).
+inline void decode_eight(const WordInt8::Values& values, const F* packed, WordInt8::Vector& even,
                          WordInt8::Vector& odd) {
   uint8_t byte[4 * kLanes];
-  __builtin_memcpy(byte, packed.lane, sizeof(byte));
+  __builtin_memcpy(byte, packed->lane, sizeof(byte));
   for (int i = 0; i < 4 * kLanes; ++i) {
     even.byte[i] = values.value[byte[i] >> 4];
     odd.byte[i] = values.value[byte[i] & 15];

@@ -17,6 +17,10 @@ namespace panel {
 // signed bytes: then something is added to the bytes that are broadcast.
 struct WordInt8 {
   using Word = int32_t;
+  // Rows that are multiplied at once, and words of each: two where an instruction multiplies matrices. A Sum then has
+  // kLanes sums of each of kRows rows, decode_lanes takes 4 * kRows rows, and panels are those that
+  // many_tokens/multiply_int8-inl.h draws.
+  static constexpr int kRows = 1;
   struct Vector {
     int8_t byte[4 * kLanes];
   };
@@ -54,7 +58,7 @@ struct WordInt8 {
     for (int i = 0; i < 4 * kLanes; ++i) sum.lane[i / 4] += int32_t{broadcast.byte[i]} * lanes.byte[i];
     return sum;
   }
-  static F to_floats(Sum sum) {
+  static F to_floats(Sum sum, int /*row*/ = 0) {
     F v;
     for (int i = 0; i < kLanes; ++i) v.lane[i] = static_cast<float>(sum.lane[i]);
     return v;
