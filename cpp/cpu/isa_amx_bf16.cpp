@@ -7,12 +7,16 @@
 namespace qlora::cpu {
 
 const Kernels& amx_bf16_kernels() {
+  using enum Kernel;
+  using namespace amx_bf16::parts;
   static const Kernels kernels = [] {
     Kernels k = avx512_bf16_kernels();
     k.isa = &kAmxBf16Isa;
-    k.forward[Kernel::kManyTokensTiles] = amx_bf16::parts::run<Kernel::kManyTokensTiles>;
-    k.dx[Kernel::kManyTokensTiles] = amx_bf16::parts::run<Kernel::kManyTokensTiles>;
-    k.dlora[Kernel::kManyTokensTiles] = amx_bf16::parts::run<Kernel::kManyTokensTiles>;
+    k.forward[kManyTokensTiles] = run<kManyTokensTiles>;
+    k.dx[kManyTokensTiles] = run<kManyTokensTiles>;
+    k.dlora[kManyTokensTiles] = run<kManyTokensTiles>;
+    k.forward[kManyTokensInt8] = run<kManyTokensInt8>;
+    k.dx[kManyTokensInt8] = run<kManyTokensInt8>;
     return k;
   }();
   return kernels;

@@ -37,13 +37,13 @@ bool saves(unsigned states) {
 }
 #endif
 
-// Whether the processor has AMX-TILE and AMX-BF16, and the system lets this process use tiles. A process has to ask the
-// system once: until then, the first tile instruction ends the process. The permission holds for all its threads, also
-// those that start later.
+// Whether the processor has AMX-TILE, AMX-BF16 and AMX-INT8, and the system lets this process use tiles. A process has
+// to ask the system once: until then, the first tile instruction ends the process. The permission holds for all its
+// threads, also those that start later.
 [[maybe_unused]] bool may_use_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24;  // of EDX, leaf 7
-  if ((Cpuid(7).edx & (kAmxBf16Bit | kAmxTileBit)) != (kAmxBf16Bit | kAmxTileBit)) return false;
+  constexpr unsigned kAmxBits = 1u << 22 | 1u << 24 | 1u << 25;  // of EDX, leaf 7: BF16, TILE, INT8
+  if ((Cpuid(7).edx & kAmxBits) != kAmxBits) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h since Linux 5.16
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

@@ -121,6 +121,7 @@ class DxTask {
  protected:
   // The sums of the low-rank product.
   void begin() {
+    [[maybe_unused]] const WordSession<W> session{};
     if (p_.lora.adapters) return begin_adapters();
     const int64_t rank = p_.lora.rank;
     if (p_.w.n == 0 && rank == 0) __builtin_memset(sums_, 0, static_cast<size_t>(tokens_ * width_) * sizeof(float));

@@ -55,6 +55,7 @@ class DxInt8Task : DxIntegersTask<W, T> {
   static constexpr int kVectors = kInt8Segment / kLanes;
 
   void add_weight() {
+    const typename Int8Unit<B>::Session session(kSegmentWords);
     const LinearDxProblem& p = this->p_;
     const Cut slices = cut(p.w.n, min(kSliceRows, 2 * this->shape_.piece_depth), kInt8Segment);
     const Pieces pieces{{0, p.w.n, this->column_, this->columns_}, slices.size, kIntColumns};

@@ -96,6 +96,7 @@ class ForwardTask {
  protected:
   // Adds the low-rank product and the bias, and stores y.
   void finish() {
+    [[maybe_unused]] const WordSession<W> session{};
     const int64_t rank = p_.lora.adapters ? 0 : p_.lora.rank;
     if (p_.lora.adapters) add_adapters();
     for (int64_t r = 0; r < rank; r += kRanks) add_ranks(r, min(kRanks, rank - r));

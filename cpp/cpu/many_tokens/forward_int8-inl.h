@@ -103,17 +103,28 @@ class ForwardInt8Task : ForwardTask<W, T> {
         panel_(reinterpret_cast<int32_t*>(this->strip_)) {}
 
   void operator()() {
-    // Columns at once: so many that the task's part of x stays in the second-level cache.
-    const int64_t most_columns = 4 * kMostLaneWords / round_up(this->tokens_, kTileLanes);
-    const int64_t columns = max(most_columns / piece_columns_, 1) * piece_columns_;
-    for (int64_t c = 0; c < this->p_.w.k; c += columns) add_columns(c, min(columns, this->p_.w.k - c));
+    add_weight();
     this->finish();
   }
 
  private:
+  using Unit = Int8Unit<B>;
+  using Panels = ForwardInt8Panels<B>;
+  static constexpr int64_t kStripRows = Unit::kPanelBytes / (4 * Panels::kDepth) / Unit::kHeight * Unit::kHeight;
+  // scales_ has room for those of two strips of the exact kernels.
+  static_assert(Unit::kPanelBytes <= 4 * StripShape::kPanelWords && kStripRows <= 2 * StripShape::kMostRows);
+
+  void add_weight() {
+    const typename Unit::Session session(kSegmentWords / blocks_);
+    // Columns at once: so many that the task's part of x stays in the second-level cache.
+    const int64_t most_columns = 4 * kMostLaneWords / round_up(this->tokens_, kTileLanes);
+    const int64_t columns = max(most_columns / piece_columns_, 1) * piece_columns_;
+    for (int64_t c = 0; c < this->p_.w.k; c += columns) add_columns(c, min(columns, this->p_.w.k - c));
+  }
   void add_columns(int64_t column, int64_t columns) {
     const Weight& w = this->p_.w;
     const Pieces pieces{{this->row_, this->rows_, column, columns}, strips_.size, piece_columns_};
+    const auto multiply = multiply_of_blocks();
     RowPagePrefetcher pages(w, column, columns);
     pages.go_to(this->row_, this->row_ + this->rows_);
     ScaledPiece source;
@@ -125,9 +136,10 @@ class ForwardInt8Task : ForwardTask<W, T> {
       decode(source, piece);
       WeightLinePrefetcher prefetcher = prefetch_piece(w, pieces.after(piece));
       const int64_t segment = piece.column / kInt8Segment;
-      ForwardInt8Panels in{};
+      Panels in{};
       in.broadcast = panel_, in.scales = piece_scales_, in.offsets = w.scales.offsets ? piece_offsets_ : nullptr;
-      in.stride = x_.stride, in.blocks = static_cast<int>(piece.columns / kInt8Segment) * blocks_;
+      in.stride = x_.stride, in.words = kSegmentWords / blocks_,
+      in.blocks = static_cast<int>(piece.columns / kInt8Segment) * blocks_;
       for (int64_t l = 0; l < this->tokens_; l += kTileLanes) {
         const int64_t width = tile_width(this->tokens_ - l), lane = token_in_x_ + l;
         in.lanes = x_.words + lane * (w.k / 4) + piece.column / 4 * width;
@@ -135,15 +147,21 @@ class ForwardInt8Task : ForwardTask<W, T> {
         in.starts = x_.starts + segment * blocks_ * x_.stride + lane;
         in.x_sums = x_.sums + segment * blocks_ * x_.stride + lane;
         float* const sums = this->sums_ + l * this->rows_ + (piece.row - this->row_) * width;
-        const auto multiply = blocks_ == 1   ? &ForwardInt8Task::multiply<kSegmentWords>
-                              : blocks_ == 2 ? &ForwardInt8Task::multiply<kSegmentWords / 2>
-                                             : &ForwardInt8Task::multiply<kSegmentWords / 4>;
         multiply(in, width, piece.rows, sums, piece.column == 0, prefetcher);
       }
     }
   }
+  auto multiply_of_blocks() const {
+    if constexpr (Unit::kUnrollsBlocks) {
+      return blocks_ == 1   ? &ForwardInt8Task::multiply<kSegmentWords>
+             : blocks_ == 2 ? &ForwardInt8Task::multiply<kSegmentWords / 2>
+                            : &ForwardInt8Task::multiply<kSegmentWords / 4>;
+    } else {
+      return &ForwardInt8Task::multiply<0>;
+    }
+  }
   template <int words_of_block>
-  static void multiply(const ForwardInt8Panels& in, int64_t width, int64_t rows, float* sums, bool first,
+  static void multiply(const Panels& in, int64_t width, int64_t rows, float* sums, bool first,
                        WeightLinePrefetcher& prefetcher) {
     using Tile = ForwardInt8Tile<B, words_of_block>;
     if (width == kTileLanes) {
@@ -159,8 +177,9 @@ class ForwardInt8Task : ForwardTask<W, T> {
     for (int64_t r = 0; r < piece.rows; ++r) {
       const int64_t row = piece.row + r;
       for (int64_t c = 0; c < piece.columns; c += kInt8Segment)
-        B::decode_row(values_, source.packed(row, piece.column + c), panel_ + in_broadcast<B::kRows>(r, c / 4, kDepth));
-      for (int64_t c = 0, at = r * kMostInt8Blocks; c < piece.columns; c += columns_of_block, ++at) {
+        B::decode_row(values_, source.packed(row, piece.column + c),
+                      panel_ + in_broadcast<B::kRows>(r, c / 4, Panels::kDepth));
+      for (int64_t c = 0, at = r * Panels::kMostBlocks; c < piece.columns; c += columns_of_block, ++at) {
         const float* const scale = source.scale_at(row, piece.column + c);
         piece_scales_[at] = *scale * one;
         if (source.has_offsets()) piece_offsets_[at] = scale[source.to_offset()];
@@ -174,10 +193,10 @@ class ForwardInt8Task : ForwardTask<W, T> {
   const typename B::Values values_;
   const int blocks_;
   int32_t* const panel_;
-  const Cut strips_ = cut(this->rows_, StripShape::kMostRows / kInt8Height * kInt8Height, 1);
-  const int64_t piece_columns_ = cut(this->p_.w.k, 4 * kDepth, kInt8Segment).size;
-  alignas(64) float piece_scales_[StripShape::kMostRows * kMostInt8Blocks];
-  alignas(64) float piece_offsets_[StripShape::kMostRows * kMostInt8Blocks];
+  const Cut strips_ = cut(this->rows_, kStripRows, 1);
+  const int64_t piece_columns_ = cut(this->p_.w.k, 4 * Panels::kDepth, kInt8Segment).size;
+  alignas(64) float piece_scales_[kStripRows * Panels::kMostBlocks];
+  alignas(64) float piece_offsets_[kStripRows * Panels::kMostBlocks];
 };
 
 template <class B, class W, class T>

@@ -29,29 +29,30 @@ struct LowRankWord<true> {
 inline bool low_rank_in_range(const LinearProblem& p) { return in_range(p.x, p.m, p.w.k); }
 inline bool low_rank_in_range(const LinearDxProblem& p) { return in_range(p.dy, p.m, p.w.n); }
 
-// Calls run(word, element) with null pointers to the word of low-rank products and to the type of x.
-template <class Problem, class Run>
+// Calls run(word, element) with null pointers to the word of low-rank products, which is Pairs where these can be
+// multiplied as pairs of bfloat16, and to the type of x.
+template <class Pairs, class Problem, class Run>
 void with_low_rank_word(const Problem& p, const Run& run) {
   if (p.dtype == DType::kFloat32) {
     run(static_cast<WordF32*>(nullptr), static_cast<float*>(nullptr));
   } else if (p.dtype == DType::kFloat16) {
     run(static_cast<WordF32*>(nullptr), static_cast<float16*>(nullptr));
-  } else if (panel::kHasBf16Words && p.lora.rank && !low_rank_in_range(p)) {
+  } else if (Pairs::kElements == 2 && p.lora.rank && !low_rank_in_range(p)) {
     run(static_cast<WordF32*>(nullptr), static_cast<bfloat16*>(nullptr));
   } else {
-    run(static_cast<LowRankWord<panel::kHasBf16Words>::Type*>(nullptr), static_cast<bfloat16*>(nullptr));
+    run(static_cast<Pairs*>(nullptr), static_cast<bfloat16*>(nullptr));
   }
 }
 
 inline Outcome forward_int8(const Pool& pool, const LinearProblem& p) {
-  with_low_rank_word(p, [&]<class W, class T>(W*, T*) {
+  with_low_rank_word<LowRankWord<panel::kHasBf16Words>::Type>(p, [&]<class W, class T>(W*, T*) {
     panel::with_int8_word(int8_codes(p.w.code), blocks_per_segment(p.w),
                           [&]<class B>(B) { forward_int8_as<B, W, T>(pool, p); });
   });
   return Outcome::kDone;
 }
 inline Outcome dx_int8(const Pool& pool, const LinearDxProblem& p) {
-  with_low_rank_word(p, [&]<class W, class T>(W*, T*) {
+  with_low_rank_word<LowRankWord<panel::kHasBf16Words>::Type>(p, [&]<class W, class T>(W*, T*) {
     panel::with_int8_word(int8_codes(p.w.code), 1, [&]<class B>(B) { dx_int8_as<B, W, T>(pool, p); });
   });
   return Outcome::kDone;

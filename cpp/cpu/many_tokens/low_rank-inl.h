@@ -42,6 +42,7 @@ template <class W, Factor layout, class T>
 void low_rank_task(const Matrix<T>& in, int64_t features, const Matrix<T>& factor, int64_t first_rank, int64_t rank,
                    double scale, int64_t first_token, int64_t token, int64_t tokens, const LowRankOut<T>& to) {
   using Word = typename W::Word;
+  [[maybe_unused]] const WordSession<W> session{};
   Carver memory(scratch(ScratchUse::kThread, kTaskBytes));
   Word* const broadcast = memory.take<Word>(tokens * kDepth);
   Word* const lanes = memory.take<Word>(kTileLanes * kDepth);

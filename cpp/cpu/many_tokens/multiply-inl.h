@@ -90,18 +90,29 @@ struct Tiles {
   }
 };
 
+// What a thread needs while it multiplies words W.
+template <class W>
+struct WordSession {};
+template <class W>
+  requires requires { typename W::Session; }
+struct WordSession<W> : W::Session {};
+
 // Multiplies all rows of a broadcast panel with one tile of lanes, in tiles of nearly equal height: a low tile for the
-// last rows would leave most of the accumulators idle.
+// last rows would leave most of the accumulators idle. Words of a tile unit do it themselves.
 template <class W, int longest_chain, int vectors, class Interleaved>
 void multiply_by_tiles(const typename W::Word* broadcast, int64_t height, const typename W::Word* lanes, int depth,
                        float* sums, bool first, Interleaved& interleaved) {
-  static constexpr Tiles<W, longest_chain, vectors, Interleaved> kTiles;
-  constexpr int64_t kWidth = vectors * kLanes;
-  const int64_t tiles = ceil_div(height, kTiles.kMostHeight);
-  for (int64_t t = 0, row = 0; t < tiles; ++t) {
-    const int64_t of_tile = (height - row) / (tiles - t);
-    kTiles.by_height[of_tile](broadcast + row * kDepth, lanes, depth, sums + row * kWidth, first, interleaved);
-    row += of_tile;
+  if constexpr (requires { W::template multiply_panels<vectors>; }) {
+    W::template multiply_panels<vectors>(broadcast, height, lanes, depth, sums, first);
+  } else {
+    static constexpr Tiles<W, longest_chain, vectors, Interleaved> kTiles;
+    constexpr int64_t kWidth = vectors * kLanes;
+    const int64_t tiles = ceil_div(height, kTiles.kMostHeight);
+    for (int64_t t = 0, row = 0; t < tiles; ++t) {
+      const int64_t of_tile = (height - row) / (tiles - t);
+      kTiles.by_height[of_tile](broadcast + row * kDepth, lanes, depth, sums + row * kWidth, first, interleaved);
+      row += of_tile;
+    }
   }
 }
 

@@ -39,7 +39,7 @@ namespace many_tokens {
 
 using namespace panel;
 
-inline constexpr int kLeastInt8Block = 16, kMostInt8Blocks = 4 * kDepth / kLeastInt8Block;  // of a row of a panel
+inline constexpr int kLeastInt8Block = 16;
 
 template <int height, int vectors>
 inline void load_totals(const float* sums, bool first, F (&total)[height][vectors]) {
@@ -98,53 +98,88 @@ QLORA_INLINE void add_products(const int32_t* broadcast, const int32_t* lane, in
   }
 }
 
+// The unit that multiplies words B: the rows of its tiles of outputs, the words of a row of W's panel and the bytes of
+// the panel, and the products themselves. This is the vector unit (many_tokens_tiles/multiply_int8-inl.h: the tile
+// unit). A thread may use it while it has a Session.
+template <class B>
+struct Int8Unit {
+  static constexpr int kHeight = kInt8Height, kPanelDepth = kDepth;
+  static constexpr int64_t kPanelBytes = int64_t{24} << 10;
+  static constexpr bool kUnrollsBlocks = true;  // so that the compiler needs to know their size
+  struct Session {
+    explicit Session(int /*words_of_block*/) {}
+  };
+
+  // Calls use(block, sum) for each block of `words` words, where sum(row, vector) are the block's sums as floats. Rows
+  // of the broadcast panel are `stride` words long.
+  template <int stride, int height, int vectors, class Panels, class Use>
+  QLORA_INLINE static void for_each_block(const Panels& in, int words, int blocks, WeightLinePrefetcher& prefetcher,
+                                          const Use& use) {
+    constexpr int kRows = B::kRows;
+    const int32_t *broadcast = in.broadcast, *lane = in.lanes;
+    for (int block = 0; block < blocks; ++block, broadcast += words * kRows, lane += words * vectors * kLanes) {
+      prefetcher.step();
+      typename B::Sum sum[ceil_div(height, kRows)][vectors];
+      start_sums<B>(in.starts + block * in.stride, sum);
+      add_products<B, stride>(broadcast, lane, words, sum);
+      use(block, [&](auto r, auto v) { return B::to_floats(sum[r / kRows][v.value], r % kRows); });
+    }
+  }
+};
+
 // A piece of the forward's summed dimension as operands.
+template <class B>
 struct ForwardInt8Panels {
+  static constexpr int kDepth = Int8Unit<B>::kPanelDepth;
+  static constexpr int kMostBlocks = 4 * kDepth / kLeastInt8Block;  // of a row
+
   const int32_t* broadcast;  // W [height][kDepth]
   const int32_t* lanes;      // x [depth][width], from the piece's first word on
-  const float* scales;       // [height][kMostInt8Blocks]
+  const float* scales;       // [height][kMostBlocks]
   const float* offsets;      // likewise, or null
   const float* units;        // [block][lane], blocks `stride` apart
   const int32_t* starts;     // likewise, what sums start from
   const float* x_sums;       // likewise, for offsets
   int64_t stride;
-  int blocks;  // or segments, where blocks are larger
+  int words, blocks;  // words of a block; or segments, where blocks are larger
 
   void skip_rows(int64_t rows) {
-    broadcast += rows * kDepth, scales += rows * kMostInt8Blocks;
-    if (offsets) offsets += rows * kMostInt8Blocks;
+    broadcast += rows * kDepth, scales += rows * kMostBlocks;
+    if (offsets) offsets += rows * kMostBlocks;
   }
 };
 
+// words_of_block is 0 where the compiler does not need to know it.
 template <class B, int words_of_block>
 struct ForwardInt8Tile {
   static constexpr int kRows = B::kRows;
-  using Panels = ForwardInt8Panels;
+  using Unit = Int8Unit<B>;
+  using Panels = ForwardInt8Panels<B>;
 
   template <int height, int vectors>
   static void multiply(const Panels& in, float* sums, bool first, WeightLinePrefetcher& prefetcher) {
     F total[height][vectors];
     load_totals(sums, first, total);
-    const int32_t *broadcast = in.broadcast, *lane = in.lanes;
-    for (int block = 0; block < in.blocks; ++block, broadcast += words_of_block * B::kRows) {
-      prefetcher.step();
-      typename B::Sum sum[ceil_div(height, B::kRows)][vectors];
-      start_sums<B>(in.starts + block * in.stride, sum);
-      add_products<B, kDepth>(broadcast, lane, words_of_block, sum);
-      lane += words_of_block * vectors * kLanes;
-      const float* const units = in.units + block * in.stride;
-      unroll<height>([&](auto r) {
-        const F scale = splat(in.scales[r.value * kMostInt8Blocks + block]);
-        unroll<vectors>([&](auto v) {
-          F of_block = mul(B::to_floats(sum[r / B::kRows][v.value], r % B::kRows), scale);
-          if (in.offsets) {
-            of_block = multiply_add(load(in.x_sums + block * in.stride + v.value * kLanes),
-                                    splat(in.offsets[r.value * kMostInt8Blocks + block]), of_block);
-          }
-          total[r.value][v.value] = multiply_add(of_block, load(units + v.value * kLanes), total[r.value][v.value]);
+    Unit::template for_each_block<Panels::kDepth, height, vectors>(
+        in, words_of_block ? words_of_block : in.words, in.blocks, prefetcher,
+        [&](int64_t block, const auto& sum) QLORA_INLINE_LAMBDA {
+          const float* const units = in.units + block * in.stride;
+          const auto add = [&](auto has_offsets) QLORA_INLINE_LAMBDA {
+            unroll<height>([&](auto r) {
+              const F scale = splat(in.scales[r.value * Panels::kMostBlocks + block]);
+              unroll<vectors>([&](auto v) {
+                F of_block = mul(sum(r, v), scale);
+                if constexpr (has_offsets.value) {
+                  const F x_sum = load(in.x_sums + block * in.stride + v.value * kLanes);
+                  of_block = multiply_add(x_sum, splat(in.offsets[r.value * Panels::kMostBlocks + block]), of_block);
+                }
+                total[r.value][v.value] =
+                    multiply_add(of_block, load(units + v.value * kLanes), total[r.value][v.value]);
+              });
+            });
+          };
+          in.offsets ? add(Index<true>{}) : add(Index<false>{});
         });
-      });
-    }
     store_totals(total, sums);
   }
 };
@@ -166,27 +201,21 @@ struct DxInt8Panels {
 template <class B>
 struct DxInt8Tile {
   static constexpr int kRows = B::kRows;
+  using Unit = Int8Unit<B>;
   using Panels = DxInt8Panels;
 
   template <int height, int vectors>
   static void multiply(const Panels& in, float* sums, bool first, WeightLinePrefetcher& prefetcher) {
     F total[height][vectors];
     load_totals(sums, first, total);
-    const int32_t *broadcast = in.broadcast, *lane = in.lanes;
-    for (int s = 0; s < in.segments;
-         ++s, broadcast += kSegmentWords * B::kRows, lane += kSegmentWords * vectors * kLanes) {
-      prefetcher.step();
-      typename B::Sum sum[ceil_div(height, B::kRows)][vectors];
-      start_sums<B>(in.starts + s * in.stride, sum);
-      add_products<B, Panels::kDepth>(broadcast, lane, kSegmentWords, sum);
-      unroll<height>([&](auto r) {
-        const F unit = splat(in.units[s * in.unit_stride + r.value]);
-        unroll<vectors>([&](auto v) {
-          total[r.value][v.value] =
-              multiply_add(B::to_floats(sum[r / B::kRows][v.value], r % B::kRows), unit, total[r.value][v.value]);
+    Unit::template for_each_block<Panels::kDepth, height, vectors>(
+        in, kSegmentWords, in.segments, prefetcher, [&](int64_t segment, const auto& sum) QLORA_INLINE_LAMBDA {
+          unroll<height>([&](auto r) {
+            const F unit = splat(in.units[segment * in.unit_stride + r.value]);
+            unroll<vectors>(
+                [&](auto v) { total[r.value][v.value] = multiply_add(sum(r, v), unit, total[r.value][v.value]); });
+          });
         });
-      });
-    }
     store_totals(total, sums);
   }
 };
@@ -194,7 +223,7 @@ struct DxInt8Tile {
 // Tile::multiply<height, vectors> by height.
 template <class Tile, int vectors>
 struct Int8TilesByHeight {
-  static constexpr int kMost = kInt8Height;
+  static constexpr int kMost = Tile::Unit::kHeight;
   void (*of[kMost + 1])(const typename Tile::Panels&, float*, bool, WeightLinePrefetcher&) = {};
   constexpr Int8TilesByHeight() { fill<kMost>(); }
 

@@ -1,7 +1,7 @@
 // Runs the kernels for tiles on many problems and compares them with plain float64 loops. The problems test layouts,
-// the ends of every dimension, dropout, and that results do not depend on the number of threads. The program is
-// compiled for a vocabulary, TILES: software_tiles, on any machine and with sanitizers, or a real one on a machine that
-// has it.
+// the ends of every dimension, dropout, and that results do not depend on the number of threads. In int8, they have the
+// same bits as the vector unit's, but for low-rank products in bfloat16. The program is compiled for a vocabulary,
+// TILES: software_tiles, on any machine and with sanitizers, or a real one on a machine that has it.
 //
 //   problems [seed]    prints the number of problems, or the first wrong one and ends with 1
 #define QLORA_ISA TILES
@@ -17,12 +17,14 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cpp/cpu/float64/linear.h"
 #include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/many_tokens_tiles/linear-inl.h"
+#include "cpp/cpu/many_tokens_tiles/linear_int8-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "tests/kernels/software_tiles/scratch.h"
 
@@ -153,6 +155,67 @@ bool again(Problem p, void* Problem::* out, const Bf16& expected, Run run) {
          (here.empty() || std::memcmp(here.data(), expected.data(), here.size() * sizeof(bfloat16)) == 0);
 }
 
+// Whether the tile unit's int8 gives the same bits for every number of threads: those of the vector unit, unless it has
+// multiplied a low-rank product in bfloat16, which must be near.
+template <class T, class Problem, class OfTiles, class OfVectors>
+bool same_as_vectors(Problem p, void* Problem::* out, int64_t rows, int64_t columns, OfTiles of_tiles,
+                     OfVectors of_vectors) {
+  std::vector<T> want(static_cast<size_t>(rows * columns)), got(want);
+  p.*out = want.data();
+  of_vectors(kPools[0], p);
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (p.lora.rank) {
+      const Doubles of_vectors_64 = widened(want);
+      p.*out = want.data();
+      if (of_tiles(kPools[0], p) != Outcome::kDone || !near(want, of_vectors_64, rows, columns)) return false;
+    }
+  }
+  for (const Pool& pool : kPools) {
+    std::memset(static_cast<void*>(got.data()), 0xFF, got.size() * sizeof(T));
+    p.*out = got.data();
+    if (of_tiles(pool, p) != Outcome::kDone || std::memcmp(got.data(), want.data(), got.size() * sizeof(T)) != 0)
+      return false;
+  }
+  return true;
+}
+
+template <class T>
+const char* wrong_in_int8(const Shape& s, const Weight& w, bool has_adapters) {
+  using namespace QLORA_ISA;
+  if (s.m == 0 || !has_int8_segments(w)) return nullptr;
+  const auto draw = [](int64_t count, float scale) {
+    std::vector<T> out;
+    for (const bfloat16& e : normal(count, scale)) from_float(to_float(e), &out.emplace_back());
+    return out;
+  };
+  const std::vector<T> x = draw(s.m * s.k, 1.0f), dy = draw(s.m * s.n, 1.0f), bias = draw(s.n, 1.0f);
+  const std::vector<T> a = draw(s.rank * s.k, 0.1f), b = draw(s.n * s.rank, 0.1f);
+  Lora lora;
+  lora.a = a.data(), lora.b = b.data(), lora.rank = s.rank, lora.scaling = 0.5;
+  lora.dropout = make_dropout(s.dropout, 7);
+  std::vector<int32_t> of_token;
+  for (int64_t t = 0; t < s.m; ++t) of_token.push_back(static_cast<int32_t>(random_bits() % 3) - 1);
+  Lora each[2] = {lora, lora};
+  each[1].rank = s.rank / 2, each[1].b_stride = s.rank;
+  const Adapters adapters{each, 2, of_token.data(), s.rank + s.rank / 2};
+  if (has_adapters) lora.adapters = &adapters;
+
+  constexpr DType kDType = std::is_same_v<T, float> ? DType::kFloat32 : DType::kBFloat16;
+  LinearProblem y;
+  y.dtype = kDType, y.activations = Activations::kInt8, y.m = s.m, y.x = x.data(), y.w = w, y.lora = lora;
+  y.bias = s.bias ? bias.data() : nullptr;
+  const auto y_of_vectors = many_tokens::forward_int8_as<panel::WordInt8, many_tokens::WordF32, T>;
+  if (!same_as_vectors<T>(y, &LinearProblem::y, s.m, s.n, many_tokens_tiles::forward_int8, y_of_vectors))
+    return "y in int8";
+  LinearDxProblem dx;
+  dx.dtype = kDType, dx.activations = Activations::kInt8, dx.m = s.m, dx.dy = dy.data(), dx.w = w, dx.lora = lora;
+  if (!accepts(Kernel::kManyTokensInt8, dx)) return nullptr;
+  const auto dx_of_vectors = many_tokens::dx_int8_as<panel::WordInt8, many_tokens::WordF32, T>;
+  if (!same_as_vectors<T>(dx, &LinearDxProblem::dx, s.m, s.k, many_tokens_tiles::dx_int8, dx_of_vectors))
+    return "dx in int8";
+  return nullptr;
+}
+
 const char* wrong(const Shape& s) {
   const int64_t numel = s.n * s.k, blocks = ceil_div(numel, s.block);
   std::vector<uint8_t> packed(static_cast<size_t>(packed_bytes(numel))), codes(static_cast<size_t>(blocks));
@@ -169,6 +232,12 @@ const char* wrong(const Shape& s) {
   std::vector<float> offsets(static_cast<size_t>(blocks));
   for (float& e : offsets) e = static_cast<float>(random_bits() % 100) * 0.001f - 0.6f;
   if (s.has_offsets) w.scales.offsets = {OffsetForm::kFloat32, offsets.data(), nullptr};
+  const std::mt19937 before_int8 = random_bits;
+  for (const bool has_adapters : {false, true}) {
+    for (const auto check : {wrong_in_int8<float>, wrong_in_int8<bfloat16>})
+      if (const char* what = check(s, w, has_adapters)) return what;
+  }
+  random_bits = before_int8;
   const Bf16 x = normal(s.m * s.k, 1.0f), dy = normal(s.m * s.n, 1.0f), bias = normal(s.n, 1.0f);
   const Bf16 a = normal(s.rank * s.k, 0.1f), b = normal(s.n * s.rank, 0.1f);
   const Doubles x64 = widened(x), dy64 = widened(dy), bias64 = widened(bias), a64 = widened(a), b64 = widened(b);
@@ -272,6 +341,8 @@ int run_all(unsigned seed, int64_t most) {
                       random_bits() % 3 == 0 ? 0.25 : 0.0, Code::kNf4, random_bits() % 4 == 0});
     if (i % 3 == 0) shapes.back().k = 64 * some(20);
   }
+  shapes.push_back({49, 61, 832, 5, 16, false, true, 0.2, Code::kNf4});  // blocks below a segment of int8
+  shapes.push_back({77, 107, 448, 3, 32, false, true, 0.1, Code::kUint4, true});
   std::erase_if(shapes, [most](const Shape& s) { return s.m * s.n * s.k > most; });
   for (const Shape& s : shapes) {
     if (const char* what = wrong(s)) {

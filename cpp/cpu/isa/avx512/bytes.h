@@ -15,14 +15,16 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace panel {
 
-struct WordInt8 {
+// `added` is what is added to the bytes that are broadcast.
+template <int added>
+struct WordInt8Adding {
   using Word = int32_t;
   using Vector = U;
   using Sum = U;
   static constexpr int kRows = 1;
   static constexpr int kPartialSteps = 0;
-  static int added_to(const Int8CodeTable&) { return 128; }
-  static constexpr int kAddedToDy = 128;
+  static int added_to(const Int8CodeTable&) { return added; }
+  static constexpr int kAddedToDy = added;
 
   static Vector load(const Word* p) { return _mm512_loadu_si512(p); }
   static Vector broadcast(const Word* p) { return _mm512_set1_epi32(*p); }
@@ -103,15 +105,15 @@ struct WordInt8 {
         const U by = _mm512_set1_epi16(static_cast<int16_t>(factor_of[r]));
         const U bytes =
             _mm512_packs_epi16(_mm512_mulhrs_epi16(product(r, 0), by), _mm512_mulhrs_epi16(product(r, 1), by));
-        store(out + (t + r) * stride, _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(kAddedToDy))));
+        store(out + (t + r) * stride, _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(added))));
       }
     }
   }
 
   using Values = U;  // in each quarter
-  static Values values_of(const Int8CodeTable& codes, int added) {
+  static Values values_of(const Int8CodeTable& codes, int added_to_codes) {
     const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes.value));
-    return _mm512_broadcast_i32x4(_mm_add_epi8(value, _mm_set1_epi8(static_cast<char>(added))));
+    return _mm512_broadcast_i32x4(_mm_add_epi8(value, _mm_set1_epi8(static_cast<char>(added_to_codes))));
   }
   static void decode_row(const Values& values, const uint8_t* packed, Word* out) {
     const U bytes = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
@@ -162,7 +164,8 @@ struct WordInt8 {
   }
   template <Int8Order order>
   static U in_order(U bytes) {
-    if constexpr (order == Int8Order::kMemory) return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(128)));
+    if constexpr (order == Int8Order::kMemory)
+      return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(added)));
     const __m128i from = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     return _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(from));
   }
@@ -195,6 +198,8 @@ struct WordInt8 {
     return look_up(values, _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAu, first, second));
   }
 };
+
+using WordInt8 = WordInt8Adding<128>;  // which vpdpbusd multiplies
 
 inline constexpr int kInt8Height = 7;
 #ifdef __AVX512BF16__

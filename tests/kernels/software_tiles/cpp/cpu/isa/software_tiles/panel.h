@@ -15,7 +15,12 @@ struct WordBf16 {
     uint32_t lane[kLanes];
   };
 
+  static constexpr int kElements = 2, kWords = 1;
   static void store(Word* p, Vector v) { __builtin_memcpy(p, v.lane, sizeof(v)); }
+  static void store_elements(Word* row, int64_t element, F v) {
+    panel::store(reinterpret_cast<bfloat16*>(row) + element, v);
+  }
+  static Vector pair(F first, F second) { return round_pair(first, second); }
   static F as_floats(Vector words) { return __builtin_bit_cast(F, words); }
   static Vector as_words(F floats) { return __builtin_bit_cast(Vector, floats); }
 
