@@ -146,6 +146,7 @@ def test_a_head_that_is_tied_is_trained_with_the_embeddings(paths: Paths, tmp_pa
         ("avx512_bf16", {"nf4"}, "int8"),
         ("avx_vnni", {"nf4", "int4"}, "int8"),
         ("neon_i8mm", {"nf4"}, "int8"),
+        ("amx_bf16", {"int4"}, "exact"),
         ("avx2", {"int4", "uint4", "e2m1"}, "int8"),
         ("avx2", {"int4", "nf4"}, "exact"),
         ("scalar", {"int4"}, "exact"),

@@ -23,7 +23,7 @@ SOURCES = [
     "tests/kernels/software_tiles/problems.cpp",
     *(f"cpp/{name}.cpp" for name in ("format/custom_codes", "cpu/float64/linear", "cpu/isa/isa")),
 ]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZERS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the problems with")
 needs_tiles = pytest.mark.skipif(

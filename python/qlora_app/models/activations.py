@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..options import ACTIVATIONS
 
 # The instruction sets that multiply int8 at twice their rate for other numbers, whatever the code of the weights.
-_FAST = ("avx_vnni", "avx512", "avx512_bf16", "amx_bf16", "neon_dotprod", "neon_bf16", "neon_i8mm")
+_FAST = ("avx_vnni", "avx512", "avx512_bf16", "neon_dotprod", "neon_bf16", "neon_i8mm")
 # AVX2 adds several products in 16 bits, which hold those of small integers only.
 _SMALL_INTEGERS = frozenset(("int4", "uint4", "e2m1"))
 
@@ -24,6 +24,8 @@ def _auto(isa: str, codes: set[str]) -> tuple[str, str]:
         return INT8, f"{isa} multiplies int8 fast"
     if isa == "avx2" and codes <= _SMALL_INTEGERS:
         return INT8, f"{isa} multiplies int8 fast by codes that are small integers"
+    if isa == "amx_bf16":
+        return EXACT, f"{isa} multiplies bfloat16 as fast as int8 and its scales"
     return EXACT, f"{isa} does not multiply int8 fast by the codes {', '.join(sorted(codes))}"
 
 
