@@ -50,7 +50,7 @@ struct Buffer {
 }  // namespace
 
 void* scratch(ScratchUse use, int64_t bytes) {
-  static thread_local Buffer buffers[2];
+  static thread_local Buffer buffers[static_cast<int>(ScratchUse::kTokens) + 1];
   Buffer& buffer = buffers[static_cast<int>(use)];
   buffer.release();
   if (bytes == 0) return nullptr;
