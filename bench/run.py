@@ -41,6 +41,7 @@ CPU_BENCHES = (
     ("cpu_linear",),
     ("cpu_ragged",),
     ("formats",),
+    ("int8_layers",),
     ("eager_overhead",),
     ("step",),
     ("step", "--model", "1b", "--tokens", "1x256"),
