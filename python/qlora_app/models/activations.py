@@ -12,21 +12,17 @@ from qlora_ext.untrusted import excerpt
 from ..errors import UserError
 from ..options import ACTIVATIONS
 
-# The instruction sets that multiply int8 at twice their rate for other numbers, whatever the code of the weights.
+# The instruction sets that multiply int8 at twice their rate for other numbers, whatever the code of the weights. AVX2
+# gains 1.2 times with some codes and many tokens only (docs/benchmarks.md), and AMX nothing by count
+# (docs/cpu_roofline.md).
 _FAST = ("avx_vnni", "avx512", "avx512_bf16", "neon_dotprod", "neon_bf16", "neon_i8mm")
-# AVX2 adds several products in 16 bits, which hold those of small integers only.
-_SMALL_INTEGERS = frozenset(("int4", "uint4", "e2m1"))
 
 
-def _auto(isa: str, codes: set[str]) -> tuple[str, str]:
-    """What ``auto`` means for weights of these codes on the CPU with that instruction set, and why."""
+def _auto(isa: str) -> tuple[str, str]:
+    """What ``auto`` means on the CPU with that instruction set, and why."""
     if isa in _FAST:
         return INT8, f"{isa} multiplies int8 fast"
-    if isa == "avx2" and codes <= _SMALL_INTEGERS:
-        return INT8, f"{isa} multiplies int8 fast by codes that are small integers"
-    if isa == "amx_bf16":
-        return EXACT, f"{isa} multiplies bfloat16 as fast as int8 and its scales"
-    return EXACT, f"{isa} does not multiply int8 fast by the codes {', '.join(sorted(codes))}"
+    return EXACT, f"{isa} gains little by int8"
 
 
 def set_activations(model: Any, wanted: str, device: str) -> None:
@@ -39,7 +35,7 @@ def set_activations(model: Any, wanted: str, device: str) -> None:
         UserError: a recorded value is none of ``ACTIVATIONS``.
     """
     from qlora_ext import QLoRAConfig, build_info
-    from qlora_ext.nn import Embedding4bit, layers_of
+    from qlora_ext.nn import layers_of
 
     if wanted not in ACTIVATIONS:
         raise UserError(f"activations: expected {', '.join(ACTIVATIONS)}, got {excerpt(wanted)}")
@@ -48,8 +44,7 @@ def set_activations(model: Any, wanted: str, device: str) -> None:
     if device != "cpu" and wanted != EXACT:
         chosen, why = EXACT, f"4-bit layers compute exactly on {device}"
     elif wanted == AUTO:
-        codes = {layer.form.code for layer in layers if not isinstance(layer, Embedding4bit)}  # of products
-        chosen, why = _auto(build_info()["cpu_isa"], codes)
+        chosen, why = _auto(build_info()["cpu_isa"])
     if chosen != wanted:
         print(f"qlora-ext: --activations {wanted}: {chosen}, because {why}", file=sys.stderr)
     for layer in layers:
