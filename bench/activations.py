@@ -36,7 +36,7 @@ import grpo
 import qlora_ext
 import quality
 from lib import harness, results_files
-from lib.forms import FORMS
+from lib.forms import INT8_FORMS
 from qlora_app.data import DEFAULT_DATA, read_examples
 from qlora_app.decoding import Rollouts
 from qlora_app.models import DEFAULT_MODEL, ModelSource, load_dense, load_tokenizer, resolve
@@ -46,7 +46,6 @@ from qlora_ext.formats import ACTIVATIONS, EXACT, INT8
 from qlora_ext.nn import computing_in, layers_of
 from step import with_lora
 
-COMPARED = {"NF4": Form(), **{name: FORMS[name] for name in ("GGUF Q4_1", "GGUF Q4_0", "MXFP4", "INT4, groups of 32")}}
 RATE, BATCHES = 2e-4, 300
 # The steps before gradients are compared, and their batches: DPO's pairs, GRPO's answers to each of two prompts.
 MOVED, PAIRS, ANSWERS, NEW_TOKENS = 4, 4, 4, 32
@@ -161,7 +160,7 @@ def add_losses(report: harness.Report, arguments: argparse.Namespace) -> Found:
         alike = {row["seed"]: row for row in report.rows if (row["format"], row["activations"]) == (form, activations)}
         if not all(f"{step} steps" in alike.get(seed, {}) for step in arguments.steps):
             base = next((row["base"] for row in alike.values()), None)  # new adapters change nothing, whatever the seed
-            found = subject.losses(COMPARED[form], activations, seed, arguments.steps, base)
+            found = subject.losses(INT8_FORMS[form], activations, seed, arguments.steps, base)
             report.rows = [row for row in report.rows if row is not alike.get(seed)]
             yield {"format": form, "activations": activations, "seed": seed, **found}
 
@@ -175,7 +174,7 @@ def add_gradients(report: harness.Report, arguments: argparse.Namespace) -> Foun
         options |= {"report_to": "none", "save_strategy": "no"}
         for form, method in itertools.product(arguments.formats, TRAINERS):
             if (form, method) not in done:
-                made = TRAINERS[method](load(source, COMPARED[form]), load_tokenizer(source), options)
+                made = TRAINERS[method](load(source, INT8_FORMS[form]), load_tokenizer(source), options)
                 yield {"format": form, "method": method, **gradients(made)}
 
 
@@ -183,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("losses", "gradients"), default="losses", help="default %(default)s")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default %(default)s")
-    parser.add_argument("--formats", nargs="+", choices=COMPARED, default=[*COMPARED], help="default: all")
+    parser.add_argument("--formats", nargs="+", choices=INT8_FORMS, default=[*INT8_FORMS], help="default: all")
     parser.add_argument("--resume", action="store_true", help="keep the rows in the results")
     parser.add_argument("--steps", type=integers, default=[30, 300], help="after which to measure (default 30,300)")
     parser.add_argument("--tokens", default="1x32", help="of a step: rows x length (default %(default)s)")

@@ -15,18 +15,16 @@ import torch
 
 from formats import copies, random_weight
 from lib import harness
-from lib.forms import FORMS
+from lib.forms import INT8_FORMS
 from qlora_ext import _C
-from qlora_ext.form import Form
 from qlora_ext.weight import Weight4bit
 
-FORMATS = {"NF4": Form(), **{name: FORMS[name] for name in ("MXFP4", "INT4, groups of 32", "GGUF Q4_0", "GGUF Q4_1")}}
 TOKENS = {"forward": (1, 4, 8, 64, 1024), "dX": (64, 1024)}
 RANK = 16
 
 
 def measure(report: harness.Report, name: str, n: int, k: int, dtype: torch.dtype, seconds: float) -> None:
-    weights: harness.Ring[Weight4bit] = copies(random_weight(FORMATS[name], n, k))
+    weights: harness.Ring[Weight4bit] = copies(random_weight(INT8_FORMS[name], n, k))
     dense = harness.cold(lambda: torch.randn(n, k).to(dtype), n * k * dtype.itemsize)
     lora = (torch.randn(RANK, k) * 0.02).to(dtype), (torch.randn(n, RANK) * 0.02).to(dtype), 2.0, 0.0, 0, None
     for op, counts in TOKENS.items():
@@ -72,7 +70,7 @@ def main() -> None:
             "Both have LoRA of rank 16; torch is the dense matmul without LoRA.",
         ],
     )
-    for name in FORMATS:
+    for name in INT8_FORMS:
         for shape in arguments.shapes.split(","):
             n, k = (int(part) for part in shape.split("x"))
             measure(report, name, n, k, getattr(torch, arguments.dtype), arguments.seconds)

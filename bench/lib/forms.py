@@ -15,3 +15,8 @@ FORMS: dict[str, Form] = {
     "GGUF Q4_K": Form("uint4", "nested_table8", 32, 8, "scaled8"),
     "GGUF IQ4_NL": Form("iq4_nl", "float16", 32),
 }
+# Those on which int8 activations are compared with exact ones.
+INT8_FORMS: dict[str, Form] = {
+    "NF4": Form(),
+    **{name: FORMS[name] for name in ("GGUF Q4_1", "GGUF Q4_0", "MXFP4", "INT4, groups of 32")},
+}
