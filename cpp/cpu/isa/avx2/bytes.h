@@ -106,7 +106,7 @@ struct Int8Bytes {
       const __m128i half = _mm_max_epu16(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
       const __m128i least = _mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1)));
       const int32_t largest = 0xFFFF & ~_mm_cvtsi128_si32(least);
-      // The quotient of floats is not an integer unless that of the integers is one.
+      // A float quotient does not round up to the next integer, so truncation gives that of the integers.
       const float quotient = static_cast<float>(kFactorOfOne) / static_cast<float>(largest);
       const int32_t factor = largest < kLeastProduct ? 0 : static_cast<int32_t>(quotient);
       const U by = _mm256_set1_epi16(static_cast<int16_t>(factor));

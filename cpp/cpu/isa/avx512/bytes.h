@@ -63,9 +63,7 @@ struct WordInt8Adding {
     const uint32_t bits = largest_magnitude(v);
     const float largest = __builtin_bit_cast(float, bits);
     const F inverse = splat(has_fractions(bits) ? kMostFraction / largest : 0.0f);
-    const auto nearest = [&](F x) {  // 16 elements as eight pairs
-      return _mm512_cvtps_epi32(has_fractions(bits) ? mul(x, inverse) : zero());
-    };
+    const auto nearest = [&](F x) { return _mm512_cvtps_epi32(has_fractions(bits) ? mul(x, inverse) : zero()); };
     const auto join_words = [&](F a, F b) {
       const __m512i both = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(nearest(a)));
       return _mm512_inserti64x4(both, _mm512_cvtepi32_epi16(nearest(b)), 1);
@@ -94,7 +92,7 @@ struct WordInt8Adding {
       const U largest =
           _mm512_max_epu32(_mm512_srli_epi32(pairs, 16), _mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF)));
       const __mmask16 enough = _mm512_cmpge_epu32_mask(largest, _mm512_set1_epi32(kLeastProduct));
-      // The quotient of floats is not an integer unless that of the integers is one.
+      // A float quotient does not round up to the next integer, so truncation gives that of the integers.
       const F quotient =
           _mm512_maskz_div_ps(enough, splat(static_cast<float>(kFactorOfOne)), _mm512_cvtepi32_ps(largest));
       const U factor = _mm512_cvttps_epi32(quotient);
