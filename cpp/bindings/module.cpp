@@ -332,14 +332,24 @@ PYBIND11_MODULE(_C, m) {
       },
       "Names of the 4-bit codes.");
   m.def(
+      "wide_codes",
+      [] {
+        py::dict bits;
+        for (const WideCode& t : kWideCodes) bits[t.name] = t.bits;
+        return bits;
+      },
+      "The name of each code of more than 4 bits -> its bits.");
+  m.def(
       "code_values",
       [](const std::string& code) {
-        const float* values = table_of(code_of(code)).value;
-        py::tuple tuple(kCodes);
-        for (int i = 0; i < kCodes; ++i) tuple[i] = values[i];
+        const Code found = code_of(code);
+        const int count = 1 << bits_of(found);
+        py::tuple tuple(count);
+        for (int i = 0; i < count; ++i)
+          tuple[i] = is_wide(found) ? wide_value(wide_code(found), i) : table_of(found).value[i];
         return tuple;
       },
-      py::arg("code") = "nf4", "The 16 values of a code. They are float32 numbers.");
+      py::arg("code") = "nf4", "The values of a code, float32 numbers: 16, or 2^b of a code of b bits.");
   m.def(
       "block_sizes",
       [] {

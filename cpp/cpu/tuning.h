@@ -97,6 +97,7 @@ constexpr bool has_streamable_rows(const Weight& w) {
 // values. dX rounds dy · scale twice, which is accurate enough for bfloat16 only.
 inline constexpr int kIntColumns = 64, kLeastIntBlock = 32;
 constexpr bool has_int_columns(const Weight& w) {
+  if (is_wide(w.code)) return false;
   const IntCodeTable& ints = int_codes(w.code);
   return w.n > 0 && w.k > 0 && w.k % kIntColumns == 0 && has_one_scale_per(kLeastIntBlock, w) &&
          (w.scales.offsets ? ints.exact : ints.serves);
@@ -104,7 +105,7 @@ constexpr bool has_int_columns(const Weight& w) {
 // Whether x and dy can be rounded to int8 for the weight: rows are whole segments, and a word of four weights never has
 // two scales.
 constexpr bool has_int8_segments(const Weight& w) {
-  return w.n > 0 && w.k > 0 && has_one_scale_per(16, w) && w.k % kInt8Segment == 0;
+  return !is_wide(w.code) && w.n > 0 && w.k > 0 && has_one_scale_per(16, w) && w.k % kInt8Segment == 0;
 }
 inline constexpr int64_t kInt8Rows = 16;  // that few tokens are multiplied with side by side
 // Whether few tokens can be multiplied by the weight in matrices of bytes: each chunk has one scale.

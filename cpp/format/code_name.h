@@ -39,11 +39,17 @@ inline std::string find_code(const char* name, Code* code) {
     *code = static_cast<Code>(&t - kCodeTables);
     return {};
   }
+  for (const WideCode& t : kWideCodes) {
+    if (std::strcmp(t.name, name) != 0) continue;
+    *code = static_cast<Code>(kFirstWideCode + (&t - kWideCodes));
+    return {};
+  }
   float values[kCodes];
   if (std::strncmp(name, "0x", 2) != 0 || !values_of_name(name, values)) {
     std::string names;
     for (const CodeTable& t : kCodeTables)
       if (!t.is_test) names += std::string(t.name) + ", ";
+    for (const WideCode& t : kWideCodes) names += std::string(t.name) + ", ";
     return "code: expected " + names + "or 0x and the 128 hexadecimal digits of 16 float32 values, got " + name;
   }
   float largest = 0.0f;

@@ -1,4 +1,4 @@
-// The values of 4-bit codes: a weight is value[code] * scale. Everything here is exact IEEE float32, so compile it
+// The values of codes: a weight is value[code] * scale. Everything here is exact IEEE float32, so compile it
 // without fast-math and without contraction.
 #pragma once
 
@@ -116,11 +116,61 @@ inline constexpr int kCodeTableCount = sizeof(kCodeTables) / sizeof(kCodeTables[
 // Whether each value is the previous one plus 1.
 QLORA_HD constexpr bool is_consecutive(Code code) { return code == Code::kInt4 || code == Code::kUint4; }
 
+// Wide codes have more than 4 bits. Their values are computed, not looked up: they are integers counted from `zero`, or
+// small floating-point numbers. Kernels read them with one reader per device, which knows these fields and no names.
+struct WideCode {
+  enum class Kind : int { kInteger, kE4m3, kE5m2 };
+  const char* name;
+  int bits;
+  Kind kind;
+  int zero;  // the code of 0
+};
+inline constexpr WideCode kWideCodes[] = {
+    {"int5", 5, WideCode::Kind::kInteger, 16},
+    {"uint5", 5, WideCode::Kind::kInteger, 0},
+    {"int6", 6, WideCode::Kind::kInteger, 32},
+    {"uint6", 6, WideCode::Kind::kInteger, 0},
+    {"int8", 8, WideCode::Kind::kInteger, 128},
+    {"uint8", 8, WideCode::Kind::kInteger, 0},
+    // OCP 8-bit floating point specification 1.0: E4M3 has NaN but no infinity, E5M2 both.
+    {"e4m3", 8, WideCode::Kind::kE4m3, 0},
+    {"e5m2", 8, WideCode::Kind::kE5m2, 0},
+};
+inline constexpr int kWideCodeCount = sizeof(kWideCodes) / sizeof(kWideCodes[0]);
+// Wide code i is the number kFirstWideCode + i.
+inline constexpr int kFirstWideCode = 1 << 16;
+QLORA_HD constexpr bool is_wide(Code code) { return static_cast<int>(code) >= kFirstWideCode; }
+QLORA_INLINE constexpr const WideCode& wide_code(Code code) {
+  return kWideCodes[static_cast<int>(code) - kFirstWideCode];
+}
+QLORA_INLINE constexpr int bits_of(Code code) { return is_wide(code) ? wide_code(code).bits : 4; }
+
+QLORA_HD float wide_value(WideCode::Kind kind, int zero, int code) {
+  if (kind == WideCode::Kind::kInteger) return static_cast<float>(code - zero);
+  const bool is_e4m3 = kind == WideCode::Kind::kE4m3;
+  const int mantissa_bits = is_e4m3 ? 3 : 2, bias = is_e4m3 ? 7 : 15, magnitude = code & 127;
+  const int exponent = magnitude >> mantissa_bits, mantissa = magnitude & ((1 << mantissa_bits) - 1);
+  float value = 0.0f;
+  if (is_e4m3 ? magnitude == 127 : exponent == 31) {
+    value = is_e4m3 || mantissa ? __builtin_nanf("") : __builtin_inff();
+  } else {
+    value = static_cast<float>(exponent ? mantissa | 1 << mantissa_bits : mantissa);
+    // Times 2^(exponent - bias - mantissa_bits), an exponent that float32 has.
+    const uint32_t power = static_cast<uint32_t>((exponent ? exponent : 1) - bias - mantissa_bits + 127) << 23;
+    float factor = 0.0f;
+    __builtin_memcpy(&factor, &power, sizeof factor);
+    value *= factor;
+  }
+  return code & 128 ? -value : value;
+}
+QLORA_INLINE float wide_value(const WideCode& wide, int code) { return wide_value(wide.kind, wide.zero, code); }
+
 // A code that a caller has made up is a number from kCodeTableCount on. The kernels' library keeps its table, forever
 // (cpp/format/custom_codes.h).
-QLORA_INLINE constexpr bool is_custom(Code code) { return static_cast<int>(code) >= kCodeTableCount; }
+QLORA_INLINE constexpr bool is_custom(Code code) { return static_cast<int>(code) >= kCodeTableCount && !is_wide(code); }
 QLORA_EXPORT const CodeTable& custom_table(Code code);
 
+// Of a code of 4 bits.
 QLORA_INLINE constexpr const CodeTable& table_of(Code code) {
   return is_custom(code) ? custom_table(code) : kCodeTables[static_cast<int>(code)];
 }

@@ -23,7 +23,7 @@ struct WeightStride {
 
 QLORA_INLINE WeightStride weight_stride(const Weight& w) {
   WeightStride stride;
-  stride.packed_bytes = packed_bytes(w.n * w.k);
+  stride.packed_bytes = packed_bytes(w.n * w.k, w.bits());
   stride.blocks = ceil_div(w.n * w.k, w.scales.block_size);
   stride.nested_blocks = ceil_div(stride.blocks, w.scales.nested_block_size);
   return stride;

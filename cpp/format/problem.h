@@ -13,7 +13,7 @@
 namespace qlora {
 
 // w [n, k]. Blocks run over the flat index i*k + j. So a block may span rows if k is not a multiple of block_size, and
-// a byte may span rows if k is odd.
+// a byte may span rows if k is odd. Rows of wide codes consist of whole blocks, and of whole units.
 struct Weight {
   const uint8_t* packed = nullptr;
   Code code = Code::kNf4;
@@ -21,6 +21,7 @@ struct Weight {
   int64_t n = 0, k = 0;
 
   constexpr const CodeTable& table() const { return table_of(code); }
+  constexpr int bits() const { return bits_of(code); }
 };
 
 // Returns whether every group of `columns` columns, counted from the start of a row, lies in one block. Kernels that

@@ -54,9 +54,10 @@ void expert_offsets(const Args& args, Experts experts, const char* like_name, co
 
 // Checks that packed holds `given` x `size` elements, over experts each. `given` is the last dimension of x or dy, and
 // `size` is the argument `named`.
-inline void packed_fits(const Tensor& packed, const char* name, int64_t given, const char* given_is, const char* named,
+inline void packed_fits(const PackedArgs& w, const char* name, int64_t given, const char* given_is, const char* named,
                         int64_t size, Experts experts) {
-  const int64_t bytes = packed_bytes(area(named, given, size));
+  const Tensor& packed = w.packed;
+  const int64_t bytes = packed_bytes(area(named, given, size), bits_of(code(w.code)));
   int64_t all = 0;
   const bool wraps = multiply_overflows(experts.value_or(1), bytes, &all);
   if (wraps || packed.numel() != all) {
@@ -82,7 +83,7 @@ struct LinearCall {
     int64_t k = 0;
     p.m = checks::rows_of("x", a.x, &k, experts);
     checks::same_device("packed", a.w.packed, "x", a.x);
-    checks::packed_fits(a.w.packed, "x", k, "in_features", "out_features", a.out_features, experts);
+    checks::packed_fits(a.w, "x", k, "in_features", "out_features", a.out_features, experts);
     p.w = checks::weight(a.w, a.out_features, k, experts);
     checks::expert_offsets(a, experts, "x", a.x, &problem, &offsets);
     if (a.bias) {
@@ -116,7 +117,7 @@ struct LinearDxCall {
     int64_t n = 0;
     p.m = checks::rows_of("dy", a.dy, &n, experts);
     checks::same_device("packed", a.w.packed, "dy", a.dy);
-    checks::packed_fits(a.w.packed, "dy", n, "out_features", "in_features", a.in_features, experts);
+    checks::packed_fits(a.w, "dy", n, "out_features", "in_features", a.in_features, experts);
     p.w = checks::weight(a.w, n, a.in_features, experts);
     checks::expert_offsets(a, experts, "dy", a.dy, &problem, &offsets);
     lora = checks::lora(a.lora_a, a.lora_b, n, a.in_features, a.lora, "dy", a.dy, p.m, experts);

@@ -148,6 +148,13 @@ inline Code code(const CodeName& name) {
   return name.code;
 }
 
+// Of the operators that encode, which know codes of 4 bits only.
+inline Code code_of_4_bits(const CodeName& name) {
+  const Code found = code(name);
+  require(!is_wide(found), "code: expected a code of 4 bits, got ", is_wide(found) ? wide_code(found).name : "");
+  return found;
+}
+
 inline Activations activations(const ActivationsName& name) {
   require(name.error.empty(), name.error);
   return name.activations;
@@ -297,6 +304,13 @@ inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
   return s;
 }
 
+// Rows of a wide code consist of whole blocks and units (cpp/format/packing.h).
+inline void has_whole_blocks(Code code, int64_t k, int64_t block_size) {
+  const int64_t unit = has_units(bits_of(code)) && block_size < kUnit ? kUnit : block_size;
+  require(k % unit == 0, "packed: expected rows of a multiple of ", unit, " elements in ", wide_code(code).name,
+          " with blocks of ", block_size, ", got ", k);
+}
+
 // Checks the weight [n, k], or those of experts, stacked as in cpp/format/grouped.h, and returns the first.
 inline Weight weight(const PackedArgs& p, int64_t n, int64_t k, Experts experts = {}) {
   if (experts) {
@@ -311,15 +325,17 @@ inline Weight weight(const PackedArgs& p, int64_t n, int64_t k, Experts experts 
   has_dtype("packed", p.packed, ScalarType::Byte);
   is_contiguous("packed", p.packed);
   const int64_t numel = area("packed", n, k);
-  if (p.packed.numel() != weights * packed_bytes(numel)) {
-    require(false, "packed: expected ", weights * packed_bytes(numel), " bytes for ", weights * numel,
-            " elements, got ", p.packed.numel(), " in shape ", shape_text(p.packed));
-  }
   block_size("block_size", p.block_size);
   Weight w;
   w.code = code(p.code);
   w.n = n;
   w.k = k;
+  if (is_wide(w.code)) has_whole_blocks(w.code, k, p.block_size);
+  const int64_t bytes = packed_bytes(numel, w.bits());
+  if (p.packed.numel() != weights * bytes) {
+    require(false, "packed: expected ", weights * bytes, " bytes for ", weights * numel, " elements, got ",
+            p.packed.numel(), " in shape ", shape_text(p.packed));
+  }
   w.scales = scales(p, ceil_div(numel, p.block_size), weights);
   w.packed = p.packed.const_data_ptr<uint8_t>();
   return w;

@@ -14,7 +14,7 @@ struct QuantizeCall {
   Tensor w, packed, absmax;
 
   QuantizeCall(const Tensor& w_arg, int64_t block_size, const CodeName& name) {
-    code = checks::code(name);
+    code = checks::code_of_4_bits(name);
     dtype = checks::storage_dtype("w", w_arg.scalar_type());
     checks::block_size("block_size", block_size);
     numel = checks::numel("w", w_arg);
@@ -81,6 +81,7 @@ struct MergeCall {
     checks::has_shape("lora_b", args.lora_b, {n, problem.rank}, "out_features, rank");
     for (const int64_t size : {n, k}) checks::area("lora_a", problem.rank, size);
     checks::scaling(args.scaling);
+    checks::code_of_4_bits(args.w.code);
     problem.w = checks::weight(args.w, n, k);
     a = args.lora_a.is_contiguous() ? args.lora_a : stable::contiguous(args.lora_a);
     b = args.lora_b.is_contiguous() ? args.lora_b : stable::contiguous(args.lora_b);

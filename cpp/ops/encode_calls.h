@@ -14,7 +14,7 @@ struct SearchAbsmaxCall {
   int64_t numel, k;
 
   SearchAbsmaxCall(const Tensor& w_arg, const Tensor& importance_arg, int64_t block_size, const CodeName& name) {
-    code = checks::code(name);
+    code = checks::code_of_4_bits(name);
     dtype = checks::storage_dtype("w", w_arg.scalar_type());
     checks::block_size("block_size", block_size);
     checks::rows_of("w", w_arg, &k);
@@ -37,7 +37,7 @@ struct EncodeCall {
 
   EncodeCall(const Tensor& w_arg, const Tensor& absmax_arg, int64_t block_size, const OptionalTensor& feedback_arg,
              const OptionalTensor& order_arg, const CodeName& name) {
-    code = checks::code(name);
+    code = checks::code_of_4_bits(name);
     dtype = checks::storage_dtype("w", w_arg.scalar_type());
     checks::block_size("block_size", block_size);
     numel = checks::numel("w", w_arg);

@@ -13,7 +13,8 @@ namespace {
 // As dequantize_nf4 decodes it.
 double weight_at(const Weight& w, int64_t i) {
   const int64_t block = i / w.scales.block_size;
-  const float value = w.table().value[code_at(w.packed, i)];
+  const int code = code_at(w.packed, i, w.bits());
+  const float value = is_wide(w.code) ? wide_value(wide_code(w.code), code) : w.table().value[code];
   float scale = 0.0f, offset = 0.0f;
   scalar::read_scales(w.scales, block, 1, &scale);
   if (w.scales.offsets.form == OffsetForm::kZeroPoint8) {
