@@ -1,4 +1,4 @@
-"""``Form``: how a 4-bit weight is stored."""
+"""``Form``: how a packed weight is stored."""
 
 from __future__ import annotations
 
@@ -85,6 +85,11 @@ class Form:
         formats.check_scales(self.scales)
         formats.check_offsets(self.offsets)
 
+    @property
+    def bits(self) -> int:
+        """The bits of a code: 4, 5, 6 or 8."""
+        return formats.bits_of(self.code)
+
     @classmethod
     def of(cls, **keywords: Unpack[FormKeywords]) -> Form:
         """The form that the keywords of a public function describe."""
@@ -144,7 +149,7 @@ class Form:
         """
         blocks = -(-math.prod(shape) // self.block_size)
         nested = (-(-blocks // self.nested_block_size),)
-        found = {"packed": TensorSpec(packed_shape((*shape,)), torch.uint8)}
+        found = {"packed": TensorSpec(packed_shape((*shape,), self.bits), torch.uint8)}
         found["absmax"] = TensorSpec((blocks,), FLOAT_DTYPES.get(self.scales, torch.uint8))
         if self.scales in (formats.NESTED8, formats.NESTED_TABLE8):
             found["nested_absmax"] = TensorSpec(nested, torch.float32)
@@ -192,4 +197,12 @@ PRESETS: dict[str, Form] = {
     "q4_1": Form("uint4", formats.FLOAT16, 32, offsets=formats.FLOAT16),
     "q4_k": Form("uint4", formats.NESTED_TABLE8, 32, 8, formats.SCALED8),
     "iq4_nl": Form("iq4_nl", formats.FLOAT16, 32),
+    "iq4_xs": Form("iq4_nl", formats.NESTED_TABLE8, 32, 8),
+    "q5_0": Form("int5", formats.FLOAT16, 32),
+    "q5_1": Form("uint5", formats.FLOAT16, 32, offsets=formats.FLOAT16),
+    "q5_k": Form("uint5", formats.NESTED_TABLE8, 32, 8, formats.SCALED8),
+    "q6_k": Form("int6", formats.NESTED_TABLE8, 16, 16),
+    "q8_0": Form("int8", formats.FLOAT16, 32),
+    "int8": Form("int8", formats.BFLOAT16, 128),
+    "fp8": Form("e4m3", formats.FLOAT32, 128),
 }

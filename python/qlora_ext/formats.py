@@ -1,4 +1,4 @@
-"""The names and sizes of the 4-bit formats. Those of the compiled library are read from it."""
+"""The names and sizes of the packed formats. Those of the compiled library are read from it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CODES: tuple[str, ...] = tuple(_C.codes())
+# The codes of more than 4 bits, and their bits.
+WIDE_CODES: dict[str, int] = _C.wide_codes()
 NF4 = "nf4"
 FP4 = "fp4"
 # The names of the formats for which an adapter can be trained merge-aware.
@@ -80,11 +82,16 @@ _MADE_UP = "0x"
 _VALUES = struct.Struct(">16f")
 
 
-_NAMED = {name: _C.code_values(name) for name in CODES}  # at the import, because Dynamo cannot trace a call of _C
+_NAMED = {name: _C.code_values(name) for name in (*CODES, *WIDE_CODES)}  # at the import, because Dynamo cannot trace a call of _C
+
+
+def bits_of(code: str) -> int:
+    """The bits of a code."""
+    return WIDE_CODES.get(code, 4)
 
 
 def code_values(code: str) -> tuple[float, ...]:
-    """The 16 values of a code, by code.
+    """The values of a code, by code: 16, or 2^b of a code of b bits. Those of e4m3 and e5m2 include NaN.
 
     Raises:
         ValueError: there is no such code.
@@ -97,7 +104,7 @@ def code_values(code: str) -> tuple[float, ...]:
         values = _VALUES.unpack(bytes.fromhex(code.removeprefix(_MADE_UP)))
     except (ValueError, struct.error):
         raise ValueError(
-            f"code: expected {', '.join(CODES)}, or 0x and the 128 hexadecimal digits of 16 float32 values, "
+            f"code: expected {', '.join(_NAMED)}, or 0x and the 128 hexadecimal digits of 16 float32 values, "
             f"got {reprlib.repr(code)}"
         ) from None
     _check_values(values)
@@ -140,16 +147,16 @@ def code_name(values: Sequence[float] | Tensor) -> str:
         raise ValueError(f"code: expected 16 values, got shape {list(exact.shape)}")
     _check_values(exact.tolist())
     bits = _VALUES.pack(*exact.tolist())
-    for name, named in _NAMED.items():
-        if bits == _VALUES.pack(*named):
+    for name in CODES:
+        if bits == _VALUES.pack(*_NAMED[name]):
             return name
     return _MADE_UP + bits.hex()
 
 
 def check_code(code: Any) -> None:
-    """Raises a ValueError unless ``code`` is the name of a 4-bit code."""
+    """Raises a ValueError unless ``code`` is the name of a code."""
     if not isinstance(code, str):
-        raise ValueError(f"code: expected {', '.join(CODES)}, got {reprlib.repr(code)}")
+        raise ValueError(f"code: expected {', '.join((*CODES, *WIDE_CODES))}, got {reprlib.repr(code)}")
     # _C also accepts the codes made up for tests. It is called last, because Dynamo cannot trace it.
-    if code not in CODES:
+    if code not in _NAMED:
         code_values(code)

@@ -49,11 +49,11 @@ def check_seed_tensor(seed_tensor: Tensor | None) -> None:
         )
 
 
-def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor's packed codes: [..., K/2], or one dimension if K is odd."""
-    if len(shape) >= 1 and shape[-1] % 2 == 0:
-        return (*shape[:-1], shape[-1] // 2)
-    return ((math.prod(shape) + 1) // 2,)
+def packed_shape(shape: torch.Size | tuple[int, ...], bits: int = 4) -> tuple[int, ...]:
+    """The shape of a tensor's packed codes: [..., K * bits / 8], or one dimension if a row ends within a byte."""
+    if len(shape) >= 1 and shape[-1] * bits % 8 == 0:
+        return (*shape[:-1], shape[-1] * bits // 8)
+    return ((math.prod(shape) * bits + 7) // 8,)
 
 
 def _refuse_onnx() -> None:

@@ -1,0 +1,65 @@
+"""Packs codes of any width, in the layout of cpp/format/packing.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+UNIT = 32  # elements whose bit planes lie together
+
+
+def has_units(bits: int) -> bool:
+    """Whether codes of that width are stored in planes of 4 and fewer bits, in units of ``UNIT`` elements."""
+    return bits in (5, 6)
+
+
+def packed_width(width: int, bits: int) -> int:
+    """The bytes of a row of ``width`` codes, which is a multiple of ``UNIT`` if there are units, and even for 4 bits."""
+    return width * bits // 8
+
+
+def _fields(codes: Tensor, bits: int) -> Tensor:
+    """[..., K] codes below 2^bits in bytes [..., K * bits / 8], those of lower elements in lower bits."""
+    per_byte = 8 // bits
+    parts = codes.unflatten(-1, (-1, per_byte))
+    return sum((parts[..., i] << bits * i for i in range(1, per_byte)), parts[..., 0])
+
+
+def _codes(fields: Tensor, bits: int) -> Tensor:
+    """The inverse of ``_fields``."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=fields.device)
+    return ((fields.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes, uint8 [..., K], packed: uint8 [..., K * bits / 8].
+
+    Example:
+        >>> from qlora_ext._internal import bit_planes
+        >>> codes = torch.arange(32, dtype=torch.uint8)
+        >>> packed = bit_planes.pack(codes, 5)
+        >>> packed.shape, torch.equal(bit_planes.unpack(packed, 5), codes)
+        (torch.Size([20]), True)
+    """
+    if bits == 8:
+        return codes
+    low = codes & 15
+    nibbles = low[..., 0::2] << 4 | low[..., 1::2]
+    if bits == 4:
+        return nibbles
+    nibbles = nibbles.unflatten(-1, (-1, UNIT // 2))
+    upper = _fields(codes >> 4, bits - 4).unflatten(-1, (-1, UNIT // 8 * (bits - 4)))
+    return torch.cat([nibbles, upper], -1).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of ``pack``: uint8 [..., K]."""
+    if bits == 8:
+        return packed
+    upper = None
+    if bits > 4:
+        units = packed.unflatten(-1, (-1, UNIT // 8 * bits))
+        upper = _codes(units[..., UNIT // 2 :].flatten(-2), bits - 4)
+        packed = units[..., : UNIT // 2].flatten(-2)
+    low = torch.stack([packed >> 4, packed & 15], -1).flatten(-2)
+    return low if upper is None else low | upper << 4
