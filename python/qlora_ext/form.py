@@ -97,6 +97,13 @@ class Form:
         """The rows of a weight have a multiple of that many elements: with more than 4 bits, whole blocks and units."""
         return 1 if self.bits == 4 else max(self.block_size, bit_planes.UNIT if bit_planes.has_units(self.bits) else 1)
 
+    def check_rows(self, name: str, shape: Sequence[int]) -> None:
+        """Raises a ValueError that begins with ``name`` if the rows of ``shape`` are no multiple of ``row_unit``."""
+        if self.row_unit > 1 and (not shape or shape[-1] % self.row_unit):
+            raise ValueError(
+                f"{name}: expected rows of a multiple of {self.row_unit} elements for {self}, got {[*shape]}"
+            )
+
     @classmethod
     def of(cls, **keywords: Unpack[FormKeywords]) -> Form:
         """The form that the keywords of a public function describe."""
@@ -154,10 +161,7 @@ class Form:
             >>> Form(code="e2m1", scales="table8", block_size=32).tensors((48, 64))["absmax"]
             TensorSpec(shape=(96,), dtype=torch.uint8)
         """
-        if self.bits > 4 and (not shape or shape[-1] % self.row_unit):
-            raise ValueError(
-                f"shape: expected rows of a multiple of {self.row_unit} elements for {self}, got {[*stack, *shape]}"
-            )
+        self.check_rows("shape", (*stack, *shape))
         blocks = -(-math.prod(shape) // self.block_size)
         nested = (-(-blocks // self.nested_block_size),)
         found = {"packed": TensorSpec(packed_shape((*shape,), self.bits), torch.uint8)}
