@@ -1,4 +1,4 @@
-"""Every form of a 4-bit weight: random weights of each, and their values by an oracle that shares no code with the
+"""Every form of a packed weight: random weights of each, and their values by an oracle that shares no code with the
 package."""
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ FORMS = {
     "made up": Form.of(
         code=[-3, -2, -1.5, -1, -0.7, -0.5, -0.2, 0, 0.2, 0.4, 0.7, 1, 1.4, 2, 2.5, 4], scales="float16"
     ),
+    "iq4_xs": Form("iq4_nl", "nested_table8", 32, 8),
+    "q5_0": Form("int5", "float16", 32),
+    "q5_k": Form("uint5", "nested_table8", 32, 8, "scaled8"),
+    "q6_k": Form("int6", "nested_table8", 16, 16),
+    "q8_0": Form("int8", "float16", 32),
+    "uint8 zero points": Form("uint8", "bfloat16", 32, offsets="zero_point8"),
+    "fp8": Form("e4m3", "float32", 32),
+    "e5m2": Form("e5m2", "table8", 32),
 }
+BITS = {code: int(np.log2(len(values))) for code, values in reference.WIDE_CODES.items()}
 
 
 def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -59,9 +68,11 @@ def random_weight(
     tensors = {}
     for name, spec in form.tensors(shape[-2:], shape[:-2]).items():
         if name == "packed":
-            t = torch.randint(256, spec.shape, generator=generator).to(spec.dtype)
+            codes = torch.randint(256, spec.shape, generator=generator).to(spec.dtype)
+            t = codes & 0xBF if form.code in ("e4m3", "e5m2") else codes  # magnitudes below 2, and no NaN
         else:
             t = _random(name, spec.shape, spec.dtype, generator)
+            t = t / 2 ** (form.bits - 4) if name in ("absmax", "nested_absmax") and t.is_floating_point() else t
         tensors[name] = t.to(device)
     return weight_of(
         form, **{"nested_absmax": None, "nested_offset": None} | tensors, shape=torch.Size(shape), dtype=dtype
@@ -75,7 +86,7 @@ def _array(t: Tensor) -> np.ndarray:
 def code_values(code: str) -> np.ndarray:
     if code.startswith("0x"):
         return np.frombuffer(bytes.fromhex(code[2:]), ">f4").astype(np.float32)
-    return reference.CODES[code]
+    return reference.CODES[code] if code in reference.CODES else reference.WIDE_CODES[code]
 
 
 def oracle(w4: Weight4bit) -> np.ndarray:
@@ -107,7 +118,8 @@ def parts(weight: dict[str, Any], numel: int) -> tuple[np.ndarray, np.ndarray, n
     def per_element(of_blocks: np.ndarray) -> np.ndarray:
         return np.repeat(of_blocks.astype(np.float32), weight["block_size"])[:numel]
 
-    codes, scales = reference.unpack(arrays["packed"], numel), per_element(scales)
+    bits = BITS.get(weight.get("code", "nf4"), 4)
+    codes, scales = reference.unpack(arrays["packed"], numel, bits), per_element(scales)
     offsets = arrays.get("block_offsets")
     if offsets is None:
         return codes, scales, None, None
