@@ -7,6 +7,7 @@ package, so that a mistake in one is found by the other.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 F32 = np.float32
 
@@ -46,13 +47,14 @@ CODES = {
     "iq4_nl": np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], F32),
     "shuffled": SHUFFLED,
 }
-# Codes of more than 4 bits. Of E4M3, the largest magnitude is NaN; E5M2 is the upper half of float16.
-_E4M3 = [m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)][:-1] + [np.nan]
+# The values of the codes of more than 4 bits, by code.
 WIDE_CODES = {
-    **{f"int{bits}": np.arange(2**bits, dtype=F32) - F32(2 ** (bits - 1)) for bits in (5, 6, 8)},
-    **{f"uint{bits}": np.arange(2**bits, dtype=F32) for bits in (5, 6, 8)},
-    "e4m3": np.array(_E4M3 + [-value for value in _E4M3], F32),
-    "e5m2": (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(F32),
+    f"{sign}int{bits}": np.arange(1 << bits, dtype=F32) - (0 if sign else 1 << bits - 1)
+    for bits in (5, 6, 8)
+    for sign in ("", "u")
+} | {
+    name: torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
+    for name, dtype in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2))
 }
 # Codes whose tables have every property on which encoding depends: ascending or not, symmetric or not, with duplicates
 # or without. Tests that take long run with these.
@@ -138,11 +140,11 @@ def unpack(packed: np.ndarray, numel: int, bits: int = 4) -> np.ndarray:
     flat = packed.reshape(-1)
     if bits == 8:
         return flat[:numel]
-    if bits > 4:
+    if bits > 4:  # units of 32 codes: nibbles, then the upper bits
         units = flat.reshape(-1, 4 * bits)
-        digits = np.unpackbits(units[:, 16:], axis=1, bitorder="little").reshape(-1, bits - 4)
-        upper = (digits << np.arange(bits - 4, dtype=np.uint8)).sum(1, dtype=np.uint8)
-        return unpack(units[:, :16], numel) | upper[:numel] << 4
+        upper = np.unpackbits(units[:, 16:], axis=1, bitorder="little").reshape(-1, bits - 4)
+        low = unpack(np.ascontiguousarray(units[:, :16]), numel)
+        return (low + 16 * (upper @ (1 << np.arange(bits - 4)))).astype(np.uint8)
     return np.stack([flat >> 4, flat & 15], axis=1).reshape(-1)[:numel]
 
 
