@@ -390,17 +390,16 @@ def _nested_signed(w: Tensor, form: Form) -> Tensors:
 
 def _searched_scales(blocks: Tensor, values: Tensor, steps: list[float]) -> Tensor:
     """The scale of each block with the least squared error, weighted by w²."""
-    largest = _signed_largest(blocks)[:, None]
-    weighted = blocks.pow(3)
+    largest = _signed_largest(blocks)
+    blocks = blocks * _inverse(largest)[:, None]  # at most 1, so that no power overflows
     scale = gain = torch.zeros_like(largest)
     for step in steps:
-        found = values[_nearest_above(blocks * _inverse(largest) * (values[0] + step), values)]
-        products = (weighted * found).sum(1, keepdim=True)
-        squares = (found * blocks).square().sum(1, keepdim=True)
+        found = values[_nearest_above(blocks * (values[0] + step), values)]
+        products, squares = (found * blocks.pow(3)).sum(1), (found * blocks).square().sum(1)
         better = products.square() > gain * squares
         scale = torch.where(better, products / squares, scale)
         gain = torch.where(better, products.square() / squares, gain)
-    return scale.squeeze(1)
+    return scale * largest
 
 
 def _nearest_above(q: Tensor, values: Tensor) -> Tensor:
