@@ -30,6 +30,9 @@ Tensors = dict[str, Tensor]
 
 _UNSIGNED = ("uint4", "uint5", "uint6", "uint8")
 _FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+# Stochastic rounding leaves a weight on its code that is so near to it, in steps between codes: decoding, and the
+# division by the scale, are rounded.
+_ON_A_CODE = 2**-12
 _CODES_AT_ONCE = 1 << 22  # limits the memory for temporary tensors
 _E8M0_LARGEST = 254
 _E4M3_SMALLEST_BLOCK = 0.125  # compressed-tensors' scale for a block whose own would be 0
@@ -106,6 +109,7 @@ def encoded(w: Tensor, scales: Tensor, form: Form, seed: int | None = None) -> T
             drawn = None
             if generator is not None:
                 drawn = torch.rand(q.shape, generator=generator, dtype=torch.float32, device="cpu").to(q.device)
+                drawn = drawn.clamp(_ON_A_CODE, 1 - _ON_A_CODE)
             return (_float_codes if form.code in _FLOATS else _integer_codes)(q, form, drawn)
 
         packed = _packed(_blocks(w, form), w, form, encode, scales)

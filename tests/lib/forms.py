@@ -3,6 +3,7 @@ package."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ WIDE_FORMS = {
     "uint8 zero points": Form("uint8", "float16", 128, offsets="zero_point8"),
     "fp8": Form("e4m3", "float32", 128),
     "e5m2": Form("e5m2", "bfloat16", 64),
+}
+# Of these one per width and kind of scales, with blocks that divide short rows.
+SOME_WIDE = {
+    name: dataclasses.replace(WIDE_FORMS[name], block_size=min(32, WIDE_FORMS[name].block_size))
+    for name in ("q5_k", "q6_k", "q8_0", "uint8 zero points", "fp8")
 }
 
 

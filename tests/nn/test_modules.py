@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -14,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import qlora_ext
 import forms
+import qlora_ext
 from forms import oracle, random_weight
 from qlora_ext import formats
 from qlora_ext._internal import bit_planes
@@ -25,11 +24,7 @@ from qlora_ext.weight import TENSORS, Weight4bit
 from tensors import same_bits
 from tiny_experts import Experts, routing
 
-# Of the forms of more than 4 bits, one per width and per kind of scales, with blocks that divide the rows.
-WIDE = {name: forms.WIDE_FORMS[name] for name in ("q5_k", "q6_k", "q8_0", "uint8 zero points", "fp8")}
-FORMS = forms.FORMS | {
-    name: dataclasses.replace(form, block_size=min(32, form.block_size)) for name, form in WIDE.items()
-}
+FORMS = forms.FORMS | forms.SOME_WIDE
 EVERY = pytest.mark.parametrize("name", FORMS)
 KINDS = ("linear", "embedding", "experts", "odd linear", "odd embedding")
 every_kind = pytest.mark.parametrize("kind", KINDS)
