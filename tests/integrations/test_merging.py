@@ -17,6 +17,7 @@ import forms
 import moe_families
 import qlora_ext
 from adapted_models import adapted, base, draw
+from forms import MODULE_FORMS as FORMS
 from forms import random_weight
 from qlora_ext._internal import bit_planes
 from qlora_ext.calibration import Calibration, calibration_of
@@ -36,7 +37,6 @@ from qlora_ext.weight import Weight4bit
 from tiny_experts import Experts, routing
 from tiny_models import logits, token_ids
 
-FORMS = forms.FORMS | forms.SOME_WIDE
 EVERY = pytest.mark.parametrize("name", FORMS)
 SHAPE = (96, 160)
 IDS = token_ids(4, 24)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import forms
 import qlora_ext
+from forms import MODULE_FORMS as FORMS
 from forms import oracle, random_weight
 from qlora_ext import formats
 from qlora_ext._internal import bit_planes
@@ -24,7 +24,6 @@ from qlora_ext.weight import TENSORS, Weight4bit
 from tensors import same_bits
 from tiny_experts import Experts, routing
 
-FORMS = forms.FORMS | forms.SOME_WIDE
 EVERY = pytest.mark.parametrize("name", FORMS)
 KINDS = ("linear", "embedding", "experts", "odd linear", "odd embedding")
 every_kind = pytest.mark.parametrize("kind", KINDS)
