@@ -47,9 +47,9 @@ class Weight4bit(Tensor):
         layer.weight = nn.Parameter(qlora_ext.quantize(layer.weight, "nf4"))
 
     Attributes:
-        packed: uint8 [..., K * bits / 8]. Of 4 bits, element 2i is in the high nibble of byte i, element 2i+1 in the low
-            nibble. 8 bits are bytes. Of 5 and 6 bits, 32 elements are 16 bytes of their low 4 bits, packed like those,
-            and then 4 or 8 bytes of their upper bits, those of lower elements in lower bits.
+        packed: uint8 [..., K * bits / 8]. With 4 bits, element 2i is in the high nibble of byte i, and element 2i+1 in
+            the low nibble. With 8 bits, codes are bytes. With 5 and 6 bits, each 32 elements have 16 bytes of low 4
+            bits, packed likewise, and then 4 or 8 bytes of upper bits, those of lower elements in lower bits.
         absmax: the scales [blocks], one per ``block_size`` elements in row-major order: float32, float16, bfloat16, or
             uint8 codes.
         nested_absmax, nested_offset: float32 [nested blocks] and [], the scales of those codes, one per
