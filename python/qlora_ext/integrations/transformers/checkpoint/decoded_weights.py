@@ -1,4 +1,4 @@
-"""4-bit weights of a checkpoint that no 4-bit module can hold: they are decoded, and saved as they were."""
+"""Packed weights of a checkpoint that no packed module can hold: they are decoded, and saved as they were."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ....checkpoints import MLX, Settings
+from ....checkpoints import MLX
+from ....checkpoints.mlx import PACKED_BITS
 from ....nn import dense_modules, paths_to
 from ..modules import packed_weights
 from .headers import Header, Names, map_tensors
@@ -24,14 +25,12 @@ class DecodedWeight:
 
     Attributes:
         matrix: its tensors in the checkpoint.
-        settings: of the format.
         stored: these tensors, mapped from their files.
         dtype: of the weight in the model, when it has been read.
     """
 
     kind: MLX
     matrix: Matrix
-    settings: Settings
     stored: dict[str, Tensor]
     dtype: torch.dtype = torch.float32
 
@@ -47,7 +46,7 @@ class DecodedWeight:
         """
         self.dtype = dtype
         given = {name: by_key[key] for name, key in self.matrix.tensors.items()}
-        return self.kind.decode(given, shape, dtype, self.settings, self.matrix.where)
+        return self.kind.decode(given, shape, dtype, self.matrix.settings, self.matrix.where)
 
     def write(self, values: Tensor) -> dict[str, Tensor]:
         """The tensors of the checkpoint.
@@ -62,37 +61,32 @@ class DecodedWeight:
 
 
 def decoded_weights(
-    model: nn.Module,
-    names: Names,
-    found: Mapping[str, Matrix],
-    headers: Mapping[str, Header],
-    kind: MLX,
-    settings: Settings,
+    model: nn.Module, names: Names, found: Mapping[str, Matrix], headers: Mapping[str, Header]
 ) -> dict[str, DecodedWeight]:
-    """The weights to decode, by their names in the model: those of other than 4 bits, and those that have to be dense.
+    """The weights of MLX to decode, by their names in the model: those of 2 or 3 bits, and those that must be dense.
 
     Args:
         found: the weights of the checkpoint, by the names that dense ones would have.
     """
     always = {*dense_modules(model).always}
-    chosen: dict[str, tuple[Matrix, Settings]] = {}
+    chosen: dict[str, tuple[MLX, Matrix]] = {}
     for dense, matrix in found.items():
-        (target, pattern), own = names.place(dense), settings.layers.get(module_of(dense), settings)
-        if target is None or pattern is not None:
+        target, pattern = names.place(dense)
+        if target is None or pattern is not None or not isinstance(matrix.format, MLX):
             continue
         module, name = get_module_from_name(model, target)
         is_packed = name in packed_weights(module) and always.isdisjoint(paths_to(module_of(target)))
-        if own.bits != 4 or not is_packed:
-            chosen[target] = matrix, own
-    stored = map_tensors({key: headers[key] for matrix, _ in chosen.values() for key in matrix.tensors.values()})
+        if matrix.settings.bits not in PACKED_BITS or not is_packed:
+            chosen[target] = matrix.format, matrix
+    stored = map_tensors({key: headers[key] for _, matrix in chosen.values() for key in matrix.tensors.values()})
     if chosen:
-        shown = ", ".join(f"{name} ({own.bits} bits)" for name, (_, own) in [*chosen.items()][:3])
+        shown = ", ".join(f"{name} ({matrix.settings.bits} bits)" for name, (_, matrix) in [*chosen.items()][:3])
         warnings.warn(
-            f"{len(chosen)} weights of the {kind.name} checkpoint are decoded and dense, because they have other than "
-            f"4 bits, or no 4-bit layer can replace theirs: {shown}{', ...' if len(chosen) > 3 else ''}",
+            f"{len(chosen)} weights of the {MLX.name} checkpoint are decoded and dense, because they have 2 or 3 bits, "
+            f"or no packed layer can replace theirs: {shown}{', ...' if len(chosen) > 3 else ''}",
             stacklevel=2,
         )
     return {
-        target: DecodedWeight(kind, matrix, own, {key: stored[key] for key in matrix.tensors.values()})
-        for target, (matrix, own) in chosen.items()
+        target: DecodedWeight(kind, matrix, {key: stored[key] for key in matrix.tensors.values()})
+        for target, (kind, matrix) in chosen.items()
     }
