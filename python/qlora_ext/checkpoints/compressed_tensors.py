@@ -164,7 +164,7 @@ class FloatQuantized(_CompressedTensors, fp8.FP8Format):
     name = "float-quantized"
     kind = "float"
     bits = (8,)
-    strategies = ("tensor", "channel", "group", "block")
+    strategies: tuple[str, ...] = ("tensor", "channel", "group", "block")
     code = "e4m3"
     retained = _ACTIVATIONS
 

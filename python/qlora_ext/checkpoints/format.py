@@ -32,8 +32,7 @@ class Settings:
         symmetric: whether there are no zero points.
         scale_dtype: the dtype of scales that are not 8-bit codes. ``Format.read`` takes it from the scales themselves;
             a caller that knows the file's sets it (``dataclasses.replace``) before it asks for the form.
-        scale_shape: the shape of the scales in the file, if it is known; FP8 weights may have fewer scales than the
-            configuration says.
+        scale_shape: the shape of the scales in the file, if it is known. It may lack dimensions of 1.
         zero_point_bias: what is added to a stored zero point.
         reorders: whether the columns of weights may belong to groups in any order.
         bits: of the codes. Weights of 2 or 3 bits can only be decoded.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -34,19 +33,15 @@ class Groups:
     def of(cls, kind: str, settings: Settings, shape: Sequence[int]) -> Groups:
         """The groups of a weight [N, K].
 
-        If the file has one scale, or one per row, so has the weight, whatever its configuration says.
+        A weight that has one scale by its configuration may have one per row in the file.
 
         Raises:
             ValueError: no block divides the groups.
         """
         rows, columns = matrix_of(kind, shape)
         height, width, stored = settings.group_rows or rows, settings.group_size or columns, settings.scale_shape
-        if stored is not None and math.prod(stored) == 1:
-            height, width = rows, columns
-        elif stored in ((rows,), (rows, 1)):
-            height, width = 1, columns
-        else:
-            stored = None
+        if settings.group_rows is None and stored in ((rows,), (rows, 1)):
+            height = 1
         block_sizes = [block for block in BLOCK_SIZES if width % block == 0 and columns % block == 0]
         if not block_sizes:
             raise ValueError(
@@ -54,7 +49,8 @@ class Groups:
                 f"of {width} in rows of {columns}, which are not supported; {LOAD_ORIGINAL}"
             )
         groups = -(-rows // height), -(-columns // width)
-        return cls(rows, columns, height, width, max(block_sizes), groups if stored is None else stored)
+        is_same = stored is not None and [n for n in stored if n != 1] == [n for n in groups if n != 1]
+        return cls(rows, columns, height, width, max(block_sizes), stored if stored is not None and is_same else groups)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -141,8 +141,8 @@ class QLoRAQuantizer(HfQuantizer):
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         module, name = get_module_from_name(model, param_name)
         if isinstance(module, Packed4bit) and name in module.packed_shapes:
-            # Half a byte per weight, whether the parameter still has the dense shape or is packed.
-            return math.prod(module.packed_shapes[name]) / 2 / param.numel()
+            # The bytes of the codes, whether the parameter still has the dense shape or is packed.
+            return math.prod(module.packed_shapes[name]) * module.form.bits / 8 / param.numel()
         size: float = super().param_element_size(model, param_name, param)
         return size
 
