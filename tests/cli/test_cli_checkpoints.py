@@ -29,6 +29,7 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sl
 CASES = [
     ("llama", "nvfp4-pack-quantized"),
     ("llama", "awq"),
+    ("llama", "fp8"),
     ("gpt_oss", "mxfp4"),
     ("llama", "gguf"),
     ("gpt_oss", "gguf"),

@@ -22,7 +22,7 @@ from qlora_app.models.pretrained import is_4bit
 from qlora_app.models.sources import ModelSource
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.integrations.peft import merge_to_4bit, set_merge_aware
-from qlora_ext.nn import Embedding4bit, Experts4bit, layers_of
+from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, layers_of
 from tiny_models import same_state
 
 CASES = [
@@ -283,6 +283,27 @@ def test_fp8_beside_nvfp4(tmp_path: pathlib.Path) -> None:
     assert sum(1 for _ in layers_of(model)) == 14
     for name, found in decoded(model).items():
         assert torch.equal(found, checkpoint.dense.state_dict()[name]), name
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    check_saved(model, tmp_path / "saved", checkpoint)
+
+
+def test_mxfp4_experts_beside_fp8(tmp_path: pathlib.Path) -> None:
+    """DeepSeek-V4, in which no packed layer can replace the grouped projection o_a_proj."""
+    checkpoint = packed_models.save(
+        tmp_path,
+        "deepseek_v4",
+        "fp8-e8m0",
+        packed=r"\.(w[123qkvob_a]+)\.weight$",
+        changed={"expert_dtype": "fp4"},
+        experts="fp8-fp4",
+    )
+    with pytest.warns(UserWarning, match=r"2 weights of the fp8 checkpoint are decoded .*o_a_proj\.weight \(8 bits\)"):
+        model = load(checkpoint.path)
+    codes = {(type(layer), layer.form.code) for _, layer in layers_of(model)}
+    assert codes == {(Linear4bit, "e4m3"), (Experts4bit, "e2m1")}
+    state = {**model.state_dict(), **decoded(model)}
+    for name, expected in checkpoint.dense.state_dict().items():
+        assert torch.equal(state[name], expected), name
     torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
     check_saved(model, tmp_path / "saved", checkpoint)
 

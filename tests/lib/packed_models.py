@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    DeepseekV4Config,
     GptOssConfig,
     LlamaConfig,
     MixtralConfig,
@@ -60,6 +61,21 @@ CONFIGS: dict[str, Any] = {
         qk_nope_head_dim=16,
         qk_rope_head_dim=16,
         v_head_dim=16,
+    ),
+    "deepseek_v4": lambda: DeepseekV4Config(
+        **SIZES | {"num_key_value_heads": 1},
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        head_dim=32,
+        q_lora_rank=32,
+        o_groups=2,
+        o_lora_rank=32,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=4,
+        hc_mult=2,
+        sliding_window=8,
     ),
     "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8),
 }
@@ -111,6 +127,7 @@ FORMATS: dict[str, Callable[[Any], Sample]] = {
     "fp8-128": lambda shape: _moderate(samples.fp8(shape)),
     "fp8-static": lambda shape: _moderate(samples.fp8(shape, None)),
     "fp8-e8m0": lambda shape: _moderate(samples.fp8(shape, (48, 64), torch.float8_e8m0fnu, name="scale")),
+    "fp8-fp4": lambda shape: _moderate(samples.deepseek_fp4(shape)),
     "float-quantized": lambda shape: _moderate(samples.float_quantized(shape)),
     "modelopt-fp8": lambda shape: _moderate(samples.modelopt_fp8(shape)),
 }
@@ -170,13 +187,15 @@ def save(
     keep: str = "$^",
     changed: Mapping[str, Any] | None = None,
     packed: str = _LINEAR,
+    experts: str | None = None,
 ) -> Checkpoint:
     """Saves a tiny model in the format ``kind``.
 
     Args:
         keep: a regular expression of names in the files; weights that it matches stay dense.
         changed: fields of the quantization_config.
-        packed: a regular expression of names in the files; weights that it matches become 4-bit.
+        packed: a regular expression of names in the files; weights that it matches are packed.
+        experts: the format of the experts, if they have another one.
     """
     model = build(family)
     plain = directory / "dense"
@@ -192,13 +211,13 @@ def save(
             tensors |= of_experts
             continue
         if re.search(keep, name) or not (is_stack or re.search(packed, name)) or (kind == "mxfp4") != is_stack:
-            tensors[name] = decoded[name] = t.to(torch.bfloat16).float()
+            tensors[name] = decoded[name] = t.to(torch.bfloat16).float() if t.is_floating_point() else t
             continue
         if is_stack:  # the rows of the file's matrices are the columns of the model's
             sample = _moderate(samples.mxfp4((t.shape[0], t.shape[2], t.shape[1])))
             decoded[name] = torch.from_numpy(sample.values).transpose(1, 2).contiguous()
         else:
-            sample = FORMATS[kind](tuple(t.shape))
+            sample = FORMATS[experts if experts and ".experts." in name else kind](tuple(t.shape))
             decoded[name] = torch.from_numpy(sample.values)
         prefix = f"{name}_" if is_stack else name.removesuffix("weight")
         tensors |= {prefix + tensor: value for tensor, value in sample.tensors.items()}

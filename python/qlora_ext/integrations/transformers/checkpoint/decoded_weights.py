@@ -21,7 +21,7 @@ from .stored_weights import Matrix
 
 @dataclasses.dataclass
 class DecodedWeight:
-    """A dense weight of the model that the checkpoint stores in a few bits.
+    """A dense weight of the model that the checkpoint stores packed.
 
     Attributes:
         matrix: its tensors in the checkpoint.
@@ -29,7 +29,6 @@ class DecodedWeight:
         dtype: of the weight in the model, when it has been read.
     """
 
-    kind: MLX
     matrix: Matrix
     stored: dict[str, Tensor]
     dtype: torch.dtype = torch.float32
@@ -46,7 +45,10 @@ class DecodedWeight:
         """
         self.dtype = dtype
         given = {name: by_key[key] for name, key in self.matrix.tensors.items()}
-        return self.kind.decode(given, shape, dtype, self.matrix.settings, self.matrix.where)
+        kind, settings, where = self.matrix.format, self.matrix.settings, self.matrix.where
+        if isinstance(kind, MLX):
+            return kind.decode(given, shape, dtype, settings, where)
+        return kind.read(given, shape, dtype, settings, where).dequantize(dtype)
 
     def write(self, values: Tensor) -> dict[str, Tensor]:
         """The tensors of the checkpoint.
@@ -56,37 +58,38 @@ class DecodedWeight:
         """
         decoded = self.read(self.stored, values.shape, self.dtype)
         if not torch.equal(decoded.to(values.dtype), values.to(decoded.device)):
-            raise ValueError(f"expected the values that {self.kind.name} stores, got others")
+            raise ValueError(f"expected the values that {self.matrix.format.name} stores, got others")
         return self.stored
 
 
 def decoded_weights(
     model: nn.Module, names: Names, found: Mapping[str, Matrix], headers: Mapping[str, Header]
 ) -> dict[str, DecodedWeight]:
-    """The weights of MLX to decode, by their names in the model: those of 2 or 3 bits, and those that must be dense.
+    """The weights to decode, by their names in the model: those of 2 or 3 bits, or that no packed module can hold.
 
     Args:
         found: the weights of the checkpoint, by the names that dense ones would have.
     """
     always = {*dense_modules(model).always}
-    chosen: dict[str, tuple[MLX, Matrix]] = {}
+    chosen: dict[str, Matrix] = {}
     for dense, matrix in found.items():
         target, pattern = names.place(dense)
-        if target is None or pattern is not None or not isinstance(matrix.format, MLX):
+        if target is None or pattern is not None:
             continue
         module, name = get_module_from_name(model, target)
         is_packed = name in packed_weights(module) and always.isdisjoint(paths_to(module_of(target)))
         if matrix.settings.bits not in PACKED_BITS or not is_packed:
-            chosen[target] = matrix.format, matrix
-    stored = map_tensors({key: headers[key] for _, matrix in chosen.values() for key in matrix.tensors.values()})
+            chosen[target] = matrix
+    stored = map_tensors({key: headers[key] for matrix in chosen.values() for key in matrix.tensors.values()})
     if chosen:
-        shown = ", ".join(f"{name} ({matrix.settings.bits} bits)" for name, (_, matrix) in [*chosen.items()][:3])
+        kinds = " and ".join(dict.fromkeys(matrix.format.name for matrix in chosen.values()))
+        shown = ", ".join(f"{name} ({matrix.settings.bits} bits)" for name, matrix in [*chosen.items()][:3])
         warnings.warn(
-            f"{len(chosen)} weights of the {MLX.name} checkpoint are decoded and dense, because they have 2 or 3 bits, "
+            f"{len(chosen)} weights of the {kinds} checkpoint are decoded and dense, because they have 2 or 3 bits, "
             f"or no packed layer can replace theirs: {shown}{', ...' if len(chosen) > 3 else ''}",
             stacklevel=2,
         )
     return {
-        target: DecodedWeight(kind, matrix, {key: stored[key] for key in matrix.tensors.values()})
-        for target, (kind, matrix) in chosen.items()
+        target: DecodedWeight(matrix, {key: stored[key] for key in matrix.tensors.values()})
+        for target, matrix in chosen.items()
     }
