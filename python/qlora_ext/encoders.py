@@ -1,12 +1,12 @@
 """The encoders of formats, which compute the scales, offsets and codes of a weight.
 
-A format with an encoder of its own gives the bits that its library gives for a float32 weight:
+A format with an encoder of its own gives the bits that its library gives for a float32 weight, except the last two:
 
     mxfp4    OCP Microscaling Formats 1.0, section 6.3: a power of two per block
     nvfp4    compressed-tensors: an E4M3 scale per block, and the largest magnitude of the weight at its largest value
     int4, int8    compressed-tensors: the largest magnitude at 7.5 or 127.5, rounded to even
     q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q8_0, iq4_nl    ggml's reference quantizers
-    q6_k, iq4_xs    ggml's, but a tie between two codes goes to the greater one
+    q6_k, iq4_xs    a search for scales like ggml's, which need not find the same bits
 
 All others place the largest magnitude of a block, or its least and largest values, at the ends of their code, and round
 to the nearest value. Codes of more than 4 bits are encoded by torch; the operators that encode have 4 bits.

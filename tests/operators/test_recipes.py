@@ -358,6 +358,15 @@ def test_in_a_compiled_graph(name: str) -> None:
     assert torch.equal(compiled(w), quantize(w, name).dequantize())
 
 
+def test_a_layer_whose_rows_a_form_does_not_have_is_named_before_any_is_replaced() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.Linear(48, 32))
+    with pytest.raises(ValueError, match=r"^1: shape: expected rows of a multiple of 32 elements .*, got \[32, 48\]"):
+        qlora_ext.quantize_model(model, **PRESETS["q8_0"].keywords)
+    assert type(model[0]) is torch.nn.Linear
+    qlora_ext.quantize_model(model, keep=["1"], **PRESETS["q8_0"].keywords)
+    assert model[0].form == PRESETS["q8_0"]
+
+
 @EVERY
 def test_modules_quantize_to_it(name: str) -> None:
     linear = torch.nn.Linear(128, 48)

@@ -131,6 +131,7 @@ class WideForward {
     const auto lay_out = [&](void* base) {
       Carver memory(base);
       x_ = memory.take<float>(m * columns_);
+      units_ = memory.take<float>(m);
       h_ = memory.take<float>(m * padded_rank(rank));
       dropped = memory.take<T>(rank && p_.lora.dropout.active() ? m * k : 0);
       return memory.used();
@@ -159,10 +160,15 @@ class WideForward {
     while (groups_.first(group + 1) <= token) ++group;
     const int64_t first = groups_.first(group), tokens = groups_.tokens(group);
     const T* const x = static_cast<const T*>(p_.x) + token * p_.w.k;
+    // Products are summed before a scale of W makes them small, so a token with huge values is scaled down.
+    bool huge = false;
+    for (int64_t c = 0; c < p_.w.k; ++c) huge |= __builtin_fabsf(to_float(x[c])) > 0x1p90f;
+    const float factor = huge ? 0x1p-40f : 1.0f;
+    units_[token] = 1.0f / factor;
     float* out = x_ + first * columns_ + (token - first) * WideRows::kGroup;
     for (int64_t c = 0; c < columns_; c += WideRows::kGroup, out += tokens * WideRows::kGroup)
       for (int64_t i = 0; i < WideRows::kGroup; ++i)
-        out[i % 4 * kLanes + i / 4] = c + i < p_.w.k ? to_float(x[c + i]) : 0.0f;
+        out[i % 4 * kLanes + i / 4] = c + i < p_.w.k ? to_float(x[c + i]) * factor : 0.0f;
   }
 
   // Computes weight rows first .. last - 1, at most kWideRows, for all tokens.
@@ -191,6 +197,7 @@ class WideForward {
 
   // Adds low rank and bias, and stores the output of a token and a weight row.
   void finish(int64_t token, int64_t n, float of_row) const {
+    of_row *= units_[token];
     const Lora& lora = lora_of(p_.lora, token);
     if (lora.rank) {
       const T* const b = static_cast<const T*>(lora.b) + lora.b_row(n);
@@ -207,7 +214,8 @@ class WideForward {
   const TokenGroups groups_;
   const int64_t columns_;  // of x, in whole groups
   float* x_ = nullptr;
-  float* h_ = nullptr;  // in the layout of low_rank-inl.h
+  float* units_ = nullptr;  // of each token of x_
+  float* h_ = nullptr;      // in the layout of low_rank-inl.h
 };
 
 inline Outcome forward_wide(const Pool& pool, const LinearProblem& p) {
