@@ -104,6 +104,7 @@ NEW = {
     ("llama", "pack-quantized-channel"): False,  # rows of 96 are three blocks
     ("llama", "pack-quantized-zero-points"): True,
     ("llama", "awq"): True,
+    ("llama", "fp8-static"): False,
     ("llama", "gptq-v2-zero-points"): True,
     MOE: False,
     MXFP4: True,

@@ -32,6 +32,7 @@ CASES = [
     ("mixtral", "pack-quantized"),
     ("deepseek_v3", "fp8"),
     ("deepseek_v3", "fp8-e8m0"),
+    ("minimax_m2", "fp8"),
     ("gpt_oss", "mxfp4"),
     ("gpt_oss", "mxfp4-pack-quantized"),
     ("gpt_oss", "nvfp4-pack-quantized"),

@@ -18,6 +18,7 @@ from transformers import (
     DeepseekV4Config,
     GptOssConfig,
     LlamaConfig,
+    MiniMaxM2Config,
     MixtralConfig,
     Qwen3MoeConfig,
 )
@@ -77,6 +78,7 @@ CONFIGS: dict[str, Any] = {
         hc_mult=2,
         sliding_window=8,
     ),
+    "minimax_m2": lambda: MiniMaxM2Config(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
     "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8),
 }
 IDS = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(1))
