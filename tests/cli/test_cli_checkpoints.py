@@ -84,7 +84,8 @@ def test_the_commands(
     base, data = ("--model", path), ("--data", text)
     run, adapter = tmp_path / "run", ("--adapter", tmp_path / "run" / "adapter")
     train = ("finetune", *base, *data, "--max-steps", 3, "--seq-len", 64, "--lr", 0.01, "--dtype", "bfloat16")
-    done(*train, "--output", run)
+    printed = done(*train, "--output", run)
+    assert f"MB in {8 if kind == 'fp8' else 4} bits" in printed
     assert losses(run)[-1] < losses(run)[0]
     for source in ("ram", "disk"):
         streamed = tmp_path / source
