@@ -21,7 +21,7 @@ WIDE_FORMS: dict[str, Form] = {
     "GGUF Q5_K": Form("uint5", "nested_table8", 32, 8, "scaled8"),
     "GGUF Q6_K": Form("int6", "nested_table8", 16, 16),
     "GGUF Q8_0": Form("int8", "float16", 32),
-    "INT8, groups of 64": Form("int8", "bfloat16", 64),
+    "INT8, groups of 128": Form("int8", "bfloat16", 128),
     "FP8, tiles of 128 x 128": Form("e4m3", "float32", 128),
 }
 # Those on which int8 activations are compared with exact ones.
