@@ -556,6 +556,7 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "int8-tensor": lambda: int8(strategy="tensor"),
     "int8-group": lambda: int8(strategy="group", dtype=torch.float32),
     "int8-zero-points": lambda: int8(symmetric=False),
+    "int8-tensor-zero-points": lambda: int8(strategy="tensor", symmetric=False),
     "int8-group-zero-points": lambda: int8(strategy="group", symmetric=False, dtype=torch.float16),
     "packed-8-bits": lambda: packed(bits=8),
     "packed-8-bits-zero-points": lambda: packed((13, 192), symmetric=False, bits=8),

@@ -189,8 +189,8 @@ class _Integers(_CompressedTensors, integers.IntegerFormat):
         super().check_scales(w4, settings, retained)
         if _ZERO_POINT in retained:
             assert w4.block_offsets is not None
-            stored = _unsigned(retained[_ZERO_POINT], settings.bits)
-            stored = self.groups(settings, w4.shape).to_blocks(stored).to(w4.device)
+            groups, stored = self.groups(settings, w4.shape), _unsigned(retained[_ZERO_POINT], settings.bits)
+            stored = groups.to_blocks(stored.reshape(groups.shape)).to(w4.device)
             if not torch.equal(stored, w4.block_offsets):
                 raise ValueError("expected the zero points of the checkpoint, got others")
 
