@@ -58,6 +58,7 @@ class _CompressedTensors(Format):
     code = ""
     bits: tuple[int, ...] = (4,)
     strategies: tuple[str, ...] = ("channel", "group")
+    usual_scale_dtype = torch.bfloat16
     block_size: int | None = None  # None: of any size
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
@@ -97,13 +98,13 @@ class _CompressedTensors(Format):
             )
         if not symmetric and self.kind == "float":
             raise ValueError(f"{source}: expected symmetric weights for {self.name}, got asymmetric, not supported")
-        dtypes = {"torch.float32": torch.float32, "torch.float16": torch.float16}
+        dtypes = {"torch.float32": torch.float32, "torch.float16": torch.float16, "torch.uint8": torch.uint8}
         rows, columns, scale_shape = self._group(weights, source)
         return Settings(
             group_size=columns,
             group_rows=rows,
             symmetric=symmetric,
-            scale_dtype=dtypes.get(weights.get("scale_dtype") or "", torch.bfloat16),
+            scale_dtype=dtypes.get(weights.get("scale_dtype") or "", self.usual_scale_dtype),
             scale_shape=scale_shape,
             bits=weights["num_bits"],
             code=self.code,
@@ -174,6 +175,7 @@ class MXFP8(FloatQuantized):
 
     name = "mxfp8-quantized"
     strategies = ("group",)
+    usual_scale_dtype = torch.uint8
     block_size = e2m1.MX_BLOCK_SIZE
 
 

@@ -31,7 +31,8 @@ class Settings:
         group_rows: rows that share their scales; None: all.
         symmetric: whether there are no zero points.
         scale_dtype: the dtype of scales that are not 8-bit codes. ``Format.read`` takes it from the scales themselves;
-            a caller that knows the file's sets it (``dataclasses.replace``) before it asks for the form.
+            a caller that knows the file's sets it (``dataclasses.replace``) before it asks for the form. FP8 weights
+            have scales that are E8M0 codes if it is float8_e8m0fnu or uint8.
         scale_shape: the shape of the scales in the file, if it is known. It may lack dimensions of 1.
         zero_point_bias: what is added to a stored zero point.
         reorders: whether the columns of weights may belong to groups in any order.

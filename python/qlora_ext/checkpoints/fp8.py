@@ -59,7 +59,8 @@ class FP8Format(Format):
         groups = Groups.of(self.name, settings, shape)
         given = Given(tensors, self.tensors(settings), self.name, where)
         packed = _finite_bytes(given, given.take(self.codes, shape, _CODES[settings.code]), settings.code)
-        scale = given.take(self.scales, groups.stored, *FLOATS, *_E8M0)
+        dtypes = (settings.scale_dtype,) if settings.scale_dtype in _E8M0 else FLOATS
+        scale = given.take(self.scales, groups.stored, *dtypes)
         table = None
         if scale.dtype in _E8M0:
             scale, table = scale.contiguous().view(torch.uint8), e8m0_table(scale.device)
