@@ -15,13 +15,18 @@ from checkpoint_samples import (
     awq,
     compressed_mxfp4,
     compressed_nvfp4,
+    float_quantized,
+    fp8,
     gptq,
+    int8,
+    kind_of,
     mlx,
     modelopt,
+    modelopt_fp8,
     mxfp4,
+    mxfp8,
     packed,
 )
-from qlora_ext.checkpoints import format_of
 from qlora_ext.weight import Weight4bit
 
 WHERE = "model.layers.0.mlp.up_proj"
@@ -29,7 +34,7 @@ WHERE = "model.layers.0.mlp.up_proj"
 
 def read(sample: Sample, shape: tuple[int, ...] | None = None, **changes: Tensor | None) -> Weight4bit:
     """Reads a sample with some tensors replaced, or removed if they are None."""
-    kind, settings = format_of(sample.config)
+    kind, settings = kind_of(sample)
     tensors = {name: t for name, t in {**sample.tensors, **changes}.items() if t is not None}
     return kind.read(tensors, shape or sample.shape, torch.bfloat16, settings, WHERE)
 
@@ -49,7 +54,7 @@ def rejected(name: str, sample: Sample, shape: tuple[int, ...] | None = None, **
 def with_value(t: Tensor, value: Any) -> Tensor:
     """``t`` with another last element; of 8-bit floating-point numbers, with other bits."""
     changed = t.clone()
-    bits = changed.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else changed
+    bits = changed.view(torch.uint8) if t.is_floating_point() and t.itemsize == 1 else changed
     bits.view(-1)[-1] = value
     return changed
 
@@ -57,7 +62,7 @@ def with_value(t: Tensor, value: Any) -> Tensor:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_missing_tensor_is_named(name: str) -> None:
     sample = SAMPLES[name]()
-    kind, settings = format_of(sample.config)
+    kind, settings = kind_of(sample)
     for tensor, required in kind.tensors(settings).items():
         if required:
             assert f"expected the tensor {tensor}" in rejected(tensor, sample, **{tensor: None})
@@ -74,7 +79,7 @@ def test_an_unexpected_tensor_is_named(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_tensors_of_another_dtype_or_shape_are_named(name: str) -> None:
     sample = SAMPLES[name]()
-    kind, settings = format_of(sample.config)
+    kind, settings = kind_of(sample)
     for tensor, t in sample.tensors.items():
         if not kind.tensors(settings)[tensor] and tensor not in ("g_idx", "weight_g_idx"):
             continue  # kept as it is
@@ -98,7 +103,7 @@ SHAPES: tuple[Any, ...] = ((), (64,), (0, 64), (64, 0), (-1, 64), (4.0, 64), (2*
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_impossible_shapes_are_rejected(name: str) -> None:
-    kind, settings = format_of(SAMPLES[name]().config)
+    kind, settings = kind_of(SAMPLES[name]())
     for shape in SHAPES:
         with pytest.raises(ValueError, match="expected"):
             kind.form(settings, shape)
@@ -117,12 +122,14 @@ def test_impossible_shapes_are_rejected(name: str) -> None:
         (gptq, (12, 256), "a multiple of 8 rows"),
         (lambda: gptq(group=-1), (16, 24), "got groups of 24 in rows of 24"),
         (mlx, (16, 96), "got groups of 64 in rows of 96"),
+        (fp8, (16, 72), "got groups of 128 in rows of 72"),
+        (int8, (16, 72), "got groups of 72 in rows of 72"),
     ],
 )
 def test_rows_without_whole_groups_are_rejected(
     make: Callable[[], Sample], shape: tuple[int, ...], reason: str
 ) -> None:
-    kind, settings = format_of(make().config)
+    kind, settings = kind_of(make())
     with pytest.raises(ValueError, match=reason):
         kind.form(settings, shape)
 
@@ -136,10 +143,31 @@ def test_scales_that_are_no_numbers_are_rejected() -> None:
             sample = make()
             scale = with_value(sample.tensors["weight_scale"], code)
             assert "got NaN" in rejected("weight_scale", sample, weight_scale=scale)
-    for make, name in ((packed, "weight_scale"), (awq, "scales"), (gptq, "scales")):
+    for make, name in ((lambda: fp8(dtype=torch.float8_e8m0fnu), "weight_scale_inv"), (mxfp8, "weight_scale")):
+        sample = make()
+        assert "0xFF, which is NaN" in rejected(name, sample, **{name: with_value(sample.tensors[name], 255)})
+        assert "larger values" in rejected(name, sample, **{name: with_value(sample.tensors[name], 254)})
+    for make, name in ((fp8, "weight_scale_inv"), (float_quantized, "weight_scale"), (modelopt_fp8, "weight_scale")):
+        for value in (float("nan"), float("inf"), 1e37):
+            sample = make()
+            message = rejected(name, sample, **{name: with_value(sample.tensors[name], value)})
+            assert "all values are finite in float32, got NaN, infinite or larger values" in message
+    for make, name in ((packed, "weight_scale"), (awq, "scales"), (gptq, "scales"), (int8, "weight_scale")):
         for value in (float("nan"), float("inf"), float("-inf")):
             sample = make()
             assert "NaN or infinite" in rejected(name, sample, **{name: with_value(sample.tensors[name], value)})
+
+
+def test_codes_that_are_no_numbers_are_rejected() -> None:
+    for make, codes in (
+        (fp8, (0x7F, 0xFF)),
+        (mxfp8, (0x7F,)),
+        (lambda: fp8(codes=torch.float8_e5m2), (0x7C, 0x7F, 0xFD)),
+    ):
+        for code in codes:
+            sample = make()
+            message = rejected("weight", sample, weight=with_value(sample.tensors["weight"], code))
+            assert "codes of numbers, got NaN or infinity" in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0, 1e-38])
@@ -204,7 +232,7 @@ def test_another_weight_shape_is_named() -> None:
 
 def test_long_and_hostile_names_are_shortened() -> None:
     sample = mxfp4()
-    kind, settings = format_of(sample.config)
+    kind, settings = kind_of(sample)
     with pytest.raises(ValueError, match="expected the tensor blocks") as error:
         kind.read({}, sample.shape, torch.bfloat16, settings, "\x1b" + "x" * 5000)
     assert len(str(error.value)) < 400

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_samples import SAMPLES, Sample, mxfp4, packed
+from checkpoint_samples import SAMPLES, Sample, deepseek_fp4, fp8, kind_of, mxfp4, packed
 from qlora_ext.checkpoints import alternating_rows, format_of, grouped_rows, retained_of, select_rows
-from qlora_ext.checkpoints.mxfp4 import names_of
+from qlora_ext.checkpoints.mxfp4 import MXFP4
 from qlora_ext.weight import Weight4bit
 from tensors import same_bits
 
 
 def read(sample: Sample, dtype: torch.dtype = torch.bfloat16) -> Weight4bit:
-    kind, settings = format_of(sample.config)
+    kind, settings = kind_of(sample)
     return kind.read(sample.tensors, sample.shape, dtype, settings, "layers.0.up_proj")
 
 
@@ -60,7 +60,7 @@ def test_a_zero_point_of_gptq_below_its_smallest() -> None:
     assert w4.block_offsets is not None
     assert not w4.block_offsets.any()
     np.testing.assert_array_equal(w4.dequantize(torch.float32).numpy(), sample.values)
-    kind, settings = format_of(sample.config)
+    kind, settings = kind_of(sample)
     assert same_bytes(kind.write(w4, settings, retained_of(kind, sample.tensors)), sample.tensors)
 
 
@@ -71,16 +71,18 @@ def test_zero_points_with_float32_scales() -> None:
     sample.tensors["weight_scale"] = scale
     error = np.abs(read(sample).dequantize(torch.float32).numpy() - sample.values)
     assert (error <= 2.0**-18 * np.repeat(scale.numpy(), 32, axis=1)).all()
-    kind, settings = format_of(sample.config)
+    kind, settings = kind_of(sample)
     assert same_bytes(kind.write(read(sample), settings, retained_of(kind, sample.tensors)), sample.tensors)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_weight_is_written_as_it_was_read(name: str) -> None:
     sample = SAMPLES[name]()
-    kind, settings = format_of(sample.config)
+    kind, settings = kind_of(sample)
     given = {key: t.clone() for key, t in sample.tensors.items()}
-    written = kind.write(read(sample), settings, retained_of(kind, sample.tensors))
+    retained = retained_of(kind, sample.tensors)
+    kind.check_scales(read(sample), settings, retained)
+    written = kind.write(read(sample), settings, retained)
     assert same_bytes(sample.tensors, given)
     assert same_bytes(written, given)
 
@@ -88,13 +90,9 @@ def test_a_weight_is_written_as_it_was_read(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_form_is_known_before_the_tensors(name: str) -> None:
     sample = SAMPLES[name]()
-    kind, settings = format_of(sample.config)
-    scale = next((t for key, t in sample.tensors.items() if key.endswith(("weight_scale", "scales"))), None)
-    if scale is not None and scale.dtype in (torch.float16, torch.float32):
-        settings = dataclasses.replace(settings, scale_dtype=scale.dtype)
-    form = kind.form(dataclasses.replace(settings, scale_dtype=settings.scale_dtype), sample.shape)
-    if name != "awq-bfloat16":  # nor is the order of columns known
-        assert form == dataclasses.replace(read(sample).form, reordered=False)
+    kind, settings = kind_of(sample)
+    form = kind.form(settings, sample.shape)
+    assert form == dataclasses.replace(read(sample).form, reordered=False)  # the order of columns is not known
     required = {key for key, needed in kind.tensors(settings).items() if needed}
     assert required <= set(sample.tensors) <= set(kind.tensors(settings))
 
@@ -114,6 +112,8 @@ def test_groups_become_the_largest_blocks_that_divide_them() -> None:
     assert sizes["gptq-short-last-group"] == 64  # groups of 128 in rows of 320
     assert sizes["packed-zero-points-channel"] == 32
     assert sizes["awq"] == 128
+    assert sizes["fp8"] == 64  # tiles of 128 in rows of 320
+    assert sizes["float-channel"] == sizes["int8-tensor"] == 32  # rows of 96
 
 
 def test_the_rows_of_gate_and_up_are_put_in_order_and_back() -> None:
@@ -148,13 +148,22 @@ def test_rows_that_share_a_scale_are_not_selected() -> None:
 
 
 def test_names_of_both_makers_are_known() -> None:
-    assert names_of("model.layers.3.mlp.experts.gate_up_proj_blocks") == (
+    assert MXFP4().parse("model.layers.3.mlp.experts.gate_up_proj_blocks") == (
         "model.layers.3.mlp.experts.gate_up_proj",
         "blocks",
     )
-    assert names_of("block.3.mlp.mlp1_weight.scales") == ("block.3.mlp.mlp1_weight", "scales")
-    assert names_of("block.3.mlp.mlp1_bias") is None
-    assert names_of("scales") is None
+    assert MXFP4().parse("block.3.mlp.mlp1_weight.scales") == ("block.3.mlp.mlp1_weight", "scales")
+    assert MXFP4().parse("block.3.mlp.mlp1_bias") == ("block.3.mlp.mlp1_bias", "")
+    assert MXFP4().parse("scales") == ("scales", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e8m0fnu], ids=str)
+def test_transformers_decodes_fp8_alike(dtype: torch.dtype) -> None:
+    fp8_of_transformers: Any = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    for sample in (fp8((256, 384), dtype=dtype), deepseek_fp4()):
+        decode = fp8_of_transformers.Fp8Dequantize(None)._dequantize_one
+        expected = decode(*sample.tensors.values(), output_dtype=torch.float32)
+        assert torch.equal(decoded(read(sample), torch.float32), expected)
 
 
 def test_transformers_decodes_gpt_oss_alike() -> None:

@@ -15,13 +15,17 @@ from checkpoint_samples import (
     compressed_config,
     compressed_mxfp4,
     compressed_nvfp4,
+    deepseek_fp4,
+    float_quantized,
+    fp8,
     gptq,
     mlx,
     modelopt,
     mxfp4,
+    mxfp8,
     packed,
 )
-from qlora_ext.checkpoints import Settings, format_of
+from qlora_ext.checkpoints import Settings, format_of, formats_of
 
 # As moonshotai/Kimi-K2-Thinking has it.
 KIMI = {
@@ -94,15 +98,30 @@ def test_the_format_of_a_group_goes_before_that_of_the_checkpoint() -> None:
 
 @pytest.mark.parametrize("method", ["bitnet", "quark", "hqq", "", "\x1b[2J" * 100])
 def test_other_methods_are_rejected_by_their_name(method: str) -> None:
-    with pytest.raises(ValueError, match="expected a 4-bit format among mxfp4, modelopt, awq, gptq") as error:
+    with pytest.raises(ValueError, match="expected a format among mxfp4, modelopt, awq, gptq") as error:
         format_of({"quant_method": method})
     assert method[:20].lower().replace("\x1b", "\\x1b") in str(error.value)
     assert "\x1b" not in str(error.value)
 
 
-def test_fp8_is_rejected_with_the_reason() -> None:
-    with pytest.raises(ValueError, match="fp8 is not supported, because its weights have a scale per tile"):
-        format_of({"quant_method": "fp8", "weight_block_size": [128, 128]})
+def test_settings_of_fp8() -> None:
+    settings = settings_of({"quant_method": "fp8", "weight_block_size": [128, 64], "scale_fmt": "ue8m0"})
+    assert (settings.group_rows, settings.group_size, settings.code) == (128, 64, "e4m3")
+    assert settings_of({"quant_method": "fp8"}).group_rows is None
+    names = [kind.name for kind, _ in formats_of(deepseek_fp4().config)]
+    assert names == ["fp8", "fp8", "fp8", "fp8 with expert_dtype fp4"]
+
+
+def test_groups_of_several_formats() -> None:
+    """llm-compressor quantizes attention to FP8, and experts to NVFP4."""
+    config = compressed_nvfp4().config | {"format": "mixed-precision"}
+    groups = {
+        "a": config["config_groups"]["group_0"] | {"format": "nvfp4-pack-quantized"},
+        "b": float_quantized(strategy="block").config["config_groups"]["group_0"] | {"format": "float-quantized"},
+    }
+    (nvfp4, _), (float8, settings) = formats_of(config | {"config_groups": groups})
+    assert (nvfp4.name, float8.name) == ("nvfp4-pack-quantized", "float-quantized")
+    assert (settings.group_rows, settings.group_size) == (128, 128)
 
 
 def test_kimi() -> None:
@@ -123,8 +142,8 @@ def test_groups_that_differ_in_their_targets_only_are_joined() -> None:
 
 def test_mixed_precision_of_modelopt() -> None:
     assert settings_of(MIXED) == settings_of(modelopt().config)
-    with pytest.raises(ValueError, match="expected NVFP4 weights, got FP8, which is not supported"):
-        format_of(changed(MIXED, "quantized_layers", value={"a": {"quant_algo": "FP8"}}))
+    with pytest.raises(ValueError, match="expected NVFP4 or FP8 weights, got W8A8, which is not supported"):
+        format_of(changed(MIXED, "quantized_layers", value={"a": {"quant_algo": "W8A8"}}))
 
 
 def test_modelopts_own_file_is_read_alike() -> None:
@@ -161,9 +180,10 @@ def test_layers_of_mlx_with_settings_of_their_own() -> None:
 
 
 INT = compressed_config("pack-quantized", type="int", strategy="group", group_size=32)
+FLOAT_BLOCK = float_quantized(strategy="block").config
 WEIGHTS = ("config_groups", "group_0", "weights")
 REJECTED: dict[str, tuple[dict[str, Any], str]] = {
-    "gptq 3 bits": (gptq().config | {"bits": 3}, "expected 4 bits, got 3"),
+    "gptq 3 bits": (gptq().config | {"bits": 3}, "expected 4 or 8 bits, got 3"),
     "gptq marlin": (gptq().config | {"checkpoint_format": "marlin"}, "got marlin"),
     "gptq older marlin": (gptq().config | {"is_marlin_format": True}, "got marlin"),
     "gptq words": (gptq().config | {"pack_dtype": "int16"}, "in int16 words"),
@@ -179,8 +199,8 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
         auto_round(gptq()).config | {"extra_config": {"model.a": {"bits": 8}}},
         "extra_config.model.a: expected the same settings for all modules, got bits 8",
     ),
-    "auto-round bits": (auto_round(gptq()).config | {"bits": 2}, "expected 4 bits, got 2"),
-    "mlx 8 bits": (mlx().config | {"bits": 8}, "expected 4 bits, got 8"),
+    "auto-round bits": (auto_round(gptq()).config | {"bits": 2}, "expected 4 or 8 bits, got 2"),
+    "mlx 3 bits": (mlx().config | {"bits": 3}, "expected 4 or 5 or 6 or 8 bits, got 3"),
     "mlx mode": (mlx().config | {"mode": "mxfp4", "group_size": 32}, "expected the mode affine, got mxfp4"),
     "mlx group": (mlx().config | {"group_size": 16}, "expected group_size among 32, 64, 128, got 16"),
     "mlx layer": (mlx().config | {"model.a": {"bits": 7, "group_size": 64}}, "mlx: model.a: expected bits among 2, 3"),
@@ -195,10 +215,15 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "group size": (changed(INT, *WEIGHTS, "group_size", value=None), "expected a positive group_size"),
     "no groups": (INT | {"config_groups": {}}, "got no quantized weights"),
     "dense": (INT | {"format": "dense"}, "got dense"),
-    "8 bits": (INT | {"format": "int-quantized"}, "got int-quantized"),
+    "int-quantized 4 bits": (INT | {"format": "int-quantized"}, "expected int weights of 8 bits for int-quantized"),
+    "float-quantized int": (INT | {"format": "float-quantized"}, "expected float weights of 8 bits for float-quant"),
+    "tile": (changed(FLOAT_BLOCK, *WEIGHTS, "block_structure", value=[128]), "expected the rows and columns of a tile"),
+    "mxfp8 group": (changed(mxfp8().config, *WEIGHTS, "group_size", value=16), "the group_size 32"),
+    "fp8 tile": (fp8().config | {"weight_block_size": [0, 128]}, "weight_block_size: expected the rows and columns"),
+    "fp8 fmt": (fp8().config | {"fmt": "e3m4"}, "expected fmt e4m3 or e5m2, got e3m4"),
+    "fp8 experts": (fp8().config | {"expert_dtype": "fp6"}, "expected expert_dtype fp8 or fp4, got fp6"),
     "mxfp4 group": (changed(compressed_mxfp4().config, *WEIGHTS, "group_size", value=16), "the group_size 32"),
     "nvfp4 asymmetric": (changed(compressed_nvfp4().config, *WEIGHTS, "symmetric", value=False), "got asymmetric"),
-    "modelopt FP8": (modelopt().config | {"quant_algo": "FP8"}, "expected NVFP4 weights, got FP8"),
     "modelopt AWQ": (modelopt().config | {"quant_algo": "NVFP4_AWQ"}, "got NVFP4_AWQ"),
     "modelopt group": (modelopt().config | {"group_size": 32}, "expected group_size 16, got 32"),
 }

@@ -29,6 +29,7 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sl
 CASES = [
     ("llama", "nvfp4-pack-quantized"),
     ("llama", "awq"),
+    ("llama", "fp8"),
     ("gpt_oss", "mxfp4"),
     ("llama", "gguf"),
     ("gpt_oss", "gguf"),
@@ -83,7 +84,8 @@ def test_the_commands(
     base, data = ("--model", path), ("--data", text)
     run, adapter = tmp_path / "run", ("--adapter", tmp_path / "run" / "adapter")
     train = ("finetune", *base, *data, "--max-steps", 3, "--seq-len", 64, "--lr", 0.01, "--dtype", "bfloat16")
-    done(*train, "--output", run)
+    printed = done(*train, "--output", run)
+    assert f"MB in {8 if kind == 'fp8' else 4} bits" in printed
     assert losses(run)[-1] < losses(run)[0]
     for source in ("ram", "disk"):
         streamed = tmp_path / source

@@ -25,7 +25,7 @@ NVFP4 = ("llama", "nvfp4-pack-quantized")
 MOE = ("qwen3_moe", "nvfp4-pack-quantized")
 MXFP4 = ("gpt_oss", "mxfp4")
 Q = "model.layers.1.self_attn.q_proj"
-TRAINED = [("llama", "pack-quantized"), MOE, MXFP4]
+TRAINED = [("llama", "pack-quantized"), MOE, MXFP4, ("deepseek_v3", "fp8")]
 
 
 def with_more_tensors(checkpoint: Any) -> None:
@@ -104,6 +104,7 @@ NEW = {
     ("llama", "pack-quantized-channel"): False,  # rows of 96 are three blocks
     ("llama", "pack-quantized-zero-points"): True,
     ("llama", "awq"): True,
+    ("llama", "fp8-static"): False,
     ("llama", "gptq-v2-zero-points"): True,
     MOE: False,
     MXFP4: True,
@@ -138,7 +139,7 @@ def new_weight(dense: torch.Tensor, form: Form) -> Weight4bit:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq"])
+@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq", "fp8-128"])
 def test_memory(kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading takes the file and a tenth of it, and saving a part of one layer, though experts are a layer's half."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 32, "num_hidden_layers": 2}

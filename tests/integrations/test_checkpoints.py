@@ -1,4 +1,4 @@
-"""Checkpoints in 4-bit formats keep their bits in a model, and are saved as they were."""
+"""Checkpoints in packed formats keep their bits in a model, and are saved as they were."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 import packed_models
@@ -23,7 +22,7 @@ from qlora_app.models.pretrained import is_4bit
 from qlora_app.models.sources import ModelSource
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.integrations.peft import merge_to_4bit, set_merge_aware
-from qlora_ext.nn import Embedding4bit, Experts4bit, layers_of
+from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, layers_of
 from tiny_models import same_state
 
 CASES = [
@@ -31,6 +30,9 @@ CASES = [
     *(("qwen3_moe", kind) for kind in FORMATS if kind != "gptq-order"),
     ("mixtral", "nvfp4-pack-quantized"),
     ("mixtral", "pack-quantized"),
+    ("deepseek_v3", "fp8"),
+    ("deepseek_v3", "fp8-e8m0"),
+    ("minimax_m2", "fp8"),
     ("gpt_oss", "mxfp4"),
     ("gpt_oss", "mxfp4-pack-quantized"),
     ("gpt_oss", "nvfp4-pack-quantized"),
@@ -165,7 +167,9 @@ TRAINED = [
     ("llama", "awq"),
     ("llama", "gptq-order"),
     ("llama", "mlx"),
+    ("llama", "int-quantized"),
     ("qwen3_moe", "nvfp4-pack-quantized"),
+    ("qwen3_moe", "fp8"),
     ("gpt_oss", "mxfp4"),
     ("gpt_oss", "modelopt"),
 ]
@@ -233,14 +237,15 @@ MXFP4 = ("gpt_oss", "mxfp4")
 
 
 ORDER = ("llama", "gptq-order")  # the permutation of its columns belongs to the layer
+FP8 = ("deepseek_v3", "fp8")
 
 
-@pytest.mark.parametrize("case", [MXFP4, ORDER], ids="-".join)
+@pytest.mark.parametrize("case", [MXFP4, ORDER, ("qwen3_moe", "fp8")], ids="-".join)
 def test_streaming(case: tuple[str, str], tmp_path: pathlib.Path) -> None:
     checkpoint = packed_models.save(tmp_path, *case)
     model = load(checkpoint.path, stream="ram")
     check_saved(model, tmp_path / "saved", checkpoint)
-    with pytest.raises(ValueError, match=f"'disk' needs a 4-bit model saved by qlora_ext; load the {case[1][:4]}"):
+    with pytest.raises(ValueError, match=f"'disk' needs a 4-bit model saved by qlora_ext; load the {case[1][:3]}"):
         load(checkpoint.path, stream="disk")
     gradients = []
     for base in (load(checkpoint.path), model):
@@ -250,13 +255,14 @@ def test_streaming(case: tuple[str, str], tmp_path: pathlib.Path) -> None:
     assert all(torch.equal(grad, gradients[1][name]) for name, grad in gradients[0].items())
 
 
-@pytest.mark.parametrize("case", [MXFP4, MOE, NVFP4, ORDER], ids="-".join)
+@pytest.mark.parametrize("case", [MXFP4, MOE, NVFP4, ORDER, FP8], ids="-".join)
 def test_saved_in_our_format(case: tuple[str, str], tmp_path: pathlib.Path) -> None:
     check_our_format(load(packed_models.save(tmp_path, *case).path), tmp_path / "ours")
 
 
-def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
-    """A checkpoint of ModelOpt whose attention is in FP8: it is decoded, and saved as it was."""
+@pytest.mark.filterwarnings("error")
+def test_fp8_beside_nvfp4(tmp_path: pathlib.Path) -> None:
+    """A checkpoint of ModelOpt whose attention is in FP8, with one scale or with one per row."""
     checkpoint = packed_models.save(tmp_path, "llama", "modelopt", keep="self_attn")
     layers = {}
     for name in [name for name in checkpoint.tensors if "_proj.weight" in name and name.endswith("weight")]:
@@ -271,28 +277,36 @@ def test_weights_in_fp8_become_dense(tmp_path: pathlib.Path) -> None:
         checkpoint.tensors.update(new)
         checkpoint.dense.get_submodule(module).weight.data = codes.float() * scale
     change(checkpoint, "", lambda t: None)
-    fields = json.loads((checkpoint.path / "config.json").read_text())
-    fields["quantization_config"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "ignore": []}
-    (checkpoint.path / "config.json").write_text(json.dumps(fields))
-    for dtype in (torch.float32, torch.bfloat16):
-        with pytest.warns(
-            UserWarning, match="8 weights that the checkpoint stores in FP8 are decoded and dense, and 2 that it"
-        ):
-            model = load(checkpoint.path, dtype)
-        assert sum(1 for _ in layers_of(model)) == 6
-        for name, module in checkpoint.dense.named_modules():
-            if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")):
-                assert torch.equal(model.get_submodule(name).weight, module.weight.to(dtype))
-        if dtype == torch.float32:
-            torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
-        model.save_pretrained(tmp_path / "saved")
-        found = load_file(tmp_path / "saved" / "model.safetensors")
-        for name, t in checkpoint.tensors.items():
-            if "self_attn" in name and t.dtype == torch.float8_e4m3fn:
-                assert torch.equal(found[name].view(torch.uint8), t.view(torch.uint8)), name
-            elif "proj" in name:
-                assert found[name].dtype == t.dtype
-                assert torch.equal(found[name].float(), t.float())
+    changed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "ignore": []}
+    configured(checkpoint, quantization_config=checkpoint.config | changed)
+    model = load(checkpoint.path)
+    assert {layer.form.code for _, layer in layers_of(model)} == {"e2m1", "e4m3"}
+    assert sum(1 for _ in layers_of(model)) == 14
+    for name, found in decoded(model).items():
+        assert torch.equal(found, checkpoint.dense.state_dict()[name]), name
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    check_saved(model, tmp_path / "saved", checkpoint)
+
+
+def test_mxfp4_experts_beside_fp8(tmp_path: pathlib.Path) -> None:
+    """DeepSeek-V4, in which no packed layer can replace the grouped projection o_a_proj."""
+    checkpoint = packed_models.save(
+        tmp_path,
+        "deepseek_v4",
+        "fp8-e8m0",
+        packed=r"\.(w[123qkvob_a]+)\.weight$",
+        changed={"expert_dtype": "fp4"},
+        experts="fp8-fp4",
+    )
+    with pytest.warns(UserWarning, match=r"2 weights of the fp8 checkpoint are decoded .*o_a_proj\.weight \(8 bits\)"):
+        model = load(checkpoint.path)
+    codes = {(type(layer), layer.form.code) for _, layer in layers_of(model)}
+    assert codes == {(Linear4bit, "e4m3"), (Experts4bit, "e2m1")}
+    state = {**model.state_dict(), **decoded(model)}
+    for name, expected in checkpoint.dense.state_dict().items():
+        assert torch.equal(state[name], expected), name
+    torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
+    check_saved(model, tmp_path / "saved", checkpoint)
 
 
 LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8}
@@ -306,6 +320,7 @@ LARGE: list[tuple[str, dict[str, Any], str]] = [
     ("llama", LLAMA, "modelopt"),
     ("qwen3_moe", QWEN3_MOE, "nvfp4-pack-quantized"),
     ("qwen3_moe", QWEN3_MOE, "gptq"),
+    ("qwen3_moe", QWEN3_MOE, "fp8-128"),
     ("gpt_oss", GPT_OSS | GPT_OSS_LAYERS, "mxfp4"),
 ]
 

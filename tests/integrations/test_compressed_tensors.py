@@ -24,6 +24,8 @@ from tensors import same_bits
 
 INT4 = {"num_bits": 4, "type": "int"}
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
+INT8 = {"num_bits": 8, "type": "int"}
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4 with zero points": ("pack-quantized", INT4 | {"symmetric": False, "strategy": "group", "group_size": 32}),
     "int4": ("pack-quantized", INT4 | {"symmetric": True, "strategy": "group", "group_size": 128}),
@@ -35,6 +37,12 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"strategy": "tensor_group", "group_size": 16}
         | {"scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn},
     ),
+    "int8 in words": ("pack-quantized", INT8 | {"symmetric": False, "strategy": "group", "group_size": 32}),
+    "int8 by channel": ("int-quantized", INT8 | {"symmetric": True, "strategy": "channel"}),
+    "int8 by channel, with zero points": ("int-quantized", INT8 | {"symmetric": False, "strategy": "channel"}),
+    "fp8": ("float-quantized", FP8 | {"strategy": "tensor"}),
+    "fp8 by channel": ("float-quantized", FP8 | {"strategy": "channel"}),
+    "fp8 in tiles": ("float-quantized", FP8 | {"strategy": "block", "block_structure": [64, 128]}),
     "mxfp4": (
         "mxfp4-pack-quantized",
         FP4 | {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8, "zp_dtype": torch.uint8},
@@ -48,8 +56,9 @@ def observe(layer: torch.nn.Module, args: QuantizationArgs) -> None:
     if args.strategy == "tensor_group":
         layer.weight_global_scale.data = generate_gparam(w.min(), w.max()).view_as(layer.weight_global_scale)
         factor["global_scale"] = layer.weight_global_scale.data
-    groups = w.view(len(w), -1, args.group_size or w.shape[1])
-    found = calculate_qparams(groups.amin(-1), groups.amax(-1), args, **factor)
+    rows, columns = {"tensor": w.shape, "block": (64, 128)}.get(args.strategy, (1, args.group_size or w.shape[1]))
+    groups = w.view(w.shape[0] // rows, rows, -1, columns)
+    found = calculate_qparams(groups.amin((1, 3)), groups.amax((1, 3)), args, **factor)
     for name, values in zip(("weight_scale", "weight_zero_point"), found, strict=True):
         if (parameter := getattr(layer, name, None)) is not None:
             parameter.data = values.to(parameter.dtype).view_as(parameter)
@@ -62,7 +71,7 @@ def write(path: pathlib.Path, name: str, dtype: torch.dtype) -> dict[str, Tensor
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 64}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).to(dtype)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=form)
     config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format=form)
     apply_quantization_config(model, config)
     layers = {key: layer for key, layer in model.named_modules() if hasattr(layer, "weight_scale")}

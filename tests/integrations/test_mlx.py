@@ -70,7 +70,7 @@ def test_the_configuration_under_its_own_name(both: bool, tmp_path: pathlib.Path
     assert torch.equal(load(tmp_path / "dense").lm_head.weight, model.lm_head.weight)
 
 
-@pytest.mark.filterwarnings("ignore:5 weights of the mlx checkpoint are decoded")
+@pytest.mark.filterwarnings("ignore:2 weights of the mlx checkpoint are decoded")
 def test_layers_with_settings_of_their_own(tmp_path: pathlib.Path) -> None:
     checkpoint = packed_models.save(tmp_path, "llama", "mlx", packed=ALL, keep="0.mlp.up")
     with_bits(checkpoint, "model.layers.0.self_attn.q_proj", 4, 64)
@@ -80,14 +80,20 @@ def test_layers_with_settings_of_their_own(tmp_path: pathlib.Path) -> None:
     checkpoint.config["model.layers.0.mlp.up_proj"] = False
     change(checkpoint, "", lambda t: None)
     configured(checkpoint, quantization_config=checkpoint.config)
-    with pytest.warns(UserWarning, match=r"5 weights of the mlx checkpoint are decoded .*: lm_head\.weight \(8 bits\)"):
+    with pytest.warns(
+        UserWarning, match=r"2 weights of the mlx checkpoint are decoded .*: .*k_proj\.weight \(2 bits\)"
+    ):
         model = load(checkpoint.path)
     assert model.model.layers[0].self_attn.q_proj.block_size == 64
+    assert model.model.layers[0].self_attn.o_proj.form.code == "uint5"
+    assert model.model.layers[1].self_attn.q_proj.form.code == "uint6"
+    assert model.lm_head.form.code == "uint8"
     check_weights(model, checkpoint)
     check_saved(model, tmp_path / "saved", checkpoint)
-    model.lm_head.weight.data[3, 5] += 1
+    model.model.layers[0].self_attn.k_proj.weight.data[3, 5] += 1
     with pytest.raises(
-        ValueError, match=r"^lm_head\.weight: expected the values that mlx stores, .*save_in_our_format"
+        ValueError,
+        match=r"^model\.layers\.0\.self_attn\.k_proj\.weight: expected the values that mlx stores",
     ):
         model.save_pretrained(tmp_path / "changed")
     assert not (tmp_path / "changed" / "model.safetensors").exists()

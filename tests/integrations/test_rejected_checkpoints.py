@@ -1,4 +1,4 @@
-"""Checkpoints in 4-bit formats that are damaged, incomplete or not supported are rejected in one sentence."""
+"""Checkpoints in packed formats that are damaged, incomplete or not supported are rejected in one sentence."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ MOE = ("qwen3_moe", "nvfp4-pack-quantized")
 MXFP4 = ("gpt_oss", "mxfp4")
 MLX = ("llama", "mlx")
 SCALE = r"expected weight_scale to be float8_e4m3fn \[64, 4\]"
+FP8 = ("deepseek_v3", "fp8")
 DENSE = "expected a dense weight or the tensor"
 Q = "model.layers.1.self_attn.q_proj"
 E = "model.layers.1.mlp.experts"
@@ -38,9 +39,29 @@ BAD: dict[str, tuple[tuple[str, str], str, Any, str]] = {
     "factor": (NVFP4, f"{Q}.weight_global_scale", lambda t: t * 0, "weight_global_scale to be finite and above 0"),
     "NaN": (MXFP4, f"{E}.down_proj_scales", lambda t: t | 255, "expected scales to be E8M0 codes of numbers, got 0xFF"),
     "extra": (NVFP4, f"{Q}.weight_zero_point", lambda t: torch.zeros(1), "weight_zero_point"),
-    "dtype of codes": (NVFP4, f"{Q}.weight_packed", lambda t: t.float(), "weight_packed to be 4-bit codes, got F32"),
-    "dtype of MLX": (MLX, f"{Q}.weight", lambda t: ZEROS, "expected weight to be 4-bit codes, got F32"),
+    "dtype of codes": (
+        NVFP4,
+        f"{Q}.weight_packed",
+        lambda t: t.float(),
+        "weight_packed to be codes of nvfp4-pack-quantized, got F32",
+    ),
+    "dtype of MLX": (MLX, f"{Q}.weight", lambda t: ZEROS, "expected weight to be codes of mlx, got F32"),
     "dense too": (NVFP4, f"{Q}.weight", lambda t: ZEROS, rf"{DENSE} weight_packed of nvfp4-pack-quantized, got both"),
+    "no scale of FP8": (
+        FP8,
+        f"{E}.2.up_proj.weight_scale_inv",
+        None,
+        "expected the tensor weight_scale_inv of fp8 too",
+    ),
+    "shape of FP8": (FP8, f"{E}.2.up_proj.weight_scale_inv", lambda t: t[:1], r"\[2, 1\], got float32 \[1, 1\]"),
+    "NaN of FP8": (
+        FP8,
+        f"{E}.2.up_proj.weight",
+        lambda t: (t.view(torch.uint8) | 127).view(t.dtype),
+        "expected weight to be E4M3 codes of numbers, got NaN or infinity",
+    ),
+    "dtype of FP8": (FP8, f"{E}.2.up_proj.weight", lambda t: t.float(), "expected weight to be codes of fp8, got F32"),
+    "INT8": (("llama", "int-quantized"), f"{Q}.weight_scale", lambda t: t * float("nan"), "weight_scale to be finite"),
     "GPTQ's dense too": (("llama", "gptq"), f"{Q}.weight", lambda t: ZEROS, f"{DENSE} qweight of gptq, got both"),
 }
 
@@ -83,7 +104,7 @@ def test_codes_that_are_not_read_are_an_error(
     if scale is not None:
         tensors[f"{Q}.weight_scale"] = torch.ones(scale)
     save_file(tensors, checkpoint.path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{Q}.weight: expected values, 4-bit codes, or FP8 values"):
+    with pytest.raises(ValueError, match=rf"{Q}.weight: expected (values, or codes with|weight to be codes)"):
         load(checkpoint.path)
 
 
@@ -109,16 +130,14 @@ def test_a_truncated_file(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changed", "message"),
     [
-        ("mlx", {"bits": 8}, "4 bits, got 8, .*load the model's original checkpoint"),
+        ("mlx", {"bits": 3}, "8 bits, got 3, .*load the model's original checkpoint"),
         ("mlx", {"mode": "nvfp4", "group_size": 16}, "expected the mode affine, got nvfp4"),
         ("auto-round", {"packing_format": "auto_round:llm_compressor"}, "packing_format auto_round:auto_gptq or"),
-        ("gptq", {"bits": 3}, "4 bits, got 3, .*load the model's original checkpoint"),
+        ("gptq", {"bits": 3}, "4 or 8 bits, got 3, .*load the model's original checkpoint"),
         ("awq", {"bits": 2}, "4 bits, got 2, .*load the model's original checkpoint"),
-        ("gptq", {"bits": 8}, "4 bits"),
         ("awq", {"version": "gemv"}, "gemm"),
         ("awq", {"quant_method": "aqlm"}, "not supported"),
-        ("modelopt", {"quant_algo": "FP8"}, "FP8"),
-        ("awq", {"quant_method": "fp8"}, "fp8 is not supported, because .* as in DeepSeek-V4; load a checkpoint"),
+        ("modelopt", {"quant_algo": "W8A8"}, "W8A8"),
         ("awq", {"quant_method": "unheard-of"}, "unheard-of"),
     ],
 )
@@ -224,12 +243,12 @@ def test_experts_in_one_tensor(tmp_path: pathlib.Path) -> None:
         load(checkpoint.path)
 
 
-@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "gptq", "modelopt", "mlx"])
+@pytest.mark.parametrize(
+    "kind", ["nvfp4-pack-quantized", "gptq", "modelopt", "mlx", "fp8", "float-quantized", "int-quantized"]
+)
 def test_codes_without_a_configuration(kind: str, tmp_path: pathlib.Path) -> None:
     """transformers reports mismatched or missing weights, and may go on with random ones."""
     checkpoint = packed_models.save(tmp_path, "llama", kind)
     configured(checkpoint, quantization_config=None)
-    with pytest.raises(
-        ValueError, match=r"model.safetensors: expected dense weights, .* the 4-bit codes model\.layers"
-    ):
+    with pytest.raises(ValueError, match=r"model.safetensors: expected dense weights, .* the codes model\.layers"):
         load(checkpoint.path)

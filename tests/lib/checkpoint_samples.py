@@ -1,4 +1,4 @@
-"""Weights in the 4-bit formats of checkpoints, and their values by the formats' published formulas.
+"""Weights in the packed formats of checkpoints, and their values by the formats' published formulas.
 
 The decoders are written in numpy from each format's own reference and share no code with the package:
 
@@ -7,6 +7,7 @@ The decoders are written in numpy from each format's own reference and share no 
 - ModelOpt: ``quantization/qtensor/nvfp4_tensor.py``
 - AWQ: AutoAWQ, ``awq/utils/packing_utils.py``
 - GPTQ: AutoGPTQ, ``nn_modules/qlinear/qlinear_cuda.py``; columns in activation order have the group ``g_idx[k]``
+- FP8: transformers, ``integrations/finegrained_fp8.py`` (``Fp8Dequantize``): codes times the scale of their tile
 - MLX: the documentation of ``mlx.core.quantize`` and ``dequantize``, mode ``affine``
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora_ext.checkpoints import Format, Settings, formats_of
 from reference import F32
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], F32)
@@ -40,7 +42,7 @@ E4M3 = np.array([e4m3_value(code) for code in range(256)], F32)
 
 def array(t: Tensor) -> np.ndarray:
     """The values of a tensor; of 8-bit floating-point numbers their bits, of 16-bit ones float32."""
-    if t.dtype == torch.float8_e4m3fn:
+    if t.dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
         t = t.view(torch.uint8)
     return (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t).numpy()
 
@@ -51,9 +53,9 @@ def low_first(packed: Tensor) -> np.ndarray:
     return np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
 
 
-def nibbles(words: Tensor) -> np.ndarray:
-    """Values [..., W, 8] of int32 words [..., W]: nibble i is at bits 4i to 4i + 3."""
-    return array(words).view(np.uint32)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & np.uint32(15)
+def fields(words: Tensor, bits: int = 4) -> np.ndarray:
+    """Values [..., W, 32/bits] of int32 words [..., W]: value i is at bits ``bits * i`` and above."""
+    return array(words).view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & np.uint32(2**bits - 1)
 
 
 def decode_mxfp4(blocks: Tensor, scales: Tensor) -> np.ndarray:
@@ -82,31 +84,62 @@ def decode_integers(codes: np.ndarray, scale: np.ndarray, zero_points: Any, colu
         return (codes.astype(F32) - F32(zeros)) * scale[:, columns]
 
 
-def decode_packed(tensors: dict[str, Tensor], shape: tuple[int, int], group: int) -> np.ndarray:
-    codes = nibbles(tensors["weight_packed"]).reshape(shape[0], -1)[:, : shape[1]]
-    zero_points: Any = 8
+def decode_packed(tensors: dict[str, Tensor], shape: tuple[int, int], group: int, bits: int) -> np.ndarray:
+    codes = fields(tensors["weight_packed"], bits).reshape(shape[0], -1)[:, : shape[1]]
+    zero_points: Any = 1 << bits - 1
     stored = tensors.get("weight_zero_point")
     if stored is not None and stored.dtype == torch.int8:
-        zero_points = array(stored).astype(F32) + 8
+        zero_points = array(stored).astype(F32) + zero_points
     elif stored is not None:
-        words = nibbles(stored)  # [ceil(N/8), G, 8]
+        words = fields(stored, bits)  # [ceil(N*bits/32), G, 32/bits]
         zero_points = words.transpose(0, 2, 1).reshape(-1, words.shape[1])[: shape[0]].astype(F32)
     return decode_integers(codes, array(tensors["weight_scale"]), zero_points, group)
 
 
+def decode_int8(tensors: dict[str, Tensor], shape: tuple[int, int]) -> np.ndarray:
+    """(q - z) * scale of signed codes and zero points."""
+    codes, scale = array(tensors["weight"]).astype(F32), tensors["weight_scale"].reshape(-1, 1)
+    scale = scale if scale.numel() in (1, shape[0]) else tensors["weight_scale"]
+    zero_points = tensors.get("weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8)).view(scale.shape)
+    scales, zeros = (np.repeat(array(t), shape[1] // t.shape[1], axis=1) for t in (scale, zero_points))
+    return (codes - zeros.astype(F32)) * scales
+
+
+def float8_values(codes: Tensor) -> np.ndarray:
+    """The values of E4M3; those of E5M2 are the upper halves of float16 numbers."""
+    if codes.dtype == torch.float8_e5m2:
+        return (array(codes).astype(np.uint16) << 8).view(np.float16).astype(F32)
+    return E4M3[array(codes)]
+
+
+def decode_fp8(codes: Tensor, scale: Tensor, tile: tuple[int, int]) -> np.ndarray:
+    """Each code times the scale of its tile; those of the last tiles may be missing."""
+    scales = array(scale)
+    if scale.element_size() == 1:
+        scales = np.ldexp(F32(1), scales.astype(np.int32) - 127)
+    rows, columns = codes.shape
+    scales = scales.reshape(-(-rows // tile[0]), -(-columns // tile[1]))
+    scales = np.repeat(np.repeat(scales, tile[0], axis=0), tile[1], axis=1)
+    return float8_values(codes) * scales[:rows, :columns]
+
+
+FP8_SCALES = ("weight_scale_inv", "weight_scale", "scale")
+
+
 def decode_awq(tensors: dict[str, Tensor], group: int) -> np.ndarray:
     order = np.argsort(AWQ_ORDER)
-    codes, zero_points = (nibbles(tensors[name])[..., order].reshape(len(tensors[name]), -1) for name in AWQ_WORDS)
+    codes, zero_points = (fields(tensors[name])[..., order].reshape(len(tensors[name]), -1) for name in AWQ_WORDS)
     return decode_integers(codes.T, array(tensors["scales"]).T, zero_points.T.astype(F32), group)
 
 
 AWQ_WORDS = ("qweight", "qzeros")
 
 
-def decode_gptq(tensors: dict[str, Tensor], group: int, version: int) -> np.ndarray:
-    words = nibbles(tensors["qweight"])  # [K/8, N, 8]
+def decode_gptq(tensors: dict[str, Tensor], group: int, version: int, bits: int) -> np.ndarray:
+    words = fields(tensors["qweight"], bits)  # [K*bits/32, N, 32/bits]
     codes = words.transpose(0, 2, 1).reshape(-1, words.shape[1])
-    zero_points = nibbles(tensors["qzeros"]).reshape(len(tensors["qzeros"]), -1) + (1 if version == 1 else 0) & 15
+    stored = fields(tensors["qzeros"], bits).reshape(len(tensors["qzeros"]), -1)
+    zero_points = stored + (1 if version == 1 else 0) & 2**bits - 1
     columns = array(tensors["g_idx"]) if "g_idx" in tensors else group
     return decode_integers(codes.T, array(tensors["scales"]).T, zero_points.T.astype(F32), columns)
 
@@ -122,16 +155,30 @@ def decode_mlx(tensors: dict[str, Tensor], group: int, bits: int = 4) -> np.ndar
 
 @dataclasses.dataclass
 class Sample:
-    """A weight of a checkpoint: its tensors, and the checkpoint's quantization_config."""
+    """A weight of a checkpoint: its tensors, the checkpoint's quantization_config, and the tiles of FP8 weights."""
 
     config: dict[str, Any]
     shape: tuple[int, ...]
     tensors: dict[str, Tensor]
+    tile: tuple[int, int] = (0, 0)
 
     @property
     def values(self) -> np.ndarray:
         """The float32 values by the format's formula."""
         return decode(self)
+
+
+def kind_of(sample: Sample) -> tuple[Format, Settings]:
+    """The format that has the tensors of a sample, among those of its checkpoint, and what is known of the scales."""
+    for kind, settings in formats_of(sample.config):
+        required = {name for name, is_required in kind.tensors(settings).items() if is_required}
+        is_int8 = sample.tensors.get("weight", torch.empty(0)).dtype == torch.int8
+        if required <= sample.tensors.keys() and ("I8" in kind.code_dtypes or not is_int8):
+            scale = next((t for name, t in sample.tensors.items() if name in (*FP8_SCALES, "scales")), None)
+            if scale is not None and scale.dtype != torch.float8_e4m3fn:
+                settings = dataclasses.replace(settings, scale_dtype=scale.dtype, scale_shape=tuple(scale.shape))
+            return kind, settings
+    raise AssertionError(sample.config)
 
 
 def decode(sample: Sample) -> np.ndarray:
@@ -146,8 +193,20 @@ def decode(sample: Sample) -> np.ndarray:
             parts = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_global_scale"))
             values = decode_nvfp4(*parts, divides=True)
         case _, "pack-quantized":
-            size = config["config_groups"]["group_0"]["weights"]["group_size"]
-            values = decode_packed(tensors, shape, size or shape[1])
+            weights = config["config_groups"]["group_0"]["weights"]
+            values = decode_packed(tensors, shape, weights["group_size"] or shape[1], weights["num_bits"])
+        case _, "int-quantized":
+            values = decode_int8(tensors, shape)
+        case _, "float-quantized" | "mxfp8-quantized":
+            values = decode_fp8(tensors["weight"], tensors["weight_scale"], sample.tile)
+        case "fp8", _ if "scale" in tensors and tensors["weight"].dtype == torch.int8:
+            values = decode_mxfp4(tensors["weight"].view(torch.uint8).reshape(shape[0], -1, 16), tensors["scale"])
+        case "fp8", _:
+            values = decode_fp8(
+                tensors["weight"], next(tensors[name] for name in FP8_SCALES if name in tensors), sample.tile
+            )
+        case "modelopt", _ if config["quant_algo"].startswith("FP8"):
+            values = decode_fp8(tensors["weight"], tensors["weight_scale"], sample.tile)
         case "modelopt", _:
             values = decode_nvfp4(
                 *(tensors[name] for name in ("weight", "weight_scale", "weight_scale_2")), divides=False
@@ -160,7 +219,7 @@ def decode(sample: Sample) -> np.ndarray:
             values = decode_mlx(tensors, size, config["bits"])
         case (("gptq" | "auto-round"), _):
             version = 1 if config.get("checkpoint_format", "gptq") == "gptq" else 2
-            values = decode_gptq(tensors, shape[1] if size == -1 else size, version)
+            values = decode_gptq(tensors, shape[1] if size == -1 else size, version, config["bits"])
     return values.astype(F32)
 
 
@@ -181,10 +240,12 @@ def random_scales(dtype: torch.dtype, *shape: int, positive: bool = False) -> Te
     return scale.to(dtype)
 
 
-def words_along_rows(values: np.ndarray) -> Tensor:
-    """int32 [R, ceil(C/8)] of values [R, C]: element i of eight at bits 4i, padded with 0."""
-    padded = np.pad(values.astype(np.int64), ((0, 0), (0, -values.shape[1] % 8))).reshape(len(values), -1, 8)
-    words = sum(padded[..., i] << 4 * i for i in range(8))
+def words_along_rows(values: np.ndarray, bits: int = 4) -> Tensor:
+    """int32 [R, ceil(C*bits/32)] of values [R, C]: element i of a word at bits ``bits * i``, padded with 0."""
+    per_word = 32 // bits
+    padded = np.pad(values.astype(np.int64), ((0, 0), (0, -values.shape[1] % per_word)))
+    padded = padded.reshape(len(values), -1, per_word)
+    words = sum(padded[..., i] << bits * i for i in range(per_word))
     return torch.from_numpy(np.ascontiguousarray(words.astype(np.uint32).view(np.int32)))
 
 
@@ -204,7 +265,8 @@ def mxfp4(shape: tuple[int, ...] = (3, 6, 96)) -> Sample:
 
 
 def compressed_config(name: str, **weights: Any) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "symmetric": True, **weights}, "input_activations": None}
+    weights = {"num_bits": 4, "symmetric": True, **weights}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": name,
@@ -242,22 +304,103 @@ def packed(
     group: int | None = 32,
     symmetric: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    bits: int = 4,
     **extra: Tensor,
 ) -> Sample:
     rows, columns = shape
     groups = 1 if group is None else columns // group
     tensors = {
-        "weight_packed": random_words(rows, columns // 8),
+        "weight_packed": random_words(rows, columns * bits // 32),
         "weight_scale": random_scales(dtype, rows, groups, positive=not symmetric),
         "weight_shape": torch.tensor(shape),
         **extra,
     }
     if not symmetric:
-        zero_points = random_bytes(rows, groups, most=15).numpy()
-        tensors["weight_zero_point"] = words_along_rows(zero_points.T).t().contiguous()
-    strategy = "channel" if group is None else "group"
-    config = compressed_config("pack-quantized", type="int", strategy=strategy, group_size=group, symmetric=symmetric)
+        zero_points = random_bytes(rows, groups, most=2**bits - 1).numpy()
+        tensors["weight_zero_point"] = words_along_rows(zero_points.T, bits).t().contiguous()
+    weights = {"num_bits": bits, "type": "int", "strategy": "channel" if group is None else "group"}
+    config = compressed_config("pack-quantized", **weights, group_size=group, symmetric=symmetric)
     return Sample(config, shape, tensors)
+
+
+def int8(
+    shape: tuple[int, int] = (6, 96),
+    strategy: str = "channel",
+    symmetric: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Sample:
+    scales = {"channel": (shape[0], 1), "tensor": (1,), "group": (shape[0], shape[1] // 32)}[strategy]
+    tensors = {
+        "weight": random_bytes(*shape).view(torch.int8),
+        "weight_scale": random_scales(dtype, *scales, positive=not symmetric),
+        "input_scale": torch.tensor([0.3]),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = random_bytes(*scales).view(torch.int8)
+    size = 32 if strategy == "group" else None
+    weights = {"num_bits": 8, "type": "int", "strategy": strategy, "group_size": size, "symmetric": symmetric}
+    return Sample(compressed_config("int-quantized", **weights), shape, tensors)
+
+
+def float8_codes(*shape: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """Codes of numbers."""
+    codes, end = random_bytes(*shape), 0x7F if dtype == torch.float8_e4m3fn else 0x7C
+    return torch.where((codes & 127) >= end, codes & 0x83, codes).view(dtype)
+
+
+def e8m0_scales(*shape: int) -> Tensor:
+    return random_bytes(*shape, most=240).view(torch.float8_e8m0fnu)
+
+
+def fp8(
+    shape: tuple[int, int] = (140, 320),
+    tile: tuple[int, int] | None = (128, 128),
+    dtype: torch.dtype = torch.float32,
+    codes: torch.dtype = torch.float8_e4m3fn,
+    name: str = "weight_scale_inv",
+) -> Sample:
+    """Weights of DeepSeek-V3 and others in tiles, the last of which may be smaller, or with one scale."""
+    rows, columns = shape
+    config: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": tile}
+    grid = () if tile is None else (-(-rows // tile[0]), -(-columns // tile[1]))
+    scale = e8m0_scales(*grid) if dtype == torch.float8_e8m0fnu else random_scales(dtype, *grid, positive=True)
+    tensors = {"weight": float8_codes(*shape, dtype=codes), name: scale}
+    if tile is None:
+        config["activation_scheme"] = "static"
+        tensors["activation_scale"] = torch.tensor(0.25)
+    if codes == torch.float8_e5m2:
+        config["fmt"] = "e5m2"
+    return Sample({**config, "weight_block_size": None if tile is None else list(tile)}, shape, tensors, tile or shape)
+
+
+def deepseek_fp4(shape: tuple[int, int] = (6, 96)) -> Sample:
+    """An expert of DeepSeek-V4, whose other weights are in FP8."""
+    rows, columns = shape
+    config = fp8().config | {"expert_dtype": "fp4", "scale_fmt": "ue8m0"}
+    scale = e8m0_scales(rows, columns // 32)
+    return Sample(config, shape, {"weight": random_bytes(rows, columns // 2).view(torch.int8), "scale": scale})
+
+
+def float_quantized(
+    shape: tuple[int, int] = (6, 96), strategy: str = "channel", dtype: torch.dtype = torch.bfloat16
+) -> Sample:
+    rows, columns = shape
+    tile = {"channel": (1, columns), "tensor": shape, "group": (1, 32), "block": (128, 128)}[strategy]
+    grid = (1,) if strategy == "tensor" else (-(-rows // tile[0]), -(-columns // tile[1]))
+    tensors = {
+        "weight": float8_codes(*shape),
+        "weight_scale": random_scales(dtype, *grid),
+        "input_scale": torch.tensor([0.3]),
+    }
+    weights: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": strategy}
+    weights |= {"group": {"group_size": 32}, "block": {"block_structure": [128, 128]}}.get(strategy, {})
+    return Sample(compressed_config("float-quantized", **weights), shape, tensors, tile)
+
+
+def mxfp8(shape: tuple[int, int] = (6, 96)) -> Sample:
+    scale = e8m0_scales(shape[0], shape[1] // 32).view(torch.uint8)
+    config = compressed_config("mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=32)
+    return Sample(config, shape, {"weight": float8_codes(*shape), "weight_scale": scale}, (1, 32))
 
 
 def unpacked_zero_points(sample: Sample) -> Sample:
@@ -279,6 +422,13 @@ def modelopt(shape: tuple[int, int] = (6, 80)) -> Sample:
     return Sample(config, shape, tensors)
 
 
+def modelopt_fp8(shape: tuple[int, int] = (6, 80), rows: bool = False) -> Sample:
+    scale = random_scales(torch.float32, shape[0], positive=True) if rows else torch.tensor(0.0017)
+    tensors = {"weight": float8_codes(*shape), "weight_scale": scale, "input_scale": torch.tensor(0.5)}
+    config = {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN" if rows else "FP8"}
+    return Sample(config, shape, tensors, (1, shape[1]) if rows else shape)
+
+
 def awq(shape: tuple[int, int] = (24, 256), group: int = 128, dtype: torch.dtype = torch.float16) -> Sample:
     rows, columns = shape
     groups = 1 if group == -1 else columns // group
@@ -298,15 +448,18 @@ def gptq(
     version: int = 1,
     order: bool = True,
     desc_act: bool = False,
+    bits: int = 4,
 ) -> Sample:
     rows, columns = shape
     size = columns if group == -1 else group
     groups = -(-columns // size)
     bias = 1 if version == 1 else 0
-    stored = np.full((groups, rows), 8 - bias) if symmetric else random_bytes(groups, rows, most=15).numpy()
+    stored = np.full((groups, rows), 2 ** (bits - 1) - bias)
+    if not symmetric:
+        stored = random_bytes(groups, rows, most=2**bits - 1).numpy()
     tensors = {
-        "qweight": random_words(columns // 8, rows),
-        "qzeros": words_along_rows(stored),
+        "qweight": random_words(columns * bits // 32, rows),
+        "qzeros": words_along_rows(stored, bits),
         "scales": random_scales(torch.float16, groups, rows, positive=not symmetric),
     }
     if order:
@@ -315,7 +468,7 @@ def gptq(
             tensors["g_idx"] = tensors["g_idx"][torch.randperm(columns)]
     config = {
         "quant_method": "gptq",
-        "bits": 4,
+        "bits": bits,
         "group_size": group,
         "sym": symmetric,
         "desc_act": desc_act,
@@ -384,6 +537,34 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "gptq-order-zero-points": lambda: gptq((16, 320), 128, symmetric=False, desc_act=True),
     "auto-round": lambda: auto_round(gptq()),
     "auto-round-awq": lambda: auto_round(awq()),
+    "fp8": fp8,
+    "fp8-one-tile": lambda: fp8((16, 64)),
+    "fp8-bfloat16": lambda: fp8((5, 128), (4, 64), torch.bfloat16),
+    "fp8-e8m0": lambda: fp8(dtype=torch.float8_e8m0fnu),
+    "fp8-tensor": lambda: fp8((6, 96), None),
+    "fp8-e5m2": lambda: fp8(codes=torch.float8_e5m2),
+    "fp8-weight-scale": lambda: fp8((6, 96), None, name="weight_scale"),
+    "fp8-scale": lambda: fp8(dtype=torch.float8_e8m0fnu, name="scale"),
+    "fp8-experts": deepseek_fp4,
+    "float-channel": float_quantized,
+    "float-tensor": lambda: float_quantized(strategy="tensor"),
+    "float-group": lambda: float_quantized(strategy="group", dtype=torch.float16),
+    "float-block": lambda: float_quantized((130, 208), "block"),
+    "mxfp8": mxfp8,
+    "modelopt-fp8": modelopt_fp8,
+    "int8-channel": int8,
+    "int8-tensor": lambda: int8(strategy="tensor"),
+    "int8-group": lambda: int8(strategy="group", dtype=torch.float32),
+    "int8-zero-points": lambda: int8(symmetric=False),
+    "int8-tensor-zero-points": lambda: int8(strategy="tensor", symmetric=False),
+    "int8-group-zero-points": lambda: int8(strategy="group", symmetric=False, dtype=torch.float16),
+    "packed-8-bits": lambda: packed(bits=8),
+    "packed-8-bits-zero-points": lambda: packed((13, 192), symmetric=False, bits=8),
+    "gptq-8-bits": lambda: gptq(bits=8),
+    "gptq-8-bits-order": lambda: gptq((16, 320), 128, symmetric=False, desc_act=True, bits=8),
+    "mlx-5-bits": lambda: mlx(bits=5),
+    "mlx-6-bits": lambda: mlx((13, 96), 32, bits=6),
+    "mlx-8-bits": lambda: mlx(dtype=torch.float16, bits=8),
     "mlx": mlx,
     "mlx-32-half": lambda: mlx((13, 96), 32, torch.float16),
     "mlx-128-float32": lambda: mlx((1, 384), 128, torch.float32),

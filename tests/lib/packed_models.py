@@ -1,4 +1,4 @@
-"""Tiny models whose checkpoints store weights in 4-bit formats, and their dense forms."""
+"""Tiny models whose checkpoints store weights in packed formats, and their dense forms."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from typing import Any
 import safetensors.torch as safetensors
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV4Config,
+    GptOssConfig,
+    LlamaConfig,
+    MiniMaxM2Config,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 import checkpoint_samples as samples
-from checkpoint_samples import Sample
+from checkpoint_samples import Sample, kind_of
 from qlora_ext import QLoRAConfig
 from qlora_ext.integrations.transformers import save_in_our_format
 from tensors import same_bits
@@ -40,6 +49,36 @@ CONFIGS: dict[str, Any] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, head_dim=16
     ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 4},
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+    ),
+    "deepseek_v4": lambda: DeepseekV4Config(
+        **SIZES | {"num_key_value_heads": 1},
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        head_dim=32,
+        q_lora_rank=32,
+        o_groups=2,
+        o_lora_rank=32,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=4,
+        hc_mult=2,
+        sliding_window=8,
+    ),
+    "minimax_m2": lambda: MiniMaxM2Config(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
     "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8),
 }
 IDS = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(1))
@@ -48,16 +87,17 @@ IDS = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(1))
 def _moderate(sample: Sample) -> Sample:
     """The sample with scales such that its values are below 1, as a model needs them."""
     tensors = dict(sample.tensors)
-    for name in ("scales", "weight_scale", "biases"):
+    largest = 1 << kind_of(sample)[1].bits - 4  # of the codes, relative to 4 bits
+    for name in ("scales", "weight_scale", "weight_scale_inv", "scale", "biases"):
         t = tensors.get(name)
         if t is None:
             continue
-        if t.dtype == torch.uint8:  # E8M0
-            tensors[name] = 117 + t % 5
+        if t.dtype in (torch.uint8, torch.float8_e8m0fnu):  # E8M0
+            tensors[name] = ((112 if largest > 1 else 117) + t.view(torch.uint8) % 5).view(t.dtype)
         elif t.dtype == torch.float8_e4m3fn:
             tensors[name] = (t.view(torch.uint8) % 16 + 48).view(torch.float8_e4m3fn)
         else:
-            tensors[name] = (torch.rand(t.shape) * 0.02 + 0.01).to(t.dtype)
+            tensors[name] = ((torch.rand(t.shape) * 0.02 + 0.01) / largest).to(t.dtype)
     return dataclasses.replace(sample, tensors=tensors)
 
 
@@ -82,6 +122,16 @@ FORMATS: dict[str, Callable[[Any], Sample]] = {
     "gptq-order": lambda shape: _moderate(samples.gptq(shape, 32, symmetric=False, desc_act=True)),
     "auto-round": lambda shape: _moderate(samples.auto_round(samples.gptq(shape, 32))),
     "mlx": lambda shape: _moderate(samples.mlx(shape, 32)),
+    "mlx-6": lambda shape: _moderate(samples.mlx(shape, 32, bits=6)),
+    "gptq-8": lambda shape: _moderate(samples.gptq(shape, 32, bits=8)),
+    "int-quantized": lambda shape: _moderate(samples.int8(shape)),
+    "fp8": lambda shape: _moderate(samples.fp8(shape, (48, 64))),  # tiles that end within the tiny weights
+    "fp8-128": lambda shape: _moderate(samples.fp8(shape)),
+    "fp8-static": lambda shape: _moderate(samples.fp8(shape, None)),
+    "fp8-e8m0": lambda shape: _moderate(samples.fp8(shape, (48, 64), torch.float8_e8m0fnu, name="scale")),
+    "fp8-fp4": lambda shape: _moderate(samples.deepseek_fp4(shape)),
+    "float-quantized": lambda shape: _moderate(samples.float_quantized(shape)),
+    "modelopt-fp8": lambda shape: _moderate(samples.modelopt_fp8(shape)),
 }
 # The names of the weights that are 4-bit in the checkpoints.
 _LINEAR = r"(proj|w[123])\.weight$"
@@ -139,13 +189,15 @@ def save(
     keep: str = "$^",
     changed: Mapping[str, Any] | None = None,
     packed: str = _LINEAR,
+    experts: str | None = None,
 ) -> Checkpoint:
     """Saves a tiny model in the format ``kind``.
 
     Args:
         keep: a regular expression of names in the files; weights that it matches stay dense.
         changed: fields of the quantization_config.
-        packed: a regular expression of names in the files; weights that it matches become 4-bit.
+        packed: a regular expression of names in the files; weights that it matches are packed.
+        experts: the format of the experts, if they have another one.
     """
     model = build(family)
     plain = directory / "dense"
@@ -161,19 +213,19 @@ def save(
             tensors |= of_experts
             continue
         if re.search(keep, name) or not (is_stack or re.search(packed, name)) or (kind == "mxfp4") != is_stack:
-            tensors[name] = decoded[name] = t.to(torch.bfloat16).float()
+            tensors[name] = decoded[name] = t.to(torch.bfloat16).float() if t.is_floating_point() else t
             continue
         if is_stack:  # the rows of the file's matrices are the columns of the model's
             sample = _moderate(samples.mxfp4((t.shape[0], t.shape[2], t.shape[1])))
             decoded[name] = torch.from_numpy(sample.values).transpose(1, 2).contiguous()
         else:
-            sample = FORMATS[kind](tuple(t.shape))
+            sample = FORMATS[experts if experts and ".experts." in name else kind](tuple(t.shape))
             decoded[name] = torch.from_numpy(sample.values)
         prefix = f"{name}_" if is_stack else name.removesuffix("weight")
         tensors |= {prefix + tensor: value for tensor, value in sample.tensors.items()}
         config = sample.config
     config = {**config, **(changed or {})}
-    if kind == "mlx":
+    if kind.startswith("mlx"):
         del config["quant_method"]  # MLX does not write it
     safetensors.save_file(
         {k: t.contiguous() for k, t in decoded.items()}, plain / "model.safetensors", {"format": "pt"}

@@ -158,6 +158,6 @@ def _run(request: QuantizeRequest, output: Output) -> int:
     weights = model_size(model)
     print(
         f"{output.path}: {weights.dense_bytes(dtype) / 1e6:.1f} MB in {request.dtype} -> "
-        f"{weights.bytes / 1e6:.1f} MB in 4 bits"
+        f"{weights.bytes / 1e6:.1f} MB in {weights.bits}"
     )
     return 0

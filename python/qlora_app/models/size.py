@@ -1,4 +1,4 @@
-"""The size of a 4-bit model, and its coverage."""
+"""The size of a quantized model, and its coverage."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def dense_share(model: Any) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """A model's size: the number of parameters, and their bytes."""
+    """A model's size: the number of parameters, their bytes, and the bits of its packed weights, in words."""
 
     parameters: int
     bytes: int
+    bits: str
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
         """The bytes of the same parameters, all of them dense in ``dtype``."""
@@ -30,6 +31,9 @@ class ModelSize:
 
 
 def model_size(model: Any) -> ModelSize:
-    """The size of a 4-bit model's weights. A tensor that several modules share counts once."""
+    """The size of a quantized model's weights. A tensor that several modules share counts once."""
+    from qlora_ext.nn import layers_of
+
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    return ModelSize(sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
+    bits = " and ".join(map(str, sorted({layer.form.bits for _, layer in layers_of(model)})))
+    return ModelSize(sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors), f"{bits} bits")

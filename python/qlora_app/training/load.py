@@ -72,7 +72,7 @@ def load_base(run: Run, output: Output) -> Base:
     size = model_size(model)
     dense = size.dense_bytes(compute)
     run.report(
-        f"weights {dense / 1e6:.1f} MB in {name_of(compute)} -> {size.bytes / 1e6:.1f} MB in 4 bits "
+        f"weights {dense / 1e6:.1f} MB in {name_of(compute)} -> {size.bytes / 1e6:.1f} MB in {size.bits} "
         f"({dense / size.bytes:.2f} times smaller, including the dense embeddings)"
     )
     for dtype in {layer.compute_dtype for _, layer in layers_of(model)} - {compute}:

@@ -34,11 +34,12 @@ class AWQ(IntegerFormat):
     """The format ``awq``; see the module's docstring."""
 
     name = "awq"
+    codes = "qweight"
     rows_together = 8
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         check(config, _SCHEMA, _SOURCE)
-        check_bits(config["bits"], _SOURCE)
+        check_bits(config["bits"], (4,), _SOURCE)
         layout = (config.get("version") or config.get("format") or "gemm").lower()
         layout = "llm-awq" if config.get("backend") == "llm-awq" else layout
         if layout != "gemm":
@@ -62,8 +63,8 @@ class AWQ(IntegerFormat):
         rows, columns = shape
         given = Given(tensors, self.tensors(settings), self.name, where)
         words = given.take("qweight", (columns, rows // 8), torch.int32)
-        zero_points = given.take("qzeros", (groups.count, rows // 8), torch.int32)
-        scale = given.take_finite("scales", (groups.count, rows), *integers.FLOATS)
+        zero_points = given.take("qzeros", (groups.shape[1], rows // 8), torch.int32)
+        scale = given.take_finite("scales", groups.shape[::-1], *integers.FLOATS)
         integers.check_range(given, "scales", scale)
         return integers.weight(
             groups, nibbles.from_awq(words), scale.t(), nibbles.awq_values_of(zero_points).t(), dtype

@@ -25,17 +25,17 @@ class E2M1Format(Format):
 
     Attributes:
         codes, scales: the names of these tensors.
+        codes_dtype, scale_dtype: their dtypes, of one byte.
         factor: the name of the tensor with the factor of E4M3 scales; None: the scales are E8M0.
         divides: whether the scales are divided by it.
-        has_stacks: whether a tensor may hold a stack of matrices [E, N, K].
     """
 
-    codes: str
     scales = "weight_scale"
+    codes_dtype = torch.uint8
+    scale_dtype = torch.uint8
     block_size: int
     factor: str | None = None
     divides = False
-    has_stacks = False
 
     def tensors(self, settings: Settings) -> dict[str, bool]:
         names = {self.codes: True, self.scales: True, **dict.fromkeys(self.retained, False)}
@@ -55,12 +55,12 @@ class E2M1Format(Format):
     ) -> Weight4bit:
         form = self.form(settings, shape)
         given = Given(tensors, self.tensors(settings), self.name, where)
-        packed = given.take(self.codes, self._codes_shape(shape), torch.uint8)
-        stored = given.take(self.scales, (*shape[:-1], shape[-1] // self.block_size), self._scale_dtype)
+        packed = given.take(self.codes, self._codes_shape(shape), self.codes_dtype)
+        stored = given.take(self.scales, (*shape[:-1], shape[-1] // self.block_size), self.scale_dtype)
         table = self._checked_table(given, stored)
         return weight_of(
             form,
-            packed=nibbles.swap(packed).view(*shape[:-1], shape[-1] // 2),
+            packed=nibbles.swap(packed.view(torch.uint8)).view(*shape[:-1], shape[-1] // 2),
             absmax=stored.contiguous().view(torch.uint8).reshape(*shape[:-2], -1),
             scale_table=table.expand(*shape[:-2], -1).contiguous(),
             shape=torch.Size(shape),
@@ -74,16 +74,12 @@ class E2M1Format(Format):
             raise ValueError("expected the table of scales of the checkpoint, got another")
 
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        codes = nibbles.swap(w4.packed).view(self._codes_shape(w4.shape))
+        codes = nibbles.swap(w4.packed).view(self.codes_dtype).view(self._codes_shape(w4.shape))
         return {
             self.codes: codes,
-            self.scales: w4.absmax.reshape(*w4.shape[:-1], -1).view(self._scale_dtype),
+            self.scales: w4.absmax.reshape(*w4.shape[:-1], -1).view(self.scale_dtype),
             **retained,
         }
-
-    @property
-    def _scale_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.factor is None else torch.float8_e4m3fn
 
     def _codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the codes of a weight of that shape."""
@@ -99,7 +95,7 @@ class E2M1Format(Format):
     def _checked_table(self, given: Given, stored: Tensor) -> Tensor:
         """The table of the scales ``stored``, which are numbers."""
         if self.factor is None:
-            if bool((stored == scale_tables.E8M0_NAN).any()):
+            if bool((stored.view(torch.uint8) == scale_tables.E8M0_NAN).any()):
                 given.refuse(self.scales, "E8M0 codes of numbers", f"0x{scale_tables.E8M0_NAN:02X}, which is NaN")
             return self._table(None, stored.device)
         factor = given.take_factor(self.factor)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dtype_names import name_of
 from ..form import Form
+from ..formats import is_integer
 from ..ops import check_shape
 from ..untrusted import excerpt
 from ..weight import Weight4bit
@@ -23,38 +24,52 @@ LOAD_ORIGINAL = "load the model's original checkpoint instead, which is quantize
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a checkpoint's configuration says about its 4-bit weights.
+    """What a checkpoint's configuration says about its packed weights.
 
     Attributes:
         group_size: elements of a row that share a scale; None: the whole row.
+        group_rows: rows that share their scales; None: all.
         symmetric: whether there are no zero points.
         scale_dtype: the dtype of scales that are not 8-bit codes. ``Format.read`` takes it from the scales themselves;
-            a caller that knows the file's sets it (``dataclasses.replace``) before it asks for the form.
+            a caller that knows the file's sets it (``dataclasses.replace``) before it asks for the form. FP8 weights
+            have scales that are E8M0 codes if it is float8_e8m0fnu or uint8.
+        scale_shape: the shape of the scales in the file, if it is known. It may lack dimensions of 1.
         zero_point_bias: what is added to a stored zero point.
         reorders: whether the columns of weights may belong to groups in any order.
-        bits: of the codes. Weights of other than 4 bits can only be decoded.
+        bits: of the codes. Weights of 2 or 3 bits can only be decoded.
+        code: the name of a code that is not integer.
         layers: for modules with settings of their own, these settings, by name.
     """
 
     group_size: int | None
+    group_rows: int | None = 1
     symmetric: bool = True
     scale_dtype: torch.dtype = torch.bfloat16
+    scale_shape: tuple[int, ...] | None = None
     zero_point_bias: int = 0
     reorders: bool = False
     bits: int = 4
+    code: str = ""
     layers: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
 
 
 class Format(abc.ABC):
-    """One format of 4-bit weights in safetensors files.
+    """One format of packed weights in safetensors files.
 
     Attributes:
         name: in messages, and where the format has one, in configurations.
+        codes: the name of the tensor with the codes.
+        code_dtypes: the dtypes that it may have, as safetensors names them. A tensor of that name with another dtype
+            is a dense weight.
+        has_stacks: whether a tensor may hold a stack of matrices [E, N, K].
         retained: names of tensors that decoding does not need, or that ``write`` cannot make from the weight. The
             module that holds the weight keeps those that the file has, and passes them to ``write``.
     """
 
     name: str
+    codes: str
+    code_dtypes: tuple[str, ...] = ("U8", "I8", "I32", "U32")
+    has_stacks = False
     retained: tuple[str, ...] = ()
 
     @abc.abstractmethod
@@ -64,6 +79,11 @@ class Format(abc.ABC):
         Raises:
             ValueError: the configuration is damaged, or describes weights that this format does not serve.
         """
+
+    def parse(self, key: str) -> tuple[str, str]:
+        """The name of the dense weight to which a file's tensor belongs, and the tensor's name in the format."""
+        module, _, tensor = key.rpartition(".")
+        return f"{module}.weight", tensor
 
     def retains(self, name: str, tensor: Tensor) -> bool:
         """Whether ``tensor`` is retained, as most formats know by its name."""
@@ -192,10 +212,11 @@ def matrix_of(kind: str, shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def check_bits(bits: int, source: str) -> None:
-    """Raises a ValueError unless the codes have 4 bits."""
-    if bits != 4:
-        raise ValueError(f"{source}: expected 4 bits, got {bits}, which are not supported; {LOAD_ORIGINAL}")
+def check_bits(bits: int, served: Sequence[int], source: str) -> None:
+    """Raises a ValueError unless the codes have as many bits as one of ``served``."""
+    if bits not in served:
+        expected = " or ".join(map(str, served))
+        raise ValueError(f"{source}: expected {expected} bits, got {bits}, which are not supported; {LOAD_ORIGINAL}")
 
 
 def group_size_of(config: Mapping[str, Any], source: str) -> int | None:
@@ -204,3 +225,14 @@ def group_size_of(config: Mapping[str, Any], source: str) -> int | None:
     if size != -1 and size < 1:
         raise ValueError(f"{source}: expected a group_size of 1 or more, or -1, got {size}")
     return None if size == -1 else size
+
+
+def tile_of(sizes: Any, source: str) -> tuple[int, int]:
+    """The rows and columns of the tiles that share a scale.
+
+    Raises:
+        ValueError: ``sizes`` are no such numbers.
+    """
+    if not isinstance(sizes, list | tuple) or len(sizes) != 2 or not all(is_integer(n) and n > 0 for n in sizes):
+        raise ValueError(f"{source}: expected the rows and columns of a tile, got {excerpt(sizes)}")
+    return sizes[0], sizes[1]

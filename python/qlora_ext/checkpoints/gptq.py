@@ -1,11 +1,11 @@
-"""GPTQ checkpoints of 4 bits, of version 1 and 2, as AutoGPTQ and GPTQModel write them.
+"""GPTQ checkpoints of 4 or 8 bits, of version 1 and 2, as AutoGPTQ and GPTQModel write them.
 
 The tensors of a weight [N, K], with G = ceil(K / group_size), are transposed::
 
-    qweight int32 [K/8, N]    packed along K
-    qzeros  int32 [G, N/8]    packed along N; version 1 stores zero points minus 1, in 4 bits, so that 15 stands for 0
+    qweight int32 [K*bits/32, N]    packed along K
+    qzeros  int32 [G, N*bits/32]    packed along N; version 1 stores zero points minus 1, in 4 bits, so that 15 is 0
     scales  float16 [G, N]
-    g_idx   int32 [K]         the group of each column, in any order with desc_act
+    g_idx   int32 [K]               the group of each column, in any order with desc_act
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _SCHEMA = {
     "dynamic?": dict,
 }
 _BIASES = {"gptq": 1, "gptq_v2": 0}  # what a stored zero point lacks
-_MIDDLE = 8  # the zero point of symmetric weights
 
 
 class GPTQ(IntegerFormat):
     """The format ``gptq``; see the module's docstring."""
 
     name = "gptq"
+    codes = "qweight"
     rows_together = 8
     retained = ("g_idx",)
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         check(config, _SCHEMA, _SOURCE)
-        check_bits(config["bits"], _SOURCE)
+        check_bits(config["bits"], (4, 8), _SOURCE)
         layout = (config.get("checkpoint_format") or config.get("format") or "gptq").lower()
         layout = "marlin" if config.get("is_marlin_format") else layout
         if layout not in _BIASES or (config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
@@ -63,6 +63,7 @@ class GPTQ(IntegerFormat):
             symmetric=config.get("sym") is not False,
             scale_dtype=torch.float16,
             zero_point_bias=_BIASES[layout],
+            bits=config["bits"],
             reorders=group_size is not None and not config.get("static_groups") and _has_order(config),
         )
 
@@ -72,44 +73,50 @@ class GPTQ(IntegerFormat):
     def read(
         self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
     ) -> Weight4bit:
-        groups = self.groups(settings, shape)
+        groups, bits = self.groups(settings, shape), settings.bits
         rows, columns = shape
         given = Given(tensors, self.tensors(settings), self.name, where)
         order = integers.column_order(given, "g_idx", groups, settings.reorders) if "g_idx" in given else None
-        words = given.take("qweight", (columns // 8, rows), torch.int32)
-        stored = nibbles.values_of(given.take("qzeros", (groups.count, rows // 8), torch.int32))
-        scale = given.take_finite("scales", (groups.count, rows), *integers.FLOATS)
+        words = given.take("qweight", (columns * bits // 32, rows), torch.int32)
+        stored = nibbles.values_of(given.take("qzeros", (groups.shape[1], rows * bits // 32), torch.int32), bits)
+        scale = given.take_finite("scales", groups.shape[::-1], *integers.FLOATS)
         bias, zero_points = settings.zero_point_bias, None
         if settings.symmetric:
-            if not bool((stored == _MIDDLE - bias).all()):
-                given.refuse("qzeros", f"{_MIDDLE - bias} throughout, because sym is true", "other values")
+            middle = _middle(bits) - bias
+            if not bool((stored == middle).all()):
+                given.refuse("qzeros", f"{middle} throughout, because sym is true", "other values")
         else:
-            integers.check_range(given, "scales", scale)
-            zero_points = ((stored + bias) & 15).t()
-        packed = nibbles.from_gptq(words)
+            integers.check_range(given, "scales", scale, bits)
+            zero_points = ((stored + bias) & (1 << bits) - 1).t()
+        packed = nibbles.from_gptq(words, bits)
         if order is not None:
-            packed = nibbles.select_columns(packed, order)
-        return integers.weight(groups, packed, scale.t(), zero_points, dtype, order)
+            packed = nibbles.select_columns(packed, order, bits)
+        return integers.weight(groups, packed, scale.t(), zero_points, dtype, bits, order)
 
     def check_scales(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> None:
         super().check_scales(w4, settings, retained)
         integers.check_column_order(self.groups(settings, w4.shape), w4, retained.get("g_idx"))
 
     def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        groups = self.groups(settings, w4.shape)
+        groups, bits = self.groups(settings, w4.shape), settings.bits
         scale = groups.from_blocks(w4.absmax).t().contiguous()
-        zero_points = torch.full_like(scale, _MIDDLE, dtype=torch.uint8)
+        zero_points = torch.full_like(scale, _middle(bits), dtype=torch.uint8)
         if w4.block_offsets is not None:
             zero_points = groups.from_blocks(w4.block_offsets).t()
         packed = w4.packed
         if w4.column_order is not None:
-            packed = nibbles.select_columns(packed, w4.column_order.argsort())
+            packed = nibbles.select_columns(packed, w4.column_order.argsort(), bits)
         return {
-            "qweight": nibbles.to_gptq(packed),
-            "qzeros": nibbles.words_of((zero_points - settings.zero_point_bias) & 15),
+            "qweight": nibbles.to_gptq(packed, bits),
+            "qzeros": nibbles.words_of((zero_points - settings.zero_point_bias) & (1 << bits) - 1, bits),
             "scales": scale,
             **retained,
         }
+
+
+def _middle(bits: int) -> int:
+    """The zero point of symmetric weights."""
+    return 1 << bits - 1
 
 
 def _check_dynamic(config: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""MLX checkpoints of 4 bits in the mode ``affine``: w = q * scale + bias in groups of a row.
+"""MLX checkpoints of 4, 5, 6 and 8 bits in the mode ``affine``: w = q * scale + bias in groups of a row.
 
 The tensors of a weight [N, K], with G = K / group_size, are ``weight`` uint32 [N, K/8], lo first, and ``scales`` and
 ``biases`` [N, G] in a floating-point dtype. Codes of other bits are a stream of bits as well, the lowest bits first.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._internal import bit_planes
 from ..dtype_names import name_of
 from ..form import Form
 from ..untrusted import check, excerpt
@@ -25,6 +26,7 @@ _SOURCE = "quantization_config of mlx"
 _SCHEMA = {"bits": int, "group_size": int, "mode?": str}
 _GROUP_SIZES = (32, 64, 128)
 _BITS = (2, 3, 4, 5, 6, 8)
+PACKED_BITS = (4, 5, 6, 8)
 _CHUNK = 1 << 18  # elements that are decoded at a time
 
 
@@ -32,10 +34,11 @@ class MLX(Format):
     """The format ``mlx``; see the module's docstring."""
 
     name = "mlx"
+    codes = "weight"
 
     def settings_of(self, config: Mapping[str, Any]) -> Settings:
         found = _settings(config, _SOURCE)
-        check_bits(found.bits, _SOURCE)
+        check_bits(found.bits, PACKED_BITS, _SOURCE)
         layers = {
             name: _settings(own, f"{_SOURCE}: {excerpt(name, 200)}")
             for name, own in config.items()
@@ -48,9 +51,8 @@ class MLX(Format):
 
     def form(self, settings: Settings, shape: Sequence[int]) -> Form:
         size, dtype = _group_size(settings, shape), name_of(settings.scale_dtype)
-        if settings.bits != 4:
-            raise ValueError(f"expected 4 bits, got {settings.bits}, which are not supported here; {LOAD_ORIGINAL}")
-        return Form("uint4", dtype, size, offsets=dtype)
+        check_bits(settings.bits, PACKED_BITS, self.name)
+        return Form(f"uint{settings.bits}", dtype, size, offsets=dtype)
 
     def read(
         self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
@@ -58,7 +60,7 @@ class MLX(Format):
         words, scale, bias = self._take(tensors, shape, settings, where)
         return weight_of(
             self.form(settings, shape),
-            packed=nibbles.from_words(words),
+            packed=_packed(words, settings.bits),
             absmax=scale.reshape(-1),
             block_offsets=bias.reshape(-1),
             shape=torch.Size(shape),
@@ -72,7 +74,7 @@ class MLX(Format):
         assert w4.block_offsets is not None
         rows = w4.shape[0]
         return {
-            "weight": nibbles.to_words(w4.packed).view(torch.uint32),
+            "weight": _words(w4.packed, settings.bits).view(torch.uint32),
             "scales": w4.absmax.view(rows, -1),
             "biases": w4.block_offsets.view(rows, -1),
             **retained,
@@ -88,13 +90,10 @@ class MLX(Format):
         """
         words, scale, bias = self._take(tensors, shape, settings, where)
         out = torch.empty(tuple(shape), dtype=dtype, device=words.device)
-        shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
-        units = 2.0 ** torch.arange(settings.bits, dtype=torch.float32, device=words.device)
         rows = max(1, _CHUNK // shape[1])
         parts = (t.split(rows) for t in (out, words, scale, bias))
         for target, codes, factor, offset in zip(*parts, strict=True):
-            stream = codes.contiguous().view(torch.uint8).unsqueeze(-1) >> shifts & 1
-            values = stream.view(*factor.shape, -1, settings.bits).float() @ units
+            values = nibbles.from_stream(codes, settings.bits).view(*factor.shape, -1).float()
             target.copy_((values * factor.float().unsqueeze(-1) + offset.float().unsqueeze(-1)).view_as(target))
         return out
 
@@ -109,6 +108,28 @@ class MLX(Format):
         if not bool((scale.float() * (1 << settings.bits)).isfinite().all()):
             given.refuse("scales", "such that all values are finite in float32", "larger ones")
         return words, scale, bias
+
+
+def _packed(words: Tensor, bits: int) -> Tensor:
+    """Our packed codes [N, K*bits/8] of the words of a stream [N, K*bits/32]."""
+    if bits in (4, 8):
+        return nibbles.from_words(words, bits)
+    out = torch.empty((len(words), words.shape[1] * 4), dtype=torch.uint8, device=words.device)
+    rows = max(1, _CHUNK // out.shape[1])
+    for source, target in zip(words.split(rows), out.split(rows), strict=True):
+        target.copy_(bit_planes.pack(nibbles.from_stream(source, bits), bits))
+    return out
+
+
+def _words(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of ``_packed``."""
+    if bits in (4, 8):
+        return nibbles.to_words(packed, bits)
+    out = torch.empty((len(packed), packed.shape[1] // 4), dtype=torch.int32, device=packed.device)
+    rows = max(1, _CHUNK // packed.shape[1])
+    for source, target in zip(packed.split(rows), out.split(rows), strict=True):
+        target.copy_(nibbles.to_stream(bit_planes.unpack(source, bits), bits))
+    return out
 
 
 def _settings(config: Mapping[str, Any], source: str) -> Settings:

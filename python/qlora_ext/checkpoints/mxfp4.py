@@ -29,11 +29,9 @@ class MXFP4(E2M1Format):
     def _codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return (*shape[:-1], shape[-1] // MX_BLOCK_SIZE, MX_BLOCK_SIZE // 2)
 
-
-def names_of(tensor: str) -> tuple[str, str] | None:
-    """The weight's name and its tensor's in the name of a file's tensor, or None if it belongs to no MXFP4 weight."""
-    for kind in ("blocks", "scales"):
-        weight = tensor.removesuffix(kind)
-        if weight != tensor and weight.endswith(("_", ".")):
-            return weight[:-1], kind
-    return None
+    def parse(self, key: str) -> tuple[str, str]:
+        for kind in (self.codes, self.scales):
+            weight = key.removesuffix(kind)
+            if weight != key and weight.endswith(("_", ".")):
+                return weight[:-1], kind
+        return key, ""

@@ -1,4 +1,4 @@
-"""Repacks 4-bit codes between the layouts of checkpoints and ours, without loss.
+"""Repacks codes between the layouts of checkpoints and ours, without loss.
 
 Ours, row-major [N, K/2], has element 2i in the high nibble of byte i. Words are int32, little-endian::
 
@@ -6,6 +6,9 @@ Ours, row-major [N, K/2], has element 2i in the high nibble of byte i. Words are
     words        nibble i of a word (bits 4i..4i+3): element i of eight neighbours, which is lo first as bytes
     GPTQ         words [K/8, N]: a word has eight neighbours along K
     AWQ          words [K, N/8]: a word has eight neighbours along N, in the order 0 2 4 6 1 3 5 7
+
+A word of 8-bit codes has four neighbours, which are our bytes. Codes of other widths are a stream of bits, the lowest
+of the first code first.
 
 ``from_...`` and ``to_...`` are inverses. The functions for codes work in chunks that stay in a core's cache, because
 fresh memory for temporaries of a weight's size costs several times the arithmetic.
@@ -15,6 +18,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .._internal import bit_planes
 
 _CHUNK = 1 << 18  # bytes
 _AWQ_WORDS = 32  # columns of words per chunk
@@ -35,41 +40,55 @@ def _viewed(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.reshape(-1).view(dtype).view(*t.shape[:-1], -1)
 
 
-def from_words(words: Tensor) -> Tensor:
-    """Packed codes [..., 4W] of the int32 words [..., W]."""
-    return swap(_viewed(words, torch.uint8))
+def from_words(words: Tensor, bits: int = 4) -> Tensor:
+    """Packed codes [..., W*32/bits] of the int32 words [..., W]."""
+    codes = _viewed(words, torch.uint8)
+    return swap(codes) if bits == 4 else codes.clone()
 
 
-def to_words(packed: Tensor) -> Tensor:
+def to_words(packed: Tensor, bits: int = 4) -> Tensor:
     """The inverse of ``from_words``."""
-    return _viewed(swap(packed), torch.int32)
+    return _viewed(swap(packed) if bits == 4 else packed, torch.int32)
 
 
-def from_gptq(words: Tensor) -> Tensor:
-    """Packed codes [N, K/2] of the int32 words [K/8, N]."""
+def from_gptq(words: Tensor, bits: int = 4) -> Tensor:
+    """Packed codes [N, K*bits/8] of the int32 words [K*bits/32, N]."""
     out = torch.empty((words.shape[1], words.shape[0] * 4), dtype=torch.uint8, device=words.device)
     rows = max(_CHUNK // out.shape[1], 1)
     for source, target in zip(words.split(rows, 1), out.split(rows), strict=True):
-        target.copy_(from_words(source.t()))
+        target.copy_(from_words(source.t(), bits))
     return out
 
 
-def to_gptq(packed: Tensor) -> Tensor:
+def to_gptq(packed: Tensor, bits: int = 4) -> Tensor:
     """The inverse of ``from_gptq``."""
     out = torch.empty((packed.shape[1] // 4, packed.shape[0]), dtype=torch.int32, device=packed.device)
     rows = max(_CHUNK // packed.shape[1], 1)
     for source, target in zip(packed.split(rows), out.split(rows, 1), strict=True):
-        target.copy_(to_words(source).t())
+        target.copy_(to_words(source, bits).t())
     return out
 
 
-def select_columns(packed: Tensor, columns: Tensor) -> Tensor:
-    """Packed codes [N, K/2] of the columns ``columns`` [K] of those of ``packed``."""
+def from_stream(words: Tensor, bits: int) -> Tensor:
+    """The codes of the words [R, W] of a stream of bits, one per byte: uint8 [R, W*32/bits]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
+    stream = (_viewed(words, torch.uint8).unsqueeze(-1) >> shifts & 1).view(len(words), -1, bits)
+    return (stream << shifts[:bits]).sum(-1, dtype=torch.uint8)
+
+
+def to_stream(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of ``from_stream``."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    stream = (codes.unsqueeze(-1) >> shifts[:bits] & 1).view(len(codes), -1, 8)
+    return _viewed((stream << shifts).sum(-1, dtype=torch.uint8), torch.int32)
+
+
+def select_columns(packed: Tensor, columns: Tensor, bits: int = 4) -> Tensor:
+    """Packed codes of the columns ``columns`` [K] of those of ``packed`` [N, K*bits/8]."""
     out = torch.empty_like(packed)
     rows = max(_CHUNK // packed.shape[1], 1)
     for source, target in zip(packed.split(rows), out.split(rows), strict=True):
-        codes = torch.stack((source >> 4, source & 15), dim=-1).flatten(1).index_select(1, columns)
-        target.copy_(codes[:, 0::2] << 4 | codes[:, 1::2])
+        target.copy_(bit_planes.pack(bit_planes.unpack(source, bits).index_select(1, columns), bits))
     return out
 
 
@@ -104,15 +123,15 @@ def to_awq(packed: Tensor) -> Tensor:
     return out
 
 
-def values_of(words: Tensor) -> Tensor:
-    """The values [..., 8W] of the nibbles of int32 words [..., W], one per byte of a uint8 tensor."""
+def values_of(words: Tensor, bits: int = 4) -> Tensor:
+    """The codes [..., W*32/bits] of int32 words [..., W], one per byte of a uint8 tensor."""
     codes = _viewed(words, torch.uint8)
-    return torch.stack((codes & 15, codes >> 4), dim=-1).view(*words.shape[:-1], -1)
+    return codes if bits == 8 else torch.stack((codes & 15, codes >> 4), dim=-1).view(*words.shape[:-1], -1)
 
 
-def words_of(values: Tensor) -> Tensor:
+def words_of(values: Tensor, bits: int = 4) -> Tensor:
     """The inverse of ``values_of``."""
-    return _viewed(values[..., 0::2] | values[..., 1::2] << 4, torch.int32)
+    return _viewed(values if bits == 8 else values[..., 0::2] | values[..., 1::2] << 4, torch.int32)
 
 
 def awq_values_of(words: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit,
     in our format or in MXFP4, NVFP4, INT4, AWQ, GPTQ, MLX' or bitsandbytes' formats, keeps its codes, block sizes and
-    scales.
+    scales. So does one in FP8 or INT8.
 
     Arguments of transformers' ``BitsAndBytesConfig`` work too: ``bnb_4bit_use_double_quant``,
     ``bnb_4bit_compute_dtype`` and ``llm_int8_skip_modules`` mean ``double_quant``, ``compute_dtype`` and

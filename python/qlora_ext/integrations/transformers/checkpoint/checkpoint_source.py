@@ -1,4 +1,4 @@
-"""``CheckpointSource``: 4-bit weights in safetensors files, in one of the formats of ``qlora_ext.checkpoints``."""
+"""``CheckpointSource``: packed weights in safetensors files, in the formats of ``qlora_ext.checkpoints``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,29 +14,21 @@ from torch import Tensor, nn
 from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ....checkpoints import LOAD_ORIGINAL, MLX, Settings, format_of, joined, mxfp4, retained_of
+from ....checkpoints import LOAD_ORIGINAL, MLX, formats_of, joined, retained_of
 from ....checkpoints.rows import alternating_rows, grouped_rows, select_rows
 from ....form import Form
 from ....nn import Linear4bit, Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
-from ....untrusted import excerpt, printable
 from ....weight import Weight4bit
 from ..deferred import deferred, dtype_of
 from ..modules import BaseNames, check_complete, empty_layer
 from ..weight_source import Source
 from .decoded_weights import DecodedWeight, decoded_weights
 from .expert_stacks import DenseExperts, alternates, dense_experts
-from .fp8_weights import ScaledWeight, scaled_weights
+from .finding import check_surplus, check_values, find_matrices
 from .headers import Header, Names, map_tensors, patterns_of, read_headers
 from .operations import OriginalNames, PackedTensors, module_of
 from .stored_weights import Matrix, StoredWeight, experts_of
 
-# The tensor with the codes is the first of these that a format has.
-_CODES = ("weight_packed", "qweight", "blocks", "weight")
-_CODE_DTYPES = ("U8", "I8", "I32", "U32")
-_EXPERTS = (".experts.", ".switch_mlp.")  # in names; the latter is MLX'
-_SCALES = ("weight_scale", "scales")
-_CACHE_SCALES = ("q_scale", "k_scale", "v_scale")  # of 8-bit keys and values, which are not applied
-_SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Bytes of experts that are read before their pages are released, which takes a few milliseconds.
 _RELEASED_AT_ONCE = 1 << 20
 _ADVICE = "call qlora_ext.integrations.transformers.save_in_our_format(model) before saving it"
@@ -53,13 +45,13 @@ class CheckpointSource(Source):
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.format, self.settings = format_of(config)
-        self.name = self.format.name
+        self._formats = formats_of(config)
+        self.name = " and ".join(dict.fromkeys(kind.name for kind, _ in self._formats))
         self._config = copy.deepcopy(dict(config))
-        if isinstance(self.format, MLX):
+        if isinstance(self._formats[0][0], MLX):
             del self._config["quant_method"]  # which MLX does not write
         self._weights: dict[str, StoredWeight] = {}
-        self._dense: dict[str, ScaledWeight | DenseExperts | DecodedWeight] = {}
+        self._dense: dict[str, DenseExperts | DecodedWeight] = {}
         self._headers: dict[str, Header] = {}
         self._places: dict[str, str] = {}  # of tensors that transformers loads as they are: their names in the model
         self._others: dict[str, Tensor] = {}  # tensors for which the model has no place
@@ -71,16 +63,15 @@ class CheckpointSource(Source):
 
     def forms(self, model: nn.Module, files: Sequence[str]) -> dict[str, Form]:
         headers, names = read_headers(files), Names(model)
-        found = self._stored(headers)
-        decoded = {}
-        if isinstance(self.format, MLX):
-            decoded = decoded_weights(model, names, found, headers, self.format, self.settings)
+        found = find_matrices(self._formats, names, headers)
+        decoded = decoded_weights(model, names, found, headers)
         packed = {dense: matrix for dense, matrix in found.items() if names.place(dense)[0] not in decoded}
-        self._weights = self._placed(model, names, packed, headers)
+        self._weights = self._placed(model, names, packed)
         read = {key for matrix in found.values() for key in matrix.tensors.values()}
         rest = {key: header for key, header in headers.items() if key not in read}
-        self._dense = {**decoded, **scaled_weights(names, rest), **dense_experts(model, names, rest)}
-        self._check_surplus(found, headers, names)
+        check_values(names, rest)
+        self._dense = {**decoded, **dense_experts(model, names, rest)}
+        check_surplus(found, names, headers)
         self._headers, self._places, others = headers, {}, {}
         read = {key for weight in self._all.values() for key in weight.names}
         for key in headers.keys() - read:
@@ -100,72 +91,8 @@ class CheckpointSource(Source):
             name: dataclasses.replace(form, block_size=self._weights[name].block_size) for name, form in forms.items()
         }
 
-    def _stored(self, headers: Mapping[str, Header]) -> dict[str, Matrix]:
-        """The 4-bit weights of the files, by the names that dense ones would have.
-
-        Raises:
-            ValueError: a weight lacks a tensor.
-        """
-        if not isinstance(self.format, mxfp4.MXFP4):
-            self._check_one_by_one(headers)
-        names = self.format.tensors(self.settings)
-        codes = next(name for name in _CODES if name in names)
-        found: dict[str, Matrix] = {}
-        for dense, tensors in self._groups(headers).items():
-            where = f"{printable(headers[next(iter(tensors.values()))].file)}: {excerpt(dense, 200)}"
-            if codes in tensors:
-                key, is_dense_too = tensors[codes], dense in headers and dense not in tensors.values()
-                if is_dense_too:
-                    raise ValueError(f"{where}: expected a dense weight or the tensor {codes} of {self.name}, got both")
-                if headers[key].dtype in _CODE_DTYPES:
-                    found[dense] = Matrix(where, tensors)
-                elif key != dense or (isinstance(self.format, MLX) and len(tensors) > 1):
-                    raise ValueError(f"{where}: expected {codes} to be 4-bit codes, got {headers[key].dtype}")
-            elif dense not in headers and any(names[tensor] for tensor in tensors):
-                raise ValueError(
-                    f"{where}: expected the tensor {codes} of {self.name} too, found {', '.join(sorted(tensors))}"
-                )
-        if not found:
-            file = next((header.file for header in headers.values()), "the checkpoint")
-            raise ValueError(f"{printable(file)}: expected 4-bit weights of the format {self.name}, found none")
-        return found
-
-    def _check_one_by_one(self, headers: Mapping[str, Header]) -> None:
-        """Rejects experts whose codes are in one tensor, such as ``experts.gate_up_proj``: the format has matrices.
-
-        Raises:
-            ValueError: there is such a tensor.
-        """
-        for key, header in headers.items():
-            if header.dtype in _CODE_DTYPES and len(header.shape) == 3 and any(name in key for name in _EXPERTS):
-                where = f"{printable(header.file)}: {excerpt(key, 200)}"
-                raise ValueError(
-                    f"{where}: expected the {self.name} weights of each expert in tensors of their own, such as "
-                    f"experts.0.up_proj, got those of {header.shape[0]} experts in one tensor, which is not supported; "
-                    f"{LOAD_ORIGINAL}"
-                )
-
-    def _groups(self, headers: Mapping[str, Header]) -> dict[str, dict[str, str]]:
-        """The tensors that have a name of the format, by that name, for each name of a dense weight."""
-        names = self.format.tensors(self.settings)
-        groups: dict[str, dict[str, str]] = {}
-        for key in headers:
-            dense, tensor = self._parse(key)
-            if tensor in names:
-                groups.setdefault(dense, {})[tensor] = key
-        return groups
-
-    def _parse(self, key: str) -> tuple[str, str]:
-        """The name of the dense weight to which a tensor belongs, and the tensor's name in the format."""
-        if isinstance(self.format, mxfp4.MXFP4):
-            return mxfp4.names_of(key) or (key, "")
-        module, _, tensor = key.rpartition(".")
-        return f"{module}.weight", tensor
-
-    def _placed(
-        self, model: nn.Module, names: Names, stored: Mapping[str, Matrix], headers: Mapping[str, Header]
-    ) -> dict[str, StoredWeight]:
-        """The 4-bit weights, by their names in the model. Those for which it has no place are left to transformers.
+    def _placed(self, model: nn.Module, names: Names, stored: Mapping[str, Matrix]) -> dict[str, StoredWeight]:
+        """The packed weights, by their names in the model. Those for which it has no place are left to transformers.
 
         Raises:
             ValueError: a weight cannot be put into the model as it is.
@@ -175,10 +102,7 @@ class CheckpointSource(Source):
             target, pattern = names.place(dense)
             if target is not None:
                 groups.setdefault(target, {}).setdefault(pattern, []).append((dense, matrix))
-        return {
-            target: self._placed_weight(model, names, target, by_pattern, headers)
-            for target, by_pattern in groups.items()
-        }
+        return {target: self._placed_weight(model, names, target, by_pattern) for target, by_pattern in groups.items()}
 
     def _placed_weight(
         self,
@@ -186,7 +110,6 @@ class CheckpointSource(Source):
         names: Names,
         target: str,
         by_pattern: Mapping[str | None, list[tuple[str, Matrix]]],
-        headers: Mapping[str, Header],
     ) -> StoredWeight:
         """The weight ``target`` of the model, from the names and matrices that a converter's patterns match."""
         module, name = get_module_from_name(model, target)
@@ -221,56 +144,13 @@ class CheckpointSource(Source):
                     f"{where}: expected {count} weights of {self.name} with names like {pattern}, found {len(entries)}"
                 )
         matrices = [list(parts) for parts in zip(*columns, strict=True)]
-        found = StoredWeight(shape, matrices, is_split, self._settings_of(matrices, headers))
+        found = StoredWeight(shape, matrices, is_split)
         found.alternates = len(columns) > 1 and patterns_of(patterns[0] or "") is not None and alternates(module)
         return found
 
-    def _check_surplus(self, stored: Mapping[str, Matrix], headers: Mapping[str, Header], names: Names) -> None:
-        """Rejects tensors of modules with 4-bit weights that belong to neither the format nor the model.
-
-        GPTQ's writers give every module a bias of zeros, which are saved again.
-
-        Raises:
-            ValueError: there is such a tensor.
-        """
-        used = {key for matrix in stored.values() for key in matrix.tensors.values()}
-        modules = {module_of(dense) for dense in stored}
-        biases: dict[str, Header] = {}
-        for key, header in headers.items():
-            module, _, tensor = key.rpartition(".")
-            if module not in modules or key in used or tensor in _CACHE_SCALES or names.place(key)[0] is not None:
-                continue
-            if tensor == "bias":
-                biases[key] = header
-            else:
-                expected = ", ".join(self.format.tensors(self.settings))
-                raise ValueError(
-                    f"{printable(header.file)}: expected only the tensors {expected} of {self.name} for "
-                    f"{excerpt(module, 200)}, got {excerpt(key, 200)} too"
-                )
-        for key, bias in map_tensors(biases).items():
-            if bool((bias != 0).any()):
-                where = f"{printable(headers[key].file)}: {excerpt(key, 200)}"
-                raise ValueError(f"{where}: expected zeros, because the model's layer has no bias, got other values")
-
-    def _settings_of(self, matrices: list[list[Matrix]], headers: Mapping[str, Header]) -> Settings:
-        """The settings with the dtype of the scales in the files."""
-        tensors = matrices[0][0].tensors
-        settings = self.settings.layers.get(module_of(next(iter(tensors.values()))), self.settings)
-        scale = next((headers[tensors[name]].dtype for name in _SCALES if name in tensors), "")
-        return dataclasses.replace(settings, scale_dtype=_SCALE_DTYPES.get(scale, settings.scale_dtype))
-
     def _form(self, weight: StoredWeight) -> Form:
-        for parts in weight.matrices:
-            for matrix in parts:
-                for name, is_required in self.format.tensors(self.settings).items():
-                    if is_required and name not in matrix.tensors:
-                        found = ", ".join(sorted(matrix.tensors))
-                        raise ValueError(
-                            f"{matrix.where}: expected the tensor {name} of {self.name} too, found {found}"
-                        )
         try:
-            return self.format.form(weight.settings, weight.stored_shape)
+            return weight.format.form(weight.settings, weight.stored_shape)
         except ValueError as error:
             raise ValueError(f"{weight.where}: {error}") from error
 
@@ -308,7 +188,7 @@ class CheckpointSource(Source):
         return [PackedTensors(self, targets), *conversions]
 
     @property
-    def _all(self) -> dict[str, StoredWeight | ScaledWeight | DenseExperts | DecodedWeight]:
+    def _all(self) -> dict[str, StoredWeight | DenseExperts | DecodedWeight]:
         """The weights that this source reads."""
         return {**self._weights, **self._dense}
 
@@ -359,8 +239,8 @@ class CheckpointSource(Source):
         dtype: torch.dtype,
     ) -> Weight4bit:
         tensors = {name: by_key[key] for name, key in matrix.tensors.items()}
-        w4 = self.format.read(tensors, shape, dtype, weight.settings, matrix.where)
-        matrix.retained = {key: t.to("cpu", copy=True) for key, t in retained_of(self.format, tensors).items()}
+        w4 = matrix.format.read(tensors, shape, dtype, matrix.settings, matrix.where)
+        matrix.retained = {key: t.to("cpu", copy=True) for key, t in retained_of(matrix.format, tensors).items()}
         return w4
 
     # When the model is saved
@@ -407,8 +287,6 @@ class CheckpointSource(Source):
                     state |= stored.write(values)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}; {_ADVICE}") from error
-            elif isinstance(stored, ScaledWeight):
-                state |= deferred(self._specs(stored.names), functools.partial(_items, stored.write, values))
             else:
                 parts = stored.write(values)
                 state |= {key: self._as_stored(key, t, self._headers[key]) for key, t in parts.items()}
@@ -433,7 +311,7 @@ class CheckpointSource(Source):
         attribute = name.rpartition(".")[2]
         for matrix, part in self._parts(name, weight, module.packed_weight(attribute)):
             try:
-                self.format.check_scales(part, weight.settings, matrix.retained)
+                matrix.format.check_scales(part, matrix.settings, matrix.retained)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}; {_ADVICE}") from error
         write = functools.partial(self._written, name, weight, module)
@@ -445,7 +323,7 @@ class CheckpointSource(Source):
         Raises:
             ValueError: the weight has another form than the checkpoint's.
         """
-        form = self.format.form(weight.settings, weight.stored_shape)
+        form = weight.format.form(weight.settings, weight.stored_shape)
         reordered = weight.settings.reorders and w4.form.reordered
         expected = dataclasses.replace(form, block_size=weight.block_size, reordered=reordered)
         if w4.form != expected:
@@ -464,12 +342,8 @@ class CheckpointSource(Source):
     def _written(self, name: str, weight: StoredWeight, module: Packed4bit) -> Iterator[tuple[str, Tensor]]:
         w4 = module.packed_weight(name.rpartition(".")[2])
         for matrix, part in self._parts(name, weight, w4):
-            tensors = self.format.write(part, weight.settings, matrix.retained)
+            tensors = matrix.format.write(part, matrix.settings, matrix.retained)
             yield from ((key, tensors[tensor]) for tensor, key in matrix.tensors.items())
-
-
-def _items(write: Callable[[Tensor], dict[str, Tensor]], t: Tensor) -> Iterable[tuple[str, Tensor]]:
-    return write(t).items()
 
 
 def _is_sharded(t: Tensor) -> bool:

@@ -12,8 +12,10 @@ from transformers import core_model_loading
 
 from ....untrusted import FileError, excerpt, printable
 
-# The ends of names that only 4-bit codes have.
+# The ends of names that only packed codes have.
 _CODES = (".weight_packed", ".qweight", "_blocks")
+# What the names of FP8 weights' scales have more.
+_SCALES_OF = ("_scale", "_scale_inv")
 # Experts that a checkpoint stores one by one, though transformers expects stacks in it. Libraries that quantize gpt-oss
 # make linear layers of its experts; for such names of other models, transformers has conversions.
 _EXPERT = re.compile(r"(?P<module>.*?\bexperts)(?:\.experts)?\.(?P<number>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)")
@@ -61,7 +63,7 @@ def read_headers(files: Sequence[str]) -> dict[str, Header]:
     found: dict[str, Header] = {}
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         found_files = ", ".join(map(printable, files)) or "none"
-        raise ValueError(f"checkpoint: expected safetensors files with 4-bit weights, got {found_files}")
+        raise ValueError(f"checkpoint: expected safetensors files with packed weights, got {found_files}")
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
@@ -82,16 +84,18 @@ def read_headers(files: Sequence[str]) -> dict[str, Header]:
 
 
 def check_dense(files: Sequence[str]) -> None:
-    """Rejects files with 4-bit codes of other libraries for a model whose configuration does not mention them.
+    """Rejects files with packed codes of other libraries for a model whose configuration does not mention them.
 
     Raises:
         ValueError: there is such a tensor, or a file is damaged.
     """
-    for key, header in read_headers(files).items():
-        if key.endswith(_CODES) or (key.endswith(".weight") and header.dtype in ("U8", "I8", "U32")):
+    headers = read_headers(files)
+    for key, header in headers.items():
+        is_scaled = header.dtype.startswith("F8") and any(f"{key}{scale}" in headers for scale in _SCALES_OF)
+        if is_scaled or key.endswith(_CODES) or (key.endswith(".weight") and header.dtype in ("U8", "I8", "U32")):
             raise ValueError(
                 f"{printable(header.file)}: expected dense weights, because the model's configuration has no "
-                f"quantization_config, got the 4-bit codes {excerpt(key, 200)}; load the model with the config.json "
+                f"quantization_config, got the codes {excerpt(key, 200)}; load the model with the config.json "
                 "and the class that belong to its files"
             )
 

@@ -1,4 +1,4 @@
-"""The 4-bit weights of a model, and the matrices of the checkpoint that they consist of."""
+"""The packed weights of a model, and the matrices of the checkpoint that they consist of."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor
 from transformers import core_model_loading
 
-from ....checkpoints import Settings
+from ....checkpoints import Format, Settings
 
 
 def in_order_of_reading(names: Iterable[str]) -> list[str]:
@@ -22,11 +22,15 @@ class Matrix:
 
     Attributes:
         where: the file and the name of the dense weight in it, for messages.
+        format: of its tensors.
+        settings: of the format, with what the headers of the file say.
         tensors: the names of its tensors in the checkpoint, by their names in the format.
         retained: the tensors that are saved as they were read.
     """
 
     where: str
+    format: Format
+    settings: Settings
     tensors: dict[str, str]
     retained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -38,14 +42,13 @@ class Matrix:
 
 @dataclasses.dataclass
 class StoredWeight:
-    """A 4-bit weight of the model.
+    """A packed weight of the model.
 
     Attributes:
         shape: as in ``Packed4bit.packed_shapes``.
         matrices: of the checkpoint: for each expert, those whose rows the model joins. If the checkpoint does not store
             the experts one by one, there is one entry.
         is_split: whether the checkpoint stores the experts one by one.
-        settings: of the format.
         alternates: whether the model alternates between the rows of an expert's two matrices.
         block_size: elements per scale in the model.
     """
@@ -53,7 +56,6 @@ class StoredWeight:
     shape: tuple[int, ...]
     matrices: list[list[Matrix]]
     is_split: bool
-    settings: Settings
     alternates: bool = False
     block_size: int = 0
 
@@ -66,6 +68,14 @@ class StoredWeight:
     @property
     def where(self) -> str:
         return self.matrices[0][0].where
+
+    @property
+    def format(self) -> Format:
+        return self.matrices[0][0].format
+
+    @property
+    def settings(self) -> Settings:
+        return self.matrices[0][0].settings
 
     @property
     def names(self) -> list[str]:
