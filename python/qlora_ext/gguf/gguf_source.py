@@ -33,7 +33,7 @@ class GGUFSource(Source):
         open_file: returns the weights for a model. Its first argument has the path of the file that transformers opens.
 
     Attributes:
-        kept: after ``forms``, the names of the weights that stay 4-bit as they are stored.
+        kept: after ``forms``, the names of the weights that stay as they are stored.
     """
 
     name = "GGUF"
@@ -51,6 +51,7 @@ class GGUFSource(Source):
             self._weights = self._open_file(files, model)
         found: dict[str, Form] = {}
         others: list[str] = []
+        heads, has_layers = {*dense_modules(model).heads}, False
         self.kept.clear()
         for name, module in self._candidates(model):
             layer = empty_layer(module, torch.float32, Form())
@@ -61,14 +62,15 @@ class GGUFSource(Source):
             if kind is not None:
                 found |= dict.fromkeys(shapes, blocks.form_of(kind))
                 self.kept |= {*shapes}
-            elif isinstance(module, nn.Embedding):
-                found |= dict.fromkeys(shapes, self._config.form)
-            else:
+                has_layers |= not isinstance(module, nn.Embedding) and heads.isdisjoint(paths_to(name))
+            elif not isinstance(module, nn.Embedding):
                 others += shapes
-        self.quantizes_rest = not self.kept or self._config.skip_modules is not None
-        if not self.kept and self._config.skip_modules is None:
+            elif self._config.embeddings:
+                found |= dict.fromkeys(shapes, self._config.form)
+        self.quantizes_rest = not has_layers or self._config.skip_modules is not None
+        if not has_layers and self._config.skip_modules is None:
             self._weights.check_requantized(others)
-        return found if self.kept else {}
+        return found
 
     def values(self) -> dict[str, Any]:
         assert self._weights is not None
@@ -79,10 +81,10 @@ class GGUFSource(Source):
         self._weights.summarize(model, self.kept)
 
     def _candidates(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that may be 4-bit, by the configuration, and their names."""
+        """The modules that may be packed, by the configuration, and their names."""
         always = {*dense_modules(model).always}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        tables = tied_heads(model, tied, always) if self._config.embeddings else {}
+        tables = tied_heads(model, tied, always)
         for name, module in model.named_modules():
             paths = paths_to(name)
             if not is_dense(module) or not always.isdisjoint(paths):
