@@ -228,9 +228,9 @@ def llama_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def four_bit_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A Llama whose matrices have every type that is used as it is, and Q2_K, in turn."""
+    """A Llama whose matrices have every type that is used as it is, F16 and IQ3_XXS."""
     path = tmp_path_factory.mktemp("gguf") / "four_bit.gguf"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**WIDE), dtype=torch.float32)
-    write(model, path, "llama", kinds=[*blocks.KINDS, "Q2_K"])
+    write(model, path, "llama", kinds=[*blocks.KINDS[:8], "F16", "F16", *blocks.KINDS[8:], "IQ3_XXS"])
     return path
