@@ -1,10 +1,11 @@
 """linear_nf4 and its input gradient on weights of every format, on the CPU.
 
     python bench/formats.py [--seconds 1] [--threads 2] [--dtype bfloat16] [--shapes 4096x4096]
+                            [--formats 'GGUF Q8_0' ...]
 
 Each row has two ratios, round by round, where lower is better: our time over that of dequantizing the weight and
 `F.linear` (dX: `dy @ w`), which is what users have today; and our time over ours of NF4 with float32 scales in blocks
-of the same size. No LoRA. Operands are rotated out of the caches.
+of the same size. `bytes` is the weight's bytes over those of this NF4. No LoRA. Operands are rotated out of the caches.
 """
 
 from __future__ import annotations
@@ -17,23 +18,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from lib import harness
-from lib.forms import FORMS
+from lib.forms import FORMS, WIDE_FORMS
 from qlora_ext import formats
 from qlora_ext.form import Form
 from qlora_ext.weight import Weight4bit, weight_of
 
-FORMATS = {**FORMS, "AWQ and GPTQ": Form("uint4", "float16", 128, offsets="zero_point8")}
+FORMATS = {**FORMS, "AWQ and GPTQ": Form("uint4", "float16", 128, offsets="zero_point8"), **WIDE_FORMS}
 Run = Callable[[str, Tensor, Weight4bit], Tensor]
 TOKENS = {"forward": (1, 8, 512), "dX": (512,)}
 
 
 def random_weight(form: Form, n: int, k: int) -> Weight4bit:
     """Random codes, and scales and offsets that make the values about as large as those of a model."""
-    largest = max(abs(value) for value in formats.code_values(form.code))
+    values, mask = formats.code_values(form.code), 0xFF
+    if form.code in ("e4m3", "e5m2"):  # codes that are finite
+        mask = 0x9F
+    largest = max(abs(values[code & mask]) for code in range(len(values)))
     tensors: dict[str, Tensor | None] = dict.fromkeys(("nested_absmax", "nested_offset"))
     for name, spec in form.tensors((n, k)).items():
         if name == "packed":
-            t = torch.randint(256, spec.shape)
+            t = torch.randint(256, spec.shape) & mask
         elif name == "block_offsets" and spec.dtype == torch.uint8:
             t = torch.randint(6, 10, spec.shape)
         elif spec.dtype == torch.uint8:
@@ -100,6 +104,7 @@ def measure(
                 us=round(times.median("ours") * 1e6, 1),
                 dequantize=times.ratio("ours", "dequantize"),
                 NF4=times.ratio("ours", "NF4"),
+                bytes=round(weights[0].nbytes / nf4[0].nbytes, 2),
             )
 
 
@@ -107,6 +112,7 @@ def main() -> None:
     parser = harness.parser(__doc__, seconds=1.0)
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--shapes", default="4096x4096", help="N x K of the weights (default %(default)s)")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, help="only these")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
@@ -122,7 +128,8 @@ def main() -> None:
     )
     for shape in arguments.shapes.split(","):
         n, k = map(int, shape.split("x"))
-        for name, form in FORMATS.items():
+        for name in arguments.formats or FORMATS:
+            form = FORMATS[name]
             measure(report, name, form, (n, k), getattr(torch, arguments.dtype), arguments.seconds)
     report.write()
 

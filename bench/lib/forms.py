@@ -1,4 +1,4 @@
-"""The 4-bit formats besides NF4 that benches measure, by their names in tables."""
+"""The formats besides NF4 that benches measure, by their names in tables."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ FORMS: dict[str, Form] = {
     "GGUF Q4_1": Form("uint4", "float16", 32, offsets="float16"),
     "GGUF Q4_K": Form("uint4", "nested_table8", 32, 8, "scaled8"),
     "GGUF IQ4_NL": Form("iq4_nl", "float16", 32),
+}
+# Those of more than 4 bits.
+WIDE_FORMS: dict[str, Form] = {
+    "GGUF Q5_0": Form("int5", "float16", 32),
+    "GGUF Q5_K": Form("uint5", "nested_table8", 32, 8, "scaled8"),
+    "GGUF Q6_K": Form("int6", "nested_table8", 16, 16),
+    "GGUF Q8_0": Form("int8", "float16", 32),
+    "INT8, groups of 128": Form("int8", "bfloat16", 128),
+    "FP8, tiles of 128 x 128": Form("e4m3", "float32", 128),
 }
 # Those on which int8 activations are compared with exact ones.
 INT8_FORMS: dict[str, Form] = {

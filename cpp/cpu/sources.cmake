@@ -108,7 +108,7 @@ endforeach()
 # offsets and those of int8 apart from the others, so that the compiler needs at most 3.5 GB for a file. Where QLORA_CPU_PARTS_APART is set
 # each part is a file: with the checks of QLORA_SANITIZE a part takes as much as several without. The machine code is not
 # quite the same, since what is inlined depends on all that a file holds.
-set(_few_tokens few_tokens_dx_float few_tokens_forward_int few_tokens_forward_float few_tokens_offsets)
+set(_few_tokens few_tokens_dx_float few_tokens_forward_int few_tokens_forward_float few_tokens_wide few_tokens_offsets)
 set(_many_tokens many_tokens_forward many_tokens_dx many_tokens_dlora many_tokens_dense)
 set(_parts_scalar codec ${_few_tokens} few_tokens_forward_int8 few_tokens_dx_int few_tokens_forward_bf16 ${_many_tokens} many_tokens_int many_tokens_int8)
 set(_parts_avx2 codec ${_few_tokens} few_tokens_forward_int8 ${_many_tokens} many_tokens_int many_tokens_int8)

@@ -120,6 +120,7 @@ constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   if (kernel == Kernel::kManyTokensInt) return p.m > 0 && has_int_columns(p.w);
   if (!info_of(kernel).few_tokens) return true;
   if (p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
+  if (is_wide(p.w.code)) return kernel == Kernel::kFewTokensFloat;
   // An offset may cancel most of a weight's value, so integers that are only near the values do not serve beside one.
   const IntCodeTable& ints = int_codes(p.w.code);
   if (kernel == Kernel::kFewTokensInt && !(p.w.scales.offsets ? ints.exact : ints.serves)) return false;
@@ -136,6 +137,7 @@ constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
     return p.dtype == DType::kBFloat16 && p.m > 0 && p.w.n % kIntColumns == 0 && has_int_columns(p.w);
   if (!info_of(kernel).few_tokens) return true;
   if (!k16Bit.has(p.dtype) || p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
+  if (is_wide(p.w.code) && kernel != Kernel::kFewTokensFloat) return false;
   if (kernel == Kernel::kFewTokensInt && !int_codes(p.w.code).serves) return false;
   if (kernel == Kernel::kFewTokensInt)
     return p.m <= kMostDxIntTokens && has_one_scale_per(kDxIntColumns, p.w) && !p.w.scales.offsets;
@@ -225,7 +227,7 @@ constexpr int64_t most_int8_few_tokens(const Cpu& cpu) {
 // that costs more than decoding to float32 does (V2: 64 weights and 2 tokens 20 cycles against 24, 3: 31 against 28).
 // Matrices of bytes are ahead of both (V2: 64 weights and 1 token 6.8 cycles against 9.7, 6: 23 against 25).
 constexpr Kernel few_tokens_kernel(const LinearProblem& p, const Cpu& cpu) {
-  if (p.dtype == DType::kFloat32) return Kernel::kFewTokensFloat;
+  if (p.dtype == DType::kFloat32 || is_wide(p.w.code)) return Kernel::kFewTokensFloat;
   if (multiplies_byte_matrices(p, cpu)) return Kernel::kFewTokensInt;
   if (cpu.has(kAsimd) && multiplies_pairs(p.dtype, cpu) && !p.w.scales.offsets) return Kernel::kFewTokensBf16;
   if (!cpu.integers || p.w.k < kLeastRowWeights || (cpu.has(kAsimd) && p.m > 2)) return Kernel::kFewTokensFloat;

@@ -175,6 +175,15 @@ QLORA_INLINE constexpr const CodeTable& table_of(Code code) {
   return is_custom(code) ? custom_table(code) : kCodeTables[static_cast<int>(code)];
 }
 
+// The largest magnitude of a code's finite values.
+QLORA_INLINE constexpr float largest_value(Code code) {
+  if (!is_wide(code)) return table_of(code).largest;
+  const WideCode& wide = wide_code(code);
+  if (wide.kind == WideCode::Kind::kE4m3) return 448.0f;
+  if (wide.kind == WideCode::Kind::kE5m2) return 57344.0f;
+  return static_cast<float>(wide.zero ? wide.zero : (1 << wide.bits) - 1);
+}
+
 // A T per code of kCodeTables, constructed from its table at compile time.
 template <class T>
 struct PerCode {

@@ -22,6 +22,8 @@ struct Weight {
 
   constexpr const CodeTable& table() const { return table_of(code); }
   constexpr int bits() const { return bits_of(code); }
+  // Bytes of so many elements, if they begin a row, or a unit of wide codes. Of 4-bit codes, rounded down.
+  constexpr int64_t bytes(int64_t elements) const { return elements * bits() / 8; }
 };
 
 // Returns whether every group of `columns` columns, counted from the start of a row, lies in one block. Kernels that

@@ -36,6 +36,7 @@ FORMS = {
     "made up": Form(MADE_UP, "float16", 32),
     "made up, offsets": Form(MADE_UP, "float16", 32, offsets="float16"),
 }
+WIDE_FORMS = forms.WIDE_FORMS
 TENSORS = ("nested_absmax", "nested_offset", "scale_table", "block_offsets", "offset_scale")
 
 
@@ -67,6 +68,20 @@ def test_every_form_decodes_to_the_oracles_bits(block: int, scales: str) -> None
                 DTYPES, (decoded, reference.bfloat16_bits(decoded), reference.float16_bits(decoded)), strict=True
             ):
                 assert_bits(w4.dequantize(dtype), expected, f"{code[:20]} with {offsets} offsets, to {dtype}")
+
+
+@pytest.mark.parametrize("scales", formats.SCALE_FORMS)
+@pytest.mark.parametrize("block", reference.BLOCK_SIZES)
+def test_every_form_of_wide_codes_decodes_to_the_oracles_bits(block: int, scales: str) -> None:
+    for code, values in reference.WIDE_CODES.items():
+        for offsets in (None, *formats.OFFSET_FORMS):
+            w4 = any_weight(Form(code, scales, block, 5, offsets), 3, max(block, 32) * (1 if block > 512 else 3))
+            if code in ("e4m3", "e5m2"):  # every code
+                w4.packed.view(-1)[:256] = torch.arange(256)[: w4.numel()]
+            decoded = forms.oracle(w4).reshape(-1)
+            assert_bits(w4.dequantize(torch.float32), decoded, f"{code} with {offsets} offsets")
+            assert_bits(w4.dequantize(torch.float16), reference.float16_bits(decoded), f"{code}, {offsets}, float16")
+            assert len(values) == 1 << w4.form.bits
 
 
 @pytest.mark.parametrize("nested_block", [5, 8])
@@ -113,6 +128,48 @@ def test_products_of_every_format(name: str, dtype: torch.dtype) -> None:
     for case in ((1, 512, 320), (3, 150, 333), (17, 40, 192), (65, 130, 100)):
         check(FORMS[name], case, dtype, forward)
         check(FORMS[name], case, dtype, dx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WIDE_FORMS)
+def test_products_of_wide_codes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kernel that takes them, and of the chosen ones. Rows end with, and within, a group of 64."""
+    form = WIDE_FORMS[name]
+    for kernel in ("", "few_tokens_float", "many_tokens_float"):
+        for m, n, k in ((1, 510, 384), (3, 150, 640), (6, 37, 128), (65, 130, 256), (5, 41, 96), (30, 41, 160)):
+            if k % form.block_size:
+                continue
+            for op, results in (("linear_nf4", forward), ("linear_nf4_dx", dx)):
+                if kernel and str(dtype)[6:] not in _C.kernels(op).get(kernel, []):
+                    continue
+                if kernel == "few_tokens_float" and (m > 64 or (dtype == torch.float32 and op != "linear_nf4")):
+                    continue
+                monkeypatch.setenv("QLORA_CPU_KERNEL", kernel)
+                check(form, (m, n, k), dtype, results)
+
+
+@pytest.mark.parametrize("kernel", ["few_tokens_int", "few_tokens_bf16", "many_tokens_int", "many_tokens_int8"])
+def test_kernels_for_4_bits_refuse_wide_codes(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CPU_KERNEL", kernel)
+    s = sample(WIDE_FORMS["q8_0"], 2, 256, 256, torch.bfloat16)
+    with pytest.raises(ValueError, match=f"^QLORA_CPU_KERNEL: {kernel} of .* does not take"):
+        OPS.linear_nf4(*s.args)
+
+
+def test_rows_of_wide_codes_are_whole_blocks_and_units() -> None:
+    x, scales = torch.randn(2, 48), torch.ones(12)
+    with pytest.raises(ValueError, match="^packed: expected rows of a multiple of 32 elements in int5 with blocks of 16"):
+        OPS.linear_nf4(
+            x, torch.zeros(4, 30, dtype=torch.uint8), scales, None, None, 16, 256, 4, None, None, None, 1.0, 0.0, 0,
+            code="int5",
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="^packed: expected rows of a multiple of 64 elements in int8 with blocks of 64"):
+        OPS.linear_nf4(
+            x, torch.zeros(4, 48, dtype=torch.uint8), scales, None, None, 64, 256, 4, None, None, None, 1.0, 0.0, 0,
+            code="int8",
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="^code: expected a code of 4 bits, got e4m3"):
+        OPS.quantize_nf4(torch.randn(4, 64), 64, "e4m3")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -203,8 +260,8 @@ def test_padding_is_not_multiplied_by_infinite_weights(
 
 
 def test_float64_is_exact() -> None:
-    for form in FORMS.values():
-        s = sample(form, 3, 5, 64, torch.float64, rank=None)
+    for form in (*FORMS.values(), *WIDE_FORMS.values()):
+        s = sample(form, 3, 5, 128, torch.float64, rank=None)
         s.x, s.bias = s.x.double(), None
         np.testing.assert_allclose(OPS.linear_nf4(*s.args).numpy(), s.expected(), rtol=1e-12, atol=1e-12)
 
@@ -295,9 +352,10 @@ def test_an_identity_weight_returns_its_input(name: str, m: int, dtype: torch.dt
     assert not y.any()
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "q4_k", "awq", "made up"])
+@pytest.mark.parametrize("name", ["mxfp4", "q4_k", "awq", "made up", *WIDE_FORMS])
 def test_experts_of_every_form(name: str) -> None:
-    assert_like_single_experts(grouped_sample([2, 0, 3], k=256, dtype=torch.bfloat16, form=FORMS[name]))
+    form = (FORMS | WIDE_FORMS)[name]
+    assert_like_single_experts(grouped_sample([2, 0, 3], k=256, dtype=torch.bfloat16, form=form))
 
 
 @pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.offsets is not None])

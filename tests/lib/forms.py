@@ -1,4 +1,4 @@
-"""Every form of a 4-bit weight: random weights of each, and their values by an oracle that shares no code with the
+"""Every form of a packed weight: random weights of each, and their values by an oracle that shares no code with the
 package."""
 
 from __future__ import annotations
@@ -34,6 +34,19 @@ FORMS = {
         code=[-3, -2, -1.5, -1, -0.7, -0.5, -0.2, 0, 0.2, 0.4, 0.7, 1, 1.4, 2, 2.5, 4], scales="float16"
     ),
 }
+# The same for codes of more than 4 bits.
+WIDE_FORMS = {
+    "q5_0": Form("int5", "float16", 32),
+    "q5_1": Form("uint5", "float16", 32, offsets="float16"),
+    "q5_k": Form("uint5", "nested_table8", 32, 8, "scaled8"),
+    "q6_k": Form("int6", "nested_table8", 16, 16),
+    "mlx 6 bits": Form("uint6", "bfloat16", 64, offsets="bfloat16"),
+    "q8_0": Form("int8", "float16", 32),
+    "int8 nested": Form("int8", "nested8", 64),
+    "uint8 zero points": Form("uint8", "float16", 128, offsets="zero_point8"),
+    "fp8": Form("e4m3", "float32", 128),
+    "e5m2": Form("e5m2", "bfloat16", 64),
+}
 
 
 def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -59,7 +72,9 @@ def random_weight(
     tensors = {}
     for name, spec in form.tensors(shape[-2:], shape[:-2]).items():
         if name == "packed":
-            t = torch.randint(256, spec.shape, generator=generator).to(spec.dtype)
+            # Of codes that are floating-point numbers, those below 2^-5 or 2^-8, which are all finite.
+            is_float = form.code in ("e4m3", "e5m2")
+            t = torch.randint(256, spec.shape, generator=generator).to(spec.dtype) & (0x9F if is_float else 0xFF)
         else:
             t = _random(name, spec.shape, spec.dtype, generator)
         tensors[name] = t.to(device)
@@ -75,7 +90,7 @@ def _array(t: Tensor) -> np.ndarray:
 def code_values(code: str) -> np.ndarray:
     if code.startswith("0x"):
         return np.frombuffer(bytes.fromhex(code[2:]), ">f4").astype(np.float32)
-    return reference.CODES[code]
+    return (reference.CODES | reference.WIDE_CODES)[code]
 
 
 def oracle(w4: Weight4bit) -> np.ndarray:
@@ -107,7 +122,8 @@ def parts(weight: dict[str, Any], numel: int) -> tuple[np.ndarray, np.ndarray, n
     def per_element(of_blocks: np.ndarray) -> np.ndarray:
         return np.repeat(of_blocks.astype(np.float32), weight["block_size"])[:numel]
 
-    codes, scales = reference.unpack(arrays["packed"], numel), per_element(scales)
+    bits = len(code_values(weight.get("code", "nf4"))).bit_length() - 1
+    codes, scales = reference.unpack(arrays["packed"], numel, bits), per_element(scales)
     offsets = arrays.get("block_offsets")
     if offsets is None:
         return codes, scales, None, None

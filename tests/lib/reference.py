@@ -7,6 +7,7 @@ package, so that a mistake in one is found by the other.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 F32 = np.float32
 
@@ -45,6 +46,15 @@ CODES = {
     "uint4": np.arange(16, dtype=F32),
     "iq4_nl": np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], F32),
     "shuffled": SHUFFLED,
+}
+# The values of the codes of more than 4 bits, by code.
+WIDE_CODES = {
+    f"{sign}int{bits}": np.arange(1 << bits, dtype=F32) - (0 if sign else 1 << bits - 1)
+    for bits in (5, 6, 8)
+    for sign in ("", "u")
+} | {
+    name: torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
+    for name, dtype in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2))
 }
 # Codes whose tables have every property on which encoding depends: ascending or not, symmetric or not, with duplicates
 # or without. Tests that take long run with these.
@@ -126,8 +136,15 @@ def quantize_nf4(w: np.ndarray, block: int = 64, table: np.ndarray = NF4) -> tup
     return pack(encode(q.reshape(-1)[: flat.size], table), table), absmax
 
 
-def unpack(packed: np.ndarray, numel: int) -> np.ndarray:
+def unpack(packed: np.ndarray, numel: int, bits: int = 4) -> np.ndarray:
     flat = packed.reshape(-1)
+    if bits == 8:
+        return flat[:numel]
+    if bits > 4:  # units of 32 codes: nibbles, then the upper bits
+        units = flat.reshape(-1, 4 * bits)
+        upper = np.unpackbits(units[:, 16:], axis=1, bitorder="little").reshape(-1, bits - 4)
+        low = unpack(np.ascontiguousarray(units[:, :16]), numel)
+        return (low + 16 * (upper @ (1 << np.arange(bits - 4)))).astype(np.uint8)
     return np.stack([flat >> 4, flat & 15], axis=1).reshape(-1)[:numel]
 
 

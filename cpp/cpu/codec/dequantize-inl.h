@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpp/cpu/codec/dequantize_wide-inl.h"
 #include "cpp/cpu/codec/scales-inl.h"
 #include "cpp/cpu/isa/codec.h"
 #include "cpp/cpu/kernels.h"
@@ -117,6 +118,7 @@ void dequantize_as(const Pool& pool, const Weight& w, T* out) {
 
 void dequantize_nf4(const Pool& pool, const Weight& w, DType dtype, void* out) {
   with_type(dtype, [&]<class T>() {
+    if (is_wide(w.code)) return dequantize_wide(pool, w, static_cast<T*>(out));
     if (w.scales.offsets.form == OffsetForm::kZeroPoint8) {
       dequantize_as<BlockOffsets::kZeroPoints>(pool, w, static_cast<T*>(out));
     } else if (w.scales.offsets) {

@@ -53,7 +53,7 @@ struct Items {
 
   Items(const Weight& w, int64_t super_tile_) : super_tile(super_tile_) {
     constexpr int64_t kItemBytes = 8 << 10;
-    rows = super_tile * max(ceil_div(kItemBytes, max(super_tile * w.k / 2, 1)),
+    rows = super_tile * max(ceil_div(kItemBytes, max(w.bytes(super_tile * w.k), 1)),
                             ceil_div(ceil_div(w.n, super_tile), WorkStealingRanges::kMaxItems));
   }
   // Of a super-tile.
@@ -79,7 +79,7 @@ template <class T, class Compute>
     const int64_t item = left.first, first = first_row(item), last = first_row(item + 1);
     if (item != expected) {  // the first item of a range
       pages.go_to(first, first_row(left.end));
-      prefetch(p.w.packed + first * p.w.k / 2, min((last - first) * p.w.k / 2, kMaxPrefetchBytes));
+      prefetch(p.w.packed + p.w.bytes(first * p.w.k), min(p.w.bytes((last - first) * p.w.k), kMaxPrefetchBytes));
       prefetch_scales_and_lora_b(first, last);
     }
     expected = item + 1;

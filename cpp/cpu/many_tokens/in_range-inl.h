@@ -37,7 +37,7 @@ inline bool in_range(const void* matrix, int64_t rows, int64_t columns) {
 }
 
 inline bool in_range(const Pool& pool, const Weight& w) {
-  const float least = 0x1p-60f / w.table().largest;
+  const float least = 0x1p-60f / largest_value(w.code);
   return scales_at_least(pool, w.scales, ceil_div(w.n * w.k, w.scales.block_size), least);
 }
 

@@ -3,7 +3,8 @@
 // Where groups coincide with the packed format (they begin at multiples of kGroup and lie in one quantization block), a
 // group's scale multiplies the 16 code values once, not every weight: the weight is *aligned*. Anything else (k no
 // multiple of kGroup, blocks smaller than a group) is *ragged*: each element is multiplied by its own block's scale,
-// and what lies beyond the row is zeroed. Both give the same bits.
+// and what lies beyond the row is zeroed. Both give the same bits. Wide codes have no table that a scale could
+// multiply, so they take the ragged path, and WideReader.
 //
 // The functions that decode are templates of whether the weight has offsets, so that one without them pays nothing.
 #pragma once
@@ -11,6 +12,7 @@
 #include <cstdint>
 
 #include "cpp/cpu/codec/scales-inl.h"
+#include "cpp/cpu/codec/wide_reader-inl.h"
 #include "cpp/cpu/isa/panel.h"
 #include "cpp/cpu/many_tokens/dropout_mask-inl.h"
 #include "cpp/cpu/many_tokens/multiply-inl.h"
@@ -95,6 +97,8 @@ class ScaledPiece {
   static int64_t run_floats(const Weight& w, int64_t rows) { return arrays(w) * run_room(w, rows); }
 
   const Weight& weight() const { return *w_; }
+  // Of 4-bit codes. Wide codes have none, and any one does for what reads it without using it.
+  const CodeTable& table() const { return is_wide(w_->code) ? kCodeTables[0] : w_->table(); }
   int shift() const { return shift_; }
   int64_t flat(int64_t row, int64_t column) const { return row * w_->k + column; }
   // scales(row)[b] is the scale of block b, numbered through the whole weight, for the blocks that the row lies in.
@@ -105,7 +109,7 @@ class ScaledPiece {
 
   // Whether the groups that begin at multiples of kGroup coincide with the packed format.
   bool aligned() const { return aligned(*w_); }
-  static bool aligned(const Weight& w) { return has_one_scale_per(kGroup, w); }
+  static bool aligned(const Weight& w) { return has_one_scale_per(kGroup, w) && !is_wide(w.code); }
   // Whether pieces are decoded during multiplications. With offsets they are not, which would nearly double what is
   // compiled.
   static bool interleaves(const Weight& w) { return kSpareRegisters && aligned(w) && !w.scales.offsets; }
@@ -131,29 +135,43 @@ class ScaledPiece {
 };
 
 inline WeightLinePrefetcher prefetch_piece(const Weight& w, const Piece& piece) {
-  return {w.packed, piece.row * w.k + piece.column, piece.rows, w.k, piece.columns};
+  const auto units = [&](int64_t weights) { return weights * w.bits() / 4; };  // it counts in weights of 4 bits
+  return {w.packed, units(piece.row * w.k + piece.column), piece.rows, units(w.k), units(piece.columns)};
 }
 
 // A row of any piece. Its elements from `columns` on are zero.
 class RaggedRow {
  public:
   RaggedRow(const ScaledPiece& t, int64_t row, int64_t column, int64_t columns)
-      : t_(t),
-        values_(values_of(t.weight().table())),
-        flat_(t.flat(row, column)),
-        columns_(columns),
-        scales_(t.scales(row)) {}
+      : t_(t), values_(values_of(t.table())), flat_(t.flat(row, column)), columns_(columns), scales_(t.scales(row)) {}
 
   // Decodes the group at column c: lane i of vector j is element 4i + j.
   void decode(int64_t c, F (&v)[4]) const {
-    if (t_.has_offsets()) {
+    if (is_wide(t_.weight().code)) {
+      decode_wide(c, v);
+    } else if (t_.has_offsets()) {
       decode_as<true>(c, v);
     } else {
       decode_as<false>(c, v);
     }
+    if (columns_ - c >= kGroup) return;
+    unroll<4>([&](auto j) { v[j.value] = joined<j.value>(static_cast<int>(columns_ - c), v[j.value], zero()); });
   }
 
  private:
+  void decode_wide(int64_t c, F (&v)[4]) const {
+    const Weight& w = t_.weight();
+    const WideReader<kLanes> reader(w);
+    typename WideReader<kLanes>::Floats read[4];
+    const int64_t begin = flat_ + c;
+    const float* const scale = scales_ + (begin >> t_.shift());
+    with_wide(wide_code(w.code), [&]<int kBits, WideCode::Kind kind>() {
+      reader.template decode<kBits, kind>(begin, scale, t_.has_offsets() ? t_.to_offset() : 0, read);
+    });
+    static_assert(sizeof v == sizeof read);
+    __builtin_memcpy(v, read, sizeof v);
+  }
+
   template <bool kHasOffsets>
   void decode_as(int64_t c, F (&v)[4]) const {
     const Weight& w = t_.weight();
@@ -173,8 +191,6 @@ class RaggedRow {
       const auto another = table_at(++scale + 1);
       unroll<4>([&](auto j) { v[j.value] = joined<j.value>(first, v[j.value], lookup<j.value>(another, codes)); });
     }
-    if (columns_ - c >= kGroup) return;
-    unroll<4>([&](auto j) { v[j.value] = joined<j.value>(static_cast<int>(columns_ - c), v[j.value], zero()); });
   }
 
   const ScaledPiece& t_;
@@ -190,7 +206,7 @@ enum class Becomes { kBroadcast, kLanes };
 
 template <class W, bool kHasOffsets>
 void decode_broadcast_as(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
-  const typename W::Values values = W::values_of(source.weight().table());
+  const typename W::Values values = W::values_of(source.table());
   for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
     const RaggedRow ragged(source, row, piece.column, piece.columns);
     for (int64_t c = 0; c < piece.columns; c += kGroup) {
@@ -208,7 +224,7 @@ void decode_broadcast_as(const ScaledPiece& source, const Piece& piece, typename
 
 template <class W, bool kHasOffsets>
 void decode_lanes_as(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
-  const typename W::Values values = W::values_of(source.weight().table());
+  const typename W::Values values = W::values_of(source.table());
   const int64_t depth = ceil_div(piece.rows, W::kElements);
   for (int64_t d = 0; d < depth; ++d, panel += kTileLanes) {
     const int64_t row = piece.row + d * W::kElements, next = row + W::kElements - 1;
@@ -262,7 +278,7 @@ class alignas(64) GroupDecoder {
   static constexpr int kRowsPerStep = becomes == Becomes::kLanes ? W::kElements : 1;
 
   GroupDecoder(const ScaledPiece& source, const Piece& piece, const Piece& after, Word* panel, int64_t steps_between)
-      : values_(W::values_of(source.weight().table())),
+      : values_(W::values_of(source.table())),
         packed_(source.weight().packed),
         flat_(source.flat(piece.row, piece.column)),
         k_(source.weight().k),

@@ -149,7 +149,7 @@ class RowsDecoder {
   static constexpr int64_t kStepsAhead = 2;
   RowsDecoder() = default;
   RowsDecoder(const ScaledPiece& source, int64_t row, int64_t rows, const Slice& s, char* out, int64_t)
-      : values_(Words::values_of(source.weight().table())),
+      : values_(Words::values_of(source.table())),
         source_(&source),
         row_(row),
         rows_(rows),
@@ -213,7 +213,7 @@ class ColumnsDecoder {
   ColumnsDecoder() = default;
   ColumnsDecoder(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
                  int64_t piece_bytes)
-      : values_(Words::values_of(source.weight().table())),
+      : values_(Words::values_of(source.table())),
         source_(&source),
         column_(column),
         columns_(columns),

@@ -12,6 +12,7 @@ namespace qlora::cpu::QLORA_ISA::parts {
 
 template <>
 Outcome run<Kernel::kFewTokensFloat>(const Pool& pool, const LinearProblem& p) {
+  if (is_wide(p.w.code)) return run_wide(pool, p);
   if (p.w.scales.offsets) return run_with_offsets<Kernel::kFewTokensFloat>(pool, p);
   return few_tokens::forward_float<false>(pool, p);
 }

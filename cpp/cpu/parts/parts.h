@@ -28,6 +28,10 @@ Outcome run_with_offsets(const Pool&, const LinearProblem&);
 template <Kernel>
 Outcome run_with_offsets(const Pool&, const LinearDxProblem&);
 
+// kFewTokensFloat for weights of wide codes.
+Outcome run_wide(const Pool&, const LinearProblem&);
+Outcome run_wide(const Pool&, const LinearDxProblem&);
+
 // An operator's kernels of the set: some of its parts, and the float64 kernel, which all sets share.
 template <Kernel... kernels, class Problem>
 constexpr KernelsFor<Problem> kernels_for(Outcome (*float64)(const Pool&, const Problem&)) {

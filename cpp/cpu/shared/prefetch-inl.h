@@ -129,12 +129,12 @@ class RowPagePrefetcher {
   // Ensures that the pages of all rows before `row` have been prefetched. If not, prefetches those of another burst.
   void reach(int64_t row) {
     if (next_ >= row || next_ >= end_) return;
-    const int64_t burst = 2 * kBurstBytes / max(w_.k, 1);  // rows
+    const int64_t burst = kBurstBytes / max(w_.bytes(w_.k), 1);  // rows
     row = min(row + burst, end_);
     const int64_t step = columns_ == w_.k ? row - next_ : 1;  // whole rows are contiguous
     for (; next_ < row; next_ += step) {
       const int64_t first = next_ * w_.k + column_, last = first + (step - 1) * w_.k + columns_;
-      prefetch_pages_(w_.packed + (first >> 1), w_.packed + (last >> 1));
+      prefetch_pages_(w_.packed + w_.bytes(first), w_.packed + w_.bytes(last));
     }
   }
 
