@@ -1,30 +1,35 @@
-"""The encoders of 4-bit formats, which compute the scales, offsets and codes of a weight.
+"""The encoders of formats, which compute the scales, offsets and codes of a weight.
 
 A format with an encoder of its own gives the bits that its library gives for a float32 weight:
 
     mxfp4    OCP Microscaling Formats 1.0, section 6.3: a power of two per block
     nvfp4    compressed-tensors: an E4M3 scale per block, and the largest magnitude of the weight at its largest value
-    int4     compressed-tensors: the largest magnitude at 7.5, rounded to even
-    q4_0, q4_1, q4_k, iq4_nl    ggml's reference quantizers
+    int4, int8    compressed-tensors: the largest magnitude at 7.5 or 127.5, rounded to even
+    q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q8_0, iq4_nl    ggml's reference quantizers
+    q6_k, iq4_xs    ggml's, but a tie between two codes goes to the greater one
 
 All others place the largest magnitude of a block, or its least and largest values, at the ends of their code, and round
-to the nearest value.
+to the nearest value. Codes of more than 4 bits are encoded by torch; the operators that encode have 4 bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import formats
+from ._internal import bit_planes
 from ._internal.scale_tables import E4M3_MAX, e4m3_table, e8m0_table
 from .form import FLOAT_DTYPES, Form
 from .ops import packed_shape
 
 Tensors = dict[str, Tensor]
 
+_UNSIGNED = ("uint4", "uint5", "uint6", "uint8")
+_FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _CODES_AT_ONCE = 1 << 22  # limits the memory for temporary tensors
 _E8M0_LARGEST = 254
 _E4M3_SMALLEST_BLOCK = 0.125  # compressed-tensors' scale for a block whose own would be 0
@@ -45,14 +50,13 @@ def tensors_of(w: Tensor, form: Form) -> Tensors:
     if form.offsets is None and form.scales in (formats.FLOAT32, formats.NESTED8):
         return _by_largest_magnitude(w, form)
     if form.offsets is None and form.scales in FLOAT_DTYPES:
-        largest = max(map(abs, formats.code_values(form.code)))
-        scales = (_blocks(w, form).abs().amax(1) / largest).to(FLOAT_DTYPES[form.scales])
-        return {"packed": _nearest(w, scales.float(), form), "absmax": scales}
+        scales = (_blocks(w, form).abs().amax(1) / _largest(form)).to(FLOAT_DTYPES[form.scales])
+        return {"packed": encoded(w, scales.float(), form), "absmax": scales}
     if form.offsets is None and form.scales == formats.TABLE8:
         return _by_table(w, form)
     if form.scales in FLOAT_DTYPES and form.offsets in FLOAT_DTYPES:
         return _by_least_and_largest(w, form)
-    if form.scales in FLOAT_DTYPES and (form.code, form.offsets) == ("uint4", formats.ZERO_POINT8):
+    if form.scales in FLOAT_DTYPES and form.code in _UNSIGNED and form.offsets == formats.ZERO_POINT8:
         return _by_zero_points(w, form)
     raise ValueError(
         f"form: there is no recipe to quantize to {form}; expected a format that qlora_ext.quantize names. Weights of "
@@ -76,15 +80,67 @@ def _packed(blocks: Tensor, w: Tensor, form: Form, encode: Callable[..., Tensor]
     for i in range(0, len(blocks), step):
         codes[i : i + step] = encode(blocks[i : i + step], *(t[i : i + step, None] for t in per_block)).to(torch.uint8)
     flat = codes.view(-1)[: w.numel()]
-    if len(flat) % 2:
+    if form.bits == 4 and len(flat) % 2:
         zero = min(range(16), key=[abs(value) for value in formats.code_values(form.code)].__getitem__)
         flat = torch.cat([flat, flat.new_full((1,), zero)])
-    return (flat[0::2] << 4 | flat[1::2]).view(packed_shape(w.shape))
+    return bit_planes.pack(flat, form.bits).view(packed_shape(w.shape, form.bits))
 
 
-def _nearest(w: Tensor, scales: Tensor, form: Form) -> Tensor:
-    packed: Tensor = torch.ops.qlora.encode_nf4(w.detach().contiguous(), scales, form.block_size, code=form.code)
+def encoded(w: Tensor, scales: Tensor, form: Form, seed: int | None = None) -> Tensor:
+    """The packed codes of ``w`` under the float32 ``scales`` of its blocks; the offsets of ``form`` are not subtracted.
+
+    Args:
+        seed: of stochastic rounding. None rounds to the nearest values.
+    """
+    w = w.detach().contiguous()
+    packed: Tensor
+    if form.bits == 4 and seed is None:
+        packed = torch.ops.qlora.encode_nf4(w, scales, form.block_size, code=form.code)
+    elif form.bits == 4:
+        packed = torch.ops.qlora.encode_nf4_stochastic(w, scales, form.block_size, seed, form.code)
+    else:
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+
+        def encode(x: Tensor, scale: Tensor) -> Tensor:
+            q = torch.where(scale == 0, 0.0, x / scale)
+            drawn = None
+            if generator is not None:
+                drawn = torch.rand(q.shape, generator=generator, dtype=torch.float32, device="cpu").to(q.device)
+            return (_float_codes if form.code in _FLOATS else _integer_codes)(q, form, drawn)
+
+        packed = _packed(_blocks(w, form), w, form, encode, scales)
     return packed
+
+
+def _integer_codes(q: Tensor, form: Form, drawn: Tensor | None) -> Tensor:
+    """The codes of integers, rounded to even, or by numbers ``drawn`` from [0, 1)."""
+    low, high = _ends(form)
+    return (q.round() if drawn is None else (q + drawn).floor()).clamp(low, high) - low
+
+
+def _float_codes(q: Tensor, form: Form, drawn: Tensor | None) -> Tensor:
+    """The same for the codes of FP8."""
+    dtype = _FLOATS[form.code]
+    q = q.clamp(*_ends(form))
+    if drawn is None:
+        return q.to(dtype).view(torch.uint8)
+    size = q.abs()
+    code = size.to(dtype).view(torch.uint8)
+    code = code - (code.view(dtype).float() > size).to(torch.uint8)
+    below, above = code.view(dtype).float(), (code + 1).view(dtype).float()  # above the largest is NaN or infinity
+    return code + (drawn * (above - below) < size - below) + (q.signbit() * 128)
+
+
+def _ends(form: Form) -> tuple[float, float]:
+    """The least and the largest finite value of the code."""
+    values = [value for value in formats.code_values(form.code) if math.isfinite(value)]
+    return min(values), max(values)
+
+
+def _largest(form: Form) -> float:
+    """The value for the largest magnitude of a block. Integers of more than 4 bits have it with both signs."""
+    low, high = _ends(form)
+    return high if form.bits > 4 else max(-low, high)
 
 
 def _inverse(scales: Tensor) -> Tensor:
@@ -92,7 +148,11 @@ def _inverse(scales: Tensor) -> Tensor:
 
 
 def _by_largest_magnitude(w: Tensor, form: Form) -> Tensors:
-    packed, absmax = torch.ops.qlora.quantize_nf4(w.detach(), form.block_size, form.code)
+    if form.bits == 4:
+        packed, absmax = torch.ops.qlora.quantize_nf4(w.detach(), form.block_size, form.code)
+    else:
+        absmax = _blocks(w, form).abs().amax(1) / _largest(form)
+        packed = encoded(w, absmax, form)
     if not form.double_quant:
         return {"packed": packed, "absmax": absmax}
     absmax, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(absmax, form.nested_block_size)
@@ -102,11 +162,11 @@ def _by_largest_magnitude(w: Tensor, form: Form) -> Tensors:
 def _by_least_and_largest(w: Tensor, form: Form) -> Tensors:
     assert form.offsets is not None
     least, largest = torch.aminmax(_blocks(w, form), dim=1)
-    values = formats.code_values(form.code)
-    scales = ((largest - least) / (max(values) - min(values))).to(FLOAT_DTYPES[form.scales])
-    offsets = (least - scales.float() * min(values)).to(FLOAT_DTYPES[form.offsets])
+    low, high = _ends(form)
+    scales = ((largest - least) / (high - low)).to(FLOAT_DTYPES[form.scales])
+    offsets = (least - scales.float() * low).to(FLOAT_DTYPES[form.offsets])
     above = _blocks(w, form) - offsets.float()[:, None]
-    packed = _nearest(above.view(-1)[: w.numel()].view(w.shape), scales.float(), form)
+    packed = encoded(above.view(-1)[: w.numel()].view(w.shape), scales.float(), form)
     return {"packed": packed, "absmax": scales, "block_offsets": offsets}
 
 
@@ -114,13 +174,14 @@ def _by_zero_points(w: Tensor, form: Form) -> Tensors:
     """The zero point is the code of 0, which is always exact (compressed-tensors, GPTQ)."""
     blocks = _blocks(w, form)
     least, largest = blocks.amin(1).clamp_max(0), blocks.amax(1).clamp_min(0)
-    scales = ((largest - least) / 15).to(FLOAT_DTYPES[form.scales])
-    zero_points = (-least * _inverse(scales.float())).round().clamp(0, 15)
-    packed = _packed(blocks, w, form, _rounded(0, 15), scales.float(), zero_points)
+    _, last = _ends(form)
+    scales = ((largest - least) / last).to(FLOAT_DTYPES[form.scales])
+    zero_points = (-least * _inverse(scales.float())).round().clamp(0, last)
+    packed = _packed(blocks, w, form, _rounded(0, last), scales.float(), zero_points)
     return {"packed": packed, "absmax": scales, "block_offsets": zero_points.to(torch.uint8)}
 
 
-def _rounded(low: int, high: int) -> Callable[..., Tensor]:
+def _rounded(low: float, high: float) -> Callable[..., Tensor]:
     """Encodes to the integers from ``low`` on: of a tie, to the even one."""
 
     def encode(x: Tensor, scale: Tensor, zero_point: Tensor | float = 0.0) -> Tensor:
@@ -130,16 +191,16 @@ def _rounded(low: int, high: int) -> Callable[..., Tensor]:
     return encode
 
 
-def _int4(w: Tensor, form: Form) -> Tensors:
-    blocks = _blocks(w, form)
-    scales = (blocks.abs().amax(1) / 7.5).to(FLOAT_DTYPES[form.scales])
-    return {"packed": _packed(blocks, w, form, _rounded(-8, 7), scales.float()), "absmax": scales}
+def _symmetric(w: Tensor, form: Form) -> Tensors:
+    blocks, (low, high) = _blocks(w, form), _ends(form)
+    scales = (blocks.abs().amax(1) / ((high - low) / 2)).to(FLOAT_DTYPES[form.scales])
+    return {"packed": _packed(blocks, w, form, _rounded(low, high), scales.float()), "absmax": scales}
 
 
 def _by_table(w: Tensor, form: Form) -> Tensors:
     """E8M0 scales; for blocks of 16, E4M3 scales with a factor for the weight."""
     blocks = _blocks(w, form)
-    largest_value = torch.tensor(max(map(abs, formats.code_values(form.code))), dtype=torch.float32, device=w.device)
+    largest_value = torch.tensor(_largest(form), dtype=torch.float32, device=w.device)
     largest = blocks.abs().amax(1)
     if form.block_size == 16:
         of_all = largest.amax() if len(largest) else largest.new_zeros(())
@@ -156,7 +217,7 @@ def _by_table(w: Tensor, form: Form) -> Tensors:
     if form.code == "e2m1":
         packed = _packed(blocks, w, form, _e2m1, decoded)
     else:
-        packed = _nearest(w, decoded, form)
+        packed = encoded(w, decoded, form)
     return {"packed": packed, "absmax": codes, "scale_table": table}
 
 
@@ -172,36 +233,52 @@ def _signed_largest(blocks: Tensor) -> Tensor:
     return blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
 
 
-def _q4_0(w: Tensor, form: Form) -> Tensors:
-    blocks = _blocks(w, form)
-    scales = _signed_largest(blocks) / -8
+def _q_0(w: Tensor, form: Form) -> Tensors:
+    """Q4_0 and Q5_0."""
+    blocks, (low, _) = _blocks(w, form), _ends(form)
+    scales = _signed_largest(blocks) / low
 
     def encode(x: Tensor, inverse: Tensor) -> Tensor:
-        return (x * inverse + 8.5).trunc().clamp(0, 15)
+        return (x * inverse + (0.5 - low)).trunc().clamp(0, 2**form.bits - 1)
 
     return {"packed": _packed(blocks, w, form, encode, _inverse(scales)), "absmax": scales.half()}
 
 
-def _q4_1(w: Tensor, form: Form) -> Tensors:
+def _q8_0(w: Tensor, form: Form) -> Tensors:
     blocks = _blocks(w, form)
+    scales = blocks.abs().amax(1) / 127
+
+    def encode(x: Tensor, inverse: Tensor) -> Tensor:
+        q = x * inverse
+        size, whole = q.abs(), q.abs().floor()
+        return 128 + torch.copysign(whole + (size - whole >= 0.5), q)  # of a tie, away from 0
+
+    return {"packed": _packed(blocks, w, form, encode, _inverse(scales)), "absmax": scales.half()}
+
+
+def _q_1(w: Tensor, form: Form) -> Tensors:
+    """Q4_1 and Q5_1."""
+    blocks, last = _blocks(w, form), 2**form.bits - 1
     least, largest = torch.aminmax(blocks, dim=1)
-    scales = (largest - least) / 15
+    scales = (largest - least) / last
 
     def encode(x: Tensor, least: Tensor, inverse: Tensor) -> Tensor:
-        return ((x - least) * inverse + 0.5).trunc().clamp(0, 15)
+        return ((x - least) * inverse + 0.5).trunc().clamp(0, last)
 
     packed = _packed(blocks, w, form, encode, least, _inverse(scales))
     return {"packed": packed, "absmax": scales.half(), "block_offsets": least.half()}
 
 
-# The steps in which Q4_K's scales are searched: the largest code is at 15 - 1 to 15 + 1 instead of 15.
-_Q4_K_STEPS = [step / 10 - 1 for step in range(21)]
-_Q4_K_LARGEST = 63  # of the codes of scales and offsets
+# The steps in which the scales of Q4_K and Q5_K are searched, by bits: the largest code is at 15 - 1 to 15 + 1 instead
+# of 15, and at 31 - 0.5 to 31 + 1 instead of 31.
+_DEPTH_STEPS = {4: [step / 10 - 1 for step in range(21)], 5: [step / 10 - 0.5 for step in range(16)]}
+_LARGEST_OF_6_BITS = 63  # of the codes of scales and offsets
 
 
-def _q4_k(w: Tensor, form: Form) -> Tensors:
-    blocks = _blocks(w, form)
-    scales, depths = _searched_scales_and_depths(blocks)
+def _q_k(w: Tensor, form: Form) -> Tensors:
+    """Q4_K and Q5_K."""
+    blocks, last = _blocks(w, form), 2**form.bits - 1
+    scales, depths = _in_parts(lambda part: _searched_scales_and_depths(part, last, _DEPTH_STEPS[form.bits]), blocks)
     scale_codes, scale_units = _six_bits(scales, form)
     depth_codes, depth_units = _six_bits(depths, form)
     found, depth = (
@@ -210,7 +287,7 @@ def _q4_k(w: Tensor, form: Form) -> Tensors:
     )
 
     def encode(x: Tensor, scale: Tensor, depth: Tensor) -> Tensor:
-        return torch.where(scale == 0, 0.0, (x + depth) / scale).round().clamp(0, 15)
+        return torch.where(scale == 0, 0.0, (x + depth) / scale).round().clamp(0, last)
 
     return {
         "packed": _packed(blocks, w, form, encode, found, depth),
@@ -222,23 +299,28 @@ def _q4_k(w: Tensor, form: Form) -> Tensors:
     }
 
 
-def _searched_scales_and_depths(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale s and the depth m of each block with the least weighted error of s · code - m, m >= 0."""
+def _in_parts(search: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
+    """What ``search`` finds for each block, [..., blocks], for some blocks at a time."""
+    return torch.cat([search(part) for part in blocks.split(max(1, _CODES_AT_ONCE // blocks.shape[1]))], -1)
+
+
+def _searched_scales_and_depths(blocks: Tensor, last: int, steps: list[float]) -> Tensor:
+    """The scale s and the depth m of each block with the least weighted error of s · code - m, m >= 0, code <= last."""
     weights = blocks.square().mean(1, keepdim=True).sqrt() + blocks.abs()
     least, largest = blocks.amin(1, keepdim=True).clamp_max(0), blocks.amax(1, keepdim=True)
     reach = largest - least
     sum_w, sum_x = weights.sum(1, keepdim=True), (weights * blocks).sum(1, keepdim=True)
 
-    def codes_for(last: float) -> Tensor:
-        return (torch.where(reach == 0, 0.0, last / reach) * (blocks - least)).round().clamp(0, 15)
+    def codes_for(largest: float) -> Tensor:
+        return (torch.where(reach == 0, 0.0, largest / reach) * (blocks - least)).round().clamp(0, last)
 
     def error_of(scale: Tensor, low: Tensor, codes: Tensor) -> Tensor:
         return (weights * (scale * codes + low - blocks).square()).sum(1, keepdim=True)
 
-    best = reach / 15, least
-    error = error_of(*best, codes_for(15.0))
-    for step in _Q4_K_STEPS:
-        codes = codes_for(15.0 + step)
+    best = reach / last, least
+    error = error_of(*best, codes_for(last))
+    for step in steps:
+        codes = codes_for(last + step)
         weighted = weights * codes
         sum_l, sum_l2 = weighted.sum(1, keepdim=True), (weighted * codes).sum(1, keepdim=True)
         sum_xl = (weighted * blocks).sum(1, keepdim=True)
@@ -250,16 +332,16 @@ def _searched_scales_and_depths(blocks: Tensor) -> tuple[Tensor, Tensor]:
         better = (determinant > 0) & (found < error)
         best = torch.where(better, scale, best[0]), torch.where(better, low, best[1])
         error = torch.where(better, found, error)
-    return best[0].squeeze(1), -best[1].squeeze(1)
+    return torch.stack([best[0].squeeze(1), -best[1].squeeze(1)])
 
 
 def _six_bits(values: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Codes of 6 bits for values of at least 0, and their unit for each nested block: a float16, as float32."""
     missing = -len(values) % form.nested_block_size
     largest = torch.nn.functional.pad(values, (0, missing)).view(-1, form.nested_block_size).amax(1)
-    inverse = _inverse(largest) * _Q4_K_LARGEST
-    codes = (values * _repeated(inverse, form, values)).round().clamp(0, _Q4_K_LARGEST)
-    return codes.to(torch.uint8), (largest / _Q4_K_LARGEST).half().float()
+    inverse = _inverse(largest) * _LARGEST_OF_6_BITS
+    codes = (values * _repeated(inverse, form, values)).round().clamp(0, _LARGEST_OF_6_BITS)
+    return codes.to(torch.uint8), (largest / _LARGEST_OF_6_BITS).half().float()
 
 
 def _repeated(nested: Tensor, form: Form, blocks: Tensor) -> Tensor:
@@ -279,6 +361,48 @@ def _iq4_nl(w: Tensor, form: Form) -> Tensors:
     return {"packed": packed, "absmax": torch.where(squares == 0, 0.0, products / squares).half()}
 
 
+# The least code of scales, which the largest magnitude of a nested block gets: Q6_K's have 8 bits, and IQ4_XS' have 6.
+# And the steps in which scales are searched: what the largest magnitude of a block is at, less the code's least value.
+_SIGNED = {"int6": (-128, [step / 10 for step in range(-9, 10)]), "iq4_nl": (-32, [*range(-7, 8)])}
+
+
+def _nested_signed(w: Tensor, form: Form) -> Tensors:
+    """Q6_K and IQ4_XS: scales of both signs, with the least squared error weighted by w², times float16."""
+    values = torch.tensor(formats.code_values(form.code), dtype=torch.float32, device=w.device)
+    blocks, (low, steps) = _blocks(w, form), _SIGNED[form.code]
+    scales = _in_parts(lambda part: _searched_scales(part, values, steps), blocks)
+    nested = torch.nn.functional.pad(scales, (0, -len(scales) % form.nested_block_size)).view(
+        -1, form.nested_block_size
+    )
+    units = _signed_largest(nested) / low
+    codes = (scales * _repeated(_inverse(units), form, scales)).round().clamp(low, -low - 1)
+    units = units.half().float()
+    found = codes * _repeated(units, form, scales)
+    table = torch.arange(256, dtype=torch.float32, device=w.device)
+    return {
+        "packed": _packed(blocks, w, form, lambda x, inverse: _nearest_above(x * inverse, values), _inverse(found)),
+        # As in GGUF files: the bytes of int8, and unsigned codes less 32.
+        "absmax": codes.to(torch.int8).view(torch.uint8) if low == -128 else (codes - low).to(torch.uint8),
+        "nested_absmax": units,
+        "scale_table": torch.where(table < 128, table, table - 256) if low == -128 else table + low,
+    }
+
+
+def _searched_scales(blocks: Tensor, values: Tensor, steps: list[float]) -> Tensor:
+    """The scale of each block with the least squared error, weighted by w²."""
+    largest = _signed_largest(blocks)[:, None]
+    weighted = blocks.pow(3)
+    scale = gain = torch.zeros_like(largest)
+    for step in steps:
+        found = values[_nearest_above(blocks * _inverse(largest) * (values[0] + step), values)]
+        products = (weighted * found).sum(1, keepdim=True)
+        squares = (found * blocks).square().sum(1, keepdim=True)
+        better = products.square() > gain * squares
+        scale = torch.where(better, products / squares, scale)
+        gain = torch.where(better, products.square() / squares, gain)
+    return scale.squeeze(1)
+
+
 def _nearest_above(q: Tensor, values: Tensor) -> Tensor:
     """The codes of the nearest of ascending values. A tie goes to the greater one, as in ggml."""
     high = torch.bucketize(q, values, right=True).clamp(1, len(values) - 1)
@@ -288,9 +412,16 @@ def _nearest_above(q: Tensor, values: Tensor) -> Tensor:
 
 # By code, scales and offsets.
 _OWN: dict[tuple[str, str, str | None], Callable[[Tensor, Form], Tensors]] = {
-    ("int4", formats.BFLOAT16, None): _int4,
-    ("int4", formats.FLOAT16, None): _q4_0,
-    ("uint4", formats.FLOAT16, formats.FLOAT16): _q4_1,
-    ("uint4", formats.NESTED_TABLE8, formats.SCALED8): _q4_k,
+    ("int4", formats.BFLOAT16, None): _symmetric,
+    ("int8", formats.BFLOAT16, None): _symmetric,
+    ("int4", formats.FLOAT16, None): _q_0,
+    ("int5", formats.FLOAT16, None): _q_0,
+    ("int8", formats.FLOAT16, None): _q8_0,
+    ("uint4", formats.FLOAT16, formats.FLOAT16): _q_1,
+    ("uint5", formats.FLOAT16, formats.FLOAT16): _q_1,
+    ("uint4", formats.NESTED_TABLE8, formats.SCALED8): _q_k,
+    ("uint5", formats.NESTED_TABLE8, formats.SCALED8): _q_k,
+    ("int6", formats.NESTED_TABLE8, None): _nested_signed,
     ("iq4_nl", formats.FLOAT16, None): _iq4_nl,
+    ("iq4_nl", formats.NESTED_TABLE8, None): _nested_signed,
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import formats
+from ._internal import bit_planes
 from .ops import packed_shape
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class FormKeywords(TypedDict, total=False):
 
 
 class TensorSpec(NamedTuple):
-    """The shape and dtype of a tensor of a 4-bit weight."""
+    """The shape and dtype of a tensor of a packed weight."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -50,12 +51,13 @@ FLOAT_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a 4-bit weight is stored, checked on construction.
+    """How a packed weight is stored, checked on construction.
 
     ``tensors`` says which tensors a form has; ``Weight4bit`` says what they mean.
 
     Attributes:
-        code: the name of the 16 values, one of ``formats.CODES`` or from ``formats.code_name``.
+        code: the name of the values: one of ``formats.CODES`` (16 values), ``formats.WIDE_CODES`` (of 5, 6 or 8 bits),
+            or from ``formats.code_name``.
         scales: the name of the scale form, one of ``formats.SCALE_FORMS``.
         block_size: elements per scale: a power of two from 16 to 4096.
         nested_block_size: scales per nested scale: from 1 to 2^20.
@@ -89,6 +91,18 @@ class Form:
     def bits(self) -> int:
         """The bits of a code: 4, 5, 6 or 8."""
         return formats.bits_of(self.code)
+
+    @property
+    def row_unit(self) -> int:
+        """The rows of a weight have a multiple of that many elements: with more than 4 bits, whole blocks and units."""
+        return 1 if self.bits == 4 else max(self.block_size, bit_planes.UNIT if bit_planes.has_units(self.bits) else 1)
+
+    def check_rows(self, name: str, shape: Sequence[int]) -> None:
+        """Raises a ValueError that begins with ``name`` if the rows of ``shape`` are no multiple of ``row_unit``."""
+        if self.row_unit > 1 and (not shape or shape[-1] % self.row_unit):
+            raise ValueError(
+                f"{name}: expected rows of a multiple of {self.row_unit} elements for {self}, got {[*shape]}"
+            )
 
     @classmethod
     def of(cls, **keywords: Unpack[FormKeywords]) -> Form:
@@ -140,13 +154,14 @@ class Form:
             stack: the number of such weights, as leading dimensions.
 
         Raises:
-            ValueError: there is a stack, and the form is reordered.
+            ValueError: the rows are no multiple of ``row_unit``; or there is a stack, and the form is reordered.
 
         Example:
             >>> from qlora_ext.form import Form
             >>> Form(code="e2m1", scales="table8", block_size=32).tensors((48, 64))["absmax"]
             TensorSpec(shape=(96,), dtype=torch.uint8)
         """
+        self.check_rows("shape", (*stack, *shape))
         blocks = -(-math.prod(shape) // self.block_size)
         nested = (-(-blocks // self.nested_block_size),)
         found = {"packed": TensorSpec(packed_shape((*shape,), self.bits), torch.uint8)}

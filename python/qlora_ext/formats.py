@@ -82,7 +82,9 @@ _MADE_UP = "0x"
 _VALUES = struct.Struct(">16f")
 
 
-_NAMED = {name: _C.code_values(name) for name in (*CODES, *WIDE_CODES)}  # at the import, because Dynamo cannot trace a call of _C
+_NAMED = {
+    name: _C.code_values(name) for name in (*CODES, *WIDE_CODES)
+}  # at the import, because Dynamo cannot trace a call of _C
 
 
 def bits_of(code: str) -> int:

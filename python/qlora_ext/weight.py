@@ -1,4 +1,4 @@
-"""4-bit weights, and the functions that quantize tensors to them and decode them."""
+"""Packed weights, and the functions that quantize tensors to them and decode them."""
 
 from __future__ import annotations
 
@@ -71,19 +71,29 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
 
 
 def quantize(w: Tensor, form: Form | str = "nf4") -> Weight4bit:
-    """Quantizes a tensor to a 4-bit format by the format's own recipe.
+    """Quantizes a tensor to a format by the format's own recipe.
 
     The names of formats, their values, the elements per scale, the bits per element, and how scales are computed::
 
-        nf4     NF4     64  4.13  as in quantize_nf4 (bitsandbytes)
-        fp4     FP4     64  4.13  the same (bitsandbytes)
-        mxfp4   E2M1    32  4.25  a power of two (OCP Microscaling Formats 1.0)
-        nvfp4   E2M1    16  4.5   E4M3, with a factor for the tensor (compressed-tensors)
-        int4    -8..7   32  4.5   bfloat16: the largest magnitude is 7.5 (compressed-tensors)
-        q4_0    -8..7   32  4.5   float16: the element of the largest magnitude is -8 (ggml)
-        q4_1    0..15   32  5     float16, and an offset: the least element is 0, the largest is 15 (ggml)
-        q4_k    0..15   32  4.5   6 bits times float16, and an offset, with the least weighted error (ggml)
-        iq4_nl  IQ4_NL  32  4.5   float16, with the least error for its codes (ggml, without its search)
+        nf4     NF4        64  4.13  as in quantize_nf4 (bitsandbytes)
+        fp4     FP4        64  4.13  the same (bitsandbytes)
+        mxfp4   E2M1       32  4.25  a power of two (OCP Microscaling Formats 1.0)
+        nvfp4   E2M1       16  4.5   E4M3, with a factor for the tensor (compressed-tensors)
+        int4    -8..7      32  4.5   bfloat16: the largest magnitude is 7.5 (compressed-tensors)
+        q4_0    -8..7      32  4.5   float16: the element of the largest magnitude is -8 (ggml)
+        q4_1    0..15      32  5     float16, and an offset: the least element is 0, the largest is 15 (ggml)
+        q4_k    0..15      32  4.5   6 bits times float16, and an offset, with the least weighted error (ggml)
+        iq4_nl  IQ4_NL     32  4.5   float16, with the least error for its codes (ggml, without its search)
+        iq4_xs  IQ4_NL     32  4.25  6 bits times float16, with the least weighted error (ggml)
+        q5_0    -16..15    32  5.5   as q4_0, with -16 (ggml)
+        q5_1    0..31      32  6     as q4_1, with 31 (ggml)
+        q5_k    0..31      32  5.5   as q4_k (ggml)
+        q6_k    -32..31    16  6.56  8 bits times float16, with the least weighted error (ggml)
+        q8_0    -128..127  32  8.5   float16: the largest magnitude is 127 (ggml)
+        int8    -128..127 128  8.13  bfloat16: the largest magnitude is 127.5 (compressed-tensors)
+        fp8     E4M3      128  8.25  float32: the largest magnitude is 448
+
+    Formats of more than 4 bits need rows of whole blocks (``Form.row_unit``).
 
     Args:
         w: as in ``quantize_nf4``.
@@ -95,15 +105,16 @@ def quantize(w: Tensor, form: Form | str = "nf4") -> Weight4bit:
 
     Raises:
         TypeError: ``w`` is not a tensor of one of these dtypes. ValueError: there is no recipe for the form; or ``w``
-            has a NaN or an infinity (the message gives its index), or values that are too large for the scales.
+            has rows that the form does not have, a NaN or an infinity (the message gives its index), or values that are
+            too large for the scales.
 
     Example:
         >>> w4 = qlora_ext.quantize(torch.randn(48, 64), "mxfp4")
         >>> w4.form.code, w4.block_size, w4.absmax.dtype, w4.bits_per_param > 4.25
         ('e2m1', 32, torch.uint8, True)
-        >>> qlora_ext.quantize(torch.randn(48, 64), "int3")
+        >>> qlora_ext.quantize(torch.randn(48, 65), "q8_0")
         Traceback (most recent call last):
-        ValueError: form: expected nf4, fp4, mxfp4, nvfp4, int4, q4_0, q4_1, q4_k, iq4_nl or a Form, got 'int3'
+        ValueError: w: expected rows of a multiple of 32 elements for code=int8, block_size=32, scales=float16, got [48, 65]
     """
     if isinstance(form, str):
         form = Form.named(form)
@@ -112,6 +123,7 @@ def quantize(w: Tensor, form: Form | str = "nf4") -> Weight4bit:
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"w: expected float32, bfloat16 or float16, got {w.dtype}")
     w = w.detach()
+    form.check_rows("w", w.shape)
     w4 = weight_of(form, **encoders.tensors_of(w, form), shape=w.shape, dtype=w.dtype)
     if has_values(w4.packed):
         _refuse_non_finite(w, w4)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from .formats import bits_of
+
 aten = torch.ops.aten
 
 # Functions of torch and operators of aten, by function.
@@ -284,7 +286,8 @@ def rows_of(w: Any, begin: int, end: int) -> Any:
     if w._is_stack:
         return w.map(lambda t: t[begin:end], shape=shape)
     width = w.numel() // max(w.shape[0], 1)
-    if w.ndim < 2 or width % 2 or any(row * width % w.block_size for row in (begin, end) if 0 < row < w.shape[0]):
+    inside = [row for row in (begin, end) if 0 < row < w.shape[0]]
+    if w.ndim < 2 or width * bits_of(w.code) % 8 or any(row * width % w.block_size for row in inside):
         return NotImplemented
     first, last = (-(-row * width // w.block_size) for row in (begin, end))
     parts = {"packed": w.packed[begin:end]}

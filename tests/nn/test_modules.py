@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -14,14 +15,19 @@ import torch
 from torch import Tensor
 
 import qlora_ext
-from forms import FORMS, oracle, random_weight
+import forms
+from forms import oracle, random_weight
 from qlora_ext import formats
+from qlora_ext._internal import bit_planes
 from qlora_ext.form import Form
 from qlora_ext.nn import Embedding4bit, Experts4bit, ExpertsLora, Linear4bit, Packed4bit, TiedLinear4bit
 from qlora_ext.weight import TENSORS, Weight4bit
 from tensors import same_bits
 from tiny_experts import Experts, routing
 
+# Of the forms of more than 4 bits, one per width and per kind of scales, with blocks that divide the rows.
+WIDE = {name: forms.WIDE_FORMS[name] for name in ("q5_k", "q6_k", "q8_0", "uint8 zero points", "fp8")}
+FORMS = forms.FORMS | {name: dataclasses.replace(form, block_size=min(32, form.block_size)) for name, form in WIDE.items()}
 EVERY = pytest.mark.parametrize("name", FORMS)
 KINDS = ("linear", "embedding", "experts", "odd linear", "odd embedding")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -43,7 +49,7 @@ def layer_of(w4: Weight4bit, bias: bool = False) -> Linear4bit:
 
 
 def empty(kind: str, form: Form, **options: Any) -> Packed4bit:
-    n, k = (23, 33) if kind.startswith("odd") else SHAPE
+    n, k = (23, 33 if form.bits == 4 else 96) if kind.startswith("odd") else SHAPE
     torch.manual_seed(0)  # the bias of experts
     if kind == "experts":
         return Experts4bit(Transposed(), torch.float64, **form.keywords, **options)
@@ -59,14 +65,14 @@ def filled(kind: str, name: str) -> Packed4bit:
     return module
 
 
-def input_of(kind: str) -> Tensor:
+def input_of(kind: str, module: Any) -> Tensor:
     if "embedding" in kind:
         return IDS
-    return X[:3].clone() if kind == "experts" else torch.ones(3, 33 if kind.startswith("odd") else SHAPE[1])
+    return X[:3].clone() if kind == "experts" else torch.ones(3, module.in_features)
 
 
 def outputs(kind: str, module: Any, x: Tensor | None = None) -> Tensor:
-    x = input_of(kind) if x is None else x
+    x = input_of(kind, module) if x is None else x
     return module(x, ROUTED, ROUTED.double() / 5) if kind == "experts" else module(x)
 
 
@@ -89,11 +95,11 @@ def test_it_decodes_as_specified(name: str) -> None:
     assert np.array_equal(w4.dequantize(torch.float32).numpy(), expected)
     # the decoded scales and offsets are the ones that the operator uses
     table = torch.tensor(formats.code_values(w4.code))
-    codes = torch.stack([w4.packed >> 4, w4.packed & 15], -1).reshape(-1).long()
+    codes = bit_planes.unpack(w4.packed, w4.form.bits).reshape(-1).long()
     blocks = torch.arange(codes.numel()) // w4.block_size
     values = table[codes] * w4.decoded_scales()[blocks]
     offsets = w4.decoded_offsets()
-    if name == "float32 zero points":  # (value - zero point) * scale, rounded once
+    if "zero points" in name:  # (value - zero point) * scale, rounded once
         np.testing.assert_allclose((values + offsets[blocks]).numpy(), expected.reshape(-1), rtol=0, atol=2e-8)
     else:
         assert np.array_equal((values if offsets is None else values + offsets[blocks]).numpy(), expected.reshape(-1))
@@ -225,8 +231,10 @@ def test_nf4_states_have_the_names_they_had() -> None:
     assert {*layer_of(random_weight(FORMS["nf4 alone"], SHAPE)).state_dict()} == {"weight", "absmax"}
 
 
-@EVERY
-@pytest.mark.parametrize("width", [160, 96, 33])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [(n, width) for n, form in FORMS.items() for width in (160, 96, 33) if width % form.row_unit == 0],
+)
 def test_rows_of_a_table(name: str, width: int) -> None:
     w4 = random_weight(FORMS[name], (11, width))
     table = Embedding4bit(11, width, compute_dtype=torch.float32, **w4.form.keywords)
@@ -264,7 +272,7 @@ def test_experts_compute_with_it(name: str) -> None:
 )
 def test_a_compiled_module(kind: str, name: str) -> None:
     torch._dynamo.reset()  # each form compiles the same functions anew
-    module, x = filled(kind, name), input_of(kind)
+    module, x = filled(kind, name), input_of(kind, module)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     if kind == "embedding":
         assert torch.equal(compiled(x), module(x))

@@ -191,7 +191,8 @@ class Calibrator:
         init_lora: also compute initial adapters; experts get none.
 
     Raises:
-        ValueError: there is nothing to quantize, or ``init_lora`` has more than one iteration.
+        ValueError: there is nothing to quantize, the form has more than 4 bits, or ``init_lora`` has more than one
+            iteration.
     """
 
     def __init__(
@@ -205,6 +206,8 @@ class Calibrator:
     ) -> None:
         if not layers:
             raise ValueError("calibration: expected a model with dense layers to quantize, found none")
+        if form.bits > 4:
+            raise ValueError(f"calibration: expected a form of 4 bits, got {form}, whose error is small without it")
         if init_lora is not None and init_lora.iterations > 1:
             raise ValueError("iterations: expected 1 with a calibration, which does not refit weights to adapters")
         self._init_lora = init_lora

@@ -1,4 +1,4 @@
-"""Adds the update of an adapter to 4-bit weights.
+"""Adds the update of an adapter to packed weights.
 
 An adapter moves most weights by less than half a step between two codes. Rounding to the nearest code leaves such
 weights unchanged, and the training is lost. With stochastic rounding the expected value is right: a fraction of the
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._library import LIBRARY, cuda_error
+from ..encoders import encoded
 from ..ops import MERGE_LORA_NF4
 from ..weight import TENSORS, Weight4bit, operands, quantize
 
@@ -63,12 +64,7 @@ def _under_scales_of(w4: Weight4bit, moved: Tensor, seed: int | None) -> Weight4
         seeds = (None if seed is None else seed_of(f"{seed}.{e}") for e in range(len(moved)))
         return Weight4bit.stack([_under_scales_of(w4.matrix(e), moved[e], own) for e, own in enumerate(seeds)])
     scales = w4.decoded_scales()
-    scaled = w4.without_offsets(moved, scales).contiguous()
-    if seed is None:
-        packed = torch.ops.qlora.encode_nf4(scaled, scales, w4.block_size, code=w4.code)
-    else:
-        packed = torch.ops.qlora.encode_nf4_stochastic(scaled, scales, w4.block_size, seed, w4.code)
-    return w4.replace(packed=packed)
+    return w4.replace(packed=encoded(w4.without_offsets(moved, scales), scales, w4.form, seed))
 
 
 def retained_update(update: Tensor, before: Tensor, after: Tensor) -> tuple[float, float]:
@@ -117,14 +113,21 @@ def encode_like(base: Weight4bit, before: Tensor, moved: Tensor, seed: int = 0) 
 
 @torch.no_grad()
 def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float, seed: int = 0) -> Weight4bit:
-    """W + scaling · B · A in 4 bits, summed in float32 and encoded by ``with_update``; also of stacks."""
+    """W + scaling · B · A in the form of W, summed in float32 and encoded by ``with_update``; also of stacks."""
     if len(w4.shape) == 3:
         matrices = ((w4.matrix(e), lora_a[e], lora_b[e], seed_of(f"{seed}.{e}")) for e in range(len(lora_a)))
         return Weight4bit.stack([merged_weight(w, a, b, scaling, own) for w, a, b, own in matrices])
+    if w4.form.bits > 4:
+        return with_update(w4, _updated(w4, lora_a.float(), lora_b.float(), scaling), seed)
     if w4.column_order is not None:
         lora_a = lora_a.index_select(-1, w4.column_order)
     arguments = operands(w4, w4, lora_a.float(), lora_b.float(), scaling, seed)
     return w4.replace(packed=torch.ops.qlora.merge_lora_nf4(*arguments))
+
+
+def _updated(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """W + scaling · B · A, float32."""
+    return w4.dequantize(torch.float32).addmm_(lora_b, lora_a, alpha=scaling)
 
 
 def _merge_on_cuda(*args: Any) -> Tensor:
@@ -135,8 +138,7 @@ def _merge_on_cuda(*args: Any) -> Tensor:
     form = {name: getattr(a, name) for name in ("block_size", "nested_block_size", "code")}
     shape = torch.Size((a.lora_b.shape[0], a.lora_a.shape[1]))
     w4 = Weight4bit(**tensors, **form, shape=shape, dtype=torch.float32)
-    moved = w4.dequantize(torch.float32).addmm_(a.lora_b, a.lora_a, alpha=a.scaling)
-    return with_update(w4, moved, a.seed).packed
+    return with_update(w4, _updated(w4, a.lora_a, a.lora_b, a.scaling), a.seed).packed
 
 
 if cuda_error is None:

@@ -124,7 +124,8 @@ def set_merge_aware(
         code: the format in which the model will be served: ``"q4_0"``, ``"iq4_nl"``, ``"int4"``, ``"nvfp4"``,
             ``"mxfp4"`` or ``"nf4"``. The base is encoded in it, in memory: its 4-bit layers, and the linear ones with
             an adapter. Layers whose rows are no multiple of the format's blocks stay as they are. None keeps the
-            format of each 4-bit layer, as ``merge_to_4bit`` does. Call this before ``fully_shard``.
+            format of each 4-bit layer, as ``merge_to_4bit`` does; layers of more bits are trained as usual. Call this
+            before ``fully_shard``.
 
     Raises:
         ValueError: the adapter has dropout, which merged weights cannot have; it is on no 4-bit layer, or is not plain
@@ -137,7 +138,7 @@ def set_merge_aware(
     if code is not None and aware:
         _check(peft_model, adapter_name)
         encode_base(peft_model, code)
-    layers = [m for m in _layers(peft_model, adapter_name) if isinstance(m, MergeAware)]
+    layers = [m for m in _layers(peft_model, adapter_name) if isinstance(m, MergeAware) and m.layer4bit.form.bits == 4]
     if not layers:
         raise ValueError(f"adapter_name: expected an adapter on 4-bit layers, got {adapter_name!r}")
     if aware:

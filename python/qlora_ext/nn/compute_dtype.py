@@ -62,8 +62,8 @@ def multiply_in_bfloat16(model: nn.Module) -> None:
     """Makes the 4-bit layers of a model that computes in float32 multiply in bfloat16.
 
     Between layers, values stay in float32. So do quantized embeddings with the heads that are tied to them, and layers
-    whose weights integer products do not serve: those with blocks of 16 elements, and those with offsets and other
-    codes than integers. A later ``model.float()`` undoes it.
+    whose weights integer products do not serve: those of more than 4 bits, those with blocks of 16 elements, and those
+    with offsets and other codes than integers. A later ``model.float()`` undoes it.
 
     Example:
         >>> model = qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 48)))
@@ -72,7 +72,9 @@ def multiply_in_bfloat16(model: nn.Module) -> None:
         (torch.bfloat16, torch.float32)
     """
     for _, layer in layers_of(model):
-        is_served = layer.block_size >= 32 and (layer.form.offsets is None or layer.form.code in ("int4", "uint4"))
+        form = layer.form
+        is_served = form.offsets is None or form.code in ("int4", "uint4")
+        is_served &= form.bits == 4 and form.block_size >= 32
         if is_served and not isinstance(layer, Embedding4bit | TiedLinear4bit):
             layer.compute_dtype = torch.bfloat16
 

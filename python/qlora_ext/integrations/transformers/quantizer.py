@@ -141,7 +141,7 @@ class QLoRAQuantizer(HfQuantizer):
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         module, name = get_module_from_name(model, param_name)
         if isinstance(module, Packed4bit) and name in module.packed_shapes:
-            # The same, whether the parameter still has the dense shape or is packed.
+            # Of the packed weight, whether the parameter still has the dense shape or is packed.
             return math.prod(module.packed_shapes[name]) * module.form.bits / 8 / param.numel()
         size: float = super().param_element_size(model, param_name, param)
         return size
