@@ -42,8 +42,13 @@ _ROUTER = "ffn_gate_inp.weight"
 _MORE_METADATA = 1 << 16  # bytes
 
 
+def is_calibrated(kind: str) -> bool:
+    """Whether a calibration encodes weights of the type ``kind``."""
+    return kind in blocks.KINDS and blocks.form_of(kind).bits == 4
+
+
 def embeddings_kind(chosen: str | None, kind: str) -> str:
-    """The type of the embeddings and the output head: by default 8 bits where the other weights have 4."""
+    """The type of the embeddings and the output head: by default 8 bits where the others have fewer."""
     return chosen.upper() if chosen is not None else "Q8_0" if kind in blocks.KINDS else kind
 
 
@@ -107,7 +112,7 @@ def prepare(request: ExportRequest, kind: str, adapted: Adapted, skeleton: Any) 
     if window is not None:
         print(f"llama.cpp attends to all tokens of this model, which has a window of {window}; longer texts differ")
     conversion = _Conversion(target, adapted, config, architecture, kind, words, sampling, kinds, factors, unties)
-    return Job(nbytes, functools.partial(_build, conversion), calibrates=adapted if kind in blocks.KINDS else None)
+    return Job(nbytes, functools.partial(_build, conversion), calibrates=adapted if is_calibrated(kind) else None)
 
 
 def calibrated(
@@ -207,7 +212,7 @@ def data(target: str, weights: MergedWeights, tensor: FileTensor, kind: str, enc
 
 
 def _encoded(tensor: FileTensor, kind: str, read: Read, encode: Encoder) -> Iterator[Tensor]:
-    """The bytes of a 4-bit tensor, matrix by matrix."""
+    """The bytes of a tensor of one of ``blocks.KINDS``, matrix by matrix."""
     *_, rows, width = tensor.shape
     before, after = (tensor.values(weight).reshape(-1, rows, width) for weight in read[:2])
     stored = None if read[2] is None else blocks.in_form_of(kind, read[2])
