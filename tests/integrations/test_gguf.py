@@ -118,7 +118,9 @@ def test_named_modules_stay_dense_and_the_rest_becomes_nf4(four_bit_file: pathli
         else:
             kept += 1
             assert torch.equal(w4.dequantize(torch.float32), w)
-    others = sum(kind not in blocks.KINDS for name, kind in kinds.items() if name.startswith("blk.") and "norm" not in name)
+    others = sum(
+        kind not in blocks.KINDS for name, kind in kinds.items() if name.startswith("blk.") and "norm" not in name
+    )
     assert nf4 == others > 0
     assert nf4 + kept == 2 * 6 + 1
     assert f"{nf4} IQ3_XXS quantized to NF4" in weights.summary

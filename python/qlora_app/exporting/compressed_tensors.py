@@ -24,7 +24,7 @@ from .merging import load, loads_4bit, merge, merge_codes
 from .model_directories import check_linear, find_model, size_of, writer
 from .targets import ExportRequest
 from .trained_for import trained_for
-from .weights import Encoder, joined, read
+from .weights import Encoder, joined, read, report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +122,7 @@ def _build(plan: _Plan, calibration: Calibration | None) -> Callable[[pathlib.Pa
     model = load(adapted)
     encode = Encoder(kind.form)
     tensors = dict([*_linear(model, plan, calibrated, encode), *_experts(model, plan, encode)])
-    encode.report()
+    report([encode])
     if adapted.adapter is not None:
         model = merge(model)
     elif loads_4bit(adapted):

@@ -35,7 +35,7 @@ from .job import Job
 from .lora import architecture_of, check_mergeable, tied_layer
 from .merging import untie
 from .targets import ExportRequest
-from .weights import Encoder, MergedWeights, Read, is_linear
+from .weights import Encoder, MergedWeights, Read, is_linear, report
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 _ROUTER = "ffn_gate_inp.weight"
@@ -195,8 +195,7 @@ def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) 
         values = functools.partial(data, conversion.target, weights, tensor, kind, encoders.get(kind))
         tensors.append(NewTensor(tensor.name, tensor.shape, kind, nbytes_of(kind, tensor.shape), values))
     write_tensors(writer, tensors)
-    for encode in encoders.values():
-        encode.report()
+    report(encoders.values())
 
 
 def data(target: str, weights: MergedWeights, tensor: FileTensor, kind: str, encode: Encoder | None) -> Any:

@@ -33,7 +33,7 @@ from .lora import adapted_layers, architecture_of, check_plain, check_tied
 from .model_directories import find_model
 from .targets import ExportRequest
 from .trained_for import trained_for
-from .weights import Encoder, MergedWeights
+from .weights import Encoder, MergedWeights, report
 
 _MORE_METADATA = 1 << 16  # bytes
 # The target's type that leaves each tensor its own.
@@ -179,8 +179,7 @@ def _write(merge: _Merge, weights: MergedWeights, path: pathlib.Path) -> None:
         data = functools.partial(gguf_conversion.data, merge.target, weights, tensor, new.kind, encoders.get(new.kind))
         replaced[tensor.name] = dataclasses.replace(new, data=data)
     rewrite(merge.file, path, replaced, merge.dropped)
-    for encode in encoders.values():
-        encode.report()
+    report(encoders.values())
 
 
 def _retype(target: str, source: ModelSource, kind: str, embeddings: str | None) -> Job:
