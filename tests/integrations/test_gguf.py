@@ -1,4 +1,4 @@
-"""Models of GGUF files: weights stored in a type of ours keep their bits, and the others are those that transformers reads."""
+"""Models of GGUF files: weights of the types that we pack keep their bits, and others are those of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The blocks of GGUF files that are used as they are: decoded as the gguf package decodes them, and written back byte for byte."""
+"""Blocks of GGUF files that are used as they are: decoded like the gguf package, and written back byte for byte."""
 
 from __future__ import annotations
 

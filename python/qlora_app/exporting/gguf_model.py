@@ -24,7 +24,7 @@ from ..gguf.layout import FileTensor, file_tensors
 from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed, rewrite
 from ..models import validate_model
 from ..models.adapted import Adapted
-from ..models.loading import stored_forms
+from ..models.loading import stored_layers
 from ..models.pretrained import load_config
 from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
@@ -135,7 +135,7 @@ def _changed(target: str, adapted: Adapted) -> list[str]:
     with torch.device("meta"):
         quantized = quantize_model(validate_model.skeleton(source, config))
     layers = dict(layers_of(quantized))
-    stored, encoded = stored_forms(source, config), []
+    stored, encoded = stored_layers(source, config, adapted.loader.requantize), []
     if stored is None or trained_for(adapter) is not None:
         names = [f"{name}.{weight}" for name, layer in layers.items() for weight in layer.packed_shapes]
         encoded = [name for name in names if stored is None or name in stored]

@@ -14,7 +14,7 @@ def has_units(bits: int) -> bool:
 
 
 def packed_width(width: int, bits: int) -> int:
-    """The bytes of a row of ``width`` codes, which is a multiple of ``UNIT`` if there are units, and even for 4 bits."""
+    """The bytes of a row of ``width`` codes: a multiple of ``UNIT`` if there are units, and even for 4 bits."""
     return width * bits // 8
 
 
@@ -22,7 +22,10 @@ def to_fields(codes: Tensor, bits: int) -> Tensor:
     """[..., K] codes below 2^bits in bytes [..., K * bits / 8], those of lower elements in lower bits."""
     per_byte = 8 // bits
     parts = codes.unflatten(-1, (-1, per_byte))
-    return sum((parts[..., i] << bits * i for i in range(1, per_byte)), parts[..., 0])
+    packed: Tensor = parts[..., 0]
+    for i in range(1, per_byte):
+        packed = packed | parts[..., i] << bits * i
+    return packed
 
 
 def from_fields(fields: Tensor, bits: int) -> Tensor:
@@ -51,7 +54,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def joined(low: Tensor, upper: Tensor) -> Tensor:
-    """Codes of 5 or 6 bits: the planes of their low 4 bits, uint8 [..., K / 2], and of the upper ones, as we pack them."""
+    """The planes of the low 4 bits of codes of 5 or 6 bits, uint8 [..., K / 2], and of their upper bits, as packed."""
     units = low.unflatten(-1, (-1, UNIT // 2))
     return torch.cat([units, upper.unflatten(-1, (*units.shape[-2:-1], -1))], -1).flatten(-2)
 

@@ -1,4 +1,4 @@
-"""The headers of GGUF files' blocks: their scales and offsets become those of a ``Weight4bit``, and back, losslessly."""
+"""The headers of blocks in GGUF files: scales and offsets become those of a ``Weight4bit``, and back, losslessly."""
 
 from __future__ import annotations
 

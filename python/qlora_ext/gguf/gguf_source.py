@@ -34,6 +34,7 @@ class GGUFSource(Source):
 
     Attributes:
         kept: after ``forms``, the names of the weights that stay as they are stored.
+        quantized: after ``forms``, the names of the layers' weights that are quantized.
     """
 
     name = "GGUF"
@@ -42,6 +43,7 @@ class GGUFSource(Source):
         self._config, self._open_file = config, open_file
         self._weights: Weights | None = None
         self.kept: set[str] = set()
+        self.quantized: list[str] = []
 
     def __deepcopy__(self, memo: Any) -> GGUFSource:
         return self  # transformers copies configurations; the copy must have the same source
@@ -59,17 +61,20 @@ class GGUFSource(Source):
             transposed = isinstance(layer, Conv1D4bit) or getattr(layer, "is_transposed", False)
             kinds = {self._weights.stored_kind(weight, shape, transposed) for weight, shape in shapes.items()}
             kind = kinds.pop() if len(kinds) == 1 else None  # the weights of a module have one form
-            if kind is not None:
+            is_layer = not isinstance(module, nn.Embedding) and heads.isdisjoint(paths_to(name))
+            if kind is not None and not (is_layer and self._config.requantize):
                 found |= dict.fromkeys(shapes, blocks.form_of(kind))
                 self.kept |= {*shapes}
-                has_layers |= not isinstance(module, nn.Embedding) and heads.isdisjoint(paths_to(name))
-            elif not isinstance(module, nn.Embedding):
+                has_layers |= is_layer
+            elif is_layer:
                 others += shapes
-            elif self._config.embeddings:
+            elif isinstance(module, nn.Embedding) and self._config.embeddings:
                 found |= dict.fromkeys(shapes, self._config.form)
-        self.quantizes_rest = not has_layers or self._config.skip_modules is not None
-        if not has_layers and self._config.skip_modules is None:
-            self._weights.check_requantized(others)
+        is_asked = self._config.requantize or self._config.skip_modules is not None
+        self.quantizes_rest = is_asked or not has_layers
+        self.quantized = others if self.quantizes_rest else []
+        if not is_asked:
+            self._weights.check_requantized(self.quantized)
         return found
 
     def values(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Reads the weights of a GGUF file one at a time, so that the model is never in memory twice.
 
-transformers decodes a whole GGUF file, and quantizes nothing. Here, weights of the types in ``blocks.KINDS`` stay as they
-are stored, even if their rows have to be moved.
+transformers decodes a whole GGUF file, and quantizes nothing. Here, weights of the types in ``blocks.KINDS`` stay as
+they are stored, even if their rows have to be moved.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ class GGUFWeights:
         With a ``QLoRAConfig``, layers, embeddings and output heads keep the bits of weights that the file stores in a
         type of ``blocks.KINDS``, and others are dense. With ``skip_modules``, the modules that it names are dense, and
         other layers are quantized to NF4; with ``embeddings``, other embeddings are, too. If the file has no such
-        weight for a layer, the model is quantized to NF4 like any dense model; without ``skip_modules``, its layers must
-        then be stored as floating-point numbers.
+        weight for a layer, or with ``requantize``, the layers are quantized like those of any dense model. Unless the
+        configuration asks for it, they must then be stored as floating-point numbers.
 
         Raises:
             ValueError: the file lacks the weight of a layer, or has it in a type that is not supported.
@@ -185,11 +185,18 @@ class GGUFWeights:
         """All weights, to be passed to transformers, which reads one at a time; those in ``kept`` stay packed."""
         return {name: _Weight(self, name, kept) for name in self._parts}
 
-    def forms(self) -> dict[str, Form]:
-        """The forms of the weights that stay as stored with ``QLoRAConfig()``, by name; empty if none does."""
+    def forms(self, requantize: bool = False) -> dict[str, Form]:
+        """The forms of the packed weights with ``QLoRAConfig()``, by name; empty if none of them stays as stored.
+
+        Args:
+            requantize: as in ``QLoRAConfig``.
+        """
         from ..integrations.transformers import QLoRAConfig
 
-        return self._source(QLoRAConfig()).forms(self._model)
+        config = QLoRAConfig(requantize=requantize)
+        source = self._source(config)
+        found = source.forms(self._model)
+        return found | dict.fromkeys(source.quantized, config.form) if found else {}
 
     def _source(self, config: QLoRAConfig) -> GGUFSource:
         from .gguf_source import GGUFSource

@@ -118,7 +118,7 @@ def is_table(module: nn.Module) -> bool:
         >>> qlora_ext.nn.is_table(nn.Embedding(4, 4)), qlora_ext.nn.is_table(nn.Linear(4, 4))
         (True, False)
     """
-    kind = type(module)
+    kind: Any = type(module)
     if kind is nn.Embedding or not isinstance(module, nn.Embedding):
         return kind is nn.Embedding
     return isinstance(getattr(module, "scalar_embed_scale", None), float) and is_scaled(kind)
@@ -230,7 +230,7 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         """The dense embedding for this one, without gradient: the decoded table, or ``weight`` [V, D] if given."""
         weight = self.dequantize(dtype) if weight is None else weight.detach().to(dtype or self.weight_dtype)
         scale = self.embed_scale
-        options = {} if scale is None else {"embed_scale": self.scalar_embed_scale}
+        options: dict[str, Any] = {} if scale is None else {"embed_scale": self.scalar_embed_scale}
         with torch.device("meta"):
             dense = self.dense_class(self.num_embeddings, self.embedding_dim, self.padding_idx, **options)
         dense.weight = nn.Parameter(weight, requires_grad=False)
