@@ -22,6 +22,7 @@ import qlora_ext
 from gguf_files import WIDE, four_bit_file, llama_file, write
 from load_memory import peak_of_loading
 from qlora_ext import QLoRAConfig
+from qlora_ext.form import Form
 from qlora_ext.gguf import GGUFWeights, blocks, read_header
 from qlora_ext.gguf.rows import find_rows
 from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, TiedLinear4bit, layers_of
@@ -157,6 +158,20 @@ def test_a_file_of_floats_is_quantized(tmp_path: pathlib.Path) -> None:
     model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
     assert same_state(model, qlora_ext.quantize_model(dense(tmp_path / "a.gguf")))
     assert "7 BF16 quantized to NF4, 7 F16 quantized to NF4" in weights.summary
+
+
+@pytest.mark.parametrize("served", [None, "q4_0"])
+def test_layers_are_quantized_anew(served: str | None, tmp_path: pathlib.Path) -> None:
+    weights = made("llama", tmp_path / "a.gguf", kinds=["Q8_0", "Q5_K"])
+    config = QLoRAConfig(requantize=True, served=served)
+    model = weights.load(quantization_config=config, dtype=torch.float32)
+    expected = qlora_ext.quantize_model(dense(tmp_path / "a.gguf"), **Form.named(served or "nf4").keywords)
+    for name, layer in layers_of(model):
+        if ".layers." in name:
+            assert same_state(layer, expected.get_submodule(name)), name
+        else:
+            assert layer.form == blocks.form_of("Q8_0")
+    assert "quantized to" in weights.summary
 
 
 @pytest.mark.parametrize("kind", ["IQ3_XXS", "IQ2_XXS"])

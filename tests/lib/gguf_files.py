@@ -144,7 +144,7 @@ def write(
     path: pathlib.Path,
     architecture: str,
     more: dict[str, Any] | None = None,
-    kinds: Sequence[str] = ("F32", "F16", "BF16", "Q8_0"),
+    kinds: Sequence[str] = ("F32", "F16", "BF16"),
     of: Mapping[str, str | None] | None = None,
 ) -> None:
     """Writes the model to a GGUF file whose matrices have these types in turn.

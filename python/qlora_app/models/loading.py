@@ -251,7 +251,7 @@ class Loader:
     def _say_that_it_decodes(self, why: str) -> None:
         if has_4bit_blocks(self.source):
             print(
-                f"qlora-ext: the 4-bit weights of {printable(self.source.name)} are decoded and quantized to NF4, "
+                f"qlora-ext: the quantized weights of {printable(self.source.name)} are decoded and quantized to NF4, "
                 f"because {why}",
                 file=sys.stderr,
             )
