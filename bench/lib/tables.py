@@ -91,6 +91,18 @@ def answers(name: str, prompts: Sequence[int], lengths: Sequence[int], machine: 
     return table(["", *headings], rows)
 
 
+def widths() -> str:
+    """Results of bench/widths.py."""
+    rows = [
+        [
+            row["format"],
+            *(files.text(row[name]) if row[name] != "" else "" for name in ("bits", "error", "loss", "above")),
+        ]
+        for row in files.sections("amd_25_17")["widths"]["rows"]
+    ]
+    return table(["format", "bits per weight", "error of normal weights", "held-out loss", "above dense"], rows)
+
+
 def counters() -> str:
     """Results of bench/cuda_counters.py: work of our kernels and bitsandbytes' for one shape."""
     found: dict[tuple[str, ...], dict[str, files.Row]] = {}
@@ -306,6 +318,7 @@ PAGES: dict[Path, Tables] = {
     DOCS / "quality.md": {
         "encodings": encodings,
         "formats": lambda: increases("fidelity_formats"),
+        "widths": widths,
         "int8 losses": activations_losses,
         "int8 gradients": activations_gradients,
     },

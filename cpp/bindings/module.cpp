@@ -60,6 +60,13 @@ Code code_of(const std::string& name) {
   return code;
 }
 
+// For the codec on numpy arrays.
+Code code_of_4_bits(const std::string& name) {
+  const Code code = code_of(name);
+  require(!is_wide(code), "code: expected a code of 4 bits, got " + name);
+  return code;
+}
+
 void check_count(const char* name, int64_t got, int64_t expected) {
   require(got == expected,
           std::string(name) + ": expected " + std::to_string(expected) + " elements, got " + std::to_string(got));
@@ -69,7 +76,7 @@ py::tuple quantize_nf4(const Array<float>& w, int64_t block_size, const std::str
   check_block_size(block_size);
   Array<uint8_t> packed(packed_bytes(w.size()));
   Array<float> absmax(ceil_div(w.size(), block_size));
-  cpu::check(cpu::quantize_nf4(kOneThread, code_of(code), DType::kFloat32, w.data(), w.size(), block_size,
+  cpu::check(cpu::quantize_nf4(kOneThread, code_of_4_bits(code), DType::kFloat32, w.data(), w.size(), block_size,
                                packed.mutable_data(), absmax.mutable_data()));
   return py::make_tuple(packed, absmax);
 }
@@ -81,7 +88,7 @@ Array<float> dequantize_nf4(const Array<uint8_t>& packed, const Array<float>& ab
   check_count("packed", packed.size(), packed_bytes(numel));
   check_count("absmax", absmax.size(), ceil_div(numel, block_size));
   Array<float> out(numel);
-  Weight w = {packed.data(), code_of(code), float_scales(absmax.data(), block_size), 1, numel};
+  Weight w = {packed.data(), code_of_4_bits(code), float_scales(absmax.data(), block_size), 1, numel};
   if (offsets) {
     check_count("offsets", offsets->size(), ceil_div(numel, block_size));
     w.scales.offsets = {OffsetForm::kFloat32, offsets->data(), nullptr};

@@ -188,6 +188,11 @@ constexpr bool multiplies_byte_matrices(const LinearProblem& p, const Cpu& cpu) 
          accepts(Kernel::kFewTokensInt, p);
 }
 
+// Beyond this the float32 kernel, which decodes W again for each group of tokens (kMaxFloatTokens of
+// isa/<set>/stream.h), is behind panels: after one group with AVX-512, two with AVX2 (Zen 3, one thread, 4096x4096, 5
+// tokens: 5.0 ms against 6.7, 8: 6.6 against 6.7; 1536x576, 8: 0.40 against 0.39, 12: 0.57 against 0.53).
+inline constexpr int64_t kMostFloatTokens = 8;
+
 // The kernels for many tokens decode W once for all tokens, and those for few once for each group that registers can
 // sum; the former are ahead from some number of tokens on, and sooner where they multiply pairs. Plain C++ has no
 // look-up worth decoding in registers for.
@@ -198,7 +203,9 @@ constexpr bool multiplies_byte_matrices(const LinearProblem& p, const Cpu& cpu) 
 // against 8.8, 24: 9.0 against 8.6). With pairs, 10 tokens (8 tokens 0.92 ms against 1.20, 10: 1.22 against 1.30,
 // 12: 1.48 against 1.31), 12 where panels decode ragged rows, and 6 where there are four or eight shifts. Against tiles
 // 6, and 12 of ragged rows (Intel, two threads, 4096x4096, 6 tokens 0.90 ms against 0.93, 8: 1.00 against 0.91;
-// 1024x1000, 12: 127 us against 142).
+// 1024x1000, 12: 127 us against 142). Wide codes, which are multiplied in float32: with pairs 5 (Zen 4, one thread,
+// 1536x576 in Q8_0, 4 tokens: 181 us against 237, 8: 285 against 270), with AVX-512 8 (1536x512, 219 us against 228),
+// with AVX2 4 (229 us against 234).
 //
 // On ARM nothing has been measured. The bounds are from cycles of the inner loops by llvm-mca for Neoverse N1 and V2
 // (docs/cpu_static.md), which agree: decoding 64 weights for panels costs what two to three groups of tokens
@@ -208,6 +215,7 @@ constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
   if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 12 : multiplies_byte_matrices(p, cpu) ? 24 : 4;
   constexpr int64_t kPanelGroup = 64;  // weights that AVX-512 panels decode at once, in rows that begin with a group
   if (!cpu.has(kAvx2)) return 0;
+  if (is_wide(p.w.code)) return !cpu.has(kAvx512f) ? 4 : multiplies_pairs(p.dtype, cpu) ? 5 : kMostFloatTokens;
   if (has_tiles(p.dtype, cpu)) return p.w.k % 4 ? 8 : p.w.k % kPanelGroup ? 12 : 6;
   if (!cpu.has(kAvx512f) && multiplies_int_pairs(p, cpu)) return 20;
   if (!multiplies_pairs(p.dtype, cpu)) return p.w.k % 4 ? 24 : 48;
@@ -233,11 +241,6 @@ constexpr Kernel few_tokens_kernel(const LinearProblem& p, const Cpu& cpu) {
   if (!cpu.integers || p.w.k < kLeastRowWeights || (cpu.has(kAsimd) && p.m > 2)) return Kernel::kFewTokensFloat;
   return accepts(Kernel::kFewTokensInt, p) ? Kernel::kFewTokensInt : Kernel::kFewTokensFloat;
 }
-
-// Beyond this the float32 kernel, which decodes W again for each group of tokens (kMaxFloatTokens of
-// isa/<set>/stream.h), is behind panels: after one group with AVX-512, two with AVX2 (Zen 3, one thread, 4096x4096, 5
-// tokens: 5.0 ms against 6.7, 8: 6.6 against 6.7; 1536x576, 8: 0.40 against 0.39, 12: 0.57 against 0.53).
-inline constexpr int64_t kMostFloatTokens = 8;
 
 // dx, measured likewise. Float32 has no kernel for few tokens. With AVX-512 up to 16 tokens where columns can be taken
 // 64 at a time, with pairs 6 (6 tokens 0.83 ms against 0.87, 8: 1.10 against 0.97). Elsewhere AVX-512 is ahead up to 8

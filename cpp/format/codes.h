@@ -166,11 +166,11 @@ QLORA_HD float wide_value(WideCode::Kind kind, int zero, int code) {
 QLORA_INLINE float wide_value(const WideCode& wide, int code) { return wide_value(wide.kind, wide.zero, code); }
 
 // A code that a caller has made up is a number from kCodeTableCount on. The kernels' library keeps its table, forever
-// (cpp/format/custom_codes.h).
-QLORA_INLINE constexpr bool is_custom(Code code) { return static_cast<int>(code) >= kCodeTableCount && !is_wide(code); }
+// (cpp/format/custom_codes.h). The numbers of wide codes are beyond those.
+QLORA_INLINE constexpr bool is_custom(Code code) { return static_cast<int>(code) >= kCodeTableCount; }
 QLORA_EXPORT const CodeTable& custom_table(Code code);
 
-// Of a code of 4 bits.
+// Of a code of 4 bits, which the caller has made sure of.
 QLORA_INLINE constexpr const CodeTable& table_of(Code code) {
   return is_custom(code) ? custom_table(code) : kCodeTables[static_cast<int>(code)];
 }

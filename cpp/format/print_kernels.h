@@ -44,6 +44,9 @@ std::string problem_text(const Problem& p) {
   std::string text =
       size("m=", p.m) + size(" n=", n) + size(" k=", k) + size(" rank=", p.lora.rank) + " " + dtype_name(p.dtype);
   if constexpr (requires { p.activations; }) text += p.activations == Activations::kInt8 ? " int8" : "";
+  if constexpr (requires { p.w; }) {
+    if (is_wide(p.w.code)) text += std::string(" code=") + wide_code(p.w.code).name;
+  }
   return text;
 }
 

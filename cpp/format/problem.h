@@ -38,7 +38,7 @@ struct Lora {
   int64_t rank = 0;  // 0: no LoRA; a and b may then be null
   double scaling = 1.0;
   Dropout dropout;
-  const struct Adapters* adapters = nullptr;  // each token uses one of these; CPU: a, b and scaling are then unused
+  const struct Adapters* adapters = nullptr;  // each token uses one of these, and a and b are the stacks
 
   // The distance between rows of b, if b is a part of the columns of a stack. 0: the rank.
   int64_t b_stride = 0;

@@ -15,7 +15,7 @@ enum class Kernel {
   kTensorCores,  // bfloat16 and float16 of regular shapes, on mma.sync (kernels/sm80)
   kSm90,         // the same, on wgmma and TMA (kernels/sm90)
   kRagged,       // bfloat16 and float16 of any shape: float32 FMA in the forward, mma.sync elsewhere
-  kExact,        // float32, and float16 on 7.5, of any shape: every product is a float32 FMA (kernels/generic)
+  kExact,        // float32, float16 on 7.5, and dX of wide codes: every product is a float32 FMA (kernels/generic)
   kGemm,         // many tokens: decodes w, and multiplies on mma.sync (launch/sm80/linear_gemm.cu)
   kLibrary,      // many tokens: decodes w, and multiplies with torch's cuBLAS (launch/generic/linear_library.h)
 };
@@ -64,6 +64,15 @@ inline std::string describe(const Choice& choice) {
 }
 
 constexpr bool has_offsets(const Weight& w) { return w.scales.offsets.form != OffsetForm::kNone; }
+
+// Whether the problem reads a weight of more than 4 bits per code, which the kernels on tensor cores do not decode.
+template <class Problem>
+constexpr bool has_wide_code(const Problem& p) {
+  if constexpr (requires { p.w; })
+    return is_wide(p.w.code);
+  else
+    return false;
+}
 
 constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 

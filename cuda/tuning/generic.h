@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpp/format/grouped.h"
 #include "cuda/tuning/choice.h"
@@ -87,10 +88,11 @@ constexpr int64_t dlora_splits(int64_t tiles, int64_t m, int ctas_per_sm, const 
 
 namespace generic {
 
-// float32, and float16 where nothing else takes all of its shapes.
+// Types and codes for which nothing else takes all shapes: float32, float16 on 7.5, and in dX wide codes.
 template <class Problem>
 constexpr bool exact_accepts(const Problem& p, const Device& device) {
-  return p.dtype == DType::kFloat32 || (p.dtype == DType::kFloat16 && !has_tensor_core_kernels(device));
+  return p.dtype == DType::kFloat32 || (p.dtype == DType::kFloat16 && !has_tensor_core_kernels(device)) ||
+         (std::is_same_v<Problem, LinearDxProblem> && is_16_bit(p.dtype) && has_wide_code(p));
 }
 template <class Problem>
 constexpr bool exact_accepts(const Grouped<Problem>& p, const Device& device) {

@@ -156,8 +156,14 @@ constexpr bool accepts(const Problem& p, const Device&) {
   return p.dtype != DType::kFloat64 && p.w.n > 0 && p.w.k > 0;
 }
 
+// For wide codes, the kernels multiply 16-bit types without tensor cores. Their tiles have at most 16 tokens in dX, and
+// 64 in the forward of more than 16, so that from here on they decode more than once, or multiply tokens that do not
+// exist. This is a model, not a measurement.
+inline constexpr int64_t kWideTokens = 17;
+
 template <class Problem>
 constexpr bool is_ahead(const Problem& p, const Device& device) {
+  if (is_wide(p.w.code) && is_16_bit(p.dtype)) return p.m >= kWideTokens;
   return p.m >= library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device, has_offsets(p.w));
 }
 

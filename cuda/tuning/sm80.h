@@ -38,15 +38,16 @@ constexpr bool is_regular(const LinearDxProblem& p) { return has_one_scale_per(3
 // LoRA's gradients read 16 bytes of x and dy at a time.
 constexpr bool is_regular(const LoraGradProblem& p) { return p.k % 8 == 0 && p.n % 8 == 0; }
 
-constexpr bool accepts_type(DType dtype, const Device& device) {
-  return is_16_bit(dtype) && has_tensor_core_kernels(device);
+template <class Problem>
+constexpr bool accepts_type(const Problem& p, const Device& device) {
+  return is_16_bit(p.dtype) && has_tensor_core_kernels(device) && !has_wide_code(p);
 }
 template <class Problem>
 constexpr bool accepts(const Problem& p, const Device& device) {
-  return accepts_type(p.dtype, device) && is_regular(p);
+  return accepts_type(p, device) && is_regular(p);
 }
 constexpr bool accepts(const LinearProblem& p, const Device& device) {
-  return accepts_type(p.dtype, device) && (is_regular(p) || scales_weights(p));
+  return accepts_type(p, device) && (is_regular(p) || scales_weights(p));
 }
 template <class Problem>
 constexpr bool accepts(const Grouped<Problem>& p, const Device& device) {
@@ -56,7 +57,7 @@ constexpr bool accepts(const Grouped<Problem>& p, const Device& device) {
 // dX and LoRA's gradients of any shape, on the same tensor cores.
 template <class Problem>
 constexpr bool ragged_accepts(const Problem& p, const Device& device) {
-  return accepts_type(p.dtype, device);
+  return accepts_type(p, device);
 }
 template <class Problem>
 constexpr bool ragged_accepts(const Grouped<Problem>& p, const Device& device) {
@@ -80,7 +81,7 @@ constexpr bool can_stream(const LinearProblem& p, int64_t tokens, const Device& 
 }
 
 constexpr bool few_tokens_accepts(const LinearProblem& p, const Device& device) {
-  return accepts_type(p.dtype, device) && is_regular(p) && p.m <= most_few_tokens(device);
+  return accepts_type(p, device) && is_regular(p) && p.m <= most_few_tokens(device);
 }
 constexpr Config few_tokens_config(const LinearProblem& p, const Device& device, const Config& wish) {
   const int64_t least = p.m <= 4 ? 4 : p.m <= 8 ? 8 : 16;

@@ -119,18 +119,25 @@ def _explain_layouts() -> None:
         )
 
 
-def _define_4bit_names() -> None:
-    """Defines ``linear_4bit`` for ``linear_nf4`` and so on: all of these operators take every 4-bit code.
+def _define_other_names() -> None:
+    """Defines ``linear_4bit`` for ``linear_nf4`` and so on, which take every code; those that encode have 4 bits.
 
-    torch replaces such an operator by the other one before gradients, autocast and compilation see it.
+    Those that also take codes of more bits have a third name: ``linear_quantized`` and so on, and ``dequantize``.
+    torch replaces such an operator by the first one before gradients, autocast and compilation see it.
     """
     for name in OPERATORS:
         if "nf4" not in name:
             continue
-        operator, alias = getattr(torch.ops.qlora, name).default, name.replace("nf4", "4bit")
+        operator = getattr(torch.ops.qlora, name).default
         _, _, signature = str(operator._schema).partition("(")
-        NAMES.define(f"{alias}({signature}")
-        NAMES.impl(alias, operator, "CompositeImplicitAutograd")
+        aliases = [name.replace("nf4", "4bit")]
+        if "linear" in name:
+            aliases.append(name.replace("nf4", "quantized"))
+        if name == "dequantize_nf4":
+            aliases.append("dequantize")
+        for alias in aliases:
+            NAMES.define(f"{alias}({signature}")
+            NAMES.impl(alias, operator, "CompositeImplicitAutograd")
 
 
 _require_torch()
@@ -141,7 +148,7 @@ cuda_error = _load_cuda()
 if cuda_error is not None:
     _explain_on_cuda(cuda_error)
 _explain_layouts()
-_define_4bit_names()
+_define_other_names()
 
 
 def serves(archs: str, capability: tuple[int, int]) -> bool:

@@ -1,12 +1,12 @@
 """The encoders of formats, which compute the scales, offsets and codes of a weight.
 
-A format with an encoder of its own gives the bits that its library gives for a float32 weight:
+A format with an encoder of its own gives the bits that its library gives for a float32 weight, except the last two:
 
     mxfp4    OCP Microscaling Formats 1.0, section 6.3: a power of two per block
     nvfp4    compressed-tensors: an E4M3 scale per block, and the largest magnitude of the weight at its largest value
     int4, int8    compressed-tensors: the largest magnitude at 7.5 or 127.5, rounded to even
     q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q8_0, iq4_nl    ggml's reference quantizers
-    q6_k, iq4_xs    ggml's, but a tie between two codes goes to the greater one
+    q6_k, iq4_xs    a search for scales like ggml's, which need not find the same bits
 
 All others place the largest magnitude of a block, or its least and largest values, at the ends of their code, and round
 to the nearest value. Codes of more than 4 bits are encoded by torch; the operators that encode have 4 bits.
@@ -30,6 +30,9 @@ Tensors = dict[str, Tensor]
 
 _UNSIGNED = ("uint4", "uint5", "uint6", "uint8")
 _FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+# Stochastic rounding leaves a weight on its code that is so near to it, in steps between codes: decoding, and the
+# division by the scale, are rounded.
+_ON_A_CODE = 2**-12
 _CODES_AT_ONCE = 1 << 22  # limits the memory for temporary tensors
 _E8M0_LARGEST = 254
 _E4M3_SMALLEST_BLOCK = 0.125  # compressed-tensors' scale for a block whose own would be 0
@@ -106,6 +109,7 @@ def encoded(w: Tensor, scales: Tensor, form: Form, seed: int | None = None) -> T
             drawn = None
             if generator is not None:
                 drawn = torch.rand(q.shape, generator=generator, dtype=torch.float32, device="cpu").to(q.device)
+                drawn = drawn.clamp(_ON_A_CODE, 1 - _ON_A_CODE)
             return (_float_codes if form.code in _FLOATS else _integer_codes)(q, form, drawn)
 
         packed = _packed(_blocks(w, form), w, form, encode, scales)
@@ -390,17 +394,16 @@ def _nested_signed(w: Tensor, form: Form) -> Tensors:
 
 def _searched_scales(blocks: Tensor, values: Tensor, steps: list[float]) -> Tensor:
     """The scale of each block with the least squared error, weighted by w²."""
-    largest = _signed_largest(blocks)[:, None]
-    weighted = blocks.pow(3)
+    largest = _signed_largest(blocks)
+    blocks = blocks * _inverse(largest)[:, None]  # at most 1, so that no power overflows
     scale = gain = torch.zeros_like(largest)
     for step in steps:
-        found = values[_nearest_above(blocks * _inverse(largest) * (values[0] + step), values)]
-        products = (weighted * found).sum(1, keepdim=True)
-        squares = (found * blocks).square().sum(1, keepdim=True)
+        found = values[_nearest_above(blocks * (values[0] + step), values)]
+        products, squares = (found * blocks.pow(3)).sum(1), (found * blocks).square().sum(1)
         better = products.square() > gain * squares
         scale = torch.where(better, products / squares, scale)
         gain = torch.where(better, products.square() / squares, gain)
-    return scale.squeeze(1)
+    return scale * largest
 
 
 def _nearest_above(q: Tensor, values: Tensor) -> Tensor:

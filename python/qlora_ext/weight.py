@@ -112,9 +112,8 @@ def quantize(w: Tensor, form: Form | str = "nf4") -> Weight4bit:
         >>> w4 = qlora_ext.quantize(torch.randn(48, 64), "mxfp4")
         >>> w4.form.code, w4.block_size, w4.absmax.dtype, w4.bits_per_param > 4.25
         ('e2m1', 32, torch.uint8, True)
-        >>> qlora_ext.quantize(torch.randn(48, 65), "q8_0")
-        Traceback (most recent call last):
-        ValueError: w: expected rows of a multiple of 32 elements for code=int8, block_size=32, scales=float16, got [48, 65]
+        >>> qlora_ext.quantize(torch.randn(48, 64), "q8_0").bits_per_param
+        8.5
     """
     if isinstance(form, str):
         form = Form.named(form)

@@ -1,4 +1,4 @@
-"""``Weight4bit``: a frozen tensor stored as 4-bit codes and scales. ``NF4Weight`` is the one whose code is NF4."""
+"""``Weight4bit``: a frozen tensor stored as codes and scales. ``NF4Weight`` is the one whose code is NF4."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NUMBERS = Numbers._fields
 
 
 class Weight4bit(Tensor):
-    """A frozen tensor with 4 bits per element. Each element is a value of the code times the scale of its block.
+    """A frozen tensor with 4 to 8 bits per element. Each element is a value of the code times the scale of its block.
 
     It has the shape of the tensor that was quantized, and the dtype to which it decodes. Functions that read it get the
     decoded values; ``torch.nn.functional.linear`` and ``embedding`` run on the codes. Moving, copying, saving and
@@ -47,12 +47,14 @@ class Weight4bit(Tensor):
         layer.weight = nn.Parameter(qlora_ext.quantize(layer.weight, "nf4"))
 
     Attributes:
-        packed: uint8 [..., K/2]: element 2i is in the high nibble of byte i, element 2i+1 in the low nibble.
+        packed: uint8 [..., K * bits / 8]. With 4 bits, element 2i is in the high nibble of byte i, and element 2i+1 in
+            the low nibble. With 8 bits, codes are bytes. With 5 and 6 bits, each 32 elements have 16 bytes of low 4
+            bits, packed likewise, and then 4 or 8 bytes of upper bits, those of lower elements in lower bits.
         absmax: the scales [blocks], one per ``block_size`` elements in row-major order: float32, float16, bfloat16, or
             uint8 codes.
         nested_absmax, nested_offset: float32 [nested blocks] and [], the scales of those codes, one per
             ``nested_block_size`` codes, and the mean that was subtracted before; None without double quantization.
-        code: the name of the 16 values.
+        code: the name of the values of the codes, as in ``Form``.
         scale_table: float32 [256], the values of ``absmax`` if it holds uint8 codes of another map than that of double
             quantization. If ``nested_absmax`` is given, it multiplies them.
         block_offsets: [blocks], added to each block's elements after scaling: float32, float16 or bfloat16; or uint8,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adapter_samples import Batch, batch, dx_args, forward_args
+from forms import WIDE_FORMS, random_weight
 from qlora_ext.form import Form
 from qlora_ext.weight import quantize
 
@@ -102,6 +103,16 @@ def test_rows_have_the_bits_of_their_adapter_alone(
     b.of_row[2:].remainder_(3)  # fewer calls to compare with
     check_forward(b)
     check_dx(b, torch.randn(m, n).to("cuda", dtype))
+
+
+@pytest.mark.parametrize("m", [11, 26])
+@pytest.mark.parametrize("name", WIDE_FORMS)
+def test_wide_codes(name: str, m: int) -> None:
+    """On the kernels without tensor cores, and on decoded panels."""
+    b = cuda_batch(m, 72, 128, BF16, (4, 0, 40), dropout_p=0.4, seeds=[1, 2, 3])
+    b = dataclasses.replace(b, w4=random_weight(WIDE_FORMS[name], (72, 128), device="cuda"))
+    check_forward(b)
+    check_dx(b, torch.randn(m, 72).to("cuda", BF16))
 
 
 @pytest.mark.parametrize(("m", "k", "kernel", "oldest", "newest", "has_dx"), FORCED)

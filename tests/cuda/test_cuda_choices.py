@@ -9,7 +9,7 @@ import pytest
 
 from cuda_cases import DLORA, DX, FORWARD, SM90
 from host_programs import built, needs_compiler, printed_by
-from qlora_ext import _C
+from qlora_ext import _C, formats
 
 CARDS = ("sm80", "sm90", "sm100", "sm120")  # A100, H100, B200, RTX 5090
 RANK = 16
@@ -284,6 +284,21 @@ def test_python_has_the_names(card: str) -> None:
         if experts == 0:
             text = expected[CARDS.index(card)] if isinstance(expected, tuple) else expected
             assert _C.choose(op, dtype, m, n, k, block_size, device=card) == text.split()[:1]
+
+
+@pytest.mark.parametrize("card", ["sm75", *CARDS])
+@pytest.mark.parametrize("code", formats.WIDE_CODES)
+def test_wide_codes_have_no_tile_on_tensor_cores(code: str, card: str) -> None:
+    dtype = "float16" if card == "sm75" else "bfloat16"
+    for op, generic in ((FORWARD, "exact" if card == "sm75" else "ragged"), (DX, "exact")):
+        problem = {"n": 4096, "k": 4096, "code": code, "device": card}
+        assert _C.choose(op, dtype, 16, **problem) == [generic]
+        assert _C.choose(op, "float32", 64, **problem) == ["exact"]
+        assert _C.choose(op, "float32", 65, **problem) == ["library"]
+        assert _C.choose(op, dtype, 17, **problem) in (["library"], ["gemm"])
+        for kernel in {"few_tokens", "tensor_cores", "sm90", "ragged"} - {generic}:
+            with pytest.raises(ValueError, match=f"^QLORA_CUDA_KERNEL: {kernel} does not take .* code={code} on"):
+                _C.choose(op, dtype, 8, kernel=kernel, **problem)
 
 
 def test_python_takes_any_card_and_forced_kernel() -> None:

@@ -54,6 +54,8 @@ FORMATS = {  # what checkpoints have in blocks of a size
     ],
     16: [("e2m1", "table8", "no")],  # NVFP4
 }
+# Codes of more than 4 bits, and how often a warp asks for a sector of them: L1 serves the second plane of a unit.
+WIDE = {"q8_0": 1.02, "fp8": 1.02, "q5_k": 2.02, "q6_k": 2.02}
 OVER_NF4 = {128: 1.05, 64: 1.05, 32: 1.05, 16: 1.15}  # the most instructions
 OPERATORS = ["dequantize", *(f"forward {m}" for m in (1, 16, 64)), *(f"dx {m}" for m in (16, 64))]
 
@@ -128,9 +130,12 @@ def codec(record: Recorder) -> None:
 
 
 def formats(record: Recorder) -> None:
+    from forms import WIDE_FORMS, random_weight
     from test_formats_cuda import normal, weight
 
     n, k = FORM_SHAPE
+    for name in WIDE:
+        record(f"dequantize {name}", random_weight(WIDE_FORMS[name], (n, k), device="cuda").dequantize, BF16)
     for block, forms in FORMATS.items():
         for form in [NF4, *forms]:
             w4 = weight((n, k), *form, block).to("cuda")
@@ -368,6 +373,15 @@ def test_formats_cost_what_nf4_costs(cases: dict[str, Any], block: int, operator
         elif form[2] != "no" and "forward" not in operator:
             most = 1.15
         assert sum(launch.slots for launch in own) <= most * sum(launch.slots for launch in nf4), form
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_codes_are_decoded_at_the_rate_of_memory(cases: dict[str, Any], name: str) -> None:
+    (launch,), (n, k) = cases[f"dequantize {name}"], FORM_SHAPE
+    assert launch["local_bytes"] == 0
+    assert launch["unique_bytes_written"] == 32 * launch["global_sectors_written"] == 2 * n * k
+    assert launch.bytes_read <= WIDE[name] * launch["unique_bytes_read"]
+    assert launch.slots <= 12 * n * k
 
 
 @pytest.mark.parametrize("name", GROUPED)

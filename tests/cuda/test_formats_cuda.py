@@ -9,7 +9,7 @@ from torch import Tensor
 import accuracy
 from accuracy import assert_accurate
 from codec_checks import assert_bits
-from forms import oracle, random_weight
+from forms import WIDE_FORMS, oracle, random_weight
 from operator_results import check_samples, dx, forward
 from qlora_ext import _C, formats
 from qlora_ext.form import Form
@@ -58,6 +58,27 @@ def test_decoded_bits(scales: str, offsets: str, code: str) -> None:
         on_card, expected = w4.to("cuda"), decoded(w4)
         for dtype in DTYPES:
             assert_bits(on_card.dequantize(dtype), expected.to(dtype), f"blocks of {block} to {dtype}")
+
+
+@pytest.mark.parametrize("code", formats.WIDE_CODES)
+@pytest.mark.parametrize(("scales", "offsets"), FORMS)
+def test_decoded_bits_of_wide_codes(scales: str, offsets: str, code: str) -> None:
+    """Of every code, with negative scales, in chunks and what is left of them, and at any address."""
+    shapes = {(16, 8): (3, 1120), (32, 7): (1, 544), (128, 256): (2, 1152), (4096, 1): (1, 4096)}
+    for (block, nested_block), shape in shapes.items():
+        w4 = weight(shape, code, scales, offsets, block, nested_block)
+        if w4.absmax.is_floating_point():
+            w4.absmax.view(-1)[::2].neg_()
+        if w4.form.bits == 8:
+            w4.packed.view(-1)[:256] = torch.arange(256)
+        on_card, expected = w4.to("cuda"), decoded(w4)
+        for dtype in DTYPES:
+            assert_bits(on_card.dequantize(dtype), expected.to(dtype), f"blocks of {block} to {dtype}")
+    shifted = torch.empty(w4.packed.numel() + 1, dtype=torch.uint8, device="cuda")[1:].copy_(w4.packed.view(-1))
+    tensors = (on_card.absmax, on_card.nested_absmax, on_card.nested_offset, block, nested_block, shape)
+    rest = (on_card.scale_table, on_card.block_offsets, on_card.offset_scale)
+    bits = OPS.dequantize_nf4(shifted, *tensors, torch.float32, code, *rest)
+    assert_bits(bits, expected, "one byte further")
 
 
 @pytest.mark.parametrize("code", ["uint4", "int4", "e2m1", MADE_UP], ids=lambda code: code[:8])
@@ -176,11 +197,21 @@ def test_exact_values_stay_exact(m: int, code: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("block", "scales", "offsets"), [(64, s, o) for s, o in FORMS] + [(16, "table8", "float16")])
 def test_experts(block: int, scales: str, offsets: str, dtype: torch.dtype) -> None:
     """Each expert has its own tables. Rows after the last offset are zeros."""
-    n, k, counts = 72, 128, [0, 5, 0, 17, 2]
-    weights = [weight((n, k), "int4", scales, offsets, block, 8, seed) for seed in range(len(counts))]
+    weights = [weight((72, 128), "int4", scales, offsets, block, 8, seed) for seed in range(5)]
     if scales.endswith("table8"):
         for e, w4 in enumerate(weights):
             w4.scale_table.mul_(e + 1)
+    check_experts(weights, dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("name", WIDE_FORMS)
+def test_experts_of_wide_codes(name: str, dtype: torch.dtype) -> None:
+    check_experts([random_weight(WIDE_FORMS[name], (72, 128), seed) for seed in range(5)], dtype)
+
+
+def check_experts(weights: list[Weight4bit], dtype: torch.dtype) -> None:
+    (n, k), counts = weights[0].shape, [0, 5, 0, 17, 2]
     stack = Weight4bit.stack(weights).to("cuda")
     ends = torch.tensor(counts).cumsum(0).cuda()
     x, dy = normal((sum(counts) + 3, k), dtype), normal((sum(counts) + 3, n), dtype)

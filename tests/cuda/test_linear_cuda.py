@@ -11,6 +11,7 @@ import torch
 
 import reference
 from cuda_cases import BF16, CAPABILITY, DLORA, DX, F16, F32, FEW, FORWARD, HALF, SM90, Case, case, each
+from forms import WIDE_FORMS
 from operator_results import RESULTS, call, check_samples
 from samples import DTYPES
 
@@ -161,6 +162,20 @@ def forced() -> Iterator[Case]:
             yield case(op, m, 136, 2048, dtype=dtype, kernel=kernel, dropout_p=0.2)
 
 
+def wide_codes() -> Iterator[Case]:
+    """Of every form: the kernels without tensor cores, with each of their tiles, splits, tails of rows and tokens; and
+    decoded panels, of which some have further rows or columns."""
+    for op, generic in ((FORWARD, "ragged"), (DX, "exact")):
+        for form in WIDE_FORMS:
+            for m, n, k in ((3, 200, 384), (14, 33, 256), (40, 72, 640)):
+                yield case(op, m, n, k, 5, BF16, generic if m < 17 else "", 0, form, dropout_p=0.2)
+            yield case(op, 40, 72, 256, 16, F16, "gemm", 0, form)
+            yield case(op, 7, 1032, 128, 8, F32, "exact", 1, form, dropout_p=0.2)
+            yield case(op, 33, 136, 640, None, F32, "library", 0, form, bias=False)
+        yield case(op, 40, 72, 640, 8, BF16, "library:panel=256", 0, "q6_k")
+        yield case(op, 20, 72, 384, 8, F16, f"{generic}:tokens=64" if op == FORWARD else "exact:splits=2", 1, "q5_k")
+
+
 def streams() -> Iterator[Case]:
     """CTAs take equal runs of the segments of all tiles (stream-K). A tile has 128 rows, a segment 64 k, and a run a
     multiple of 4 segments. LoRA and bias are added once per tile, and the bits are the same in every order of the
@@ -222,6 +237,11 @@ def test_ranks_of_sm90(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @each(many_tokens())
 def test_many_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
+
+
+@each(wide_codes())
+def test_wide_codes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, monkeypatch)
 
 

@@ -26,7 +26,7 @@ import distributed_tasks as tasks
 import packed_models
 import qlora_ext
 from distributed_tasks import Setup
-from forms import FORMS
+from forms import MODULE_FORMS as FORMS
 from qlora_ext.integrations.peft import check_base
 from tiny_models import save_tiny_llama
 from workers import Workers
@@ -162,7 +162,7 @@ def test_ddp_leaves_streamed_layers_where_they_are(tmp_path: pathlib.Path, worke
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("form", ["nf4", "nf4 alone", "mxfp4", "q4_0", "int4", "q4_1", "awq"])
+@pytest.mark.parametrize("form", ["nf4", "nf4 alone", "mxfp4", "q4_0", "int4", "q4_1", "awq", "q6_k", "q8_0"])
 @pytest.mark.parametrize("mixed", [True, False])
 def test_every_byte_survives(world: int, form: str, mixed: bool, workers: Callable[[int], Workers]) -> None:
     results = workers(world).run(tasks.odd_bytes, FORMS[form], mixed)

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import forms
 import moe_families
 import qlora_ext
 from adapted_models import adapted, base, draw
-from forms import FORMS, random_weight
+from forms import MODULE_FORMS as FORMS
+from forms import random_weight
+from qlora_ext._internal import bit_planes
 from qlora_ext.calibration import Calibration, calibration_of
 from qlora_ext.formats import code_values
 from qlora_ext.integrations import peft as integration
@@ -62,7 +65,7 @@ def decoded(w4: Weight4bit) -> Tensor:
 
 def small_update(w4: Weight4bit, factor: float = 0.04) -> tuple[Tensor, Tensor]:
     """An adapter of rank 8 whose update is far smaller than the distance of neighbouring codes; of stacks, too."""
-    values = torch.tensor(code_values(w4.code)).unique()
+    values = torch.tensor(code_values(w4.code))[bit_planes.unpack(w4.packed, w4.form.bits).long()].unique()
     step = w4.decoded_scales().abs().mean() * values.diff().mean()
     *lead, n, k = w4.shape
     return torch.randn(*lead, 8, k) / 8**0.5, factor * step * torch.randn(*lead, n, 8)
@@ -98,7 +101,7 @@ def test_a_weight_on_its_codes_is_rounded_stochastically(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0.002, 0.02])
-@pytest.mark.parametrize("name", ["int4", "nvfp4", "mxfp4", "q4_0", "q4_1", "iq4_nl"])
+@pytest.mark.parametrize("name", ["int4", "nvfp4", "mxfp4", "q4_0", "q4_1", "iq4_nl", "q5_1", "q8_0"])
 def test_a_weight_of_another_format_keeps_its_update(name: str, size: float) -> None:
     generator = torch.Generator().manual_seed(0)
     w = qlora_ext.quantize_nf4(torch.randn(512, 512, generator=generator)).dequantize()
@@ -112,7 +115,7 @@ def test_a_weight_of_another_format_keeps_its_update(name: str, size: float) -> 
 
 @EVERY
 def test_the_nearest_codes_of_its_own_values_give_them_again(name: str) -> None:
-    for shape in (SHAPE, (3, 32, 80)):
+    for shape in (SHAPE, (3, 32, 96)):
         w4 = random_weight(FORMS[name], shape)
         w = decoded(w4)
         again = with_nearest_codes(w4, w)
@@ -166,7 +169,7 @@ class Model(torch.nn.Module):
         self.table = Embedding4bit(20, 64, compute_dtype=torch.float32, **form.keywords)
         self.up = Linear4bit(64, 96, True, torch.float64, **form.keywords)
         self.down = Linear4bit(96, 64, False, torch.float64, **form.keywords)
-        self.experts = Experts4bit(Experts(), torch.float64, **form.keywords)
+        self.experts = Experts4bit(Experts(inner=48 if form.bits == 4 else 64), torch.float64, **form.keywords)
         for seed, (_, layer) in enumerate(layers_of(self)):
             for weight, shape in layer.packed_shapes.items():
                 layer.set_packed(weight, random_weight(form, shape, seed))
@@ -211,7 +214,7 @@ def test_peft_merges_and_unmerges(name: str, size: float) -> None:
     assert torch.equal(model(ids), y)
 
 
-@EVERY
+@pytest.mark.parametrize("name", forms.FORMS)
 def test_merge_aware_outputs_are_those_of_the_merged_model(name: str) -> None:
     model, ids = of_form(name, 0.03, target_modules=["up", "down"]), torch.arange(7)
     integration.set_merge_aware(model)
@@ -220,6 +223,17 @@ def test_merge_aware_outputs_are_those_of_the_merged_model(name: str) -> None:
     assert torch.equal(merged(ids), y)
     assert {layer.form for _, layer in layers_of(merged)} == {FORMS[name]}
     assert 0 < error.total < 0.5
+
+
+@pytest.mark.parametrize("name", forms.SOME_WIDE)
+def test_merge_aware_training_has_4_bits(name: str) -> None:
+    model = of_form(name, 0.03, target_modules=["up", "down"])
+    with pytest.raises(ValueError, match="adapter_name: expected an adapter on 4-bit layers"):
+        integration.set_merge_aware(model)
+    w4 = random_weight(FORMS["q4_0"], (96, 64))
+    model.base_model.model.up.base_layer.set_packed("weight", w4)
+    integration.set_merge_aware(model)
+    assert [m.merge_aware for _, m in model.named_modules() if hasattr(m, "merge_aware")] == [{"default"}, set()]
 
 
 def test_stacks_are_rounded_matrix_by_matrix() -> None:

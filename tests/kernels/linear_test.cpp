@@ -1,5 +1,6 @@
 #include "tests/kernels/linear_test.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <string>
@@ -41,6 +42,47 @@ std::vector<float> dense_weights(const LinearShape& s, Random& random) {
   return w;
 }
 
+void set_code(uint8_t* packed, int64_t i, int bits, int code) {
+  if (bits == 8) {
+    packed[i] = static_cast<uint8_t>(code);
+    return;
+  }
+  uint8_t* const unit = packed + i / kUnit * unit_bytes(bits);
+  const int e = static_cast<int>(i % kUnit), per_byte = 8 / (bits - 4);
+  unit[e / 2] = static_cast<uint8_t>(unit[e / 2] | (code & 15) << (e % 2 ? 0 : 4));
+  uint8_t& upper = unit[kUnit / 2 + e / per_byte];
+  upper = static_cast<uint8_t>(upper | code >> 4 << e % per_byte * (bits - 4));
+}
+
+// Rounds to the nearest values of a wide code. `packed` is zeros.
+void quantize_wide(const WideCode& wide, float largest, const std::vector<float>& w, int64_t block_size,
+                   uint8_t* packed, float* absmax) {
+  for (size_t i = 0; i < w.size(); ++i) {
+    float& scale = absmax[i / block_size];
+    if (i % block_size == 0) {
+      scale = 0.0f;
+      for (size_t j = i; j < w.size() && j < i + block_size; ++j) scale = std::max(scale, std::abs(w[j]) / largest);
+    }
+    int best = 0;
+    const auto distance = [&](int code) {
+      const float of_code = std::abs(wide_value(wide, code) * scale - w[i]);
+      return std::isfinite(of_code) ? of_code : INFINITY;
+    };
+    for (int code = 1; code < 1 << wide.bits; ++code) best = distance(code) < distance(best) ? code : best;
+    set_code(packed, static_cast<int64_t>(i), wide.bits, best);
+  }
+}
+
+// The mean of the least and the largest value.
+float middle_of(Code code) {
+  if (is_wide(code)) {
+    const WideCode& wide = wide_code(code);
+    return wide.kind == WideCode::Kind::kInteger ? static_cast<float>((1 << wide.bits) - 1) / 2 - wide.zero : 0.0f;
+  }
+  const CodeTable& table = table_of(code);
+  return (table.ranked[0] + table.ranked[table.ranks - 1]) / 2;
+}
+
 // A stack of two packed weights. A problem has one of them. Offsets make the values of a block as often negative as
 // positive.
 class PackedWeights {
@@ -49,13 +91,18 @@ class PackedWeights {
     const cpu::Kernels& plain = cpu::scalar_kernels();
     const int64_t numel = s.n * s.k, blocks = ceil_div(numel, s.block_size);
     const int64_t nested_blocks = ceil_div(blocks, kNestedBlockSize);
-    packed_.resize(2 * packed_bytes(numel)), absmax_.resize(2 * blocks), codes_.resize(2 * blocks);
+    const int64_t bytes = packed_bytes(numel, bits_of(code));
+    packed_.resize(2 * bytes), absmax_.resize(2 * blocks), codes_.resize(2 * blocks);
     nested_absmax_.resize(2 * nested_blocks), nested_offset_.resize(2);
     for (int expert = 0; expert < 2; ++expert) {
       const std::vector<float> w = dense_weights(s, random);
       float* const absmax = absmax_.data() + expert * blocks;
-      plain.codec->quantize_nf4(kOneThread, code, DType::kFloat32, w.data(), numel, s.block_size,
-                                packed_.data() + expert * packed_bytes(numel), absmax);
+      uint8_t* const packed = packed_.data() + expert * bytes;
+      if (is_wide(code)) {
+        quantize_wide(wide_code(code), largest_value(code), w, s.block_size, packed, absmax);
+      } else {
+        plain.codec->quantize_nf4(kOneThread, code, DType::kFloat32, w.data(), numel, s.block_size, packed, absmax);
+      }
       plain.codec->quantize_absmax(kOneThread, absmax, blocks, kNestedBlockSize, codes_.data() + expert * blocks,
                                    nested_absmax_.data() + expert * nested_blocks, &nested_offset_[expert]);
     }
@@ -66,8 +113,7 @@ class PackedWeights {
                                     : float_scales(absmax_.data(), s.block_size);
     const WeightStride stride = weight_stride(weight_);
     if (has_offsets) {
-      const CodeTable& table = table_of(code);
-      const float middle = (table.ranked[0] + table.ranked[table.ranks - 1]) / 2;
+      const float middle = middle_of(code);
       for (const float scale : absmax_) offsets_.push_back(static_cast<float>(0.3 * random.normal() - middle) * scale);
       weight_.scales.offsets = {OffsetForm::kFloat32, offsets_.data(), nullptr};
     }
@@ -295,7 +341,8 @@ class LinearTest {
   static std::string text(const Problem& p) {
     std::string code;
     if constexpr (requires { p.w; })
-      code = std::string(" ") + p.w.table().name + (p.w.scales.offsets ? " with offsets" : "");
+      code = std::string(" ") + (is_wide(p.w.code) ? wide_code(p.w.code).name : p.w.table().name) +
+             (p.w.scales.offsets ? " with offsets" : "");
     return problem_text(p) + code;
   }
 
@@ -354,6 +401,12 @@ void test_linear(const Kernels& set, Report* report) {
       // The offset of a block with an outlier is as large as the outlier, and sums of such weights exceed float16.
       if (dtype != DType::kFloat16 || s.weights != Weights::kOutliers)
         test.run(s, turn % 2 ? Code::kUint4 : Code::kNf4, dtype, true);
+      // Rows of wide codes are whole blocks and units.
+      if (s.k % std::max<int64_t>(s.block_size, kUnit) == 0) {
+        const bool has_offsets = turn % 3 == 0 && s.weights == Weights::kNormal;
+        for (int i = 0; i < 2; ++i)
+          test.run(s, static_cast<Code>(kFirstWideCode + (2 * turn + i) % kWideCodeCount), dtype, has_offsets);
+      }
     }
     test.run_non_finite(dtype);
   }

@@ -36,6 +36,7 @@ def test_dropout_has_the_mask_of_the_call(seeds, m: int, dtype: torch.dtype) -> 
         (40, 35, (5, 300), {}),
         (130, 256, (16, 16, 16), {"code": "fp4", "double_quant": False}),
         (321, 320, (40, 2), {}),
+        (200, 320, (8,) * 16, {}),
     ],
 )
 def test_tails_and_ranks(n, k, ranks, options, m, dtype) -> None:

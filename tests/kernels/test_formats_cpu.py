@@ -158,12 +158,16 @@ def test_kernels_for_4_bits_refuse_wide_codes(kernel: str, monkeypatch: pytest.M
 
 def test_rows_of_wide_codes_are_whole_blocks_and_units() -> None:
     x, scales = torch.randn(2, 48), torch.ones(12)
-    with pytest.raises(ValueError, match="^packed: expected rows of a multiple of 32 elements in int5 with blocks of 16"):
+    with pytest.raises(
+        ValueError, match="^packed: expected rows of a multiple of 32 elements in int5 with blocks of 16"
+    ):
         OPS.linear_nf4(
             x, torch.zeros(4, 30, dtype=torch.uint8), scales, None, None, 16, 256, 4, None, None, None, 1.0, 0.0, 0,
             code="int5",
         )  # fmt: skip
-    with pytest.raises(ValueError, match="^packed: expected rows of a multiple of 64 elements in int8 with blocks of 64"):
+    with pytest.raises(
+        ValueError, match="^packed: expected rows of a multiple of 64 elements in int8 with blocks of 64"
+    ):
         OPS.linear_nf4(
             x, torch.zeros(4, 48, dtype=torch.uint8), scales, None, None, 64, 256, 4, None, None, None, 1.0, 0.0, 0,
             code="int8",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forms import FORMS, random_weight
+from forms import FORMS, WIDE_FORMS, random_weight
 from operator_results import gradient
 from samples import LinearSample, linear_sample
 
@@ -73,7 +73,7 @@ class Case:
         """The operands, and the gradient of y."""
         s = linear_sample(self.m, self.n, self.k, self.rank, self.dtype, "cuda", seed=seed, **self.options)
         if self.form is not None:
-            s.w4 = random_weight(FORMS[self.form], (self.n, self.k), device="cuda")
+            s.w4 = random_weight((FORMS | WIDE_FORMS)[self.form], (self.n, self.k), device="cuda")
         return s, gradient(s)
 
 

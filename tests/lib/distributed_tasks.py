@@ -264,7 +264,9 @@ class Odd(nn.Module):
 
     def __init__(self, form: Form) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Linear4bit(k, n, **form.keywords) for k, n in ((128, 33), (33, 7), (7, 1)))
+        unit = form.row_unit  # which some rows are padded to
+        sizes = [(-(-k // unit) * unit, n) for k, n in ((128, 33), (33, 7), (7, 1))]
+        self.layers = nn.ModuleList(Linear4bit(k, n, **form.keywords) for k, n in sizes)
         generator = torch.Generator().manual_seed(0)
         for layer in self.layers:
             for t in layer.packed_state().values():
@@ -277,7 +279,7 @@ class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.adapter(x)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(nn.functional.pad(x, (0, layer.in_features - x.shape[-1])))
         return x
 
 

@@ -3,6 +3,7 @@ package."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,12 @@ WIDE_FORMS = {
     "fp8": Form("e4m3", "float32", 128),
     "e5m2": Form("e5m2", "bfloat16", 64),
 }
+# Of these, one per width and kind of scales, with blocks that divide short rows. And what modules are tested with.
+SOME_WIDE = {
+    name: dataclasses.replace(WIDE_FORMS[name], block_size=min(32, WIDE_FORMS[name].block_size))
+    for name in ("q5_k", "q6_k", "q8_0", "uint8 zero points", "fp8")
+}
+MODULE_FORMS = FORMS | SOME_WIDE
 
 
 def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

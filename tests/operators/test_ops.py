@@ -294,10 +294,14 @@ def test_dropout_keeps_the_share_it_says() -> None:
     assert abs(float(y.mean()) - 1.0) < 5 * np.sqrt(0.3 / 0.7 / (64 * k))
 
 
-@pytest.mark.parametrize("name", [name for name in OP_NAMES if "nf4" in name])
-def test_operators_of_all_4bit_codes_have_a_name_that_says_so(name: str) -> None:
-    operator, alias = getattr(OPS, name).default, getattr(OPS, name.replace("nf4", "4bit")).default
-    assert str(alias._schema) == str(operator._schema).replace(name, name.replace("nf4", "4bit"), 1)
+OTHER_NAMES = [(name, name.replace("nf4", "4bit")) for name in OP_NAMES if "nf4" in name]
+OTHER_NAMES += [(name, name.replace("nf4", "quantized")) for name in OP_NAMES if "linear_nf4" in name]
+
+
+@pytest.mark.parametrize(("name", "other"), [*OTHER_NAMES, ("dequantize_nf4", "dequantize")])
+def test_operators_of_all_codes_have_a_name_that_says_so(name: str, other: str) -> None:
+    operator, alias = getattr(OPS, name).default, getattr(OPS, other).default
+    assert str(alias._schema) == str(operator._schema).replace(name, other, 1)
     args = op_calls("cpu")[name]
     expected, found = operator(*args), alias(*args)
     pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]

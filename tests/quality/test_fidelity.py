@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 import qlora_ext
-from forms import FORMS, random_weight
+from forms import MODULE_FORMS as FORMS
+from forms import random_weight
 from qlora_app import planning
 from qlora_app.planning.memory import build
 from qlora_ext.fidelity.integrity import problems_of
@@ -77,6 +79,12 @@ def test_damage_is_found(name: str) -> None:
     assert problems_of(empty) == ["layer: every scale is zero: nothing was loaded into it"]
 
 
+def test_codes_of_nan_are_found() -> None:
+    model = layer_of("fp8")
+    model.layer.weight.packed[3, :2] = torch.tensor([0x7F, 0xFF], dtype=torch.uint8)
+    assert problems_of(model) == ["layer: 2 of 3072 codes are NaN or infinite"]
+
+
 def test_scales_that_no_model_has_are_found() -> None:
     model = layer_of("q4_1")
     model.layer.set_weight(random_weight(FORMS["float32 offsets"], (48, 64)))
@@ -86,7 +94,7 @@ def test_scales_that_no_model_has_are_found() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_planned_weights_have_the_size_of_real_ones(name: str) -> None:
-    form = PRESETS[name]
+    form = dataclasses.replace(PRESETS[name], block_size=min(64, PRESETS[name].block_size))
     planned = build(planning.Job(CONFIGS["llama"](), dtype="bfloat16", form=form), 2)
     model = qlora_ext.quantize_model(make("llama"), **form.keywords)
     expected = {key: (t.shape, t.dtype) for key, t in model.state_dict().items()}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import qlora_ext
+from qlora_ext import Form
 from qlora_ext._internal.svd import low_rank_approximation
 from qlora_ext.calibration import Calibration, InitLora, initial_lora_of
 from test_calibration import Chain, correlated
@@ -64,6 +65,16 @@ def test_weighed_by_the_inputs_the_outputs_come_nearest(method: str) -> None:
     )
     assert svd < 0.8 * before
     assert svd < loftq
+
+
+@pytest.mark.parametrize("name", ["q5_k", "q8_0"])
+def test_loftq_over_more_than_4_bits(name: str) -> None:
+    dense = nn.Sequential(nn.Linear(128, 64))
+    settings = InitLora("loftq", rank=8, iterations=3)
+    model = qlora_ext.quantize_model(copy.deepcopy(dense), init_lora=settings, **Form.named(name).keywords)
+    (a, b), w = initial_lora_of(model)["0"], dense[0].weight
+    plain = qlora_ext.quantize(w, name).dequantize() - w
+    assert (model[0].dequantize() + b @ a - w).norm() < 0.9 * plain.norm()
 
 
 def test_loftq_fits_weights_and_adapters_in_turns() -> None:

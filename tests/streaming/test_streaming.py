@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
-from forms import FORMS, random_weight
+from forms import MODULE_FORMS as FORMS
+from forms import random_weight
 from qlora_ext.adapters import stack_adapters
 from qlora_ext.nn import Experts4bit, ExpertsLora, Linear4bit
 from qlora_ext.sizes import parse_size
@@ -370,9 +371,9 @@ class Layered(nn.Module):
         self.layers = nn.ModuleList()
         for w4 in weights:
             if w4.shape[0] == 5:
-                layer = Experts4bit(Experts(), torch.float64, **w4.form.keywords)
+                layer = Experts4bit(Experts(inner=64), torch.float64, **w4.form.keywords)
                 layer.set_packed("gate_up_proj", w4)
-                layer.set_packed("down_proj", random_weight(w4.form, (5, 64, 48)))
+                layer.set_packed("down_proj", random_weight(w4.form, (5, 64, 64)))
             else:
                 layer = Linear4bit(64, 64, False, torch.float64, **w4.form.keywords)
                 layer.set_weight(w4)
@@ -394,7 +395,7 @@ def from_disk(model: nn.Module, path: pathlib.Path) -> nn.Module:
 def two_adapters(tokens: int) -> dict[str, ExpertsLora]:
     """Adapters of which each token uses one."""
     a, b = (
-        [torch.randn(5, *shape).double() for shape in shapes] for shapes in (((2, 64), (3, 64)), ((96, 2), (96, 3)))
+        [torch.randn(5, *shape).double() for shape in shapes] for shapes in (((2, 64), (3, 64)), ((128, 2), (128, 3)))
     )
     return {"gate_up_proj": ExpertsLora(stack_adapters(a, b), None, adapter_of_row=torch.arange(tokens) % 2)}
 
@@ -402,7 +403,7 @@ def two_adapters(tokens: int) -> dict[str, ExpertsLora]:
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("experts", [False, True], ids=["linear", "experts"])
 def test_a_streamed_model_has_the_same_bits(name: str, experts: bool, tmp_path: pathlib.Path) -> None:
-    shape = (5, 96, 64) if experts else (64, 64)
+    shape = (5, 128, 64) if experts else (64, 64)
     weights = [random_weight(FORMS[name], shape, seed) for seed in range(4)]
     resident = Layered(weights)
     streamed = from_disk(Layered(weights), tmp_path / "state.safetensors")

@@ -38,7 +38,10 @@ void dequantize_wide_part(const Weight& w, int64_t begin, int64_t end, T* out) {
     const int64_t of_block = i / size - block;
     typename Reader::Floats v[4];
     reader.template decode<kBits, kind>(i, (has_zero_points ? ones : scales) + of_block, to_offset, v);
-    if (has_zero_points) reader.scale(i, scales + of_block, v);
+    if (has_zero_points) {
+      const auto by = reader.of_lanes(scales + of_block);
+      for (auto& x : v) x *= by;
+    }
     panel::F in_order[4];
     static_assert(sizeof v == sizeof in_order);
     __builtin_memcpy(in_order, v, sizeof v);

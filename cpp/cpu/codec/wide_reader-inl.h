@@ -3,12 +3,15 @@
 // which all instruction sets have.
 //
 // Four elements are in a lane, as they are in a dword of bytes: lane i of vector j is element 4i + j of a group. Blocks
-// have at least 16 elements, so a lane has one scale.
+// have at least 16 elements, so a lane has one scale. Groups begin at multiples of kGroup in their row, and rows are
+// whole blocks. So a group is a part of a block, or begins with one.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/isa/unit_codes.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/unroll.h"
@@ -40,21 +43,58 @@ class WideReader {
   using Dwords = typename VectorOf<uint32_t, kLanes>::Type;
   using Floats = typename VectorOf<float, kLanes>::Type;
 
+  WideReader() = default;
   explicit WideReader(const Weight& w)
       : packed_(w.packed),
         end_(w.packed + packed_bytes(w.n * w.k, w.bits())),
         zero_(wide_code(w.code).zero),
-        block_(static_cast<int>(w.scales.block_size)) {}
+        shift_(__builtin_ctzll(static_cast<uint64_t>(w.scales.block_size))) {}
 
-  // The group of elements that begins at `begin`, a multiple of kGroup or of kUnit. `scale` is that of its first block;
-  // the scales of the next ones follow. Offsets lie `to_offset` floats further on; without them, it is 0. Elements
-  // beyond the weight have any values.
+  // The bytes of a group, and where the one that begins at element `begin`, a multiple of kGroup or of kUnit, has its.
+  // A group smaller than a unit has those of its unit.
+  template <int kBits>
+  static constexpr int kBytes = kBits == 8 ? kGroup : max(kGroup / kUnit, 1) * static_cast<int>(unit_bytes(kBits));
+  template <int kBits>
+  const uint8_t* at(int64_t begin) const {
+    return packed_ + (kBits == 8 ? begin : begin / kUnit * unit_bytes(kBits));
+  }
+
+  // The values of the codes of the group of elements whose bytes are at `group`. Elements beyond the weight have any
+  // values. `first` is the group's first element in its unit, if it is smaller than one.
   template <int kBits, WideCode::Kind kind>
-  void decode(int64_t begin, const float* scale, int64_t to_offset, Floats (&v)[4]) const {
-    codes<kBits>(begin, [&](auto j, Dwords code) { v[j.value] = value<kind>(code); });
-    this->scale(begin, scale, v);
+  [[gnu::always_inline]] void values(const uint8_t* group, Floats (&v)[4], int first = 0) const {
+    uint8_t last[kBytes<kBits>];
+    if (end_ - group < kBytes<kBits>) [[unlikely]] {
+      std::memset(last, 0, sizeof last);
+      std::memcpy(last, group, static_cast<size_t>(max(end_ - group, 0)));
+      group = last;
+    }
+    codes<kBits>(group, first, [&](auto j, Dwords code) { v[j.value] = value<kind>(code); });
+  }
+
+  // In each lane of a group, the entry of its block. `of_block` points to that of the group's first block, and kLanes
+  // floats may be read from there on.
+  Floats of_lanes(const float* of_block) const {
+    Floats blocks;
+    std::memcpy(&blocks, of_block, sizeof blocks);
+#if defined(__clang__)
+    Floats v;
+    for (int i = 0; i < kLanes; ++i) v[i] = blocks[4 * i >> shift_];
+    return v;
+#else
+    return __builtin_shuffle(blocks, lanes() * 4 >> shift_);
+#endif
+  }
+
+  // The weights of the group that begins at element `begin`. `scale` points to the scale of its first block. Offsets
+  // lie `to_offset` floats further on; without them, it is 0.
+  template <int kBits, WideCode::Kind kind>
+  [[gnu::always_inline]] void decode(int64_t begin, const float* scale, int64_t to_offset, Floats (&v)[4]) const {
+    values<kBits, kind>(at<kBits>(begin), v, static_cast<int>(begin % kUnit));
+    const Floats by = of_lanes(scale);
+    for (Floats& x : v) x *= by;
     if (to_offset) {
-      const Floats offset = of_lanes(begin, scale + to_offset);
+      const Floats offset = of_lanes(scale + to_offset);
       for (Floats& x : v) x += offset;
     }
   }
@@ -64,15 +104,8 @@ class WideReader {
     for (Floats& x : v) x = lanes() < static_cast<uint32_t>(count / 4) ? x : Floats{};
   }
 
-  // Multiplies the group of elements that begins at `begin` by the scales of their blocks.
-  void scale(int64_t begin, const float* scale, Floats (&v)[4]) const {
-    const Floats by = of_lanes(begin, scale);
-    for (Floats& x : v) x *= by;
-  }
-
  private:
   static constexpr Dwords splat(uint32_t x) { return x - Dwords{}; }
-  static Floats splat(float x) { return x - Floats{}; }
   static constexpr Dwords lanes() {
     Dwords number = {};
     for (int i = 0; i < kLanes; ++i) number[i] = static_cast<uint32_t>(i);
@@ -93,29 +126,23 @@ class WideReader {
 
   // Calls use(j, the codes of elements 4i + j) for j = 0 .. 3.
   template <int kBits, class Use>
-  void codes(int64_t begin, const Use& use) const {
-    constexpr int kUnitBytes = static_cast<int>(unit_bytes(kBits)), kUnits = kGroup < kUnit ? 1 : kGroup / kUnit;
-    constexpr int kBytes = kBits == 8 ? kGroup : kUnits * kUnitBytes;
-    const uint8_t* at = packed_ + (kBits == 8 ? begin : begin / kUnit * kUnitBytes);
-    uint8_t last[kBytes];
-    if (end_ - at < kBytes) {
-      std::memset(last, 0, sizeof last);
-      std::memcpy(last, at, static_cast<size_t>(max(end_ - at, 0)));
-      at = last;
-    }
-    if constexpr (kBits == 8) {
+  static void codes(const uint8_t* group, int first, const Use& use) {
+    if constexpr (kBits == 8 || (panel::UnitCodes<kBits>::kServes && kLanes == panel::kLanes)) {
       Dwords four;
-      std::memcpy(&four, at, sizeof four);
+      if constexpr (kBits == 8) {
+        std::memcpy(&four, group, sizeof four);
+      } else {
+        four = reinterpret_cast<Dwords>(panel::UnitCodes<kBits>::of(group));
+      }
       unroll<4>([&](auto j) { use(j, j.value == 3 ? four >> 24 : (four >> 8 * j.value) & 255); });
     } else {
       // Bytes of the planes, a lane's side by side.
       constexpr int kHere = kGroup < kUnit ? kGroup : kUnit, kUpper = kBits - 4;
-      const int first = kGroup < kUnit ? static_cast<int>(begin % kUnit) : 0;
+      if (kGroup >= kUnit) first = 0;
       uint8_t low[kGroup / 2], upper[kGroup / 8 * kUpper];
-      for (int u = 0; u < kUnits; ++u) {
-        std::memcpy(low + u * kHere / 2, at + u * kUnitBytes + first / 2, kHere / 2);
-        std::memcpy(upper + u * kHere / 8 * kUpper, at + u * kUnitBytes + kUnit / 2 + first / 8 * kUpper,
-                    kHere / 8 * kUpper);
+      for (int u = 0; u < kGroup / kHere; ++u, group += unit_bytes(kBits)) {
+        std::memcpy(low + u * kHere / 2, group + first / 2, kHere / 2);
+        std::memcpy(upper + u * kHere / 8 * kUpper, group + kUnit / 2 + first / 8 * kUpper, kHere / 8 * kUpper);
       }
       const Dwords nibbles = widen<uint16_t>(low), high = upper_of_lanes<kUpper>(upper);
       constexpr int kNibble[4] = {4, 0, 12, 8};
@@ -141,8 +168,9 @@ class WideReader {
   template <WideCode::Kind kind>
   Floats value(Dwords code) const {
     if constexpr (kind == WideCode::Kind::kInteger) {
-      using Ints = typename VectorOf<int32_t, kLanes>::Type;
-      return __builtin_convertvector(reinterpret_cast<Ints>(code) - zero_, Floats);
+      // 2^23 + code, whose last bits are those of the code
+      constexpr uint32_t kBits = 0x4B000000;
+      return as_floats(code | kBits) - (0x1p23f + static_cast<float>(zero_));
     } else {
       // The bits below the sign, moved to where float32 has them, and the exponent moved from this bias to that of
       // float32. Subnormal numbers are integers times their unit.
@@ -152,22 +180,14 @@ class WideReader {
       constexpr float kUnit = kIsE4m3 ? 0x1p-9f : 0x1p-16f;
       const Dwords magnitude = code & 127, moved = magnitude << (23 - kMantissa);
       const Floats normal = as_floats(moved + kRebias), subnormal = __builtin_convertvector(magnitude, Floats) * kUnit;
-      const Floats special = kIsE4m3 ? as_floats(splat(0x7FC00000u)) : as_floats(moved + (2 * kRebias));
+      const Floats special = kIsE4m3 ? as_floats(splat(0x7FF00000u)) : as_floats(moved + (2 * kRebias));
       const Floats found = magnitude < (1u << kMantissa) ? subnormal : magnitude >= kSpecial ? special : normal;
       return as_floats(reinterpret_cast<Dwords>(found) | (code & 128) << 24);
     }
   }
 
-  // In each lane, the entry of its block.
-  Floats of_lanes(int64_t begin, const float* of_block) const {
-    int next = block_ - static_cast<int>(begin & (block_ - 1));  // the first element of the next block
-    Floats v = splat(*of_block);
-    for (; next < kGroup; next += block_) v = lanes() >= static_cast<uint32_t>(next / 4) ? splat(*++of_block) : v;
-    return v;
-  }
-
-  const uint8_t *packed_, *end_;
-  const int zero_, block_;
+  const uint8_t *packed_ = nullptr, *end_ = nullptr;
+  int zero_ = 0, shift_ = 0;
 };
 
 }  // namespace

@@ -40,12 +40,12 @@ class WideRows {
  public:
   using Reader = WideReader<kLanes>;
   static constexpr int64_t kGroup = Reader::kGroup;
-  static_assert(sizeof(Floats) == sizeof(Reader::Floats) && kChunk % kGroup == 0);
+  static_assert(sizeof(Floats) == sizeof(Reader::Floats) && kChunk % kGroup == 0 && kGroup % kUnit == 0);
 
   explicit WideRows(const Weight& w)
       : w_(w), reader_(w), blocks_(w.k / w.scales.block_size), shift_(__builtin_ctzll(uint64_t(w.scales.block_size))) {}
 
-  int64_t groups() const { return ceil_div(w_.k, kGroup); }
+  int64_t groups() const { return ceil_div(w_.k, kGroup); }  // of a row
   // The floats for the scales of so many rows. A last group may reach beyond the last row.
   int64_t scale_floats(int64_t rows) const { return arrays() * room(rows); }
 
@@ -56,18 +56,32 @@ class WideRows {
     read_offsets(w_.scales, n * blocks_, rows * blocks_, scales, scales + to_offset_);
   }
 
-  // Group `group` of row n, whose scales have been read; zeros where it ends beyond the row.
+  // Where row n begins: its bytes, and its scales, which have been read.
+  struct Row {
+    const uint8_t* packed;
+    const float* scales;
+  };
+  Row row(int64_t n) const { return {w_.packed + w_.bytes(n * w_.k), scales_ + (n - first_) * blocks_}; }
+  // From a row to the next one.
+  int64_t row_bytes() const { return w_.bytes(w_.k); }
+  int64_t row_scales() const { return blocks_; }
+
+  // Group `group` of a row: v · scale are its weights, zeros where it ends beyond the row.
   template <int kBits, WideCode::Kind kind>
-  void decode(int64_t n, int64_t group, Floats (&v)[4]) const {
+  [[gnu::always_inline]] void decode(const Row& row, int64_t group, Floats (&v)[4], Floats& scale) const {
     typename Reader::Floats read[4];
     const int64_t column = group * kGroup;
-    const float* const scale = scales_ + (n - first_) * blocks_ + (column >> shift_);
-    reader_.template decode<kBits, kind>(n * w_.k + column, scale, to_offset_, read);
+    const float* const of_block = row.scales + (column >> shift_);
+    reader_.template values<kBits, kind>(row.packed + group * Reader::template kBytes<kBits>, read);
+    typename Reader::Floats by = reader_.of_lanes(of_block);
+    if (to_offset_) {
+      const typename Reader::Floats offset = reader_.of_lanes(of_block + to_offset_);
+      for (auto& x : read) x = x * by + offset;
+      by = 1.0f - typename Reader::Floats{};
+    }
     if (w_.k - column < kGroup) Reader::keep_first(w_.k - column, read);
     __builtin_memcpy(v, read, sizeof v);
-  }
-  void prefetch(int64_t n, int64_t group) const {
-    __builtin_prefetch(w_.packed + w_.bytes(n * w_.k + group * kGroup), 0, 2);
+    __builtin_memcpy(&scale, &by, sizeof scale);
   }
 
  private:
@@ -87,16 +101,18 @@ template <int kBits, WideCode::Kind kind, int kRows, int kTokens>
 void sum_rows(const WideRows& w, int64_t n, const float* x, float* sums) {
   Floats acc[kRows][kTokens];
   unroll<kRows>([&](auto r) { unroll<kTokens>([&](auto i) { acc[r][i] = zero(); }); });
-  for (int64_t g = 0; g < w.groups(); ++g, x += kTokens * WideRows::kGroup) {
-    Floats v[kRows][4];
+  WideRows::Row rows[kRows];
+  for (int r = 0; r < kRows; ++r) rows[r] = w.row(n + r);
+  const int64_t ahead = kRows * w.row_bytes(), groups = w.groups();
+  for (int64_t g = 0; g < groups; ++g, x += kTokens * WideRows::kGroup) {
     unroll<kRows>([&](auto r) {
-      w.prefetch(n + kRows + r, g);
-      w.decode<kBits, kind>(n + r, g, v[r]);
-    });
-    unroll<4>([&](auto j) {
+      Floats v[4], scale;
+      __builtin_prefetch(rows[r].packed + g * WideRows::Reader::kBytes<kBits> + ahead, 0, 2);
+      w.decode<kBits, kind>(rows[r], g, v, scale);
       unroll<kTokens>([&](auto i) {
-        const Floats of_x = load(x + i * WideRows::kGroup + j * kLanes);
-        unroll<kRows>([&](auto r) { acc[r][i] = fma(v[r][j], of_x, acc[r][i]); });
+        Floats product = mul(v[0], load(x + i * WideRows::kGroup));
+        unroll<3>([&](auto j) { product = fma(v[j + 1], load(x + i * WideRows::kGroup + (j + 1) * kLanes), product); });
+        acc[r][i] = fma(product, scale, acc[r][i]);
       });
     });
   }
@@ -115,6 +131,7 @@ class WideForward {
     const auto lay_out = [&](void* base) {
       Carver memory(base);
       x_ = memory.take<float>(m * columns_);
+      units_ = memory.take<float>(m);
       h_ = memory.take<float>(m * padded_rank(rank));
       dropped = memory.take<T>(rank && p_.lora.dropout.active() ? m * k : 0);
       return memory.used();
@@ -143,10 +160,15 @@ class WideForward {
     while (groups_.first(group + 1) <= token) ++group;
     const int64_t first = groups_.first(group), tokens = groups_.tokens(group);
     const T* const x = static_cast<const T*>(p_.x) + token * p_.w.k;
+    // Products are summed before a scale of W makes them small, so a token with huge values is scaled down.
+    bool huge = false;
+    for (int64_t c = 0; c < p_.w.k; ++c) huge |= __builtin_fabsf(to_float(x[c])) > 0x1p90f;
+    const float factor = huge ? 0x1p-40f : 1.0f;
+    units_[token] = 1.0f / factor;
     float* out = x_ + first * columns_ + (token - first) * WideRows::kGroup;
     for (int64_t c = 0; c < columns_; c += WideRows::kGroup, out += tokens * WideRows::kGroup)
       for (int64_t i = 0; i < WideRows::kGroup; ++i)
-        out[i % 4 * kLanes + i / 4] = c + i < p_.w.k ? to_float(x[c + i]) : 0.0f;
+        out[i % 4 * kLanes + i / 4] = c + i < p_.w.k ? to_float(x[c + i]) * factor : 0.0f;
   }
 
   // Computes weight rows first .. last - 1, at most kWideRows, for all tokens.
@@ -175,6 +197,7 @@ class WideForward {
 
   // Adds low rank and bias, and stores the output of a token and a weight row.
   void finish(int64_t token, int64_t n, float of_row) const {
+    of_row *= units_[token];
     const Lora& lora = lora_of(p_.lora, token);
     if (lora.rank) {
       const T* const b = static_cast<const T*>(lora.b) + lora.b_row(n);
@@ -191,7 +214,8 @@ class WideForward {
   const TokenGroups groups_;
   const int64_t columns_;  // of x, in whole groups
   float* x_ = nullptr;
-  float* h_ = nullptr;  // in the layout of low_rank-inl.h
+  float* units_ = nullptr;  // of each token of x_
+  float* h_ = nullptr;      // in the layout of low_rank-inl.h
 };
 
 inline Outcome forward_wide(const Pool& pool, const LinearProblem& p) {
@@ -257,12 +281,14 @@ class WideDx {
     Floats sum[kTokens][4];
     unroll<kTokens>(
         [&](auto i) { unroll<4>([&](auto j) { sum[i][j] = load(sums + i * WideRows::kGroup + j * kLanes); }); });
-    for (int64_t r = 0; r < rows; ++r) {
-      Floats v[4];
-      w.prefetch(n + r + kDxTileRows, group);
-      w.decode<kBits, kind>(n + r, group, v);
+    WideRows::Row row = w.row(n);
+    const int64_t ahead = kDxTileRows * w.row_bytes() + group * WideRows::Reader::kBytes<kBits>;
+    for (int64_t r = 0; r < rows; ++r, row.packed += w.row_bytes(), row.scales += w.row_scales()) {
+      Floats v[4], scale;
+      __builtin_prefetch(row.packed + ahead, 0, 2);
+      w.decode<kBits, kind>(row, group, v, scale);
       unroll<kTokens>([&](auto i) {
-        const Floats by = splat(dy[i * kDxTileRows + r]);
+        const Floats by = mul(scale, splat(dy[i * kDxTileRows + r]));
         unroll<4>([&](auto j) { sum[i][j] = fma(v[j], by, sum[i][j]); });
       });
     }

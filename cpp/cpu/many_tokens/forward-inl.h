@@ -71,7 +71,8 @@ class ForwardTask {
         rows_(rows) {
     const int64_t offset_floats = p.w.scales.offsets ? 2 * kStripScales : 0;
     const int64_t copied_sums = p.lora.adapters ? StripShape::kMostRows * round_up(token_lanes_, kLanes) : 0;
-    const int64_t copied_h = p.lora.adapters ? tokens * min(p.lora.rank, kRanks) : 0;
+    const int64_t of_token = multiplies_stack() ? p.lora.adapters->stack_rank : min(p.lora.rank, kRanks);
+    const int64_t copied_h = p.lora.adapters ? tokens * of_token : 0;
     const int64_t copied_bytes = 4 * copied_sums + round_up(copied_h * static_cast<int64_t>(sizeof(T)), kCacheLine);
     Carver memory(scratch(ScratchUse::kThread, kTaskBytes + 4 * offset_floats + copied_bytes));
     strip_ = memory.take<Word>(StripShape::kPanelWords);
@@ -145,28 +146,88 @@ class ForwardTask {
     int depth;
   };
 
-  // Adds the low-rank product of each adapter to the sums of its tokens. The stack's rows of B are read in their order,
-  // once for all adapters whose h fits lanes_: an adapter's part of a row is often less than a cache line.
-  void add_adapters() {
+  // Calls f(lora, list, count) for each adapter of the task's tokens.
+  template <class F>
+  void for_each_adapter_here(const F& f) const {
+    for_each_adapter(
+        *p_.lora.adapters, tokens_, [this](int64_t t) { return places_ ? places_[token_ + t] : token_ + t; }, f);
+  }
+  const T* h_of_task() const { return h_ + (token_ - first_token_) * p_.lora.rank; }
+
+  void add_adapters() { add_each_adapter(multiplies_stack() ? add_stack() : 0); }
+
+  // Whether the stack's B is multiplied as that of a single adapter if the task's tokens use `used` adapters.
+  bool multiplies_stack(int64_t used) const {
+    constexpr int64_t kStepsPerAdapter = 16;  // that take about as long as moving the sums of an adapter's tokens
+    const int64_t ranks = p_.lora.adapters->stack_rank;
+    const int64_t steps = ceil_div(ranks, kStepElements) * ceil_div(token_lanes_, kLanes);
+    // If the stack were longer than a chain, the order of a sum would depend on the place of its adapter.
+    return kChain<T> == kDepth && ranks <= kRanks && used > 1 && steps <= used * kStepsPerAdapter;
+  }
+  bool multiplies_stack() const { return p_.lora.adapters && multiplies_stack(min(p_.lora.adapters->count, tokens_)); }
+
+  // Adds the products of h and the whole stack for as many of the task's rows as it can, and returns their number. A
+  // token's h is zero outside the ranks of its own adapter. That leaves every sum as it is unless another adapter's
+  // weights are infinite or NaN, so it stops at the first rows with sums that are not finite.
+  int64_t add_stack() {
+    const int64_t ranks = p_.lora.adapters->stack_rank;
+    const T* const b = static_cast<const T*>(p_.lora.b);
+    __builtin_memset(copied_h_, 0, static_cast<size_t>(tokens_ * ranks) * sizeof(T));
+    int64_t used = 0;
+    bool in_step = true;
+    for_each_adapter_here([&](const Lora& lora, const int32_t* list, int64_t count) {
+      if (lora.rank == 0) return;
+      const int64_t first = static_cast<const T*>(lora.b) - b;
+      in_step = in_step && first % kStepElements == 0;
+      ++used;
+      for (int64_t i = 0; i < count; ++i)
+        __builtin_memcpy(copied_h_ + list[i] * ranks + first, h_of_task() + list[i] * p_.lora.rank,
+                         static_cast<size_t>(lora.rank) * sizeof(T));
+    });
+    if (!in_step || !multiplies_stack(used)) return 0;
+    const int depth = transpose_lanes<W, Order::kMemory>(Matrix<T>{copied_h_, ranks}, 0, tokens_, 0, ranks, lanes_);
+    for (int64_t row = 0; row < rows_; row += strips_.size) {
+      const int64_t rows = min(strips_.size, rows_ - row);
+      load_broadcast<W>(Matrix<T>{b, ranks}, row_ + row, rows, 0, ranks, strip_);
+      WeightLinePrefetcher nothing;
+      multiply<W, kChain<T>>(strip_, rows, lanes_, token_lanes_, depth, copied_sums_, true, nothing);
+      F zeros = zero();  // unless a sum is infinite or NaN
+      for (int64_t i = 0; i < rows * round_up(token_lanes_, kLanes); i += kLanes)
+        zeros = multiply_add(load(copied_sums_ + i), zero(), zeros);
+      float lanes[kLanes];
+      store(lanes, zeros);
+      for (const float lane : lanes)
+        if (lane != 0.0f) return row;
+      for (int64_t l = 0; l < token_lanes_; l += kTileLanes) {
+        const int64_t width = tile_width(token_lanes_ - l);
+        add_slice(copied_sums_ + l * rows, rows * width, sums_ + l * rows_ + row * width, false);
+      }
+    }
+    return rows_;
+  }
+
+  // Adds the low-rank product of each adapter to the sums of its tokens, for rows [first_row, rows_). The stack's rows
+  // of B are read in their order, once for all adapters whose h fits lanes_: an adapter's part of a row is often less
+  // than a cache line.
+  void add_each_adapter(int64_t first_row) {
+    if (first_row == rows_) return;
     constexpr int64_t kMostParts = 64;
     AdapterPart parts[kMostParts];
     int32_t lists[kMostTokens];
     int32_t* next_list = lists;
     Word* next_lanes = lanes_;
     int64_t found = 0;
-    const auto place = [this](int64_t t) { return places_ ? places_[token_ + t] : token_ + t; };
-    for_each_adapter(*p_.lora.adapters, tokens_, place, [&](const Lora& lora, const int32_t* list, int64_t count) {
-      const T* const h = h_ + (token_ - first_token_) * p_.lora.rank;
+    for_each_adapter_here([&](const Lora& lora, const int32_t* list, int64_t count) {
       __builtin_memcpy(next_list, list, static_cast<size_t>(count) * sizeof(*list));
       for (int64_t rank = 0; rank < lora.rank; rank += kRanks) {
         const int64_t ranks = min(kRanks, lora.rank - rank);
         const int64_t most_words = round_up(count * W::kWords, kLanes) * round_up(ranks, kLanes);
         if (found == kMostParts || next_lanes + most_words > lanes_ + kMostLaneWords) {
-          add_parts(parts, found);
+          add_parts(parts, found, first_row);
           next_lanes = lanes_;
           found = 0;
         }
-        copy_low_rank(h, p_.lora.rank, list, count, rank, ranks, copied_h_);
+        copy_low_rank(h_of_task(), p_.lora.rank, list, count, rank, ranks, copied_h_);
         const Matrix<T> of_tokens{copied_h_, ranks};
         const int depth = transpose_lanes<W, Order::kMemory>(of_tokens, 0, count, 0, ranks, next_lanes);
         parts[found++] = {
@@ -175,12 +236,12 @@ class ForwardTask {
       }
       next_list += count;
     });
-    add_parts(parts, found);
+    add_parts(parts, found, first_row);
   }
 
   // Unless a part has all tokens, their sums are moved side by side and back.
-  void add_parts(const AdapterPart* parts, int64_t count) {
-    for (int64_t row = 0; row < rows_; row += strips_.size) {
+  void add_parts(const AdapterPart* parts, int64_t count, int64_t first_row) {
+    for (int64_t row = first_row; row < rows_; row += strips_.size) {
       const int64_t rows = min(strips_.size, rows_ - row);
       for (const AdapterPart* part = parts; part < parts + count; ++part) {
         load_broadcast<W>(part->b, row_ + row, rows, part->rank, part->ranks, strip_);

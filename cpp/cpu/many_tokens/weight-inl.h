@@ -79,6 +79,7 @@ class ScaledPiece {
     // is indexed by the block's number in the whole weight, so row_scales_ is a row's room minus the blocks by which a
     // row advances.
     row_scales_ = one_run ? 0 : piece.columns / kMinBlockSize + 2 + kLanes - (w.k >> shift_);
+    if (is_wide(w.code)) wide_ = WideReader<kLanes>(w);
     if (has_offsets()) to_offset_ = one_run ? run_room(w, piece.rows) : scale_floats(piece.rows, piece.columns);
     scales_ = scales - block(piece.row, piece.column) - piece.row * row_scales_;
     for (int64_t row = piece.row, step = one_run ? piece.rows : 1; row < piece.row + piece.rows; row += step) {
@@ -97,6 +98,7 @@ class ScaledPiece {
   static int64_t run_floats(const Weight& w, int64_t rows) { return arrays(w) * run_room(w, rows); }
 
   const Weight& weight() const { return *w_; }
+  const WideReader<kLanes>& wide() const { return wide_; }
   // Of 4-bit codes. Wide codes have none, and any one does for what reads it without using it.
   const CodeTable& table() const { return is_wide(w_->code) ? kCodeTables[0] : w_->table(); }
   int shift() const { return shift_; }
@@ -132,6 +134,7 @@ class ScaledPiece {
   int shift_ = 0;
   int64_t row_scales_ = 0, to_offset_ = 0;
   float* scales_ = nullptr;
+  WideReader<kLanes> wide_;
 };
 
 inline WeightLinePrefetcher prefetch_piece(const Weight& w, const Piece& piece) {
@@ -160,13 +163,11 @@ class RaggedRow {
 
  private:
   void decode_wide(int64_t c, F (&v)[4]) const {
-    const Weight& w = t_.weight();
-    const WideReader<kLanes> reader(w);
     typename WideReader<kLanes>::Floats read[4];
     const int64_t begin = flat_ + c;
     const float* const scale = scales_ + (begin >> t_.shift());
-    with_wide(wide_code(w.code), [&]<int kBits, WideCode::Kind kind>() {
-      reader.template decode<kBits, kind>(begin, scale, t_.has_offsets() ? t_.to_offset() : 0, read);
+    with_wide(wide_code(t_.weight().code), [&]<int kBits, WideCode::Kind kind>() {
+      t_.wide().template decode<kBits, kind>(begin, scale, t_.to_offset(), read);
     });
     static_assert(sizeof v == sizeof read);
     __builtin_memcpy(v, read, sizeof v);
@@ -250,9 +251,61 @@ void decode_lanes_as(const ScaledPiece& source, const Piece& piece, typename W::
   }
 }
 
+// The same for wide codes: decode(row, column, v) decodes the group at a row and column of the weight.
+template <class Use>
+void with_wide_decoder(const ScaledPiece& source, const Piece& piece, const Use& use) {
+  const WideReader<kLanes> reader = source.wide();
+  with_wide(wide_code(source.weight().code), [&]<int kBits, WideCode::Kind kind>() {
+    use([&](int64_t row, int64_t column, F(&v)[4]) QLORA_INLINE_LAMBDA {
+      typename WideReader<kLanes>::Floats read[4];
+      const float* const scale = source.scale_at(row, column);
+      reader.template decode<kBits, kind>(source.flat(row, column), scale, source.to_offset(), read);
+      const int64_t left = piece.column + piece.columns - column;
+      if (left < kGroup) WideReader<kLanes>::keep_first(left, read);
+      static_assert(sizeof v == sizeof read);
+      __builtin_memcpy(v, read, sizeof v);
+    });
+  });
+}
+template <class W>
+void decode_wide_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  with_wide_decoder(source, piece, [&](const auto& decode) {
+    for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
+      for (int64_t c = 0; c < piece.columns; c += kGroup) {
+        F v[4];
+        decode(row, piece.column + c, v);
+        W::store_decoded_row(v, panel + c / W::kElements);
+      }
+    }
+  });
+}
+template <class W>
+void decode_wide_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  const int64_t depth = ceil_div(piece.rows, W::kElements);
+  with_wide_decoder(source, piece, [&](const auto& decode) {
+    for (int64_t d = 0; d < depth; ++d, panel += kTileLanes) {
+      const int64_t row = piece.row + d * W::kElements, next = row + W::kElements - 1;
+      for (int64_t c = 0; c < piece.columns; c += kGroup) {
+        typename W::Vector words[4];
+        if constexpr (W::kElements == 1) {
+          decode(row, piece.column + c, words);
+        } else {
+          F v[4], below[4] = {zero(), zero(), zero(), zero()};
+          decode(row, piece.column + c, v);
+          if (next < piece.row + piece.rows) decode(next, piece.column + c, below);
+          unroll<4>([&](auto j) { words[j.value] = W::round_pair(v[j.value], below[j.value]); });
+        }
+        store_whole_group<W>(panel + c * depth, kTileLanes * depth, words);
+      }
+    }
+  });
+}
+
 template <class W>
 void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
-  if (source.has_offsets()) {
+  if (is_wide(source.weight().code)) {
+    decode_wide_broadcast<W>(source, piece, panel);
+  } else if (source.has_offsets()) {
     decode_broadcast_as<W, true>(source, piece, panel);
   } else {
     decode_broadcast_as<W, false>(source, piece, panel);
@@ -260,7 +313,9 @@ void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W:
 }
 template <class W>
 void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
-  if (source.has_offsets()) {
+  if (is_wide(source.weight().code)) {
+    decode_wide_lanes<W>(source, piece, panel);
+  } else if (source.has_offsets()) {
     decode_lanes_as<W, true>(source, piece, panel);
   } else {
     decode_lanes_as<W, false>(source, piece, panel);

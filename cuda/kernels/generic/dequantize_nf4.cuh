@@ -1,4 +1,4 @@
-// dequantize_nf4: decodes packed codes, scales and offsets to values, float32(float32(value * scale) + offset) or
+// dequantize_nf4: decodes packed codes of 4 bits or more, scales and offsets to values, float32(float32(value * scale) + offset) or
 // (value - zero point) * scale, rounded once. The same launch decodes nested scales.
 //
 // A warp takes one chunk of kSweeps sweeps after another. In a sweep, each of its 32 lanes decodes 16 bytes of output.
@@ -19,6 +19,7 @@
 #include "cuda/tile/generic/lane_values.cuh"
 #include "cuda/tile/generic/nf4_decode.cuh"
 #include "cuda/tile/generic/unroll.cuh"
+#include "cuda/tile/generic/wide_codes.cuh"
 
 namespace qlora::kernels {
 
@@ -47,6 +48,7 @@ struct DequantizeState {
   const float* values;
   const float* scale_values;
   float offset, first_integer;
+  int bits;  // of a wide code
   tile::RawScale raw;
 };
 
@@ -61,11 +63,11 @@ enum class DequantizeSteps {
   kScale,            // value * scale
   kScaleThenAdd,     // value * scale + offset
   kScaleAndAdd,      // the same, where the product is exact: one instruction
-  kSubtractInteger,  // (q - zero point) * scale for integers q, without a table
+  kSubtractInteger,  // (q - zero point) * scale for integers q, of 4 bits without a table
 };
 
 // Calls use(steps) with a constant. Returns false, and calls nothing, for zero points of any other code.
-template <class Use>
+template <bool kWide, class Use>
 __device__ __forceinline__ bool with_dequantize_steps(const tile::ScaleView& scales, const tile::CodeView& code,
                                                       const Use& use) {
   using enum DequantizeSteps;
@@ -75,7 +77,7 @@ __device__ __forceinline__ bool with_dequantize_steps(const tile::ScaleView& sca
     use(std::integral_constant<DequantizeSteps, kScaleAndAdd>{});
   else if (!tile::has_zero_points(scales))
     use(std::integral_constant<DequantizeSteps, kScaleThenAdd>{});
-  else if (code.is_integer())
+  else if (kWide || code.is_integer())
     use(std::integral_constant<DequantizeSteps, kSubtractInteger>{});
   else
     return false;
@@ -83,17 +85,19 @@ __device__ __forceinline__ bool with_dequantize_steps(const tile::ScaleView& sca
 }
 
 // Decodes the kChunk elements from `first` on into `out`. Requires alignment for vector accesses, and a_lane_a_block.
-template <class T, int kChunk, bool kReadSoon, DequantizeSteps kSteps>
+template <class T, int kChunk, bool kReadSoon, bool kWide, DequantizeSteps kSteps>
 __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
                                                  T* out, DequantizeState& state) {
   constexpr bool kHasOffsets = kSteps != DequantizeSteps::kScale;
   using Tile = DequantizeTile<T, kChunk>;
   const int lane = threadIdx.x % tile::kWarp;
   const uint8_t* const in = packed + ((first + lane * Tile::kPerLane) >> 1);
-  uint32_t word[Tile::kSweeps];
+  std::conditional_t<kWide, tile::WideRun<Tile::kPerLane>, uint32_t> word[Tile::kSweeps];
   tile::unroll<Tile::kSweeps>([&](auto r) {
     constexpr int kOffset = r * Tile::kSweep / 2;
-    if constexpr (Tile::kPerLane == 8) {
+    if constexpr (kWide) {
+      word[r].load(packed, first + lane * Tile::kPerLane + r * Tile::kSweep, state.bits);
+    } else if constexpr (Tile::kPerLane == 8) {
       word[r] = ptx::load_stream_u32<kOffset>(in);
     } else {
       word[r] = ptx::load_stream_u16<kOffset>(in);
@@ -108,7 +112,9 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
   }
   const float own = tile::decode_scale(scales, state.raw, state.scale_values, state.offset);
   float own_offset = 0.0f;
-  if constexpr (kSteps == DequantizeSteps::kSubtractInteger)
+  if constexpr (kWide && kSteps == DequantizeSteps::kSubtractInteger)
+    own_offset = static_cast<float>(raw_offset.bits);
+  else if constexpr (kSteps == DequantizeSteps::kSubtractInteger)
     own_offset = 0x1p23f - state.first_integer + static_cast<float>(raw_offset.bits);  // subtracted from 2^23 + q
   else if constexpr (kHasOffsets)
     own_offset = tile::decode_offset(scales, raw_offset);
@@ -122,7 +128,13 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
     float value[Tile::kPerLane];
     [[maybe_unused]] float offset = 0.0f;
     if constexpr (kHasOffsets) offset = __shfl_sync(0xFFFFFFFFu, own_offset, owner);
-    if constexpr (kSteps == DequantizeSteps::kSubtractInteger)
+    if constexpr (kWide)
+      word[r].decode(value, state.bits, state.values, [&](float v) {
+        if constexpr (kSteps == DequantizeSteps::kScale) return __fmul_rn(v, scale);
+        if constexpr (kSteps == DequantizeSteps::kSubtractInteger) return __fmul_rn(__fsub_rn(v, offset), scale);
+        return tile::scale_and_add<false>(v, scale, offset);
+      });
+    else if constexpr (kSteps == DequantizeSteps::kSubtractInteger)
       tile::decode_integers(value, word[r], [&](float v) { return __fmul_rn(v - offset, scale); });
     else if constexpr (kSteps == DequantizeSteps::kScale)
       tile::decode_nf4(value, word[r], table, [&](float v) { return __fmul_rn(v, scale); });
@@ -139,14 +151,14 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
 
 // Decodes the elements first .. end - 1, at most kChunk, one at a time: the end of the tensor, and data too poorly
 // aligned for vector accesses.
-template <class T>
+template <class T, bool kWide>
 __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
                                                     int64_t end, T* out, const DequantizeState& state) {
 #pragma unroll 1
   for (int64_t i = first + threadIdx.x % tile::kWarp; i < end; i += tile::kWarp) {
     const int64_t block = i >> scales.block_shift;
     const float scale = tile::read_scale(scales, block, state.scale_values, state.offset);
-    const float value = state.values[code_at(packed, i)];
+    const float value = state.values[kWide ? code_at(packed, i, state.bits) : code_at(packed, i)];
     out[i - first] = tile::narrow<T>(scales.scales.offsets ? tile::BlockDecoder(scales, block, scale)(value)
                                                            : __fmul_rn(value, scale));
   }
@@ -189,14 +201,14 @@ __device__ __forceinline__ void append_terms(const DequantizeTerms<T>& p) {
 
 // A grid-stride loop, so that each CTA stages the tables only once, however large the tensor is. A warp takes
 // kDequantizeRun neighbouring chunks at a time, because most of them share a nested block.
-template <class T, int kChunk, int kThreads, bool kReadSoon>
+template <class T, int kChunk, int kThreads, bool kReadSoon, bool kWide>
 __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t* __restrict__ packed,
                                                                   const __grid_constant__ tile::ScaleView scales,
                                                                   const __grid_constant__ tile::CodeView code,
                                                                   const __grid_constant__ DequantizePieces pieces,
                                                                   const __grid_constant__ DequantizeTerms<T> terms,
                                                                   T* __restrict__ out) {
-  __shared__ __align__(tile::kNf4DecodeAlign) float values[kCodes];
+  __shared__ __align__(tile::kNf4DecodeAlign) float values[tile::kStagedValues<kWide>];
   __shared__ float scale_values[256];
   __shared__ float shared_offset;
   if constexpr (kReadSoon) append_terms<T, kThreads>(terms);
@@ -206,8 +218,8 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   __syncthreads();
 
   constexpr int kPerVector = DequantizeTile<T, kChunk>::kPerLane;
-  DequantizeState state{values, scale_values, shared_offset, code.first_integer(), {}};
-  const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out) && pieces.first % 8 == 0 &&
+  DequantizeState state{values, scale_values, shared_offset, code.first_integer(), kWide ? code.wide.bits : 4, {}};
+  const bool aligned = tile::is_aligned<kWide ? 8 : 4>(packed) && tile::is_aligned<16>(out) && pieces.first % 8 == 0 &&
                        (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0 &&
                                              pieces.out_stride % kPerVector == 0));
   const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);
@@ -220,16 +232,16 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
       const int64_t first = pieces.first + row * pieces.stride + column;
       T* const to = out + row * pieces.out_stride + column;
       if (in_chunks && column + kChunk <= pieces.columns && a_lane_a_block<kChunk>(scales, first)) {
-        dequantize_chunk<T, kChunk, kReadSoon, steps>(packed, scales, first, to, state);
+        dequantize_chunk<T, kChunk, kReadSoon, kWide, steps>(packed, scales, first, to, state);
       } else {
         const int64_t count = min(pieces.columns - column, int64_t{kChunk});
-        dequantize_elements<T>(packed, scales, first, first + count, to, state);
+        dequantize_elements<T, kWide>(packed, scales, first, first + count, to, state);
       }
       ++chunk;
       if (chunk % kDequantizeRun == 0) chunk += (warps - 1) * kDequantizeRun;
     }
   };
-  if (!with_dequantize_steps(scales, code, [&](auto steps) { decode_all(aligned, steps); }))
+  if (!with_dequantize_steps<kWide>(scales, code, [&](auto steps) { decode_all(aligned, steps); }))
     decode_all(false, std::integral_constant<DequantizeSteps, DequantizeSteps::kScale>{});
 }
 

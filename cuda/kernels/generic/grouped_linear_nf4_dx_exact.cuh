@@ -45,12 +45,13 @@ __device__ __forceinline__ void visit_dx_tile(const GroupedDxArgs& p, Body body)
   }
 }
 
-template <class T>
+template <class T, bool kWide>
 __global__ void __launch_bounds__(kDxExactThreads, 2)
     grouped_linear_nf4_dx_exact_kernel(const __grid_constant__ GroupedDxArgs p) {
   visit_dx_tile<T, kDxExactTokens, kDxExactColumns, kDxExactThreads>(
-      p,
-      [](const DxArgs& args, int64_t token0, int64_t column0) { linear_nf4_dx_exact_tile<T>(args, token0, column0); });
+      p, [](const DxArgs& args, int64_t token0, int64_t column0) {
+        linear_nf4_dx_exact_tile<T, kWide>(args, token0, column0);
+      });
 }
 
 }  // namespace qlora::kernels

@@ -32,7 +32,7 @@ __device__ __forceinline__ RaggedLinearArgs<T> expert_args(const GroupedLinearAr
 }
 
 // Grid: x over token tiles (fastest) and row tiles.
-template <class T, int kTokens>
+template <class T, int kTokens, bool kWide>
 __global__ void __launch_bounds__(kRaggedThreads)
     grouped_linear_nf4_ragged_kernel(const __grid_constant__ GroupedLinearArgs<RaggedLinearArgs<T>> p) {
   const tile::GroupTile tile =
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kRaggedThreads)
                                          n0 + kRaggedRows);
     return;
   }
-  linear_nf4_ragged_tile<T, kTokens>(expert_args(p, tile.group), n0, tile.row0);
+  linear_nf4_ragged_tile<T, kTokens, kWide>(expert_args(p, tile.group), n0, tile.row0);
 }
 
 }  // namespace qlora::kernels

@@ -1,4 +1,5 @@
-// dx = dy · w + mask ∘ (g · a) · keep_scale for float32, and for float16 on devices without the tensor cores' kernels.
+// dx = dy · w + mask ∘ (g · a) · keep_scale for float32, for float16 on devices without the tensor cores' kernels, and for
+// wide codes.
 // Every operand is widened or decoded to float32, and every product is a float32 FMA.
 //
 // A CTA computes dx[kDxExactTokens tokens][128 columns] over its share of the rows n. A thread has one column and every
@@ -34,9 +35,9 @@ __device__ __forceinline__ float dx_lora_exact(const DxArgs& args, int64_t m, in
 
 // Computes the tile of tokens token0.. and columns column0.. over split blockIdx.y of the rows. This is the work of a
 // whole CTA.
-template <class T>
+template <class T, bool kWide>
 __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int64_t token0, int64_t column0) {
-  __shared__ float values[kCodes], scale_values[256];
+  __shared__ float values[tile::kStagedValues<kWide>], scale_values[256];
   __shared__ float dy[kDxExactStageRows][kDxExactTokens];
   __shared__ float sums[kDxExactTokens][kDxExactColumns];
   tile::stage_values(values, args.code);
@@ -66,7 +67,8 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
       for (int row = half; row < rows; row += 2) {
         const int64_t element = (stage + row) * args.k + column, block = element >> args.scales.block_shift;
         const float scale = tile::read_scale(args.scales, block, scale_values, offset);
-        float w = values[code_at(args.packed, element)];
+        const int code = kWide ? code_at(args.packed, element, args.code.wide.bits) : code_at(args.packed, element);
+        float w = values[code];
         if constexpr (has_offsets)
           w = tile::BlockDecoder(args.scales, block, scale)(w);
         else
@@ -115,11 +117,11 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
 }
 
 // The grid is that of linear_nf4_dx_kernel, with the tile above. To fit more than 3 CTAs, ptxas would spill registers.
-template <class T>
+template <class T, bool kWide>
 __global__ void __launch_bounds__(kDxExactThreads, 3) linear_nf4_dx_exact_kernel(const DxArgs args) {
   ptx::start_next_grid();
-  linear_nf4_dx_exact_tile<T>(args, int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens,
-                              int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns);
+  linear_nf4_dx_exact_tile<T, kWide>(args, int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens,
+                                     int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns);
 }
 
 }  // namespace qlora::kernels

@@ -1,6 +1,6 @@
 // y = x · wᵀ + h · lora_bᵀ + bias for everything that the tensor-core kernel does not accept: quantization blocks and
-// bytes that span rows, NF4 in blocks of fewer than 64 weights, odd k, any alignment. The kernel finds each element of
-// w by its flat index. All arithmetic is float32, so this is also the exact kernel for float32 x.
+// bytes that span rows, NF4 in blocks of fewer than 64 weights, odd k, any alignment, wide codes. The kernel finds each
+// element of w by its flat index. All arithmetic is float32, so this is also the exact kernel for float32 x.
 //
 // A CTA computes kRaggedRows rows of w times kTokens tokens. Both operands are widened to float32 in shared memory, 32
 // k at a time. A thread multiplies 4 rows by 4 tokens. With few tokens, 64 / kTokens threads divide the 32 k of the
@@ -13,6 +13,7 @@
 #include "cuda/tile/generic/block_scale.cuh"
 #include "cuda/tile/generic/code_tables.cuh"
 #include "cuda/tile/generic/element.cuh"
+#include "cuda/tile/generic/wide_codes.cuh"
 
 namespace qlora::kernels {
 
@@ -70,14 +71,30 @@ __device__ __forceinline__ void decode_run(const uint8_t* packed, const tile::Sc
   }
 }
 
+// The same for a wide code, whose rows consist of whole runs, and so do its blocks.
+__device__ __forceinline__ void decode_wide_run(const uint8_t* packed, const tile::ScaleView& view, int64_t i0,
+                                                int bits, const float* code, const float* scale_values, float offset,
+                                                float (&w)[kRaggedRun]) {
+  tile::WideRun<kRaggedRun> run;
+  run.load(packed, i0, bits);
+  const int64_t block = i0 >> view.block_shift;
+  const float scale = tile::read_scale(view, block, scale_values, offset);
+  tile::with_offsets(view, [&](auto has_offsets) {
+    if constexpr (has_offsets)
+      run.decode(w, bits, code, tile::BlockDecoder(view, block, scale));
+    else
+      run.decode(w, bits, code, [&](float value) { return __fmul_rn(value, scale); });
+  });
+}
+
 // Computes the tile of rows n0.. of w and tokens token0.. of x. This is the work of a whole CTA.
-template <class T, int kTokens>
+template <class T, int kTokens, bool kWide>
 __device__ __forceinline__ void linear_nf4_ragged_tile(const RaggedLinearArgs<T>& p, int64_t n0, int64_t token0) {
   constexpr int kRowThreads = kRaggedRows / 4, kTokenThreads = kTokens / 4;  // of 4 rows and 4 tokens each
   constexpr int kSlices = kRaggedThreads / (kRowThreads * kTokenThreads);    // threads that divide a stage's k
   constexpr int kSliceK = kRaggedStageK / kSlices, kRunsPerRow = kRaggedStageK / kRaggedRun;
   static_assert(kRaggedRows * kRunsPerRow == kRaggedThreads);
-  __shared__ float scale_values[256], code[kCodes];
+  __shared__ float scale_values[256], code[tile::kStagedValues<kWide>];
   __shared__ float w_stage[kRaggedStageK][kRaggedRows + 1], x_stage[kRaggedStageK][kTokens + 1];
   __shared__ float sums[kSlices][kTokens][kRaggedRows];
   const int row_thread = threadIdx.x % kRowThreads, token_thread = threadIdx.x / kRowThreads % kTokenThreads;
@@ -123,7 +140,10 @@ __device__ __forceinline__ void linear_nf4_ragged_tile(const RaggedLinearArgs<T>
     }
   };
   accumulate(p.k, p.x, [&](int64_t n, int64_t k, int count, float (&w)[kRaggedRun]) {
-    decode_run(p.packed, p.scales, n * p.k + k, count, code, scale_values, offset, w);
+    if constexpr (kWide)
+      decode_wide_run(p.packed, p.scales, n * p.k + k, p.code.wide.bits, code, scale_values, offset, w);
+    else
+      decode_run(p.packed, p.scales, n * p.k + k, count, code, scale_values, offset, w);
   });
   ptx::wait_for_previous_grid();  // which computes h
   accumulate(p.rank, p.h, [&](int64_t n, int64_t k, int count, float (&w)[kRaggedRun]) {
@@ -147,10 +167,11 @@ __device__ __forceinline__ void linear_nf4_ragged_tile(const RaggedLinearArgs<T>
   }
 }
 
-template <class T, int kTokens>
+template <class T, int kTokens, bool kWide>
 __global__ void __launch_bounds__(kRaggedThreads)
     linear_nf4_ragged_kernel(const __grid_constant__ RaggedLinearArgs<T> p) {
-  linear_nf4_ragged_tile<T, kTokens>(p, blockIdx.x / p.token_tiles * kRaggedRows, blockIdx.x % p.token_tiles * kTokens);
+  linear_nf4_ragged_tile<T, kTokens, kWide>(p, blockIdx.x / p.token_tiles * kRaggedRows,
+                                            blockIdx.x % p.token_tiles * kTokens);
 }
 
 }  // namespace qlora::kernels

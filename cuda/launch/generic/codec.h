@@ -1,6 +1,6 @@
 // The codec's launchers take plain device pointers and a stream, and return the launch's error. An empty tensor
 // launches nothing. Encoded and decoded bits equal those of the CPU kernels (cpp/cpu/kernels.h). Any alignment works.
-// Dense data aligned to 16 bytes and packed data aligned to 4, as torch allocates them, is fast.
+// Dense data aligned to 16 bytes and packed data aligned to 8, as torch allocates them, is fast.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -20,10 +20,10 @@ struct Call {
   cudaStream_t stream;
 };
 
-template <class T, int kChunk, bool kReadSoon>
+template <class T, int kChunk, bool kReadSoon, bool kWide = false>
 cudaError_t launch(const Call& call) {
   constexpr int kThreads = kCodecThreads;
-  constexpr auto kKernel = kernels::dequantize_nf4_kernel<T, kChunk, kThreads, kReadSoon>;
+  constexpr auto kKernel = kernels::dequantize_nf4_kernel<T, kChunk, kThreads, kReadSoon, kWide>;
   int ctas = 0;
   if (const cudaError_t error = ctas_per_sm<kKernel>(call.device, kThreads, 0, &ctas); error != cudaSuccess)
     return error;
@@ -48,9 +48,11 @@ cudaError_t launch(const Call& call) {
 }
 
 // A chunk of a single piece has at most one quantization block per lane. Rows of a panel are cut into smaller chunks,
-// so that little of a row is left over, and blocks may begin anywhere in them.
+// so that little of a row is left over, and blocks may begin anywhere in them. Chunks of wide codes fit all block sizes.
 template <class T>
-cudaError_t launch_chunk(const Call& call, bool read_soon) {
+cudaError_t launch_chunk(const Call& call, bool read_soon, bool wide) {
+  if (wide && call.part.rows > 1) return launch<T, 256, true, true>(call);
+  if (wide) return read_soon ? launch<T, 512, true, true>(call) : launch<T, 512, false, true>(call);
   if (call.part.rows > 1) return launch<T, 256, true>(call);
   if (call.scales.scales.block_size < 32) return read_soon ? launch<T, 512, true>(call) : launch<T, 512, false>(call);
   if (call.scales.scales.block_size < 64) return read_soon ? launch<T, 1024, true>(call) : launch<T, 1024, false>(call);
@@ -71,7 +73,7 @@ cudaError_t launch_dequantize_nf4(const Weight& w, const PackedPart& part, DType
                   out,
                   device,
                   stream};
-  return with_type(dtype, [&](auto element) { return launch_chunk<decltype(element)>(call, read_soon); });
+  return with_type(dtype, [&](auto element) { return launch_chunk<decltype(element)>(call, read_soon, is_wide(w.code)); });
 }
 
 }  // namespace qlora::cuda

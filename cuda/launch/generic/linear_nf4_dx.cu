@@ -2,6 +2,7 @@
 #include "cuda/kernels/generic/linear_nf4_dx_exact.cuh"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/launch/generic/dx.h"
 #include "cuda/launch/generic/grouped_low_rank.h"
@@ -103,23 +104,31 @@ static_assert(kernels::kDxExactTokens == kExactDx.tokens && kernels::kDxExactCol
 template <class Args, auto kKernel>
 constexpr DxKernel<Args> kExactKernel = {kKernel, ctas_per_sm<kKernel>, earliest_start<kKernel>,
                                          kernels::kDxExactThreads, 0};
-template <class T>
-constexpr auto kSingle = kExactKernel<kernels::DxArgs, kernels::linear_nf4_dx_exact_kernel<T>>;
-template <class T>
-constexpr auto kOfExperts = kExactKernel<kernels::GroupedDxArgs, kernels::grouped_linear_nf4_dx_exact_kernel<T>>;
+template <class T, bool kWide>
+constexpr auto kSingle = kExactKernel<kernels::DxArgs, kernels::linear_nf4_dx_exact_kernel<T, kWide>>;
+template <class T, bool kWide>
+constexpr auto kOfExperts = kExactKernel<kernels::GroupedDxArgs, kernels::grouped_linear_nf4_dx_exact_kernel<T, kWide>>;
+
+// Calls use(T{}, is_wide) with both as constants.
+template <class Use>
+cudaError_t with_kernel_of(const LinearDxProblem& p, const Use& use) {
+  if (is_wide(p.w.code)) return with_type(p.dtype, [&](auto element) { return use(element, std::true_type{}); });
+  return with_exact_type(p.dtype, [&](auto element) { return use(element, std::false_type{}); });
+}
 
 }  // namespace
 
 cudaError_t plan_exact(const LinearDxProblem& p, const Device& device, Config* config) {
-  return with_exact_type(p.dtype, [&](auto element) { return plan_dx(kSingle<decltype(element)>, p, device, config); });
+  return with_kernel_of(
+      p, [&](auto element, auto wide) { return plan_dx(kSingle<decltype(element), wide>, p, device, config); });
 }
 cudaError_t launch_exact(const LinearDxProblem& p, const Config& config, const Context& context) {
-  return with_exact_type(p.dtype,
-                         [&](auto element) { return launch_dx(kSingle<decltype(element)>, p, config, context); });
+  return with_kernel_of(
+      p, [&](auto element, auto wide) { return launch_dx(kSingle<decltype(element), wide>, p, config, context); });
 }
 cudaError_t launch_exact(const Grouped<LinearDxProblem>& problem, const Config& config, const Context& context) {
-  return with_exact_type(problem.stack.dtype, [&](auto element) {
-    return launch_dx(kOfExperts<decltype(element)>, problem, config, context);
+  return with_kernel_of(problem.stack, [&](auto element, auto wide) {
+    return launch_dx(kOfExperts<decltype(element), wide>, problem, config, context);
   });
 }
 

@@ -1,6 +1,8 @@
 // Launches the forward of ragged shapes and of float32.
 #include "cuda/kernels/generic/linear_nf4_ragged.cuh"
 
+#include <type_traits>
+
 #include "cuda/launch/cluster.h"
 #include "cuda/launch/generic/grouped_linear.h"
 #include "cuda/launch/generic/launchers.h"
@@ -12,6 +14,14 @@ namespace qlora::cuda::generic {
 namespace {
 
 static_assert(kernels::kRaggedRows == kForwardRows);
+
+// Calls use(T{}, is_wide) with both as constants.
+template <class Use>
+cudaError_t with_kernel_of(const LinearProblem& p, const Use& use) {
+  return with_type(p.dtype, [&](auto element) {
+    return is_wide(p.w.code) ? use(element, std::true_type{}) : use(element, std::false_type{});
+  });
+}
 
 template <class T>
 kernels::RaggedLinearArgs<T> make_args(const LinearProblem& p, const void* h, int64_t token_tiles) {
@@ -30,9 +40,9 @@ kernels::RaggedLinearArgs<T> make_args(const LinearProblem& p, const void* h, in
           .token_tiles = token_tiles};
 }
 
-template <class T, int kTokens>
+template <class T, int kTokens, bool kWide>
 cudaError_t launch_tokens(const LinearProblem& p, const Context& context) {
-  constexpr auto kKernel = kernels::linear_nf4_ragged_kernel<T, kTokens>;
+  constexpr auto kKernel = kernels::linear_nf4_ragged_kernel<T, kTokens, kWide>;
   void* const h = p.h ? p.h : context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
   cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h), context.stream);
   Start start = Start::kInOrder;
@@ -44,9 +54,9 @@ cudaError_t launch_tokens(const LinearProblem& p, const Context& context) {
                         make_args<T>(p, h, token_tiles));
 }
 
-template <class T, int kTokens>
+template <class T, int kTokens, bool kWide>
 cudaError_t launch_experts_tokens(const Grouped<LinearProblem>& problem, const Config& config, const Context& context) {
-  return launch_experts<kernels::grouped_linear_nf4_ragged_kernel<T, kTokens>>(
+  return launch_experts<kernels::grouped_linear_nf4_ragged_kernel<T, kTokens, kWide>>(
       problem, config, kernels::kRaggedThreads, 0, context,
       [&](void* h, int64_t token_tiles) { return make_args<T>(problem.stack, h, token_tiles); });
 }
@@ -54,19 +64,19 @@ cudaError_t launch_experts_tokens(const Grouped<LinearProblem>& problem, const C
 }  // namespace
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {
-  return with_type(p.dtype, [&](auto element) {
+  return with_kernel_of(p, [&](auto element, auto wide) {
     using T = decltype(element);
-    return config.tokens == 4    ? launch_tokens<T, 4>(p, context)
-           : config.tokens == 16 ? launch_tokens<T, 16>(p, context)
-                                 : launch_tokens<T, 64>(p, context);
+    return config.tokens == 4    ? launch_tokens<T, 4, wide>(p, context)
+           : config.tokens == 16 ? launch_tokens<T, 16, wide>(p, context)
+                                 : launch_tokens<T, 64, wide>(p, context);
   });
 }
 
 cudaError_t launch(const Grouped<LinearProblem>& problem, const Config& config, const Context& context) {
-  return with_type(problem.stack.dtype, [&](auto element) {
+  return with_kernel_of(problem.stack, [&](auto element, auto wide) {
     using T = decltype(element);
-    return config.tokens == 16 ? launch_experts_tokens<T, 16>(problem, config, context)
-                               : launch_experts_tokens<T, 64>(problem, config, context);
+    return config.tokens == 16 ? launch_experts_tokens<T, 16, wide>(problem, config, context)
+                               : launch_experts_tokens<T, 64, wide>(problem, config, context);
   });
 }
 

@@ -45,7 +45,7 @@ inline bool has_short_values(const CodeTable& table) {
 
 inline ScaleView make_scale_view(const Scales& scales, int64_t blocks, Code code) {
   ScaleView view = make_scale_view(scales, blocks);
-  view.exact_products = view.scale_bytes == 2 && has_short_values(table_of(code));
+  view.exact_products = view.scale_bytes == 2 && !is_wide(code) && has_short_values(table_of(code));
   return view;
 }
 inline ScaleView make_scale_view(const Weight& w) {

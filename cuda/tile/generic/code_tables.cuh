@@ -36,6 +36,9 @@ struct CodeView {
   int index = 0;  // in kCodeTables, or kCodeTableCount: the code has no name, and its values are `custom`
   float factor = 1.0f, unfactor = 1.0f;
   float custom[kCodes] = {};
+  struct {
+    uint8_t bits = 4, kind = 0, zero = 0;  // of WideCode
+  } wide;                                  // for kernels that are compiled for wide codes
 
   // Whether the values ascend by 1 from first_integer() on.
   __device__ __forceinline__ bool is_integer() const { return is_consecutive(static_cast<Code>(index)); }
@@ -65,6 +68,11 @@ inline CodeView make_code_view(Code code) {
   CodeView view;
   view.index = static_cast<int>(code);
   if (view.index < kCodeTableCount) return view;
+  if (is_wide(code)) {
+    const WideCode& wide = wide_code(code);
+    view.wide = {static_cast<uint8_t>(wide.bits), static_cast<uint8_t>(wide.kind), static_cast<uint8_t>(wide.zero)};
+    return view;
+  }
   view.index = kCodeTableCount;
   const CodeTable& table = table_of(code);
   for (int i = 0; i < kCodes; ++i) view.custom[i] = table.value[i];
@@ -76,6 +84,18 @@ __device__ __forceinline__ void stage_values(float (&shared)[kCodes], const Code
   if (threadIdx.x >= kCodes) return;
   code.with_values([&](const auto& value_of) { shared[threadIdx.x] = value_of(static_cast<int>(threadIdx.x)); });
 }
+
+// The same for a wide code. The CTA needs at least 256 threads. Of fewer than 8 bits, the rest is not used.
+inline constexpr int kWideValues = 256;
+__device__ __forceinline__ void stage_values(float (&shared)[kWideValues], const CodeView& code) {
+  if (threadIdx.x >= kWideValues) return;
+  const auto kind = static_cast<WideCode::Kind>(code.wide.kind);
+  shared[threadIdx.x] = wide_value(kind, code.wide.zero, static_cast<int>(threadIdx.x));
+}
+
+// How many values kernels stage.
+template <bool kWide>
+inline constexpr int kStagedValues = kWide ? kWideValues : kCodes;
 
 // Tables for encoding by lookup. q in [-1, 1] falls into one of 32 cells, and each cell holds at most one decision
 // boundary, so

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
+from ..formats import code_values
 from ..nn import Packed4bit, TiedLinear4bit, layers_of
 from ..weight import Weight4bit
 
@@ -38,6 +41,9 @@ def _of_layer(layer: Packed4bit) -> Iterator[str]:
         for kind, t in {"scales": scales, "offsets": offsets}.items():
             if t is not None:
                 yield from (f"{prefix}{problem}" for problem in _of_values(kind, t))
+        nothing = [code for code, value in enumerate(code_values(w4.code)) if not math.isfinite(value)]
+        if nothing and (bad := int(torch.isin(w4.packed, w4.packed.new_tensor(nothing)).sum())):
+            yield f"{prefix}{bad} of {w4.numel()} codes are NaN or infinite"
         if not scales.any():
             yield f"{prefix}every scale is zero: nothing was loaded into it"
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._library import LIBRARY, cuda_error
 from ..encoders import encoded
+from ..formats import bits_of
 from ..ops import MERGE_LORA_NF4
 from ..weight import TENSORS, Weight4bit, operands, quantize
 
@@ -117,7 +118,7 @@ def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float
     if len(w4.shape) == 3:
         matrices = ((w4.matrix(e), lora_a[e], lora_b[e], seed_of(f"{seed}.{e}")) for e in range(len(lora_a)))
         return Weight4bit.stack([merged_weight(w, a, b, scaling, own) for w, a, b, own in matrices])
-    if w4.form.bits > 4:
+    if bits_of(w4.code) > 4:
         return with_update(w4, _updated(w4, lora_a.float(), lora_b.float(), scaling), seed)
     if w4.column_order is not None:
         lora_a = lora_a.index_select(-1, w4.column_order)

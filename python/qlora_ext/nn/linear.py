@@ -39,7 +39,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         double_quant: whether the scales are stored in 8 bits.
         device: of the packed state; "meta" allocates nothing.
         nested_block_size: scales per nested scale.
-        code: the name of the 16 values, or the values themselves, by code.
+        code: the name of the values, as in ``Form``, or 16 values themselves, by code.
         scales: the form of the scales, one of ``formats.SCALE_FORMS``; None for the one that ``double_quant`` chooses.
         offsets: the form of the offsets, one of ``formats.OFFSET_FORMS``; None if there are none.
         reordered: whether the weight's columns are stored in the order of the buffer ``column_order``, int32 [K]. Each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -175,6 +176,20 @@ def quantized(module: nn.Module, compute_dtype: torch.dtype | None = None, **for
     return conversion.from_linear(module, compute_dtype, **form)  # type: ignore[arg-type]
 
 
+def _check_rows(chosen: Mapping[nn.Module, str], form: Form) -> None:
+    """Raises a ValueError with the name of the first layer that has no rows of whole blocks, before one is replaced."""
+    for module, name in chosen.items() if form.row_unit > 1 else ():
+        empty = copy.copy(module)
+        parameters = {
+            key: None if p is None else nn.Parameter(p.to("meta"), False) for key, p in module._parameters.items()
+        }
+        empty._parameters = parameters
+        try:
+            quantized(empty, **form.keywords)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; keep the layer dense, or choose another form") from error
+
+
 def quantize_model(
     model: Model,
     skip: Iterable[str] | None = None,
@@ -228,7 +243,8 @@ def quantize_model(
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, ``skip`` or ``keep`` does not consist of names, or an option is
             unknown. ValueError: bitsandbytes has quantized layers to int8 or FP4; ``init_lora`` is "svd" without a
-            calibration; a name in ``keep`` is not in ``model``; or a block size is out of range.
+            calibration; a name in ``keep`` is not in ``model``; a block size is out of range; or a form of more than 4
+            bits does not have the rows of a layer (``Form.row_unit``).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
@@ -266,6 +282,7 @@ def quantize_model(
     asked = named_in(model, skip or (), keep)
     places = places_in(model)
     chosen = to_be_quantized(model, skip, embeddings, towers, keep)
+    _check_rows(chosen, form)
     check_something_is_4bit(model, bool(chosen), asked)
     if already and not chosen:
         warnings.warn("model: its layers are 4-bit already and stay as they are; nothing was quantized", stacklevel=2)

@@ -6,10 +6,12 @@
 #include <cstdint>
 
 #include "cpp/cpu/isa/avx512/bfloat16.h"
+#include "cpp/cpu/isa/unit_codes.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
+#include "cpp/format/packing.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -160,6 +162,44 @@ inline F joined(int first, F a, F b) {
                                       j + 44, j + 48, j + 52, j + 56, j + 60);
   return _mm512_mask_mov_ps(a, _mm512_cmpge_epi32_mask(element, _mm512_set1_epi32(first)), b);
 }
+
+// Two units. A byte of low nibbles becomes two bytes, and each byte of the result takes eight bits of its quadword,
+// from a bit on that is chosen so that the upper bits come to lie above the nibble.
+inline U low_of_units(const uint8_t* at, int unit_bytes) {
+  const auto nibbles = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+  const U words = _mm512_cvtepu8_epi16(_mm256_set_m128i(nibbles(at + unit_bytes), nibbles(at)));
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x3034202410140004), words);
+}
+template <>
+struct UnitCodes<6> {
+  static constexpr bool kServes = true;
+  static U of(const uint8_t* at) {
+    const auto eight = [](const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); };
+    constexpr int kBytes = static_cast<int>(unit_bytes(6));
+    const U lanes = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(eight(at + kUnit / 2), eight(at + kBytes + kUnit / 2)));
+    const U upper = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x22201E1C02003E3C), lanes);
+    const U codes = _mm512_ternarylogic_epi32(low_of_units(at, kBytes), upper, _mm512_set1_epi8(15), 0xE4);
+    return _mm512_and_si512(codes, _mm512_set1_epi8(63));
+  }
+};
+template <>
+struct UnitCodes<5> {
+  static constexpr bool kServes = true;
+  static U of(const uint8_t* at) {
+    constexpr int kBytes = static_cast<int>(unit_bytes(5));
+    uint32_t first, second;
+    __builtin_memcpy(&first, at + kUnit / 2, 4);
+    __builtin_memcpy(&second, at + kBytes + kUnit / 2, 4);
+    const U all = _mm512_set1_epi64(static_cast<int64_t>(first | uint64_t{second} << 32));
+    const U bits = _mm512_add_epi8(
+        _mm512_set1_epi64(0x03020100FFFEFDFC),
+        _mm512_setr_epi64(0, 0x0808080808080808, 0x1010101010101010, 0x1818181818181818, 0x2020202020202020,
+                          0x2828282828282828, 0x3030303030303030, 0x3838383838383838));
+    const U upper = _mm512_multishift_epi64_epi8(bits, all);
+    const U codes = _mm512_ternarylogic_epi32(low_of_units(at, kBytes), upper, _mm512_set1_epi8(15), 0xE4);
+    return _mm512_and_si512(codes, _mm512_set1_epi8(31));
+  }
+};
 
 // Random bits of elements 4*group .. 4*(group + kLanes) - 1.
 inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {

@@ -79,19 +79,19 @@ def samples_of_call(layer: nn.Module, x: Tensor) -> Tensor:
     return x  # PEFT compares its length with the number of names
 
 
-def _outer_modules(model: nn.Module) -> list[nn.Module]:
+def _outer_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of a model without those of adapters, of which each layer may have hundreds."""
-    found: dict[nn.Module, None] = {}
+    found: set[nn.Module] = set()
     waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
         if module is not None and module not in found:
-            found[module] = None
+            found.add(module)
+            yield module
             waiting += [module.base_layer] if isinstance(module, BaseTunerLayer) else module._modules.values()
-    return [*found]
 
 
-def _record_shape(model: nn.Module, call: dict[Hashable, Any]) -> Iterator[RemovableHandle]:
+def _record_shape(modules: Sequence[nn.Module], call: dict[Hashable, Any]) -> Iterator[RemovableHandle]:
     """Adds hooks by which ``call`` knows the shape of the hidden states that a mixture of experts flattens."""
 
     # torch adds a hook before it notes that the hook takes keywords: another thread's call in between passes none.
@@ -101,7 +101,7 @@ def _record_shape(model: nn.Module, call: dict[Hashable, Any]) -> Iterator[Remov
             call[samples_of_call] = hidden.shape[:2] if hidden is not None and hidden.ndim == 3 else None
 
     of_experts = ParamWrapper, Experts4bit
-    for module in _outer_modules(model):
+    for module in modules:
         if not isinstance(module, of_experts) and any(isinstance(child, of_experts) for child in module.children()):
             yield module.register_forward_pre_hook(record, with_kwargs=True)
 
@@ -115,12 +115,14 @@ def _choose(call: Any, names: Sequence[str], module: nn.Module, args: Any, kwarg
     return args, {**kwargs, "adapter_names": names}
 
 
-def _pass_names(tuner: Any, names: Sequence[str], beams: int, call: Any) -> Iterator[RemovableHandle]:
+def _pass_names(
+    tuner: Any, modules: Sequence[nn.Module], names: Sequence[str], beams: int, call: Any
+) -> Iterator[RemovableHandle]:
     """Adds hooks that pass the names of a call to its layers, repeated for each beam, except in an encoder."""
     encoder = _get_encoder(tuner.model)
     encoding = set() if encoder is None else {*encoder.modules()}
     repeated = [name for name in names for _ in range(beams)]
-    for module in _outer_modules(tuner):
+    for module in modules:
         if isinstance(module, tuner.tuner_layer_cls | AuxiliaryTrainingWrapper):
             choose = functools.partial(_choose, call, names if module in encoding else repeated)
             yield module.register_forward_pre_hook(choose, with_kwargs=True)
@@ -151,10 +153,11 @@ def _one_call(
     tuner: Any, hooks: contextlib.AbstractContextManager[None], names: Sequence[str] | None, beams: int, by_sample: bool
 ) -> Iterator[None]:
     call: dict[Hashable, Any] = {}
+    modules = [*_outer_modules(tuner)] if by_sample else []
     with _lock:  # torch numbers hooks without one, and two of the same number would replace each other
         hooks.__enter__()
-        handles = [*_record_shape(tuner, call)] if by_sample else []
-        handles += [] if names is None else _pass_names(tuner, names, beams, call)
+        handles = [*_record_shape(modules, call)]
+        handles += [] if names is None else _pass_names(tuner, modules, names, beams, call)
     tokens = _computed.set(call), _by_sample.set(by_sample)
     try:
         with _eagerly() if by_sample and "torch._dynamo" in sys.modules else contextlib.nullcontext():
@@ -197,6 +200,10 @@ class PerSample:
         return _one_call(self, hooks, names, kwargs.get("num_beams") or 1, by_sample)
 
     def _serves(self, names: Sequence[str]) -> bool:
-        layers = (m for m in _outer_modules(self.model) if isinstance(m, BaseTunerLayer))
-        known = {"__base__"}.union(*(layer._get_available_adapters() for layer in layers))
-        return not self.training and known.issuperset(names)
+        missing = {*names} - {"__base__"}
+        for module in _outer_modules(self.model):
+            if self.training or not missing:
+                break
+            if isinstance(module, BaseTunerLayer):
+                missing -= module._get_available_adapters()
+        return not self.training and not missing

@@ -65,7 +65,8 @@ def by_sample(layer: Any, x: Tensor, names: Sequence[str]) -> Operands | None:
 
 
 def _by_sample(layer: Any, x: Tensor, names: Sequence[str], dtype: torch.dtype) -> Operands | None:
-    here = [name for name in dict.fromkeys(names) if name in layer.lora_A]
+    adapters_here = layer.lora_A._modules  # ModuleDict is slower
+    here = [name for name in dict.fromkeys(names) if name in adapters_here]
     mixes = len({*names}) > 1 and x.ndim > 1
     found = layer.retained_stack(here, dtype) if mixes and here else None
     if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import operator
@@ -71,13 +72,14 @@ class _RetainedStack:
         self._own, self._empty = own * len(_EMPTY), [key for key in _EMPTY for _ in own]
         self._parameters = [of_module["weight"] for of_module in parameters]
         self._states = [*map(_state, self._parameters)]
-        # Aliases of the parameters' memory, which no other tensor can take while they exist.
+        # Aliases of the parameters' memory, which no other tensor can take while they exist. It may move, though.
         self._aliases = [p.detach() for p in self._parameters]
+        self._addresses = [*map(Tensor.data_ptr, self._parameters)]
+        sizes = [(p if p.requires_grad else p.view(-1)[:_COMPARED]).nbytes for p in self._parameters]
         self._compared = [
-            alias.view(-1) if p.requires_grad else alias.view(-1)[:_COMPARED]
-            for p, alias in zip(self._parameters, self._aliases, strict=True)
+            (ctypes.c_char * size).from_address(at) for size, at in zip(sizes, self._addresses, strict=True)
         ]
-        self._contents = torch.cat(self._compared)
+        self._contents = b"".join(self._compared)
         self.stack = _stack(adapters, dtype)
 
     def serves(self, layer: Any, names: Iterable[str], dtype: torch.dtype) -> bool:
@@ -95,7 +97,8 @@ class _RetainedStack:
             and not any(map(_training, self._dropouts))
             and [*map(_state, self._parameters)] == self._states
             and all(map(Tensor.is_set_to, self._parameters, self._aliases))
-            and torch.equal(torch.cat(self._compared), self._contents)
+            and [*map(Tensor.data_ptr, self._parameters)] == self._addresses
+            and b"".join(self._compared) == self._contents
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
