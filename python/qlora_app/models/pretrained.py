@@ -78,7 +78,7 @@ def is_4bit(source: ModelSource) -> bool:
 
 
 def has_4bit_blocks(source: ModelSource) -> bool:
-    """Whether the model is a GGUF file with weights whose 4 bits are used as they are stored."""
+    """Whether the model is a GGUF file with weights that are used as they are stored."""
     from qlora_ext.gguf.blocks import is_packed
 
     return source.gguf_file is not None and any(
