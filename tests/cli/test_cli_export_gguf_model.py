@@ -12,9 +12,10 @@ import torch
 
 import qlora_ext
 from commands import here
-from exports import adapt, contents, logits, read, retained, write_base
+from exports import Refused, adapt, contents, logits, ours, read, retained, write_base
 from qlora_ext.gguf import blocks
 from tensors import error
+from tiny_directories import config_of, make, save
 
 TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4")
 
@@ -82,6 +83,39 @@ def test_a_base_of_that_type_keeps_its_scales(tmp_path: pathlib.Path, kind: str)
         old, new = (np.frombuffer(tensors[name][1], np.uint8).reshape(-1, size) for tensors in (before, after))
         assert (old[:, : size - elements // 2] == new[:, : size - elements // 2]).all()
         assert 0 < (old != new).mean() < 0.5
+
+
+# The types that "same" writes, each of a matrix: after the embeddings and seven matrices come two norms.
+KEPT = [kind for kind in blocks.KINDS if kind != "NVFP4"]
+KEPT = [*KEPT[:8], "F32", "F32", *KEPT[8:], "F16"]
+
+
+def test_each_tensor_keeps_its_type(tmp_path: pathlib.Path) -> None:
+    base, out = write_base(tmp_path / "base.gguf", *KEPT), tmp_path / "out.gguf"
+    export = ["export", "--check", "none", "--to", "gguf:same", "--output", out]
+    here(*export, "--model", base)
+    assert contents(out) == contents(base)
+    adapt(tmp_path / "adapter", base, read(base), 0.05)
+    export += ["--overwrite", "--adapter", tmp_path / "adapter"]
+    assert 85 < retained(here(*export)) < 115
+    (_, before), (_, after) = contents(base), contents(out)
+    assert {name: kind for name, (kind, _) in after.items()} == {name: kind for name, (kind, _) in before.items()}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {
+        name for name in before if re.fullmatch(r"blk\.\d\.(attn|ffn)_\w+\.weight", name) and "norm" not in name
+    }
+    assert {before[name][0] for name in changed} == {*KEPT} - {"F32"}
+    here(*export, "--embeddings", "f16")
+    assert contents(out)[1]["token_embd.weight"][0] == "F16"
+
+
+@pytest.mark.parametrize("kind", ["IQ3_XXS", "NVFP4", None])
+def test_what_does_not_keep_its_type(kind: str | None, tmp_path: pathlib.Path, refused: Refused) -> None:
+    base = save(tmp_path / "base", make(config_of("llama"))) if kind is None else write_base(tmp_path / "b.gguf", kind)
+    adapt(tmp_path / "adapter", base, ours(base) if kind is None else read(base), target_modules=["q_proj"])
+    export = ["export", "--check", "none", "--adapter", tmp_path / "adapter", "--to", "gguf:same"]
+    expected = "base that is a GGUF file" if kind is None else f"type that can be written, got {kind}"
+    assert f"expected a {expected}" in refused(*export, "--output", tmp_path / "out.gguf")
 
 
 def test_a_dense_base_was_trained_in_nf4(tmp_path: pathlib.Path) -> None:

@@ -16,9 +16,13 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import qlora_ext
+from commands import SMALL, here
+from exports import contents, write_base
 from gguf_files import four_bit_file, llama_file, write
 from qlora_app.commands.check import _base
+from qlora_app.exporting.targets import ExportRequest
 from qlora_app.main import main
+from qlora_app.models.adapted import find_adapted
 from qlora_app.models.loading import Loader
 from qlora_app.models.sources import ModelSource, resolve
 from qlora_app.training.adapting import add_adapter
@@ -152,7 +156,7 @@ def test_the_reader_is_a_library(llama_file: pathlib.Path, tmp_path: pathlib.Pat
             reader(tmp_path / "cut.gguf")
 
 
-def test_quantize_keeps_4bit_weights(
+def test_quantize_keeps_stored_weights(
     four_bit_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def quantized(*options: str) -> Any:
@@ -162,21 +166,20 @@ def test_quantize_keeps_4bit_weights(
 
     kept = quantized()
     printed = capsys.readouterr()
-    assert "2 MXFP4 kept in 4 bits" in printed.err
-    assert "3 Q8_0 dense" in printed.err
+    assert "1 MXFP4 as stored" in printed.err
+    assert "1 IQ3_XXS decoded (" in printed.err
     assert same_state(
         kept, Loader(resolve(str(four_bit_file)), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
     )
     rest = quantized("--quantize-rest")
     printed = capsys.readouterr()
-    assert "2 Q8_0 quantized to NF4, " in printed.err
-    assert "1 Q8_0 dense" in printed.err
+    assert "1 IQ3_XXS quantized to NF4" in printed.err
     codes = [layer.form.code for _, layer in qlora_ext.nn.layers_of(rest)]
-    assert len(codes) == 14
-    assert codes.count("nf4") == 2
-    assert kept.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    expected = qlora_ext.quantize_nf4(kept.model.layers[0].mlp.up_proj.weight)
-    assert torch.equal(rest.model.layers[0].mlp.up_proj.weight.packed, expected.packed)
+    assert len(codes) == 16
+    assert codes.count("nf4") == 1
+    assert kept.model.layers[1].mlp.gate_proj.weight.dtype == torch.bfloat16
+    expected = qlora_ext.quantize_nf4(kept.model.layers[1].mlp.gate_proj.weight)
+    assert torch.equal(rest.model.layers[1].mlp.gate_proj.weight.packed, expected.packed)
 
 
 def test_quantize_decodes_for_options_that_need_dense_weights(
@@ -187,9 +190,9 @@ def test_quantize_decodes_for_options_that_need_dense_weights(
     assert "are decoded and quantized to NF4, because options need the dense model" in capsys.readouterr().err
 
 
-def test_the_rest_of_a_model_without_4bit_weights(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_rest_of_a_model_of_floats(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     error = refused("quantize", "--model", llama_file, "--output", tmp_path / "out", "--quantize-rest")
-    assert "--quantize-rest: expected a GGUF file with 4-bit weights" in error
+    assert "--quantize-rest: expected a GGUF file with quantized weights" in error
 
 
 def test_a_plan_has_the_sizes_of_the_file(four_bit_file: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,7 +200,8 @@ def test_a_plan_has_the_sizes_of_the_file(four_bit_file: pathlib.Path, capsys: p
     assert main(["plan", "--model", str(four_bit_file), *options]) == 0
     planned = json.loads(capsys.readouterr().out)["bytes"]
     model = Loader(resolve(str(four_bit_file)), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
-    layers = [layer.packed_state() for _, layer in qlora_ext.nn.layers_of(model)]
+    own = [layer for _, layer in qlora_ext.nn.layers_of(model) if not isinstance(layer, qlora_ext.nn.TiedLinear4bit)]
+    layers = [layer.packed_state() for layer in own]
     packed = sum(state["weight"].nbytes for state in layers)
     assert planned["base weights"] == packed
     assert planned["scales"] == sum(t.nbytes for state in layers for t in state.values()) - packed
@@ -205,7 +209,34 @@ def test_a_plan_has_the_sizes_of_the_file(four_bit_file: pathlib.Path, capsys: p
     assert planned["other weights"] == everything - planned["base weights"] - planned["scales"]
 
 
+def test_a_plan_of_a_tied_table(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.gguf"
+    write(make("llama"), path, "llama", kinds=["F16"], of={"token_embd.weight": "Q8_0", "output.weight": None})
+    test_a_plan_has_the_sizes_of_the_file(path, capsys)
+
+
+def test_finetune_quantizes_the_layers_anew(refused: Any, tmp_path: pathlib.Path) -> None:
+    """The adapter then fits these layers, also where it is exported."""
+    base, run, out = write_base(tmp_path / "base.gguf", "Q8_0"), tmp_path / "run", tmp_path / "out.gguf"
+    (tmp_path / "data.txt").write_text("one two three four five six seven eight nine ten\n" * 40)
+    train = ["finetune", "--model", base, "--data", tmp_path / "data.txt", "--output", run, *SMALL, "--max-steps", "2"]
+    assert "--quantize q4_0: expected the format" in refused(
+        *train, "--dropout", "0", "--quantize", "q4_0", "--merge-aware", "mxfp4"
+    )
+    here(*train, "--quantize", "q4_0")
+    model = find_adapted(ExportRequest(to="dense", adapter=str(run), output="none")).load()
+    codes = {name: layer.form.code for name, layer in qlora_ext.nn.layers_of(model)}
+    assert {code for name, code in codes.items() if ".layers." in name} == {"int4"}
+    assert {code for name, code in codes.items() if ".layers." not in name} == {"int8"}
+    here("export", "--check", "none", "--adapter", run, "--to", "gguf:same", "--output", out)
+    before, after = contents(base)[1], contents(out)[1]
+    assert {kind for kind, _ in after.values()} == {"Q8_0", "F32"}
+    assert {name for name in before if before[name] != after[name]} == {
+        name for name in before if name.startswith("blk.") and "norm" not in name
+    }
+
+
 def test_check_needs_the_dense_model_of_a_file(four_bit_file: pathlib.Path) -> None:
     base, reason = _base(argparse.Namespace(base=None), resolve(str(four_bit_file)))
     assert base is None
-    assert reason == "its file stores 4-bit weights, which are used as they are; name the dense model with --base"
+    assert reason == "its file stores quantized weights, which are used as they are; name the dense model with --base"

@@ -1,7 +1,8 @@
-"""Models of GGUF files: weights stored in 4 bits keep their bits, and the others are those that transformers reads."""
+"""Models of GGUF files: weights of the types that we pack keep their bits, and others are those of transformers."""
 
 from __future__ import annotations
 
+import collections
 import inspect
 import pathlib
 import pickle
@@ -21,9 +22,10 @@ import qlora_ext
 from gguf_files import WIDE, four_bit_file, llama_file, write
 from load_memory import peak_of_loading
 from qlora_ext import QLoRAConfig
+from qlora_ext.form import Form
 from qlora_ext.gguf import GGUFWeights, blocks, read_header
 from qlora_ext.gguf.rows import find_rows
-from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, layers_of
+from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, TiedLinear4bit, layers_of
 from tiny_models import same_state, token_ids
 
 __all__ = ["four_bit_file", "llama_file"]  # fixtures
@@ -83,23 +85,23 @@ def test_layers_keep_the_bits_of_the_file(four_bit_file: pathlib.Path) -> None:
     weights = reader(four_bit_file)
     model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.bfloat16)
     expected = dense(four_bit_file).state_dict()
-    forms = set()
-    for name, layer in layers_of(model):
-        assert type(layer) is Linear4bit
+    stored = [t.type_name for t in read_header(four_bit_file).tensors if t.type_name in blocks.KINDS]
+    assert {*stored} == {*blocks.KINDS}
+    layers = [*layers_of(model)]
+    assert {layer.form for _, layer in layers} == {blocks.form_of(kind) for kind in stored}
+    for name, layer in layers:
+        assert type(layer) is (Embedding4bit if name == "model.embed_tokens" else Linear4bit)
         assert layer.weight_dtype == torch.bfloat16
-        forms.add(layer.form)
         assert torch.equal(layer.weight4bit.dequantize(torch.float32), expected.pop(f"{name}.weight")), name
-    assert len(forms) == len(blocks.KINDS)
-    kept = len(dense(four_bit_file).state_dict()) - len(expected)
+    assert len(layers) == len(stored)
     state = model.state_dict()
     assert all(torch.equal(state[name], value.bfloat16()) for name, value in expected.items())
-    assert kept == sum(t.kind != gguf.GGMLQuantizationType.Q8_0 for t in read_header(four_bit_file).tensors
-                       if ".attn_" in t.name or ".ffn_" in t.name if len(t.shape) > 1)  # fmt: skip
-    assert not any(p.requires_grad for _, layer in layers_of(model) for p in layer.parameters())
-    assert weights.summary == (
-        "four_bit.gguf: 5 F32 dense, 3 Q8_0 dense, 2 Q4_1 kept in 4 bits, 2 IQ4_NL kept in 4 bits, 2 MXFP4 kept in 4 "
-        "bits, 2 NVFP4 kept in 4 bits, 2 Q4_K kept in 4 bits, 2 Q4_0 kept in 4 bits, 1 Q4_0 dense"
-    )
+    assert not any(p.requires_grad for _, layer in layers for p in layer.parameters())
+    counts = collections.Counter(stored)
+    assert all(f"{count} {kind} as stored" in weights.summary for kind, count in counts.items())
+    share = 2 * state["model.layers.1.mlp.gate_proj.weight"].numel() / model.get_memory_footprint()
+    assert f"1 IQ3_XXS decoded ({share:.1%} of the memory)" in weights.summary
+    assert "5 F32 dense" in weights.summary
 
 
 def test_named_modules_stay_dense_and_the_rest_becomes_nf4(four_bit_file: pathlib.Path) -> None:
@@ -107,7 +109,7 @@ def test_named_modules_stay_dense_and_the_rest_becomes_nf4(four_bit_file: pathli
     config = QLoRAConfig(skip_modules=["lm_head", "q_proj"])
     model = weights.load(quantization_config=config, dtype=torch.float32)
     expected = dense(four_bit_file)
-    kinds = {t.name: t.kind for t in read_header(four_bit_file).tensors}
+    kinds = {t.name: t.type_name for t in read_header(four_bit_file).tensors}
     nf4 = kept = 0
     for name, layer in layers_of(model):
         w4, w = layer.packed_weight(), expected.get_submodule(name).weight
@@ -117,39 +119,66 @@ def test_named_modules_stay_dense_and_the_rest_becomes_nf4(four_bit_file: pathli
         else:
             kept += 1
             assert torch.equal(w4.dequantize(torch.float32), w)
-    q8 = sum(kind == gguf.GGMLQuantizationType.Q8_0 for name, kind in kinds.items() if name.startswith("blk."))
-    assert nf4 == q8 > 0
-    assert nf4 + kept == 2 * 6
-    assert f"{nf4} Q8_0 quantized to NF4" in weights.summary
+    others = sum(
+        kind not in blocks.KINDS for name, kind in kinds.items() if name.startswith("blk.") and "norm" not in name
+    )
+    assert nf4 == others > 0
+    assert nf4 + kept == 2 * 6 + 1
+    assert f"{nf4} IQ3_XXS quantized to NF4" in weights.summary
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, expected.model.layers[0].self_attn.q_proj.weight)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
-def test_embeddings(kind: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q6_K", "F16"])
+def test_embeddings(kind: str, embeddings: bool, tmp_path: pathlib.Path) -> None:
+    """Tables and heads stay as stored, or become NF4 if the user asks for it."""
     weights = made("llama", tmp_path / "a.gguf", kinds=["Q4_1"], of={"token_embd.weight": kind, "output.weight": kind})
-    model = weights.load(quantization_config=QLoRAConfig(embeddings=True), dtype=torch.float32)
+    model = weights.load(quantization_config=QLoRAConfig(embeddings=embeddings), dtype=torch.float32)
     table, expected = model.model.embed_tokens, dense(tmp_path / "a.gguf").model.embed_tokens.weight
-    assert type(table) is Embedding4bit
-    if kind == "Q8_0":
+    assert type(table) is (torch.nn.Embedding if kind == "F16" and not embeddings else Embedding4bit)
+    if kind == "F16" and embeddings:
         expected = qlora_ext.quantize_nf4(expected).dequantize()
-    assert torch.equal(table.weight4bit.dequantize(torch.float32), expected)
-    assert type(model.lm_head) is (Linear4bit if kind == "Q4_0" else torch.nn.Linear)
+    ids = torch.arange(len(expected))
+    assert torch.equal(table(ids), expected)
+    assert type(model.lm_head) is (torch.nn.Linear if kind == "F16" else Linear4bit)
+
+
+def test_a_tied_head_is_the_table(tmp_path: pathlib.Path) -> None:
+    options = {"kinds": ["F16"], "of": {"token_embd.weight": "Q8_0", "output.weight": None}}
+    weights = made("llama", tmp_path / "a.gguf", **options)
     model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
-    assert type(model.model.embed_tokens) is torch.nn.Embedding
+    assert type(model.lm_head) is TiedLinear4bit
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert weights.summary == "a.gguf: 14 F16 quantized to NF4, 5 F32 dense, 1 Q8_0 as stored"
+    assert {layer.form.code for name, layer in layers_of(model) if "layers" in name} == {"nf4"}
 
 
-def test_a_file_without_4bit_weights_is_quantized(tmp_path: pathlib.Path) -> None:
-    weights = made("llama", tmp_path / "a.gguf", kinds=["F16", "Q8_0"])
+def test_a_file_of_floats_is_quantized(tmp_path: pathlib.Path) -> None:
+    weights = made("llama", tmp_path / "a.gguf", kinds=["F16", "BF16"])
     model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
     assert same_state(model, qlora_ext.quantize_model(dense(tmp_path / "a.gguf")))
-    assert weights.summary == ("a.gguf: 7 Q8_0 quantized to NF4, 7 F16 quantized to NF4, 5 F32 dense, 2 F16 dense")
+    assert "7 BF16 quantized to NF4, 7 F16 quantized to NF4" in weights.summary
 
 
-@pytest.mark.parametrize("kind", ["IQ4_XS", "IQ3_XXS", "IQ2_XXS"])
-def test_types_of_few_bits_are_not_quantized_a_second_time(kind: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("served", [None, "q4_0"])
+def test_layers_are_quantized_anew(served: str | None, tmp_path: pathlib.Path) -> None:
+    weights = made("llama", tmp_path / "a.gguf", kinds=["Q8_0", "Q5_K"])
+    config = QLoRAConfig(requantize=True, served=served)
+    model = weights.load(quantization_config=config, dtype=torch.float32)
+    expected = qlora_ext.quantize_model(dense(tmp_path / "a.gguf"), **Form.named(served or "nf4").keywords)
+    for name, layer in layers_of(model):
+        if ".layers." in name:
+            assert same_state(layer, expected.get_submodule(name)), name
+        else:
+            assert layer.form == blocks.form_of("Q8_0")
+    assert "quantized to" in weights.summary
+
+
+@pytest.mark.parametrize("kind", ["IQ3_XXS", "IQ2_XXS"])
+def test_other_types_are_not_quantized_a_second_time(kind: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.gguf"
     weights = made("llama", path, kinds=[kind], of={"token_embd.weight": "F16", "output.weight": "F16"})
-    message = rf"^\S*a\.gguf: blk\.0\.attn_q\.weight: expected a 4-bit type among Q4_0, .* got {kind}, which is not sup"
+    message = rf"^\S*a\.gguf: blk\.0\.attn_q\.weight: expected one of Q4_0, .* got {kind}, which NF4 would quantize a"
     with pytest.raises(ValueError, match=message):
         weights.load(quantization_config=QLoRAConfig())
     asked = weights.load(quantization_config=QLoRAConfig(skip_modules=["lm_head"]), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The 4-bit blocks of GGUF files: decoded as the gguf package decodes them, and written back byte for byte."""
+"""Blocks of GGUF files that are used as they are: decoded like the gguf package, and written back byte for byte."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gguf_files import random_blocks, without_signed_zeros
+from gguf_files import FLOAT16, random_blocks, without_signed_zeros
 from qlora_ext.gguf import blocks
 
 SHAPES = [(256,), (1, 256), (3, 512), (5, 1024), (2, 3, 256)]
@@ -46,10 +46,11 @@ def test_scales_of_every_size(kind: str) -> None:
     """Every header byte takes each of its values: negative, denormal and zero scales, and each exponent."""
     shape = (256, 256)
     data = random_blocks(kind, shape, seed=1)
-    header = blocks._LAYOUTS[kind].header
-    for at in range(header):
+    parts = blocks._LAYOUTS[kind].parts
+    begin = 0 if next(iter(parts)) == "header" else sum(parts.values()) - parts["header"]
+    for at in range(begin, begin + parts["header"]):
         data[:, at] = np.resize(np.arange(256, dtype=np.uint8), len(data))
-        if kind not in ("MXFP4", "NVFP4") and at in (1, 3):  # the upper byte of a float16, without infinities
+        if at in FLOAT16[kind]:  # without infinities
             data[:, at] &= 0xBF
     if kind == "MXFP4":
         data[data[:, 0] == 0xFF, 0] = 0xFE
@@ -58,9 +59,9 @@ def test_scales_of_every_size(kind: str) -> None:
     assert blocks.write(kind, w4) == without_signed_zeros(kind, data).tobytes()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in blocks.KINDS if kind not in ("MXFP4", "NVFP4")])
+@pytest.mark.parametrize("kind", [kind for kind in blocks.KINDS if FLOAT16[kind]])
 def test_scales_that_are_not_finite(kind: str) -> None:
-    for at in (1, 3) if kind in ("Q4_1", "Q4_K") else (1,):
+    for at in FLOAT16[kind]:
         for upper, value in ((0x7C, "inf"), (0xFC, "-inf"), (0x7E, "nan")):
             data = random_blocks(kind, (2, 256), seed=2)
             data[1, at - 1 : at + 1] = (0, upper)
@@ -92,4 +93,4 @@ def test_a_weight_is_about_as_large_as_in_the_file(kind: str) -> None:
     data = random_blocks(kind, shape, seed=3)
     w4 = blocks.read(kind, data, shape, "file: tensor")
     table = 0 if w4.scale_table is None else w4.scale_table.nbytes
-    assert w4.nbytes - table <= 1.06 * data.nbytes  # Q4_K's scales of 6 bits take bytes
+    assert w4.nbytes - table <= 1.06 * data.nbytes  # scales of 6 bits take bytes, and d 4

@@ -102,13 +102,13 @@ def test_layers_with_settings_of_their_own(tmp_path: pathlib.Path) -> None:
         load(checkpoint.path)
 
 
-@pytest.mark.filterwarnings("ignore:1 weights of the mlx checkpoint are decoded")
-def test_an_embedding_without_a_4bit_module_is_decoded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedding_that_scales_its_rows(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma's embedding scales its rows, and the head is tied to it."""
     sizes = packed_models.SIZES | {"tie_word_embeddings": True, "head_dim": 16}
     monkeypatch.setitem(packed_models.CONFIGS, "gemma3_text", lambda: Gemma3TextConfig(**sizes))
     checkpoint = packed_models.save(tmp_path, "gemma3_text", "mlx", packed=ALL)
     model = load(checkpoint.path)
+    assert type(model.model.embed_tokens) is Embedding4bit
     check_weights(model, checkpoint)
     torch.testing.assert_close(model(IDS).logits, checkpoint.dense(IDS).logits, rtol=2e-4, atol=2e-4)
     for path in (tmp_path / "saved", checkpoint.path):  # the latter has the files that are mapped

@@ -24,6 +24,13 @@ WIDE = {**SIZES, "hidden_size": 256, "intermediate_size": 512}
 # Sizes of a model whose file can have a tokenizer of all bytes.
 WITH_BYTES = {"vocab_size": 258, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 257}
 
+# The upper bytes of the float16 numbers in a block of each type that is used as it is.
+FLOAT16 = {kind: (1, 3) if kind in ("Q4_1", "Q4_K", "Q5_1", "Q5_K") else (1,) for kind in blocks.KINDS} | {
+    "MXFP4": (),
+    "NVFP4": (),
+    "Q6_K": (209,),
+}
+
 SHORT = {
     "model.layers.": "blk.",
     "model.embed_tokens": "token_embd",
@@ -53,14 +60,13 @@ GPT_OSS = {
 
 
 def random_blocks(kind: str, shape: tuple[int, ...], seed: int) -> Any:
-    """Random blocks [blocks, bytes per block] of a 4-bit type whose scales are finite."""
+    """Random blocks [blocks, bytes per block] of a type whose scales are finite."""
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     data = np.random.default_rng(seed).integers(0, 256, (math.prod(shape) // elements, size), dtype=np.uint8)
     if kind == "MXFP4":
         data[data[:, 0] == 0xFF, 0] = 0
-    elif kind != "NVFP4":
-        for at in (1, 3) if kind in ("Q4_1", "Q4_K") else (1,):  # the upper byte of a float16
-            data[(data[:, at] & 0x7C) == 0x7C, at] &= 0x83
+    for at in FLOAT16.get(kind, (1,)):
+        data[(data[:, at] & 0x7C) == 0x7C, at] &= 0x83
     return data
 
 
@@ -68,7 +74,7 @@ def without_signed_zeros(kind: str, data: np.ndarray) -> np.ndarray:
     """The blocks with the code 0 for each 8 of E2M1: both stand for 0 in ggml's table, which has no -0."""
     if kind not in ("MXFP4", "NVFP4"):
         return data
-    header = blocks._LAYOUTS[kind].header
+    header = blocks._LAYOUTS[kind].parts["header"]
     codes = data[:, header:]
     low, high = codes & 0x0F, codes & 0xF0
     codes = np.where(low == 0x08, 0, low) | np.where(high == 0x80, 0, high)
@@ -76,15 +82,14 @@ def without_signed_zeros(kind: str, data: np.ndarray) -> np.ndarray:
 
 
 def small_blocks(kind: str, shape: tuple[int, ...], seed: int) -> Any:
-    """Random blocks of a 4-bit type whose values are about as large as those of a model's weights."""
+    """Random blocks of a type whose values are about as large as those of a model's weights."""
     data = random_blocks(kind, shape, seed)
     if kind == "MXFP4":
         data[:, 0] = 120 + (data[:, 0] & 1)
     elif kind == "NVFP4":
         data[:, :4] = 0x08 | (data[:, :4] & 7)
-    else:
-        for at in (1, 3) if kind in ("Q4_1", "Q4_K") else (1,):
-            data[:, at] = 0x08 | (data[:, at] & 0x83)
+    for at in FLOAT16.get(kind, (1,)):
+        data[:, at] = (0x04 if kind == "Q6_K" else 0x08) | (data[:, at] & 0x83)
     return data
 
 
@@ -139,12 +144,12 @@ def write(
     path: pathlib.Path,
     architecture: str,
     more: dict[str, Any] | None = None,
-    kinds: Sequence[str] = ("F32", "F16", "BF16", "Q8_0"),
+    kinds: Sequence[str] = ("F32", "F16", "BF16"),
     of: Mapping[str, str | None] | None = None,
 ) -> None:
     """Writes the model to a GGUF file whose matrices have these types in turn.
 
-    Matrices of 4-bit types that the gguf package cannot make have random values.
+    Matrices of types that the gguf package cannot make have random values.
 
     Args:
         of: other types of single tensors, by name; tensors with None are left out.
@@ -223,9 +228,9 @@ def llama_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def four_bit_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A Llama whose matrices have every 4-bit type and Q8_0 in turn."""
+    """A Llama whose matrices have every type that is used as it is, F16 and IQ3_XXS."""
     path = tmp_path_factory.mktemp("gguf") / "four_bit.gguf"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**WIDE), dtype=torch.float32)
-    write(model, path, "llama", kinds=[*blocks.KINDS, "Q8_0"])
+    write(model, path, "llama", kinds=[*blocks.KINDS[:8], "F16", "F16", *blocks.KINDS[8:], "IQ3_XXS"])
     return path

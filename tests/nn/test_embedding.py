@@ -189,3 +189,15 @@ def test_a_head_tied_to_an_exposed_table_has_its_weight() -> None:
     expected = head.dequantize()
     head.expose()
     assert torch.equal(head.dequantize(), expected)
+
+
+def test_rows_that_are_scaled() -> None:
+    """Gemma's embeddings multiply each row by a number in the dtype of the table."""
+    gemma3 = pytest.importorskip("transformers.models.gemma3.modeling_gemma3", reason="transformers has no Gemma 3")
+    dense = gemma3.Gemma3TextScaledWordEmbedding(40, 64, 0, embed_scale=640**0.5).bfloat16()
+    packed = quantize_model(nn.Sequential(dense), embeddings=True)[0]
+    back, ids = packed.to_dense(), torch.arange(40)
+    assert (type(packed), type(back)) == (Embedding4bit, type(dense))
+    for module in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(module(ids), back(ids))
+    assert torch.equal(packed(ids), packed.dequantize() * torch.tensor(640**0.5).bfloat16())

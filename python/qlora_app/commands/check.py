@@ -107,7 +107,7 @@ def _base(request: CheckRequest, source: ModelSource) -> tuple[ModelSource | Non
             raise UserError(f"--base {request.base}: expected a dense model, got a quantized one")
         return base, ""
     if has_4bit_blocks(source):
-        return None, "its file stores 4-bit weights, which are used as they are; name the dense model with --base"
+        return None, "its file stores quantized weights, which are used as they are; name the dense model with --base"
     if not is_4bit(source):
         return source, ""
     name = dense_name(source)

@@ -107,7 +107,7 @@ def _run(request: QuantizeRequest, output: Output) -> int:
     source = resolve(request.model, request.trust_remote_code)
     output.protect("--model", request.model, source.on_disk)
     if request.quantize_rest and not has_4bit_blocks(source):
-        raise UserError(f"--quantize-rest: expected a GGUF file with 4-bit weights, got {request.model}")
+        raise UserError(f"--quantize-rest: expected a GGUF file with quantized weights, got {request.model}")
     calibrate.protect(request, output)
     output.check()
     init_lora = None if request.init_lora is None else InitLora(request.init_lora, request.init_rank)

@@ -15,7 +15,7 @@ from qlora_ext.merging.weights import ModelWeight, weights_of
 from ..errors import UserError, first_line
 from ..models import validate_model
 from ..models.adapted import Adapted
-from ..models.loading import stored_forms
+from ..models.loading import stored_layers
 from ..models.pretrained import load_config
 from ..models.size import model_size
 from .calibrated import calibrated_weights
@@ -24,7 +24,7 @@ from .merging import load, loads_4bit, merge, merge_codes
 from .model_directories import check_linear, find_model, size_of, writer
 from .targets import ExportRequest
 from .trained_for import trained_for
-from .weights import Encoder, joined, read
+from .weights import Encoder, joined, read, report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ def _is_reencoded(adapted: Adapted, name: str) -> bool:
     """Whether training has encoded the base in the format ``name``."""
     from qlora_ext.merging.target_format import is_in
 
-    forms = stored_forms(adapted.source, load_config(adapted.source)) or {}
+    forms = stored_layers(adapted.source, load_config(adapted.source), adapted.loader.requantize) or {}
     return trained_for(adapted.adapter) == name and not all(is_in(form, name) for form in forms.values())
 
 
@@ -122,7 +122,7 @@ def _build(plan: _Plan, calibration: Calibration | None) -> Callable[[pathlib.Pa
     model = load(adapted)
     encode = Encoder(kind.form)
     tensors = dict([*_linear(model, plan, calibrated, encode), *_experts(model, plan, encode)])
-    encode.report()
+    report([encode])
     if adapted.adapter is not None:
         model = merge(model)
     elif loads_4bit(adapted):

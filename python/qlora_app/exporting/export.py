@@ -99,8 +99,8 @@ def export(*, to: str, output: str | os.PathLike[str], **options: Any) -> pathli
     Args:
         to: the target: ``dense``, ``nf4``, ``bitsandbytes``, ``compressed-tensors:int4``, ``compressed-tensors:nvfp4``,
             ``compressed-tensors:mxfp4``, ``gguf-adapter``, ``gguf-adapter:f16``, ``gguf:f16``, ``gguf:bf16``,
-            ``gguf:q8_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:iq4_nl``, ``gguf:mxfp4``, ``ollama``, ``ollama:`` with
-            one of these types, or ``ollama:adapter``.
+            ``gguf:q8_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:iq4_nl``, ``gguf:mxfp4``, ``gguf:same``, ``ollama``,
+            ``ollama:`` with one of these types, or ``ollama:adapter``.
         output: the directory, or the .gguf file, that is written. It appears complete or not at all.
         options: the options of the command, with underscores: ``adapter="RUN"``, ``check="full"``,
             ``calibrate="self"``, ``overwrite=True``. None stands for the default.

@@ -35,15 +35,20 @@ from .job import Job
 from .lora import architecture_of, check_mergeable, tied_layer
 from .merging import untie
 from .targets import ExportRequest
-from .weights import Encoder, MergedWeights, Read, is_linear
+from .weights import Encoder, MergedWeights, Read, is_linear, report
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 _ROUTER = "ffn_gate_inp.weight"
 _MORE_METADATA = 1 << 16  # bytes
 
 
+def is_calibrated(kind: str) -> bool:
+    """Whether a calibration encodes weights of the type ``kind``."""
+    return kind in blocks.KINDS and blocks.form_of(kind).bits == 4
+
+
 def embeddings_kind(chosen: str | None, kind: str) -> str:
-    """The type of the embeddings and the output head: by default 8 bits where the other weights have 4."""
+    """The type of the embeddings and the output head: by default 8 bits where the others have fewer."""
     return chosen.upper() if chosen is not None else "Q8_0" if kind in blocks.KINDS else kind
 
 
@@ -107,7 +112,7 @@ def prepare(request: ExportRequest, kind: str, adapted: Adapted, skeleton: Any) 
     if window is not None:
         print(f"llama.cpp attends to all tokens of this model, which has a window of {window}; longer texts differ")
     conversion = _Conversion(target, adapted, config, architecture, kind, words, sampling, kinds, factors, unties)
-    return Job(nbytes, functools.partial(_build, conversion), calibrates=adapted if kind in blocks.KINDS else None)
+    return Job(nbytes, functools.partial(_build, conversion), calibrates=adapted if is_calibrated(kind) else None)
 
 
 def calibrated(
@@ -190,8 +195,7 @@ def _write(conversion: _Conversion, weights: MergedWeights, path: pathlib.Path) 
         values = functools.partial(data, conversion.target, weights, tensor, kind, encoders.get(kind))
         tensors.append(NewTensor(tensor.name, tensor.shape, kind, nbytes_of(kind, tensor.shape), values))
     write_tensors(writer, tensors)
-    for encode in encoders.values():
-        encode.report()
+    report(encoders.values())
 
 
 def data(target: str, weights: MergedWeights, tensor: FileTensor, kind: str, encode: Encoder | None) -> Any:
@@ -207,7 +211,7 @@ def data(target: str, weights: MergedWeights, tensor: FileTensor, kind: str, enc
 
 
 def _encoded(tensor: FileTensor, kind: str, read: Read, encode: Encoder) -> Iterator[Tensor]:
-    """The bytes of a 4-bit tensor, matrix by matrix."""
+    """The bytes of a tensor of one of ``blocks.KINDS``, matrix by matrix."""
     *_, rows, width = tensor.shape
     before, after = (tensor.values(weight).reshape(-1, rows, width) for weight in read[:2])
     stored = None if read[2] is None else blocks.in_form_of(kind, read[2])

@@ -24,7 +24,7 @@ from ..gguf.layout import FileTensor, file_tensors
 from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed, rewrite
 from ..models import validate_model
 from ..models.adapted import Adapted
-from ..models.loading import stored_forms
+from ..models.loading import stored_layers
 from ..models.pretrained import load_config
 from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
@@ -33,9 +33,11 @@ from .lora import adapted_layers, architecture_of, check_plain, check_tied
 from .model_directories import find_model
 from .targets import ExportRequest
 from .trained_for import trained_for
-from .weights import Encoder, MergedWeights
+from .weights import Encoder, MergedWeights, report
 
 _MORE_METADATA = 1 << 16  # bytes
+# The target's type that leaves each tensor its own.
+_SAME = "SAME"
 # Tensors that llama.cpp reads in float32.
 _FLOAT32 = ("ffn_gate_inp.weight", "_norm.weight")
 
@@ -50,6 +52,11 @@ def prepare(request: ExportRequest) -> Job:
             return _retype(target, source, kind, request.embeddings)
     adapted, skeleton = find_model(request)
     if adapted.source.gguf_file is None:
+        if kind == _SAME:
+            raise UserError(
+                f"{target}: expected a base that is a GGUF file, whose types it keeps, got {adapted.source.name}; "
+                "name a type, as in gguf:q8_0"
+            )
         return gguf_conversion.prepare(request, kind, adapted, skeleton)
     return _merge(target, adapted, skeleton, kind, request.embeddings)
 
@@ -100,14 +107,24 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
                 f"{target}: {tensor.weight}: expected a tensor {tensor.name} of shape {list(tensor.shape)} in "
                 f"{source.name}, got {'none' if shape is None else list(shape)}; use --to dense"
             )
-    of_tables = gguf_conversion.embeddings_kind(embeddings, kind)
-    kinds = {tensor.name: gguf_conversion.kind_of(tensor, kind, of_tables) for tensor in tensors}
+    kinds = {tensor.name: _kind_of(target, tensor, in_file[tensor.name], kind, embeddings) for tensor in tensors}
     # The values of NVFP4 weights contain the factors that the file has beside them.
     factors = {f"{name.removesuffix('weight')}scale" for name in kinds if in_file[name].type_name == "NVFP4"}
     kinds = _embeddings(file, embeddings) | kinds
     merge = _Merge(target, adapted, kind, file, tensors, kinds, factors & in_file.keys())
-    calibrates = adapted if kind in blocks.KINDS else None
+    calibrates = adapted if gguf_conversion.is_calibrated(kind) else None
     return Job(_size(target, file, kinds), functools.partial(_build, merge), calibrates=calibrates)
+
+
+def _kind_of(target: str, tensor: FileTensor, stored: TensorInfo, kind: str, embeddings: str | None) -> str:
+    """The type that a tensor gets that the adapter changes."""
+    if kind != _SAME or (embeddings is not None and tensor.name in gguf_conversion.EMBEDDINGS):
+        return gguf_conversion.kind_of(tensor, kind, gguf_conversion.embeddings_kind(embeddings, kind))
+    if stored.type_name == "NVFP4" or stored.type_name not in (*blocks.KINDS, *DENSE_KINDS):
+        raise UserError(
+            f"{target}: {tensor.name}: expected a type that can be written, got {stored.type_name}; use --to gguf:q8_0"
+        )
+    return stored.type_name
 
 
 def _changed(target: str, adapted: Adapted) -> list[str]:
@@ -118,7 +135,7 @@ def _changed(target: str, adapted: Adapted) -> list[str]:
     with torch.device("meta"):
         quantized = quantize_model(validate_model.skeleton(source, config))
     layers = dict(layers_of(quantized))
-    stored, encoded = stored_forms(source, config), []
+    stored, encoded = stored_layers(source, config, adapted.loader.requantize), []
     if stored is None or trained_for(adapter) is not None:
         names = [f"{name}.{weight}" for name, layer in layers.items() for weight in layer.packed_shapes]
         encoded = [name for name in names if stored is None or name in stored]
@@ -162,12 +179,11 @@ def _write(merge: _Merge, weights: MergedWeights, path: pathlib.Path) -> None:
         data = functools.partial(gguf_conversion.data, merge.target, weights, tensor, new.kind, encoders.get(new.kind))
         replaced[tensor.name] = dataclasses.replace(new, data=data)
     rewrite(merge.file, path, replaced, merge.dropped)
-    for encode in encoders.values():
-        encode.report()
+    report(encoders.values())
 
 
 def _retype(target: str, source: ModelSource, kind: str, embeddings: str | None) -> Job:
-    """The file with all its matrices in the type ``kind``."""
+    """The file with all its matrices in the type ``kind``, or in their own."""
     file = _file_of(source)
     header = read_header(file)
     if header.architecture not in ARCHITECTURES.values():
@@ -179,9 +195,11 @@ def _retype(target: str, source: ModelSource, kind: str, embeddings: str | None)
     for tensor in header.tensors:
         if len(tensor.shape) < 2 or not tensor.name.endswith(".weight") or tensor.name.endswith(_FLOAT32):
             continue
+        is_table = tensor.name in gguf_conversion.EMBEDDINGS
+        if kind == _SAME and (embeddings is None or not is_table):
+            continue
         if tensor.type_name == "NVFP4":  # other tensors have factors of its scales
             raise UserError(f"{target}: {tensor.name} of {source.name} is in NVFP4; use --to dense")
-        is_table = tensor.name in gguf_conversion.EMBEDDINGS
         new = gguf_conversion.embeddings_kind(embeddings, kind) if is_table else kind
         if new != tensor.type_name:
             kinds[tensor.name] = new

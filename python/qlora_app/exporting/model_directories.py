@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
 from ..models.adapter_files import config_of
-from ..models.loading import load_dense, stored_forms
+from ..models.loading import load_dense, stored_layers
 from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_config, restore_use_cache
 from ..models.size import model_size
 from ..models.sources import PROVENANCE
@@ -160,7 +160,7 @@ def _check_codes(adapted: Adapted, quantized: Any, experts: Mapping[str, Experts
     """Rejects an adapter on a base whose codes bitsandbytes does not have, unless it was trained for NF4."""
     from qlora_ext.nn import layers_of
 
-    forms = stored_forms(adapted.source, load_config(adapted.source))
+    forms = stored_layers(adapted.source, load_config(adapted.source), adapted.loader.requantize)
     if adapted.adapter is None or forms is None:
         return
     if trained_for(adapted.adapter) != NF4:

@@ -47,11 +47,11 @@ class Target:
 # By the type of the matrices in a .gguf file.
 _GGUF_LIMITS = {
     **dict.fromkeys(("f16", "bf16", "q8_0"), DENSE_LIMIT),
-    **dict.fromkeys(("q4_0", "q4_1", "iq4_nl", "mxfp4"), FOUR_BIT_LIMIT),
+    **dict.fromkeys(("q4_0", "q4_1", "iq4_nl", "mxfp4", "same"), FOUR_BIT_LIMIT),
 }
 _COMPRESSED = "a directory in 4 bits for vLLM and SGLang"
 _ADAPTER = "the adapter alone as a .gguf file"
-_IN_GGUF = "the merged model with its tokenizer as a .gguf file"
+_IN_GGUF = "the merged model with its tokenizer as a .gguf file (same: the types of the base's file)"
 _FOR_OLLAMA = "a directory with such a file (ollama: q8_0) and a Modelfile"
 
 # The types of embeddings and output head in the targets ``gguf:...`` and ``ollama:...``.

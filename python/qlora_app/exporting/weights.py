@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class Encoder:
 
     def __init__(self, form: Form) -> None:
         self.form = form
-        self._retained = self._total = 0.0
+        self.retained = self.total = 0.0
 
     def __call__(self, before: Tensor, after: Tensor, stored: Weight4bit | None, seed: int) -> Weight4bit:
         """The weight ``after``; see ``encode_like``.
@@ -109,10 +109,13 @@ class Encoder:
         if torch.equal(before, after):
             return base
         found = encode_like(base, before, after, seed)
-        self._retained, self._total = self._retained + found.retained, self._total + found.total
+        self.retained, self.total = self.retained + found.retained, self.total + found.total
         return found.w4
 
-    def report(self) -> None:
-        """Prints the share of the update that the codes retain."""
-        if self._total:
-            print(f"the codes retain {self._retained / self._total:.1%} of the adapter's update")
+
+def report(encoders: Iterable[Encoder]) -> None:
+    """Prints the share of the update that the codes of several encoders retain."""
+    found = [*encoders]
+    retained, total = sum(encode.retained for encode in found), sum(encode.total for encode in found)
+    if total:
+        print(f"the codes retain {retained / total:.1%} of the adapter's update")

@@ -63,7 +63,7 @@ class FileTensor:
         return local[0] if torch.equal(local, local[:1].expand_as(local)) else None
 
     def packed_rows(self, w4: Weight4bit) -> Weight4bit:
-        """The 4-bit weight with the rows of this tensor, as a stack [matrices, rows, columns].
+        """The packed weight with the rows of this tensor, as a stack [matrices, rows, columns].
 
         Args:
             w4: the weight, or the stack of weights, that the model has. Every row has scales of its own.
@@ -75,7 +75,7 @@ class FileTensor:
         parts: dict[str, Any] = {
             name: tensor.reshape(count, -1)[rows].reshape(math.prod(self.shape[:-2]), -1)
             for name, tensor in w4.tensors.items()
-            if name in ("packed", "absmax", "block_offsets")
+            if name != "scale_table"
         }
         matrices = len(parts["packed"])
         parts["packed"] = parts["packed"].reshape(matrices, self.shape[-2], -1)

@@ -18,8 +18,8 @@ from qlora_ext.gguf.file import VERSION_KEY, read_header
 from qlora_ext.version import VERSION
 from qlora_ext.weight import Weight4bit
 
-# The types to which a dense weight is converted.
-DENSE_KINDS = ("F32", "F16", "BF16", "Q8_0")
+# The types that a dense weight has.
+DENSE_KINDS = ("F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def nbytes_of(kind: str, shape: Sequence[int]) -> int:
 
 
 def packed(kind: str, w4: Weight4bit) -> Any:
-    """The bytes of a 4-bit weight as a tensor of the type ``kind``, one of ``blocks.KINDS``."""
+    """The bytes of a weight as a tensor of the type ``kind``, one of ``blocks.KINDS``."""
     return np.frombuffer(blocks.write(kind, w4), np.uint8)
 
 

@@ -89,10 +89,10 @@ def find_adapted(options: BaseOptions) -> Adapted:
             if activations not in (None, *ACTIVATIONS):
                 expected = ", ".join(ACTIVATIONS)
                 raise UserError(f"{path / RECORD}: activations: expected {expected}, got {excerpt(activations)}")
-    served = None
+    read_in: dict[str, Any] = {}
     if path is not None:
-        from qlora_ext.integrations.peft.base_file import recorded_base_format
+        from qlora_ext.integrations.peft.base_file import recorded_base_format, recorded_requantized
 
-        served = recorded_base_format(path)
-    loader = Loader(source, Form(block_size=block_size), dtype, device, compute, served=served, activations=activations)
+        read_in = {"served": recorded_base_format(path), "requantize": recorded_requantized(path)}
+    loader = Loader(source, Form(block_size=block_size), dtype, device, compute, activations=activations, **read_in)
     return Adapted(path, loader, options.force, load_tokenizer(source))

@@ -48,6 +48,7 @@ def _origin_of(loader: Loader) -> dict[str, Any]:
         "double_quant": form.double_quant,
         "embeddings": loader.embeddings,
         "rest": loader.rest,
+        "read_in": [loader.requantize, loader.served],
         "version": VERSION,
     }
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from qlora_ext.formats import READ_IN
+from qlora_ext.formats import NF4, READ_IN
 from qlora_ext.untrusted import printable
 
 from ..errors import UserError, first_line
@@ -43,10 +43,13 @@ def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
             return None
 
 
-def stored_forms(source: ModelSource, config: Any) -> dict[str, Form] | None:
-    """The forms of the weights that stay 4-bit as the model's files store them, by name.
+def stored_forms(source: ModelSource, config: Any, requantize: bool = False) -> dict[str, Form] | None:
+    """The forms of the packed weights of a model of which some stay as the model's files store them, by name.
 
     None if the files have no such weights, are in our format or bitsandbytes', or cannot be read as they are.
+
+    Args:
+        requantize: as in ``Loader``.
 
     Raises:
         UserError: the files are damaged, or their 4-bit format is not supported.
@@ -56,7 +59,7 @@ def stored_forms(source: ModelSource, config: Any) -> dict[str, Form] | None:
 
     if source.gguf_file is not None:
         weights = _gguf_weights(source, config) if has_4bit_blocks(source) else None
-        return (weights.forms() or None) if weights is not None else None
+        return (weights.forms(requantize) or None) if weights is not None else None
     saved = getattr(config, "quantization_config", None)
     if (
         saved is None
@@ -67,6 +70,21 @@ def stored_forms(source: ModelSource, config: Any) -> dict[str, Form] | None:
     files = [str(file) for file in validate_model.weight_files(source.directory)]
     with loading("model", source, False):
         return CheckpointSource(saved).forms(validate_model.skeleton(source, config), files)
+
+
+def stored_layers(source: ModelSource, config: Any, requantize: bool = False) -> dict[str, Form] | None:
+    """``stored_forms`` without embeddings and output heads of GGUF files, and without weights that become NF4."""
+    from torch import nn
+
+    from qlora_ext.integrations.transformers.modules import dense_modules
+
+    forms = stored_forms(source, config, requantize)
+    if forms is None or source.gguf_file is None:
+        return forms
+    skeleton = validate_model.skeleton(source, config)
+    others = {f"{name}.weight" for name in dense_modules(skeleton).heads}
+    others |= {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, nn.Embedding)}
+    return {name: form for name, form in forms.items() if name not in others and form.code != NF4} or None
 
 
 def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype, layers: torch.dtype | None) -> None:
@@ -148,7 +166,8 @@ class Loader:
         layers: the dtype in which 4-bit layers multiply, which is ``compute`` or bfloat16. None for the one that takes
             less time on this processor.
         embeddings: quantize embeddings too, each with the output head that is tied to it.
-        rest: quantize also the layers whose weights a GGUF file does not store in 4 bits.
+        rest: quantize also the layers whose weights a GGUF file does not store packed.
+        requantize: quantize all layers of a GGUF file, also those that it stores packed.
         served: the format for which an adapter is trained merge-aware. Dense weights are quantized to it, if possible.
         activations: a value of ``--activations``; None for those that the model was saved with.
 
@@ -164,6 +183,7 @@ class Loader:
     layers: torch.dtype | None = None
     embeddings: bool = False
     rest: bool = False
+    requantize: bool = False
     served: str | None = None
     activations: str | None = None
 
@@ -189,11 +209,13 @@ class Loader:
             return self._placed(model, stream, resident)
         heads = None  # which stay dense
         if self.rest:
+            stored = {} if weights is None else weights.forms()
             heads = [*dense_modules(validate_model.skeleton(self.source, model_config)).heads]
+            heads = [name for name in heads if f"{name}.weight" not in stored]
         config = QLoRAConfig(
             block_size=self.form.block_size, double_quant=self.form.double_quant,
             nested_block_size=self.form.nested_block_size, embeddings=self.embeddings, stream=stream, resident=resident,
-            skip_modules=heads,
+            skip_modules=heads, requantize=self.requantize,
             served=self.served if self.served in READ_IN else None,
         )  # fmt: skip
         if spill is not None:
@@ -229,7 +251,7 @@ class Loader:
     def _say_that_it_decodes(self, why: str) -> None:
         if has_4bit_blocks(self.source):
             print(
-                f"qlora-ext: the 4-bit weights of {printable(self.source.name)} are decoded and quantized to NF4, "
+                f"qlora-ext: the quantized weights of {printable(self.source.name)} are decoded and quantized to NF4, "
                 f"because {why}",
                 file=sys.stderr,
             )

@@ -78,11 +78,11 @@ def is_4bit(source: ModelSource) -> bool:
 
 
 def has_4bit_blocks(source: ModelSource) -> bool:
-    """Whether the model is a GGUF file with weights whose 4 bits are used as they are stored."""
-    from qlora_ext.gguf.blocks import is_4bit
+    """Whether the model is a GGUF file with weights that are used as they are stored."""
+    from qlora_ext.gguf.blocks import is_packed
 
     return source.gguf_file is not None and any(
-        is_4bit(tensor) for tensor in read_header(pathlib.Path(source.path) / source.gguf_file).tensors
+        is_packed(tensor) for tensor in read_header(pathlib.Path(source.path) / source.gguf_file).tensors
     )
 
 

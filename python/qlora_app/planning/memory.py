@@ -17,7 +17,7 @@ from qlora_ext.dtype_names import AUTO, dtype_named
 from qlora_ext.dtypes import computing_dtype_named, layers_dtype
 from qlora_ext.form import Form
 from qlora_ext.integrations.transformers.modules import empty_layer, packed_weights
-from qlora_ext.nn import multiply_in_bfloat16, places_in, quantize_model, set_compute_dtype
+from qlora_ext.nn import TiedLinear4bit, multiply_in_bfloat16, places_in, quantize_model, set_compute_dtype, tied_heads
 from qlora_ext.streaming import chunk_mlp, dense_mlps
 from qlora_ext.weight import Weight4bit
 
@@ -58,8 +58,7 @@ class Job:
         stream: where the frozen layers are stored: none, ram or disk.
         host: whether the run is on the CPU.
         form: of the 4-bit weights, if the checkpoint has them in another format; None for NF4 with ``block_size``.
-        forms: instead of ``form``, the forms of those weights that the files store in 4 bits, by their names; other
-            layers stay dense.
+        forms: instead of ``form``, the forms of those weights that are packed, by their names; others stay dense.
 
     The other fields are the options of ``finetune`` with the same names.
 
@@ -201,13 +200,18 @@ def build(job: Job, layers: int) -> Any:
 
 def _take_forms(model: Any, forms: Mapping[str, Form], compute_dtype: torch.dtype) -> None:
     """Replaces the modules whose weights have one of ``forms`` by empty 4-bit ones."""
-    for module, places in places_in(model).items():
+    at = places_in(model)
+    heads: dict[Any, Any] = {**tied_heads(model)}
+    for module, places in at.items():
         name = places[0][2]
         found = {forms.get(f"{name}.{weight}") for weight in packed_weights(module)}
         if (form := next(iter(found), None)) is not None:
-            layer = empty_layer(module, compute_dtype, form)
-            for parent, child, _ in places:
-                setattr(parent, child, layer)
+            layer: Any = empty_layer(module, compute_dtype, form)
+            new: dict[Any, Any] = {module: layer}
+            new |= {head: TiedLinear4bit(layer, head.bias) for head in heads.get(module, ())}
+            for old, replacement in new.items():
+                for parent, child, _ in at[old]:
+                    setattr(parent, child, replacement)
 
 
 def trains_head(job: Job) -> bool:

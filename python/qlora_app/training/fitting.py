@@ -36,7 +36,7 @@ def job_of(options: Any, config: Any, source: ModelSource | None = None) -> Job:
     values["modules_to_save"] = tuple(named_modules(options.modules_to_save))
     if options.target_modules != "all-linear":
         values["target_modules"] = [name.strip() for name in options.target_modules.split(",")]
-    forms = None if source is None else stored_forms(source, config)
+    forms = None if source is None else stored_forms(source, config, bool(getattr(options, "quantize", "")))
     return Job(**{**values, "config": config, "forms": forms})
 
 

@@ -139,7 +139,7 @@ def _in_4_bits(run: Run, compute: torch.dtype, layers: torch.dtype, output: Outp
     form, dtype = Form(block_size=s.block_size), parse_dtype(s.dtype)
     # A resumed run keeps what auto was at its start.
     activations = (read_marker(run.directory) if run.resumes else {}).get(ACTIVATIONS, s.activations)
-    loader = Loader(run.source, form, dtype, run.device, compute, layers, served=_served(run), activations=activations)
+    loader = Loader(run.source, form, dtype, run.device, compute, layers, activations=activations, **_read_in(run))
     if s.stream == "none":
         return loader.while_loading()
     if s.stream == "disk" and not is_quantized(load_config(run.source)):
@@ -147,14 +147,16 @@ def _in_4_bits(run: Run, compute: torch.dtype, layers: torch.dtype, output: Outp
     return loader.while_loading(s.stream, s.resident or None)
 
 
-def _served(run: Run) -> str | None:
-    """The format to which the base is quantized when it is read. An initial adapter has its own base."""
-    from qlora_ext.integrations.peft.base_file import recorded_base_format
+def _read_in(run: Run) -> dict[str, Any]:
+    """How the base is quantized when it is read: fields of a ``Loader``. An initial adapter has its own base."""
+    from qlora_ext.integrations.peft.base_file import recorded_base_format, recorded_requantized
 
     s = run.settings
     if s.init_adapter:
-        return recorded_base_format(find(s.init_adapter, "--init-adapter"))
-    return s.merge_aware if s.merge_aware in SERVED_FORMATS else None
+        adapter = find(s.init_adapter, "--init-adapter")
+        return {"served": recorded_base_format(adapter), "requantize": recorded_requantized(adapter)}
+    served = s.quantize or (s.merge_aware if s.merge_aware in SERVED_FORMATS else None)
+    return {"served": served, "requantize": bool(s.quantize)}
 
 
 def _check_rows(run: Run) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_ext.formats import BLOCK_SIZES, SERVED_FORMATS
+from qlora_ext.formats import BLOCK_SIZES, READ_IN, SERVED_FORMATS
 from qlora_ext.sizes import parse_size
 from qlora_ext.untrusted import check, excerpt, printable, read_json
 
@@ -87,6 +87,13 @@ class Settings(Options):
     rslora: bool = _option(False, "scale by alpha / sqrt(rank), which suits large ranks (rsLoRA)")
     dora: bool = _option(False, "also train the norm of each row of the weights (DoRA; slower steps)")
     block_size: int = _option(64, "weights per scale", choices=BLOCK_SIZES)
+    quantize: str = _option(
+        "",
+        f"quantize the layers of a dense model or a .gguf file to {', '.join(READ_IN)} as they are read (default: nf4, "
+        "and as stored in a .gguf file)",
+        choices=READ_IN,
+        metavar="FORMAT",
+    )
     init_adapter: str = _option(
         "",
         "an adapter to start from, such as one of quantize --init-lora; it determines rank, alpha and layers",
@@ -237,6 +244,10 @@ class Settings(Options):
             raise UserError("--merge-aware supports plain LoRA only; remove --dora")
         if self.merge_aware and self.dropout:
             raise UserError(f"--merge-aware: merged weights have no dropout; expected --dropout 0, got {self.dropout}")
+        if self.quantize and self.merge_aware not in ("", BASE_FORMAT, self.quantize):
+            raise UserError(f"--quantize {self.quantize}: expected the format of --merge-aware {self.merge_aware}")
+        if self.quantize and self.init_adapter:
+            raise UserError("--quantize and --init-adapter exclude each other: that adapter has a base already")
         if self.merge_aware and self.stream != "none":
             raise UserError(
                 "--merge-aware and --stream exclude each other: merged weights of every layer stay in memory"

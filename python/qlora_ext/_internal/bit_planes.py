@@ -14,19 +14,22 @@ def has_units(bits: int) -> bool:
 
 
 def packed_width(width: int, bits: int) -> int:
-    """The bytes of a row of ``width`` codes, which is a multiple of ``UNIT`` if there are units, and even for 4 bits."""
+    """The bytes of a row of ``width`` codes: a multiple of ``UNIT`` if there are units, and even for 4 bits."""
     return width * bits // 8
 
 
-def _fields(codes: Tensor, bits: int) -> Tensor:
+def to_fields(codes: Tensor, bits: int) -> Tensor:
     """[..., K] codes below 2^bits in bytes [..., K * bits / 8], those of lower elements in lower bits."""
     per_byte = 8 // bits
     parts = codes.unflatten(-1, (-1, per_byte))
-    return sum((parts[..., i] << bits * i for i in range(1, per_byte)), parts[..., 0])
+    packed: Tensor = parts[..., 0]
+    for i in range(1, per_byte):
+        packed = packed | parts[..., i] << bits * i
+    return packed
 
 
-def _codes(fields: Tensor, bits: int) -> Tensor:
-    """The inverse of ``_fields``."""
+def from_fields(fields: Tensor, bits: int) -> Tensor:
+    """The inverse of ``to_fields``."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=fields.device)
     return ((fields.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
@@ -47,9 +50,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     nibbles = low[..., 0::2] << 4 | low[..., 1::2]
     if bits == 4:
         return nibbles
-    nibbles = nibbles.unflatten(-1, (-1, UNIT // 2))
-    upper = _fields(codes >> 4, bits - 4).unflatten(-1, (-1, UNIT // 8 * (bits - 4)))
-    return torch.cat([nibbles, upper], -1).flatten(-2)
+    return joined(nibbles, to_fields(codes >> 4, bits - 4))
+
+
+def joined(low: Tensor, upper: Tensor) -> Tensor:
+    """The planes of the low 4 bits of codes of 5 or 6 bits, uint8 [..., K / 2], and of their upper bits, as packed."""
+    units = low.unflatten(-1, (-1, UNIT // 2))
+    return torch.cat([units, upper.unflatten(-1, (*units.shape[-2:-1], -1))], -1).flatten(-2)
+
+
+def planes(packed: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The inverse of ``joined``."""
+    units = packed.unflatten(-1, (-1, UNIT // 8 * bits))
+    return units[..., : UNIT // 2].flatten(-2), units[..., UNIT // 2 :].flatten(-2)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -58,8 +71,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         return packed
     upper = None
     if bits > 4:
-        units = packed.unflatten(-1, (-1, UNIT // 8 * bits))
-        upper = _codes(units[..., UNIT // 2 :].flatten(-2), bits - 4)
-        packed = units[..., : UNIT // 2].flatten(-2)
+        packed, upper = planes(packed, bits)
+        upper = from_fields(upper, bits - 4)
     low = torch.stack([packed >> 4, packed & 15], -1).flatten(-2)
     return low if upper is None else low | upper << 4

@@ -1,17 +1,25 @@
-"""The 4-bit types of GGUF files that are used as they are: their blocks become a ``Weight4bit``, and back, losslessly.
+"""The types of GGUF files that are used as they are: their blocks become a ``Weight4bit``, and back, losslessly.
 
-A file stores a weight as a sequence of blocks along its rows. Each block is a header with scales, then the codes:
+A file stores a weight as a sequence of blocks along its rows:
 
-    type     elements  header                              codes           scales per block of   value
-    Q4_0           32  f16 d                               u8[16]          32                    d (c - 8)
-    IQ4_NL         32  f16 d                               u8[16]          32                    d IQ4_NL[c]
-    Q4_1           32  f16 d, f16 m                        u8[16]          32                    d c + m
-    MXFP4          32  u8 e                                u8[16]          32                    2^(e - 127) E2M1[c]
-    NVFP4          64  u8[4] s                             u8[4][8]        16                    E4M3[s] E2M1[c]
-    Q4_K          256  f16 d, f16 dmin, u8[12] of 6 bits   u8[4][32]       32                    d s c - dmin m
+    type     elements  block                                                     scales per  value
+    Q4_0           32  f16 d, low[16]                                            32          d (c - 8)
+    IQ4_NL         32  f16 d, low[16]                                            32          d IQ4_NL[c]
+    Q4_1           32  f16 d, f16 m, low[16]                                     32          d c + m
+    MXFP4          32  u8 e, low[16]                                             32          2^(e - 127) E2M1[c]
+    NVFP4          64  u8[4] s, low[4][8]                                        16          E4M3[s] E2M1[c]
+    Q4_K          256  f16 d, f16 dmin, u8[12] of 6 bits, low[4][32]             32          d s c - dmin m
+    IQ4_XS        256  f16 d, u8[6] of 6 bits, low[8][16]                        32          d (s - 32) IQ4_NL[c]
+    Q5_0           32  f16 d, upper[4], low[16]                                  32          d (c - 16)
+    Q5_1           32  f16 d, f16 m, upper[4], low[16]                           32          d c + m
+    Q5_K          256  f16 d, f16 dmin, u8[12] of 6 bits, upper[32], low[4][32]  32          d s c - dmin m
+    Q6_K          256  low[2][64], upper[2][32], i8[16] s, f16 d                 16          d s (c - 32)
+    Q8_0           32  f16 d, bytes[32]                                          32          d c
 
-The low nibbles of a group of codes (in brackets: the last dimension) are the first half of the group's elements, and
-the high nibbles are the second half. We store consecutive elements in one byte instead.
+``low`` has the low four bits of the codes: the low nibbles of a group (in brackets: the last dimension) are the first
+half of the group's elements, and the high nibbles are the second half. We store consecutive elements in one byte.
+``upper`` has the other bits. In the K types, byte l of 32 has those of element l of each unit of 32 elements, the first
+unit's in the lowest bits; in Q5_0 and Q5_1, bits are in the order of the elements, as ours. ``bytes`` are signed.
 """
 
 from __future__ import annotations
@@ -25,23 +33,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._internal import scale_tables
+from .._internal import bit_planes
 from ..form import FLOAT_DTYPES, PRESETS, Form
-from ..formats import FLOAT16, NESTED8, TABLE8, ZERO_POINT8
+from ..formats import FLOAT16, NESTED8, ZERO_POINT8
 from ..untrusted import FileError
 from ..weight import Weight4bit, weight_of
+from . import block_headers as headers
+from .block_headers import TABLES, Fields
 from .file import TensorInfo
 
-_Fields = dict[str, Any]  # of a Weight4bit
 _CHUNK = 1 << 18  # bytes that are repacked at a time
-
-
-class _NotFiniteError(ValueError):
-    """A scale is NaN or infinity: what was ``found``, and in which ``block``."""
-
-    def __init__(self, found: str, block: int) -> None:
-        super().__init__(found)
-        self.found, self.block = found, block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +51,27 @@ class _Layout:
 
     Attributes:
         elements: per block of the file.
-        header: bytes before the codes.
-        group: bytes whose low nibbles precede their high nibbles.
-        read: the headers [blocks, header], to the fields of a ``Weight4bit``. It raises a _NotFiniteError.
+        parts: the bytes of each part of a block, in order: "header", "low", "upper", "bytes".
+        group: bytes of "low" whose low nibbles precede their high nibbles.
+        read: the headers [blocks, header], to the fields of a ``Weight4bit``. It raises a NotFiniteError.
         write: the inverse of ``read``.
     """
 
     elements: int
-    header: int
+    parts: dict[str, int]
     group: int
-    read: Callable[[Tensor], _Fields]
+    read: Callable[[Tensor], Fields]
     write: Callable[[Weight4bit], Tensor]
 
     @property
     def nbytes(self) -> int:
         """Bytes per block of the file."""
-        return self.header + self.elements // 2
+        return sum(self.parts.values())
+
+    @property
+    def by_units(self) -> bool:
+        """Whether a byte of "upper" has bits of several units."""
+        return "upper" in self.parts and self.elements > bit_planes.UNIT
 
 
 def _from_halves(codes: Tensor, group: int) -> Tensor:
@@ -88,13 +94,55 @@ def _to_halves(packed: Tensor, group: int) -> Tensor:
     return _repacked(packed, group, repack)
 
 
+def _by_elements(upper: Tensor, bits: int) -> Tensor:
+    """The upper ``bits`` of consecutive elements in one byte, from 32 bytes of which each has one element per unit."""
+
+    def repack(groups: Tensor) -> Tensor:
+        codes = bit_planes.from_fields(groups, bits).unflatten(1, (bit_planes.UNIT, -1))
+        return bit_planes.to_fields(codes.transpose(1, 2), bits)
+
+    return _repacked(upper, bit_planes.UNIT, repack)
+
+
+def _by_units(upper: Tensor, bits: int) -> Tensor:
+    """The inverse of ``_by_elements``."""
+
+    def repack(groups: Tensor) -> Tensor:
+        codes = bit_planes.from_fields(groups, bits).unflatten(1, (-1, bit_planes.UNIT))
+        return bit_planes.to_fields(codes.transpose(1, 2).flatten(1), bits)
+
+    return _repacked(upper, bit_planes.UNIT, repack)
+
+
 def _repacked(codes: Tensor, group: int, repack: Callable[[Tensor], Tensor]) -> Tensor:
     """``codes`` [rows, bytes], with ``repack`` applied to its groups, a few rows at a time that stay in the cache."""
     out = torch.empty(codes.shape, dtype=torch.uint8, device="cpu")
     step = max(1, _CHUNK // codes.shape[1])
     for source, target in zip(codes.split(step), out.split(step), strict=True):
-        target.copy_(repack(source.reshape(-1, group)).view(target.shape))
+        target.copy_(repack(source.reshape(-1, group)).reshape(target.shape))
     return out
+
+
+def _packed(layout: _Layout, parts: dict[str, Tensor], bits: int) -> Tensor:
+    """The codes of blocks as we pack them, [blocks, bytes], from their parts."""
+    if "bytes" in parts:
+        return parts["bytes"] ^ 0x80  # as unsigned codes
+    low = _from_halves(parts["low"], layout.group)
+    if "upper" not in parts:
+        return low
+    upper = _by_elements(parts["upper"], bits - 4) if layout.by_units else parts["upper"]
+    return bit_planes.joined(low, upper)
+
+
+def _parts(layout: _Layout, packed: Tensor, bits: int) -> dict[str, Tensor]:
+    """The inverse of ``_packed``."""
+    if "bytes" in layout.parts:
+        return {"bytes": packed ^ 0x80}
+    if "upper" not in layout.parts:
+        return {"low": _to_halves(packed, layout.group)}
+    low, upper = bit_planes.planes(packed, bits)
+    upper = _by_units(upper, bits - 4) if layout.by_units else upper
+    return {"low": _to_halves(low, layout.group), "upper": upper}
 
 
 def _drop_signs_of_zeros(packed: Tensor) -> None:
@@ -104,115 +152,26 @@ def _drop_signs_of_zeros(packed: Tensor) -> None:
             part &= ~(((part & nibble) == negative).to(torch.uint8) * nibble)
 
 
-def _float16(header: Tensor, name: str) -> Tensor:
-    """Two bytes of each header as a float16.
-
-    Raises:
-        _NotFiniteError: a value is NaN or infinity.
-    """
-    values = header.contiguous().view(torch.float16).reshape(-1)
-    if not values.isfinite().all():
-        at = int((~values.isfinite()).nonzero()[0])
-        raise _NotFiniteError(f"{name} = {values[at].item()}", at)
-    return values
-
-
-def _bytes_of(values: Tensor) -> Tensor:
-    """The bytes of one float16 per block."""
-    return values.reshape(-1, 1).to(torch.float16).view(torch.uint8)
-
-
-def _read_scale(header: Tensor) -> _Fields:
-    return {"absmax": _float16(header, "d")}
-
-
-def _write_scale(w4: Weight4bit) -> Tensor:
-    return _bytes_of(w4.absmax)
-
-
-def _read_affine(header: Tensor) -> _Fields:
-    return {"absmax": _float16(header[:, :2], "d"), "block_offsets": _float16(header[:, 2:], "m")}
-
-
-def _write_affine(w4: Weight4bit) -> Tensor:
-    return torch.cat((_bytes_of(w4.absmax), _bytes_of(w4.tensors["block_offsets"])), dim=1)
-
-
-def _read_e8m0(header: Tensor) -> _Fields:
-    exponents = header.reshape(-1)
-    if (exponents == scale_tables.E8M0_NAN).any():
-        at = int((exponents == scale_tables.E8M0_NAN).nonzero()[0])
-        raise _NotFiniteError("0xFF (NaN)", at)
-    return {"absmax": exponents.contiguous(), "scale_table": _E8M0}
-
-
-def _write_e8m0(w4: Weight4bit) -> Tensor:
-    return w4.absmax.reshape(-1, 1)
-
-
-def _read_e4m3(header: Tensor) -> _Fields:
-    return {"absmax": header.reshape(-1), "scale_table": _UE4M3}
-
-
-def _write_e4m3(w4: Weight4bit) -> Tensor:
-    return w4.absmax.reshape(-1, 4)
-
-
-def _read_nested(header: Tensor) -> _Fields:
-    # Eight scales and eight mins of 6 bits are in twelve bytes. The first four bytes hold scales 0 to 3 and, in their
-    # upper two bits, those of scales 4 to 7; the next four hold the mins likewise; the last four hold the lower four
-    # bits of scales 4 to 7 (low nibble) and of mins 4 to 7 (high nibble).
-    lower, mins, rest = header[:, 4:].reshape(-1, 3, 4).unbind(1)
-    upper = (rest & 0x0F) | ((lower >> 2) & 0x30)
-    upper_mins = (rest >> 4) | ((mins >> 2) & 0x30)
-    return {
-        "absmax": torch.cat((lower & 0x3F, upper), dim=1).reshape(-1),
-        "nested_absmax": _float16(header[:, :2], "d").float(),
-        "scale_table": _INTEGERS,
-        "block_offsets": torch.cat((mins & 0x3F, upper_mins), dim=1).reshape(-1),
-        "offset_scale": _float16(header[:, 2:4], "dmin").float(),
-    }
-
-
-def _write_nested(w4: Weight4bit) -> Tensor:
-    tensors = w4.tensors
-    lower, upper = tensors["absmax"].reshape(-1, 2, 4).unbind(1)
-    mins, upper_mins = tensors["block_offsets"].reshape(-1, 2, 4).unbind(1)
-    parts = (
-        _bytes_of(tensors["nested_absmax"]),
-        _bytes_of(tensors["offset_scale"]),
-        lower | ((upper & 0x30) << 2),
-        mins | ((upper_mins & 0x30) << 2),
-        (upper & 0x0F) | (upper_mins << 4),
-    )
-    return torch.cat(parts, dim=1)
-
-
-def _ue4m3_table() -> Tensor:
-    """The values of ggml's unsigned E4M3, which ignores the sign, and whose code 0x7F, NaN elsewhere, is zero."""
-    table = scale_tables.e4m3_table().abs()
-    table[0x7F], table[0xFF] = 0.0, 480.0
-    return table
-
-
-_E8M0 = scale_tables.e8m0_table()
-_UE4M3 = _ue4m3_table()
-_TABLES = {"MXFP4": _E8M0, "NVFP4": _UE4M3}
-_INTEGERS = torch.arange(256, dtype=torch.float32, device="cpu")
-
+_Q4_0 = _Layout(32, {"header": 2, "low": 16}, 16, headers.read_scale, headers.write_scale)
 _LAYOUTS = {
-    "Q4_0": _Layout(32, 2, 16, _read_scale, _write_scale),
-    "Q4_1": _Layout(32, 4, 16, _read_affine, _write_affine),
-    "IQ4_NL": _Layout(32, 2, 16, _read_scale, _write_scale),
-    "MXFP4": _Layout(32, 1, 16, _read_e8m0, _write_e8m0),
-    "NVFP4": _Layout(64, 4, 8, _read_e4m3, _write_e4m3),
-    "Q4_K": _Layout(256, 16, 32, _read_nested, _write_nested),
+    "Q4_0": _Q4_0,
+    "Q4_1": _Layout(32, {"header": 4, "low": 16}, 16, headers.read_affine, headers.write_affine),
+    "IQ4_NL": _Q4_0,
+    "MXFP4": _Layout(32, {"header": 1, "low": 16}, 16, headers.read_e8m0, headers.write_e8m0),
+    "NVFP4": _Layout(64, {"header": 4, "low": 32}, 8, headers.read_e4m3, headers.write_e4m3),
+    "Q4_K": _Layout(256, {"header": 16, "low": 128}, 32, headers.read_nested, headers.write_nested),
+    "IQ4_XS": _Layout(256, {"header": 8, "low": 128}, 16, headers.read_shifted, headers.write_shifted),
+    "Q5_0": _Layout(32, {"header": 2, "upper": 4, "low": 16}, 16, headers.read_scale, headers.write_scale),
+    "Q5_1": _Layout(32, {"header": 4, "upper": 4, "low": 16}, 16, headers.read_affine, headers.write_affine),
+    "Q5_K": _Layout(256, {"header": 16, "upper": 32, "low": 128}, 32, headers.read_nested, headers.write_nested),
+    "Q6_K": _Layout(256, {"low": 128, "upper": 64, "header": 18}, 64, headers.read_signed, headers.write_signed),
+    "Q8_0": _Layout(32, {"header": 2, "bytes": 32}, 1, headers.read_scale, headers.write_scale),
 }
 # The names of the types.
 KINDS = tuple(_LAYOUTS)
 
 
-def is_4bit(tensor: TensorInfo) -> bool:
+def is_packed(tensor: TensorInfo) -> bool:
     """Whether a tensor of a file is a matrix, or a stack of matrices, of one of these types."""
     return len(tensor.shape) > 1 and tensor.type_name in _LAYOUTS
 
@@ -223,7 +182,7 @@ def form_of(kind: str) -> Form:
 
 
 def read(kind: str, data: Any, shape: Sequence[int], where: str, row: int = 0) -> Weight4bit:
-    """The 4-bit weight that a tensor of a GGUF file is.
+    """The weight that a tensor of a GGUF file is.
 
     Args:
         kind: the name of its type, one of ``KINDS``.
@@ -248,23 +207,23 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str, row: int = 0) -
     if array.size != size:
         raise FileError(f"{where}: truncated or damaged: expected {size} bytes of {kind} data, got {array.size}")
     blocks = torch.from_numpy(array if array.flags.writeable else array.copy()).reshape(-1, layout.nbytes)
-    header, codes = blocks.split((layout.header, layout.elements // 2), dim=1)
+    parts = dict(zip(layout.parts, blocks.split([*layout.parts.values()], dim=1), strict=True))
     try:
-        fields = layout.read(header)
-    except _NotFiniteError as error:
+        fields = layout.read(parts["header"])
+    except headers.NotFiniteError as error:
         block = row * (width // layout.elements) + error.block
         raise FileError(f"{where}: expected finite scales, got {error.found} in block {block}") from error
-    packed = _from_halves(codes, layout.group)
+    packed = _packed(layout, parts, form.bits)
     if form.code == "e2m1":
         _drop_signs_of_zeros(packed)
     stack = leading[:-1]
-    tensors: _Fields = {name: t.reshape(*stack, -1) for name, t in fields.items() if name != "scale_table"}
+    tensors: Fields = {name: t.reshape(*stack, -1) for name, t in fields.items() if name != "scale_table"}
     if "scale_table" in fields:
         tensors["scale_table"] = fields["scale_table"].expand(*stack, 256).clone()
     return weight_of(
         form,
         **tensors,
-        packed=packed.reshape(*leading, width // 2),
+        packed=packed.reshape(*leading, bit_planes.packed_width(width, form.bits)),
         shape=torch.Size(shape),
         dtype=torch.float32,
     )
@@ -282,8 +241,8 @@ def in_form_of(kind: str, w4: Weight4bit) -> Weight4bit | None:
     if w4.form.reordered:
         return None
     code = w4.code
-    if (code, form.code) == ("uint4", "int4") and w4.form.offsets == ZERO_POINT8:
-        if not bool(fields.pop("block_offsets").eq(8).all()):
+    if code == f"u{form.code}" and w4.form.offsets == ZERO_POINT8:
+        if not bool(fields.pop("block_offsets").eq(1 << form.bits - 1).all()):
             return None
         code = form.code
     if code != form.code or (form.offsets is None) != ("block_offsets" not in fields):
@@ -292,7 +251,7 @@ def in_form_of(kind: str, w4: Weight4bit) -> Weight4bit | None:
         return None
     if w4.form.offsets != form.offsets and form.offsets is not None:
         return None
-    if form.scales == TABLE8 and not _has_table(kind, fields["scale_table"], fields["absmax"]):
+    if form.has_table and not _has_table(kind, fields["scale_table"], fields["absmax"]):
         return None
     if form.scales == FLOAT16:
         scales = fields["absmax"].to(torch.float16)
@@ -303,20 +262,21 @@ def in_form_of(kind: str, w4: Weight4bit) -> Weight4bit | None:
     for name in ("absmax", "block_offsets"):
         if name in fields and repeats > 1:
             fields[name] = fields[name].repeat_interleave(repeats, -1)
-    if form.scales == TABLE8:
-        fields["scale_table"] = _TABLES[kind].expand(*w4.shape[:-2], 256)
+    if form.has_table:
+        fields["scale_table"] = TABLES[kind].expand(*w4.shape[:-2], 256)
     return weight_of(form, **fields, shape=w4.shape, dtype=w4.dtype)
 
 
 def _has_table(kind: str, tables: Tensor, codes: Tensor) -> bool:
     """Whether the scales ``codes`` of a weight have the same values in the table of a type."""
     values = tables.gather(-1, codes.long())
-    return torch.equal(values, _TABLES[kind][codes.long()]) and bool(values.isfinite().all())
+    return torch.equal(values, TABLES[kind][codes.long()]) and bool(values.isfinite().all())
 
 
 def write(kind: str, w4: Weight4bit) -> bytes:
     """The bytes of a weight that ``read`` returned for this ``kind``; zeros have the code without a sign."""
-    layout = _LAYOUTS[kind]
-    codes = _to_halves(w4.packed.reshape(-1, layout.elements // 2), layout.group)
-    data: bytes = torch.cat((layout.write(w4), codes), dim=1).numpy().tobytes()
+    layout, bits = _LAYOUTS[kind], form_of(kind).bits
+    packed = w4.packed.reshape(-1, bit_planes.packed_width(layout.elements, bits))
+    parts = {"header": layout.write(w4), **_parts(layout, packed, bits)}
+    data: bytes = torch.cat([parts[name] for name in layout.parts], dim=1).numpy().tobytes()
     return data

@@ -33,7 +33,8 @@ class GGUFSource(Source):
         open_file: returns the weights for a model. Its first argument has the path of the file that transformers opens.
 
     Attributes:
-        kept: after ``forms``, the names of the weights that stay 4-bit as they are stored.
+        kept: after ``forms``, the names of the weights that stay as they are stored.
+        quantized: after ``forms``, the names of the layers' weights that are quantized.
     """
 
     name = "GGUF"
@@ -42,6 +43,7 @@ class GGUFSource(Source):
         self._config, self._open_file = config, open_file
         self._weights: Weights | None = None
         self.kept: set[str] = set()
+        self.quantized: list[str] = []
 
     def __deepcopy__(self, memo: Any) -> GGUFSource:
         return self  # transformers copies configurations; the copy must have the same source
@@ -51,6 +53,7 @@ class GGUFSource(Source):
             self._weights = self._open_file(files, model)
         found: dict[str, Form] = {}
         others: list[str] = []
+        heads, has_layers = {*dense_modules(model).heads}, False
         self.kept.clear()
         for name, module in self._candidates(model):
             layer = empty_layer(module, torch.float32, Form())
@@ -58,17 +61,21 @@ class GGUFSource(Source):
             transposed = isinstance(layer, Conv1D4bit) or getattr(layer, "is_transposed", False)
             kinds = {self._weights.stored_kind(weight, shape, transposed) for weight, shape in shapes.items()}
             kind = kinds.pop() if len(kinds) == 1 else None  # the weights of a module have one form
-            if kind is not None:
+            is_layer = not isinstance(module, nn.Embedding) and heads.isdisjoint(paths_to(name))
+            if kind is not None and not (is_layer and self._config.requantize):
                 found |= dict.fromkeys(shapes, blocks.form_of(kind))
                 self.kept |= {*shapes}
-            elif isinstance(module, nn.Embedding):
-                found |= dict.fromkeys(shapes, self._config.form)
-            else:
+                has_layers |= is_layer
+            elif is_layer:
                 others += shapes
-        self.quantizes_rest = not self.kept or self._config.skip_modules is not None
-        if not self.kept and self._config.skip_modules is None:
-            self._weights.check_requantized(others)
-        return found if self.kept else {}
+            elif isinstance(module, nn.Embedding) and self._config.embeddings:
+                found |= dict.fromkeys(shapes, self._config.form)
+        is_asked = self._config.requantize or self._config.skip_modules is not None
+        self.quantizes_rest = is_asked or not has_layers
+        self.quantized = others if self.quantizes_rest else []
+        if not is_asked:
+            self._weights.check_requantized(self.quantized)
+        return found
 
     def values(self) -> dict[str, Any]:
         assert self._weights is not None
@@ -79,10 +86,10 @@ class GGUFSource(Source):
         self._weights.summarize(model, self.kept)
 
     def _candidates(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that may be 4-bit, by the configuration, and their names."""
+        """The modules that may be packed, by the configuration, and their names."""
         always = {*dense_modules(model).always}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        tables = tied_heads(model, tied, always) if self._config.embeddings else {}
+        tables = tied_heads(model, tied, always)
         for name, module in model.named_modules():
             paths = paths_to(name)
             if not is_dense(module) or not always.isdisjoint(paths):

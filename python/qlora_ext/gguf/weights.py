@@ -1,7 +1,7 @@
 """Reads the weights of a GGUF file one at a time, so that the model is never in memory twice.
 
-transformers decodes a whole GGUF file, and quantizes nothing. Here, weights that the file stores in 4 bits stay as they
-are, even if their rows have to be moved.
+transformers decodes a whole GGUF file, and quantizes nothing. Here, weights of the types in ``blocks.KINDS`` stay as
+they are stored, even if their rows have to be moved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 18  # elements that are read at a time
-_FEW_BITS = 5  # per weight: types with fewer are not quantized to NF4 without being asked
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Weight:
         return self if index is Ellipsis else self._file.decode(self._name)[index]
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor | Weight4bit:
-        """The weight: in 4 bits for a layer that keeps the file's bits, otherwise decoded."""
+        """The weight: packed for a layer that keeps the file's bits, otherwise decoded."""
         dtype, device = dtype or torch.float32, "cpu" if device is None else device
         if self._name in self._kept:
             return self._file.stored(self._name).to(device).replace(dtype=dtype)
@@ -147,11 +147,11 @@ class GGUFWeights:
     def load(self, **options: Any) -> Any:
         """Calls ``from_pretrained`` with these weights and ``options``, and returns its result.
 
-        With a ``QLoRAConfig``, layers keep the bits of weights that the file stores in a type of ``blocks.KINDS``, and
-        other layers stay dense. With ``skip_modules``, the layers that it names stay dense, and others are quantized to
-        NF4. With ``embeddings``, embeddings are 4-bit too. If the file has no 4-bit weight for a layer, the model is
-        quantized to NF4 like any dense model. Without ``skip_modules``, such a file must not have other types of less
-        than 5 bits.
+        With a ``QLoRAConfig``, layers, embeddings and output heads keep the bits of weights that the file stores in a
+        type of ``blocks.KINDS``, and others are dense. With ``skip_modules``, the modules that it names are dense, and
+        other layers are quantized to NF4; with ``embeddings``, other embeddings are, too. If the file has no such
+        weight for a layer, or with ``requantize``, the layers are quantized like those of any dense model. Unless the
+        configuration asks for it, they must then be stored as floating-point numbers.
 
         Raises:
             ValueError: the file lacks the weight of a layer, or has it in a type that is not supported.
@@ -182,14 +182,21 @@ class GGUFWeights:
         check_complete(self._model, self._parts, self.unknown, [str(self._path)])
 
     def values(self, kept: set[str]) -> dict[str, _Weight]:
-        """All weights, to be passed to transformers, which reads one at a time; those in ``kept`` stay 4-bit."""
+        """All weights, to be passed to transformers, which reads one at a time; those in ``kept`` stay packed."""
         return {name: _Weight(self, name, kept) for name in self._parts}
 
-    def forms(self) -> dict[str, Form]:
-        """The forms of the weights that stay 4-bit with ``QLoRAConfig()``, by name; empty if none does."""
+    def forms(self, requantize: bool = False) -> dict[str, Form]:
+        """The forms of the packed weights with ``QLoRAConfig()``, by name; empty if none of them stays as stored.
+
+        Args:
+            requantize: as in ``QLoRAConfig``.
+        """
         from ..integrations.transformers import QLoRAConfig
 
-        return self._source(QLoRAConfig()).forms(self._model)
+        config = QLoRAConfig(requantize=requantize)
+        source = self._source(config)
+        found = source.forms(self._model)
+        return found | dict.fromkeys(source.quantized, config.form) if found else {}
 
     def _source(self, config: QLoRAConfig) -> GGUFSource:
         from .gguf_source import GGUFSource
@@ -269,36 +276,42 @@ class GGUFWeights:
         return kinds.pop() if fits and len(kinds) == 1 and kinds <= {*blocks.KINDS} else None
 
     def check_requantized(self, names: Iterable[str]) -> None:
-        """Rejects weights ``names`` that lost much precision already and would now become NF4, such as IQ4_XS and Q3_K.
+        """Rejects weights ``names`` that would be quantized a second time, to NF4.
 
         Raises:
-            FileError: a weight has a type of less than 5 bits that is none of ``blocks.KINDS``.
+            FileError: a weight is neither of a type in ``blocks.KINDS`` nor stored as floating-point numbers.
         """
         for part in (part for name in names for part in self._parts.get(name, ())):
-            kind, bits = part.tensor.type_name, part.tensor.nbytes * 8 / math.prod(part.tensor.shape)
-            if bits < _FEW_BITS and kind not in blocks.KINDS:
+            if (kind := part.tensor.type_name) not in (*_FLOATS, *blocks.KINDS):
                 raise FileError(
-                    f"{self._where(part.tensor)}: expected a 4-bit type among {', '.join(blocks.KINDS)}, or one of "
-                    f"{_FEW_BITS} bits or more, got {kind}, which is not supported: NF4 would quantize the weight a "
-                    "second time; take a file of the model in another type, or name the layers that stay dense in "
-                    "skip_modules to quantize the others all the same"
+                    f"{self._where(part.tensor)}: expected one of {', '.join((*blocks.KINDS, *_FLOATS))}, got {kind}, "
+                    "which NF4 would quantize a second time; take a file of the model in another type, or name the "
+                    "layers that stay dense in skip_modules to quantize the others all the same"
                 )
 
     def summarize(self, model: Any, kept: set[str]) -> None:
-        """Sets and logs ``summary``: how many tensors of each type are 4-bit as stored, NF4, or dense in ``model``."""
+        """Sets and logs ``summary``: what became of the tensors of each type, with the memory of those decoded."""
         from ..nn import Packed4bit
 
-        def fate(name: str) -> str:
+        counts, nbytes = collections.Counter[tuple[str, str]](), collections.Counter[tuple[str, str]]()
+        for name, parts in self._parts.items():
             module, _, weight = name.rpartition(".")
             layer = model.get_submodule(module)
-            if not isinstance(layer, Packed4bit) or weight not in layer.packed_shapes:
-                return "dense"
-            return "kept in 4 bits" if name in kept else "quantized to NF4"
+            is_packed = isinstance(layer, Packed4bit) and weight in layer.packed_shapes
+            for part in parts:
+                kind = part.tensor.type_name
+                if is_packed:
+                    fate = "as stored" if name in kept else f"quantized to {layer.form.code.upper()}"
+                else:
+                    fate = "dense" if kind in _FLOATS else "decoded"
+                counts[kind, fate] += 1
+                nbytes[kind, fate] += getattr(layer, weight).element_size() * math.prod(part.tensor.shape)
+        memory = model.get_memory_footprint()
 
-        counts = collections.Counter(
-            (part.tensor.type_name, fate(name)) for name, parts in self._parts.items() for part in parts
-        )
-        found = ", ".join(f"{count} {kind} {fate}" for (kind, fate), count in counts.most_common())
+        def share(kind: str, fate: str) -> str:
+            return f" ({nbytes[kind, fate] / memory:.1%} of the memory)" if fate == "decoded" else ""
+
+        found = ", ".join(f"{count} {kind} {fate}{share(kind, fate)}" for (kind, fate), count in counts.most_common())
         self.summary = f"{printable(self._path.name)}: {found}"
         _log.info(self.summary)
 

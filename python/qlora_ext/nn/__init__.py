@@ -5,7 +5,7 @@ from .conversions import CONVERSIONS, conversion_of
 from .coverage_report import Coverage, check_something_is_4bit, coverage, report_coverage
 from .dense_16bit import Embedding16bit, Linear16bit
 from .dense_modules import DENSE_RULES, DenseModules, dense_modules, is_dense, paths_to
-from .embedding import Embedding4bit, TiedLinear4bit
+from .embedding import Embedding4bit, TiedLinear4bit, is_table
 from .experts import Experts4bit, ExpertsLora, is_fused_experts
 from .linear import Linear4bit
 from .model import (
@@ -43,6 +43,7 @@ __all__ = [
     "dense_modules",
     "is_dense",
     "is_fused_experts",
+    "is_table",
     "layers_of",
     "multiply_in_bfloat16",
     "paths_to",

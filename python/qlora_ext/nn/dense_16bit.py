@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..linear_dense import linear
 from .conversions import CONVERSIONS
 from .dense_modules import dense_modules, paths_to
+from .embedding import is_scaled
 from .linear import Linear4bit
 
 Self = TypeVar("Self", bound="Dense16bit")
@@ -86,27 +87,10 @@ def _keeping(kind: Any) -> type[Dense16bit] | None:
         return Linear16bit
     if kind is nn.Embedding:
         return Embedding16bit
-    if issubclass(kind, nn.Embedding) and _is_scaled(kind):
+    if issubclass(kind, nn.Embedding) and is_scaled(kind):
         # A subclass of ``kind``, because other code may ask for its class.
         return type(f"{kind.__name__}16bit", (Embedding16bit, kind), {"dense_class": kind})
     return None
-
-
-def _is_scaled(kind: type[nn.Embedding]) -> bool:
-    """Whether embeddings of the class ``kind`` multiply the rows of the table by ``embed_scale``, and do nothing else.
-
-    This is tried with a small table. Other subclasses may use their table in any way.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        table = torch.arange(12, dtype=torch.float32, device="cpu").view(4, 3)
-        ids = torch.tensor([[2, 0], [3, 2]], dtype=torch.int64, device="cpu")
-        scale = torch.tensor(3, dtype=torch.float32, device="cpu")
-        probe: Any = kind.__new__(kind)
-        vars(probe).update(vars(nn.Embedding(4, 3, device="meta")), _parameters={}, weight=table, embed_scale=scale)
-        try:
-            return torch.equal(probe(ids), table[ids] * scale)
-        except Exception:  # an arbitrary forward
-            return False
 
 
 def widen(module: nn.Module) -> None:

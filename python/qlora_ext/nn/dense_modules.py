@@ -9,6 +9,7 @@ from torch import nn
 
 from .._internal.integrate import integrate
 from .conversions import conversion_of
+from .embedding import is_table
 from .experts import is_fused_experts
 
 
@@ -30,7 +31,7 @@ def is_dense(module: nn.Module) -> bool:
         >>> qlora_ext.nn.is_dense(nn.Linear(4, 4)), qlora_ext.nn.is_dense(nn.ReLU())
         (True, False)
     """
-    return conversion_of(module) is not None or type(module) is nn.Embedding or is_fused_experts(module)
+    return conversion_of(module) is not None or is_table(module) or is_fused_experts(module)
 
 
 # Names of the output heads of language models, classifiers and question-answering models.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,11 +93,43 @@ def _embedding(
     return decode_rows(weight, ids, weight.dtype)
 
 
+@functools.cache
+def is_scaled(kind: type[nn.Embedding]) -> bool:
+    """Whether embeddings of the class ``kind`` multiply the rows of the table by ``embed_scale``, and do nothing else.
+
+    This is tried with a small table. Other subclasses may use their table in any way.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        table = torch.arange(12, dtype=torch.float32, device="cpu").view(4, 3)
+        ids = torch.tensor([[2, 0], [3, 2]], dtype=torch.int64, device="cpu")
+        scale = torch.tensor(3, dtype=torch.float32, device="cpu")
+        probe: Any = kind.__new__(kind)
+        vars(probe).update(vars(nn.Embedding(4, 3, device="meta")), _parameters={}, weight=table, embed_scale=scale)
+        try:
+            return torch.equal(probe(ids), table[ids] * scale)
+        except Exception:  # an arbitrary forward
+            return False
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether ``Embedding4bit`` can replace ``module``: an ``nn.Embedding``, or one that scales its rows, as Gemma's.
+
+    Example:
+        >>> qlora_ext.nn.is_table(nn.Embedding(4, 4)), qlora_ext.nn.is_table(nn.Linear(4, 4))
+        (True, False)
+    """
+    kind: Any = type(module)
+    if kind is nn.Embedding or not isinstance(module, nn.Embedding):
+        return kind is nn.Embedding
+    return isinstance(getattr(module, "scalar_embed_scale", None), float) and is_scaled(kind)
+
+
 class Embedding4bit(PackedWeight4bit, nn.Embedding):
     """An embedding with a frozen 4-bit table: ids [...] to rows [..., D]. Only the requested rows are decoded.
 
     Its packed state is that of a ``Linear4bit`` whose weight is the table [V, D], with the same names and guarantees.
-    It has no trainable parameters and no gradient.
+    It has no trainable parameters and no gradient. Rows are multiplied by ``embed_scale`` if it stands for an embedding
+    that has one, such as Gemma's.
 
     Args:
         num_embeddings, embedding_dim: V and D.
@@ -116,6 +149,8 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
     """
 
     packed_is_tied = True
+    dense_class: type[nn.Embedding] = nn.Embedding
+    scalar_embed_scale: float | None = None
 
     def __init__(
         self,
@@ -166,8 +201,20 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
             raise ValueError(f"embedding: expected max_norm=None, got {embedding.max_norm}")
         sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
         module = cls(*sizes, compute_dtype or embedding.weight.dtype, device="meta", **form)
+        module.stand_for(embedding)
         module.set_weight(module.quantize(embedding.weight))
         return module.train(embedding.training)
+
+    def stand_for(self, embedding: nn.Embedding) -> None:
+        """Scales rows as the dense ``embedding`` does, and records its class, which ``to_embedding`` returns."""
+        self.dense_class = type(embedding)
+        self.scalar_embed_scale = getattr(embedding, "scalar_embed_scale", None)
+
+    @property
+    def embed_scale(self) -> Tensor | None:
+        """What multiplies the rows; None if nothing does."""
+        scale = self.scalar_embed_scale
+        return None if scale is None else torch.full((), scale, dtype=torch.float32, device=self.weight.device)
 
     if TYPE_CHECKING:
 
@@ -175,15 +222,20 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         held = self._parameters["weight"]
-        return decode_rows(held if isinstance(held, Weight4bit) else self.packed_weight(), ids, self.compute_dtype)
+        w4 = held if isinstance(held, Weight4bit) else self.packed_weight()
+        rows, scale = decode_rows(w4, ids, self.compute_dtype), self.embed_scale
+        return rows if scale is None else rows * scale.to(rows.dtype)
 
     def to_embedding(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Embedding:
         """The dense embedding for this one, without gradient: the decoded table, or ``weight`` [V, D] if given."""
         weight = self.dequantize(dtype) if weight is None else weight.detach().to(dtype or self.weight_dtype)
-        dense = nn.Embedding(
-            self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta", dtype=weight.dtype
-        )
+        scale = self.embed_scale
+        options: dict[str, Any] = {} if scale is None else {"embed_scale": self.scalar_embed_scale}
+        with torch.device("meta"):
+            dense = self.dense_class(self.num_embeddings, self.embedding_dim, self.padding_idx, **options)
         dense.weight = nn.Parameter(weight, requires_grad=False)
+        if scale is not None:
+            dense.embed_scale = scale
         return dense.train(self.training)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:

@@ -18,7 +18,7 @@ from ..formats import EXACT, check_activations
 from .conversions import conversion_of
 from .coverage_report import check_something_is_4bit, report_coverage
 from .dense_modules import dense_modules, is_dense, paths_to
-from .embedding import Embedding4bit, TiedLinear4bit
+from .embedding import Embedding4bit, TiedLinear4bit, is_table
 from .experts import Experts4bit, is_fused_experts
 from .packed import Packed4bit
 
@@ -63,7 +63,7 @@ def tied_heads(
     heads: dict[nn.Embedding, list[nn.Linear]] = {}
     must_be_dense = {model.get_submodule(name) for name in dense}
     for module in model.modules():
-        if type(module) is nn.Embedding:
+        if isinstance(module, nn.Embedding) and is_table(module):
             weight = id(module.weight)
             others = [other for other in owners[one.get(weight, weight)] if other is not module]
             linear = [other for other in others if type(other) is nn.Linear]
@@ -219,7 +219,7 @@ def quantize_model(
             ``classifier`` or ``qa_outputs``, and in a transformers model everything outside its base model.
         block_size, double_quant: as in ``quantize_nf4``; ``options`` may hold ``nested_block_size``, ``code``,
             ``scales`` and ``offsets`` too, as in ``nn.Linear4bit``.
-        embeddings: replace every ``nn.Embedding`` (but no subclass) by an ``Embedding4bit``. An output head that is
+        embeddings: replace every embedding (``nn.is_table``) by an ``Embedding4bit``. An output head that is
             tied to a table has no weight of its own and follows the table, even if ``skip`` names the head.
         towers: in a multimodal transformers model, replace layers outside the language model too: those of vision and
             audio towers, and of projectors.
@@ -271,7 +271,7 @@ def quantize_model(
         if isinstance(module, Packed4bit) and module not in already:
             module.activations = activations
 
-    if conversion_of(model) is not None or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
+    if conversion_of(model) is not None or is_fused_experts(model) or (embeddings and is_table(model)):
         for name, wanted in (("calibration", calibration), ("init_lora", lora)):
             if wanted is not None:
                 raise ValueError(f"{name}: expected a model that contains layers, got a single {type(model).__name__}")

@@ -30,6 +30,7 @@ _SCHEMA: Schema = {
     "lora_dropout?": float,
     "merge_aware?": (bool, str),
     "base_format?": str,
+    "requantized?": bool,
 }
 
 
@@ -47,13 +48,12 @@ def _unsaved_dropout(config: Any) -> float:
     return getattr(config, "lora_dropout", 0.0) if getattr(config, "target_parameters", None) else 0.0
 
 
-def _read_in(model: nn.Module) -> str | None:
-    """``QLoRAConfig.served`` of the base."""
+def _config_of(model: nn.Module) -> Any:
+    """The quantization config of the base; None if it has none."""
     base: Any = model
     if hasattr(base, "get_base_model"):  # PEFT's model
         base = base.get_base_model()
-    read_in: str | None = getattr(getattr(getattr(base, "config", None), "quantization_config", None), "served", None)
-    return read_in
+    return getattr(getattr(base, "config", None), "quantization_config", None)
 
 
 def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str = "default") -> None:
@@ -69,8 +69,11 @@ def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str
         record["lora_dropout"] = lora_dropout
     if aware:
         record["merge_aware"] = aware
-    if read_in := _read_in(model):
+    config = _config_of(model)
+    if read_in := getattr(config, "served", None):
         record["base_format"] = read_in
+    if getattr(config, "requantize", False):
+        record["requantized"] = True
     if _is_sharded(model) and torch.distributed.get_rank() != 0:
         return
     with staged_file(pathlib.Path(directory) / BASE_FILE) as partial:
@@ -112,6 +115,11 @@ def recorded_merge_aware(directory: str | os.PathLike[str]) -> str | bool:
 def recorded_base_format(directory: str | os.PathLike[str]) -> str | None:
     """``QLoRAConfig.served`` of the base on which the adapter in ``directory`` was trained; None for NF4."""
     return read_base(directory).get("base_format")
+
+
+def recorded_requantized(directory: str | os.PathLike[str]) -> bool:
+    """``QLoRAConfig.requantize`` of the base on which the adapter in ``directory`` was trained."""
+    return bool(read_base(directory).get("requantized"))
 
 
 @contextlib.contextmanager

@@ -199,13 +199,15 @@ class QLoRAConfig(QuantizationConfigMixin):
         served: for adapters that are trained merge-aware for ``"q4_0"``, ``"iq4_nl"``, ``"int4"``, ``"mxfp4"`` or
             ``"nf4"``: quantize dense linear layers and experts to that format instead of NF4, except where a row is no
             multiple of its blocks.
+        requantize: quantize the layers that a GGUF file stores packed like dense ones, instead of keeping their bits.
+            Embeddings and output heads stay as stored.
         activations: "exact", the default, or "int8": round the inputs and gradients of 4-bit layers to int8, with a
             scale per token and 64 values, which is faster on a CPU; see ``qlora_ext.linear_nf4``. It is saved with a
             model in our format. If given, it replaces that of a saved model.
 
     ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit,
     in our format or in MXFP4, NVFP4, INT4, AWQ, GPTQ, MLX' or bitsandbytes' formats, keeps its codes, block sizes and
-    scales. So does one in FP8 or INT8.
+    scales. So do those in FP8 or INT8, and the layers, embeddings and output heads of a GGUF file, of 4 to 8 bits.
 
     Arguments of transformers' ``BitsAndBytesConfig`` work too: ``bnb_4bit_use_double_quant``,
     ``bnb_4bit_compute_dtype`` and ``llm_int8_skip_modules`` mean ``double_quant``, ``compute_dtype`` and
@@ -244,6 +246,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         stream: str | None = None,
         resident: str | int | None = None,
         activations: str | None = None,
+        requantize: bool = False,
         **more: Unpack[_MoreArguments],
     ) -> None:
         integrate()
@@ -253,7 +256,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         compute_dtype = theirs.get("compute_dtype", compute_dtype)
         skip_modules = theirs.get("skip_modules", skip_modules)
         Form.of(block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size)  # checks them
-        for name, flag in (("double_quant", double_quant), ("embeddings", embeddings), ("towers", towers)):
+        flags = {"double_quant": double_quant, "embeddings": embeddings, "towers": towers, "requantize": requantize}
+        for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}: expected True or False, got {reprlib.repr(flag)}")
         names = skip_modules if isinstance(skip_modules, list | tuple | set) else [] if skip_modules is None else [None]
@@ -293,6 +297,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         self.towers = towers
         self.stream = stream
         self.resident = resident
+        self.requantize = requantize
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute. Those of BitsAndBytesConfig are mapped or rejected, as in the constructor."""
@@ -352,14 +357,20 @@ class QLoRAConfig(QuantizationConfigMixin):
             self.nested_block_size = form.nested_block_size
 
     def take_options(self, given: QLoRAConfig) -> None:
-        """Takes the options of ``given`` that say how a saved model runs."""
+        """Takes the options of ``given`` that say how a saved model runs.
+
+        Raises:
+            ValueError: ``given`` quantizes it again.
+        """
+        if given.requantize:
+            raise ValueError("requantize: expected a dense model or a GGUF file, got a quantized checkpoint")
         self.stream, self.resident = given.stream, given.resident
         self.activations = vars(given).get("activations", self.activations)
 
     def to_dict(self) -> dict[str, Any]:
         if self._source is not None and self._source.saved_config is not None:
             return copy.deepcopy(dict(self._source.saved_config))
-        unsaved = ["forms", "stream", "resident", "served"]
+        unsaved = ["forms", "stream", "resident", "served", "requantize"]
         unsaved += ["activations"] if self.activations == EXACT else []  # which earlier versions do not know
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in unsaved}
         fields |= {"quant_method": METHOD, "needs": NEEDS}

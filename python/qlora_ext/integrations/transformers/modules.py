@@ -86,7 +86,9 @@ def empty_layer(module: nn.Module, compute_dtype: torch.dtype, form: Form) -> Pa
     """The 4-bit module that replaces ``module``, on the meta device."""
     options: dict[str, Any] = {"compute_dtype": compute_dtype, "device": "meta", **form.keywords}
     if isinstance(module, nn.Embedding):
-        return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
+        table = Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
+        table.stand_for(module)
+        return table
     cls = conversion_of(module)
     if cls is None:
         return Experts4bit(module, **options)
@@ -200,7 +202,7 @@ def dense_names(model: nn.Module, embeddings: bool) -> list[str]:
     """
 
     def counts(module: nn.Module) -> bool:
-        return is_dense(module) and (embeddings or type(module) is not nn.Embedding)
+        return is_dense(module) and (embeddings or not isinstance(module, nn.Embedding))
 
     packed: set[nn.Module] = {m for _, m in layers_of(model)}
     return [name for name in _outside(model, packed) if any(map(counts, model.get_submodule(name).modules()))]

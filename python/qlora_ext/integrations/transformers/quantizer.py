@@ -170,20 +170,20 @@ class QLoRAQuantizer(HfQuantizer):
             dense = {*dense_parts.always, *(dense_parts.heads if config.skip_modules is None else ())}
             dense |= {*(() if config.towers else dense_parts.towers)}
         patterns = sorted(named - dense if self.pre_quantized else named)
-        heads = tied_heads(model, _tied_names(model), dense_parts.always) if config.embeddings else {}
+        tables = tied_heads(model, _tied_names(model), dense_parts.always) if config.embeddings else {}
         tied = {*_tied_modules(model)}
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Embedding:
-                if module not in heads:
-                    continue
+            if self._form(name, module):
+                yield name, module
+                continue
+            if module in tables:
                 full_names = dense
             elif conversion_of(module) is not None or is_fused_experts(module):
                 full_names = dense | tied
             else:
                 continue
             paths = paths_to(name)
-            is_covered = full_names.isdisjoint(paths) and all(should_convert_module(path, patterns) for path in paths)
-            if is_covered or self._form(name, module):
+            if full_names.isdisjoint(paths) and all(should_convert_module(path, patterns) for path in paths):
                 yield name, module
 
     def _form(self, name: str, module: nn.Module) -> Form | None:
