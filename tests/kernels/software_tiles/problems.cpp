@@ -189,15 +189,18 @@ const char* wrong_in_int8(const Shape& s, const Weight& w, bool has_adapters) {
     return out;
   };
   const std::vector<T> x = draw(s.m * s.k, 1.0f), dy = draw(s.m * s.n, 1.0f), bias = draw(s.n, 1.0f);
-  const std::vector<T> a = draw(s.rank * s.k, 0.1f), b = draw(s.n * s.rank, 0.1f);
+  // Of adapters, a stack of two.
+  const int64_t second = has_adapters ? s.rank / 2 : 0, stack_rank = s.rank + second;
+  const std::vector<T> a = draw(stack_rank * s.k, 0.1f), b = draw(s.n * stack_rank, 0.1f);
   Lora lora;
   lora.a = a.data(), lora.b = b.data(), lora.rank = s.rank, lora.scaling = 0.5;
   lora.dropout = make_dropout(s.dropout, 7);
   std::vector<int32_t> of_token;
   for (int64_t t = 0; t < s.m; ++t) of_token.push_back(static_cast<int32_t>(random_bits() % 3) - 1);
   Lora each[2] = {lora, lora};
-  each[1].rank = s.rank / 2, each[1].b_stride = s.rank;
-  const Adapters adapters{each, 2, of_token.data(), s.rank + s.rank / 2};
+  each[1].a = a.data() + s.rank * s.k, each[1].b = b.data() + s.rank, each[1].rank = second;
+  each[0].b_stride = each[1].b_stride = stack_rank;
+  const Adapters adapters{each, 2, of_token.data(), stack_rank};
   if (has_adapters) lora.adapters = &adapters;
 
   constexpr DType kDType = std::is_same_v<T, float> ? DType::kFloat32 : DType::kBFloat16;
