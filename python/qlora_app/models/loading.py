@@ -58,7 +58,7 @@ def stored_forms(source: ModelSource, config: Any, requantize: bool = False) -> 
     from qlora_ext.integrations.transformers.checkpoint.checkpoint_source import CheckpointSource
 
     if source.gguf_file is not None:
-        weights = _gguf_weights(source, config) if has_4bit_blocks(source) else None
+        weights = _gguf_weights(source, config) if has_4bit_blocks(source, tables=True) else None
         return (weights.forms(requantize) or None) if weights is not None else None
     saved = getattr(config, "quantization_config", None)
     if (

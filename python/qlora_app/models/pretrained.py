@@ -77,12 +77,21 @@ def is_4bit(source: ModelSource) -> bool:
     return source.gguf_file is None and getattr(load_config(source), "quantization_config", None) is not None
 
 
-def has_4bit_blocks(source: ModelSource) -> bool:
-    """Whether the model is a GGUF file with weights that are used as they are stored."""
+# The names of embeddings and output heads in GGUF files.
+_TABLES = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+
+
+def has_4bit_blocks(source: ModelSource, tables: bool = False) -> bool:
+    """Whether the model is a GGUF file with layers that are used as they are stored.
+
+    Args:
+        tables: count embeddings and output heads, too. A file with these alone is loaded like one of a dense model.
+    """
     from qlora_ext.gguf.blocks import is_packed
 
     return source.gguf_file is not None and any(
-        is_packed(tensor) for tensor in read_header(pathlib.Path(source.path) / source.gguf_file).tensors
+        is_packed(tensor) and (tables or tensor.name not in _TABLES)
+        for tensor in read_header(pathlib.Path(source.path) / source.gguf_file).tensors
     )
 
 
