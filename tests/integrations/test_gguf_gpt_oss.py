@@ -54,7 +54,7 @@ def test_the_weights_are_those_of_the_checkpoint(checkpoint: Checkpoint) -> None
     directory = checkpoint.path.parent
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*of the linear weights are 4-bit")
+        warnings.filterwarnings("ignore", ".*of the linear weights are quantized")
         model = load(directory, quantization_config=QLoRAConfig())
     state, expected = model.state_dict(), checkpoint.dense.state_dict()
     packed = {name: layer for name, layer in layers_of(model) if isinstance(layer, Experts4bit)}

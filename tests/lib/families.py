@@ -85,7 +85,7 @@ class Row:
     Attributes:
         built: the reason why no tiny dense model of the family runs; empty if one does.
         steps: "ok", "dense" (fails with dense weights too), "-" (has no such step) or what failed, by step.
-        quantized: how many of the linear weights are 4-bit, in percent.
+        quantized: how many of the linear weights are quantized, in percent.
         dense: what else is dense: the last parts of the names of layers.
     """
 

@@ -34,7 +34,7 @@ def test_all_is_counted() -> None:
         attention=nn.MultiheadAttention(64, 4),
         cell=nn.LSTM(8, 8),
     )
-    with pytest.warns(UserWarning, match="ModuleDict: 16.3% of the linear weights are 4-bit; dense are attention"):
+    with pytest.warns(UserWarning, match="ModuleDict: 16.3% of the linear weights are quantized; dense are attention"):
         found = coverage(quantize_model(model))
     cell = 2 * 4 * 8 * 8
     assert found.quantized == WEIGHTS

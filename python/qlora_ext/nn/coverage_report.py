@@ -28,7 +28,7 @@ _NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """How many elements of a model's linear weights are 4-bit or dense.
+    """How many elements of a model's linear weights are quantized or dense.
 
     Attributes:
         quantized: the number of 4-bit elements.
@@ -56,8 +56,8 @@ class Coverage:
 
     def __str__(self) -> str:
         if not self.dense:
-            return f"{self.share:.1%} of the linear weights are 4-bit"
-        return f"{self.share:.1%} of the linear weights are 4-bit; dense are {_listed(self.dense, self.reasons)}"
+            return f"{self.share:.1%} of the linear weights are quantized"
+        return f"{self.share:.1%} of the linear weights are quantized; dense are {_listed(self.dense, self.reasons)}"
 
 
 def _listed(dense: dict[str, int], reasons: dict[str, str]) -> str:
