@@ -116,7 +116,7 @@ def test_from_pretrained_reports_coverage_and_rejects_models_without_4bit_layers
     config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128, state_size=8)
     OddMamba(config).save_pretrained(tmp_path / "mamba")
     load = OddMamba.from_pretrained
-    with pytest.warns(UserWarning, match=r"OddMamba: .* are 4-bit; dense are backbone.odd \(a Odd, for which"):
+    with pytest.warns(UserWarning, match=r"OddMamba: .* are quantized; dense are backbone.odd \(a Odd, for which"):
         model = load(tmp_path / "mamba", quantization_config=qlora_ext.QLoRAConfig())
     model.save_pretrained(tmp_path / "4bit")
     with warnings.catch_warnings():
