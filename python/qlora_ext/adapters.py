@@ -133,8 +133,6 @@ def adapter_of_each_row(adapter_of_row: Tensor | None, x: Tensor) -> Tensor:
     if adapter_of_row.dtype not in _INTEGERS:
         raise ValueError(f"adapter_of_row: expected int32, got {adapter_of_row.dtype}")
     lead, shape = x.shape[:-1], adapter_of_row.shape
-    if len(shape) == 1 and shape[0] == lead.numel() and adapter_of_row.dtype == torch.int32:
-        return adapter_of_row
     if shape == lead[: len(shape)]:
         adapter_of_row = adapter_of_row.reshape(*shape, *(1,) * (len(lead) - len(shape))).expand(lead)
     elif len(shape) != 1 or shape[0] != lead.numel():

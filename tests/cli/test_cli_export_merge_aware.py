@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("compressed_tensors", reason="compressed_tensors is not installed")
 
@@ -15,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from commands import Paths, here
-from exports import Refused, dense, loaded, ours, output_of, read, write_base
+from exports import dense, loaded, ours, output_of, read, write_base
 from qlora_ext.form import Form
 from qlora_ext.integrations.peft import set_merge_aware
 from qlora_ext.nn import Packed4bit
@@ -128,12 +129,13 @@ def test_a_directory_of_bitsandbytes_is_the_trained_model(tmp_path: pathlib.Path
     check(model, theirs.dequantize())
 
 
-def test_a_head_in_other_4_bits_is_rejected(tmp_path: pathlib.Path, refused: Refused) -> None:
+def test_a_head_in_other_4_bits_is_decoded(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = write_base(tmp_path / "base.gguf", "Q4_0")
-    train(base, "nf4", tmp_path / "adapter", target_modules=["q_proj"])
-    message = refused("export", "--adapter", tmp_path / "adapter", "--to", "bitsandbytes", "--output", tmp_path / "no")
-    assert "base.gguf stores lm_head.weight in int4, which bitsandbytes does not have, and training does" in message
-    assert not (tmp_path / "no").exists()
+    model = train(base, "nf4", tmp_path / "adapter", target_modules=["q_proj"])
+    theirs = read(export(tmp_path / "adapter", "bitsandbytes"))
+    assert type(theirs.lm_head) is nn.Linear
+    check(model, theirs.dequantize())
 
 
 def test_a_base_in_another_stored_format(paths: Paths, tmp_path: pathlib.Path) -> None:

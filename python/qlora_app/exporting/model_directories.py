@@ -192,20 +192,26 @@ def _with_merged_experts(model: Any) -> Any:
     return model
 
 
-def _with_dense_experts(model: Any) -> Any:
-    """The model with its 4-bit experts decoded, because bitsandbytes has no 4-bit experts."""
-    from qlora_ext.nn import Experts4bit, layers_of
+def _with_dense_others(model: Any) -> Any:
+    """The model with packed experts, embeddings and heads decoded: bitsandbytes has linear layers of its codes only."""
+    from qlora_ext.bitsandbytes_format import CODES
+    from qlora_ext.integrations.transformers.modules import dense_modules
+    from qlora_ext.nn import Embedding4bit, Experts4bit, TiedLinear4bit, layers_of
 
+    heads = {*dense_modules(model).heads}
     for name, layer in [*layers_of(model)]:
         if isinstance(layer, Experts4bit):
             model.set_submodule(name, layer.to_experts())
+        elif isinstance(layer, Embedding4bit | TiedLinear4bit) or (name in heads and layer.form.code not in CODES):
+            model.set_submodule(name, layer.to_dense())
+    model.tie_weights()
     return model
 
 
 def _bitsandbytes(request: ExportRequest) -> Job:
     """The model in NF4, into whose codes the adapter is merged by the rounding of ``merge --4bit``.
 
-    Experts are dense: bitsandbytes has 4-bit linear layers only.
+    Experts, embeddings and heads that a file stores packed are dense: bitsandbytes has 4-bit linear layers only.
     """
     import torch
 
@@ -229,7 +235,7 @@ def _bitsandbytes(request: ExportRequest) -> Job:
             model = loader.dense_first(keep=lambda model: [*experts])
         else:
             model = loader.while_loading()
-        return writer(_with_dense_experts(model), adapted, save)
+        return writer(_with_dense_others(model), adapted, save)
 
     def save(model: Any, partial: pathlib.Path) -> None:
         save_pretrained(model, partial)

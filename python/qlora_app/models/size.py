@@ -35,5 +35,6 @@ def model_size(model: Any) -> ModelSize:
     from qlora_ext.nn import layers_of
 
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    bits = " and ".join(map(str, sorted({layer.form.bits for _, layer in layers_of(model)})))
+    *first, last = map(str, sorted({layer.form.bits for _, layer in layers_of(model)}) or [4])
+    bits = " and ".join([", ".join(first), last] if first else [last])
     return ModelSize(sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors), f"{bits} bits")

@@ -73,7 +73,7 @@ def load_base(run: Run, output: Output) -> Base:
     dense = size.dense_bytes(compute)
     run.report(
         f"weights {dense / 1e6:.1f} MB in {name_of(compute)} -> {size.bytes / 1e6:.1f} MB in {size.bits} "
-        f"({dense / size.bytes:.2f} times smaller, including the dense embeddings)"
+        f"({dense / size.bytes:.2f} times smaller, including all that is dense)"
     )
     for dtype in {layer.compute_dtype for _, layer in layers_of(model)} - {compute}:
         why = "as at the start of the run" if run.resumes else f"which takes less time than {name_of(compute)} here"
