@@ -1,5 +1,5 @@
-// dequantize_nf4: decodes packed codes of 4 bits or more, scales and offsets to values, float32(float32(value * scale) + offset) or
-// (value - zero point) * scale, rounded once. The same launch decodes nested scales.
+// dequantize_nf4: decodes packed codes of 4 bits or more, scales and offsets to values, float32(float32(value * scale)
+// + offset) or (value - zero point) * scale, rounded once. The same launch decodes nested scales.
 //
 // A warp takes one chunk of kSweeps sweeps after another. In a sweep, each of its 32 lanes decodes 16 bytes of output.
 // A chunk touches at most 32 quantization blocks, so lane i loads and decodes the scale of block i, and the other lanes
