@@ -18,7 +18,8 @@ inline constexpr int64_t kForwardStageK = 128, kDxStageRows = 64;  // terms of t
 inline constexpr int64_t kMostSplits = kMostClusterCtas;           // the CTAs of a cluster divide a tile's sum
 inline constexpr int64_t kMostMulticast = 2;                       // and share copies of the tokens with a partner
 
-// k has groups of 64 4-bit codes with one scale each and no offset, the sizes fit TMA's coordinates, and the ranks fit an int.
+// k has groups of 64 4-bit codes with one scale each and no offset, the sizes fit TMA's coordinates, and the ranks fit
+// an int.
 constexpr bool accepts_sizes(DType dtype, int64_t m, const Weight& w, const Lora& lora, const Device& device) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max(), kMostRanks = kMost / 2;
   return device.arch == 90 && is_16_bit(dtype) && m > 0 && w.n > 0 && w.k > 0 && has_one_scale_per(64, w) &&

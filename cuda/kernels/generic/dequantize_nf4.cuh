@@ -1,5 +1,5 @@
-// dequantize_nf4: decodes packed codes of 4 bits or more, scales and offsets to values, float32(float32(value * scale) + offset) or
-// (value - zero point) * scale, rounded once. The same launch decodes nested scales.
+// dequantize_nf4: decodes packed codes of 4 bits or more, scales and offsets to values, float32(float32(value * scale)
+// + offset) or (value - zero point) * scale, rounded once. The same launch decodes nested scales.
 //
 // A warp takes one chunk of kSweeps sweeps after another. In a sweep, each of its 32 lanes decodes 16 bytes of output.
 // A chunk touches at most 32 quantization blocks, so lane i loads and decodes the scale of block i, and the other lanes
@@ -142,7 +142,9 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
       tile::decode_nf4(value, word[r], table, [&](float v) {
         return tile::scale_and_add<kSteps == DequantizeSteps::kScaleAndAdd>(v, scale, offset);
       });
-    if constexpr (kReadSoon)
+    if constexpr (kReadSoon && kWide)  // an assignment would be split where widths differ
+      ptx::store_v4<r * tile::kWarp * 16>(to, round_lane<T>(value));
+    else if constexpr (kReadSoon)
       reinterpret_cast<uint4*>(to)[r * tile::kWarp] = round_lane<T>(value);
     else
       ptx::store_stream_v4<r * tile::kWarp * 16>(to, round_lane<T>(value));

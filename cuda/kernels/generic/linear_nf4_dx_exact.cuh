@@ -1,6 +1,5 @@
-// dx = dy · w + mask ∘ (g · a) · keep_scale for float32, for float16 on devices without the tensor cores' kernels, and for
-// wide codes.
-// Every operand is widened or decoded to float32, and every product is a float32 FMA.
+// dx = dy · w + mask ∘ (g · a) · keep_scale for float32, for float16 on devices without the tensor cores' kernels, and
+// for wide codes. Every operand is widened or decoded to float32, and every product is a float32 FMA.
 //
 // A CTA computes dx[kDxExactTokens tokens][128 columns] over its share of the rows n. A thread has one column and every
 // second row. Any n, k and alignment work. LoRA's part, a sum over the rank, is added when the outputs are stored.

@@ -48,7 +48,8 @@ cudaError_t launch(const Call& call) {
 }
 
 // A chunk of a single piece has at most one quantization block per lane. Rows of a panel are cut into smaller chunks,
-// so that little of a row is left over, and blocks may begin anywhere in them. Chunks of wide codes fit all block sizes.
+// so that little of a row is left over, and blocks may begin anywhere in them. Chunks of wide codes fit all block
+// sizes.
 template <class T>
 cudaError_t launch_chunk(const Call& call, bool read_soon, bool wide) {
   if (wide && call.part.rows > 1) return launch<T, 256, true, true>(call);
@@ -73,7 +74,8 @@ cudaError_t launch_dequantize_nf4(const Weight& w, const PackedPart& part, DType
                   out,
                   device,
                   stream};
-  return with_type(dtype, [&](auto element) { return launch_chunk<decltype(element)>(call, read_soon, is_wide(w.code)); });
+  return with_type(dtype,
+                   [&](auto element) { return launch_chunk<decltype(element)>(call, read_soon, is_wide(w.code)); });
 }
 
 }  // namespace qlora::cuda

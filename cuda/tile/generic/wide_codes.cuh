@@ -12,7 +12,8 @@
 namespace qlora::tile {
 
 // kCount consecutive codes, of which the first is a multiple of kCount. So they lie in one unit. Loading and decoding
-// are two steps, so that several runs can be on their way. Loads are cached, because the planes of a unit share sectors.
+// are two steps, so that several runs can be on their way. Loads are cached, because the planes of a unit share
+// sectors.
 template <int kCount>
 class WideRun {
   static_assert(kCount == 4 || kCount == 8);
