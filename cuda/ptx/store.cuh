@@ -12,6 +12,13 @@ __device__ __forceinline__ void store_v2(void* p, uint2 v) {
 }
 
 template <int kOffset = 0>
+__device__ __forceinline__ void store_v4(void* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"l"(p), "n"(kOffset), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+
+template <int kOffset = 0>
 __device__ __forceinline__ void store_stream_u32(void* p, uint32_t v) {
   asm volatile("st.global.cs.u32 [%0 + %1], %2;" ::"l"(p), "n"(kOffset), "r"(v) : "memory");
 }

@@ -142,7 +142,9 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
       tile::decode_nf4(value, word[r], table, [&](float v) {
         return tile::scale_and_add<kSteps == DequantizeSteps::kScaleAndAdd>(v, scale, offset);
       });
-    if constexpr (kReadSoon)
+    if constexpr (kReadSoon && kWide)  // an assignment would be split where widths differ
+      ptx::store_v4<r * tile::kWarp * 16>(to, round_lane<T>(value));
+    else if constexpr (kReadSoon)
       reinterpret_cast<uint4*>(to)[r * tile::kWarp] = round_lane<T>(value);
     else
       ptx::store_stream_v4<r * tile::kWarp * 16>(to, round_lane<T>(value));
