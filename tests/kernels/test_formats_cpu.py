@@ -156,6 +156,22 @@ def test_kernels_for_4_bits_refuse_wide_codes(kernel: str, monkeypatch: pytest.M
         OPS.linear_nf4(*s.args)
 
 
+@pytest.mark.parametrize("kernel", ["few_tokens_float", "many_tokens_float"])
+@pytest.mark.parametrize(
+    "form", [WIDE_FORMS["q8_0"], Form("int5", "float32", 32), Form("e5m2", "bfloat16", 16)], ids=str
+)
+def test_rows_of_wide_codes_do_not_read_the_next_row(form: Form, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 96 end within a group of 64."""
+    monkeypatch.setenv("QLORA_CPU_KERNEL", kernel)
+    n, k = 9, 96
+    w4 = forms.random_weight(form, (n, k))
+    w4.absmax.view(n, -1)[1::2] = torch.inf
+    x = torch.rand(3, k).bfloat16()
+    y = OPS.linear_nf4(x, *w4.operands(n, None, None, None, 1.0, 0.0, 0, None))
+    expected = x.float() @ w4.dequantize(torch.float32)[::2].T
+    torch.testing.assert_close(y[:, ::2].float(), expected, rtol=0.02, atol=0.02)
+
+
 def test_rows_of_wide_codes_are_whole_blocks_and_units() -> None:
     x, scales = torch.randn(2, 48), torch.ones(12)
     with pytest.raises(

@@ -99,10 +99,8 @@ class WideReader {
     }
   }
 
-  // Sets the elements of a group from number `count` on, a multiple of 16, to zero.
-  static void keep_first(int64_t count, Floats (&v)[4]) {
-    for (Floats& x : v) x = lanes() < static_cast<uint32_t>(count / 4) ? x : Floats{};
-  }
+  // Sets the lanes of a group's elements from number `count` on, a multiple of 16, to zero.
+  static void keep_first(int64_t count, Floats& x) { x = lanes() < static_cast<uint32_t>(count / 4) ? x : Floats{}; }
 
  private:
   static constexpr Dwords splat(uint32_t x) { return x - Dwords{}; }

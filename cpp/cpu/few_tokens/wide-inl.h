@@ -79,7 +79,10 @@ class WideRows {
       for (auto& x : read) x = x * by + offset;
       by = 1.0f - typename Reader::Floats{};
     }
-    if (w_.k - column < kGroup) Reader::keep_first(w_.k - column, read);
+    if (w_.k - column < kGroup) {  // what follows may be anything, also infinite scales
+      for (auto& x : read) Reader::keep_first(w_.k - column, x);
+      Reader::keep_first(w_.k - column, by);
+    }
     __builtin_memcpy(v, read, sizeof v);
     __builtin_memcpy(&scale, &by, sizeof scale);
   }

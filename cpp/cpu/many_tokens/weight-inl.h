@@ -142,37 +142,49 @@ inline WeightLinePrefetcher prefetch_piece(const Weight& w, const Piece& piece) 
   return {w.packed, units(piece.row * w.k + piece.column), piece.rows, units(w.k), units(piece.columns)};
 }
 
+// Calls use(decode) for a weight of wide codes: decode(row, column, count, v) decodes `count` elements of the group at
+// that row and column of the weight, and zeros for the rest.
+template <class Use>
+void with_wide_decoder(const ScaledPiece& source, const Use& use) {
+  const WideReader<kLanes> reader = source.wide();
+  with_wide(wide_code(source.weight().code), [&]<int kBits, WideCode::Kind kind>() {
+    use([&](int64_t row, int64_t column, int64_t count, F(&v)[4]) QLORA_INLINE_LAMBDA {
+      typename WideReader<kLanes>::Floats read[4];
+      const float* const scale = source.scale_at(row, column);
+      reader.template decode<kBits, kind>(source.flat(row, column), scale, source.to_offset(), read);
+      if (count < kGroup) {
+        for (auto& x : read) WideReader<kLanes>::keep_first(count, x);
+      }
+      static_assert(sizeof v == sizeof read);
+      __builtin_memcpy(v, read, sizeof v);
+    });
+  });
+}
+
 // A row of any piece. Its elements from `columns` on are zero.
 class RaggedRow {
  public:
   RaggedRow(const ScaledPiece& t, int64_t row, int64_t column, int64_t columns)
-      : t_(t), values_(values_of(t.table())), flat_(t.flat(row, column)), columns_(columns), scales_(t.scales(row)) {}
+      : t_(t),
+        values_(values_of(t.table())),
+        row_(row),
+        column_(column),
+        columns_(columns),
+        flat_(t.flat(row, column)),
+        scales_(t.scales(row)) {}
 
   // Decodes the group at column c: lane i of vector j is element 4i + j.
   void decode(int64_t c, F (&v)[4]) const {
     if (is_wide(t_.weight().code)) {
-      decode_wide(c, v);
+      with_wide_decoder(t_, [&](const auto& decode) { decode(row_, column_ + c, columns_ - c, v); });
     } else if (t_.has_offsets()) {
       decode_as<true>(c, v);
     } else {
       decode_as<false>(c, v);
     }
-    if (columns_ - c >= kGroup) return;
-    unroll<4>([&](auto j) { v[j.value] = joined<j.value>(static_cast<int>(columns_ - c), v[j.value], zero()); });
   }
 
  private:
-  void decode_wide(int64_t c, F (&v)[4]) const {
-    typename WideReader<kLanes>::Floats read[4];
-    const int64_t begin = flat_ + c;
-    const float* const scale = scales_ + (begin >> t_.shift());
-    with_wide(wide_code(t_.weight().code), [&]<int kBits, WideCode::Kind kind>() {
-      t_.wide().template decode<kBits, kind>(begin, scale, t_.to_offset(), read);
-    });
-    static_assert(sizeof v == sizeof read);
-    __builtin_memcpy(v, read, sizeof v);
-  }
-
   template <bool kHasOffsets>
   void decode_as(int64_t c, F (&v)[4]) const {
     const Weight& w = t_.weight();
@@ -192,11 +204,13 @@ class RaggedRow {
       const auto another = table_at(++scale + 1);
       unroll<4>([&](auto j) { v[j.value] = joined<j.value>(first, v[j.value], lookup<j.value>(another, codes)); });
     }
+    if (columns_ - c >= kGroup) return;
+    unroll<4>([&](auto j) { v[j.value] = joined<j.value>(static_cast<int>(columns_ - c), v[j.value], zero()); });
   }
 
   const ScaledPiece& t_;
   const Table values_;
-  int64_t flat_, columns_;
+  int64_t row_, column_, columns_, flat_;
   const float* scales_;
 };
 
@@ -251,29 +265,14 @@ void decode_lanes_as(const ScaledPiece& source, const Piece& piece, typename W::
   }
 }
 
-// The same for wide codes: decode(row, column, v) decodes the group at a row and column of the weight.
-template <class Use>
-void with_wide_decoder(const ScaledPiece& source, const Piece& piece, const Use& use) {
-  const WideReader<kLanes> reader = source.wide();
-  with_wide(wide_code(source.weight().code), [&]<int kBits, WideCode::Kind kind>() {
-    use([&](int64_t row, int64_t column, F(&v)[4]) QLORA_INLINE_LAMBDA {
-      typename WideReader<kLanes>::Floats read[4];
-      const float* const scale = source.scale_at(row, column);
-      reader.template decode<kBits, kind>(source.flat(row, column), scale, source.to_offset(), read);
-      const int64_t left = piece.column + piece.columns - column;
-      if (left < kGroup) WideReader<kLanes>::keep_first(left, read);
-      static_assert(sizeof v == sizeof read);
-      __builtin_memcpy(v, read, sizeof v);
-    });
-  });
-}
+// The same for wide codes.
 template <class W>
 void decode_wide_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
-  with_wide_decoder(source, piece, [&](const auto& decode) {
+  with_wide_decoder(source, [&](const auto& decode) {
     for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
       for (int64_t c = 0; c < piece.columns; c += kGroup) {
         F v[4];
-        decode(row, piece.column + c, v);
+        decode(row, piece.column + c, piece.columns - c, v);
         W::store_decoded_row(v, panel + c / W::kElements);
       }
     }
@@ -282,17 +281,17 @@ void decode_wide_broadcast(const ScaledPiece& source, const Piece& piece, typena
 template <class W>
 void decode_wide_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
   const int64_t depth = ceil_div(piece.rows, W::kElements);
-  with_wide_decoder(source, piece, [&](const auto& decode) {
+  with_wide_decoder(source, [&](const auto& decode) {
     for (int64_t d = 0; d < depth; ++d, panel += kTileLanes) {
       const int64_t row = piece.row + d * W::kElements, next = row + W::kElements - 1;
       for (int64_t c = 0; c < piece.columns; c += kGroup) {
         typename W::Vector words[4];
         if constexpr (W::kElements == 1) {
-          decode(row, piece.column + c, words);
+          decode(row, piece.column + c, piece.columns - c, words);
         } else {
           F v[4], below[4] = {zero(), zero(), zero(), zero()};
-          decode(row, piece.column + c, v);
-          if (next < piece.row + piece.rows) decode(next, piece.column + c, below);
+          decode(row, piece.column + c, piece.columns - c, v);
+          if (next < piece.row + piece.rows) decode(next, piece.column + c, piece.columns - c, below);
           unroll<4>([&](auto j) { words[j.value] = W::round_pair(v[j.value], below[j.value]); });
         }
         store_whole_group<W>(panel + c * depth, kTileLanes * depth, words);
