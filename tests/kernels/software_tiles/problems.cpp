@@ -221,7 +221,8 @@ const char* wrong_in_int8(const Shape& s, const Weight& w, bool has_adapters) {
 
 const char* wrong(const Shape& s) {
   const int64_t numel = s.n * s.k, blocks = ceil_div(numel, s.block);
-  std::vector<uint8_t> packed(static_cast<size_t>(packed_bytes(numel))), codes(static_cast<size_t>(blocks));
+  std::vector<uint8_t> packed(static_cast<size_t>(packed_bytes(numel, bits_of(s.code)))),
+      codes(static_cast<size_t>(blocks));
   for (uint8_t& e : packed) e = static_cast<uint8_t>(random_bits());
   for (uint8_t& e : codes) e = static_cast<uint8_t>(128 + random_bits() % 128);
   std::vector<float> absmax(static_cast<size_t>(blocks)),
@@ -346,6 +347,11 @@ int run_all(unsigned seed, int64_t most) {
   }
   shapes.push_back({49, 61, 832, 5, 16, false, true, 0.2, Code::kNf4});  // blocks below a segment of int8
   shapes.push_back({77, 107, 448, 3, 32, false, true, 0.1, Code::kUint4, true});
+  for (int code = 0; code < 6; ++code) {  // wide codes that are integers, in rows that end with and within a group
+    const Code wide = static_cast<Code>(kFirstWideCode + code);
+    shapes.push_back({some(80), some(150), 64 * some(5), 4, 64, code % 2 == 0, true, 0.1, wide, code == 3});
+    shapes.push_back({some(80), some(150), 32 + 64 * some(5), 4, 32, code % 2 == 0, false, 0.0, wide, code == 1});
+  }
   std::erase_if(shapes, [most](const Shape& s) { return s.m * s.n * s.k > most; });
   for (const Shape& s : shapes) {
     if (const char* what = wrong(s)) {
