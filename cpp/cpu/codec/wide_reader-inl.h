@@ -17,6 +17,10 @@
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/problem.h"
 
+// A set whose registers are smaller than these vectors would pass them otherwise than another set. None of them leaves
+// the file.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 
