@@ -22,7 +22,7 @@ from qlora_ext.version import VERSION
 from qlora_ext.weight import Weight4bit
 
 from ..errors import UserError, first_line
-from ..gguf import metadata, tokenizer
+from ..gguf import TABLES, metadata, tokenizer
 from ..gguf.layout import FileTensor, file_tensors
 from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed, write_tensors
 from ..models.adapted import Adapted
@@ -37,7 +37,6 @@ from .merging import untie
 from .targets import ExportRequest
 from .weights import Encoder, MergedWeights, Read, is_linear, report
 
-EMBEDDINGS = ("token_embd.weight", "output.weight")
 _ROUTER = "ffn_gate_inp.weight"
 _MORE_METADATA = 1 << 16  # bytes
 
@@ -126,7 +125,7 @@ def calibrated(
     if calibration is None:
         return {}
     named = [
-        tensor.weight.removesuffix(".weight") for tensor, own in kinds if own == kind and tensor.name not in EMBEDDINGS
+        tensor.weight.removesuffix(".weight") for tensor, own in kinds if own == kind and tensor.name not in TABLES
     ]
     return calibrated_weights(adapted, blocks.form_of(kind), lambda model: _to_encode(model, kind, named), calibration)
 
@@ -158,7 +157,7 @@ def kind_of(tensor: FileTensor, kind: str, embeddings: str) -> str:
     """The type that a tensor gets, where layers get ``kind`` and embeddings get ``embeddings``."""
     if not tensor.is_matrix or tensor.name.endswith(_ROUTER):
         return "F32"  # llama.cpp requires it
-    return embeddings if tensor.name in EMBEDDINGS else kind
+    return embeddings if tensor.name in TABLES else kind
 
 
 def _build(conversion: _Conversion, calibration: Calibration | None) -> Callable[[pathlib.Path], None]:

@@ -20,6 +20,7 @@ from qlora_ext.nn import layers_of, quantize_model
 from qlora_ext.weight import quantize
 
 from ..errors import UserError, first_line
+from ..gguf import TABLES
 from ..gguf.layout import FileTensor, file_tensors
 from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed, rewrite
 from ..models import validate_model
@@ -118,7 +119,7 @@ def _merge(target: str, adapted: Adapted, skeleton: Any, kind: str, embeddings: 
 
 def _kind_of(target: str, tensor: FileTensor, stored: TensorInfo, kind: str, embeddings: str | None) -> str:
     """The type that a tensor gets that the adapter changes."""
-    if kind != _SAME or (embeddings is not None and tensor.name in gguf_conversion.EMBEDDINGS):
+    if kind != _SAME or (embeddings is not None and tensor.name in TABLES):
         return gguf_conversion.kind_of(tensor, kind, gguf_conversion.embeddings_kind(embeddings, kind))
     if stored.type_name == "NVFP4" or stored.type_name not in (*blocks.KINDS, *DENSE_KINDS):
         raise UserError(
@@ -146,7 +147,7 @@ def _embeddings(file: pathlib.Path, kind: str | None) -> dict[str, str]:
     """The types of the embeddings and the output head of a file, if they have to change."""
     if kind is None:
         return {}
-    tensors = [tensor for tensor in read_header(file).tensors if tensor.name in gguf_conversion.EMBEDDINGS]
+    tensors = [tensor for tensor in read_header(file).tensors if tensor.name in TABLES]
     return {tensor.name: kind.upper() for tensor in tensors if tensor.type_name != kind.upper()}
 
 
@@ -195,7 +196,7 @@ def _retype(target: str, source: ModelSource, kind: str, embeddings: str | None)
     for tensor in header.tensors:
         if len(tensor.shape) < 2 or not tensor.name.endswith(".weight") or tensor.name.endswith(_FLOAT32):
             continue
-        is_table = tensor.name in gguf_conversion.EMBEDDINGS
+        is_table = tensor.name in TABLES
         if kind == _SAME and (embeddings is None or not is_table):
             continue
         if tensor.type_name == "NVFP4":  # other tensors have factors of its scales

@@ -44,7 +44,7 @@ def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
 
 
 def stored_forms(source: ModelSource, config: Any, requantize: bool = False) -> dict[str, Form] | None:
-    """The forms of the packed weights of a model of which some stay as the model's files store them, by name.
+    """The forms of a model's packed weights, by name, if its files store some of them packed.
 
     None if the files have no such weights, are in our format or bitsandbytes', or cannot be read as they are.
 

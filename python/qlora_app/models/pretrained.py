@@ -12,6 +12,7 @@ from qlora_ext.gguf import read_header
 from qlora_ext.untrusted import excerpt, printable, read_json
 
 from ..errors import UserError, reading
+from ..gguf import TABLES
 from .sources import PROVENANCE, ModelSource
 
 if TYPE_CHECKING:
@@ -77,10 +78,6 @@ def is_4bit(source: ModelSource) -> bool:
     return source.gguf_file is None and getattr(load_config(source), "quantization_config", None) is not None
 
 
-# The names of embeddings and output heads in GGUF files.
-_TABLES = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
-
-
 def has_4bit_blocks(source: ModelSource, tables: bool = False) -> bool:
     """Whether the model is a GGUF file with layers that are used as they are stored.
 
@@ -90,7 +87,7 @@ def has_4bit_blocks(source: ModelSource, tables: bool = False) -> bool:
     from qlora_ext.gguf.blocks import is_packed
 
     return source.gguf_file is not None and any(
-        is_packed(tensor) and (tables or tensor.name not in _TABLES)
+        is_packed(tensor) and (tables or tensor.name not in TABLES)
         for tensor in read_header(pathlib.Path(source.path) / source.gguf_file).tensors
     )
 

@@ -125,13 +125,12 @@ def to_awq(packed: Tensor) -> Tensor:
 
 def values_of(words: Tensor, bits: int = 4) -> Tensor:
     """The codes [..., W*32/bits] of int32 words [..., W], one per byte of a uint8 tensor."""
-    codes = _viewed(words, torch.uint8)
-    return codes if bits == 8 else torch.stack((codes & 15, codes >> 4), dim=-1).view(*words.shape[:-1], -1)
+    return bit_planes.from_fields(_viewed(words, torch.uint8), bits)
 
 
 def words_of(values: Tensor, bits: int = 4) -> Tensor:
     """The inverse of ``values_of``."""
-    return _viewed(values if bits == 8 else values[..., 0::2] | values[..., 1::2] << 4, torch.int32)
+    return _viewed(bit_planes.to_fields(values, bits), torch.int32)
 
 
 def awq_values_of(words: Tensor) -> Tensor:
