@@ -15,12 +15,11 @@ import torch
 
 from qlora_ext.calibration import Calibration
 from qlora_ext.gguf import GGUFWeights, blocks
-from qlora_ext.gguf.file import ARCHITECTURES, TensorInfo, read_header
+from qlora_ext.gguf.file import ARCHITECTURES, TABLES, TensorInfo, read_header
 from qlora_ext.nn import layers_of, quantize_model
 from qlora_ext.weight import quantize
 
 from ..errors import UserError, first_line
-from ..gguf import TABLES
 from ..gguf.layout import FileTensor, file_tensors
 from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed, rewrite
 from ..models import validate_model
