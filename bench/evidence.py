@@ -14,9 +14,9 @@ base alone, without training, is a cell, too.
 - NF4, calibrated: the same, with scales and codes chosen on conversations.
 
 A cell has the right answers to the held-out questions per task, the loss of their expected answers, the loss of other
-text (conversations of the package chitchat-dataset, which is not learnt), the bytes of the weights, the peak of resident
-memory during training, and the tokens per second of training. With one thread, these are per second of processor time,
-so that other processes matter less.
+text (conversations of the package chitchat-dataset, which is not learnt), the bytes of the weights, the peak of
+resident memory during training, and the tokens per second of training. With one thread, these are per second of
+processor time, so that other processes matter less.
 
 A cell is written when it is complete. The next call with the same options continues with the cells that the results
 lack.
