@@ -193,12 +193,12 @@ class QLoRAQuantizer(HfQuantizer):
         return forms[0] if forms and all(forms) else None
 
     def _empty_layer(self, name: str, module: nn.Module, compute_dtype: torch.dtype) -> Packed4bit:
-        stored, served = self._form(name, module), self.qlora_config.served_form
+        stored = self._form(name, module)
         layer = empty_layer(module, compute_dtype, stored or self.qlora_config.form_of(name))
-        if stored is not None or served is None or isinstance(module, nn.Embedding):
+        if stored is not None or isinstance(module, nn.Embedding):
             return layer
-        fits = all(shape[-1] % served.block_size == 0 for shape in layer.packed_shapes.values())
-        return empty_layer(module, compute_dtype, served) if fits else layer
+        form = self.qlora_config.form_of(name, layer.packed_shapes.values())
+        return layer if form == layer.form else empty_layer(module, compute_dtype, form)
 
     def _asked(self, model: nn.Module) -> list[str]:
         """The modules of ``model`` that the configuration requests to be dense."""
