@@ -224,8 +224,9 @@ class CheckpointSource(Source):
         assert isinstance(module, Packed4bit)
         weight = self._weights[name]
         matrices = self._matrices(weight, by_key, module)
-        if name in self._requantized:
-            matrices = ((where, quantize(w4.dequantize(), module.form)) for where, w4 in matrices)
+        if (form := self._requantized.get(name)) is not None:
+            dtype = module.weight_dtype
+            matrices = ((at, quantize(w4.dequantize(torch.float32), form).replace(dtype=dtype)) for at, w4 in matrices)
         first = next(matrices)
         if first[1].shape == weight.shape:
             return first[1]
