@@ -1,20 +1,24 @@
 """Static properties of the compiled CUDA kernels: registers, shared memory, occupancy, spills, and loops in SASS.
 
-    python bench/cuda_static.py [--arch 75 80 90 100 110 120] [--launches PROFILE]
+    python bench/cuda_static.py [--arch 75 80 86 89 90 100 110 120] [--jobs N] [--launches PROFILE]
 
-Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is the
-kernel simulator's list of launches, one JSON object per line, with the sizes of dynamic shared memory. Writes
-bench/results/compiler.json, and fails if a kernel spills or uses local memory, if one of the forward on
-tensor cores waits for memory more often before its first product than it must, if one reads tables in constant memory
-more often than it must, or if warpgroups that hand registers over start with another number of them.
+Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). By default, it
+compiles for each architecture of the wheel, N files at a time. PROFILE is the kernel simulator's list of launches, one
+JSON object per line, with the sizes of dynamic shared memory. Writes bench/results/compiler.json, and fails if a kernel
+spills or uses local memory, if one of the forward on tensor cores waits for memory more often before its first product
+than it must, if one reads tables in constant memory more often than it must, if warpgroups that hand registers over
+start with another number of them, or if the assembler moved a load of global memory before the wait for the previous
+launch, which may still write there.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lib import cuda_steps
 from lib import results_files as files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SM_LIMITS = {
     75: (1024, 16, 64 << 10),
     80: (2048, 32, 164 << 10),
+    86: (1536, 16, 100 << 10),
+    89: (1536, 24, 100 << 10),
     90: (2048, 32, 228 << 10),
     100: (2048, 32, 228 << 10),
     110: (1536, 24, 228 << 10),
@@ -76,6 +83,8 @@ class Kernel:
     instructions: int = 0
     waits: int = 0
     constant_reads: int = 0  # of tables, at addresses that differ between lanes
+    # Loads of global memory before the wait for the previous launch, in machine code and in PTX; None without a wait.
+    early_loads: tuple[int, int] | None = None
     loop: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -139,10 +148,12 @@ def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
     ptx = next(folder.glob("*.ptx")).read_text()
     for name, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx):
         kernels[name].threads = int(threads)
-    for name, body in re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", ptx, flags=re.S):
-        kernels[name].moved_registers = max(map(int, re.findall(r"setmaxnreg\.inc\S* (\d+)", body)), default=0)
+    in_ptx = dict(re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", ptx, flags=re.S))
+    for name, text in in_ptx.items():
+        kernels[name].moved_registers = max(map(int, re.findall(r"setmaxnreg\.inc\S* (\d+)", text)), default=0)
     for name, body in sass_functions(cubin).items():
         if name in kernels:
+            kernels[name].early_loads = early_loads(body, in_ptx[name])
             kernels[name].instructions = sum(i.opcode != "NOP" for i in body)
             first, last = main_loop(body)
             kernels[name].loop = count_classes([i for i in body if first <= i.address <= last])
@@ -233,6 +244,16 @@ def loads_in_a_row(body: list[Instruction]) -> int:
     return passed
 
 
+def early_loads(body: list[Instruction], ptx: str) -> tuple[int, int] | None:
+    """Loads of global memory before the first wait for the previous launch, in machine code and in PTX, whose order is
+    that of the source. None without a wait."""
+    wait = next((at for at, i in enumerate(body) if i.opcode.startswith("ACQBULK")), None)
+    if wait is None:
+        return None
+    before, _, _ = ptx.partition("griddepcontrol.wait")
+    return sum(i.opcode.startswith(("LDG.", "LD.")) for i in body[:wait]), len(re.findall(r"\bld\.global", before))
+
+
 def count_classes(body: list[Instruction]) -> dict[str, int]:
     opcodes = [i.opcode for i in body if i.opcode != "NOP"]
     counts = {name: sum(bool(re.match(p, opcode)) for opcode in opcodes) for name, p in CLASSES.items()}
@@ -274,28 +295,34 @@ def complaints(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
     many = [(k, k.constant_reads) for k in kernels if k.constant_reads > CONSTANT_READS]
     found += rule(f"more than {CONSTANT_READS} reads of tables in constant memory", many)
     other = [(k, k.registers) for k in kernels if k.moved_registers and k.registers != MOVED_REGISTERS]
-    return found + rule(f"other than {MOVED_REGISTERS} registers at launch, before setmaxnreg", other)
+    found += rule(f"other than {MOVED_REGISTERS} registers at launch, before setmaxnreg", other)
+    moved = [(k, k.early_loads[0] - k.early_loads[1]) for k in kernels if k.early_loads]
+    moved = [(k, loads) for k, loads in moved if loads > 0]
+    return found + rule("loads that were moved before the wait for the previous launch", moved)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=sorted(SM_LIMITS), choices=sorted(SM_LIMITS))
+    parser.add_argument("--arch", type=int, nargs="+", default=cuda_steps.ARCHS, choices=sorted(SM_LIMITS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="default: one per processor")
     parser.add_argument("--launches", type=Path, help="the kernel simulator's profile")
     arguments = parser.parse_args()
     dynamic = dynamic_shared(arguments.launches)
-    kernels: list[Kernel] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for arch in arguments.arch:
-            for source in sources(arch):
-                name = f"{source.parent.name}/{source.stem}"
-                print(f"sm_{arch} {name}", flush=True)
-                kernels += compile_kernels(source, arch, Path(scratch) / str(arch) / name).values()
+    with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+
+        def compiled(arch: int, source: Path) -> list[Kernel]:
+            name = f"{source.parent.name}/{source.stem}"
+            print(f"sm_{arch} {name}", flush=True)
+            return list(compile_kernels(source, arch, Path(scratch) / str(arch) / name).values())
+
+        jobs = [(arch, source) for arch in arguments.arch for source in sources(arch)]
+        kernels = [kernel for found in pool.map(compiled, *zip(*jobs, strict=True)) for kernel in found]
     names = demangled(sorted({k.name for k in kernels}))
     for k in kernels:
         k.dynamic_shared = dynamic.get(k.name)
 
     machine = {"nvcc": run("nvcc", "--version").splitlines()[-1]}
-    path = files.RESULTS / f"{files.COMPILER}.json"
+    path = files.WRITTEN / f"{files.COMPILER}.json"
     for arch in arguments.arch:
         of_it = sorted((k for k in kernels if k.arch == arch), key=lambda k: names[k.name])
         rows = [dataclasses.asdict(k) | {"name": names[k.name], "occupancy": k.occupancy} for k in of_it]

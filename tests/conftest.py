@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -15,15 +16,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reads the hub; huggingfa
 import torch
 
 import qlora_ext
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+from bench.lib.worker_faults import pytest_handlecrashitem, pytest_runtest_logreport
 from commands import finished_run, paths, refused
 from qlora_ext import dtypes
 from quick import quick
 
-__all__ = ["finished_run", "paths", "refused"]  # fixtures
+# Fixtures, and the hooks of a plugin.
+__all__ = ["finished_run", "paths", "pytest_handlecrashitem", "pytest_runtest_logreport", "refused"]
 
 # Set before the first call, so that every call reads it (test_kernels_cpu.py changes it from kernel to kernel).
 os.environ.setdefault("QLORA_CPU_KERNEL", "")
 os.environ.setdefault("QLORA_CUDA_KERNEL", "")
+os.environ.setdefault("QLORA_CUDA_START", "")
 
 
 # What no test needs to have but those that import it.
