@@ -83,7 +83,7 @@ class Kernel:
     instructions: int = 0
     waits: int = 0
     constant_reads: int = 0  # of tables, at addresses that differ between lanes
-    # Loads of global memory before the wait for the previous launch, in machine code and in PTX; None without a wait.
+    # Loads of global memory before a wait for the previous launch, in machine code and in PTX; None without a wait.
     early_loads: tuple[int, int] | None = None
     loop: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -244,14 +244,62 @@ def loads_in_a_row(body: list[Instruction]) -> int:
     return passed
 
 
-def early_loads(body: list[Instruction], ptx: str) -> tuple[int, int] | None:
-    """Loads of global memory before the first wait for the previous launch, in machine code and in PTX, whose order is
-    that of the source. None without a wait."""
-    wait = next((at for at, i in enumerate(body) if i.opcode.startswith("ACQBULK")), None)
-    if wait is None:
+@dataclasses.dataclass
+class Node:
+    """An instruction of a control flow graph."""
+
+    is_load: bool  # of global memory
+    is_wait: bool  # for the previous launch
+    target: str | None  # of a branch
+    goes_on: bool  # possibly, to the next instruction
+
+
+def loads_before_waits(nodes: list[Node], at: dict[str, int]) -> int | None:
+    """Loads after which a wait may follow; None without a wait. `at` has the place of each target."""
+    reaches = [node.is_wait for node in nodes]
+    if not any(reaches):
         return None
-    before, _, _ = ptx.partition("griddepcontrol.wait")
-    return sum(i.opcode.startswith(("LDG.", "LD.")) for i in body[:wait]), len(re.findall(r"\bld\.global", before))
+    changed = True
+    while changed:
+        changed = False
+        for i in reversed(range(len(nodes))):
+            if reaches[i]:
+                continue
+            after = [i + 1] if nodes[i].goes_on and i + 1 < len(nodes) else []
+            after += [at[target] for target in (nodes[i].target,) if target in at]
+            reaches[i] = any(reaches[a] for a in after)
+            changed = changed or reaches[i]
+    return sum(node.is_load and reached for node, reached in zip(nodes, reaches, strict=True))
+
+
+def sass_nodes(body: list[Instruction]) -> tuple[list[Node], dict[str, int]]:
+    nodes = []
+    for i in body:
+        ends = i.opcode.startswith(("BRA", "EXIT", "RET")) and not i.predicated and "," not in i.operands
+        target = None if i.target is None else hex(i.target)
+        nodes.append(Node(i.opcode.startswith(("LDG.", "LD.")), i.opcode.startswith("ACQBULK"), target, not ends))
+    return nodes, {hex(i.address): at for at, i in enumerate(body)}
+
+
+def ptx_nodes(text: str) -> tuple[list[Node], dict[str, int]]:
+    nodes: list[Node] = []
+    at = {}
+    for line in text.splitlines():
+        if match := re.match(r"\s*(\$\w+):", line):
+            at[match[1]] = len(nodes)
+        elif match := re.match(r"\s*(@!?%p\d+ )?\s*([a-z][\w.:]*)\s*(\$\w+)?", line):
+            predicate, opcode, target = match.groups()
+            ends = opcode.startswith(("bra", "ret", "exit")) and not predicate
+            is_load = opcode.startswith("ld.global")
+            nodes.append(Node(is_load, opcode == "griddepcontrol.wait", target, not ends))
+    return nodes, at
+
+
+def early_loads(body: list[Instruction], ptx: str) -> tuple[int, int] | None:
+    """Loads of global memory before a wait for the previous launch, in machine code and in PTX, whose order is that of
+    the source. None without a wait."""
+    sass, source = loads_before_waits(*sass_nodes(body)), loads_before_waits(*ptx_nodes(ptx))
+    return None if sass is None or source is None else (sass, source)
 
 
 def count_classes(body: list[Instruction]) -> dict[str, int]:

@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reads the hub; huggingfa
 import torch
 
 import qlora_ext
+
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 from bench.lib.worker_faults import pytest_handlecrashitem, pytest_runtest_logreport
 from commands import finished_run, paths, refused

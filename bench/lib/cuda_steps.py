@@ -112,7 +112,9 @@ def sanitizers() -> list[Step]:
     def step(tool: str, title: str, may_fail: bool, *tests: str) -> Step:
         command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
         command += pytest(*tests, worker=False)  # the tool's exit status is that of the process that it starts
-        return Step(f"compute-sanitizer {tool}{title}", command, 1.0, missing or absent("pytest", "pytest_timeout"), may_fail)
+        return Step(
+            f"compute-sanitizer {tool}{title}", command, 1.0, missing or absent("pytest", "pytest_timeout"), may_fail
+        )
 
     others = [*in_slice(SLICE), *(["-k", "not 64"] if hopper else [])]
     found = [step(tool, "", False, *others) for tool in SANITIZERS]

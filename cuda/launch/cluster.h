@@ -21,8 +21,8 @@ namespace qlora::cuda {
 // At least one of its CTAs has to wait in any case, so that the launch ends after the previous one.
 enum class Start { kInOrder, kEarly };
 
-// Returns whether launches may start early: QLORA_CUDA_START=in_order forbids it. Like QLORA_CUDA_KERNEL, the variable is
-// read at each launch if it is set at the first one, and never otherwise.
+// Returns whether launches may start early: QLORA_CUDA_START=in_order forbids it. Like QLORA_CUDA_KERNEL, the variable
+// is read at each launch if it is set at the first one, and never otherwise.
 inline bool may_start_early() {
   static const bool looks = std::getenv("QLORA_CUDA_START");
   const char* const value = looks ? std::getenv("QLORA_CUDA_START") : nullptr;

@@ -29,7 +29,8 @@ cudaError_t query(int index, Device* device) {
   const struct {
     int* out;
     cudaDeviceAttr attribute;
-  } rates[] = {  // not every driver knows them
+  } rates[] = {
+      // not every driver knows them
       {&device->clock_khz, cudaDevAttrClockRate},
       {&device->memory_clock_khz, cudaDevAttrMemoryClockRate},
       {&device->bus_bits, cudaDevAttrGlobalMemoryBusWidth},
