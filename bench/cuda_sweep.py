@@ -18,9 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-FORCED, START = "QLORA_CUDA_KERNEL", "QLORA_CUDA_START"
-for variable in (FORCED, START):
-    os.environ.setdefault(variable, "")  # there before the first call, so that each call reads it
+os.environ.setdefault("QLORA_CUDA_KERNEL", "")  # there before the first call, so that each call reads them
+os.environ.setdefault("QLORA_CUDA_START", "")
 os.environ["QLORA_PRINT_KERNELS"] = "1"
 
 import torch
@@ -31,6 +30,7 @@ from lib.cuda_timing import NOT_MEASURED, SIMULATED, Failures, captured, card_na
 from lib.harness import Report, check_equal, cuda_clock, interleave
 from lib.nvidia_smi import Clocks
 
+FORCED, START = "QLORA_CUDA_KERNEL", "QLORA_CUDA_START"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 TOKENS = (1, 16, 32, 33, 64, 128, 256, 1024)
 TRAINING_TOKENS, RANKS = (512, 4096), (16, 64)  # of LoRA's gradients

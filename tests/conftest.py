@@ -19,6 +19,7 @@ import qlora_ext
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 from bench.lib.worker_faults import pytest_handlecrashitem, pytest_runtest_logreport
+
 from commands import finished_run, paths, refused
 from qlora_ext import dtypes
 from quick import quick

@@ -62,7 +62,7 @@ def arch() -> int:
 
 
 def steps(minutes: float, tiny: bool) -> list[Step]:
-    """All steps but those of ncu and the sanitizers. A bench gets somewhat less time than the step, for imports and checks."""
+    """All steps but those of ncu and the sanitizers. A bench gets less time than the step, for imports and checks."""
     small = ["--tiny"] if tiny else []
 
     def bench(name: str, program: str, share: float, *arguments: str, missing: str | None = None) -> Step:
@@ -109,12 +109,12 @@ def sanitizers() -> list[Step]:
     missing = None if program else "compute-sanitizer is not on PATH (the CUDA toolkit has it)"
     missing = "compute-sanitizer checks a card only; the simulator has --check" if SIMULATED else missing
 
+    modules = absent("pytest", "pytest_timeout")
+
     def step(tool: str, title: str, may_fail: bool, *tests: str) -> Step:
         command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
         command += pytest(*tests, worker=False)  # the tool's exit status is that of the process that it starts
-        return Step(
-            f"compute-sanitizer {tool}{title}", command, 1.0, missing or absent("pytest", "pytest_timeout"), may_fail
-        )
+        return Step(f"compute-sanitizer {tool}{title}", command, 1.0, missing or modules, may_fail)
 
     others = [*in_slice(SLICE), *(["-k", "not 64"] if hopper else [])]
     found = [step(tool, "", False, *others) for tool in SANITIZERS]

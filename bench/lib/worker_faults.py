@@ -1,7 +1,7 @@
-"""A plugin of pytest: a test that loses its CUDA context ends its worker of pytest-xdist, so that other tests get a new one.
+"""A plugin of pytest: a test that loses its CUDA context ends its worker of pytest-xdist.
 
 After an illegal access, for example, every later CUDA call of the process fails. pytest-xdist replaces the worker, and
-goes on with the next test. In one process without workers, nothing is done. No torch here.
+goes on with the next test. Without workers, nothing is done. No torch here.
 """
 
 from __future__ import annotations
