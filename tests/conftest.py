@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import os
 import pathlib
-import sys
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -16,13 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reads the hub; huggingfa
 import torch
 
 import qlora_ext
-
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-from bench.lib.worker_faults import pytest_handlecrashitem, pytest_runtest_logreport
-
 from commands import finished_run, paths, refused
 from qlora_ext import dtypes
 from quick import quick
+from worker_faults import pytest_handlecrashitem, pytest_runtest_logreport
 
 # Fixtures, and the hooks of a plugin.
 __all__ = ["finished_run", "paths", "pytest_handlecrashitem", "pytest_runtest_logreport", "refused"]

@@ -34,11 +34,11 @@ def pytest(*arguments: str, worker: bool = True) -> list[str]:
     """Each test is reported as soon as it has ended.
 
     A hanging kernel lets no signal through, so a thread ends the process of a test that takes too long. With `worker`,
-    that is a worker of pytest-xdist, which is replaced, as is one whose context is lost (worker_faults.py).
+    that is a worker of pytest-xdist, which is replaced, as is one whose context is lost (tests/lib/worker_faults.py).
     """
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:randomly"]
     if worker:
-        command += ["-n", "1", f"--max-worker-restart={MOST_WORKERS}", "-p", "bench.lib.worker_faults"]
+        command += ["-n", "1", f"--max-worker-restart={MOST_WORKERS}", "-p", "tests.lib.worker_faults"]
     if not SIMULATED:  # where a test may take minutes
         command += [f"--timeout={SECONDS_PER_TEST}", "--timeout-method=thread"]
     return [*command, "-m", "cuda", *arguments]
@@ -77,7 +77,7 @@ def steps(minutes: float, tiny: bool) -> list[Step]:
     models = absent("transformers", "peft")
     plugins = absent("pytest", "xdist", *([] if SIMULATED else ["pytest_timeout"]))
     found = [
-        Step("compiled kernels", [sys.executable, str(BENCH / "cuda_static.py"), "--arch", str(arch())], 0.1, nvcc),
+        Step("compiled kernels", [sys.executable, str(BENCH / "cuda_static.py"), "--arch", str(arch())], 0.15, nvcc),
         bench("record of the card", "cuda_card", 0.05),
         bench("microbenchmarks", "cuda_micro", 0.05, missing=nvcc),
         Step("tests", pytest(*tests), 0.3, plugins),

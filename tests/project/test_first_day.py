@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+import worker_faults
 from qlora_ext import _C
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -25,7 +26,7 @@ import cuda_micro
 import cuda_ncu
 import cuda_static
 import run
-from lib import cuda_choices, cuda_steps, nvidia_smi, results_files, steps, worker_faults
+from lib import cuda_choices, cuda_steps, nvidia_smi, results_files, steps
 from lib.steps import Outcome, Step
 
 FORGETFUL = """
@@ -361,6 +362,23 @@ def test_rows_of_nsight_compute() -> None:
         list(cuda_ncu.rows("==ERROR== no permission", cuda_ncu.TINY[0]))
     assert len(cuda_ncu.METRICS) == 12
     assert len(cuda_ncu.PROBLEMS) == 10
+
+
+NCU = r"""
+import sys, time
+time.sleep(60 if "7" in sys.argv[-1].split(",") else 0)
+print('"ID","Kernel Name","lts__t_bytes.sum"\n"","","byte"\n"0","few_tokens(Args)","1,000"')
+"""
+
+
+def test_a_problem_under_ncu_has_a_limit(tmp_path: pathlib.Path) -> None:
+    program = tmp_path / "ncu"
+    program.write_text(f"#!{sys.executable}\n{NCU}")
+    program.chmod(0o755)
+    found = cuda_ncu.profiled(str(program), ["lts__t_bytes.sum"], ("linear_nf4", 64, 64, 1), 60.0)
+    assert [(row["kernel"], row["L2 (byte)"]) for row in found] == [("few_tokens", "1000")]
+    with pytest.raises(RuntimeError, match="stopped after 2 s"):
+        cuda_ncu.profiled(str(program), ["lts__t_bytes.sum"], ("linear_nf4", 64, 64, 7), 2.0)
 
 
 def run_on_the_cpu(program: str, *arguments: str) -> None:
