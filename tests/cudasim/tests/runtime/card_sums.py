@@ -14,7 +14,15 @@ import numpy as np
 
 def float8(bits: int, exponent_bits: int) -> float:
     fraction_bits = 7 - exponent_bits
-    sign, exponent, fraction = bits >> 7, bits >> fraction_bits & (1 << exponent_bits) - 1, bits & (1 << fraction_bits) - 1
+    sign, exponent, fraction = (
+        bits >> 7,
+        bits >> fraction_bits & (1 << exponent_bits) - 1,
+        bits & (1 << fraction_bits) - 1,
+    )
+    if exponent_bits == 5 and exponent == 31:
+        return (-1) ** sign * np.inf if fraction == 0 else np.nan
+    if exponent_bits == 4 and bits & 0x7F == 0x7F:
+        return np.nan
     value = fraction * 2.0**-fraction_bits + (exponent > 0)
     return (-1) ** sign * value * 2.0 ** (max(exponent, 1) - (1 << exponent_bits - 1) + 1)
 
@@ -206,8 +214,11 @@ COPIED:
   wgmma.commit_group.sync.aligned;
   wgmma.wait_group.sync.aligned 0;"""
     else:
-        product = load("%rd2", "b", nb) + f"""
+        product = (
+            load("%rd2", "b", nb)
+            + f"""
   {kind.instruction} {group("c", nc)}, {group("a", na)}, {group("b", nb)}, {group("c", nc)};"""
+        )
     stores = "\n".join(f"  st.global.b32 [%rd9+{4 * i}], %c{i};" for i in range(nc))
     return f"""
 .version 8.6

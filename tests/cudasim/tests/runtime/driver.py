@@ -50,7 +50,12 @@ class Module:
         check(CUDA.cuModuleLoadData(ctypes.byref(self.handle), ptx.encode()))
 
     def launch(
-        self, name: str, grid: tuple[int, int, int], threads: int, *arguments: Memory | ctypes._SimpleCData, shared: int = 0
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        *arguments: Memory | ctypes._SimpleCData,
+        shared: int = 0,
     ) -> None:
         function = ctypes.c_void_p()
         check(CUDA.cuModuleGetFunction(ctypes.byref(function), self.handle, name.encode()))

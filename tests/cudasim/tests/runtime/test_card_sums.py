@@ -18,7 +18,16 @@ def run_kinds(mma: str, arch: int, kinds: list[str]) -> subprocess.CompletedProc
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD" and not k.startswith("CUDASIM_")}
     if "CUDASIM_BUILD" in os.environ:
         environment["CUDASIM_BUILD"] = os.environ["CUDASIM_BUILD"]
-    command = [HERE.parents[1] / "cudasim", "--mma", mma, "--arch", str(arch), sys.executable, HERE / "card_sums.py", *kinds]
+    command = [
+        HERE.parents[1] / "cudasim",
+        "--mma",
+        mma,
+        "--arch",
+        str(arch),
+        sys.executable,
+        HERE / "card_sums.py",
+        *kinds,
+    ]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

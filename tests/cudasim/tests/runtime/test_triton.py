@@ -25,8 +25,22 @@ from triton.compiler import ASTSource  # noqa: E402
 WARPS = 4
 NF4 = np.array(
     [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
-        *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+            -0.18477343022823334,
+        ),
+        *(
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+            0.24611230194568634,
+            0.33791524171829224,
+        ),
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ],
     np.float32,
@@ -67,8 +81,8 @@ def running_sums(x, out, n, counts, TILE: tl.constexpr):
     tl.atomic_add(counts + values, 1, mask=at < n)
 
 
-def run(kernel: Any, arch: int, grid: tuple[int, int], *arguments: Memory | int, **constants: int) -> None:
-    """Compiles the kernel for `sm_arch` and launches it. Sizes are multiples of 16, as Triton's specialization has them."""
+def run(kernel: Any, arch: int, grid: tuple[int, int], *arguments: Memory | int, **constants: int) -> str:
+    """Compiles the kernel for `sm_arch` and launches it. Returns its PTX."""
     types = {np.uint16: "*bf16", np.float16: "*fp16", np.float32: "*fp32", np.int32: "*i32", np.uint8: "*u8"}
     kinds = [types[a.array.dtype.type] if isinstance(a, Memory) else "i32" for a in arguments]
     names = kernel.arg_names
@@ -81,6 +95,7 @@ def run(kernel: Any, arch: int, grid: tuple[int, int], *arguments: Memory | int,
     Module(compiled.asm["ptx"]).launch(
         compiled.metadata.name, (*grid, 1), 32 * WARPS, *values, *scratch, shared=compiled.metadata.shared
     )
+    return compiled.asm["ptx"]
 
 
 def bfloat16(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +109,8 @@ def test_matmul(arch: int, instruction: str) -> None:
     rng, (m, n, k) = np.random.default_rng(1), (80, 144, 112)
     (a, x), (b, y) = (bfloat16(rng.standard_normal(s).astype(np.float32)) for s in ((m, k), (k, n)))
     c = Memory(np.zeros((m, n), np.float32))
-    run(matmul, arch, (2, 3), Memory(a), Memory(b), c, m, n, k, TILE_M=64, TILE_N=64, TILE_K=32)
+    ptx = run(matmul, arch, (2, 3), Memory(a), Memory(b), c, m, n, k, TILE_M=64, TILE_N=64, TILE_K=32)
+    assert instruction in ptx
     np.testing.assert_allclose(c.read(), x @ y, rtol=0, atol=2e-5)
 
 
