@@ -2,8 +2,8 @@
 
     python bench/tensor_core_sums.py
 
-Computed in numpy, with the arithmetic of A100 and H100 in tests/cudasim/tests/runtime/card_sums.py (after MMA-Sim, arXiv
-2511.10909). The kernel simulator agrees with it bit for bit. No GPU was measured. Writes a section of
+Computed in numpy, with the arithmetic of A100 and H100 in tests/cudasim/tests/runtime/card_sums.py (after MMA-Sim,
+arXiv 2511.10909). The kernel simulator agrees with it bit for bit. No GPU was measured. Writes a section of
 bench/results/kernel_simulator.json.
 """
 

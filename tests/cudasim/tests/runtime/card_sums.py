@@ -14,11 +14,8 @@ import numpy as np
 
 def float8(bits: int, exponent_bits: int) -> float:
     fraction_bits = 7 - exponent_bits
-    sign, exponent, fraction = (
-        bits >> 7,
-        bits >> fraction_bits & (1 << exponent_bits) - 1,
-        bits & (1 << fraction_bits) - 1,
-    )
+    sign, fraction = bits >> 7, bits & (1 << fraction_bits) - 1
+    exponent = bits >> fraction_bits & (1 << exponent_bits) - 1
     if exponent_bits == 5 and exponent == 31:
         return (-1) ** sign * np.inf if fraction == 0 else np.nan
     if exponent_bits == 4 and bits & 0x7F == 0x7F:
@@ -27,9 +24,10 @@ def float8(bits: int, exponent_bits: int) -> float:
     return (-1) ** sign * value * 2.0 ** (max(exponent, 1) - (1 << exponent_bits - 1) + 1)
 
 
-# How many bits an element has, the least exponent of its type, and the values of all patterns or of given ones.
 @dataclasses.dataclass(frozen=True)
 class Element:
+    """A type of operands: its bits, and the least exponent of its normal numbers."""
+
     bits: int
     least: int
 
@@ -108,8 +106,9 @@ def toward_zero(x: np.ndarray, fraction: int) -> np.ndarray:
 def card_sum(arch: int, kind: Kind, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """c + a @ b of an instruction: [rows, k], [k, 8] and [rows, 8].
 
-    The figures are MMA-Sim's (arXiv 2511.10909): an addition takes the products of 16 bytes before 9.0, and all since then,
-    cuts each term to 24 or 25 bits below the largest exponent, and rounds toward zero. FP8 of wgmma has 13 bits.
+    The figures are MMA-Sim's (arXiv 2511.10909). An addition takes the products of 16 bytes before 9.0, and all of the
+    instruction since then. It cuts each term to 24 or 25 bits below the largest exponent, and rounds toward zero. FP8 of
+    wgmma has 13 bits.
     """
     terms = min(kind.k, 128 // kind.element.bits) if arch < 90 else kind.k
     narrow = kind.wgmma and kind.element.bits == 8
@@ -130,7 +129,7 @@ def card_sum(arch: int, kind: Kind, a: np.ndarray, b: np.ndarray, c: np.ndarray)
 
 
 def random_tile(rng: np.random.Generator, kind: Kind, wild: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Patterns of a [rows, k] and b [k, 8], and c. Wild ones have any exponent, zeros, subnormal and infinite numbers."""
+    """Patterns of a [rows, k] and b [k, 8], and c. Wild ones have any exponent, zeros, subnormals and infinities."""
 
     def patterns(shape: tuple[int, int]) -> np.ndarray:
         element = kind.element
@@ -178,7 +177,7 @@ def c_of_registers(registers: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 def ptx(kind: Kind) -> str:
-    """A kernel of one instruction. Each thread has its registers in memory, and wgmma's b is in the canonical layout."""
+    """A kernel of one instruction. Threads load their registers, and wgmma's b, which is in the canonical layout."""
     na = 16 * kind.k * kind.element.bits // 32 // 32
     nb, nc = 8 * kind.k * kind.element.bits // 32 // 32, 2 if kind.half else 4
 

@@ -1,8 +1,8 @@
 """A second opinion: kernels that we have not written, or not compiled, give what numpy gives.
 
-Triton ships with PyTorch and compiles to PTX without a GPU. It chooses layouts, swizzles, pipelines and descriptors in its
-own way. Its launcher is not simulated: the kernels run through the driver's interface. bitsandbytes embeds no PTX in its
-libraries (`cuobjdump -lptx`), but has kernels in Triton, which run if it is installed.
+Triton ships with PyTorch and compiles to PTX without a GPU. It chooses layouts, swizzles, pipelines and descriptors in
+its own way. Its launcher is not simulated: the kernels run through the driver's interface. bitsandbytes embeds no PTX in
+its libraries (`cuobjdump -lptx`), but has kernels in Triton, which run if it is installed.
 """
 
 from __future__ import annotations
@@ -18,30 +18,16 @@ from driver import Memory, Module
 
 triton = pytest.importorskip("triton", reason="this PyTorch came without Triton")
 
-import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 WARPS = 4
 NF4 = np.array(
     [
-        *(
-            -1.0,
-            -0.6961928009986877,
-            -0.5250730514526367,
-            -0.39491748809814453,
-            -0.28444138169288635,
-            -0.18477343022823334,
-        ),
-        *(
-            -0.09105003625154495,
-            0.0,
-            0.07958029955625534,
-            0.16093020141124725,
-            0.24611230194568634,
-            0.33791524171829224,
-        ),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ],
     np.float32,
 )
@@ -85,8 +71,8 @@ def run(kernel: Any, arch: int, grid: tuple[int, int], *arguments: Memory | int,
     """Compiles the kernel for `sm_arch` and launches it. Returns its PTX."""
     types = {np.uint16: "*bf16", np.float16: "*fp16", np.float32: "*fp32", np.int32: "*i32", np.uint8: "*u8"}
     kinds = [types[a.array.dtype.type] if isinstance(a, Memory) else "i32" for a in arguments]
-    names = kernel.arg_names
-    signature = dict(zip(names, kinds)) | dict.fromkeys(constants, "constexpr")
+    names = kernel.arg_names[: len(kinds)]
+    signature = dict(zip(names, kinds, strict=True)) | dict.fromkeys(constants, "constexpr")
     aligned = [i for i, a in enumerate(arguments) if isinstance(a, Memory) or a % 16 == 0]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": WARPS})
@@ -137,7 +123,8 @@ def bitsandbytes() -> Any:
         pytest.skip("bitsandbytes is not installed")
     path = pathlib.Path(spec.origin).parent / "backends" / "triton" / "kernels_4bit.py"
     kernels = importlib.util.spec_from_file_location("bitsandbytes_kernels_4bit", path)
-    assert kernels is not None and kernels.loader is not None
+    assert kernels is not None
+    assert kernels.loader is not None
     module = importlib.util.module_from_spec(kernels)
     kernels.loader.exec_module(module)
     return module
