@@ -15,15 +15,11 @@ import numpy as np
 
 from lib import results_files as files
 
-sys.path.insert(0, str(files.RESULTS.parents[1] / "tests/cudasim/tests/runtime"))
+TESTS = files.RESULTS.parents[1] / "tests"
+sys.path[:0] = [str(TESTS / "lib"), str(TESTS / "cudasim/tests/runtime")]
 from card_sums import KINDS, Kind, card_sum
+from reference import NF4
 
-NF4 = np.array(
-    [
-        *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0),
-        *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
-    ]
-)
 CARDS = {"A100": 80, "H100": 90}
 TERMS = (512, 4096, 17792)
 ROWS, SEGMENT = 256, 64  # 8 sums per row; the weights of a block

@@ -38,8 +38,7 @@ __m256 power_of_two(__m256i e) {  // e >= -126
 }
 Split split(__m256 x, int min_exponent) {
   const __m256i field = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(x), 23), _mm256_set1_epi32(255));
-  const __m256i e =
-      _mm256_max_epi32(_mm256_sub_epi32(field, _mm256_set1_epi32(127)), _mm256_set1_epi32(min_exponent));
+  const __m256i e = _mm256_max_epi32(_mm256_sub_epi32(field, _mm256_set1_epi32(127)), _mm256_set1_epi32(min_exponent));
   // 2^-e may be out of range, but its two factors are not.
   const __m256i first = _mm256_srai_epi32(e, 1), second = _mm256_sub_epi32(e, first), zero = _mm256_setzero_si256();
   const __m256 s = _mm256_mul_ps(_mm256_mul_ps(x, power_of_two(_mm256_sub_epi32(zero, first))),

@@ -136,7 +136,7 @@ enum class Special : uint8_t {
   zero64,
   grid_workspace_hi,
   grid_workspace_lo,  // cooperative groups' grid barrier
-  shared_base,  // the CTA's own part of the cluster's window
+  shared_base,        // the CTA's own part of the cluster's window
   local_base,
   param_base,
   pmem_base  // addresses that depend on the frame or launch

@@ -331,8 +331,9 @@ CUDASIM_API cudaError_t cudaLaunchCooperativeKernel(const void* host, dim3 grid,
   launch.cooperative = true;
   return run(host, launch);
 }
-CUDASIM_API CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                                   unsigned bz, unsigned shared, CUstream stream, void** args, void** extra) {
+CUDASIM_API CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                                    unsigned by, unsigned bz, unsigned shared, CUstream stream, void** args,
+                                    void** extra) {
   if (extra) return CUDA_ERROR_NOT_SUPPORTED;
   return static_cast<CUresult>(cudaLaunchKernel(function, dim3(gx, gy, gz), dim3(bx, by, bz), args, shared, stream));
 }

@@ -107,8 +107,8 @@ def card_sum(arch: int, kind: Kind, a: np.ndarray, b: np.ndarray, c: np.ndarray)
     """c + a @ b of an instruction: [rows, k], [k, 8] and [rows, 8].
 
     The figures are MMA-Sim's (arXiv 2511.10909). An addition takes the products of 16 bytes before 9.0, and all of the
-    instruction since then. It cuts each term to 24 or 25 bits below the largest exponent, and rounds toward zero. FP8 of
-    wgmma has 13 bits.
+    instruction since then. It cuts each term to 24 or 25 bits below the largest exponent, and rounds toward zero. FP8
+    of wgmma has 13 bits.
     """
     terms = min(kind.k, 128 // kind.element.bits) if arch < 90 else kind.k
     narrow = kind.wgmma and kind.element.bits == 8

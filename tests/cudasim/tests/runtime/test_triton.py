@@ -1,8 +1,8 @@
 """A second opinion: kernels that we have not written, or not compiled, give what numpy gives.
 
 Triton ships with PyTorch and compiles to PTX without a GPU. It chooses layouts, swizzles, pipelines and descriptors in
-its own way. Its launcher is not simulated: the kernels run through the driver's interface. bitsandbytes embeds no PTX in
-its libraries (`cuobjdump -lptx`), but has kernels in Triton, which run if it is installed.
+its own way. Its launcher is not simulated: the kernels run through the driver's interface. bitsandbytes embeds no PTX
+in its libraries (`cuobjdump -lptx`), but has kernels in Triton, which run if it is installed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 from driver import Memory, Module
 
 triton = pytest.importorskip("triton", reason="this PyTorch came without Triton")
@@ -23,14 +24,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 WARPS = 4
-NF4 = np.array(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ],
-    np.float32,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -133,16 +126,13 @@ def bitsandbytes() -> Any:
 def test_bitsandbytes_quantizes_to_nf4_and_back(bitsandbytes: Any) -> None:
     rng, block, blocks = np.random.default_rng(4), 64, 24
     x = rng.standard_normal(block * blocks).astype(np.float32)
-    absmax = np.abs(x.reshape(blocks, block)).max(1)
+    packed, absmax = reference.quantize_nf4(x, block)
     got_absmax, got = Memory(np.zeros(blocks, np.float32)), Memory(np.zeros(len(x) // 2, np.uint8))
     run(
         bitsandbytes.quantize_nf4_blockwise_kernel,
         *(80, (blocks // 8, 1), Memory(x), got_absmax, got, len(x), blocks),
         **{"BLOCK_SIZE": block, "SPLIT_NUM_BLOCKS": 4},
     )
-    scaled = x / np.repeat(absmax, block)
-    codes = np.abs(scaled[:, None] - NF4).argmin(1).astype(np.uint8)
-    packed = codes[0::2] << 4 | codes[1::2]
     np.testing.assert_array_equal(got_absmax.read(), absmax)
     np.testing.assert_array_equal(got.read(), packed)
 
@@ -152,4 +142,4 @@ def test_bitsandbytes_quantizes_to_nf4_and_back(bitsandbytes: Any) -> None:
         *(80, (len(packed) // 256, 1), Memory(packed), back, Memory(absmax), len(packed), len(x)),
         **{"QUANT_BLOCK": block, "SPLIT_SIZE": 256},
     )
-    np.testing.assert_array_equal(back.read(), NF4[codes] * np.repeat(absmax, block))
+    np.testing.assert_array_equal(back.read(), reference.dequantize_nf4(packed, absmax, len(x), block))
