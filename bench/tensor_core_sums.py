@@ -15,9 +15,9 @@ import numpy as np
 
 from lib import results_files as files
 
-TESTS = files.RESULTS.parents[1] / "tests"
-sys.path[:0] = [str(TESTS / "lib"), str(TESTS / "cudasim/tests/runtime")]
+sys.path.extend(str(files.RESULTS.parents[1] / "tests" / folder) for folder in ("lib", "cudasim/tests/runtime"))
 from card_sums import KINDS, Kind, card_sum
+
 from reference import NF4
 
 CARDS = {"A100": 80, "H100": 90}

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 from driver import Memory, Module
+
+import reference
 
 triton = pytest.importorskip("triton", reason="this PyTorch came without Triton")
 
