@@ -55,6 +55,7 @@ class PlanRequest(Options):
     offload_checkpoints: bool = like(Settings, "offload_checkpoints")
     mlp_chunk: int = like(Settings, "mlp_chunk", maximum=_MAX_COUNT)
     optimizer: str = like(Settings, "optimizer")
+    quantize: str = like(Settings, "quantize")
     dtype: str = like(BaseOptions, "dtype")
     device: str = option(
         "cuda", "cpu includes the memory of Python, its libraries and its allocator", choices=("cuda", "cpu")
