@@ -38,8 +38,8 @@ import quality
 from lib import harness, results_files
 from qlora_app.data import Example, encode
 from qlora_app.decoding import prepare_to_answer
-from qlora_app.evaluation import reasoning_gym_tasks
 from qlora_app.evaluation.answering import answered
+from qlora_app.evaluation.reasoning_gym_tasks import find
 from qlora_app.evaluation.tasks import Task
 from qlora_app.models import DEFAULT_MODEL, Loader, ModelSource, load_dense, load_tokenizer, resolve
 from qlora_ext.fidelity import losses_of
@@ -88,9 +88,7 @@ class Subject:
     def __init__(self, model: str, questions: int) -> None:
         self.source = resolve(model)
         self.tokenizer = load_tokenizer(self.source)
-        self.held_out = {
-            title: reasoning_gym_tasks.find(name, questions, HELD_OUT_SEED) for title, name in TASKS.items()
-        }
+        self.held_out = {title: find(name, questions, HELD_OUT_SEED) for title, name in TASKS.items()}
         text = quality.tokens(self.tokenizer, TEXT + CALIBRATION, LENGTH)
         self.text, self.calibration = text[:TEXT], text[TEXT:]
         self.answers = self.rows(self.held_out.values())
@@ -110,7 +108,7 @@ class Subject:
         """``count`` rows to learn, without those that are held out."""
         known = frozenset(str(question.prompt) for task in self.held_out.values() for question in task.questions)
         first = LEARNT_SEED * (seed + 1)
-        found = self.rows([reasoning_gym_tasks.find(name, count, first) for name in TASKS.values()], known)
+        found = self.rows([find(name, count, first) for name in TASKS.values()], known)
         return found[:count]
 
     def measured(self, model: Any) -> dict[str, Any]:
