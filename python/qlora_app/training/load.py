@@ -29,6 +29,7 @@ from ..outputs.ownership import read_marker
 from . import adapting
 from .identity import digest_of_model
 from .run import Run
+from .teacher import load_teacher
 
 # In the marker of a run's directory: the dtypes of the model, and of the products in its 4-bit layers, and what these
 # multiply.
@@ -53,6 +54,7 @@ def load(run: Run) -> None:
     Raises:
         UserError: the model's files are damaged, or an option does not fit the model.
     """
+    load_teacher(run)
     base = load_base(run, run.output)
     identify(run, base)
     adapt(run, base)

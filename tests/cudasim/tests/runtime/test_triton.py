@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import pathlib
 from typing import Any
 
 import numpy as np
 import pytest
-from driver import Memory, Module
 
 import reference
 
+if "libcudart" not in os.environ.get("LD_PRELOAD", ""):
+    pytest.skip("not under the kernel simulator (tests/cudasim/cudasim)", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="this PyTorch came without Triton")
 
 import triton.language as tl
+from driver import Memory, Module
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
