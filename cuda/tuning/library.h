@@ -27,7 +27,7 @@ inline constexpr int64_t kNever = INT64_MAX;
 // cards, at many CTAs.
 inline constexpr Crossover kCrossovers[] = {
     {75, 17},       // T4: model 18 against float32 FMA at half of its 8.1 TFLOP/s; from 17 tokens on, a tile has 64
-    {80, 256},      // A100: bnb 128, model 640
+    {80, kNever},   // A100: our own GEMM (gemm.h) is ahead; bnb 128
     {86, kNever},   // A40, RTX 3090, 4090, L40S: limited by the tensor cores, which hide the decode; bnb 256
     {90, 128},      // H100: bnb 64, model 320
     {100, 64},      // B200, B300: bnb 32, model 64

@@ -54,6 +54,11 @@ class GemmLineCopier {
     aligned_ = terms % 8 == 0;
   }
 
+  __device__ __forceinline__ void skip(int64_t stages) {
+    source_ += stages * kGemmTerms;
+    terms_ -= stages * kGemmTerms;
+  }
+
   __device__ __forceinline__ void copy(uint32_t stage) {
     const uint32_t to = stage + gemm_line_chunk(threadIdx.x / kChunks, threadIdx.x % kChunks);
     const T* from = source_;
@@ -102,6 +107,11 @@ class GemmRowCopier {
     source_ = matrix + row * stride + column;
     stride_ = stride;
     terms_ = column < columns ? terms - row : 0;
+  }
+
+  __device__ __forceinline__ void skip(int64_t stages) {
+    source_ += stages * kGemmTerms * stride_;
+    terms_ -= stages * kGemmTerms;
   }
 
   __device__ __forceinline__ void copy(uint32_t stage) {
