@@ -31,7 +31,7 @@ BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
     frozenset({"few_tokens", "tensor_cores"}): ("most_few_tokens", SM80),
     frozenset({"tensor_cores", "gemm"}): ("kAhead", GEMM),
     frozenset({"few_tokens", "gemm"}): ("kAhead", GEMM),
-    frozenset({"library", "gemm"}): ("panels_time", GEMM),
+    frozenset({"library", "gemm"}): ("kAhead", GEMM),
     frozenset({"tensor_cores", "library"}): ("kCrossovers", LIBRARY),
     frozenset({"few_tokens", "library"}): ("kCrossovers", LIBRARY),
 }

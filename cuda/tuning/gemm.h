@@ -17,24 +17,48 @@ inline constexpr int64_t kTokens = 128, kColumns = 256;  // of a tile, which one
 inline constexpr int64_t kTerms = 32;                    // of a stage of its sum
 inline constexpr int kSharedBytes = 96 * 1024;
 
-// Rows of 16 bits are copied in pieces of 16 bytes.
+// Rows of 16 bits are copied in pieces of 16 bytes, and their terms counted in 32 bits.
 constexpr bool accepts_sizes(DType dtype, const Weight& w, const Device& device) {
-  return is_16_bit(dtype) && w.n > 0 && w.k > 0 && w.k % 8 == 0 && device.arch >= 80 &&
-         device.shared_per_cta >= kSharedBytes;
+  return is_16_bit(dtype) && w.n > 0 && w.k > 0 && w.k % 8 == 0 && std::max(w.n, w.k) <= INT32_MAX &&
+         device.arch >= 80 && device.shared_per_cta >= kSharedBytes;
 }
 constexpr bool accepts(const LinearProblem& p, const Device& device) { return accepts_sizes(p.dtype, p.w, device); }
 constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
   return accepts_sizes(p.dtype, p.w, device) && p.w.n % 8 == 0;
 }
 
+// ---- what depends on the architecture ----
+//
+// The GEMM runs at 0.8 of an A100's dense rate and at 0.88 of a GeForce card's while all SMs have work, and each panel
+// costs its decode and two launches.
+struct Ahead {
+  int arch;        // for this architecture and later ones, up to the next row
+  int64_t tokens;  // the GEMM is ahead of the fused kernels from this number on,
+  int64_t fill;    // if the SMs have work for at least so many percent of the time
+  int64_t sms;     // of the card for which sums are cut
+};
+inline constexpr Ahead kAhead[] = {
+    {80, 128, 50, 108},      // A100: the fused kernels run at 0.6 of the dense rate; bnb 128 (library.h)
+    {86, 2048, 85, 82},      // RTX 3090: 5% ahead of the fused kernels per token; model 1100 for the decode
+    {89, 2048, 85, 128},     // RTX 4090, L40S: the same
+    {90, kNever, 100, 132},  // H100, B200: the library does not use mma.sync, which is slower there
+    {120, 2048, 85, 170},    // RTX 5090: like the 4090; model 1300
+};
+
+constexpr const Ahead& ahead_of(const Device& device) {
+  const Ahead* best = kAhead;
+  for (const Ahead& a : kAhead) {
+    if (device.arch >= a.arch) best = &a;
+  }
+  return *best;
+}
+
 // ---- cuts ----
 //
 // Where tiles would leave SMs idle, the sums of the last tiles are cut into parts, which other CTAs compute (stream-K).
-// A float32 sum depends on where it is cut. So the cuts follow from the problem's sizes alone: they are those that take
-// the least time on an A100, whatever the card. The bits then depend neither on the number of CTAs or SMs nor on the
-// panels. On other cards, parts are small enough to fill the SMs that whole tiles leave idle.
-
-inline constexpr int64_t kCutSms = 108;  // of an A100
+// A float32 sum depends on where it is cut. So the cuts follow from the problem's sizes and the architecture alone:
+// those that take the least time on one of its cards, whatever the number of SMs. The bits then depend neither on the
+// number of CTAs nor on the panels.
 
 // In stages, each of which takes an A100 0.9 us by the rate below: starting a part and storing its sums, 128 KB at the
 // 64 bytes per cycle that L2 has for an SM; and reading them again to add them up.
@@ -48,22 +72,6 @@ struct Cuts {
 constexpr int64_t stages(int64_t inner) { return ceil_div(inner, kTerms); }
 constexpr int64_t part_stages(int64_t inner, int64_t parts) { return ceil_div(stages(inner), parts); }
 
-// Whole columns of tiles fill the waves of an A100, and the rest is cut.
-constexpr Cuts cuts(int64_t m, int64_t inner, int64_t columns) {
-  const int64_t token_tiles = ceil_div(m, kTokens), column_tiles = ceil_div(columns, kColumns);
-  const int64_t whole = token_tiles * column_tiles / kCutSms * kCutSms / token_tiles;
-  const int64_t rest = token_tiles * (column_tiles - whole);
-  const int64_t limit = std::clamp<int64_t>(stages(inner) / 8, 1, 16);
-  const int64_t wished = cheapest_splits(limit, [&](int64_t parts) {
-    const int64_t waves = ceil_div(rest * parts, kCutSms);
-    return parts == 1 ? waves * stages(inner) : waves * (part_stages(inner, parts) + kPartStages) + parts * kAddStages;
-  });
-  if (wished == 1) return {columns, 1};
-  return {whole * kColumns, ceil_div(stages(inner), part_stages(inner, wished))};
-}
-
-// ---- panels ----
-
 // The time of tiles in stages, if CTAs take whole tiles first. In the last wave of these, some SMs are `busy`. The
 // others go on with parts, of which each computes `beside` until the wave ends, or one more across that end.
 constexpr int64_t tiles_time(int64_t whole, int64_t cut, int64_t parts, int64_t inner, int64_t sms) {
@@ -76,6 +84,22 @@ constexpr int64_t tiles_time(int64_t whole, int64_t cut, int64_t parts, int64_t 
   const int64_t across_its_end = (beside + ceil_div(std::max<int64_t>(left + busy, 0), sms)) * part;
   return waves + std::min(after_wave, std::max(across_its_end, each)) + add;
 }
+
+// Whole columns of tiles fill waves of SMs, and the rest is cut.
+constexpr Cuts cuts(const PanelProduct& p, const Device& device) {
+  constexpr int64_t kLeastStages = 8, kMostParts = 16;
+  const int64_t sms = ahead_of(device).sms, token_tiles = ceil_div(p.m, kTokens);
+  const int64_t tiles = token_tiles * ceil_div(p.columns, kColumns);
+  const int64_t whole_columns = tiles / sms * sms / token_tiles, whole = token_tiles * whole_columns;
+  const int64_t limit = std::clamp<int64_t>(stages(p.inner) / kLeastStages, 1, kMostParts);
+  const int64_t parts = cheapest_splits(limit, [&](int64_t parts) {
+    return parts == 1 ? tiles_time(tiles, 0, 1, p.inner, sms) : tiles_time(whole, tiles - whole, parts, p.inner, sms);
+  });
+  if (parts == 1) return {p.columns, 1};
+  return {whole_columns * kColumns, ceil_div(stages(p.inner), part_stages(p.inner, parts))};
+}
+
+// ---- panels ----
 
 // The same for panels of `panel` columns, each of which is a launch of its own.
 constexpr int64_t panels_stages(const PanelProduct& p, int64_t panel, const Cuts& cuts, const Device& device) {
@@ -106,58 +130,34 @@ constexpr double panels_time(const PanelProduct& p, int64_t panel, const Cuts& c
 }
 
 constexpr int64_t panel_columns(const PanelProduct& p, int64_t step, const Device& device) {
-  const Cuts cut = cuts(p.m, p.inner, p.columns);
+  const Cuts cut = cuts(p, device);
   return fastest_panel(p, step, device, [&](int64_t panel) { return panels_time(p, panel, cut, device); });
 }
 
-// LoRA and bias are added in the accumulators.
-template <class Problem>
-constexpr PanelProduct product(const Problem& p) {
-  PanelProduct result = library::product(p);
-  result.float32_sums = false;
-  return result;
-}
-
+// LoRA and bias are added in the accumulators, so that there are no sums in memory.
 template <class Problem>
 constexpr Config config(const Problem& p, const Device& device, const Config& wish) {
   const int64_t step = library::panel_step(p);
-  const PanelProduct whole = product(p);
+  const PanelProduct whole = library::product(p);
   Config result = library::panels(whole.columns, step, panel_columns(whole, step, device), wish);
-  result.splits = cuts(whole.m, whole.inner, whole.columns).parts;
+  result.splits = cuts(whole, device).parts;
   result.ctas = wish.ctas;
   return result;
 }
 
 // ---- when the GEMM is ahead of the fused kernels and of the library ----
 //
-// The GEMM runs at 0.8 of an A100's dense rate and at 0.88 of a GeForce card's while all SMs have work, and each panel
-// costs its decode and two launches.
-struct Ahead {
-  int arch;        // for this architecture and later ones, up to the next row
-  int64_t tokens;  // from this number on,
-  int64_t fill;    // if the SMs have work for at least so many percent of the time
-};
-inline constexpr Ahead kAhead[] = {
-    {80, 128, 50},      // A100: the fused kernels run at 0.6 of the dense rate; bnb 128 (library.h)
-    {86, 2048, 85},     // RTX 3090, 4090, L40S: 5% ahead of the fused kernels per token; model 1100 for the decode
-    {90, kNever, 100},  // H100, B200: the library does not use mma.sync, which is slower there
-    {120, 2048, 85},    // RTX 5090: like the 4090; model 1300
-};
-
 // Where the GEMM takes a problem, it leaves none to the library: it adds LoRA and bias without float32 sums in memory,
 // and cuts sums where the library's smaller tiles would fill the card.
 template <class Problem>
 constexpr bool is_ahead(const Problem& p, const Device& device) {
-  Ahead ahead = kAhead[0];
-  for (const Ahead& a : kAhead) {
-    if (device.arch >= a.arch) ahead = a;
-  }
+  const Ahead& ahead = ahead_of(device);
   if (ahead.tokens == kNever) return false;
   if (library::is_ahead(p, device)) return true;
   if (p.m < ahead.tokens) return false;
-  const PanelProduct whole = product(p);
+  const PanelProduct whole = library::product(p);
   const int64_t panel = config(p, device, {}).panel;
-  const int64_t time = panels_stages(whole, panel, cuts(whole.m, whole.inner, whole.columns), device);
+  const int64_t time = panels_stages(whole, panel, cuts(whole, device), device);
   return 100 * whole.m * whole.columns * stages(whole.inner) >=
          ahead.fill * time * device.sm_count * kTokens * kColumns;
 }

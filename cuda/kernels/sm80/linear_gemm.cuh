@@ -286,7 +286,7 @@ __device__ __forceinline__ void compute_unit(const GemmArgs<T>& args, unsigned i
       add_step<T>(operands[1], sums);
     }
     if (end == stages) break;
-    if (args.dropout.active() && lora_stages > 0) {
+    if (args.dropout.active() && end > 0) {
       const GemmUnit unit(args.units, index);
       apply_dropout(args.dropout, unit.token0 + warp_token, args.first_column + unit.column0 + warp_column,
                     args.out_stride, sums);

@@ -39,7 +39,7 @@ class Memory {
   Memory(const PanelProduct& p, const Config& config, void* retained, int64_t rank, const Context& context)
       : token_tiles_(ceil_div(p.m, gemm::kTokens)),
         stages_(gemm::part_stages(p.inner, config.splits)),
-        cuts_(gemm::cuts(p.m, p.inner, p.columns)) {
+        cuts_(gemm::cuts(p, context.device)) {
     const int64_t bytes = dtype_bytes(p.dtype), cut = p.columns - cuts_.whole;
     Workspace parts;
     const int64_t panel = parts.add(config.panel * p.inner * bytes);
@@ -84,7 +84,7 @@ const T* at(const void* base, int64_t index) {
 
 cudaError_t launch_gemm(const LinearProblem& p, const Config& config, const Context& context) {
   const int64_t n = p.w.n, k = p.w.k, rank = p.lora.rank;
-  const Memory memory(gemm::product(p), config, p.h, rank, context);
+  const Memory memory(library::product(p), config, p.h, rank, context);
   LowRankProblem low_rank = h_problem(p.dtype, p.m, k, p.x, p.lora, memory.low_rank);
   low_rank.clear = memory.tickets;
   cudaError_t error = launch_low_rank(low_rank, context.stream);
@@ -112,7 +112,7 @@ cudaError_t launch_gemm(const LinearProblem& p, const Config& config, const Cont
 
 cudaError_t launch_gemm(const LinearDxProblem& p, const Config& config, const Context& context) {
   const int64_t n = p.w.n, k = p.w.k, rank = p.lora.rank;
-  const Memory memory(gemm::product(p), config, p.g, rank, context);
+  const Memory memory(library::product(p), config, p.g, rank, context);
   LowRankProblem low_rank = g_problem(p.dtype, p.m, n, p.dy, p.lora, memory.low_rank);
   low_rank.clear = memory.tickets;
   cudaError_t error = launch_low_rank(low_rank, context.stream);

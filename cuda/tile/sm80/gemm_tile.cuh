@@ -49,13 +49,13 @@ class GemmLineCopier {
     const int line = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
     source_ = matrix + (line0 + line) * terms + 8 * chunk;
     line_step_ = kLineStep * terms;
-    terms_ = terms - 8 * chunk;
+    terms_ = static_cast<int>(terms) - 8 * chunk;
     lines_ = static_cast<int>(min(lines - line0 - line, int64_t{kLines}));
     aligned_ = terms % 8 == 0;
   }
 
-  __device__ __forceinline__ void skip(int64_t stages) {
-    source_ += stages * kGemmTerms;
+  __device__ __forceinline__ void skip(int stages) {
+    source_ += int64_t{stages} * kGemmTerms;
     terms_ -= stages * kGemmTerms;
   }
 
@@ -86,7 +86,7 @@ class GemmLineCopier {
 
   const T* source_;    // this thread's chunk of its first line in the next stage
   int64_t line_step_;  // elements from one of this thread's lines to the next
-  int64_t terms_;      // that are left from this chunk on
+  int terms_;          // that are left from this chunk on
   int lines_;          // that exist from the first one on
   bool aligned_;
 };
@@ -106,11 +106,11 @@ class GemmRowCopier {
     const int64_t column = column0 + 8 * (threadIdx.x % kChunks);
     source_ = matrix + row * stride + column;
     stride_ = stride;
-    terms_ = column < columns ? terms - row : 0;
+    terms_ = column < columns ? static_cast<int>(terms) - row : 0;
   }
 
-  __device__ __forceinline__ void skip(int64_t stages) {
-    source_ += stages * kGemmTerms * stride_;
+  __device__ __forceinline__ void skip(int stages) {
+    source_ += int64_t{stages} * kGemmTerms * stride_;
     terms_ -= stages * kGemmTerms;
   }
 
@@ -125,7 +125,8 @@ class GemmRowCopier {
 
  private:
   const T* source_;
-  int64_t stride_, terms_;
+  int64_t stride_;
+  int terms_;
 };
 
 // The mma operands of a warp for one step: of 4 tiles of 16 tokens, and of 4 pairs of tiles of 8 columns.
