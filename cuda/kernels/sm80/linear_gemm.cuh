@@ -100,14 +100,15 @@ template <class T, bool kRightHasRows>
 class GemmStages {
  public:
   __device__ __forceinline__ GemmStages(const GemmArgs<T>& args, unsigned unit, int lora_stages, int stages)
-      : args_(args), unit_(unit), to_main_(lora_stages), left_(stages) {
+      : args_(args), unit_(unit), lora_stages_(lora_stages), stages_(stages) {
     if (lora_stages > 0) begin(args.lora, GemmUnit(args.units, unit));
   }
 
-  // Without a stage left nothing is copied, but a group is still committed for the wait.
-  __device__ __forceinline__ void fetch(uint32_t stage) {
-    if (left_-- > 0) {
-      if (to_main_-- == 0) {
+  // The number of the stage counts up from 0. After the last one nothing is copied, but a group is still committed for
+  // the wait.
+  __device__ __forceinline__ void fetch(uint32_t stage, int number) {
+    if (number < stages_) {
+      if (number == lora_stages_) {
         const GemmUnit unit(args_.units, unit_);
         begin(args_.main, unit);
         left_copier_.skip(unit.first_stage(args_.units));
@@ -133,7 +134,7 @@ class GemmStages {
 
   const GemmArgs<T>& args_;
   unsigned unit_;
-  int to_main_, left_;  // stages until `main` begins, and until its end
+  int lora_stages_, stages_;
   tile::GemmLineCopier<T, tile::kGemmTokens> left_copier_;
   std::conditional_t<kRightHasRows, RightRows, RightLines> right_copier_;
 };
@@ -261,7 +262,7 @@ __device__ __forceinline__ void compute_unit(const GemmArgs<T>& args, unsigned i
 
   GemmStages<T, kRightHasRows> copies(args, index, lora_stages, stages);
 #pragma unroll 1
-  for (int slot = 0; slot < tile::kGemmStages; ++slot) copies.fetch(shared + slot * tile::kGemmStageBytes);
+  for (int slot = 0; slot < tile::kGemmStages; ++slot) copies.fetch(shared + slot * tile::kGemmStageBytes, slot);
   const tile::GemmLane<kRightHasRows> lane(warp_token, warp_column, threadIdx.x % 32);
   GemmSums sums = {};
   tile::GemmOperands operands[2];
@@ -278,7 +279,7 @@ __device__ __forceinline__ void compute_unit(const GemmArgs<T>& args, unsigned i
       add_step<T>(operands[0], sums);
       ptx::cp_async_wait<tile::kGemmStages - 2>();
       __syncthreads();  // the next stage is there, and all warps have loaded this one
-      copies.fetch(slot);
+      copies.fetch(slot, stage + tile::kGemmStages);
       // After the last stage, the same one is loaded again and not used.
       if (stage + 1 < stages)
         slot = slot == shared + (tile::kGemmStages - 1) * tile::kGemmStageBytes ? shared : slot + tile::kGemmStageBytes;

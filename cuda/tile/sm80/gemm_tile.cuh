@@ -105,7 +105,7 @@ class GemmRowCopier {
     const int row = threadIdx.x / kChunks;
     const int64_t column = column0 + 8 * (threadIdx.x % kChunks);
     source_ = matrix + row * stride + column;
-    stride_ = stride;
+    stride_ = static_cast<int>(stride);
     terms_ = column < columns ? static_cast<int>(terms) - row : 0;
   }
 
@@ -118,15 +118,14 @@ class GemmRowCopier {
     const uint32_t to = stage + gemm_row_chunk(threadIdx.x / kChunks, threadIdx.x % kChunks);
     unroll<kCopies>([&](auto i) {
       ptx::cp_async_16<i * kRowStep * kGemmRowBytes>(to, source_, i * kRowStep < terms_ ? 16 : 0);
-      source_ += kRowStep * stride_;
+      source_ += int64_t{kRowStep} * stride_;
     });
     terms_ -= kGemmTerms;
   }
 
  private:
   const T* source_;
-  int64_t stride_;
-  int terms_;
+  int stride_, terms_;
 };
 
 // The mma operands of a warp for one step: of 4 tiles of 16 tokens, and of 4 pairs of tiles of 8 columns.
