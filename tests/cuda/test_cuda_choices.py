@@ -37,7 +37,7 @@ CHOICES = {
         "gemm splits=1 panel=2560",  # 320 tiles and 192, in 5 waves
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "library panel=4096",
-        "tensor_cores tokens=32 rows=128",
+        "gemm splits=3 panel=4096",  # of 512 tiles, 480 whole on 170 SMs, and 32 in parts
     ),
     # clusters that fit the card's GPCs; panels that leave L2, where smaller ones would leave SMs idle
     (FORWARD, "bfloat16", 256, 4096, 4096, 64, 0): (
@@ -56,7 +56,7 @@ CHOICES = {
         "gemm splits=1 panel=4096",
         "sm90 tokens=256 columns=128 splits=1 multicast=2",
         "library panel=4096",
-        "tensor_cores tokens=64 columns=256",
+        "gemm splits=4 panel=1280",
     ),
     # our own GEMM, where its tiles and the parts of sums that are cut fill the card
     (FORWARD, "bfloat16", 512, 4096, 4096, 64, 0): (
@@ -90,7 +90,7 @@ CHOICES = {
         "gemm splits=1 panel=4096",  # leaves L2, in which panels of 2048 take another wave
         "library panel=1024",
         "library panel=4096",
-        "gemm splits=1 panel=4096",
+        "gemm splits=3 panel=4096",
     ),
     # exact float32
     (FORWARD, "float32", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
@@ -108,7 +108,7 @@ CHOICES = {
         "gemm splits=1 panel=2560",
         "sm90 tokens=256 columns=128 splits=1 multicast=2",
         "library panel=4096",
-        "tensor_cores tokens=64 columns=256",
+        "gemm splits=3 panel=4096",
     ),
     (DX, "bfloat16", 40, 4100, 4096, 64, 0): "ragged tokens=32 columns=256",
     (DX, "bfloat16", 4, 4096, 4096, 16, 0): "ragged tokens=16 columns=256",
@@ -174,7 +174,7 @@ FORCED = {
     ("sm90", FORWARD, 3, 4096, 0, "ragged:tokens=64"): "ragged tokens=64 rows=64",
     ("sm80", FORWARD, 3, 4096, 0, "library:panel=512"): "library panel=512",
     ("sm80", FORWARD, 3, 4096, 0, "gemm:panel=512"): "gemm splits=6 panel=512",
-    ("sm120", FORWARD, 3, 4096, 0, "gemm:panel=512,ctas=7"): "gemm splits=6 ctas=7 panel=512",
+    ("sm120", FORWARD, 3, 4096, 0, "gemm:panel=512,ctas=7"): "gemm splits=7 ctas=7 panel=512",
     ("sm80", DX, 3, 4096, 0, "tensor_cores:tokens=32,splits=5"): "tensor_cores tokens=32 columns=256 splits=5",
     ("sm80", DLORA, 3, 4096, 0, "ragged:ranks=64"): "ragged ranks=64 columns=64",
     ("sm80", FORWARD, 3, 4096, 8, "tensor_cores:tokens=16"): "tensor_cores tokens=16 rows=128",
