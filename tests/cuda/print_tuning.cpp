@@ -95,6 +95,22 @@ int main() {
                       gemm::panels_time(product, panel, cuts, device));
           comma = ", ";
         }
+  std::printf("], \"b200\": [");
+  comma = "";
+  for (int m : {64, 128, 300, 1024})
+    for (int n : {1024, 4096, 14336})
+      for (int k : {64, 4096, 14336}) {
+        LinearProblem p;
+        p.dtype = DType::kBFloat16, p.m = m, p.w.n = n, p.w.k = k;
+        for (const auto& [name, device] : kCards) {
+          if (device.arch != 100) continue;
+          const Config c = library::config(p, device, {});
+          std::printf("%s[%d, %d, %d, %ld, %ld, %ld, \"%s\", %.0f, %.0f]", comma, m, n, k, long(device.l2_bytes),
+                      long(c.splits), long(c.panel), kernel_name(choose(p, device).kernel), library::time(p, device, c),
+                      sm100::fused_time(p, device));
+          comma = ", ";
+        }
+      }
   std::printf("], \"cuts\": [");
   comma = "";
   for (auto [arch, sms] : {std::array{80, 108}, {80, 56}, {80, 14}, {89, 128}, {89, 58}, {120, 170}, {120, 48}})

@@ -90,7 +90,7 @@ cudaError_t launch_gemm(const LinearProblem& p, const Config& config, const Cont
   cudaError_t error = launch_low_rank(low_rank, context.stream);
   for (int64_t first = 0; first < n && error == cudaSuccess; first += config.panel) {
     const int64_t columns = std::min(config.panel, n - first);
-    error = decode_panel(p, first, columns, memory.weight, context);
+    error = decode_panel(p, {.first = first, .columns = columns, .inner = k}, memory.weight, context);
     if (error != cudaSuccess) break;
     error = with_16_bit_type(p.dtype, [&](auto element) {
       using T = decltype(element);
@@ -118,7 +118,7 @@ cudaError_t launch_gemm(const LinearDxProblem& p, const Config& config, const Co
   cudaError_t error = launch_low_rank(low_rank, context.stream);
   for (int64_t first = 0; first < k && error == cudaSuccess; first += config.panel) {
     const int64_t columns = std::min(config.panel, k - first);
-    error = decode_panel(p, first, columns, memory.weight, context);
+    error = decode_panel(p, {.first = first, .columns = columns, .inner = n}, memory.weight, context);
     if (error != cudaSuccess) break;
     error = with_16_bit_type(p.dtype, [&](auto element) {
       using T = decltype(element);
