@@ -34,7 +34,7 @@ constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
 struct Ahead {
   int arch;        // for this architecture and later ones, up to the next row
   int64_t tokens;  // the GEMM is ahead of the fused kernels from this number on,
-  int64_t fill;    // if the SMs have work for at least so many percent of the time
+  int64_t fill;    // if the SMs have work for at least so many percent of the time of a panel of all columns
   int64_t sms;     // of the card for which sums are cut
 };
 inline constexpr Ahead kAhead[] = {
@@ -156,8 +156,7 @@ constexpr bool is_ahead(const Problem& p, const Device& device) {
   if (library::is_ahead(p, device)) return true;
   if (p.m < ahead.tokens) return false;
   const PanelProduct whole = library::product(p);
-  const int64_t panel = config(p, device, {}).panel;
-  const int64_t time = panels_stages(whole, panel, cuts(whole, device), device);
+  const int64_t time = panels_stages(whole, whole.columns, cuts(whole, device), device);
   return 100 * whole.m * whole.columns * stages(whole.inner) >=
          ahead.fill * time * device.sm_count * kTokens * kColumns;
 }

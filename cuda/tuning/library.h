@@ -227,10 +227,13 @@ constexpr PanelProduct product(const Problem& p, const Device& device, int64_t s
   return result;
 }
 
-// On B200 and B300, whose products take less time than a panel's way through memory, sums are split so that panels stay
-// in L2 but have columns enough for all SMs.
-constexpr int64_t most_splits(DType dtype, const Device& device) {
-  return device.arch / 10 == 10 && is_16_bit(dtype) ? 8 : 1;
+// On B200 and B300, whose products take less time than a panel's way through memory, sums may be split so that panels
+// of all columns stay in L2.
+constexpr int64_t splits_within_l2(const PanelProduct& whole, const Device& device) {
+  constexpr int64_t kMost = 8;
+  if (device.arch / 10 != 10 || !is_16_bit(whole.dtype)) return 1;
+  const int64_t splits = ceil_div(whole.columns * whole.column_bytes(), int64_t{device.l2_bytes / 2});
+  return splits <= kMost ? splits : 1;
 }
 
 template <class Problem>
@@ -238,31 +241,44 @@ constexpr double time(const Problem& p, const Device& device, const Config& conf
   return library_time(product(p, device, config.splits), config.panel, device, config.splits);
 }
 
+// The choices below leave LoRA and bias out, so that a layer runs the same kernel without its adapter.
+template <class Problem>
+constexpr Problem without_lora(Problem p) {
+  p.lora.rank = 0;
+  if constexpr (requires { p.bias; }) p.bias = nullptr;
+  return p;
+}
+
+template <class Problem>
+constexpr Config split_config(const Problem& p, const Device& device, const Config& wish, int64_t wished_splits) {
+  const int64_t step = panel_step(p), inner = product(p).inner;
+  const int64_t splits = ceil_div(inner, part_terms(inner, wished_splits));
+  const PanelProduct part = product(p, device, splits);
+  Config result = panels(part.columns, step, library_panel_columns(part, step, device, splits), wish);
+  result.splits = splits;
+  return result;
+}
+
 template <class Problem>
 constexpr Config config(const Problem& p, const Device& device, const Config& wish) {
-  const int64_t step = panel_step(p), inner = product(p).inner;
-  const auto split = [&](int64_t wished) {
-    const int64_t splits = ceil_div(inner, part_terms(inner, wished));
-    const PanelProduct part = product(p, device, splits);
-    Config result = panels(part.columns, step, library_panel_columns(part, step, device, splits), wish);
-    result.splits = splits;
-    return result;
-  };
-  if (wish.splits > 0) return split(wish.splits);
-  Config best = split(1);
-  for (int64_t splits = 2; splits <= most_splits(p.dtype, device); ++splits) {
-    if (const Config other = split(splits); time(p, device, other) < time(p, device, best)) best = other;
-  }
-  return best;
+  if (wish.splits > 0) return split_config(p, device, wish, wish.splits);
+  const Problem bare = without_lora(p);
+  const int64_t wished = splits_within_l2(product(bare), device);
+  if (wished == 1) return split_config(p, device, wish, 1);
+  const Config whole = split_config(bare, device, {}, 1), split = split_config(bare, device, {}, wished);
+  return split_config(p, device, wish, time(bare, device, split) < time(bare, device, whole) ? split.splits : 1);
 }
 
 // On B200 and B300, whether a fused kernel takes less time than the library, by models of both. Its products take
-// mma.sync's rate, but it does not write a decoded weight, and its splits fill the card.
+// mma.sync's rate, but it does not write a decoded weight, and its splits fill the card. From a few hundred tokens on,
+// only the rate counts.
 template <class Problem>
 constexpr bool is_behind_fused(const Problem& p, const Device& device) {
-  if (device.arch / 10 != 10 || !sm80::accepts(p, device)) return false;
+  constexpr int64_t kMostTokens = 512;
+  if (device.arch / 10 != 10 || p.m > kMostTokens || !sm80::accepts(p, device)) return false;
   const double packed = kPackedBytes * static_cast<double>(p.w.n * p.w.k) / (kMemoryRate * rates_of(device).bytes);
-  return sm100::fused_time(p, device) < time(p, device, config(p, device, {})) + packed;
+  const Problem bare = without_lora(p);
+  return sm100::fused_time(p, device) < time(bare, device, config(bare, device, {})) + packed;
 }
 
 template <class Problem>
