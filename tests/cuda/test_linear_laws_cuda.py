@@ -261,6 +261,14 @@ def test_panels_and_ctas_change_no_bits(case: Case, monkeypatch: pytest.MonkeyPa
         assert all(map(torch.equal, whole, (run(FORWARD, s, dy), run(DX, s, dy)))), parameters
 
 
+@each([case(FORWARD, 1300, 2600, 512, 8, kernel="gemm", double_quant=False)])
+def test_whole_and_cut_sums_in_a_panel(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """121 tiles, of which an A100 computes 99 whole. The second panel has whole ones and others."""
+    [y] = check_samples(forward, case.sample, 0)
+    monkeypatch.setenv(VARIABLE, "gemm:ctas=31,panel=1280")
+    assert torch.equal(run(FORWARD, *case.sample()), y)
+
+
 @each([case(FORWARD, 200, 300, 320, rank, kernel="library:panel=256") for rank in (1, 6, 16)])
 def test_small_panels_and_retained_products(case: Case) -> None:
     """B200's library adds LoRA and bias itself, if dX has no dropout: h and g are also rows of an operand."""
