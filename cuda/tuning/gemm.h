@@ -27,38 +27,12 @@ constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
   return accepts_sizes(p.dtype, p.w, device) && p.w.n % 8 == 0;
 }
 
-// ---- what depends on the architecture ----
-//
-// The GEMM runs at 0.8 of an A100's dense rate and at 0.88 of a GeForce card's while all SMs have work, and each panel
-// costs its decode and two launches.
-struct Ahead {
-  int arch;        // for this architecture and later ones, up to the next row
-  int64_t tokens;  // the GEMM is ahead of the fused kernels from this number on,
-  int64_t fill;    // if the SMs have work for at least so many percent of the time of a panel of all columns
-  int64_t sms;     // of the card for which sums are cut
-};
-inline constexpr Ahead kAhead[] = {
-    {80, 128, 50, 108},      // A100: the fused kernels run at 0.6 of the dense rate; bnb 128 (library.h)
-    {86, 2048, 85, 82},      // RTX 3090: 5% ahead of the fused kernels per token; model 1100 for the decode
-    {89, 2048, 85, 128},     // RTX 4090, L40S: the same
-    {90, kNever, 100, 132},  // H100, B200: the library does not use mma.sync, which is slower there
-    {120, 2048, 85, 170},    // RTX 5090: like the 4090; model 1300
-};
-
-constexpr const Ahead& ahead_of(const Device& device) {
-  const Ahead* best = kAhead;
-  for (const Ahead& a : kAhead) {
-    if (device.arch >= a.arch) best = &a;
-  }
-  return *best;
-}
-
 // ---- cuts ----
 //
 // Where tiles would leave SMs idle, the sums of the last tiles are cut into parts, which other CTAs compute (stream-K).
-// A float32 sum depends on where it is cut. So the cuts follow from the problem's sizes and the architecture alone:
-// those that take the least time on one of its cards, whatever the number of SMs. The bits then depend neither on the
-// number of CTAs nor on the panels.
+// A float32 sum depends on where it is cut. So the cuts follow from the problem's sizes and the architecture alone. They
+// are those that take the least time on the architecture's card in kCardRates, whatever the device's number of SMs. The
+// bits then depend neither on the number of CTAs nor on the panels.
 
 // In stages, each of which takes an A100 0.9 us by the rate below: starting a part and storing its sums, 128 KB at the
 // 64 bytes per cycle that L2 has for an SM; and reading them again to add them up.
@@ -88,7 +62,7 @@ constexpr int64_t tiles_time(int64_t whole, int64_t cut, int64_t parts, int64_t 
 // Whole columns of tiles fill waves of SMs, and the rest is cut.
 constexpr Cuts cuts(const PanelProduct& p, const Device& device) {
   constexpr int64_t kLeastStages = 8, kMostParts = 16;
-  const int64_t sms = ahead_of(device).sms, token_tiles = ceil_div(p.m, kTokens);
+  const int64_t sms = card_of(device).sm_count, token_tiles = ceil_div(p.m, kTokens);
   const int64_t tiles = token_tiles * ceil_div(p.columns, kColumns);
   const int64_t whole_columns = tiles / sms * sms / token_tiles, whole = token_tiles * whole_columns;
   const int64_t limit = std::clamp<int64_t>(stages(p.inner) / kLeastStages, 1, kMostParts);
@@ -147,11 +121,28 @@ constexpr Config config(const Problem& p, const Device& device, const Config& wi
 
 // ---- when the GEMM is ahead of the fused kernels and of the library ----
 //
+// The GEMM runs at 0.8 of an A100's dense rate and at 0.88 of a GeForce card's while all SMs have work, and each panel
+// costs its decode and two launches.
+struct Ahead {
+  int arch;        // for this architecture and later ones, up to the next row
+  int64_t tokens;  // the GEMM is ahead of the fused kernels from this number on,
+  int64_t fill;    // if the SMs have work for at least so many percent of the time of a panel of all columns
+};
+inline constexpr Ahead kAhead[] = {
+    {80, 128, 50},      // A100: the fused kernels run at 0.6 of the dense rate; bnb 128 (library.h)
+    {86, 2048, 85},     // RTX 3090, 4090, L40S: 5% ahead of the fused kernels per token; model 1100 for the decode
+    {90, kNever, 100},  // H100, B200: the library does not use mma.sync, which is slower there
+    {120, 2048, 85},    // RTX 5090: like the 4090; model 1300
+};
+
 // Where the GEMM takes a problem, it leaves none to the library: it adds LoRA and bias without float32 sums in memory,
 // and cuts sums where the library's smaller tiles would fill the card.
 template <class Problem>
 constexpr bool is_ahead(const Problem& p, const Device& device) {
-  const Ahead& ahead = ahead_of(device);
+  Ahead ahead = kAhead[0];
+  for (const Ahead& a : kAhead) {
+    if (device.arch >= a.arch) ahead = a;
+  }
   if (ahead.tokens == kNever) return false;
   if (library::is_ahead(p, device)) return true;
   if (p.m < ahead.tokens) return false;

@@ -67,7 +67,7 @@ def test_bash_completes(capfd: pytest.CaptureFixture[str]) -> None:
 
     assert completed("qlora-ext", "fine") == ["finetune"]
     assert "--grad-checkpointing" in completed("qlora-ext", "finetune", "--grad")
-    assert completed("qlora-ext", "finetune", "--method", "d") == ["dpo"]
+    assert completed("qlora-ext", "finetune", "--method", "dp") == ["dpo"]
 
 
 def test_output_to_a_pipe_has_no_colours(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

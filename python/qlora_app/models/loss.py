@@ -11,7 +11,7 @@ from torch.nn import functional
 from qlora_ext import linear_dense
 
 # Settings with which some model families change the logits after the head. This loss does not apply them.
-_AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+_AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 
 
 def changes_logits(config: Any) -> bool:
@@ -19,9 +19,8 @@ def changes_logits(config: Any) -> bool:
     return any(getattr(config.get_text_config(), name, None) for name in _AFTER_HEAD)
 
 
-def has_plain_head(model: Any) -> bool:
-    """Whether the logits of ``model`` (a PEFT model) are just its output head applied to the last hidden state."""
-    base = model.get_base_model()
+def has_plain_head(base: Any) -> bool:
+    """Whether the logits of ``base``, a language model, are just its output head applied to the last hidden state."""
     return (
         not changes_logits(base.config)
         and isinstance(base.get_output_embeddings(), torch.nn.Linear)

@@ -59,6 +59,7 @@ class Job:
         host: whether the run is on the CPU.
         form: of the 4-bit weights, if the checkpoint has them in another format; None for NF4 with ``block_size``.
         forms: instead of ``form``, the forms of those weights that are packed, by their names; others stay dense.
+        teacher_bytes: of the weights of a teacher, which are on the device during the steps.
 
     The other fields are the options of ``finetune`` with the same names.
 
@@ -84,6 +85,7 @@ class Job:
     host: bool = False
     form: Form | None = None
     forms: Mapping[str, Form] | None = None
+    teacher_bytes: float = 0.0
 
     @property
     def compute(self) -> torch.dtype:
@@ -204,9 +206,10 @@ def _take_forms(model: Any, forms: Mapping[str, Form], compute_dtype: torch.dtyp
     heads: dict[Any, Any] = {**tied_heads(model)}
     for module, places in at.items():
         name = places[0][2]
-        found = {forms.get(f"{name}.{weight}") for weight in packed_weights(module)}
-        if (form := next(iter(found), None)) is not None:
-            layer: Any = empty_layer(module, compute_dtype, form)
+        found = {weight: forms.get(f"{name}.{weight}") for weight in packed_weights(module)}
+        if found and all(found.values()):
+            layer: Any = empty_layer(module, compute_dtype, Form())
+            layer.take_forms(found)
             new: dict[Any, Any] = {module: layer}
             new |= {head: TiedLinear4bit(layer, head.bias) for head in heads.get(module, ())}
             for old, replacement in new.items():
@@ -261,7 +264,8 @@ _measured: dict[tuple[str, tuple[torch.dtype, torch.dtype], int], list[dict[str,
 
 
 def _measure(job: Job, layers: int) -> list[dict[str, float]]:
-    same = dataclasses.replace(job, dtype="", host=False, optimizer="", devices=1, offload_checkpoints=False, stream="")
+    same = dataclasses.replace(job, dtype="", host=False, optimizer="", devices=1, offload_checkpoints=False, stream="",
+                               teacher_bytes=0.0)  # fmt: skip
     key = repr(same), (job.stored, job.compute), layers
     if key not in _measured:
         model = build(job, layers)
@@ -328,6 +332,8 @@ def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
         if job.grad_checkpointing and job.offload_checkpoints:
             parts["activations"] = _offloaded(job, parts["activations"])
         parts["optimizer state"] = state
+        if job.teacher_bytes:
+            parts["teacher"] = job.teacher_bytes
         if job.host:
             parts["malloc"] = _RETAINED * parts["workspace"]
         splits.append(parts)

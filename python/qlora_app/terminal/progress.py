@@ -108,6 +108,8 @@ def describe(measured: dict[str, Any]) -> str:
         return f"perplexity {measured['eval_perplexity']:.2f}"
     if "eval_reward" in measured:
         return f"reward {measured['eval_reward']:.4f}"
+    if "eval_text_perplexity" in measured:
+        return f"divergence {measured['eval_loss']:.4f}, perplexity {measured['eval_text_perplexity']:.2f}"
     loss = f"loss {measured['eval_loss']:.4f}"
     if "eval_reward_accuracy" in measured:
         return f"{loss}, {measured['eval_reward_accuracy']:.0%} of the pairs ranked correctly"
@@ -139,7 +141,8 @@ def _plotted(path: pathlib.Path, histories: Iterable[list[dict[str, Any]]], titl
     if any("eval_reward" in record for record in records):
         label = "reward"
     else:
-        units = {"eval_perplexity": " (nats per token)", "eval_reward_accuracy": " (nats per pair)"}
+        units = dict.fromkeys(("eval_perplexity", "eval_text_perplexity"), " (nats per token)")
+        units |= {"eval_reward_accuracy": " (nats per pair)"}
         label = "loss" + next((unit for key, unit in units.items() if any(key in record for record in records)), "")
     axes.set(xlabel="step", ylabel=label, title=title)
     axes.grid(alpha=0.3)

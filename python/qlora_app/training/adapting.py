@@ -89,7 +89,7 @@ def check_chunked_loss(model: Any) -> None:
     head = model.get_base_model().get_output_embeddings()
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
         raise UserError("--chunked-loss: the output head is trained too (--modules-to-save), which needs all logits")
-    if not has_plain_head(model):
+    if not has_plain_head(model.get_base_model()):
         kind = model.config.get_text_config().model_type
         raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which is not supported")
 

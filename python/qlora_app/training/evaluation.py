@@ -27,7 +27,7 @@ def rows_of_run(adapter: pathlib.Path, tokenizer: Any, option: str) -> tuple[Par
     if s.method == "grpo":
         raise UserError(f"{option}: expected a run that was trained on answers, got one trained on rewards (GRPO)")
     examples = read_examples(s.data, s.split)
-    if s.method != "sft" and (is_preference(examples[0]) or is_labelled(examples[0])):
+    if s.method not in ("sft", "distill") and (is_preference(examples[0]) or is_labelled(examples[0])):
         kind = "preferences (DPO)" if is_preference(examples[0]) else "labels (KTO)"
         raise UserError(f"{option}: expected a run that was trained on answers, got one trained on {kind}")
     parts = split(tokenizer, examples, s.seq_len, s.first_rows, s.eval_size, s.seed, packing=not s.no_packing)

@@ -110,7 +110,8 @@ def finetune(
             data by keyword, and returns a number per answer; or its name as FILE.py:FUNCTION; or a list of several,
             whose rewards are added up. A resumed run needs them again.
         options: the options of the command, with underscores: ``rank=8``, ``max_steps=200``, ``lr=1e-4``,
-            ``grad_checkpointing=True``, ``max_memory="8GB"``. None stands for the default.
+            ``grad_checkpointing=True``, ``max_memory="8GB"``, ``method="distill", teacher="LARGER"``. None stands for
+            the default.
 
     Returns:
         The run's directory, its adapter's directory, and the metrics: ``steps``, and ``loss_before``, ``loss_after``,

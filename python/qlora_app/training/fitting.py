@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import pathlib
+from typing import Any
+
+import torch
 
 from qlora_ext.sizes import parse_size
 from qlora_ext.streaming import dense_mlps
 
 from ..errors import UserError
+from ..models import families
 from ..models.loading import stored_forms
 from ..models.loss import changes_logits
-from ..models.sources import ModelSource
+from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
+from ..models.sources import ModelSource, resolve
 from ..planning import search
 from ..planning.blocks import place, streamed
 from ..planning.memory import FEW, OPTIMIZERS, Job, build, process_bytes, static_split, trains_head
-from .settings import Settings, named_modules, options_of
-
-if TYPE_CHECKING:
-    import torch
+from .settings import STORED, Settings, named_modules, options_of
 
 _CONTEXT = 0.5e9  # bytes of a CUDA context
 _SPARE = 0.8  # the largest share of the host's free memory that may be pinned
@@ -37,7 +39,41 @@ def job_of(options: Any, config: Any, source: ModelSource | None = None) -> Job:
     if options.target_modules != "all-linear":
         values["target_modules"] = [name.strip() for name in options.target_modules.split(",")]
     forms = None if source is None else stored_forms(source, config, bool(getattr(options, "quantize", "")))
-    return Job(**{**values, "config": config, "forms": forms})
+    job = Job(**{**values, "config": config, "forms": forms})
+    if not options.teacher:
+        return job
+    chunked = job.chunked_loss or not (changes_logits(config) or trains_head(job))
+    in_memory = not getattr(options, "teacher_cache", "")  # else it has been freed before the steps
+    size = teacher_bytes(options.teacher, options.teacher_load, job) if in_memory else 0.0
+    return dataclasses.replace(job, chunked_loss=chunked, teacher_bytes=size)
+
+
+def teacher_bytes(name: str, load: str, student: Job) -> float:
+    """The bytes on the device of the weights of ``--teacher`` with ``--teacher-load``.
+
+    Args:
+        student: the job of the model that learns, which computes in the same dtype.
+    """
+    if families.known(name) and not pathlib.Path(name).exists():
+        source, config = None, families.config(name)
+    else:
+        source = resolve(name, option="--teacher")
+        config = load_config(source)
+    packed = source is not None and (is_4bit(source) or has_4bit_blocks(source))
+    forms = stored_forms(source, config) if source is not None and packed else None
+    config = copy.deepcopy(config)
+    config.quantization_config = None  # the planner quantizes what it plans
+    if load == STORED and not packed:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=student.compute)
+        return float(sum(parameter.nbytes for parameter in model.parameters()))
+    job = Job(config, dtype=student.dtype, host=student.host, forms=forms)
+    parts = static_split(job)
+    if load in ("ram", "disk"):
+        parts, _ = place(parts, streamed(job), None)
+    return sum(parts.get(name, 0.0) for name in ("base weights", "scales", "other weights", "ring"))
 
 
 def _overhead(device: torch.device) -> float:

@@ -16,6 +16,7 @@ _TOKENS = 40  # of a sample
 _BEFORE: Schema = {
     "loss?": float,
     "perplexity?": float,
+    "text_perplexity?": float,
     "reward_accuracy?": float,
     "reward_margin?": float,
     "reward?": float,

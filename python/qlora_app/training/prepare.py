@@ -32,7 +32,7 @@ from .checkpoints import newest_checkpoint
 from .identity import digest_of_examples, digest_of_files, digest_of_rows
 from .reward_function import digest_of_rewards, find_rewards
 from .run import SETTINGS, Request, Run, Shared
-from .settings import NO_NEFTUNE, Settings, given, read_settings, resumed
+from .settings import NO_NEFTUNE, OF_TEACHER, Settings, given, read_settings, resumed
 
 
 def prepare(request: Request, output: Output, shared: Shared | None = None) -> Run:
@@ -67,6 +67,10 @@ def prepare(request: Request, output: Output, shared: Shared | None = None) -> R
         run.settings, chosen = fit(s, config, run.source, run.device)
         run.report(chosen)
     _encode(run)
+    if s.teacher:
+        from .teacher import find_teacher
+
+        find_teacher(run, config, "teacher" in typed)
     from .train import arguments_of
 
     run.arguments = arguments_of(run)
@@ -135,10 +139,14 @@ def _check_method(run: Run, typed: dict[str, Any]) -> None:
     if s.method == "grpo":
         _check_rewards(run)
         return
-    if given := [flag(name) for name in ("generations", "max_new_tokens", "temperature") if name in typed]:
-        raise UserError(f"{given[0]} is an option of --method grpo")
+    if not s.student_samples and (given := [flag(name) for name in ("max_new_tokens", "temperature") if name in typed]):
+        raise UserError(f"{given[0]} is an option of --method grpo, and of distill with --student-samples")
+    if "generations" in typed:
+        raise UserError("--generations is an option of --method grpo")
+    if not s.teacher and (given := [flag(name) for name in OF_TEACHER if name in typed]):
+        raise UserError(f"{given[0]} is an option of --method distill")
     if "beta" in typed and not run.preferences:
-        raise UserError("--beta is an option of DPO, KTO and GRPO, but this run only learns answers (sft)")
+        raise UserError(f"--beta is an option of DPO, KTO and GRPO, but this run only learns answers ({run.method})")
     if s.method == "dpo" and not is_preference(first):
         raise UserError(f"--method dpo: expected preferences in --data {s.data}: rows with prompt, chosen and rejected")
     if s.method == "kto" and not is_labelled(first):
@@ -202,10 +210,11 @@ def _encode(run: Run) -> None:
     parts = run.parts = run.shared.once(("rows", s.data, s.split, *options), lambda: _split(run, options))
     steps = s.steps(len(parts.train))
     first = run.examples[0]
-    kinds = {"dpo": "pairs", "kto": "answers", "grpo": "prompts", "sft": f"rows of at most {s.seq_len} tokens"}
+    kinds = {"dpo": "pairs", "kto": "answers", "grpo": "prompts"}
+    kind = kinds.get(run.method, f"rows of at most {s.seq_len} tokens")
     rows = steps * s.step_rows // (s.generations if is_prompt(first) else 1)
     run.report(
-        f"rows  {len(parts.train):,} {kinds[run.method]} to train on, {rows / len(parts.train):.2f} times in "
+        f"rows  {len(parts.train):,} {kind} to train on, {rows / len(parts.train):.2f} times in "
         f"{steps:,} steps; {len(parts.held_out)} examples held out"
     )
     if run.method == "kto":

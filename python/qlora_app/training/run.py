@@ -117,10 +117,13 @@ class Run:
         checkpoint: the checkpoint from which the run resumes.
         digests: of a new run's inputs, for its marker.
         rewards: of a run with the method grpo.
+        teacher_source, vocabulary: with the method distill, set by ``prepare``: where the teacher is, and how many
+            tokens both models predict.
         shared: with the other runs of a sweep.
         sweep: the directory of the sweep that the run belongs to.
         tokenizer, parts, arguments: set by ``prepare``: the tokenizer, the rows, and the trainer's arguments.
-        model: set by ``load``: the 4-bit model with its adapter.
+        model, teacher: set by ``load``: the 4-bit model with its adapter, and with the method distill a model, or a
+            ``TeacherCache``.
         trainer, before, history: set by ``train``: the trainer, the measurements before training, and the lines of
             ``metrics.jsonl``.
     """
@@ -139,10 +142,13 @@ class Run:
     sweep: pathlib.Path | None = None
     console: Console = dataclasses.field(default_factory=_console)
     rewards: Sequence[Reward] = ()
+    teacher_source: ModelSource | None = None
+    vocabulary: int = 0
     tokenizer: Any = None
     parts: Parts = dataclasses.field(init=False)
     arguments: Any = None
     model: Any = None
+    teacher: Any = None
     trainer: Any = None
     before: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -60,11 +60,28 @@ def _save_adapter(run: Run, metrics: dict[str, Any]) -> None:
     }
     with staged_directory(run.adapter, foreign_in_adapter) as partial:
         run.model.save_pretrained(str(partial))
-        if activations != EXACT:
-            with (partial / "README.md").open("a", encoding="utf-8") as card:
-                card.write(_INT8)
+        notes = [_INT8] if activations != EXACT else []
+        if run.settings.teacher:
+            notes.append(_distilled(run))
+        with (partial / "README.md").open("a", encoding="utf-8") as card:
+            card.writelines(notes)
         files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if not p.is_dir())
         write_json(partial / RECORD, {**record, "files": files})
+
+
+def _distilled(run: Run) -> str:
+    """The part of the model card that names the teacher."""
+    s = run.settings
+    samples = (
+        f" {s.student_samples:.0%} of the steps learnt from the student's own answers." if s.student_samples else ""
+    )
+    top = f", on its {s.teacher_top_k} most likely tokens" if s.teacher_cache else ""
+    return f"""
+### Distillation
+
+The adapter was trained to minimize the {s.divergence} KL divergence from the teacher `{printable(s.teacher)}`{top}
+(`--method distill`).{samples}
+"""
 
 
 def _try_it(run: Run, command: str, *options: str) -> str:

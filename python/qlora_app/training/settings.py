@@ -19,7 +19,10 @@ from ..models.devices import AUTO, check_dtype
 from ..models.sources import DEFAULT_MODEL
 from ..options import ACTIVATIONS, ACTIVATIONS_HELP, Options, flag, option, schema
 
-METHODS = ("auto", "sft", "dpo", "kto", "grpo")
+METHODS = ("auto", "sft", "dpo", "kto", "grpo", "distill")
+STORED = "stored"  # the value of --teacher-load for what the teacher's files hold
+DIVERGENCES = ("forward", "reverse", "mix")
+OF_TEACHER = ("teacher_load", "teacher_cache", "teacher_top_k", "divergence", "student_samples")  # need --teacher
 NO_NEFTUNE = (
     "--neftune-alpha: not supported with DPO and KTO, because the noise would change the base model's answers too"
 )
@@ -89,8 +92,8 @@ class Settings(Options):
     block_size: int = _option(64, "weights per scale", choices=BLOCK_SIZES)
     quantize: str = _option(
         "",
-        f"quantize the layers of a dense model or a .gguf file to {', '.join(READ_IN)} as they are read (default: nf4, "
-        "and as stored in a .gguf file)",
+        f"quantize the layers of the model to {', '.join(READ_IN)} as they are read (default: nf4, and as stored in a "
+        "quantized model)",
         choices=READ_IN,
         metavar="FORMAT",
     )
@@ -113,8 +116,8 @@ class Settings(Options):
     method: str = _option(
         "auto",
         "sft: learn the answers; dpo (by TRL): learn which of two answers is preferred; kto (by TRL): learn which "
-        "answers are good and which bad; grpo (by TRL): sample answers and learn from their rewards; auto: sft, dpo "
-        "or kto, depending on --data",
+        "answers are good and which bad; grpo (by TRL): sample answers and learn from their rewards; distill: learn "
+        "the probabilities of a --teacher; auto: sft, dpo or kto, depending on --data",
         choices=METHODS,
     )
     beta: float = _option(
@@ -124,8 +127,31 @@ class Settings(Options):
         1e6,
     )
     generations: int = _option(4, "grpo: answers per prompt", 2)
-    max_new_tokens: int = _option(128, "grpo: tokens per answer", 1)
-    temperature: float = _option(1.0, "grpo: sampling temperature", 0, 1e3)
+    max_new_tokens: int = _option(128, "grpo and --student-samples: tokens per answer", 1)
+    temperature: float = _option(1.0, "grpo and --student-samples: sampling temperature", 0, 1e3)
+    teacher: str = _option("", "distill: a model with the same vocabulary, named as in --model", free=True)
+    teacher_load: str = _option(
+        STORED,
+        "distill: load the teacher as its files store it (dense or 4-bit), quantize it (4bit), or stream its 4-bit "
+        "layers (ram, disk) as --stream does",
+        choices=(STORED, "4bit", "ram", "disk"),
+    )
+    teacher_cache: str = _option(
+        "",
+        "distill: compute the teacher's --teacher-top-k most likely tokens once, before training, and keep them in "
+        "this file; later runs with the same rows do not load the teacher",
+        free=True,
+        metavar="FILE",
+    )
+    teacher_top_k: int = _option(64, "distill: tokens per position in --teacher-cache", 1)
+    divergence: str = _option(
+        "forward",
+        "distill: KL(teacher, student) (forward), KL(student, teacher) (reverse), or the mean of both (mix)",
+        choices=DIVERGENCES,
+    )
+    student_samples: float = _option(
+        0.0, "distill: share of the steps that learn from answers that the model samples itself", 0, maximum=1
+    )
     max_steps: int = _option(50, "optimizer steps", 1)
     epochs: float = _option(0.0, "passes over the rows, instead of --max-steps", 0, 1e6)
     batch_size: int = _option(4, "rows per forward pass; short examples share a row", 1)
@@ -236,7 +262,8 @@ class Settings(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = ("alpha", "lr", "temperature") if self.method == "grpo" else ("alpha", "lr", "beta")
+        samples = self.method == "grpo" or self.student_samples
+        positive = ("alpha", "lr", "temperature") if samples else ("alpha", "lr", "beta")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
@@ -256,6 +283,12 @@ class Settings(Options):
             raise UserError(NO_NEFTUNE)
         if self.method == "grpo":
             self._check_grpo()
+        if (self.method == "distill") != bool(self.teacher):
+            raise UserError("--method distill and --teacher need each other")
+        if self.student_samples:
+            self._check_answers()
+            if self.teacher_cache:
+                raise UserError("--student-samples and --teacher-cache exclude each other: the file has no new answers")
         layer_numbers(self.layers)
         lengths = [0, *self.former_steps, self.max_steps]
         if not self.epochs and lengths != sorted(set(lengths)):
@@ -281,14 +314,17 @@ class Settings(Options):
                 f"--generations {self.generations}: expected a divisor of --batch-size times --grad-accum, which is "
                 f"{self.step_rows}"
             )
+        self._check_answers()
+        for name in ("dropout", "neftune_alpha", "no_packing", "chunked_loss", "max_memory", "merge_aware"):
+            if getattr(self, name):
+                raise UserError(f"{flag(name)}: not supported with --method grpo")
+
+    def _check_answers(self) -> None:
         if self.max_new_tokens >= self.seq_len:
             raise UserError(
                 f"--max-new-tokens {self.max_new_tokens}: expected less than --seq-len, which is {self.seq_len} tokens "
                 "for prompt and answer"
             )
-        for name in ("dropout", "neftune_alpha", "no_packing", "chunked_loss", "max_memory", "merge_aware"):
-            if getattr(self, name):
-                raise UserError(f"{flag(name)}: not supported with --method grpo")
 
 
 def _with_format(values: Mapping[str, Any]) -> dict[str, Any]:

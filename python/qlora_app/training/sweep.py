@@ -263,7 +263,10 @@ def _train(output: Output, found: _Sweep, runs: dict[str, Run], locks: contextli
     """Loads the base, and trains the adapters of ``runs`` in turn."""
     from .load import identify, load_base
     from .restoring import restored
+    from .teacher import load_teacher
 
+    for run in runs.values():
+        load_teacher(run)
     base = load_base(next(iter(runs.values())), output)
     for run in runs.values():
         identify(run, base)

@@ -20,13 +20,17 @@ from .trainer import NameInertAdapters, QLoRATrainer, RunTrainer, run_trainer, t
 
 
 def _trainer_of(method: str) -> type[RunTrainer]:
-    """The trainer of a method. Only that of sft works without TRL."""
+    """The trainer of a method. Those of sft and distill work without TRL."""
     if method == "sft":
         return QLoRATrainer
     if method == "grpo":
         from .rewards import RewardTrainer
 
         return RewardTrainer
+    if method == "distill":
+        from .distillation import DistillationTrainer
+
+        return DistillationTrainer
     from .preferences import LabelTrainer, PreferenceTrainer
 
     return LabelTrainer if method == "kto" else PreferenceTrainer
@@ -95,6 +99,10 @@ def write_settings(run: Run, directory: pathlib.Path) -> None:
     path = pathlib.Path(run.settings.data).expanduser()
     if not run.settings.data.startswith(PACKAGE) and path.exists():
         recorded["data"] = str(path.resolve())
+    if run.teacher_source is not None:
+        recorded["teacher"] = run.teacher_source.name
+    if run.settings.teacher_cache:
+        recorded["teacher_cache"] = str(pathlib.Path(run.settings.teacher_cache).expanduser().resolve())
     if run.settings.init_adapter:
         recorded["init_adapter"] = str(find(run.settings.init_adapter).resolve())
     write_json(directory / SETTINGS, recorded)

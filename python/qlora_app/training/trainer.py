@@ -130,11 +130,18 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     }
 
 
-def batches(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """All rows, packed up to the length of the longest and collated, ``size`` packed rows at a time."""
-    rows = pack(rows, max(len(row["input_ids"]) for row in rows))
+def packed(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows, packed up to the length of the longest."""
+    return pack(rows, max(len(row["input_ids"]) for row in rows))
+
+
+def batches(
+    rows: Sequence[Row], size: int, device: torch.device, collator: Callable[[Any], dict[str, torch.Tensor]] = collate
+) -> Iterator[dict[str, torch.Tensor]]:
+    """All rows, ``packed`` and collated, ``size`` packed rows at a time."""
+    rows = packed(rows)
     for start in range(0, len(rows), size):
-        yield {key: value.to(device) for key, value in collate(rows[start : start + size]).items()}
+        yield {key: value.to(device) for key, value in collator(rows[start : start + size]).items()}
 
 
 class StagedSampler(torch.utils.data.Sampler[int]):
@@ -237,9 +244,13 @@ class QLoRATrainer(RunTrainer):
 
     def __init__(self, run: Run) -> None:
         self._chunked = run.settings.chunked_loss
-        self._plain_head = has_plain_head(run.model)
+        self._plain_head = has_plain_head(run.model.get_base_model())
         rows = {"train_dataset": run.parts.train, "eval_dataset": run.parts.held_out}
-        super().__init__(run, data_collator=collate, **rows)
+        super().__init__(run, data_collator=self.collate, **rows)
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """A batch of packed rows."""
+        return collate(rows)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -250,17 +261,21 @@ class QLoRATrainer(RunTrainer):
 
     def measure(self) -> dict[str, Any]:
         """The mean cross-entropy in nats per learnt token, as the training computes it. No random number is drawn."""
+        loss = self.held_out_mean(self.compute_loss)
+        return {"step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+
+    def held_out_mean(self, loss_of: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]) -> float:
+        """The mean over the learnt tokens of the held-out rows of what ``loss_of`` computes for a model and a batch."""
         model, total, count = self.model, 0.0, 0
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            for batch in batches(self.held_out, self.args.per_device_train_batch_size, model.device):
+            for batch in batches(self.held_out, self.args.per_device_train_batch_size, model.device, self.collate):
                 learnt = int((batch["labels"][:, 1:] != -100).sum())
-                total += float(self.compute_loss(model, batch)) * learnt
+                total += float(loss_of(model, batch)) * learnt
                 count += learnt
         model.train(was_training)
-        loss = total / count
-        return {"step": self.state.global_step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+        return total / count
 
 
 class Diverged(UserError):
