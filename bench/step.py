@@ -118,7 +118,7 @@ class Step:
         return float(self.model(input_ids=self.held_out, labels=self.held_out).loss)
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     found = re.search(rf"{key}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
@@ -144,7 +144,7 @@ def print_peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype, dr
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     for turn in range(2):
         step(turn)
-    print(_status("VmHWM"))
+    print(status("VmHWM"))
 
 
 def peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype, dropout: float) -> int:

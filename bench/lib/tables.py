@@ -314,6 +314,48 @@ def activations_gradients() -> str:
     return "\n".join([*files.table(found), ""])
 
 
+EVIDENCE = ("sums", "syllogisms", "words spelled backward", "family relations")  # the tasks of bench/evidence.py
+
+
+def evidence() -> str:
+    """Of bench/evidence.py: each base before and after training."""
+    table_rows = []
+    for machine in files.machines():
+        for name, section in files.sections(machine).items():
+            if not name.startswith("evidence_"):
+                continue
+            model = name.removeprefix("evidence_")
+            for begun in (row for row in section["rows"] if row["seed"] is None):
+                alike = [row for row in section["rows"] if row["seed"] is not None and _asked(row) == _asked(begun)]
+                recipes = sorted({(row["steps"], row["batch"], row["lr"]) for row in alike}) or [None]
+                for recipe in recipes:
+                    after = [row for row in alike if (row["steps"], row["batch"], row["lr"]) == recipe]
+                    table_rows.append([MEASURED.get(model, model), *_evidence_of(begun, after, recipe)])
+    columns = ("base", "training", "right answers", "after", "loss of answers", "after", "loss of text", "after")
+    return table(["", *columns, "weights", "peak", "tokens/s"], table_rows)
+
+
+def _asked(row: files.Row) -> tuple[str, int]:
+    return row["base"], row["questions"]
+
+
+def _evidence_of(begun: files.Row, after: Sequence[files.Row], recipe: tuple[int, int, float] | None) -> list[str]:
+    count = len(EVIDENCE) * begun["questions"]
+    right = [sum(row[task] for task in EVIDENCE) for row in after]
+    training = (
+        "not run" if recipe is None else f"{after[0]['training']}, {recipe[0]} steps of {recipe[1]}, {recipe[2]:g}"
+    )
+    cells = [begun["base"], training, f"{sum(begun[task] for task in EVIDENCE)} of {count}"]
+    cells.append(", ".join(map(str, right)) if right else "not run")
+    for key in ("loss of answers", "loss of text"):
+        cells += [f"{begun[key]:.3f}", _range([row[key] for row in after])]
+    cells.append(f"{begun['weights MB']:.0f} MB")
+    peaks = [row["peak GB"] for row in after]
+    speeds = [row["tokens/s"] for row in after]
+    cells += [f"{max(peaks):.2f} GB" if peaks else "", f"{sum(speeds) / len(speeds):.0f}" if speeds else ""]
+    return cells
+
+
 PAGES: dict[Path, Tables] = {
     README: {"steps": steps},
     DOCS / "benchmarks.md": {
@@ -338,6 +380,7 @@ PAGES: dict[Path, Tables] = {
         "widths": widths,
         "int8 losses": activations_losses,
         "int8 gradients": activations_gradients,
+        "evidence": evidence,
     },
     DOCS / "troubleshooting.md": {
         part: lambda part=part: runs(part)  # type: ignore[misc]

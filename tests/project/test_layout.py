@@ -426,12 +426,12 @@ def test_the_application_uses_public_names_of_the_library(path: pathlib.Path) ->
 
 
 def test_benches_use_the_faces_of_the_command_only() -> None:
-    """Its entry point, the names in the ``__init__`` of models and data, the loss, and how exports calibrate.
+    """Its entry point, the names in the ``__init__`` of models and data, the loss, how exports calibrate, and tasks.
 
     Decoding and planning are no parts of the command.
     """
     faces = {f"qlora_app.{name}" for name in ("main", "models", "models.loss", "data", "exporting.calibrated")}
-    faces.add("qlora_app")
+    faces |= {"qlora_app", *(f"qlora_app.evaluation.{name}" for name in ("answering", "reasoning_gym_tasks", "tasks"))}
     for path in sorted((ROOT / "bench").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and re.match(

@@ -16,7 +16,7 @@ from ..errors import UserError, as_arguments, check_prompt, path_named
 from ..models.adapted import Adapted, find_adapted
 from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
 from ..models.loading import load_dense
-from ..models.pretrained import has_4bit_blocks, is_4bit
+from ..models.pretrained import is_4bit
 from ..options import SamplingOptions, keywords_of, like, option
 from ..outputs.output_file import OutputFile, claim_file
 from ..terminal.bars import counted
@@ -52,7 +52,7 @@ class EvaluateRequest(SamplingOptions):
         None, "save each answer to this .jsonl file; if it exists, the same command resumes", metavar="FILE"
     )
     overwrite: bool = option(False, "replace the answers in --output")
-    dense: bool = option(False, "keep the weights of a dense model in 16 bits, to compare with")
+    dense: bool = option(False, "keep the weights in 16 bits (those of a .gguf file are decoded), to compare with")
     system: str = option("", "system prompt", metavar="TEXT")
     max_new_tokens: int = like(SamplingOptions, "max_new_tokens", default=512)
     seed: int = option(0, "seed of reasoning-gym's questions, and of sampling", 0, maximum=2**32 - 1)
@@ -98,8 +98,8 @@ def _load(request: EvaluateRequest, adapted: Adapted) -> Any:
     from ..models.adapter_files import load
 
     source = adapted.source
-    if is_4bit(source) or has_4bit_blocks(source):
-        raise UserError(f"--dense: {source.name} has quantized weights; name a dense model, or omit --dense")
+    if is_4bit(source):
+        raise UserError(f"--dense: {source.name} was saved in 4 bits; name a dense model, or omit --dense")
     dtype, device = parse_dtype(request.dtype), parse_device(request.device)
     model = load_dense(source, dtype, device, parse_computing_dtype(request.dtype, device))
     return prepare_to_answer(model if adapted.adapter is None else load(model, adapted.adapter, request.force))

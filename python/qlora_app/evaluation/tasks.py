@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 from ..data import Message
 
@@ -50,9 +50,6 @@ def digest_of(questions: Iterable[Any]) -> str:
     for question in questions:
         digest.update(json.dumps(question, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
-
-
-Find: TypeAlias = "Callable[[str, int | None, int], Task]"  # the name, the most questions, and the seed
 
 
 def final_answer(text: str) -> str:
