@@ -10,6 +10,7 @@ bench/results/CARD.json. Under the kernel simulator nothing is timed or written.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 
@@ -37,6 +38,8 @@ def properties() -> Iterator[Row]:
     for name in ATTRIBUTES:
         yield {"what": name, "value": getattr(device, name, "unknown to this torch")}
     yield {"what": "CUDA of torch", "value": torch.version.cuda}
+    for name in ("QLORA_CUDA_START", "QLORA_CUDA_KERNEL"):
+        yield {"what": name, "value": os.environ.get(name) or "not set"}
 
 
 def clusters() -> Iterator[Row]:

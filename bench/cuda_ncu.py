@@ -1,9 +1,10 @@
 """Nsight Compute's counters of our kernels: which part of the card bounds each of ten problems.
 
-    python bench/cuda_ncu.py [--tiny]
+    python bench/cuda_ncu.py [--tiny] [--minutes 4]
 
-Runs this program again under ncu, which needs access to the counters (often root). A row is a kernel. Metrics that this
-ncu does not know are named. Writes a section of bench/results/CARD.json.
+Runs this program again under ncu, which needs access to the counters (often root), once per problem. A row is a kernel.
+Metrics that this ncu does not know are named. Writes a section of bench/results/CARD.json after each problem; what does
+not fit `--minutes` is named.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import csv
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
+
+from lib.steps import signal_group
 
 METRICS = {
     "dram__bytes_read.sum": "DRAM read",
@@ -39,27 +44,26 @@ PROBLEMS = (
     *(("linear_nf4", 14336, 4096, m) for m in (16, 1024)),
 )
 TINY = (("linear_nf4", 256, 512, 1), ("linear_nf4_dx", 256, 512, 40))
-MARK = "spin_kernel"  # torch's sleep, which stands before each problem
+Problem = tuple[str, int, int, int]
 
 
-def launch(tiny: bool) -> None:
-    """What runs under ncu: each problem once, behind a mark, after a call that is not profiled."""
+def launch(problem: Problem) -> None:
+    """What runs under ncu: a problem once, after a call that is not profiled."""
     import torch
 
     from lib.cuda_cases import BF16, OPS, Layer
 
-    for operator, n, k, m in TINY if tiny else PROBLEMS:
-        layer = Layer(n, k, 1)
-        forward = operator == "linear_nf4"
-        x = torch.randn(m, k if forward else n, device="cuda", dtype=BF16)
-        args = (layer.forward_args if forward else layer.dx_args)(0, x)
-        getattr(OPS, operator)(*args)
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStart()
-        torch.cuda._sleep(1)
-        getattr(OPS, operator)(*args)
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStop()
+    operator, n, k, m = problem
+    layer = Layer(n, k, 1)
+    forward = operator == "linear_nf4"
+    x = torch.randn(m, k if forward else n, device="cuda", dtype=BF16)
+    args = (layer.forward_args if forward else layer.dx_args)(0, x)
+    getattr(OPS, operator)(*args)
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStart()
+    getattr(OPS, operator)(*args)
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
 
 
 def known(ncu: str) -> list[str]:
@@ -71,65 +75,79 @@ def known(ncu: str) -> list[str]:
     return [metric for metric in METRICS if metric.startswith("launch__") or metric.split(".")[0] in names]
 
 
-def rows(output: str, problems: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+def rows(output: str, problem: Problem) -> Iterator[dict[str, Any]]:
     """Rows from what `ncu --csv --page raw` prints: a line of names, one of units, and a line per kernel."""
+    operator, n, k, m = problem
     lines = output.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
         raise RuntimeError(f"ncu printed no table: {output.strip()[-500:]}")
     units, *kernels = csv.DictReader(io.StringIO("\n".join(lines[start:])))
-    at = -1
+    if not kernels:
+        raise RuntimeError("ncu profiled no kernel")
     for kernel in kernels:
         name = kernel["Kernel Name"]
-        if MARK in name:
-            at += 1
-            continue
-        operator, n, k, m = problems[at]
         values = {f"{title} ({units[metric]})" if units[metric] else title: kernel[metric].replace(",", "")
                   for metric, title in METRICS.items() if metric in kernel}  # fmt: skip
         yield {"operator": operator, "N": n, "K": k, "M": m, "kernel": name.split("(")[0][:60], **values}
-    if at + 1 != len(problems):
-        raise RuntimeError(f"ncu profiled {at + 1} of {len(problems)} problems")
+
+
+def profiled(ncu: str, metrics: list[str], problem: Problem, seconds: float) -> list[dict[str, Any]]:
+    """The rows of a problem, which has so many seconds."""
+    options = ["--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off"]
+    words = ",".join(map(str, problem))
+    command = [ncu, *options, "--metrics", ",".join(metrics), sys.executable, os.path.abspath(__file__)]
+    command += ["--launch", words]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"stopped after {seconds:.0f} s") from None
+    finally:
+        signal_group(process.pid, signal.SIGKILL)  # also what ncu has started
+        process.wait()
+    if process.returncode:
+        raise RuntimeError(f"exit status {process.returncode}: {output.strip()[-1000:]}")
+    return list(rows(output, problem))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="two small problems")
-    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=4.0, help="what does not fit is reported as not profiled")
+    parser.add_argument("--launch", metavar="OPERATOR,N,K,M", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.launch:
-        launch(arguments.tiny)
+        operator, *sizes = arguments.launch.split(",")
+        n, k, m = map(int, sizes)
+        launch((operator, n, k, m))
         return
+    end = time.monotonic() + arguments.minutes * 60
     if (ncu := shutil.which("ncu")) is None:
         sys.exit("ncu is not on PATH (Nsight Compute has it)")
     metrics = known(ncu)
-    small = ["--tiny"] if arguments.tiny else []
-    options = [
-        "--csv",
-        "--page",
-        "raw",
-        "--print-units",
-        "base",
-        "--profile-from-start",
-        "off",
-        "--metrics",
-        ",".join(metrics),
-    ]
-    command = [ncu, *options, sys.executable, os.path.abspath(__file__), "--launch", *small]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"ncu: exit status {done.returncode}: {(done.stdout + done.stderr).strip()[-1000:]}")
 
-    from lib.cuda_timing import card_name
+    from lib.cuda_timing import Failures, card_name
     from lib.harness import Report
 
-    report = Report("cuda_ncu", f"Counters of Nsight Compute on {card_name()}")
+    report, failures = Report("cuda_ncu", f"Counters of Nsight Compute on {card_name()}"), Failures()
     unknown = [metric for metric in METRICS if metric not in metrics]
     report.notes.append(f"Not known to this ncu: {', '.join(unknown) or 'none'}.")
     print(report.notes[-1])
-    for row in rows(done.stdout, TINY if arguments.tiny else PROBLEMS):
-        report.add(**row)
+    problems = TINY if arguments.tiny else PROBLEMS
+    for i, problem in enumerate(problems):
+        if (left := end - time.monotonic()) <= 0:
+            report.notes.append(f"Time ran out after {i} of {len(problems)} problems.")
+            print(report.notes[-1])
+            break
+        with failures.caught("{} of {} x {}, {} tokens".format(*problem)):
+            for row in profiled(ncu, metrics, problem, 2 * left / (len(problems) - i)):
+                report.add(**row)
+            report.save()
     report.write()
+    failures.exit()
 
 
 if __name__ == "__main__":

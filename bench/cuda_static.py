@@ -1,20 +1,24 @@
 """Static properties of the compiled CUDA kernels: registers, shared memory, occupancy, spills, and loops in SASS.
 
-    python bench/cuda_static.py [--arch 75 80 90 100 110 120] [--launches PROFILE]
+    python bench/cuda_static.py [--arch 75 80 86 89 90 100 110 120] [--jobs N] [--launches PROFILE]
 
-Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is the
-kernel simulator's list of launches, one JSON object per line, with the sizes of dynamic shared memory. Writes
-bench/results/compiler.json, and fails if a kernel spills or uses local memory, if one of the forward on
-tensor cores waits for memory more often before its first product than it must, if one reads tables in constant memory
-more often than it must, or if warpgroups that hand registers over start with another number of them.
+Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). By default, it
+compiles for each architecture of the wheel, N files at a time. PROFILE is the kernel simulator's list of launches, one
+JSON object per line, with the sizes of dynamic shared memory. Writes bench/results/compiler.json, and fails if a kernel
+spills or uses local memory, if one of the forward on tensor cores waits for memory more often before its first product
+than it must, if one reads tables in constant memory more often than it must, if warpgroups that hand registers over
+start with another number of them, or if the assembler moved a load of global memory before the wait for the previous
+launch, which may still write there.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lib import cuda_steps
 from lib import results_files as files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SM_LIMITS = {
     75: (1024, 16, 64 << 10),
     80: (2048, 32, 164 << 10),
+    86: (1536, 16, 100 << 10),
+    89: (1536, 24, 100 << 10),
     90: (2048, 32, 228 << 10),
     100: (2048, 32, 228 << 10),
     110: (1536, 24, 228 << 10),
@@ -76,6 +83,8 @@ class Kernel:
     instructions: int = 0
     waits: int = 0
     constant_reads: int = 0  # of tables, at addresses that differ between lanes
+    # Loads of global memory before a wait for the previous launch, in machine code and in PTX; None without a wait.
+    early_loads: tuple[int, int] | None = None
     loop: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -139,10 +148,12 @@ def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
     ptx = next(folder.glob("*.ptx")).read_text()
     for name, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx):
         kernels[name].threads = int(threads)
-    for name, body in re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", ptx, flags=re.S):
-        kernels[name].moved_registers = max(map(int, re.findall(r"setmaxnreg\.inc\S* (\d+)", body)), default=0)
+    in_ptx = dict(re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", ptx, flags=re.S))
+    for name, text in in_ptx.items():
+        kernels[name].moved_registers = max(map(int, re.findall(r"setmaxnreg\.inc\S* (\d+)", text)), default=0)
     for name, body in sass_functions(cubin).items():
         if name in kernels:
+            kernels[name].early_loads = early_loads(body, in_ptx[name])
             kernels[name].instructions = sum(i.opcode != "NOP" for i in body)
             first, last = main_loop(body)
             kernels[name].loop = count_classes([i for i in body if first <= i.address <= last])
@@ -233,6 +244,64 @@ def loads_in_a_row(body: list[Instruction]) -> int:
     return passed
 
 
+@dataclasses.dataclass
+class Node:
+    """An instruction of a control flow graph."""
+
+    is_load: bool  # of global memory
+    is_wait: bool  # for the previous launch
+    target: str | None  # of a branch
+    goes_on: bool  # possibly, to the next instruction
+
+
+def loads_before_waits(nodes: list[Node], at: dict[str, int]) -> int | None:
+    """Loads after which a wait may follow; None without a wait. `at` has the place of each target."""
+    reaches = [node.is_wait for node in nodes]
+    if not any(reaches):
+        return None
+    changed = True
+    while changed:
+        changed = False
+        for i in reversed(range(len(nodes))):
+            if reaches[i]:
+                continue
+            after = [i + 1] if nodes[i].goes_on and i + 1 < len(nodes) else []
+            after += [at[target] for target in (nodes[i].target,) if target in at]
+            reaches[i] = any(reaches[a] for a in after)
+            changed = changed or reaches[i]
+    return sum(node.is_load and reached for node, reached in zip(nodes, reaches, strict=True))
+
+
+def sass_nodes(body: list[Instruction]) -> tuple[list[Node], dict[str, int]]:
+    nodes = []
+    for i in body:
+        ends = i.opcode.startswith(("BRA", "EXIT", "RET")) and not i.predicated and "," not in i.operands
+        target = None if i.target is None else hex(i.target)
+        nodes.append(Node(i.opcode.startswith(("LDG.", "LD.")), i.opcode.startswith("ACQBULK"), target, not ends))
+    return nodes, {hex(i.address): at for at, i in enumerate(body)}
+
+
+def ptx_nodes(text: str) -> tuple[list[Node], dict[str, int]]:
+    nodes: list[Node] = []
+    at = {}
+    for line in text.splitlines():
+        if match := re.match(r"\s*(\$\w+):", line):
+            at[match[1]] = len(nodes)
+        elif match := re.match(r"\s*(@!?%p\d+ )?\s*([a-z][\w.:]*)\s*(\$\w+)?", line):
+            predicate, opcode, target = match.groups()
+            ends = opcode.startswith(("bra", "ret", "exit")) and not predicate
+            is_load = opcode.startswith("ld.global")
+            nodes.append(Node(is_load, opcode == "griddepcontrol.wait", target, not ends))
+    return nodes, at
+
+
+def early_loads(body: list[Instruction], ptx: str) -> tuple[int, int] | None:
+    """Loads of global memory before a wait for the previous launch, in machine code and in PTX, whose order is that of
+    the source. None without a wait."""
+    sass, source = loads_before_waits(*sass_nodes(body)), loads_before_waits(*ptx_nodes(ptx))
+    return None if sass is None or source is None else (sass, source)
+
+
 def count_classes(body: list[Instruction]) -> dict[str, int]:
     opcodes = [i.opcode for i in body if i.opcode != "NOP"]
     counts = {name: sum(bool(re.match(p, opcode)) for opcode in opcodes) for name, p in CLASSES.items()}
@@ -274,28 +343,34 @@ def complaints(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
     many = [(k, k.constant_reads) for k in kernels if k.constant_reads > CONSTANT_READS]
     found += rule(f"more than {CONSTANT_READS} reads of tables in constant memory", many)
     other = [(k, k.registers) for k in kernels if k.moved_registers and k.registers != MOVED_REGISTERS]
-    return found + rule(f"other than {MOVED_REGISTERS} registers at launch, before setmaxnreg", other)
+    found += rule(f"other than {MOVED_REGISTERS} registers at launch, before setmaxnreg", other)
+    moved = [(k, k.early_loads[0] - k.early_loads[1]) for k in kernels if k.early_loads]
+    moved = [(k, loads) for k, loads in moved if loads > 0]
+    return found + rule("loads that were moved before the wait for the previous launch", moved)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=sorted(SM_LIMITS), choices=sorted(SM_LIMITS))
+    parser.add_argument("--arch", type=int, nargs="+", default=cuda_steps.ARCHS, choices=sorted(SM_LIMITS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="default: one per processor")
     parser.add_argument("--launches", type=Path, help="the kernel simulator's profile")
     arguments = parser.parse_args()
     dynamic = dynamic_shared(arguments.launches)
-    kernels: list[Kernel] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for arch in arguments.arch:
-            for source in sources(arch):
-                name = f"{source.parent.name}/{source.stem}"
-                print(f"sm_{arch} {name}", flush=True)
-                kernels += compile_kernels(source, arch, Path(scratch) / str(arch) / name).values()
+    with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+
+        def compiled(arch: int, source: Path) -> list[Kernel]:
+            name = f"{source.parent.name}/{source.stem}"
+            print(f"sm_{arch} {name}", flush=True)
+            return list(compile_kernels(source, arch, Path(scratch) / str(arch) / name).values())
+
+        jobs = [(arch, source) for arch in arguments.arch for source in sources(arch)]
+        kernels = [kernel for found in pool.map(compiled, *zip(*jobs, strict=True)) for kernel in found]
     names = demangled(sorted({k.name for k in kernels}))
     for k in kernels:
         k.dynamic_shared = dynamic.get(k.name)
 
     machine = {"nvcc": run("nvcc", "--version").splitlines()[-1]}
-    path = files.RESULTS / f"{files.COMPILER}.json"
+    path = files.WRITTEN / f"{files.COMPILER}.json"
     for arch in arguments.arch:
         of_it = sorted((k for k in kernels if k.arch == arch), key=lambda k: names[k.name])
         rows = [dataclasses.asdict(k) | {"name": names[k.name], "occupancy": k.occupancy} for k in of_it]

@@ -5,6 +5,8 @@
 QLORA_CUDA_KERNEL forces every kernel with several tiles and splits, on the same cold operands as the planner's choice.
 All are captured into CUDA graphs and replayed in turn, and their results are compared first. A row has the best forced
 choice, its time over that of the planner's choice, and, if it is ahead beyond the noise, what decides between the two.
+It also has the time of the planner's choice with QLORA_CUDA_START=in_order, which turns early starts off, over the time
+with them; the results have the same bits.
 Writes a section of bench/results/CARD.json. Under the kernel simulator everything runs once, and nothing is timed.
 """
 
@@ -16,7 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ.setdefault("QLORA_CUDA_KERNEL", "")  # there before the first call, so that each call reads it
+os.environ.setdefault("QLORA_CUDA_KERNEL", "")  # there before the first call, so that each call reads them
+os.environ.setdefault("QLORA_CUDA_START", "")
 os.environ["QLORA_PRINT_KERNELS"] = "1"
 
 import torch
@@ -27,11 +30,11 @@ from lib.cuda_timing import NOT_MEASURED, SIMULATED, Failures, captured, card_na
 from lib.harness import Report, check_equal, cuda_clock, interleave
 from lib.nvidia_smi import Clocks
 
-FORCED = "QLORA_CUDA_KERNEL"
+FORCED, START = "QLORA_CUDA_KERNEL", "QLORA_CUDA_START"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 TOKENS = (1, 16, 32, 33, 64, 128, 256, 1024)
 TRAINING_TOKENS, RANKS = (512, 4096), (16, 64)  # of LoRA's gradients
-CHOSEN = "the planner's choice"
+CHOSEN, IN_ORDER = "the planner's choice", "the same in order"
 AHEAD = 0.97  # a best choice within 3% is noise
 TOLERANCE = 1e-2
 
@@ -63,6 +66,13 @@ def sweep(layer: Layer, problem: Problem, seconds: float) -> dict[str, object]:
     chosen = printed_choice(run)
     turns = min(layer.turns, 4)
     calls = {CHOSEN: captured(call, turns)}
+    os.environ[START] = "in_order"
+    try:
+        run()
+        check_equal(results.pop(), results[0], f"{operator}, {m} tokens, in order")
+        calls[IN_ORDER] = captured(call, turns)
+    finally:
+        os.environ[START] = ""
     refused = 0
     for forced in candidates(operator):
         os.environ[FORCED] = forced
@@ -76,15 +86,16 @@ def sweep(layer: Layer, problem: Problem, seconds: float) -> dict[str, object]:
             calls[forced] = captured(call, turns)
         finally:
             os.environ[FORCED] = ""
-    row: dict[str, object] = {"chosen": chosen, "tried": len(calls) - 1, "refused": refused}
+    row: dict[str, object] = {"chosen": chosen, "tried": len(calls) - 2, "refused": refused}
     if SIMULATED:
         for replay in calls.values():
             replay(0)
         return {**row, "best forced": NOT_MEASURED}
     times = interleave(calls, seconds=seconds, least_sample=2e-4, clock=cuda_clock)
-    best = min((name for name in calls if name != CHOSEN), key=times.median, default=CHOSEN)
+    best = min((name for name in calls if name not in (CHOSEN, IN_ORDER)), key=times.median, default=CHOSEN)
     ratio = times.ratio(best, CHOSEN)
     row |= {"us": times.median(CHOSEN) / turns * 1e6, "best forced": best, "best / chosen": ratio}
+    row["in order / chosen"] = times.ratio(IN_ORDER, CHOSEN)
     return {**row, "to change": to_change(operator, chosen, best) if ratio.high < AHEAD else ""}
 
 

@@ -1,18 +1,22 @@
 """Runs all checks and benches on this machine, and writes a report.
 
     python bench/run.py [--quick]
-    python bench/run.py --device cuda [--minutes 10] [--sanitizer-minutes 10] [--lock-clocks] [--tiny]
+    python bench/run.py --device cuda [--minutes 20] [--ncu-minutes 5] [--sanitizer-minutes 10] [--lock-clocks] [--tiny]
 
 On the CPU: the limits of the machine, encoding and decoding, the linear layer, the overhead of eager calls, training
 steps, generation and streaming compared with peers, and the cost of 4 bits (hours). `--quick` takes about two minutes,
 with few shapes and short timings, and writes to build/bench.
 
-On CUDA, in `--minutes`: a record of the card, the hardware's rates that the kernels depend on, every CUDA test, the
-operators compared with peers, the crossover to the library, every kernel that can be forced against the one that is
-chosen, training steps of a Llama and of a mixture of experts, decoding, and counters if ncu is installed. Then, in
-`--sanitizer-minutes`, compute-sanitizer's four tools on a test of each kernel; those for Hopper run separately and may
-fail, because compute-sanitizer has reported accesses by wgmma that are right. Under the kernel simulator nothing is
-timed; it adds the kernels' counters. `--tiny` runs everything on small shapes, and writes to build/bench.
+On CUDA, in `--minutes`: rules that the compiled kernels keep, a record of the card, the hardware's rates that the
+kernels depend on, every CUDA test, the operators compared with peers, the crossover to the library, every kernel that
+can be forced against the one that is chosen, training steps of a Llama and of a mixture of experts, and decoding. Then,
+in `--ncu-minutes`, counters if ncu is installed, and in `--sanitizer-minutes`, compute-sanitizer's four tools on a test
+of each kernel; those for Hopper run separately and may fail, because compute-sanitizer has reported accesses by wgmma
+that are right. Under the kernel simulator nothing is timed; it adds the kernels' counters. `--tiny` runs everything on
+small shapes, and writes to build/bench.
+
+A test that hangs or loses its CUDA context is reported, and the others run in a new process. What became of each step
+is saved as soon as it has ended, in the section `cuda_run` of the card's results.
 
 Results go to bench/results/, one JSON file per processor or card; `python -m bench.lib.report` makes Markdown and
 pictures from them. Peers that are not installed are named. A step that fails, takes too long or cannot run here is
@@ -30,6 +34,7 @@ import sys
 from pathlib import Path
 
 from lib import cuda_steps, nvidia_smi
+from lib import results_files as files
 from lib.steps import Result, Step, run_all, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,21 +77,39 @@ def cpu_steps(quick: bool) -> list[Step]:
 def run_cuda(arguments: argparse.Namespace) -> list[Result]:
     """All steps on the card; the kernel simulator has no limit of time, because a minute of a card is hours there."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that nvidia-smi's numbers are CUDA's
-    steps = cuda_steps.steps(arguments.minutes, arguments.tiny)
-    sanitizers = cuda_steps.sanitizers() if arguments.sanitizer_minutes > 0 else []
+    parts = [(arguments.minutes, cuda_steps.steps(arguments.minutes, arguments.tiny))]
+    if arguments.ncu_minutes > 0:
+        parts.append((arguments.ncu_minutes, cuda_steps.counters(arguments.ncu_minutes, arguments.tiny)))
+    if arguments.sanitizer_minutes > 0:
+        parts.append((arguments.sanitizer_minutes, cuda_steps.sanitizers()))
+    card, results = nvidia_smi.query("name"), list[Result]()
     with contextlib.ExitStack() as stack:
         if arguments.lock_clocks:
             print(stack.enter_context(nvidia_smi.locked_clocks(arguments.lock_clocks)))
-        if cuda_steps.SIMULATED:
-            return run_all([*steps, *sanitizers])
-        return run_all(steps, arguments.minutes * 60) + run_all(sanitizers, arguments.sanitizer_minutes * 60)
+        for minutes, steps in parts:
+            run_all(steps, None if cuda_steps.SIMULATED else minutes * 60, lambda one: save(card, results, one))
+    return results
+
+
+def save(card: str, results: list[Result], one: Result) -> None:
+    """Adds a result, and writes all of them, except under the kernel simulator."""
+    results.append(one)
+    if cuda_steps.SIMULATED:
+        return
+    rows = [
+        {"step": r.step.name, "result": r.outcome.value, "reason": r.reason, "seconds": round(r.seconds)}
+        for r in results
+    ]
+    section = {"title": f"Steps of bench/run.py on {card}", "notes": [], "machine": {"gpu": card}, "rows": rows}
+    files.write_section(files.card_file(card), "cuda_run", section)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     parser.add_argument("--quick", action="store_true", help="CPU: two minutes, to see what this machine is like")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of the CUDA run, roughly (default 10)")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of the CUDA run, roughly (default 20)")
+    parser.add_argument("--ncu-minutes", type=float, default=5.0, help="for ncu, at most (default 5; 0: not at all)")
     parser.add_argument(
         "--sanitizer-minutes",
         type=float,
@@ -102,7 +125,8 @@ def main() -> None:
     arguments = parser.parse_args()
     cuda = arguments.device == "cuda"
     if arguments.tiny if cuda else arguments.quick:
-        os.environ["QLORA_BENCH_RESULTS"] = str(ROOT / "build" / "bench")
+        files.WRITTEN = ROOT / "build" / "bench"
+        os.environ["QLORA_BENCH_RESULTS"] = str(files.WRITTEN)
     for peer in PEERS:
         if not importlib.util.find_spec(peer):
             print(f"absent: {peer} is not installed, and is not compared with")

@@ -18,12 +18,15 @@ import qlora_ext
 from commands import finished_run, paths, refused
 from qlora_ext import dtypes
 from quick import quick
+from worker_faults import pytest_handlecrashitem, pytest_runtest_logreport
 
-__all__ = ["finished_run", "paths", "refused"]  # fixtures
+# Fixtures, and the hooks of a plugin.
+__all__ = ["finished_run", "paths", "pytest_handlecrashitem", "pytest_runtest_logreport", "refused"]
 
 # Set before the first call, so that every call reads it (test_kernels_cpu.py changes it from kernel to kernel).
 os.environ.setdefault("QLORA_CPU_KERNEL", "")
 os.environ.setdefault("QLORA_CUDA_KERNEL", "")
+os.environ.setdefault("QLORA_CUDA_START", "")
 
 
 # What no test needs to have but those that import it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ from .steps import ROOT, Step
 
 BENCH, TESTS = ROOT / "bench", ROOT / "tests" / "cuda"
 SIMULATED = "CUDASIM_TORCH_LIBRARY" in os.environ
+ARCHS = (75, 80, 90, 100, 110, 120)  # of the wheel's machine code: QLORA_CUDA_ARCHS in CMakeLists.txt
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SECONDS_PER_TEST = 120
+MOST_WORKERS = 100  # of the tests, one after another: each that hangs or loses its context takes one with it
 
 # A test of each kernel: few tokens, tiles, dX, LoRA's gradients, experts, the codec and its encoders.
 SLICE = (
@@ -27,11 +30,18 @@ SLICE = (
 SLICE_SM90 = ("test_linear_cuda.py::test_ranks_of_sm90",)
 
 
-def pytest(*arguments: str) -> list[str]:
-    """All failures are reported, up to 50. A test that hangs is ended where pytest-timeout is installed."""
-    limit = [f"--timeout={SECONDS_PER_TEST}"] if importlib.util.find_spec("pytest_timeout") and not SIMULATED else []
-    plain = ["-p", "no:cacheprovider", "-p", "no:randomly"]
-    return [sys.executable, "-m", "pytest", "-q", "--maxfail=50", *limit, *plain, "-m", "cuda", *arguments]
+def pytest(*arguments: str, worker: bool = True) -> list[str]:
+    """Each test is reported as soon as it has ended.
+
+    A hanging kernel lets no signal through, so a thread ends the process of a test that takes too long. With `worker`,
+    that is a worker of pytest-xdist, which is replaced, as is one whose context is lost (tests/lib/worker_faults.py).
+    """
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    if worker:
+        command += ["-n", "1", f"--max-worker-restart={MOST_WORKERS}", "-p", "tests.lib.worker_faults"]
+    if not SIMULATED:  # where a test may take minutes
+        command += [f"--timeout={SECONDS_PER_TEST}", "--timeout-method=thread"]
+    return [*command, "-m", "cuda", *arguments]
 
 
 def in_slice(names: Sequence[str]) -> list[str]:
@@ -44,8 +54,15 @@ def absent(*modules: str) -> str | None:
     return f"not installed: {', '.join(names)}" if names else None
 
 
+def arch() -> int:
+    """The architecture of cuda_static.py whose code the card runs, or that of 9.0 without a card."""
+    found = re.fullmatch(r"(\d+)\.(\d)", nvidia_smi.query("compute_cap"))
+    capability = 10 * int(found[1]) + int(found[2]) if found else 90
+    return max((a for a in ARCHS if a <= capability), default=min(ARCHS))
+
+
 def steps(minutes: float, tiny: bool) -> list[Step]:
-    """All steps but the sanitizers. A bench gets somewhat less time than the step, for imports and checks."""
+    """All steps but those of ncu and the sanitizers. A bench gets less time than the step, for imports and checks."""
     small = ["--tiny"] if tiny else []
 
     def bench(name: str, program: str, share: float, *arguments: str, missing: str | None = None) -> Step:
@@ -57,25 +74,32 @@ def steps(minutes: float, tiny: bool) -> list[Step]:
 
     tests = [*in_slice(SLICE), "--quick"] if tiny else [str(ROOT / "tests"), f"--ignore={ROOT / 'tests' / 'cudasim'}"]
     nvcc = None if shutil.which("nvcc") else "nvcc is not on PATH (the CUDA toolkit has it)"
-    ncu = None if shutil.which("ncu") else "ncu is not on PATH (Nsight Compute has it)"
-    ncu = "ncu counts on a card only" if SIMULATED else ncu
     models = absent("transformers", "peft")
+    plugins = absent("pytest", "xdist", *([] if SIMULATED else ["pytest_timeout"]))
     found = [
+        Step("compiled kernels", [sys.executable, str(BENCH / "cuda_static.py"), "--arch", str(arch())], 0.15, nvcc),
         bench("record of the card", "cuda_card", 0.05),
         bench("microbenchmarks", "cuda_micro", 0.05, missing=nvcc),
-        Step("tests", pytest(*tests), 0.3),
+        Step("tests", pytest(*tests), 0.3, plugins),
         timed("operators and peers", "cuda_operators", 0.2),
         timed("crossover", "cuda_crossover", 0.1),
         timed("forced kernels", "cuda_sweep", 0.1),
         timed("training, Llama", "cuda_step", 0.08, "llama", missing=models),
         timed("training, experts", "cuda_step", 0.04, "experts", missing=models),
         timed("decoding", "cuda_decode", 0.04, missing=models),
-        bench("ncu", "cuda_ncu", 0.04, missing=ncu),
     ]
     if SIMULATED:
         shapes = ["--shapes", "256x512", "--attempt", "10"] if tiny else []  # one attempt at placing their table
         found.append(Step("work counters", [sys.executable, str(BENCH / "cuda_counters.py"), *shapes]))
     return found
+
+
+def counters(minutes: float, tiny: bool) -> list[Step]:
+    """Nsight Compute, which stops before its time is over."""
+    missing = None if shutil.which("ncu") else "ncu is not on PATH (Nsight Compute has it)"
+    missing = "ncu counts on a card only" if SIMULATED else missing
+    limit = ["--minutes", f"{0.8 * minutes:.2f}", *(["--tiny"] if tiny else [])]
+    return [Step("ncu", [sys.executable, str(BENCH / "cuda_ncu.py"), *limit], 1.0, missing)]
 
 
 def sanitizers() -> list[Step]:
@@ -85,9 +109,12 @@ def sanitizers() -> list[Step]:
     missing = None if program else "compute-sanitizer is not on PATH (the CUDA toolkit has it)"
     missing = "compute-sanitizer checks a card only; the simulator has --check" if SIMULATED else missing
 
+    modules = absent("pytest", "pytest_timeout")
+
     def step(tool: str, title: str, may_fail: bool, *tests: str) -> Step:
         command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-        return Step(f"compute-sanitizer {tool}{title}", [*command, *pytest(*tests)], 1.0, missing, may_fail)
+        command += pytest(*tests, worker=False)  # the tool's exit status is that of the process that it starts
+        return Step(f"compute-sanitizer {tool}{title}", command, 1.0, missing or modules, may_fail)
 
     others = [*in_slice(SLICE), *(["-k", "not 64"] if hopper else [])]
     found = [step(tool, "", False, *others) for tool in SANITIZERS]

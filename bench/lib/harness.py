@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ import torch
 
 from . import results_files as files
 
-RESULTS = Path(os.environ.get("QLORA_BENCH_RESULTS", files.RESULTS))
 COLD_BYTES = 512 << 20
 T = TypeVar("T")
 
@@ -211,9 +209,12 @@ class Report:
         self.rows.append({k: v._asdict() if isinstance(v, Spread) else v for k, v in row.items()})
         print("  ".join(f"{key}: {files.text(value)}" for key, value in self.rows[-1].items()), flush=True)
 
-    def write(self) -> None:
+    def save(self) -> None:
         section = {"title": self.title, "notes": self.notes, "machine": self.machine, "rows": self.rows}
         files.write_section(results_file(), self.name, section)
+
+    def write(self) -> None:
+        self.save()
         print("\n".join(["", self.title, "", *files.table(self.rows)]))
 
 
@@ -222,7 +223,7 @@ def results_file() -> Path:
     if "CUDASIM_TORCH_LIBRARY" in os.environ:
         name = files.SIMULATOR
     elif torch.cuda.is_available():
-        name = re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower()
+        return files.card_file(torch.cuda.get_device_name())
     else:
         name = processor_name()
-    return RESULTS / f"{name}.json"
+    return files.WRITTEN / f"{name}.json"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parents[1] / "results"
+WRITTEN = Path(os.environ.get("QLORA_BENCH_RESULTS", RESULTS))  # where benches write
 Row = dict[str, Any]
 Section = dict[str, Any]  # as written by harness.Report: title, notes, machine, rows
 
@@ -37,6 +40,11 @@ def machines() -> list[str]:
     """The processors that were measured."""
     names = (path.stem for path in sorted(RESULTS.glob("*.json")))
     return [name for name in names if name not in (SIMULATOR, COMPILER, PLANNER)]
+
+
+def card_file(card: str) -> Path:
+    """Where the results of a card are written, by the name that torch and nvidia-smi give it."""
+    return WRITTEN / f"{re.sub(r'[^A-Za-z0-9_]+', '_', card).lower()}.json"
 
 
 def write_section(path: Path, name: str, section: Section) -> None:

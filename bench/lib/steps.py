@@ -9,11 +9,11 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE = 10.0  # seconds in which an interrupted program may print what it has found
+GRACE = 20.0  # seconds in which an interrupted program may print what it has found; pytest-xdist waits 10 for workers
 
 
 class Outcome(enum.Enum):
@@ -45,6 +45,7 @@ class Result:
     step: Step
     outcome: Outcome
     reason: str = ""
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.step.name}: {self.outcome.value}" + (f": {self.reason}" if self.reason else "")
@@ -68,6 +69,7 @@ def run(step: Step, seconds: float | None = None) -> Result:
     """
     if step.missing is not None:
         return Result(step, Outcome.NOT_RUN, step.missing)
+    start = time.perf_counter()
     process = subprocess.Popen(step.command, cwd=ROOT, start_new_session=True, preexec_fn=_take_interrupts)
     reason = ""
     try:
@@ -81,13 +83,16 @@ def run(step: Step, seconds: float | None = None) -> Result:
     finally:
         signal_group(process.pid, signal.SIGKILL)
         process.wait()
-    if not reason:
-        return Result(step, Outcome.PASSED)
-    return Result(step, Outcome.MAY_FAIL if step.may_fail else Outcome.FAILED, reason)
+    outcome = Outcome.PASSED
+    if reason:
+        outcome = Outcome.MAY_FAIL if step.may_fail else Outcome.FAILED
+    return Result(step, outcome, reason, time.perf_counter() - start)
 
 
-def run_all(steps: Sequence[Step], seconds: float | None = None) -> list[Result]:
-    """Runs the steps in order, and prints each with its result. `seconds` limits all of them together."""
+def run_all(
+    steps: Sequence[Step], seconds: float | None = None, save: Callable[[Result], None] = lambda result: None
+) -> list[Result]:
+    """Runs the steps in order, and prints and saves the result of each. `seconds` limits all of them together."""
     start, results = time.perf_counter(), []
     for i, step in enumerate(steps):
         spent = time.perf_counter() - start
@@ -97,6 +102,7 @@ def run_all(steps: Sequence[Step], seconds: float | None = None) -> list[Result]
             limit = max(0.0, seconds - spent) * step.share / sum(later.share for later in steps[i:])
         results.append(run(step, limit))
         print(results[-1], flush=True)
+        save(results[-1])
     return results
 
 

@@ -124,6 +124,22 @@ def counters() -> str:
     return table(["4096x4096", "tokens", "scales", *headings], rows)
 
 
+def sums() -> str:
+    """Results of bench/tensor_core_sums.py."""
+    rows = [
+        [
+            f"{row['terms']}",
+            row["type"],
+            row["card"],
+            *(f"{row[f'{what}, {how}']:.1e}" for what in ("bias", "error") for how in ("one chain", "forward")),
+            f"{row['bias, chain over forward']:.0f}",
+        ]
+        for row in files.sections(files.SIMULATOR)["tensor_core_sums"]["rows"]
+    ]
+    headings = ["bias: one chain", "forward", "error: one chain", "forward", "bias, chain / forward"]
+    return table(["terms", "type", "card", *headings], rows)
+
+
 def runs(part: str, machine: str = "amd_26_2") -> str:
     """Of bench/troubleshooting.py."""
     found = files.sections(machine)[f"troubleshooting_{part}"]["rows"]
@@ -312,6 +328,7 @@ PAGES: dict[Path, Tables] = {
         "answers 1b": lambda: answers("decode_1b_2_threads", (8,), (8,)),
         "answers avx2": lambda: answers("decode_smollm2_1_threads", (1, 8, 64, 512), (8, 512), "amd_25_1"),
         "counters": counters,
+        "sums": sums,
         **formats_by_machine(),
     },
     DOCS / "design.md": {"eager": eager},

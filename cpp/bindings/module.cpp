@@ -208,8 +208,24 @@ std::optional<cuda::Device> cuda_device_of(const DeviceArg& arg) {
     *value = found->second;
     attributes.erase(found);
   }
-  require(attributes.empty(), "device: expected arch, sm_count, shared_per_cta and l2_bytes, got " +
-                                  (attributes.empty() ? "" : attributes.begin()->first));
+  int integrated = 0;
+  const std::pair<const char*, int*> optional[] = {{"clock_khz", &device.clock_khz},
+                                                   {"memory_clock_khz", &device.memory_clock_khz},
+                                                   {"bus_bits", &device.bus_bits},
+                                                   {"integrated", &integrated}};
+  for (const auto& [key, value] : optional) {
+    const auto found = attributes.find(key);
+    if (found == attributes.end()) continue;
+    require(found->second >= 0,
+            std::string("device: expected ") + key + " of 0 or more, got " + std::to_string(found->second));
+    *value = found->second;
+    attributes.erase(found);
+  }
+  device.is_integrated = integrated != 0;
+  require(attributes.empty(),
+          "device: expected arch, sm_count, shared_per_cta and l2_bytes, and perhaps clock_khz, "
+          "memory_clock_khz, bus_bits and integrated, got " +
+              (attributes.empty() ? "" : attributes.begin()->first));
   device.has_clusters = device.arch >= 90;
   if (device.arch == 90) device.resident_clusters = cuda::estimated_clusters(device.sm_count);
   return device;
@@ -310,16 +326,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu_isas, "Names of the instruction sets this processor can run the kernels with, worst first.");
   m.def("cpu_isa", &cpu_isa,
         "The instruction set in use: the best, or QLORA_CPU_ISA. Raises ValueError if it is not available.");
-  m.def(
-      "choose", &choose, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
-      py::arg("block_size") = 64, py::arg("isa") = py::none(), py::arg("code") = "nf4", py::arg("device") = "cpu",
-      py::arg("kernel") = "", py::arg("activations") = "exact",
-      "The names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
-      "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` tries in order, until one accepts its "
-      "data. `device`: \"cpu\", or a card: \"sm80\", \"sm90\" and so on, or its attributes, {\"arch\": 90, "
-      "\"sm_count\": 132, \"shared_per_cta\": 232448, \"l2_bytes\": 52428800}; needs no card and no CUDA build. `isa`: "
-      "as if QLORA_CPU_ISA forced that instruction set; by default the one in use. `kernel`: as if QLORA_CUDA_KERNEL "
-      "forced that kernel.");
+  m.def("choose", &choose, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("block_size") = 64, py::arg("isa") = py::none(), py::arg("code") = "nf4", py::arg("device") = "cpu",
+        py::arg("kernel") = "", py::arg("activations") = "exact",
+        "The names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
+        "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` tries in order, until one accepts its "
+        "data. `device`: \"cpu\", or a card: \"sm80\", \"sm90\" and so on, or its attributes, {\"arch\": 90, "
+        "\"sm_count\": 132, \"shared_per_cta\": 232448, \"l2_bytes\": 52428800}, and if known its clock_khz, "
+        "memory_clock_khz, "
+        "bus_bits and whether it is integrated (0 or 1); needs no card and no CUDA build. `isa`: "
+        "as if QLORA_CPU_ISA forced that instruction set; by default the one in use. `kernel`: as if QLORA_CUDA_KERNEL "
+        "forced that kernel.");
   m.def("task_grid", &task_grid, py::arg("op"), py::arg("threads"), py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("lanes") = 8, py::arg("accumulators") = 12,
         "How the kernels for many tokens cut a product of x [m, k] and w [n, k] for `threads` threads, without running "

@@ -8,6 +8,9 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/launch/device.h"
 
@@ -17,6 +20,17 @@ namespace qlora::cuda {
 // (cuda/ptx/grid_dependency.cuh). A kernel that starts early has to wait before it reads what that launch writes.
 // At least one of its CTAs has to wait in any case, so that the launch ends after the previous one.
 enum class Start { kInOrder, kEarly };
+
+// Returns whether launches may start early: QLORA_CUDA_START=in_order forbids it. Like QLORA_CUDA_KERNEL, the variable
+// is read at each launch if it is set at the first one, and never otherwise.
+inline bool may_start_early() {
+  static const bool looks = std::getenv("QLORA_CUDA_START");
+  const char* const value = looks ? std::getenv("QLORA_CUDA_START") : nullptr;
+  const std::string start = value ? value : "";
+  if (!start.empty() && start != "in_order")
+    throw std::invalid_argument("QLORA_CUDA_START: expected in_order or nothing, got " + start);
+  return start.empty();
+}
 
 // The attributes of a launch. Those that `config` does not count are unused.
 struct LaunchAttributes {
@@ -35,7 +49,7 @@ inline cudaLaunchConfig_t cluster_launch(dim3 grid, dim3 cluster, int threads, i
     attribute.val.clusterDim.y = cluster.y;
     attribute.val.clusterDim.z = cluster.z;
   }
-  if (start == Start::kEarly) {
+  if (may_start_early() && start == Start::kEarly) {
     cudaLaunchAttribute& attribute = attributes->list[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

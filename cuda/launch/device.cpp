@@ -25,6 +25,23 @@ cudaError_t query(int index, Device* device) {
   for (const auto& w : wanted) {
     if (const cudaError_t error = cudaDeviceGetAttribute(w.out, w.attribute, index); error != cudaSuccess) return error;
   }
+  int integrated = 0;
+  const struct {
+    int* out;
+    cudaDeviceAttr attribute;
+  } rates[] = {
+      // not every driver knows them
+      {&device->clock_khz, cudaDevAttrClockRate},
+      {&device->memory_clock_khz, cudaDevAttrMemoryClockRate},
+      {&device->bus_bits, cudaDevAttrGlobalMemoryBusWidth},
+      {&integrated, cudaDevAttrIntegrated},
+  };
+  for (const auto& r : rates) {
+    if (cudaDeviceGetAttribute(r.out, r.attribute, index) == cudaSuccess) continue;
+    cudaGetLastError();
+    *r.out = 0;
+  }
+  device->is_integrated = integrated != 0;
   device->index = index;
   device->arch = 10 * major + minor;
   device->has_clusters = device->arch >= 90;

@@ -35,10 +35,11 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kTiles][4]) {
 }
 
 // Builds the descriptor of b at a shared address aligned to 1024. Each column n has 128 bytes, 64 values of k. Columns
-// lie in groups of 8, with the 128-byte swizzle of TMA.
+// lie in groups of 8, with the 128-byte swizzle of TMA. The descriptor takes 18 bits of the address (PTX ISA,
+// matrix-descriptor-encode): in a cluster, the bits from 24 on hold the CTA's rank.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared) {
   constexpr uint64_t kSwizzle128 = 1, kBlockStride = 1024 / 16;
-  return kSwizzle128 << 62 | kBlockStride << 32 | shared >> 4;
+  return kSwizzle128 << 62 | kBlockStride << 32 | (shared & 0x3FFFF) >> 4;
 }
 inline constexpr int kWgmmaStep = 32 / 16;  // added to a descriptor to reach the next 16 values of k
 

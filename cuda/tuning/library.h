@@ -54,28 +54,46 @@ constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, 
   return best->tokens;
 }
 
-// Data sheets' rates, per nanosecond, by which the panels below are compared.
+// Rates per nanosecond, by which the panels below are compared.
 struct Rates {
-  int arch;  // for this architecture and later ones, up to the next row
   double flops, float32_flops, bytes;
 };
-inline constexpr Rates kRates[] = {
-    {75, 65e3, 8.1e3, 320},     // T4
-    {80, 312e3, 19.5e3, 2039},  // A100
-    {86, 71e3, 35.6e3, 936},    // RTX 3090
-    {89, 165e3, 82.6e3, 1008},  // RTX 4090
-    {90, 989e3, 67e3, 3350},    // H100
-    {100, 2250e3, 80e3, 8000},  // B200
-    {110, 258e3, 8e3, 273},     // Thor
-    {120, 209e3, 105e3, 1792},  // RTX 5090
+// Those of one card per architecture, from its data sheet, with the SMs and the clock that give them.
+struct CardRates {
+  int arch;  // for this architecture and later ones, up to the next row
+  Rates rates;
+  int sm_count, clock_khz;
 };
+inline constexpr CardRates kCardRates[] = {
+    {75, {65e3, 8.1e3, 320}, 40, 1'590'000},      // T4
+    {80, {312e3, 19.5e3, 2039}, 108, 1'410'000},  // A100
+    {86, {71e3, 35.6e3, 936}, 82, 1'695'000},     // RTX 3090
+    {89, {165e3, 82.6e3, 1008}, 128, 2'520'000},  // RTX 4090
+    {90, {989e3, 67e3, 3350}, 132, 1'830'000},    // H100
+    {100, {2250e3, 80e3, 8000}, 148, 1'850'000},  // B200
+    {110, {258e3, 8e3, 273}, 20, 1'575'000},      // Thor
+    {120, {209e3, 105e3, 1792}, 170, 2'407'000},  // RTX 5090
+};
+// Of Thor and GB10, whose clock of the memory drivers do not report alike: 256 bits of LPDDR5X at 8533 MT/s.
+inline constexpr double kIntegratedBytes = 273;
 
-constexpr const Rates& rates_of(const Device& device) {
-  const Rates* best = kRates;
-  for (const Rates& r : kRates) {
-    if (device.arch >= r.arch) best = &r;
+// The rates of a device: its SMs and clock scale those of its architecture's card, and its own memory replaces that
+// card's. Attributes do not tell whether tensor cores add float32 sums at half the rate, as on GeForce cards but not on
+// A10, L4 or L40S, so the rate of those is underestimated.
+constexpr Rates rates_of(const Device& device) {
+  const CardRates* card = kCardRates;
+  for (const CardRates& c : kCardRates) {
+    if (device.arch >= c.arch) card = &c;
   }
-  return *best;
+  Rates rates = card->rates;
+  const double clock = device.clock_khz > 0 ? device.clock_khz : card->clock_khz;
+  const double scale = device.sm_count * clock / (static_cast<double>(card->sm_count) * card->clock_khz);
+  if (scale > 0) rates.flops *= scale, rates.float32_flops *= scale;
+  if (device.is_integrated)
+    rates.bytes = kIntegratedBytes;
+  else if (device.memory_clock_khz > 0 && device.bus_bits > 0)
+    rates.bytes = 2.0 * device.memory_clock_khz * device.bus_bits / 8 / 1e6;  // two transfers per clock
+  return rates;
 }
 
 // A product on decoded panels of the weight: [m, inner] by the weight, for `columns` outputs of each token.
@@ -126,7 +144,7 @@ constexpr double library_time(const PanelProduct& p, int64_t panel, const Device
     int64_t columns;
     double cost;  // in columns of the larger tiles
   } kTiles[] = {{64, 77}, {128, 128}, {256, 256}};
-  const Rates& rates = rates_of(device);
+  const Rates rates = rates_of(device);
   const int64_t sms = std::max(device.sm_count, 1), token_tiles = ceil_div(p.m, kTileTokens);
   const auto gemm_columns = [&](int64_t columns) {  // columns of tiles that each SM computes
     double least = std::numeric_limits<double>::max();

@@ -10,15 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import decoding, planning
+    from . import decoding, evaluation, planning
     from .commands.plan import plan
+    from .evaluation.evaluating import evaluate
     from .exporting.export import export
     from .training.finetuning import finetune
 
-__all__ = ["decoding", "export", "finetune", "plan", "planning"]
+__all__ = ["decoding", "evaluate", "evaluation", "export", "finetune", "plan", "planning"]
 
 # Imported at the first access, because the parsers of the command need neither torch nor any other library.
-_FUNCTIONS = {"export": ".exporting.export", "finetune": ".training.finetuning", "plan": ".commands.plan"}
+_FUNCTIONS = {
+    "evaluate": ".evaluation.evaluating",
+    "export": ".exporting.export",
+    "finetune": ".training.finetuning",
+    "plan": ".commands.plan",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from .commands import (
     chat,
     check,
     completion,
+    evaluate,
     export,
     finetune,
     generate,
@@ -33,7 +34,22 @@ from .commands import (
 from .errors import UserError, did_you_mean, first_line
 
 # As the help lists them.
-_COMMANDS = (finetune, generate, chat, serve, quantize, check, merge, export, adapters, plan, run, info, completion)
+_COMMANDS = (
+    finetune,
+    generate,
+    chat,
+    serve,
+    quantize,
+    check,
+    evaluate,
+    merge,
+    export,
+    adapters,
+    plan,
+    run,
+    info,
+    completion,
+)
 _TRACEBACK = "QLORA_TRACEBACK"
 # torch's messages, which are RuntimeErrors.
 _OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed")

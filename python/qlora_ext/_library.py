@@ -151,11 +151,15 @@ _explain_layouts()
 _define_other_names()
 
 
+_TEGRA = {(5, 3), (6, 2), (7, 2), (8, 7)}  # TX1, TX2, Xavier, Orin
+
+
 def serves(archs: str, capability: tuple[int, int]) -> bool:
     """Whether kernels compiled for CMake's list ``archs`` ("80-real;90-virtual") run on a device of that capability.
 
-    Machine code ("real") runs on devices of the same major version and the same or a later minor version. PTX
-    ("virtual") runs on all later devices. Architecture-specific code ("90a") runs on that architecture only.
+    Machine code ("real") runs on devices of the same major version and the same or a later minor version, except
+    between Tegra and other chips, which share none. PTX ("virtual") runs on all later devices. Architecture-specific
+    code ("90a") runs on that architecture only.
     """
 
     def one(arch: str) -> bool:
@@ -164,6 +168,8 @@ def serves(archs: str, capability: tuple[int, int]) -> bool:
         built = divmod(number, 10)
         if name.endswith("a"):
             return built == capability
+        if kind == "real" and built != capability and (built in _TEGRA or capability in _TEGRA):
+            return False
         same_major = built[0] == capability[0] and built <= capability
         return same_major if kind == "real" or name.endswith("f") else built <= capability
 

@@ -105,7 +105,7 @@ def encoded(w: Tensor, scales: Tensor, form: Form, seed: int | None = None) -> T
         generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
 
         def encode(x: Tensor, scale: Tensor) -> Tensor:
-            q = torch.where(scale == 0, 0.0, x / scale)
+            q = _quotients(x, scale)
             drawn = None
             if generator is not None:
                 drawn = torch.rand(q.shape, generator=generator, dtype=torch.float32, device="cpu").to(q.device)
@@ -116,8 +116,12 @@ def encoded(w: Tensor, scales: Tensor, form: Form, seed: int | None = None) -> T
     return packed
 
 
-def _integer_codes(q: Tensor, form: Form, drawn: Tensor | None) -> Tensor:
-    """The codes of integers, rounded to even, or by numbers ``drawn`` from [0, 1)."""
+def _quotients(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0.0, x / scale)
+
+
+def _integer_codes(q: Tensor, form: Form, drawn: Tensor | None = None) -> Tensor:
+    """The codes of integers: of a tie, the even one, or rounded by numbers ``drawn`` from [0, 1)."""
     low, high = _ends(form)
     return (q.round() if drawn is None else (q + drawn).floor()).clamp(low, high) - low
 
@@ -181,24 +185,22 @@ def _by_zero_points(w: Tensor, form: Form) -> Tensors:
     _, last = _ends(form)
     scales = ((largest - least) / last).to(FLOAT_DTYPES[form.scales])
     zero_points = (-least * _inverse(scales.float())).round().clamp(0, last)
-    packed = _packed(blocks, w, form, _rounded(0, last), scales.float(), zero_points)
+
+    def encode(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return _integer_codes(_quotients(x, scale) + zero_point, form)
+
+    packed = _packed(blocks, w, form, encode, scales.float(), zero_points)
     return {"packed": packed, "absmax": scales, "block_offsets": zero_points.to(torch.uint8)}
-
-
-def _rounded(low: float, high: float) -> Callable[..., Tensor]:
-    """Encodes to the integers from ``low`` on: of a tie, to the even one."""
-
-    def encode(x: Tensor, scale: Tensor, zero_point: Tensor | float = 0.0) -> Tensor:
-        q = torch.where(scale == 0, 0.0, x / scale)
-        return (q + zero_point).round().clamp(low, high) - low
-
-    return encode
 
 
 def _symmetric(w: Tensor, form: Form) -> Tensors:
     blocks, (low, high) = _blocks(w, form), _ends(form)
     scales = (blocks.abs().amax(1) / ((high - low) / 2)).to(FLOAT_DTYPES[form.scales])
-    return {"packed": _packed(blocks, w, form, _rounded(low, high), scales.float()), "absmax": scales}
+
+    def encode(x: Tensor, scale: Tensor) -> Tensor:
+        return _integer_codes(_quotients(x, scale), form)
+
+    return {"packed": _packed(blocks, w, form, encode, scales.float()), "absmax": scales}
 
 
 def _by_table(w: Tensor, form: Form) -> Tensors:
@@ -228,7 +230,7 @@ def _by_table(w: Tensor, form: Form) -> Tensors:
 def _e2m1(x: Tensor, scale: Tensor) -> Tensor:
     boundaries = torch.tensor(_E2M1_BOUNDARIES, dtype=torch.float32, device=x.device)
     boundaries[1::2] = torch.nextafter(boundaries[1::2], torch.zeros_like(boundaries[1::2]))
-    q = torch.where(scale == 0, 0.0, x / scale)
+    q = _quotients(x, scale)
     return torch.bucketize(q.abs(), boundaries, out_int32=True) + 8 * q.signbit()
 
 
@@ -291,7 +293,7 @@ def _q_k(w: Tensor, form: Form) -> Tensors:
     )
 
     def encode(x: Tensor, scale: Tensor, depth: Tensor) -> Tensor:
-        return torch.where(scale == 0, 0.0, (x + depth) / scale).round().clamp(0, last)
+        return _integer_codes(_quotients(x + depth, scale), form)
 
     return {
         "packed": _packed(blocks, w, form, encode, found, depth),

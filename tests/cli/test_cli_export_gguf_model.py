@@ -92,12 +92,14 @@ KEPT = [*KEPT[:8], "F32", "F32", *KEPT[8:], "F16"]
 
 def test_each_tensor_keeps_its_type(tmp_path: pathlib.Path) -> None:
     base, out = write_base(tmp_path / "base.gguf", *KEPT), tmp_path / "out.gguf"
-    export = ["export", "--check", "none", "--to", "gguf:same", "--output", out]
-    here(*export, "--model", base)
+    export = ["export", "--check", "none", "--output", out, "--to"]
+    here(*export, "gguf:same", "--model", base)
     assert contents(out) == contents(base)
     adapt(tmp_path / "adapter", base, read(base), 0.05)
-    export += ["--overwrite", "--adapter", tmp_path / "adapter"]
-    assert 85 < retained(here(*export)) < 115
+    export += ["gguf", "--overwrite", "--adapter", tmp_path / "adapter"]  # the default is gguf:same
+    printed = here(*export)
+    assert 85 < retained(printed) < 115
+    assert "MB in gguf:same" in printed
     (_, before), (_, after) = contents(base), contents(out)
     assert {name: kind for name, (kind, _) in after.items()} == {name: kind for name, (kind, _) in before.items()}
     changed = {name for name in before if before[name] != after[name]}
@@ -113,9 +115,11 @@ def test_each_tensor_keeps_its_type(tmp_path: pathlib.Path) -> None:
 def test_what_does_not_keep_its_type(kind: str | None, tmp_path: pathlib.Path, refused: Refused) -> None:
     base = save(tmp_path / "base", make(config_of("llama"))) if kind is None else write_base(tmp_path / "b.gguf", kind)
     adapt(tmp_path / "adapter", base, ours(base) if kind is None else read(base), target_modules=["q_proj"])
-    export = ["export", "--check", "none", "--adapter", tmp_path / "adapter", "--to", "gguf:same"]
+    export = ["export", "--check", "none", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out.gguf", "--to"]
     expected = "base that is a GGUF file" if kind is None else f"type that can be written, got {kind}"
-    assert f"expected a {expected}" in refused(*export, "--output", tmp_path / "out.gguf")
+    assert f"expected a {expected}" in refused(*export, "gguf:same")
+    if kind == "NVFP4":
+        assert "MB in gguf:q8_0" in here(*export, "gguf")
 
 
 def test_a_dense_base_was_trained_in_nf4(tmp_path: pathlib.Path) -> None:
@@ -124,6 +128,7 @@ def test_a_dense_base_was_trained_in_nf4(tmp_path: pathlib.Path) -> None:
     adapt(tmp_path / "adapter", base, read(base), target_modules=["q_proj"])
     export = ["export", "--check", "none", "--adapter", tmp_path / "adapter", "--dtype", "float32", "--to"]
     here(*export, "gguf:f16", "--output", out)
+    assert "MB in gguf:q8_0" in here(*export, "gguf", "--output", tmp_path / "default.gguf")
     here(*export, "dense", "--output", tmp_path / "dense")
     assert error(logits(read(out)), logits(read(tmp_path / "dense"))) < 1e-3
 

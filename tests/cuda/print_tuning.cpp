@@ -1,6 +1,7 @@
 // Prints, as JSON, how the files of cuda/tuning configure kernels on any card; test_cuda_tuning.py compiles and reads
 // it.
 #include <cstdio>
+#include <iterator>
 
 #include "cuda/tuning/choose.h"
 #include "cuda/tuning/codec.h"
@@ -26,6 +27,23 @@ const Device kHoppers[] = {
     {0, 90, 132, 227 << 10, 50 << 20, true, {132, 64, 42, 31, 22, 18, 15, 15}},
     {0, 90, 132, 227 << 10, 50 << 20, false, {132}},
 };
+
+// Devices as the driver describes them: architecture, SMs, clocks, bus and whether they share the host's memory.
+Device queried(int arch, int sms, int clock_khz, int memory_clock_khz, int bus_bits, bool integrated = false) {
+  Device d = card(arch, sms, 48);
+  d.clock_khz = clock_khz, d.memory_clock_khz = memory_clock_khz, d.bus_bits = bus_bits, d.is_integrated = integrated;
+  return d;
+}
+const Card kQueried[] = {
+    {"A100", queried(80, 108, 1'410'000, 1'593'000, 5120)}, {"A10", queried(86, 72, 1'695'000, 6'251'000, 384)},
+    {"L4", queried(89, 60, 2'040'000, 6'251'000, 192)},     {"RTX 4090", queried(89, 128, 2'520'000, 10'501'000, 384)},
+    {"GB10", queried(121, 48, 2'418'000, 0, 0, true)},
+};
+
+void print_rates(const Card& card) {
+  const Rates rates = rates_of(card.device);
+  std::printf("\"%s\": [%.6g, %.6g, %.6g]", card.name.data(), rates.flops, rates.float32_flops, rates.bytes);
+}
 
 int main() {
   const char* comma = "";
@@ -65,6 +83,9 @@ int main() {
                 long(library_crossover(DType::kBFloat16, 4095, 64, card(arch, 100, 40))));
     comma = ", ";
   }
+  std::printf("}, \"rates\": {");
+  for (const Card& known : kCards) print_rates(known), std::printf(", ");
+  for (const Card& known : kQueried) print_rates(known), std::printf(&known == std::end(kQueried) - 1 ? "" : ", ");
   std::printf("}, \"panel\": [");
   comma = "";
   for (const auto& [name, device] : kCards)

@@ -306,6 +306,8 @@ def test_python_takes_any_card_and_forced_kernel() -> None:
     problem = (FORWARD, "bfloat16", 64, 4096, 4096)
     assert _C.choose(*problem, device=card) == ["sm90"]
     assert _C.choose(*problem, device=card | {"arch": 89}) == ["tensor_cores"]
+    rates = {"clock_khz": 2_040_000, "memory_clock_khz": 6_251_000, "bus_bits": 192, "integrated": 0}
+    assert _C.choose(*problem, device=card | {"arch": 89} | rates) == ["tensor_cores"]
     assert _C.choose(*problem, device=card, kernel="ragged:tokens=16") == ["ragged"]
     assert _C.choose(*problem, device="sm80", kernel="tensor_cores:tokens=32,ctas=7") == ["tensor_cores"]
     assert _C.choose(*problem, device="cpu") == _C.choose(*problem)
@@ -314,6 +316,7 @@ def test_python_takes_any_card_and_forced_kernel() -> None:
         ({"device": {"arch": 90}}, "device: expected a dict with arch, sm_count, .*; sm_count is missing"),
         ({"device": card | {"l2_bytes": 0}}, "l2_bytes is 0"),
         ({"device": card | {"sms": 1}}, "device: expected arch, .* got sms"),
+        ({"device": card | {"bus_bits": -1}}, "device: expected bus_bits of 0 or more, got -1"),
         ({"device": "sm90", "isa": "scalar"}, "isa: "),
         ({"device": "cpu", "kernel": "ragged"}, "kernel: expected none for the CPU, got ragged"),
         ({"device": "sm100", "kernel": "tensor_cores:tokens=32,ctas=7"}, "tensor_cores cannot run .* with ctas=7"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from accuracy import assert_accurate
-from samples import linear_sample
+from samples import DTYPES, linear_sample
 
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
@@ -31,6 +31,25 @@ def test_a_failed_call_leaves_no_error_behind(m: int, runtime: ctypes.CDLL) -> N
         OPS.linear_nf4(*s.args)
     assert runtime.cudaPeekAtLastError() == 0
     assert torch.equal(torch.ones(3, device="cuda") + 1, torch.full((3,), 2.0, device="cuda"))
+
+
+def test_results_do_not_depend_on_when_a_launch_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = linear_sample(40, 136, 256, 16, DTYPES[-1], "cuda")
+    dy = torch.randn(40, 136, device="cuda").to(s.x.dtype)
+
+    def results() -> list[torch.Tensor]:
+        return [
+            OPS.linear_nf4(*s.args),
+            OPS.linear_nf4_dx(*s.dx_args(dy)),
+            *OPS.linear_nf4_dlora(dy, s.x, *s.lora_args),
+        ]
+
+    expected = results()
+    monkeypatch.setenv("QLORA_CUDA_START", "in_order")
+    assert all(map(torch.equal, results(), expected))
+    monkeypatch.setenv("QLORA_CUDA_START", "late")
+    with pytest.raises(ValueError, match="^QLORA_CUDA_START: expected in_order or nothing, got late"):
+        results()
 
 
 def test_an_earlier_error_is_not_ours(runtime: ctypes.CDLL) -> None:

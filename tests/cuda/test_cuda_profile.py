@@ -104,6 +104,9 @@ def linear(record: Recorder) -> None:
     for name in RETAINING:
         os.environ[KERNEL] = name
         record(f"retained {name}", OPS.linear_nf4_with_h, *few.args)
+        os.environ["QLORA_CUDA_START"] = "in_order"
+        record(f"in order {name}", OPS.linear_nf4_with_h, *few.args)
+        os.environ["QLORA_CUDA_START"] = ""
     os.environ[KERNEL] = ""
 
 
@@ -296,6 +299,10 @@ def test_from_hopper_on_the_kernel_behind_a_low_rank_product_starts_early(cases:
         assert "low_rank" in cases[name][0]["kernel"]
         for launch in cases[name]:
             assert launch["dependent"] == (arch == "90" and "low_rank" not in launch["kernel"]), launch["kernel"]
+    for kernel in RETAINING:
+        in_order = cases[f"in order {kernel}"]
+        assert [launch["kernel"] for launch in in_order] == [launch["kernel"] for launch in cases[f"retained {kernel}"]]
+        assert not any(launch["dependent"] for launch in in_order)
 
 
 def check_work(launches: list[Launch], slots: float) -> None:

@@ -93,6 +93,26 @@ RATES = {
 }
 
 
+# The same of devices as the driver describes them, by their data sheets. That of GB10 states no dense rate.
+QUERIED = {
+    "A100": (312e3, 19.5e3, 2039),
+    "A10": (None, 31.2e3, 600),
+    "L4": (None, 30.3e3, 300),
+    "RTX 4090": (165e3, 82.6e3, 1008),
+    "GB10": (None, None, 273),
+}
+
+
+def test_rates_are_those_of_the_device(chosen: dict) -> None:
+    """A card that is known by its architecture alone has the data sheet's rates of one card of that architecture."""
+    for card, (_, *rates) in RATES.items():
+        assert chosen["rates"][card] == rates, card
+    for card, rates in QUERIED.items():
+        for got, expected in zip(chosen["rates"][card], rates, strict=True):
+            assert expected is None or got == pytest.approx(expected, rel=0.04), card
+    assert chosen["rates"]["GB10"][0] < 0.3 * chosen["rates"]["sm120"][0]  # 48 SMs, not 170
+
+
 @dataclasses.dataclass(frozen=True)
 class Gemm:
     """A GEMM on decoded panels: the columns of its tiles and what they cost, and its share of the data sheet's rate."""

@@ -20,7 +20,9 @@ from load_memory import peak_of_loading
 from packed_models import FORMATS, IDS, change, check_our_format, check_saved, configured, load
 from qlora_app.models.pretrained import is_4bit
 from qlora_app.models.sources import ModelSource
+from qlora_ext import quantize_model
 from qlora_ext.fingerprint import fingerprint
+from qlora_ext.form import Form
 from qlora_ext.integrations.peft import merge_to_4bit, set_merge_aware
 from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, layers_of
 from tiny_models import same_state
@@ -74,6 +76,31 @@ def test_the_weights_are_the_files(family: str, kind: str, tmp_path: pathlib.Pat
     dense = model.dequantize()
     assert not any(True for _ in layers_of(dense))
     assert torch.equal(dense(IDS).logits, checkpoint.dense(IDS).logits)
+
+
+@pytest.mark.parametrize("served", [None, "q4_0"])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "fp8"), ("llama", "gptq-order"), ("qwen3_moe", "fp8"), ("gpt_oss", "mxfp4")]
+)
+def test_layers_are_quantized_anew(family: str, kind: str, served: str | None, tmp_path: pathlib.Path) -> None:
+    """Like those of the decoded model, and saved in our format."""
+    checkpoint = packed_models.save(tmp_path, family, kind)
+    model = load(checkpoint.path, requantize=True, served=served)
+    found = [name for name, _ in layers_of(load(checkpoint.path))]
+    expected = quantize_model(copy.deepcopy(checkpoint.dense), **Form.named(served or "nf4").keywords)
+    assert [name for name, _ in layers_of(model)] == found
+    for name, layer in layers_of(model):
+        assert same_state(layer, expected.get_submodule(name)), name
+    check_our_format(model, tmp_path / "saved")
+
+
+def test_only_layers_that_are_packed_by_others_are_quantized_anew(tmp_path: pathlib.Path) -> None:
+    checkpoint = packed_models.save(tmp_path, "llama", "fp8")
+    load(checkpoint.path, requantize=True).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="requantize: expected a dense model, .* got a 4-bit model of qlora_ext"):
+        load(tmp_path / "ours", requantize=True)
+    with pytest.raises(ValueError, match="skip_modules: expected layers that are dense in this fp8 checkpoint"):
+        load(checkpoint.path, requantize=True, skip_modules=["q_proj"])
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)

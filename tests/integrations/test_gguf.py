@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import inspect
 import pathlib
 import pickle
@@ -198,16 +199,43 @@ def test_experts(tmp_path: pathlib.Path) -> None:
         assert torch.equal(decoded(experts.packed_weight(name)), getattr(expected, name))
 
 
-def test_experts_of_mixed_types_stay_dense(tmp_path: pathlib.Path) -> None:
-    """The weights of a module have one form, and those of one matrix have one type."""
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_the_stacks_of_experts_may_have_different_types(kind: str, tmp_path: pathlib.Path) -> None:
+    """As in llama.cpp's Q4_K_M, whose down_proj is in Q6_K in half of the layers."""
     path = tmp_path / "a.gguf"
-    for other in ("ffn_down_exps", "ffn_up_exps"):
-        for kind in ("Q4_1", "Q8_0"):
-            weights = made("qwen3moe", path, kinds=["Q4_0"], of={f"blk.0.{other}.weight": kind})
-            model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
-            experts, expected = model.model.layers[0].mlp.experts, dense(path).model.layers[0].mlp.experts
-            assert same_state(experts, expected)
-            assert type(model.model.layers[0].self_attn.q_proj) is Linear4bit
+    weights = made("qwen3moe", path, kinds=["Q4_0"], of={"blk.0.ffn_down_exps.weight": kind})
+    model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+    experts, expected = model.model.layers[0].mlp.experts, dense(path)
+    assert experts.forms == {"gate_up_proj": blocks.form_of("Q4_0"), "down_proj": blocks.form_of(kind)}
+    for name in experts.forms:
+        assert torch.equal(experts.dequantize(name), getattr(expected.model.layers[0].mlp.experts, name))
+        assert weights.forms()[f"model.layers.0.mlp.experts.{name}"] == experts.forms[name]
+    ids = torch.arange(24).reshape(2, 12)
+    logits = model(ids).logits
+    torch.testing.assert_close(logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+    assert "gate_up_proj: code=int4" in repr(experts)
+
+    model.save_pretrained(tmp_path / "saved")
+    for stream in (None, "disk"):
+        again = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "saved", quantization_config=QLoRAConfig(stream=stream), dtype=torch.float32, device_map="cpu"
+        )
+        assert torch.equal(again(ids).logits, logits)
+    copied = copy.deepcopy(experts)
+    copied.expose()
+    copied.load_state_dict(experts.state_dict())
+    copied.join()
+    assert same_state(copied, experts)
+
+
+def test_experts_with_a_matrix_of_mixed_types_stay_dense(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.gguf"
+    for kind in ("Q4_1", "Q8_0"):
+        weights = made("qwen3moe", path, kinds=["Q4_0"], of={"blk.0.ffn_up_exps.weight": kind})
+        model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+        experts, expected = model.model.layers[0].mlp.experts, dense(path).model.layers[0].mlp.experts
+        assert same_state(experts, expected)
+        assert type(model.model.layers[0].self_attn.q_proj) is Linear4bit
 
 
 def test_half_of_a_matrix_is_missing(tmp_path: pathlib.Path) -> None:

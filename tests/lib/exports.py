@@ -53,8 +53,7 @@ TARGETS = {
     "gguf:bf16": Target("gguf", 0.01, 0.01),
     "gguf:q8_0": Target("gguf", 0.02, 0.02),
     **{f"gguf:{kind}": Target("gguf", 0.25, 0.25, is_4bit=True) for kind in ("q4_0", "q4_1", "iq4_nl", "mxfp4")},
-    "gguf:same": Target("gguf", 0.25, 0.25, is_4bit=True),
-    "ollama": Target("gguf", 0.02, 0.02),
+    **{to: Target("gguf", 0.25, 0.25, is_4bit=True) for to in ("gguf", "gguf:same", "ollama")},
     "ollama:iq4_nl": Target("gguf", 0.2, 0.2, is_4bit=True),
     "ollama:adapter": Target("gguf", 1e-4, 1e-6),
 }

@@ -23,6 +23,15 @@ from qlora_ext import _C
         ("80-real;90-virtual", (7, 5), False),
         ("80-real;90-virtual", (8, 0), True),
         ("80-real;90-virtual", (8, 9), True),
+        ("80-real;90-virtual", (8, 7), False),  # Orin: Tegra does not run the machine code of other chips
+        ("80-real;87-real", (8, 7), True),
+        ("87-real", (8, 9), False),
+        ("80-virtual", (8, 7), True),  # PTX is compiled for it
+        ("70-real", (7, 2), False),
+        ("72-real", (7, 5), False),
+        ("70-real", (7, 5), True),
+        ("50-real", (5, 3), False),
+        ("60-real;61-real", (6, 2), False),
         ("80-real;90-virtual", (9, 0), True),
         ("80-real;90-virtual", (12, 1), True),
         ("80-real;90-real", (10, 0), False),

@@ -21,6 +21,7 @@ PLACES = {
     "python/qlora_app/outputs/files.py": "the rule for all deletions is at its top",
     "python/qlora_app/outputs/lock.py": "a file that was checked to be a lock file",
     "python/qlora_app/decoding/cache.py": "a directory of its own among temporary files, and a staged file",
+    "python/qlora_app/evaluation/sandbox.py": "a directory of its own among the system's temporary files",
     "python/qlora_app/gguf/tokenizer.py": "a directory of its own among the system's temporary files",
     "python/qlora_app/training/save.py": "the card of an adapter in a staged directory",
     "python/qlora_ext/atomic.py": "a file with an unpredictable name, which this process made",

@@ -31,7 +31,7 @@ MODULES = [
     "qlora_ext",
     *(f"qlora_ext.{name}" for name in ("nn", "calibration", "fidelity", "streaming", "gguf")),
     *(f"qlora_ext.integrations.{name}" for name in ("bitsandbytes", "peft", "transformers")),
-    *("qlora_app", "qlora_app.decoding", "qlora_app.planning"),
+    *("qlora_app", "qlora_app.decoding", "qlora_app.evaluation", "qlora_app.planning"),
 ]
 # Objects that users do not construct; the function that returns them has the example.
 WITHOUT = {

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import pathlib
+import re
 import shlex
 import signal
 import sys
@@ -13,6 +14,7 @@ import time
 
 import pytest
 
+import worker_faults
 from qlora_ext import _C
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -24,7 +26,7 @@ import cuda_micro
 import cuda_ncu
 import cuda_static
 import run
-from lib import cuda_choices, cuda_steps, nvidia_smi, steps
+from lib import cuda_choices, cuda_steps, nvidia_smi, results_files, steps
 from lib.steps import Outcome, Step
 
 FORGETFUL = """
@@ -73,6 +75,69 @@ def test_an_interrupted_step_may_print_what_it_has_found(capfd: pytest.CaptureFi
     assert capfd.readouterr().out == "3 failures\n"
 
 
+def test_each_result_is_saved_before_the_next_step(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "saved"
+    reads = python("import pathlib, sys; sys.exit(pathlib.Path(sys.argv[1]).read_text() != 'a: passed')", str(path))
+    saved: list[str] = []
+
+    def save(result: steps.Result) -> None:
+        saved.append(str(result))
+        path.write_text(saved[-1])
+
+    steps.run_all([Step("a", python("pass")), Step("b", reads)], 60.0, save)
+    assert saved == ["a: passed", "b: passed"]
+
+
+FAULTY = """
+import os, time
+import pytest
+
+pytestmark = pytest.mark.cuda
+context = {"lost": False}
+
+
+@pytest.mark.parametrize("i", range(6))
+def test_kernel(i):
+    if i == 1:
+        context["lost"] = True
+    if context["lost"]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if i == 3:
+        os.read(os.pipe()[0], 1)  # in C, until the process ends
+    assert i != 4, "an ordinary failure"
+"""
+
+
+def test_tests_of_a_card_survive_a_hang_and_a_lost_context(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    pytest.importorskip("pytest_timeout", reason="pytest-timeout is not installed")
+    (tmp_path / "test_faulty.py").write_text(FAULTY)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other plugins take seconds to import
+    monkeypatch.setattr(cuda_steps, "SECONDS_PER_TEST", 2)
+    monkeypatch.setattr(cuda_steps, "SIMULATED", False)
+    options = ["-c", os.devnull, "--rootdir", str(tmp_path), "-p", "xdist", "-p", "timeout"]
+    result = steps.run(Step("tests", cuda_steps.pytest(str(tmp_path), *options)), 120.0)
+    assert str(result) == "tests: failed: exit status 1"
+    text = capfd.readouterr().out
+    assert "3 failed, 3 passed" in text
+    outcomes = re.findall(r"(PASSED|FAILED) \S+\[(\d)\]", text.partition("FAILURES")[0])  # each as it ended
+    assert sorted(outcomes, key=lambda one: one[1]) == [
+        ("PASSED", "0"), ("FAILED", "1"), ("PASSED", "2"), ("FAILED", "3"), ("FAILED", "4"), ("PASSED", "5")
+    ]  # fmt: skip
+    for reason in ("an illegal memory access", "crashed while running", "an ordinary failure"):
+        assert reason in text
+
+
+def test_errors_that_lose_a_context_are_known() -> None:
+    ours = "linear_nf4: CUDA launch failed: cudaErrorMisalignedAddress (misaligned address)"
+    for text in (ours, "CUDA error: device-side assert triggered", "CUDA error: unspecified launch failure"):
+        assert worker_faults.LOST.search(text)
+    for text in ("CUDA launch failed: cudaErrorInvalidValue (invalid argument)", "CUDA out of memory"):
+        assert not worker_faults.LOST.search(text)
+
+
 def test_every_step_is_named_with_what_became_of_it(capfd: pytest.CaptureFixture[str]) -> None:
     good, bad = python("pass"), python("raise SystemExit(7)")
     some = [
@@ -108,7 +173,8 @@ def test_time_that_one_step_leaves_goes_to_the_next(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("tiny", [True, False])
 def test_the_steps_of_a_card_are_programs_and_tests_that_exist(tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia_smi, "query", lambda field: "9.0")
-    found = [*cuda_steps.steps(10.0, tiny), *cuda_steps.sanitizers()]
+    found = [*cuda_steps.steps(10.0, tiny), *cuda_steps.counters(5.0, tiny), *cuda_steps.sanitizers()]
+    assert [pathlib.Path(word).name for word in found[0].command[1:]] == ["cuda_static.py", "--arch", "90"]
     assert len({step.name for step in found}) == len(found)
     for step in found:
         assert "-x" not in step.command
@@ -119,7 +185,7 @@ def test_the_steps_of_a_card_are_programs_and_tests_that_exist(tiny: bool, monke
             if test:
                 assert f"\ndef {test}(" in pathlib.Path(path).read_text()
     tests = next(step.command for step in found if step.name == "tests")
-    assert {"--maxfail=50", "cuda"} <= set(tests)
+    assert {"-n", "--max-worker-restart=100", "--timeout-method=thread", "cuda"} <= set(tests)
     assert (str(ROOT / "tests") in tests) is not tiny
     assert [step.may_fail for step in found[-8:]] == [False] * 4 + [True] * 4
     monkeypatch.setattr(nvidia_smi, "query", lambda field: "8.0")
@@ -129,7 +195,9 @@ def test_the_steps_of_a_card_are_programs_and_tests_that_exist(tiny: bool, monke
 def test_a_step_without_its_libraries_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_steps.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(cuda_steps.shutil, "which", lambda name: None)
-    missing = {step.name: step.missing for step in [*cuda_steps.steps(10.0, True), *cuda_steps.sanitizers()]}
+    steps = [*cuda_steps.steps(10.0, True), *cuda_steps.counters(5.0, True), *cuda_steps.sanitizers()]
+    missing = {step.name: step.missing for step in steps}
+    assert missing["tests"] == "not installed: pytest, xdist, pytest_timeout"
     assert missing["training, Llama"] == "not installed: transformers, peft"
     assert missing["microbenchmarks"] == "nvcc is not on PATH (the CUDA toolkit has it)"
     assert missing["compute-sanitizer racecheck"] == "compute-sanitizer is not on PATH (the CUDA toolkit has it)"
@@ -144,6 +212,7 @@ def smi(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path
     program.write_text(
         f'#!/bin/sh\necho "$*" >> {shlex.quote(str(calls))}\n'
         'case "$*" in *clocks.max.sm*) echo "1980 MHz" ;; *default_app*) echo "[N/A]" ;;\n'
+        '*gpu=name*) echo "NVIDIA Test-1" ;;\n'
         "*-lms*) echo 1500; echo 1755; echo 1800; sleep 60 ;; *unknown*) exit 6 ;; esac\nexit ${SMI_STATUS:-0}\n"
     )
     program.chmod(0o755)
@@ -166,11 +235,13 @@ def test_clocks_are_unlocked_at_the_end(smi: pathlib.Path, monkeypatch: pytest.M
 
 
 def test_the_command_reports_failures_and_unlocks_the_clocks(
-    smi: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    smi: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bad = Step("broken", python("raise SystemExit(3)"))
     monkeypatch.setattr(cuda_steps, "steps", lambda minutes, tiny: [bad, Step("good", python("pass"))])
-    options = ["--device", "cuda", "--minutes", "1", "--sanitizer-minutes", "0", "--lock-clocks", "1410"]
+    options = ["--device", "cuda", "--minutes", "1", "--sanitizer-minutes", "0", "--ncu-minutes", "0"]
+    options += ["--lock-clocks", "1410"]
+    monkeypatch.setattr(results_files, "WRITTEN", tmp_path)
     monkeypatch.setattr(sys, "argv", ["run.py", *options])
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     handler = signal.getsignal(signal.SIGTERM)
@@ -180,7 +251,12 @@ def test_the_command_reports_failures_and_unlocks_the_clocks(
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert status.value.code == 1
-    assert smi.read_text() == "-i 0 -lgc 1410\n-i 0 -rgc\n"
+    assert [call for call in smi.read_text().splitlines() if "gc" in call] == ["-i 0 -lgc 1410", "-i 0 -rgc"]
+    rows = results_files.sections(tmp_path / "nvidia_test_1.json")["cuda_run"]["rows"]
+    assert [(row["step"], row["result"], row["reason"]) for row in rows] == [
+        ("broken", "failed", "exit status 3"),
+        ("good", "passed", ""),
+    ]
     text = capfd.readouterr().out
     assert "of 2 steps, 1 passed, 1 failed\n   broken: failed: exit status 3\n" in text
 
@@ -256,14 +332,15 @@ def test_a_crossover_names_its_constant_and_file() -> None:
 def test_every_rule_that_machine_code_breaks_is_told() -> None:
     kernels = [
         cuda_static.Kernel("spills", 120, stack=8, spills=24, waits=3),
-        cuda_static.Kernel("moves", 90, registers=160, moved_registers=208),
-        cuda_static.Kernel("good", 80, waits=9),
+        cuda_static.Kernel("moves", 90, registers=160, moved_registers=208, early_loads=(4, 3)),
+        cuda_static.Kernel("good", 80, waits=9, early_loads=(3, 3)),
     ]
     names = {"spills": "linear_nf4_few_tokens_kernel<T>", "moves": "dx", "good": "absmax"}
     assert cuda_static.complaints(kernels, names) == [
         "bytes of spills and local memory: linear_nf4_few_tokens_kernel<T> (sm_120): 32",
         "more than 2 global loads in a row before the first product: linear_nf4_few_tokens_kernel<T> (sm_120): 3",
         "other than 168 registers at launch, before setmaxnreg: dx (sm_90): 160",
+        "loads that were moved before the wait for the previous launch: dx (sm_90): 1",
     ]
     assert cuda_static.complaints(kernels[2:], names) == []
 
@@ -271,21 +348,37 @@ def test_every_rule_that_machine_code_breaks_is_told() -> None:
 def test_rows_of_nsight_compute() -> None:
     names = ["ID", "Kernel Name", "lts__t_bytes.sum", "launch__waves_per_multiprocessor"]
     lines = [names, ["", "", "byte", ""]]
-    kernels = ["spin_kernel(long)", "low_rank<int>(Args)", "linear_nf4_sm90(Args)", "spin_kernel(long)", "few(Args)"]
+    kernels = ["low_rank<int>(Args)", "linear_nf4_sm90(Args)"]
     lines += [[str(i), kernel, f"{i},000", "0.5"] for i, kernel in enumerate(kernels)]
     output = "==PROF== Connected\n" + "\n".join(",".join(f'"{cell}"' for cell in line) for line in lines)
-    found = list(cuda_ncu.rows(output, cuda_ncu.TINY))
-    assert [(row["operator"], row["kernel"], row["L2 (byte)"]) for row in found] == [
-        ("linear_nf4", "low_rank<int>", "1000"),
-        ("linear_nf4", "linear_nf4_sm90", "2000"),
-        ("linear_nf4_dx", "few", "4000"),
+    found = list(cuda_ncu.rows(output, cuda_ncu.TINY[0]))
+    assert [(row["operator"], row["M"], row["kernel"], row["L2 (byte)"]) for row in found] == [
+        ("linear_nf4", 1, "low_rank<int>", "0000"),
+        ("linear_nf4", 1, "linear_nf4_sm90", "1000"),
     ]
-    with pytest.raises(RuntimeError, match="profiled 2 of 10 problems"):
-        list(cuda_ncu.rows(output, cuda_ncu.PROBLEMS))
+    with pytest.raises(RuntimeError, match="profiled no kernel"):
+        list(cuda_ncu.rows(output.rsplit("\n", 2)[0], cuda_ncu.TINY[0]))
     with pytest.raises(RuntimeError, match="no table: ==ERROR== no permission"):
-        list(cuda_ncu.rows("==ERROR== no permission", cuda_ncu.TINY))
+        list(cuda_ncu.rows("==ERROR== no permission", cuda_ncu.TINY[0]))
     assert len(cuda_ncu.METRICS) == 12
     assert len(cuda_ncu.PROBLEMS) == 10
+
+
+NCU = r"""
+import sys, time
+time.sleep(60 if "7" in sys.argv[-1].split(",") else 0)
+print('"ID","Kernel Name","lts__t_bytes.sum"\n"","","byte"\n"0","few_tokens(Args)","1,000"')
+"""
+
+
+def test_a_problem_under_ncu_has_a_limit(tmp_path: pathlib.Path) -> None:
+    program = tmp_path / "ncu"
+    program.write_text(f"#!{sys.executable}\n{NCU}")
+    program.chmod(0o755)
+    found = cuda_ncu.profiled(str(program), ["lts__t_bytes.sum"], ("linear_nf4", 64, 64, 1), 60.0)
+    assert [(row["kernel"], row["L2 (byte)"]) for row in found] == [("few_tokens", "1000")]
+    with pytest.raises(RuntimeError, match="stopped after 2 s"):
+        cuda_ncu.profiled(str(program), ["lts__t_bytes.sum"], ("linear_nf4", 64, 64, 7), 2.0)
 
 
 def run_on_the_cpu(program: str, *arguments: str) -> None:

@@ -259,14 +259,21 @@ MODULES = sorted([*LIBRARY.rglob("*.py"), *APPLICATION.rglob("*.py")])
 # library that is public.
 IMPORTED_BY = {
     "qlora_app/commands/": ("qlora_app/main.py", "qlora_app/__init__.py"),
+    "qlora_app/evaluation/": ("qlora_app/commands/", "qlora_app/__init__.py"),
     "qlora_app/exporting/": ("qlora_app/commands/", "qlora_app/__init__.py"),
     "qlora_app/gguf/": ("qlora_app/exporting/",),
-    "qlora_app/training/": ("qlora_app/commands/", "qlora_app/exporting/", "qlora_app/__init__.py"),
+    "qlora_app/training/": (
+        "qlora_app/commands/",
+        "qlora_app/evaluation/",
+        "qlora_app/exporting/",
+        "qlora_app/__init__.py",
+    ),
     "qlora_app/quantization/": ("qlora_app/commands/", "qlora_app/exporting/"),
     "qlora_app/serving/": ("qlora_app/commands/",),
     "qlora_app/generation/": ("qlora_app/commands/", "qlora_app/training/"),
     "qlora_app/data/": (
         "qlora_app/commands/",
+        "qlora_app/evaluation/",
         "qlora_app/exporting/",
         "qlora_app/training/",
         "qlora_app/quantization/",
@@ -275,6 +282,7 @@ IMPORTED_BY = {
     ),
     "qlora_app/models/": (
         "qlora_app/commands/",
+        "qlora_app/evaluation/",
         "qlora_app/exporting/",
         "qlora_app/training/",
         "qlora_app/generation/",
@@ -283,12 +291,14 @@ IMPORTED_BY = {
     ),
     "qlora_app/terminal/": (
         "qlora_app/commands/",
+        "qlora_app/evaluation/",
         "qlora_app/exporting/",
         "qlora_app/training/",
         "qlora_app/quantization/",
     ),
     "qlora_app/outputs/": (
         "qlora_app/commands/",
+        "qlora_app/evaluation/",
         "qlora_app/exporting/",
         "qlora_app/training/",
         "qlora_app/quantization/",
@@ -299,6 +309,7 @@ IMPORTED_BY = {
     "qlora_app/planning/": ("qlora_app/commands/", "qlora_app/training/", "qlora_app/__init__.py"),
     "qlora_app/decoding/": (
         "qlora_app/commands/",
+        "qlora_app/evaluation/",
         "qlora_app/generation/",
         "qlora_app/models/",
         "qlora_app/training/",

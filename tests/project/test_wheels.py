@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import os
 import pathlib
+import re
+import sys
 import tarfile
 from typing import Any
 
@@ -62,6 +66,44 @@ def test_the_source_distribution_is_complete(tmp_path: pathlib.Path, monkeypatch
     tree = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     assert {path.relative_to(ROOT).as_posix() for path in tree if path.suffix not in kinds} - names == set()
     assert {name for name in names if name.endswith(tuple(kinds))} == set()
+
+
+def test_kernels_of_a_wheel_pass_the_checks(
+    packaging: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spills fail the build for each architecture of the wheel, and bench/cuda_static.py checks the machine code."""
+    wheels, commands = packaging("wheels"), list[str]()
+
+    def run(*command: object, cwd: pathlib.Path | None = None) -> str:
+        commands.append(" ".join(map(str, command)))
+        return ""
+
+    source = tmp_path / "source"
+    monkeypatch.setattr(wheels, "run", run)
+    monkeypatch.setattr(wheels.glibc, "make", lambda arch, folder: folder)
+    monkeypatch.setattr(wheels, "make_sdist", lambda out, work: (tmp_path / "sdist", source))
+    monkeypatch.setattr(wheels, "make_pure_wheel", lambda source, work: tmp_path / "pure")
+    monkeypatch.setattr(wheels, "find_headers", lambda version: None)
+    monkeypatch.setenv("QLORA_TORCH_ROOT", str(tmp_path))
+    monkeypatch.setenv("QLORA_BENCH_RESULTS", "")
+    parser = argparse.ArgumentParser()
+    wheels.add_arguments(parser)
+    places = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    for options, checked in (["--cuda"], True), ([], False):
+        commands.clear()
+        wheels.make_all(parser.parse_args([*places, "--arch", os.uname().machine, *options]))
+        configure = next(command for command in commands if command.startswith("cmake -S"))
+        assert ("-DCMAKE_CUDA_FLAGS=-Xptxas=-Werror" in configure) is checked
+        static = f"{sys.executable} {source / 'bench' / 'cuda_static.py'}"
+        assert (static in commands) is checked  # without --arch: all of them
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    assert "-Xptxas=-warn-spills" in cmake
+    default = re.search(r'QLORA_CUDA_ARCHS "([^"]*)"', cmake)[1]
+    built = tuple(int(number) for number in re.findall(r"(\d+)-real", default))
+    monkeypatch.syspath_prepend(ROOT)
+    assert built == importlib.import_module("bench.lib.cuda_steps").ARCHS
+    nightly = re.findall(r"(\d+)-real", (ROOT / ".ci" / "run").read_text())
+    assert sorted(map(int, nightly)) == sorted(built)
 
 
 def test_files_agree_about_the_version(packaging: Any) -> None:

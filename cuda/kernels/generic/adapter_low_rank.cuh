@@ -10,6 +10,7 @@
 
 #include "cuda/kernels/generic/low_rank.cuh"
 #include "cuda/tile/generic/adapters.cuh"
+#include "cuda/tile/generic/arch_limits.cuh"
 
 namespace qlora::kernels {
 
@@ -125,7 +126,7 @@ __device__ __forceinline__ void store_adapter_ranks(const AdapterLowRankArgs<T>&
 
 // Grid: x over 8 tokens, y over 16 ranks. Requires k % 8 == 0, and x and a aligned to 16 bytes.
 template <class T, bool kTransposed>
-__global__ void __launch_bounds__(kLowRankThreads)
+__global__ void __launch_bounds__(kLowRankThreads, tile::kFewRegisters ? 1 : 2)
     adapter_low_rank_kernel(const __grid_constant__ AdapterLowRankArgs<T> p) {
   constexpr int kSums = kAdapterTokens * kAdapterRanks;
   __shared__ float4 partial[kLowRankWarps][kSums / 4];

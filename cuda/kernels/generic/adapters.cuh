@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kAdapterThreads) stack_adapters_kernel(const _
                 step = int64_t{gridDim.x} * kAdapterThreads;
   const int64_t ranks = p.stacks.adapters.count * p.padded_rank;
   bool flags = false;
+#pragma unroll 1  // from 10.0 on, ptxas would spill registers around the divisions of several elements
   for (int64_t i = first; i < ranks * p.columns; i += step) {
     const int64_t rank = kRanksFirst ? i / p.columns : i % ranks, column = kRanksFirst ? i % p.columns : i / ranks;
     const tile::AdapterRanks own = ranks_of(p.stacks, rank / p.padded_rank);

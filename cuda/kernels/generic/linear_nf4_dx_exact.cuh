@@ -41,12 +41,12 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
   __shared__ float sums[kDxExactTokens][kDxExactColumns];
   tile::stage_values(values, args.code);
   tile::fill_scale_values<kDxExactThreads>(args.scales, scale_values);
+  const float offset = tile::nested_offset(args.scales);
   ptx::wait_for_previous_grid();  // which computes g, and clears the tickets
 
   const int64_t row0 = blockIdx.y * args.rows_per_split, row_end = min(args.n, row0 + args.rows_per_split);
   const int column_in_tile = threadIdx.x % kDxExactColumns, half = threadIdx.x / kDxExactColumns;
   const int64_t column = column0 + column_in_tile;
-  const float offset = tile::nested_offset(args.scales);
 
   float acc[kDxExactTokens] = {};
   for (int64_t stage = row0; stage < row_end; stage += kDxExactStageRows) {

@@ -22,6 +22,8 @@
 
 namespace qlora::kernels {
 
+// The loads of both operands are plain: the previous launch may still write them when this kernel starts.
+
 // Loads columns column .. column + 7 of a token as four pairs. Elements past the end and dropped elements are zeros.
 template <class T, bool kRagged>
 __device__ __forceinline__ uint4 load_wide(const DLoraSide& side, const Dropout& dropout, int64_t m, int64_t tokens,
@@ -38,7 +40,7 @@ __device__ __forceinline__ uint4 load_wide(const DLoraSide& side, const Dropout&
     }
     v = make_uint4(pair[0], pair[1], pair[2], pair[3]);
   } else {
-    v = __ldg(reinterpret_cast<const uint4*>(from));
+    v = *reinterpret_cast<const uint4*>(from);
   }
   return side.masked ? tile::keep_8(v, tile::keep_mask(dropout, index)) : v;
 }
@@ -49,7 +51,7 @@ __device__ __forceinline__ uint32_t load_low_rank(const DLoraSide& side, int64_t
                                                   int64_t ranks) {
   if (m >= tokens || rank >= ranks) return 0;
   const T* from = static_cast<const T*>(side.low_rank) + m * ranks + rank;
-  if (ranks % 2 == 0) return __ldg(reinterpret_cast<const uint32_t*>(from));
+  if (ranks % 2 == 0) return *reinterpret_cast<const uint32_t*>(from);
   return from[0].bits | (rank + 1 < ranks ? uint32_t{from[1].bits} << 16 : 0u);
 }
 

@@ -11,16 +11,16 @@ namespace qlora::tile {
 
 // Loads ranks first .. first + 3 of the `rank` ranks at `of`, which are a token's h or a row of lora_b. Ranks beyond
 // `rank` are zeros, and so are all ranks unless `valid`. kVector requires rank % 4 == 0, and h and lora_b aligned to 8
-// bytes.
+// bytes. The loads are plain, because the launch that computes h may still run when a kernel starts: `__ldg` is only
+// for memory that nobody writes meanwhile, and the compiler may move it before the wait for that launch.
 template <class T, bool kVector>
 __device__ __forceinline__ uint2 load_4_ranks(const T* of, int64_t first, int64_t rank, bool valid) {
   if constexpr (kVector) {
-    return valid && first < rank ? __ldg(reinterpret_cast<const uint2*>(of + first)) : make_uint2(0, 0);
+    return valid && first < rank ? *reinterpret_cast<const uint2*>(of + first) : make_uint2(0, 0);
   } else {
     uint32_t v[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      v[i] = valid && first + i < rank ? __ldg(reinterpret_cast<const uint16_t*>(of + first + i)) : 0u;
+    for (int i = 0; i < 4; ++i) v[i] = valid && first + i < rank ? uint32_t{of[first + i].bits} : 0u;
     return make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
   }
 }

@@ -55,6 +55,7 @@ class PlanRequest(Options):
     offload_checkpoints: bool = like(Settings, "offload_checkpoints")
     mlp_chunk: int = like(Settings, "mlp_chunk", maximum=_MAX_COUNT)
     optimizer: str = like(Settings, "optimizer")
+    quantize: str = like(Settings, "quantize")
     teacher: str = like(Settings, "teacher", help="plan for --method distill with this teacher in memory")
     teacher_load: str = like(Settings, "teacher_load")
     dtype: str = like(BaseOptions, "dtype")

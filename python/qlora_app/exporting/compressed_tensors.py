@@ -48,7 +48,8 @@ def prepare(request: ExportRequest) -> Job:
         quantized = quantize_model(skeleton.to(loader.dtype), **kind.form.keywords)
     experts = check_linear(request.to, adapted, quantized)
     stored = getattr(load_config(adapted.source), "quantization_config", None) or {}
-    if stored.get("quant_method") == "compressed-tensors" and not _is_reencoded(adapted, request.kind):
+    in_own = stored.get("quant_method") == "compressed-tensors" and not loader.requantize
+    if in_own and not _is_reencoded(adapted, request.kind):
         if stored.get("format") != kind.format.name:
             raise UserError(
                 f"--to {request.to}: {adapted.source.name} is in {stored.get('format')} already, and rounding it to "

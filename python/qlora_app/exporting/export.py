@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -51,7 +52,7 @@ def run(request: ExportRequest, check: type[Check] | None) -> pathlib.Path:
     A target first prepares: it rejects what it cannot hold, and estimates its size. Nothing is written until then.
 
     Args:
-        check: of the result, whose data are read before it is written.
+        check: makes the check of the result, whose data are read before it is written.
 
     Raises:
         UserError: nothing was written, or the result cannot be checked. CheckError: the result is worse than the
@@ -59,6 +60,10 @@ def run(request: ExportRequest, check: type[Check] | None) -> pathlib.Path:
     """
     if request.adapter is None and request.model is None:
         raise UserError("export: expected an adapter (--adapter) or a model (--model), got neither")
+    if request.to in ("gguf", "ollama"):
+        from .gguf_model import default_kind
+
+        request = dataclasses.replace(request, to=f"{request.to}:{default_kind(request)}")
     target = TARGETS[request.to]
     if request.embeddings is not None and not target.has_embeddings:
         raise UserError(f"--embeddings: expected a target that is a whole model as GGUF, got --to {request.to}")
@@ -98,9 +103,9 @@ def export(*, to: str, output: str | os.PathLike[str], **options: Any) -> pathli
 
     Args:
         to: the target: ``dense``, ``nf4``, ``bitsandbytes``, ``compressed-tensors:int4``, ``compressed-tensors:nvfp4``,
-            ``compressed-tensors:mxfp4``, ``gguf-adapter``, ``gguf-adapter:f16``, ``gguf:f16``, ``gguf:bf16``,
-            ``gguf:q8_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:iq4_nl``, ``gguf:mxfp4``, ``gguf:same``, ``ollama``,
-            ``ollama:`` with one of these types, or ``ollama:adapter``.
+            ``compressed-tensors:mxfp4``, ``gguf-adapter``, ``gguf-adapter:f16``, ``gguf``, ``gguf:f16``,
+            ``gguf:bf16``, ``gguf:q8_0``, ``gguf:q4_0``, ``gguf:q4_1``, ``gguf:iq4_nl``, ``gguf:mxfp4``, ``gguf:same``,
+            ``ollama``, ``ollama:`` with one of these types, or ``ollama:adapter``.
         output: the directory, or the .gguf file, that is written. It appears complete or not at all.
         options: the options of the command, with underscores: ``adapter="RUN"``, ``check="full"``,
             ``calibrate="self"``, ``overwrite=True``. None stands for the default.

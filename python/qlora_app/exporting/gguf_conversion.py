@@ -15,14 +15,14 @@ from torch import Tensor
 
 from qlora_ext.calibration import Calibration
 from qlora_ext.gguf import blocks
-from qlora_ext.gguf.file import VERSION_KEY
+from qlora_ext.gguf.file import TABLES, VERSION_KEY
 from qlora_ext.merging.codes import seed_of
 from qlora_ext.merging.weights import weights_of
 from qlora_ext.version import VERSION
 from qlora_ext.weight import Weight4bit
 
 from ..errors import UserError, first_line
-from ..gguf import TABLES, metadata, tokenizer
+from ..gguf import metadata, tokenizer
 from ..gguf.layout import FileTensor, file_tensors
 from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed, write_tensors
 from ..models.adapted import Adapted

@@ -15,24 +15,25 @@ import torch
 
 from qlora_ext.calibration import Calibration
 from qlora_ext.gguf import GGUFWeights, blocks
-from qlora_ext.gguf.file import ARCHITECTURES, TensorInfo, read_header
+from qlora_ext.gguf.file import ARCHITECTURES, TABLES, TensorInfo, read_header
+from qlora_ext.integrations.peft.base_file import recorded_requantized
 from qlora_ext.nn import layers_of, quantize_model
 from qlora_ext.weight import quantize
 
 from ..errors import UserError, first_line
-from ..gguf import TABLES
 from ..gguf.layout import FileTensor, file_tensors
 from ..gguf.writing import DENSE_KINDS, NewTensor, converted, nbytes_of, packed, rewrite
 from ..models import validate_model
 from ..models.adapted import Adapted
+from ..models.adapter_files import base_of, find
 from ..models.loading import stored_layers
-from ..models.pretrained import load_config
+from ..models.pretrained import has_4bit_blocks, load_config
 from ..models.sources import ModelSource, resolve
 from . import gguf_conversion
 from .job import Job
 from .lora import adapted_layers, architecture_of, check_plain, check_tied
 from .model_directories import find_model
-from .targets import ExportRequest
+from .targets import TARGETS, ExportRequest
 from .trained_for import trained_for
 from .weights import Encoder, MergedWeights, report
 
@@ -43,9 +44,28 @@ _SAME = "SAME"
 _FLOAT32 = ("ffn_gate_inp.weight", "_norm.weight")
 
 
+def default_kind(request: ExportRequest) -> str:
+    """The type of a target that names none: that of merge-aware training, those of the base's file, or Q8_0."""
+    adapter = None if request.adapter is None else find(request.adapter)
+    if f"gguf:{(kind := trained_for(adapter))}" in TARGETS:
+        return str(kind)
+    if adapter is not None:
+        source = base_of(adapter, request.model, request.trust_remote_code)
+    else:
+        source = resolve(request.model or "", request.trust_remote_code)
+    if not has_4bit_blocks(source) or (adapter is not None and recorded_requantized(adapter)):
+        return "q8_0"
+    return "same" if all(map(_can_be_written, read_header(_file_of(source)).tensors)) else "q8_0"
+
+
+def _can_be_written(tensor: TensorInfo) -> bool:
+    """Whether a changed tensor can keep its type. Other tensors of NVFP4 have factors of its scales."""
+    return tensor.type_name != "NVFP4" and tensor.type_name in (*blocks.KINDS, *DENSE_KINDS)
+
+
 def prepare(request: ExportRequest) -> Job:
     """A file in which the weights have the type of the target, or of a GGUF file those that change."""
-    target, kind = f"--to {request.to}", (request.kind or "q8_0").upper()
+    target, kind = f"--to {request.to}", request.kind.upper()
     if request.adapter is None:
         assert request.model is not None
         source = resolve(request.model, request.trust_remote_code)
@@ -121,7 +141,7 @@ def _kind_of(target: str, tensor: FileTensor, stored: TensorInfo, kind: str, emb
     """The type that a tensor gets that the adapter changes."""
     if kind != _SAME or (embeddings is not None and tensor.name in TABLES):
         return gguf_conversion.kind_of(tensor, kind, gguf_conversion.embeddings_kind(embeddings, kind))
-    if stored.type_name == "NVFP4" or stored.type_name not in (*blocks.KINDS, *DENSE_KINDS):
+    if not _can_be_written(stored):
         raise UserError(
             f"{target}: {tensor.name}: expected a type that can be written, got {stored.type_name}; use --to gguf:q8_0"
         )

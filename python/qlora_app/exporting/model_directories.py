@@ -161,10 +161,12 @@ def _check_codes(adapted: Adapted, quantized: Any, experts: Mapping[str, Experts
     from qlora_ext.nn import layers_of
 
     forms = stored_layers(adapted.source, load_config(adapted.source), adapted.loader.requantize)
-    if adapted.adapter is None or forms is None:
+    read_in = {adapted.loader.served} - {None, NF4}
+    if adapted.adapter is None or (forms is None and not read_in):
         return
+    forms = forms or {}
     if trained_for(adapted.adapter) != NF4:
-        codes = ", ".join(sorted({form.code for form in forms.values()}))
+        codes = ", ".join(sorted({*(form.code for form in forms.values()), *map(str, read_in)}))
         raise UserError(
             f"--to bitsandbytes: the adapter was trained on weights in {codes}, which bitsandbytes does not have, and "
             "rounding them to NF4 would lose what was learnt; use --to dense, or train with --merge-aware nf4"

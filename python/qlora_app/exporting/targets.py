@@ -51,8 +51,11 @@ _GGUF_LIMITS = {
 }
 _COMPRESSED = "a directory in 4 bits for vLLM and SGLang"
 _ADAPTER = "the adapter alone as a .gguf file"
-_IN_GGUF = "the merged model with its tokenizer as a .gguf file (same: the types of the base's file)"
-_FOR_OLLAMA = "a directory with such a file (ollama: q8_0) and a Modelfile"
+_IN_GGUF = (
+    "the merged model with its tokenizer as a .gguf file (same: the types of the base's file; gguf: same if it has "
+    "any, or else q8_0)"
+)
+_FOR_OLLAMA = "a directory with such a file and a Modelfile"
 
 # The types of embeddings and output head in the targets ``gguf:...`` and ``ollama:...``.
 EMBEDDINGS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4")
@@ -64,8 +67,9 @@ TARGETS = {
     **{f"compressed-tensors:{kind}": Target(_COMPRESSED, "compressed_tensors") for kind in ("int4", "nvfp4", "mxfp4")},
     "gguf-adapter": Target(_ADAPTER, "gguf_adapter", ".gguf", DENSE_LIMIT),
     "gguf-adapter:f16": Target(_ADAPTER, "gguf_adapter", ".gguf", DENSE_LIMIT),
+    "gguf": Target(_IN_GGUF, "gguf_model", ".gguf", has_embeddings=True),
     **{f"gguf:{kind}": Target(_IN_GGUF, "gguf_model", ".gguf", limit, True) for kind, limit in _GGUF_LIMITS.items()},
-    "ollama": Target(_FOR_OLLAMA, "ollama", None, DENSE_LIMIT, True),
+    "ollama": Target(_FOR_OLLAMA, "ollama", has_embeddings=True),
     **{f"ollama:{kind}": Target(_FOR_OLLAMA, "ollama", None, limit, True) for kind, limit in _GGUF_LIMITS.items()},
     "ollama:adapter": Target("the same with the adapter alone", "ollama", None, DENSE_LIMIT),
 }

@@ -54,7 +54,7 @@ def stored_forms(source: ModelSource, config: Any, requantize: bool = False) -> 
     Raises:
         UserError: the files are damaged, or their 4-bit format is not supported.
     """
-    from qlora_ext.integrations.transformers import METHOD
+    from qlora_ext.integrations.transformers import METHOD, QLoRAConfig
     from qlora_ext.integrations.transformers.checkpoint.checkpoint_source import CheckpointSource
 
     if source.gguf_file is not None:
@@ -69,17 +69,18 @@ def stored_forms(source: ModelSource, config: Any, requantize: bool = False) -> 
         return None
     files = [str(file) for file in validate_model.weight_files(source.directory)]
     with loading("model", source, False):
-        return CheckpointSource(saved).forms(validate_model.skeleton(source, config), files)
+        checkpoint = CheckpointSource(saved, QLoRAConfig(requantize=requantize))
+        return checkpoint.forms(validate_model.skeleton(source, config), files)
 
 
 def stored_layers(source: ModelSource, config: Any, requantize: bool = False) -> dict[str, Form] | None:
-    """``stored_forms`` without embeddings and output heads of GGUF files, and without weights that become NF4."""
+    """``stored_forms`` of a checkpoint; of other files without tables and output heads, and weights that become NF4."""
     from torch import nn
 
     from qlora_ext.integrations.transformers.modules import dense_modules
 
     forms = stored_forms(source, config, requantize)
-    if forms is None or source.gguf_file is None:
+    if forms is None or (source.gguf_file is None and not requantize):
         return forms
     skeleton = validate_model.skeleton(source, config)
     others = {f"{name}.weight" for name in dense_modules(skeleton).heads}
@@ -167,7 +168,7 @@ class Loader:
             less time on this processor.
         embeddings: quantize embeddings too, each with the output head that is tied to it.
         rest: quantize also the layers whose weights a GGUF file does not store packed.
-        requantize: quantize all layers of a GGUF file, also those that it stores packed.
+        requantize: as in ``QLoRAConfig``.
         served: the format for which an adapter is trained merge-aware. Dense weights are quantized to it, if possible.
         activations: a value of ``--activations``; None for those that the model was saved with.
 

@@ -9,10 +9,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from qlora_ext.gguf import read_header
+from qlora_ext.gguf.file import TABLES
 from qlora_ext.untrusted import excerpt, printable, read_json
 
 from ..errors import UserError, reading
-from ..gguf import TABLES
 from .sources import PROVENANCE, ModelSource
 
 if TYPE_CHECKING:

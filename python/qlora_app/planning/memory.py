@@ -206,9 +206,10 @@ def _take_forms(model: Any, forms: Mapping[str, Form], compute_dtype: torch.dtyp
     heads: dict[Any, Any] = {**tied_heads(model)}
     for module, places in at.items():
         name = places[0][2]
-        found = {forms.get(f"{name}.{weight}") for weight in packed_weights(module)}
-        if (form := next(iter(found), None)) is not None:
-            layer: Any = empty_layer(module, compute_dtype, form)
+        found = {weight: forms.get(f"{name}.{weight}") for weight in packed_weights(module)}
+        if found and all(found.values()):
+            layer: Any = empty_layer(module, compute_dtype, Form())
+            layer.take_forms(found)
             new: dict[Any, Any] = {module: layer}
             new |= {head: TiedLinear4bit(layer, head.bias) for head in heads.get(module, ())}
             for old, replacement in new.items():

@@ -144,9 +144,14 @@ def _in_4_bits(run: Run, compute: torch.dtype, layers: torch.dtype, output: Outp
     loader = Loader(run.source, form, dtype, run.device, compute, layers, activations=activations, **_read_in(run))
     if s.stream == "none":
         return loader.while_loading()
-    if s.stream == "disk" and not is_quantized(load_config(run.source)):
-        loader = dataclasses.replace(loader, source=four_bit_directory(loader, output))
-    return loader.while_loading(s.stream, s.resident or None)
+    if s.stream != "disk" or is_quantized(load_config(run.source)):
+        return loader.while_loading(s.stream, s.resident or None)
+    converted = dataclasses.replace(loader, source=four_bit_directory(loader, output), served=None, requantize=False)
+    model = converted.while_loading(s.stream, s.resident or None)
+    # An adapter records how its base is made from the original model.
+    config = model.config.quantization_config
+    config.served, config.requantize = loader.served, loader.requantize
+    return model
 
 
 def _read_in(run: Run) -> dict[str, Any]:

@@ -92,8 +92,8 @@ class Settings(Options):
     block_size: int = _option(64, "weights per scale", choices=BLOCK_SIZES)
     quantize: str = _option(
         "",
-        f"quantize the layers of a dense model or a .gguf file to {', '.join(READ_IN)} as they are read (default: nf4, "
-        "and as stored in a .gguf file)",
+        f"quantize the layers of the model to {', '.join(READ_IN)} as they are read (default: nf4, and as stored in a "
+        "quantized model)",
         choices=READ_IN,
         metavar="FORMAT",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +172,7 @@ class StagedSampler(torch.utils.data.Sampler[int]):
             begin = end
 
 
-class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
+class RunTrainer(Trainer, abc.ABC):  # type: ignore[misc,unused-ignore]
     """The base class of our trainers: atomic checkpoints, and an evaluation without side effects.
 
     Attributes:
@@ -200,9 +201,9 @@ class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing. TRL would write a model card into the run's directory."""
 
+    @abc.abstractmethod
     def measure(self) -> dict[str, Any]:
         """Measures the held-out rows. Returns a line of ``metrics.jsonl``, see ``describe``."""
-        raise NotImplementedError
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = self.measure()

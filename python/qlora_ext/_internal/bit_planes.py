@@ -50,13 +50,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     nibbles = low[..., 0::2] << 4 | low[..., 1::2]
     if bits == 4:
         return nibbles
-    return joined(nibbles, to_fields(codes >> 4, bits - 4))
+    return joined(nibbles, to_fields(codes >> 4, bits - 4), bits)
 
 
-def joined(low: Tensor, upper: Tensor) -> Tensor:
+def joined(low: Tensor, upper: Tensor, bits: int) -> Tensor:
     """The planes of the low 4 bits of codes of 5 or 6 bits, uint8 [..., K / 2], and of their upper bits, as packed."""
-    units = low.unflatten(-1, (-1, UNIT // 2))
-    return torch.cat([units, upper.unflatten(-1, (*units.shape[-2:-1], -1))], -1).flatten(-2)
+    units = low.unflatten(-1, (-1, UNIT // 2)), upper.unflatten(-1, (-1, UNIT // 8 * (bits - 4)))
+    return torch.cat(units, -1).flatten(-2)
 
 
 def planes(packed: Tensor, bits: int) -> tuple[Tensor, Tensor]:

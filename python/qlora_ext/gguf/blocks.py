@@ -131,7 +131,7 @@ def _packed(layout: _Layout, parts: dict[str, Tensor], bits: int) -> Tensor:
     if "upper" not in parts:
         return low
     upper = _by_elements(parts["upper"], bits - 4) if layout.by_units else parts["upper"]
-    return bit_planes.joined(low, upper)
+    return bit_planes.joined(low, upper, bits)
 
 
 def _parts(layout: _Layout, packed: Tensor, bits: int) -> dict[str, Tensor]:

@@ -12,6 +12,9 @@ from typing import Any
 
 from ..untrusted import FileError, check, excerpt, printable, regular_only
 
+# The names of the embeddings and the output head in a file.
+TABLES = ("token_embd.weight", "output.weight")
+
 # llama.cpp's architectures, by transformers' ``model_type``: those for which files are written.
 ARCHITECTURES = {
     "llama": "llama",

@@ -59,11 +59,11 @@ class GGUFSource(Source):
             layer = empty_layer(module, torch.float32, Form())
             shapes = {f"{name}.{weight}": shape for weight, shape in layer.packed_shapes.items()}
             transposed = isinstance(layer, Conv1D4bit) or getattr(layer, "is_transposed", False)
-            kinds = {self._weights.stored_kind(weight, shape, transposed) for weight, shape in shapes.items()}
-            kind = kinds.pop() if len(kinds) == 1 else None  # the weights of a module have one form
+            kinds = {weight: self._weights.stored_kind(weight, shape, transposed) for weight, shape in shapes.items()}
+            stored = {weight: blocks.form_of(kind) for weight, kind in kinds.items() if kind is not None}
             is_layer = not isinstance(module, nn.Embedding) and heads.isdisjoint(paths_to(name))
-            if kind is not None and not (is_layer and self._config.requantize):
-                found |= dict.fromkeys(shapes, blocks.form_of(kind))
+            if len(stored) == len(shapes) and not (is_layer and self._config.requantize):
+                found |= stored
                 self.kept |= {*shapes}
                 has_layers |= is_layer
             elif is_layer:

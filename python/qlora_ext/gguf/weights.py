@@ -301,7 +301,7 @@ class GGUFWeights:
             for part in parts:
                 kind = part.tensor.type_name
                 if is_packed:
-                    fate = "as stored" if name in kept else f"quantized to {layer.form.code.upper()}"
+                    fate = "as stored" if name in kept else f"quantized to {layer.forms[weight].code.upper()}"
                 else:
                     fate = "dense" if kind in _FLOATS else "decoded"
                 counts[kind, fate] += 1

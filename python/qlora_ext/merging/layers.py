@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import warnings
 from typing import Any, ClassVar
 
@@ -40,7 +41,7 @@ class _Backend(QuantizationBackend):
             base_layer.weight.data = weight_data
 
 
-class Over4bit:
+class Over4bit(abc.ABC):
     """A mixin, placed before a PEFT layer class, for layers whose base is a 4-bit module.
 
     Merging rounds the sum of a weight and its adapters to 4 bits again. Unmerging restores the old bits.
@@ -85,13 +86,13 @@ class Over4bit:
                     if not any(p.is_meta for p in module.parameters()):
                         module.to(device)
 
+    @abc.abstractmethod
     def decoded(self) -> Tensor:
         """The decoded weight in float32, in the dense weight's shape."""
-        raise NotImplementedError  # not abstract: PEFT's layers change their class at run time
 
+    @abc.abstractmethod
     def to_dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """The dense module with the results of ``merged_weights``, in the dtype of the weight."""
-        raise NotImplementedError
 
     def requantize(self, weight: Tensor) -> None:
         """Replaces the 4-bit weight by ``weight``, rounded to the nearest codes.

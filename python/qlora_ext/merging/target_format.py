@@ -85,7 +85,7 @@ def encode_base(peft_model: Any, code: str) -> None:
     for group in joined_layers(layers) if code == _WITH_FACTOR else [[name] for name in layers]:
         _encode({name: layers[name] for name in group}, code, activations)
     for layer in peft_model.modules():
-        if isinstance(layer, Experts4bit) and not is_in(layer.form, code):
+        if isinstance(layer, Experts4bit) and not all(is_in(form, code) for form in layer.forms.values()):
             _encode_experts(layer, code)
     peft_model.target_format = target
 

@@ -72,9 +72,10 @@ def multiply_in_bfloat16(model: nn.Module) -> None:
         (torch.bfloat16, torch.float32)
     """
     for _, layer in layers_of(model):
-        form = layer.form
-        is_served = form.offsets is None or form.code in ("int4", "uint4")
-        is_served &= form.bits == 4 and form.block_size >= 32
+        is_served = all(
+            form.bits == 4 and form.block_size >= 32 and (form.offsets is None or form.code in ("int4", "uint4"))
+            for form in layer.forms.values()
+        )
         if is_served and not isinstance(layer, Embedding4bit | TiedLinear4bit):
             layer.compute_dtype = torch.bfloat16
 

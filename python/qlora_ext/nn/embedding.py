@@ -280,7 +280,7 @@ class TiedLinear4bit(Linear4bit):
         table: Embedding4bit = self.__dict__["embedding"]
         return table
 
-    form: Any = property(lambda head: head.embedding.form)
+    forms: Any = property(lambda head: head.embedding.forms)
 
     def _parts(self, name: str) -> dict[str, str]:
         return {"packed": name}  # the scales are in the table's state

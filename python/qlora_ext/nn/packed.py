@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import cpu, ops
-from .._internal.shared_buffers import Loan, PackedTensors
+from .._internal.shared_buffers import PackedTensors
 from ..form import Form
 from ..formats import EXACT
 from ..weight import TENSORS, Weight4bit, quantize, weight_of
+from .residency import Residency
 
 # The names of the scales in the packed state, offsets included. No change of a model's dtype may touch them.
 SCALES = TENSORS[1:]
@@ -50,26 +51,6 @@ def full_tensor(t: Tensor) -> Tensor:
     return gathered
 
 
-class Residency(Protocol):
-    """Provides the packed weights of modules whose parameters are not on the computing device; see ``streaming``."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device that computes."""
-
-    def lend(self, module: Packed4bit, weight: str) -> Loan:
-        """The packed tensors of a weight on ``device``, valid until the loan ends."""
-
-    def read(self, module: Packed4bit, weight: str) -> PackedTensors:
-        """Permanent copies of the packed tensors of a weight."""
-
-    def read_experts(self, module: Packed4bit, weight: str, experts: list[int]) -> PackedTensors:
-        """Permanent copies for some matrices of a stack, stacked in that order."""
-
-    def check(self) -> None:
-        """Raises an error if the parameters can no longer be read."""
-
-
 class Packed4bit(nn.Module, abc.ABC):
     """A module with frozen 4-bit weights.
 
@@ -88,7 +69,8 @@ class Packed4bit(nn.Module, abc.ABC):
         (torch.Size([48, 64]), torch.float16, ['absmax', 'bias', 'nested_absmax', 'nested_offset', 'weight'])
     """
 
-    form: Form
+    # The form of each weight, by the name of its parameter. The two of experts may differ, as in a GGUF file.
+    forms: dict[str, Form]
     # What meets the weights of layers and experts: "exact" or "int8", see ``linear_nf4``. Embeddings have no products.
     activations: str = EXACT
     residency: Residency | None = None
@@ -114,6 +96,11 @@ class Packed4bit(nn.Module, abc.ABC):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"compute_dtype: expected a floating-point torch.dtype, got {dtype!r}")
         self._compute_dtype = dtype
+
+    @property
+    def form(self) -> Form:
+        """The form of the module's weights; of its first one, if they differ."""
+        return self.forms[next(iter(self.packed_shapes))]
 
     @property
     def block_size(self) -> int:
@@ -148,12 +135,18 @@ class Packed4bit(nn.Module, abc.ABC):
         cpu.limit_threads_once()
         for name, shape in self.packed_shapes.items():
             ops.check_shape(name, shape)
-        self.form = form
+        self.forms = dict.fromkeys(self.packed_shapes, form)
         self.compute_dtype = self._exposed_dtype = compute_dtype
+
+    def take_forms(self, forms: Mapping[str, Form]) -> None:
+        """Gives the weights of a module on the meta device other forms, by the names of their parameters."""
+        if forms != self.forms:
+            self.forms = {**forms}
+            self._register_packed("meta")
 
     def _register_packed(self, device: torch.device | str | None) -> None:
         for name, shape in self.packed_shapes.items():
-            specs = self.form.tensors(shape[-2:], shape[:-2])
+            specs = self.forms[name].tensors(shape[-2:], shape[:-2])
             zeros = {t: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for t, spec in specs.items()}
             w4 = self._as_weight(name, PackedTensors(**zeros), self._exposed_dtype)
             self.register_parameter(name, nn.Parameter(w4, requires_grad=False))
@@ -165,12 +158,14 @@ class Packed4bit(nn.Module, abc.ABC):
             if tuple(param.shape) != self.packed_shapes[name]:
                 expected = list(self.packed_shapes[name])
                 raise ValueError(f"{name}: expected shape {expected}, got {list(param.shape)}")
-            if param.form != self.form:
-                self.form = param.form
+            if param.form != self.forms[name]:
+                self.forms = {**self.forms, name: param.form}
         super().register_parameter(name, param)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "form" in vars(self):  # pickled before its weights had forms of their own
+            self.forms = dict.fromkeys(self.packed_shapes, vars(self).pop("form"))
         if "_exposed_dtype" not in vars(self):  # pickled by version 0.1.0, with separate tensors
             self._exposed_dtype = vars(self).pop("weight_dtype", self.compute_dtype)
             self.join()
@@ -222,7 +217,7 @@ class Packed4bit(nn.Module, abc.ABC):
         """Undoes ``expose``: each weight is one parameter again, over the same memory."""
         for name, shape in self.packed_shapes.items():
             if not isinstance(self._parameters[name], Weight4bit):
-                w4 = weight_of(self.form, **self._taken_parts(name), shape=shape, dtype=self._exposed_dtype)
+                w4 = weight_of(self.forms[name], **self._taken_parts(name), shape=shape, dtype=self._exposed_dtype)
                 self._parameters[name] = nn.Parameter(w4, requires_grad=False)
 
     def _taken_parts(self, name: str) -> dict[str, Any]:
@@ -250,13 +245,13 @@ class Packed4bit(nn.Module, abc.ABC):
             w4 = w4.to(old.device)
         if tuple(w4.shape) != self.packed_shapes[name]:
             raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
-        form = self.form
-        self.form = w4.form
+        forms = self.forms
+        self.forms = {**forms, name: w4.form}
         names, tensors = _names_of(name), w4.tensors
         try:
             self.check_form({names[tensor]: t for tensor, t in tensors.items()})
         except ValueError:
-            self.form = form
+            self.forms = forms
             raise
         if isinstance(old, Weight4bit):
             self._parameters[name] = _in_place_of(old, w4)
@@ -291,7 +286,8 @@ class Packed4bit(nn.Module, abc.ABC):
         assert now is not None
         own = isinstance(parameter, Weight4bit) and self.residency is None and not self.packed_is_tied
         if own and parameter.device == now.device:
-            self.form, self._parameters[name] = w4.form, parameter  # type: ignore[assignment]
+            self.forms = {**self.forms, name: w4.form}
+            self._parameters[name] = parameter  # type: ignore[assignment]
         else:
             self.set_packed(name, w4.to(now.device))
 
@@ -316,7 +312,7 @@ class Packed4bit(nn.Module, abc.ABC):
 
     def _as_weight(self, name: str, tensors: PackedTensors, dtype: torch.dtype | None = None) -> Weight4bit:
         shape = self.packed_shapes[name]
-        return weight_of(self.form, **tensors._asdict(), shape=shape, dtype=dtype or self.weight_dtype)
+        return weight_of(self.forms[name], **tensors._asdict(), shape=shape, dtype=dtype or self.weight_dtype)
 
     def quantize(self, w: Tensor) -> Weight4bit:
         """Quantizes a dense weight of this module to the module's form."""
@@ -345,7 +341,10 @@ class Packed4bit(nn.Module, abc.ABC):
 
     def _description(self) -> str:
         """The form, and ``activations`` unless they are exact, for ``extra_repr``."""
-        return str(self.form) if self.activations == EXACT else f"{self.form}, activations={self.activations}"
+        form = str(self.form)
+        if len({*self.forms.values()}) > 1:
+            form = ", ".join(f"{name}: {form}" for name, form in self.forms.items())
+        return form if self.activations == EXACT else f"{form}, activations={self.activations}"
 
     @abc.abstractmethod
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -399,8 +398,8 @@ class Packed4bit(nn.Module, abc.ABC):
         """
         found = {prefix + name: t for name, t in self.packed_state().items()} if state is None else state
         for weight, shape in self.packed_shapes.items():
-            form = f"the packed state of a weight {list(shape)} with {self.form}"
-            specs = self.form.tensors(shape[-2:], shape[:-2])
+            form = f"the packed state of a weight {list(shape)} with {self.forms[weight]}"
+            specs = self.forms[weight].tensors(shape[-2:], shape[:-2])
             for tensor, name in _names_of(weight).items():
                 t, expected = found.get(prefix + name), specs.get(tensor)
                 if t is None:

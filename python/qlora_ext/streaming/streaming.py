@@ -29,7 +29,7 @@ _MIN_SLOTS = 2  # double buffering: one slot is used while the other is filled
 class Streaming:
     """The streaming state of one model: its blocks, and the ring of slots that they share. Created by ``stream``.
 
-    It is the ``residency`` of the model's streamed modules, see ``nn.packed.Residency``.
+    It is the ``residency`` of the model's streamed modules, see ``nn.residency.Residency``.
 
     Several threads may use the model at once. An operator holds a lock while it uses weights on loan, so no thread
     refills a slot that another thread reads.

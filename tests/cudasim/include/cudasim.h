@@ -48,6 +48,7 @@ struct LaunchConfig {
   Dim3 grid, block, cluster;
   uint32_t dynamic_shared_bytes = 0;
   uint32_t registers = 0;                   // per thread at launch; 0: unknown, and setmaxnreg is not checked
+  int arch = 90;                            // the device, for CUDASIM_MMA=card
   std::shared_ptr<const Unfinished> after;  // null: every earlier launch has finished
   // As cudaLaunchKernel: args[i] points at the i-th parameter's bytes.
   void* const* args = nullptr;
@@ -106,6 +107,7 @@ struct LaunchResult {
 //                 grid        and races between blocks on global memory (`benign`: not those of equal values)
 //   CUDASIM_SEED=n            shuffles block and warp scheduling, to expose order dependence
 //   CUDASIM_THREADS=n         host threads (default: all); 1 makes the order of atomics repeatable
+//   CUDASIM_MMA=card          mma and wgmma add with the arithmetic of the device's tensor cores (core/card_sum.h)
 //   CUDASIM_TIMEOUT=seconds   ends a launch that does not finish, saying where every warp stands
 LaunchResult launch(Kernel*, const LaunchConfig&);
 

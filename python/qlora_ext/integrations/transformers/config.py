@@ -7,7 +7,7 @@ import difflib
 import enum
 import inspect
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -199,8 +199,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         served: for adapters that are trained merge-aware for ``"q4_0"``, ``"iq4_nl"``, ``"int4"``, ``"mxfp4"`` or
             ``"nf4"``: quantize dense linear layers and experts to that format instead of NF4, except where a row is no
             multiple of its blocks.
-        requantize: quantize the layers that a GGUF file stores packed like dense ones, instead of keeping their bits.
-            Embeddings and output heads stay as stored.
+        requantize: quantize the layers that a GGUF file, or a checkpoint of another library, stores packed like dense
+            ones, instead of keeping their bits. Embeddings and output heads stay as stored.
         activations: "exact", the default, or "int8": round the inputs and gradients of 4-bit layers to int8, with a
             scale per token and 64 values, which is faster on a CPU; see ``qlora_ext.linear_nf4``. It is saved with a
             model in our format. If given, it replaces that of a saved model.
@@ -313,8 +313,15 @@ class QLoRAConfig(QuantizationConfigMixin):
             block_size=self.block_size, double_quant=self.double_quant, nested_block_size=self.nested_block_size
         )
 
-    def form_of(self, layer: str) -> Form:
-        """The form of the 4-bit weights of that layer."""
+    def form_of(self, layer: str, shapes: Collection[Sequence[int]] = ()) -> Form:
+        """The form of the 4-bit weights of that layer.
+
+        Args:
+            shapes: of the layer's weights, if they are dense and may get the form of ``served``.
+        """
+        served = self.served_form
+        if served is not None and shapes and all(shape[-1] % served.block_size == 0 for shape in shapes):
+            return served
         return self.forms.get(layer, self.form)
 
     @property
@@ -363,7 +370,10 @@ class QLoRAConfig(QuantizationConfigMixin):
             ValueError: ``given`` quantizes it again.
         """
         if given.requantize:
-            raise ValueError("requantize: expected a dense model or a GGUF file, got a quantized checkpoint")
+            raise ValueError(
+                "requantize: expected a dense model, a GGUF file or a checkpoint of another library, got a 4-bit model "
+                "of qlora_ext or bitsandbytes"
+            )
         self.stream, self.resident = given.stream, given.resident
         self.activations = vars(given).get("activations", self.activations)
 

@@ -229,8 +229,16 @@ def refuse_split_experts(checkpoint_files: list[str]) -> None:
 
 
 def forms_of(model: nn.Module) -> dict[str, Form]:
-    """The forms of the 4-bit layers of ``model``, by name. Heads that are tied to a table have the table's form."""
-    return {name: layer.form for name, layer in layers_of(model) if not isinstance(layer, TiedLinear4bit)}
+    """The forms of the 4-bit layers of ``model``, by name, or by the names of their weights where these differ.
+
+    Heads that are tied to a table have the table's form.
+    """
+    found: dict[str, Form] = {}
+    for name, layer in layers_of(model):
+        if not isinstance(layer, TiedLinear4bit):
+            same = len({*layer.forms.values()}) == 1
+            found |= {name: layer.form} if same else {f"{name}.{w}": form for w, form in layer.forms.items()}
+    return found
 
 
 def compute_dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -57,11 +57,12 @@ def _merged(saved: Any, given: QLoRAConfig) -> QLoRAConfig:
         config = AutoHfQuantizer.merge_quantization_configs(saved, given)
     else:
         config = copy.copy(given)
-        config._source = CheckpointSource(fields)
+        config._source = CheckpointSource(fields, given)
         if config.embeddings:
             raise ValueError(
                 f"embeddings: expected False for a {config._source.name} checkpoint, whose dense weights stay dense"
             )
+        return config
     config.take_options(given)
     return config
 

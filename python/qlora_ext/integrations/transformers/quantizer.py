@@ -142,7 +142,7 @@ class QLoRAQuantizer(HfQuantizer):
         module, name = get_module_from_name(model, param_name)
         if isinstance(module, Packed4bit) and name in module.packed_shapes:
             # Of the packed weight, whether the parameter still has the dense shape or is packed.
-            return math.prod(module.packed_shapes[name]) * module.form.bits / 8 / param.numel()
+            return math.prod(module.packed_shapes[name]) * module.forms[name].bits / 8 / param.numel()
         size: float = super().param_element_size(model, param_name, param)
         return size
 
@@ -160,7 +160,7 @@ class QLoRAQuantizer(HfQuantizer):
             yield from self._linear_layers(model, sorted(skipped))
             return
         if self.source is not None and not self.source.quantizes_rest:
-            yield from ((name, module) for name, module in list(model.named_modules()) if self._form(name, module))
+            yield from ((name, module) for name, module in list(model.named_modules()) if self._forms(name, module))
             return
         named = {*(config.skip_modules or ())}
         dense_parts = dense_modules(model)
@@ -173,7 +173,7 @@ class QLoRAQuantizer(HfQuantizer):
         tables = tied_heads(model, _tied_names(model), dense_parts.always) if config.embeddings else {}
         tied = {*_tied_modules(model)}
         for name, module in list(model.named_modules()):
-            if self._form(name, module):
+            if self._forms(name, module):
                 yield name, module
                 continue
             if module in tables:
@@ -186,19 +186,19 @@ class QLoRAQuantizer(HfQuantizer):
             if full_names.isdisjoint(paths) and all(should_convert_module(path, patterns) for path in paths):
                 yield name, module
 
-    def _form(self, name: str, module: nn.Module) -> Form | None:
-        """The form in which the source has the weights of a module; None if it does not have all of them."""
+    def _forms(self, name: str, module: nn.Module) -> dict[str, Form]:
+        """The forms in which the source has the weights of a module; empty if it does not have all of them."""
         weights = packed_weights(module) if self.forms else ()
-        forms = [self.forms.get(f"{name}.{weight}".removeprefix(".")) for weight in weights]
-        return forms[0] if forms and all(forms) else None
+        forms = {weight: self.forms.get(f"{name}.{weight}".removeprefix(".")) for weight in weights}
+        return {weight: form for weight, form in forms.items() if form is not None} if all(forms.values()) else {}
 
     def _empty_layer(self, name: str, module: nn.Module, compute_dtype: torch.dtype) -> Packed4bit:
-        stored, served = self._form(name, module), self.qlora_config.served_form
-        layer = empty_layer(module, compute_dtype, stored or self.qlora_config.form_of(name))
-        if stored is not None or served is None or isinstance(module, nn.Embedding):
-            return layer
-        fits = all(shape[-1] % served.block_size == 0 for shape in layer.packed_shapes.values())
-        return empty_layer(module, compute_dtype, served) if fits else layer
+        config = self.qlora_config
+        layer = empty_layer(module, compute_dtype, config.form_of(name))
+        form = layer.form if isinstance(module, nn.Embedding) else config.form_of(name, layer.packed_shapes.values())
+        own = {weight: config.forms.get(f"{name}.{weight}", form) for weight in layer.packed_shapes}
+        layer.take_forms(self._forms(name, module) or own)
+        return layer
 
     def _asked(self, model: nn.Module) -> list[str]:
         """The modules of ``model`` that the configuration requests to be dense."""

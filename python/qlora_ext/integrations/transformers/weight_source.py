@@ -16,7 +16,7 @@ def _retain(*tensors: Tensor) -> None:
 
 
 class Source(abc.ABC):
-    """The 4-bit weights of a checkpoint, which a model takes over bit for bit.
+    """The packed weights of a checkpoint, which a model takes over bit for bit, or quantizes anew.
 
     ``QLoRAConfig._source`` hands one to ``QLoRAQuantizer``, which calls, in this order:
 

@@ -184,6 +184,9 @@ Decoder::Sym address_operand(Decoder& d, const AOperand& o, Op& op) {
     if (s.kind == Decoder::Sym::local) {
       op.a = d.special(Special::local_base, 8, int64_t(s.value));
       op.size2 = 8;
+    } else if (s.space == Space::shared) {
+      op.a = d.special(Special::shared_base, 4, int64_t(s.value));
+      op.size2 = 4;
     } else {
       op.size2 = 0;
       op.imm += int64_t(s.value);

@@ -208,6 +208,9 @@ void Warp::refresh(Frame* f) {
       case S::grid_workspace_lo:
         all(uint64_t(ls.params.data() + ls.workspace));
         break;
+      case S::shared_base:
+        all(blk->shared_window() + uint64_t(s.addend));
+        break;
       case S::local_base:
         all(uint64_t(int64_t(f->local_base) + s.addend));
         break;

@@ -173,6 +173,17 @@ void Grid::access(Warp& w, uint32_t lanes, const uint64_t* addr, uint32_t bytes,
 void Grid::check_earlier(Access& a, uint32_t lanes, const uint64_t* addr) const {
   const bool waited = ordered_after_wait(a.w), writes = a.kind & Write;
   std::string by;
+  if (a.kind & Constant)  // for memory that nobody writes while this launch runs, which began before those ended
+    for (const auto& other : ls_.after->before_wait)
+      for (uint32_t t = lanes; t; t &= t - 1) {
+        const int l = __builtin_ctz(t);
+        if (other->touched(addr[l], a.bytes, false, &by))
+          fault(Fault::non_coherent, l,
+                "non-coherent load: ld.global.nc reads " + std::to_string(a.bytes) + " bytes at " + hex(addr[l]) +
+                    ", which " + by + " of the earlier kernel " + other->kernel_ +
+                    " writes. This launch may start before that one has ended, so that the load may move before "
+                    "griddepcontrol.wait: read the memory with ld.global or ld.global.cg");
+      }
   for (const auto& other : waited ? ls_.after->after_wait : ls_.after->before_wait)
     for (uint32_t t = lanes; t; t &= t - 1) {
       const int l = __builtin_ctz(t);

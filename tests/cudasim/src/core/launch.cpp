@@ -99,6 +99,7 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
   ls.block = cfg.block;
   ls.cluster = cfg.cluster;
   ls.registers = cfg.registers;
+  ls.arch = cfg.arch;
   ls.after = cfg.after;
   if (k->ast->cluster[0]) {
     ls.cluster = {k->ast->cluster[0], k->ast->cluster[1], k->ast->cluster[2]};
@@ -123,6 +124,12 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
                  cfg.grid.y % ls.cluster.y == 0 && cfg.grid.z % ls.cluster.z == 0,
              "grid is not a multiple of the cluster") ||
       !check(cfg.args || k->ast->params.empty(), "no arguments"))
+    return bad;
+  const char* const e = getenv("CUDASIM_MMA");
+  const std::string mma = e ? e : "";
+  ls.card_sums = mma == "card";
+  if (!check(ls.card_sums || mma.empty() || mma == "ordered",
+             "CUDASIM_MMA=" + mma + " is unknown: expected ordered (the default) or card"))
     return bad;
   uint32_t stat = ls.image->static_shared;
   if (cfg.dynamic_shared_bytes)

@@ -228,6 +228,7 @@ struct Block {
   uint8_t* shared = nullptr;  // holds shared address kSharedBase
   uint8_t* shared_raw = nullptr;
   uint32_t shared_bytes = 0, shared_alloc = 0;
+  uint32_t shared_window() const { return rank << 24; }  // of its shared addresses
   std::vector<std::unique_ptr<Warp>> warps;
   uint32_t nwarps = 0, live_warps = 0, nthreads = 0;
   Barrier bars[16];
@@ -336,6 +337,8 @@ struct LaunchState {
   std::atomic<bool> stop{false};
   std::mutex mutex;  // guards result
   LaunchResult result;
+  int arch = 90;
+  bool card_sums = false;  // mma and wgmma add as cards do (card_sum.h)
   bool check_race = false, check_init = false;
   std::shared_ptr<Grid> grid_check;  // set if races between CTAs are checked
   std::shared_ptr<const Unfinished> after;

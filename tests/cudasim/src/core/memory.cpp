@@ -131,9 +131,7 @@ void global_pointers(Warp& w, uint32_t m, const uint64_t* addr, uint32_t bytes, 
 Block* shared_target(Warp& w, uint32_t addr, uint32_t* offset) {
   uint32_t rank = addr >> 24;
   *offset = (addr & 0xffffffu) - kSharedBase;
-  if (rank == 0) return w.blk;
-  if (rank - 1 >= w.blk->group->blocks.size()) return nullptr;
-  return w.blk->group->blocks[rank - 1].get();
+  return rank < w.blk->group->blocks.size() ? w.blk->group->blocks[rank].get() : nullptr;
 }
 
 [[noreturn]] static void shared_oob(Warp& w, int lane, uint64_t addr, uint32_t bytes, Access a) {
@@ -144,18 +142,18 @@ Block* shared_target(Warp& w, uint32_t addr, uint32_t* offset) {
 }
 
 void shared_pointers(Warp& w, uint32_t m, const uint64_t* addr, uint32_t bytes, Access a, uint8_t** out, const Op*) {
-  uint32_t size = w.blk->shared_bytes;
+  const uint32_t size = w.blk->shared_bytes, start = w.blk->shared_window() + kSharedBase;
   uint8_t* base = w.blk->shared;
   uint32_t any = 0, hi = 0;
   uint32_t off[32];
   if (m == FULL) {
     FOR_LANES {
-      off[i] = uint32_t(addr[i]) - kSharedBase;
+      off[i] = uint32_t(addr[i]) - start;
       any |= off[i];
       hi = off[i] > hi ? off[i] : hi;
     }
   } else {
-    FOR_LANES off[i] = uint32_t(addr[i]) - kSharedBase;
+    FOR_LANES off[i] = uint32_t(addr[i]) - start;
     for (uint32_t t = m; t; t &= t - 1) {
       uint32_t x = off[__builtin_ctz(t)];
       any |= x;

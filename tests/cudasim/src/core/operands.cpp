@@ -215,6 +215,7 @@ uint32_t Decoder::src(const AOperand& o, int size, Ty t) {
         if (ast->is_entry && o.var_id < 0) return special(Special::param_base, size, int64_t(y.value));
         return special(Special::pmem_base, size, int64_t(y.value));
       }
+      if (y.space == Space::shared) return special(Special::shared_base, size, int64_t(y.value));
       return constant(y.value, size);
     }
     case AOperand::sink:

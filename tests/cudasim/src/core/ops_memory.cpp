@@ -257,7 +257,7 @@ bool sel_ldst(Decoder& d, const AInstr& in, Op& op) {
     return done(op, entry ? ld_param_kernel : load ? ld_param : st_param);
   }
   // a generic access to a named shared variable
-  if (s == Space::generic && op.size2 == 0 && sym.space == Space::shared) s = Space::shared;
+  if (s == Space::generic && sym.space == Space::shared) s = Space::shared;
   switch (s) {
     case Space::generic:
       return done(op, load ? ld<Space::generic> : st<Space::generic>);
@@ -306,7 +306,7 @@ void isspacep(Warp& w, const Op& o, uint32_t m) {
         v = win == 0;
         break;
       case 1:
-        v = win == kSharedWindow && (uint32_t(a[i]) >> 24 == 0 || uint32_t(a[i]) >> 24 == w.blk->rank + 1);
+        v = win == kSharedWindow && uint32_t(a[i]) >> 24 == w.blk->rank;
         break;
       case 2:
         v = win == kSharedWindow;
@@ -326,16 +326,13 @@ void mapa(Warp& w, const Op& o, uint32_t m) {
   T* d = w.r<T>(o.dst);
   const T* a = w.r<T>(o.a);
   auto* b = w.r<uint32_t>(o.b);
-  each(d, m, [&](int i) { return T((a[i] & ~T(0xff000000u)) | T(uint64_t(b[i] + 1) << 24)); });
+  each(d, m, [&](int i) { return T((a[i] & ~T(0xff000000u)) | T(uint64_t(b[i]) << 24)); });
 }
 template <class T>
 void getctarank(Warp& w, const Op& o, uint32_t m) {
   auto* d = w.r<uint32_t>(o.dst);
   const T* a = w.r<T>(o.a);
-  each(d, m, [&](int i) {
-    uint32_t r = uint32_t(a[i]) >> 24;
-    return r ? r - 1 : w.blk->rank;
-  });
+  each(d, m, [&](int i) { return uint32_t(a[i]) >> 24; });
 }
 void nothing(Warp&, const Op&, uint32_t) {}
 // flags: 1 orders memory between CTAs, 2 as fence.sc

@@ -1,11 +1,11 @@
 // Warp-level matrix instructions: mma.sync, ldmatrix, stmatrix and movmatrix.
 //
 // Products are exact; sums of f16/bf16/tf32/fp8 inputs are accumulated in f32, in increasing k,
-// with fused multiply-adds. (Hardware adds groups of products in a wider fixed-point form and
-// truncates, so results may differ in the last bits.)
+// with fused multiply-adds. CUDASIM_MMA=card adds as cards do: see card_sum.h.
 #include <algorithm>
 
 #include "access.h"
+#include "card_sum.h"
 #include "collective.h"
 #include "fragments.h"
 #include "numeric.h"
@@ -137,7 +137,9 @@ void mma_float(Warp& w, const Op& o, uint32_t m) {
       else
         x = f16_to_f32(uint16_t(w.r<uint32_t>(e.v[3][size_t(i >> 1)])[l] >> (16 * (i & 1))));
     }
-  if (M == 16)
+  if (const LaunchState& ls = *w.blk->ls; ls.card_sums)
+    add_as_card(card_sum(ls.arch, false, ta, tb, td, K), M, K, A, B, acc);
+  else if (M == 16)
     accumulate<16>(A, B, acc, K);
   else
     accumulate<8>(A, B, acc, K);
@@ -156,6 +158,7 @@ void mma_float(Warp& w, const Op& o, uint32_t m) {
 // m16n8k8 / m16n8k16 of f16 and bf16. Four neighbouring lanes hold eight consecutive k of one row
 // of A (or column of B), so registers convert eight values at a time.
 void mma_half(Warp& w, const Op& o, uint32_t m) {
+  if (w.blk->ls->card_sums) return mma_float(w, o, m);
   if (!whole_warp(w, m)) return;
   const OpExt& e = *o.ext;
   const int K = int(e.n[2]);

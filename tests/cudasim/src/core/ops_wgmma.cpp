@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "access.h"
+#include "card_sum.h"
 #include "collective.h"
 #include "fragments.h"
 #include "select.h"
@@ -41,6 +42,16 @@ struct Descriptor {
     return swizzle(start + (c & (per - 1)) * 16 + (c >> mode) * lbo + (k & 7) * (16u << mode) + (k >> 3) * sbo);
   }
 };
+
+// A descriptor takes (address & 0x3FFFF) >> 4. In a cluster, bits 24.. of the address hold the rank of the CTA. Without
+// the mask they reach the leading dimension: swizzled K-major layouts ignore it, so that no result shows the mistake.
+void check_mask(Warp& w, const Descriptor& d) {
+  const uint32_t rank = w.blk->rank;
+  if (rank && d.mode && d.lbo >> 8 == rank)
+    fault(Fault::shared_out_of_bounds, 0,
+          "wgmma descriptor with the rank of the block, " + std::to_string(rank) +
+              ", in its leading dimension: the shared address has to be masked with 0x3FFFF before >> 4");
+}
 
 const uint8_t* granule(Warp& w, uint32_t addr) {
   uint32_t off = addr - kSharedBase;
@@ -98,6 +109,7 @@ void load_operands(Warp& w, const PendingMma& p, const uint8_t* R, std::vector<T
     }
   } else {
     Descriptor d(p.desc_a);
+    if (!e.n[8]) check_mask(w, d);
     if (!e.n[8])
       for (uint32_t r = 0; r < 16; ++r)
         for (uint32_t c = 0; c < 2; ++c) expand(granule(w, d.k_major(row0 + r, c)), ta, &A[r * K + c * per]);
@@ -110,6 +122,7 @@ void load_operands(Warp& w, const PendingMma& p, const uint8_t* R, std::vector<T
   }
   // B is stored in groups of 8 columns, each K x 8.
   Descriptor d(p.desc_b);
+  if (!e.n[9]) check_mask(w, d);
   const bool halves = tb == Ty::f16 || tb == Ty::bf16;
   if (!e.n[9] && halves) {
     if constexpr (std::is_same_v<T, float>)
@@ -162,6 +175,8 @@ void run_wgmma(Warp& w, const PendingMma& p) {
   thread_local std::vector<float> A, B;
   load_operands(w, p, R, A, B);
   const bool f16 = td == Ty::f16;
+  const LaunchState& ls = *w.blk->ls;
+  const CardSum card = card_sum(ls.arch, true, Ty(e.n[3]), Ty(e.n[4]), td, int(K));
   for (uint32_t j = 0; j < N / 8; ++j) {
     alignas(32) float acc[16 * 8];
     auto at = [&](uint32_t i, uint32_t l) -> float& { return acc[(l / 4 + 8 * (i >> 1)) * 8 + 2 * (l & 3) + (i & 1)]; };
@@ -174,13 +189,17 @@ void run_wgmma(Warp& w, const PendingMma& p) {
               f16 ? f16_to_f32(uint16_t(reinterpret_cast<uint32_t*>(R + e.v[0][2 * j + (i >> 1)])[l] >> (16 * (i & 1))))
                   : reinterpret_cast<float*>(R + e.v[0][4 * j + i])[l];
     const float* b = &B[j * K * 8];
-    __m256 c[16];
-    for (int i = 0; i < 16; ++i) c[i] = _mm256_load_ps(acc + 8 * i);
-    for (uint32_t k = 0; k < K; ++k) {
-      __m256 x = _mm256_loadu_ps(b + 8 * k);
-      for (uint32_t i = 0; i < 16; ++i) c[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(&A[i * K + k]), x, c[i]);
+    if (ls.card_sums) {
+      add_as_card(card, 16, int(K), A.data(), b, acc);
+    } else {
+      __m256 c[16];
+      for (int i = 0; i < 16; ++i) c[i] = _mm256_load_ps(acc + 8 * i);
+      for (uint32_t k = 0; k < K; ++k) {
+        __m256 x = _mm256_loadu_ps(b + 8 * k);
+        for (uint32_t i = 0; i < 16; ++i) c[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(&A[i * K + k]), x, c[i]);
+      }
+      for (int i = 0; i < 16; ++i) _mm256_store_ps(acc + 8 * i, c[i]);
     }
-    for (int i = 0; i < 16; ++i) _mm256_store_ps(acc + 8 * i, c[i]);
     for (uint32_t i = 0; i < 4; ++i)
       for (uint32_t l = 0; l < 32; ++l) {
         if (f16) {

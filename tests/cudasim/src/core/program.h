@@ -24,7 +24,7 @@ constexpr uint64_t kSharedWindow = 1ull << 56;
 constexpr uint64_t kLocalWindow = 2ull << 56;
 constexpr uint64_t kFunctionWindow = 3ull << 56;
 constexpr uint64_t kWindowMask = 0xff00000000000000ull;
-// 32-bit shared addresses: bits 24.. hold 1 + the CTA rank for remote (mapa) addresses, 0 for own.
+// Shared memory of a CTA begins here in its part of the cluster's window: bits 24.. hold the CTA's rank, as on cards.
 constexpr uint32_t kSharedBase = 1024;
 constexpr uint32_t kLocalBase = 256;
 
@@ -136,6 +136,7 @@ enum class Special : uint8_t {
   zero64,
   grid_workspace_hi,
   grid_workspace_lo,  // cooperative groups' grid barrier
+  shared_base,        // the CTA's own part of the cluster's window
   local_base,
   param_base,
   pmem_base  // addresses that depend on the frame or launch

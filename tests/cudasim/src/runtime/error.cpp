@@ -98,6 +98,18 @@ void print(const char* format, va_list args) {
   std::fwrite(buffer, 1, length + 1, stderr);
 }
 
+bool enabled(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value && *value && std::strcmp(value, "0") != 0;
+}
+
+// Whether a card's context ends with this fault, and the user asked for that.
+bool ends_context(cudaError_t error) {
+  static const bool sticky = enabled("CUDASIM_STICKY");
+  return sticky && (error == cudaErrorIllegalAddress || error == cudaErrorMisalignedAddress ||
+                    error == cudaErrorLaunchFailure || error == cudaErrorLaunchTimeout || error == cudaErrorAssert);
+}
+
 }  // namespace
 
 cudaError_t report(cudaError_t error) {
@@ -130,17 +142,22 @@ cudaError_t take_pending_fault() {
     const std::lock_guard lock(pending_mutex);
     if (pending == cudaSuccess) return cudaSuccess;
     error = pending;
-    pending = cudaSuccess;
+    if (!ends_context(pending)) pending = cudaSuccess;
     detail = pending_detail;
   }
   return report(error, detail);
 }
 
+cudaError_t context_error() {
+  {
+    const std::lock_guard lock(pending_mutex);
+    if (!ends_context(pending)) return cudaSuccess;
+  }
+  return take_pending_fault();
+}
+
 bool logging() {
-  static const bool on = [] {
-    const char* value = std::getenv("CUDASIM_LOG");
-    return value && *value && std::strcmp(value, "0") != 0;
-  }();
+  static const bool on = enabled("CUDASIM_LOG");
   return on;
 }
 
@@ -163,7 +180,10 @@ void complain(const char* format, ...) {
 
 using namespace cudasim::runtime;
 
+extern "C" __attribute__((visibility("default"))) int cudasim_context_error() { return context_error(); }
+
 CUDASIM_API cudaError_t cudaGetLastError() {
+  if (const cudaError_t error = context_error()) return error;
   const cudaError_t error = last_error;
   last_error = cudaSuccess;
   if (error != cudaSuccess) {
@@ -173,7 +193,10 @@ CUDASIM_API cudaError_t cudaGetLastError() {
   return error;
 }
 
-CUDASIM_API cudaError_t cudaPeekAtLastError() { return last_error; }
+CUDASIM_API cudaError_t cudaPeekAtLastError() {
+  const cudaError_t error = context_error();
+  return error ? error : last_error;
+}
 
 CUDASIM_API const char* cudaGetErrorName(cudaError_t error) {
   const ErrorText* e = lookup(error);

@@ -1,4 +1,5 @@
 // Kernel launches: performs the checks of a real launch, runs the grid, and writes the profile.
+#include <cuda.h>
 #include <cxxabi.h>
 #include <fcntl.h>
 #include <unistd.h>
@@ -215,6 +216,7 @@ struct Arguments {
 cudaError_t execute(Function* function, const Resources& r, const Launch& launch);
 
 cudaError_t run(const void* host, const Launch& launch) {
+  if (const cudaError_t error = context_error()) return error;
   Function* function = find_function(host);
   if (!function) return report(cudaErrorInvalidDeviceFunction);
   Resources r;
@@ -254,6 +256,7 @@ cudaError_t execute(Function* function, const Resources& r, const Launch& launch
   config.cluster = {launch.cluster.x, launch.cluster.y, launch.cluster.z};
   config.dynamic_shared_bytes = static_cast<uint32_t>(launch.shared);
   config.registers = r.registers_exact ? static_cast<uint32_t>(r.registers) : 0;
+  config.arch = device().arch;
   config.args = launch.args;
 
   const std::lock_guard lock(one_at_a_time);
@@ -327,6 +330,12 @@ CUDASIM_API cudaError_t cudaLaunchCooperativeKernel(const void* host, dim3 grid,
   launch.args = args;
   launch.cooperative = true;
   return run(host, launch);
+}
+CUDASIM_API CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                                    unsigned by, unsigned bz, unsigned shared, CUstream stream, void** args,
+                                    void** extra) {
+  if (extra) return CUDA_ERROR_NOT_SUPPORTED;
+  return static_cast<CUresult>(cudaLaunchKernel(function, dim3(gx, gy, gz), dim3(bx, by, bz), args, shared, stream));
 }
 CUDASIM_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** args) {
   Launch launch;

@@ -34,6 +34,7 @@ Table& table() {
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 cudaError_t allocate(void** out, size_t size, Space space) {
+  if (const cudaError_t error = context_error()) return error;
   if (!out) return report(cudaErrorInvalidValue);
   attach_to_torch();
   *out = nullptr;
@@ -73,7 +74,8 @@ void unmap(const Range& range) {
 // Work on a stream executes immediately, or is recorded if the stream is being captured.
 template <class Work>
 cudaError_t on_stream(cudaStream_t stream, cudaGraphNodeType type, const Work& work) {
-  cudaError_t error;
+  cudaError_t error = context_error();
+  if (error) return error;
   if (any_capture() && captured(stream, type, work, &error)) return error;
   finish_launches();
   return work();
@@ -91,6 +93,7 @@ cudaError_t allocate_now(void** p, size_t size, Space space, const char* what) {
 }
 cudaError_t release(void* p, const char* what);
 cudaError_t release_now(void* p, const char* what) {
+  if (const cudaError_t error = context_error()) return error;
   if (p)
     if (const cudaError_t error = check_unsafe(what)) return error;
   return release(p, what);

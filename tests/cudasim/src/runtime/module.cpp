@@ -1,4 +1,6 @@
 // Registered device code: its kernels and variables, loaded on first use.
+#include <cuda.h>
+
 #include <algorithm>
 #include <array>
 #include <cctype>
@@ -244,6 +246,47 @@ int active_clusters(int blocks_per_multiprocessor, int cluster_size) {
 }  // namespace cudasim::runtime
 
 using namespace cudasim::runtime;
+
+// ---- modules of the driver's interface: PTX text, or a container of device code
+CUDASIM_API CUresult cuModuleLoadData(CUmodule* out, const void* data) {
+  Registry& r = registry();
+  const std::lock_guard lock(r.mutex);
+  Image& image = r.images.emplace_back();
+  if (uint32_t magic; std::memcpy(&magic, data, sizeof magic), magic == kFatbinMagic) {
+    image.wrapper = new FatbinWrapper{kFatbinWrapperMagic, 1, data, nullptr};
+  } else {
+    LazyModule& m = image.modules.emplace_back();
+    m.loaded = image.unpacked = image.sass_read = true;
+    const char* const text = static_cast<const char*>(data);
+    m.module = cudasim::load_module(text, std::strlen(text), &image.error);
+    if (!m.module) {
+      report(cudaErrorInvalidPtx, image.error);
+      return CUDA_ERROR_INVALID_PTX;
+    }
+  }
+  *out = reinterpret_cast<CUmodule>(&image);
+  return CUDA_SUCCESS;
+}
+CUDASIM_API CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }  // as __cudaUnregisterFatBinary
+
+CUDASIM_API CUresult cuModuleGetFunction(CUfunction* out, CUmodule module, const char* name) {
+  Registry& r = registry();
+  const std::lock_guard lock(r.mutex);
+  Function& function = r.functions.emplace_back();
+  function.image = reinterpret_cast<Image*>(module);
+  function.name = name;
+  std::string error;
+  if (!load(function, &error)) {
+    report(cudaErrorSymbolNotFound, error);
+    return CUDA_ERROR_NOT_FOUND;
+  }
+  r.handles[&function] = true;
+  *out = reinterpret_cast<CUfunction>(&function);
+  return CUDA_SUCCESS;
+}
+CUDASIM_API CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+  return static_cast<CUresult>(cudaFuncSetAttribute(function, static_cast<cudaFuncAttribute>(attribute), value));
+}
 
 // ---- registration, called by code that nvcc generates
 CUDASIM_API void** __cudaRegisterFatBinary(void* data) {

@@ -22,6 +22,8 @@ cudaError_t report(cudaError_t error, const std::string& detail);
 // A fault inside a kernel. The next synchronizing call reports it, too, unless it was queried before.
 cudaError_t report_kernel_fault(cudaError_t error, const std::string& detail);
 cudaError_t take_pending_fault();
+// With CUDASIM_STICKY=1: the fault that ended the process's context, which every later call returns.
+cudaError_t context_error();
 
 bool logging();
 [[gnu::format(printf, 1, 2)]] void log(const char* format, ...);       // only with CUDASIM_LOG=1

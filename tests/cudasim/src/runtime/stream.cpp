@@ -27,6 +27,7 @@ bool is_builtin(cudaStream_t stream) {
 }
 
 cudaError_t create_stream(cudaStream_t* out, unsigned flags, int priority) {
+  if (const cudaError_t error = context_error()) return error;
   if (!out) return report(cudaErrorInvalidValue);
   static std::atomic<unsigned long long> next_id{16};
   *out = new CUstream_st{flags, priority, next_id++};
@@ -34,6 +35,7 @@ cudaError_t create_stream(cudaStream_t* out, unsigned flags, int priority) {
 }
 
 cudaError_t create_event(cudaEvent_t* out, unsigned flags) {
+  if (const cudaError_t error = context_error()) return error;
   if (!out) return report(cudaErrorInvalidValue);
   *out = new CUevent_st{flags, false, {}, {}};
   return cudaSuccess;
@@ -139,6 +141,7 @@ CUDASIM_API cudaError_t cudaEventDestroy(cudaEvent_t e) {
   return cudaSuccess;
 }
 CUDASIM_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned flags) {
+  if (const cudaError_t error = context_error()) return error;
   if (!e) return report(cudaErrorInvalidResourceHandle);
   if (!any_capture()) return record_now(e);
   if (capture_of(s) && !(flags & cudaEventRecordExternal)) {

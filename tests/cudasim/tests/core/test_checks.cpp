@@ -113,6 +113,41 @@ COPIED:
   fails(launch(copy, {}, out.p, nullptr), Fault::shared_lifetime, "in flight");
 }
 
+// Bits 24.. of a shared address are the rank of its block in the cluster, as on cards.
+void ranks_in_addresses() {
+  current = "ranks in addresses";
+  Buf<uint32_t> out(4);
+  const std::string rank = "mov.u32 %r4, %cluster_ctarank;\n";
+  const std::string store = rank + kClusterBarrier + R"(
+  mapa.shared::cluster.u32 %r6, %r2, 0;
+  getctarank.shared::cluster.u32 %r7, %r2;
+  sub.u32 %r5, %r2, %r6;
+  mul.wide.u32 %rd3, %r4, 8;
+  add.u64 %rd3, %rd2, %rd3;
+  st.global.u32 [%rd3], %r5;
+  st.global.u32 [%rd3+4], %r7;
+)" + kClusterBarrier;
+  ok(launch(store, {2, 32, 2}, nullptr, out.p));
+  check(out[0] == 0 && out[1] == 0 && out[2] == 1u << 24 && out[3] == 1, "own addresses and those of mapa");
+
+  // A descriptor of 8 rows of 128 bytes, swizzled.
+  const auto wgmma = [](bool masked) {
+    return std::string(masked ? "and.b32 %r5, %r2, 0x3FFFF;\n" : "mov.u32 %r5, %r2;\n") + R"(
+  shr.u32 %r5, %r5, 4;
+  cvt.u64.u32 %rd3, %r5;
+  or.b64 %rd3, %rd3, 0x4000004000000000;
+  mov.u32 %r4, 0;
+  wgmma.fence.sync.aligned;
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, {%r4, %r4, %r4, %r4}, %rd3, 0, 1, 1, 0;
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 0;
+)";
+  };
+  ok(launch(wgmma(true), {2, 128, 2}, nullptr, nullptr));
+  ok(launch(wgmma(false), {2, 128, 1}, nullptr, nullptr));
+  fails(launch(wgmma(false), {2, 128, 2}, nullptr, nullptr), Fault::shared_out_of_bounds, "masked with 0x3FFFF");
+}
+
 void wgmma_fence() {
   current = "wgmma.fence";
   const std::string begin = R"(
@@ -206,6 +241,11 @@ void dependent_launches() {
   fails(run(load + wait, first.unfinished), Fault::grid_race, "may still run before griddepcontrol.wait");
   fails(launch(address + store, {}, nullptr, x.p, first.unfinished), Fault::grid_race, "race between launches: write");
 
+  // A compiler may move ld.global.nc before the wait, since nobody may write the memory while the kernel runs.
+  const std::string constant_load = "ld.global.nc.u32 %r4, [%rd4];\n";
+  ok(run(wait + constant_load, {}));
+  fails(run(wait + constant_load, first.unfinished), Fault::non_coherent, "may move before griddepcontrol.wait");
+
   // Of two warps, one waits.
   const std::string one_waits = "setp.lt.u32 %p1, %r1, 32;\n@%p1 griddepcontrol.wait;\n";
   ok(run(one_waits + "bar.sync 0;\n" + load, first.unfinished, 64));
@@ -219,15 +259,29 @@ void dependent_launches() {
   };
   ok(third(wait + trigger + store, load));
   ok(third(trigger + wait + store, wait + load));
+  ok(third(wait + trigger + store, constant_load));
+  fails(third(trigger + wait + store, wait + constant_load), Fault::non_coherent, "may move before");
   fails(third(trigger + wait + store, load + wait), Fault::grid_race, "may still run before griddepcontrol.wait");
   fails(third(store, wait + load), Fault::grid_race, "the one between did not execute");
 }
 
 }  // namespace
 
+void arithmetic_of_sums() {
+  current = "CUDASIM_MMA";
+  for (const char* name : {"", "ordered", "card"}) {
+    Env c("CUDASIM_MMA", name);
+    ok(launch("", {}, nullptr, nullptr));
+  }
+  Env c("CUDASIM_MMA", "cards");
+  fails(launch("", {}, nullptr, nullptr), Fault::bad_launch, "CUDASIM_MMA=cards is unknown");
+}
+
 void checks() {
+  arithmetic_of_sums();
   setmaxnreg();
   distributed_shared_memory();
+  ranks_in_addresses();
   wgmma_fence();
   proxy_of_writes();
   counters();

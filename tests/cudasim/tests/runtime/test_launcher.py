@@ -80,6 +80,29 @@ def test_endless_kernel_is_ended(ops):
     assert "spin_kernel" in result.stderr
 
 
+def test_sticky_faults(ops):
+    program = """
+x = torch.ones(1000, device="cuda")
+for call in (
+    lambda: ops.add(x, x, checked=False),  # reaches beyond x
+    lambda: ops.add(x, x),
+    lambda: x + x,
+    lambda: torch.empty(3, device="cuda"),
+    lambda: x.cpu(),
+    torch.cuda.synchronize,
+    torch.cuda.Event(enable_timing=True).record,
+):
+    try:
+        call()
+        print("fine")
+    except RuntimeError as error:
+        print("illegal memory access" in str(error) and "add_kernel" in str(error))
+"""
+    for options, rest in (["--sticky"], "True"), ([], "fine"):
+        result = simulate(options, program, ops)
+        assert result.stdout.split() == ["True"] + [rest] * 6, result.stderr
+
+
 def test_other_device(ops):
     result = simulate(
         ["--arch", "80"],

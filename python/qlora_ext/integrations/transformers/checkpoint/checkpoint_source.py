@@ -18,7 +18,8 @@ from ....checkpoints import LOAD_ORIGINAL, MLX, formats_of, joined, retained_of
 from ....checkpoints.rows import alternating_rows, grouped_rows, select_rows
 from ....form import Form
 from ....nn import Linear4bit, Packed4bit, TiedLinear4bit, dense_modules, is_dense, layers_of, paths_to
-from ....weight import Weight4bit
+from ....weight import Weight4bit, quantize
+from ..config import QLoRAConfig
 from ..deferred import deferred, dtype_of
 from ..modules import BaseNames, check_complete, empty_layer
 from ..weight_source import Source
@@ -39,15 +40,18 @@ class CheckpointSource(Source):
 
     Args:
         config: the checkpoint's ``quantization_config``.
+        given: if it has ``requantize``, layers get the forms that it would give to dense ones.
 
     Raises:
         ValueError: the format, or one of its settings, is not supported.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], given: QLoRAConfig | None = None) -> None:
         self._formats = formats_of(config)
         self.name = " and ".join(dict.fromkeys(kind.name for kind, _ in self._formats))
         self._config = copy.deepcopy(dict(config))
+        self._given = given if given is not None and given.requantize else None
+        self._requantized: dict[str, Form] = {}
         if isinstance(self._formats[0][0], MLX):
             del self._config["quant_method"]  # which MLX does not write
         self._weights: dict[str, StoredWeight] = {}
@@ -87,9 +91,24 @@ class CheckpointSource(Source):
         for name in forms:  # a module has one block size
             siblings = [form.block_size for other, form in forms.items() if module_of(other) == module_of(name)]
             self._weights[name].block_size = min(siblings)
+        self._requantized = self._forms_given(model)
         return {
             name: dataclasses.replace(form, block_size=self._weights[name].block_size) for name, form in forms.items()
-        }
+        } | self._requantized
+
+    def _forms_given(self, model: nn.Module) -> dict[str, Form]:
+        """The forms of the weights that are quantized anew: those of layers that are not output heads."""
+        forms: dict[str, Form] = {}
+        if self._given is None:
+            return forms
+        heads = {*dense_modules(model).heads}
+        for name in dict.fromkeys(map(module_of, self._weights)):
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Embedding) and heads.isdisjoint(paths_to(name)):
+                shapes = empty_layer(module, torch.float32, Form()).packed_shapes
+                form = self._given.form_of(name, shapes.values())
+                forms |= {f"{name}.{weight}".removeprefix("."): form for weight in shapes}
+        return forms
 
     def _placed(self, model: nn.Module, names: Names, stored: Mapping[str, Matrix]) -> dict[str, StoredWeight]:
         """The packed weights, by their names in the model. Those for which it has no place are left to transformers.
@@ -205,6 +224,9 @@ class CheckpointSource(Source):
         assert isinstance(module, Packed4bit)
         weight = self._weights[name]
         matrices = self._matrices(weight, by_key, module)
+        if (form := self._requantized.get(name)) is not None:
+            dtype = module.weight_dtype
+            matrices = ((at, quantize(w4.dequantize(torch.float32), form).replace(dtype=dtype)) for at, w4 in matrices)
         first = next(matrices)
         if first[1].shape == weight.shape:
             return first[1]
@@ -246,8 +268,8 @@ class CheckpointSource(Source):
     # When the model is saved
 
     @property
-    def saved_config(self) -> Mapping[str, Any]:
-        return self._config
+    def saved_config(self) -> Mapping[str, Any] | None:
+        return None if self._requantized else self._config
 
     def prepare_saving(self, conversions: list[Any]) -> list[Any]:
         """The ``conversions`` that transformers reverses when it saves the model, and which restore our names."""

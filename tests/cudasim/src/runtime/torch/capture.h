@@ -14,6 +14,7 @@
 // libcudart's
 extern "C" {
 int cudasim_begin_work(cudaStream_t);
+int cudasim_context_error();
 int cudasim_record(cudaStream_t, int (*run)(void*), void* data, void (*drop)(void*));
 void cudasim_fail(const char* why);
 void cudasim_refuse_capture(cudaStream_t, const char* why);

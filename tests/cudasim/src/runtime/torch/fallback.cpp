@@ -5,6 +5,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -56,6 +57,7 @@ class Call {
   Call(const OperatorHandle& op, torch::jit::Stack* stack) : op_(op), stack_(stack), schema_(op.schema()) {}
 
   void run() {
+    C10_CUDA_CHECK(static_cast<cudaError_t>(cudasim_context_error()));
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     const bool capturing = cudasim_begin_work(stream);
     if (capturing) recorded_ = std::make_unique<Recorded>(op_, stream);
