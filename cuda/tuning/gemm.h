@@ -30,9 +30,9 @@ constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
 // ---- cuts ----
 //
 // Where tiles would leave SMs idle, the sums of the last tiles are cut into parts, which other CTAs compute (stream-K).
-// A float32 sum depends on where it is cut. So the cuts follow from the problem's sizes and the architecture alone. They
-// are those that take the least time on the architecture's card in kCardRates, whatever the device's number of SMs. The
-// bits then depend neither on the number of CTAs nor on the panels.
+// A float32 sum depends on where it is cut. So the cuts follow from the problem's sizes and the architecture alone.
+// They are those that take the least time on the architecture's card in kCardRates, whatever the device's number of
+// SMs. The bits then depend neither on the number of CTAs nor on the panels.
 
 // In stages, each of which takes an A100 0.9 us by the rate below: starting a part and storing its sums, 128 KB at the
 // 64 bytes per cycle that L2 has for an SM; and reading them again to add them up.

@@ -85,7 +85,7 @@ class Over4bit:
                     if not any(p.is_meta for p in module.parameters()):
                         module.to(device)
 
-    # Not abstract: PEFT's layers change their class at run time, which Python rejects for a class with an abstract base.
+    # Not abstract: PEFT's layers change their class at run time, which Python rejects where a base is abstract.
 
     def decoded(self) -> Tensor:
         """The decoded weight in float32, in the dense weight's shape."""
