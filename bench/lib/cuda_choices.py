@@ -31,7 +31,7 @@ BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
     frozenset({"few_tokens", "tensor_cores"}): ("most_few_tokens", SM80),
     frozenset({"tensor_cores", "gemm"}): ("kAhead", GEMM),
     frozenset({"few_tokens", "gemm"}): ("kAhead", GEMM),
-    frozenset({"library", "gemm"}): ("panels_time", GEMM),
+    frozenset({"library", "gemm"}): ("kAhead", GEMM),
     frozenset({"tensor_cores", "library"}): ("kCrossovers", LIBRARY),
     frozenset({"few_tokens", "library"}): ("kCrossovers", LIBRARY),
 }
@@ -55,7 +55,9 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
     ("gemm", "linear_nf4", "panel"): ("panels_time", GEMM),
     ("gemm", "linear_nf4_dx", "panel"): ("panels_time", GEMM),
     ("library", "linear_nf4", "panel"): ("library_time", LIBRARY),
+    ("library", "linear_nf4", "splits"): ("splits_within_l2", LIBRARY),
     ("library", "linear_nf4_dx", "panel"): ("library_time", LIBRARY),
+    ("library", "linear_nf4_dx", "splits"): ("splits_within_l2", LIBRARY),
 }
 
 
@@ -69,6 +71,7 @@ def candidates(operator: str) -> Iterator[str]:
     if operator != "linear_nf4_dlora":
         for kernel in ("gemm", "library"):
             yield from (kernel, *(f"{kernel}:panel={panel}" for panel in PANELS))
+        yield "library:splits=2"
 
 
 def parse(choice: str) -> tuple[str, dict[str, int]]:

@@ -31,14 +31,14 @@ constexpr const char* kernel_name(Kernel kernel) {
 // A parameter is 0 if the kernel does not have it. `splits` and `ctas` are also 0 until the launcher's plan sets one of
 // them: what fills the device depends on how many CTAs of the compiled kernel an SM holds.
 struct Config {
-  int64_t tokens = 0;     // per tile
-  int64_t rows = 0;       // rows of w per tile of the forward
-  int64_t ranks = 0;      // LoRA ranks per tile
-  int64_t columns = 0;    // per tile of the gradients
-  int64_t splits = 0;     // CTAs that divide a tile's sum
-  int64_t panel = 0;      // columns of the output whose weights are decoded at a time
+  int64_t tokens = 0;   // per tile
+  int64_t rows = 0;     // rows of w per tile of the forward
+  int64_t ranks = 0;    // LoRA ranks per tile
+  int64_t columns = 0;  // per tile of the gradients
+  int64_t splits = 0;   // parts of a tile's sum, for CTAs that divide it; of the library, for panels one after another
+  int64_t panel = 0;    // columns of the output whose weights are decoded at a time
   int64_t multicast = 0;  // CTAs with neighbouring outputs that receive each copy of the tokens' values
-  int64_t ctas = 0;       // CTAs that divide the sums of all tiles evenly (stream-K)
+  int64_t ctas = 0;       // CTAs that divide the sums of all tiles (stream-K); of gemm, the most of a launch
 };
 
 struct Parameter {

@@ -61,13 +61,14 @@ constexpr int64_t dx_split_rows(int64_t n, int64_t splits) {
 //   - CTAs run in waves of as many as the device holds.
 //   - The last CTA of a tile adds up a split of 64 tokens x 256 columns (64 KB from L2, 64 bytes per cycle) in 1000
 //     cycles, and of fewer tokens proportionally faster.
+inline constexpr int64_t kDxSplitCycles = 1000;
 constexpr int64_t dx_splits(int64_t tiles, int64_t n, int64_t tokens, int ctas_per_sm, const Device& device) {
-  constexpr int64_t kStageCycles = 640, kSplitCycles = 1000;
+  constexpr int64_t kStageCycles = 640;
   const int64_t stages = std::max<int64_t>(ceil_div(n, kDxStageRows), 1);
   const int64_t slots = std::max<int64_t>(int64_t{device.sm_count} * ctas_per_sm, 1);
   return cheapest_splits(std::min(stages, slots), [&](int64_t s) {
     return ceil_div(tiles * s, slots) * (ceil_div(stages, s) + 1) * kStageCycles +
-           (s > 1 ? s * kSplitCycles * tokens / 64 : 0);
+           (s > 1 ? s * kDxSplitCycles * tokens / 64 : 0);
   });
 }
 

@@ -9,6 +9,8 @@
 #include "cpp/format/problem.h"
 #include "cuda/tuning/choice.h"
 #include "cuda/tuning/device.h"
+#include "cuda/tuning/sm100.h"
+#include "cuda/tuning/sm80.h"
 
 namespace qlora::cuda {
 
@@ -27,10 +29,10 @@ inline constexpr int64_t kNever = INT64_MAX;
 // cards, at many CTAs.
 inline constexpr Crossover kCrossovers[] = {
     {75, 17},       // T4: model 18 against float32 FMA at half of its 8.1 TFLOP/s; from 17 tokens on, a tile has 64
-    {80, 256},      // A100: bnb 128, model 640
+    {80, kNever},   // A100: our own GEMM (gemm.h) is ahead; bnb 128
     {86, kNever},   // A40, RTX 3090, 4090, L40S: limited by the tensor cores, which hide the decode; bnb 256
     {90, 128},      // H100: bnb 64, model 320
-    {100, 64},      // B200, B300: bnb 32, model 64
+    {100, 64},      // B200, B300: bnb 32, model 64; from there on, by the problem's sizes (is_behind_fused)
     {110, 512},     // Thor: model 1000 at its memory rate; bnb 256 on GB10
     {120, kNever},  // RTX 5090, RTX PRO 6000: like the 4090; model 1200
 };
@@ -77,17 +79,23 @@ inline constexpr CardRates kCardRates[] = {
 // Of Thor and GB10, whose clock of the memory drivers do not report alike: 256 bits of LPDDR5X at 8533 MT/s.
 inline constexpr double kIntegratedBytes = 273;
 
-// The rates of a device: its SMs and clock scale those of its architecture's card, and its own memory replaces that
-// card's. Attributes do not tell whether tensor cores add float32 sums at half the rate, as on GeForce cards but not on
-// A10, L4 or L40S, so the rate of those is underestimated.
-constexpr Rates rates_of(const Device& device) {
+// The card of the device's architecture.
+constexpr const CardRates& card_of(const Device& device) {
   const CardRates* card = kCardRates;
   for (const CardRates& c : kCardRates) {
     if (device.arch >= c.arch) card = &c;
   }
-  Rates rates = card->rates;
-  const double clock = device.clock_khz > 0 ? device.clock_khz : card->clock_khz;
-  const double scale = device.sm_count * clock / (static_cast<double>(card->sm_count) * card->clock_khz);
+  return *card;
+}
+
+// The rates of a device: its SMs and clock scale those of its architecture's card, and its own memory replaces that
+// card's. Attributes do not tell whether tensor cores add float32 sums at half the rate, as on GeForce cards but not on
+// A10, L4 or L40S, so the rate of those is underestimated.
+constexpr Rates rates_of(const Device& device) {
+  const CardRates& card = card_of(device);
+  Rates rates = card.rates;
+  const double clock = device.clock_khz > 0 ? device.clock_khz : card.clock_khz;
+  const double scale = device.sm_count * clock / (static_cast<double>(card.sm_count) * card.clock_khz);
   if (scale > 0) rates.flops *= scale, rates.float32_flops *= scale;
   if (device.is_integrated)
     rates.bytes = kIntegratedBytes;
@@ -109,6 +117,7 @@ struct PanelProduct {
 };
 
 inline constexpr double kLaunchTime = 2500, kMemoryRate = 0.9;  // nanoseconds; of the data sheet's rate
+inline constexpr double kPackedBytes = 0.52;                    // of a weight, with its share of the scales
 
 // The nanoseconds in which panels and their sums are written and read in memory. Those that fit in half of L2 stay
 // there.
@@ -137,8 +146,8 @@ constexpr int64_t fastest_panel(const PanelProduct& p, int64_t step, const Devic
 // launch that decodes it, a GEMM, and a launch that adds LoRA and bias to its sums if it has any. A GEMM has tiles of
 // 128 tokens and 64, 128 or 256 columns, whichever take the least time. Its tiles run in waves of one per SM, at 0.75
 // of the data sheet's rate; those of 64 columns read more, at 0.83 of that. From L2, sums are added and rounded in the
-// time of 4 bytes of memory each.
-constexpr double library_time(const PanelProduct& p, int64_t panel, const Device& device) {
+// time of 4 bytes of memory each. `p` is one of `parts` that are added to the same sums.
+constexpr double library_time(const PanelProduct& p, int64_t panel, const Device& device, int64_t parts = 1) {
   constexpr int64_t kTileTokens = 128;
   constexpr struct {
     int64_t columns;
@@ -157,14 +166,15 @@ constexpr double library_time(const PanelProduct& p, int64_t panel, const Device
   const double column_flops = static_cast<double>(2 * kTileTokens * p.inner * sms);
   const double flops = 0.75 * (p.dtype == DType::kFloat32 ? rates.float32_flops : rates.flops);
   const double columns = static_cast<double>(p.columns / panel) * gemm_columns(panel) + gemm_columns(p.columns % panel);
-  const double launches = static_cast<double>(ceil_div(p.columns, panel) * (p.float32_sums ? 3 : 2));
+  const double launches = static_cast<double>(ceil_div(p.columns, panel) * (2 * parts + (p.float32_sums ? 1 : 0)));
   const double added = static_cast<double>(p.float32_sums ? 4 * p.m * p.columns : 0);
-  return columns * column_flops / flops + launches * kLaunchTime + added / (kMemoryRate * rates.bytes) +
-         time_outside_l2(p, panel, device);
+  const double of_part =
+      columns * column_flops / flops + added / (kMemoryRate * rates.bytes) + time_outside_l2(p, panel, device);
+  return static_cast<double>(parts) * of_part + launches * kLaunchTime;
 }
 
-constexpr int64_t library_panel_columns(const PanelProduct& p, int64_t step, const Device& device) {
-  return fastest_panel(p, step, device, [&](int64_t panel) { return library_time(p, panel, device); });
+constexpr int64_t library_panel_columns(const PanelProduct& p, int64_t step, const Device& device, int64_t parts = 1) {
+  return fastest_panel(p, step, device, [&](int64_t panel) { return library_time(p, panel, device, parts); });
 }
 
 namespace library {
@@ -178,12 +188,6 @@ constexpr bool accepts(const Problem& p, const Device&) {
 // 64 in the forward of more than 16, so that from here on they decode more than once, or multiply tokens that do not
 // exist. This is a model, not a measurement.
 inline constexpr int64_t kWideTokens = 17;
-
-template <class Problem>
-constexpr bool is_ahead(const Problem& p, const Device& device) {
-  if (is_wide(p.w.code) && is_16_bit(p.dtype)) return p.m >= kWideTokens;
-  return p.m >= library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device, has_offsets(p.w));
-}
 
 // On B200 and B300, LoRA and bias are further terms of the library's sums: [x | h | 1] · [w | lora_b | bias]ᵀ and
 // [dy | g] · [w; lora_a]. This takes a copy of x or dy, whose rows the low-rank product extends. Cards with slower
@@ -232,19 +236,81 @@ constexpr Config panels(int64_t columns, int64_t step, int64_t best, const Confi
 constexpr PanelProduct product(const LinearProblem& p) { return {p.m, p.w.k, p.w.n, false, p.dtype}; }
 constexpr PanelProduct product(const LinearDxProblem& p) { return {p.m, p.w.n, p.w.k, false, p.dtype}; }
 
+// The terms of each of `splits` parts of a sum over `inner`: a panel holds the terms of a part, and the parts are added
+// to float32 sums in memory.
+constexpr int64_t part_terms(int64_t inner, int64_t splits) {
+  return splits == 1 ? inner : ceil_div(ceil_div(inner, splits), kPanelStep) * kPanelStep;
+}
+
+// A part's product.
 template <class Problem>
-constexpr PanelProduct product(const Problem& p, const Device& device) {
+constexpr PanelProduct product(const Problem& p, const Device& device, int64_t splits) {
   PanelProduct result = product(p);
-  result.inner += further_terms(p, device);
-  result.float32_sums = has_sums(p, device);
+  result.inner = part_terms(result.inner, splits) + (splits == 1 ? further_terms(p, device) : 0);
+  result.float32_sums = splits > 1 || has_sums(p, device);
+  return result;
+}
+
+// On B200 and B300, whose products take less time than a panel's way through memory, sums may be split so that panels
+// of all columns stay in L2.
+constexpr int64_t splits_within_l2(const PanelProduct& whole, const Device& device) {
+  constexpr int64_t kMost = 8;
+  if (device.arch / 10 != 10 || !is_16_bit(whole.dtype)) return 1;
+  const int64_t splits = ceil_div(whole.columns * whole.column_bytes(), int64_t{device.l2_bytes / 2});
+  return splits <= kMost ? splits : 1;
+}
+
+template <class Problem>
+constexpr double time(const Problem& p, const Device& device, const Config& config) {
+  return library_time(product(p, device, config.splits), config.panel, device, config.splits);
+}
+
+// The choices below leave LoRA and bias out, so that a layer runs the same kernel without its adapter.
+template <class Problem>
+constexpr Problem without_lora(Problem p) {
+  p.lora.rank = 0;
+  if constexpr (requires { p.bias; }) p.bias = nullptr;
+  return p;
+}
+
+template <class Problem>
+constexpr Config split_config(const Problem& p, const Device& device, const Config& wish, int64_t wished_splits) {
+  const int64_t step = panel_step(p), inner = product(p).inner;
+  const int64_t splits = ceil_div(inner, part_terms(inner, wished_splits));
+  const PanelProduct part = product(p, device, splits);
+  Config result = panels(part.columns, step, library_panel_columns(part, step, device, splits), wish);
+  result.splits = splits;
   return result;
 }
 
 template <class Problem>
 constexpr Config config(const Problem& p, const Device& device, const Config& wish) {
-  const int64_t step = panel_step(p);
-  const PanelProduct whole = product(p, device);
-  return panels(whole.columns, step, library_panel_columns(whole, step, device), wish);
+  if (wish.splits > 0) return split_config(p, device, wish, wish.splits);
+  const Problem bare = without_lora(p);
+  const int64_t wished = splits_within_l2(product(bare), device);
+  if (wished == 1) return split_config(p, device, wish, 1);
+  const Config whole = split_config(bare, device, {}, 1), split = split_config(bare, device, {}, wished);
+  return split_config(p, device, wish, time(bare, device, split) < time(bare, device, whole) ? split.splits : 1);
+}
+
+// On B200 and B300, whether a fused kernel takes less time than the library, by models of both. Its products take
+// mma.sync's rate, but it does not write a decoded weight, and its splits fill the card. From a few hundred tokens on,
+// only the rate counts.
+template <class Problem>
+constexpr bool is_behind_fused(const Problem& p, const Device& device) {
+  constexpr int64_t kMostTokens = 512;
+  if (device.arch / 10 != 10 || p.m > kMostTokens || !sm80::accepts(p, device)) return false;
+  const double packed = kPackedBytes * static_cast<double>(p.w.n * p.w.k) / (kMemoryRate * rates_of(device).bytes);
+  const Problem bare = without_lora(p);
+  return sm100::fused_time(p, device) < time(bare, device, config(bare, device, {})) + packed;
+}
+
+template <class Problem>
+constexpr bool is_ahead(const Problem& p, const Device& device) {
+  if (is_wide(p.w.code) && is_16_bit(p.dtype)) return p.m >= kWideTokens;
+  if (decodes_often(p.dtype, p.w.k, p.w.scales.block_size, has_offsets(p.w)))
+    return p.m >= library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device, has_offsets(p.w));
+  return p.m >= library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device) && !is_behind_fused(p, device);
 }
 
 }  // namespace library

@@ -167,3 +167,42 @@ def test_invalid_initial_adapters_are_rejected(
     initial = str(tmp_path / "four" / "initial_adapter")
     assert finetune(model, tmp_path / "run", "--init-adapter", initial, "--rank", "4") == 2
     assert "--rank: the adapter of --init-adapter has its own" in capsys.readouterr().err
+
+
+def test_distill(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(tmp_path / "text.txt")
+    assert quantize(model, tmp_path / "calibrated", "--calibrate", text) == 0
+    capsys.readouterr()
+    assert quantize(model, tmp_path / "out", "--distill", text) == 0
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert record["method"].endswith("codes learnt from the dense model")
+    assert record["inputs"] == text
+    learnt = sum(layer["method"] == "distilled" for layer in record["layers"])
+    assert learnt > 0
+    assert f"distilled {learnt} of them" in printed
+    assert not (tmp_path / "out.calibration").exists()
+    files = [tmp_path / name / "model.safetensors" for name in ("calibrated", "out")]
+    assert files[0].stat().st_size == files[1].stat().st_size
+    one, other = map(load_file, files)
+    assert {name for name in one if not torch.equal(one[name], other[name])}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--distill", "self", "--calibrate", "self"], "--calibrate and --distill exclude each other"),
+        (["--distill", "self", "--init-lora", "svd"], "--distill and --init-lora exclude each other"),
+        (["--distill", "missing.txt"], "--distill missing.txt: no such file or directory"),
+    ],
+)
+def test_wrong_options_of_distill(
+    model: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert quantize(model, tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 // Prints, as JSON, how the files of cuda/tuning configure kernels on any card; test_cuda_tuning.py compiles and reads
 // it.
+#include <array>
 #include <cstdio>
 #include <iterator>
 
@@ -103,14 +104,58 @@ int main() {
   std::printf("], \"gemm\": [");
   comma = "";
   for (const auto& [name, device] : kCards)
-    for (int m : {1, 1024, 4096, 65536})
+    for (int m : {1, 300, 1024, 4096, 65536})
       for (int inner : {64, 4096, 14336})
         for (int columns : {8, 1024, 4096, 14336}) {
           const PanelProduct product{m, inner, columns, false, DType::kBFloat16};
-          std::printf("%s[\"%s\", %d, %d, %d, 0, 2, %ld, %ld]", comma, name.data(), m, inner, columns,
-                      long(device.l2_bytes), long(gemm::panel_columns(product, 256, device)));
+          const gemm::Cuts cuts = gemm::cuts(product, device);
+          const int64_t panel = gemm::panel_columns(product, 256, device);
+          std::printf("%s[\"%s\", %d, %d, %d, %ld, %ld, %ld, %ld, %ld, %.0f]", comma, name.data(), m, inner, columns,
+                      long(cuts.whole), long(cuts.parts), long(device.l2_bytes), long(panel),
+                      long(gemm::panels_stages(product, panel, cuts, device)),
+                      gemm::panels_time(product, panel, cuts, device));
           comma = ", ";
         }
+  std::printf("], \"b200\": [");
+  comma = "";
+  for (int m : {64, 128, 300, 1024})
+    for (int n : {1024, 4096, 14336})
+      for (int k : {64, 4096, 14336}) {
+        LinearProblem p;
+        p.dtype = DType::kBFloat16, p.m = m, p.w.n = n, p.w.k = k;
+        for (const auto& [name, device] : kCards) {
+          if (device.arch != 100) continue;
+          const Config c = library::config(p, device, {});
+          std::printf("%s[%d, %d, %d, %ld, %ld, %ld, \"%s\", %.0f, %.0f]", comma, m, n, k, long(device.l2_bytes),
+                      long(c.splits), long(c.panel), kernel_name(choose(p, device).kernel), library::time(p, device, c),
+                      sm100::fused_time(p, device));
+          comma = ", ";
+        }
+      }
+  std::printf("], \"cuts\": [");
+  comma = "";
+  for (auto [arch, sms] : {std::array{80, 108}, {80, 56}, {80, 14}, {89, 128}, {89, 58}, {120, 170}, {120, 48}})
+    for (int m : {1, 300, 1024, 4096})
+      for (int inner : {64, 4096, 14336}) {
+        const gemm::Cuts cuts = gemm::cuts({m, inner, 4096, false, DType::kBFloat16}, card(arch, sms, 40));
+        std::printf("%s[%d, %d, %d, %ld, %ld]", comma, arch, m, inner, long(cuts.whole), long(cuts.parts));
+        comma = ", ";
+      }
+  std::printf("], \"a100\": [");
+  comma = "";
+  for (auto [m, n, k] : {std::array{256, 4096, 4096}, {1024, 4096, 4096}, {256, 14336, 4096}, {256, 4096, 14336}}) {
+    const Device a100 = kCards[1].device;
+    PanelProduct product{m, k, n, false, DType::kBFloat16};
+    const auto best = [&](const auto& time) { return time(fastest_panel(product, 256, a100, time)) / 1000; };
+    const auto by_gemm = [&](gemm::Cuts cuts) {
+      return best([&](int64_t panel) { return gemm::panels_time(product, panel, cuts, a100); });
+    };
+    const double cut = by_gemm(gemm::cuts(product, a100)), whole = by_gemm({n, 1});
+    product.float32_sums = true;
+    const double theirs = best([&](int64_t panel) { return library_time(product, panel, a100); });
+    std::printf("%s[%d, %d, %d, %.0f, %.0f, %.0f]", comma, m, n, k, cut, whole, theirs);
+    comma = ", ";
+  }
   std::printf("], \"feedback\": [");
   comma = "";
   for (int sms : {1, 108, 132})

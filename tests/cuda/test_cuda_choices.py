@@ -30,79 +30,98 @@ CHOICES = {
     (FORWARD, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 rows=128",
         "sm90 tokens=64 rows=128 splits=3 multicast=1",
-        "library panel=4096",
+        "library splits=1 panel=4096",
         "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 0): (
-        "gemm panel=2560",  # 320 tiles and 192, in 5 waves
+        "gemm splits=1 panel=2560",  # 320 tiles and 192, in 5 waves
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "library panel=4096",
-        "tensor_cores tokens=32 rows=128",
+        "library splits=1 panel=4096",
+        "gemm splits=3 panel=4096",  # of 512 tiles, 480 whole on 170 SMs, and 32 in parts
     ),
     # clusters that fit the card's GPCs; panels that leave L2, where smaller ones would leave SMs idle
     (FORWARD, "bfloat16", 256, 4096, 4096, 64, 0): (
-        "library panel=2048",
+        "gemm splits=3 panel=4096",  # 32 tiles on 108 SMs
         "sm90 tokens=128 rows=128 splits=2 multicast=1",
-        "library panel=4096",
+        "library splits=1 panel=4096",
         "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "bfloat16", 192, 11008, 4096, 64, 0): (
-        "tensor_cores tokens=64 rows=128",
+        "gemm splits=1 panel=11008",
         "sm90 tokens=64 rows=128 splits=1 multicast=2",
-        "library panel=6400",
+        "library splits=1 panel=6400",
         "tensor_cores tokens=32 rows=128",
     ),
     (DX, "bfloat16", 4096, 14336, 4096, 64, 0): (
-        "gemm panel=4096",
+        "gemm splits=1 panel=4096",
         "sm90 tokens=256 columns=128 splits=1 multicast=2",
-        "library panel=4096",
-        "tensor_cores tokens=64 columns=256",
+        "library splits=1 panel=4096",
+        "gemm splits=4 panel=1280",
     ),
-    # our own GEMM, where its tiles fill the card
-    (FORWARD, "bfloat16", 512, 4096, 4096, 64, 0): (
-        "library panel=1536",  # 96 tiles of 128 x 64 on 108 SMs, and 64
-        "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "library panel=4096",
+    # B200: fused, or panels that hold parts of the sums, so that they stay in L2 with columns for all SMs
+    (FORWARD, "bfloat16", 64, 4096, 14336, 64, 0): (
+        "tensor_cores tokens=64 rows=128",
+        "sm90 tokens=64 rows=128 splits=7 multicast=1",
+        "tensor_cores tokens=64 rows=128",
         "tensor_cores tokens=32 rows=128",
     ),
-    (FORWARD, "float16", 4096, 14336, 4096, 64, 0): (
-        "gemm panel=2560",
+    (FORWARD, "bfloat16", 256, 4096, 14336, 64, 0): (
+        "gemm splits=3 panel=4096",
+        "sm90 tokens=128 rows=128 splits=2 multicast=1",
+        "library splits=2 panel=4096",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    # our own GEMM, where its tiles and the parts of sums that are cut fill the card
+    (FORWARD, "bfloat16", 512, 4096, 4096, 64, 0): (
+        "gemm splits=3 panel=2048",
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "library panel=7424",
-        "gemm panel=5376",
+        "library splits=1 panel=4096",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    (DX, "bfloat16", 1024, 4096, 4096, 64, 0): (
+        "gemm splits=4 panel=4096",  # 104 whole tiles, and 24 in 4 parts
+        "sm90 tokens=256 columns=128 splits=1 multicast=2",
+        "library splits=1 panel=4096",
+        "tensor_cores tokens=64 columns=256",
+    ),
+    (FORWARD, "float16", 4096, 14336, 4096, 64, 0): (
+        "gemm splits=1 panel=2560",
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
+        "library splits=1 panel=7424",
+        "gemm splits=1 panel=5376",
     ),
     # k that is no multiple of 64, and blocks of 32
     (FORWARD, "bfloat16", 4, 4096, 4100, 64, 0): "ragged tokens=4 rows=64",
     (FORWARD, "bfloat16", 32, 4096, 4096, 32, 0): "ragged tokens=64 rows=64",
     (FORWARD, "bfloat16", 300, 4096, 4100, 64, 0): (
-        "library panel=2048",
-        "library panel=2048",
-        "library panel=4096",
-        "library panel=4096",
+        "library splits=1 panel=2048",
+        "library splits=1 panel=2048",
+        "library splits=1 panel=4096",
+        "library splits=1 panel=4096",
     ),
     (FORWARD, "bfloat16", 4096, 4096, 4104, 64, 0): (
-        "gemm panel=4096",  # leaves L2, in which panels of 2048 take another wave
-        "library panel=1024",
-        "library panel=4096",
-        "gemm panel=4096",
+        "gemm splits=1 panel=4096",  # leaves L2, in which panels of 2048 take another wave
+        "library splits=1 panel=1024",
+        "library splits=1 panel=4096",
+        "gemm splits=3 panel=4096",
     ),
     # exact float32
     (FORWARD, "float32", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
     (FORWARD, "float32", 64, 4096, 4096, 64, 0): "exact tokens=64 rows=64",
-    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library panel=4096",  # smaller ones would leave SMs idle
+    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library splits=1 panel=4096",  # smaller ones would leave SMs idle
     # the input's gradient
     (DX, "bfloat16", 1, 4096, 4096, 64, 0): "tensor_cores tokens=8 columns=256",
     (DX, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 columns=256",
         "sm90 tokens=64 columns=128 splits=3 multicast=1",
-        "library panel=4096",
+        "library splits=1 panel=4096",
         "tensor_cores tokens=64 columns=256",
     ),
     (DX, "bfloat16", 4096, 4096, 4096, 64, 0): (
-        "gemm panel=2560",
+        "gemm splits=1 panel=2560",
         "sm90 tokens=256 columns=128 splits=1 multicast=2",
-        "library panel=4096",
-        "tensor_cores tokens=64 columns=256",
+        "library splits=1 panel=4096",
+        "gemm splits=3 panel=4096",
     ),
     (DX, "bfloat16", 40, 4100, 4096, 64, 0): "ragged tokens=32 columns=256",
     (DX, "bfloat16", 4, 4096, 4096, 16, 0): "ragged tokens=16 columns=256",
@@ -135,13 +154,13 @@ CHOICES = {
 ON_T4 = {
     (FORWARD, "float16", 1, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
     (FORWARD, "float16", 16, 4096, 4100, 32, 0): "exact tokens=16 rows=64",
-    (FORWARD, "float16", 17, 4096, 4096, 64, 0): "library panel=4096",
-    (FORWARD, "float16", 17, 4096, 4100, 32, 0): "library panel=4096",
-    (FORWARD, "float16", 4096, 14336, 4096, 64, 0): "library panel=5120",
+    (FORWARD, "float16", 17, 4096, 4096, 64, 0): "library splits=1 panel=4096",
+    (FORWARD, "float16", 17, 4096, 4100, 32, 0): "library splits=1 panel=4096",
+    (FORWARD, "float16", 4096, 14336, 4096, 64, 0): "library splits=1 panel=5120",
     (FORWARD, "float32", 64, 4096, 4096, 64, 0): "exact tokens=64 rows=64",
-    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library panel=4096",
+    (FORWARD, "float32", 65, 4096, 4096, 64, 0): "library splits=1 panel=4096",
     (DX, "float16", 16, 4096, 4096, 64, 0): "exact tokens=16 columns=128",
-    (DX, "float16", 17, 4100, 4096, 16, 0): "library panel=4096",
+    (DX, "float16", 17, 4100, 4096, 16, 0): "library splits=1 panel=4096",
     (DX, "float32", 16, 4096, 4096, 64, 0): "exact tokens=16 columns=128",
     (DLORA, "float16", 4096, 4096, 4096, 64, 0): "exact ranks=16 columns=64",
     (FORWARD, "float16", 4096, 4096, 4096, 64, 8): "exact tokens=64 rows=64",
@@ -166,8 +185,10 @@ FORCED = {
     ("sm80", FORWARD, 3, 4096, 0, "few_tokens:ctas=7"): "few_tokens tokens=4 rows=128 ctas=7",
     ("sm90", FORWARD, 64, 4096, 0, "tensor_cores:tokens=32,ctas=7"): "tensor_cores tokens=32 rows=128 ctas=7",
     ("sm90", FORWARD, 3, 4096, 0, "ragged:tokens=64"): "ragged tokens=64 rows=64",
-    ("sm80", FORWARD, 3, 4096, 0, "library:panel=512"): "library panel=512",
-    ("sm80", FORWARD, 3, 4096, 0, "gemm:panel=512"): "gemm panel=512",
+    ("sm80", FORWARD, 3, 4096, 0, "library:panel=512"): "library splits=1 panel=512",
+    ("sm80", FORWARD, 3, 4096, 0, "library:splits=3,panel=512"): "library splits=3 panel=512",
+    ("sm80", FORWARD, 3, 4096, 0, "gemm:panel=512"): "gemm splits=6 panel=512",
+    ("sm120", FORWARD, 3, 4096, 0, "gemm:panel=512,ctas=7"): "gemm splits=7 ctas=7 panel=512",
     ("sm80", DX, 3, 4096, 0, "tensor_cores:tokens=32,splits=5"): "tensor_cores tokens=32 columns=256 splits=5",
     ("sm80", DLORA, 3, 4096, 0, "ragged:ranks=64"): "ragged ranks=64 columns=64",
     ("sm80", FORWARD, 3, 4096, 8, "tensor_cores:tokens=16"): "tensor_cores tokens=16 rows=128",
@@ -211,6 +232,8 @@ REFUSED = {
     ("sm120", FORWARD, 64, 4096, 0, "tensor_cores:tokens=64"): "with tokens=64: expected tokens=32",
     ("sm120", FORWARD, 3, 4096, 0, "few_tokens:tokens=16"): "with tokens=16: expected tokens=8",
     ("sm120", FORWARD, 9, 4096, 0, "few_tokens"): "few_tokens does not take linear_nf4 of m=9",
+    ("sm80", FORWARD, 64, 4096, 0, "gemm:splits=2"): "with the key ctas or panel, got splits=2",
+    ("sm80", FORWARD, 64, 4096, 0, "library:splits=7"): "with splits=7: expected splits=6",
     ("sm80", FORWARD, 64, 4096, 0, "library:panel=300"): "with panel=300: expected panel=512",
 }
 

@@ -251,12 +251,22 @@ def test_backward_of_the_layer(options: dict, dtype: torch.dtype) -> None:
 
 
 @each([case(FORWARD, 70, 600, 592, 8, kernel="gemm", dropout_p=0.4, block_size=128)])
-def test_panels_change_no_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three panels, the last of which is not whole, against a single one. The mask counts columns over all panels."""
+def test_panels_and_ctas_change_no_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three panels, the last of which is not whole, against a single one. The mask counts columns over all panels. The
+    sums are cut into two parts each, so that without a limit 6 CTAs run, or 2 for each panel."""
     s, dy = case.sample()
     whole = run(FORWARD, s, dy), check_samples(input_gradient, case.sample, 0)[0]
-    monkeypatch.setenv(VARIABLE, "gemm:panel=256")
-    assert all(map(torch.equal, whole, (run(FORWARD, s, dy), run(DX, s, dy))))
+    for parameters in ("panel=256", "ctas=1", "ctas=4", "ctas=5,panel=512", "ctas=1000"):
+        monkeypatch.setenv(VARIABLE, f"gemm:{parameters}")
+        assert all(map(torch.equal, whole, (run(FORWARD, s, dy), run(DX, s, dy)))), parameters
+
+
+@each([case(FORWARD, 1300, 2600, 512, 8, kernel="gemm", double_quant=False)])
+def test_whole_and_cut_sums_in_a_panel(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """121 tiles, of which an A100 computes 99 whole. The second panel has whole ones and others."""
+    [y] = check_samples(forward, case.sample, 0)
+    monkeypatch.setenv(VARIABLE, "gemm:ctas=31,panel=1280")
+    assert torch.equal(run(FORWARD, *case.sample()), y)
 
 
 @each([case(FORWARD, 200, 300, 320, rank, kernel="library:panel=256") for rank in (1, 6, 16)])

@@ -19,8 +19,7 @@ pytestmark = [
     pytest.mark.skipif(CAPABILITY == (7, 5), reason="the device does not compute in bfloat16"),
 ]
 GEFORCE = [(8, 6), (8, 9), (12, 0), (12, 1)]
-A100_PANELS = "(library|gemm)"  # whichever the model of cuda/tuning finds ahead
-MANY = {(9, 0): "sm90", (8, 0): A100_PANELS, **dict.fromkeys(GEFORCE, "tensor_cores")}.get(CAPABILITY, "library")
+MANY = {(9, 0): "sm90", **dict.fromkeys([(8, 0), *GEFORCE], "tensor_cores")}.get(CAPABILITY, "library")
 PROBLEMS = {
     (5, 24, 64, "bfloat16"): ("few_tokens", "tensor_cores", "tensor_cores"),
     (5, 7, 33, "float16"): ("ragged", "ragged", "ragged"),

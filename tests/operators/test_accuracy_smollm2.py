@@ -57,7 +57,7 @@ def recorded() -> Recorded:
             module.register_forward_hook(lambda m, x, y, entry=entry: entry.append(x[0].detach()[0]))
             module.register_full_backward_hook(lambda m, dx, dy, entry=entry: entry.append(dy[0].detach()[0] * 1024))
     ids = load_tokenizer(source)(TEXT, return_tensors="pt").input_ids
-    model.get_input_embeddings().weight.requires_grad_()
+    model.enable_input_require_grads()
     model(input_ids=ids, labels=ids).loss.backward()
     return found
 

@@ -5,6 +5,11 @@
 //
 // A CTA runs through the stages of `lora` and then through those of `main`. LoRA comes first so that dropout can mask
 // its product in the accumulators. Copies are four stages ahead, and operands one mma step ahead.
+//
+// The sums of some tiles are cut into parts, because whole tiles would leave SMs idle (cuda/tuning/gemm.h says which).
+// Each part is a unit of work, like a whole tile. It is summed from zero, and the CTA that finishes a tile's last part
+// adds all of them in the order of k. So the bits depend on the cuts alone, and not on how many CTAs take the units, or
+// in which order.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +19,13 @@
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/hold.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/store.cuh"
 #include "cuda/tile/generic/dropout.cuh"
 #include "cuda/tile/generic/element.cuh"
+#include "cuda/tile/generic/split.cuh"
 #include "cuda/tile/generic/unroll.cuh"
 #include "cuda/tile/sm80/gemm_tile.cuh"
 
@@ -34,6 +41,17 @@ struct GemmFactors {
   int64_t terms;  // 0: no product
 };
 
+// The units of work of a launch: first the whole tiles, then the parts of the others, tile by tile.
+struct GemmUnits {
+  unsigned count;
+  unsigned token_tiles;
+  unsigned whole, cut;  // column tiles whose sums are whole, and the following ones, whose sums are cut
+  unsigned parts;       // of a cut sum
+  int part_stages;      // stages of `main` in a part
+  float4* partials;     // [cut tiles][parts][32][threads]: as the threads hold them
+  uint32_t* tickets;    // [cut tiles], zero when the kernel starts
+};
+
 template <class T>
 struct GemmArgs {
   GemmFactors<T> lora, main;
@@ -43,22 +61,59 @@ struct GemmArgs {
   int64_t m, columns;
   Dropout dropout;       // applies to LoRA's product
   int64_t first_column;  // where `out` begins in the rows, out_stride wide, that number the mask
+  GemmUnits units;
 };
 
-// Starts the copies of one stage after another.
+// A unit: a part of a tile's sum, or all of it. Registers are scarce, so that only its number is held, and the rest is
+// computed anew wherever it is needed.
+struct GemmUnit {
+  int64_t token0, column0;
+  unsigned cut_tile = 0, part = 0;  // of a tile whose sum is cut
+  bool is_cut;
+
+  __device__ __forceinline__ GemmUnit(const GemmUnits& units, unsigned index) {
+    ptx::hold(index);
+    const unsigned whole = units.whole * units.token_tiles;
+    is_cut = index >= whole;
+    unsigned token_tile, column_tile;
+    if (is_cut) {
+      cut_tile = (index - whole) / units.parts;
+      part = (index - whole) % units.parts;
+      token_tile = cut_tile / units.cut;
+      column_tile = units.whole + cut_tile % units.cut;
+    } else {
+      token_tile = index / units.whole;
+      column_tile = index % units.whole;
+    }
+    token0 = int64_t{token_tile} * tile::kGemmTokens;
+    column0 = int64_t{column_tile} * tile::kGemmColumns;
+  }
+
+  // The first of its stages of `main`.
+  __device__ __forceinline__ int first_stage(const GemmUnits& units) const {
+    return static_cast<int>(part) * units.part_stages;
+  }
+};
+
+// Starts the copies of a unit, one stage after another: `lora_stages` of `lora`, and then those of `main`.
 template <class T, bool kRightHasRows>
 class GemmStages {
  public:
-  __device__ __forceinline__ GemmStages(const GemmArgs<T>& args, int64_t token0, int64_t column0, int lora_stages,
-                                        int stages)
-      : args_(args), token0_(token0), column0_(column0), to_main_(lora_stages), left_(stages) {
-    if (lora_stages > 0) begin(args.lora);
+  __device__ __forceinline__ GemmStages(const GemmArgs<T>& args, unsigned unit, int lora_stages, int stages)
+      : args_(args), unit_(unit), lora_stages_(lora_stages), stages_(stages) {
+    if (lora_stages > 0) begin(args.lora, GemmUnit(args.units, unit));
   }
 
-  // Without a stage left nothing is copied, but a group is still committed for the wait.
-  __device__ __forceinline__ void fetch(uint32_t stage) {
-    if (left_-- > 0) {
-      if (to_main_-- == 0) begin(args_.main);
+  // The number of the stage counts up from 0. After the last one nothing is copied, but a group is still committed for
+  // the wait.
+  __device__ __forceinline__ void fetch(uint32_t stage, int number) {
+    if (number < stages_) {
+      if (number == lora_stages_) {
+        const GemmUnit unit(args_.units, unit_);
+        begin(args_.main, unit);
+        left_copier_.skip(unit.first_stage(args_.units));
+        right_copier_.skip(unit.first_stage(args_.units));
+      }
       left_copier_.copy(stage);
       right_copier_.copy(stage + tile::kGemmLeftBytes);
     }
@@ -69,17 +124,17 @@ class GemmStages {
   using RightLines = tile::GemmLineCopier<T, tile::kGemmColumns>;
   using RightRows = tile::GemmRowCopier<T>;
 
-  __device__ __forceinline__ void begin(const GemmFactors<T>& of) {
-    left_copier_.begin(of.left, token0_, args_.m, of.terms);
+  __device__ __forceinline__ void begin(const GemmFactors<T>& of, const GemmUnit& unit) {
+    left_copier_.begin(of.left, unit.token0, args_.m, of.terms);
     if constexpr (kRightHasRows)
-      right_copier_.begin(of.right, column0_, args_.columns, of.right_stride, of.terms);
+      right_copier_.begin(of.right, unit.column0, args_.columns, of.right_stride, of.terms);
     else
-      right_copier_.begin(of.right, column0_, args_.columns, of.terms);
+      right_copier_.begin(of.right, unit.column0, args_.columns, of.terms);
   }
 
   const GemmArgs<T>& args_;
-  int64_t token0_, column0_;
-  int to_main_, left_;  // stages until `main` begins, and until its end
+  unsigned unit_;
+  int lora_stages_, stages_;
   tile::GemmLineCopier<T, tile::kGemmTokens> left_copier_;
   std::conditional_t<kRightHasRows, RightRows, RightLines> right_copier_;
 };
@@ -165,23 +220,49 @@ __device__ __forceinline__ void store_sums(const GemmArgs<T>& args, int64_t toke
   }
 }
 
-// Grid: x over tiles, of all columns of 128 tokens first.
+// Writes a warp's sums of a part to the workspace, and returns whether this CTA was the tile's last. Then the sums are
+// those of all parts, added in their order.
+__device__ __forceinline__ bool add_parts(const GemmUnits& units, const GemmUnit& unit, GemmSums& sums) {
+  constexpr int kPartQuads = tile::kGemmTokens * tile::kGemmColumns / 4;
+  float4* const first = units.partials + int64_t{unit.cut_tile} * units.parts * kPartQuads + threadIdx.x;
+  float4* const own = first + unit.part * kPartQuads;
+  const auto each = [&](const auto& use) {
+    tile::unroll<4>(
+        [&](auto i) { tile::unroll<8>([&](auto j) { use(sums[i][j], (8 * i + j) * tile::kGemmThreads); }); });
+  };
+  each([&](float (&sum)[4], int at) { own[at] = make_float4(sum[0], sum[1], sum[2], sum[3]); });
+  if (!tile::arrives_last(units.tickets + unit.cut_tile, units.parts)) return false;
+  each([&](float (&sum)[4], int at) {
+    const float4 part = __ldcg(first + at);
+    sum[0] = part.x, sum[1] = part.y, sum[2] = part.z, sum[3] = part.w;
+  });
+#pragma unroll 1
+  for (unsigned i = 1; i < units.parts; ++i) {
+    each([&](float (&sum)[4], int at) {
+      const float4 part = __ldcg(first + i * kPartQuads + at);
+      sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+    });
+  }
+  return true;
+}
+
 template <class T, bool kRightHasRows>
-__global__ void __launch_bounds__(tile::kGemmThreads, 1) linear_gemm_kernel(const __grid_constant__ GemmArgs<T> args) {
-  extern __shared__ __align__(128) uint8_t shared_memory[];
-  const uint32_t shared = ptx::shared_address(shared_memory);
-  const uint32_t column_tiles = static_cast<uint32_t>((args.columns - 1) / tile::kGemmColumns + 1);
-  const int64_t token0 = int64_t{blockIdx.x / column_tiles} * tile::kGemmTokens;
-  const int64_t column0 = int64_t{blockIdx.x % column_tiles} * tile::kGemmColumns;
+__device__ __forceinline__ void compute_unit(const GemmArgs<T>& args, unsigned index, uint32_t shared) {
   const int warp = threadIdx.x / 32, warp_token = warp / 4 * tile::kGemmWarp, warp_column = warp % 4 * tile::kGemmWarp;
   const auto stages_of = [](int64_t terms) {
     return static_cast<int>((terms + tile::kGemmTerms - 1) / tile::kGemmTerms);
   };
-  const int lora_stages = stages_of(args.lora.terms), stages = lora_stages + stages_of(args.main.terms);
+  int lora_stages = 0, stages = stages_of(args.main.terms);
+  {
+    const GemmUnit unit(args.units, index);
+    if (unit.is_cut) stages = min(stages - unit.first_stage(args.units), args.units.part_stages);
+    if (unit.part == 0) lora_stages = stages_of(args.lora.terms);
+    stages += lora_stages;
+  }
 
-  GemmStages<T, kRightHasRows> copies(args, token0, column0, lora_stages, stages);
+  GemmStages<T, kRightHasRows> copies(args, index, lora_stages, stages);
 #pragma unroll 1
-  for (int slot = 0; slot < tile::kGemmStages; ++slot) copies.fetch(shared + slot * tile::kGemmStageBytes);
+  for (int slot = 0; slot < tile::kGemmStages; ++slot) copies.fetch(shared + slot * tile::kGemmStageBytes, slot);
   const tile::GemmLane<kRightHasRows> lane(warp_token, warp_column, threadIdx.x % 32);
   GemmSums sums = {};
   tile::GemmOperands operands[2];
@@ -198,7 +279,7 @@ __global__ void __launch_bounds__(tile::kGemmThreads, 1) linear_gemm_kernel(cons
       add_step<T>(operands[0], sums);
       ptx::cp_async_wait<tile::kGemmStages - 2>();
       __syncthreads();  // the next stage is there, and all warps have loaded this one
-      copies.fetch(slot);
+      copies.fetch(slot, stage + tile::kGemmStages);
       // After the last stage, the same one is loaded again and not used.
       if (stage + 1 < stages)
         slot = slot == shared + (tile::kGemmStages - 1) * tile::kGemmStageBytes ? shared : slot + tile::kGemmStageBytes;
@@ -206,13 +287,31 @@ __global__ void __launch_bounds__(tile::kGemmThreads, 1) linear_gemm_kernel(cons
       add_step<T>(operands[1], sums);
     }
     if (end == stages) break;
-    if (args.dropout.active() && lora_stages > 0)
-      apply_dropout(args.dropout, token0 + warp_token, args.first_column + column0 + warp_column, args.out_stride,
-                    sums);
+    if (args.dropout.active() && end > 0) {
+      const GemmUnit unit(args.units, index);
+      apply_dropout(args.dropout, unit.token0 + warp_token, args.first_column + unit.column0 + warp_column,
+                    args.out_stride, sums);
+    }
   }
+  const GemmUnit unit(args.units, index);
+  if (unit.is_cut && !add_parts(args.units, unit, sums)) return;
   __syncthreads();
-  store_sums(args, token0 + warp_token, column0 + warp_column, shared + warp * tile::kGemmWarp * tile::kGemmWarp * 2,
-             sums);
+  store_sums(args, unit.token0 + warp_token, unit.column0 + warp_column,
+             shared + warp * tile::kGemmWarp * tile::kGemmWarp * 2, sums);
+}
+
+// Grid: x over CTAs, each of which takes every gridDim.x-th unit.
+template <class T, bool kRightHasRows>
+__global__ void __launch_bounds__(tile::kGemmThreads, 1) linear_gemm_kernel(const __grid_constant__ GemmArgs<T> args) {
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  const uint32_t shared = ptx::shared_address(shared_memory);
+#pragma unroll 1
+  for (unsigned index = blockIdx.x;;) {
+    compute_unit<T, kRightHasRows>(args, index, shared);
+    if (args.units.count - index <= gridDim.x) break;
+    index += gridDim.x;
+    __syncthreads();  // the next unit's stages overwrite the sums
+  }
 }
 
 }  // namespace qlora::kernels

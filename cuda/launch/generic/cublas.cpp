@@ -50,13 +50,13 @@ class FullPrecision {
 }  // namespace
 
 void multiply(void* handle, DType dtype, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, bool transposed,
-              void* out, int64_t out_stride, DType out_dtype) {
+              bool adds, void* out, int64_t out_stride, DType out_dtype) {
   const FullPrecision precision(handle);
   const float one = 1.0f, zero = 0.0f;
   // cuBLAS's matrices are column-major: it makes outᵀ = bᵀ · aᵀ.
   check(cublasGemmEx_64(handle, transposed ? kTranspose : kNoTranspose, kNoTranspose, n, m, k, &one, b.data,
-                        type_of(dtype), b.stride, a.data, type_of(dtype), a.stride, &zero, out, type_of(out_dtype),
-                        out_stride, kCompute32F, kDefaultAlgorithm));
+                        type_of(dtype), b.stride, a.data, type_of(dtype), a.stride, adds ? &one : &zero, out,
+                        type_of(out_dtype), out_stride, kCompute32F, kDefaultAlgorithm));
 }
 
 }  // namespace qlora::cuda

@@ -1,4 +1,4 @@
-// Panels of a decoded weight: ranges of the output's columns, which hold the columns' complete sums.
+// Panels of a decoded weight: ranges of the output's columns, and all terms of their sums or a part of them.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,13 +18,18 @@ inline void* element(void* base, int64_t index, DType dtype) {
   return static_cast<uint8_t*>(base) + index * dtype_bytes(dtype);
 }
 
-// Decodes rows first .. first + columns - 1 of w to out [columns, k + terms]. If there are further terms, they are the
-// rows' lora_b and bias.
-inline cudaError_t decode_panel(const LinearProblem& p, int64_t first, int64_t columns, void* out,
-                                const Context& context, int64_t terms = 0) {
-  const int64_t k = p.w.k, rank = p.lora.rank;
+struct PanelRange {
+  int64_t first, columns;         // of the output
+  int64_t first_term = 0, inner;  // terms of the sums, without further ones
+};
+
+// Decodes terms of these rows of w to out [columns, inner + terms]. If there are further terms, they are the rows'
+// lora_b and bias.
+inline cudaError_t decode_panel(const LinearProblem& p, const PanelRange& panel, void* out, const Context& context,
+                                int64_t terms = 0) {
+  const int64_t k = p.w.k, rank = p.lora.rank, first = panel.first, columns = panel.columns;
   const PackedPart dense{.first = first * k, .columns = columns * k};
-  const PackedPart rows{.first = first * k, .rows = columns, .columns = k, .stride = k};
+  const PackedPart rows{.first = first * k + panel.first_term, .rows = columns, .columns = panel.inner, .stride = k};
   const PanelTerms further{.terms = terms,
                            .columns = columns,
                            .values = element(p.lora.b, first * rank, p.dtype),
@@ -33,23 +38,25 @@ inline cudaError_t decode_panel(const LinearProblem& p, int64_t first, int64_t c
                            .column_stride = rank,
                            .bias = element(p.bias, first, p.dtype),
                            .beside = true};
-  return launch_dequantize_nf4(p.w, terms > 0 ? rows : dense, p.dtype, out, true, context.device, context.stream,
+  const bool in_rows = terms > 0 || panel.inner < k;
+  return launch_dequantize_nf4(p.w, in_rows ? rows : dense, p.dtype, out, true, context.device, context.stream,
                                terms > 0 ? further : PanelTerms{});
 }
 
-// Decodes columns first .. first + columns - 1 of w to out [n + terms, columns]. If there are further terms, they are
-// the columns of lora_a.
-inline cudaError_t decode_panel(const LinearDxProblem& p, int64_t first, int64_t columns, void* out,
-                                const Context& context, int64_t terms = 0) {
-  const PackedPart whole{.columns = p.w.n * p.w.k};
-  const PackedPart part{.first = first, .rows = p.w.n, .columns = columns, .stride = p.w.k};
+// Decodes these columns of rows of w to out [inner + terms, columns]. If there are further terms, they are the columns
+// of lora_a.
+inline cudaError_t decode_panel(const LinearDxProblem& p, const PanelRange& panel, void* out, const Context& context,
+                                int64_t terms = 0) {
+  const int64_t k = p.w.k, first = panel.first, columns = panel.columns;
+  const PackedPart dense{.first = panel.first_term * k, .columns = panel.inner * k};
+  const PackedPart part{.first = panel.first_term * k + first, .rows = panel.inner, .columns = columns, .stride = k};
   const PanelTerms further{.terms = terms,
                            .columns = columns,
                            .values = element(p.lora.a, first, p.dtype),
                            .rank = p.lora.rank,
                            .term_stride = p.w.k,
                            .column_stride = 1};
-  return launch_dequantize_nf4(p.w, columns == p.w.k ? whole : part, p.dtype, out, true, context.device, context.stream,
+  return launch_dequantize_nf4(p.w, columns == k ? dense : part, p.dtype, out, true, context.device, context.stream,
                                terms > 0 ? further : PanelTerms{});
 }
 

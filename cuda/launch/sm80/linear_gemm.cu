@@ -15,30 +15,64 @@ namespace qlora::cuda::sm80 {
 namespace {
 
 static_assert(tile::kGemmTokens == gemm::kTokens && tile::kGemmColumns == gemm::kColumns &&
-              tile::kGemmSharedBytes == gemm::kSharedBytes);
+              tile::kGemmTerms == gemm::kTerms && tile::kGemmSharedBytes == gemm::kSharedBytes);
 
+// The card gives the next unit to the next CTA that is free, unless `ctas` of the configuration limits them.
 template <class T, bool kRightHasRows>
-cudaError_t launch_panel(const kernels::GemmArgs<T>& args, const Context& context) {
+cudaError_t launch_panel(const kernels::GemmArgs<T>& args, const Config& config, const Context& context) {
   constexpr auto kKernel = kernels::linear_gemm_kernel<T, kRightHasRows>;
   int ctas = 0;
   const cudaError_t error = ctas_per_sm<kKernel>(context.device, tile::kGemmThreads, tile::kGemmSharedBytes, &ctas);
   if (error != cudaSuccess) return error;
-  return launch_kernel(kKernel, static_cast<unsigned>(gemm::tiles(args.m, args.columns)), tile::kGemmThreads,
-                       tile::kGemmSharedBytes, context.stream, args);
+  const int64_t units = args.units.count, grid = config.ctas > 0 ? std::min(config.ctas, units) : units;
+  return launch_kernel(kKernel, static_cast<unsigned>(grid), tile::kGemmThreads, tile::kGemmSharedBytes, context.stream,
+                       args);
 }
 
-// The workspace: a decoded panel, and h or g if it is not retained.
-struct Memory {
+// The workspace: a decoded panel, h or g if it is not retained, and the parts of sums that are cut.
+class Memory {
+ public:
   void* weight;
   void* low_rank;
+  Tickets tickets;
 
-  Memory(int64_t weight_bytes, void* retained, int64_t low_rank_bytes, const Context& context) {
+  Memory(const PanelProduct& p, const Config& config, void* retained, int64_t rank, const Context& context)
+      : token_tiles_(ceil_div(p.m, gemm::kTokens)),
+        stages_(gemm::part_stages(p.inner, config.splits)),
+        cuts_(gemm::cuts(p, context.device)) {
+    const int64_t bytes = dtype_bytes(p.dtype), cut = p.columns - cuts_.whole;
     Workspace parts;
-    const int64_t panel = parts.add(weight_bytes), own = parts.add(retained ? 0 : low_rank_bytes);
+    const int64_t panel = parts.add(config.panel * p.inner * bytes);
+    const int64_t own = parts.add(retained ? 0 : p.m * rank * bytes);
+    const SplitSums sums(&parts, token_tiles_ * ceil_div(cut, gemm::kColumns), cuts_.parts,
+                         gemm::kTokens * gemm::kColumns);
     uint8_t* const memory = context.allocate(parts.bytes());
     weight = memory + panel;
     low_rank = retained ? retained : memory + own;
+    tickets = sums.tickets(memory);
+    partials_ = sums.partials(memory);
   }
+
+  // The units of the panel of `columns` columns from `first` on.
+  kernels::GemmUnits units(int64_t first, int64_t columns) const {
+    const int64_t whole_columns = std::clamp<int64_t>(cuts_.whole - first, 0, columns);
+    const int64_t whole = ceil_div(whole_columns, gemm::kColumns);
+    const int64_t cut = ceil_div(columns - whole_columns, gemm::kColumns);
+    const int64_t tile = token_tiles_ * std::max<int64_t>(first - cuts_.whole, 0) / gemm::kColumns;
+    return {.count = static_cast<unsigned>(token_tiles_ * (whole + cut * cuts_.parts)),
+            .token_tiles = static_cast<unsigned>(token_tiles_),
+            .whole = static_cast<unsigned>(whole),
+            .cut = static_cast<unsigned>(cut),
+            .parts = static_cast<unsigned>(cuts_.parts),
+            .part_stages = static_cast<int>(stages_),
+            .partials = reinterpret_cast<float4*>(partials_ + tile * cuts_.parts * gemm::kTokens * gemm::kColumns),
+            .tickets = tickets.words + tile};
+  }
+
+ private:
+  int64_t token_tiles_, stages_;
+  gemm::Cuts cuts_;
+  float* partials_;
 };
 
 template <class T>
@@ -49,12 +83,14 @@ const T* at(const void* base, int64_t index) {
 }  // namespace
 
 cudaError_t launch_gemm(const LinearProblem& p, const Config& config, const Context& context) {
-  const int64_t n = p.w.n, k = p.w.k, rank = p.lora.rank, bytes = dtype_bytes(p.dtype);
-  const Memory memory(config.panel * k * bytes, p.h, p.m * rank * bytes, context);
-  cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, k, p.x, p.lora, memory.low_rank), context.stream);
+  const int64_t n = p.w.n, k = p.w.k, rank = p.lora.rank;
+  const Memory memory(library::product(p), config, p.h, rank, context);
+  LowRankProblem low_rank = h_problem(p.dtype, p.m, k, p.x, p.lora, memory.low_rank);
+  low_rank.clear = memory.tickets;
+  cudaError_t error = launch_low_rank(low_rank, context.stream);
   for (int64_t first = 0; first < n && error == cudaSuccess; first += config.panel) {
     const int64_t columns = std::min(config.panel, n - first);
-    error = decode_panel(p, first, columns, memory.weight, context);
+    error = decode_panel(p, {.first = first, .columns = columns, .inner = k}, memory.weight, context);
     if (error != cudaSuccess) break;
     error = with_16_bit_type(p.dtype, [&](auto element) {
       using T = decltype(element);
@@ -66,20 +102,23 @@ cudaError_t launch_gemm(const LinearProblem& p, const Config& config, const Cont
                                       .m = p.m,
                                       .columns = columns,
                                       .dropout = {},
-                                      .first_column = first};
-      return launch_panel<T, false>(args, context);
+                                      .first_column = first,
+                                      .units = memory.units(first, columns)};
+      return launch_panel<T, false>(args, config, context);
     });
   }
   return error;
 }
 
 cudaError_t launch_gemm(const LinearDxProblem& p, const Config& config, const Context& context) {
-  const int64_t n = p.w.n, k = p.w.k, rank = p.lora.rank, bytes = dtype_bytes(p.dtype);
-  const Memory memory(config.panel * n * bytes, p.g, p.m * rank * bytes, context);
-  cudaError_t error = launch_low_rank(g_problem(p.dtype, p.m, n, p.dy, p.lora, memory.low_rank), context.stream);
+  const int64_t n = p.w.n, k = p.w.k, rank = p.lora.rank;
+  const Memory memory(library::product(p), config, p.g, rank, context);
+  LowRankProblem low_rank = g_problem(p.dtype, p.m, n, p.dy, p.lora, memory.low_rank);
+  low_rank.clear = memory.tickets;
+  cudaError_t error = launch_low_rank(low_rank, context.stream);
   for (int64_t first = 0; first < k && error == cudaSuccess; first += config.panel) {
     const int64_t columns = std::min(config.panel, k - first);
-    error = decode_panel(p, first, columns, memory.weight, context);
+    error = decode_panel(p, {.first = first, .columns = columns, .inner = n}, memory.weight, context);
     if (error != cudaSuccess) break;
     error = with_16_bit_type(p.dtype, [&](auto element) {
       using T = decltype(element);
@@ -91,8 +130,9 @@ cudaError_t launch_gemm(const LinearDxProblem& p, const Config& config, const Co
                                       .m = p.m,
                                       .columns = columns,
                                       .dropout = p.lora.dropout,
-                                      .first_column = first};
-      return launch_panel<T, true>(args, context);
+                                      .first_column = first,
+                                      .units = memory.units(first, columns)};
+      return launch_panel<T, true>(args, config, context);
     });
   }
   return error;

@@ -49,9 +49,14 @@ class GemmLineCopier {
     const int line = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
     source_ = matrix + (line0 + line) * terms + 8 * chunk;
     line_step_ = kLineStep * terms;
-    terms_ = terms - 8 * chunk;
+    terms_ = static_cast<int>(terms) - 8 * chunk;
     lines_ = static_cast<int>(min(lines - line0 - line, int64_t{kLines}));
     aligned_ = terms % 8 == 0;
+  }
+
+  __device__ __forceinline__ void skip(int stages) {
+    source_ += int64_t{stages} * kGemmTerms;
+    terms_ -= stages * kGemmTerms;
   }
 
   __device__ __forceinline__ void copy(uint32_t stage) {
@@ -81,7 +86,7 @@ class GemmLineCopier {
 
   const T* source_;    // this thread's chunk of its first line in the next stage
   int64_t line_step_;  // elements from one of this thread's lines to the next
-  int64_t terms_;      // that are left from this chunk on
+  int terms_;          // that are left from this chunk on
   int lines_;          // that exist from the first one on
   bool aligned_;
 };
@@ -100,22 +105,27 @@ class GemmRowCopier {
     const int row = threadIdx.x / kChunks;
     const int64_t column = column0 + 8 * (threadIdx.x % kChunks);
     source_ = matrix + row * stride + column;
-    stride_ = stride;
-    terms_ = column < columns ? terms - row : 0;
+    stride_ = static_cast<int>(stride);
+    terms_ = column < columns ? static_cast<int>(terms) - row : 0;
+  }
+
+  __device__ __forceinline__ void skip(int stages) {
+    source_ += int64_t{stages} * kGemmTerms * stride_;
+    terms_ -= stages * kGemmTerms;
   }
 
   __device__ __forceinline__ void copy(uint32_t stage) {
     const uint32_t to = stage + gemm_row_chunk(threadIdx.x / kChunks, threadIdx.x % kChunks);
     unroll<kCopies>([&](auto i) {
       ptx::cp_async_16<i * kRowStep * kGemmRowBytes>(to, source_, i * kRowStep < terms_ ? 16 : 0);
-      source_ += kRowStep * stride_;
+      source_ += int64_t{kRowStep} * stride_;
     });
     terms_ -= kGemmTerms;
   }
 
  private:
   const T* source_;
-  int64_t stride_, terms_;
+  int stride_, terms_;
 };
 
 // The mma operands of a warp for one step: of 4 tiles of 16 tokens, and of 4 pairs of tiles of 8 columns.

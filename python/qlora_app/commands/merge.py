@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     request = options_in(MergeRequest, vars(arguments))
     if request.four_bit:
         request = dataclasses.replace(request, to="nf4")
-    elif request.calibrate != "none":
-        raise UserError("--calibrate needs --4bit, because a dense model has no codes to choose")
+    elif request.text != "none":
+        raise UserError(f"{request.text_option} needs --4bit, because a dense model has no codes to choose")
     export.run(request, HeldOutCheck if request.evaluate else None)
     return 0

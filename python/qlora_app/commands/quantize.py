@@ -65,10 +65,12 @@ class QuantizeRequest(CalibrationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_lora == "svd" and self.calibrate == "none":
+        if self.init_lora == "svd" and self.text == "none":
             raise UserError(
                 "--init-lora svd needs the layers' inputs on a text; add --calibrate self, or --calibrate with a text"
             )
+        if self.init_lora and self.distill != "none":
+            raise UserError("--distill and --init-lora exclude each other: distilling changes the weights afterwards")
         if self.embeddings and self.format == "bitsandbytes":
             raise UserError(
                 "--embeddings and --format bitsandbytes exclude each other: bitsandbytes loads no 4-bit embeddings"
@@ -84,7 +86,15 @@ def add_parser(commands: Any) -> None:
     )
     add_options(parser, QuantizeRequest)
     parser.shorten_help(
-        "--model", "--output", "--overwrite", "--block-size", "--format", "--embeddings", "--device", "--calibrate"
+        "--model",
+        "--output",
+        "--overwrite",
+        "--block-size",
+        "--format",
+        "--embeddings",
+        "--device",
+        "--calibrate",
+        "--distill",
     )
     parser.set_defaults(run=run)
 
@@ -115,7 +125,7 @@ def _run(request: QuantizeRequest, output: Output) -> int:
     form = Form.of(block_size=request.block_size, double_quant=not request.no_double_quant)
     loader = Loader(source, form, dtype, device, embeddings=request.embeddings, rest=request.quantize_rest)
     mixed = mixed_precision.from_options(request.keep, request, tokenizer, form)
-    dense_first = request.calibrate != "none" or init_lora is not None or mixed is not None
+    dense_first = request.text != "none" or init_lora is not None or mixed is not None
     dense_first = dense_first or (request.format == "bitsandbytes" and has_4bit_blocks(source))  # it has NF4 only
     with contextlib.ExitStack() as stack:
         spill = None

@@ -40,15 +40,17 @@ def encode(
 
     layers = {name: model.get_submodule(name) for group in groups for name in group}
     found: dict[str, Weight4bit] = {}
+
+    def keep(name: str, w4: Weight4bit) -> None:
+        layers[name].weight.copy_(w4.dequantize(layers[name].weight.dtype))
+        found[name] = w4.to("cpu")
+
     with torch.no_grad():
-        calibrator = Calibrator(model, layers, calibration, form, None)
+        calibrator = Calibrator(model, layers, calibration, form, None, on_learnt=keep)
         for group in groups:
             by_recipe = quantize_joined([layers[name].weight.detach() for name in group], form)
             for name, plain in zip(group, by_recipe, strict=True):
-                weight = layers[name].weight
-                w4 = calibrator.refine(name, "weight", weight.detach(), plain)
-                weight.copy_(w4.dequantize(weight.dtype))
-                found[name] = w4.to("cpu")
+                keep(name, calibrator.refine(name, "weight", layers[name].weight.detach(), plain))
         calibrator.finish()
     return found, calibrator.report
 

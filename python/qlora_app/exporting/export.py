@@ -72,11 +72,11 @@ def run(request: ExportRequest, check: type[Check] | None) -> pathlib.Path:
         output.check()
         warn_of_other_format(request)
         job = target.prepare(request)
-        if request.calibrate != "none" and job.calibrates is None:
+        if request.text != "none" and job.calibrates is None:
             raise UserError(
-                f"--calibrate {request.calibrate}: --to {request.to} cannot calibrate this model. Either the "
+                f"{request.text_option} {request.text}: --to {request.to} cannot calibrate this model. Either the "
                 "target has no 4-bit weights to encode, or the model is already quantized "
-                "and has no adapter. Omit --calibrate"
+                "and has no adapter. Omit the option"
             )
         print(f"{output.path} needs about {job.nbytes / 1e6:.1f} MB of disk space", flush=True)
         disk = output.path if filled_from_inside(output.path) else output.path.parent

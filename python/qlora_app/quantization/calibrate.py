@@ -34,8 +34,29 @@ class CalibrationOptions(Options):
         "finetune's --data takes. Takes minutes; the model is better and has the same size",
         metavar="self|DATA|none",
     )
+    distill: str = option(
+        "none",
+        "calibrate on such a text, and then learn the codes of each block from the dense model's outputs on it. Takes "
+        "several times as long; the model is better and has the same size",
+        metavar="self|DATA|none",
+    )
     calibration_tokens: int = option(12288, "length of that text", LENGTH)
     calibration_seed: int = option(0, "seed of the text that the model writes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "none" not in (self.calibrate, self.distill):
+            raise UserError("--calibrate and --distill exclude each other: --distill calibrates on its text first")
+
+    @property
+    def text(self) -> str:
+        """What to calibrate on: "self", data, or "none"."""
+        return self.calibrate if self.distill == "none" else self.distill
+
+    @property
+    def text_option(self) -> str:
+        """The option that names ``text``."""
+        return "--calibrate" if self.distill == "none" else "--distill"
 
 
 def write_initial_adapter(model: Any, settings: InitLora, directory: pathlib.Path, base: str) -> None:
@@ -71,8 +92,8 @@ def write_initial_adapter(model: Any, settings: InitLora, directory: pathlib.Pat
     adapted.unload()
 
 
-def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
-    """The first ``count`` tokens of the data ``name`` of --calibrate: int64 [B, length], or one shorter sequence.
+def tokens_of(options: CalibrationOptions, tokenizer: Any, count: int, length: int) -> Any:
+    """The first ``count`` tokens of the data that ``options`` name: int64 [B, length], or one shorter sequence.
 
     Raises:
         UserError: the data do not exist, or are too short.
@@ -82,13 +103,13 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
     from ..data import encode, read_examples
 
     try:
-        rows = encode(tokenizer, read_examples(name), length, preferences=False)
+        rows = encode(tokenizer, read_examples(options.text), length, preferences=False)
     except UserError as error:
-        raise UserError(str(error).replace("--data", "--calibrate", 1)) from error
+        raise UserError(str(error).replace("--data", options.text_option, 1)) from error
     ids = list(itertools.islice((i for row in rows for i in row["input_ids"]), count))
     length = min(length, len(ids))
     if length < 8:
-        raise UserError(f"--calibrate {name}: expected a text of at least 8 tokens, got {len(ids)}")
+        raise UserError(f"{options.text_option} {options.text}: expected a text of at least 8 tokens, got {len(ids)}")
     found = [part for part in sequences(ids, length, special_tokens(tokenizer)[0]) if len(part) == length]
     return torch.tensor(found, dtype=torch.int64, device="cpu")
 
@@ -97,12 +118,12 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
 def stored_layers(options: CalibrationOptions, output: Output) -> Iterator[pathlib.Path | None]:
     """The directory that retains calibrated layers until the ``with`` statement ends, after the output is written.
 
-    A command that was interrupted while calibrating or writing resumes with them. None for ``--calibrate none``.
+    A command that was interrupted while calibrating or writing resumes with them. None without a text.
 
     Raises:
         UserError: see ``waiting``.
     """
-    if options.calibrate == "none":
+    if options.text == "none":
         yield None
         return
     from qlora_ext.calibration import finished_weights
@@ -119,7 +140,7 @@ def stored_layers(options: CalibrationOptions, output: Output) -> Iterator[pathl
 def calibration(
     options: CalibrationOptions, tokenizer: Any, directory: pathlib.Path | None
 ) -> Iterator[Calibration | None]:
-    """The calibration that the options describe, with a progress bar; None for ``--calibrate none``.
+    """The calibration that the options describe, with a progress bar; None without a text.
 
     Args:
         directory: for finished layers, see ``stored_layers``.
@@ -127,7 +148,7 @@ def calibration(
     Raises:
         UserError: the text does not exist, or is too short.
     """
-    if options.calibrate == "none":
+    if options.text == "none":
         yield None
         return
     from qlora_ext.calibration import Calibration
@@ -135,13 +156,15 @@ def calibration(
     from ..terminal.bars import counted
 
     inputs = None
-    if options.calibrate != "self":
-        inputs = tokens_of(options.calibrate, tokenizer, options.calibration_tokens, LENGTH)
+    if options.text != "self":
+        inputs = tokens_of(options, tokenizer, options.calibration_tokens, LENGTH)
     with counted("calibrating", "writing a text" if inputs is None else "") as progress:
         yield Calibration(
             "self" if inputs is None else inputs,
             tokens=options.calibration_tokens,
             length=LENGTH,
+            batch_size=Calibration.batch_size if options.distill == "none" else 1,
+            distill=options.distill != "none",
             seed=options.calibration_seed,
             directory=directory,
             progress=progress,
@@ -149,18 +172,19 @@ def calibration(
 
 
 def protect(options: CalibrationOptions, output: Output) -> None:
-    """Records that the text of ``--calibrate`` is read."""
-    if options.calibrate not in ("none", "self"):
-        output.protect("--calibrate", options.calibrate)
+    """Records that the text is read."""
+    if options.text not in ("none", "self"):
+        output.protect(options.text_option, options.text)
 
 
 def record(options: CalibrationOptions, report: list[LayerReport]) -> dict[str, Any]:
     """The record of the calibration that is saved with the model."""
     return {
-        "method": "weighted scales, error feedback (GPTQ)",
-        "inputs": options.calibrate,
+        "method": "weighted scales, error feedback (GPTQ)"
+        + ("" if options.distill == "none" else ", codes learnt from the dense model"),
+        "inputs": options.text,
         "tokens": options.calibration_tokens,
-        "seed": options.calibration_seed if options.calibrate == "self" else None,
+        "seed": options.calibration_seed if options.text == "self" else None,
         "layers": [dataclasses.asdict(layer) for layer in report],
     }
 
@@ -171,10 +195,14 @@ def summary(report: list[LayerReport], plain: str = "plain NF4") -> list[str]:
     Args:
         plain: how those are encoded.
     """
+    from qlora_ext.calibration import DISTILLED
+
     calibrated = [layer for layer in report if layer.absmax_error > 0]
     lines = []
     if calibrated:
         ratio = sum(layer.error / layer.absmax_error for layer in calibrated) / len(calibrated)
         lines.append(f"calibrated {len(calibrated)} weights: the error of their outputs is {ratio:.2f} of {plain}'s")
+    if distilled := sum(layer.method == DISTILLED for layer in report):
+        lines.append(f"distilled {distilled} of them: the outputs of their blocks are closer to the dense model's")
     notes = collections.Counter(layer.note for layer in report if layer.method == "absmax")
     return lines + [f"{count} stayed {plain}: {why}" for why, count in notes.items()]

@@ -95,12 +95,12 @@ def from_options(
         raise UserError(
             f"--keep {keep}: expected a number of layers, a share such as 5% or a size such as 200MB"
         ) from None
-    own = options.calibrate in ("self", "none")
+    own = options.text in ("self", "none")
     return MixedPrecision(
         keep,
-        "self" if own else calibrate.tokens_of(options.calibrate, tokenizer, TOKENS, LENGTH),
+        "self" if own else calibrate.tokens_of(options, tokenizer, TOKENS, LENGTH),
         form,
-        "self" if own else options.calibrate,
+        "self" if own else options.text,
         options.calibration_seed,
-        options.calibrate != "none",
+        options.text != "none",
     )

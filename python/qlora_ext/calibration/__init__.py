@@ -7,10 +7,12 @@ second moments, and later codes compensate the rounding errors of earlier ones (
 
 from .calibrator import Calibration, Calibrator, LayerReport, calibration_of
 from .init_lora import InitLora, initial_lora_of
+from .learning import DISTILLED
 from .store import finished_weights
 from .weighted_encoding import Encoded, Feedback, encode
 
 __all__ = [
+    "DISTILLED",
     "Calibration",
     "Calibrator",
     "Encoded",

@@ -19,6 +19,7 @@ from ..untrusted import FileError, printable
 from ..weight import Weight4bit
 from . import self_text
 from .init_lora import InitLora, LowRank, keep_initial_lora, weighted
+from .learning import DISTILLED, learn
 from .moments import ExpertMoments, Gathering, Moments
 from .stages import Stack, forward, stacks_of, without_cache
 from .store import Store, StoredLayer
@@ -35,7 +36,7 @@ class LayerReport:
 
     Attributes:
         name: of the module, followed by the name of the weight if the module has several.
-        method: "feedback", "scales" or "absmax".
+        method: "feedback", "scales", "absmax", or "distilled" if the codes were learnt after that.
         error, absmax_error: relative error of the outputs on the calibration's tokens, and the same if it were plain.
         tokens: number of tokens that reached the layer.
         note: why the layer is plain, if it could not be calibrated; else empty.
@@ -62,6 +63,8 @@ class Calibration:
         seed: of that text.
         damping: added to the diagonal of the second moments, as a fraction of its mean.
         batch_size: number of sequences that run at a time.
+        distill: after calibrating a block, learn the codes of its linear layers, so that its outputs become those of
+            the dense model. Each batch is a step of the optimizer, so batches should be small.
         directory: stores finished layers, so that an interrupted calibration can resume.
         progress: called with the number of finished weights, the number of all weights, and the last layer's name.
 
@@ -85,6 +88,7 @@ class Calibration:
     seed: int = 0
     damping: float = 0.01
     batch_size: int = 8
+    distill: bool = False
     directory: str | os.PathLike[str] | None = None
     progress: Callable[[int, int, str], None] | None = None
 
@@ -128,6 +132,8 @@ class Calibration:
         key |= {"inputs": inputs.hexdigest() if given else "self", "weights": weights.hexdigest()}
         key |= {name: str(value) for name, value in {**form.keywords, "compute_dtype": compute_dtype}.items()}
         key["version"] = build_info()["version"]
+        if self.distill:
+            key |= {"distill": True, "batch_size": self.batch_size}
         return key if init_lora is None else {**key, "init_lora": vars(init_lora)}
 
     @classmethod
@@ -189,6 +195,7 @@ class Calibrator:
         calibration: the settings.
         form, compute_dtype: of the 4-bit layers.
         init_lora: also compute initial adapters; experts get none.
+        on_learnt: gets the names and weights that replace some results of ``refine`` with ``distill``.
 
     Raises:
         ValueError: there is nothing to quantize, the form has more than 4 bits, or ``init_lora`` has more than one
@@ -203,14 +210,17 @@ class Calibrator:
         form: Form,
         compute_dtype: torch.dtype | None,
         init_lora: InitLora | None = None,
+        on_learnt: Callable[[str, Weight4bit], object] | None = None,
     ) -> None:
         if not layers:
             raise ValueError("calibration: expected a model with dense layers to quantize, found none")
         if form.bits > 4:
             raise ValueError(f"calibration: expected a form of 4 bits, got {form}, whose error is small without it")
+        if init_lora is not None and calibration.distill:
+            raise ValueError("init_lora: expected none with distill, which changes the weights that it would fit")
         if init_lora is not None and init_lora.iterations > 1:
             raise ValueError("iterations: expected 1 with a calibration, which does not refit weights to adapters")
-        self._init_lora = init_lora
+        self._init_lora, self._on_learnt = init_lora, on_learnt
         self._initial = keep_initial_lora(model)
         self.model, self.settings = model, calibration
         self.report: list[LayerReport] = []
@@ -231,6 +241,7 @@ class Calibrator:
         self._group: list[str] = []
         self._stored: dict[tuple[str, str], StoredLayer] | None = None  # of the group, if an earlier run finished it
         self._saved: list[tuple[str, str]] = []  # of the group
+        self._learning: dict[str, tuple[Tensor, Weight4bit]] = {}  # of the group: dense and calibrated weights
 
     def _watch(self) -> None:
         """Runs the dense model once, to record how its blocks are called."""
@@ -241,7 +252,7 @@ class Calibrator:
             for handle in handles:
                 handle.remove()
         for stack in self._stacks.values():
-            stack.finish_watching(len(self._batches))
+            stack.finish_watching(len(self._batches), self.settings.distill)
 
     @torch.no_grad()
     def _run_model(self, before_batch: Callable[[], None]) -> None:
@@ -279,14 +290,38 @@ class Calibrator:
         self.finish()
         self._group = self._groups[name]
         self._stored = None if self._store is None else self._store.finished(self._group[0])
+        place = self._place(name)
+        if self.settings.distill and place is not None:
+            stack, block = place
+            with without_cache(self.model):
+                while stack.dense_at <= block:
+                    stack.advance_dense()
         if self._stored is None:
             self._gather(name)
 
     def finish(self) -> None:
         """Marks the current group as finished in the store."""
+        if self._learning:
+            self._learn()
         if self._store is not None and self._saved:
             self._store.finish(self._group[0], self._saved)
         self._saved = []
+
+    def _learn(self) -> None:
+        """Learns the codes of the current group, whose modules have their calibrated weights now."""
+        place = self._place(self._group[0])
+        assert place is not None
+        stack, weights = place[0], {n: (self.model.get_submodule(n), *both) for n, both in self._learning.items()}
+        self._learning = {}
+        with without_cache(self.model):
+            found = learn(weights, stack.losses([_token_mask(batch) for batch in self._batches]))
+        for name, w4 in found.items():
+            if self._on_learnt is not None:
+                self._on_learnt(name, w4)
+            i = next(i for i, report in enumerate(self.report) if report.name == name)
+            self.report[i] = dataclasses.replace(self.report[i], method=DISTILLED)
+            if self._store is not None:
+                self._store.save(name, "weight", w4, None, dataclasses.asdict(self.report[i]))
 
     def _gather(self, name: str) -> None:
         gathering = Gathering({other: self._layers[other] for other in self._group}, map(_token_mask, self._batches))
@@ -324,6 +359,8 @@ class Calibrator:
             if self._store is not None:
                 self._store.save(name, weight, w4, initial, vars(report))
                 self._saved.append((name, weight))
+            if self.settings.distill and w.ndim == 2 and self._place(name) is not None:
+                self._learning[name] = w.detach().clone(), w4
         if initial is not None:
             self._initial[name] = initial
         self.report.append(report)

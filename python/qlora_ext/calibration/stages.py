@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,12 +80,15 @@ class Stack:
         chained: whether each block takes the output of the one before. Otherwise blocks cannot run one by one.
         at: the number of the current block.
         hidden: for each batch, the hidden states that enter block ``at``.
+        dense: the same in the dense model, for the block whose number is ``dense_at``; empty if nobody needs them.
     """
 
     def __init__(self, name: str, blocks: nn.ModuleList) -> None:
         self.name, self.blocks = name, blocks
         self.chained, self.at = True, 0
         self.hidden: list[Tensor] = []
+        self.dense: list[Tensor] = []
+        self.dense_at = 0
         self._calls: list[list[_Call]] = [[] for _ in blocks]
         self._last: Any = None
 
@@ -113,12 +117,18 @@ class Stack:
     def _after(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         self._last = _hidden(out)
 
-    def finish_watching(self, batches: int) -> None:
-        """Sets ``chained`` to False unless each block was called once per batch."""
+    def finish_watching(self, batches: int, with_dense: bool) -> None:
+        """Sets ``chained`` to False unless each block was called once per batch.
+
+        Args:
+            with_dense: whether ``advance_dense`` will be called.
+        """
         self._last = None
         self.chained &= all(len(calls) == batches for calls in self._calls)
         if not self.chained:
             self.hidden, self._calls = [], []
+        if with_dense:
+            self.dense = list(self.hidden)
 
     @torch.no_grad()
     def run(self, before_batch: Callable[[], None]) -> None:
@@ -126,6 +136,30 @@ class Stack:
         for call, hidden in zip(self._calls[self.at], self.hidden, strict=True):
             before_batch()
             call(self.blocks[self.at], hidden)
+
+    @torch.no_grad()
+    def advance_dense(self) -> None:
+        """Moves the dense model's hidden states on to the next block. Block ``dense_at`` must still be dense."""
+        for i, call in enumerate(self._calls[self.dense_at]):
+            self.dense[i] = call(self.blocks[self.dense_at], self.dense[i])
+        self.dense_at += 1
+
+    def losses(self, token_masks: Sequence[Tensor | None]) -> list[Callable[[], Tensor]]:
+        """For each batch, the relative squared error of the outputs of block ``at``, on the quantized model's inputs.
+
+        They are compared with the dense model's, which ``advance_dense`` must just have moved past this block.
+
+        Args:
+            token_masks: for each batch, which tokens count, bool [B, T]; None for all.
+        """
+
+        def loss(call: _Call, hidden: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+            found, exact = call(self.blocks[self.at], hidden).float(), wanted.float()
+            error = (found - exact).square().sum(-1) / exact.square().sum(-1).clamp_min(1e-12)
+            return error.mean() if mask is None or mask.shape != error.shape else error[mask.to(error.device)].mean()
+
+        batches = zip(self._calls[self.at], self.hidden, self.dense, token_masks, strict=True)
+        return [functools.partial(loss, *batch) for batch in batches]
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -128,7 +128,7 @@ def _with_codes(step: int, plain: Weight4bit) -> Weight4bit:
     return plain.replace(absmax=found.to(torch.uint8))
 
 
-def _encoded(w: Tensor, under: Weight4bit, feedback: Feedback | None = None) -> Weight4bit:
+def encoded_under(w: Tensor, under: Weight4bit, feedback: Feedback | None = None) -> Weight4bit:
     """``w`` encoded under the scales and offsets of ``under``."""
     scales = under.decoded_scales()
     given = (None, None) if feedback is None else (feedback.factor, feedback.order)
@@ -162,7 +162,7 @@ def _best(candidates: list[Weight4bit], w: Tensor, importance: Tensor) -> Weight
     absmax = candidates[0].absmax
     least = torch.full(absmax.shape, torch.inf, dtype=torch.float32, device=w.device)
     for candidate in candidates:
-        errors = (_encoded(w, candidate).dequantize(torch.float32) - exact).square() * importance
+        errors = (encoded_under(w, candidate).dequantize(torch.float32) - exact).square() * importance
         padded = torch.nn.functional.pad(errors.view(-1), (0, -errors.numel() % size))
         error = padded.view(-1, size).sum(1)
         absmax = torch.where(error < least, candidate.absmax, absmax)
@@ -210,7 +210,7 @@ def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: Weight4bit) ->
     if feedback.factor is not None:
         attempts.append(("feedback", feedback))
     for method, given in attempts:
-        w4 = _encoded(w, plain if searched is None else searched, given)
+        w4 = encoded_under(w, plain if searched is None else searched, given)
         error = error_of(w4)
         if error < best.error:
             best = Encoded(w4, method, error, absmax_error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import warnings
 from typing import Any, ClassVar
 
@@ -41,7 +40,7 @@ class _Backend(QuantizationBackend):
             base_layer.weight.data = weight_data
 
 
-class Over4bit(abc.ABC):
+class Over4bit:
     """A mixin, placed before a PEFT layer class, for layers whose base is a 4-bit module.
 
     Merging rounds the sum of a weight and its adapters to 4 bits again. Unmerging restores the old bits.
@@ -86,13 +85,15 @@ class Over4bit(abc.ABC):
                     if not any(p.is_meta for p in module.parameters()):
                         module.to(device)
 
-    @abc.abstractmethod
+    # Not abstract: PEFT's layers change their class at run time, which Python rejects where a base is abstract.
+
     def decoded(self) -> Tensor:
         """The decoded weight in float32, in the dense weight's shape."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def to_dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """The dense module with the results of ``merged_weights``, in the dtype of the weight."""
+        raise NotImplementedError
 
     def requantize(self, weight: Tensor) -> None:
         """Replaces the 4-bit weight by ``weight``, rounded to the nearest codes.

@@ -291,7 +291,10 @@ def quantize_model(
     if calibration is not None:
         # Embeddings have no activations to calibrate on.
         layers = {name: module for module, name in chosen.items() if not isinstance(module, nn.Embedding)}
-        calibrator = Calibrator(model, layers, Calibration.of(calibration), form, compute_dtype, lora)
+        calibrator = Calibrator(
+            model, layers, Calibration.of(calibration), form, compute_dtype, lora,
+            lambda name, w4: model.get_submodule(name).set_packed("weight", w4),  # type: ignore[operator]
+        )  # fmt: skip
     initial = keep_initial_lora(model) if lora is not None and calibrator is None else {}
 
     def replace(module: nn.Module, new: Packed4bit) -> None:

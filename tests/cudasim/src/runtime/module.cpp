@@ -25,6 +25,7 @@ struct Image {
   const FatbinWrapper* wrapper = nullptr;
   bool unpacked = false;
   std::vector<LazyModule> modules;
+  int ptx_arch = 0;   // of its PTX, 0 if that is text
   std::string error;  // why loading failed
   std::unordered_map<std::string, SassKernel> sass;
   bool sass_read = false;
@@ -109,6 +110,7 @@ void unpack_modules(Image& image) {
     if (e.kind != FatbinEntry::ptx || rank(e) != best) continue;
     std::string error;
     LazyModule& m = image.modules.emplace_back();
+    image.ptx_arch = static_cast<int>(e.arch);
     m.ptx = unpack(e, &error);
     if (m.ptx.empty()) image.error = error;
     log("unpacked %zu bytes of PTX for compute_%u", m.ptx.size(), e.arch);
@@ -374,7 +376,9 @@ CUDASIM_API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const voi
   out->maxThreadsPerBlock = static_cast<int>(std::min<size_t>(
       {r.info.max_threads, size_t{1024}, static_cast<size_t>(DeviceSpec::registers / r.registers / 32 * 32)}));
   out->numRegs = r.registers;
-  out->ptxVersion = out->binaryVersion = device().arch;
+  out->binaryVersion = device().arch;
+  // Newer PTX counts as the device's, for which a card could not compile it.
+  out->ptxVersion = function->image->ptx_arch ? std::min(function->image->ptx_arch, device().arch) : device().arch;
   out->maxDynamicSharedSizeBytes = static_cast<int>(r.max_dynamic_shared);
   out->preferredShmemCarveout = function->carveout;
   out->nonPortableClusterSizeAllowed = r.non_portable_cluster;

@@ -45,9 +45,17 @@ class Memory:
 
 
 class Module:
-    def __init__(self, ptx: str) -> None:
+    """PTX text, or what nvcc writes with -fatbin."""
+
+    def __init__(self, code: str | bytes) -> None:
         self.handle = ctypes.c_void_p()
-        check(CUDA.cuModuleLoadData(ctypes.byref(self.handle), ptx.encode()))
+        self.code = code.encode() if isinstance(code, str) else code  # whose memory a module of a fatbin refers to
+        check(CUDA.cuModuleLoadData(ctypes.byref(self.handle), self.code))
+
+    def function(self, name: str) -> ctypes.c_void_p:
+        function = ctypes.c_void_p()
+        check(CUDA.cuModuleGetFunction(ctypes.byref(function), self.handle, name.encode()))
+        return function
 
     def launch(
         self,
@@ -57,8 +65,7 @@ class Module:
         *arguments: Memory | ctypes._SimpleCData,
         shared: int = 0,
     ) -> None:
-        function = ctypes.c_void_p()
-        check(CUDA.cuModuleGetFunction(ctypes.byref(function), self.handle, name.encode()))
+        function = self.function(name)
         if shared > 48 << 10:
             check(CUDA.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
         values = [a.pointer if isinstance(a, Memory) else a for a in arguments]

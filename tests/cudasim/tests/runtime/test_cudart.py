@@ -1,9 +1,13 @@
 """The runtime API itself."""
 
 import ctypes
+import os
+import subprocess
 
+import numpy as np
 import pytest
 import torch
+from driver import Memory, Module
 
 SUCCESS, INVALID_VALUE, NOT_SUPPORTED = 0, 1, 801
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
@@ -73,6 +77,21 @@ def test_pointer_attributes(cudart):
 def test_what_is_not_simulated_says_so(cudart):
     graph = ctypes.c_void_p()
     assert cudart.cudaGraphCreate(ctypes.byref(graph), 0) == NOT_SUPPORTED
+
+
+def test_attributes_of_older_ptx(cudart, tmp_path):
+    source, fatbin = tmp_path / "k.cu", tmp_path / "k.fatbin"
+    source.write_text('extern "C" __global__ void k(int* out) { *out = 7; }')
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    nvcc = ["nvcc", "-fatbin", "-gencode", "arch=compute_80,code=compute_80", source, "-o", fatbin]
+    subprocess.run(nvcc, check=True, env=environment)
+    module, out = Module(fatbin.read_bytes()), Memory(np.zeros(1, np.int32))
+    module.launch("k", (1, 1, 1), 1, out)
+    assert out.read().tolist() == [7]
+    attributes = ctypes.create_string_buffer(256)
+    assert cudart.cudaFuncGetAttributes(attributes, module.function("k")) == SUCCESS
+    ptx_version, binary_version = np.frombuffer(attributes, np.int32, 2, offset=3 * 8 + 2 * 4)
+    assert (ptx_version, binary_version) == (80, 90)
 
 
 def test_tensor_maps(cudart):

@@ -1,0 +1,109 @@
+"""Learns the codes of a block's weights, so that its outputs on the quantized model's inputs are the dense model's.
+
+Adam moves the weights, which are rounded to the nearest codes in every step, and the gradient passes through the
+rounding unchanged (Bengio et al., 2013). Scales and offsets stay those of the calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import code_values
+from ..weight import Weight4bit
+from .weighted_encoding import encoded_under
+
+DISTILLED = "distilled"
+_PASSES = 4  # over the text
+_RATE = 1e-3  # of Adam, in units of a block's largest value; it falls linearly to zero
+_HELD_OUT = 8  # of so many batches, the last one decides whether what was learnt is better
+
+# What a block computes for a batch, and a weighted loss of it.
+Loss = Callable[[], Tensor]
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, under: Weight4bit) -> Tensor:
+        return encoded_under(w, under).dequantize(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None
+
+
+def _start(w: Tensor, w4: Weight4bit) -> Tensor:
+    """Values that round to the codes of ``w4``, each as far from the decoded one towards ``w`` as its code allows."""
+    decoded = w4.dequantize(torch.float32)
+    found = decoded
+    for share in (0.25, 0.5, 1.0):
+        tried = decoded + share * (w.float() - decoded)
+        found = torch.where(encoded_under(tried, w4).dequantize(torch.float32) == decoded, tried, found)
+    return found
+
+
+class _Learnt:
+    """A weight that is learnt. While it is, its module multiplies by the rounded one."""
+
+    def __init__(self, module: Any, w: Tensor, w4: Weight4bit) -> None:
+        self._module, self.w4 = module, w4
+        self._start = _start(w, w4)
+        largest = max(map(abs, code_values(w4.code)))
+        unit = w4.decoded_scales().float().abs().reshape(-1, 1) * largest
+        self._unit = unit.expand(-1, w4.block_size).reshape(-1)[: w.numel()].view(w.shape)
+        self.moved = torch.zeros_like(self._start).requires_grad_()
+
+    def _value(self) -> Tensor:
+        return self._start + self.moved * self._unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded = _Rounded.apply(self._value(), self.w4)  # type: ignore[no-untyped-call]
+        return nn.functional.linear(x, rounded.to(x.dtype), self._module.bias)
+
+    def result(self) -> Weight4bit:
+        return encoded_under(self._value().detach(), self.w4)
+
+
+def learn(weights: dict[str, tuple[Any, Tensor, Weight4bit]], losses: Sequence[Loss]) -> dict[str, Weight4bit]:
+    """Other codes for the weights of linear layers, with which the loss on the held-out batches is smaller.
+
+    Args:
+        weights: by name, each with its module, which is 4-bit, its dense values [N, K], and its 4-bit values.
+        losses: of each batch.
+
+    Returns:
+        The learnt weights; none if there are too few batches, or the learnt codes are not better.
+    """
+    held_out = max(1, len(losses) // _HELD_OUT)
+    train, test = losses[:-held_out], losses[-held_out:]
+    if not train or not weights:
+        return {}
+
+    def tested() -> float:
+        with torch.no_grad():
+            return sum(loss().item() for loss in test)
+
+    learnt = {name: _Learnt(*weight) for name, weight in weights.items()}
+    moved = [one.moved for one in learnt.values()]
+    optimizer = torch.optim.Adam(moved, _RATE, betas=(0.9, 0.95))
+    steps = _PASSES * len(train)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for (module, *_), one in zip(weights.values(), learnt.values(), strict=True):
+        module.forward = one.forward
+    try:
+        before = tested()
+        with torch.enable_grad():
+            for step in range(steps):
+                loss = train[step % len(train)]()
+                for tensor, gradient in zip(moved, torch.autograd.grad(loss, moved), strict=True):
+                    tensor.grad = gradient
+                optimizer.step()
+                schedule.step()
+        better = tested() < before
+    finally:
+        for module, *_ in weights.values():
+            del module.forward
+    return {name: one.result() for name, one in learnt.items()} if better else {}

@@ -1,0 +1,129 @@
+"""Codes that are learnt from the dense model, block by block, after a calibration."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+
+import qlora_ext
+from qlora_app.exporting.calibrated import encode
+from qlora_ext.calibration import DISTILLED, calibration_of, learning
+from qlora_ext.form import Form
+from qlora_ext.nn import layers_of
+from tensors import same_bits
+from tiny_models import logits, make, same_state
+
+FORMATS = ["nf4", "int4", "q4_0", "nvfp4", "mxfp4"]
+
+
+def tokens(seed: int, count: int) -> torch.Tensor:
+    return torch.randint(3, 128, (count, 32), generator=torch.Generator().manual_seed(seed))
+
+
+TEXT, HELD_OUT = tokens(0, 160), tokens(1, 64)
+
+
+@pytest.fixture(scope="module")
+def dense() -> Any:
+    """A model whose blocks change the hidden states enough that rounding matters."""
+    model = make("llama", torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+def form_of(name: str) -> Form:
+    return Form() if name == "nf4" else Form.named(name)
+
+
+def quantized(dense: Any, form: Form, **settings: Any) -> Any:
+    calibration = qlora_ext.Calibration(TEXT, **settings)
+    return qlora_ext.quantize_model(copy.deepcopy(dense), calibration=calibration, **form.keywords)
+
+
+def divergence(model: Any, dense: Any) -> float:
+    """From the dense model, on a text that the calibration has not seen."""
+    exact, found = (logits(m, HELD_OUT).double().log_softmax(-1) for m in (dense, model))
+    return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_model_is_closer_to_the_dense_one(dense: Any, name: str) -> None:
+    form = form_of(name)
+    plain, calibrated = quantized(dense, form), quantized(dense, form, distill=True, batch_size=4)
+    assert divergence(calibrated, dense) < 0.97 * divergence(plain, dense)
+    reports = calibration_of(calibrated)
+    assert DISTILLED in {report.method for report in reports if ".layers.0." in report.name}
+    assert len(reports) == len({report.name for report in reports}) == 14
+    first = dict(layers_of(plain))
+    for module, layer in layers_of(calibrated):
+        assert layer.form == first[module].form
+        assert "forward" not in vars(layer)
+    block = [layer for module, layer in layers_of(calibrated) if ".layers.0." in module]
+    for layer, before in zip(block, [m for n, m in first.items() if ".layers.0." in n], strict=True):
+        found, calibrated_only = (m.packed_weight("weight").tensors for m in (layer, before))
+        assert not torch.equal(found.pop("packed"), calibrated_only.pop("packed"))
+        assert same_bits(found, calibrated_only)
+    assert all(p.grad is None for p in calibrated.parameters())
+
+
+@pytest.mark.parametrize("rate", [0.0, 10.0])
+def test_codes_that_are_not_better_are_not_taken(dense: Any, monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    monkeypatch.setattr(learning, "_RATE", rate)
+    found = quantized(dense, Form(), distill=True, batch_size=4)
+    assert DISTILLED not in {report.method for report in calibration_of(found)}
+    monkeypatch.undo()
+    assert same_state(found, quantized(dense, Form(), batch_size=4))
+
+
+def test_one_batch_is_not_enough_to_learn(dense: Any) -> None:
+    found = quantized(dense, Form(), distill=True, batch_size=len(TEXT))
+    assert DISTILLED not in {report.method for report in calibration_of(found)}
+
+
+def test_an_interrupted_run_has_the_same_bits(
+    dense: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"distill": True, "batch_size": 8}
+    whole = quantized(dense, Form(), **settings)
+
+    def stop(done: int, of: int, name: str) -> None:
+        if done == 10:  # in the second block
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantized(dense, Form(), **settings, directory=tmp_path, progress=stop)
+    learnt: list[int] = []
+    learn = learning.learn
+    monkeypatch.setattr(
+        "qlora_ext.calibration.calibrator.learn", lambda *arguments: learnt.append(1) or learn(*arguments)
+    )
+    assert same_state(quantized(dense, Form(), **settings, directory=tmp_path), whole)
+    assert learnt == [1]
+    with pytest.raises(qlora_ext.untrusted.FileError, match="directory: .* with another"):
+        quantized(dense, Form(), directory=tmp_path)
+
+
+def test_exported_weights_are_learnt_too(dense: Any) -> None:
+    model = copy.deepcopy(dense)
+    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name]
+    form = Form.named("q4_0")
+    calibration = qlora_ext.Calibration(TEXT, distill=True, batch_size=4)
+    weights, report = encode(model, [[name] for name in names], form, calibration)
+    assert DISTILLED in {one.method for one in report}
+    for name, w4 in weights.items():
+        assert torch.equal(model.get_submodule(name).weight, w4.dequantize(torch.float32))
+    assert divergence(model, dense) < 0.97 * divergence(quantized(dense, form), dense)
+
+
+def test_adapters_are_rejected(dense: Any) -> None:
+    with pytest.raises(ValueError, match="init_lora: expected none with distill"):
+        qlora_ext.quantize_model(
+            copy.deepcopy(dense), calibration=qlora_ext.Calibration(TEXT, distill=True), init_lora="svd"
+        )
