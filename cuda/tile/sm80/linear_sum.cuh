@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "cuda/ptx/hold.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/store.cuh"
+#include "cuda/tile/generic/arch_limits.cuh"
 #include "cuda/tile/generic/cluster_sum.cuh"
 #include "cuda/tile/generic/element.cuh"
 #include "cuda/tile/generic/split.cuh"
@@ -30,7 +30,7 @@ struct LinearOutput {
 template <class Tile>
 __device__ __forceinline__ void store_sums(uint32_t shared, int warp_row, int group,
                                            const float (&acc)[Tile::kRowTiles][Tile::kTokenTiles][4]) {
-  const int thread = static_cast<int>(ptx::reread_thread_index()), g = thread % 32 / 4, t = thread % 4;
+  const int thread = static_cast<int>(thread_index()), g = thread % 32 / 4, t = thread % 4;
   const uint32_t address = shared + ((group * Tile::kTokens + 2 * t) * Tile::kSumStride + warp_row + g) * 4;
   unroll<Tile::kRowTiles>([&](auto i) {
     unroll<Tile::kTokenTiles>([&](auto j) {
@@ -103,7 +103,7 @@ __device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out
                                        int64_t token0, int64_t m, int64_t n0, int64_t n) {
   constexpr int kQuads = Tile::kRows / 4, kTokenStep = Tile::kThreads / kQuads;
   static_assert(Tile::kThreads % kQuads == 0);
-  const int thread = static_cast<int>(ptx::reread_thread_index()), quad = thread % kQuads, first = thread / kQuads;
+  const int thread = static_cast<int>(thread_index()), quad = thread % kQuads, first = thread / kQuads;
   const int tokens = static_cast<int>(m - token0 < Tile::kTokens ? m - token0 : Tile::kTokens);
 
   const auto group_sum = [&](int token) {
