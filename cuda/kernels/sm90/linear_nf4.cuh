@@ -202,9 +202,9 @@ __device__ __forceinline__ void load_lora_b(const tile::LoraOperands<typename Ti
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int step = i / 2, upper = i % 2;
-    const uint2 ranks = tile::load_4_ranks<typename Tile::T, kVector>(lora.b + (row + 8 * upper) * lora.rank,
-                                                                      first + step * 16 + threadIdx.x % 4 * 4,
-                                                                      lora.rank, row + 8 * upper < lora.n);
+    const uint2 ranks = tile::load_4_ranks<typename Tile::T, kVector, true>(lora.b + (row + 8 * upper) * lora.rank,
+                                                                            first + step * 16 + threadIdx.x % 4 * 4,
+                                                                            lora.rank, row + 8 * upper < lora.n);
     a[step / 4][step % 4][upper] = ranks.x, a[step / 4][step % 4][upper + 2] = ranks.y;
   }
 }

@@ -11,16 +11,19 @@ namespace qlora::tile {
 
 // Loads ranks first .. first + 3 of the `rank` ranks at `of`, which are a token's h or a row of lora_b. Ranks beyond
 // `rank` are zeros, and so are all ranks unless `valid`. kVector requires rank % 4 == 0, and h and lora_b aligned to 8
-// bytes. The loads are plain, because the launch that computes h may still run when a kernel starts: `__ldg` is only
-// for memory that nobody writes meanwhile, and the compiler may move it before the wait for that launch.
-template <class T, bool kVector>
+// bytes. kConstant: nobody writes them while the kernel runs. That is true of lora_b, also of a stack of adapters,
+// which is complete before the launch that computes h. It is not true of h: that launch may still run when a kernel
+// starts, and the compiler may move an `__ldg` before the wait for it.
+template <class T, bool kVector, bool kConstant = false>
 __device__ __forceinline__ uint2 load_4_ranks(const T* of, int64_t first, int64_t rank, bool valid) {
+  const auto load = [](const auto* at) { return kConstant ? __ldg(at) : *at; };
   if constexpr (kVector) {
-    return valid && first < rank ? *reinterpret_cast<const uint2*>(of + first) : make_uint2(0, 0);
+    return valid && first < rank ? load(reinterpret_cast<const uint2*>(of + first)) : make_uint2(0, 0);
   } else {
     uint32_t v[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = valid && first + i < rank ? uint32_t{of[first + i].bits} : 0u;
+    for (int i = 0; i < 4; ++i)
+      v[i] = valid && first + i < rank ? load(reinterpret_cast<const uint16_t*>(of + first + i)) : 0u;
     return make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
   }
 }
@@ -57,7 +60,7 @@ __device__ __forceinline__ void lora_step(const LoraOperands<T>& p, int64_t row0
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     const int64_t row = row0 + 8 * i + g;
-    b[i / 2][i % 2] = load_4_ranks<T, kVector>(p.b + row * p.rank, first, p.rank, row < p.n);
+    b[i / 2][i % 2] = load_4_ranks<T, kVector, true>(p.b + row * p.rank, first, p.rank, row < p.n);
   }
 #pragma unroll
   for (int j = 0; j < kTokenTiles; ++j) {

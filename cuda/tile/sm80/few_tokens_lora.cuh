@@ -175,8 +175,8 @@ __device__ __forceinline__ void load_lora_b(const FewTokensLora<T>& lora, int64_
   for (int i = 0; i < 2; ++i) {
     const int64_t row = row0 + 8 * i + g, first = 16 * step + 4 * t;
     const T* of = lora.b + row * lora.rank;
-    b[i] = vector ? load_4_ranks<T, true>(of, first, lora.rank, row < n)
-                  : load_4_ranks<T, false>(of, first, lora.rank, row < n);
+    b[i] = vector ? load_4_ranks<T, true, true>(of, first, lora.rank, row < n)
+                  : load_4_ranks<T, false, true>(of, first, lora.rank, row < n);
   }
 }
 
