@@ -20,9 +20,11 @@ inline constexpr bool kFewRegisters = kArch >= 1000;
 inline constexpr int kMostFewTokens = kFewRegisters ? 8 : 16;  // of the forward for few tokens
 
 // Returns threadIdx.x. Where registers are few, nothing that was derived from it earlier stays in one until this call.
-__device__ __forceinline__ unsigned thread_index() {
+// The type is the one with which ptxas spills nothing in linear_sum.cuh: signed divisions take more registers on 9.0,
+// and unsigned ones on 10.0.
+__device__ __forceinline__ auto thread_index() {
   if constexpr (kFewRegisters)
-    return ptx::reread_thread_index();
+    return static_cast<int>(ptx::reread_thread_index());
   else
     return threadIdx.x;
 }

@@ -30,7 +30,7 @@ struct LinearOutput {
 template <class Tile>
 __device__ __forceinline__ void store_sums(uint32_t shared, int warp_row, int group,
                                            const float (&acc)[Tile::kRowTiles][Tile::kTokenTiles][4]) {
-  const unsigned thread = thread_index();
+  const auto thread = thread_index();
   const int g = thread % 32 / 4, t = thread % 4;
   const uint32_t address = shared + ((group * Tile::kTokens + 2 * t) * Tile::kSumStride + warp_row + g) * 4;
   unroll<Tile::kRowTiles>([&](auto i) {
@@ -104,7 +104,7 @@ __device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out
                                        int64_t token0, int64_t m, int64_t n0, int64_t n) {
   constexpr int kQuads = Tile::kRows / 4, kTokenStep = Tile::kThreads / kQuads;
   static_assert(Tile::kThreads % kQuads == 0);
-  const unsigned thread = thread_index();
+  const auto thread = thread_index();
   const int quad = thread % kQuads, first = thread / kQuads;
   const int tokens = static_cast<int>(m - token0 < Tile::kTokens ? m - token0 : Tile::kTokens);
 
