@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +49,11 @@ class Over4bit:
 
     quantization_backend = _Backend()
     merged_adapters: list[str]
+    # Methods that subclasses define: the decoded weight in float32, in the dense weight's shape; and the dense module with
+    # the results of ``merged_weights``, in the dtype of the weight. They are not abstract, because PEFT's layers change
+    # their class at run time, which Python rejects where a base is abstract.
+    decoded: Callable[[], Tensor]
+    to_dense: Callable[[Tensor, Tensor | None], nn.Module]
     parameter_name = "weight"
     # The class of LoRA layers over a ``Linear4bit``, which the integration of PEFT sets.
     lora_linear: ClassVar[type[Over4bit]]
@@ -84,16 +90,6 @@ class Over4bit:
                     module = container[name]
                     if not any(p.is_meta for p in module.parameters()):
                         module.to(device)
-
-    # Not abstract: PEFT's layers change their class at run time, which Python rejects where a base is abstract.
-
-    def decoded(self) -> Tensor:
-        """The decoded weight in float32, in the dense weight's shape."""
-        raise NotImplementedError
-
-    def to_dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """The dense module with the results of ``merged_weights``, in the dtype of the weight."""
-        raise NotImplementedError
 
     def requantize(self, weight: Tensor) -> None:
         """Replaces the 4-bit weight by ``weight``, rounded to the nearest codes.
