@@ -188,6 +188,10 @@ class SavedOptions(BaseOptions):
     dtype: str = option("bfloat16", "dtype of the saved weights that are not 4-bit: bfloat16, float16 or float32")
 
 
+# The values of --compile, and what ``BatchDecoder`` calls them.
+COMPILED = {"auto": None, "always": True, "never": False}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions(BaseOptions):
     """The options of commands that generate text."""
@@ -200,7 +204,7 @@ class SamplingOptions(BaseOptions):
         "auto",
         "generate with compiled code, which takes about two minutes to compile and is cached for later runs; "
         "auto: if it is cached, or an answer may be long",
-        choices=("auto", "always", "never"),
+        choices=tuple(COMPILED),
     )
 
     def __post_init__(self) -> None:

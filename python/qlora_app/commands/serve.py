@@ -18,14 +18,13 @@ from ..models import validate_model
 from ..models.adapted import Adapted, find_adapted
 from ..models.adapter_files import check_files, find, load
 from ..models.sources import PACKAGE
-from ..options import DEFAULT_RUN, BaseOptions, SamplingOptions, add_options, like, option, options_in
+from ..options import COMPILED, DEFAULT_RUN, BaseOptions, SamplingOptions, add_options, like, option, options_in
 from ..vocabulary import vocabulary_size
 
 _LIBRARIES = ("starlette", "uvicorn")  # of the extra [serve]
 _CONTEXT = 4096
 _PROMPT_PART = 256  # tokens of a prompt that are read while running answers wait: some tenths of a second on two cores
 _KEY_VARIABLE = "QLORA_API_KEY"
-_COMPILED = {"auto": None, "always": True, "never": False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class ServeRequest(BaseOptions):
         "auto",
         "decode with compiled code, which takes minutes to compile and is cached, or on a GPU with CUDA graphs; "
         "auto: if the model can be compiled",
-        choices=tuple(_COMPILED),
+        choices=tuple(COMPILED),
     )
     activations: str | None = like(SamplingOptions, "activations")
     reproducible: bool = option(
@@ -149,7 +148,7 @@ def _decoder(model: Any, request: ServeRequest) -> Any:
             model,
             request.sequences,
             _context(model, request.context),
-            compiled=_COMPILED[request.compile],
+            compiled=COMPILED[request.compile],
             progress=lambda text: print(f"qlora-ext: {text}", file=sys.stderr, flush=True),
             reproducible=request.reproducible,
             prompt_part=_PROMPT_PART,

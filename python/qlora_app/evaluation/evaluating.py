@@ -16,7 +16,7 @@ from ..models.adapted import Adapted, find_adapted
 from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
 from ..models.loading import load_dense
 from ..models.pretrained import is_4bit
-from ..options import SamplingOptions, keywords_of, like, option
+from ..options import COMPILED, SamplingOptions, keywords_of, like, option
 from ..outputs.output_file import OutputFile, claim_file
 from ..terminal.bars import counted
 from ..training.identity import digest_of_model
@@ -25,7 +25,6 @@ from .answer_file import MARK, AnswerFile, Answers
 from .statistics import LEVEL, wilson
 from .tasks import Task
 
-_COMPILED = {"auto": None, "always": True, "never": False}
 # Options that may differ between the command that began a file and the one that goes on.
 _FREE = ("tasks", "output", "overwrite", "compile", "adapter", "model", "trust_remote_code", "force",
          "confirm_run_unsafe_code", "device")  # fmt: skip
@@ -56,11 +55,6 @@ class EvaluateRequest(SamplingOptions):
     max_new_tokens: int = like(SamplingOptions, "max_new_tokens", default=512)
     seed: int = option(0, "seed of reasoning-gym's questions, and of sampling", 0, maximum=2**32 - 1)
     sequences: int = option(16, "answers that are written at the same time", 1, maximum=256)
-    compile: str = option(
-        "auto",
-        "decode with compiled code, which takes minutes to compile and is cached; auto: if that saves time",
-        choices=tuple(_COMPILED),
-    )
     confirm_run_unsafe_code: bool = option(False, "run programs that the model writes, which humaneval needs")
 
     def __post_init__(self) -> None:
@@ -166,7 +160,7 @@ def _answer(request: EvaluateRequest) -> AnswerFile:
         records = answered(
             model, adapted.tokenizer, pending,
             system=request.system, max_new_tokens=request.max_new_tokens, temperature=request.temperature,
-            seed=request.seed, sequences=request.sequences, compiled=_COMPILED[request.compile],
+            seed=request.seed, sequences=request.sequences, compiled=COMPILED[request.compile],
             progress=lambda text: print(text, file=sys.stderr),
         )  # fmt: skip
         with counted("answering") as progress:

@@ -19,7 +19,7 @@ from ..outputs.files import contents, write_json
 from ..outputs.waiting import waiting
 from . import validate_model
 from .devices import name_of
-from .pretrained import has_4bit_blocks, is_4bit, load_tokenizer, restore_use_cache
+from .pretrained import has_4bit_blocks, is_4bit, load_config, load_tokenizer, restore_use_cache
 from .sources import ModelSource
 
 if TYPE_CHECKING:
@@ -158,3 +158,25 @@ def four_bit_directory(loader: Loader, run: Output) -> ModelSource:
                     write_json(partial / _ORIGIN, origin)
                 del model  # mapped from files that are deleted next
     return ModelSource(source.name, os.fspath(output.path), None, source.trust_remote_code)
+
+
+def load_streamed(loader: Loader, stream: str, resident: str | None, run: Output) -> Any:
+    """The model of ``loader``, streamed from "ram" or "disk", or resident ("none").
+
+    Args:
+        resident: as in ``QLoRAConfig``; without effect on a resident model.
+        run: as in ``four_bit_directory``, from where a model that is not in our format is streamed from disk.
+
+    Raises:
+        UserError: as in ``four_bit_directory``, and of ``Loader``.
+    """
+    if stream == "none":
+        return loader.while_loading()
+    if stream != "disk" or is_quantized(load_config(loader.source)):
+        return loader.while_loading(stream, resident)
+    converted = dataclasses.replace(loader, source=four_bit_directory(loader, run), served=None, requantize=False)
+    model = converted.while_loading(stream, resident)
+    # An adapter records how its base is made from the original model.
+    config = model.config.quantization_config
+    config.served, config.requantize = loader.served, loader.requantize
+    return model

@@ -75,16 +75,12 @@ def stored_forms(source: ModelSource, config: Any, requantize: bool = False) -> 
 
 def stored_layers(source: ModelSource, config: Any, requantize: bool = False) -> dict[str, Form] | None:
     """``stored_forms`` of a checkpoint; of other files without tables and output heads, and weights that become NF4."""
-    from torch import nn
-
-    from qlora_ext.integrations.transformers.modules import dense_modules
+    from qlora_ext.integrations.transformers.modules import tables_and_heads
 
     forms = stored_forms(source, config, requantize)
     if forms is None or (source.gguf_file is None and not requantize):
         return forms
-    skeleton = validate_model.skeleton(source, config)
-    others = {f"{name}.weight" for name in dense_modules(skeleton).heads}
-    others |= {f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, nn.Embedding)}
+    others = {f"{name}.weight" for name in tables_and_heads(validate_model.skeleton(source, config))}
     return {name: form for name, form in forms.items() if name not in others and form.code != NF4} or None
 
 

@@ -18,10 +18,9 @@ from qlora_ext.streaming import chunk_mlp, dense_mlps
 from ..data import answers_of
 from ..errors import UserError
 from ..models.adapter_files import find
-from ..models.conversion import four_bit_directory, is_quantized
+from ..models.conversion import load_streamed
 from ..models.devices import name_of, parse_computing_dtype, parse_dtype
 from ..models.loading import Loader
-from ..models.pretrained import load_config
 from ..models.size import dense_share, model_size
 from ..models.validate_model import check_tokens, longest_input
 from ..outputs.directory import Output
@@ -142,16 +141,7 @@ def _in_4_bits(run: Run, compute: torch.dtype, layers: torch.dtype, output: Outp
     # A resumed run keeps what auto was at its start.
     activations = (read_marker(run.directory) if run.resumes else {}).get(ACTIVATIONS, s.activations)
     loader = Loader(run.source, form, dtype, run.device, compute, layers, activations=activations, **_read_in(run))
-    if s.stream == "none":
-        return loader.while_loading()
-    if s.stream != "disk" or is_quantized(load_config(run.source)):
-        return loader.while_loading(s.stream, s.resident or None)
-    converted = dataclasses.replace(loader, source=four_bit_directory(loader, output), served=None, requantize=False)
-    model = converted.while_loading(s.stream, s.resident or None)
-    # An adapter records how its base is made from the original model.
-    config = model.config.quantization_config
-    config.served, config.requantize = loader.served, loader.requantize
-    return model
+    return load_streamed(loader, s.stream, s.resident or None, output)
 
 
 def _read_in(run: Run) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import pathlib
@@ -16,7 +15,7 @@ from qlora_ext.untrusted import excerpt, printable
 from ..data import Row
 from ..data.store import Stored
 from ..errors import UserError, path_named
-from ..models.conversion import four_bit_directory, is_quantized
+from ..models.conversion import load_streamed
 from ..models.devices import parse_computing_dtype, parse_dtype
 from ..models.loading import Loader, load_dense
 from ..models.pretrained import has_4bit_blocks, is_4bit, load_config, load_tokenizer
@@ -116,11 +115,9 @@ def _model(run: Run) -> Any:
         model = load_dense(source, dtype, run.device, compute)
     else:
         loader = Loader(source, Form(), dtype, run.device, compute)
-        streamed = s.teacher_load in ("ram", "disk")
-        if s.teacher_load == "disk" and not is_quantized(load_config(source)):
-            base = Output(run.directory.with_name(f"{run.directory.name}-teacher"), run.request.overwrite)
-            loader = dataclasses.replace(loader, source=four_bit_directory(loader, base))
-        model = loader.while_loading(s.teacher_load if streamed else None)
+        stream = s.teacher_load if s.teacher_load in ("ram", "disk") else "none"
+        base = Output(run.directory.with_name(f"{run.directory.name}-teacher"), run.request.overwrite)
+        model = load_streamed(loader, stream, None, base)
     longest = max(max(row["position_ids"]) + 1 for row in _rows(run))
     limit = longest_input(model)
     if limit is not None and longest > limit:

@@ -11,7 +11,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..form import Form
 from ..integrations.transformers import Conv1D4bit, QLoRAConfig
-from ..integrations.transformers.modules import dense_modules, empty_layer
+from ..integrations.transformers.modules import dense_modules, empty_layer, tables_and_heads
 from ..integrations.transformers.weight_source import Source
 from ..nn import is_dense, paths_to, tied_heads
 from . import blocks
@@ -53,7 +53,7 @@ class GGUFSource(Source):
             self._weights = self._open_file(files, model)
         found: dict[str, Form] = {}
         others: list[str] = []
-        heads, has_layers = {*dense_modules(model).heads}, False
+        others_than_layers, has_layers = tables_and_heads(model), False
         self.kept.clear()
         for name, module in self._candidates(model):
             layer = empty_layer(module, torch.float32, Form())
@@ -61,7 +61,7 @@ class GGUFSource(Source):
             transposed = isinstance(layer, Conv1D4bit) or getattr(layer, "is_transposed", False)
             kinds = {weight: self._weights.stored_kind(weight, shape, transposed) for weight, shape in shapes.items()}
             stored = {weight: blocks.form_of(kind) for weight, kind in kinds.items() if kind is not None}
-            is_layer = not isinstance(module, nn.Embedding) and heads.isdisjoint(paths_to(name))
+            is_layer = others_than_layers.isdisjoint(paths_to(name))
             if len(stored) == len(shapes) and not (is_layer and self._config.requantize):
                 found |= stored
                 self.kept |= {*shapes}

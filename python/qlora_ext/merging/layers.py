@@ -49,9 +49,9 @@ class Over4bit:
 
     quantization_backend = _Backend()
     merged_adapters: list[str]
-    # Methods that subclasses define: the decoded weight in float32, in the dense weight's shape; and the dense module with
-    # the results of ``merged_weights``, in the dtype of the weight. They are not abstract, because PEFT's layers change
-    # their class at run time, which Python rejects where a base is abstract.
+    # Methods that subclasses define: the decoded weight in float32, in the dense weight's shape; and the dense module
+    # with the results of ``merged_weights``, in the dtype of the weight. They are not abstract, because PEFT's layers
+    # change their class at run time, which Python rejects where a base is abstract.
     decoded: Callable[[], Tensor]
     to_dense: Callable[[Tensor, Tensor | None], nn.Module]
     parameter_name = "weight"

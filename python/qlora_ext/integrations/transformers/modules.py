@@ -77,6 +77,12 @@ def dense_modules(model: nn.Module) -> DenseModules:
 DENSE_RULES.append(dense_modules)
 
 
+def tables_and_heads(model: nn.Module) -> set[str]:
+    """The names of the embeddings of ``model`` and of its output heads."""
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return embeddings | {*dense_modules(model).heads}
+
+
 def packed_weights(module: nn.Module) -> tuple[str, ...]:
     """The names of the weights that would be 4-bit in the module for ``module``; empty if there is none for it."""
     return tuple(empty_layer(module, torch.float32, Form()).packed_shapes) if is_dense(module) else ()

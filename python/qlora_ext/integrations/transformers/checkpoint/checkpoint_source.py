@@ -21,7 +21,7 @@ from ....nn import Linear4bit, Packed4bit, TiedLinear4bit, dense_modules, is_den
 from ....weight import Weight4bit, quantize
 from ..config import QLoRAConfig
 from ..deferred import deferred, dtype_of
-from ..modules import BaseNames, check_complete, empty_layer
+from ..modules import BaseNames, check_complete, empty_layer, tables_and_heads
 from ..weight_source import Source
 from .decoded_weights import DecodedWeight, decoded_weights
 from .expert_stacks import DenseExperts, alternates, dense_experts
@@ -101,11 +101,10 @@ class CheckpointSource(Source):
         forms: dict[str, Form] = {}
         if self._given is None:
             return forms
-        heads = {*dense_modules(model).heads}
+        others = tables_and_heads(model)
         for name in dict.fromkeys(map(module_of, self._weights)):
-            module = model.get_submodule(name)
-            if not isinstance(module, nn.Embedding) and heads.isdisjoint(paths_to(name)):
-                shapes = empty_layer(module, torch.float32, Form()).packed_shapes
+            if others.isdisjoint(paths_to(name)):
+                shapes = empty_layer(model.get_submodule(name), torch.float32, Form()).packed_shapes
                 form = self._given.form_of(name, shapes.values())
                 forms |= {f"{name}.{weight}".removeprefix("."): form for weight in shapes}
         return forms
