@@ -148,6 +148,9 @@ def test_layers_are_quantized_anew(
     bitsandbytes = ("--to", "bitsandbytes", "--output", tmp_path / "bnb")
     run = command("export", "--adapter", tmp_path / "run", *bitsandbytes)
     assert (run.returncode, "trained on weights in q4_0" in run.stderr) == (2, True)
+    ours_again = ("finetune", "--model", tmp_path / "streamed-base", *quantize, "--data", text)
+    run = command(*ours_again, "--output", tmp_path / "again")
+    assert (run.returncode, "--quantize q4_0: " in run.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "nvfp4-pack-quantized"), ("gpt_oss", "mxfp4")])

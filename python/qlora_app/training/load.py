@@ -21,6 +21,7 @@ from ..models.adapter_files import find
 from ..models.conversion import load_streamed
 from ..models.devices import name_of, parse_computing_dtype, parse_dtype
 from ..models.loading import Loader
+from ..models.pretrained import load_config
 from ..models.size import dense_share, model_size
 from ..models.validate_model import check_tokens, longest_input
 from ..outputs.directory import Output
@@ -152,6 +153,12 @@ def _read_in(run: Run) -> dict[str, Any]:
     if s.init_adapter:
         adapter = find(s.init_adapter, "--init-adapter")
         return {"served": recorded_base_format(adapter), "requantize": recorded_requantized(adapter)}
+    saved = getattr(load_config(run.source), "quantization_config", None)
+    if s.quantize and saved is not None and saved.get("quant_method", "bitsandbytes") in ("qlora_ext", "bitsandbytes"):
+        raise UserError(
+            f"--quantize {s.quantize}: {run.source.name} was saved in 4 bits by qlora_ext or bitsandbytes; name the "
+            "model that it was made from, or omit --quantize"
+        )
     served = s.quantize or (s.merge_aware if s.merge_aware in SERVED_FORMATS else None)
     return {"served": served, "requantize": bool(s.quantize)}
 

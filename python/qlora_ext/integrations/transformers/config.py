@@ -371,8 +371,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         """
         if given.requantize:
             raise ValueError(
-                "requantize: expected a dense model, a GGUF file or a checkpoint of another library, got a 4-bit model "
-                "of qlora_ext or bitsandbytes"
+                "requantize: expected a dense model, a GGUF file or a checkpoint of another library, got a model that "
+                "qlora_ext or bitsandbytes has quantized"
             )
         self.stream, self.resident = given.stream, given.resident
         self.activations = vars(given).get("activations", self.activations)
