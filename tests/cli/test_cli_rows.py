@@ -17,7 +17,7 @@ from qlora_app.data import check_template, encode, encoding, held_out, pack, spl
 from qlora_app.decoding.rollouts import _encoded
 from qlora_app.errors import UserError
 from qlora_app.main import main
-from qlora_app.quantization.calibrate import tokens_of
+from qlora_app.quantization.calibrate import CalibrationOptions, tokens_of
 from qlora_app.training.settings import Settings
 from tiny_models import add_special_tokens
 
@@ -210,7 +210,8 @@ def test_sequences_to_measure_on_begin_as_texts(tokenizer: Any, tmp_path: pathli
     data = tmp_path / "data.jsonl"
     lines = [json.dumps({"text": "word " * n}) for n in range(1, 30)]
     data.write_text("\n".join(lines))
-    for found in (held_out.blocks(str(data), tokenizer, 1000, 40), tokens_of(str(data), tokenizer, 1000, 40)):
+    options = CalibrationOptions(calibrate=str(data))
+    for found in (held_out.blocks(str(data), tokenizer, 1000, 40), tokens_of(options, tokenizer, 1000, 40)):
         assert found.shape[1] == 40
         assert len(found) == 25
         assert (found[:, 0] == tokenizer.bos_token_id).all()
