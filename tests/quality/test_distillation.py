@@ -1,4 +1,4 @@
-"""Codes that are learnt from the dense model, block by block, after a calibration."""
+"""Codes that are learnt from the dense model, together or block by block, after a calibration."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tensors import same_bits
 from tiny_models import logits, make, same_state
 
 FORMATS = ["nf4", "int4", "q4_0", "nvfp4", "mxfp4"]
+BY_BLOCK = {"distill": True, "batch_size": 4, "distill_memory": 1}
 
 
 def tokens(seed: int, count: int) -> torch.Tensor:
@@ -54,9 +55,9 @@ def divergence(model: Any, dense: Any) -> float:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_model_is_closer_to_the_dense_one(dense: Any, name: str) -> None:
+def test_blocks_one_by_one_are_closer_to_the_dense_model(dense: Any, name: str) -> None:
     form = form_of(name)
-    plain, calibrated = quantized(dense, form), quantized(dense, form, distill=True, batch_size=4)
+    plain, calibrated = quantized(dense, form), quantized(dense, form, **BY_BLOCK)
     assert divergence(calibrated, dense) < 0.97 * divergence(plain, dense)
     reports = calibration_of(calibrated)
     assert DISTILLED in {report.method for report in reports if ".layers.0." in report.name}
@@ -71,6 +72,57 @@ def test_the_model_is_closer_to_the_dense_one(dense: Any, name: str) -> None:
         assert not torch.equal(found.pop("packed"), calibrated_only.pop("packed"))
         assert same_bits(found, calibrated_only)
     assert all(p.grad is None for p in calibrated.parameters())
+
+
+@pytest.mark.parametrize("name", ["nf4", "q4_0"])
+def test_layers_together_are_closer_to_the_dense_model(dense: Any, name: str) -> None:
+    form = form_of(name)
+    calibrated = quantized(dense, form)
+    together = quantized(dense, form, distill=True, batch_size=4)
+    assert divergence(together, dense) < 0.9 * divergence(calibrated, dense)
+    assert {report.method for report in calibration_of(together)} == {DISTILLED}
+    before = dict(layers_of(calibrated))
+    for module, layer in layers_of(together):
+        found, calibrated_only = (m.packed_weight("weight").tensors for m in (layer, before[module]))
+        assert not torch.equal(found.pop("packed"), calibrated_only.pop("packed"))
+        assert same_bits(found, calibrated_only)
+        assert "forward" not in vars(layer)
+    assert same_state(together, quantized(dense, form, distill=True, batch_size=4))
+    assert all(p.grad is None for p in together.parameters())
+
+
+def test_padding_teaches_nothing(dense: Any) -> None:
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in TEXT.split(4)]
+    padded = [{name: torch.nn.functional.pad(t, (0, 5)) for name, t in batch.items()} for batch in batches]
+    found, longer = (
+        qlora_ext.quantize_model(copy.deepcopy(dense), calibration=qlora_ext.Calibration(given, distill=True))
+        for given in (batches, padded)
+    )
+    assert divergence(longer, dense) == pytest.approx(divergence(found, dense), rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_other_families_learn_together(family: str) -> None:
+    dense = make(family, torch.float32)
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4)
+    plain, together = quantized(dense, Form()), quantized(dense, Form(), distill=True, batch_size=4)
+    assert DISTILLED in {report.method for report in calibration_of(together)}
+    assert divergence(together, dense) < divergence(plain, dense)
+
+
+@pytest.mark.parametrize("batch", [(TEXT[:4],), {"inputs_embeds": torch.zeros(1, 8, 64)}])
+def test_layers_that_learn_together_need_token_ids(dense: Any, batch: Any) -> None:
+    with pytest.raises(TypeError, match="inputs: expected token ids to distill a language model, got"):
+        qlora_ext.quantize_model(copy.deepcopy(dense), calibration=qlora_ext.Calibration([batch], distill=True))
+
+
+@pytest.mark.parametrize("size", ["much", 0, -1])
+def test_wrong_memory(size: Any) -> None:
+    with pytest.raises(ValueError, match="distill_memory: expected a size such as 24GB"):
+        qlora_ext.Calibration(TEXT, distill=True, distill_memory=size)
 
 
 @pytest.mark.parametrize("rate", [0.0, 10.0])
@@ -90,7 +142,7 @@ def test_one_batch_is_not_enough_to_learn(dense: Any) -> None:
 def test_an_interrupted_run_has_the_same_bits(
     dense: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"distill": True, "batch_size": 8}
+    settings = {**BY_BLOCK, "batch_size": 8}
     whole = quantized(dense, Form(), **settings)
 
     def stop(done: int, of: int, name: str) -> None:
@@ -108,6 +160,26 @@ def test_an_interrupted_run_has_the_same_bits(
     assert learnt == [1]
     with pytest.raises(qlora_ext.untrusted.FileError, match="directory: .* with another"):
         quantized(dense, Form(), directory=tmp_path)
+
+
+def test_layers_learnt_together_are_stored(dense: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"distill": True, "batch_size": 8}
+    whole = quantized(dense, Form(), **settings)
+
+    def stop(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora_ext.calibration.calibrator.learn", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(dense, Form(), **settings, directory=tmp_path)
+    monkeypatch.undo()
+    assert same_state(quantized(dense, Form(), **settings, directory=tmp_path), whole)
+    monkeypatch.setattr("qlora_ext.calibration.calibrator.learn", stop)
+    again = quantized(dense, Form(), **settings, directory=tmp_path)
+    assert same_state(again, whole)
+    assert calibration_of(again) == calibration_of(whole)
+    with pytest.raises(qlora_ext.untrusted.FileError, match="another distill_memory"):
+        quantized(dense, Form(), **settings, distill_memory="1GB", directory=tmp_path)
 
 
 def test_exported_weights_are_learnt_too(dense: Any) -> None:

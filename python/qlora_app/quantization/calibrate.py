@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from qlora_ext.sizes import parse_size
+
 from ..errors import UserError
 from ..options import Options, option
 from ..outputs.directory import Output
@@ -36,15 +38,25 @@ class CalibrationOptions(Options):
     )
     distill: str = option(
         "none",
-        "calibrate on such a text, and then learn the codes of each block from the dense model's outputs on it. Takes "
-        "several times as long; the model is better and has the same size",
+        "calibrate on such a text, and then learn the codes from the dense model's predictions on it. Takes several "
+        "times as long; the model is better and has the same size",
         metavar="self|DATA|none",
+    )
+    distill_memory: str = option(
+        "8GB",
+        "learn all layers together if that takes at most this much memory (32 bytes per weight), else one block after "
+        "another",
+        metavar="SIZE",
     )
     calibration_tokens: int = option(12288, "length of that text", LENGTH)
     calibration_seed: int = option(0, "seed of the text that the model writes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        try:
+            parse_size("--distill-memory", self.distill_memory)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if "none" not in (self.calibrate, self.distill):
             raise UserError("--calibrate and --distill exclude each other: --distill calibrates on its text first")
 
@@ -165,6 +177,7 @@ def calibration(
             length=LENGTH,
             batch_size=Calibration.batch_size if options.distill == "none" else 1,
             distill=options.distill != "none",
+            distill_memory=options.distill_memory,
             seed=options.calibration_seed,
             directory=directory,
             progress=progress,
@@ -203,6 +216,6 @@ def summary(report: list[LayerReport], plain: str = "plain NF4") -> list[str]:
         ratio = sum(layer.error / layer.absmax_error for layer in calibrated) / len(calibrated)
         lines.append(f"calibrated {len(calibrated)} weights: the error of their outputs is {ratio:.2f} of {plain}'s")
     if distilled := sum(layer.method == DISTILLED for layer in report):
-        lines.append(f"distilled {distilled} of them: the outputs of their blocks are closer to the dense model's")
+        lines.append(f"distilled {distilled} of them: what they compute together is closer to the dense model's")
     notes = collections.Counter(layer.note for layer in report if layer.method == "absmax")
     return lines + [f"{count} stayed {plain}: {why}" for why, count in notes.items()]

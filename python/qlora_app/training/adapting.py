@@ -84,7 +84,7 @@ def check_chunked_loss(model: Any) -> None:
     Args:
         model: with its adapter.
     """
-    from ..models.loss import has_plain_head
+    from qlora_ext.output_head import has_plain_head
 
     head = model.get_base_model().get_output_embeddings()
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
+from qlora_ext.divergence import Logits, Targets, TopK, summed_divergence
 from qlora_ext.fidelity import perplexity
 
 from ..data import Row, pack
 from ..decoding import Rollouts, Sampling
-from ..models.divergence import Logits, Targets, TopK, summed_divergence
 from .teacher_cache import TeacherCache
 from .trainer import QLoRATrainer, collate
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from qlora_ext.output_head import changes_logits
 from qlora_ext.sizes import parse_size
 from qlora_ext.streaming import dense_mlps
 
 from ..errors import UserError
 from ..models import families
 from ..models.loading import stored_forms
-from ..models.loss import changes_logits
 from ..models.pretrained import has_4bit_blocks, is_4bit, load_config
 from ..models.sources import ModelSource, resolve
 from ..planning import search

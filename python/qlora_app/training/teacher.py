@@ -128,7 +128,8 @@ def _model(run: Run) -> Any:
 def _completed_cache(run: Run, digest: str) -> Any:
     """The cache of ``--teacher-cache``, with all rows of the run. The teacher is loaded if some are missing."""
     # Deferred, because importing the decoder takes seconds, and no other method needs it here.
-    from ..models.divergence import Logits, TopK
+    from qlora_ext.divergence import Logits, TopK
+
     from .teacher_cache import TeacherCache
     from .trainer import collate
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from qlora_ext.divergence import TopK
 from qlora_ext.untrusted import excerpt, printable
 
 from ..data import Row
 from ..errors import UserError, first_line
-from ..models.divergence import TopK
 
 _APPLICATION = 0x716C6F72  # SQLite's mark of the program that a file belongs to
 _TABLES = (

@@ -13,12 +13,13 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from qlora_ext.fidelity import perplexity
+from qlora_ext.output_head import has_plain_head
 from qlora_ext.streaming import offload_checkpoints
 from qlora_ext.untrusted import Schema, excerpt, read_json
 
 from ..data import Row, pack
 from ..errors import UserError, first_line
-from ..models.loss import has_plain_head, learnt_loss
+from ..models.loss import learnt_loss
 from ..models.validate_model import named
 from ..outputs.files import delete, move_up, staged_directory
 from ..outputs.ownership import foreign_in_checkpoint

@@ -5,9 +5,10 @@ on tokens and encodes each layer so that the error of its outputs on them is sma
 second moments, and later codes compensate the rounding errors of earlier ones (GPTQ, Frantar et al., 2022).
 """
 
-from .calibrator import Calibration, Calibrator, LayerReport, calibration_of
+from .calibrator import Calibrator, LayerReport, calibration_of
 from .init_lora import InitLora, initial_lora_of
 from .learning import DISTILLED
+from .settings import Calibration
 from .store import finished_weights
 from .weighted_encoding import Encoded, Feedback, encode
 

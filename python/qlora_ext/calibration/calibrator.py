@@ -1,26 +1,24 @@
-"""``Calibration``: the settings of a calibration; ``Calibrator``: applies them while layers are quantized."""
+"""``Calibrator``: calibrates layers while they are quantized."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import digest
-from .._library import build_info
 from ..form import Form
 from ..formats import NF4
+from ..sizes import parse_size
 from ..untrusted import FileError, printable
 from ..weight import Weight4bit
-from . import self_text
 from .init_lora import InitLora, LowRank, keep_initial_lora, weighted
-from .learning import DISTILLED, learn
+from .learning import BYTES_PER_WEIGHT, DISTILLED, learn
 from .moments import ExpertMoments, Gathering, Moments
+from .predictions import Predictions, head_of
+from .settings import Calibration
 from .stages import Stack, forward, stacks_of, without_cache
 from .store import Store, StoredLayer
 from .weighted_encoding import Encoded, Feedback, encode
@@ -28,6 +26,7 @@ from .weighted_encoding import Encoded, Feedback, encode
 # The second moments of one layer's inputs are K² floats. Layers of a block share one run up to this many bytes.
 _TOGETHER_BYTES = 2 << 30
 _REPORT = "_qlora_calibration"
+_TOGETHER = "all layers"  # the group of the store with the codes that were learnt for the whole model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,127 +47,6 @@ class LayerReport:
     absmax_error: float
     tokens: int
     note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """The settings of a calibration.
-
-    Attributes:
-        inputs: "self" (the model writes its own text), token ids int64 [B, T], or batches of the model's inputs, each a
-            tensor, a tuple or a mapping for the model's forward. Tokens that the "attention_mask" [B, T] of a mapping
-            excludes do not count.
-        method: "feedback" (weighted scales and GPTQ's error feedback) or "scales" (weighted scales alone).
-        tokens, length: number of tokens that the model writes, in total and per sequence.
-        seed: of that text.
-        damping: added to the diagonal of the second moments, as a fraction of its mean.
-        batch_size: number of sequences that run at a time.
-        distill: after calibrating a block, learn the codes of its linear layers, so that its outputs become those of
-            the dense model. Each batch is a step of the optimizer, so batches should be small.
-        directory: stores finished layers, so that an interrupted calibration can resume.
-        progress: called with the number of finished weights, the number of all weights, and the last layer's name.
-
-    Raises:
-        TypeError, ValueError: an attribute is invalid.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
-        >>> calibration = qlora_ext.Calibration(tokens=256, length=32)  # on text that the model writes
-        >>> model = qlora_ext.quantize_model(model, calibration=calibration)
-        >>> len(qlora_ext.calibration.calibration_of(model))
-        14
-    """
-
-    inputs: Any = "self"
-    method: str = "feedback"
-    tokens: int = 12288
-    length: int = 512
-    seed: int = 0
-    damping: float = 0.01
-    batch_size: int = 8
-    distill: bool = False
-    directory: str | os.PathLike[str] | None = None
-    progress: Callable[[int, int, str], None] | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in ("feedback", "scales"):
-            raise ValueError(f"method: expected 'feedback' or 'scales', got {self.method!r}")
-        if isinstance(self.inputs, str) and self.inputs != "self":
-            raise ValueError(f"inputs: expected 'self', token ids or batches of inputs, got {self.inputs!r}")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping: expected a fraction above 0 and at most 1, got {self.damping}")
-        for name in ("tokens", "length", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a number of 1 or more, got {value!r}")
-        if self.length < 8 or self.tokens < self.length:
-            raise ValueError(
-                f"length: expected 8 or more tokens per sequence, and at most tokens, got length={self.length}, "
-                f"tokens={self.tokens}"
-            )
-
-    def key(
-        self,
-        model: nn.Module,
-        layers: Iterable[str],
-        form: Form,
-        compute_dtype: torch.dtype | None,
-        given: Sequence[Any] | None,
-        init_lora: InitLora | None,
-    ) -> dict[str, Any]:
-        """The settings that identify stored results of this calibration: model, text and method.
-
-        Args:
-            layers: names of the calibrated layers.
-            form, compute_dtype: of the 4-bit layers.
-            given: the result of ``given_batches``.
-        """
-        weights, inputs = hashlib.sha256(), hashlib.sha256()
-        digest.update(weights, [list(layers), model.state_dict()])
-        digest.update(inputs, given)
-        key = {name: getattr(self, name) for name in ("method", "tokens", "length", "seed", "damping")}
-        key |= {"inputs": inputs.hexdigest() if given else "self", "weights": weights.hexdigest()}
-        key |= {name: str(value) for name, value in {**form.keywords, "compute_dtype": compute_dtype}.items()}
-        key["version"] = build_info()["version"]
-        if self.distill:
-            key |= {"distill": True, "batch_size": self.batch_size}
-        return key if init_lora is None else {**key, "init_lora": vars(init_lora)}
-
-    @classmethod
-    def of(cls, calibration: Any) -> Calibration:
-        """``calibration`` itself if it is a ``Calibration``, else one with these ``inputs``."""
-        return calibration if isinstance(calibration, Calibration) else cls(calibration)
-
-    def given_batches(self) -> list[Any] | None:
-        """``inputs`` as a list of batches; None for "self".
-
-        Raises:
-            TypeError, ValueError: ``inputs`` are not batches, or empty.
-        """
-        inputs = self.inputs
-        if isinstance(inputs, str):
-            return None
-        if isinstance(inputs, Tensor):
-            if inputs.ndim < 2 or inputs.numel() == 0:
-                raise ValueError(f"inputs: expected token ids [B, T], got a tensor of shape {list(inputs.shape)}")
-            return list(inputs.split(self.batch_size))
-        if not isinstance(inputs, Iterable) or isinstance(inputs, Mapping):
-            raise TypeError(f"inputs: expected 'self', token ids or batches of inputs, got {type(inputs).__name__}")
-        batches = list(inputs)
-        if not batches:
-            raise ValueError("inputs: expected at least one batch, got none")
-        return batches
-
-    def written_batches(self, model: Any, store: Store | None) -> list[Tensor]:
-        """A text that ``model`` writes, as a list of batches. A stored text is reused."""
-        text = None if store is None else store.tokens()
-        if text is None:
-            text = self_text.write(model, max(1, self.tokens // self.length), self.length, self.seed)
-            if store is not None:
-                store.save_tokens(text)
-        return list(text.to(model.device).split(self.batch_size))
 
 
 def calibration_of(model: nn.Module) -> list[LayerReport]:
@@ -233,6 +111,8 @@ class Calibrator:
                 calibration.directory, calibration.key(model, layers, form, compute_dtype, given, init_lora)
             )
         self._batches = given or calibration.written_batches(model, self._store)
+        self._head = head_of(model)
+        self._together = self._learns_together()
         self._moments: dict[tuple[str, str], Moments | ExpertMoments] = {}
         self._feedback: tuple[Moments, Feedback] | None = None
         self._stacks = {name: Stack(name, blocks) for name, blocks in stacks_of(model, layers).items()}
@@ -241,7 +121,28 @@ class Calibrator:
         self._group: list[str] = []
         self._stored: dict[tuple[str, str], StoredLayer] | None = None  # of the group, if an earlier run finished it
         self._saved: list[tuple[str, str]] = []  # of the group
-        self._learning: dict[str, tuple[Tensor, Weight4bit]] = {}  # of the group: dense and calibrated weights
+        # Dense and calibrated weights of the group, or of all layers if they are learnt together.
+        self._learning: dict[str, tuple[Tensor, Weight4bit]] = {}
+        self._predictions = None
+        if self._together:
+            with without_cache(model):
+                self._predictions = Predictions(model, self._batches, [_token_mask(batch) for batch in self._batches])
+
+    def _learns_together(self) -> bool:
+        """Whether the layers are learnt together, as the model and the memory permit."""
+        if not self.settings.distill or self._head is None:
+            return False
+        parameters = [p for layer in self._layers.values() for p in layer.parameters(recurse=False)]
+        weights = sum(
+            p.numel() for p in parameters if p.ndim == 2
+        )  # experts, which have three dimensions, do not learn
+        return BYTES_PER_WEIGHT * weights <= parse_size("distill_memory", self.settings.distill_memory)
+
+    def _learns(self, name: str) -> bool:
+        """Whether the codes of the layer ``name`` will be learnt."""
+        if self._together:
+            return self._layers[name] is not self._head
+        return self._stored is None and self._place(name) is not None
 
     def _watch(self) -> None:
         """Runs the dense model once, to record how its blocks are called."""
@@ -252,7 +153,7 @@ class Calibrator:
             for handle in handles:
                 handle.remove()
         for stack in self._stacks.values():
-            stack.finish_watching(len(self._batches), self.settings.distill)
+            stack.finish_watching(len(self._batches), self.settings.distill and not self._together)
 
     @torch.no_grad()
     def _run_model(self, before_batch: Callable[[], None]) -> None:
@@ -287,11 +188,11 @@ class Calibrator:
 
         An unfinished group is repeated from its start, because all its moments come from a run with the group dense.
         """
-        self.finish()
+        self._finish_group()
         self._group = self._groups[name]
         self._stored = None if self._store is None else self._store.finished(self._group[0])
         place = self._place(name)
-        if self.settings.distill and place is not None:
+        if self.settings.distill and not self._together and place is not None:
             stack, block = place
             with without_cache(self.model):
                 while stack.dense_at <= block:
@@ -299,29 +200,59 @@ class Calibrator:
         if self._stored is None:
             self._gather(name)
 
-    def finish(self) -> None:
+    def _finish_group(self) -> None:
         """Marks the current group as finished in the store."""
-        if self._learning:
-            self._learn()
+        if self._learning and not self._together:
+            self._learn_block()
         if self._store is not None and self._saved:
             self._store.finish(self._group[0], self._saved)
         self._saved = []
 
-    def _learn(self) -> None:
+    def finish(self) -> None:
+        """Ends the last group. With ``distill``, learns the codes of all layers if they are learnt together."""
+        self._finish_group()
+        if self._learning:
+            self._learn_together()
+
+    def _learn_block(self) -> None:
         """Learns the codes of the current group, whose modules have their calibrated weights now."""
         place = self._place(self._group[0])
         assert place is not None
-        stack, weights = place[0], {n: (self.model.get_submodule(n), *both) for n, both in self._learning.items()}
+        for name, w4 in self._learnt(place[0].losses([_token_mask(batch) for batch in self._batches])).items():
+            report = self._take(name, w4)
+            if self._store is not None:
+                self._store.save(name, "weight", w4, None, dataclasses.asdict(report))
+
+    def _learn_together(self) -> None:
+        """Learns the codes of all layers, or takes them from the store."""
+        assert self._predictions is not None
+        stored = None if self._store is None else self._store.finished(_TOGETHER)
+        if stored is not None:
+            for (name, weight), layer in stored.items():
+                self._take(name, self._in_form_of(self._learning[name][1], name, weight, layer))
+            self._learning = {}
+            return
+        found = self._learnt(self._predictions.losses(self.model))
+        for name, w4 in found.items():
+            report = self._take(name, w4)
+            if self._store is not None:
+                self._store.save(name, _TOGETHER, w4, None, dataclasses.asdict(report))
+        if self._store is not None and found:
+            self._store.finish(_TOGETHER, [(name, _TOGETHER) for name in found])
+
+    def _learnt(self, losses: Sequence[Callable[[], Tensor]]) -> dict[str, Weight4bit]:
+        weights = {name: (self.model.get_submodule(name), *both) for name, both in self._learning.items()}
         self._learning = {}
         with without_cache(self.model):
-            found = learn(weights, stack.losses([_token_mask(batch) for batch in self._batches]))
-        for name, w4 in found.items():
-            if self._on_learnt is not None:
-                self._on_learnt(name, w4)
-            i = next(i for i, report in enumerate(self.report) if report.name == name)
-            self.report[i] = dataclasses.replace(self.report[i], method=DISTILLED)
-            if self._store is not None:
-                self._store.save(name, "weight", w4, None, dataclasses.asdict(self.report[i]))
+            return learn(weights, losses)
+
+    def _take(self, name: str, w4: Weight4bit) -> LayerReport:
+        """Replaces the weight of the layer ``name`` by a learnt one."""
+        if self._on_learnt is not None:
+            self._on_learnt(name, w4)
+        i = next(i for i, report in enumerate(self.report) if report.name == name)
+        self.report[i] = dataclasses.replace(self.report[i], method=DISTILLED)
+        return self.report[i]
 
     def _gather(self, name: str) -> None:
         gathering = Gathering({other: self._layers[other] for other in self._group}, map(_token_mask, self._batches))
@@ -359,8 +290,8 @@ class Calibrator:
             if self._store is not None:
                 self._store.save(name, weight, w4, initial, vars(report))
                 self._saved.append((name, weight))
-            if self.settings.distill and w.ndim == 2 and self._place(name) is not None:
-                self._learning[name] = w.detach().clone(), w4
+        if self.settings.distill and w.ndim == 2 and report.tokens > 0 and self._learns(name):
+            self._learning[name] = w.detach().clone(), w4
         if initial is not None:
             self._initial[name] = initial
         self.report.append(report)
@@ -374,16 +305,22 @@ class Calibrator:
         assert self._store is not None
         assert self._stored is not None
         stored = self._stored.pop((name, weight), None)
-        w4 = None if stored is None else stored.in_form_of(plain)
-        if stored is None or w4 is None:
-            raise FileError(
-                f"directory: {printable(self._store.path)} has no {name}/{weight} in this model's form; "
-                "delete that directory to start over"
-            )
+        w4 = self._in_form_of(plain, name, weight, stored)
+        assert stored is not None
         lora = (
             None if stored.initial is None else (stored.initial[0].to(plain.device), stored.initial[1].to(plain.device))
         )
         return w4, lora, LayerReport(**stored.report)
+
+    def _in_form_of(self, plain: Weight4bit, name: str, weight: str, stored: StoredLayer | None) -> Weight4bit:
+        assert self._store is not None
+        w4 = None if stored is None else stored.in_form_of(plain)
+        if w4 is None:
+            raise FileError(
+                f"directory: {printable(self._store.path)} has no {name}/{weight} in this model's form; "
+                "delete that directory to start over"
+            )
+        return w4
 
     def _initial_lora(self, w: Tensor, w4: Weight4bit, moments: Moments | ExpertMoments | None) -> LowRank | None:
         if self._init_lora is None:

@@ -1,4 +1,4 @@
-"""Learns the codes of a block's weights, so that its outputs on the quantized model's inputs are the dense model's.
+"""Learns the codes of weights, so that what a block or a whole quantized model computes is what the dense one does.
 
 Adam moves the weights, which are rounded to the nearest codes in every step, and the gradient passes through the
 rounding unchanged (Bengio et al., 2013). Scales and offsets stay those of the calibration.
@@ -17,11 +17,12 @@ from ..weight import Weight4bit
 from .weighted_encoding import encoded_under
 
 DISTILLED = "distilled"
+BYTES_PER_WEIGHT = 32  # eight float32 values while a weight is learnt
 _PASSES = 4  # over the text
 _RATE = 1e-3  # of Adam, in units of a block's largest value; it falls linearly to zero
 _HELD_OUT = 8  # of so many batches, the last one decides whether what was learnt is better
 
-# What a block computes for a batch, and a weighted loss of it.
+# Computes a batch, and how far the result is from the dense model's.
 Loss = Callable[[], Tensor]
 
 
@@ -98,7 +99,7 @@ def learn(weights: dict[str, tuple[Any, Tensor, Weight4bit]], losses: Sequence[L
         with torch.enable_grad():
             for step in range(steps):
                 loss = train[step % len(train)]()
-                for tensor, gradient in zip(moved, torch.autograd.grad(loss, moved), strict=True):
+                for tensor, gradient in zip(moved, torch.autograd.grad(loss, moved, allow_unused=True), strict=True):
                     tensor.grad = gradient
                 optimizer.step()
                 schedule.step()
