@@ -194,6 +194,7 @@ def test_distill(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.Cap
         (["--distill", "self", "--calibrate", "self"], "--calibrate and --distill exclude each other"),
         (["--distill", "self", "--init-lora", "svd"], "--distill and --init-lora exclude each other"),
         (["--distill", "missing.txt"], "--distill missing.txt: no such file or directory"),
+        (["--distill", "self", "--distill-memory", "much"], "--distill-memory: expected a size such as 24GB"),
     ],
 )
 def test_wrong_options_of_distill(

@@ -125,10 +125,14 @@ def test_wrong_memory(size: Any) -> None:
         qlora_ext.Calibration(TEXT, distill=True, distill_memory=size)
 
 
+@pytest.mark.parametrize("settings", [BY_BLOCK, {"distill": True, "batch_size": 4}], ids=["blocks", "together"])
 @pytest.mark.parametrize("rate", [0.0, 10.0])
-def test_codes_that_are_not_better_are_not_taken(dense: Any, monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
-    monkeypatch.setattr(learning, "_RATE", rate)
-    found = quantized(dense, Form(), distill=True, batch_size=4)
+def test_codes_that_are_not_better_are_not_taken(
+    dense: Any, monkeypatch: pytest.MonkeyPatch, rate: float, settings: dict[str, Any]
+) -> None:
+    for name in ("BLOCK_RATE", "MODEL_RATE"):
+        monkeypatch.setattr(f"qlora_ext.calibration.calibrator.{name}", rate)
+    found = quantized(dense, Form(), **settings)
     assert DISTILLED not in {report.method for report in calibration_of(found)}
     monkeypatch.undo()
     assert same_state(found, quantized(dense, Form(), batch_size=4))

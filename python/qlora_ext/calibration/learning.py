@@ -19,7 +19,9 @@ from .weighted_encoding import encoded_under
 DISTILLED = "distilled"
 BYTES_PER_WEIGHT = 32  # eight float32 values while a weight is learnt
 _PASSES = 4  # over the text
-_RATE = 1e-3  # of Adam, in units of a block's largest value; it falls linearly to zero
+# Rates of Adam for the weights of one block of a model, and of all. They are in units of the largest value of a
+# quantization block, and fall linearly to zero. A model of 135M diverged at the larger rate.
+BLOCK_RATE, MODEL_RATE = 1e-3, 1e-4
 _HELD_OUT = 8  # of so many batches, the last one decides whether what was learnt is better
 
 # Computes a batch, and how far the result is from the dense model's.
@@ -68,15 +70,20 @@ class _Learnt:
         return encoded_under(self._value().detach(), self.w4)
 
 
-def learn(weights: dict[str, tuple[Any, Tensor, Weight4bit]], losses: Sequence[Loss]) -> dict[str, Weight4bit]:
+def learn(
+    weights: dict[str, tuple[Any, Tensor, Weight4bit]], losses: Sequence[Loss], rate: float
+) -> dict[str, Weight4bit]:
     """Other codes for the weights of linear layers, with which the loss on the held-out batches is smaller.
+
+    Of the codes after each pass over the text, those with the smallest loss are chosen.
 
     Args:
         weights: by name, each with its module, which is 4-bit, its dense values [N, K], and its 4-bit values.
         losses: of each batch.
+        rate: of Adam.
 
     Returns:
-        The learnt weights; none if there are too few batches, or the learnt codes are not better.
+        The learnt weights; none if there are too few batches, or no learnt codes are better.
     """
     held_out = max(1, len(losses) // _HELD_OUT)
     train, test = losses[:-held_out], losses[-held_out:]
@@ -87,24 +94,26 @@ def learn(weights: dict[str, tuple[Any, Tensor, Weight4bit]], losses: Sequence[L
         with torch.no_grad():
             return sum(loss().item() for loss in test)
 
+    best: dict[str, Weight4bit] = {}
     learnt = {name: _Learnt(*weight) for name, weight in weights.items()}
     moved = [one.moved for one in learnt.values()]
-    optimizer = torch.optim.Adam(moved, _RATE, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(moved, rate, betas=(0.9, 0.95))
     steps = _PASSES * len(train)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for (module, *_), one in zip(weights.values(), learnt.values(), strict=True):
         module.forward = one.forward
     try:
-        before = tested()
-        with torch.enable_grad():
-            for step in range(steps):
+        least = tested()
+        for step in range(steps):
+            with torch.enable_grad():
                 loss = train[step % len(train)]()
                 for tensor, gradient in zip(moved, torch.autograd.grad(loss, moved, allow_unused=True), strict=True):
                     tensor.grad = gradient
-                optimizer.step()
-                schedule.step()
-        better = tested() < before
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % len(train) == 0 and (now := tested()) < least:
+                least, best = now, {name: one.result() for name, one in learnt.items()}
     finally:
         for module, *_ in weights.values():
             del module.forward
-    return {name: one.result() for name, one in learnt.items()} if better else {}
+    return best
