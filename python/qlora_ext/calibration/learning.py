@@ -7,7 +7,7 @@ rounding unchanged (Bengio et al., 2013). Scales and offsets stay those of the c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,23 @@ from .weighted_encoding import encoded_under
 
 DISTILLED = "distilled"
 BYTES_PER_WEIGHT = 32  # eight float32 values while a weight is learnt
-_PASSES = 4  # over the text
-# Rates of Adam for the weights of one block of a model, and of all. They are in units of the largest value of a
-# quantization block, and fall linearly to zero. A model of 135M diverged at the larger rate.
-BLOCK_RATE, MODEL_RATE = 1e-3, 1e-4
 _HELD_OUT = 8  # of so many batches, the last one decides whether what was learnt is better
+
+
+class Schedule(NamedTuple):
+    """How fast and how long weights are learnt.
+
+    Attributes:
+        rate: of Adam, in units of the largest value of a quantization block; it falls linearly to zero.
+        passes: over the text.
+    """
+
+    rate: float
+    passes: int
+
+
+# A model of 135M diverged at the rate that suits a single block.
+BLOCK, MODEL = Schedule(1e-3, 4), Schedule(1e-4, 2)
 
 # Computes a batch, and how far the result is from the dense model's.
 Loss = Callable[[], Tensor]
@@ -71,7 +83,7 @@ class _Learnt:
 
 
 def learn(
-    weights: dict[str, tuple[Any, Tensor, Weight4bit]], losses: Sequence[Loss], rate: float
+    weights: dict[str, tuple[Any, Tensor, Weight4bit]], losses: Sequence[Loss], schedule: Schedule
 ) -> dict[str, Weight4bit]:
     """Other codes for the weights of linear layers, with which the loss on the held-out batches is smaller.
 
@@ -80,7 +92,7 @@ def learn(
     Args:
         weights: by name, each with its module, which is 4-bit, its dense values [N, K], and its 4-bit values.
         losses: of each batch.
-        rate: of Adam.
+        schedule: ``BLOCK`` or ``MODEL``.
 
     Returns:
         The learnt weights; none if there are too few batches, or no learnt codes are better.
@@ -97,9 +109,9 @@ def learn(
     best: dict[str, Weight4bit] = {}
     learnt = {name: _Learnt(*weight) for name, weight in weights.items()}
     moved = [one.moved for one in learnt.values()]
-    optimizer = torch.optim.Adam(moved, rate, betas=(0.9, 0.95))
-    steps = _PASSES * len(train)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    optimizer = torch.optim.Adam(moved, schedule.rate, betas=(0.9, 0.95))
+    steps = schedule.passes * len(train)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for (module, *_), one in zip(weights.values(), learnt.values(), strict=True):
         module.forward = one.forward
     try:
@@ -110,7 +122,7 @@ def learn(
                 for tensor, gradient in zip(moved, torch.autograd.grad(loss, moved, allow_unused=True), strict=True):
                     tensor.grad = gradient
             optimizer.step()
-            schedule.step()
+            rates.step()
             if (step + 1) % len(train) == 0 and (now := tested()) < least:
                 least, best = now, {name: one.result() for name, one in learnt.items()}
     finally:
