@@ -133,9 +133,7 @@ class Calibrator:
         if not self.settings.distill or self._head is None:
             return False
         parameters = [p for layer in self._layers.values() for p in layer.parameters(recurse=False)]
-        weights = sum(
-            p.numel() for p in parameters if p.ndim == 2
-        )  # experts, which have three dimensions, do not learn
+        weights = sum(p.numel() for p in parameters if p.ndim == 2)  # those of experts, [E, N, K], are not learnt
         return BYTES_PER_WEIGHT * weights <= parse_size("distill_memory", self.settings.distill_memory)
 
     def _learns(self, name: str) -> bool:
