@@ -235,15 +235,11 @@ Tensor dequantize_nf4(DequantizeArgs args) {
 // Runs a nonempty problem over experts, or over a single weight, whose tokens may use different adapters. `grouped_op`
 // is the name of the operator over experts.
 template <class Problem>
-void run_any(const char* grouped_op, const Grouped<Problem>& p, const Tensor& like) {
-  OnDevice on(like);
-  run(grouped_op, p, on);
-}
-template <class Problem>
 void run_any(const char* grouped_op, const Problem& p, const Tensor& like) {
-  const char* const op = grouped_op + sizeof("grouped_") - 1;
+  constexpr bool kExperts = requires { p.offsets; };
+  const char* const op = grouped_op + (kExperts ? 0 : sizeof("grouped_") - 1);
   OnDevice on(like);
-  if (p.lora.adapters)
+  if (stack_of(p).lora.adapters)
     run_adapters(op, p, like, on);
   else
     run(op, p, on);

@@ -16,6 +16,15 @@ struct Grouped {
   int64_t experts = 0;
 };
 
+// The operands of all rows, and of experts the first one's.
+template <class Problem>
+constexpr auto& stack_of(Problem& p) {
+  if constexpr (requires { p.stack; })
+    return p.stack;
+  else
+    return p;
+}
+
 // The distances from one expert's weights to the next expert's.
 struct WeightStride {
   int64_t packed_bytes = 0, blocks = 0, nested_blocks = 0;

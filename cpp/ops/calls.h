@@ -13,20 +13,6 @@ namespace qlora {
 template <class Args, class Problem>
 using ProblemOf = std::conditional_t<kOverExperts<Args>, Grouped<Problem>, Problem>;
 
-// The operands of all rows, and of experts the first one's.
-template <class Problem>
-Problem& stack_of(Problem& p) {
-  return p;
-}
-template <class Problem>
-Problem& stack_of(Grouped<Problem>& p) {
-  return p.stack;
-}
-template <class Problem>
-const Problem& stack_of(const Grouped<Problem>& p) {
-  return p.stack;
-}
-
 namespace checks {
 
 // Returns the number of experts of a call over experts, which is that of the slices of `stack`.

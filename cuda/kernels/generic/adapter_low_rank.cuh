@@ -2,8 +2,8 @@
 // low_rank.cuh gives that adapter alone. So sums over k are split and added as there, which depends on the adapter's
 // rank. A CTA computes 16 ranks of 8 tokens, once for each adapter that these tokens use.
 //
-// The products go to `stack` [m, count · padded_rank], in which each adapter has padded_rank columns. A token's columns
-// of other adapters are zeros.
+// The products go to `stack` [m, count · padded_rank], in which each adapter of the token's expert has padded_rank
+// columns. A token's columns of other adapters are zeros.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ template <class T>
 struct AdapterLowRankArgs {
   tile::AdapterStacks stacks;
   const T* x;
-  const T* a;  // [stack_rank, k], or [k, stack_rank] if transposed
+  const T* a;  // [experts, stack_rank, k], or [experts, k, stack_rank] if transposed
   T* stack;    // or null
   T* out;      // [m, max_rank], or null
   int64_t m, k, padded_rank;
@@ -39,8 +39,9 @@ __device__ __forceinline__ int splits_of(const AdapterLowRankArgs<T>& p, int64_t
 // The A operand of both mma, as load_ranks and load_ranks_transposed have it. Ranks of a stack may begin at any
 // element.
 template <class T, bool kTransposed>
-__device__ __forceinline__ void load_adapter_ranks(const AdapterLowRankArgs<T>& p, const tile::AdapterRanks& ranks,
-                                                   int64_t rank0, int64_t k0, bool valid, int g, uint32_t (&f)[8]) {
+__device__ __forceinline__ void load_adapter_ranks(const AdapterLowRankArgs<T>& p, int64_t adapter,
+                                                   const tile::AdapterRanks& ranks, int64_t rank0, int64_t k0,
+                                                   bool valid, int g, uint32_t (&f)[8]) {
   if constexpr (!kTransposed) {
     const uint4 zero = make_uint4(0, 0, 0, 0);
     const T* row = p.a + (ranks.first + rank0 + g) * p.k + k0;
@@ -51,7 +52,7 @@ __device__ __forceinline__ void load_adapter_ranks(const AdapterLowRankArgs<T>& 
     f[4] = low.z, f[5] = high.z, f[6] = low.w, f[7] = high.w;
   } else {
     const int64_t rank = rank0 + 2 * g, stride = p.stacks.adapters.stack_rank;
-    const T* from = p.a + k0 * stride + ranks.first + rank;
+    const T* from = p.a + b_index(p.stacks, adapter, ranks, k0, p.k) + rank;
     uint32_t row[8] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -68,9 +69,9 @@ __device__ __forceinline__ void load_adapter_ranks(const AdapterLowRankArgs<T>& 
 
 // One warp's part of a split, as add_low_rank adds it.
 template <class T, bool kTransposed>
-__device__ __forceinline__ void add_adapter(const AdapterLowRankArgs<T>& p, const tile::AdapterRanks& ranks,
-                                            const Dropout& dropout, int64_t token0, int64_t rank0, int64_t first,
-                                            int64_t step, float (&acc)[4]) {
+__device__ __forceinline__ void add_adapter(const AdapterLowRankArgs<T>& p, int64_t adapter,
+                                            const tile::AdapterRanks& ranks, const Dropout& dropout, int64_t token0,
+                                            int64_t rank0, int64_t first, int64_t step, float (&acc)[4]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t token = token0 + g;
 #pragma unroll 1
@@ -80,7 +81,7 @@ __device__ __forceinline__ void add_adapter(const AdapterLowRankArgs<T>& p, cons
     uint4 x = make_uint4(0, 0, 0, 0);
     if (valid && token < p.m) x = __ldg(reinterpret_cast<const uint4*>(p.x + token * p.k + k0));
     uint32_t f[8];
-    load_adapter_ranks<T, kTransposed>(p, ranks, rank0, k0, valid, g, f);
+    load_adapter_ranks<T, kTransposed>(p, adapter, ranks, rank0, k0, valid, g, f);
     if (dropout.active()) drop8(dropout, token * p.k + k0, x);
     ptx::mma_m16n8k16<T>(acc, f[0], f[1], f[2], f[3], x.x, x.y);
     ptx::mma_m16n8k16<T>(acc, f[4], f[5], f[6], f[7], x.z, x.w);
@@ -89,15 +90,15 @@ __device__ __forceinline__ void add_adapter(const AdapterLowRankArgs<T>& p, cons
 
 // Returns one rank's sum over k, as low_rank_token adds it. Call from a whole warp.
 template <class T, bool kTransposed>
-__device__ __forceinline__ float adapter_sum(const AdapterLowRankArgs<T>& p, const tile::AdapterRanks& ranks,
-                                             const Dropout& dropout, int64_t token, int64_t rank) {
-  const int64_t stride = p.stacks.adapters.stack_rank;
+__device__ __forceinline__ float adapter_sum(const AdapterLowRankArgs<T>& p, int64_t adapter,
+                                             const tile::AdapterRanks& ranks, const Dropout& dropout, int64_t token,
+                                             int64_t rank) {
   float acc = 0.0f;
   for (int64_t k = threadIdx.x % 32; k < p.k; k += 32) {
     const int64_t index = token * p.k + k;
     float x = tile::widen(p.x[index]);
     if (dropout.active() && !(tile::keep_mask<4>(dropout, index / 4 * 4) >> (index % 4) & 1)) x = 0.0f;
-    const T& a = p.a[kTransposed ? k * stride + ranks.first + rank : (ranks.first + rank) * p.k + k];
+    const T& a = p.a[kTransposed ? b_index(p.stacks, adapter, ranks, k, p.k) + rank : (ranks.first + rank) * p.k + k];
     acc = fmaf(x, tile::widen(a), acc);
   }
   for (int offset = 16; offset > 0; offset /= 2) acc += __shfl_xor_sync(0xFFFFFFFFu, acc, offset);
@@ -114,7 +115,7 @@ __device__ __forceinline__ void store_adapter_ranks(const AdapterLowRankArgs<T>&
     const int r = i % kAdapterRanks, e = i / kAdapterRanks % count, token = i / kAdapterRanks / count;
     if (token0 + token >= p.m) continue;
     p.stack[(token0 + token) * stack_columns + e * p.padded_rank + rank0 + r] =
-        e == of[token] ? products[token][r] : T{};
+        of[token] >= 0 && e == of[token] % count ? products[token][r] : T{};
   }
   for (int i = threadIdx.x; p.out != nullptr && i < kTokens * kAdapterRanks; i += blockDim.x) {
     const int r = i % kAdapterRanks, token = i / kAdapterRanks;
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kLowRankThreads, tile::kFewRegisters ? 1 : 2)
       for (int sum = warp; sum < kSums; sum += kLowRankWarps) {
         const int token = sum / kAdapterRanks, r = sum % kAdapterRanks;
         if (of[token] != adapter || rank0 + r >= ranks.count) continue;
-        const float v = adapter_sum<T, kTransposed>(p, ranks, dropout, token0 + token, rank0 + r);
+        const float v = adapter_sum<T, kTransposed>(p, adapter, ranks, dropout, token0 + token, rank0 + r);
         if (lane == 0) products[token][r] = tile::narrow<T>(v * factor);
       }
       continue;
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kLowRankThreads, tile::kFewRegisters ? 1 : 2)
     float total = 0.0f;  // of a thread's own sum
     for (int split = 0; split < splits; ++split) {
       float acc[4] = {};
-      add_adapter<T, kTransposed>(p, ranks, dropout, token0, rank0, 32 * (split * kLowRankWarps + warp),
+      add_adapter<T, kTransposed>(p, adapter, ranks, dropout, token0, rank0, 32 * (split * kLowRankWarps + warp),
                                   32 * kLowRankWarps * splits, acc);
       __syncthreads();  // the previous parts have been read
       partial[warp][lane] = make_float4(acc[0], acc[1], acc[2], acc[3]);
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kLowRankScalarThreads)
       const Dropout dropout = dropout_of(p.stacks, adapter, p.dropout);
       const float factor = factor_of(p.stacks, adapter, p.dropout.keep_scale);
       for (int r = threadIdx.x / 32; r < kAdapterRanks && rank0 + r < ranks.count; r += kLowRankScalarThreads / 32) {
-        const float v = adapter_sum<T, kTransposed>(p, ranks, dropout, token, rank0 + r);
+        const float v = adapter_sum<T, kTransposed>(p, adapter, ranks, dropout, token, rank0 + r);
         if (threadIdx.x % 32 == 0) products[0][r] = tile::narrow<T>(v * factor);
       }
     }

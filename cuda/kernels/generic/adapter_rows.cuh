@@ -51,7 +51,7 @@ template <class T>
 struct AdapterRowArgs {
   tile::AdapterStacks stacks;
   const int32_t* tokens;    // in the order of their adapters
-  const int64_t* ends;      // [count]: of the adapters' tokens
+  const int64_t* ends;      // [experts · count]: of the adapters' tokens
   const T *x, *dy, *h, *g;  // h and g [m, max_rank]
   T *x_rows, *dy_rows, *h_rows, *g_rows;
   int64_t m, k, n;
@@ -62,7 +62,7 @@ struct AdapterRowArgs {
 template <class T>
 __global__ void __launch_bounds__(kAdapterRowThreads)
     copy_adapter_tokens_kernel(const __grid_constant__ AdapterRowArgs<T> p) {
-  const int64_t rows = p.ends[p.stacks.adapters.count - 1], width = p.stacks.max_rank;
+  const int64_t rows = p.ends[p.stacks.all() - 1], width = p.stacks.max_rank;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const int64_t token = p.tokens[row];
     const int32_t adapter = p.stacks.adapters.of_token[token];
@@ -81,17 +81,20 @@ __global__ void __launch_bounds__(kAdapterRowThreads)
   }
 }
 
-// da [stack_rank, k] and db [n, stack_rank] from those of each adapter, [count, max_rank, k] and [count, n, max_rank].
-// Ranks that belong to no adapter get zeros. Grid: x over the columns k, then n, y strides over the ranks.
+// da [experts, stack_rank, k] and db [experts, n, stack_rank] from those of each adapter, [experts, count, max_rank, k]
+// and [experts, count, n, max_rank]. Ranks that belong to no adapter get zeros. Grid: x over the columns k, then n, y
+// strides over the ranks of all experts.
 template <class T>
 __global__ void __launch_bounds__(kAdapterRowThreads)
     unstack_gradients_kernel(const __grid_constant__ tile::AdapterStacks stacks, const T* of_a, const T* of_b, T* da,
                              T* db, int64_t n, int64_t k) {
   const int64_t column = int64_t{blockIdx.x} * kAdapterRowThreads + threadIdx.x, width = stacks.max_rank;
   if (column >= k + n) return;
-  for (int64_t rank = blockIdx.y; rank < stacks.adapters.stack_rank; rank += gridDim.y) {
+  const int64_t ranks = stacks.adapters.stack_rank, count = stacks.adapters.count;
+  for (int64_t rank = blockIdx.y; rank < stacks.adapters.experts * ranks; rank += gridDim.y) {
+    const int64_t expert = rank / ranks;
     T v{};
-    for (int64_t e = 0; e < stacks.adapters.count; ++e) {
+    for (int64_t e = expert * count; e < (expert + 1) * count; ++e) {
       const tile::AdapterRanks own = ranks_of(stacks, e);
       const int64_t r = rank - own.first;
       if (r < 0 || r >= own.count) continue;
@@ -101,7 +104,7 @@ __global__ void __launch_bounds__(kAdapterRowThreads)
     if (column < k)
       da[rank * k + column] = v;
     else
-      db[(column - k) * stacks.adapters.stack_rank + rank] = v;
+      db[(expert * n + column - k) * ranks + rank % ranks] = v;
   }
 }
 

@@ -85,7 +85,7 @@ kernels::AdapterProduct<T> make_product(const AdapterProducts& p) {
 cudaError_t AdapterProducts::prepare(const Device& device, cudaStream_t stream) const {
   cudaError_t error = cudaMemsetAsync(flagged, 0, sizeof(*flagged), stream);
   if (error != cudaSuccess) return error;
-  const int64_t work = std::max(adapters.count * padded_rank * columns, m);
+  const int64_t work = std::max(adapters.experts * adapters.count * padded_rank * columns, m);
   const auto grid =
       static_cast<unsigned>(std::clamp<int64_t>(ceil_div(work, kernels::kAdapterThreads), 1, kMostStrides));
   error = with_type(dtype, [&](auto element) {
@@ -120,10 +120,11 @@ cudaError_t AdapterProducts::finish(cudaStream_t stream) const {
 
 cudaError_t AdapterProducts::copy_rows(int64_t adapter, const void* from, cudaStream_t stream) const {
   const dim3 grid(static_cast<unsigned>(ceil_div(columns, kernels::kAdapterThreads)), grid_y(m));
+  const tile::AdapterStacks stacks{adapters, max_rank};
   return with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    return launch_kernel(kernels::copy_adapter_rows_kernel<T>, grid, kernels::kAdapterThreads, 0, stream,
-                         adapters.of_token, adapter, static_cast<const T*>(from), static_cast<T*>(out), m, columns);
+    return launch_kernel(kernels::copy_adapter_rows_kernel<T>, grid, kernels::kAdapterThreads, 0, stream, stacks,
+                         adapter, static_cast<const T*>(from), static_cast<T*>(out), m, columns);
   });
 }
 
@@ -136,16 +137,33 @@ AdapterProducts products_of(const LinearDxProblem& p) {
   return {.m = p.m, .terms = p.w.n, .columns = p.w.k, .is_dx = true, .input = p.dy, .out = p.dx, .low_rank = p.g};
 }
 
-const DeviceAdapters& adapters_of(const Lora& lora) { return static_cast<const DeviceAdapters&>(*lora.adapters); }
-
 }  // namespace
 
 template <class Problem>
+NumberedAdapters::NumberedAdapters(const Problem& problem)
+    : adapters_(static_cast<const DeviceAdapters&>(*stack_of(problem).lora.adapters)), m_(stack_of(problem).m) {
+  if constexpr (requires { problem.offsets; }) offsets_ = problem.offsets;
+}
+
+int64_t NumberedAdapters::bytes() const { return offsets_ != nullptr ? m_ * static_cast<int64_t>(sizeof(int32_t)) : 0; }
+
+cudaError_t NumberedAdapters::number(void* numbers, cudaStream_t stream) {
+  if (offsets_ == nullptr || m_ == 0) return cudaSuccess;
+  auto* const to = static_cast<int32_t*>(numbers);
+  const cudaError_t error =
+      launch_kernel(kernels::number_adapters_kernel, static_cast<unsigned>(ceil_div(m_, kernels::kAdapterThreads)),
+                    kernels::kAdapterThreads, 0, stream, adapters_, tile::Groups{offsets_, adapters_.experts, m_}, to);
+  adapters_.of_token = to;
+  return error;
+}
+
+template <class Problem>
 ProductCall<Problem>::ProductCall(const Problem& problem, int64_t unit)
-    : problem_(problem), products_(products_of(problem)) {
-  const Lora& lora = problem.lora;
-  products_.dtype = problem.dtype;
-  products_.adapters = adapters_of(lora);
+    : problem_(problem), adapters_(problem), products_(products_of(stack_of(problem))) {
+  const auto& stack = stack_of(problem);
+  const Lora& lora = stack.lora;
+  products_.dtype = stack.dtype;
+  products_.adapters = adapters_.get();
   products_.max_rank = lora.rank;
   products_.padded_rank = ceil_div(lora.rank, unit) * unit;
   products_.a = lora.a, products_.b = lora.b;
@@ -154,12 +172,13 @@ ProductCall<Problem>::ProductCall(const Problem& problem, int64_t unit)
   stacked_ = {.count = count, .stack_rank = ranks};
   const bool seeds = products_.is_dx && lora.rank > 0 && lora.dropout.active() && products_.adapters.seeds != nullptr;
   passes_ = seeds ? count : 1;
-  const int64_t bytes = dtype_bytes(problem.dtype);
+  const int64_t bytes = dtype_bytes(stack.dtype);
   Workspace parts;
-  stack_ = parts.add(ranks * products_.columns * bytes);
-  stack_low_rank_ = parts.add(problem.m * ranks * bytes);
+  numbers_ = parts.add(adapters_.bytes());
+  stack_ = parts.add(products_.adapters.experts * ranks * products_.columns * bytes);
+  stack_low_rank_ = parts.add(stack.m * ranks * bytes);
   flagged_ = parts.add(sizeof(uint32_t));
-  out_of_pass_ = parts.add(passes_ > 1 ? problem.m * products_.columns * bytes : 0);
+  out_of_pass_ = parts.add(passes_ > 1 ? stack.m * products_.columns * bytes : 0);
   bytes_ = parts.bytes();
 }
 
@@ -169,12 +188,15 @@ cudaError_t ProductCall<Problem>::prepare(uint8_t* workspace, const Device& devi
   products_.stack = workspace + stack_;
   products_.stack_low_rank = workspace + stack_low_rank_;
   products_.flagged = reinterpret_cast<uint32_t*>(workspace + flagged_);
+  if (const cudaError_t error = adapters_.number(workspace + numbers_, stream); error != cudaSuccess) return error;
+  products_.adapters = adapters_.get();
   return products_.prepare(device, stream);
 }
 
 template <class Problem>
 Problem ProductCall<Problem>::problem(int64_t pass) const {
-  Problem p = problem_;
+  Problem problem = problem_;
+  auto& p = stack_of(problem);
   void* const low_rank = products_.stack_low_rank;
   void* const out = pass > 0 ? workspace_ + out_of_pass_ : products_.out;
   if constexpr (requires { p.y; })
@@ -182,14 +204,14 @@ Problem ProductCall<Problem>::problem(int64_t pass) const {
   else
     p.g = low_rank, p.dx = out;
   p.lora = {};
-  if (stacked_.stack_rank == 0) return p;
+  if (stacked_.stack_rank == 0) return problem;
   (products_.is_dx ? p.lora.a : p.lora.b) = products_.stack;
   p.lora.rank = stacked_.stack_rank;
   p.lora.adapters = &stacked_;
-  if (!products_.is_dx) return p;
+  if (!products_.is_dx) return problem;
   p.lora.dropout = products_.dropout;
   if (products_.adapters.seeds != nullptr) p.lora.dropout.device_seed = products_.adapters.seeds + pass;
-  return p;
+  return problem;
 }
 
 template <class Problem>
@@ -203,11 +225,16 @@ cudaError_t ProductCall<Problem>::finish(int64_t pass, cudaStream_t stream) cons
 
 template class ProductCall<LinearProblem>;
 template class ProductCall<LinearDxProblem>;
+template class ProductCall<Grouped<LinearProblem>>;
+template class ProductCall<Grouped<LinearDxProblem>>;
 
-AdapterCall<LoraGradProblem>::AdapterCall(const LoraGradProblem& problem, int64_t) : problem_(problem) {
-  const auto& [dtype, m, n, k, x, dy, lora, h, g, da, db] = problem;
-  const int64_t bytes = dtype_bytes(dtype), rank = lora.rank, count = lora.adapters->count;
+template <class Problem>
+GradientCall::GradientCall(const Problem& problem, int64_t) : problem_(stack_of(problem)), adapters_(problem) {
+  const auto& [dtype, m, n, k, x, dy, lora, h, g, da, db] = problem_;
+  const int64_t bytes = dtype_bytes(dtype), rank = lora.rank;
+  const int64_t count = adapters_.get().experts * adapters_.get().count;
   Workspace parts;
+  numbers_ = parts.add(adapters_.bytes());
   tokens_ = parts.add(m * static_cast<int64_t>(sizeof(int32_t)));
   ends_ = parts.add(count * static_cast<int64_t>(sizeof(int64_t)));
   x_ = parts.add(m * k * bytes), dy_ = parts.add(m * n * bytes);
@@ -217,16 +244,19 @@ AdapterCall<LoraGradProblem>::AdapterCall(const LoraGradProblem& problem, int64_
   bytes_ = parts.bytes();
 }
 
-cudaError_t AdapterCall<LoraGradProblem>::prepare(uint8_t* workspace, const Device& device, cudaStream_t stream) {
+template GradientCall::GradientCall(const LoraGradProblem&, int64_t);
+template GradientCall::GradientCall(const Grouped<LoraGradProblem>&, int64_t);
+
+cudaError_t GradientCall::prepare(uint8_t* workspace, const Device& device, cudaStream_t stream) {
   workspace_ = workspace;
   const LoraGradProblem& p = problem_;
-  const tile::AdapterStacks stacks{adapters_of(p.lora), p.lora.rank};
+  cudaError_t error = adapters_.number(workspace + numbers_, stream);
+  const tile::AdapterStacks stacks{adapters_.get(), p.lora.rank};
   const void* const h = p.h != nullptr ? p.h : workspace + h_;
   const void* const g = p.g != nullptr ? p.g : workspace + g_;
   const AdapterLowRank low_rank{
       .dtype = p.dtype, .stacks = stacks, .m = p.m, .padded_rank = p.lora.rank, .stack = nullptr};
-  cudaError_t error = cudaSuccess;
-  if (p.h == nullptr) {
+  if (p.h == nullptr && error == cudaSuccess) {
     AdapterLowRank of_x = low_rank;
     of_x.k = p.k, of_x.x = p.x, of_x.a = p.lora.a, of_x.transposed = false, of_x.dropout = p.lora.dropout;
     of_x.out = workspace + h_;
@@ -241,7 +271,7 @@ cudaError_t AdapterCall<LoraGradProblem>::prepare(uint8_t* workspace, const Devi
   auto* const tokens = reinterpret_cast<int32_t*>(workspace + tokens_);
   auto* const ends = reinterpret_cast<int64_t*>(workspace + ends_);
   if (error == cudaSuccess)
-    error = launch_kernel(kernels::order_adapter_rows_kernel, static_cast<unsigned>(stacks.adapters.count),
+    error = launch_kernel(kernels::order_adapter_rows_kernel, static_cast<unsigned>(stacks.all()),
                           kernels::kAdapterRowThreads, 0, stream, stacks, p.m, tokens, ends);
   if (error != cudaSuccess) return error;
   return with_type(p.dtype, [&](auto element) {
@@ -267,21 +297,21 @@ cudaError_t AdapterCall<LoraGradProblem>::prepare(uint8_t* workspace, const Devi
   });
 }
 
-Grouped<LoraGradProblem> AdapterCall<LoraGradProblem>::problem(int64_t) const {
+Grouped<LoraGradProblem> GradientCall::problem(int64_t) const {
   LoraGradProblem p = problem_;
   p.x = workspace_ + x_, p.dy = workspace_ + dy_;
   p.h = workspace_ + h_rows_, p.g = workspace_ + g_rows_;
   p.da = workspace_ + da_, p.db = workspace_ + db_;
   p.lora = {.rank = problem_.lora.rank};
   p.lora.dropout.keep_scale = problem_.lora.dropout.keep_scale;  // x has been masked
-  return {p, reinterpret_cast<const int64_t*>(workspace_ + ends_), problem_.lora.adapters->count};
+  return {p, reinterpret_cast<const int64_t*>(workspace_ + ends_), adapters_.get().experts * adapters_.get().count};
 }
 
-cudaError_t AdapterCall<LoraGradProblem>::finish(int64_t, cudaStream_t stream) const {
+cudaError_t GradientCall::finish(int64_t, cudaStream_t stream) const {
   const LoraGradProblem& p = problem_;
-  const tile::AdapterStacks stacks{adapters_of(p.lora), p.lora.rank};
+  const tile::AdapterStacks stacks{adapters_.get(), p.lora.rank};
   const dim3 grid(static_cast<unsigned>(ceil_div(p.k + p.n, kernels::kAdapterRowThreads)),
-                  grid_y(stacks.adapters.stack_rank));
+                  grid_y(stacks.adapters.experts * stacks.adapters.stack_rank));
   return with_type(p.dtype, [&](auto element) {
     using T = decltype(element);
     return launch_kernel(kernels::unstack_gradients_kernel<T>, grid, kernels::kAdapterRowThreads, 0, stream, stacks,

@@ -10,7 +10,6 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from ...adapters import StackedAdapters
 from ...merging.layers import Over4bit
 from ...merging.merge_aware import MergeAware, fold_scaling
 from ...nn import Experts4bit, ExpertsLora
@@ -98,14 +97,7 @@ class LoraExperts4bit(StacksAdapters, MergeAware, Over4bit, ParamWrapper):
         self.refuse_merge_aware(names)
         if self.disable_adapters:
             return None
-        lora = by_sample(self, samples, names)
-        is_stack = lora is None or isinstance(next(iter(lora), None), StackedAdapters)
-        if is_stack and x.device.type != "cpu":
-            raise NotImplementedError(
-                f"adapter_names: different adapters of {self.parameter_name} run together on the CPU only, got tokens "
-                f"on {x.device}"
-            )
-        return self._fused_lora(lora, {*names})
+        return self._fused_lora(by_sample(self, samples, names), {*names})
 
     def _fused_lora(self, operands: tuple[Any, ...] | None, names: Iterable[str]) -> ExpertsLora | None:
         """The operands that ``added`` or ``by_sample`` gives, with dropout."""
