@@ -12,6 +12,7 @@ base alone, without training, is a cell, too.
 - file: the quantized weights of the model's own file, as stored.
 - NF4: the dense weights in NF4 with double quantization.
 - NF4, calibrated: the same, with scales and codes chosen on conversations.
+- NF4, distilled: the same, and then the codes are learnt from the dense model's outputs on them.
 
 A cell has the right answers to the held-out questions per task, the loss of their expected answers, the loss of other
 text (conversations of the package chitchat-dataset, which is not learnt), the bytes of the weights, the peak of
@@ -74,11 +75,17 @@ def calibrated(source: ModelSource, text: Tensor) -> Any:
     return qlora_ext.quantize_model(dense(source, text), calibration=text)
 
 
+def distilled(source: ModelSource, text: Tensor) -> Any:
+    calibration = qlora_ext.Calibration(text, distill=True, batch_size=1)
+    return qlora_ext.quantize_model(dense(source, text), calibration=calibration)
+
+
 BASES: dict[str, Callable[[ModelSource, Tensor], Any]] = {
     "dense": dense,
     "file": stored,
     "NF4": nf4,
     "NF4, calibrated": calibrated,
+    "NF4, distilled": distilled,
 }
 
 

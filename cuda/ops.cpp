@@ -109,14 +109,24 @@ void run(const char* op, const Problem& p, OnDevice& on) {
   check_launch(op, error);
 }
 
+// Returns how many ranks the kernel of a problem adds at a time.
+template <class Problem>
+int64_t rank_unit(const char* op, const Problem& p, const cuda::Device& device) {
+  const std::string forced = forced_kernel();
+  const cuda::Kernel kernel =
+      (forced.empty() ? cuda::choose(p, device) : cuda::choose_forced(forced, op, p, device)).kernel;
+  return kernel == cuda::Kernel::kExact || kernel == cuda::Kernel::kRagged ? 32 : 16;  // they multiply in float32
+}
+// Over experts, two groups of warps take 16 ranks in turn, and do not begin anew with each adapter.
+template <class Problem>
+int64_t rank_unit(const char*, const Grouped<Problem>&, const cuda::Device&) {
+  return 32;
+}
+
 // The same for a problem whose tokens use different adapters.
 template <class Problem>
 void run_adapters(const char* op, const Problem& p, const Tensor& like, OnDevice& on) {
-  // Kernels that multiply in float32 add ranks in units of 32, and the others in units of 16.
-  const std::string forced = forced_kernel();
-  const cuda::Kernel kernel =
-      (forced.empty() ? cuda::choose(p, on.device()) : cuda::choose_forced(forced, op, p, on.device())).kernel;
-  cuda::AdapterCall<Problem> call(p, kernel == cuda::Kernel::kExact || kernel == cuda::Kernel::kRagged ? 32 : 16);
+  cuda::AdapterCall<Problem> call(p, rank_unit(op, p, on.device()));
   const Tensor workspace = empty(like, {call.workspace_bytes()}, ScalarType::Byte);
   check_launch(op, call.prepare(workspace.mutable_data_ptr<uint8_t>(), on.device(), on.stream()));
   for (int64_t pass = 0; pass < call.passes(); ++pass) {
@@ -232,18 +242,16 @@ Tensor dequantize_nf4(DequantizeArgs args) {
   return call.out;
 }
 
+template <class Problem>
+inline constexpr bool kIsGrouped = requires(Problem p) { p.experts; };
+
 // Runs a nonempty problem over experts, or over a single weight, whose tokens may use different adapters. `grouped_op`
 // is the name of the operator over experts.
 template <class Problem>
-void run_any(const char* grouped_op, const Grouped<Problem>& p, const Tensor& like) {
-  OnDevice on(like);
-  run(grouped_op, p, on);
-}
-template <class Problem>
 void run_any(const char* grouped_op, const Problem& p, const Tensor& like) {
-  const char* const op = grouped_op + sizeof("grouped_") - 1;
+  const char* const op = kIsGrouped<Problem> ? grouped_op : grouped_op + sizeof("grouped_") - 1;
   OnDevice on(like);
-  if (p.lora.adapters)
+  if (stack_of(p).lora.adapters)
     run_adapters(op, p, like, on);
   else
     run(op, p, on);
@@ -273,9 +281,10 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(Args args) {
   for (OptionalTensor* t : {&args.h, &args.g}) *t = on_16_bytes(*t);
   const LoraGradCall call(args);
   if (call.is_empty()) return {call.da, call.db};
-  if (const LoraGradProblem& p = stack_of(call.problem); p.m == 0 && !kOverExperts<Args>) {
+  if (const LoraGradProblem& p = stack_of(call.problem); p.m == 0 && (!kOverExperts<Args> || p.lora.adapters)) {
     const OnDevice on(call.dy);
-    check_launch("linear_nf4_dlora", cuda::generic::clear_gradients(p, call.da.size(0), on.stream()));
+    const int64_t ranks = kOverExperts<Args> ? call.da.size(0) * call.da.size(1) : call.da.size(0);
+    check_launch("linear_nf4_dlora", cuda::generic::clear_gradients(p, ranks, on.stream()));
   } else {
     run_any("grouped_linear_nf4_dlora", call.problem, call.dy);
   }

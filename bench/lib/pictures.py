@@ -198,6 +198,32 @@ def _losses(figure: Any, rows: list[files.Row], model: str) -> None:
     axes.grid(axis="x", alpha=0.6)
 
 
+def evidence(figure: Any) -> None:
+    """Whether a 4-bit base trains as well as a 16-bit one: a mark per seed, after training, by base."""
+    cells = [(model, begun, after) for model, begun, after in files.evidence_cells() if after]
+    bases = [f"{files.MODELS.get(m, m)}, {row['base']}\n{row['weights MB']:.0f} MB" for m, row, _ in cells]
+    for axes, quantity, label in zip(
+        figure.subplots(1, 2, sharey=True),
+        (lambda row: row["loss of answers"], lambda row: 100 * files.right_answers(row) / _questions(row)),
+        ("loss of held-out answers, nats per token", "right answers to held-out questions, %"),
+        strict=True,
+    ):
+        for place, (_, begun, after) in enumerate(cells):
+            values = [quantity(row) for row in after]
+            shade = "#009e73" if begun["base"] == "dense" else "#d55e00"
+            axes.plot(values, [place] * len(values), "o", color=shade, alpha=0.7)
+            axes.plot([sum(values) / len(values)] * 2, [place - 0.3, place + 0.3], color=shade, linewidth=2)
+        axes.set_yticks(range(len(cells)), bases)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.6)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle("16-bit and 4-bit bases after the same training; line: mean of the seeds", x=0.01, ha="left")
+
+
+def _questions(row: files.Row) -> int:
+    return len(files.EVIDENCE) * int(row["questions"])
+
+
 def memory(figure: Any) -> None:
     """Where the memory of a QLoRA run goes by model size, as the planner predicts it."""
     rows = files.sections(files.PLANNER)["memory_stack"]["rows"]
@@ -286,6 +312,7 @@ def tracked() -> dict[str, Picture]:
         "ratios": best["linear_bfloat16_2_threads"],
         "roofline": best["linear_bfloat16_2_threads_roofline"],
         "quality": Picture(quality, (9, 3.6)),
+        "evidence": Picture(evidence, (9, 3.4)),
         "memory": Picture(memory, (9, 4.2)),
         "sensitivity": Picture(sensitivity, (8, 4.2)),
     }

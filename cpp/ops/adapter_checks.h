@@ -55,13 +55,15 @@ inline std::vector<double> scalings(const Tensor& t, int64_t count) {
 // The same on CUDA, where the host checks types and sizes alone: it would have to wait for the numbers. Kernels neither
 // read nor write out of bounds, whatever these are (cuda/tile/generic/adapters.cuh).
 inline void device_adapters(const AdapterArgs& args, int64_t m, const char* like_name, const Tensor& like,
-                            LoraOperands* operands) {
+                            Experts experts, LoraOperands* operands) {
   Lora& stack = operands->lora;
   const Tensor& offsets = *args.rank_offsets;
   require(offsets.dim() == 1 && offsets.size(0) >= 1, "rank_offsets: expected shape [adapters + 1], got ",
           shape_text(offsets));
   const int64_t count = offsets.size(0) - 1;
-  require(count < (int64_t{1} << 16), "rank_offsets: expected fewer than 65536 adapters on CUDA, got ", count);
+  const int64_t groups = count * experts.value_or(1);
+  require(groups < (int64_t{1} << 16), "rank_offsets: expected fewer than 65536 adapters (times experts) on CUDA, got ",
+          groups);
   // Kernels see a stack in which each adapter has max_rank ranks, rounded up to a multiple of 32 at most.
   constexpr int64_t kMostRanks = int64_t{1} << 30;
   const int64_t most = count > 0 ? std::min(stack.rank, kMostRanks / count - 31) : 0;
@@ -69,8 +71,9 @@ inline void device_adapters(const AdapterArgs& args, int64_t m, const char* like
           " adapters with ranks of ", stack.rank, " in total, got ", args.max_rank);
   require(args.max_rank * count >= stack.rank, "max_rank: expected the largest rank of ", count,
           " adapters with ranks of ", stack.rank, " in total, got ", args.max_rank);
-  for (const int64_t size : {m, operands->a.size(1), operands->b.size(0)})
-    area("max_rank", count * (args.max_rank + 31), size);
+  area("max_rank", count * (args.max_rank + 31), m);
+  for (const int64_t size : {operands->a.size(operands->a.dim() - 1), operands->b.size(operands->b.dim() - 2)})
+    area("max_rank", groups * (args.max_rank + 31), size);
 
   auto own = std::make_unique<DeviceAdapters>();
   own->count = count;
@@ -114,9 +117,7 @@ inline void adapters(const AdapterArgs& args, const LoraNumbers& lora, int64_t m
   same_device("rank_offsets", *args.rank_offsets, like_name, like);
   same_device("scalings", *args.scalings, like_name, like);
 
-  require(like.is_cpu() || !experts, "adapter_of_row: several adapters of experts per call run on the CPU only, got ",
-          like_name, " on ", device_text(like));
-  if (!like.is_cpu()) return device_adapters(args, m, like_name, like, operands);
+  if (!like.is_cpu()) return device_adapters(args, m, like_name, like, experts, operands);
   Lora& stack = operands->lora;
   const std::vector<int64_t> first = rank_offsets(*args.rank_offsets, stack.rank, args.max_rank);
   const int64_t count = static_cast<int64_t>(first.size()) - 1;

@@ -159,12 +159,10 @@ def _max_rank(a: Any) -> int | None:
     """The ``max_rank`` of a call with several adapters, None if it has one.
 
     Raises:
-        ValueError: one of their tensors has the wrong dtype, or they are adapters of experts on CUDA.
+        ValueError: one of their tensors has the wrong dtype.
     """
     if a.adapter_of_row is None:
         return None
-    if hasattr(a, "offsets") and a.adapter_of_row.is_cuda:
-        raise ValueError("adapter_of_row: several adapters of experts per call run on the CPU only")
     for name, dtypes in (
         ("adapter_of_row", (torch.int32,)),
         ("rank_offsets", (torch.int32,)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_samples import Batch, batch, dx_args, forward_args
+from adapter_samples import Batch, ExpertBatch, batch, dx_args, expert_batch, forward_args
 from forms import WIDE_FORMS, random_weight
 from qlora_ext.form import Form
 from qlora_ext.weight import quantize
@@ -288,3 +288,63 @@ def test_autograd_and_arguments() -> None:
         wrong[index] = value
         with pytest.raises(ValueError, match=message):
             OPS.linear_nf4(*wrong)
+
+
+def experts(counts: list[int], n: int, k: int, dtype: torch.dtype, **options: object) -> ExpertBatch:
+    return expert_batch(counts, n, k, dtype=dtype, device="cuda", unassigned=3, **options)
+
+
+@pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.4}, {"dropout_p": 0.4, "seeds": [5, -6, 7, 8]}], ids=str)
+@pytest.mark.parametrize(
+    ("counts", "n", "k", "dtype", "ranks"),
+    [
+        ([9, 0, 3, 30], 136, 192, BF16, (4, 0, 16, 40)),
+        ([1, 70], 72, 128, FP16, (16, 3, 48, 1)),
+        ([5, 0, 12], 37, 102, BF16, (5, 0, 40, 8)),
+        ([4, 7], 40, 96, FP32, (5, 0, 40, 16)),
+    ],
+)
+def test_rows_of_experts_have_the_bits_of_their_adapter_alone(
+    counts: list[int], n: int, k: int, dtype: torch.dtype, ranks: tuple[int, ...], dropout: dict[str, object]
+) -> None:
+    experts(counts, n, k, dtype, ranks=ranks, **dropout).check(gradients=not dropout)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_adapters_of_experts_that_the_host_cannot_check(dtype: torch.dtype) -> None:
+    """Values that are not finite stay with their expert's adapter, and invalid numbers give NaN. Nothing leaves the
+    stacks, which the simulator checks."""
+    b = experts([6, 0, 11], 40, 64, dtype, ranks=(4, 8))
+    dy, expert = b.dy(), torch.tensor([0] * 6 + [2] * 11 + [-1] * 3, device="cuda")
+    clean = b.run(""), b.run("_dx", dy=dy)
+    b.lora_a[1][2, 3, 5], b.lora_b[1][2, 7, 3] = torch.nan, torch.inf
+    hurt = (expert == 2) & (b.of_row == 1)
+    assert hurt.any()
+    for got, want in zip((b.run(""), b.run("_dx", dy=dy)), clean, strict=True):
+        assert torch.equal(got[~hurt], want[~hurt])
+        assert not got[hurt].isfinite().all()
+    b.of_row[1], b.of_row[-1] = 2, -7  # no such adapters; the last row has no expert either
+    for t in b.run("_with_h"):
+        assert torch.equal(t.isnan().all(1), torch.arange(len(t), device="cuda") == 1)
+        assert not t[-3:].any()
+    for offsets in ([2**40, -3, 5], [-(2**62), 9, 4]):
+        wrong = torch.tensor(offsets, device="cuda")
+        for name in ("", "_dx", "_dlora"):
+            getattr(OPS, b.operator + name)(**{**b.arguments(name, dy=dy), "offsets": wrong})
+
+
+def test_gradients_of_adapters_of_experts() -> None:
+    """Of an adapter in an expert, only that one's rows count; without rows, they are zeros."""
+    b = experts([6, 0, 11], 40, 64, BF16, ranks=(4, 8), dropout_p=0.3)
+    da, db = b.run("_dlora", dy=b.dy())
+    assert not da[1].any()
+    assert not db[1].any()
+    assert da[0].any()
+    dy = torch.where((b.of_row == 1)[:, None], torch.nan, b.dy())
+    da_of_0, db_of_0 = b.run("_dlora", dy=dy)
+    assert torch.equal(da_of_0[:, :4], da[:, :4])
+    assert torch.equal(db_of_0[..., :4], db[..., :4])
+    none = experts([0, 0], 40, 64, BF16, ranks=(4, 8))
+    none = dataclasses.replace(none, g=dataclasses.replace(none.g, x=none.x[:0]), of_row=none.of_row[:0])
+    assert not any(t.any() for t in none.run("_dlora", dy=none.dy()))
+    assert none.run("").shape == (0, 40)

@@ -1,6 +1,6 @@
 // LoRA's gradients of several adapters are computed as those of experts: each adapter's tokens are copied one after the
 // other, and its gradients come padded to the largest rank. The kernels here order the tokens, copy their rows and take
-// the gradients apart.
+// the gradients apart. Over experts, each adapter of each expert is such a group: number expert · adapters + adapter.
 #pragma once
 
 #include <cstdint>
@@ -12,26 +12,33 @@ namespace qlora::kernels {
 
 inline constexpr int kAdapterRowThreads = 256;
 
-// Writes adapter blockIdx.x's tokens, in ascending order, after those of the adapters before it, and where they end.
+// Returns the number of a token's group, negative if it has none.
+__device__ __forceinline__ int64_t adapter_group(const tile::AdapterStacks& s, int64_t token) {
+  const int32_t adapter = adapter_of(s, token);
+  return adapter < 0 ? adapter : expert_of(s, token) * s.adapters.count + adapter;
+}
+
+// Writes group blockIdx.x's tokens, in ascending order, after those of the groups before it, and where they end.
 __global__ void __launch_bounds__(kAdapterRowThreads)
     order_adapter_rows_kernel(const __grid_constant__ tile::AdapterStacks stacks, int64_t m, int32_t* tokens,
                               int64_t* ends) {
   constexpr int kWarps = kAdapterRowThreads / 32;
   __shared__ int before, counts[kWarps];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, adapter = blockIdx.x;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t group = blockIdx.x;
   if (threadIdx.x == 0) before = 0;
   __syncthreads();
   int mine = 0;
   for (int64_t i = threadIdx.x; i < m; i += kAdapterRowThreads) {
-    const int32_t of = adapter_of(stacks, i);
-    mine += 0 <= of && of < adapter;
+    const int64_t of = adapter_group(stacks, i);
+    mine += 0 <= of && of < group;
   }
   if (mine > 0) atomicAdd(&before, mine);
   __syncthreads();
   int64_t at = before;
   for (int64_t first = 0; first < m; first += kAdapterRowThreads) {
     const int64_t token = first + threadIdx.x;
-    const bool is_own = token < m && adapter_of(stacks, token) == adapter;
+    const bool is_own = token < m && adapter_group(stacks, token) == group;
     const unsigned own = __ballot_sync(0xFFFFFFFFu, is_own);
     if (lane == 0) counts[warp] = __popc(own);
     __syncthreads();
@@ -44,14 +51,14 @@ __global__ void __launch_bounds__(kAdapterRowThreads)
     at += all;
     __syncthreads();  // the counts have been read
   }
-  if (threadIdx.x == 0) ends[adapter] = at;
+  if (threadIdx.x == 0) ends[group] = at;
 }
 
 template <class T>
 struct AdapterRowArgs {
   tile::AdapterStacks stacks;
-  const int32_t* tokens;    // in the order of their adapters
-  const int64_t* ends;      // [count]: of the adapters' tokens
+  const int32_t* tokens;    // in the order of their groups
+  const int64_t* ends;      // [groups]: of the groups' tokens
   const T *x, *dy, *h, *g;  // h and g [m, max_rank]
   T *x_rows, *dy_rows, *h_rows, *g_rows;
   int64_t m, k, n;
@@ -62,7 +69,7 @@ struct AdapterRowArgs {
 template <class T>
 __global__ void __launch_bounds__(kAdapterRowThreads)
     copy_adapter_tokens_kernel(const __grid_constant__ AdapterRowArgs<T> p) {
-  const int64_t rows = p.ends[p.stacks.adapters.count - 1], width = p.stacks.max_rank;
+  const int64_t rows = p.ends[p.stacks.experts.count * p.stacks.adapters.count - 1], width = p.stacks.max_rank;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const int64_t token = p.tokens[row];
     const int32_t adapter = p.stacks.adapters.of_token[token];
@@ -81,27 +88,30 @@ __global__ void __launch_bounds__(kAdapterRowThreads)
   }
 }
 
-// da [stack_rank, k] and db [n, stack_rank] from those of each adapter, [count, max_rank, k] and [count, n, max_rank].
-// Ranks that belong to no adapter get zeros. Grid: x over the columns k, then n, y strides over the ranks.
+// da [stack_rank, k] and db [n, stack_rank], of each expert, from those of each group, [groups, max_rank, k] and
+// [groups, n, max_rank]. Ranks that belong to no adapter get zeros. Grid: x over the columns k, then n, y strides over
+// the ranks of all experts.
 template <class T>
 __global__ void __launch_bounds__(kAdapterRowThreads)
     unstack_gradients_kernel(const __grid_constant__ tile::AdapterStacks stacks, const T* of_a, const T* of_b, T* da,
                              T* db, int64_t n, int64_t k) {
   const int64_t column = int64_t{blockIdx.x} * kAdapterRowThreads + threadIdx.x, width = stacks.max_rank;
   if (column >= k + n) return;
-  for (int64_t rank = blockIdx.y; rank < stacks.adapters.stack_rank; rank += gridDim.y) {
+  const int64_t ranks = stacks.adapters.stack_rank;
+  for (int64_t row = blockIdx.y; row < stacks.experts.count * ranks; row += gridDim.y) {
+    const int64_t expert = row / ranks, rank = row % ranks;
     T v{};
-    for (int64_t e = 0; e < stacks.adapters.count; ++e) {
-      const tile::AdapterRanks own = ranks_of(stacks, e);
-      const int64_t r = rank - own.first;
+    for (int64_t adapter = 0; adapter < stacks.adapters.count; ++adapter) {
+      const tile::AdapterRanks own = ranks_of(stacks, adapter);
+      const int64_t r = rank - own.first, group = expert * stacks.adapters.count + adapter;
       if (r < 0 || r >= own.count) continue;
-      v = column < k ? of_a[(e * width + r) * k + column] : of_b[(e * n + column - k) * width + r];
+      v = column < k ? of_a[(group * width + r) * k + column] : of_b[(group * n + column - k) * width + r];
       break;
     }
     if (column < k)
-      da[rank * k + column] = v;
+      da[row * k + column] = v;
     else
-      db[(column - k) * stacks.adapters.stack_rank + rank] = v;
+      db[(expert * n + column - k) * ranks + rank] = v;
   }
 }
 

@@ -18,8 +18,8 @@ inline constexpr int kAdapterThreads = 256;
 template <class T>
 struct AdapterProduct {
   tile::AdapterStacks stacks;
-  const T* from;      // the adapters' own ranks
-  T* stack;           // each adapter has padded_rank ranks
+  const T* from;      // the adapters' own ranks, of each expert
+  T* stack;           // of each expert, in which each adapter has padded_rank ranks
   const T* low_rank;  // h or g [m, count · padded_rank]
   T* out;             // [m, columns]
   int64_t m, columns, padded_rank;
@@ -33,6 +33,12 @@ __device__ __forceinline__ int64_t product_index(const AdapterProduct<T>& p, int
   return kRanksFirst ? rank * p.columns + column : column * ranks + rank;
 }
 
+// An expert's part of `from`.
+template <class T>
+__device__ __forceinline__ const T* own_ranks(const AdapterProduct<T>& p, int64_t expert) {
+  return p.from + expert * p.stacks.adapters.stack_rank * p.columns;
+}
+
 // Fills the stack, with zeros in place of values that are not finite and of ranks that do not exist. Clears `flagged`
 // beforehand. Grid: x strides over the stack.
 template <class T, bool kRanksFirst>
@@ -42,12 +48,14 @@ __global__ void __launch_bounds__(kAdapterThreads) stack_adapters_kernel(const _
   const int64_t ranks = p.stacks.adapters.count * p.padded_rank;
   bool flags = false;
 #pragma unroll 1  // from 10.0 on, ptxas would spill registers around the divisions of several elements
-  for (int64_t i = first; i < ranks * p.columns; i += step) {
-    const int64_t rank = kRanksFirst ? i / p.columns : i % ranks, column = kRanksFirst ? i % p.columns : i / ranks;
+  for (int64_t i = first; i < p.stacks.experts.count * ranks * p.columns; i += step) {
+    const int64_t row = kRanksFirst ? i / p.columns : i / ranks, of_expert = kRanksFirst ? ranks : p.columns;
+    const int64_t rank = kRanksFirst ? row % ranks : i % ranks, column = kRanksFirst ? i % p.columns : row % p.columns;
     const tile::AdapterRanks own = ranks_of(p.stacks, rank / p.padded_rank);
     T v{};
     if (rank % p.padded_rank < own.count)
-      v = p.from[product_index<kRanksFirst>(p, own.first + rank % p.padded_rank, p.stacks.adapters.stack_rank, column)];
+      v = own_ranks(p, row / of_expert)[product_index<kRanksFirst>(p, own.first + rank % p.padded_rank,
+                                                                   p.stacks.adapters.stack_rank, column)];
     if (!isfinite(tile::widen(v))) v = T{}, flags = true;
     p.stack[i] = v;
   }
@@ -68,12 +76,13 @@ __global__ void __launch_bounds__(kAdapterThreads) finish_adapters_kernel(const 
     if (adapter == tile::kInvalidAdapter) p.out[index] = tile::narrow<T>(NAN);
     if (adapter < 0) continue;
     const tile::AdapterRanks own = ranks_of(p.stacks, adapter);
+    const T* const from = own_ranks(p, expert_of(p.stacks, token));
     const T* const low_rank = p.low_rank + (token * p.stacks.adapters.count + adapter) * p.padded_rank;
     float sum = 0.0f;
     bool found = false;
     for (int64_t r = 0; r < own.count; ++r) {
       const float v =
-          tile::widen(p.from[product_index<kRanksFirst>(p, own.first + r, p.stacks.adapters.stack_rank, column)]);
+          tile::widen(from[product_index<kRanksFirst>(p, own.first + r, p.stacks.adapters.stack_rank, column)]);
       if (isfinite(v)) continue;
       found = true;
       sum = fmaf(tile::widen(low_rank[r]), v, sum);

@@ -18,6 +18,10 @@ constexpr int64_t kMostGridY = 65535, kMostStrides = 4096;
 
 unsigned grid_y(int64_t count) { return static_cast<unsigned>(std::clamp<int64_t>(count, 1, kMostGridY)); }
 
+tile::AdapterStacks stacks_of(const DeviceAdapters& adapters, int64_t max_rank, const ExpertRows& experts, int64_t m) {
+  return {adapters, max_rank, {experts.offsets, experts.count, m}};
+}
+
 // h, or g if `transposed`, of tokens that use different adapters.
 struct AdapterLowRank {
   DType dtype;
@@ -45,9 +49,13 @@ cudaError_t launch_low_rank_of(const AdapterLowRank& p, const Device& device, cu
   const auto rank_tiles = static_cast<unsigned>(ceil_div(p.padded_rank, kernels::kAdapterRanks));
   if constexpr (sizeof(T) == 2) {
     if (p.k % 8 == 0) {
-      const cudaError_t error =
-          query_low_rank_splits(p.dtype, p.m, p.k, kTransposed, device, &args.splits_of_16, args.splits_of_more);
-      if (error != cudaSuccess) return error;
+      if (p.stacks.experts.offsets != nullptr) {  // whose sums are not split
+        std::ranges::fill(args.splits_of_more, uint8_t{1});
+      } else {
+        const cudaError_t error =
+            query_low_rank_splits(p.dtype, p.m, p.k, kTransposed, device, &args.splits_of_16, args.splits_of_more);
+        if (error != cudaSuccess) return error;
+      }
       const dim3 grid(static_cast<unsigned>(ceil_div(p.m, kernels::kAdapterTokens)), rank_tiles);
       return launch_kernel(kernels::adapter_low_rank_kernel<T, kTransposed>, grid, kernels::kLowRankThreads, 0, stream,
                            args);
@@ -68,7 +76,7 @@ cudaError_t launch_adapter_low_rank(const AdapterLowRank& p, const Device& devic
 
 template <class T>
 kernels::AdapterProduct<T> make_product(const AdapterProducts& p) {
-  return {.stacks = {p.adapters, p.max_rank},
+  return {.stacks = stacks_of(p.adapters, p.max_rank, p.experts, p.m),
           .from = static_cast<const T*>(p.is_dx ? p.a : p.b),
           .stack = static_cast<T*>(p.stack),
           .low_rank = static_cast<const T*>(p.stack_low_rank),
@@ -85,7 +93,7 @@ kernels::AdapterProduct<T> make_product(const AdapterProducts& p) {
 cudaError_t AdapterProducts::prepare(const Device& device, cudaStream_t stream) const {
   cudaError_t error = cudaMemsetAsync(flagged, 0, sizeof(*flagged), stream);
   if (error != cudaSuccess) return error;
-  const int64_t work = std::max(adapters.count * padded_rank * columns, m);
+  const int64_t work = std::max(experts.count * adapters.count * padded_rank * columns, m);
   const auto grid =
       static_cast<unsigned>(std::clamp<int64_t>(ceil_div(work, kernels::kAdapterThreads), 1, kMostStrides));
   error = with_type(dtype, [&](auto element) {
@@ -96,7 +104,7 @@ cudaError_t AdapterProducts::prepare(const Device& device, cudaStream_t stream) 
   if (error != cudaSuccess || max_rank == 0) return error;
   // This launch comes last: the next one may start before its end, and reads the stack without waiting.
   return launch_adapter_low_rank({.dtype = dtype,
-                                  .stacks = {adapters, max_rank},
+                                  .stacks = stacks_of(adapters, max_rank, experts, m),
                                   .m = m,
                                   .k = terms,
                                   .padded_rank = padded_rank,
@@ -141,11 +149,12 @@ const DeviceAdapters& adapters_of(const Lora& lora) { return static_cast<const D
 }  // namespace
 
 template <class Problem>
-ProductCall<Problem>::ProductCall(const Problem& problem, int64_t unit)
+ProductCall<Problem>::ProductCall(const Problem& problem, int64_t unit, const ExpertRows& experts)
     : problem_(problem), products_(products_of(problem)) {
   const Lora& lora = problem.lora;
   products_.dtype = problem.dtype;
   products_.adapters = adapters_of(lora);
+  products_.experts = experts;
   products_.max_rank = lora.rank;
   products_.padded_rank = ceil_div(lora.rank, unit) * unit;
   products_.a = lora.a, products_.b = lora.b;
@@ -156,7 +165,7 @@ ProductCall<Problem>::ProductCall(const Problem& problem, int64_t unit)
   passes_ = seeds ? count : 1;
   const int64_t bytes = dtype_bytes(problem.dtype);
   Workspace parts;
-  stack_ = parts.add(ranks * products_.columns * bytes);
+  stack_ = parts.add(experts.count * ranks * products_.columns * bytes);
   stack_low_rank_ = parts.add(problem.m * ranks * bytes);
   flagged_ = parts.add(sizeof(uint32_t));
   out_of_pass_ = parts.add(passes_ > 1 ? problem.m * products_.columns * bytes : 0);
@@ -204,23 +213,24 @@ cudaError_t ProductCall<Problem>::finish(int64_t pass, cudaStream_t stream) cons
 template class ProductCall<LinearProblem>;
 template class ProductCall<LinearDxProblem>;
 
-AdapterCall<LoraGradProblem>::AdapterCall(const LoraGradProblem& problem, int64_t) : problem_(problem) {
+AdapterCall<LoraGradProblem>::AdapterCall(const LoraGradProblem& problem, int64_t, const ExpertRows& experts)
+    : problem_(problem), experts_(experts), groups_(experts.count * problem.lora.adapters->count) {
   const auto& [dtype, m, n, k, x, dy, lora, h, g, da, db] = problem;
-  const int64_t bytes = dtype_bytes(dtype), rank = lora.rank, count = lora.adapters->count;
+  const int64_t bytes = dtype_bytes(dtype), rank = lora.rank;
   Workspace parts;
   tokens_ = parts.add(m * static_cast<int64_t>(sizeof(int32_t)));
-  ends_ = parts.add(count * static_cast<int64_t>(sizeof(int64_t)));
+  ends_ = parts.add(groups_ * static_cast<int64_t>(sizeof(int64_t)));
   x_ = parts.add(m * k * bytes), dy_ = parts.add(m * n * bytes);
   h_ = parts.add(h != nullptr ? 0 : m * rank * bytes), g_ = parts.add(g != nullptr ? 0 : m * rank * bytes);
   h_rows_ = parts.add(m * rank * bytes), g_rows_ = parts.add(m * rank * bytes);
-  da_ = parts.add(count * rank * k * bytes), db_ = parts.add(count * n * rank * bytes);
+  da_ = parts.add(groups_ * rank * k * bytes), db_ = parts.add(groups_ * n * rank * bytes);
   bytes_ = parts.bytes();
 }
 
 cudaError_t AdapterCall<LoraGradProblem>::prepare(uint8_t* workspace, const Device& device, cudaStream_t stream) {
   workspace_ = workspace;
   const LoraGradProblem& p = problem_;
-  const tile::AdapterStacks stacks{adapters_of(p.lora), p.lora.rank};
+  const tile::AdapterStacks stacks = stacks_of(adapters_of(p.lora), p.lora.rank, experts_, p.m);
   const void* const h = p.h != nullptr ? p.h : workspace + h_;
   const void* const g = p.g != nullptr ? p.g : workspace + g_;
   const AdapterLowRank low_rank{
@@ -241,7 +251,7 @@ cudaError_t AdapterCall<LoraGradProblem>::prepare(uint8_t* workspace, const Devi
   auto* const tokens = reinterpret_cast<int32_t*>(workspace + tokens_);
   auto* const ends = reinterpret_cast<int64_t*>(workspace + ends_);
   if (error == cudaSuccess)
-    error = launch_kernel(kernels::order_adapter_rows_kernel, static_cast<unsigned>(stacks.adapters.count),
+    error = launch_kernel(kernels::order_adapter_rows_kernel, static_cast<unsigned>(groups_),
                           kernels::kAdapterRowThreads, 0, stream, stacks, p.m, tokens, ends);
   if (error != cudaSuccess) return error;
   return with_type(p.dtype, [&](auto element) {
@@ -274,14 +284,14 @@ Grouped<LoraGradProblem> AdapterCall<LoraGradProblem>::problem(int64_t) const {
   p.da = workspace_ + da_, p.db = workspace_ + db_;
   p.lora = {.rank = problem_.lora.rank};
   p.lora.dropout.keep_scale = problem_.lora.dropout.keep_scale;  // x has been masked
-  return {p, reinterpret_cast<const int64_t*>(workspace_ + ends_), problem_.lora.adapters->count};
+  return {p, reinterpret_cast<const int64_t*>(workspace_ + ends_), groups_};
 }
 
 cudaError_t AdapterCall<LoraGradProblem>::finish(int64_t, cudaStream_t stream) const {
   const LoraGradProblem& p = problem_;
-  const tile::AdapterStacks stacks{adapters_of(p.lora), p.lora.rank};
+  const tile::AdapterStacks stacks = stacks_of(adapters_of(p.lora), p.lora.rank, experts_, p.m);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.k + p.n, kernels::kAdapterRowThreads)),
-                  grid_y(stacks.adapters.stack_rank));
+                  grid_y(experts_.count * stacks.adapters.stack_rank));
   return with_type(p.dtype, [&](auto element) {
     using T = decltype(element);
     return launch_kernel(kernels::unstack_gradients_kernel<T>, grid, kernels::kAdapterRowThreads, 0, stream, stacks,

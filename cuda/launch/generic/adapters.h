@@ -12,13 +12,22 @@
 
 namespace qlora::cuda {
 
+// The rows of each expert, as in Grouped. Without offsets, there is one weight.
+struct ExpertRows {
+  const int64_t* offsets = nullptr;
+  int64_t count = 1;
+};
+
 // What the forward and dX share: h or g, and the stack of the matrix that it is multiplied by.
 //
 //   stack of lora_b  [ adapter 0, zeros | adapter 1, zeros | .. ]   each of padded_rank columns
 //   token's h        [ zeros            | its own h, zeros | .. ]
+//
+// Over experts, there is such a stack for each.
 struct AdapterProducts {
   DType dtype;
   DeviceAdapters adapters;
+  ExpertRows experts;
   int64_t max_rank, padded_rank;
   int64_t m, terms, columns;  // h or g is a sum of `terms` products, the output has `columns` columns
   bool is_dx;
@@ -46,7 +55,7 @@ class ProductCall {
  public:
   // Each adapter gets a multiple of `unit` ranks. Kernels divide ranks into such units, so that they add those of any
   // adapter in the order of a call with this adapter alone.
-  ProductCall(const Problem& problem, int64_t unit);
+  ProductCall(const Problem& problem, int64_t unit, const ExpertRows& experts = {});
 
   int64_t workspace_bytes() const { return bytes_; }
   cudaError_t prepare(uint8_t* workspace, const Device& device, cudaStream_t stream);
@@ -72,11 +81,26 @@ class AdapterCall<LinearDxProblem> : public ProductCall<LinearDxProblem> {
   using ProductCall::ProductCall;
 };
 
-// The adapters are experts, each with its tokens' rows.
+template <class Problem>
+class AdapterCall<Grouped<Problem>> : public ProductCall<Problem> {
+ public:
+  AdapterCall(const Grouped<Problem>& problem, int64_t unit)
+      : ProductCall<Problem>(problem.stack, unit, {problem.offsets, problem.experts}),
+        offsets_(problem.offsets),
+        experts_(problem.experts) {}
+
+  Grouped<Problem> problem(int64_t pass) const { return {ProductCall<Problem>::problem(pass), offsets_, experts_}; }
+
+ private:
+  const int64_t* offsets_;
+  int64_t experts_;
+};
+
+// The adapters, or those of each expert, are experts, each with its tokens' rows.
 template <>
 class AdapterCall<LoraGradProblem> {
  public:
-  AdapterCall(const LoraGradProblem& problem, int64_t unit);
+  AdapterCall(const LoraGradProblem& problem, int64_t unit, const ExpertRows& experts = {});
 
   int64_t workspace_bytes() const { return bytes_; }
   cudaError_t prepare(uint8_t* workspace, const Device& device, cudaStream_t stream);
@@ -86,9 +110,16 @@ class AdapterCall<LoraGradProblem> {
 
  private:
   LoraGradProblem problem_;
-  int64_t bytes_ = 0;
+  ExpertRows experts_;
+  int64_t groups_, bytes_ = 0;
   int64_t tokens_, ends_, x_, dy_, h_, g_, h_rows_, g_rows_, da_, db_;  // offsets in the workspace
   uint8_t* workspace_ = nullptr;
+};
+template <>
+class AdapterCall<Grouped<LoraGradProblem>> : public AdapterCall<LoraGradProblem> {
+ public:
+  AdapterCall(const Grouped<LoraGradProblem>& problem, int64_t unit)
+      : AdapterCall<LoraGradProblem>(problem.stack, unit, {problem.offsets, problem.experts}) {}
 };
 
 }  // namespace qlora::cuda

@@ -1,4 +1,5 @@
-// The adapter of a token, in calls whose tokens use different ones. The host cannot check the numbers that name them
+// The adapter of a token, in calls whose tokens use different ones. Over experts, every expert has each adapter: stacks
+// a [experts, stack_rank, k] and b [experts, n, stack_rank]. The host cannot check the numbers that name them
 // and their ranks. So they are checked here, and no kernel leaves the stacks whatever they are.
 #pragma once
 
@@ -6,12 +7,14 @@
 
 #include "cpp/format/device_adapters.h"
 #include "cpp/format/philox.h"
+#include "cuda/tile/generic/groups.cuh"
 
 namespace qlora::tile {
 
 struct AdapterStacks {
-  DeviceAdapters adapters;  // stack_rank is the sum of the ranks in lora_a and lora_b
-  int64_t max_rank;         // the width of h and g
+  DeviceAdapters adapters;           // stack_rank is the sum of the ranks in lora_a and lora_b
+  int64_t max_rank;                  // the width of h and g
+  Groups experts = {nullptr, 1, 0};  // without offsets: one weight
 };
 
 // An adapter's ranks in the stacks.
@@ -21,11 +24,23 @@ struct AdapterRanks {
 
 inline constexpr int32_t kNoAdapter = -1, kInvalidAdapter = -2;
 
-// Returns the number of a token's adapter or kNoAdapter; or kInvalidAdapter if there is no such adapter, or if its
-// ranks are not within the stacks.
+__device__ __forceinline__ bool is_over_experts(const AdapterStacks& s) {
+  return s.experts.offsets != nullptr || s.experts.count == 0;
+}
+
+// Returns the number of a token's expert, 0 over one weight: the first one that ends after the token.
+__device__ __forceinline__ int64_t expert_of(const AdapterStacks& s, int64_t token) {
+  int64_t expert = 0;
+  if (!is_over_experts(s)) return expert;
+  while (expert < s.experts.count && group_end(s.experts, expert) <= token) ++expert;
+  return expert;
+}
+
+// Returns the number of a token's adapter; kNoAdapter, also for a token that belongs to no expert; or kInvalidAdapter
+// if there is no such adapter, or if its ranks are not within the stacks.
 __device__ __forceinline__ int32_t adapter_of(const AdapterStacks& s, int64_t token) {
   const int32_t adapter = __ldg(s.adapters.of_token + token);
-  if (adapter == kNoAdapter) return adapter;
+  if (adapter == kNoAdapter || (is_over_experts(s) && expert_of(s, token) == s.experts.count)) return kNoAdapter;
   if (adapter < 0 || adapter >= s.adapters.count) return kInvalidAdapter;
   const int64_t first = __ldg(s.adapters.rank_offsets + adapter), end = __ldg(s.adapters.rank_offsets + adapter + 1);
   const bool fits = 0 <= first && first <= end && end <= s.adapters.stack_rank && end - first <= s.max_rank;
