@@ -310,6 +310,11 @@ def test_rows_of_experts_have_the_bits_of_their_adapter_alone(
     experts(counts, n, k, dtype, ranks=ranks, **dropout).check(gradients=not dropout)
 
 
+def test_rows_of_experts_that_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", "gemm")
+    experts([9, 0, 30], 136, 192, BF16, ranks=(4, 0, 40), dropout_p=0.4).check(gradients=False)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_adapters_of_experts_that_the_host_cannot_check(dtype: torch.dtype) -> None:
     """Values that are not finite stay with their expert's adapter, and invalid numbers give NaN. Nothing leaves the
