@@ -52,9 +52,8 @@ struct Launchers<LoraGradProblem> {
 template <>
 struct Launchers<Grouped<LinearProblem>> {
   static constexpr Launcher<Grouped<LinearProblem>> kRows[] = {
-      {Kernel::kSm90, nullptr, sm90::launch},
-      {Kernel::kTensorCores, nullptr, sm80::launch},
-      {Kernel::kExact, nullptr, generic::launch},
+      {Kernel::kSm90, nullptr, sm90::launch},        {Kernel::kGemm, nullptr, sm80::launch_gemm},
+      {Kernel::kTensorCores, nullptr, sm80::launch}, {Kernel::kExact, nullptr, generic::launch},
       {Kernel::kRagged, nullptr, generic::launch},
   };
 };
@@ -62,9 +61,8 @@ struct Launchers<Grouped<LinearProblem>> {
 template <>
 struct Launchers<Grouped<LinearDxProblem>> {
   static constexpr Launcher<Grouped<LinearDxProblem>> kRows[] = {
-      {Kernel::kSm90, nullptr, sm90::launch},
-      {Kernel::kTensorCores, nullptr, sm80::launch},
-      {Kernel::kExact, nullptr, generic::launch_exact},
+      {Kernel::kSm90, nullptr, sm90::launch},          {Kernel::kGemm, nullptr, sm80::launch_gemm},
+      {Kernel::kTensorCores, nullptr, sm80::launch},   {Kernel::kExact, nullptr, generic::launch_exact},
       {Kernel::kRagged, nullptr, sm80::launch_ragged},
   };
 };

@@ -5,7 +5,7 @@
 // A kernel has a row in its operator's table here, which says what it accepts and how it is configured, and a row in
 // launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and expects to be the fastest
 // (is_ahead). Each architecture's functions have their own file: generic.h, sm80.h, sm90.h and sm90_experts.h. Those of
-// many tokens, which decode the weight once, are in gemm.h and library.h.
+// many tokens, which decode the weight once, are in gemm.h, gemm_experts.h and library.h.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,7 @@
 #include "cuda/tuning/choice.h"
 #include "cuda/tuning/device.h"
 #include "cuda/tuning/gemm.h"
+#include "cuda/tuning/gemm_experts.h"
 #include "cuda/tuning/generic.h"
 #include "cuda/tuning/library.h"
 #include "cuda/tuning/sm80.h"
@@ -97,6 +98,7 @@ template <>
 struct Kernels<Grouped<LinearProblem>> {
   static constexpr KernelRow<Grouped<LinearProblem>> kRows[] = {
       {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128}, .multicast = {1, 2}}},
+      {Kernel::kGemm, gemm::accepts, gemm::is_ahead, gemm::config, {.panel = true}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
       {Kernel::kExact, generic::exact_accepts, nullptr, generic::config, {.tokens = {16, 64}}},
       {Kernel::kRagged, generic::ragged_accepts, nullptr, generic::config, {.tokens = {16, 64}}},
@@ -107,6 +109,7 @@ template <>
 struct Kernels<Grouped<LinearDxProblem>> {
   static constexpr KernelRow<Grouped<LinearDxProblem>> kRows[] = {
       {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128, 256}, .multicast = {1, 2}}},
+      {Kernel::kGemm, gemm::accepts, gemm::is_ahead, gemm::config, {.panel = true}},
       {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
       {Kernel::kExact, generic::exact_accepts, nullptr, generic::exact_config, {}},
       {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::ragged_config, {.tokens = {16, 32}}},

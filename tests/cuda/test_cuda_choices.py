@@ -138,13 +138,34 @@ CHOICES = {
         "tensor_cores tokens=64 rows=128",
         "tensor_cores tokens=32 rows=128",
     ),
+    # Experts whose weights are decoded once: where panels, which leave L2, cost less than decoding in every tile, or
+    # than products without tensor cores
+    (FORWARD, "bfloat16", 8192, 14336, 4096, 64, 8): (
+        "gemm panel=1536",
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
+        "gemm panel=2048",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    (DX, "float16", 8192, 14336, 4096, 64, 8): (
+        "tensor_cores tokens=64 columns=256",
+        "sm90 tokens=256 columns=128 splits=1 multicast=2",
+        "gemm panel=512",
+        "tensor_cores tokens=64 columns=256",
+    ),
+    (FORWARD, "bfloat16", 16384, 1536, 2048, 32, 128): (
+        "gemm panel=256",
+        "gemm panel=256",
+        "gemm panel=256",
+        "ragged tokens=64 rows=64",
+    ),
+    (FORWARD, "bfloat16", 16384, 4096, 7168, 32, 256): "ragged tokens=64 rows=64",  # panels of 900 MiB
     (FORWARD, "float16", 64, 4096, 4100, 64, 64): "ragged tokens=16 rows=64",
     (FORWARD, "float32", 4096, 4096, 4096, 64, 8): "exact tokens=64 rows=64",
     (DX, "bfloat16", 64, 4096, 4096, 64, 8): "tensor_cores tokens=16 columns=256",
     (DX, "bfloat16", 4096, 4096, 4096, 64, 8): (
         "tensor_cores tokens=64 columns=256",
         "sm90 tokens=256 columns=128 splits=1 multicast=2",
-        "tensor_cores tokens=64 columns=256",
+        "gemm panel=2048",
         "tensor_cores tokens=64 columns=256",
     ),
     (DLORA, "float32", 64, 4096, 4096, 64, 8): "exact ranks=16 columns=64",
@@ -192,6 +213,7 @@ FORCED = {
     ("sm80", DX, 3, 4096, 0, "tensor_cores:tokens=32,splits=5"): "tensor_cores tokens=32 columns=256 splits=5",
     ("sm80", DLORA, 3, 4096, 0, "ragged:ranks=64"): "ragged ranks=64 columns=64",
     ("sm80", FORWARD, 3, 4096, 8, "tensor_cores:tokens=16"): "tensor_cores tokens=16 rows=128",
+    ("sm90", DX, 3, 4096, 8, "gemm:panel=512"): "gemm panel=512",
     ("sm90", FORWARD, 3, 4096, 8, "sm90:tokens=128,multicast=1"): "sm90 tokens=128 rows=128 splits=1 multicast=1",
 }
 

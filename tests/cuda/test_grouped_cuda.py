@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import reference
 from accuracy import assert_accurate, given, sums
+from forms import WIDE_FORMS
 from grouped_samples import OPS, GroupedSample, grouped_sample
 from qlora_ext.nn import Experts4bit, ExpertsLora
 from samples import to_f64
@@ -56,6 +59,38 @@ def test_low_rank_products_of_many_rows(rank: int) -> None:
             assert_accurate(got[rows], expected)
     assert not h[s.unassigned()].any()
     assert not g[s.unassigned()].any()
+
+
+@pytest.mark.parametrize(
+    ("counts", "k", "rank", "kernel", "options"),
+    [
+        ([130, 0, 5], 328, 12, "gemm", {"dropout_p": 0.3}),
+        ([0, 260, 1], 320, None, "gemm:panel=256", {"dtype": torch.float16, "bias": False, "block_size": 32}),
+        ([40, 33], 256, 5, "gemm:panel=256", {"dropout_p": 1.0, "form": WIDE_FORMS["q6_k"]}),
+    ],
+)
+def test_decoded_once_they_have_the_bits_of_dense_layers(
+    counts: list[int],
+    k: int,
+    rank: int | None,
+    kernel: str,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tiles of tokens and columns that are not full, sums that end within a stage, experts without tokens."""
+    s = grouped_sample(counts, 264, k, rank, device="cuda", **{"dtype": torch.bfloat16} | options)
+    dy = s.dy()
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", kernel)
+    y, dx = s.forward(), s.dx(dy)
+    for e, rows in s.parts():
+        dense = s.of_expert(e, s.x)
+        assert torch.equal(y[rows], OPS.linear_nf4(*dense.args)[rows])
+        assert torch.equal(dx[rows], OPS.linear_nf4_dx(*dense.dx_args(dy))[rows])
+    assert not y[s.unassigned()].any()
+    assert not dx[s.unassigned()].any()
+    if rank is not None:
+        assert torch.equal(s.forward(with_h=True)[0], y)
+        assert torch.equal(s.dx(dy, with_g=True)[0], dx)
 
 
 def test_offsets_are_where_x_is() -> None:

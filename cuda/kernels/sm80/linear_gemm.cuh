@@ -246,7 +246,8 @@ __device__ __forceinline__ bool add_parts(const GemmUnits& units, const GemmUnit
   return true;
 }
 
-template <class T, bool kRightHasRows>
+// kCutsSums: whether sums may be cut.
+template <class T, bool kRightHasRows, bool kCutsSums = true>
 __device__ __forceinline__ void compute_unit(const GemmArgs<T>& args, unsigned index, uint32_t shared) {
   const int warp = threadIdx.x / 32, warp_token = warp / 4 * tile::kGemmWarp, warp_column = warp % 4 * tile::kGemmWarp;
   const auto stages_of = [](int64_t terms) {
@@ -294,7 +295,8 @@ __device__ __forceinline__ void compute_unit(const GemmArgs<T>& args, unsigned i
     }
   }
   const GemmUnit unit(args.units, index);
-  if (unit.is_cut && !add_parts(args.units, unit, sums)) return;
+  if constexpr (kCutsSums)
+    if (unit.is_cut && !add_parts(args.units, unit, sums)) return;
   __syncthreads();
   store_sums(args, unit.token0 + warp_token, unit.column0 + warp_column,
              shared + warp * tile::kGemmWarp * tile::kGemmWarp * 2, sums);

@@ -11,7 +11,8 @@
 //   LoraGradProblem   da = gᵀ · dropout(x) and db = dyᵀ · h: one launch for each of h and g that is not given, and one
 //                     for da and db.
 //   Grouped<...>      the same for all experts, each over its own rows, in the same number of launches for any number
-//                     of experts. Only the device reads the offsets. Unassigned rows become zeros.
+//                     of experts, except that gemm decodes each expert's panel in a launch of its own. Only the device
+//                     reads the offsets. Unassigned rows become zeros.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -27,6 +28,8 @@ cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, cons
 
 cudaError_t launch_gemm(const LinearProblem& p, const Config& config, const Context& context);
 cudaError_t launch_gemm(const LinearDxProblem& p, const Config& config, const Context& context);
+cudaError_t launch_gemm(const Grouped<LinearProblem>& problem, const Config& config, const Context& context);
+cudaError_t launch_gemm(const Grouped<LinearDxProblem>& problem, const Config& config, const Context& context);
 
 cudaError_t plan(const LinearProblem& p, const Device& device, Config* config);
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context);

@@ -5,17 +5,13 @@
 #include <algorithm>
 
 #include "cuda/launch/generic/low_rank.h"
-#include "cuda/launch/generic/weight_panels.h"
+#include "cuda/launch/sm80/gemm_panels.h"
 #include "cuda/launch/sm80/launchers.h"
 #include "cuda/launch/types.h"
 #include "cuda/launch/workspace.h"
-#include "cuda/tuning/gemm.h"
 
 namespace qlora::cuda::sm80 {
 namespace {
-
-static_assert(tile::kGemmTokens == gemm::kTokens && tile::kGemmColumns == gemm::kColumns &&
-              tile::kGemmTerms == gemm::kTerms && tile::kGemmSharedBytes == gemm::kSharedBytes);
 
 // The card gives the next unit to the next CTA that is free, unless `ctas` of the configuration limits them.
 template <class T, bool kRightHasRows>
@@ -75,67 +71,38 @@ class Memory {
   float* partials_;
 };
 
-template <class T>
-const T* at(const void* base, int64_t index) {
-  return base == nullptr ? nullptr : static_cast<const T*>(base) + index;
+// `low_rank` is the problem of h or g.
+template <bool kRightHasRows, class Problem>
+cudaError_t launch_panels(const Problem& p, const Config& config, LowRankProblem low_rank, const Memory& memory,
+                          const Context& context) {
+  const PanelProduct whole = library::product(p);
+  low_rank.clear = memory.tickets;
+  cudaError_t error = launch_low_rank(low_rank, context.stream);
+  for (int64_t first = 0; first < whole.columns && error == cudaSuccess; first += config.panel) {
+    const PanelRange panel{
+        .first = first, .columns = std::min(config.panel, whole.columns - first), .inner = whole.inner};
+    error = decode_panel(p, panel, memory.weight, context);
+    if (error != cudaSuccess) break;
+    error = with_16_bit_type(p.dtype, [&](auto element) {
+      using T = decltype(element);
+      const kernels::GemmUnits units = memory.units(first, panel.columns);
+      return launch_panel<T, kRightHasRows>(gemm_args<T>(p, panel, memory.low_rank, memory.weight, units), config,
+                                            context);
+    });
+  }
+  return error;
 }
 
 }  // namespace
 
 cudaError_t launch_gemm(const LinearProblem& p, const Config& config, const Context& context) {
-  const int64_t n = p.w.n, k = p.w.k, rank = p.lora.rank;
-  const Memory memory(library::product(p), config, p.h, rank, context);
-  LowRankProblem low_rank = h_problem(p.dtype, p.m, k, p.x, p.lora, memory.low_rank);
-  low_rank.clear = memory.tickets;
-  cudaError_t error = launch_low_rank(low_rank, context.stream);
-  for (int64_t first = 0; first < n && error == cudaSuccess; first += config.panel) {
-    const int64_t columns = std::min(config.panel, n - first);
-    error = decode_panel(p, {.first = first, .columns = columns, .inner = k}, memory.weight, context);
-    if (error != cudaSuccess) break;
-    error = with_16_bit_type(p.dtype, [&](auto element) {
-      using T = decltype(element);
-      const kernels::GemmArgs<T> args{.lora = {at<T>(memory.low_rank, 0), at<T>(p.lora.b, first * rank), rank, rank},
-                                      .main = {at<T>(p.x, 0), at<T>(memory.weight, 0), k, k},
-                                      .bias = at<T>(p.bias, first),
-                                      .out = static_cast<T*>(p.y) + first,
-                                      .out_stride = n,
-                                      .m = p.m,
-                                      .columns = columns,
-                                      .dropout = {},
-                                      .first_column = first,
-                                      .units = memory.units(first, columns)};
-      return launch_panel<T, false>(args, config, context);
-    });
-  }
-  return error;
+  const Memory memory(library::product(p), config, p.h, p.lora.rank, context);
+  return launch_panels<false>(p, config, h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, memory.low_rank), memory, context);
 }
 
 cudaError_t launch_gemm(const LinearDxProblem& p, const Config& config, const Context& context) {
-  const int64_t n = p.w.n, k = p.w.k, rank = p.lora.rank;
-  const Memory memory(library::product(p), config, p.g, rank, context);
-  LowRankProblem low_rank = g_problem(p.dtype, p.m, n, p.dy, p.lora, memory.low_rank);
-  low_rank.clear = memory.tickets;
-  cudaError_t error = launch_low_rank(low_rank, context.stream);
-  for (int64_t first = 0; first < k && error == cudaSuccess; first += config.panel) {
-    const int64_t columns = std::min(config.panel, k - first);
-    error = decode_panel(p, {.first = first, .columns = columns, .inner = n}, memory.weight, context);
-    if (error != cudaSuccess) break;
-    error = with_16_bit_type(p.dtype, [&](auto element) {
-      using T = decltype(element);
-      const kernels::GemmArgs<T> args{.lora = {at<T>(memory.low_rank, 0), at<T>(p.lora.a, first), k, rank},
-                                      .main = {at<T>(p.dy, 0), at<T>(memory.weight, 0), columns, n},
-                                      .bias = nullptr,
-                                      .out = static_cast<T*>(p.dx) + first,
-                                      .out_stride = k,
-                                      .m = p.m,
-                                      .columns = columns,
-                                      .dropout = p.lora.dropout,
-                                      .first_column = first,
-                                      .units = memory.units(first, columns)};
-      return launch_panel<T, true>(args, config, context);
-    });
-  }
-  return error;
+  const Memory memory(library::product(p), config, p.g, p.lora.rank, context);
+  return launch_panels<true>(p, config, g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, memory.low_rank), memory, context);
 }
 
 }  // namespace qlora::cuda::sm80
