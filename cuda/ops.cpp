@@ -109,14 +109,19 @@ void run(const char* op, const Problem& p, OnDevice& on) {
   check_launch(op, error);
 }
 
+template <class Problem>
+constexpr bool kIsGrouped = requires(Problem p) { p.offsets; };
+
 // The same for a problem whose tokens use different adapters.
 template <class Problem>
 void run_adapters(const char* op, const Problem& p, const Tensor& like, OnDevice& on) {
-  // Kernels that multiply in float32 add ranks in units of 32, and the others in units of 16.
+  // Kernels that multiply in float32 add ranks in units of 32, and the others in units of 16. Over experts, two groups
+  // of warps take these in turn, and do not begin anew with each adapter.
   const std::string forced = forced_kernel();
   const cuda::Kernel kernel =
       (forced.empty() ? cuda::choose(p, on.device()) : cuda::choose_forced(forced, op, p, on.device())).kernel;
-  cuda::AdapterCall<Problem> call(p, kernel == cuda::Kernel::kExact || kernel == cuda::Kernel::kRagged ? 32 : 16);
+  const bool in_pairs = kernel == cuda::Kernel::kExact || kernel == cuda::Kernel::kRagged || kIsGrouped<Problem>;
+  cuda::AdapterCall<Problem> call(p, in_pairs ? 32 : 16);
   const Tensor workspace = empty(like, {call.workspace_bytes()}, ScalarType::Byte);
   check_launch(op, call.prepare(workspace.mutable_data_ptr<uint8_t>(), on.device(), on.stream()));
   for (int64_t pass = 0; pass < call.passes(); ++pass) {
@@ -236,8 +241,7 @@ Tensor dequantize_nf4(DequantizeArgs args) {
 // is the name of the operator over experts.
 template <class Problem>
 void run_any(const char* grouped_op, const Problem& p, const Tensor& like) {
-  constexpr bool kExperts = requires { p.offsets; };
-  const char* const op = grouped_op + (kExperts ? 0 : sizeof("grouped_") - 1);
+  const char* const op = grouped_op + (kIsGrouped<Problem> ? 0 : sizeof("grouped_") - 1);
   OnDevice on(like);
   if (stack_of(p).lora.adapters)
     run_adapters(op, p, like, on);
