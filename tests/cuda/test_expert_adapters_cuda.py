@@ -1,5 +1,4 @@
-"""Several adapters per call over experts on CUDA: the results of the operators on the CPU, and the bits of calls with one
-adapter."""
+"""Several adapters per call over experts on CUDA: the results of the CPU, and the bits of calls with one adapter."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 import qlora_ext
 from adapter_samples import RANKS, Batch, batch, expert_batch
