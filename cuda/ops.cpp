@@ -273,9 +273,10 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(Args args) {
   for (OptionalTensor* t : {&args.h, &args.g}) *t = on_16_bytes(*t);
   const LoraGradCall call(args);
   if (call.is_empty()) return {call.da, call.db};
-  if (const LoraGradProblem& p = stack_of(call.problem); p.m == 0 && !kOverExperts<Args>) {
+  if (const LoraGradProblem& p = stack_of(call.problem); p.m == 0) {
     const OnDevice on(call.dy);
-    check_launch("linear_nf4_dlora", cuda::generic::clear_gradients(p, call.da.size(0), on.stream()));
+    const int64_t ranks = call.da.size(0) * (kOverExperts<Args> ? call.da.size(1) : 1);
+    check_launch("linear_nf4_dlora", cuda::generic::clear_gradients(p, ranks, on.stream()));
   } else {
     run_any("grouped_linear_nf4_dlora", call.problem, call.dy);
   }

@@ -1,5 +1,4 @@
-"""Several adapters per call over experts on CUDA: the results of the operators on the CPU, and the bits of calls with one
-adapter."""
+"""Several adapters per call over experts on CUDA: the results of the CPU, and the bits of calls with one adapter."""
 
 from __future__ import annotations
 
@@ -82,7 +81,7 @@ def test_rows_have_the_bits_of_their_adapter_alone(
 
 
 def test_values_that_are_not_finite_stay_with_their_adapter_and_expert() -> None:
-    b = sample([12, 0, 20], 72, 128, BF16, (4, 16, 8), device="cuda")
+    b = sample([12, 0, 20], 72, 128, BF16, (4, 16, 8), device="cuda", unassigned=0)
     clean, dy = b.run(""), b.dy()
     clean_dx = b.run("_dx", dy=dy)
     b.lora_a[1][2, 3, 5] = b.lora_b[1][2, 7, 3] = torch.inf
@@ -94,7 +93,7 @@ def test_values_that_are_not_finite_stay_with_their_adapter_and_expert() -> None
 
 
 def test_numbers_of_adapters_that_do_not_exist_give_nan() -> None:
-    b = sample([12, 0, 8], 40, 64, BF16, (4, 8), device="cuda")
+    b = sample([12, 0, 8], 40, 64, BF16, (4, 8), device="cuda", unassigned=0)
     b.of_row[3], b.of_row[5], b.of_row[13] = 2, -7, 2**30
     bad = torch.zeros(20, dtype=torch.bool, device="cuda")
     bad[[3, 5, 13]] = True
@@ -106,7 +105,7 @@ def test_numbers_of_adapters_that_do_not_exist_give_nan() -> None:
 
 
 def test_no_rows_and_only_rows_without_adapter() -> None:
-    empty = sample([0, 0], 40, 64, BF16, (4, 8), device="cuda")
+    empty = sample([0, 0], 40, 64, BF16, (4, 8), device="cuda", unassigned=0)
     assert empty.run("").shape == (0, 40)
     assert not any(t.any() for t in empty.run("_dlora", dy=empty.dy()))
     b = sample([3, 5], 40, 64, BF16, (4, 8), device="cuda")

@@ -128,6 +128,23 @@ def test_samples_of_a_block_of_experts_have_the_bits_of_batches_with_one_adapter
             check_random_names(expected, lambda names, block=block, x=x: by_sample(model, block, x, names), 4)
 
 
+@pytest.mark.cuda
+def test_samples_of_a_block_of_experts_on_cuda() -> None:
+    """The values and gradients are those of the CPU."""
+
+    def values(device: str) -> list[Tensor]:
+        model = mixture().to(device)
+        block = blocks(model)[0]
+        x = torch.linspace(-1, 1, 5 * 7 * 64).sin().reshape(5, 7, 64).to(device).requires_grad_()
+        adapters = [p for name, p in block.named_parameters() if "lora" in name]
+        y = by_sample(model, block, x, NAMES)
+        gradients = torch.autograd.grad(y.square().sum(), [x, *(p.requires_grad_() for p in adapters)])
+        return [t.cpu() for t in (y.detach(), *gradients)]
+
+    for got, want in zip(values("cuda"), values("cpu"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 64), (6, 2, 64), (6, 2, 3, 64), (1, 64)], ids=str)
 def test_layers_take_samples_of_any_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:

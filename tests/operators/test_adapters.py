@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 import qlora_ext
 from adapter_samples import RANKS, Batch, batch, expert_batch
@@ -301,13 +300,3 @@ def test_matrices_that_do_not_fit_are_named(make: Callable, name: str, shape: tu
         matrices[name][2] = matrix
         with pytest.raises(ValueError, match=rf"{name}\[2\]: {expected}"):
             stack_adapters(**matrices)
-
-
-@pytest.mark.cuda
-def test_cuda_takes_one_adapter_of_experts_per_call() -> None:
-    m = expert_batch(8, device="cuda")
-    for name in ("", "_dx", "_dlora"):
-        with pytest.raises(ValueError, match=r"adapter_of_row: .* run on the CPU only, got d?[xy] on cuda"):
-            m.run(name, dy=m.dy())
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="adapter_of_row: .* CPU only"):
-        m.run("")

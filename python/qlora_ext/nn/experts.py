@@ -29,7 +29,7 @@ class ExpertsLora(NamedTuple):
     """An adapter on one stack of weights: y += scaling · dropout(x) · a[e]ᵀ · b[e]ᵀ for the tokens of expert e.
 
     Attributes:
-        a, b: [E, R, K] and [E, N, R], of any floating dtype. Of several adapters per call (CPU only), ``a`` is what
+        a, b: [E, R, K] and [E, N, R], of any floating dtype. Of several adapters per call, ``a`` is what
             ``adapters.stack_adapters`` has made of them, which includes ``b`` (then None) and ``scaling``.
         scaling: lora_alpha / R.
         dropout_p: probability of dropping an element of x, 0 to 1. Each expert of a token draws its own mask, as if the
