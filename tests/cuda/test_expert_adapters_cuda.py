@@ -80,6 +80,25 @@ def test_rows_have_the_bits_of_their_adapter_alone(
             assert torch.equal(got[own], want[own])
 
 
+def test_decoded_weights_give_the_bits_of_an_adapter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", "gemm")
+    sample([9, 0, 30], 136, 192, BF16, (4, 0, 40), device="cuda", dropout_p=0.4).check(gradients=False)
+
+
+@pytest.mark.parametrize("offsets", [[2**40, -3, 5], [-(2**62), 9, 4]], ids=str)
+def test_wrong_offsets_touch_no_other_memory(offsets: list[int]) -> None:
+    """The device cannot reject them. The simulator detects every access out of bounds."""
+    b = sample([6, 0, 11], 40, 64, BF16, (4, 8), device="cuda")
+    taken_for = torch.tensor(offsets).cummax(0).values.clamp(0, 17).tolist()
+    for name in ("", "_dx", "_dlora"):
+        arguments = b.arguments(name, dy=b.dy())
+        found = [
+            getattr(torch.ops.qlora, b.operator + name)(**{**arguments, "offsets": torch.tensor(ends, device="cuda")})
+            for ends in (offsets, taken_for)
+        ]
+        assert all(map(torch.equal, *map(list, found)))
+
+
 def test_values_that_are_not_finite_stay_with_their_adapter_and_expert() -> None:
     b = sample([12, 0, 20], 72, 128, BF16, (4, 16, 8), device="cuda", unassigned=0)
     clean, dy = b.run(""), b.dy()
