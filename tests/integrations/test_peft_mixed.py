@@ -136,9 +136,9 @@ def test_samples_of_a_block_of_experts_on_cuda() -> None:
         model = mixture().to(device)
         block = blocks(model)[0]
         x = torch.linspace(-1, 1, 5 * 7 * 64).sin().reshape(5, 7, 64).to(device).requires_grad_()
-        adapters = [p for name, p in block.named_parameters() if "lora" in name]
+        adapters = [p.requires_grad_() for name, p in block.named_parameters() if "lora" in name]
         y = by_sample(model, block, x, NAMES)
-        gradients = torch.autograd.grad(y.square().sum(), [x, *(p.requires_grad_() for p in adapters)])
+        gradients = torch.autograd.grad(y.square().sum(), [x, *adapters])
         return [t.cpu() for t in (y.detach(), *gradients)]
 
     for got, want in zip(values("cuda"), values("cpu"), strict=True):
