@@ -364,8 +364,11 @@ PAGES: dict[Path, Tables] = {
         "evidence": evidence,
     },
     DOCS / "troubleshooting.md": {
-        part: lambda part=part: runs(part)  # type: ignore[misc]
-        for part in ("memory", "stability", "rank", "overfitting")
+        **{
+            part: lambda part=part: runs(part)  # type: ignore[misc]
+            for part in ("memory", "stability", "rank", "overfitting")
+        },
+        "short answers": lambda: runs("short_answers", "amd_25_17"),
     },
     DOCS / "deploy.md": {"exports": exports},
     DOCS / "finetune.md": {"default job": lambda: runs("default", "amd_25_17")},
