@@ -243,7 +243,7 @@ class Calibrator:
         weights = {name: (self.model.get_submodule(name), *both) for name, both in self._learning.items()}
         self._learning = {}
         with without_cache(self.model):
-            return learn(weights, losses, schedule)
+            return learn(weights, losses, schedule, lambda at, of: self._tell(f"learning, step {at} of {of}"))
 
     def _take(self, name: str, w4: Weight4bit) -> LayerReport:
         """Replaces the weight of the layer ``name`` by a learnt one."""
@@ -295,10 +295,13 @@ class Calibrator:
             self._initial[name] = initial
         self.report.append(report)
         self._layers.pop(name, None)
+        self._tell(name)
+        return w4
+
+    def _tell(self, now: str) -> None:
         if self.settings.progress is not None:
             done = len(self.report)
-            self.settings.progress(done, done + len(self._layers), name)
-        return w4
+            self.settings.progress(done, done + len(self._layers), now)
 
     def _from_store(self, name: str, weight: str, plain: Weight4bit) -> tuple[Weight4bit, LowRank | None, LayerReport]:
         assert self._store is not None

@@ -83,7 +83,10 @@ class _Learnt:
 
 
 def learn(
-    weights: dict[str, tuple[Any, Tensor, Weight4bit]], losses: Sequence[Loss], schedule: Schedule
+    weights: dict[str, tuple[Any, Tensor, Weight4bit]],
+    losses: Sequence[Loss],
+    schedule: Schedule,
+    on_step: Callable[[int, int], object],
 ) -> dict[str, Weight4bit]:
     """Other codes for the weights of linear layers, with which the loss on the held-out batches is smaller.
 
@@ -93,6 +96,7 @@ def learn(
         weights: by name, each with its module, which is 4-bit, its dense values [N, K], and its 4-bit values.
         losses: of each batch.
         schedule: ``BLOCK`` or ``MODEL``.
+        on_step: called with the number of a step, from 1 on, and the number of all steps.
 
     Returns:
         The learnt weights; none if there are too few batches, or no learnt codes are better.
@@ -123,6 +127,7 @@ def learn(
                     tensor.grad = gradient
             optimizer.step()
             rates.step()
+            on_step(step + 1, steps)
             if (step + 1) % len(train) == 0 and (now := tested()) < least:
                 least, best = now, {name: one.result() for name, one in learnt.items()}
     finally:

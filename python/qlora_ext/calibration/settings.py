@@ -40,7 +40,8 @@ class Calibration:
         distill_memory: bytes, or a size such as "8GB". Layers are learnt together if that takes at most so much memory,
             32 bytes per weight and what one batch needs, else block by block.
         directory: stores finished layers, so that an interrupted calibration can resume.
-        progress: called with the number of finished weights, the number of all weights, and the last layer's name.
+        progress: called with the number of finished weights, the number of all weights, and the last layer's name, or
+            with ``distill`` the step of learning.
 
     Raises:
         TypeError, ValueError: an attribute is invalid.
