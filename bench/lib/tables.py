@@ -359,6 +359,7 @@ PAGES: dict[Path, Tables] = {
         "encodings": encodings,
         "formats": lambda: increases("fidelity_formats"),
         "widths": widths,
+        "distilled": lambda: "\n".join([*files.table(files.sections("amd_25_17")["fidelity_distilled"]["rows"]), ""]),
         "int8 losses": activations_losses,
         "int8 gradients": activations_gradients,
         "evidence": evidence,

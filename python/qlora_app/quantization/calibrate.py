@@ -48,7 +48,7 @@ class CalibrationOptions(Options):
         "another",
         metavar="SIZE",
     )
-    calibration_tokens: int = option(12288, "length of that text", LENGTH)
+    calibration_tokens: int | None = option(None, "length of that text (12288, or 24576 to distill)", LENGTH)
     calibration_seed: int = option(0, "seed of the text that the model writes")
 
     def __post_init__(self) -> None:
@@ -64,6 +64,12 @@ class CalibrationOptions(Options):
     def text(self) -> str:
         """What to calibrate on: "self", data, or "none"."""
         return self.calibrate if self.distill == "none" else self.distill
+
+    @property
+    def tokens(self) -> int:
+        """The length of ``text``."""
+        default = 12288 if self.distill == "none" else 24576
+        return default if self.calibration_tokens is None else self.calibration_tokens
 
     @property
     def text_option(self) -> str:
@@ -169,11 +175,11 @@ def calibration(
 
     inputs = None
     if options.text != "self":
-        inputs = tokens_of(options, tokenizer, options.calibration_tokens, LENGTH)
+        inputs = tokens_of(options, tokenizer, options.tokens, LENGTH)
     with counted("calibrating", "writing a text" if inputs is None else "") as progress:
         yield Calibration(
             "self" if inputs is None else inputs,
-            tokens=options.calibration_tokens,
+            tokens=options.tokens,
             length=LENGTH,
             batch_size=Calibration.batch_size if options.distill == "none" else 1,
             distill=options.distill != "none",
@@ -196,7 +202,7 @@ def record(options: CalibrationOptions, report: list[LayerReport]) -> dict[str, 
         "method": "weighted scales, error feedback (GPTQ)"
         + ("" if options.distill == "none" else ", codes learnt from the dense model"),
         "inputs": options.text,
-        "tokens": options.calibration_tokens,
+        "tokens": options.tokens,
         "seed": options.calibration_seed if options.text == "self" else None,
         "layers": [dataclasses.asdict(layer) for layer in report],
     }
