@@ -115,7 +115,7 @@ def test_tests_of_a_card_survive_a_hang_and_a_lost_context(
     pytest.importorskip("pytest_timeout", reason="pytest-timeout is not installed")
     (tmp_path / "test_faulty.py").write_text(FAULTY)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other plugins take seconds to import
-    monkeypatch.setattr(cuda_steps, "SECONDS_PER_TEST", 2)
+    monkeypatch.setattr(cuda_steps, "SECONDS_PER_TEST", 10)
     monkeypatch.setattr(cuda_steps, "SIMULATED", False)
     options = ["-c", os.devnull, "--rootdir", str(tmp_path), "-p", "xdist", "-p", "timeout"]
     result = steps.run(Step("tests", cuda_steps.pytest(str(tmp_path), *options)), 120.0)
