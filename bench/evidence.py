@@ -12,7 +12,7 @@ base alone, without training, is a cell, too.
 - file: the quantized weights of the model's own file, as stored.
 - NF4: the dense weights in NF4 with double quantization.
 - NF4, calibrated: the same, with scales and codes chosen on conversations.
-- NF4, distilled: the same, and then the codes are learnt from the dense model's outputs on them.
+- NF4, distilled: calibrated, and then the codes are learnt from the dense model's predictions, on more conversations.
 
 A cell has the right answers to the held-out questions per task, the loss of their expected answers, the loss of other
 text (conversations of the package chitchat-dataset, which is not learnt), the bytes of the weights, the peak of
@@ -54,7 +54,7 @@ TASKS = {
     "family relations": "gym:family_relationships",
 }
 HELD_OUT_SEED, LEARNT_SEED = 0, 1_000_000  # questions of consecutive seeds
-TEXT, CALIBRATION, LENGTH = 4, 16, 256  # rows of conversations, and their length
+TEXT, CALIBRATION, DISTILLATION, LENGTH = 4, 16, 96, 256  # rows of conversations, and their length
 NEW_TOKENS, SEQUENCES, WARM_UP = 12, 16, 5
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def nf4(source: ModelSource, text: Tensor) -> Any:
 
 
 def calibrated(source: ModelSource, text: Tensor) -> Any:
-    return qlora_ext.quantize_model(dense(source, text), calibration=text)
+    return qlora_ext.quantize_model(dense(source, text), calibration=text[:CALIBRATION])
 
 
 def distilled(source: ModelSource, text: Tensor) -> Any:
@@ -96,7 +96,7 @@ class Subject:
         self.source = resolve(model)
         self.tokenizer = load_tokenizer(self.source)
         self.held_out = {title: find(name, questions, HELD_OUT_SEED) for title, name in TASKS.items()}
-        text = quality.tokens(self.tokenizer, TEXT + CALIBRATION, LENGTH)
+        text = quality.tokens(self.tokenizer, TEXT + DISTILLATION, LENGTH)
         self.text, self.calibration = text[:TEXT], text[TEXT:]
         self.answers = self.rows(self.held_out.values())
 

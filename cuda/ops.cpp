@@ -120,8 +120,8 @@ void run_adapters(const char* op, const Problem& p, const Tensor& like, OnDevice
   const std::string forced = forced_kernel();
   const cuda::Kernel kernel =
       (forced.empty() ? cuda::choose(p, on.device()) : cuda::choose_forced(forced, op, p, on.device())).kernel;
-  const bool in_pairs = kernel == cuda::Kernel::kExact || kernel == cuda::Kernel::kRagged || kIsGrouped<Problem>;
-  cuda::AdapterCall<Problem> call(p, in_pairs ? 32 : 16);
+  const bool in_float32 = kernel == cuda::Kernel::kExact || kernel == cuda::Kernel::kRagged;
+  cuda::AdapterCall<Problem> call(p, in_float32 || kIsGrouped<Problem> ? 32 : 16);
   const Tensor workspace = empty(like, {call.workspace_bytes()}, ScalarType::Byte);
   check_launch(op, call.prepare(workspace.mutable_data_ptr<uint8_t>(), on.device(), on.stream()));
   for (int64_t pass = 0; pass < call.passes(); ++pass) {

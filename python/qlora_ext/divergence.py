@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .output_head import has_plain_head
+from .output_head import causal_lm, has_plain_head
 
 FORWARD, REVERSE, MIX = "forward", "reverse", "mix"
 # Maximum number of logits per chunk. Computing their divergence takes several times their memory.
@@ -52,7 +52,7 @@ class Logits:
             inputs: input_ids and position_ids, each [B, T].
             learnt: which of the tokens from the second one on, bool [B, T - 1].
         """
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = causal_lm(model)
         head = base.get_output_embeddings()
         if has_plain_head(base) and not any(p.requires_grad for p in head.parameters()):
             hidden = base.base_model(**inputs, use_cache=False).last_hidden_state

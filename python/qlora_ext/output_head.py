@@ -1,4 +1,4 @@
-"""How a language model of transformers computes its logits from the last hidden states."""
+"""A language model of transformers, and how it computes its logits from the last hidden states."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from typing import Any
 
 import torch
 
-# Settings with which some model families change the logits after the head. This loss does not apply them.
+# Settings with which some model families change the logits after the head.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+
+
+def causal_lm(model: Any) -> Any:
+    """The language model inside PEFT's wrapper, or ``model`` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def changes_logits(config: Any) -> bool:

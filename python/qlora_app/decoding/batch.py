@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlora_ext.formats import is_integer
 from qlora_ext.nn import layers_of
+from qlora_ext.output_head import causal_lm
 from qlora_ext.untrusted import first_line
 
 from ..vocabulary import vocabulary_size
@@ -24,7 +25,7 @@ from .compiled import load_decoding
 from .fixed import BASE, active_adapters
 from .graphs import StepGraphs
 from .mixed import MixedStep, load_mixed
-from .packages import Code, CompilationError, causal_lm, not_plain, obstacle
+from .packages import Code, CompilationError, not_plain, obstacle
 from .prompts import PromptReader
 from .requests import DecodeRequest, OnToken, token_ids
 from .sampling import Sampling, draw, score

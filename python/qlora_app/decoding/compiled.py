@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .packages import Code, CompilationError, Function, causal_lm, load_code, obstacle
+from qlora_ext.output_head import causal_lm
+
+from .packages import Code, CompilationError, Function, load_code, obstacle
 from .step import (
     CACHE,
     MAX_CACHE,

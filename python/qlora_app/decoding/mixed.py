@@ -17,9 +17,10 @@ from torch.export import Dim
 from qlora_ext.adapters import StackedAdapters
 from qlora_ext.integrations.peft.linear import LoraLinear4bit
 from qlora_ext.nn import Linear4bit
+from qlora_ext.output_head import causal_lm
 
 from .fixed import BASE, active_adapters
-from .packages import causal_lm, load_code
+from .packages import load_code
 from .stacks import AdapterStacks
 from .step import MAX_CACHE, SEQUENCES, Step, compiled_as, step_inputs
 

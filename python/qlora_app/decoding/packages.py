@@ -30,6 +30,7 @@ from transformers.cache_utils import DynamicLayer
 
 from qlora_ext.nn import Packed4bit, layers_of
 from qlora_ext.ops import link_compiled_code
+from qlora_ext.output_head import causal_lm
 from qlora_ext.untrusted import first_line
 from qlora_ext.version import VERSION
 
@@ -65,11 +66,6 @@ _OPTIONS = {
         torch.ops.qlora.linear_nf4.default: [_c_declaration(torch.ops.qlora.linear_nf4.default)]
     },
 }
-
-
-def causal_lm(model: Any) -> Any:
-    """The language model inside PEFT's wrapper, or ``model`` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def not_plain(model: Any) -> str | None:

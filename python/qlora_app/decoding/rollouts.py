@@ -7,11 +7,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qlora_ext.output_head import causal_lm
+
 from ..special_tokens import prompt_tokens
 from .answers import finished
 from .batch import BatchDecoder
 from .compiled import BREAK_EVEN_TOKENS
-from .packages import causal_lm
 from .requests import DecodeRequest
 from .sampling import Sampling
 

@@ -27,8 +27,9 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora_ext.nn import Linear16bit
+from qlora_ext.output_head import causal_lm
 
-from .packages import Function, causal_lm, load_code
+from .packages import Function, load_code
 
 # The keyword of transformers for a model's KV cache: "cache" in newer versions.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
