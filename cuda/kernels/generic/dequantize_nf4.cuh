@@ -47,8 +47,7 @@ __device__ __forceinline__ uint4 round_lane(const float (&v)[tile::LaneValues<T>
 struct DequantizeState {
   const float* values;
   const float* scale_values;
-  float offset, first_integer;
-  int bits;  // of a wide code
+  float offset;
   tile::RawScale raw;
 };
 
@@ -86,8 +85,9 @@ __device__ __forceinline__ bool with_dequantize_steps(const tile::ScaleView& sca
 
 // Decodes the kChunk elements from `first` on into `out`. Requires alignment for vector accesses, and a_lane_a_block.
 template <class T, int kChunk, bool kReadSoon, bool kWide, DequantizeSteps kSteps>
-__device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
-                                                 T* out, DequantizeState& state) {
+__device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const tile::ScaleView& scales,
+                                                 const tile::CodeView& code, int64_t first, T* out,
+                                                 DequantizeState& state) {
   constexpr bool kHasOffsets = kSteps != DequantizeSteps::kScale;
   using Tile = DequantizeTile<T, kChunk>;
   const int lane = threadIdx.x % tile::kWarp;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
   tile::unroll<Tile::kSweeps>([&](auto r) {
     constexpr int kOffset = r * Tile::kSweep / 2;
     if constexpr (kWide) {
-      word[r].load(packed, first + lane * Tile::kPerLane + r * Tile::kSweep, state.bits);
+      word[r].load(packed, first + lane * Tile::kPerLane + r * Tile::kSweep, code.wide.bits);
     } else if constexpr (Tile::kPerLane == 8) {
       word[r] = ptx::load_stream_u32<kOffset>(in);
     } else {
@@ -115,7 +115,7 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
   if constexpr (kWide && kSteps == DequantizeSteps::kSubtractInteger)
     own_offset = static_cast<float>(raw_offset.bits);
   else if constexpr (kSteps == DequantizeSteps::kSubtractInteger)
-    own_offset = 0x1p23f - state.first_integer + static_cast<float>(raw_offset.bits);  // subtracted from 2^23 + q
+    own_offset = 0x1p23f - code.first_integer() + static_cast<float>(raw_offset.bits);  // subtracted from 2^23 + q
   else if constexpr (kHasOffsets)
     own_offset = tile::decode_offset(scales, raw_offset);
 
@@ -129,7 +129,7 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
     [[maybe_unused]] float offset = 0.0f;
     if constexpr (kHasOffsets) offset = __shfl_sync(0xFFFFFFFFu, own_offset, owner);
     if constexpr (kWide)
-      word[r].decode(value, state.bits, state.values, [&](float v) {
+      word[r].decode(value, code.wide.bits, state.values, [&](float v) {
         if constexpr (kSteps == DequantizeSteps::kScale) return __fmul_rn(v, scale);
         if constexpr (kSteps == DequantizeSteps::kSubtractInteger) return __fmul_rn(__fsub_rn(v, offset), scale);
         return tile::scale_and_add<false>(v, scale, offset);
@@ -142,10 +142,8 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
       tile::decode_nf4(value, word[r], table, [&](float v) {
         return tile::scale_and_add<kSteps == DequantizeSteps::kScaleAndAdd>(v, scale, offset);
       });
-    if constexpr (kReadSoon && kWide)  // an assignment would be split where widths differ
+    if constexpr (kReadSoon)
       ptx::store_v4<r * tile::kWarp * 16>(to, round_lane<T>(value));
-    else if constexpr (kReadSoon)
-      reinterpret_cast<uint4*>(to)[r * tile::kWarp] = round_lane<T>(value);
     else
       ptx::store_stream_v4<r * tile::kWarp * 16>(to, round_lane<T>(value));
   });
@@ -154,13 +152,14 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
 // Decodes the elements first .. end - 1, at most kChunk, one at a time: the end of the tensor, and data too poorly
 // aligned for vector accesses.
 template <class T, bool kWide>
-__device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
-                                                    int64_t end, T* out, const DequantizeState& state) {
+__device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const tile::ScaleView& scales,
+                                                    const tile::CodeView& code, int64_t first, int64_t end, T* out,
+                                                    const DequantizeState& state) {
 #pragma unroll 1
   for (int64_t i = first + threadIdx.x % tile::kWarp; i < end; i += tile::kWarp) {
     const int64_t block = i >> scales.block_shift;
     const float scale = tile::read_scale(scales, block, state.scale_values, state.offset);
-    const float value = state.values[kWide ? code_at(packed, i, state.bits) : code_at(packed, i)];
+    const float value = state.values[kWide ? code_at(packed, i, code.wide.bits) : code_at(packed, i)];
     out[i - first] = tile::narrow<T>(scales.scales.offsets ? tile::BlockDecoder(scales, block, scale)(value)
                                                            : __fmul_rn(value, scale));
   }
@@ -220,13 +219,13 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   __syncthreads();
 
   constexpr int kPerVector = DequantizeTile<T, kChunk>::kPerLane;
-  DequantizeState state{values, scale_values, shared_offset, code.first_integer(), kWide ? code.wide.bits : 4, {}};
+  DequantizeState state{values, scale_values, shared_offset, {}};
   const bool aligned = tile::is_aligned<kWide ? 8 : 4>(packed) && tile::is_aligned<16>(out) && pieces.first % 8 == 0 &&
                        (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0 &&
                                              pieces.out_stride % kPerVector == 0));
   const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);
   const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / tile::kWarp;
-  const auto decode_all = [&](bool in_chunks, auto steps) {
+  const auto decode_all = [&](auto in_chunks, auto steps) {
 #pragma unroll 1
     for (int64_t chunk = warp * kDequantizeRun; chunk < pieces.rows * pieces.chunks;) {
       const int64_t row = pieces.rows == 1 ? 0 : chunk / pieces.chunks;
@@ -234,17 +233,17 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
       const int64_t first = pieces.first + row * pieces.stride + column;
       T* const to = out + row * pieces.out_stride + column;
       if (in_chunks && column + kChunk <= pieces.columns && a_lane_a_block<kChunk>(scales, first)) {
-        dequantize_chunk<T, kChunk, kReadSoon, kWide, steps>(packed, scales, first, to, state);
+        dequantize_chunk<T, kChunk, kReadSoon, kWide, steps>(packed, scales, code, first, to, state);
       } else {
         const int64_t count = min(pieces.columns - column, int64_t{kChunk});
-        dequantize_elements<T, kWide>(packed, scales, first, first + count, to, state);
+        dequantize_elements<T, kWide>(packed, scales, code, first, first + count, to, state);
       }
       ++chunk;
       if (chunk % kDequantizeRun == 0) chunk += (warps - 1) * kDequantizeRun;
     }
   };
-  if (!with_dequantize_steps<kWide>(scales, code, [&](auto steps) { decode_all(aligned, steps); }))
-    decode_all(false, std::integral_constant<DequantizeSteps, DequantizeSteps::kScale>{});
+  if (!aligned || !with_dequantize_steps<kWide>(scales, code, [&](auto steps) { decode_all(std::true_type{}, steps); }))
+    decode_all(std::false_type{}, std::integral_constant<DequantizeSteps, DequantizeSteps::kScale>{});
 }
 
 }  // namespace qlora::kernels
