@@ -120,8 +120,8 @@ def run(*command: str | Path) -> str:
 
 
 def sources(arch: int) -> list[Path]:
-    """The .cu files that are compiled for an architecture (CMakeLists.txt): only 9.0 has the instructions of sm90."""
-    folders = {75: ["generic"], 90: ["generic", "sm80", "sm90"]}.get(arch, ["generic", "sm80"])
+    """The .cu files that are compiled for an architecture (CMakeLists.txt): only 7.5 runs sm75, and only 9.0 sm90."""
+    folders = {75: ["generic", "sm75"], 90: ["generic", "sm80", "sm90"]}.get(arch, ["generic", "sm80"])
     return sorted(source for folder in folders for source in (ROOT / "cuda" / "launch" / folder).glob("*.cu"))
 
 

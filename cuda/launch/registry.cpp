@@ -5,6 +5,7 @@
 
 #include "cuda/launch/generic/launchers.h"
 #include "cuda/launch/generic/linear_library.h"
+#include "cuda/launch/sm75/launchers.h"
 #include "cuda/launch/sm80/launchers.h"
 #include "cuda/launch/sm90/launchers.h"
 #include "cuda/tuning/choose.h"
@@ -19,6 +20,7 @@ template <>
 struct Launchers<LinearProblem> {
   static constexpr Launcher<LinearProblem> kRows[] = {
       {Kernel::kSm90, nullptr, sm90::launch},
+      {Kernel::kSm75, sm75::plan, sm75::launch},
       {Kernel::kGemm, nullptr, sm80::launch_gemm},
       {Kernel::kLibrary, nullptr, library::launch},
       {Kernel::kFewTokens, sm80::plan_few_tokens, sm80::launch_few_tokens},

@@ -13,18 +13,19 @@ namespace qlora::cuda {
 enum class Kernel {
   kFewTokens,    // bfloat16 and float16, up to 16 tokens, LoRA in the same launch (kernels/sm80/*_few_tokens.cuh)
   kTensorCores,  // bfloat16 and float16 of regular shapes, on mma.sync (kernels/sm80)
-  kSm90,         // the same, on wgmma and TMA (kernels/sm90)
+  kSm75,         // float16 of regular shapes in the forward, on the tensor cores of 7.5 (launch/sm75)
+  kSm90,         // bfloat16 and float16 of regular shapes, on wgmma and TMA (kernels/sm90)
   kRagged,       // bfloat16 and float16 of any shape: float32 FMA in the forward, mma.sync elsewhere
   kExact,        // float32, float16 on 7.5, and dX of wide codes: every product is a float32 FMA (kernels/generic)
   kGemm,         // many tokens: decodes w, and multiplies on mma.sync (launch/sm80/linear_gemm.cu)
   kLibrary,      // many tokens: decodes w, and multiplies with torch's cuBLAS (launch/generic/linear_library.h)
 };
 
-inline constexpr Kernel kKernels[] = {Kernel::kFewTokens, Kernel::kTensorCores, Kernel::kSm90,   Kernel::kRagged,
-                                      Kernel::kExact,     Kernel::kGemm,        Kernel::kLibrary};
+inline constexpr Kernel kKernels[] = {Kernel::kFewTokens, Kernel::kTensorCores, Kernel::kSm75, Kernel::kSm90,
+                                      Kernel::kRagged,    Kernel::kExact,       Kernel::kGemm, Kernel::kLibrary};
 
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"few_tokens", "tensor_cores", "sm90", "ragged", "exact", "gemm", "library"};
+  constexpr const char* kNames[] = {"few_tokens", "tensor_cores", "sm75", "sm90", "ragged", "exact", "gemm", "library"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -76,7 +77,7 @@ constexpr bool has_wide_code(const Problem& p) {
 
 constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
-// Whether the device runs the 16-bit kernels on mma.sync. Compute capability 7.5 lacks their instructions: bfloat16,
+// Whether the device runs all 16-bit kernels on mma.sync. Compute capability 7.5 lacks their instructions: bfloat16,
 // and copies to shared memory that bypass registers.
 constexpr bool has_tensor_core_kernels(const Device& device) { return device.arch >= 80; }
 

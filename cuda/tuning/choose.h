@@ -4,7 +4,7 @@
 //
 // A kernel has a row in its operator's table here, which says what it accepts and how it is configured, and a row in
 // launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and expects to be the fastest
-// (is_ahead). Each architecture's functions have their own file: generic.h, sm80.h, sm90.h and sm90_experts.h. Those of
+// (is_ahead). Each architecture's functions have their own file: generic.h, sm75.h, sm80.h, sm90.h and sm90_experts.h. Those of
 // many tokens, which decode the weight once, are in gemm.h, gemm_experts.h and library.h.
 #pragma once
 
@@ -19,6 +19,7 @@
 #include "cuda/tuning/gemm_experts.h"
 #include "cuda/tuning/generic.h"
 #include "cuda/tuning/library.h"
+#include "cuda/tuning/sm75.h"
 #include "cuda/tuning/sm80.h"
 #include "cuda/tuning/sm90.h"
 #include "cuda/tuning/sm90_experts.h"
@@ -52,6 +53,7 @@ struct Kernels<LinearProblem> {
        sm90::is_ahead,
        sm90::config,
        {.tokens = {64, 128}, .multicast = {1, 2}, .splits = true}},
+      {Kernel::kSm75, sm75::accepts, sm75::is_ahead, sm75::config, {.tokens = {sm75::kTokens}, .splits = true}},
       {Kernel::kGemm, gemm::accepts, gemm::is_ahead, gemm::config, {.ctas = true, .panel = true}},
       {Kernel::kLibrary, library::accepts, library::is_ahead, library::config, {.splits = true, .panel = true}},
       {Kernel::kFewTokens,

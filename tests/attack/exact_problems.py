@@ -248,7 +248,7 @@ def chosen_forward(a: Arguments) -> list[np.ndarray]:
 
 ERRORS = {
     ("linear_nf4", CHOSEN_ON_CUDA): chosen_forward,
-    **{("linear_nf4", kernel): scaled_codes_forward for kernel in ("few_tokens", "tensor_cores", "sm90")},
+    **{("linear_nf4", kernel): scaled_codes_forward for kernel in ("few_tokens", "tensor_cores", "sm75", "sm90")},
     ("linear_nf4", INTEGERS): integers_forward,
     ("linear_nf4", MANY_INTEGERS): many_integers_forward,
     ("linear_nf4_dx", INTEGERS): integers_dx,

@@ -171,11 +171,13 @@ CHOICES = {
     (DLORA, "float32", 64, 4096, 4096, 64, 8): "exact ranks=16 columns=64",
 }
 
-# On a T4, whose kernels are those without mma.sync, and the library.
+# On a T4, whose kernels are the forward's on its tensor cores, those without mma.sync, and the library.
 ON_T4 = {
-    (FORWARD, "float16", 1, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
+    (FORWARD, "float16", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
+    (FORWARD, "float16", 5, 4096, 4096, 64, 0): "sm75 tokens=32 rows=128",
+    (FORWARD, "float16", 511, 4096, 4096, 64, 0): "sm75 tokens=32 rows=128",
+    (FORWARD, "float16", 512, 4096, 4096, 64, 0): "library splits=1 panel=4096",
     (FORWARD, "float16", 16, 4096, 4100, 32, 0): "exact tokens=16 rows=64",
-    (FORWARD, "float16", 17, 4096, 4096, 64, 0): "library splits=1 panel=4096",
     (FORWARD, "float16", 17, 4096, 4100, 32, 0): "library splits=1 panel=4096",
     (FORWARD, "float16", 4096, 14336, 4096, 64, 0): "library splits=1 panel=5120",
     (FORWARD, "float32", 64, 4096, 4096, 64, 0): "exact tokens=64 rows=64",
@@ -217,7 +219,7 @@ FORCED = {
     ("sm90", FORWARD, 3, 4096, 8, "sm90:tokens=128,multicast=1"): "sm90 tokens=128 rows=128 splits=1 multicast=1",
 }
 
-NAMES = "few_tokens, tensor_cores, sm90, ragged, exact, gemm or library"
+NAMES = "few_tokens, tensor_cores, sm75, sm90, ragged, exact, gemm or library"
 REFUSED = {
     ("sm90", FORWARD, 3, 4096, 0, "fused"): f"expected NAME or NAME:KEY=NUMBER,... with the name {NAMES}, got fused",
     ("sm90", FORWARD, 3, 4096, 0, ":tokens=4"): f"with the name {NAMES}, got :tokens=4",
@@ -299,8 +301,8 @@ def test_the_choice_on_a_t4(program: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("operator", [FORWARD, DX, DLORA])
-def test_kernels_on_mma_sync_are_refused_on_a_t4(operator: str) -> None:
-    expected = "expected exact" if operator == DLORA else "expected library or exact"
+def test_kernels_of_newer_cards_are_refused_on_a_t4(operator: str) -> None:
+    expected = "expected " + {FORWARD: "sm75, library or exact", DX: "library or exact", DLORA: "exact"}[operator]
     for kernel in ("few_tokens", "tensor_cores", "sm90", "ragged", "gemm"):
         text = f"QLORA_CUDA_KERNEL: {kernel} does not take {operator} of .* on compute capability 7.5: {expected}$"
         with pytest.raises(ValueError, match=text):
@@ -341,7 +343,7 @@ def test_wide_codes_have_no_tile_on_tensor_cores(code: str, card: str) -> None:
         assert _C.choose(op, "float32", 64, **problem) == ["exact"]
         assert _C.choose(op, "float32", 65, **problem) == ["library"]
         assert _C.choose(op, dtype, 17, **problem) in (["library"], ["gemm"])
-        for kernel in {"few_tokens", "tensor_cores", "sm90", "ragged"} - {generic}:
+        for kernel in {"few_tokens", "tensor_cores", "sm75", "sm90", "ragged"} - {generic}:
             with pytest.raises(ValueError, match=f"^QLORA_CUDA_KERNEL: {kernel} does not take .* code={code} on"):
                 _C.choose(op, dtype, 8, kernel=kernel, **problem)
 

@@ -85,6 +85,21 @@ def few_tokens() -> Iterator[Case]:
     yield from (case(FORWARD, m, 128 * 140, 640, 4, block_size=128) for m in (4, 16))
 
 
+def sm75() -> Iterator[Case]:
+    """The tensor cores of a T4: tails of tokens, rows and stages, every block size, code and rank, and split sums."""
+    yield from (case(FORWARD, *shape, dtype=F16, kernel="sm75", dropout_p=0.1) for shape in REGULAR)
+    for form in ({"block_size": b, "double_quant": d} for b in reference.BLOCK_SIZES if b >= 64 for d in (False, True)):
+        yield case(FORWARD, 34, 150, 320, None, F16, "sm75", **form)
+    yield from (case(FORWARD, 40, 150, 320, 8, F16, "sm75", code="shuffled", double_quant=d) for d in (False, True))
+    for form in ("fp4", "awq", "float32 zero points", "made up"):
+        yield case(FORWARD, 20, 200, 640, 8, F16, "sm75", 0, form)
+    for rank in (None, 0, 1, 5, 12, 64, 130, 256):
+        yield case(FORWARD, 40, 72, 1088, rank, F16, "sm75", bias=rank is None, dropout_p=0.3)
+    for splits in (1, 3, 16):
+        yield case(FORWARD, 70, 264, 2112, 40, F16, f"sm75:splits={splits}", 3, dropout_p=0.5)
+    yield case(FORWARD, 33, 130, 5184, 16, F16, "sm75:splits=5", 3, "awq")
+
+
 def sm90() -> Iterator[Case]:
     """Hopper's kernels: both types in the smallest tile; one type per shape, alternating, in the larger tiles."""
     for op, shapes in SM90.items():
@@ -234,6 +249,11 @@ def test_split_sums(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @each(few_tokens())
 def test_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
+
+
+@each(sm75())
+def test_sm75(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, monkeypatch)
 
 

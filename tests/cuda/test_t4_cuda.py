@@ -1,4 +1,4 @@
-"""The linear operators on compute capability 7.5, which has neither bfloat16 nor our kernels on mma.sync."""
+"""The linear operators on compute capability 7.5, which has no bfloat16, and one of our kernels on tensor cores."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import pytest
 import torch
 
 import qlora_ext
+from cuda_cases import on_t4
 from samples import linear_sample
 
-T4 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (7, 5)
 pytestmark = pytest.mark.cuda
-on_t4 = pytest.mark.skipif(not T4, reason="the device is not of compute capability 7.5")
 OPS = torch.ops.qlora
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 # Together they include every wrapper in cuda/ptx that has a second body for 7.5.
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
-@pytest.mark.parametrize("source", ["low_rank_update", "linear_nf4_dlora", "quantize_nf4", "encode_nf4"])
-def test_kernels_for_any_device_compile(source: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    "source", [*(f"generic/{name}" for name in ("low_rank_update", "quantize_nf4", "encode_nf4")), "sm75/linear_nf4"]
+)
+def test_kernels_for_a_t4_compile(source: str, tmp_path: pathlib.Path) -> None:
     flags = ["-std=c++20", "--expt-relaxed-constexpr", "-I", str(ROOT), "-arch=sm_75", "-cubin"]
-    path = ROOT / "cuda" / "launch" / "generic" / f"{source}.cu"
+    path = ROOT / "cuda" / "launch" / f"{source}.cu"
     subprocess.run(["nvcc", *flags, "-o", str(tmp_path / "kernels.cubin"), str(path)], check=True)
 
 
@@ -36,10 +37,10 @@ def test_bfloat16_is_refused() -> None:
 
 
 @on_t4
-def test_kernels_on_mma_sync_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_newer_cards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     s = linear_sample(3, 24, 64, 4, torch.float16, "cuda")
     monkeypatch.setenv("QLORA_CUDA_KERNEL", "tensor_cores")
-    with pytest.raises(ValueError, match="does not take linear_nf4 .* capability 7.5: expected library or exact"):
+    with pytest.raises(ValueError, match="does not take linear_nf4 .* capability 7.5: expected sm75, library or exact"):
         OPS.linear_nf4(*s.args)
 
 

@@ -21,6 +21,7 @@ CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() els
 on_hopper = pytest.mark.skipif(
     CAPABILITY != (9, 0), reason="the device is not of compute capability 9.0, which alone has wgmma"
 )
+on_t4 = pytest.mark.skipif(CAPABILITY != (7, 5), reason="the device is not of compute capability 7.5")
 FEW = 8 if CAPABILITY[0] >= 10 else 16  # the most tokens that few_tokens takes
 
 # Tile, splits and shapes (m, n, k) of Hopper's kernels: all tails of tokens, of outputs, and of stages, which have 128
@@ -83,6 +84,7 @@ def case(op: str, m: int | tuple[int, ...], n: int, k: int, *fields: Any, **opti
 
 
 def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    """Parametrizes a test by ``case``. Hopper's kernels are skipped on other devices."""
-    marked = [pytest.param(c, marks=[on_hopper] if c.kernel.startswith("sm90") else [], id=str(c)) for c in cases]
+    """Parametrizes a test by ``case``. The kernels of a single architecture are skipped on other devices."""
+    only = {"sm75": [on_t4], "sm90": [on_hopper]}
+    marked = [pytest.param(c, marks=only.get(c.kernel.split(":")[0], []), id=str(c)) for c in cases]
     return pytest.mark.parametrize("case", marked)

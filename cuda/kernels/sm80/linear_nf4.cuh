@@ -49,9 +49,9 @@ struct LaneAddresses {
   int g;
 
   __device__ __forceinline__ LaneAddresses(uint32_t shared, int warp_row, int lane)
-      : table(shared + Tile::kTable), lane_offset(4 * lane), g(lane / 4) {
+      : table(shared + Tile::kTable), lane_offset(4 * (lane % Tile::kTableCopies)), g(lane / 4) {
     const int t = lane % 4;
-    packed = shared + Tile::kPacked + warp_row * Tile::kStageSegments * tile::kSegmentPackedBytes + 8 * t;
+    packed = shared + Tile::kPacked + warp_row * Tile::kPackedRowStride + 8 * t;
     x_low = shared + Tile::kX + Tile::x_offset(g, 0, 2 * t);
     x_high = shared + Tile::kX + Tile::x_offset(g, 0, 2 * t + 1);
     scales = shared + Tile::kScales + warp_row * tile::kPairTableEntryBytes;
@@ -72,7 +72,7 @@ __device__ __forceinline__ void decode_scaled_segment(const LaneAddresses<Tile>&
   const uint32_t scales = lane.scales + Tile::scale_offset(lane.g, scale_group + 16 * t / Tile::kScaleColumns);
   tile::unroll<2 * Tile::kRowTiles>([&](auto half) {  // rows g, then rows g + 8 of each tile
     constexpr int i = half / 2, upper = half % 2, row = 8 * half;
-    const uint2 bytes = ptx::load_shared_v2<row * Tile::kStageSegments * tile::kSegmentPackedBytes>(packed);
+    const uint2 bytes = ptx::load_shared_v2<row * Tile::kPackedRowStride>(packed);
     const float2 scale = ptx::load_shared_v2_f32<row * tile::kPairTableEntryBytes>(scales);
     tile::unroll<4>([&](auto byte) {
       constexpr int step = byte / 2, a = upper + 2 * (byte % 2);
@@ -114,7 +114,7 @@ __device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane
   const uint32_t scales = lane.scales + Tile::scale_offset(lane.g, scale_segment);
   tile::unroll<2 * Tile::kRowTiles>([&](auto half) {  // rows g, then rows g + 8 of each tile
     constexpr int i = half / 2, upper = half % 2, row = 8 * half;
-    const uint2 bytes = ptx::load_shared_v2<row * Tile::kStageSegments * tile::kSegmentPackedBytes>(packed);
+    const uint2 bytes = ptx::load_shared_v2<row * Tile::kPackedRowStride>(packed);
     if constexpr (Tile::kZeroPoints) {
       const float2 block = ptx::load_shared_v2_f32<row * tile::kPairTableEntryBytes>(scales);
       scale[i][upper] = block.x;
@@ -196,7 +196,9 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
                                                 const Slice& slice) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
-  float* const scale_values = reinterpret_cast<float*>(shared_memory + Tile::kScaleValues);
+  const auto scale_value_at = [](int code) {
+    return reinterpret_cast<float*>(shared_memory + Tile::scale_value_offset(code));
+  };
   const int warp = threadIdx.x / 32, group = warp / Tile::kWarpsN;
   const int warp_row = warp % Tile::kWarpsN * (16 * Tile::kRowTiles);
   const int64_t segment0 = slice.segment0;
@@ -211,8 +213,8 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   if constexpr (Tile::kScalesWeights)
     tile::fill_pairs_f32<Tile::kThreads>(reinterpret_cast<char*>(shared_memory) + Tile::kTable, p.code);
   else if constexpr (!Tile::kZeroPoints)
-    tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
-  tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
+    tile::fill_pair_table<typename Tile::T, Tile::kThreads, Tile::kTableCopies>(shared + Tile::kTable, p.code);
+  tile::fill_scale_values_at<Tile::kThreads>(p.scales, scale_value_at);
   Accumulators<Tile> acc = {};
   ptx::wait_for_previous_grid();  // which computes h, and clears the tickets
   add_lora<Tile, kStack>(p.lora, slice.part(), n0 + warp_row, token0, group, acc);
@@ -223,7 +225,7 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   for (int stage = 0; stage < stages; ++stage) {
     if (stage % Tile::kStagesPerScales == 0) {
       __syncthreads();  // the tables are complete, and the previous scales no longer in use
-      scales.store(shared + Tile::kScales, scale_values);
+      scales.store(shared + Tile::kScales, scale_value_at);
       const int after = stage * Tile::kStageSegments + Tile::kScaleSegments;
       if (after < segments) scales.load(segment0 + after, segments - after);
     }

@@ -207,7 +207,9 @@ __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinear
   constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
-  float* const scale_values = reinterpret_cast<float*>(shared_memory + Tile::kScaleValues);
+  const auto scale_value_at = [](int code) {
+    return reinterpret_cast<float*>(shared_memory + Tile::kScaleValues) + code;
+  };
   const int warp = threadIdx.x / 32, group = warp / Tile::kWarpsN, part = warp % Tile::kWarpsN;
   const int warp_row = part * Tile::kWarpRows, tokens = static_cast<int>(p.m);
   const int64_t n0 = slice.tile() * Tile::kRows, segment0 = slice.segment0;
@@ -225,9 +227,9 @@ __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinear
   tile::prefetch_lora_b(p.lora, n0, p.n);
   if constexpr (!Tile::kZeroPoints)
     tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
-  tile::fill_scale_values<Tile::kThreads>(p.scales, scale_values);
+  tile::fill_scale_values_at<Tile::kThreads>(p.scales, scale_value_at);
   __syncthreads();
-  scales.store(shared + Tile::kScales, scale_values);
+  scales.store(shared + Tile::kScales, scale_value_at);
 
   FewTokensAccumulators<Tile> acc = {};
   XUnit<Tile> x(tokens);
@@ -259,7 +261,7 @@ __device__ __forceinline__ void linear_nf4_few_tokens_tile(const FewTokensLinear
       });
       h.multiply(unit_x, first + unit + part);
     }
-    if (after < segments) scales.store(shared + Tile::kScales + (buffer ^ 1) * Tile::kStageScaleBytes, scale_values);
+    if (after < segments) scales.store(shared + Tile::kScales + (buffer ^ 1) * Tile::kStageScaleBytes, scale_value_at);
   }
   __syncthreads();  // the sums may now overwrite the tables and the stages
 

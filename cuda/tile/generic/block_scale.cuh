@@ -199,11 +199,16 @@ __device__ __forceinline__ float scale_value(const ScaleView& view, int code) {
   return view.scales.table == nullptr ? c_dynamic8.value[code] : __ldg(view.scales.table + code);
 }
 
-// Fills the map from codes to their values. Call from all threads of the CTA, and synchronize afterwards.
+// Fills the map from codes to their values, where at(code) is the place of a code's value. Call from all threads of the
+// CTA, and synchronize afterwards.
+template <int kThreads, class At>
+__device__ __forceinline__ void fill_scale_values_at(const ScaleView& view, const At& at) {
+  static_assert(kThreads >= 256);
+  if (kThreads == 256 || threadIdx.x < 256) *at(threadIdx.x) = scale_value(view, threadIdx.x);
+}
 template <int kThreads>
 __device__ __forceinline__ void fill_scale_values(const ScaleView& view, float* scale_values) {
-  static_assert(kThreads >= 256);
-  if (kThreads == 256 || threadIdx.x < 256) scale_values[threadIdx.x] = scale_value(view, threadIdx.x);
+  fill_scale_values_at<kThreads>(view, [&](int code) { return scale_values + code; });
 }
 
 struct RawOffset {

@@ -27,6 +27,7 @@
 namespace qlora::tile {
 
 inline constexpr int kPairTableEntryBytes = 256;
+inline constexpr int kPairTableCopies = 32;
 inline constexpr int kPairTableBytes = 256 * kPairTableEntryBytes;
 
 // Finds the best factor among those in [1, 2) that are numbers of T, which keeps the values of largest magnitude exact.
@@ -80,22 +81,23 @@ CodeView make_pair_view(Code code) {
 }
 
 // Fills the table at shared address `table`, a multiple of 128. Call from all kThreads threads of the CTA, and
-// synchronize afterwards.
-template <class T, int kThreads>
+// synchronize afterwards. With kCopies = 16, two lanes share each copy, and may have to wait for one another.
+template <class T, int kThreads, int kCopies = kPairTableCopies>
 __device__ __forceinline__ void fill_pair_table(uint32_t table, const CodeView& code) {
   code.with_values([&](const auto& value_of) {
     for (int entry = threadIdx.x; entry < 256; entry += kThreads) {
       const uint32_t pair = ptx::pack2<T>(value_of(entry >> 4) * code.factor, value_of(entry & 15) * code.factor);
       // Neighbouring threads write different 16-byte pieces of their entries at a time, which avoids bank conflicts.
-      const uint32_t first = table + entry * kPairTableEntryBytes + (entry & 7) * 16;
+      constexpr int kPieces = kCopies / 4;
+      const uint32_t first = table + entry * kPairTableEntryBytes + (entry & (kPieces - 1)) * 16;
 #pragma unroll
-      for (int piece = 0; piece < 8; ++piece)
+      for (int piece = 0; piece < kPieces; ++piece)
         ptx::store_shared_v4(first ^ (piece * 16), make_uint4(pair, pair, pair, pair));
     }
   });
 }
 
-// Looks up the pair of byte `kByte` of `word`. `lane_offset` is 4 * (thread's lane), with zeros in its upper bytes.
+// Looks up the pair of byte `kByte` of `word`. `lane_offset` is 4 * (thread's lane % kCopies).
 template <int kByte>
 __device__ __forceinline__ uint32_t lookup_pair(uint32_t table, uint32_t lane_offset, uint32_t word) {
   constexpr uint32_t kLaneThenByte = 0x7604u | (uint32_t{kByte} << 4);

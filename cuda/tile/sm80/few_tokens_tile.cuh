@@ -31,6 +31,7 @@ template <class T_, int kTokenTiles_, bool kZeroPoints_ = false>
 struct FewTokensTile {
   using T = T_;
   static constexpr bool kZeroPoints = kZeroPoints_;  // the weight has them, and its codes are integers
+  static constexpr bool kInTable = false;            // as in LinearTile
   static constexpr int kTokenTiles = kTokenTiles_;   // of 4 tokens, per CTA
   static constexpr int kRowTiles = 4;                // of 16 rows, per warp
   static constexpr int kWarpsN = 2;                  // warps that divide a CTA's rows

@@ -134,7 +134,12 @@ __device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out
   float4* const partials = reinterpret_cast<float4*>(out.partials) + slice.first_part() * kPartQuads + quad;
   for (int token = first; token < tokens; token += kTokenStep)
     partials[part.index * kPartQuads + token * kQuads] = group_sum(token);
-  if (!arrives_last(out.tickets + slice.tile(), part.count)) return;
+  uint32_t* const ticket = out.tickets + slice.tile();
+  if constexpr (Tile::kInTable) {  // leaves no shared memory but its own
+    if (!arrives_last(ticket, part.count, reinterpret_cast<uint32_t*>(sums) + Tile::kSumBytes / 4)) return;
+  } else {
+    if (!arrives_last(ticket, part.count)) return;
+  }
   store_all([&](int token) {
     const float4* source = partials + token * kQuads;
     float4 sum = __ldcg(source);

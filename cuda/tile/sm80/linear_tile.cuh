@@ -29,7 +29,7 @@ inline constexpr int kSegmentXBytes = kSegment * 2;
 inline constexpr int kLineBytes = 128;  // bytes per line: 64 values of x of one token, or 32 scales of one row
 
 template <class T_, int kRowTiles_, int kTokenTiles_, int kWarpsN_, int kWarpsK_, int kStageSegments_, int kStages_,
-          int kScaleColumns_ = kSegment, bool kZeroPoints_ = false>
+          int kScaleColumns_ = kSegment, bool kZeroPoints_ = false, int kTableCopies_ = kPairTableCopies>
 struct LinearTile {
   using T = T_;
   static constexpr int kRowTiles = kRowTiles_;      // of 16 rows, per warp
@@ -42,11 +42,14 @@ struct LinearTile {
   static constexpr bool kScalesWeights = kScaleColumns < kSegment;
   static constexpr bool kZeroPoints = kZeroPoints_;
   static_assert(!kZeroPoints || !kScalesWeights);
+  static constexpr int kTableCopies = kTableCopies_;  // of each pair: for the lanes, or for half of them
+  static constexpr bool kInTable = kTableCopies < kPairTableCopies;  // whether all of a tile lies in the table
   static constexpr int kScaleBytes = kScalesWeights || kZeroPoints ? 8 : 4;  // with an offset or a minuend, or alone
   static constexpr int kMinuends = 4;  // from a scale to the block's IntegerPairs::minuend
   // Segments whose scales are staged at a time: a line per row. 64 tokens leave no registers for loading a line of
   // scales with zero points ahead, and where registers are few, none for a line of any.
-  static constexpr int kLineSegments = kLineBytes / kScaleBytes * kScaleColumns / kSegment;
+  static constexpr int kLineGroups = (kInTable ? kLineBytes / 2 : kLineBytes) / kScaleBytes;
+  static constexpr int kLineSegments = kLineGroups * kScaleColumns / kSegment;
   static constexpr int kWideSegments = kZeroPoints ? 4 : kFewRegisters ? 8 : kLineSegments;
   static constexpr int kScaleSegments = kTokenTiles == 8 ? kWideSegments : kLineSegments;
 
@@ -58,33 +61,41 @@ struct LinearTile {
   static_assert(kStageSegments == 2 || kStageSegments == 4, "the swizzle of w is made for these");
 
   // The pair table leaves half of each 256-byte entry free. The scales of row r of w lie in the free half of entry r. x
-  // lies in free halves, too, if it fits.
+  // lies in free halves, too, if it fits. With 16 copies of each pair, everything lies in the table, which then has the
+  // 64 KB that a T4 has:
+  //
+  //   byte of an entry   0            64                      128                       192                  255
+  //   entries 0..15      | 16 copies  | w, stage 0, row e     | scales of row e         | values of codes     |
+  //   entries 16..127    | 16 copies  | w, stage 0, row e     | scales of row e         |                     |
+  //   entries 128..255   | 16 copies  | w, stage 1, row e-128 | x, line e-128                                 |
   static constexpr int kStageXLines = kTokens * kStageSegments;
   static constexpr bool kXInTable = kRows + kStages * kStageXLines <= 256;
   static constexpr int kXLineStride = kXInTable ? kPairTableEntryBytes : kLineBytes;
   static constexpr int kStageXBytes = kStageXLines * kXLineStride;
-  static constexpr int kStagePackedBytes = kRows * kStageSegments * kSegmentPackedBytes;
+  static constexpr int kPackedRowStride = kInTable ? kPairTableEntryBytes : kStageSegments * kSegmentPackedBytes;
+  static constexpr int kStagePackedBytes = kRows * kPackedRowStride;
 
   static constexpr int kTable = 0;
   static constexpr int kScales = kTable + kLineBytes;
-  static constexpr int kScaleValues = kTable + kPairTableBytes;
-  static constexpr int kPacked = kScaleValues + 1024;
-  static constexpr int kPackedEnd = kPacked + kStages * kStagePackedBytes;
+  static constexpr int kScaleValues = kInTable ? kScales + kLineBytes / 2 : kTable + kPairTableBytes;
+  static constexpr int kPacked = kInTable ? kTable + kLineBytes / 2 : kScaleValues + 1024;
+  static constexpr int kPackedEnd = kInTable ? kTable + kPairTableBytes : kPacked + kStages * kStagePackedBytes;
   static constexpr int kX = kXInTable ? kScales + kRows * kPairTableEntryBytes : kPackedEnd;
   static constexpr int kSharedBytes = kXInTable ? kPackedEnd : kX + kStages * kStageXBytes;
   static_assert(kRows <= 256);
+  static_assert(!kInTable || (kXInTable && kStageSegments == 2 && kStages * kRows <= 256));
 
   // At the end, the sums of the kWarpsK groups overwrite all of this as [group][token][row]. The padding makes the four
   // tokens that one store instruction touches start 8 banks apart.
   static constexpr int kSumStride = kRows + 4;
   static constexpr int kSumBytes = kWarpsK * kTokens * kSumStride * 4;
-  static_assert(kSumBytes <= kSharedBytes);
+  static_assert(kSumBytes + (kInTable ? 4 : 0) <= kSharedBytes);
 
   // The offset of 32-byte segment `segment` in a stage's row of w. The 4 rows that one load instruction reads together
   // (64-bit loads of half a warp) do not share banks.
   __device__ static constexpr int packed_offset(int row, int segment) {
     const int swizzle = kStageSegments == 4 ? row & 3 : (row >> 1) & 1;
-    return (row * kStageSegments + (segment ^ swizzle)) * kSegmentPackedBytes;
+    return row * kPackedRowStride + (segment ^ swizzle) * kSegmentPackedBytes;
   }
 
   // The offset of 16-byte chunk `chunk` of a token's segment. Tokens g and g+1 are read together, in every other chunk.
@@ -96,7 +107,12 @@ struct LinearTile {
   // banks: 8 rows of one group, or 4 rows of a segment's 2 or 4 groups.
   __device__ static constexpr int scale_offset(int row, int group) {
     const int swizzle = kScaleBytes == 4 ? (row & 7) << 2 : kScaleColumns > 16 ? (row & 7) << 1 : (row & 3) << 2;
-    return row * kPairTableEntryBytes + (group ^ swizzle) * kScaleBytes;
+    return row * kPairTableEntryBytes + (group ^ (swizzle & (kLineGroups - 1))) * kScaleBytes;
+  }
+
+  // The offset of what a scale's code of 8 bits means.
+  __device__ static constexpr int scale_value_offset(int code) {
+    return kScaleValues + (kInTable ? code / 16 * kPairTableEntryBytes + code % 16 * 4 : code * 4);
   }
 };
 

@@ -48,8 +48,10 @@ class ScaleStage {
     }
   }
 
-  __device__ __forceinline__ void store(uint32_t scales, const float* scale_values) const {
-    const auto value_of = [&](uint32_t code) { return scale_values[code]; };
+  // scale_value_at(code) is the place of a code's value (fill_scale_values_at).
+  template <class At>
+  __device__ __forceinline__ void store(uint32_t scales, const At& scale_value_at) const {
+    const auto value_of = [&](uint32_t code) { return *scale_value_at(code); };
     with_scale_decoder(view_, value_of, offset_, [&](const auto& decode) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
