@@ -59,8 +59,9 @@ NOTES = [
     "are of each class; a kernel without a loop is counted whole. One pass decodes a stage of the pipeline, so compare "
     "the ratios. Waits: for global loads before the first product, one after another."
 ]
-# Times that a warp may wait for global loads, one after another, before the main loop's first product.
-WAITS = {"linear_nf4_few_tokens_kernel<": 2}
+# Times that a warp may wait for global loads, one after another, before the main loop's first product: 2, and once more
+# where the size of nested blocks is no power of two.
+WAITS = {"linear_nf4_few_tokens_kernel<": 3}
 # Reads of constant memory at addresses that differ between lanes, in a kernel's code. They take a cycle per address,
 # and ptxas sometimes repeats one for each use of its value.
 CONSTANT_READS = 16
@@ -255,21 +256,29 @@ class Node:
 
 
 def loads_before_waits(nodes: list[Node], at: dict[str, int]) -> int | None:
-    """Loads after which a wait may follow; None without a wait. `at` has the place of each target."""
-    reaches = [node.is_wait for node in nodes]
-    if not any(reaches):
+    """Loads before the first wait on some way to it; None without a wait. `at` has the place of each target. Kernels
+    that take one tile after another wait in a loop, and only the first time makes a difference."""
+    if not any(node.is_wait for node in nodes):
         return None
-    changed = True
-    while changed:
-        changed = False
-        for i in reversed(range(len(nodes))):
-            if reaches[i]:
-                continue
-            after = [i + 1] if nodes[i].goes_on and i + 1 < len(nodes) else []
-            after += [at[target] for target in (nodes[i].target,) if target in at]
-            reaches[i] = any(reaches[a] for a in after)
-            changed = changed or reaches[i]
-    return sum(node.is_load and reached for node, reached in zip(nodes, reaches, strict=True))
+    before: dict[int, list[int]] = {i: [] for i in range(len(nodes))}
+    unwaited, left = {0}, [0]  # what a thread reaches without a wait
+    while left:
+        i = left.pop()
+        if nodes[i].is_wait:
+            continue
+        after = [i + 1] if nodes[i].goes_on and i + 1 < len(nodes) else []
+        after += [at[target] for target in (nodes[i].target,) if target in at]
+        for a in after:
+            before[a].append(i)
+        left += set(after) - unwaited
+        unwaited.update(after)
+    waiting = {i for i in unwaited if nodes[i].is_wait}  # and what leads to a wait
+    left = list(waiting)
+    while left:
+        more = set(before[left.pop()]) - waiting
+        waiting |= more
+        left += more
+    return sum(nodes[i].is_load for i in waiting)
 
 
 def sass_nodes(body: list[Instruction]) -> tuple[list[Node], dict[str, int]]:

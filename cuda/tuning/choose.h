@@ -4,8 +4,8 @@
 //
 // A kernel has a row in its operator's table here, which says what it accepts and how it is configured, and a row in
 // launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and expects to be the fastest
-// (is_ahead). Each architecture's functions have their own file: generic.h, sm75.h, sm80.h, sm90.h and sm90_experts.h. Those of
-// many tokens, which decode the weight once, are in gemm.h, gemm_experts.h and library.h.
+// (is_ahead). Each architecture's functions have their own file: generic.h, sm75.h, sm80.h, sm90.h and sm90_experts.h.
+// Those of many tokens, which decode the weight once, are in gemm.h, gemm_experts.h and library.h.
 #pragma once
 
 #include <cstdint>

@@ -18,8 +18,9 @@ constexpr bool accepts(const LinearProblem& p, const Device& device) {
 }
 
 // Up to 4 tokens, the exact kernel waits for memory, but its next tile has 16 tokens, whose multiply-adds take longer
-// than reading w. Decoding w for cuBLAS takes as long as 1350 tokens gain by it if a tile reaches 0.6 of the tensor
-// cores' rate, and as 390 gain at 0.4. Both are models, not measurements.
+// than reading w. For 64 tokens of 4096 x 4096, the kernel simulator counts 40 us of passes through shared memory, 33
+// of products and 27 of instructions. If nothing overlaps, these are 100 us, and decoding w for cuBLAS (233 us) pays
+// from 270 tokens on; if everything does, it never pays.
 inline constexpr int64_t kLeastTokens = 5, kLibraryTokens = 512;
 constexpr bool is_ahead(const LinearProblem& p, const Device&) { return p.m >= kLeastTokens && p.m < kLibraryTokens; }
 

@@ -176,7 +176,7 @@ ON_T4 = {
     (FORWARD, "float16", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
     (FORWARD, "float16", 5, 4096, 4096, 64, 0): "sm75 tokens=32 rows=128",
     (FORWARD, "float16", 511, 4096, 4096, 64, 0): "sm75 tokens=32 rows=128",
-    (FORWARD, "float16", 512, 4096, 4096, 64, 0): "library splits=1 panel=4096",
+    (FORWARD, "float16", 512, 4096, 4096, 64, 0): "library splits=1 panel=3584",
     (FORWARD, "float16", 16, 4096, 4100, 32, 0): "exact tokens=16 rows=64",
     (FORWARD, "float16", 17, 4096, 4100, 32, 0): "library splits=1 panel=4096",
     (FORWARD, "float16", 4096, 14336, 4096, 64, 0): "library splits=1 panel=5120",

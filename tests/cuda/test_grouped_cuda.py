@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import reference
 from accuracy import assert_accurate, given, sums
+from cuda_cases import on_newer
 from forms import WIDE_FORMS
 from grouped_samples import OPS, GroupedSample, grouped_sample
 from qlora_ext.nn import Experts4bit, ExpertsLora
@@ -61,6 +62,7 @@ def test_low_rank_products_of_many_rows(rank: int) -> None:
     assert not g[s.unassigned()].any()
 
 
+@on_newer
 @pytest.mark.parametrize(
     ("counts", "k", "rank", "kernel", "options"),
     [

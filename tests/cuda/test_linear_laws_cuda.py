@@ -12,7 +12,7 @@ from torch import Tensor
 
 import qlora_ext
 from accuracy import assert_accurate, given, rounded, sums, total
-from cuda_cases import BF16, DLORA, DX, F16, FEW, FORWARD, HALF, Case, case, each
+from cuda_cases import BF16, DLORA, DX, F16, FEW, FORWARD, HALF, Case, case, each, on_newer
 from operator_results import OPS, call, check_samples, forward, gradient
 from operator_results import dx as input_gradient
 from samples import DTYPES, LinearSample, linear_sample, relative_error, rows, to_f64
@@ -224,6 +224,7 @@ def test_parts_of_h_beyond_the_range_of_h(dtype: torch.dtype) -> None:
     assert abs(parts).min() > torch.finfo(torch.float16).max
 
 
+@on_newer
 def test_h_is_more_exact_than_the_formula() -> None:
     s, dy = case(FORWARD, 8, 256, 512, 16, F16, bias=False).sample()
     for scales in (s.w4.absmax, s.w4.nested_absmax, s.w4.nested_offset):

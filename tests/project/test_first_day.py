@@ -331,18 +331,27 @@ def test_a_crossover_names_its_constant_and_file() -> None:
 
 def test_every_rule_that_machine_code_breaks_is_told() -> None:
     kernels = [
-        cuda_static.Kernel("spills", 120, stack=8, spills=24, waits=3),
+        cuda_static.Kernel("spills", 120, stack=8, spills=24, waits=4),
         cuda_static.Kernel("moves", 90, registers=160, moved_registers=208, early_loads=(4, 3)),
         cuda_static.Kernel("good", 80, waits=9, early_loads=(3, 3)),
     ]
     names = {"spills": "linear_nf4_few_tokens_kernel<T>", "moves": "dx", "good": "absmax"}
     assert cuda_static.complaints(kernels, names) == [
         "bytes of spills and local memory: linear_nf4_few_tokens_kernel<T> (sm_120): 32",
-        "more than 2 global loads in a row before the first product: linear_nf4_few_tokens_kernel<T> (sm_120): 3",
+        "more than 3 global loads in a row before the first product: linear_nf4_few_tokens_kernel<T> (sm_120): 4",
         "other than 168 registers at launch, before setmaxnreg: dx (sm_90): 160",
         "loads that were moved before the wait for the previous launch: dx (sm_90): 1",
     ]
     assert cuda_static.complaints(kernels[2:], names) == []
+
+
+def test_loads_before_the_first_wait_are_counted() -> None:
+    """A loop's later waits find nothing left to wait for, and what never waits reads nothing of the launch before."""
+    load, wait = cuda_static.Node(True, False, None, True), cuda_static.Node(False, True, None, True)
+    branch, back = cuda_static.Node(False, False, "end", True), cuda_static.Node(False, False, "loop", False)
+    assert cuda_static.loads_before_waits([load, load], {}) is None
+    assert cuda_static.loads_before_waits([load, wait, load, back], {"loop": 1}) == 1
+    assert cuda_static.loads_before_waits([branch, load, wait, back, load], {"loop": 1, "end": 4}) == 1
 
 
 def test_rows_of_nsight_compute() -> None:

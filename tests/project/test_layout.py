@@ -22,7 +22,13 @@ CPU_FOLDERS = ("codec", "verdict", "few_tokens", "many_tokens", "many_tokens_til
 CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{name}/" for name in CPU_FOLDERS))
 
 # Folders of CUDA code, each named for the oldest architecture that runs it, and what its files may include of others.
-CUDA_FOLDERS = {"generic": ("generic",), "sm80": ("generic", "sm80"), "sm90": ("generic", "sm80", "sm90")}
+# sm75 launches a kernel of sm80 that it has a tile for.
+CUDA_FOLDERS = {
+    "generic": ("generic",),
+    "sm75": ("generic", "sm75", "sm80"),
+    "sm80": ("generic", "sm80"),
+    "sm90": ("generic", "sm80", "sm90"),
+}
 CUDA_LAUNCH = tuple(f"cuda/launch/{name}.h" for name in ("cluster", "device", "launch", "types", "workspace"))
 
 

@@ -69,8 +69,8 @@ class LinearStages {
     if (done < x_segments_)
       x_.template copy<XCopier::kLineStep * Tile::kXLineStride>(x_address_ + slot * Tile::kStageXBytes);
     if (done < packed_segments_)
-      packed_.template copy<PackedCopier::kLineStep * Tile::kPackedRowStride>(
-          packed_address_ + slot * Tile::kStagePackedBytes);
+      packed_.template copy<PackedCopier::kLineStep * Tile::kPackedRowStride>(packed_address_ +
+                                                                              slot * Tile::kStagePackedBytes);
     ptx::cp_async_commit();
   }
 

@@ -42,7 +42,7 @@ struct LinearTile {
   static constexpr bool kScalesWeights = kScaleColumns < kSegment;
   static constexpr bool kZeroPoints = kZeroPoints_;
   static_assert(!kZeroPoints || !kScalesWeights);
-  static constexpr int kTableCopies = kTableCopies_;  // of each pair: for the lanes, or for half of them
+  static constexpr int kTableCopies = kTableCopies_;                 // of each pair: for the lanes, or for half of them
   static constexpr bool kInTable = kTableCopies < kPairTableCopies;  // whether all of a tile lies in the table
   static constexpr int kScaleBytes = kScalesWeights || kZeroPoints ? 8 : 4;  // with an offset or a minuend, or alone
   static constexpr int kMinuends = 4;  // from a scale to the block's IntegerPairs::minuend

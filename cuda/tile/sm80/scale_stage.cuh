@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/ptx/hold.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/tile/generic/arch_limits.cuh"
 #include "cuda/tile/generic/block_scale.cuh"
@@ -27,7 +28,8 @@ class ScaleStage {
       : view_(view),
         unfactor_(code.unfactor),
         first_integer_(code.first_integer()),
-        offset_(nested_offset(view)),
+        // ptxas would move a value that all lanes share to a uniform register, and wait for it before the other loads.
+        offset_(nested_offset(view, ptx::reread_thread_index() / Tile::kThreads)),
         row_step_(kRowStep * k) {
     last_row_ = n - n0 < Tile::kRows ? static_cast<int>(n - n0) - 1 : Tile::kRows - 1;
     row_element_ = (n0 + min(row(0), last_row_)) * k;
