@@ -256,29 +256,23 @@ class Node:
 
 
 def loads_before_waits(nodes: list[Node], at: dict[str, int]) -> int | None:
-    """Loads before the first wait on some way to it; None without a wait. `at` has the place of each target. Kernels
-    that take one tile after another wait in a loop, and only the first time makes a difference."""
+    """Loads before the first wait on some way to it; None without a wait. `at` has the place of each target. A way does
+    not go round a loop: kernels that take one tile after another wait in each, but only the first time matters."""
     if not any(node.is_wait for node in nodes):
         return None
-    before: dict[int, list[int]] = {i: [] for i in range(len(nodes))}
-    unwaited, left = {0}, [0]  # what a thread reaches without a wait
-    while left:
-        i = left.pop()
-        if nodes[i].is_wait:
-            continue
-        after = [i + 1] if nodes[i].goes_on and i + 1 < len(nodes) else []
-        after += [at[target] for target in (nodes[i].target,) if target in at]
-        for a in after:
-            before[a].append(i)
-        left += set(after) - unwaited
-        unwaited.update(after)
-    waiting = {i for i in unwaited if nodes[i].is_wait}  # and what leads to a wait
-    left = list(waiting)
-    while left:
-        more = set(before[left.pop()]) - waiting
-        waiting |= more
-        left += more
-    return sum(nodes[i].is_load for i in waiting)
+    leads: dict[int, bool] = {}  # whether a wait follows, of what a thread reaches without one
+    open_ways = [(0, False)]
+    while open_ways:  # depth first: an instruction is left after those that follow it
+        i, is_left = open_ways.pop()
+        node = nodes[i]
+        after = [i + 1] if node.goes_on and i + 1 < len(nodes) and not node.is_wait else []
+        after += [at[target] for target in (node.target,) if target in at]
+        if is_left:
+            leads[i] = node.is_wait or any(leads[a] for a in after)
+        elif i not in leads:
+            leads[i] = False  # for the ends of loops, which come back to it before it is left
+            open_ways += [(i, True), *((a, False) for a in after)]
+    return sum(nodes[i].is_load for i, leads_to_wait in leads.items() if leads_to_wait)
 
 
 def sass_nodes(body: list[Instruction]) -> tuple[list[Node], dict[str, int]]:

@@ -235,7 +235,7 @@ int active_blocks(const Resources& r, int block_size, size_t dynamic_shared) {
   const int per_warp = static_cast<int>(round_up(static_cast<size_t>(r.registers) * spec.warp, 256));
   const int warps_by_registers = spec.registers / 4 / per_warp * 4;
   const size_t shared = round_up(r.info.static_shared_bytes + dynamic_shared + spec.shared_reserved, 128);
-  const int by_shared = static_cast<int>(spec.shared_per_multiprocessor / shared);
+  const int by_shared = shared > 0 ? static_cast<int>(spec.shared_per_multiprocessor / shared) : spec.max_blocks;
   return std::min({spec.max_threads / (warps * spec.warp), spec.max_blocks, warps_by_registers / warps, by_shared});
 }
 
