@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
   for (int64_t tile = blockIdx.y; tile * kUpdateTokens < p.m; tile += gridDim.y) {
     const int64_t token = tile * kUpdateTokens + warp / 2 * 16 + g;
     float acc[4][2][4] = {};  // [16 columns][mma e][tokens g and g + 8, c = 0 and 1]
-    for (int64_t first = 4 * t; first - 4 * t < p.rank; first += 16) {
+    for (int first = 4 * t; first - 4 * t < p.rank; first += 16) {
       const uint2 low = tile::load_4_ranks<T, false>(p.left + token * p.rank, first, p.rank, token < p.m);
       const uint2 high = tile::load_4_ranks<T, false>(p.left + (token + 8) * p.rank, first, p.rank, token + 8 < p.m);
 #pragma unroll
