@@ -84,7 +84,7 @@ class Kernel:
     instructions: int = 0
     waits: int = 0
     constant_reads: int = 0  # of tables, at addresses that differ between lanes
-    # Loads of global memory before a wait for the previous launch, in machine code and in PTX; None without a wait.
+    # Loads of what the previous launch may write before a wait for it, in machine code and in PTX; None without a wait.
     early_loads: tuple[int, int] | None = None
     loop: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -249,7 +249,7 @@ def loads_in_a_row(body: list[Instruction]) -> int:
 class Node:
     """An instruction of a control flow graph."""
 
-    is_load: bool  # of global memory
+    is_load: bool  # of global memory, in whatever a launch may still write: not a load of constant memory (.nc)
     is_wait: bool  # for the previous launch
     target: str | None  # of a branch
     goes_on: bool  # possibly, to the next instruction
@@ -280,7 +280,8 @@ def sass_nodes(body: list[Instruction]) -> tuple[list[Node], dict[str, int]]:
     for i in body:
         ends = i.opcode.startswith(("BRA", "EXIT", "RET")) and not i.predicated and "," not in i.operands
         target = None if i.target is None else hex(i.target)
-        nodes.append(Node(i.opcode.startswith(("LDG.", "LD.")), i.opcode.startswith("ACQBULK"), target, not ends))
+        is_load = i.opcode.startswith(("LDG.", "LD.")) and ".CONSTANT" not in i.opcode
+        nodes.append(Node(is_load, i.opcode.startswith("ACQBULK"), target, not ends))
     return nodes, {hex(i.address): at for at, i in enumerate(body)}
 
 
@@ -293,14 +294,14 @@ def ptx_nodes(text: str) -> tuple[list[Node], dict[str, int]]:
         elif match := re.match(r"\s*(@!?%p\d+ )?\s*([a-z][\w.:]*)\s*(\$\w+)?", line):
             predicate, opcode, target = match.groups()
             ends = opcode.startswith(("bra", "ret", "exit")) and not predicate
-            is_load = opcode.startswith("ld.global")
+            is_load = opcode.startswith("ld.") and not re.search(r"\.(param|shared|const|local|nc)\b", opcode)
             nodes.append(Node(is_load, opcode == "griddepcontrol.wait", target, not ends))
     return nodes, at
 
 
 def early_loads(body: list[Instruction], ptx: str) -> tuple[int, int] | None:
-    """Loads of global memory before a wait for the previous launch, in machine code and in PTX, whose order is that of
-    the source. None without a wait."""
+    """Loads of what the previous launch may write before a wait for it, in machine code and in PTX, whose order is that
+    of the source. None without a wait."""
     sass, source = loads_before_waits(*sass_nodes(body)), loads_before_waits(*ptx_nodes(ptx))
     return None if sass is None or source is None else (sass, source)
 

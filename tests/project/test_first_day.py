@@ -352,6 +352,8 @@ def test_loads_before_the_first_wait_are_counted() -> None:
     assert cuda_static.loads_before_waits([load, load], {}) is None
     assert cuda_static.loads_before_waits([load, wait, load, back], {"loop": 1}) == 1
     assert cuda_static.loads_before_waits([branch, load, wait, back, load], {"loop": 1, "end": 4}) == 1
+    ptx = "ld.param.u64 %rd1, [p];\nld.global.nc.u32 %r1, [%rd1];\nld.u16 %rs1, [%rd2];\nld.global.u32 %r2, [%rd3];"
+    assert [node.is_load for node in cuda_static.ptx_nodes(ptx)[0]] == [False, False, True, True]
 
 
 def test_rows_of_nsight_compute() -> None:
