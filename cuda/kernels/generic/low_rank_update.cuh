@@ -14,6 +14,7 @@
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/store.cuh"
+#include "cuda/tile/generic/arch_limits.cuh"
 #include "cuda/tile/generic/dropout.cuh"
 #include "cuda/tile/generic/element.cuh"
 #include "cuda/tile/generic/lora_step.cuh"
@@ -35,6 +36,8 @@ struct LowRankUpdateArgs {
 };
 
 inline constexpr int kUpdateThreads = 256;
+// Per SM, and no thread takes more registers than leave room for them. From 10.0 on, these would not suffice.
+inline constexpr int kUpdateCtas = tile::kFewRegisters ? 1 : 3;
 inline constexpr int kUpdateTokens = 64, kUpdateColumns = 128;  // per CTA: 4 warps of 16 tokens x 2 of 64 columns
 
 // Loads ranks first .. first + 3 of column `column`, two per register. Ranks and columns that do not exist are zeros.
@@ -89,7 +92,7 @@ __device__ __forceinline__ void finish_quad(const LowRankUpdateArgs<T>& p, int64
 
 // For bfloat16 and float16. Grid: x over column tiles, y strides over token tiles.
 template <class T>
-__global__ void __launch_bounds__(kUpdateThreads)
+__global__ void __launch_bounds__(kUpdateThreads, kUpdateCtas)
     low_rank_update_kernel(const __grid_constant__ LowRankUpdateArgs<T> p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int64_t column0 = int64_t{blockIdx.x} * kUpdateColumns + warp % 2 * 64;
