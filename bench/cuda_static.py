@@ -54,10 +54,11 @@ CLASSES = {
     "SHFL": r"SHFL",
 }
 NOTES = [
-    "CTAs per SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of the "
-    "innermost loop with both HMMA and shared loads (where there is none, with HMMA, or with most loads), and how many "
-    "are of each class; a kernel without a loop is counted whole. One pass decodes a stage of the pipeline, so compare "
-    "the ratios. Waits: for global loads before the first product, one after another."
+    "CTAs per SM: how many fit by registers, threads and the shared memory shown; unknown for kernels that the "
+    "profile of launches lacks. Main loop: SASS instructions of the innermost loop with both HMMA and shared loads "
+    "(where there is none, with HMMA, or with most loads), and how many are of each class; a kernel without a loop "
+    "is counted whole. One pass decodes a stage of the pipeline, so compare the ratios. Waits: for global loads "
+    "before the first product, one after another."
 ]
 # Times that a warp may wait for global loads, one after another, before the main loop's first product: 2, and once more
 # where the size of nested blocks is no power of two.
@@ -91,11 +92,13 @@ class Kernel:
     @property
     def occupancy(self) -> str:
         """CTAs per SM, and the share of the SM's threads that they use."""
+        if self.dynamic_shared is None:
+            return "unknown"
         threads, ctas, shared = SM_LIMITS[self.arch]
         warps = -(-self.threads // 32)
         per_warp = -(-self.registers * 32 // 256) * 256
         fit = min(ctas, threads // (warps * 32), 65536 // (per_warp * warps))
-        asked = self.static_shared + (self.dynamic_shared or 0)
+        asked = self.static_shared + self.dynamic_shared
         fit = min(fit, shared // max(asked + (1024 if self.arch >= 80 else 0), 1))
         return f"{fit} ({100 * fit * warps * 32 // threads}%)"
 
