@@ -17,10 +17,11 @@ constexpr bool accepts(const LinearProblem& p, const Device& device) {
   return device.arch < 80 && p.dtype == DType::kFloat16 && !has_wide_code(p) && sm80::is_regular(p);
 }
 
-// Up to 4 tokens, the exact kernel waits for memory, but its next tile has 16 tokens, whose multiply-adds take longer
-// than reading w. For 64 tokens of 4096 x 4096, the kernel simulator counts 40 us of passes through shared memory, 33
-// of products and 27 of instructions. If nothing overlaps, these are 100 us, and decoding w for cuBLAS (233 us) pays
-// from 270 tokens on; if everything does, it never pays.
+// Up to 4 tokens, the exact kernel is limited by reading w. Its next tile has 16 tokens, whose multiply-adds take
+// longer than that. The upper limit lies between two estimates. For 64 tokens of 4096 x 4096, the counters of the
+// kernel simulator correspond to 40 us of shared memory, 33 us of tensor cores and 27 us of instructions. If nothing
+// overlaps, this kernel takes 100 us, and decoding w once for cuBLAS (233 us) is faster from 270 tokens on. If
+// everything overlaps, decoding is never faster.
 inline constexpr int64_t kLeastTokens = 5, kLibraryTokens = 512;
 constexpr bool is_ahead(const LinearProblem& p, const Device&) { return p.m >= kLeastTokens && p.m < kLibraryTokens; }
 

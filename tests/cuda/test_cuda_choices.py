@@ -171,7 +171,7 @@ CHOICES = {
     (DLORA, "float32", 64, 4096, 4096, 64, 8): "exact ranks=16 columns=64",
 }
 
-# On a T4, whose kernels are the forward's on its tensor cores, those without mma.sync, and the library.
+# On a T4: the forward on its tensor cores, the kernels without tensor cores, and the library.
 ON_T4 = {
     (FORWARD, "float16", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
     (FORWARD, "float16", 5, 4096, 4096, 64, 0): "sm75 tokens=32 rows=128",

@@ -189,8 +189,8 @@ __device__ __forceinline__ float read_scale(const ScaleView& view, int64_t block
   return decode_scale_code(factor, __ldg(view.scales.codes() + block), value_of, offset);
 }
 
-// Where there is no nested offset, this returns -0, because adding it changes no number. `zero` is 0, which the
-// compiler need not know.
+// Where there is no nested offset, this returns -0, because adding it changes no number. A caller may pass a `zero`
+// that the compiler cannot know to be 0, so that it cannot tell that all lanes load the same address.
 __device__ __forceinline__ float nested_offset(const ScaleView& view, unsigned zero = 0) {
   return view.scales.nested_offset == nullptr ? -0.0f : __ldg(view.scales.nested_offset + zero);
 }

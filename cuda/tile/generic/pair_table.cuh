@@ -81,7 +81,7 @@ CodeView make_pair_view(Code code) {
 }
 
 // Fills the table at shared address `table`, a multiple of 128. Call from all kThreads threads of the CTA, and
-// synchronize afterwards. With kCopies = 16, two lanes share each copy, and may have to wait for one another.
+// synchronize afterwards. With kCopies = 16, two lanes share each copy, at the cost of bank conflicts.
 template <class T, int kThreads, int kCopies = kPairTableCopies>
 __device__ __forceinline__ void fill_pair_table(uint32_t table, const CodeView& code) {
   code.with_values([&](const auto& value_of) {

@@ -135,7 +135,7 @@ __device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out
   for (int token = first; token < tokens; token += kTokenStep)
     partials[part.index * kPartQuads + token * kQuads] = group_sum(token);
   uint32_t* const ticket = out.tickets + slice.tile();
-  if constexpr (Tile::kInTable) {  // leaves no shared memory but its own
+  if constexpr (Tile::kInTable) {  // the tile leaves no room for a static variable
     if (!arrives_last(ticket, part.count, reinterpret_cast<uint32_t*>(sums) + Tile::kSumBytes / 4)) return;
   } else {
     if (!arrives_last(ticket, part.count)) return;

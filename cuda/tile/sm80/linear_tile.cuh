@@ -110,7 +110,7 @@ struct LinearTile {
     return row * kPairTableEntryBytes + (group ^ (swizzle & (kLineGroups - 1))) * kScaleBytes;
   }
 
-  // The offset of what a scale's code of 8 bits means.
+  // The offset of the value of an 8-bit scale code.
   __device__ static constexpr int scale_value_offset(int code) {
     return kScaleValues + (kInTable ? code / 16 * kPairTableEntryBytes + code % 16 * 4 : code * 4);
   }
