@@ -1,6 +1,7 @@
 // Chooses and configures the forward on tcgen05, for compute capability 10.0 only.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpp/format/problem.h"

@@ -81,6 +81,7 @@ struct Sm100Ring {
   // slots one after the other.
   template <class Work, class Stage, class Chunk>
   __device__ __forceinline__ void for_slots(const Work& work, const Stage& stage, const Chunk& chunk) {
+#pragma unroll 1
     for (int i = 0; i < work.stages; ++i) {
       stage(i);
       pass();
