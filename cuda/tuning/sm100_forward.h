@@ -33,18 +33,19 @@ constexpr Config config(const LinearProblem& p, const Device& device, const Conf
   return c;
 }
 
-// The nanoseconds at the clock of the data sheet's rate, or in which the weight is read.
+// The nanoseconds at the clock of the data sheet's rate, or in which the weight is read; without the launch.
 constexpr double time(const LinearProblem& p, const Device& device) {
   const Config c = config(p, device, {});
   const int64_t cycles = sm90::cycles(p.m, p.w.n, ceil_div(p.w.k, kStageK), stage_of, device, c, kL2Bytes);
   return std::max(static_cast<double>(cycles) * 1e6 / card_of(device).clock_khz, library::packed_time(p, device));
 }
 
-// By models of all three, not measurements. Those of the library and of mma.sync are in library.h and sm100.h.
+// By models of all three, not measurements. Those of the library, with its launches, and of mma.sync, without, are in
+// library.h and sm100.h.
 constexpr bool is_ahead(const LinearProblem& p, const Device& device) {
   if (p.m < kFewestTokens) return false;
   const double own = time(p, device);
-  return own < fused_time(p, device) && own < library::time_with_decode(p, device);
+  return own < fused_time(p, device) && own + kLaunchTime < library::time_with_decode(p, device);
 }
 
 }  // namespace qlora::cuda::sm100

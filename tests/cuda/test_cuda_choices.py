@@ -86,7 +86,7 @@ CHOICES = {
     (FORWARD, "bfloat16", 512, 4096, 4096, 64, 0): (
         "gemm splits=3 panel=2048",
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "sm100 tokens=256 rows=128 splits=2 multicast=1",
+        "library splits=1 panel=4096",
         "tensor_cores tokens=32 rows=128",
     ),
     (DX, "bfloat16", 1024, 4096, 4096, 64, 0): (

@@ -174,7 +174,7 @@ def test_a_b200_runs_the_forward_that_takes_the_least_time(chosen: dict) -> None
         if m < 17:
             assert kernel == "tensor_cores", case
         else:
-            assert (kernel == "sm100") == (own < min(library, fused)), case
+            assert (kernel == "sm100") == (own < min(library - 2500, fused)), case
             kernels.add(kernel)
     assert kernels == {"sm100", "library"}
     # Besides a launch: half of the time of the library, and of the kernels on mma.sync.

@@ -1,7 +1,7 @@
-"""The persistent CTAs of Hopper's kernels compute more than one tile, alone or in pairs, of one weight or of experts, and
-so do those of Blackwell's forward of one weight. There is more work than the clusters that can be resident, so these
-tests run in a process of their own, where the simulated card has 8 SMs, and where the kernel is forced for few tokens,
-too."""
+"""The persistent CTAs of Hopper's kernels compute more than one tile, alone or in pairs, of one weight or of experts,
+and so do those of Blackwell's forward of one weight. There is more work than the clusters that can be resident, so
+these tests run in a process of their own, where the simulated card has 8 SMs, and where the kernel is forced for few
+tokens, too."""
 
 from __future__ import annotations
 
