@@ -207,6 +207,8 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
     for (int i = 0; i < C_count; ++i) sum.warp[i] += c.warp[i];
     sum.threads += c.threads;
     sum.mma_flops += c.mma_flops;
+    sum.tcgen05_flops += c.tcgen05_flops;
+    sum.tcgen05_wavefronts += c.tcgen05_wavefronts;
     sum.sectors_read += c.sectors_read;
     sum.sectors_written += c.sectors_written;
     sum.sectors_read_ideal += c.sectors_read_ideal;
@@ -243,6 +245,8 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
   p.shuffle = sum.warp[C_shuffle];
   p.atomic = sum.warp[C_atomic];
   p.mma_flops = sum.mma_flops;
+  p.tcgen05_flops = sum.tcgen05_flops;
+  p.tcgen05_wavefronts = sum.tcgen05_wavefronts;
   p.global_sectors_read = sum.sectors_read;
   p.global_sectors_written = sum.sectors_written;
   p.global_sectors_read_ideal = sum.sectors_read_ideal;

@@ -65,10 +65,13 @@ void arrive(Group& g, Mbar& b, uint32_t count, int lane, uint32_t off) {
   if (count > b.pending) {
     bool flying = false;
     for (auto& c : g.bulk) flying |= c.mbar == off;
+    for (auto& c : g.tensor_work) flying |= c.commit && c.mbar == off;
     fault(Fault::barrier_deadlock, lane,
           "mbarrier at shared address " + hex(off + kSharedBase) + ": " + std::to_string(count) +
               " arrival(s), but the phase expects only " + std::to_string(b.pending) + " more" +
-              (flying ? " (the phase is open because nobody has waited for the copies that complete it)" : ""));
+              (flying ? " (the phase is open because nobody has waited for the copies or the tcgen05.commit that "
+                        "complete it)"
+                      : ""));
   }
   b.pending -= count;
   settle(g, b);
@@ -146,6 +149,7 @@ void mbar_wait(Warp& w, const Op& o, uint32_t m) {
     Mbar x = load_mbar(p);
     need_valid(x, l, off);
     if (x.phase == want && deliver_to_mbar(w, b->rank, off)) x = load_mbar(p);
+    while (x.phase == want && complete_commit(*w.blk->group, b->rank, off)) x = load_mbar(p);
     if (x.phase != want) {
       ok |= 1u << l;
       if (b->shadow) b->shadow->acquire(w, sync_key(b->rank, off));
