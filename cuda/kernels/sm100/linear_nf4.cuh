@@ -43,8 +43,9 @@ __device__ __forceinline__ void copy_stages(const tile::Sm90Work<Tile>& work, ti
       ring.for_slots(
           work,
           [&](int stage) {
+            if (stage < started) return;  // its slot may be empty again, which is one phase too late to wait for
             ring.wait_empty();
-            if (stage >= started) copies.start(ring.slot, stage, token0, n0, 0);
+            copies.start(ring.slot, stage, token0, n0, 0);
           },
           [&](int, int) {
             ring.wait_empty();
