@@ -4,6 +4,7 @@
 #include "access.h"
 #include "collective.h"
 #include "select.h"
+#include "shadow.h"
 #include "tensor_memory.h"
 
 namespace cudasim {
@@ -168,7 +169,8 @@ void wait(Warp& w, const Op& o, uint32_t m) {
   pending.clear();
 }
 
-void nothing(Warp&, const Op&, uint32_t) {}
+// flags: 1 after_thread_sync
+void fence(Warp& w, const Op& o, uint32_t) { note_tensor_fence(w, o.flags & 1); }
 
 // --- selection ----------------------------------------------------------------------------------------------------
 
@@ -225,7 +227,10 @@ bool select_tcgen05(Decoder& d, const AInstr& in, Op& op) {
     op.flags = k == "wait::st" ? T_STORE : 0;
     return done(op, wait);
   }
-  if (k == "fence::before_thread_sync" || k == "fence::after_thread_sync") return done(op, nothing);
+  if (k == "fence::before_thread_sync" || k == "fence::after_thread_sync") {
+    op.flags = k == "fence::after_thread_sync";
+    return done(op, fence);
+  }
   throw Decoder::Unsupported{"tcgen05." + std::string(k) + " is not simulated"};
 }
 

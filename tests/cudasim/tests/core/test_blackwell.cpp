@@ -28,7 +28,9 @@ enum Bug {
   ODD_COLUMNS,
   AFTER_RELINQUISH,
   TF32,
-  UNEVEN_ADDRESS
+  UNEVEN_ADDRESS,
+  NO_FENCE_BEFORE,
+  NO_FENCE_AFTER
 };
 
 // How rows of K 16-bit elements lie in shared memory: swizzled over `swizzle` bytes (0: not), along K or along the
@@ -249,6 +251,15 @@ void faults(Ptx& p) {
     const Image small(Matrix(64, 64, true, rng), kK128);  // leaves half of the lanes
     expect_fault(launch(p, small.operand, ib.operand, descriptor(64, 64, a, b), 4, 64, nullptr, 0, out.p, NONE),
                  Fault::uninitialized_shared);
+  }
+  for (const Bug bug : {NO_FENCE_BEFORE, NO_FENCE_AFTER}) {
+    {
+      Env checks("CUDASIM_CHECK", "race,init");
+      ok(with(columns.operand, idesc, nullptr, bug));
+    }
+    Env checks("CUDASIM_CHECK", "fence,init");
+    expect_fault(with(columns.operand, idesc, nullptr, bug), Fault::shared_race);
+    ok(with(columns.operand, idesc, nullptr, NONE));
   }
   for (const char* seed : {"1", "2", "3", "4"}) {
     Env s("CUDASIM_SEED", seed), checks("CUDASIM_CHECK", "race,init");
