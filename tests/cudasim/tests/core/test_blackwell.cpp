@@ -221,8 +221,6 @@ void faults(Ptx& p) {
   // Visible without any check.
   with(ia.operand, idesc, zero.p, NO_COMMIT_WAIT);
   check(!is_right(), "stale results");
-  with(ia.operand, idesc, zero.p, NO_LOAD_WAIT);
-  check(!is_right(), "stale registers");
   with(ia.operand, idesc, zero.p, OVERWRITE);
   check(!is_right(), "B of the future");
   for (const Bug bug : {NO_DEALLOC, COLUMN, QUARTER, DEALLOC_EARLY, ODD_COLUMNS, AFTER_RELINQUISH, UNEVEN_ADDRESS})
@@ -251,6 +249,13 @@ void faults(Ptx& p) {
     const Image small(Matrix(64, 64, true, rng), kK128);  // leaves half of the lanes
     expect_fault(launch(p, small.operand, ib.operand, descriptor(64, 64, a, b), 4, 64, nullptr, 0, out.p, NONE),
                  Fault::uninitialized_shared);
+  }
+  ok(with(ia.operand, idesc, zero.p, NO_LOAD_WAIT));
+  check(is_right(), "the use of a register waits for it");
+  {
+    Env checks("CUDASIM_CHECK", "fence");
+    with(ia.operand, idesc, zero.p, NO_LOAD_WAIT);
+    check(!is_right(), "stale registers");
   }
   for (const Bug bug : {NO_FENCE_BEFORE, NO_FENCE_AFTER}) {
     {
