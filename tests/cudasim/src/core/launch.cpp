@@ -148,7 +148,8 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
   ls.group_count = nblocks / ls.cluster_size;
   if (const char* e = getenv("CUDASIM_CHECK")) {
     std::string s(e);
-    ls.check_race = s.find("race") != s.npos;
+    ls.check_fence = s.find("fence") != s.npos;
+    ls.check_race = ls.check_fence || s.find("race") != s.npos;
     ls.check_init = s.find("init") != s.npos;
     if (s.find("grid") != s.npos) ls.grid_check = std::make_shared<Grid>(ls, s.find("benign") != s.npos);
   }

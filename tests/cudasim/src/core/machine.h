@@ -152,7 +152,8 @@ struct Warp {
 
   // tensor memory
   std::vector<PendingTensorAccess> tensor_loads, tensor_stores;
-  uint32_t tensor_clock = 0;  // race detection: of the tensor cores, at the warp's last tcgen05.mma
+  uint32_t tensor_clock = 0;          // race detection: of the tensor cores, at the warp's last tcgen05.mma
+  std::vector<uint32_t> tensor_seen;  // what was published before the last tcgen05.fence::after_thread_sync
 
   // registers (ops_registers.cpp)
   uint32_t registers = 0;  // per thread, as setmaxnreg left it
@@ -347,7 +348,7 @@ struct LaunchState {
   LaunchResult result;
   int arch = 90;
   bool card_sums = false;  // mma and wgmma add as cards do (card_sum.h)
-  bool check_race = false, check_init = false;
+  bool check_race = false, check_init = false, check_fence = false;
   std::shared_ptr<Grid> grid_check;  // set if races between CTAs are checked
   std::shared_ptr<const Unfinished> after;
   // Some warp executed griddepcontrol.wait; and did so before its CTA allowed dependents to start.

@@ -4,6 +4,7 @@
 #include "access.h"
 #include "collective.h"
 #include "select.h"
+#include "shadow.h"
 #include "tensor_memory.h"
 
 namespace cudasim {
@@ -124,6 +125,14 @@ void store(Warp& w, const PendingTensorAccess& p) {
   });
 }
 
+void finish(Warp& w, std::vector<PendingTensorAccess>& pending, bool write) {
+  for (const PendingTensorAccess& p : pending) {
+    if (!p.done) (write ? store : load)(w, p);
+    each_area(*p.op, p.address, [&](const TensorArea& a) { w.blk->tensor_memory->end(w, a, write, p.op->src->line); });
+  }
+  pending.clear();
+}
+
 void access(Warp& w, const Op& o, uint32_t m) {
   if (!whole_warp(w, m)) return;
   if (m != FULL) fault(Fault::tensor_memory, -1, "tcgen05.ld or tcgen05.st in a warp of fewer than 32 threads");
@@ -149,26 +158,24 @@ void access(Warp& w, const Op& o, uint32_t m) {
   p.address = address;
   if (write)
     for (const uint32_t reg : o.ext->v[0]) p.values.insert(p.values.end(), w.r<uint32_t>(reg), w.r<uint32_t>(reg) + 32);
-  if (w.wk->ls->seeded && w.wk->random(4) == 0) {
-    (write ? store : load)(w, p);
-    p.done = true;
+  auto& pending = write ? w.tensor_stores : w.tensor_loads;
+  pending.push_back(std::move(p));
+  if (!write && !w.wk->ls->check_fence) return finish(w, pending, write);
+  if (write && w.wk->ls->seeded && w.wk->random(4) == 0) {
+    store(w, pending.back());
+    pending.back().done = true;
   }
-  (write ? w.tensor_stores : w.tensor_loads).push_back(std::move(p));
 }
 
 // flags: T_STORE
 void wait(Warp& w, const Op& o, uint32_t m) {
   if (!whole_warp(w, m)) return;
   const bool write = o.flags & T_STORE;
-  auto& pending = write ? w.tensor_stores : w.tensor_loads;
-  for (const PendingTensorAccess& p : pending) {
-    if (!p.done) (write ? store : load)(w, p);
-    each_area(*p.op, p.address, [&](const TensorArea& a) { w.blk->tensor_memory->end(w, a, write, p.op->src->line); });
-  }
-  pending.clear();
+  finish(w, write ? w.tensor_stores : w.tensor_loads, write);
 }
 
-void nothing(Warp&, const Op&, uint32_t) {}
+// flags: 1 after_thread_sync
+void fence(Warp& w, const Op& o, uint32_t) { note_tensor_fence(w, o.flags & 1); }
 
 // --- selection ----------------------------------------------------------------------------------------------------
 
@@ -225,7 +232,10 @@ bool select_tcgen05(Decoder& d, const AInstr& in, Op& op) {
     op.flags = k == "wait::st" ? T_STORE : 0;
     return done(op, wait);
   }
-  if (k == "fence::before_thread_sync" || k == "fence::after_thread_sync") return done(op, nothing);
+  if (k == "fence::before_thread_sync" || k == "fence::after_thread_sync") {
+    op.flags = k == "fence::after_thread_sync";
+    return done(op, fence);
+  }
   throw Decoder::Unsupported{"tcgen05." + std::string(k) + " is not simulated"};
 }
 

@@ -9,7 +9,8 @@ uint32_t warp_number(const Warp& w) { return w.blk->rank * w.blk->nwarps + w.ind
 
 void start_clocks(Warp& w, uint32_t nwarps) {
   w.clock = 1;
-  w.vc.assign(2 * (nwarps + Shadow::kAgents), 0);
+  w.vc.assign(3 * (nwarps + Shadow::kAgents), 0);
+  w.tensor_seen.assign(nwarps + Shadow::kAgents, 0);
   w.lane_known.assign(32 * 32, 0);
 }
 
@@ -101,10 +102,19 @@ static bool ordered(const Warp& w, int lane, uint32_t me, uint32_t other, uint32
 
 void note_proxy_fence(Warp& w) {
   if (!w.blk->shadow || !w.blk->shadow->race) return;
-  size_t n = w.vc.size() / 2;
+  size_t n = clock_count(w);
   w.vc[warp_number(w)] = w.clock;
   for (size_t i = 0; i < n; ++i) w.vc[n + i] = std::max(w.vc[n + i], w.vc[i]);
   w.clock++;
+}
+
+void note_tensor_fence(Warp& w, bool after_sync) {
+  if (!w.blk->ls->check_race) return;
+  const auto published = w.vc.begin() + long(2 * clock_count(w));
+  if (after_sync)
+    std::copy(published, w.vc.end(), w.tensor_seen.begin());
+  else
+    published[warp_number(w)] = w.clock++;
 }
 
 void Shadow::proxy_fault(Warp& w, int lane, uint32_t i, const char* access) const {

@@ -12,6 +12,8 @@
 
 namespace cudasim {
 
+inline size_t clock_count(const Warp& w) { return w.vc.size() / 3; }
+
 struct Shadow {
   struct Write {
     uint32_t clock = 0;
@@ -59,17 +61,19 @@ struct Shadow {
   // Whether the last write of a byte was an ordinary store that no fence.proxy.async has followed.
   bool hidden_from_async(const Warp& w, uint32_t byte) const {
     const Write& wr = writes[byte];
-    return wr.clock && wr.kind == plain && wr.clock > w.vc[w.vc.size() / 2 + wr.warp];
+    return wr.clock && wr.kind == plain && wr.clock > w.vc[clock_count(w) + wr.warp];
   }
   [[noreturn]] void proxy_fault(Warp& w, int lane, uint32_t byte, const char* access) const;
 };
 
 // Vector clocks have one entry per warp of the cluster, one for the copy engine, and one for the tensor core. A second
-// set of as many entries records what a fence.proxy.async has made visible to the async proxy.
+// set of as many entries records what a fence.proxy.async has made visible to the async proxy, a third what a
+// tcgen05.fence::before_thread_sync has published of accesses to tensor memory.
 uint32_t warp_number(const Warp& w);  // in its cluster
 inline uint32_t tensor_core(const Group& g) { return uint32_t(g.order.size()) + 1; }
 void start_clocks(Warp& w, uint32_t nwarps);
 void note_proxy_fence(Warp& w);
+void note_tensor_fence(Warp& w, bool after_sync);
 void join_clocks(std::vector<uint32_t>& into, const std::vector<uint32_t>& from);
 
 }  // namespace cudasim

@@ -283,7 +283,8 @@ void commit(Warp& w, const Op& o, uint32_t m) {
     if (w.blk->shadow && w.blk->shadow->race) {
       w.vc[warp_number(w)] = w.clock++;
       p.clocks = w.vc;
-      p.clocks[tensor_core(g)] = w.tensor_clock;
+      // as after a tcgen05.fence::before_thread_sync
+      p.clocks[tensor_core(g)] = p.clocks[2 * clock_count(w) + tensor_core(g)] = w.tensor_clock;
     }
     if (w.wk->grid) w.wk->grid->hand_over(w, g.shared_grid[sync_key(b->rank, p.mbar)]);
     queue(w, std::move(p));

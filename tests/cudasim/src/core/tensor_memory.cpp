@@ -56,7 +56,7 @@ void TensorMemory::release(Warp& w, uint32_t column, uint32_t columns) {
     fault(Fault::tensor_memory, -1,
           "tcgen05.dealloc of " + std::to_string(columns) + " columns from " + std::to_string(column) +
               " on, which no tcgen05.alloc has returned");
-  check_order(w, {0, kLanes, column, columns}, true, false);
+  check_order(w, {0, kLanes, column, columns}, true, By::release);
   allocations_.erase(found);
 }
 
@@ -79,23 +79,29 @@ void TensorMemory::check_allocated(const TensorArea& a) const {
           "access to lane " + std::to_string(a.lane + a.lanes - 1) + " of tensor memory, which has 128");
 }
 
-void TensorMemory::check_order(const Warp& w, const TensorArea& a, bool write, bool by_mma) {
+void TensorMemory::check_order(const Warp& w, const TensorArea& a, bool write, By by) {
   const bool race = w.blk->ls->check_race;
   const uint32_t me = race ? warp_number(w) : 0, tensor = race ? tensor_core(*w.blk->group) : 0;
   each_state(a, [&](const State& s, uint32_t lane, uint32_t column) {
-    if (s.storing && (by_mma || !write || s.storing_warp != w.index))
+    if (s.storing && (by != By::warp || !write || s.storing_warp != w.index))
       not_waited("tcgen05.st", s.storing_line, "tcgen05.wait::st", lane, column);
     if (write && s.loading) not_waited("tcgen05.ld", s.loading_line, "tcgen05.wait::ld", lane, column);
     if (!race) return;
     const auto check = [&](const Access& before, const char* what) {
-      // The work of a thread's tensor core runs in the order in which it was issued.
-      if (!before.clock || before.agent == me || (by_mma && before.agent == tensor)) return;
-      if (before.clock <= w.vc[before.agent]) return;
       const bool mma = before.agent == tensor;
-      fault(Fault::shared_race, -1,
-            std::string(write ? "write of " : "read of ") + area_name(lane, column) + " is not ordered after a " +
-                what + (mma ? " by the tcgen05.mma" : " by warp " + std::to_string(before.agent)) + " at PTX line " +
-                std::to_string(before.line) + (mma ? ": wait for its tcgen05.commit" : ""));
+      // The products of a thread are computed in the order in which it issues them.
+      if (!before.clock || before.agent == me || (mma && by == By::mma)) return;
+      const auto not_ordered = [&](const std::string& why) {
+        fault(Fault::shared_race, -1,
+              std::string(write ? "write of " : "read of ") + area_name(lane, column) + " is not ordered after a " +
+                  what + (mma ? " by the tcgen05.mma" : " by warp " + std::to_string(before.agent)) + " at PTX line " +
+                  std::to_string(before.line) + why);
+      };
+      if (before.clock > w.vc[before.agent]) not_ordered(mma ? ": wait for its tcgen05.commit" : "");
+      if (!w.blk->ls->check_fence || by == By::release || before.clock <= w.tensor_seen[before.agent]) return;
+      const bool published = before.clock <= w.vc[2 * clock_count(w) + before.agent];
+      not_ordered(published ? ": tcgen05.fence::after_thread_sync is missing behind the synchronization"
+                            : ": tcgen05.fence::before_thread_sync is missing before the synchronization");
     };
     check(s.write, "write");
     if (!write) return;
@@ -106,7 +112,7 @@ void TensorMemory::check_order(const Warp& w, const TensorArea& a, bool write, b
 
 void TensorMemory::begin(Warp& w, const TensorArea& a, bool write, uint32_t line) {
   check_allocated(a);
-  check_order(w, a, write, false);
+  check_order(w, a, write, By::warp);
   each_state(a, [&](State& s, uint32_t, uint32_t) {
     (write ? s.storing : s.loading)++;
     (write ? s.storing_line : s.loading_line) = line;
@@ -122,7 +128,7 @@ void TensorMemory::end(Warp& w, const TensorArea& a, bool write, uint32_t line) 
 }
 void TensorMemory::access_by_mma(Warp& w, const TensorArea& a, bool write, uint32_t clock, uint32_t line) {
   check_allocated(a);
-  check_order(w, a, write, true);
+  check_order(w, a, write, By::mma);
   if (!w.blk->ls->check_race) return;
   const uint32_t tensor = tensor_core(*w.blk->group);
   each_state(a, [&](State& s, uint32_t, uint32_t) { (write ? s.write : s.mma_read) = {clock, tensor, line}; });

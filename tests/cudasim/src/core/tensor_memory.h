@@ -69,7 +69,8 @@ class TensorMemory {
   template <class F>
   void each_state(const TensorArea& a, F f);
   [[noreturn]] static void unwritten(uint32_t lane, uint32_t column);
-  void check_order(const Warp& w, const TensorArea& a, bool write, bool by_mma);
+  enum class By { warp, mma, release };
+  void check_order(const Warp& w, const TensorArea& a, bool write, By by);
 
   std::vector<uint32_t> cells_;
   std::vector<uint8_t> written_;

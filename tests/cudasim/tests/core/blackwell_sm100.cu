@@ -72,7 +72,9 @@ enum Bug {
   ODD_COLUMNS,
   AFTER_RELINQUISH,
   TF32,
-  UNEVEN_ADDRESS
+  UNEVEN_ADDRESS,
+  NO_FENCE_BEFORE,
+  NO_FENCE_AFTER
 };
 
 // out[lane][columns] = what tensor memory holds after `steps` products of M x N x 16 onto `initial`.
@@ -107,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(128)
       store8(r, own + c);
     }
   if (bug != NO_STORE_WAIT) wait_st();
-  fence_before();
+  if (bug != NO_FENCE_BEFORE) fence_before();
   if (bug != NO_SYNC) __syncthreads();
   fence_after();
   if (warp == 0) {
@@ -134,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(128)
     sb[t] = 0;
   }
   if (bug != NO_COMMIT_WAIT) mbar_wait(&bar, 0);
-  fence_after();
+  if (bug != NO_FENCE_AFTER) fence_after();
   for (int c = 0; c < columns; c += 8) {
     load8(r, bug == QUARTER ? tm : bug == COLUMN ? own + 512 : bug == UNEVEN_ADDRESS ? own + (t & 1) : own + c);
     if (bug != NO_LOAD_WAIT) wait_ld();

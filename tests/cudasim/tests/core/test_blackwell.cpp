@@ -28,7 +28,9 @@ enum Bug {
   ODD_COLUMNS,
   AFTER_RELINQUISH,
   TF32,
-  UNEVEN_ADDRESS
+  UNEVEN_ADDRESS,
+  NO_FENCE_BEFORE,
+  NO_FENCE_AFTER
 };
 
 // How rows of K 16-bit elements lie in shared memory: swizzled over `swizzle` bytes (0: not), along K or along the
@@ -219,8 +221,6 @@ void faults(Ptx& p) {
   // Visible without any check.
   with(ia.operand, idesc, zero.p, NO_COMMIT_WAIT);
   check(!is_right(), "stale results");
-  with(ia.operand, idesc, zero.p, NO_LOAD_WAIT);
-  check(!is_right(), "stale registers");
   with(ia.operand, idesc, zero.p, OVERWRITE);
   check(!is_right(), "B of the future");
   for (const Bug bug : {NO_DEALLOC, COLUMN, QUARTER, DEALLOC_EARLY, ODD_COLUMNS, AFTER_RELINQUISH, UNEVEN_ADDRESS})
@@ -249,6 +249,22 @@ void faults(Ptx& p) {
     const Image small(Matrix(64, 64, true, rng), kK128);  // leaves half of the lanes
     expect_fault(launch(p, small.operand, ib.operand, descriptor(64, 64, a, b), 4, 64, nullptr, 0, out.p, NONE),
                  Fault::uninitialized_shared);
+  }
+  ok(with(ia.operand, idesc, zero.p, NO_LOAD_WAIT));
+  check(is_right(), "the use of a register waits for it");
+  {
+    Env checks("CUDASIM_CHECK", "fence");
+    with(ia.operand, idesc, zero.p, NO_LOAD_WAIT);
+    check(!is_right(), "stale registers");
+  }
+  for (const Bug bug : {NO_FENCE_BEFORE, NO_FENCE_AFTER}) {
+    {
+      Env checks("CUDASIM_CHECK", "race,init");
+      ok(with(columns.operand, idesc, nullptr, bug));
+    }
+    Env checks("CUDASIM_CHECK", "fence,init");
+    expect_fault(with(columns.operand, idesc, nullptr, bug), Fault::shared_race);
+    ok(with(columns.operand, idesc, nullptr, NONE));
   }
   for (const char* seed : {"1", "2", "3", "4"}) {
     Env s("CUDASIM_SEED", seed), checks("CUDASIM_CHECK", "race,init");
