@@ -166,6 +166,10 @@ __device__ __forceinline__ void decode_stages(const LinearSm90Args<typename Tile
   tile::Sm100Ring<Tile> ring{base};
   uint32_t done_parity = 0;
   const auto is_mine = [&] { return ring.slot % Tile::kGroups == group; };
+  const auto wait = [&] {
+    ring.wait_full();
+    ptx::acquire_tensor_memory();  // of the products before, for whose end the copier has waited
+  };
   const auto publish = [&](const uint32_t (&a)[32]) {
     ptx::store_tensor_memory(lanes + Tile::kTokens + ring.slot * Tile::kSlotColumns, a);
     ptx::release_tensor_memory();
@@ -182,7 +186,7 @@ __device__ __forceinline__ void decode_stages(const LinearSm90Args<typename Tile
         [&](int stage) {
           if (!is_mine()) return;
           uint32_t a[32];
-          ring.wait_full();
+          wait();
           const float scale = scales.decode();
           if (stage + Tile::kGroups < work.stages) scales.load(stage + Tile::kGroups);
           const uint32_t packed = base + Tile::kPacked + ring.slot * Tile::kStagePackedBytes;
@@ -193,7 +197,7 @@ __device__ __forceinline__ void decode_stages(const LinearSm90Args<typename Tile
           if (!is_mine()) return;
           uint32_t a[32];
           const uint32_t lines = base + Tile::kTokenLines + ring.slot * Tile::kStageTokenBytes;
-          ring.wait_full();
+          wait();
           if (lora_is_vector(p.lora)) {
             load_lora_row<typename Tile::T, true>(p.lora, n0 + row, rank, a);
             tile::store_low_rank<Tile, true>(p.lora, row, token0, rank, steps, lines);
