@@ -135,7 +135,7 @@ def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
     folder.mkdir(parents=True)
     cubin = folder / "kernels.cubin"
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-I", ROOT]
-    real = f"sm_{arch}a" if source.parent.name in ("sm90", "sm100") else f"sm_{arch}"
+    real = f"sm_{arch}" + {"sm90": "a", "sm100": "f"}.get(source.parent.name, "")
     report = run(
         "nvcc", *flags, f"-arch={real}", "-Xptxas=-v", "-cubin", "-keep", "-keep-dir", folder, source, "-o", cubin
     )

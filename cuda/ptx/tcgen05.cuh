@@ -1,4 +1,4 @@
-// tcgen05: the tensor cores of compute capability 10.0, and their memory (PTX ISA 9.7.16, sm_100a). One thread issues a
+// tcgen05: the tensor cores of compute capability 10.x, and their memory (PTX ISA 9.7.16, sm_100f). One thread issues a
 // product d += a · b, which runs asynchronously: d is 128 x n in float32 and a is 128 x 16, both in tensor memory, and
 // b is 16 x n in shared memory.
 //

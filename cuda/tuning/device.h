@@ -19,13 +19,13 @@ struct Device {
   int shared_per_cta = 0;  // bytes that a CTA may opt in to
   int l2_bytes = 0;
   bool has_clusters = false;             // whether the driver launches clusters of several CTAs
-  ResidentClusters resident_clusters{};  // only for compute capability 9.0 and 10.0
+  ResidentClusters resident_clusters{};  // only for compute capability 9.0 and 10.x
   // Of the SMs and the memory, and the width of the memory's bus; 0 if unknown.
   int clock_khz = 0, memory_clock_khz = 0, bus_bits = 0;
   bool is_integrated = false;  // shares the host's memory
 };
 
-// An estimate for a card of compute capability 9.0 or 10.0 that cannot be queried. A cluster lies within a GPC, which
+// An estimate for a card of compute capability 9.0 or 10.x that cannot be queried. A cluster lies within a GPC, which
 // has about 16 SMs.
 constexpr ResidentClusters estimated_clusters(int sm_count) {
   constexpr int kGpc = 16;

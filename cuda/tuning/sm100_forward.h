@@ -1,4 +1,4 @@
-// Chooses and configures the forward on tcgen05, for compute capability 10.0 only.
+// Chooses and configures the forward on tcgen05, for compute capability 10.0 and 10.3.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ inline constexpr int64_t kStageK = 64;        // terms of the sum per stage
 inline constexpr int64_t kFewestTokens = 17;  // the tile on mma.sync for fewer has no column that is empty
 
 constexpr bool accepts(const LinearProblem& p, const Device& device) {
-  return device.arch == 100 && sm90::accepts_sizes(p.dtype, p.m, p.w, p.lora);
+  return device.arch / 10 == 10 && sm90::accepts_sizes(p.dtype, p.m, p.w, p.lora);
 }
 
 // A stage takes as long as its passes over shared memory, 128 bytes each: x is written once and read once, packed bytes

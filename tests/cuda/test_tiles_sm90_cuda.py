@@ -15,10 +15,10 @@ from torch import Tensor
 from cuda_cases import BF16, CAPABILITY, DX, F16, FORWARD, HALF, case
 from own_process import run_file
 
-KERNEL = {(9, 0): "sm90", (10, 0): "sm100"}.get(CAPABILITY)
+KERNEL = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get(CAPABILITY)
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(KERNEL is None, reason="the device is not of compute capability 9.0 or 10.0"),
+    pytest.mark.skipif(KERNEL is None, reason="the device is not of compute capability 9.0 or 10.x"),
 ]
 
 # (tokens per tile, splits, multicast, m, terms of the sum, rank). The rounds of the ring buffer per tile are odd and

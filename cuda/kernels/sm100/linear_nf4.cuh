@@ -1,4 +1,4 @@
-// y = x · wᵀ + h · lora_bᵀ + bias on the tensor cores of compute capability 10.0, straight from the packed weight: yᵀ =
+// y = x · wᵀ + h · lora_bᵀ + bias on the tensor cores of compute capability 10.x, straight from the packed weight: yᵀ =
 // w · xᵀ by tcgen05, with w decoded into tensor memory. TMA loads x and packed bytes. cuda/tile/sm100/linear_tile.cuh
 // describes the tile and its threads.
 //
