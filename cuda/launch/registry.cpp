@@ -35,6 +35,7 @@ struct Launchers<LinearProblem> {
 template <>
 struct Launchers<LinearDxProblem> {
   static constexpr Launcher<LinearDxProblem> kRows[] = {
+      {Kernel::kSm100, nullptr, sm100::launch},
       {Kernel::kSm90, nullptr, sm90::launch},
       {Kernel::kGemm, nullptr, sm80::launch_gemm},
       {Kernel::kLibrary, nullptr, library::launch},

@@ -40,19 +40,32 @@ __device__ __forceinline__ void acquire_tensor_memory() {
 
 // clang-format off
 #define QLORA_4(m, j) m(j), m(j + 1), m(j + 2), m(j + 3)
-#define QLORA_32(m) \
-  QLORA_4(m, 0), QLORA_4(m, 4), QLORA_4(m, 8), QLORA_4(m, 12), QLORA_4(m, 16), QLORA_4(m, 20), QLORA_4(m, 24), QLORA_4(m, 28)
+#define QLORA_16(m) QLORA_4(m, 0), QLORA_4(m, 4), QLORA_4(m, 8), QLORA_4(m, 12)
+#define QLORA_32(m) QLORA_16(m), QLORA_4(m, 16), QLORA_4(m, 20), QLORA_4(m, 24), QLORA_4(m, 28)
 #define QLORA_IN(j) "r"(v[j])
 #define QLORA_OUT(j) "=f"(v[j])
 #define QLORA_REGISTERS \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 
-// Stores 32 columns of the thread's lane, and waits until they are stored. `address` has the warp's first lane.
+// Stores 32 columns of the thread's lane. `address` has the warp's first lane.
 __device__ __forceinline__ void store_tensor_memory(uint32_t address, const uint32_t (&v)[32]) {
-  asm volatile("tcgen05.st.sync.aligned.32x32b.x32.b32 [%32], {" QLORA_REGISTERS "};\n\t"
-               "tcgen05.wait::st.sync.aligned;"
+  asm volatile("tcgen05.st.sync.aligned.32x32b.x32.b32 [%32], {" QLORA_REGISTERS "};"
                ::QLORA_32(QLORA_IN), "r"(address) : "memory");
+}
+
+// Stores 32 columns of the 16 lanes at `address`, the warp's first or second 16, as mma has them in operand a: of
+// columns 8s and on, thread (g = thread/4, t = thread%4) has
+//   v[4s] = [g][8s+t]   v[4s+1] = [g+8][8s+t]   v[4s+2] = [g][8s+4+t]   v[4s+3] = [g+8][8s+4+t]
+__device__ __forceinline__ void store_tensor_memory(uint32_t address, const uint32_t (&v)[16]) {
+  asm volatile("tcgen05.st.sync.aligned.16x128b.x8.b32 [%16], "
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15};"
+               ::QLORA_16(QLORA_IN), "r"(address) : "memory");
+}
+
+// Waits until what this thread has stored is stored.
+__device__ __forceinline__ void wait_for_tensor_stores() {
+  asm volatile("tcgen05.wait::st.sync.aligned;" ::: "memory");
 }
 
 // Loads 32 columns of the thread's lane, and waits for them.
@@ -66,6 +79,7 @@ __device__ __forceinline__ void load_tensor_memory(float (&v)[32], uint32_t addr
 #undef QLORA_OUT
 #undef QLORA_IN
 #undef QLORA_32
+#undef QLORA_16
 #undef QLORA_4
 // clang-format on
 

@@ -15,7 +15,7 @@ enum class Kernel {
   kTensorCores,  // bfloat16 and float16 of regular shapes, on mma.sync (kernels/sm80)
   kSm75,         // float16 of regular shapes in the forward, on the tensor cores of 7.5 (launch/sm75)
   kSm90,         // bfloat16 and float16 of regular shapes, on wgmma and TMA (kernels/sm90)
-  kSm100,        // bfloat16 and float16 of regular shapes in the forward, on tcgen05 and TMA (kernels/sm100)
+  kSm100,        // bfloat16 and float16 of regular shapes, single weights, on tcgen05 and TMA (kernels/sm100)
   kRagged,       // bfloat16 and float16 of any shape: float32 FMA in the forward, mma.sync elsewhere
   kExact,        // float32, float16 on 7.5, and dX of wide codes: every product is a float32 FMA (kernels/generic)
   kGemm,         // many tokens: decodes w, and multiplies on mma.sync (launch/sm80/linear_gemm.cu)

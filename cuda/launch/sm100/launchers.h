@@ -1,5 +1,5 @@
-// The launcher of the forward on tcgen05 and TMA. sm80/launchers.h describes its interface. Its configuration needs no
-// plan, because an SM always holds exactly one CTA.
+// The launchers of the forward and dX on tcgen05 and TMA. sm80/launchers.h describes their common interface. Their
+// configurations need no plan, because an SM always holds exactly one CTA.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,5 +13,6 @@ namespace qlora::cuda::sm100 {
 ResidentClusters query_clusters(const Device& device);
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context);
+cudaError_t launch(const LinearDxProblem& p, const Config& config, const Context& context);
 
 }  // namespace qlora::cuda::sm100

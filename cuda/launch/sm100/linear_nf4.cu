@@ -6,14 +6,14 @@
 #include "cuda/launch/sm90/args.h"
 #include "cuda/launch/sm90/clusters.h"
 #include "cuda/launch/types.h"
-#include "cuda/tuning/sm100_forward.h"
+#include "cuda/tuning/sm100_tcgen05.h"
 
 namespace qlora::cuda::sm100 {
 namespace {
 
 template <class Tile>
 cudaError_t launch_tile(const LinearProblem& p, const Config& c, const void* h, const Context& context) {
-  static_assert(Tile::kStageK == kStageK);
+  static_assert(Tile::kStageK == kStageTerms);
   CUtensorMap x, packed;
   cudaError_t error = sm90::make_token_map<Tile>(c, p.x, p.m, p.w.k, &x);
   if (error == cudaSuccess) error = sm90::make_packed_map<Tile::kPackedLine>(p.w, Tile::kRows, &packed);
