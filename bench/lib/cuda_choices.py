@@ -16,7 +16,11 @@ TILES = {  # operator -> kernel -> its parameter of tiles, with the values to tr
         "sm90": ("tokens", (64, 128)),
         "sm100": ("tokens", (64, 128, 256)),
     },
-    "linear_nf4_dx": {"tensor_cores": ("tokens", (8, 16, 32, 64)), "sm90": ("tokens", (64, 128, 256))},
+    "linear_nf4_dx": {
+        "tensor_cores": ("tokens", (8, 16, 32, 64)),
+        "sm90": ("tokens", (64, 128, 256)),
+        "sm100": ("tokens", (64, 128, 256)),
+    },
     "linear_nf4_dlora": {"tensor_cores": ("ranks", (16, 32, 64))},
 }
 PANELS = (1024, 2048, 4096)
@@ -47,9 +51,12 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
     ("sm90", "linear_nf4_dx", "tokens"): ("kTileCycles", SM90),
     ("sm90", "linear_nf4_dx", "splits"): ("kSplitCycles", SM90),
     ("sm90", "linear_nf4_dx", "multicast"): ("kMulticastCycles", SM90),
-    ("sm100", "linear_nf4", "tokens"): ("stage_of", SM100),
+    ("sm100", "linear_nf4", "tokens"): ("forward_stage", SM100),
     ("sm100", "linear_nf4", "splits"): ("kSplitCycles", SM90),
     ("sm100", "linear_nf4", "multicast"): ("kL2Bytes", SM100),
+    ("sm100", "linear_nf4_dx", "tokens"): ("dx_stage", SM100),
+    ("sm100", "linear_nf4_dx", "splits"): ("kSplitCycles", SM90),
+    ("sm100", "linear_nf4_dx", "multicast"): ("kL2Bytes", SM100),
     ("few_tokens", "linear_nf4", "tokens"): ("few_tokens_config", SM80),
     ("few_tokens", "linear_nf4", "splits"): ("forward_splits", SM80),
     ("few_tokens", "linear_nf4", "ctas"): ("forward_streams", STREAM),

@@ -63,7 +63,7 @@ CHOICES = {
         "library splits=1 panel=4096",
         "gemm splits=4 panel=1280",
     ),
-    # B200: long sums are split; or panels hold parts of them, so that they stay in L2 with columns for all SMs
+    # long sums, which B200 splits
     (FORWARD, "bfloat16", 64, 4096, 14336, 64, 0): (
         "tensor_cores tokens=64 rows=128",
         "sm90 tokens=64 rows=128 splits=7 multicast=1",
@@ -79,7 +79,7 @@ CHOICES = {
     (DX, "bfloat16", 256, 14336, 4096, 64, 0): (
         "gemm splits=3 panel=4096",
         "sm90 tokens=256 columns=128 splits=3 multicast=1",
-        "library splits=2 panel=4096",
+        "sm100 tokens=256 columns=128 splits=4 multicast=1",
         "tensor_cores tokens=64 columns=256",
     ),
     # our own GEMM, where its tiles and the parts of sums that are cut fill the card
@@ -125,7 +125,7 @@ CHOICES = {
     (DX, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 columns=256",
         "sm90 tokens=64 columns=128 splits=3 multicast=1",
-        "library splits=1 panel=4096",
+        "sm100 tokens=64 columns=128 splits=4 multicast=1",
         "tensor_cores tokens=64 columns=256",
     ),
     (DX, "bfloat16", 4096, 4096, 4096, 64, 0): (
@@ -230,8 +230,11 @@ FORCED = {
     ("sm90", FORWARD, 3, 4096, 8, "sm90:tokens=128,multicast=1"): "sm90 tokens=128 rows=128 splits=1 multicast=1",
     ("sm100", FORWARD, 3, 4096, 0, "sm100"): "sm100 tokens=64 rows=128 splits=4 multicast=1",
     ("sm100", FORWARD, 64, 4096, 0, "sm100:tokens=256,splits=2"): "sm100 tokens=256 rows=128 splits=2 multicast=1",
+    ("sm100", DX, 3, 4096, 0, "sm100:tokens=128"): "sm100 tokens=128 columns=128 splits=4 multicast=1",
     ("sm100", FORWARD, 64, 4096, 0, "sm100:multicast=2"): "sm100 tokens=64 rows=128 splits=4 multicast=2",
     ("sm100", FORWARD, 64, 4096, 0, "library"): "library splits=1 panel=4096",
+    # panels that hold parts of the sums, so that they stay in L2 with columns for all SMs
+    ("sm100", FORWARD, 256, 14336, 0, "library"): "library splits=2 panel=4096",
 }
 
 NAMES = "few_tokens, tensor_cores, sm75, sm90, sm100, ragged, exact, gemm or library"
@@ -275,7 +278,8 @@ REFUSED = {
     ("sm120", FORWARD, 64, 4096, 0, "sm100"): "sm100 does not take linear_nf4 of m=64",
     ("sm100", FORWARD, 64, 4100, 0, "sm100"): "sm100 does not take linear_nf4 of m=64 n=4096 k=4100",
     ("sm100", FORWARD, 64, 4096, 8, "sm100"): "sm100 does not take linear_nf4 of experts=8",
-    ("sm100", DX, 64, 4096, 0, "sm100"): "sm100 does not take linear_nf4_dx of m=64",
+    ("sm100", DX, 64, 4096, 8, "sm100"): "sm100 does not take linear_nf4_dx of experts=8",
+    ("sm100", DLORA, 64, 4096, 0, "sm100"): "sm100 does not take linear_nf4_dlora of m=64",
     (
         "sm100",
         FORWARD,

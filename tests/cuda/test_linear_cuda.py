@@ -134,7 +134,7 @@ def sm90_ranks() -> Iterator[Case]:
 
 
 def sm100() -> Iterator[Case]:
-    """Blackwell's kernel: every tile with tails of tokens and rows, sums split and not, both types."""
+    """Blackwell's forward: every tile with tails of tokens and rows, sums split and not, both types."""
     for i, (shape, tokens, splits, multicast) in enumerate(
         (
             ((64, 128, 64), 64, 1, 1),
@@ -151,7 +151,7 @@ def sm100() -> Iterator[Case]:
     ):
         kernel = f"sm100:tokens={tokens},splits={splits},multicast={multicast}"
         for dtype in HALF if tokens == 64 else [HALF[i % 2]]:
-            yield case(FORWARD, *shape, 16, dtype, kernel, 1, dropout_p=0.1)
+            yield case(FORWARD, *shape, 16, dtype, kernel, 3, dropout_p=0.1)
     # Rows of 320 begin in the middle of the larger blocks.
     for form in ({"block_size": b, "double_quant": d} for b in reference.BLOCK_SIZES if b >= 64 for d in (False, True)):
         yield case(FORWARD, 34, 150, 320, None, kernel="sm100", **form)
@@ -164,6 +164,35 @@ def sm100() -> Iterator[Case]:
     for rank in (None, 0, 1, 5, 12, 64, 130, 256):
         yield case(FORWARD, 40, 72, 704, rank, HALF[rank == 5], "sm100", bias=rank is None, dropout_p=0.3)
     yield case(FORWARD, 257, 300, 64, 150, kernel="sm100:tokens=256")  # more chunks of ranks than stages
+
+
+def sm100_dx() -> Iterator[Case]:
+    """The same of its dX, where dropout masks LoRA's sums before the others are added."""
+    for i, (shape, tokens, splits, multicast) in enumerate(
+        (
+            ((64, 64, 128), 64, 1, 1),
+            ((33, 136, 64), 64, 2, 1),
+            ((65, 840, 320), 64, 3, 1),
+            ((70, 1000, 64), 64, 8, 1),
+            ((127, 648, 192), 128, 1, 1),
+            ((200, 8, 320), 128, 1, 2),
+            ((129, 456, 448), 128, 2, 2),
+            ((257, 328, 192), 256, 1, 1),
+            ((130, 712, 320), 256, 2, 1),
+        )
+    ):
+        kernel = f"sm100:tokens={tokens},splits={splits},multicast={multicast}"
+        for dtype in HALF if tokens == 64 else [HALF[i % 2]]:
+            yield case(DX, *shape, 16, dtype, kernel, 3, dropout_p=0.3 * (shape[0] != 65))
+    for form in ({"block_size": b, "double_quant": d} for b in reference.BLOCK_SIZES if b >= 64 for d in (False, True)):
+        yield case(DX, 34, 72, 320, None, kernel="sm100", **form)
+    for dtype in HALF:
+        yield from (case(DX, 40, 72, 320, 8, dtype, "sm100", code="shuffled", double_quant=d) for d in (False, True))
+    for form in ("fp4", "made up", "nf4 alone"):
+        yield case(DX, 20, 200, 640, 8, BF16, "sm100", 0, form)
+    for rank in (None, 0, 1, 5, 12, 64, 130, 256):
+        yield case(DX, 40, 200, 192, rank, HALF[rank == 5], "sm100", dropout_p=0.3 * (rank != 130))
+    yield case(DX, 200, 64, 192, 8, kernel="sm100", dropout_p=1.0)
 
 
 def many_tokens() -> Iterator[Case]:
@@ -216,6 +245,7 @@ def forced() -> Iterator[Case]:
         (("sm90", "sm90:tokens=128,splits=2", "sm90:splits=4"), FORWARD),
         (("sm90",), DX),
         (("sm100", "sm100:tokens=128,splits=2", "sm100:tokens=256,splits=4"), FORWARD),
+        (("sm100", "sm100:tokens=256,splits=2"), DX),
     ):
         for kernel in kernels:
             m = min(11, FEW) if kernel.startswith("few_tokens") else 11
@@ -301,7 +331,7 @@ def test_ranks_of_sm90(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, monkeypatch)
 
 
-@each(sm100())
+@each([*sm100(), *sm100_dx()])
 def test_sm100(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, monkeypatch)
 

@@ -67,6 +67,7 @@ def test_operands_at_any_address(case: Case) -> None:
         *(case(FORWARD, m, 40, k, None, double_quant=False) for m, k in ((3, 128), (3, 95), (40, 128))),
         case(FORWARD, 40, 40, 192, None, kernel="sm90", double_quant=False),  # a row ends in the middle of a stage
         case(FORWARD, 40, 40, 192, None, kernel="sm100", double_quant=False),
+        case(DX, 40, 72, 192, None, kernel="sm100", double_quant=False),
         case(DX, 40, 72, 192, None, kernel="sm90", double_quant=False),
     ]
 )
@@ -86,7 +87,7 @@ def test_a_block_that_is_nan_gives_nan(case: Case) -> None:
         *(case(FORWARD, m, 72, 320) for m in (1, 7, 16)),
         *(case(FORWARD, m, 40, 128, None, dtype) for m in (8, 64) for dtype in HALF),
         *(case(op, 64, 72, 128, None, dtype, "sm90") for op in (FORWARD, DX) for dtype in HALF),
-        *(case(FORWARD, 64, 72, 128, None, dtype, "sm100") for dtype in HALF),
+        *(case(op, 64, 72, 128, None, dtype, "sm100") for op in (FORWARD, DX) for dtype in HALF),
     ]
 )
 def test_values_that_are_not_finite_stay_in_their_token(case: Case, bad: float) -> None:
@@ -179,7 +180,7 @@ def test_two_streams_and_graphs() -> None:
         assert all(map(torch.equal, captured, expected))
 
 
-@each([case(DX, 40, 72, 128, 4, dropout_p=0.5), case(DX, 40, 72, 128, 4, kernel="sm90", dropout_p=0.5)])
+@each([case(DX, 40, 72, 128, 4, kernel=kernel, dropout_p=0.5) for kernel in ("", "sm90", "sm100")])
 def test_a_seed_on_the_device_draws_the_same_mask(case: Case) -> None:
     s, dy = case.sample()
     *lora, seed = s.lora_args

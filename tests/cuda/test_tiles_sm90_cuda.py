@@ -1,5 +1,5 @@
 """The persistent CTAs of Hopper's kernels compute more than one tile, alone or in pairs, of one weight or of experts,
-and so do those of Blackwell's forward of one weight. There is more work than the clusters that can be resident, so
+and so do those of Blackwell's kernels of one weight. There is more work than the clusters that can be resident, so
 these tests run in a process of their own, where the simulated card has 8 SMs, and where the kernel is forced for few
 tokens, too."""
 
@@ -42,7 +42,7 @@ TILES = {
         (256, 1, 2, 257, 136, 80),
     ],
 }
-if KERNEL == "sm100":  # stages and chunks of 64, eight slots, and four in the largest tile
+if KERNEL == "sm100":  # stages and chunks of 64; eight slots in the forward, six in dX, and four in the largest tile
     TILES = {
         FORWARD: [
             (64, 1, 1, 33, 64, None),
@@ -53,7 +53,15 @@ if KERNEL == "sm100":  # stages and chunks of 64, eight slots, and four in the l
             (256, 1, 1, 257, 448, 200),
             (256, 2, 2, 257, 640, None),
             (256, 4, 2, 65, 1024, 80),
-        ]
+        ],
+        DX: [
+            (64, 1, 1, 33, 200, None),
+            (64, 1, 2, 33, 456, 130),
+            (128, 1, 1, 129, 136, 80),
+            (128, 2, 2, 129, 328, 16),
+            (256, 3, 1, 129, 520, 200),
+            (256, 1, 2, 257, 136, 80),
+        ],
     }
 # (rows of each expert, n, k, rank, dtype): all tails of tokens and outputs, of stages (128 k, 64 n) and of chunks of
 # ranks; experts without rows first, between and last; one row per expert.
