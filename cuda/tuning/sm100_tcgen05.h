@@ -31,7 +31,7 @@ constexpr sm90::Stage forward_stage(int64_t tokens) {
   return {2 * tokens + 64 + 256 + 4, tokens * 128, 128 * (32 + 1)};
 }
 // The same for dX, whose decoders write scales and read them again.
-constexpr sm90::Stage dx_stage(int64_t tokens) { return {2 * tokens + 64 + 256 + 40, tokens * 128, 64 * (64 + 32)}; }
+constexpr sm90::Stage dx_stage(int64_t tokens) { return {2 * tokens + 64 + 256 + 72, tokens * 128, 64 * (64 + 32)}; }
 
 // Per cycle: twice an H100's, because a B200 has two dies of its size. An assumption.
 inline constexpr int64_t kL2Bytes = 2 * sm90::kL2Bytes;

@@ -169,7 +169,7 @@ def test_a_b200_runs_the_kernel_that_takes_the_least_time(chosen: dict) -> None:
     for m, n, k, _, _, _, kernel, library, fused, forward, of_dx, dx in chosen["b200"]:
         for op, (*tile, own), sizes, scales, choice in (
             ("forward", forward, (m, n, k), 4, (kernel, library, fused)),
-            ("dx", dx, (m, k, n), 40, of_dx),
+            ("dx", dx, (m, k, n), 72, of_dx),
         ):
             case = (op, m, n, k)
             assert own == pytest.approx(tcgen05_time(*sizes, scales, tile), abs=1), case
@@ -187,7 +187,7 @@ def test_a_b200_runs_the_kernel_that_takes_the_least_time(chosen: dict) -> None:
     assert kernels == {(op, name) for op in ("forward", "dx") for name in ("sm100", "library")}
     # Besides a launch, in microseconds
     assert {m: round(times["forward", m, 4096, 4096] / 1000) for m in (64, 128, 256)} == {64: 6, 128: 7, 256: 9}
-    assert {m: round(times["dx", m, 4096, 4096] / 1000) for m in (64, 128, 256)} == {64: 6, 128: 7, 256: 9}
+    assert {m: round(times["dx", m, 4096, 4096] / 1000) for m in (64, 128, 256)} == {64: 6, 128: 7, 256: 10}
 
 
 def units_time(whole: int, cut: int, parts: int, stages: int, sms: int) -> int:
