@@ -17,36 +17,6 @@
 
 namespace qlora::kernels {
 
-// The scales of a thread's row, loaded a stage of its group ahead of their use.
-template <class Tile>
-class LinearSm100Scales {
- public:
-  __device__ __forceinline__ LinearSm100Scales(const tile::ScaleView& view, int64_t row, int64_t k, int stage0,
-                                               uint32_t base)
-      : view_(view),
-        segment0_(row * (k / Tile::kStageK) + stage0),
-        lane_values_(base + Tile::kScaleValues + threadIdx.x % 32 * 4),
-        offset_(tile::nested_offset(view)) {}
-
-  __device__ __forceinline__ void load(int stage) {
-    tile::reload_scale(view_, segment0_ + stage >> view_.block_shift - 6, raw_);
-    static_assert(Tile::kStageK == 1 << 6);
-  }
-  __device__ __forceinline__ float decode() const {
-    const auto value_of = [&](uint32_t code) {
-      return ptx::load_shared_f32(lane_values_ + code * tile::kPairF32EntryBytes);
-    };
-    return tile::decode_scale_by(view_, raw_.value, raw_.code, value_of, offset_);
-  }
-
- private:
-  const tile::ScaleView& view_;
-  int64_t segment0_;
-  uint32_t lane_values_;
-  float offset_;
-  tile::RawScale raw_;
-};
-
 // Decodes 64 weights of a row.
 template <class Tile>
 __device__ __forceinline__ void decode_row(uint32_t packed, int row, uint32_t table, float scale, uint32_t (&a)[32]) {
@@ -79,22 +49,26 @@ template <class Tile>
 __device__ __forceinline__ void decode_stages(const LinearSm90Args<typename Tile::T>& p,
                                               const tile::Sm90Work<Tile>& work, uint32_t tensor, uint32_t base) {
   const int row = threadIdx.x % Tile::kProducers;
+  static_assert(Tile::kStageK == 1 << 6);
   tile::Sm100Decoder<Tile> decoder(base, tensor);
+  tile::Sm100Scale<Tile> scale(p.scales, base);
   const auto& slot = decoder.ring.slot;
   work.for_tiles([&](int64_t token0, int64_t n0) {
     // Rows that do not exist have the scales of the last one.
-    LinearSm100Scales<Tile> scales(p.scales, n0 + row < p.n ? n0 + row : p.n - 1, p.k, work.stage0, base);
-    const int first = decoder.has_slot() ? 0 : 1;
-    if (first < work.stages) scales.load(first);
+    const int64_t segment0 = (n0 + row < p.n ? n0 + row : p.n - 1) * (p.k / Tile::kStageK) + work.stage0;
+    const auto load_scale = [&](int stage) {
+      if (stage < work.stages) scale.load(segment0 + stage >> p.scales.block_shift - 6);
+    };
+    load_scale(decoder.has_slot() ? 0 : 1);
     decoder.ring.for_slots(
         work,
         [&](int stage) {
           if (!decoder.has_slot()) return;
           uint32_t w[32];
           decoder.wait_full();
-          const float scale = scales.decode();
-          if (stage + Tile::kGroups < work.stages) scales.load(stage + Tile::kGroups);
-          decode_row<Tile>(base + Tile::kPacked + slot * Tile::kStagePackedBytes, row, base + Tile::kTable, scale, w);
+          const float factor = scale.decode();
+          load_scale(stage + Tile::kGroups);  // which this thread decodes next
+          decode_row<Tile>(base + Tile::kPacked + slot * Tile::kStagePackedBytes, row, base + Tile::kTable, factor, w);
           ptx::store_tensor_memory(decoder.w(), w);
           decoder.publish_slot();
         },

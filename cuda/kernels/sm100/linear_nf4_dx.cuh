@@ -16,40 +16,6 @@
 
 namespace qlora::kernels {
 
-// The scale of each stage for one row of it and 64 columns, loaded a stage of the group ahead of its use. Rows that do
-// not exist have the scales of the last one, and columns those of the first.
-template <class Tile>
-class DxSm100Scales {
- public:
-  __device__ __forceinline__ DxSm100Scales(const tile::ScaleView& view, int64_t row0, int64_t column, int64_t n,
-                                           int64_t k, uint32_t base)
-      : view_(view),
-        row_(row0 + threadIdx.x % Tile::kStageRows),
-        n_(n),
-        k_(k),
-        column_(column < k ? column : 0),
-        lane_values_(base + Tile::kScaleValues + threadIdx.x % 32 * 4),
-        offset_(tile::nested_offset(view)) {}
-
-  __device__ __forceinline__ void load(int stage) {
-    const int64_t row = row_ + stage * Tile::kStageRows;
-    tile::reload_scale(view_, (row < n_ ? row : n_ - 1) * k_ + column_ >> view_.block_shift, raw_);
-  }
-  __device__ __forceinline__ float decode() const {
-    const auto value_of = [&](uint32_t code) {
-      return ptx::load_shared_f32(lane_values_ + code * tile::kPairF32EntryBytes);
-    };
-    return tile::decode_scale_by(view_, raw_.value, raw_.code, value_of, offset_);
-  }
-
- private:
-  const tile::ScaleView& view_;
-  int64_t row_, n_, k_, column_;
-  uint32_t lane_values_;
-  float offset_;
-  tile::RawScale raw_;
-};
-
 // Applies dropout to 32 tokens of the thread's column: dropped elements become zero, and the others are scaled. One
 // call of Philox draws the four columns of threads t, t + 8, t + 16 and t + 24 of the warp, for one token. So each of
 // them draws for every fourth token. `index` is that of the first token and the first of the four columns. The drawing
@@ -81,6 +47,7 @@ __device__ __forceinline__ void decode_dx_stages(const DxSm90Args<typename Tile:
   const int thread = threadIdx.x % Tile::kProducers;
   const tile::DxSm100Lane<Tile> lane(base);
   tile::Sm100Decoder<Tile> decoder(base, tensor);
+  tile::Sm100Scale<Tile> scale(p.scales, base);
   const auto& slot = decoder.ring.slot;
   const auto publish = [&](const uint32_t (&w)[2][16]) {
     ptx::store_tensor_memory(decoder.w(), w[0]);
@@ -88,20 +55,26 @@ __device__ __forceinline__ void decode_dx_stages(const DxSm90Args<typename Tile:
     decoder.publish_slot();
   };
   work.for_tiles([&](int64_t token0, int64_t column0) {
-    DxSm100Scales<Tile> scales(p.scales, int64_t{work.stage0} * Tile::kStageRows,
-                               column0 + thread / Tile::kStageRows * Tile::kGroupColumns, p.n, p.k, base);
+    // Rows that do not exist have the scales of the last one, and columns those of the first.
+    const int64_t row0 = int64_t{work.stage0} * Tile::kStageRows + thread % Tile::kStageRows;
+    const int64_t group_column = column0 + thread / Tile::kStageRows * Tile::kGroupColumns;
+    const int64_t column = group_column < p.k ? group_column : 0;
+    const auto load_scale = [&](int stage) {
+      const int64_t row = row0 + stage * Tile::kStageRows;
+      if (stage < work.stages) scale.load((row < p.n ? row : p.n - 1) * p.k + column >> p.scales.block_shift);
+    };
     bool loaded = false;
     decoder.ring.for_slots(
         work,
         [&](int stage) {
           if (!decoder.has_slot()) return;
           uint32_t w[2][16];
-          if (!loaded) scales.load(stage);
+          if (!loaded) load_scale(stage);
           loaded = true;
           decoder.wait_full();
-          ptx::store_shared_f32(base + Tile::kScales + slot * Tile::kStageScaleBytes + thread * 4, scales.decode());
+          ptx::store_shared_f32(base + Tile::kScales + slot * Tile::kStageScaleBytes + thread * 4, scale.decode());
           ptx::barrier_sync<Tile::kProducers>(2 + decoder.group);
-          if (stage + Tile::kGroups < work.stages) scales.load(stage + Tile::kGroups);
+          load_scale(stage + Tile::kGroups);  // which this thread stores next
           lane.decode(slot, w);
           publish(w);
         },

@@ -8,6 +8,7 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/tcgen05.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/tile/generic/block_scale.cuh"
 #include "cuda/tile/generic/unroll.cuh"
 #include "cuda/tile/sm100/layout.cuh"
 #include "cuda/tile/sm90/copies.cuh"
@@ -114,6 +115,26 @@ __device__ __forceinline__ void multiply_stages(const Sm90Work<Tile>& work, bool
     attend_sums<Tile>(work);
   });
 }
+
+// A decoder thread's next scale, which it loads before it needs it.
+template <class Tile>
+class Sm100Scale {
+ public:
+  __device__ __forceinline__ Sm100Scale(const ScaleView& view, uint32_t base)
+      : view_(view), lane_values_(base + Tile::kScaleValues + threadIdx.x % 32 * 4), offset_(nested_offset(view)) {}
+
+  __device__ __forceinline__ void load(int64_t block) { reload_scale(view_, block, raw_); }
+  __device__ __forceinline__ float decode() const {
+    const auto value_of = [&](uint32_t code) { return ptx::load_shared_f32(lane_values_ + code * kPairF32EntryBytes); };
+    return decode_scale_by(view_, raw_.value, raw_.code, value_of, offset_);
+  }
+
+ private:
+  const ScaleView& view_;
+  uint32_t lane_values_;
+  float offset_;
+  RawScale raw_;
+};
 
 // What decoders wait for and publish. Each group has every second slot.
 template <class Tile>
