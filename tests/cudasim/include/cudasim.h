@@ -105,7 +105,8 @@ struct LaunchResult {
 };
 
 // Runs the whole grid before it returns. Environment:
-//   CUDASIM_CHECK=race,init   also check shared-memory races and reads of uninitialized shared memory;
+//   CUDASIM_CHECK=race,init   also check races on shared and tensor memory and reads of what nobody has written there;
+//                 fence       tcgen05.fence and tcgen05.wait::ld, as the ISA wants them (with race);
 //                 grid        and races between blocks on global memory (`benign`: not those of equal values)
 //   CUDASIM_SEED=n            shuffles block and warp scheduling, to expose order dependence
 //   CUDASIM_THREADS=n         host threads (default: all); 1 makes the order of atomics repeatable

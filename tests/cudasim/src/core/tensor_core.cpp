@@ -278,15 +278,17 @@ void commit(Warp& w, const Op& o, uint32_t m) {
     if (o.flags & MULTICAST) p.ctas = w.r<uint16_t>(o.ext->v[0][0])[l];
     if (!p.ctas || p.ctas >> g.blocks.size())
       fault(Fault::shared_out_of_bounds, l, "multicast mask " + hex(p.ctas) + " names a CTA outside the cluster");
-    for (uint32_t cta = 0; cta < g.blocks.size(); ++cta)
-      if (p.ctas >> cta & 1 && cta != w.blk->rank) reach_peer(w, l, *g.blocks[cta], false);
+    for (uint32_t cta = 0; cta < g.blocks.size(); ++cta) {
+      if (!(p.ctas >> cta & 1)) continue;
+      if (cta != w.blk->rank) reach_peer(w, l, *g.blocks[cta], false);
+      if (w.wk->grid) w.wk->grid->hand_over(w, g.shared_grid[sync_key(cta, p.mbar)]);
+    }
     if (w.blk->shadow && w.blk->shadow->race) {
       w.vc[warp_number(w)] = w.clock++;
       p.clocks = w.vc;
       // as after a tcgen05.fence::before_thread_sync
       p.clocks[tensor_core(g)] = p.clocks[2 * clock_count(w) + tensor_core(g)] = w.tensor_clock;
     }
-    if (w.wk->grid) w.wk->grid->hand_over(w, g.shared_grid[sync_key(b->rank, p.mbar)]);
     queue(w, std::move(p));
   }
 }

@@ -1,8 +1,8 @@
 // Blackwell's tensor memory (TMEM) and the work of its tensor cores: what tcgen05 instructions access and queue.
 //
-// A CTA has 128 lanes of 512 columns of 32 bits. All of it takes effect as late as the program allows: tcgen05.ld
-// writes its registers at tcgen05.wait::ld, tcgen05.st writes at tcgen05.wait::st, and tcgen05.mma runs when a thread
-// checks the mbarrier of a tcgen05.commit behind it.
+// A CTA has 128 lanes of 512 columns of 32 bits. Work takes effect as late as the program allows: tcgen05.st writes at
+// tcgen05.wait::st, and tcgen05.mma runs when a thread checks the mbarrier of a tcgen05.commit behind it. Only with
+// CUDASIM_CHECK=fence does tcgen05.ld write its registers at tcgen05.wait::ld.
 #pragma once
 #include <array>
 #include <cstdint>

@@ -1,4 +1,6 @@
 // Blackwell: tensor memory and tcgen05. `bug` plants a mistake.
+#include <cuda.h>
+
 #include <cstdint>
 
 __device__ __forceinline__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -227,4 +229,35 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(128)
   fence_before();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
   if (warp == 0) asm volatile("tcgen05.dealloc.cta_group::2.sync.aligned.b32 %0, 512;" ::"r"(tm) : "memory");
+}
+
+// Each CTA of a pair copies 16 rows to itself and 16 rows to both. All of it completes on the mbarrier of the first.
+extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(128)
+    pair_copies(const __grid_constant__ CUtensorMap map, int* out) {
+  __shared__ __align__(128) int s[48][16];
+  __shared__ uint64_t bar;
+  const int t = threadIdx.x, rank = blockIdx.x;
+  if (t == 0) mbar_init(&bar);
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (rank == 0 && t == 0)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem(&bar)), "r"(2 * (int)sizeof s)
+                 : "memory");
+  if (t == 0) {
+    const uint32_t leader = smem(&bar) & 0xfeffffff;
+    asm volatile(
+        "cp.async.bulk.tensor.2d.cta_group::2.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {0, "
+        "%3}], [%2];" ::"r"(smem(s)),
+        "l"(&map), "r"(leader), "r"(16 * rank)
+        : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.cta_group::2.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::"
+        "cluster "
+        "[%0], [%1, {0, %3}], [%2], %4;" ::"r"(smem(s[16 + 16 * rank])),
+        "l"(&map), "r"(leader), "r"(32 + 16 * rank), "h"((unsigned short)3)
+        : "memory");
+  }
+  __syncthreads();
+  if (rank == 0) mbar_wait(&bar, 0);
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  for (int i = t; i < 48 * 16; i += 128) out[rank * 48 * 16 + i] = s[i / 16][i % 16];
 }

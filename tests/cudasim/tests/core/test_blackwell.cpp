@@ -1,5 +1,6 @@
 // Tensor memory and tcgen05.
 #include "harness.h"
+#include "tensor_map.h"
 
 using namespace test;
 using cudasim::Fault;
@@ -327,6 +328,24 @@ void pairs(Ptx& p) {
   }
 }
 
+void pair_copies(Ptx& p) {
+  current += " pair_copies";
+  Buf<int> in(64 * 16), out(2 * 48 * 16);
+  for (int i = 0; i < 64 * 16; ++i) in[size_t(i)] = i;
+  const MapArg map{map2d(in.p, 64, 16, 16, 16, 4, 0)};
+  for (const char* checks : {"", "race,init"}) {
+    Env c("CUDASIM_CHECK", checks);
+    ok(run(p, "pair_copies", {{2}, {128}, {2}}, map, out.p));
+    int wrong = 0;
+    for (int rank = 0; rank < 2; ++rank)
+      for (int i = 0; i < 48 * 16; ++i) {
+        const int row = i / 16, from = row < 16 ? 16 * rank + row : row + 16;
+        wrong += out[size_t(rank * 48 * 16 + i)] != from * 16 + i % 16;
+      }
+    check(wrong == 0, std::to_string(wrong) + " elements");
+  }
+}
+
 }  // namespace
 
 void blackwell(const std::string& file) {
@@ -334,7 +353,7 @@ void blackwell(const std::string& file) {
   Ptx p(dir + "/" + file);
   if (!p.m) return;
   arch = 100;
-  for (const auto test : {products, half_results_and_disabled_lanes, card, faults, shapes, pairs}) {
+  for (const auto test : {products, half_results_and_disabled_lanes, card, faults, shapes, pairs, pair_copies}) {
     current = file;
     test(p);
   }
