@@ -44,6 +44,7 @@ class Gpu:
     half: float
     mma_flops: int  # 16-bit operands, float32 sums, mma.sync
     wgmma_flops: int = 0
+    tcgen05_flops: int = 0
     integer: float = 2
     convert: float = 2
     special: float = 0.5
@@ -59,7 +60,8 @@ class Gpu:
 # Clocks, widths and throughputs: NVIDIA's data sheets and the throughput table of the CUDA programming guide. DRAM: 91,
 # 87 and 92% of the peak. L2's rates, the latencies and mma.sync's 5/8 of wgmma's rate on Hopper are rough.
 # Which SMs of a GPC work differs from card to card. The H100's are those of a card with 31 clusters of 4 and 15 of 8;
-# with 18,18,16,16,16,16,16,16 it has 32 and 16.
+# with 18,18,16,16,16,16,16,16 it has 32 and 16. The B200's figures are those of its data sheet,
+# and rough where it has none: GPCs, L2, latency, mma.sync.
 GPUS = {
     "h100": Gpu(
         name="H100 SXM",
@@ -76,6 +78,22 @@ GPUS = {
         half=4,
         mma_flops=2560,
         wgmma_flops=4096,
+    ),
+    "b200": Gpu(
+        name="B200",
+        gpcs=(20, 20, 18, 18, 18, 18, 18, 18),
+        ghz=1.85,
+        dram=7300,
+        l2=10000,
+        l2_port=64,
+        dram_cycles=800,
+        threads=2048,
+        blocks=32,
+        shared=228 << 10,
+        fp32=4,
+        half=4,
+        mma_flops=2048,
+        tcgen05_flops=8192,
     ),
     "a100": Gpu(
         name="A100 SXM 80 GB",
@@ -196,13 +214,21 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     # L2 serves whatever bypasses L1 (cp.async, bulk copies and writes), and of the other loads at least each byte once.
     read, copied = count("global_sectors_read"), count("async_sectors_read")
     through_l2 = count("global_sectors_written") + min(read - copied, count("unique_bytes_read") // SECTOR)
-    flops = count("mma_flops")
+    tcgen05 = count("tcgen05_flops")
+    flops = count("mma_flops") - tcgen05
     # An mma.m16n8k32 of 8-bit numbers is 8192 flops per warp; what does more is wgmma.
     wgmma = gpu.wgmma_flops and flops > 8192 * max(1, count("mma"))
     # One data path of 128 bytes serves shared memory and L1. A load or store takes it at least once, a copy when it
     # arrives. Per 8192 flops, wgmma reads 128 bytes of its second operand; our kernels hold the first in registers.
+    # What tcgen05.mma reads is counted; operands in tensor memory do not take this path.
     passes = max((read - copied + count("global_sectors_written")) / 4, count("load_global", "store_global"))
     passes += count("shared_wavefronts") + count("async_sectors_received") / 4 + (flops / 8192 if wgmma else 0)
+    passes += count("tcgen05_wavefronts")
+    tensor = on_multiprocessor(flops, gpu.wgmma_flops if wgmma else gpu.mma_flops)
+    if tcgen05:
+        if not gpu.tcgen05_flops:
+            raise ValueError(f"{launch['kernel']} uses tcgen05, which {gpu.name} does not have")
+        tensor += on_multiprocessor(tcgen05, gpu.tcgen05_flops)
     bounds = {
         "issue": on_multiprocessor(issued, gpu.issue),
         "integer": on_multiprocessor(integer, gpu.integer),
@@ -212,7 +238,7 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
         "special": on_multiprocessor(count("special"), gpu.special),
         "shuffle": on_multiprocessor(count("shuffle"), gpu.exchange),
         "constant": on_multiprocessor(count("constant_wavefronts"), gpu.constant),
-        "tensor": on_multiprocessor(flops, gpu.wgmma_flops if wgmma else gpu.mma_flops),
+        "tensor": tensor,
         "shared+L1": on_multiprocessor(passes, 1),
         "L2 port": on_multiprocessor(SECTOR * (through_l2 + count("async_sectors_received")), gpu.l2_port),
         "L2": SECTOR * (through_l2 + copied) / gpu.l2 * 1e-3,

@@ -64,7 +64,8 @@ struct Profile {
   uint64_t integer = 0, fp32 = 0, half = 0, convert = 0, special = 0, control = 0, mma = 0, load_global = 0,
            store_global = 0, load_shared = 0, store_shared = 0, load_local = 0, store_local = 0, load_const = 0,
            async_copy = 0, barrier = 0, shuffle = 0, atomic = 0;
-  uint64_t mma_flops = 0;                                                    // 2*m*n*k summed over mma/wgmma
+  uint64_t mma_flops = 0;                              // 2*m*n*k summed over mma/wgmma/tcgen05
+  uint64_t tcgen05_flops = 0, tcgen05_wavefronts = 0;  // of them by tcgen05, and what it reads of shared memory
   uint64_t global_sectors_read = 0, global_sectors_written = 0;              // 32-byte sectors, summed over requests
   uint64_t global_sectors_read_ideal = 0, global_sectors_written_ideal = 0;  // ceil(bytes asked / 32)
   uint64_t unique_bytes_read = 0, unique_bytes_written = 0;                  // footprint in 32-byte sectors * 32
@@ -91,8 +92,9 @@ enum class Fault {
   grid_race,
   grid_same_value,
   non_coherent,
-  registers,       // setmaxnreg or wgmma.fence
-  shared_lifetime  // shared memory of a block that has not begun or has ended
+  registers,        // setmaxnreg or wgmma.fence
+  shared_lifetime,  // shared memory of a block that has not begun or has ended
+  tensor_memory     // allocation, lanes, waits and descriptors of tcgen05
 };
 
 struct LaunchResult {
@@ -103,7 +105,8 @@ struct LaunchResult {
 };
 
 // Runs the whole grid before it returns. Environment:
-//   CUDASIM_CHECK=race,init   also check shared-memory races and reads of uninitialized shared memory;
+//   CUDASIM_CHECK=race,init   also check races on shared and tensor memory and reads of what nobody has written there;
+//                 fence       tcgen05.fence and tcgen05.wait::ld, as the ISA wants them (with race);
 //                 grid        and races between blocks on global memory (`benign`: not those of equal values)
 //   CUDASIM_SEED=n            shuffles block and warp scheduling, to expose order dependence
 //   CUDASIM_THREADS=n         host threads (default: all); 1 makes the order of atomics repeatable

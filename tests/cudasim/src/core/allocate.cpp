@@ -32,6 +32,7 @@ bool writes_first(const AInstr& in) {
                  "fence",   "membar",    "discard", "applypriority", "griddepcontrol", "trap",     "brkpt",
                  "pmevent", "tensormap"})
     if (n == x) return false;
+  if (n == "tcgen05") return in.mods.size() > 1 && in.mods[1] == "ld";
   if (n == "wmma") return in.mods.size() > 1 && (in.mods[1] == "load" || in.mods[1] == "mma");
   return selectors().count(n) != 0;
 }
@@ -104,7 +105,9 @@ std::vector<uint32_t> colour_registers(const Decoder& d, const AFunction& f) {
         touch(r, i);
         if (!test(b.def, r)) set(b.use, r);
       };
-      bool wr = writes_first(in), wgmma = in.mods[0] == "wgmma";
+      const bool wr = writes_first(in);
+      const bool late =
+          in.mods[0] == "wgmma" || (in.mods[0] == "tcgen05" && wr);  // registers are used after the instruction
       if (in.pred >= 0) use(in.pred);
       for (size_t k = wr ? 1 : 0; k < in.ops.size(); ++k) each_reg(in.ops[k], use);
       if (wr)
@@ -115,7 +118,7 @@ std::vector<uint32_t> colour_registers(const Decoder& d, const AFunction& f) {
           else
             set(b.def, r);
         });
-      if (wgmma)
+      if (late)
         for (auto& o : in.ops) each_reg(o, [&](int r) { set(pinned, r); });
     }
     for (auto t : targets[b.last])

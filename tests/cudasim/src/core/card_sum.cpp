@@ -137,4 +137,16 @@ void add_as_card(const CardSum& card, int rows, int K, const float* A, const flo
   }
 }
 
+void add_in_order(int rows, int K, const float* A, const float* B, float* acc) {
+  for (int first = 0; first < rows; first += 8) {
+    __m256 c[8];
+    for (int i = 0; i < 8; ++i) c[i] = _mm256_loadu_ps(acc + 8 * (first + i));
+    for (int k = 0; k < K; ++k) {
+      const __m256 x = _mm256_loadu_ps(B + 8 * k);
+      for (int i = 0; i < 8; ++i) c[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(A + (first + i) * K + k), x, c[i]);
+    }
+    for (int i = 0; i < 8; ++i) _mm256_storeu_ps(acc + 8 * (first + i), c[i]);
+  }
+}
+
 }  // namespace cudasim

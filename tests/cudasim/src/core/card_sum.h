@@ -21,4 +21,7 @@ CardSum card_sum(int arch, bool wgmma, Ty a, Ty b, Ty result, int K);
 // acc[r][8] += A[r][K] * B[K][8] for each of the rows.
 void add_as_card(const CardSum& card, int rows, int K, const float* A, const float* B, float* acc);
 
+// The same in float32, rounding each sum to nearest, in order of k.
+void add_in_order(int rows, int K, const float* A, const float* B, float* acc);
+
 }  // namespace cudasim

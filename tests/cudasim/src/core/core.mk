@@ -18,12 +18,14 @@ $(BUILD)/libcudasim_core.a: $(CORE_OBJECTS)
 	rm -f $@
 	ar rcs $@ $^
 
-# tests/core/<name>.cu -> $(CORE_TEST)/<name>.{80,80g,90a}.ptx; *_sm90.cu only for 90a
-CORE_KERNELS := $(wildcard tests/core/*.cu)
+# tests/core/<name>.cu -> $(CORE_TEST)/<name>.{80,80g,90a}.ptx; *_sm90.cu only for 90a, and *_sm100.cu only for 100a
+CORE_KERNELS100 := $(wildcard tests/core/*_sm100.cu)
+CORE_KERNELS := $(filter-out $(CORE_KERNELS100),$(wildcard tests/core/*.cu))
 CORE_KERNELS80 := $(filter-out %_sm90.cu,$(CORE_KERNELS))
 CORE_PTX := $(patsubst tests/core/%.cu,$(CORE_TEST)/%.80.ptx,$(CORE_KERNELS80)) \
   $(patsubst tests/core/%.cu,$(CORE_TEST)/%.80g.ptx,$(CORE_KERNELS80)) \
-  $(patsubst tests/core/%.cu,$(CORE_TEST)/%.90a.ptx,$(CORE_KERNELS))
+  $(patsubst tests/core/%.cu,$(CORE_TEST)/%.90a.ptx,$(CORE_KERNELS)) \
+  $(patsubst tests/core/%.cu,$(CORE_TEST)/%.100a.ptx,$(CORE_KERNELS100))
 CORE_NVCC := $(NVCC) -ptx -std=c++17 -diag-suppress 20054
 
 $(CORE_TEST)/%.80.ptx: tests/core/%.cu
@@ -35,6 +37,9 @@ $(CORE_TEST)/%.80g.ptx: tests/core/%.cu
 $(CORE_TEST)/%.90a.ptx: tests/core/%.cu
 	@mkdir -p $(@D)
 	$(CORE_NVCC) -arch=compute_90a $< -o $@
+$(CORE_TEST)/%.100a.ptx: tests/core/%.cu
+	@mkdir -p $(@D)
+	$(CORE_NVCC) -arch=compute_100a $< -o $@
 
 $(CORE_TEST)/test_core: $(wildcard tests/core/*.cpp tests/core/*.h) $(BUILD)/libcudasim_core.a
 	@mkdir -p $(@D)

@@ -49,6 +49,7 @@ const SelectorMap& selectors() {
     register_async(m);
     register_mbarrier(m);
     register_wgmma(m);
+    register_tcgen05(m);
     register_registers(m);
     return m;
   }();

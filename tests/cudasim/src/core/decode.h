@@ -118,6 +118,7 @@ void register_wmma(SelectorMap&);
 void register_async(SelectorMap&);
 void register_mbarrier(SelectorMap&);
 void register_wgmma(SelectorMap&);
+void register_tcgen05(SelectorMap&);
 void register_registers(SelectorMap&);
 
 }  // namespace cudasim

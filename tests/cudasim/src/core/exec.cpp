@@ -49,6 +49,9 @@ void Warp::start(Block* b, uint32_t idx, uint32_t lanes, const Function* fn) {
   arrives.clear();
   mma_groups.clear();
   mma_open.ops.clear();
+  tensor_loads.clear();
+  tensor_stores.clear();
+  tensor_clock = 0;
   registers = b->ls->registers;
   fences = 1;
   register_writes.assign(b->ls->image->tracked_registers, {});
@@ -165,6 +168,8 @@ void Group::start(uint32_t cluster_index) {
   cluster_arrived = cluster_phase = 0;
   bulk.clear();
   async_clock = 0;
+  tensor_work.clear();
+  tensor_clock = 0;
   cluster_vc.clear();
   cluster_grid = {};
   shared_grid.clear();
@@ -194,6 +199,7 @@ void Group::start(uint32_t cluster_index) {
     b.shared_bytes = ls.shared_bytes;
     memset(b.shared, 0xff, b.shared_bytes);  // reads of unwritten shared memory give NaN / -1
     for (auto& bar : b.bars) bar = Barrier();
+    b.tensor_memory.reset();
     b.register_pool = 0;
     b.triggered = false;
     b.visits.assign(ls.cluster_size > 1 && ls.check_race ? ls.cluster_size * b.nwarps : 0, {});

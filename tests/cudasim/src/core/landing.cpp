@@ -33,7 +33,7 @@ void land_bulk(Group& g, BulkCopy& c) {
   need_valid(m, -1, c.mbar);
   if (g.blocks[c.mbar_cta]->shadow && g.blocks[c.mbar_cta]->shadow->race && c.mbar_cta != c.dst_cta) {
     auto& v = g.blocks[c.mbar_cta]->shadow->sync[sync_key(c.mbar_cta, c.mbar)];
-    v.resize(g.order.size() + 1, 0);
+    if (v.size() <= g.order.size()) v.resize(g.order.size() + 1, 0);
     v[g.order.size()] = g.async_clock;
   }
   m.tx -= int32_t(c.data.size());

@@ -148,7 +148,8 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
   ls.group_count = nblocks / ls.cluster_size;
   if (const char* e = getenv("CUDASIM_CHECK")) {
     std::string s(e);
-    ls.check_race = s.find("race") != s.npos;
+    ls.check_fence = s.find("fence") != s.npos;
+    ls.check_race = ls.check_fence || s.find("race") != s.npos;
     ls.check_init = s.find("init") != s.npos;
     if (s.find("grid") != s.npos) ls.grid_check = std::make_shared<Grid>(ls, s.find("benign") != s.npos);
   }
@@ -207,6 +208,8 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
     for (int i = 0; i < C_count; ++i) sum.warp[i] += c.warp[i];
     sum.threads += c.threads;
     sum.mma_flops += c.mma_flops;
+    sum.tcgen05_flops += c.tcgen05_flops;
+    sum.tcgen05_wavefronts += c.tcgen05_wavefronts;
     sum.sectors_read += c.sectors_read;
     sum.sectors_written += c.sectors_written;
     sum.sectors_read_ideal += c.sectors_read_ideal;
@@ -243,6 +246,8 @@ LaunchResult launch(Kernel* k, const LaunchConfig& cfg) {
   p.shuffle = sum.warp[C_shuffle];
   p.atomic = sum.warp[C_atomic];
   p.mma_flops = sum.mma_flops;
+  p.tcgen05_flops = sum.tcgen05_flops;
+  p.tcgen05_wavefronts = sum.tcgen05_wavefronts;
   p.global_sectors_read = sum.sectors_read;
   p.global_sectors_written = sum.sectors_written;
   p.global_sectors_read_ideal = sum.sectors_read_ideal;

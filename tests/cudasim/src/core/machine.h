@@ -18,6 +18,7 @@
 
 #include "grid.h"
 #include "program.h"
+#include "tensor_memory.h"
 
 namespace cudasim {
 
@@ -149,6 +150,11 @@ struct Warp {
   std::vector<PendingStore> bulk[32];
   uint32_t bulk_group[32];
 
+  // tensor memory
+  std::vector<PendingTensorAccess> tensor_loads, tensor_stores;
+  uint32_t tensor_clock = 0;          // race detection: of the tensor cores, at the warp's last tcgen05.mma
+  std::vector<uint32_t> tensor_seen;  // what was published before the last tcgen05.fence::after_thread_sync
+
   // registers (ops_registers.cpp)
   uint32_t registers = 0;  // per thread, as setmaxnreg left it
   struct RegisterWrite {
@@ -233,8 +239,9 @@ struct Block {
   uint32_t nwarps = 0, live_warps = 0, nthreads = 0;
   Barrier bars[16];
   std::unique_ptr<Shadow> shadow;
-  uint32_t register_pool = 0;  // free registers per thread, summed over warps
-  bool triggered = false;      // griddepcontrol.launch_dependents
+  std::unique_ptr<TensorMemory> tensor_memory;  // once something is allocated
+  uint32_t register_pool = 0;                   // free registers per thread, summed over warps
+  bool triggered = false;                       // griddepcontrol.launch_dependents
   struct Visit {
     uint32_t clock = 0, line = 0;
   };
@@ -259,6 +266,8 @@ struct Group {
   std::unordered_map<uint64_t, Handover> shared_grid;  // and at mbarriers and atomics in shared memory
   std::deque<BulkCopy> bulk;                           // in flight
   uint32_t async_clock = 0;                            // race detection: landings of asynchronous copies
+  std::deque<PendingTensorWork> tensor_work;           // in flight
+  uint32_t tensor_clock = 0;                           // race detection: number of tcgen05.mma issued
   uint64_t serial = 0;
   size_t next = 0;
   void start(uint32_t cluster_index);
@@ -300,7 +309,7 @@ class Footprint {
 };
 
 struct Counters {
-  uint64_t warp[C_count] = {}, threads = 0, mma_flops = 0;
+  uint64_t warp[C_count] = {}, threads = 0, mma_flops = 0, tcgen05_flops = 0, tcgen05_wavefronts = 0;
   uint64_t sectors_read = 0, sectors_written = 0, sectors_read_ideal = 0, sectors_written_ideal = 0;
   uint64_t async_sectors_read = 0, async_sectors_received = 0;
   uint64_t wavefronts = 0, wavefronts_ideal = 0, constant_wavefronts = 0;
@@ -339,7 +348,7 @@ struct LaunchState {
   LaunchResult result;
   int arch = 90;
   bool card_sums = false;  // mma and wgmma add as cards do (card_sum.h)
-  bool check_race = false, check_init = false;
+  bool check_race = false, check_init = false, check_fence = false;
   std::shared_ptr<Grid> grid_check;  // set if races between CTAs are checked
   std::shared_ptr<const Unfinished> after;
   // Some warp executed griddepcontrol.wait; and did so before its CTA allowed dependents to start.

@@ -100,7 +100,14 @@ void each_target(Warp& w, const OpExt& e, int lane, bool multicast, uint32_t own
     }
 }
 
-// ext n: dst, src, mbar triples; v[0] {size}; v[1] {mask}; flags: 1 multicast, 2 source is shared
+// The CTA whose mbarrier a copy to CTA `target` completes on. With cta_group::2, a pair has one, which the parity of
+// the given mbarrier's CTA chooses.
+uint32_t signalled(const Op& o, uint32_t target, const Block& mbar) {
+  if (!(o.flags & 1)) return mbar.rank;
+  return o.flags & 8 ? (target & ~1u) | (mbar.rank & 1) : target;
+}
+
+// ext n: dst, src, mbar triples; v[0] {size}; v[1] {mask}; flags: 1 multicast, 2 source is shared, 8 cta_group::2
 void bulk_load(Warp& w, const Op& o, uint32_t m) {
   const OpExt& e = *o.ext;
   for (uint32_t t = m; t; t &= t - 1) {
@@ -125,8 +132,8 @@ void bulk_load(Warp& w, const Op& o, uint32_t m) {
       if (w.wk->grid) w.wk->grid->access_range(w, l, src, size, Grid::Read);
       memcpy(data.data(), reinterpret_cast<void*>(src), size);
     }
-    bool mc = o.flags & 1;
-    each_target(w, e, l, mc, b->rank, [&](uint32_t r) { issue_bulk(w, l, data, r, off, mc ? r : mbb->rank, moff, 0); });
+    each_target(w, e, l, o.flags & 1, b->rank,
+                [&](uint32_t r) { issue_bulk(w, l, data, r, off, signalled(o, r, *mbb), moff, 0); });
   }
 }
 
@@ -256,9 +263,8 @@ void tensor_load(Warp& w, const Op& o, uint32_t m) {
       } else if (tm.oob_fill)
         memset(&data[at], 0xff, n);
     });
-    bool mc = o.flags & 1;
-    each_target(w, e, l, mc, b->rank,
-                [&](uint32_t r) { issue_bulk(w, l, data, r, off, mc ? r : mbb->rank, moff, tm.swizzle); });
+    each_target(w, e, l, o.flags & 1, b->rank,
+                [&](uint32_t r) { issue_bulk(w, l, data, r, off, signalled(o, r, *mbb), moff, tm.swizzle); });
   }
 }
 void tensor_store(Warp& w, const Op& o, uint32_t m) {
@@ -386,6 +392,7 @@ bool select_bulk(Decoder& d, const AInstr& in, Op& op) {
   }
   if (has(in, "prefetch")) return done(op, nothing);
   bool tensor = has(in, "tensor"), reduce = in.mods[1] == "reduce", mc = has(in, "multicast::cluster");
+  if (has(in, "cta_group::2")) op.flags |= 8;
   if (has(in, "im2col") || has(in, "im2col_no_offs") || has(in, "tile::gather4") || has(in, "tile::scatter4") ||
       has(in, "cp_mask"))
     return false;

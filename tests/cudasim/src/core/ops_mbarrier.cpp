@@ -65,10 +65,13 @@ void arrive(Group& g, Mbar& b, uint32_t count, int lane, uint32_t off) {
   if (count > b.pending) {
     bool flying = false;
     for (auto& c : g.bulk) flying |= c.mbar == off;
+    for (auto& c : g.tensor_work) flying |= c.commit && c.mbar == off;
     fault(Fault::barrier_deadlock, lane,
           "mbarrier at shared address " + hex(off + kSharedBase) + ": " + std::to_string(count) +
               " arrival(s), but the phase expects only " + std::to_string(b.pending) + " more" +
-              (flying ? " (the phase is open because nobody has waited for the copies that complete it)" : ""));
+              (flying ? " (the phase is open because nobody has waited for the copies or the tcgen05.commit that "
+                        "complete it)"
+                      : ""));
   }
   b.pending -= count;
   settle(g, b);
@@ -137,6 +140,7 @@ void mbar_wait(Warp& w, const Op& o, uint32_t m) {
   uint64_t addr[32];
   fill_addresses(w, o, addr);
   uint32_t ok = 0;
+  bool delivered = false;
   for (uint32_t t = m; t; t &= t - 1) {
     int l = __builtin_ctz(t);
     Block* b;
@@ -145,7 +149,14 @@ void mbar_wait(Warp& w, const Op& o, uint32_t m) {
     bool want = o.flags & MB_PARITY ? w.r<uint32_t>(o.b)[l] & 1 : w.r<uint64_t>(o.b)[l] >> 63;
     Mbar x = load_mbar(p);
     need_valid(x, l, off);
-    if (x.phase == want && deliver_to_mbar(w, b->rank, off)) x = load_mbar(p);
+    if (x.phase == want && deliver_to_mbar(w, b->rank, off)) {
+      delivered = true;
+      x = load_mbar(p);
+    }
+    while (x.phase == want && complete_commit(*w.blk->group, b->rank, off)) {
+      delivered = true;
+      x = load_mbar(p);
+    }
     if (x.phase != want) {
       ok |= 1u << l;
       if (b->shadow) b->shadow->acquire(w, sync_key(b->rank, off));
@@ -163,7 +174,8 @@ void mbar_wait(Warp& w, const Op& o, uint32_t m) {
     return;
   }
   w.p(o.dst) = (w.p(o.dst) & ~m) | ok;
-  if (ok != m) w.ev |= EV_YIELD;
+  // What is delivered takes its time on a card: the other warps go on first.
+  if (ok != m || delivered) w.ev |= EV_YIELD;
 }
 void mbar_pending(Warp& w, const Op& o, uint32_t m) {
   auto* a = w.r<uint64_t>(o.a);

@@ -9,80 +9,12 @@
 #include "access.h"
 #include "card_sum.h"
 #include "collective.h"
-#include "fragments.h"
 #include "select.h"
 #include "shadow.h"
+#include "shared_matrix.h"
 
 namespace cudasim {
 namespace {
-
-// A matrix descriptor: where the 16-byte granule `c` of row `r` lies (see the PTX ISA's canonical
-// layouts). In the K-major form rows are M or N and granules run along K; in the MN-major form
-// rows are K and granules run along M or N.
-struct Descriptor {
-  uint32_t start, lbo, sbo, base, mode;  // mode: 0 none, 1 32B, 2 64B, 3 128B
-  explicit Descriptor(uint64_t d)
-      : start(uint32_t(d & 0x3fff) << 4),
-        lbo(uint32_t(d >> 16 & 0x3fff) << 4),
-        sbo(uint32_t(d >> 32 & 0x3fff) << 4),
-        base(uint32_t(d >> 49 & 7)),
-        mode(uint32_t(4 - (d >> 62)) & 3) {}
-  uint32_t swizzle(uint32_t a) const {
-    if (!mode) return a;
-    uint32_t row = (a >> 7) - base;
-    return a ^ ((row & ((1u << mode) - 1)) << 4);
-  }
-  uint32_t k_major(uint32_t row, uint32_t c) const {
-    uint32_t pitch = 16u << mode;
-    return swizzle(start + (row & 7) * pitch + (row >> 3) * sbo + c * (mode ? 16 : lbo));
-  }
-  uint32_t mn_major(uint32_t k, uint32_t c) const {
-    if (!mode) return start + c * sbo + (k & 7) * 16 + (k >> 3) * lbo;
-    uint32_t per = 1u << mode;
-    return swizzle(start + (c & (per - 1)) * 16 + (c >> mode) * lbo + (k & 7) * (16u << mode) + (k >> 3) * sbo);
-  }
-};
-
-// A descriptor takes (address & 0x3FFFF) >> 4. In a cluster, bits 24.. of the address hold the rank of the CTA. Without
-// the mask they reach the leading dimension: swizzled K-major layouts ignore it, so that no result shows the mistake.
-void check_mask(Warp& w, const Descriptor& d) {
-  const uint32_t rank = w.blk->rank;
-  if (rank && d.mode && d.lbo >> 8 == rank)
-    fault(Fault::shared_out_of_bounds, 0,
-          "wgmma descriptor with the rank of the block, " + std::to_string(rank) +
-              ", in its leading dimension: the shared address has to be masked with 0x3FFFF before >> 4");
-}
-
-const uint8_t* granule(Warp& w, uint32_t addr) {
-  uint32_t off = addr - kSharedBase;
-  if (uint64_t(off) + 16 > w.blk->shared_bytes)
-    fault(Fault::shared_out_of_bounds, 0,
-          "wgmma descriptor reaches shared address " + hex(addr) + ", outside the block's " +
-              std::to_string(w.blk->shared_bytes) + " bytes");
-  if (w.blk->shadow) w.blk->shadow->read(w, 0, off, 16, false, true);
-  return w.blk->shared + off;
-}
-
-// 16 bytes of elements as floats or ints; returns how many.
-template <class T>
-int expand(const uint8_t* p, Ty t, T* out) {
-  int n = 0;
-  if constexpr (std::is_same_v<T, float>)
-    if (t == Ty::f16 || t == Ty::bf16) {
-      _mm256_storeu_ps(out, half8(p, t == Ty::bf16));
-      return 8;
-    }
-  for (int i = 0; i < 4; ++i) {
-    uint32_t v;
-    memcpy(&v, p + 4 * i, 4);
-    if constexpr (std::is_same_v<T, float>)
-      unpack_floats(v, t, out + n);
-    else
-      unpack_ints(v, t, out + n);
-    n += 32 / element_bits(t);
-  }
-  return n;
-}
 
 // ext n: N, K, dtype, atype, btype, A in registers, scale-a, scale-b, trans-a, trans-b, satfinite; v[0] d, v[1] a,
 // v[2] the numbers of both (track_registers)
@@ -90,13 +22,21 @@ template <class T>
 void load_operands(Warp& w, const PendingMma& p, const uint8_t* R, std::vector<T>& A, std::vector<T>& B) {
   const OpExt& e = *p.op->ext;
   const uint32_t N = uint32_t(e.n[0]), K = uint32_t(e.n[1]);
-  Ty ta = Ty(e.n[3]), tb = Ty(e.n[4]);
-  const uint32_t E = uint32_t(32 / element_bits(ta)), per = 4 * E;  // elements per register / granule
-  T t[16];
+  const Ty ta = Ty(e.n[3]), tb = Ty(e.n[4]);
   A.resize(16 * K);
   B.resize(size_t(K) * N);
-  const uint32_t row0 = 16 * (w.index & 3);
+  const auto granule = [&](uint32_t addr) {
+    const uint32_t off = granule_offset(*w.blk, addr, "wgmma");
+    if (w.blk->shadow) w.blk->shadow->read(w, 0, off, 16, false, true);
+    return w.blk->shared + off;
+  };
+  const auto descriptor = [&](uint64_t bits, bool mn_major) {
+    const MatrixDescriptor d(bits, uint32_t(4 - (bits >> 62)) & 3);
+    if (!mn_major) check_mask(w, d, "wgmma");
+    return d;
+  };
   if (e.n[5]) {
+    const uint32_t E = uint32_t(32 / element_bits(ta));  // elements per register
     for (uint32_t r = 0; r < 4; ++r) {
       const uint32_t* v = reinterpret_cast<const uint32_t*>(R + e.v[1][r]);
       for (uint32_t l = 0; l < 32; ++l) {
@@ -107,42 +47,9 @@ void load_operands(Warp& w, const PendingMma& p, const uint8_t* R, std::vector<T
           unpack_ints(v[l], ta, to);
       }
     }
-  } else {
-    Descriptor d(p.desc_a);
-    if (!e.n[8]) check_mask(w, d);
-    if (!e.n[8])
-      for (uint32_t r = 0; r < 16; ++r)
-        for (uint32_t c = 0; c < 2; ++c) expand(granule(w, d.k_major(row0 + r, c)), ta, &A[r * K + c * per]);
-    else
-      for (uint32_t k = 0; k < K; ++k)
-        for (uint32_t c = 0; c < 16 / per; ++c) {
-          expand(granule(w, d.mn_major(k, row0 / per + c)), ta, t);
-          for (uint32_t i = 0; i < per; ++i) A[(c * per + i) * K + k] = t[i];
-        }
-  }
-  // B is stored in groups of 8 columns, each K x 8.
-  Descriptor d(p.desc_b);
-  if (!e.n[9]) check_mask(w, d);
-  const bool halves = tb == Ty::f16 || tb == Ty::bf16;
-  if (!e.n[9] && halves) {
-    if constexpr (std::is_same_v<T, float>)
-      for (uint32_t j = 0; j < N / 8; ++j)
-        for (uint32_t c = 0; c < 2; ++c) {
-          __m256 v[8];
-          for (uint32_t i = 0; i < 8; ++i) v[i] = half8(granule(w, d.k_major(8 * j + i, c)), tb == Ty::bf16);
-          transpose8(v);
-          for (uint32_t i = 0; i < 8; ++i) _mm256_storeu_ps(&B[(j * K + 8 * c + i) * 8], v[i]);
-        }
-  } else if (!e.n[9])
-    for (uint32_t n = 0; n < N; ++n)
-      for (uint32_t c = 0; c < 2; ++c) {
-        expand(granule(w, d.k_major(n, c)), tb, t);
-        T* to = &B[(n / 8) * K * 8 + (c * per) * 8 + n % 8];
-        for (uint32_t i = 0; i < per; ++i) to[i * 8] = t[i];
-      }
-  else
-    for (uint32_t k = 0; k < K; ++k)
-      for (uint32_t c = 0; c < N / per; ++c) expand(granule(w, d.mn_major(k, c)), tb, &B[c * K * 8 + k * 8]);
+  } else
+    load_rows(descriptor(p.desc_a, e.n[8]), e.n[8], ta, 16 * (w.index & 3), 16, granule, A.data());
+  load_groups(descriptor(p.desc_b, e.n[9]), e.n[9], tb, N, granule, B.data());
   if (e.n[6] < 0)
     for (auto& x : A) x = -x;
   if (e.n[7] < 0)
@@ -189,17 +96,10 @@ void run_wgmma(Warp& w, const PendingMma& p) {
               f16 ? f16_to_f32(uint16_t(reinterpret_cast<uint32_t*>(R + e.v[0][2 * j + (i >> 1)])[l] >> (16 * (i & 1))))
                   : reinterpret_cast<float*>(R + e.v[0][4 * j + i])[l];
     const float* b = &B[j * K * 8];
-    if (ls.card_sums) {
+    if (ls.card_sums)
       add_as_card(card, 16, int(K), A.data(), b, acc);
-    } else {
-      __m256 c[16];
-      for (int i = 0; i < 16; ++i) c[i] = _mm256_load_ps(acc + 8 * i);
-      for (uint32_t k = 0; k < K; ++k) {
-        __m256 x = _mm256_loadu_ps(b + 8 * k);
-        for (uint32_t i = 0; i < 16; ++i) c[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(&A[i * K + k]), x, c[i]);
-      }
-      for (int i = 0; i < 16; ++i) _mm256_store_ps(acc + 8 * i, c[i]);
-    }
+    else
+      add_in_order(16, int(K), A.data(), b, acc);
     for (uint32_t i = 0; i < 4; ++i)
       for (uint32_t l = 0; l < 32; ++l) {
         if (f16) {

@@ -28,6 +28,7 @@ void reach_peer(Warp& w, int lane, Block& peer, bool synchronous) {
 }
 
 void end_block(Block& b) {
+  if (b.tensor_memory) b.tensor_memory->check_released();
   for (const BulkCopy& c : b.group->bulk)
     if (c.dst_cta == b.rank || c.mbar_cta == b.rank)
       fault(Fault::shared_lifetime, -1, "the block ends while a bulk copy to its shared memory is in flight");

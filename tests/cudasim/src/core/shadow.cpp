@@ -9,7 +9,8 @@ uint32_t warp_number(const Warp& w) { return w.blk->rank * w.blk->nwarps + w.ind
 
 void start_clocks(Warp& w, uint32_t nwarps) {
   w.clock = 1;
-  w.vc.assign(2 * (nwarps + 1), 0);
+  w.vc.assign(3 * (nwarps + Shadow::kAgents), 0);
+  w.tensor_seen.assign(nwarps + Shadow::kAgents, 0);
   w.lane_known.assign(32 * 32, 0);
 }
 
@@ -63,13 +64,14 @@ void Shadow::reset(uint32_t n, uint32_t warps, bool r, bool i) {
   if (race) {
     writes.assign(n, {});
     readers.assign(n, 0);
-    read_clock.assign(size_t(n) * warps, 0);
-    read_lanes.assign(size_t(n) * warps, 0);
+    read_clock.assign(size_t(n) * (warps + kAgents), 0);
+    read_lanes.assign(size_t(n) * (warps + kAgents), 0);
     read_line.assign(n, 0);
   }
 }
 
 static std::string thread_name(const Warp& w, uint32_t warp, uint32_t lane) {
+  if (warp == tensor_core(*w.blk->group)) return "a tcgen05.mma whose tcgen05.commit has not been waited for";
   if (warp >= w.blk->group->order.size()) return "the bulk copy engine";
   const Block& b = *w.blk->group->blocks[warp / w.blk->nwarps];
   uint32_t t = (warp % w.blk->nwarps) * 32 + lane;
@@ -100,10 +102,19 @@ static bool ordered(const Warp& w, int lane, uint32_t me, uint32_t other, uint32
 
 void note_proxy_fence(Warp& w) {
   if (!w.blk->shadow || !w.blk->shadow->race) return;
-  size_t n = w.vc.size() / 2;
+  size_t n = clock_count(w);
   w.vc[warp_number(w)] = w.clock;
   for (size_t i = 0; i < n; ++i) w.vc[n + i] = std::max(w.vc[n + i], w.vc[i]);
   w.clock++;
+}
+
+void note_tensor_fence(Warp& w, bool after_sync) {
+  if (!w.blk->ls->check_race) return;
+  const auto published = w.vc.begin() + long(2 * clock_count(w));
+  if (after_sync)
+    std::copy(published, w.vc.end(), w.tensor_seen.begin());
+  else
+    published[warp_number(w)] = w.clock++;
 }
 
 void Shadow::proxy_fault(Warp& w, int lane, uint32_t i, const char* access) const {
@@ -114,8 +125,9 @@ void Shadow::proxy_fault(Warp& w, int lane, uint32_t i, const char* access) cons
             std::to_string(wr.line) + ", without a fence.proxy.async in between");
 }
 
-void Shadow::read(Warp& w, int lane, uint32_t off, uint32_t n, bool is_atomic, bool via_async) {
+void Shadow::read(Warp& w, int lane, uint32_t off, uint32_t n, bool is_atomic, bool via_async, uint32_t tensor_clock) {
   uint32_t me = race ? warp_number(w) : 0, line = line_of(w);
+  const uint32_t reader = tensor_clock ? tensor_core(*w.blk->group) : me, clock = tensor_clock ? tensor_clock : w.clock;
   for (uint32_t i = off; i < off + n; ++i) {
     if (init && !valid[i])
       fault(flight[i] ? Fault::shared_race : Fault::uninitialized_shared, lane,
@@ -133,10 +145,10 @@ void Shadow::read(Warp& w, int lane, uint32_t off, uint32_t n, bool is_atomic, b
       race_fault(w, lane, i, "read", wr.kind == async ? "asynchronous copy" : "write", wr.warp, wr.lane, wr.line);
     if (via_async && hidden_from_async(w, i)) proxy_fault(w, lane, i, "reads");
     if (is_atomic) continue;  // an atomic is remembered as a write
-    size_t k = size_t(me) * bytes + i;
-    if (read_clock[k] != w.clock) {
-      readers[i] |= 1ull << (me & 63);
-      read_clock[k] = w.clock;
+    size_t k = size_t(reader) * bytes + i;
+    if (read_clock[k] != clock) {
+      readers[i] |= 1ull << (reader & 63);
+      read_clock[k] = clock;
       read_lanes[k] = 0;
     }
     read_lanes[k] |= 1u << lane;
@@ -219,7 +231,7 @@ void Shadow::land_async(Group& g, uint32_t off, uint32_t n, uint64_t key) {
   }
   if (race) {
     auto& v = sync[key];
-    v.resize(agent + 1, 0);
+    if (v.size() <= agent) v.resize(agent + 1, 0);
     v[agent] = g.async_clock;
   }
 }

@@ -12,6 +12,8 @@
 
 namespace cudasim {
 
+inline size_t clock_count(const Warp& w) { return w.vc.size() / 3; }
+
 struct Shadow {
   struct Write {
     uint32_t clock = 0;
@@ -21,6 +23,7 @@ struct Shadow {
     uint32_t line = 0;
   };
   enum Kind : uint8_t { plain = 1, atomic = 2, async = 3 };
+  static constexpr uint32_t kAgents = 2;  // the copy engine, and the tensor core of tcgen05
   uint32_t bytes = 0, nwarps = 0;
   bool race = false, init = false;
   std::vector<Write> writes;
@@ -33,8 +36,10 @@ struct Shadow {
   std::vector<uint64_t> readers;                             // [byte] bit w % 64 for each warp w with a read_clock
 
   void reset(uint32_t bytes, uint32_t nwarps, bool race, bool init);
-  // via_async: read by the async proxy (wgmma, bulk store), which needs a fence.proxy.async after st.shared
-  void read(Warp& w, int lane, uint32_t off, uint32_t n, bool atomic, bool via_async = false);
+  // via_async: read by the async proxy (wgmma, bulk store), which needs a fence.proxy.async after st.shared.
+  // tensor_clock: read until a tcgen05.commit completes, by the tcgen05.mma of this number.
+  void read(Warp& w, int lane, uint32_t off, uint32_t n, bool atomic, bool via_async = false,
+            uint32_t tensor_clock = 0);
   // `data` is what will be written (equal values by two writers are not reported), or null.
   void write(Warp& w, int lane, uint32_t off, uint32_t n, bool atomic, const uint8_t* data, const uint8_t* old);
   // An asynchronous copy: check against earlier accesses when issued, mark when it lands. A bulk copy writes by the
@@ -50,22 +55,25 @@ struct Shadow {
   template <class F>
   void each_read(uint32_t byte, F f) const {
     for (uint64_t t = readers[byte]; t; t &= t - 1)
-      for (uint32_t k = uint32_t(__builtin_ctzll(t)); k < nwarps; k += 64)
+      for (uint32_t k = uint32_t(__builtin_ctzll(t)); k < nwarps + kAgents; k += 64)
         if (uint32_t clock = read_clock[size_t(k) * bytes + byte]) f(k, clock);
   }
   // Whether the last write of a byte was an ordinary store that no fence.proxy.async has followed.
   bool hidden_from_async(const Warp& w, uint32_t byte) const {
     const Write& wr = writes[byte];
-    return wr.clock && wr.kind == plain && wr.clock > w.vc[w.vc.size() / 2 + wr.warp];
+    return wr.clock && wr.kind == plain && wr.clock > w.vc[clock_count(w) + wr.warp];
   }
   [[noreturn]] void proxy_fault(Warp& w, int lane, uint32_t byte, const char* access) const;
 };
 
-// Vector clocks have one entry per warp of the cluster and one for the copy engine. A second set of as many entries
-// records what a fence.proxy.async has made visible to the async proxy.
+// Vector clocks have one entry per warp of the cluster, one for the copy engine, and one for the tensor core. A second
+// set of as many entries records what a fence.proxy.async has made visible to the async proxy, a third what a
+// tcgen05.fence::before_thread_sync has published of accesses to tensor memory.
 uint32_t warp_number(const Warp& w);  // in its cluster
+inline uint32_t tensor_core(const Group& g) { return uint32_t(g.order.size()) + 1; }
 void start_clocks(Warp& w, uint32_t nwarps);
 void note_proxy_fence(Warp& w);
+void note_tensor_fence(Warp& w, bool after_sync);
 void join_clocks(std::vector<uint32_t>& into, const std::vector<uint32_t>& from);
 
 }  // namespace cudasim

@@ -105,6 +105,8 @@ void write_profile(const Profile& p, const char* mangled, const Launch& launch, 
   ADD(shuffle);
   ADD(atomic);
   ADD(mma_flops);
+  ADD(tcgen05_flops);
+  ADD(tcgen05_wavefronts);
   ADD(global_sectors_read);
   ADD(global_sectors_written);
   ADD(global_sectors_read_ideal);
@@ -144,6 +146,7 @@ cudaError_t error_for(const LaunchResult& result) {
     case Fault::non_coherent:
     case Fault::registers:
     case Fault::shared_lifetime:
+    case Fault::tensor_memory:
       return cudaErrorLaunchFailure;
     case Fault::barrier_deadlock:
       return cudaErrorLaunchTimeout;

@@ -20,6 +20,7 @@ namespace test {
 inline int passed = 0, failed = 0;
 inline std::string current;
 inline std::string dir;  // of the PTX files
+inline int arch = 90;    // of the simulated device
 
 inline bool check(bool ok, const std::string& what) {
   if (ok)
@@ -78,6 +79,7 @@ cudasim::LaunchResult run(Ptx& ptx, const char* name, Config c, const A&... args
   lc.block = c.block;
   lc.cluster = c.cluster;
   lc.dynamic_shared_bytes = c.smem;
+  lc.arch = arch;
   lc.args = a;
   return cudasim::launch(k, lc);
 }
@@ -98,7 +100,8 @@ inline const char* fault_name(cudasim::Fault f) {
                             "grid_same_value",
                             "non_coherent",
                             "registers",
-                            "shared_lifetime"};
+                            "shared_lifetime",
+                            "tensor_memory"};
   return n[int(f)];
 }
 inline void expect_fault(const cudasim::LaunchResult& r, cudasim::Fault f) {

@@ -7,6 +7,7 @@ using namespace test;
 void basic(const std::string& file);
 void gemm(const std::string& file);
 void hopper(const std::string& file);
+void blackwell(const std::string& file);
 void library(const std::string& file);
 void bugs(const std::string& file);  // test_library.cpp
 void grid(const std::string& file);
@@ -54,7 +55,8 @@ int main(int argc, char** argv) {
     Env seed("CUDASIM_SEED", "31");
     library("library.90a.ptx");
   }
-  for (const char* v : {"hopper_sm90.90a.ptx"}) hopper(v);
+  hopper("hopper_sm90.90a.ptx");
+  blackwell("blackwell_sm100.100a.ptx");
   for (const char* v : {"grid.80.ptx", "grid.80g.ptx", "grid.90a.ptx"}) grid(v);
   {
     Env c("CUDASIM_CHECK", "grid");  // nothing here is wrong

@@ -19,7 +19,7 @@ model = importlib.util.module_from_spec(SPEC)
 sys.modules["cudasim_model"] = model  # dataclasses looks its module up
 SPEC.loader.exec_module(model)
 
-H100 = model.GPUS["h100"]
+H100, B200 = model.GPUS["h100"], model.GPUS["b200"]
 OTHER_H100 = dataclasses.replace(H100, gpcs=(18, 18, 16, 16, 16, 16, 16, 16))
 
 
@@ -78,6 +78,17 @@ def test_shared_memory_serves_wgmma_and_copies():
     assert cycles == pytest.approx(256 + 2 * 256)
     by_mma = model.estimate({**stage, "mma": 2048}, H100).bounds["shared+L1"] * 1e3 * H100.ghz
     assert by_mma == pytest.approx(256)  # loads of shared memory, which are counted apart
+
+
+def test_tcgen05_takes_128_cycles_for_128x256x16():
+    """B and, unless it is in tensor memory, A are read from shared memory, 128 bytes per cycle."""
+    flops = 100 * 2 * 128 * 256 * 16
+    case = launch(grid=[1, 1, 1], mma=100, mma_flops=flops, tcgen05_flops=flops, tcgen05_wavefronts=100 * (64 + 32))
+    cycles = {k: v * 1e3 * B200.ghz for k, v in model.estimate(case, B200).bounds.items()}
+    assert cycles["tensor"] == pytest.approx(100 * 128)
+    assert cycles["shared+L1"] == pytest.approx(100 * 96)
+    with pytest.raises(ValueError, match="uses tcgen05, which H100 SXM does not have"):
+        model.estimate(case, H100)
 
 
 def test_cluster_that_fits_no_gpc():

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from card_sums import BF16, KINDS, card_sum, toward_zero
-
-HERE = pathlib.Path(__file__).parent
+from simulator import run_script
 
 
 def run_kinds(mma: str, arch: int, kinds: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD" and not k.startswith("CUDASIM_")}
-    if "CUDASIM_BUILD" in os.environ:
-        environment["CUDASIM_BUILD"] = os.environ["CUDASIM_BUILD"]
-    command = [
-        HERE.parents[1] / "cudasim",
-        "--mma",
-        mma,
-        "--arch",
-        str(arch),
-        sys.executable,
-        HERE / "card_sums.py",
-        *kinds,
-    ]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return run_script(["--mma", mma, "--arch", str(arch)], "card_sums.py", kinds)
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90, 120])

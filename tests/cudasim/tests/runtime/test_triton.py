@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ triton = pytest.importorskip("triton", reason="this PyTorch came without Triton"
 
 import triton.language as tl
 from driver import Memory, Module
+from simulator import run_script
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -46,6 +48,15 @@ def matmul(a, b, c, M, N, K, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K:
         y = tl.load(b + (i + k[:, None]) * N + n[None, :], mask=(n[None, :] < N) & (i + k[:, None] < K), other=0.0)
         total = tl.dot(x, y, total)
     tl.store(c + m[:, None] * N + n[None, :], total, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+def two_matmuls(a, b, c, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
+    m, n, k, p = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K), tl.arange(0, P)
+    x = tl.load(a + m[:, None] * K + k[None, :])
+    y = tl.load(b + k[:, None] * N + n[None, :])
+    z = tl.load(c + n[:, None] * P + p[None, :])
+    tl.store(out + m[:, None] * P + p[None, :], tl.dot(tl.maximum(tl.dot(x, y), 0.0).to(tl.float16), z))
 
 
 @triton.jit
@@ -87,14 +98,37 @@ def bfloat16(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return bits, (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-@pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
-def test_matmul(arch: int, instruction: str) -> None:
+def check_matmul(arch: int, instruction: str, tile: tuple[int, int, int]) -> None:
     rng, (m, n, k) = np.random.default_rng(1), (80, 144, 112)
     (a, x), (b, y) = (bfloat16(rng.standard_normal(s).astype(np.float32)) for s in ((m, k), (k, n)))
     c = Memory(np.zeros((m, n), np.float32))
-    ptx = run(matmul, arch, (2, 3), Memory(a), Memory(b), c, m, n, k, TILE_M=64, TILE_N=64, TILE_K=32)
+    grid = (-(-m // tile[0]), -(-n // tile[1]))
+    tiles = dict(zip(("TILE_M", "TILE_N", "TILE_K"), tile, strict=True))
+    ptx = run(matmul, arch, grid, Memory(a), Memory(b), c, m, n, k, **tiles)
     assert instruction in ptx
     np.testing.assert_allclose(c.read(), x @ y, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
+def test_matmul(arch: int, instruction: str) -> None:
+    check_matmul(arch, instruction, (64, 64, 32))
+
+
+def check_two_matmuls(m: int) -> None:
+    """The second takes its first operand from tensor memory."""
+    rng, n, k, p = np.random.default_rng(5), 64, 64, 32
+    a, b, c = (rng.standard_normal(s).astype(np.float16) for s in ((m, k), (k, n), (n, p)))
+    out = Memory(np.zeros((m, p), np.float32))
+    ptx = run(two_matmuls, 100, (1, 1), Memory(a), Memory(b), Memory(c), out, M=m, N=n, K=k, P=p)
+    assert re.search(r"tcgen05\.mma\S* \[[^]]*\], \[", ptx)
+    between = np.maximum(a.astype(np.float32) @ b.astype(np.float32), 0).astype(np.float16)
+    np.testing.assert_allclose(out.read(), between.astype(np.float32) @ c.astype(np.float32), rtol=0, atol=1e-3)
+
+
+def test_tensor_memory() -> None:
+    # Triton emits no tcgen05.fence, which only `--check fence` reports.
+    result = run_script(["--arch", "100", "--check", "race,init,grid"], "test_triton.py", [])
+    assert result.returncode == 0, result.stderr
 
 
 def test_softmax() -> None:
@@ -147,3 +181,10 @@ def test_bitsandbytes_quantizes_to_nf4_and_back(bitsandbytes: Any) -> None:
         **{"QUANT_BLOCK": block, "SPLIT_SIZE": 256},
     )
     np.testing.assert_array_equal(back.read(), reference.dequantize_nf4(packed, absmax, len(x), block))
+
+
+if __name__ == "__main__":  # on a simulated B200
+    for tile in ((64, 64, 32), (128, 64, 64), (128, 128, 64)):
+        check_matmul(100, "tcgen05.mma", tile)
+    for rows in (64, 128):
+        check_two_matmuls(rows)
