@@ -50,7 +50,8 @@ def run_cases(profile: Path) -> None:
 
 def test_results_and_passes_over_shared_memory(tmp_path: Path) -> None:
     profile = tmp_path / "launches.jsonl"
-    found = cases_printed(simulated(__file__, "100", profile, QLORA_CUDA_KERNEL="sm100", CUDASIM_CHECK="race,init,grid,fence"))
+    environment = {"QLORA_CUDA_KERNEL": "sm100", "CUDASIM_CHECK": "race,init,fence,grid"}
+    found = cases_printed(simulated(__file__, "100", profile, **environment))
     for op, tokens in itertools.product(SCALES, TOKENS):
         (short,), (long,) = (found[f"{op} {tokens} {stages}"] for stages in STAGES)
         assert "sm100" in short["kernel"]
