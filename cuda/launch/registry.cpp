@@ -5,6 +5,7 @@
 
 #include "cuda/launch/generic/launchers.h"
 #include "cuda/launch/generic/linear_library.h"
+#include "cuda/launch/sm100/launchers.h"
 #include "cuda/launch/sm75/launchers.h"
 #include "cuda/launch/sm80/launchers.h"
 #include "cuda/launch/sm90/launchers.h"
@@ -19,6 +20,7 @@ struct Launchers;
 template <>
 struct Launchers<LinearProblem> {
   static constexpr Launcher<LinearProblem> kRows[] = {
+      {Kernel::kSm100, nullptr, sm100::launch},
       {Kernel::kSm90, nullptr, sm90::launch},
       {Kernel::kSm75, sm75::plan, sm75::launch},
       {Kernel::kGemm, nullptr, sm80::launch_gemm},
@@ -33,6 +35,7 @@ struct Launchers<LinearProblem> {
 template <>
 struct Launchers<LinearDxProblem> {
   static constexpr Launcher<LinearDxProblem> kRows[] = {
+      {Kernel::kSm100, nullptr, sm100::launch},
       {Kernel::kSm90, nullptr, sm90::launch},
       {Kernel::kGemm, nullptr, sm80::launch_gemm},
       {Kernel::kLibrary, nullptr, library::launch},

@@ -10,4 +10,10 @@ __device__ __forceinline__ void barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
+// The same for a barrier of a number that the warp computes.
+template <int kThreads>
+__device__ __forceinline__ void barrier_sync(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 }  // namespace qlora::ptx

@@ -15,17 +15,20 @@ enum class Kernel {
   kTensorCores,  // bfloat16 and float16 of regular shapes, on mma.sync (kernels/sm80)
   kSm75,         // float16 of regular shapes in the forward, on the tensor cores of 7.5 (launch/sm75)
   kSm90,         // bfloat16 and float16 of regular shapes, on wgmma and TMA (kernels/sm90)
+  kSm100,        // bfloat16 and float16 of regular shapes, single weights, on tcgen05 and TMA (kernels/sm100)
   kRagged,       // bfloat16 and float16 of any shape: float32 FMA in the forward, mma.sync elsewhere
   kExact,        // float32, float16 on 7.5, and dX of wide codes: every product is a float32 FMA (kernels/generic)
   kGemm,         // many tokens: decodes w, and multiplies on mma.sync (launch/sm80/linear_gemm.cu)
   kLibrary,      // many tokens: decodes w, and multiplies with torch's cuBLAS (launch/generic/linear_library.h)
 };
 
-inline constexpr Kernel kKernels[] = {Kernel::kFewTokens, Kernel::kTensorCores, Kernel::kSm75, Kernel::kSm90,
-                                      Kernel::kRagged,    Kernel::kExact,       Kernel::kGemm, Kernel::kLibrary};
+inline constexpr Kernel kKernels[] = {Kernel::kFewTokens, Kernel::kTensorCores, Kernel::kSm75,
+                                      Kernel::kSm90,      Kernel::kSm100,       Kernel::kRagged,
+                                      Kernel::kExact,     Kernel::kGemm,        Kernel::kLibrary};
 
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"few_tokens", "tensor_cores", "sm75", "sm90", "ragged", "exact", "gemm", "library"};
+  constexpr const char* kNames[] = {"few_tokens", "tensor_cores", "sm75", "sm90",   "sm100",
+                                    "ragged",     "exact",        "gemm", "library"};
   return kNames[static_cast<int>(kernel)];
 }
 

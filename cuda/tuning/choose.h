@@ -4,7 +4,8 @@
 //
 // A kernel has a row in its operator's table here, which says what it accepts and how it is configured, and a row in
 // launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and expects to be the fastest
-// (is_ahead). Each architecture's functions have their own file: generic.h, sm75.h, sm80.h, sm90.h and sm90_experts.h.
+// (is_ahead). Each architecture's functions have their own file: generic.h, sm75.h, sm80.h, sm90.h, sm90_experts.h and
+// sm100_tcgen05.h.
 // Those of many tokens, which decode the weight once, are in gemm.h, gemm_experts.h and library.h.
 #pragma once
 
@@ -19,6 +20,7 @@
 #include "cuda/tuning/gemm_experts.h"
 #include "cuda/tuning/generic.h"
 #include "cuda/tuning/library.h"
+#include "cuda/tuning/sm100_tcgen05.h"
 #include "cuda/tuning/sm75.h"
 #include "cuda/tuning/sm80.h"
 #include "cuda/tuning/sm90.h"
@@ -48,6 +50,11 @@ struct Kernels;
 template <>
 struct Kernels<LinearProblem> {
   static constexpr KernelRow<LinearProblem> kRows[] = {
+      {Kernel::kSm100,
+       sm100::accepts,
+       sm100::is_ahead,
+       sm100::config,
+       {.tokens = {64, 128, 256}, .multicast = {1, 2}, .splits = true}},
       {Kernel::kSm90,
        sm90::accepts,
        sm90::is_ahead,
@@ -74,6 +81,11 @@ struct Kernels<LinearProblem> {
 template <>
 struct Kernels<LinearDxProblem> {
   static constexpr KernelRow<LinearDxProblem> kRows[] = {
+      {Kernel::kSm100,
+       sm100::accepts,
+       sm100::is_ahead,
+       sm100::config,
+       {.tokens = {64, 128, 256}, .multicast = {1, 2}, .splits = true}},
       {Kernel::kSm90,
        sm90::accepts,
        sm90::is_ahead,

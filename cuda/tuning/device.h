@@ -19,14 +19,14 @@ struct Device {
   int shared_per_cta = 0;  // bytes that a CTA may opt in to
   int l2_bytes = 0;
   bool has_clusters = false;             // whether the driver launches clusters of several CTAs
-  ResidentClusters resident_clusters{};  // only for compute capability 9.0
+  ResidentClusters resident_clusters{};  // only for compute capability 9.0 and 10.x
   // Of the SMs and the memory, and the width of the memory's bus; 0 if unknown.
   int clock_khz = 0, memory_clock_khz = 0, bus_bits = 0;
   bool is_integrated = false;  // shares the host's memory
 };
 
-// An estimate for a card of compute capability 9.0 that cannot be queried. A cluster lies within a GPC, which has about
-// 16 SMs.
+// An estimate for a card of compute capability 9.0 or 10.x that cannot be queried. A cluster lies within a GPC, which
+// has about 16 SMs.
 constexpr ResidentClusters estimated_clusters(int sm_count) {
   constexpr int kGpc = 16;
   ResidentClusters clusters{sm_count};
@@ -47,8 +47,8 @@ inline constexpr Card kCards[] = {
     {"sm89", {0, 89, 128, 99 << 10, 72 << 20}},   // RTX 4090
     // H100 SXM, whose 8 GPCs differ from card to card. Here they have 18, 18, 18, 16, 16, 16, 16 and 14 SMs.
     {"sm90", {0, 90, 132, 227 << 10, 50 << 20, true, {132, 66, 42, 31, 23, 19, 16, 15}}},
-    {"sm100", {0, 100, 148, 227 << 10, 126 << 20, true}},  // B200
-    {"sm120", {0, 120, 170, 99 << 10, 96 << 20, true}},    // RTX 5090
+    {"sm100", {0, 100, 148, 227 << 10, 126 << 20, true, estimated_clusters(148)}},  // B200
+    {"sm120", {0, 120, 170, 99 << 10, 96 << 20, true}},                             // RTX 5090
 };
 
 }  // namespace qlora::cuda

@@ -293,6 +293,17 @@ constexpr Config config(const Problem& p, const Device& device, const Config& wi
   return split_config(p, device, wish, time(bare, device, split) < time(bare, device, whole) ? split.splits : 1);
 }
 
+// The nanoseconds in which a packed weight is read, and those of the library, which does so first.
+template <class Problem>
+constexpr double packed_time(const Problem& p, const Device& device) {
+  return kPackedBytes * static_cast<double>(p.w.n * p.w.k) / (kMemoryRate * rates_of(device).bytes);
+}
+template <class Problem>
+constexpr double time_with_decode(const Problem& p, const Device& device) {
+  const Problem bare = without_lora(p);
+  return time(bare, device, config(bare, device, {})) + packed_time(p, device);
+}
+
 // On B200 and B300, whether a fused kernel takes less time than the library, by models of both. Its products take
 // mma.sync's rate, but it does not write a decoded weight, and its splits fill the card. From a few hundred tokens on,
 // only the rate counts.
@@ -300,9 +311,7 @@ template <class Problem>
 constexpr bool is_behind_fused(const Problem& p, const Device& device) {
   constexpr int64_t kMostTokens = 512;
   if (device.arch / 10 != 10 || p.m > kMostTokens || !sm80::accepts(p, device)) return false;
-  const double packed = kPackedBytes * static_cast<double>(p.w.n * p.w.k) / (kMemoryRate * rates_of(device).bytes);
-  const Problem bare = without_lora(p);
-  return sm100::fused_time(p, device) < time(bare, device, config(bare, device, {})) + packed;
+  return sm100::fused_time(p, device) < time_with_decode(p, device);
 }
 
 template <class Problem>

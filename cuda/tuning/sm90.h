@@ -20,17 +20,17 @@ inline constexpr int64_t kMostMulticast = 2;                       // and share 
 
 // k has groups of 64 4-bit codes with one scale each and no offset, the sizes fit TMA's coordinates, and the ranks fit
 // an int.
-constexpr bool accepts_sizes(DType dtype, int64_t m, const Weight& w, const Lora& lora, const Device& device) {
+constexpr bool accepts_sizes(DType dtype, int64_t m, const Weight& w, const Lora& lora) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max(), kMostRanks = kMost / 2;
-  return device.arch == 90 && is_16_bit(dtype) && m > 0 && w.n > 0 && w.k > 0 && has_one_scale_per(64, w) &&
-         !has_offsets(w) && !is_wide(w.code) && m <= kMost && w.n <= kMost && w.k <= kMost && lora.rank <= kMostRanks;
+  return is_16_bit(dtype) && m > 0 && w.n > 0 && w.k > 0 && has_one_scale_per(64, w) && !has_offsets(w) &&
+         !is_wide(w.code) && m <= kMost && w.n <= kMost && w.k <= kMost && lora.rank <= kMostRanks;
 }
 constexpr bool accepts(const LinearProblem& p, const Device& device) {
-  return accepts_sizes(p.dtype, p.m, p.w, p.lora, device);
+  return device.arch == 90 && accepts_sizes(p.dtype, p.m, p.w, p.lora);
 }
 // TMA requires that rows of dy begin at multiples of 16 bytes.
 constexpr bool accepts(const LinearDxProblem& p, const Device& device) {
-  return accepts_sizes(p.dtype, p.m, p.w, p.lora, device) && p.w.n % 8 == 0;
+  return device.arch == 90 && accepts_sizes(p.dtype, p.m, p.w, p.lora) && p.w.n % 8 == 0;
 }
 
 // Up to kFewestTokens - 1 tokens, the tiles on mma.sync decode each weight only once, too. Up to kMostTokens, these
@@ -77,24 +77,37 @@ constexpr Stage forward_stage(int64_t tokens) { return {6 * tokens + 476, tokens
 // The same for dX, with dy in place of x, and lookups of twice the size. Scale codes take a sector of 32 bytes per row.
 constexpr Stage dx_stage(int64_t tokens) { return {3 * tokens + 440, tokens * 128, 64 * (64 + 32)}; }
 
+inline constexpr int64_t kL2Bytes = 3200;  // per cycle, of an H100: 5.6 TB/s at 1.755 GHz
+
 // The cycles of a stage while `ctas` CTAs run: those of its SM, or those in which L2 serves the stages of all SMs.
-constexpr int64_t stage_cycles(const Stage& stage, int64_t multicast, int64_t ctas) {
-  constexpr int64_t kL2Bytes = 3200;  // per cycle: 5.6 TB/s at 1.755 GHz
-  return std::max(stage.cycles, (stage.token_bytes / multicast + stage.other_bytes) * ctas / kL2Bytes);
+constexpr int64_t stage_cycles(const Stage& stage, int64_t multicast, int64_t ctas, int64_t l2_bytes = kL2Bytes) {
+  return std::max(stage.cycles, (stage.token_bytes / multicast + stage.other_bytes) * ctas / l2_bytes);
 }
 
 inline constexpr int64_t kTileCycles = 2500;  // in which a tile starts and is stored
 
-// Chooses the tile, the splits and the multicast with the fewest cycles by a model of an H100, not a measurement.
-// Adding up splits costs two exchanges, and with multicast, partners wait for each other when they begin and do not
-// share their first stages. The CTAs of a cluster split the sum in whole stages, and tiles run in waves of as many
-// clusters as the device holds. So a card on which 31 clusters of 4 run at once has no plan for 32 pairs in two splits
-// (256 tokens x 4096 outputs): it computes them without multicast, in 17 us instead of the 14 us of a card with 32.
-// Only configurations that match `wish` are considered. If there are none, the result has no tokens.
+// The cycles of a product by a model of an H100, not a measurement. Adding up splits costs two exchanges, and
+// with multicast, partners wait for each other when they begin and do not share their first stages. The CTAs of a
+// cluster split the sum in whole stages, and tiles run in waves of as many clusters as the device holds. So a card on
+// which 31 clusters of 4 run at once has no plan for 32 pairs in two splits (256 tokens x 4096 outputs): it computes
+// them without multicast, in 17 us instead of the 14 us of a card with 32.
+template <class StageOf>
+constexpr int64_t cycles(int64_t m, int64_t outputs, int64_t stages, const StageOf& stage_of, const Device& device,
+                         const Config& c, int64_t l2_bytes = kL2Bytes) {
+  constexpr int64_t kSplitCycles = 1000, kMulticastCycles = 1500;
+  const int64_t ctas = clusters(m, outputs, c, device) * cluster_ctas(c);
+  const int64_t of_stages = ceil_div(stages, c.splits) * stage_cycles(stage_of(c.tokens), c.multicast, ctas, l2_bytes);
+  const int64_t of_tile = of_stages + kTileCycles + (c.splits > 1 ? kSplitCycles : 0);
+  return ceil_div(cluster_tiles(m, outputs, c), resident_clusters(c, device)) * of_tile +
+         (c.multicast > 1 ? kMulticastCycles : 0);
+}
+
+// Chooses the tile, the splits and the multicast with the fewest cycles. Only configurations that match `wish` are
+// considered. If there are none, the result has no tokens.
 template <class StageOf>
 constexpr Config fastest(int64_t m, int64_t outputs, int64_t stages, std::initializer_list<int64_t> tile_tokens,
-                         const StageOf& stage_of, const Device& device, const Config& wish) {
-  constexpr int64_t kSplitCycles = 1000, kMulticastCycles = 1500;
+                         const StageOf& stage_of, const Device& device, const Config& wish,
+                         int64_t l2_bytes = kL2Bytes) {
   Config best;
   int64_t fewest = std::numeric_limits<int64_t>::max();
   for (const int64_t tokens : tile_tokens) {
@@ -104,16 +117,11 @@ constexpr Config fastest(int64_t m, int64_t outputs, int64_t stages, std::initia
         if (or_wish(wish.tokens, tokens) != tokens || or_wish(wish.splits, splits) != splits ||
             or_wish(wish.multicast, multicast) != multicast)
           continue;
-        const int64_t fit = resident_clusters(c, device), per_split = ceil_div(stages, splits);
-        if (fit == 0) continue;
-        if (per_split * (splits - 1) >= stages) continue;  // the last CTA would have nothing to do
-        const int64_t ctas = clusters(m, outputs, c, device) * cluster_ctas(c);
-        const int64_t tile_cycles =
-            per_split * stage_cycles(stage_of(tokens), multicast, ctas) + kTileCycles + (splits > 1 ? kSplitCycles : 0);
-        const int64_t cycles =
-            ceil_div(cluster_tiles(m, outputs, c), fit) * tile_cycles + (multicast > 1 ? kMulticastCycles : 0);
-        if (cycles >= fewest) continue;
-        fewest = cycles;
+        if (resident_clusters(c, device) == 0) continue;
+        if (ceil_div(stages, splits) * (splits - 1) >= stages) continue;  // the last CTA would have nothing to do
+        const int64_t of_it = cycles(m, outputs, stages, stage_of, device, c, l2_bytes);
+        if (of_it >= fewest) continue;
+        fewest = of_it;
         best = c;
       }
     }

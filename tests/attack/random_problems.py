@@ -22,7 +22,7 @@ for _variable in KERNEL_VARIABLE.values():
     os.environ.setdefault(_variable, "")  # set before the first call, so that each call reads it
 CPU_KERNELS = ["few_tokens_int", "few_tokens_bf16", "few_tokens_float"]
 CPU_KERNELS += ["many_tokens_tiles", "many_tokens_bf16", "many_tokens_int", "many_tokens_float"]
-CUDA_KERNELS = ["few_tokens", "tensor_cores", "sm75", "sm90", "ragged", "exact", "gemm", "library"]
+CUDA_KERNELS = ["few_tokens", "tensor_cores", "sm75", "sm90", "sm100", "ragged", "exact", "gemm", "library"]
 T4 = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)  # does not multiply bfloat16
 DTYPES = [torch.float32, torch.float16] if T4 else [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_SIZES = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]

@@ -118,7 +118,7 @@ int main() {
         }
   std::printf("], \"b200\": [");
   comma = "";
-  for (int m : {64, 128, 300, 1024})
+  for (int m : {16, 64, 128, 256, 300, 1024, 4096})
     for (int n : {1024, 4096, 14336})
       for (int k : {64, 4096, 14336}) {
         LinearProblem p;
@@ -126,9 +126,21 @@ int main() {
         for (const auto& [name, device] : kCards) {
           if (device.arch != 100) continue;
           const Config c = library::config(p, device, {});
-          std::printf("%s[%d, %d, %d, %ld, %ld, %ld, \"%s\", %.0f, %.0f]", comma, m, n, k, long(device.l2_bytes),
+          std::printf("%s[%d, %d, %d, %ld, %ld, %ld, \"%s\", %.0f, %.0f, ", comma, m, n, k, long(device.l2_bytes),
                       long(c.splits), long(c.panel), kernel_name(choose(p, device).kernel), library::time(p, device, c),
                       sm100::fused_time(p, device));
+          const auto print = [&](const auto& p, int outputs) {
+            const Config own = sm100::config(p, device, {});
+            std::printf("[%ld, %ld, %ld, %ld, %.0f]", long(own.tokens), long(own.splits), long(own.multicast),
+                        long(sm90::clusters(m, outputs, own, device)), sm100::time(p, device));
+          };
+          print(p, n);
+          LinearDxProblem dx;
+          dx.dtype = DType::kBFloat16, dx.m = m, dx.w.n = n, dx.w.k = k;
+          std::printf(", [\"%s\", %.0f, %.0f], ", kernel_name(choose(dx, device).kernel),
+                      library::time(dx, device, library::config(dx, device, {})), sm100::fused_time(dx, device));
+          print(dx, k);
+          std::printf("]");
           comma = ", ";
         }
       }

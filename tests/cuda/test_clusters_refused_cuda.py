@@ -10,19 +10,15 @@ import re
 import pytest
 import torch
 
-from cuda_cases import DX, FORWARD, case
+from cuda_cases import CAPABILITY, DX, FORWARD, case
 from operator_results import RESULTS, check_samples
 from own_process import run_file
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif("CUDASIM_TORCH_LIBRARY" not in os.environ, reason="the kernel simulator's driver can refuse"),
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9,
-        reason="the device has no clusters",
-    ),
+    pytest.mark.skipif(CAPABILITY[0] < 9, reason="the device has no clusters"),
 ]
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 # (m, n, k), whose sums are split: few tokens, mma.sync, and on Hopper wgmma.
 SHAPES = [(3, 136, 2048), (20, 136, 2048), (40, 136, 1024)]
 
@@ -41,7 +37,7 @@ def test_results_without_clusters(clusters: str) -> None:
     splits = {(operator, int(m), kernel): int(s) for operator, m, kernel, s in ran}  # the last try of each
     assert splits["linear_nf4", 3, "few_tokens"] > 1  # by tickets
     assert splits["linear_nf4", 20, "tensor_cores"] > 1
-    if HOPPER:
+    if CAPABILITY == (9, 0):
         assert splits["linear_nf4", 40, "sm90"] == splits["linear_nf4_dx", 40, "sm90"] == 1
 
 

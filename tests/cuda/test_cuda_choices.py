@@ -26,11 +26,16 @@ CHOICES = {
         "tensor_cores tokens=16 rows=128",
         "tensor_cores tokens=16 rows=128",
     ),
-    (FORWARD, "bfloat16", 17, 4096, 4096, 64, 0): "tensor_cores tokens=32 rows=128",
+    (FORWARD, "bfloat16", 17, 4096, 4096, 64, 0): (
+        "tensor_cores tokens=32 rows=128",
+        "tensor_cores tokens=32 rows=128",
+        "sm100 tokens=64 rows=128 splits=4 multicast=1",
+        "tensor_cores tokens=32 rows=128",
+    ),
     (FORWARD, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 rows=128",
         "sm90 tokens=64 rows=128 splits=3 multicast=1",
-        "library splits=1 panel=4096",
+        "sm100 tokens=64 rows=128 splits=4 multicast=1",
         "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 0): (
@@ -43,13 +48,13 @@ CHOICES = {
     (FORWARD, "bfloat16", 256, 4096, 4096, 64, 0): (
         "gemm splits=3 panel=4096",  # 32 tiles on 108 SMs
         "sm90 tokens=128 rows=128 splits=2 multicast=1",
-        "library splits=1 panel=4096",
+        "sm100 tokens=256 rows=128 splits=4 multicast=1",
         "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "bfloat16", 192, 11008, 4096, 64, 0): (
         "gemm splits=1 panel=11008",
         "sm90 tokens=64 rows=128 splits=1 multicast=2",
-        "library splits=1 panel=6400",
+        "sm100 tokens=256 rows=128 splits=3 multicast=1",
         "tensor_cores tokens=32 rows=128",
     ),
     (DX, "bfloat16", 4096, 14336, 4096, 64, 0): (
@@ -58,18 +63,24 @@ CHOICES = {
         "library splits=1 panel=4096",
         "gemm splits=4 panel=1280",
     ),
-    # B200: fused, or panels that hold parts of the sums, so that they stay in L2 with columns for all SMs
+    # long sums, which B200 splits
     (FORWARD, "bfloat16", 64, 4096, 14336, 64, 0): (
         "tensor_cores tokens=64 rows=128",
         "sm90 tokens=64 rows=128 splits=7 multicast=1",
-        "tensor_cores tokens=64 rows=128",
+        "sm100 tokens=64 rows=128 splits=4 multicast=1",
         "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "bfloat16", 256, 4096, 14336, 64, 0): (
         "gemm splits=3 panel=4096",
         "sm90 tokens=128 rows=128 splits=2 multicast=1",
-        "library splits=2 panel=4096",
+        "sm100 tokens=256 rows=128 splits=4 multicast=1",
         "tensor_cores tokens=32 rows=128",
+    ),
+    (DX, "bfloat16", 256, 14336, 4096, 64, 0): (
+        "gemm splits=3 panel=4096",
+        "sm90 tokens=256 columns=128 splits=3 multicast=1",
+        "sm100 tokens=256 columns=128 splits=4 multicast=1",
+        "tensor_cores tokens=64 columns=256",
     ),
     # our own GEMM, where its tiles and the parts of sums that are cut fill the card
     (FORWARD, "bfloat16", 512, 4096, 4096, 64, 0): (
@@ -114,7 +125,7 @@ CHOICES = {
     (DX, "bfloat16", 64, 4096, 4096, 64, 0): (
         "tensor_cores tokens=64 columns=256",
         "sm90 tokens=64 columns=128 splits=3 multicast=1",
-        "library splits=1 panel=4096",
+        "sm100 tokens=64 columns=128 splits=4 multicast=1",
         "tensor_cores tokens=64 columns=256",
     ),
     (DX, "bfloat16", 4096, 4096, 4096, 64, 0): (
@@ -217,9 +228,16 @@ FORCED = {
     ("sm80", FORWARD, 3, 4096, 8, "tensor_cores:tokens=16"): "tensor_cores tokens=16 rows=128",
     ("sm90", DX, 3, 4096, 8, "gemm:panel=512"): "gemm panel=512",
     ("sm90", FORWARD, 3, 4096, 8, "sm90:tokens=128,multicast=1"): "sm90 tokens=128 rows=128 splits=1 multicast=1",
+    ("sm100", FORWARD, 3, 4096, 0, "sm100"): "sm100 tokens=64 rows=128 splits=4 multicast=1",
+    ("sm100", FORWARD, 64, 4096, 0, "sm100:tokens=256,splits=2"): "sm100 tokens=256 rows=128 splits=2 multicast=1",
+    ("sm100", DX, 3, 4096, 0, "sm100:tokens=128"): "sm100 tokens=128 columns=128 splits=4 multicast=1",
+    ("sm100", FORWARD, 64, 4096, 0, "sm100:multicast=2"): "sm100 tokens=64 rows=128 splits=4 multicast=2",
+    ("sm100", FORWARD, 64, 4096, 0, "library"): "library splits=1 panel=4096",
+    # panels that hold parts of the sums, so that they stay in L2 with columns for all SMs
+    ("sm100", FORWARD, 256, 14336, 0, "library"): "library splits=2 panel=4096",
 }
 
-NAMES = "few_tokens, tensor_cores, sm75, sm90, ragged, exact, gemm or library"
+NAMES = "few_tokens, tensor_cores, sm75, sm90, sm100, ragged, exact, gemm or library"
 REFUSED = {
     ("sm90", FORWARD, 3, 4096, 0, "fused"): f"expected NAME or NAME:KEY=NUMBER,... with the name {NAMES}, got fused",
     ("sm90", FORWARD, 3, 4096, 0, ":tokens=4"): f"with the name {NAMES}, got :tokens=4",
@@ -256,6 +274,21 @@ REFUSED = {
     ("sm120", FORWARD, 64, 4096, 0, "tensor_cores:tokens=64"): "with tokens=64: expected tokens=32",
     ("sm120", FORWARD, 3, 4096, 0, "few_tokens:tokens=16"): "with tokens=16: expected tokens=8",
     ("sm120", FORWARD, 9, 4096, 0, "few_tokens"): "few_tokens does not take linear_nf4 of m=9",
+    ("sm90", FORWARD, 64, 4096, 0, "sm100"): "sm100 does not take linear_nf4 of m=64",
+    ("sm120", FORWARD, 64, 4096, 0, "sm100"): "sm100 does not take linear_nf4 of m=64",
+    ("sm100", FORWARD, 64, 4100, 0, "sm100"): "sm100 does not take linear_nf4 of m=64 n=4096 k=4100",
+    ("sm100", FORWARD, 64, 4096, 8, "sm100"): "sm100 does not take linear_nf4 of experts=8",
+    ("sm100", DX, 64, 4096, 8, "sm100"): "sm100 does not take linear_nf4_dx of experts=8",
+    ("sm100", DLORA, 64, 4096, 0, "sm100"): "sm100 does not take linear_nf4_dlora of m=64",
+    (
+        "sm100",
+        FORWARD,
+        64,
+        4096,
+        0,
+        "sm100:tokens=32",
+    ): "expected tokens=64, 128 or 256 of sm100 for linear_nf4, got 32",
+    ("sm100", FORWARD, 64, 128, 0, "sm100:splits=4"): "sm100 cannot run linear_nf4 of m=64 n=4096 k=128",
     ("sm80", FORWARD, 64, 4096, 0, "gemm:splits=2"): "with the key ctas or panel, got splits=2",
     ("sm80", FORWARD, 64, 4096, 0, "library:splits=7"): "with splits=7: expected splits=6",
     ("sm80", FORWARD, 64, 4096, 0, "library:panel=300"): "with panel=300: expected panel=512",
@@ -303,7 +336,7 @@ def test_the_choice_on_a_t4(program: pathlib.Path) -> None:
 @pytest.mark.parametrize("operator", [FORWARD, DX, DLORA])
 def test_kernels_of_newer_cards_are_refused_on_a_t4(operator: str) -> None:
     expected = "expected " + {FORWARD: "sm75, library or exact", DX: "library or exact", DLORA: "exact"}[operator]
-    for kernel in ("few_tokens", "tensor_cores", "sm90", "ragged", "gemm"):
+    for kernel in ("few_tokens", "tensor_cores", "sm90", "sm100", "ragged", "gemm"):
         text = f"QLORA_CUDA_KERNEL: {kernel} does not take {operator} of .* on compute capability 7.5: {expected}$"
         with pytest.raises(ValueError, match=text):
             _C.choose(operator, "float16", 1, 4096, 4096, device="sm75", kernel=kernel)
@@ -343,7 +376,7 @@ def test_wide_codes_have_no_tile_on_tensor_cores(code: str, card: str) -> None:
         assert _C.choose(op, "float32", 64, **problem) == ["exact"]
         assert _C.choose(op, "float32", 65, **problem) == ["library"]
         assert _C.choose(op, dtype, 17, **problem) in (["library"], ["gemm"])
-        for kernel in {"few_tokens", "tensor_cores", "sm75", "sm90", "ragged"} - {generic}:
+        for kernel in {"few_tokens", "tensor_cores", "sm75", "sm90", "sm100", "ragged"} - {generic}:
             with pytest.raises(ValueError, match=f"^QLORA_CUDA_KERNEL: {kernel} does not take .* code={code} on"):
                 _C.choose(op, dtype, 8, kernel=kernel, **problem)
 

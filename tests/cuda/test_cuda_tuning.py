@@ -130,9 +130,9 @@ def library_time(card: str, m: int, inner: int, columns: int, sums: int, element
 
 
 def test_on_a_b200_sums_are_split_where_panels_would_leave_l2(chosen: dict) -> None:
-    """Of a bfloat16 layer without LoRA and bias. The library is chosen where it takes less time than a fused kernel."""
-    split, kernels = 0, set()
-    for m, n, k, l2, splits, panel, kernel, time, fused in chosen["b200"]:
+    """Of a bfloat16 layer without LoRA and bias."""
+    split = 0
+    for m, n, k, l2, splits, panel, _, time, *_ in chosen["b200"]:
 
         def time_of(splits: int, panel: int, case: tuple[int, ...] = (m, n, k, l2)) -> float:
             m, n, k, l2 = case
@@ -149,10 +149,45 @@ def test_on_a_b200_sums_are_split_where_panels_would_leave_l2(chosen: dict) -> N
         if splits > 1:
             assert panel * (2 * ceil(k, splits) + 4 * m) <= l2 // 2, case
             split += 1
-        assert kernel == ("tensor_cores" if fused < time + 0.52 * n * k / 7200 else "library"), case
-        kernels.add(kernel)
     assert split > 1
-    assert kernels == {"tensor_cores", "library"}
+
+
+def tcgen05_time(m: int, outputs: int, terms: int, scales: int, tile: list[int]) -> float:
+    """Nanoseconds: waves of tiles, whose stages of 64 terms take as long as passes over shared memory, or as L2."""
+    tokens, splits, multicast, clusters = tile
+    lookups, packed, x = 128 * 64 / 2 * 8 / 128, 2 * 128 * 32 / 128, 2 * tokens * 128 / 128
+    others = 128 * 33 if scales == 4 else 64 * (64 + 32)
+    from_l2 = (tokens * 128 // multicast + others) * clusters * splits * multicast // 6400
+    stage = max(lookups + packed + x + scales, from_l2)
+    one = ceil(ceil(terms, 64), splits) * stage + 2500 + 1000 * (splits > 1)
+    waves = ceil(ceil(m, tokens) * ceil(outputs, 128 * multicast), clusters)
+    return max((waves * one + 1500 * (multicast > 1)) / 1.85, 0.52 * outputs * terms / 7200)
+
+
+def test_a_b200_runs_the_kernel_that_takes_the_least_time(chosen: dict) -> None:
+    times, kernels = {}, set()
+    for m, n, k, _, _, _, kernel, library, fused, forward, of_dx, dx in chosen["b200"]:
+        for op, (*tile, own), sizes, scales, choice in (
+            ("forward", forward, (m, n, k), 4, (kernel, library, fused)),
+            ("dx", dx, (m, k, n), 72, of_dx),
+        ):
+            case = (op, m, n, k)
+            assert own == pytest.approx(tcgen05_time(*sizes, scales, tile), abs=1), case
+            for tokens in (64, 128, 256):
+                alone = [tokens, 1, 1, min(148, ceil(m, tokens) * ceil(sizes[1], 128))]
+                assert own <= tcgen05_time(*sizes, scales, alone) + 1, case
+            name, library_ns, fused_ns = choice
+            library_ns += 0.52 * n * k / 7200
+            times[case] = own
+            if m < 17:
+                assert name == "tensor_cores", case
+            else:
+                assert (name == "sm100") == (own < min(library_ns - 2500, fused_ns)), case
+                kernels.add((op, name))
+    assert kernels == {(op, name) for op in ("forward", "dx") for name in ("sm100", "library")}
+    # Besides a launch, in microseconds
+    assert {m: round(times["forward", m, 4096, 4096] / 1000) for m in (64, 128, 256)} == {64: 6, 128: 7, 256: 9}
+    assert {m: round(times["dx", m, 4096, 4096] / 1000) for m in (64, 128, 256)} == {64: 6, 128: 7, 256: 10}
 
 
 def units_time(whole: int, cut: int, parts: int, stages: int, sms: int) -> int:

@@ -51,7 +51,7 @@ REFUSED = {
     "few_tokens:splits=1000": r"few_tokens cannot run linear_nf4 of .* with splits=1000: expected splits=",
 }
 if CAPABILITY != (9, 0):
-    REFUSED["sm90"] = "sm90 does not take linear_nf4 .*: expected gemm, "
+    REFUSED["sm90"] = "sm90 does not take linear_nf4 .*: expected (sm100, )?gemm, "
 
 
 @in_bfloat16

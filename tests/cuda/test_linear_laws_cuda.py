@@ -42,7 +42,7 @@ def moved(t: Tensor) -> Tensor:
     [
         *(case(op, 6, 64, 128 if op == FORWARD else 96, 6, dtype) for op in (FORWARD, DX) for dtype in DTYPES),
         *(case(FORWARD, m, 64, 256, 6) for m in (1, 16)),
-        *(case(FORWARD, 40, 64, 128, 6, dtype, "sm90") for dtype in HALF),
+        *(case(FORWARD, 40, 64, 128, 6, dtype, kernel) for dtype in HALF for kernel in ("sm90", "sm100")),
     ]
 )
 def test_operands_at_any_address(case: Case) -> None:
@@ -54,7 +54,7 @@ def test_operands_at_any_address(case: Case) -> None:
         return
     for name in ("bias", "lora_a", "lora_b", "x"):
         if name == "x" and case.kernel:
-            continue  # Hopper's kernels do not take it
+            continue  # TMA does not take it
         setattr(s, name, moved(getattr(s, name)))
         assert relative_error(run(FORWARD, s, dy), expected) < tolerance
     if not case.kernel:
@@ -66,6 +66,8 @@ def test_operands_at_any_address(case: Case) -> None:
     [
         *(case(FORWARD, m, 40, k, None, double_quant=False) for m, k in ((3, 128), (3, 95), (40, 128))),
         case(FORWARD, 40, 40, 192, None, kernel="sm90", double_quant=False),  # a row ends in the middle of a stage
+        case(FORWARD, 40, 40, 192, None, kernel="sm100", double_quant=False),
+        case(DX, 40, 72, 192, None, kernel="sm100", double_quant=False),
         case(DX, 40, 72, 192, None, kernel="sm90", double_quant=False),
     ]
 )
@@ -85,6 +87,7 @@ def test_a_block_that_is_nan_gives_nan(case: Case) -> None:
         *(case(FORWARD, m, 72, 320) for m in (1, 7, 16)),
         *(case(FORWARD, m, 40, 128, None, dtype) for m in (8, 64) for dtype in HALF),
         *(case(op, 64, 72, 128, None, dtype, "sm90") for op in (FORWARD, DX) for dtype in HALF),
+        *(case(op, 64, 72, 128, None, dtype, "sm100") for op in (FORWARD, DX) for dtype in HALF),
     ]
 )
 def test_values_that_are_not_finite_stay_in_their_token(case: Case, bad: float) -> None:
@@ -100,7 +103,10 @@ def test_values_that_are_not_finite_stay_in_their_token(case: Case, bad: float) 
 
 @pytest.mark.parametrize("nested_block_size", [1, 3, 100, 256])
 @each(
-    [case(FORWARD, 3, 70, 320, 4, double_quant=False), case(FORWARD, 34, 70, 832, 4, kernel="sm90", double_quant=False)]
+    [
+        case(FORWARD, 3, 70, 320, 4, double_quant=False),
+        *(case(FORWARD, 34, 70, 832, 4, kernel=kernel, double_quant=False) for kernel in ("sm90", "sm100")),
+    ]
 )
 def test_any_nested_block_size(case: Case, nested_block_size: int) -> None:
     s, _ = case.sample()
@@ -130,7 +136,7 @@ def test_codes_have_little_more_than_half_the_error_of_rounded_weights(case: Cas
     assert error <= plain / 3, (error, plain)
 
 
-@each([case(FORWARD, 300, 5100, 64, 8, kernel="sm90")])
+@each([case(FORWARD, 300, 5100, 64, 8, kernel="sm90"), case(FORWARD, 300, 700, 64, 8, kernel="sm100")])
 def test_a_token_does_not_depend_on_the_others(case: Case) -> None:
     """Except for the order of summation, which depends on the tile and the splits."""
     s, dy = case.sample()
@@ -174,7 +180,7 @@ def test_two_streams_and_graphs() -> None:
         assert all(map(torch.equal, captured, expected))
 
 
-@each([case(DX, 40, 72, 128, 4, dropout_p=0.5), case(DX, 40, 72, 128, 4, kernel="sm90", dropout_p=0.5)])
+@each([case(DX, 40, 72, 128, 4, kernel=kernel, dropout_p=0.5) for kernel in ("", "sm90", "sm100")])
 def test_a_seed_on_the_device_draws_the_same_mask(case: Case) -> None:
     s, dy = case.sample()
     *lora, seed = s.lora_args

@@ -1,6 +1,7 @@
-"""The persistent CTAs of Hopper's kernels compute more than one tile, alone or in pairs, of one weight or of experts.
-There is more work than the clusters that can be resident, so these tests run in a process of their own, where the
-simulated card has 8 SMs, and where the kernel is forced for few tokens, too."""
+"""The persistent CTAs of Hopper's kernels compute more than one tile, alone or in pairs, of one weight or of experts,
+and so do those of Blackwell's kernels of one weight. There is more work than the clusters that can be resident, so
+these tests run in a process of their own, where the simulated card has 8 SMs, and where the kernel is forced for few
+tokens, too."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_cases import BF16, DX, F16, FORWARD, HALF, case, on_hopper
+from cuda_cases import BF16, CAPABILITY, DX, F16, FORWARD, HALF, case
 from own_process import run_file
 
-pytestmark = [pytest.mark.cuda, on_hopper]
+KERNEL = {(9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get(CAPABILITY)
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(KERNEL is None, reason="the device is not of compute capability 9.0 or 10.x"),
+]
 
 # (tokens per tile, splits, multicast, m, terms of the sum, rank). The rounds of the ring buffer per tile are odd and
 # even, partial and full, and more in CTAs that add LoRA's ranks: a chunk of 128 in the forward, of 64 in dX.
@@ -37,6 +42,27 @@ TILES = {
         (256, 1, 2, 257, 136, 80),
     ],
 }
+if KERNEL == "sm100":  # stages and chunks of 64; eight slots in the forward, six in dX, and four in the largest tile
+    TILES = {
+        FORWARD: [
+            (64, 1, 1, 33, 64, None),
+            (64, 2, 1, 65, 640, 130),
+            (128, 8, 1, 65, 1024, 80),
+            (64, 1, 2, 33, 320, 16),
+            (128, 1, 2, 129, 1088, 130),
+            (256, 1, 1, 257, 448, 200),
+            (256, 2, 2, 257, 640, None),
+            (256, 4, 2, 65, 1024, 80),
+        ],
+        DX: [
+            (64, 1, 1, 33, 200, None),
+            (64, 1, 2, 33, 456, 130),
+            (128, 1, 1, 129, 136, 80),
+            (128, 2, 2, 129, 328, 16),
+            (256, 3, 1, 129, 520, 200),
+            (256, 1, 2, 257, 136, 80),
+        ],
+    }
 # (rows of each expert, n, k, rank, dtype): all tails of tokens and outputs, of stages (128 k, 64 n) and of chunks of
 # ranks; experts without rows first, between and last; one row per expert.
 EXPERTS = [
@@ -50,7 +76,7 @@ WRONG = [([5, 3, 9, 40], [5, 5, 9, 20]), ([-7, 2**40, -(2**62), 4], [0, 20, 20, 
 
 
 def forced(tokens: int, multicast: int = 1, splits: str = "") -> None:
-    os.environ["QLORA_CUDA_KERNEL"] = f"sm90:tokens={tokens},multicast={multicast}{splits}"
+    os.environ["QLORA_CUDA_KERNEL"] = f"{KERNEL}:tokens={tokens},multicast={multicast}{splits}"
 
 
 def outputs(splits: int, multicast: int, token_tiles: int) -> int:
@@ -123,9 +149,9 @@ def check_stacks() -> None:
 CHECKS = {"tiles": check_tiles, "stacks": check_stacks}
 
 
-@pytest.mark.parametrize("what", CHECKS)
+@pytest.mark.parametrize("what", CHECKS if KERNEL == "sm90" else ["tiles"])
 def test_results_of_every_tile(what: str) -> None:
-    environment = {**os.environ, "QLORA_CUDA_KERNEL": "sm90", "CUDASIM_GPCS": "8"}
+    environment = {**os.environ, "QLORA_CUDA_KERNEL": str(KERNEL), "CUDASIM_GPCS": "8"}
     assert run_file(__file__, what, environment=environment).stdout.endswith(f"checked {what}\n")
 
 

@@ -21,6 +21,9 @@ CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() els
 on_hopper = pytest.mark.skipif(
     CAPABILITY != (9, 0), reason="the device is not of compute capability 9.0, which alone has wgmma"
 )
+on_b200 = pytest.mark.skipif(
+    CAPABILITY[0] != 10, reason="the device is not of compute capability 10.x, whose tcgen05 the kernel needs"
+)
 on_t4 = pytest.mark.skipif(CAPABILITY != (7, 5), reason="the device is not of compute capability 7.5")
 on_newer = pytest.mark.skipif(CAPABILITY == (7, 5), reason="compute capability 7.5 does not have this kernel")
 FEW = 8 if CAPABILITY[0] >= 10 else 16  # the most tokens that few_tokens takes
@@ -87,6 +90,6 @@ def case(op: str, m: int | tuple[int, ...], n: int, k: int, *fields: Any, **opti
 def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
     """Parametrizes a test by ``case``. The kernels of a single architecture are skipped on other devices."""
     only = {name: on_newer for name in ("few_tokens", "tensor_cores", "ragged", "gemm")}
-    only |= {"sm75": on_t4, "sm90": on_hopper}
+    only |= {"sm75": on_t4, "sm90": on_hopper, "sm100": on_b200}
     marked = [pytest.param(c, marks=only.get(c.kernel.split(":")[0], ()), id=str(c)) for c in cases]
     return pytest.mark.parametrize("case", marked)

@@ -28,6 +28,7 @@ CUDA_FOLDERS = {
     "sm75": ("generic", "sm75", "sm80"),
     "sm80": ("generic", "sm80"),
     "sm90": ("generic", "sm80", "sm90"),
+    "sm100": ("generic", "sm80", "sm90", "sm100"),
 }
 CUDA_LAUNCH = tuple(f"cuda/launch/{name}.h" for name in ("cluster", "device", "launch", "types", "workspace"))
 

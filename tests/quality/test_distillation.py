@@ -21,22 +21,45 @@ FORMATS = ["nf4", "int4", "q4_0", "nvfp4", "mxfp4"]
 BY_BLOCK = {"distill": True, "batch_size": 4, "distill_memory": 1}
 
 
+FOLLOWING = torch.randint(3, 128, (128, 4), generator=torch.Generator().manual_seed(0))
+
+
 def tokens(seed: int, count: int) -> torch.Tensor:
-    return torch.randint(3, 128, (count, 32), generator=torch.Generator().manual_seed(seed))
+    """Token ids [count, 32] of a language in which four tokens may follow each token."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = [torch.randint(3, 128, (count,), generator=generator)]
+    while len(columns) < 32:
+        columns.append(FOLLOWING[columns[-1], torch.randint(0, 4, (count,), generator=generator)])
+    return torch.stack(columns, 1)
 
 
 TEXT, HELD_OUT = tokens(0, 160), tokens(1, 64)
 
 
-@pytest.fixture(scope="module")
-def dense() -> Any:
-    """A model whose blocks change the hidden states enough that rounding matters."""
-    model = make("llama", torch.float32)
+def strong(family: str) -> Any:
+    model = make(family, torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(4)
     return model
+
+
+def trained(family: str) -> Any:
+    """A model that knows the language a little, and whose blocks change the hidden states so that rounding matters."""
+    model = strong(family)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(60):
+        batch = tokens(2 + step, 16)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def dense() -> Any:
+    return trained("llama")
 
 
 def form_of(name: str) -> Form:
@@ -58,7 +81,7 @@ def divergence(model: Any, dense: Any) -> float:
 def test_blocks_one_by_one_are_closer_to_the_dense_model(dense: Any, name: str) -> None:
     form = form_of(name)
     plain, calibrated = quantized(dense, form), quantized(dense, form, **BY_BLOCK)
-    assert divergence(calibrated, dense) < 0.97 * divergence(plain, dense)
+    assert divergence(calibrated, dense) < 0.6 * divergence(plain, dense)
     reports = calibration_of(calibrated)
     assert DISTILLED in {report.method for report in reports if ".layers.0." in report.name}
     assert len(reports) == len({report.name for report in reports}) == 14
@@ -77,9 +100,9 @@ def test_blocks_one_by_one_are_closer_to_the_dense_model(dense: Any, name: str) 
 @pytest.mark.parametrize("name", ["nf4", "q4_0"])
 def test_layers_together_are_closer_to_the_dense_model(dense: Any, name: str) -> None:
     form = form_of(name)
-    calibrated = quantized(dense, form, batch_size=1)
-    together = quantized(dense, form, distill=True, batch_size=1)
-    assert divergence(together, dense) < 0.97 * divergence(calibrated, dense)
+    calibrated = quantized(dense, form, batch_size=2)
+    together = quantized(dense, form, distill=True, batch_size=2)
+    assert divergence(together, dense) < 0.7 * divergence(calibrated, dense)
     assert {report.method for report in calibration_of(together)} == {DISTILLED}
     before = dict(layers_of(calibrated))
     for module, layer in layers_of(together):
@@ -87,7 +110,7 @@ def test_layers_together_are_closer_to_the_dense_model(dense: Any, name: str) ->
         assert not torch.equal(found.pop("packed"), calibrated_only.pop("packed"))
         assert same_bits(found, calibrated_only)
         assert "forward" not in vars(layer)
-    assert same_state(together, quantized(dense, form, distill=True, batch_size=1))
+    assert same_state(together, quantized(dense, form, distill=True, batch_size=2))
     assert all(p.grad is None for p in together.parameters())
 
 
@@ -101,21 +124,13 @@ def test_padding_teaches_nothing(dense: Any) -> None:
     assert divergence(longer, dense) == pytest.approx(divergence(found, dense), rel=0.1)
 
 
-def strong(family: str) -> Any:
-    model = make(family, torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4)
-    return model
-
-
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])  # transposed weights; biases and a tied head
 def test_other_families_learn_together(family: str) -> None:
-    model = strong(family)
-    plain, together = quantized(model, Form(), batch_size=1), quantized(model, Form(), distill=True, batch_size=1)
+    model = trained(family)
+    calibrated = quantized(model, Form(), batch_size=2)
+    together = quantized(model, Form(), distill=True, batch_size=2)
     assert {report.method for report in calibration_of(together)} == {DISTILLED}
-    assert divergence(together, model) < divergence(plain, model)
+    assert divergence(together, model) < 0.9 * divergence(calibrated, model)
 
 
 def test_experts_are_calibrated_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +161,7 @@ def test_codes_that_are_not_better_are_not_taken(
     dense: Any, monkeypatch: pytest.MonkeyPatch, rate: float, settings: dict[str, Any]
 ) -> None:
     for name in ("BLOCK", "MODEL"):
-        monkeypatch.setattr(f"qlora_ext.calibration.calibrator.{name}", learning.Schedule(rate, 2))
+        monkeypatch.setattr(f"qlora_ext.calibration.calibrator.{name}", learning.Schedule(rate, rate, 2))
     found = quantized(dense, Form(), **settings)
     assert DISTILLED not in {report.method for report in calibration_of(found)}
     monkeypatch.undo()
@@ -205,12 +220,12 @@ def test_exported_weights_are_learnt_too(dense: Any) -> None:
     model = copy.deepcopy(dense)
     names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name]
     form = Form.named("q4_0")
-    calibration = qlora_ext.Calibration(TEXT, distill=True, batch_size=1)
+    calibration = qlora_ext.Calibration(TEXT, distill=True, batch_size=2)
     weights, report = encode(model, [[name] for name in names], form, calibration)
     assert DISTILLED in {one.method for one in report}
     for name, w4 in weights.items():
         assert torch.equal(model.get_submodule(name).weight, w4.dequantize(torch.float32))
-    assert divergence(model, dense) < 0.97 * divergence(quantized(dense, form), dense)
+    assert divergence(model, dense) < 0.7 * divergence(quantized(dense, form), dense)
 
 
 def test_adapters_are_rejected(dense: Any) -> None:

@@ -160,9 +160,9 @@ __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& 
       const uint32_t lines = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes;
       const auto& p = work.args_of(all);
       if (lora_is_vector(p.lora))
-        tile::store_low_rank<Tile, true>(p.lora, token0, rank, steps, lines);
+        tile::store_low_rank<Tile, true>(p.lora, threadIdx.x, token0, rank, steps, lines);
       else
-        tile::store_low_rank<Tile, false>(p.lora, token0, rank, steps, lines);
+        tile::store_low_rank<Tile, false>(p.lora, threadIdx.x, token0, rank, steps, lines);
       ring.publish(slot);
     });
     started = 0;

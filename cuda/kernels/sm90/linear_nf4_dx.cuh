@@ -92,9 +92,9 @@ __device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& a
       const uint32_t lines = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes;
       const auto& p = work.args_of(all);
       if (p.g.rank % 4 == 0)
-        tile::store_low_rank<Tile, true>(p.g, token0, rank, steps, lines);
+        tile::store_low_rank<Tile, true>(p.g, threadIdx.x, token0, rank, steps, lines);
       else
-        tile::store_low_rank<Tile, false>(p.g, token0, rank, steps, lines);
+        tile::store_low_rank<Tile, false>(p.g, threadIdx.x, token0, rank, steps, lines);
       ring.publish(slot);
     });
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {

@@ -31,16 +31,18 @@ cudaError_t make_token_map(const Config& c, const void* data, int64_t rows, int6
                          map);
 }
 
-// The TMA map of w, with boxes of 64 packed bytes for `box_rows` rows.
-inline cudaError_t make_packed_map(const Weight& w, int box_rows, CUtensorMap* map) {
+// The TMA map of w, with boxes of kBytes (32 or 64) packed bytes for `box_rows` rows.
+template <int kBytes = 64>
+cudaError_t make_packed_map(const Weight& w, int box_rows, CUtensorMap* map) {
+  static_assert(kBytes == 32 || kBytes == 64);
   return make_tensor_map({.type = CU_TENSOR_MAP_DATA_TYPE_UINT8,
                           .data = w.packed,
                           .rows = w.n,
                           .columns = w.k / 2,
                           .row_bytes = w.k / 2,
                           .box_rows = box_rows,
-                          .box_columns = 64,
-                          .swizzle = CU_TENSOR_MAP_SWIZZLE_64B},
+                          .box_columns = kBytes,
+                          .swizzle = kBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B},
                          map);
 }
 
@@ -56,6 +58,24 @@ inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int
           .stages_per_split = static_cast<int>(ceil_div(stages, c.splits)),
           .rank = static_cast<int>(lora.rank),
           .adapter_ranks = static_cast<int>(adapter_ranks(lora))};
+}
+
+// Asks the driver about clusters of a kernel that needs an SM per CTA. If it cannot tell, the answer has no clusters of
+// several CTAs.
+template <auto kKernel, class Tile>
+ResidentClusters query_resident_clusters(const Device& device) {
+  ResidentClusters found{device.sm_count};
+  int ctas = 0;
+  bool answers = ctas_per_sm<kKernel>(device, Tile::kThreads, Tile::kSharedBytes, &ctas) == cudaSuccess;
+  for (int size = 2; size <= kMostClusterCtas && answers; ++size) {
+    int& clusters = found[static_cast<size_t>(size - 1)];
+    answers = count_clusters(kKernel, size, Tile::kThreads, Tile::kSharedBytes, &clusters) == cudaSuccess;
+  }
+  if (!answers) {
+    cudaGetLastError();
+    found = {device.sm_count};
+  }
+  return found;
 }
 
 // With LoRA, the previous launch computes its low-rank product, which is all that the kernel waits for.

@@ -11,6 +11,7 @@ namespace {
 
 template <class Tile>
 cudaError_t launch_tile(const Grouped<LinearProblem>& problem, const Config& c, const void* h, const Context& context) {
+  static_assert(Tile::kStageK == kForwardStageK);
   const LinearProblem& p = problem.stack;
   CUtensorMap x, packed;
   cudaError_t error = make_token_map<Tile>(c, p.x, p.m, p.w.k, &x);

@@ -10,8 +10,7 @@
 
 namespace qlora::cuda::sm90 {
 
-// Asks the driver about clusters of these kernels, which all need an SM per CTA. If it cannot tell, the answer has no
-// clusters of several CTAs.
+// See query_resident_clusters. All these kernels need an SM per CTA.
 ResidentClusters query_clusters(const Device& device);
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context);

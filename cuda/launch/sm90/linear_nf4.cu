@@ -12,6 +12,7 @@ namespace {
 
 template <class Tile>
 cudaError_t launch_tile(const LinearProblem& p, const Config& c, const void* h, const Context& context) {
+  static_assert(Tile::kStageK == kForwardStageK);
   CUtensorMap x, packed;
   cudaError_t error = make_token_map<Tile>(c, p.x, p.m, p.w.k, &x);
   if (error == cudaSuccess) error = make_packed_map(p.w, Tile::kRows, &packed);
@@ -25,19 +26,7 @@ cudaError_t launch_tile(const LinearProblem& p, const Config& c, const void* h, 
 
 ResidentClusters query_clusters(const Device& device) {
   using Tile = tile::LinearSm90Tile<bfloat16, 64>;
-  constexpr auto kKernel = kernels::linear_nf4_sm90_kernel<Tile>;
-  ResidentClusters found{device.sm_count};
-  int ctas = 0;
-  bool answers = ctas_per_sm<kKernel>(device, Tile::kThreads, Tile::kSharedBytes, &ctas) == cudaSuccess;
-  for (int size = 2; size <= kMostClusterCtas && answers; ++size) {
-    int& clusters = found[static_cast<size_t>(size - 1)];
-    answers = count_clusters(kKernel, size, Tile::kThreads, Tile::kSharedBytes, &clusters) == cudaSuccess;
-  }
-  if (!answers) {
-    cudaGetLastError();
-    found = {device.sm_count};
-  }
-  return found;
+  return query_resident_clusters<kernels::linear_nf4_sm90_kernel<Tile>, Tile>(device);
 }
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {

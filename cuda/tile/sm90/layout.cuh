@@ -26,6 +26,11 @@ namespace qlora::tile {
 
 inline constexpr int kSm90Line = 64, kSm90LineBytes = 128;  // the values of a line, in 16 bits
 
+// The offset of the pair (i, i + 1), i even, in a token's line.
+__device__ constexpr int sm90_line_offset(int token, int i) {
+  return token * kSm90LineBytes + ((i / 8 ^ (token & 7)) * 16 + i % 8 * 2);
+}
+
 template <class T_, int kTokens_, int kLines_, int kStagePackedBytes_, int kStageScaleBytes_, int kProducerRegisters_>
 struct Sm90Layout {
   using T = T_;
@@ -80,11 +85,6 @@ struct Sm90Layout {
   __device__ static constexpr int empty(int slot) { return full(slot) + 8; }
   __device__ static constexpr int partner_empty(int slot) { return full(slot) + 16; }
   static constexpr int kFullArrivals = 1 + kProducers / 32, kEmptyArrivals = kConsumers / 32;
-
-  // The offset of the pair (i, i + 1), i even, in a token's line.
-  __device__ static constexpr int line_offset(int token, int i) {
-    return token * kSm90LineBytes + ((i / 8 ^ (token & 7)) * 16 + i % 8 * 2);
-  }
 };
 
 // The offset of 16-byte chunk `chunk` in a line of 64 packed bytes, as TMA swizzles them.

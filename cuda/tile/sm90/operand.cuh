@@ -11,6 +11,7 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/generic/lora_step.cuh"
 #include "cuda/tile/generic/unroll.cuh"
+#include "cuda/tile/sm90/layout.cuh"
 
 namespace qlora::tile {
 
@@ -32,21 +33,22 @@ struct Sm90Descriptors {
 
 // Writes ranks [first_rank, first_rank + 16 steps) of the low-rank product to the place of a stage's tokens, with zeros
 // past its end. Of every 16 ranks, 4t..4t+3 become values 2t, 2t+1, 2t+8, 2t+9, so that lane t of the other operand
-// also takes four neighbours. Call from all producers. The previous launch computes the product, and may still run.
+// also takes four neighbours. Call from all producers, with their numbers. The previous launch computes the product,
+// and may still run.
 template <class Layout, bool kVector>
-__device__ __forceinline__ void store_low_rank(const LoraOperands<typename Layout::T>& lora, int64_t token0,
-                                               int64_t first_rank, int steps, uint32_t lines) {
-  const int t = threadIdx.x % 4;
+__device__ __forceinline__ void store_low_rank(const LoraOperands<typename Layout::T>& lora, int producer,
+                                               int64_t token0, int64_t first_rank, int steps, uint32_t lines) {
+  const int t = producer % 4;
   ptx::wait_for_previous_grid();
 #pragma unroll 1
-  for (int token = threadIdx.x / 4; token < Layout::kTokens; token += Layout::kProducers / 4) {
+  for (int token = producer / 4; token < Layout::kTokens; token += Layout::kProducers / 4) {
     for (int step = 0; step < steps; ++step) {
       const uint2 ranks = load_4_ranks<typename Layout::T, kVector>(
           lora.h + (token0 + token) * lora.rank, first_rank + step * 16 + 4 * t, lora.rank, token0 + token < lora.m);
       const uint32_t line = lines + step / 4 * Layout::kLineBytes;
       const int i = step % 4 * 16 + 2 * t;
-      ptx::store_shared_u32(line + Layout::line_offset(token, i), ranks.x);
-      ptx::store_shared_u32(line + Layout::line_offset(token, i + 8), ranks.y);
+      ptx::store_shared_u32(line + sm90_line_offset(token, i), ranks.x);
+      ptx::store_shared_u32(line + sm90_line_offset(token, i + 8), ranks.y);
     }
   }
   ptx::fence_proxy_async();

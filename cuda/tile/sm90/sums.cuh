@@ -38,10 +38,11 @@ __device__ __forceinline__ void store_part(const Sm90Sums<Layout>& acc, int part
   });
 }
 
+// Call from all consumers, with their numbers.
 template <class Layout>
-__device__ __forceinline__ void finish_part(const Sm90Work<Layout>& work, int64_t token0, int64_t m,
+__device__ __forceinline__ void finish_part(const Sm90Work<Layout>& work, int thread, int64_t token0, int64_t m,
                                             const OutputQuad<typename Layout::T>& output, uint32_t base) {
-  const int thread = threadIdx.x - Layout::kProducers, splits = work.plan.splits;
+  const int splits = work.plan.splits;
   const int share = (Layout::kPartTokens + splits - 1) / splits, first = work.split * share;
   const int tokens = static_cast<int>(m - token0 < Layout::kPartTokens ? m - token0 : Layout::kPartTokens);
   const int end = min(first + share, tokens);
@@ -73,7 +74,7 @@ __device__ __forceinline__ void finish_tile(const Sm90Work<Layout>& work, const 
   for (int part = 0; part < Layout::kParts; ++part) {
     store_part<Layout, kOutputStep>(acc, part, base, output);
     sync();
-    finish_part<Layout>(work, token0 + part * Layout::kPartTokens, m, quad, base);
+    finish_part<Layout>(work, threadIdx.x - Layout::kProducers, token0 + part * Layout::kPartTokens, m, quad, base);
     sync();
   }
 }

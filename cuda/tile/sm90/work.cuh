@@ -86,19 +86,28 @@ struct Sm90Work {
   // Whether for_chunks calls `use` at all.
   __device__ __forceinline__ bool has_chunks() const { return split * kChunk < plan.adapter_ranks; }
 
-  // Calls use(slot, first rank, steps) for this split's chunks of ranks: the number of wgmma steps, 16 ranks each. Each
-  // chunk takes a round. As in for_lora_steps, splits take turns anew with each adapter of a stack.
-  template <class Pass, class Use>
-  __device__ __forceinline__ void for_chunks(uint32_t& parity, const Pass& pass, const Use& use) const {
+  // Calls use(first rank, steps) for this split's chunks of ranks: the number of steps of the tensor cores, 16 ranks
+  // each. As in for_lora_steps, splits take turns anew with each adapter of a stack.
+  template <class Use>
+  __device__ __forceinline__ void for_chunks(const Use& use) const {
     if (!has_chunks()) return;
     const auto end = [&](int rank) { return (rank / plan.adapter_ranks + 1) * plan.adapter_ranks; };  // of its adapter
-    for (int rank = split * kChunk; rank < plan.rank; parity ^= 1) {
-      use(Index<0>{}, rank, (min(end(rank) - rank, kChunk) + 15) / 16);
-      unroll<Layout::kStages - 1>([&](auto slot) { pass(Index<slot + 1>{}); });
+    for (int rank = split * kChunk; rank < plan.rank;) {
+      use(rank, (min(end(rank) - rank, kChunk) + 15) / 16);
       ptx::hold(rank);  // computes its adapter's end again, which is not worth a register
       const int next = rank + plan.splits * kChunk;
       rank = next < end(rank) ? next : end(rank) + split * kChunk;
     }
+  }
+
+  // Calls use(slot, first rank, steps) for each of them. A chunk takes a round of the ring buffer.
+  template <class Pass, class Use>
+  __device__ __forceinline__ void for_chunks(uint32_t& parity, const Pass& pass, const Use& use) const {
+    for_chunks([&](int rank, int steps) {
+      use(Index<0>{}, rank, steps);
+      unroll<Layout::kStages - 1>([&](auto slot) { pass(Index<slot + 1>{}); });
+      parity ^= 1;
+    });
   }
 
   // Waits until all threads of the CTA, and those of a partner, have come here.

@@ -1,7 +1,8 @@
 """Learns the codes of weights, so that what a block or a whole quantized model computes is what the dense one does.
 
-Adam moves the weights, which are rounded to the nearest codes in every step, and the gradient passes through the
-rounding unchanged (Bengio et al., 2013). Scales and offsets stay those of the calibration.
+Adam moves each weight, and a low-rank term of the whole matrix, which finds with few steps what many weights have in
+common. Their sum is rounded to the nearest codes in every step, and the gradient passes through the rounding unchanged
+(Bengio et al., 2013). Scales and offsets stay those of the calibration: to learn them, too, gained nothing.
 """
 
 from __future__ import annotations
@@ -19,22 +20,26 @@ from .weighted_encoding import encoded_under
 DISTILLED = "distilled"
 BYTES_PER_WEIGHT = 32  # eight float32 values while a weight is learnt
 _HELD_OUT = 8  # of so many batches, the last one decides whether what was learnt is better
+_RANK = 16
 
 
 class Schedule(NamedTuple):
     """How fast and how long weights are learnt.
 
     Attributes:
-        rate: of Adam, in units of the largest value of a quantization block; it falls linearly to zero.
+        rate: of Adam for single weights, in units of the largest value of a quantization block.
+        low_rank_rate: for the factors of the low-rank term, of which the first is orthonormal in expectation, in units
+            of the mean of these largest values. Both rates fall linearly to zero.
         passes: over the text.
     """
 
     rate: float
+    low_rank_rate: float
     passes: int
 
 
 # A model of 135M diverged at the rate that suits a single block.
-BLOCK, MODEL = Schedule(1e-3, 4), Schedule(1e-4, 2)
+BLOCK, MODEL = Schedule(1e-3, 0.0, 4), Schedule(1e-4, 2e-3, 2)
 
 # Computes a batch, and how far the result is from the dense model's.
 Loss = Callable[[], Tensor]
@@ -61,18 +66,28 @@ def _start(w: Tensor, w4: Weight4bit) -> Tensor:
 
 
 class _Learnt:
-    """A weight that is learnt. While it is, its module multiplies by the rounded one."""
+    """A weight that is learnt. While it is, its module multiplies by the rounded one.
 
-    def __init__(self, module: Any, w: Tensor, w4: Weight4bit) -> None:
+    Attributes:
+        moved: by how much each weight has moved, in units of the largest value of its block.
+        factors: those of the low-rank term, [rank, K] and [N, rank].
+    """
+
+    def __init__(self, module: Any, w: Tensor, w4: Weight4bit, generator: torch.Generator) -> None:
         self._module, self.w4 = module, w4
         self._start = _start(w, w4)
         largest = max(map(abs, code_values(w4.code)))
         unit = w4.decoded_scales().float().abs().reshape(-1, 1) * largest
         self._unit = unit.expand(-1, w4.block_size).reshape(-1)[: w.numel()].view(w.shape)
         self.moved = torch.zeros_like(self._start).requires_grad_()
+        rows, columns = w.shape
+        first = torch.randn(_RANK, columns, generator=generator).to(w.device) / columns**0.5
+        self.factors = first.requires_grad_(), first.new_zeros(rows, _RANK).requires_grad_()
+        self._mean_unit = float(unit.mean())
 
     def _value(self) -> Tensor:
-        return self._start + self.moved * self._unit
+        first, second = self.factors
+        return torch.addmm(self._start + self.moved * self._unit, second, first, alpha=self._mean_unit)
 
     def forward(self, x: Tensor) -> Tensor:
         rounded = _Rounded.apply(self._value(), self.w4)  # type: ignore[no-untyped-call]
@@ -111,9 +126,12 @@ def learn(
             return sum(loss().item() for loss in test)
 
     best: dict[str, Weight4bit] = {}
-    learnt = {name: _Learnt(*weight) for name, weight in weights.items()}
+    generator = torch.Generator().manual_seed(0)
+    learnt = {name: _Learnt(*weight, generator) for name, weight in weights.items()}
     moved = [one.moved for one in learnt.values()]
-    optimizer = torch.optim.Adam(moved, schedule.rate, betas=(0.9, 0.95))
+    factors = [factor for one in learnt.values() for factor in one.factors]
+    groups: list[dict[str, Any]] = [{"params": moved}, {"params": factors, "lr": schedule.low_rank_rate}]
+    optimizer = torch.optim.Adam(groups, schedule.rate, betas=(0.9, 0.95))
     steps = schedule.passes * len(train)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for (module, *_), one in zip(weights.values(), learnt.values(), strict=True):
@@ -123,7 +141,8 @@ def learn(
         for step in range(steps):
             with torch.enable_grad():
                 loss = train[step % len(train)]()
-                for tensor, gradient in zip(moved, torch.autograd.grad(loss, moved, allow_unused=True), strict=True):
+                gradients = torch.autograd.grad(loss, [*moved, *factors], allow_unused=True)
+                for tensor, gradient in zip([*moved, *factors], gradients, strict=True):
                     tensor.grad = gradient
             optimizer.step()
             rates.step()

@@ -153,9 +153,10 @@ void* find_variable(Image& image, const std::string& name, size_t* size) {
 }
 
 // ptxas reuses registers, but the interpreter's input does not: without SASS this is a rough estimate. A block of the
-// largest size has room on an SM.
+// largest size has room on an SM, each of whose four partitions has an equal share of the warps.
 int guess_registers(const KernelInfo& info) {
-  const int most = DeviceSpec::registers / static_cast<int>(info.max_threads) / 8 * 8;
+  const int warps = (static_cast<int>(info.max_threads) + 127) / 128 * 4;
+  const int most = DeviceSpec::registers / (warps * 32) / 8 * 8;
   return std::clamp(static_cast<int>(info.registers_estimate / 3), 16, std::clamp(most, 16, 255));
 }
 
