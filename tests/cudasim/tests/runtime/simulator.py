@@ -1,4 +1,4 @@
-"""Python scripts on another simulated card than that of the tests."""
+"""Commands on another simulated card than that of the tests."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import sys
 HERE = pathlib.Path(__file__).parent
 
 
-def run_script(options: list[str], script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs a script of this folder under cudasim with these options."""
+def simulate(options: list[str], command: list[str | pathlib.Path]) -> subprocess.CompletedProcess[str]:
+    """Runs a command under cudasim with these options. Python scripts of this folder need no path."""
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD" and not k.startswith("CUDASIM_")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     if "CUDASIM_BUILD" in os.environ:
         environment["CUDASIM_BUILD"] = os.environ["CUDASIM_BUILD"]
-    command = [HERE.parents[1] / "cudasim", *options, sys.executable, HERE / script, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    if str(command[0]).endswith(".py"):
+        command = [sys.executable, HERE / command[0], *command[1:]]
+    return subprocess.run(
+        [HERE.parents[1] / "cudasim", *options, *command], env=environment, capture_output=True, text=True
+    )

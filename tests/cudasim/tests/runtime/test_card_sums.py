@@ -7,11 +7,11 @@ import subprocess
 import numpy as np
 import pytest
 from card_sums import BF16, KINDS, card_sum, toward_zero
-from simulator import run_script
+from simulator import simulate
 
 
 def run_kinds(mma: str, arch: int, kinds: list[str]) -> subprocess.CompletedProcess[str]:
-    return run_script(["--mma", mma, "--arch", str(arch)], "card_sums.py", kinds)
+    return simulate(["--mma", mma, "--arch", str(arch)], ["card_sums.py", *kinds])
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90, 120])

@@ -25,7 +25,7 @@ triton = pytest.importorskip("triton", reason="this PyTorch came without Triton"
 
 import triton.language as tl
 from driver import Memory, Module
-from simulator import run_script
+from simulator import simulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -127,7 +127,7 @@ def check_two_matmuls(m: int) -> None:
 
 def test_tensor_memory() -> None:
     # Triton emits no tcgen05.fence, which only `--check fence` reports.
-    result = run_script(["--arch", "100", "--check", "race,init,grid"], "test_triton.py", [])
+    result = simulate(["--arch", "100", "--check", "race,init,grid"], ["test_triton.py"])
     assert result.returncode == 0, result.stderr
 
 
