@@ -360,6 +360,7 @@ PAGES: dict[Path, Tables] = {
         "formats": lambda: increases("fidelity_formats"),
         "widths": widths,
         "distilled": lambda: "\n".join([*files.table(files.sections("amd_25_17")["fidelity_distilled"]["rows"]), ""]),
+        "embeddings": lambda: "\n".join([*files.table(files.sections("amd_25_17")["embeddings"]["rows"]), ""]),
         "int8 losses": activations_losses,
         "int8 gradients": activations_gradients,
         "evidence": evidence,
