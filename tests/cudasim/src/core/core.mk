@@ -26,6 +26,7 @@ CORE_PTX := $(patsubst tests/core/%.cu,$(CORE_TEST)/%.80.ptx,$(CORE_KERNELS80)) 
   $(patsubst tests/core/%.cu,$(CORE_TEST)/%.80g.ptx,$(CORE_KERNELS80)) \
   $(patsubst tests/core/%.cu,$(CORE_TEST)/%.90a.ptx,$(CORE_KERNELS)) \
   $(patsubst tests/core/%.cu,$(CORE_TEST)/%.100a.ptx,$(CORE_KERNELS100))
+CORE_DEVICE_HEADERS := tests/core/mbarrier.cuh tests/core/blackwell_sm100.h
 CORE_NVCC := $(NVCC) -ptx -std=c++17 -diag-suppress 20054
 
 $(CORE_TEST)/%.80.ptx: tests/core/%.cu
@@ -34,10 +35,10 @@ $(CORE_TEST)/%.80.ptx: tests/core/%.cu
 $(CORE_TEST)/%.80g.ptx: tests/core/%.cu
 	@mkdir -p $(@D)
 	$(CORE_NVCC) -G -arch=compute_80 $< -o $@
-$(CORE_TEST)/%.90a.ptx: tests/core/%.cu
+$(CORE_TEST)/%.90a.ptx: tests/core/%.cu $(CORE_DEVICE_HEADERS)
 	@mkdir -p $(@D)
 	$(CORE_NVCC) -arch=compute_90a $< -o $@
-$(CORE_TEST)/%.100a.ptx: tests/core/%.cu
+$(CORE_TEST)/%.100a.ptx: tests/core/%.cu $(CORE_DEVICE_HEADERS)
 	@mkdir -p $(@D)
 	$(CORE_NVCC) -arch=compute_100a $< -o $@
 

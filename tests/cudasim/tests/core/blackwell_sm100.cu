@@ -3,16 +3,9 @@
 
 #include <cstdint>
 
-__device__ __forceinline__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void mbar_init(uint64_t* b) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem(b)) : "memory");
-}
-__device__ __forceinline__ void mbar_wait(uint64_t* b, int parity) {
-  asm volatile(
-      "{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra WAIT;\n}" ::"r"(smem(b)),
-      "r"(parity)
-      : "memory");
-}
+#include "blackwell_sm100.h"
+#include "mbarrier.cuh"
+
 __device__ __forceinline__ void allocate(uint32_t* to, int columns) {
   asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], %1;" ::"r"(smem(to)), "r"(columns)
                : "memory");
@@ -53,32 +46,6 @@ __device__ __forceinline__ void commit(uint64_t* b) {
 }
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-struct Operand {
-  const uint4* image;   // of shared memory, or of A in tensor memory: 128 lanes of 8 * steps columns
-  int bytes;            // 0: A is in tensor memory
-  uint64_t descriptor;  // without the address
-  int step;             // bytes from one K = 16 to the next
-};
-enum Bug {
-  NONE,
-  NO_COMMIT_WAIT,
-  NO_PROXY_FENCE,
-  NO_STORE_WAIT,
-  NO_DEALLOC,
-  COLUMN,
-  QUARTER,
-  NO_LOAD_WAIT,
-  DEALLOC_EARLY,
-  OVERWRITE,
-  NO_SYNC,
-  ODD_COLUMNS,
-  AFTER_RELINQUISH,
-  TF32,
-  UNEVEN_ADDRESS,
-  NO_FENCE_BEFORE,
-  NO_FENCE_AFTER
-};
-
 // out[lane][columns] = what tensor memory holds after `steps` products of M x N x 16 onto `initial`.
 extern "C" __global__ void __launch_bounds__(128)
     product(Operand a, Operand b, uint32_t idesc, int steps, int columns, const uint32_t* initial, uint32_t disabled,
@@ -93,9 +60,9 @@ extern "C" __global__ void __launch_bounds__(128)
     relinquish();
     if (bug == AFTER_RELINQUISH) allocate(&base, 32);
   }
-  if (t == 0) mbar_init(&bar);
-  for (int i = t; i < a.bytes / 16; i += 128) ((uint4*)sa)[i] = a.image[i];
-  for (int i = t; i < b.bytes / 16; i += 128) ((uint4*)sb)[i] = b.image[i];
+  if (t == 0) mbar_init(&bar, 1);
+  for (int i = t; i < a.bytes / 16; i += 128) ((uint4*)sa)[i] = ((const uint4*)a.image)[i];
+  for (int i = t; i < b.bytes / 16; i += 128) ((uint4*)sb)[i] = ((const uint4*)b.image)[i];
   if (bug != NO_PROXY_FENCE) proxy_fence();
   __syncthreads();
   const uint32_t tm = base, own = tm + (warp << 21), ta = tm + 256;
@@ -198,9 +165,9 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(128)
   unsigned char *sa = raw, *sb = raw + (a.bytes + 1023) / 1024 * 1024;
   if (warp == 0)
     asm volatile("tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%0], 512;" ::"r"(smem(&base)) : "memory");
-  if (t == 0) mbar_init(&bar);
-  for (int i = t; i < a.bytes / 16; i += 128) ((uint4*)sa)[i] = a.image[rank * (a.bytes / 16) + i];
-  for (int i = t; i < b.bytes / 16; i += 128) ((uint4*)sb)[i] = b.image[rank * (b.bytes / 16) + i];
+  if (t == 0) mbar_init(&bar, 1);
+  for (int i = t; i < a.bytes / 16; i += 128) ((uint4*)sa)[i] = ((const uint4*)a.image)[rank * (a.bytes / 16) + i];
+  for (int i = t; i < b.bytes / 16; i += 128) ((uint4*)sb)[i] = ((const uint4*)b.image)[rank * (b.bytes / 16) + i];
   proxy_fence();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
   const uint32_t tm = base, own = tm + (warp << 21);
@@ -237,7 +204,7 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(128)
   __shared__ __align__(128) int s[48][16];
   __shared__ uint64_t bar;
   const int t = threadIdx.x, rank = blockIdx.x;
-  if (t == 0) mbar_init(&bar);
+  if (t == 0) mbar_init(&bar, 1);
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
   if (rank == 0 && t == 0)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem(&bar)), "r"(2 * (int)sizeof s)

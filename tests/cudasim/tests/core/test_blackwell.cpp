@@ -1,4 +1,5 @@
 // Tensor memory and tcgen05.
+#include "blackwell_sm100.h"
 #include "harness.h"
 #include "tensor_map.h"
 
@@ -6,33 +7,6 @@ using namespace test;
 using cudasim::Fault;
 
 namespace {
-
-// As in blackwell_sm100.cu.
-struct Operand {
-  const void* image = nullptr;
-  int bytes = 0;
-  uint64_t descriptor = 0;
-  int step = 0;
-};
-enum Bug {
-  NONE,
-  NO_COMMIT_WAIT,
-  NO_PROXY_FENCE,
-  NO_STORE_WAIT,
-  NO_DEALLOC,
-  COLUMN,
-  QUARTER,
-  NO_LOAD_WAIT,
-  DEALLOC_EARLY,
-  OVERWRITE,
-  NO_SYNC,
-  ODD_COLUMNS,
-  AFTER_RELINQUISH,
-  TF32,
-  UNEVEN_ADDRESS,
-  NO_FENCE_BEFORE,
-  NO_FENCE_AFTER
-};
 
 // How rows of K 16-bit elements lie in shared memory: swizzled over `swizzle` bytes (0: not), along K or along the
 // rows.
