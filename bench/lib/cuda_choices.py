@@ -26,7 +26,7 @@ TILES = {  # operator -> kernel -> its parameter of tiles, with the values to tr
 PANELS = (1024, 2048, 4096)
 
 SM80, SM90, SM100, STREAM, ANY, GEMM, LIBRARY = (
-    f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "sm100_tcgen05", "stream", "generic", "gemm", "library")
+    f"cuda/tuning/{name}.h" for name in ("sm80", "sm90", "sm100", "stream", "generic", "gemm", "library")
 )
 BETWEEN = {  # two kernels -> what says from how many tokens each of them runs
     frozenset({"sm90", "gemm"}): ("is_ahead", SM90),

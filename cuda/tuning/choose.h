@@ -5,8 +5,7 @@
 // A kernel has a row in its operator's table here, which says what it accepts and how it is configured, and a row in
 // launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and expects to be the fastest
 // (is_ahead). Each architecture's functions have their own file: generic.h, sm75.h, sm80.h, sm90.h, sm90_experts.h and
-// sm100_tcgen05.h.
-// Those of many tokens, which decode the weight once, are in gemm.h, gemm_experts.h and library.h.
+// sm100.h. Those of many tokens, which decode the weight once, are in gemm.h, gemm_experts.h and library.h.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +19,7 @@
 #include "cuda/tuning/gemm_experts.h"
 #include "cuda/tuning/generic.h"
 #include "cuda/tuning/library.h"
-#include "cuda/tuning/sm100_tcgen05.h"
+#include "cuda/tuning/sm100.h"
 #include "cuda/tuning/sm75.h"
 #include "cuda/tuning/sm80.h"
 #include "cuda/tuning/sm90.h"

@@ -9,7 +9,7 @@
 #include "cpp/format/problem.h"
 #include "cuda/tuning/choice.h"
 #include "cuda/tuning/device.h"
-#include "cuda/tuning/sm100.h"
+#include "cuda/tuning/sm100_mma_sync.h"
 #include "cuda/tuning/sm80.h"
 
 namespace qlora::cuda {

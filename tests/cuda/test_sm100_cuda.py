@@ -1,5 +1,5 @@
 """Blackwell's kernels on a simulated B200, also in runs that simulate another card: results of every tile, with all
-checks of the simulator, and the passes over shared memory that cuda/tuning/sm100_tcgen05.h counts on."""
+checks of the simulator, and the passes over shared memory that cuda/tuning/sm100.h counts on."""
 
 from __future__ import annotations
 

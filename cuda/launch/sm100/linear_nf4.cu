@@ -1,12 +1,9 @@
 // Launches the forward on tcgen05 and TMA.
 #include "cuda/kernels/sm100/linear_nf4.cuh"
 
-#include "cuda/launch/generic/low_rank.h"
 #include "cuda/launch/sm100/launchers.h"
-#include "cuda/launch/sm90/args.h"
-#include "cuda/launch/sm90/clusters.h"
-#include "cuda/launch/types.h"
-#include "cuda/tuning/sm100_tcgen05.h"
+#include "cuda/launch/sm90/single_weight.h"
+#include "cuda/tuning/sm100.h"
 
 namespace qlora::cuda::sm100 {
 namespace {
@@ -14,13 +11,7 @@ namespace {
 template <class Tile>
 cudaError_t launch_tile(const LinearProblem& p, const Config& c, const void* h, const Context& context) {
   static_assert(Tile::kStageK == kStageTerms);
-  CUtensorMap x, packed;
-  cudaError_t error = sm90::make_token_map<Tile>(c, p.x, p.m, p.w.k, &x);
-  if (error == cudaSuccess) error = sm90::make_packed_map<Tile::kPackedLine>(p.w, Tile::kRows, &packed);
-  if (error != cudaSuccess) return error;
-  const auto args = sm90::make_args<Tile>(p, c, h, context.device);
-  return sm90::launch_clusters<kernels::linear_nf4_sm100_kernel<Tile>, Tile>(args.plan, c, x, packed, args,
-                                                                             sm90::start_of(args.plan), context);
+  return sm90::launch_forward<kernels::linear_nf4_sm100_kernel<Tile>, Tile>(p, c, h, context);
 }
 
 }  // namespace
@@ -31,11 +22,8 @@ ResidentClusters query_clusters(const Device& device) {
 }
 
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {
-  void* h = p.h;
-  if (!h && p.lora.rank > 0) h = context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
-  const cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h), context.stream);
-  if (error != cudaSuccess) return error;
-  return with_16_bit_type(p.dtype, [&](auto element) {
+  const LowRankProblem low_rank = h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, nullptr);
+  return sm90::with_low_rank(low_rank, p.h, context, [&](auto element, const void* h) {
     using T = decltype(element);
     if (config.tokens == 64) return launch_tile<tile::LinearSm100Tile<T, 64>>(p, config, h, context);
     return config.tokens == 128 ? launch_tile<tile::LinearSm100Tile<T, 128>>(p, config, h, context)

@@ -1,43 +1,26 @@
 // Launches dX on wgmma and TMA.
 #include "cuda/kernels/sm90/linear_nf4_dx.cuh"
 
-#include "cuda/launch/generic/low_rank.h"
-#include "cuda/launch/sm90/args.h"
-#include "cuda/launch/sm90/clusters.h"
 #include "cuda/launch/sm90/launchers.h"
-#include "cuda/launch/types.h"
+#include "cuda/launch/sm90/single_weight.h"
 
 namespace qlora::cuda::sm90 {
 namespace {
 
 template <class Tile>
 cudaError_t launch_tile(const LinearDxProblem& p, const Config& c, const void* g, const Context& context) {
-  CUtensorMap dy, packed;
-  cudaError_t error = make_token_map<Tile>(c, p.dy, p.m, p.w.n, &dy);
-  if (error == cudaSuccess) error = make_packed_map(p.w, Tile::kStageRows, &packed);
-  if (error != cudaSuccess) return error;
-  const auto args = make_args<Tile>(p, c, g, context.device);
-  return launch_clusters<kernels::linear_nf4_dx_sm90_kernel<Tile>, Tile>(args.plan, c, dy, packed, args,
-                                                                         start_of(args.plan), context);
+  return launch_dx<kernels::linear_nf4_dx_sm90_kernel<Tile>, Tile>(p, c, g, context);
 }
 
 }  // namespace
 
 cudaError_t launch(const LinearDxProblem& p, const Config& config, const Context& context) {
-  void* g = p.g;
-  if (!g && p.lora.rank > 0) g = context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
-  const cudaError_t error = launch_low_rank(g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, g), context.stream);
-  if (error != cudaSuccess) return error;
-  return with_16_bit_type(p.dtype, [&](auto element) {
+  const LowRankProblem low_rank = g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, nullptr);
+  return with_low_rank(low_rank, p.g, context, [&](auto element, const void* g) {
     using T = decltype(element);
-    switch (config.tokens) {
-      case 64:
-        return launch_tile<tile::DxSm90Tile<T, 64>>(p, config, g, context);
-      case 128:
-        return launch_tile<tile::DxSm90Tile<T, 128>>(p, config, g, context);
-      default:
-        return launch_tile<tile::DxSm90Tile<T, 256>>(p, config, g, context);
-    }
+    if (config.tokens == 64) return launch_tile<tile::DxSm90Tile<T, 64>>(p, config, g, context);
+    return config.tokens == 128 ? launch_tile<tile::DxSm90Tile<T, 128>>(p, config, g, context)
+                                : launch_tile<tile::DxSm90Tile<T, 256>>(p, config, g, context);
   });
 }
 
