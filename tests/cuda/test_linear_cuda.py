@@ -133,65 +133,58 @@ def sm90_ranks() -> Iterator[Case]:
     yield case(FORWARD, 257, 5100, 64, 150, kernel="sm90")  # several stages in the large tile
 
 
+SM100 = {  # shape -> tokens per tile, splits, multicast: tails of tokens and outputs, sums split and not
+    FORWARD: {
+        (64, 128, 64): (64, 1, 1),
+        (33, 56, 128): (64, 2, 1),
+        (65, 259, 832): (64, 3, 1),
+        (70, 40, 1984): (64, 8, 1),
+        (127, 136, 640): (128, 1, 1),
+        (200, 1, 192): (128, 3, 1),
+        (129, 300, 448): (128, 2, 2),
+        (257, 136, 320): (256, 1, 1),
+        (130, 260, 704): (256, 2, 1),
+        (100, 129, 576): (256, 1, 2),
+    },
+    DX: {
+        (64, 64, 128): (64, 1, 1),
+        (33, 136, 64): (64, 2, 1),
+        (65, 840, 320): (64, 3, 1),
+        (70, 1000, 64): (64, 8, 1),
+        (127, 648, 192): (128, 1, 1),
+        (200, 8, 320): (128, 1, 2),
+        (129, 456, 448): (128, 2, 2),
+        (257, 328, 192): (256, 1, 1),
+        (130, 712, 320): (256, 2, 1),
+    },
+}
+
+
 def sm100() -> Iterator[Case]:
-    """Blackwell's forward: every tile with tails of tokens and rows, sums split and not, both types."""
-    for i, (shape, tokens, splits, multicast) in enumerate(
-        (
-            ((64, 128, 64), 64, 1, 1),
-            ((33, 56, 128), 64, 2, 1),
-            ((65, 259, 832), 64, 3, 1),
-            ((70, 40, 1984), 64, 8, 1),
-            ((127, 136, 640), 128, 1, 1),
-            ((200, 1, 192), 128, 3, 1),
-            ((129, 300, 448), 128, 2, 2),
-            ((257, 136, 320), 256, 1, 1),
-            ((130, 260, 704), 256, 2, 1),
-            ((100, 129, 576), 256, 1, 2),
-        )
-    ):
-        kernel = f"sm100:tokens={tokens},splits={splits},multicast={multicast}"
-        for dtype in HALF if tokens == 64 else [HALF[i % 2]]:
-            yield case(FORWARD, *shape, 16, dtype, kernel, 3, dropout_p=0.1)
-    # Rows of 320 begin in the middle of the larger blocks.
-    for form in ({"block_size": b, "double_quant": d} for b in reference.BLOCK_SIZES if b >= 64 for d in (False, True)):
-        yield case(FORWARD, 34, 150, 320, None, kernel="sm100", **form)
-    for dtype in HALF:
-        yield from (
-            case(FORWARD, 40, 150, 320, 8, dtype, "sm100", code="shuffled", double_quant=d) for d in (False, True)
-        )
-    for form in ("fp4", "made up", "nf4 alone"):
-        yield case(FORWARD, 20, 200, 640, 8, BF16, "sm100", 0, form)
-    for rank in (None, 0, 1, 5, 12, 64, 130, 256):
-        yield case(FORWARD, 40, 72, 704, rank, HALF[rank == 5], "sm100", bias=rank is None, dropout_p=0.3)
+    """Blackwell's kernels: both types in the smallest tile; one type per shape, alternating, in the larger tiles."""
+    for op, shapes in SM100.items():
+        for i, (shape, (tokens, splits, multicast)) in enumerate(shapes.items()):
+            kernel = f"sm100:tokens={tokens},splits={splits},multicast={multicast}"
+            dropout_p = 0.1 if op == FORWARD else 0.3 * (shape[0] != 65)  # in dX it masks LoRA's sums first
+            for dtype in HALF if tokens == 64 else [HALF[i % 2]]:
+                yield case(op, *shape, 16, dtype, kernel, 3, dropout_p=dropout_p)
+        rows = 150 if op == FORWARD else 72
+        # Rows of 320 begin in the middle of the larger blocks.
+        for form in (
+            {"block_size": b, "double_quant": d} for b in reference.BLOCK_SIZES if b >= 64 for d in (False, True)
+        ):
+            yield case(op, 34, rows, 320, None, kernel="sm100", **form)
+        for dtype in HALF:
+            yield from (
+                case(op, 40, rows, 320, 8, dtype, "sm100", code="shuffled", double_quant=d) for d in (False, True)
+            )
+        for form in ("fp4", "made up", "nf4 alone"):
+            yield case(op, 20, 200, 640, 8, BF16, "sm100", 0, form)
+        for rank in (None, 0, 1, 5, 12, 64, 130, 256):
+            dropout_p = 0.3 * ((op, rank) != (DX, 130))
+            n, k = (72, 704) if op == FORWARD else (200, 192)
+            yield case(op, 40, n, k, rank, HALF[rank == 5], "sm100", bias=rank is None, dropout_p=dropout_p)
     yield case(FORWARD, 257, 300, 64, 150, kernel="sm100:tokens=256")  # more chunks of ranks than stages
-
-
-def sm100_dx() -> Iterator[Case]:
-    """The same of its dX, where dropout masks LoRA's sums before the others are added."""
-    for i, (shape, tokens, splits, multicast) in enumerate(
-        (
-            ((64, 64, 128), 64, 1, 1),
-            ((33, 136, 64), 64, 2, 1),
-            ((65, 840, 320), 64, 3, 1),
-            ((70, 1000, 64), 64, 8, 1),
-            ((127, 648, 192), 128, 1, 1),
-            ((200, 8, 320), 128, 1, 2),
-            ((129, 456, 448), 128, 2, 2),
-            ((257, 328, 192), 256, 1, 1),
-            ((130, 712, 320), 256, 2, 1),
-        )
-    ):
-        kernel = f"sm100:tokens={tokens},splits={splits},multicast={multicast}"
-        for dtype in HALF if tokens == 64 else [HALF[i % 2]]:
-            yield case(DX, *shape, 16, dtype, kernel, 3, dropout_p=0.3 * (shape[0] != 65))
-    for form in ({"block_size": b, "double_quant": d} for b in reference.BLOCK_SIZES if b >= 64 for d in (False, True)):
-        yield case(DX, 34, 72, 320, None, kernel="sm100", **form)
-    for dtype in HALF:
-        yield from (case(DX, 40, 72, 320, 8, dtype, "sm100", code="shuffled", double_quant=d) for d in (False, True))
-    for form in ("fp4", "made up", "nf4 alone"):
-        yield case(DX, 20, 200, 640, 8, BF16, "sm100", 0, form)
-    for rank in (None, 0, 1, 5, 12, 64, 130, 256):
-        yield case(DX, 40, 200, 192, rank, HALF[rank == 5], "sm100", dropout_p=0.3 * (rank != 130))
     yield case(DX, 200, 64, 192, 8, kernel="sm100", dropout_p=1.0)
 
 
@@ -331,7 +324,7 @@ def test_ranks_of_sm90(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, monkeypatch)
 
 
-@each([*sm100(), *sm100_dx()])
+@each(sm100())
 def test_sm100(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, monkeypatch)
 

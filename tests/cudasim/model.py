@@ -35,14 +35,14 @@ class Gpu:
     ghz: float  # under load
     dram: float  # bytes per ns that a copy reaches, of the whole card
     l2: float  # bytes per ns, of the whole card
-    l2_port: int  # bytes from L2 to one SM
     dram_cycles: int  # latency of a load that misses L2
-    threads: int  # resident at most
-    blocks: int
-    shared: int  # bytes, 1 KiB of them reserved per CTA
-    fp32: float  # warp instructions
-    half: float
     mma_flops: int  # 16-bit operands, float32 sums, mma.sync
+    l2_port: int = 64  # bytes from L2 to one SM
+    threads: int = 2048  # resident at most
+    blocks: int = 32
+    shared: int = 228 << 10  # bytes, 1 KiB of them reserved per CTA
+    fp32: float = 4  # warp instructions
+    half: float = 4
     wgmma_flops: int = 0
     tcgen05_flops: int = 0
     integer: float = 2
@@ -60,8 +60,7 @@ class Gpu:
 # Clocks, widths and throughputs: NVIDIA's data sheets and the throughput table of the CUDA programming guide. DRAM: 91,
 # 87 and 92% of the peak. L2's rates, the latencies and mma.sync's 5/8 of wgmma's rate on Hopper are rough.
 # Which SMs of a GPC work differs from card to card. The H100's are those of a card with 31 clusters of 4 and 15 of 8;
-# with 18,18,16,16,16,16,16,16 it has 32 and 16. The B200's figures are those of its data sheet,
-# and rough where it has none: GPCs, L2, latency, mma.sync.
+# with 18,18,16,16,16,16,16,16 it has 32 and 16. The B200's GPCs, L2, latency and rate of mma.sync are rough.
 GPUS = {
     "h100": Gpu(
         name="H100 SXM",
@@ -69,13 +68,7 @@ GPUS = {
         ghz=1.755,
         dram=3050,
         l2=5600,
-        l2_port=64,
         dram_cycles=479,
-        threads=2048,
-        blocks=32,
-        shared=228 << 10,
-        fp32=4,
-        half=4,
         mma_flops=2560,
         wgmma_flops=4096,
     ),
@@ -85,13 +78,7 @@ GPUS = {
         ghz=1.85,
         dram=7300,
         l2=10000,
-        l2_port=64,
         dram_cycles=800,
-        threads=2048,
-        blocks=32,
-        shared=228 << 10,
-        fp32=4,
-        half=4,
         mma_flops=2048,
         tcgen05_flops=8192,
     ),
@@ -101,13 +88,9 @@ GPUS = {
         ghz=1.41,
         dram=1780,
         l2=4600,
-        l2_port=64,
         dram_cycles=466,
-        threads=2048,
-        blocks=32,
         shared=164 << 10,
         fp32=2,
-        half=4,
         mma_flops=2048,
     ),
     "4090": Gpu(
@@ -116,12 +99,10 @@ GPUS = {
         ghz=2.52,
         dram=930,
         l2=5000,
-        l2_port=64,
         dram_cycles=542,
         threads=1536,
         blocks=24,
         shared=100 << 10,
-        fp32=4,
         half=2,
         mma_flops=512,
     ),

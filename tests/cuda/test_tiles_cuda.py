@@ -22,9 +22,10 @@ pytestmark = [
 ]
 
 # (tokens per tile, splits, multicast, m, terms of the sum, rank). The rounds of the ring buffer per tile are odd and
-# even, partial and full, and more in CTAs that add LoRA's ranks: a chunk of 128 in the forward, of 64 in dX.
+# even, partial and full, and more in CTAs that add LoRA's ranks. sm90: a chunk of 128 in the forward, of 64 in dX.
+# sm100: stages and chunks of 64; eight slots in the forward, six in dX, and four in the largest tile.
 TILES = {
-    FORWARD: [
+    ("sm90", FORWARD): [
         (64, 1, 1, 33, 64, None),
         (64, 2, 1, 65, 640, 130),
         (128, 8, 1, 65, 1024, 80),
@@ -33,7 +34,7 @@ TILES = {
         (128, 2, 2, 257, 640, None),
         (128, 4, 2, 65, 1024, 80),
     ],
-    DX: [
+    ("sm90", DX): [
         (64, 1, 1, 33, 200, None),
         (128, 1, 1, 129, 136, 80),
         (256, 3, 1, 129, 520, 80),
@@ -41,28 +42,25 @@ TILES = {
         (128, 2, 2, 129, 328, 16),
         (256, 1, 2, 257, 136, 80),
     ],
+    ("sm100", FORWARD): [
+        (64, 1, 1, 33, 64, None),
+        (64, 2, 1, 65, 640, 130),
+        (128, 8, 1, 65, 1024, 80),
+        (64, 1, 2, 33, 320, 16),
+        (128, 1, 2, 129, 1088, 130),
+        (256, 1, 1, 257, 448, 200),
+        (256, 2, 2, 257, 640, None),
+        (256, 4, 2, 65, 1024, 80),
+    ],
+    ("sm100", DX): [
+        (64, 1, 1, 33, 200, None),
+        (64, 1, 2, 33, 456, 130),
+        (128, 1, 1, 129, 136, 80),
+        (128, 2, 2, 129, 328, 16),
+        (256, 3, 1, 129, 520, 200),
+        (256, 1, 2, 257, 136, 80),
+    ],
 }
-if KERNEL == "sm100":  # stages and chunks of 64; eight slots in the forward, six in dX, and four in the largest tile
-    TILES = {
-        FORWARD: [
-            (64, 1, 1, 33, 64, None),
-            (64, 2, 1, 65, 640, 130),
-            (128, 8, 1, 65, 1024, 80),
-            (64, 1, 2, 33, 320, 16),
-            (128, 1, 2, 129, 1088, 130),
-            (256, 1, 1, 257, 448, 200),
-            (256, 2, 2, 257, 640, None),
-            (256, 4, 2, 65, 1024, 80),
-        ],
-        DX: [
-            (64, 1, 1, 33, 200, None),
-            (64, 1, 2, 33, 456, 130),
-            (128, 1, 1, 129, 136, 80),
-            (128, 2, 2, 129, 328, 16),
-            (256, 3, 1, 129, 520, 200),
-            (256, 1, 2, 257, 136, 80),
-        ],
-    }
 # (rows of each expert, n, k, rank, dtype): all tails of tokens and outputs, of stages (128 k, 64 n) and of chunks of
 # ranks; experts without rows first, between and last; one row per expert.
 EXPERTS = [
@@ -89,8 +87,8 @@ def outputs(splits: int, multicast: int, token_tiles: int) -> int:
 def check_tiles() -> None:
     from operator_results import RESULTS, check_samples
 
-    for op, tiles in TILES.items():
-        for tokens, splits, multicast, m, terms, rank in tiles:
+    for op in (FORWARD, DX):
+        for tokens, splits, multicast, m, terms, rank in TILES[str(KERNEL), op]:
             forced(tokens, multicast, f",splits={splits}")
             many = outputs(splits, multicast, -(-m // tokens))
             n, k = (many, terms) if op == FORWARD else (terms, many)
