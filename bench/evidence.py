@@ -42,7 +42,7 @@ from qlora_app.decoding import prepare_to_answer
 from qlora_app.evaluation.answering import answered
 from qlora_app.evaluation.reasoning_gym_tasks import find
 from qlora_app.evaluation.tasks import Task
-from qlora_app.models import DEFAULT_MODEL, Loader, ModelSource, load_dense, load_tokenizer, resolve
+from qlora_app.models import DEFAULT_MODEL, Loader, load_dense, load_tokenizer, resolve
 from qlora_ext.fidelity import losses_of
 from qlora_ext.form import Form
 from step import status, with_lora
@@ -59,34 +59,31 @@ NEW_TOKENS, SEQUENCES, WARM_UP = 12, 16, 5
 CPU = torch.device("cpu")
 
 
-Directory = pathlib.Path | None
+def dense(subject: Subject) -> Any:
+    return load_dense(subject.source, torch.bfloat16, CPU)
 
 
-def dense(source: ModelSource, text: Tensor, cache: Directory) -> Any:
-    return load_dense(source, torch.bfloat16, CPU)
+def stored(subject: Subject) -> Any:
+    return Loader(subject.source, Form(), torch.bfloat16, CPU).while_loading()
 
 
-def stored(source: ModelSource, text: Tensor, cache: Directory) -> Any:
-    return Loader(source, Form(), torch.bfloat16, CPU).while_loading()
+def nf4(subject: Subject) -> Any:
+    return qlora_ext.quantize_model(dense(subject))
 
 
-def nf4(source: ModelSource, text: Tensor, cache: Directory) -> Any:
-    return qlora_ext.quantize_model(dense(source, text, cache))
+def calibrated(subject: Subject) -> Any:
+    text, directory = subject.calibration[:CALIBRATION], subject.directory("calibrated")
+    return qlora_ext.quantize_model(dense(subject), calibration=qlora_ext.Calibration(text, directory=directory))
 
 
-def calibrated(source: ModelSource, text: Tensor, cache: Directory) -> Any:
-    directory = None if cache is None else cache / "calibrated"
-    calibration = qlora_ext.Calibration(text[:CALIBRATION], directory=directory)
-    return qlora_ext.quantize_model(dense(source, text, cache), calibration=calibration)
+def distilled(subject: Subject) -> Any:
+    calibration = qlora_ext.Calibration(
+        subject.calibration, distill=True, batch_size=1, directory=subject.directory("distilled")
+    )
+    return qlora_ext.quantize_model(dense(subject), calibration=calibration)
 
 
-def distilled(source: ModelSource, text: Tensor, cache: Directory) -> Any:
-    directory = None if cache is None else cache / "distilled"
-    calibration = qlora_ext.Calibration(text, distill=True, batch_size=1, directory=directory)
-    return qlora_ext.quantize_model(dense(source, text, cache), calibration=calibration)
-
-
-BASES: dict[str, Callable[[ModelSource, Tensor, Directory], Any]] = {
+BASES: dict[str, Callable[[Subject], Any]] = {
     "dense": dense,
     "file": stored,
     "NF4": nf4,
@@ -98,13 +95,17 @@ BASES: dict[str, Callable[[ModelSource, Tensor, Directory], Any]] = {
 class Subject:
     """A model, the questions that it is asked, and the rows that it learns."""
 
-    def __init__(self, model: str, questions: int) -> None:
-        self.source = resolve(model)
+    def __init__(self, model: str, questions: int, cache: pathlib.Path | None) -> None:
+        self.source, self._cache = resolve(model), cache
         self.tokenizer = load_tokenizer(self.source)
         self.held_out = {title: find(name, questions, HELD_OUT_SEED) for title, name in TASKS.items()}
         text = quality.tokens(self.tokenizer, TEXT + DISTILLATION, LENGTH)
         self.text, self.calibration = text[:TEXT], text[TEXT:]
         self.answers = self.rows(self.held_out.values())
+
+    def directory(self, name: str) -> pathlib.Path | None:
+        """Where the calibration of a base is kept; None if nothing is."""
+        return None if self._cache is None else self._cache / name
 
     def rows(self, tasks: Iterable[Task], without: frozenset[str] = frozenset()) -> list[Any]:
         """The questions of tasks with their answers, encoded, in turn."""
@@ -180,7 +181,7 @@ def train(model: Any, rows: list[Any], batch: int, lr: float) -> dict[str, Any]:
 
 def cell(subject: Subject, base: str, seed: int | None, arguments: argparse.Namespace) -> dict[str, Any]:
     """The measurements of a base after training, or without it, if ``seed`` is None."""
-    model = BASES[base](subject.source, subject.calibration, arguments.cache)
+    model = BASES[base](subject)
     nbytes = model.get_memory_footprint()
     trained: dict[str, Any] = {}
     if seed is not None:
@@ -224,7 +225,7 @@ def main() -> None:
     if path.exists():
         report.rows = results_files.sections(path).get(report.name, {"rows": []})["rows"]
     missing = [key for key in cells(arguments) if not any(key.items() <= row.items() for row in report.rows)]
-    subject = Subject(arguments.model, arguments.questions)
+    subject = Subject(arguments.model, arguments.questions, arguments.cache)
     for key in missing[: arguments.cells]:
         report.add(**key, **cell(subject, key["base"], key["seed"], arguments))
         report.write()

@@ -28,8 +28,8 @@ class Schedule(NamedTuple):
 
     Attributes:
         rate: of Adam for single weights, in units of the largest value of a quantization block.
-        low_rank_rate: for the factors of the low-rank term, of which the first is orthonormal in expectation, in units
-            of the mean of these largest values. Both rates fall linearly to zero.
+        low_rank_rate: for both factors of the low-rank term, whose product is in units of the mean of these largest
+            values. Both rates fall linearly to zero.
         passes: over the text.
     """
 
