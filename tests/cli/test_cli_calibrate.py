@@ -171,9 +171,10 @@ def test_invalid_initial_adapters_are_rejected(
 
 def test_distill(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = str(tmp_path / "text.txt")
-    assert quantize(model, tmp_path / "calibrated", "--calibrate", text) == 0
+    longer = ["--calibration-tokens", "2048"]
+    assert quantize(model, tmp_path / "calibrated", "--calibrate", text, *longer) == 0
     capsys.readouterr()
-    assert quantize(model, tmp_path / "out", "--distill", text) == 0
+    assert quantize(model, tmp_path / "out", "--distill", text, *longer) == 0
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert record["method"].endswith("codes learnt from the dense model")
@@ -186,6 +187,18 @@ def test_distill(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.Cap
     assert files[0].stat().st_size == files[1].stat().st_size
     one, other = map(load_file, files)
     assert {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def test_it_says_that_nothing_was_learnt(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_app.quantization.calibrate.LENGTH", 512)
+    # One sequence, which leaves none to hold out.
+    options = ["--calibration-tokens", "512", "--distill", str(tmp_path / "text.txt")]
+    assert quantize(model, tmp_path / "out", *options) == 0
+    assert "distilled none of them: no learnt codes were better" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert {layer["method"] for layer in record["layers"]} == {"feedback"}
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def _run(request: QuantizeRequest, output: Output) -> int:
                 calibrate.write_initial_adapter(model, init_lora, partial / calibrate.INITIAL_ADAPTER, base)
     if coverage_note := dense_share(model):
         print(coverage_note)
-    for line in calibrate.summary(report):
+    for line in calibrate.summary(report, request.distill != "none"):
         print(line)
     if mixed is not None:
         print(mixed.summary())

@@ -82,7 +82,7 @@ def calibrated_weights(
         return {}
     with computing_in(model, computing_dtype(adapted.loader.dtype, adapted.loader.device)):
         weights, report = encode(model, found, form, calibration)
-    for line in calibrate.summary(report, "the format's own recipe"):
+    for line in calibrate.summary(report, calibration.distill, "the format's own recipe"):
         print(line)
     if any(is_fused_experts(module) for module in model.modules()):
         print("experts are not calibrated: their scales come from the format's own recipe")

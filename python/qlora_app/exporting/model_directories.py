@@ -118,7 +118,7 @@ def _nf4(request: ExportRequest) -> Job:
         if calibration is not None:
             report = calibration_of(model)
             records[calibrate.RECORD] = calibrate.record(request, report)
-            print(*calibrate.summary(report), sep="\n")
+            print(*calibrate.summary(report, calibration.distill), sep="\n")
 
         def save(model: Any, partial: pathlib.Path) -> None:
             model.save_pretrained(partial)

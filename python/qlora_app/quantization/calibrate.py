@@ -208,11 +208,12 @@ def record(options: CalibrationOptions, report: list[LayerReport]) -> dict[str, 
     }
 
 
-def summary(report: list[LayerReport], plain: str = "plain NF4") -> list[str]:
+def summary(report: list[LayerReport], distill: bool, plain: str = "plain NF4") -> list[str]:
     """The lines that the command prints: how the error of the outputs fell, and which layers were not calibrated.
 
     Args:
-        plain: how those are encoded.
+        distill: whether codes had to be learnt.
+        plain: how the layers are encoded that were not calibrated.
     """
     from qlora_ext.calibration import DISTILLED
 
@@ -223,5 +224,9 @@ def summary(report: list[LayerReport], plain: str = "plain NF4") -> list[str]:
         lines.append(f"calibrated {len(calibrated)} weights: the error of their outputs is {ratio:.2f} of {plain}'s")
     if distilled := sum(layer.method == DISTILLED for layer in report):
         lines.append(f"distilled {distilled} of them: what they compute together is closer to the dense model's")
+    elif distill and calibrated:
+        lines.append(
+            "distilled none of them: no learnt codes were better on the held-out end of the text; try a longer one"
+        )
     notes = collections.Counter(layer.note for layer in report if layer.method == "absmax")
     return lines + [f"{count} stayed {plain}: {why}" for why, count in notes.items()]

@@ -81,7 +81,9 @@ class _Learnt:
         self._unit = unit.expand(-1, w4.block_size).reshape(-1)[: w.numel()].view(w.shape)
         self.moved = torch.zeros_like(self._start).requires_grad_()
         rows, columns = w.shape
-        first = torch.randn(_RANK, columns, generator=generator).to(w.device) / columns**0.5
+        # Drawn on the CPU, so that every device starts from the same values.
+        drawn = torch.randn(_RANK, columns, generator=generator, dtype=torch.float32, device="cpu")
+        first = drawn.to(w.device) / columns**0.5
         self.factors = first.requires_grad_(), first.new_zeros(rows, _RANK).requires_grad_()
         self._mean_unit = float(unit.mean())
 
