@@ -216,6 +216,34 @@ def test_layers_learnt_together_are_stored(dense: Any, tmp_path: pathlib.Path, m
         quantized(dense, Form(), **settings, distill_memory="1GB", directory=tmp_path)
 
 
+@pytest.mark.parametrize("settings", [BY_BLOCK, {"distill": True}], ids=["blocks", "together"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_learning_continues_where_it_stopped(
+    dense: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], damaged: bool
+) -> None:
+    settings = {**settings, "batch_size": 16}
+    steps: list[str] = []
+
+    def stop(done: int, of: int, name: str) -> None:
+        steps.append(name)
+        if name.startswith("learning, step 12 of"):  # after one pass or more: the best codes are stored, too
+            raise KeyboardInterrupt
+
+    whole = quantized(dense, Form(), **settings)
+    monkeypatch.setattr(learning, "_SAVE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(dense, Form(), **settings, directory=tmp_path, progress=stop)
+    if damaged:
+        file = tmp_path / "learning.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    steps.clear()
+    again = quantized(dense, Form(), **settings, directory=tmp_path, progress=lambda *state: steps.append(state[2]))
+    learning_steps = [step for step in steps if step.startswith("learning")]
+    assert learning_steps[0].startswith(f"learning, step {1 if damaged else 13} of")
+    assert same_state(again, whole)
+    assert calibration_of(again) == calibration_of(whole)
+
+
 def test_exported_weights_are_learnt_too(dense: Any) -> None:
     model = copy.deepcopy(dense)
     names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name]

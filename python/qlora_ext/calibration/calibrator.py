@@ -217,7 +217,7 @@ class Calibrator:
         place = self._place(self._group[0])
         assert place is not None
         losses = place[0].losses([_token_mask(batch) for batch in self._batches])
-        for name, w4 in self._learnt(losses, BLOCK).items():
+        for name, w4 in self._learnt(self._group[0], losses, BLOCK).items():
             report = self._take(name, w4)
             if self._store is not None:
                 self._store.save(name, "weight", w4, None, dataclasses.asdict(report))
@@ -231,7 +231,7 @@ class Calibrator:
                 self._take(name, self._in_form_of(self._learning[name][1], name, weight, layer))
             self._learning = {}
             return
-        found = self._learnt(self._predictions.losses(self.model), MODEL)
+        found = self._learnt(_TOGETHER, self._predictions.losses(self.model), MODEL)
         for name, w4 in found.items():
             report = self._take(name, w4)
             if self._store is not None:
@@ -239,11 +239,12 @@ class Calibrator:
         if self._store is not None and found:
             self._store.finish(_TOGETHER, [(name, _TOGETHER) for name in found])
 
-    def _learnt(self, losses: Sequence[Callable[[], Tensor]], schedule: Schedule) -> dict[str, Weight4bit]:
+    def _learnt(self, group: str, losses: Sequence[Callable[[], Tensor]], schedule: Schedule) -> dict[str, Weight4bit]:
         weights = {name: (self.model.get_submodule(name), *both) for name, both in self._learning.items()}
         self._learning = {}
+        progress = None if self._store is None else self._store.progress(group)
         with without_cache(self.model):
-            return learn(weights, losses, schedule, lambda at, of: self._tell(f"learning, step {at} of {of}"))
+            return learn(weights, losses, schedule, lambda at, of: self._tell(f"learning, step {at} of {of}"), progress)
 
     def _take(self, name: str, w4: Weight4bit) -> LayerReport:
         """Replaces the weight of the layer ``name`` by a learnt one."""

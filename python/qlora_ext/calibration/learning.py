@@ -7,7 +7,8 @@ common. Their sum is rounded to the nearest codes in every step, and the gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 
 from ..formats import code_values
 from ..weight import Weight4bit
+from .store import Progress
 from .weighted_encoding import encoded_under
 
 DISTILLED = "distilled"
 BYTES_PER_WEIGHT = 32  # eight float32 values while a weight is learnt
 _HELD_OUT = 8  # of so many batches, the last one decides whether what was learnt is better
 _RANK = 16
+_SAVE_SECONDS = 600.0
+_BEST = "best/"
 
 
 class Schedule(NamedTuple):
@@ -99,11 +103,33 @@ class _Learnt:
         return encoded_under(self._value().detach(), self.w4)
 
 
+def _state(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The values of the parameters and what the optimizer knows of each, by number and name."""
+    return {
+        f"{i}/{name}": tensor
+        for i, parameter in enumerate(parameters)
+        for name, tensor in {"value": parameter.detach(), **optimizer.state.get(parameter, {})}.items()
+    }
+
+
+def _restore(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Continues from a ``_state``."""
+    known: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        number, name = key.split("/")
+        if name == "value":
+            parameters[int(number)].detach().copy_(tensor)
+        else:
+            known.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
+
+
 def learn(
     weights: dict[str, tuple[Any, Tensor, Weight4bit]],
     losses: Sequence[Loss],
     schedule: Schedule,
     on_step: Callable[[int, int], object],
+    progress: Progress | None = None,
 ) -> dict[str, Weight4bit]:
     """Other codes for the weights of linear layers, with which the loss on the held-out batches is smaller.
 
@@ -114,6 +140,7 @@ def learn(
         losses: of each batch.
         schedule: ``BLOCK`` or ``MODEL``.
         on_step: called with the number of a step, from 1 on, and the number of all steps.
+        progress: keeps the state every ten minutes. Learning continues from the state that it has, with the same bits.
 
     Returns:
         The learnt weights; none if there are too few batches, or no learnt codes are better.
@@ -132,25 +159,43 @@ def learn(
     learnt = {name: _Learnt(*weight, generator) for name, weight in weights.items()}
     moved = [one.moved for one in learnt.values()]
     factors = [factor for one in learnt.values() for factor in one.factors]
+    parameters = [*moved, *factors]
     groups: list[dict[str, Any]] = [{"params": moved}, {"params": factors, "lr": schedule.low_rank_rate}]
     optimizer = torch.optim.Adam(groups, schedule.rate, betas=(0.9, 0.95))
+    rates = [group["lr"] for group in optimizer.param_groups]
     steps = schedule.passes * len(train)
-    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for (module, *_), one in zip(weights.values(), learnt.values(), strict=True):
         module.forward = one.forward
     try:
-        least = tested()
-        for step in range(steps):
+        if state := None if progress is None else progress.load():
+            done, least = int(state.pop("done")), float(state.pop("least"))
+            for name in [key for key in state if key.startswith(_BEST)]:
+                w4 = learnt[name.removeprefix(_BEST)].w4
+                best[name.removeprefix(_BEST)] = w4.replace(packed=state.pop(name).to(w4.device))
+            _restore(parameters, optimizer, state)
+        else:
+            done, least = 0, tested()
+        saved = time.monotonic()
+        for step in range(done, steps):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - step / steps)
             with torch.enable_grad():
                 loss = train[step % len(train)]()
-                gradients = torch.autograd.grad(loss, [*moved, *factors], allow_unused=True)
-                for tensor, gradient in zip([*moved, *factors], gradients, strict=True):
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for tensor, gradient in zip(parameters, gradients, strict=True):
                     tensor.grad = gradient
             optimizer.step()
-            rates.step()
-            on_step(step + 1, steps)
             if (step + 1) % len(train) == 0 and (now := tested()) < least:
                 least, best = now, {name: one.result() for name, one in learnt.items()}
+            if progress is not None and time.monotonic() - saved >= _SAVE_SECONDS:
+                state = _state(parameters, optimizer) | {
+                    _BEST + name: w4.tensors["packed"] for name, w4 in best.items()
+                }
+                state["done"] = torch.tensor(step + 1, dtype=torch.int64, device="cpu")
+                state["least"] = torch.tensor(least, dtype=torch.float64, device="cpu")
+                progress.save(state)
+                saved = time.monotonic()
+            on_step(step + 1, steps)
     finally:
         for module, *_ in weights.values():
             del module.forward

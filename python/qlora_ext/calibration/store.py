@@ -20,7 +20,7 @@ from ..weight import Weight4bit
 from .init_lora import LowRank
 
 _LORA = ("lora_a", "lora_b")
-_RECORD, _TOKENS, _DONE = "calibration.json", "tokens.safetensors", ".done"
+_RECORD, _TOKENS, _PROGRESS, _DONE = "calibration.json", "tokens.safetensors", "learning.safetensors", ".done"
 _COMMANDS_MARKER = "qlora_output.json"  # the command writes it into its directories
 _GROUP: Schema = {"key": str, "weights": [[str]]}
 _ADVICE = {"weights": "another model", "inputs": "another text"}
@@ -120,12 +120,13 @@ class Store:
         return self.path / f"{digest}.safetensors"
 
     def _write(self, path: pathlib.Path, tensors: dict[str, Tensor], name: str, report: str) -> None:
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         tensors = {field: t.contiguous().cpu() for field, t in sorted(tensors.items())}
         metadata = {"name": name, "report": report, "key": self._key}
         metadata["sha256"] = _sha256(tensors, metadata)
-        self._replace(path, save(tensors, metadata))
+        with staged_file(path) as partial:
+            save_file(tensors, partial, metadata)
 
     def _read(self, path: pathlib.Path, name: str) -> tuple[dict[str, Tensor], str] | None:
         """The tensors and the report that were written under ``name``; None if they are missing or damaged."""
@@ -171,6 +172,10 @@ class Store:
             stored[name, weight] = found
         return stored or None
 
+    def progress(self, group: str) -> Progress:
+        """Where the state of a group is kept whose codes are being learnt."""
+        return Progress(self, group)
+
     def _on(self, tokens: Tensor) -> Tensor:
         """Associates everything stored from now on with this text."""
         self._key = _sha256(self._key, tokens)
@@ -185,3 +190,18 @@ class Store:
         tokens = tokens.cpu().to(torch.int64)
         self._write(self.path / _TOKENS, {"tokens": tokens}, _TOKENS, "")
         self._on(tokens)
+
+
+class Progress:
+    """The state of the group of layers whose codes are being learnt. The next group's replaces it."""
+
+    def __init__(self, store: Store, group: str) -> None:
+        self._store, self._group = store, group
+
+    def save(self, state: dict[str, Tensor]) -> None:
+        self._store._write(self._store.path / _PROGRESS, state, self._group, "")
+
+    def load(self) -> dict[str, Tensor] | None:
+        """The state that was saved last; None if it is missing, damaged or another group's."""
+        found = self._store._read(self._store.path / _PROGRESS, self._group)
+        return None if found is None else found[0]
