@@ -26,8 +26,12 @@ SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (8192, 8192)
 TOKENS = (33, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 
 
-def fused_kernel(capability: tuple[int, int]) -> str:
-    return "sm90" if capability == (9, 0) else "tensor_cores"
+def fused_kernels(capability: tuple[int, int]) -> list[str]:
+    """Those that the library competes with. The constant is that of the first one."""
+    if capability == (9, 0):
+        return ["sm90"]
+    # By the library's model and its own, sm100 runs for some numbers of tokens (is_ahead in cuda/tuning/sm100.h).
+    return ["tensor_cores", "sm100"] if capability in ((10, 0), (10, 3)) else ["tensor_cores"]
 
 
 def setting(capability: tuple[int, int], found: int | None, card: str) -> str:
@@ -42,22 +46,24 @@ def setting(capability: tuple[int, int], found: int | None, card: str) -> str:
     return f"{where}: `{line}  // {card}: measured`"
 
 
-def compare(layer: Layer, operator: str, m: int, seconds: float) -> Spread | None:
-    """The library's time over that of the fused kernels; None if nothing is timed."""
+def compare(layer: Layer, operator: str, m: int, seconds: float) -> dict[str, Spread | None]:
+    """The library's time over that of each of the fused kernels; None if nothing is timed."""
     x = torch.randn(m, layer.k if operator == "linear_nf4" else layer.n, device="cuda", dtype=BF16)
     args = layer.forward_args if operator == "linear_nf4" else layer.dx_args
     run = getattr(OPS, operator)
     turns = min(layer.turns, 4)
+    fused = fused_kernels(torch.cuda.get_device_capability())
     calls = {}
-    for way, kernel in {"fused": fused_kernel(torch.cuda.get_device_capability()), "library": "library"}.items():
+    for kernel in (*fused, "library"):
         os.environ["QLORA_CUDA_KERNEL"] = kernel
-        calls[way] = captured(lambda i: run(*args(i, x)), turns)
+        calls[kernel] = captured(lambda i: run(*args(i, x)), turns)
     os.environ["QLORA_CUDA_KERNEL"] = ""
     if SIMULATED:
         for replay in calls.values():
             replay(0)
-        return None
-    return interleave(calls, seconds=seconds, clock=cuda_clock).ratio("library", "fused")
+        return dict.fromkeys(fused)
+    times = interleave(calls, seconds=seconds, clock=cuda_clock)
+    return {kernel: times.ratio("library", kernel) for kernel in fused}
 
 
 def crossover(ratios: dict[int, list[float]]) -> int | None:
@@ -87,11 +93,13 @@ def main() -> None:
             for operator in ("linear_nf4", "linear_nf4_dx"):
                 clocks.row()
                 with failures.caught(f"{operator} of {n} x {k}, {m} tokens"):
-                    ratio = compare(layer, operator, m, seconds)
-                    row = {"operator": operator, "N": n, "K": k, "M": m, "library / fused": ratio or NOT_MEASURED}
+                    found = compare(layer, operator, m, seconds)
+                    row = {"operator": operator, "N": n, "K": k, "M": m}
+                    row |= {f"library / {kernel}": ratio or NOT_MEASURED for kernel, ratio in found.items()}
                     report.add(**row, **clocks.row())
-                    if ratio is not None:
-                        ratios[m].append(ratio.median)
+                    first, *_ = found.values()
+                    if first is not None:
+                        ratios[m].append(first.median)
         del layer
         torch.cuda.empty_cache()
     if not SIMULATED:

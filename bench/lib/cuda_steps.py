@@ -27,7 +27,12 @@ SLICE = (
     "test_codec_cuda.py::test_data_at_any_address",
     "test_encode_cuda.py::test_feedback",
 )
-SLICE_SM90 = ("test_linear_cuda.py::test_ranks_of_sm90",)
+# By compute capability: whose kernels run there only, and a test of them.
+OWN_SLICE = {
+    "9.0": ("Hopper", "test_linear_cuda.py::test_ranks_of_sm90"),
+    "10.0": ("Blackwell", "test_linear_cuda.py::test_sm100"),
+    "10.3": ("Blackwell", "test_linear_cuda.py::test_sm100"),
+}
 
 
 def pytest(*arguments: str, worker: bool = True) -> list[str]:
@@ -103,8 +108,8 @@ def counters(minutes: float, tiny: bool) -> list[Step]:
 
 
 def sanitizers() -> list[Step]:
-    """On Hopper, 64 tokens run Hopper's kernels, so those cases are left to steps of their own, which may fail."""
-    hopper = nvidia_smi.query("compute_cap") == "9.0"
+    """On Hopper and Blackwell, 64 tokens run kernels of their own, so those cases are left to steps that may fail."""
+    own = OWN_SLICE.get(nvidia_smi.query("compute_cap"))
     program = shutil.which("compute-sanitizer")
     missing = None if program else "compute-sanitizer is not on PATH (the CUDA toolkit has it)"
     missing = "compute-sanitizer checks a card only; the simulator has --check" if SIMULATED else missing
@@ -116,8 +121,9 @@ def sanitizers() -> list[Step]:
         command += pytest(*tests, worker=False)  # the tool's exit status is that of the process that it starts
         return Step(f"compute-sanitizer {tool}{title}", command, 1.0, missing or modules, may_fail)
 
-    others = [*in_slice(SLICE), *(["-k", "not 64"] if hopper else [])]
+    others = [*in_slice(SLICE), *(["-k", "not 64"] if own else [])]
     found = [step(tool, "", False, *others) for tool in SANITIZERS]
-    if hopper:
-        found += [step(tool, ", Hopper's kernels", True, *in_slice(SLICE_SM90)) for tool in SANITIZERS]
+    if own:
+        name, test = own
+        found += [step(tool, f", {name}'s kernels", True, *in_slice([test])) for tool in SANITIZERS]
     return found

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpp/format/packing.h"
 #include "cuda/tuning/device.h"
 
 namespace qlora::cuda {
@@ -16,6 +17,12 @@ inline constexpr int kCodecThreads = 256;
 constexpr int64_t codec_grid(int64_t work, int ctas_per_sm, const Device& device) {
   return std::min<int64_t>(work, int64_t{device.sm_count} * ctas_per_sm);
 }
+// Those of each weight of a stack, which are a row of the grid: twice as many in all as the device holds, because those
+// of experts without tokens end at once.
+constexpr int64_t codec_grid(int64_t work, int ctas_per_sm, int64_t weights, const Device& device) {
+  return std::min<int64_t>(work, ceil_div(2 * int64_t{device.sm_count} * ctas_per_sm, weights));
+}
+inline constexpr int64_t kMostStacked = 65535;  // rows of a grid
 
 // Warps per CTA for encoding with feedback, where each warp takes `rows` rows. The warps of a CTA share the factors
 // that it reads, so more warps read less, but every SM should still get a CTA. With 2 warps or more, a stripe of rows

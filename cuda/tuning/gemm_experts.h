@@ -9,6 +9,7 @@
 
 #include "cpp/format/grouped.h"
 #include "cuda/tuning/choice.h"
+#include "cuda/tuning/codec.h"
 #include "cuda/tuning/device.h"
 #include "cuda/tuning/gemm.h"
 #include "cuda/tuning/generic.h"
@@ -19,7 +20,7 @@ namespace qlora::cuda::gemm {
 
 template <class Problem>
 constexpr bool accepts(const Grouped<Problem>& p, const Device& device) {
-  return accepts(p.stack, device) && p.experts > 0;
+  return accepts(p.stack, device) && p.experts > 0 && p.experts <= kMostStacked;
 }
 
 // Products per nanosecond on mma.sync. H100, B200 and Thor, whose data sheets' rates are those of other instructions,
@@ -49,7 +50,7 @@ constexpr double panels_time(const Grouped<Problem>& p, const PanelProduct& all,
   };
   const double tiles = static_cast<double>(all.columns / panel) * multiplied(panel) + multiplied(all.columns % panel);
   const double memory = time_outside_l2(all, panel, device) / 2;  // of writing, and of reading
-  const int64_t launches = ceil_div(all.columns, panel) * (p.experts + 1);
+  const int64_t launches = 2 * ceil_div(all.columns, panel);
   return std::max(tiles, memory) + memory + static_cast<double>(launches) * kLaunchTime;
 }
 

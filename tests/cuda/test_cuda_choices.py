@@ -146,7 +146,7 @@ CHOICES = {
     (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 8): (
         "tensor_cores tokens=64 rows=128",
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "tensor_cores tokens=64 rows=128",
+        "gemm panel=2048",
         "tensor_cores tokens=32 rows=128",
     ),
     # Experts whose weights are decoded once: where panels, which leave L2, cost less than decoding in every tile, or
@@ -154,7 +154,7 @@ CHOICES = {
     (FORWARD, "bfloat16", 8192, 14336, 4096, 64, 8): (
         "gemm panel=1536",
         "sm90 tokens=128 rows=128 splits=1 multicast=2",
-        "gemm panel=2048",
+        "gemm panel=512",
         "tensor_cores tokens=32 rows=128",
     ),
     (DX, "float16", 8192, 14336, 4096, 64, 8): (
@@ -163,11 +163,12 @@ CHOICES = {
         "gemm panel=512",
         "tensor_cores tokens=64 columns=256",
     ),
-    (FORWARD, "bfloat16", 16384, 1536, 2048, 32, 128): (
+    (FORWARD, "bfloat16", 16384, 1536, 2048, 32, 128): "gemm panel=256",
+    (FORWARD, "bfloat16", 131072, 768, 2048, 64, 128): (
         "gemm panel=256",
+        "sm90 tokens=128 rows=128 splits=1 multicast=2",
         "gemm panel=256",
-        "gemm panel=256",
-        "ragged tokens=64 rows=64",
+        "tensor_cores tokens=32 rows=128",
     ),
     (FORWARD, "bfloat16", 16384, 4096, 7168, 32, 256): "ragged tokens=64 rows=64",  # panels of 900 MiB
     (FORWARD, "float16", 64, 4096, 4100, 64, 64): "ragged tokens=16 rows=64",

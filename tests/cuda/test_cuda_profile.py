@@ -161,6 +161,9 @@ def experts(record: Recorder) -> None:
         dy = s.dy()
         for name, run, args in (("forward", s.forward, ()), ("dx", s.dx, (dy,)), ("dlora", s.dlora, (dy,))):
             record(f"experts {name} {count}", run, *args)
+        os.environ[KERNEL] = "gemm"
+        record(f"experts decoded once {count}", s.forward)
+        os.environ[KERNEL] = ""
     many = grouped_sample(MANY_ROWS, 8, EXPERT_SHAPE[1], RANK, BF16, "cuda", dropout_p=0.1, unassigned=0)
     record("many rows", many.forward)
 
@@ -410,6 +413,18 @@ def test_idle_experts(cases: dict[str, Any], name: str) -> None:
     # Zeros are written for their gradients. The tiles are the same for 64 and 128 experts.
     few, many = (sum(launch.slots for launch in cases[f"experts {name} {count}"]) for count in EXPERTS[1:])
     assert many <= 1.1 * few + 30 * (64 * RANK * (n + k) if name == "dlora" else 0)
+
+
+@pytest.mark.parametrize("count", EXPERTS)
+def test_experts_without_rows_are_not_decoded(cases: dict[str, Any], count: int) -> None:
+    n, k = EXPERT_SHAPE
+    launches = cases[f"experts decoded once {count}"]
+    names = ("low_rank", "dequantize", "gemm")
+    assert all(
+        f"grouped_{name}" in launch["kernel"].replace("linear_", "")
+        for name, launch in zip(names, launches, strict=True)
+    )
+    assert launches[1]["unique_bytes_written"] == len(ROWS_OF) * 2 * n * k
 
 
 def test_of_many_rows_a_is_read_once_per_32(cases: dict[str, Any]) -> None:

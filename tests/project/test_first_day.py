@@ -171,10 +171,13 @@ def test_time_that_one_step_leaves_goes_to_the_next(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-def test_the_steps_of_a_card_are_programs_and_tests_that_exist(tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvidia_smi, "query", lambda field: "9.0")
+@pytest.mark.parametrize(("capability", "arch"), [("9.0", "90"), ("10.3", "100")])
+def test_the_steps_of_a_card_are_programs_and_tests_that_exist(
+    capability: str, arch: str, tiny: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvidia_smi, "query", lambda field: capability)
     found = [*cuda_steps.steps(10.0, tiny), *cuda_steps.counters(5.0, tiny), *cuda_steps.sanitizers()]
-    assert [pathlib.Path(word).name for word in found[0].command[1:]] == ["cuda_static.py", "--arch", "90"]
+    assert [pathlib.Path(word).name for word in found[0].command[1:]] == ["cuda_static.py", "--arch", arch]
     assert len({step.name for step in found}) == len(found)
     for step in found:
         assert "-x" not in step.command

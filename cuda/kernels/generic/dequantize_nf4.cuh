@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpp/format/grouped.h"
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/load.cuh"
@@ -200,19 +201,15 @@ __device__ __forceinline__ void append_terms(const DequantizeTerms<T>& p) {
   }
 }
 
-// A grid-stride loop, so that each CTA stages the tables only once, however large the tensor is. A warp takes
-// kDequantizeRun neighbouring chunks at a time, because most of them share a nested block.
+// A loop over the chunks of a row of the grid's CTAs, so that each CTA stages the tables only once, however large the
+// tensor is. A warp takes kDequantizeRun neighbouring chunks at a time, because most of them share a nested block.
 template <class T, int kChunk, int kThreads, bool kReadSoon, bool kWide>
-__global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t* __restrict__ packed,
-                                                                  const __grid_constant__ tile::ScaleView scales,
-                                                                  const __grid_constant__ tile::CodeView code,
-                                                                  const __grid_constant__ DequantizePieces pieces,
-                                                                  const __grid_constant__ DequantizeTerms<T> terms,
-                                                                  T* __restrict__ out) {
+__device__ __forceinline__ void dequantize_pieces(const uint8_t* __restrict__ packed, const tile::ScaleView& scales,
+                                                  const tile::CodeView& code, const DequantizePieces& pieces,
+                                                  T* __restrict__ out) {
   __shared__ __align__(tile::kNf4DecodeAlign) float values[tile::kStagedValues<kWide>];
   __shared__ float scale_values[256];
   __shared__ float shared_offset;
-  if constexpr (kReadSoon) append_terms<T, kThreads>(terms);
   tile::stage_values(values, code);
   tile::fill_scale_values<kThreads>(scales, scale_values);
   if (threadIdx.x == 0) shared_offset = tile::nested_offset(scales);
@@ -244,6 +241,32 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   };
   if (!aligned || !with_dequantize_steps<kWide>(scales, code, [&](auto steps) { decode_all(std::true_type{}, steps); }))
     decode_all(std::false_type{}, std::integral_constant<DequantizeSteps, DequantizeSteps::kScale>{});
+}
+
+template <class T, int kChunk, int kThreads, bool kReadSoon, bool kWide>
+__global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t* __restrict__ packed,
+                                                                  const __grid_constant__ tile::ScaleView scales,
+                                                                  const __grid_constant__ tile::CodeView code,
+                                                                  const __grid_constant__ DequantizePieces pieces,
+                                                                  const __grid_constant__ DequantizeTerms<T> terms,
+                                                                  T* __restrict__ out) {
+  if constexpr (kReadSoon) append_terms<T, kThreads>(terms);
+  dequantize_pieces<T, kChunk, kThreads, kReadSoon, kWide>(packed, scales, code, pieces, out);
+}
+
+// The same pieces of each expert's weight, by a row of CTAs per expert, to out [experts, rows, columns]. What belongs
+// to experts without tokens is left as it is.
+template <class T, int kChunk, int kThreads, bool kWide>
+__global__ __launch_bounds__(kThreads) void grouped_dequantize_nf4_kernel(
+    const uint8_t* __restrict__ packed, const __grid_constant__ tile::ScaleView scales,
+    const __grid_constant__ tile::CodeView code, const __grid_constant__ DequantizePieces pieces,
+    const __grid_constant__ WeightStride stride, const int64_t* __restrict__ offsets, T* __restrict__ out) {
+  const int64_t expert = blockIdx.y;
+  if (offsets[expert] <= (expert == 0 ? 0 : offsets[expert - 1])) return;
+  tile::ScaleView own = scales;
+  own.scales = expert_scales(scales.scales, stride, expert);
+  dequantize_pieces<T, kChunk, kThreads, true, kWide>(packed + expert * stride.packed_bytes, own, code, pieces,
+                                                      out + expert * pieces.rows * pieces.columns);
 }
 
 }  // namespace qlora::kernels

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpp/format/grouped.h"
 #include "cuda/launch/generic/codec.h"
 #include "cuda/launch/launch.h"
 
@@ -23,13 +24,24 @@ struct PanelRange {
   int64_t first_term = 0, inner;  // terms of the sums, without further ones
 };
 
+// A panel's place in w: rows of it, or terms of rows. All terms are a single piece, unless others go between the rows.
+inline PackedPart part_of(const LinearProblem& p, const PanelRange& panel, bool single_piece = true) {
+  const int64_t k = p.w.k, first = panel.first * k + panel.first_term;
+  if (single_piece && panel.inner == k) return {.first = first, .columns = panel.columns * k};
+  return {.first = first, .rows = panel.columns, .columns = panel.inner, .stride = k};
+}
+// The same for dX: columns of w, or of some of its rows.
+inline PackedPart part_of(const LinearDxProblem& p, const PanelRange& panel) {
+  const int64_t k = p.w.k, first = panel.first_term * k + panel.first;
+  if (panel.columns == k) return {.first = first, .columns = panel.inner * k};
+  return {.first = first, .rows = panel.inner, .columns = panel.columns, .stride = k};
+}
+
 // Decodes terms of these rows of w to out [columns, inner + terms]. If there are further terms, they are the rows'
 // lora_b and bias.
 inline cudaError_t decode_panel(const LinearProblem& p, const PanelRange& panel, void* out, const Context& context,
                                 int64_t terms = 0) {
-  const int64_t k = p.w.k, rank = p.lora.rank, first = panel.first, columns = panel.columns;
-  const PackedPart dense{.first = first * k, .columns = columns * k};
-  const PackedPart rows{.first = first * k + panel.first_term, .rows = columns, .columns = panel.inner, .stride = k};
+  const int64_t rank = p.lora.rank, first = panel.first, columns = panel.columns;
   const PanelTerms further{.terms = terms,
                            .columns = columns,
                            .values = element(p.lora.b, first * rank, p.dtype),
@@ -38,8 +50,7 @@ inline cudaError_t decode_panel(const LinearProblem& p, const PanelRange& panel,
                            .column_stride = rank,
                            .bias = element(p.bias, first, p.dtype),
                            .beside = true};
-  const bool in_rows = terms > 0 || panel.inner < k;
-  return launch_dequantize_nf4(p.w, in_rows ? rows : dense, p.dtype, out, true, context.device, context.stream,
+  return launch_dequantize_nf4(p.w, part_of(p, panel, terms == 0), p.dtype, out, true, context.device, context.stream,
                                terms > 0 ? further : PanelTerms{});
 }
 
@@ -47,17 +58,22 @@ inline cudaError_t decode_panel(const LinearProblem& p, const PanelRange& panel,
 // of lora_a.
 inline cudaError_t decode_panel(const LinearDxProblem& p, const PanelRange& panel, void* out, const Context& context,
                                 int64_t terms = 0) {
-  const int64_t k = p.w.k, first = panel.first, columns = panel.columns;
-  const PackedPart dense{.first = panel.first_term * k, .columns = panel.inner * k};
-  const PackedPart part{.first = panel.first_term * k + first, .rows = panel.inner, .columns = columns, .stride = k};
   const PanelTerms further{.terms = terms,
-                           .columns = columns,
-                           .values = element(p.lora.a, first, p.dtype),
+                           .columns = panel.columns,
+                           .values = element(p.lora.a, panel.first, p.dtype),
                            .rank = p.lora.rank,
                            .term_stride = p.w.k,
                            .column_stride = 1};
-  return launch_dequantize_nf4(p.w, columns == k ? dense : part, p.dtype, out, true, context.device, context.stream,
+  return launch_dequantize_nf4(p.w, part_of(p, panel), p.dtype, out, true, context.device, context.stream,
                                terms > 0 ? further : PanelTerms{});
+}
+
+// Decodes the panel of each expert that has tokens to out [experts, columns, inner], or [experts, inner, columns] for
+// dX.
+template <class Problem>
+cudaError_t decode_panel(const Grouped<Problem>& p, const PanelRange& panel, void* out, const Context& context) {
+  return launch_grouped_dequantize_nf4(p.stack.w, p.offsets, p.experts, part_of(p.stack, panel), p.stack.dtype, out,
+                                       context.device, context.stream);
 }
 
 }  // namespace qlora::cuda

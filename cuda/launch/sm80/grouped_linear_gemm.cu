@@ -1,5 +1,5 @@
 // Launches the forward and dX of experts on decoded weights and our own GEMM: h or g if there is LoRA, and then for
-// each panel a launch per expert, which decodes its weight, and one that multiplies all tokens.
+// each panel one launch that decodes it, of all experts with tokens, and one that multiplies all tokens.
 #include "cuda/kernels/sm80/grouped_linear_gemm.cuh"
 
 #include <algorithm>
@@ -25,18 +25,12 @@ cudaError_t launch_panels(const Grouped<Problem>& problem, const Config& config,
   const int64_t own = parts.add(retained ? 0 : p.m * p.lora.rank * bytes);
   uint8_t* const memory = context.allocate(parts.bytes());
   void* const low_rank = retained ? retained : memory + own;
-  const WeightStride stride = weight_stride(p.w);
   cudaError_t error = launch_grouped_low_rank({low_rank_of(low_rank), problem.offsets, problem.experts}, context.device,
                                               context.stream);
   for (int64_t first = 0; first < whole.columns && error == cudaSuccess; first += config.panel) {
     const PanelRange panel{
         .first = first, .columns = std::min(config.panel, whole.columns - first), .inner = whole.inner};
-    for (int64_t expert = 0; expert < problem.experts && error == cudaSuccess; ++expert) {
-      Problem own_weight = p;
-      own_weight.w.packed += expert * stride.packed_bytes;
-      own_weight.w.scales = expert_scales(p.w.scales, stride, expert);
-      error = decode_panel(own_weight, panel, memory + panels + expert * panel.columns * whole.inner * bytes, context);
-    }
+    error = decode_panel(problem, panel, memory + panels, context);
     if (error != cudaSuccess) break;
     error = with_16_bit_type(p.dtype, [&](auto element) {
       using T = decltype(element);

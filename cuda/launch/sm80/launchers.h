@@ -11,8 +11,7 @@
 //   LoraGradProblem   da = gᵀ · dropout(x) and db = dyᵀ · h: one launch for each of h and g that is not given, and one
 //                     for da and db.
 //   Grouped<...>      the same for all experts, each over its own rows, in the same number of launches for any number
-//                     of experts, except that gemm decodes each expert's panel in a launch of its own. Only the device
-//                     reads the offsets. Unassigned rows become zeros.
+//                     of experts. Only the device reads the offsets. Unassigned rows become zeros.
 #pragma once
 
 #include <cuda_runtime_api.h>
