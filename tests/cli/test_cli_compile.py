@@ -435,7 +435,7 @@ def test_without_a_compiler_or_where_it_fails_the_model_stays_eager(
 
 def test_models_that_are_not_compiled() -> None:
     sliding = AutoModelForCausalLM.from_config(MistralConfig(**tiny_models.SIZES, sliding_window=8))
-    assert packages.obstacle(sliding) == "its cache holds more than keys and values"
+    assert packages.obstacle(sliding) == "its attention has a sliding window"
     prefix = get_peft_model(tiny_models.make("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert packages.obstacle(prefix) == "the adapter is a prompt"
     merge_aware = adapted()

@@ -161,7 +161,7 @@ def experts(record: Recorder) -> None:
         dy = s.dy()
         for name, run, args in (("forward", s.forward, ()), ("dx", s.dx, (dy,)), ("dlora", s.dlora, (dy,))):
             record(f"experts {name} {count}", run, *args)
-        os.environ[KERNEL] = "gemm"
+        os.environ[KERNEL] = f"gemm:panel={EXPERT_SHAPE[0]}"
         record(f"experts decoded once {count}", s.forward)
         os.environ[KERNEL] = ""
     many = grouped_sample(MANY_ROWS, 8, EXPERT_SHAPE[1], RANK, BF16, "cuda", dropout_p=0.1, unassigned=0)

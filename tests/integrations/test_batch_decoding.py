@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -75,6 +75,34 @@ def test_the_tokens_are_those_of_the_model_s_own_generate(family: str, attention
     engine.run()
     assert [request.tokens for request in requests] == [alone(model, prompt, 12) for prompt in given]
     assert {request.finish_reason for request in requests} <= {"stop", "length"}
+
+
+WINDOW = {"sliding_window": 8}
+KINDS = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "config",
+    [MistralConfig(**tiny_models.SIZES, **WINDOW), Gemma3TextConfig(**tiny_models.SIZES, **WINDOW, layer_types=KINDS)],
+    ids=["in all layers", "in some"],
+)
+def test_sequences_longer_than_a_sliding_window(config: Any, attention: str) -> None:
+    def model_of(config: Any) -> Any:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.data.mul_(4)  # so that what the window hides would change the tokens
+        model.set_attn_implementation(attention)
+        return model
+
+    model, wide = model_of(config), model_of(type(config)(**config.to_dict() | {"sliding_window": 64}))
+    given, engine = prompts(9), eager(model, prompt_part=7)
+    requests = [engine.submit(prompt, GREEDY) for prompt in given]
+    engine.run()
+    assert [request.tokens for request in requests] == [alone(model, prompt, 12) for prompt in given]
+    assert [request.tokens for request in requests] != [alone(wide, prompt, 12) for prompt in given]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -472,11 +500,20 @@ def without_masks(model: Any) -> Any:
     return model
 
 
+def with_config(model: Any, **settings: Any) -> Any:
+    vars(model.config).update(settings)
+    return model.eval()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
-            lambda: AutoModelForCausalLM.from_config(MistralConfig(**tiny_models.SIZES, sliding_window=8)).eval(),
+            lambda: with_config(tiny(), layer_types=["chunked_attention", "full_attention"], attention_chunk_size=8),
+            "it has chunked_attention",
+        ),
+        (
+            lambda: with_config(tiny(), layer_types=["linear_attention", "full_attention"]),
             "its cache holds more than keys and values",
         ),
         (

@@ -49,8 +49,8 @@ class BatchDecoder:
     sequences share each step, so the weights are read once per step.
 
     Args:
-        model: a causal language model of transformers with full attention, 4-bit or dense, with or without adapters, in
-            evaluation mode. Its weights may change between steps, also by an optimizer.
+        model: a causal language model of transformers, with full attention or sliding windows, 4-bit or dense, with or
+            without adapters, in evaluation mode. Its weights may change between steps, also by an optimizer.
         sequences: the number of slots.
         capacity: the most tokens of a sequence, prompt included. None: 2048, or fewer if the model has fewer
             positions. The caches, [``sequences``, H, ``capacity``, D] per layer, are allocated once.

@@ -26,7 +26,7 @@ from torch._inductor.package.package import package_aoti
 from torch._ops import OpOverload
 from torch.export.pt2_archive._package import load_pt2
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qlora_ext.nn import Packed4bit, layers_of
 from qlora_ext.ops import link_compiled_code
@@ -68,6 +68,13 @@ _OPTIONS = {
 }
 
 
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """The kinds of attention in a model, by transformers' names, each with how many tokens it sees; None for all."""
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
+
+
 def not_plain(model: Any) -> str | None:
     """The reason why the state of a sequence is not keys and values of all its tokens; None if it is that."""
     lm = causal_lm(model)
@@ -79,9 +86,10 @@ def not_plain(model: Any) -> str | None:
         layers = DynamicCache(config=lm.config).layers
     except Exception as error:  # of configurations without the number of layers, for example
         return f"transformers cannot make a cache for it: {first_line(error)}"
-    if any(type(layer) is not DynamicLayer for layer in layers):
+    if not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return "its cache holds more than keys and values"
-    return None
+    other = [kind for kind in attention_windows(lm.config) if kind not in ("full_attention", "sliding_attention")]
+    return f"it has {other[0]}" if other else None
 
 
 def not_traceable(model: Any) -> str | None:
@@ -90,6 +98,8 @@ def not_traceable(model: Any) -> str | None:
     if not type(lm).__module__.startswith("transformers."):
         return "its code comes with the model"
     why = not_plain(model)
+    if why is None and any(attention_windows(lm.config).values()):
+        why = "its attention has a sliding window"
     if why is None and any(getattr(module, "merge_aware", None) for module in lm.modules()):
         why = "the adapter is merge-aware"
     return why

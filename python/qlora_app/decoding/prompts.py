@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .compiled import CACHE_STEP, MAX_PROMPT, PROMPT, TOKEN, keeps_last_logits
 from .packages import Code
@@ -63,7 +64,9 @@ class PromptReader:
             caches = [nn.functional.pad(cache, (0, 0, 0, room - cache.shape[2])) for cache in self._caches]
             logits = code[name]([ids, torch.arange(first, end, dtype=torch.int64, device=lm.device), *caches])[0]
         else:
-            cache = DynamicCache(config=lm.config)
+            cache = DynamicCache()
+            # Layers with a sliding window keep all keys and values, too.
+            cache.layers = [DynamicLayer() for _ in range(half)]
             for layer, *read in zip(cache.layers, self._caches[:half], self._caches[half:], strict=True):
                 if first:
                     layer.update(*(each[:, :, :first] for each in read))

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qlora_ext.nn import Linear16bit
 from qlora_ext.output_head import causal_lm
 
-from .packages import Function, load_code
+from .packages import Function, attention_windows, load_code
 
 # The keyword of transformers for a model's KV cache: "cache" in newer versions.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -167,13 +167,21 @@ class Step(nn.Module):
         cache = StaticCache(config, max_cache_len=span)
         pairs = zip(caches[:half], caches[half:], strict=True)
         cache.layers = [_Slots(keys, values, rows.to(keys.device), positions, span) for keys, values in pairs]
-        mask = visible[:, None]
-        if config._attn_implementation == "eager":  # it adds the mask to the scores
-            dtype = caches[0].dtype
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        windows = attention_windows(config)
+        masks = {kind: self._mask(visible, positions, window, caches[0].dtype) for kind, window in windows.items()}
+        mask = masks if len(masks) > 1 else masks.popitem()[1]
         options |= {"attention_mask": mask, "position_ids": positions, "use_cache": True, CACHE: cache}
         logits: Tensor = self.model(input_ids=tokens, **options).logits
         return logits[:, -1]
+
+    def _mask(self, visible: Tensor, positions: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+        """The mask [B, 1, T, span] of attention that sees the last ``window`` visible tokens, or all."""
+        if window is not None:
+            visible = visible & ~visible_tokens(visible.shape[2], positions - window)
+        mask = visible[:, None]
+        if self.model.config._attn_implementation != "eager":
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)  # added to the scores
 
 
 class DecodeStep(Protocol):
