@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import random
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -23,11 +22,10 @@ from transformers.generation.logits_process import (
 
 import qlora_ext
 import tiny_models
+from batch_decoding import GREEDY, alone, eager, prompts, tiny
 from qlora_app.decoding import BatchDecoder, Request, Rollouts, Sampling, batch, generate, sampling
 from qlora_app.decoding.prompts import PromptReader
 from qlora_app.decoding.sampling import draw
-
-GREEDY = Sampling(temperature=0, max_new_tokens=12)
 
 
 @pytest.fixture(autouse=True)
@@ -39,70 +37,8 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def tiny(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
-    return qlora_ext.quantize_model(tiny_models.make(family, dtype))
-
-
-def prompts(count: int, longest: int = 30, seed: int = 0) -> list[list[int]]:
-    numbers = random.Random(seed)
-    return [[numbers.randrange(3, 128) for _ in range(numbers.randint(1, longest))] for _ in range(count)]
-
-
-def alone(model: Any, prompt: list[int], tokens: int, **more: Any) -> list[int]:
-    """Greedy tokens by transformers."""
-    ids = torch.tensor([prompt])
-    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, **more}
-    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-
-
-def eager(model: Any, sequences: int = 4, **more: Any) -> BatchDecoder:
-    return BatchDecoder(model, sequences, compiled=False, **more)
-
-
 def found(requests: list[Request]) -> list[tuple[list[int], list[float], str | None]]:
     return [(request.tokens, request.logprobs, request.finish_reason) for request in requests]
-
-
-@pytest.mark.parametrize(
-    ("family", "attention", "part"),
-    [("llama", "sdpa", 7), ("llama", "eager", None), ("qwen2", "sdpa", 1), ("gpt2", "sdpa", 5)],
-)
-def test_the_tokens_are_those_of_the_model_s_own_generate(family: str, attention: str, part: int | None) -> None:
-    model = tiny(family)
-    model.set_attn_implementation(attention)
-    given, engine = prompts(9), eager(model, prompt_part=part)
-    requests = [engine.submit(prompt, GREEDY) for prompt in given]
-    engine.run()
-    assert [request.tokens for request in requests] == [alone(model, prompt, 12) for prompt in given]
-    assert {request.finish_reason for request in requests} <= {"stop", "length"}
-
-
-WINDOW = {"sliding_window": 8}
-KINDS = ["sliding_attention", "full_attention"]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    "config",
-    [MistralConfig(**tiny_models.SIZES, **WINDOW), Gemma3TextConfig(**tiny_models.SIZES, **WINDOW, layer_types=KINDS)],
-    ids=["in all layers", "in some"],
-)
-def test_sequences_longer_than_a_sliding_window(config: Any, attention: str) -> None:
-    def model_of(config: Any) -> Any:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.data.mul_(4)  # so that what the window hides would change the tokens
-        model.set_attn_implementation(attention)
-        return model
-
-    model, wide = model_of(config), model_of(type(config)(**config.to_dict() | {"sliding_window": 64}))
-    given, engine = prompts(9), eager(model, prompt_part=7)
-    requests = [engine.submit(prompt, GREEDY) for prompt in given]
-    engine.run()
-    assert [request.tokens for request in requests] == [alone(model, prompt, 12) for prompt in given]
-    assert [request.tokens for request in requests] != [alone(wide, prompt, 12) for prompt in given]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -487,45 +423,3 @@ def test_wrong_arguments() -> None:
         with pytest.raises(ValueError, match=message):
             generate(**{"model": model, "prompts": [[5], [6]], "compiled": False, **given})
     assert generate(model, [], compiled=False) == []
-
-
-def without_masks(model: Any) -> Any:
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def ignoring(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    model.forward = ignoring
-    return model
-
-
-def with_config(model: Any, **settings: Any) -> Any:
-    vars(model.config).update(settings)
-    return model.eval()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: with_config(tiny(), layer_types=["chunked_attention", "full_attention"], attention_chunk_size=8),
-            "it has chunked_attention",
-        ),
-        (
-            lambda: with_config(tiny(), layer_types=["linear_attention", "full_attention"]),
-            "its cache holds more than keys and values",
-        ),
-        (
-            lambda: get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval(),
-            "the adapter is a prompt",
-        ),
-        (lambda: tiny().train(), r"expected evaluation mode, got training mode; call model.eval\(\)"),
-        (lambda: tiny("mpt"), "its forward takes no position_ids"),
-        (lambda: tiny("blt").eval(), "transformers cannot make a cache for it: .*num_hidden_layers"),
-        (lambda: without_masks(tiny()), "its logits of a sequence in a batch differ from those of the sequence alone"),
-    ],
-)
-def test_models_that_are_rejected(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        eager(make())

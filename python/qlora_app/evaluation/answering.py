@@ -74,7 +74,7 @@ def answered(
     try:  # reproducible, so that a resumed run gives the answers of an uninterrupted one
         engine = BatchDecoder(model, sequences, capacity, compiled, progress, reproducible=True)
     except ValueError as error:
-        raise UserError(f"--model: {error}") from error
+        raise UserError(f"--model: {str(error).removeprefix('model: ')}") from error
     yield from _decoded(engine, tokenizer, asked)
 
 
