@@ -96,7 +96,7 @@ cudaError_t launch_grouped_chunk(const GroupedCall& call, bool wide) {
   const bool rows = call.first.part.rows > 1;
   if (wide) return rows ? launch<T, 256, true>(call) : launch<T, 512, true>(call);
   if (rows) return launch<T, 256, false>(call);
-  return call.first.scales.scales.block_size < 64 ? launch<T, 512, false>(call) : launch<T, 2048, false>(call);
+  return call.first.scales.scales.block_size < 64 ? launch<T, 512, false>(call) : launch<T, 1024, false>(call);
 }
 
 Call call_of(const Weight& w, const PackedPart& part, const PanelTerms& terms, void* out, const Device& device,
