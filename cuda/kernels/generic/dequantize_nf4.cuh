@@ -254,10 +254,13 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   dequantize_pieces<T, kChunk, kThreads, kReadSoon, kWide>(packed, scales, code, pieces, out);
 }
 
+// Per SM. The compiler would aim at six on cards with 1536 threads per SM, and put scales into local memory for them.
+inline constexpr int kGroupedDequantizeCtas = 4;
+
 // The same pieces of each expert's weight, by a row of CTAs per expert, to out [experts, rows, columns]. What belongs
 // to experts without tokens is left as it is.
 template <class T, int kChunk, int kThreads, bool kWide>
-__global__ __launch_bounds__(kThreads) void grouped_dequantize_nf4_kernel(
+__global__ __launch_bounds__(kThreads, kGroupedDequantizeCtas) void grouped_dequantize_nf4_kernel(
     const uint8_t* __restrict__ packed, const __grid_constant__ tile::ScaleView scales,
     const __grid_constant__ tile::CodeView code, const __grid_constant__ DequantizePieces pieces,
     const __grid_constant__ WeightStride stride, const int64_t* __restrict__ offsets, T* __restrict__ out) {
