@@ -30,7 +30,7 @@ def fused_kernels(capability: tuple[int, int]) -> list[str]:
     """Those that the library competes with. The constant is that of the first one."""
     if capability == (9, 0):
         return ["sm90"]
-    # By the library's model and its own, sm100 runs for some numbers of tokens (is_ahead in cuda/tuning/sm100.h).
+    # Which of the two runs depends on the shape, by models (is_ahead in cuda/tuning/sm100.h).
     return ["tensor_cores", "sm100"] if capability in ((10, 0), (10, 3)) else ["tensor_cores"]
 
 

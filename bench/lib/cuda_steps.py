@@ -27,7 +27,7 @@ SLICE = (
     "test_codec_cuda.py::test_data_at_any_address",
     "test_encode_cuda.py::test_feedback",
 )
-# By compute capability: whose kernels run there only, and a test of them.
+# By compute capability: the architecture's name, and a test of the kernels that only it runs.
 OWN_SLICE = {
     "9.0": ("Hopper", "test_linear_cuda.py::test_ranks_of_sm90"),
     "10.0": ("Blackwell", "test_linear_cuda.py::test_sm100"),

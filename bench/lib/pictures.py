@@ -199,8 +199,11 @@ def _losses(figure: Any, rows: list[files.Row], model: str) -> None:
 
 
 def evidence(figure: Any) -> None:
-    """Whether a 4-bit base trains as well as a 16-bit one: a mark per seed, after training, by base."""
-    cells = [(model, begun, after) for model, begun, after in files.evidence_cells() if after]
+    """Whether a 4-bit base trains as well as a 16-bit one: a mark per seed, after training, by base.
+
+    Recipes that ran with a single seed are left to the table.
+    """
+    cells = [(model, begun, after) for model, begun, after in files.evidence_cells() if len(after) > 1]
     bases = [f"{files.MODELS.get(m, m)}, {row['base']}\n{row['weights MB']:.0f} MB" for m, row, _ in cells]
     for axes, quantity, label in zip(
         figure.subplots(1, 2, sharey=True),

@@ -17,12 +17,12 @@ inline constexpr int kCodecThreads = 256;
 constexpr int64_t codec_grid(int64_t work, int ctas_per_sm, const Device& device) {
   return std::min<int64_t>(work, int64_t{device.sm_count} * ctas_per_sm);
 }
-// Those of each weight of a stack, which are a row of the grid: twice as many in all as the device holds, because those
-// of experts without tokens end at once.
-constexpr int64_t codec_grid(int64_t work, int ctas_per_sm, int64_t weights, const Device& device) {
-  return std::min<int64_t>(work, ceil_div(2 * int64_t{device.sm_count} * ctas_per_sm, weights));
+// The same per expert, for `work` pieces of each. All experts together get twice as many CTAs as the device holds,
+// because those of experts without tokens exit at once.
+constexpr int64_t codec_grid_per_expert(int64_t work, int ctas_per_sm, int64_t experts, const Device& device) {
+  return std::min<int64_t>(work, ceil_div(2 * int64_t{device.sm_count} * ctas_per_sm, experts));
 }
-inline constexpr int64_t kMostStacked = 65535;  // rows of a grid
+inline constexpr int64_t kMostDecodedExperts = 65535;  // one row of the grid each
 
 // Warps per CTA for encoding with feedback, where each warp takes `rows` rows. The warps of a CTA share the factors
 // that it reads, so more warps read less, but every SM should still get a CTA. With 2 warps or more, a stripe of rows

@@ -20,7 +20,7 @@ namespace qlora::cuda::gemm {
 
 template <class Problem>
 constexpr bool accepts(const Grouped<Problem>& p, const Device& device) {
-  return accepts(p.stack, device) && p.experts > 0 && p.experts <= kMostStacked;
+  return accepts(p.stack, device) && p.experts > 0 && p.experts <= kMostDecodedExperts;
 }
 
 // Products per nanosecond on mma.sync. H100, B200 and Thor, whose data sheets' rates are those of other instructions,

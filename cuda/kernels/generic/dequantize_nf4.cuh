@@ -201,7 +201,7 @@ __device__ __forceinline__ void append_terms(const DequantizeTerms<T>& p) {
   }
 }
 
-// A loop over the chunks of a row of the grid's CTAs, so that each CTA stages the tables only once, however large the
+// The CTAs of a row of the grid loop over the chunks, so that each CTA stages the tables only once, however large the
 // tensor is. A warp takes kDequantizeRun neighbouring chunks at a time, because most of them share a nested block.
 template <class T, int kChunk, int kThreads, bool kReadSoon, bool kWide>
 __device__ __forceinline__ void dequantize_pieces(const uint8_t* __restrict__ packed, const tile::ScaleView& scales,
@@ -254,11 +254,11 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   dequantize_pieces<T, kChunk, kThreads, kReadSoon, kWide>(packed, scales, code, pieces, out);
 }
 
-// Per SM. The compiler would aim at six on cards with 1536 threads per SM, and put scales into local memory for them.
+// CTAs per SM. Without this bound, the compiler saves registers for six on cards with 1536 threads per SM, and spills.
 inline constexpr int kGroupedDequantizeCtas = 4;
 
-// The same pieces of each expert's weight, by a row of CTAs per expert, to out [experts, rows, columns]. What belongs
-// to experts without tokens is left as it is.
+// Decodes the same pieces of each expert's weight to out [experts, rows, columns]. The grid has one row of CTAs per
+// expert. Experts without tokens are skipped.
 template <class T, int kChunk, int kThreads, bool kWide>
 __global__ __launch_bounds__(kThreads, kGroupedDequantizeCtas) void grouped_dequantize_nf4_kernel(
     const uint8_t* __restrict__ packed, const __grid_constant__ tile::ScaleView scales,

@@ -82,9 +82,9 @@ struct PanelTerms {
 cudaError_t launch_dequantize_nf4(const Weight& w, const PackedPart& part, DType dtype, void* out, bool read_soon,
                                   const Device& device, cudaStream_t stream, const PanelTerms& terms = {});
 
-// That part of the weight of each expert, given the first one's -> out [experts, rows, columns] (bfloat16 or float16),
-// as with `read_soon`. What belongs to experts without tokens is not written. There are at most kMostStacked experts
-// (cuda/tuning/codec.h), and `offsets` are those of Grouped.
+// That part of each expert's weight -> out [experts, rows, columns] (bfloat16 or float16), as with `read_soon`. `first`
+// is the first expert's weight, and `offsets` are those of Grouped. Experts without tokens are skipped. There are at
+// most kMostDecodedExperts (cuda/tuning/codec.h).
 cudaError_t launch_grouped_dequantize_nf4(const Weight& first, const int64_t* offsets, int64_t experts,
                                           const PackedPart& part, DType dtype, void* out, const Device& device,
                                           cudaStream_t stream);

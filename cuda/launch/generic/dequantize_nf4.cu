@@ -24,7 +24,7 @@ kernels::DequantizePieces pieces_of(const PackedPart& part, int chunk, int64_t o
   return {part.first, part.rows, part.columns, part.stride, ceil_div(part.columns, int64_t{chunk}), out_stride};
 }
 
-// What a CTA does at a time.
+// How many times a CTA's worth of chunks there is.
 int64_t work_of(const kernels::DequantizePieces& pieces) {
   return ceil_div(pieces.rows * pieces.chunks, int64_t{kernels::kDequantizeRun} * (kCodecThreads / tile::kWarp));
 }
@@ -84,13 +84,13 @@ cudaError_t launch(const GroupedCall& call) {
   if (const cudaError_t error = ctas_per_sm<kKernel>(first.device, kThreads, 0, &ctas); error != cudaSuccess)
     return error;
   const kernels::DequantizePieces pieces = pieces_of(first.part, kChunk, first.part.columns);
-  const dim3 grid(static_cast<unsigned>(codec_grid(work_of(pieces), ctas, call.experts, first.device)),
+  const dim3 grid(static_cast<unsigned>(codec_grid_per_expert(work_of(pieces), ctas, call.experts, first.device)),
                   static_cast<unsigned>(call.experts));
   return launch_kernel(kKernel, grid, kThreads, 0, first.stream, first.packed, first.scales, first.code, pieces,
                        call.stride, call.offsets, static_cast<T*>(first.out));
 }
 
-// As launch_chunk, with fewer kernels.
+// The same choice as launch_chunk's, among fewer kernels.
 template <class T>
 cudaError_t launch_grouped_chunk(const GroupedCall& call, bool wide) {
   const bool rows = call.first.part.rows > 1;

@@ -24,10 +24,11 @@ struct PanelRange {
   int64_t first_term = 0, inner;  // terms of the sums, without further ones
 };
 
-// A panel's place in w: rows of it, or terms of rows. All terms are a single piece, unless others go between the rows.
-inline PackedPart part_of(const LinearProblem& p, const PanelRange& panel, bool single_piece = true) {
+// A panel's place in w: whole rows, which are contiguous, or terms of rows. Rows that further terms extend are decoded
+// one by one.
+inline PackedPart part_of(const LinearProblem& p, const PanelRange& panel, bool extended = false) {
   const int64_t k = p.w.k, first = panel.first * k + panel.first_term;
-  if (single_piece && panel.inner == k) return {.first = first, .columns = panel.columns * k};
+  if (!extended && panel.inner == k) return {.first = first, .columns = panel.columns * k};
   return {.first = first, .rows = panel.columns, .columns = panel.inner, .stride = k};
 }
 // The same for dX: columns of w, or of some of its rows.
@@ -50,7 +51,7 @@ inline cudaError_t decode_panel(const LinearProblem& p, const PanelRange& panel,
                            .column_stride = rank,
                            .bias = element(p.bias, first, p.dtype),
                            .beside = true};
-  return launch_dequantize_nf4(p.w, part_of(p, panel, terms == 0), p.dtype, out, true, context.device, context.stream,
+  return launch_dequantize_nf4(p.w, part_of(p, panel, terms > 0), p.dtype, out, true, context.device, context.stream,
                                terms > 0 ? further : PanelTerms{});
 }
 

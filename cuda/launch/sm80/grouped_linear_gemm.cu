@@ -1,5 +1,5 @@
 // Launches the forward and dX of experts on decoded weights and our own GEMM: h or g if there is LoRA, and then for
-// each panel one launch that decodes it, of all experts with tokens, and one that multiplies all tokens.
+// each panel a launch that decodes it for all experts with tokens, and one that multiplies all tokens.
 #include "cuda/kernels/sm80/grouped_linear_gemm.cuh"
 
 #include <algorithm>

@@ -212,7 +212,7 @@ def summary(report: list[LayerReport], distill: bool, plain: str = "plain NF4") 
     """The lines that the command prints: how the error of the outputs fell, and which layers were not calibrated.
 
     Args:
-        distill: whether codes had to be learnt.
+        distill: whether the codes were to be learnt after the calibration.
         plain: how the layers are encoded that were not calibrated.
     """
     from qlora_ext.calibration import DISTILLED

@@ -167,14 +167,15 @@ def learn(
     for (module, *_), one in zip(weights.values(), learnt.values(), strict=True):
         module.forward = one.forward
     try:
-        if state := None if progress is None else progress.load():
+        state = None if progress is None else progress.load()
+        if state is None:
+            done, least = 0, tested()
+        else:
             done, least = int(state.pop("done")), float(state.pop("least"))
             for name in [key for key in state if key.startswith(_BEST)]:
                 w4 = learnt[name.removeprefix(_BEST)].w4
                 best[name.removeprefix(_BEST)] = w4.replace(packed=state.pop(name).to(w4.device))
             _restore(parameters, optimizer, state)
-        else:
-            done, least = 0, tested()
         saved = time.monotonic()
         for step in range(done, steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
