@@ -19,12 +19,17 @@ NEEDS = {
     "_C": KERNELS,
     "libqlora_kernels": "",
     "libqlora_cpu": rf"{KERNELS}|libtorch\.so",
-    "libqlora_cuda": r"libtorch\.so|libcudart\.so\.\d+",
+    "libqlora_cuda": rf"{KERNELS}|libtorch\.so|libcudart\.so\.\d+",
 }
 # Symbols that nobody is named for. libtorch.so brings its own libraries, and with them the C++ runtime that exceptions
-# are thrown with (CMakeLists.txt).
+# are thrown with (CMakeLists.txt), and with CUDA also cuBLAS.
 _TORCH = r"(aoti_)?torch_\w+|__cxa_\w+|__gxx_personality_v0|_Unwind_\w+|_ZSt\w+|_ZNSt15__exception_ptr\w+"
-BROUGHT = {"_C": r"_?Py\w+", "libqlora_kernels": "", "libqlora_cpu": _TORCH, "libqlora_cuda": _TORCH}
+BROUGHT = {
+    "_C": r"_?Py\w+",
+    "libqlora_kernels": "",
+    "libqlora_cpu": _TORCH,
+    "libqlora_cuda": rf"{_TORCH}|cublas\w+",
+}
 
 
 def readelf(*arguments: str | pathlib.Path) -> str:
@@ -45,29 +50,41 @@ def newest_glibc(library: pathlib.Path) -> tuple[int, ...]:
     return max((int(major), int(minor)) for major, minor in versions)
 
 
+def symbols(library: pathlib.Path) -> list[tuple[str, str]]:
+    """Its dynamic symbols but for weak ones, each with its section, which is UND if another library has it."""
+    return re.findall(r" GLOBAL +DEFAULT +(\S+) (\S+)", readelf("--dyn-syms", library))
+
+
 def unnamed(library: pathlib.Path) -> list[str]:
-    """Symbols that it needs of no version and so of no library that is known; weak ones it can do without."""
-    symbols = re.findall(r" GLOBAL +DEFAULT +UND (\S+)", readelf("--dyn-syms", library))
-    kernels = r"_ZNK?5qlora3cpu.*"
-    return sorted(symbol for symbol in symbols if "@" not in symbol and not re.fullmatch(kernels, symbol))
+    """Symbols that it needs of no version, and so of no library that is known, nor of those beside it."""
+    beside = [library.with_name(name) for name in needed(library)]
+    had = {name for path in beside if path.is_file() for section, name in symbols(path) if section != "UND"}
+    return sorted(
+        name for section, name in symbols(library) if section == "UND" and "@" not in name and name not in had
+    )
+
+
+def strangers(library: pathlib.Path) -> list[str]:
+    """Libraries and symbols that it needs, and that it will not find."""
+    kind = library.name.split(".")[0]
+    found = [f"needs {name}" for name in needed(library) if not re.fullmatch(f"{SYSTEM}|{NEEDS[kind]}", name)]
+    missing = [symbol for symbol in unnamed(library) if not re.fullmatch(BROUGHT[kind], symbol)]
+    return [*found, *(f"needs {symbol}, which nobody has" for symbol in missing)]
 
 
 def problems(library: pathlib.Path) -> list[str]:
     """Why that library is not fit for a wheel."""
-    kind = library.name.split(".")[0]
     found = []
     newest = newest_glibc(library)
     if newest > tuple(map(int, glibc.VERSION.split("."))):
         found.append(f"needs glibc {'.'.join(map(str, newest))}")
+    found += strangers(library)
     wanted = needed(library)
-    found += [f"needs {name}" for name in wanted if not re.fullmatch(f"{SYSTEM}|{NEEDS[kind]}", name)]
     if any(re.fullmatch(KERNELS, name) for name in wanted) and "[$ORIGIN]" not in readelf("--dynamic", library):
         found.append("does not look for the kernels beside itself")
-    symbols = unnamed(library)
-    found += [f"needs {symbol}, which nobody has" for symbol in symbols if not re.fullmatch(BROUGHT[kind], symbol)]
-    if "libtorch.so" in wanted and "_Unwind_Resume" not in symbols:
+    if "libtorch.so" in wanted and "_Unwind_Resume" not in unnamed(library):
         found.append("has an unwinder of its own, whose exceptions would not reach torch")
-    if kind == "_C" and library.stat().st_size > MAX_EXTENSION:
+    if library.name.startswith("_C.") and library.stat().st_size > MAX_EXTENSION:
         found.append(f"has {library.stat().st_size} bytes: the kernels once more?")
     return found
 
@@ -76,9 +93,8 @@ def check_wheel(wheel: pathlib.Path) -> list[str]:
     """What is wrong with the libraries of ``wheel``."""
     found = []
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
-        for entry in libraries(wheel):
-            path = pathlib.Path(archive.extract(entry, folder))
-            found += [f"{wheel.name}: {entry.filename} {problem}" for problem in problems(path)]
+        for path in [pathlib.Path(archive.extract(entry, folder)) for entry in libraries(wheel)]:
+            found += [f"{wheel.name}: {path.name} {problem}" for problem in problems(path)]
     return found
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import sys
 import tarfile
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import qlora_ext
+from qlora_ext import _library
 
 ROOT = pathlib.Path(__file__).parents[2]
 WHEELS = sorted((ROOT / "dist").glob("*manylinux*.whl"))
@@ -37,6 +39,16 @@ def test_wheels_need_nothing_that_older_systems_lack(packaging: Any, wheel: path
     names = {entry.filename.split(".")[0] for entry in check.libraries(wheel)}
     assert {"qlora_ext/_C", "qlora_ext/libqlora_kernels", "qlora_ext/libqlora_cpu"} <= names
     assert check.check_wheel(wheel) == []
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
+@pytest.mark.parametrize("part", ["kernels", "cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_libraries_need_nothing_that_nobody_has(packaging: Any, part: str) -> None:
+    """The rule of a release, for the library installed here, which may need GCC's libraries besides."""
+    check, library = packaging("check"), pathlib.Path(_library._find(f"libqlora_{part}"))
+    if "__asan_init" in check.unnamed(library):
+        pytest.skip("a sanitized build needs the sanitizers' libraries")
+    assert {*check.strangers(library)} <= {"needs libstdc++.so.6", "needs libgcc_s.so.1"}
 
 
 def test_only_directories_of_a_build_are_emptied(packaging: Any, tmp_path: pathlib.Path) -> None:
