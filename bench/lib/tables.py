@@ -331,7 +331,7 @@ def _evidence_of(begun: files.Row, after: Sequence[files.Row]) -> list[str]:
     for key in ("loss of answers", "loss of text"):
         cells += [f"{begun[key]:.3f}", _range([row[key] for row in after])]
     cells.append(f"{begun['weights MB']:.0f} MB")
-    peaks = [row["peak GB"] for row in after]
+    peaks = [row["peak GB"] for row in after if "peak GB" in row]
     speeds = [row["tokens/s"] for row in after]
     cells += [f"{max(peaks):.2f} GB" if peaks else "", f"{sum(speeds) / len(speeds):.0f}" if speeds else ""]
     return cells
