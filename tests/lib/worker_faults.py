@@ -18,13 +18,20 @@ LOST = re.compile(
     "|launch timed out|uncorrectable ECC error"
 )
 _reported: set[str] = set()  # in the process that reports: tests that have ended their worker
+_is_worker = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The environment does not tell: pytest may have been started by a worker of another one."""
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")
 
 
 @pytest.hookimpl(trylast=True)  # the report has been sent
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if not report.failed or not LOST.search(report.longreprtext):
         return
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if _is_worker:
         os._exit(1)
     _reported.add(report.nodeid)
 
