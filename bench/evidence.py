@@ -169,7 +169,7 @@ def train(model: Any, rows: list[Any], batch: int, lr: float) -> dict[str, Any]:
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     model.train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
-    gc.collect()  # earlier models and what loading has freed are no part of the peak
+    gc.collect()  # earlier models, and memory that loading has freed, do not belong to the peak
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     start, tokens = clock(), 0

@@ -21,8 +21,8 @@ NEEDS = {
     "libqlora_cpu": rf"{KERNELS}|libtorch\.so",
     "libqlora_cuda": rf"{KERNELS}|libtorch\.so|libcudart\.so\.\d+",
 }
-# Symbols that nobody is named for. libtorch.so brings its own libraries, and with them the C++ runtime that exceptions
-# are thrown with (CMakeLists.txt), and with CUDA also cuBLAS.
+# Symbols without a version, which do not name the library that they come from. libtorch.so brings its own libraries,
+# and with them the C++ runtime that throws exceptions (CMakeLists.txt) and, if it is built for CUDA, cuBLAS.
 _TORCH = r"(aoti_)?torch_\w+|__cxa_\w+|__gxx_personality_v0|_Unwind_\w+|_ZSt\w+|_ZNSt15__exception_ptr\w+"
 BROUGHT = {
     "_C": r"_?Py\w+",
@@ -51,25 +51,24 @@ def newest_glibc(library: pathlib.Path) -> tuple[int, ...]:
 
 
 def symbols(library: pathlib.Path) -> list[tuple[str, str]]:
-    """Its dynamic symbols but for weak ones, each with its section, which is UND if another library has it."""
+    """The section and the name of each dynamic symbol; UND is the section of those that it needs. Without weak ones."""
     return re.findall(r" GLOBAL +DEFAULT +(\S+) (\S+)", readelf("--dyn-syms", library))
 
 
 def unnamed(library: pathlib.Path) -> list[str]:
-    """Symbols that it needs of no version, and so of no library that is known, nor of those beside it."""
+    """The symbols without a version that it needs, and that no library beside it exports."""
     beside = [library.with_name(name) for name in needed(library)]
-    had = {name for path in beside if path.is_file() for section, name in symbols(path) if section != "UND"}
-    return sorted(
-        name for section, name in symbols(library) if section == "UND" and "@" not in name and name not in had
-    )
+    exported = {name for path in beside if path.is_file() for section, name in symbols(path) if section != "UND"}
+    wanted = {name for section, name in symbols(library) if section == "UND" and "@" not in name}
+    return sorted(wanted - exported)
 
 
-def strangers(library: pathlib.Path) -> list[str]:
-    """Libraries and symbols that it needs, and that it will not find."""
+def unmet(library: pathlib.Path) -> list[str]:
+    """The libraries and symbols that it needs, but will not find where the wheel is installed."""
     kind = library.name.split(".")[0]
     found = [f"needs {name}" for name in needed(library) if not re.fullmatch(f"{SYSTEM}|{NEEDS[kind]}", name)]
     missing = [symbol for symbol in unnamed(library) if not re.fullmatch(BROUGHT[kind], symbol)]
-    return [*found, *(f"needs {symbol}, which nobody has" for symbol in missing)]
+    return [*found, *(f"needs {symbol}, which no library exports" for symbol in missing)]
 
 
 def problems(library: pathlib.Path) -> list[str]:
@@ -78,7 +77,7 @@ def problems(library: pathlib.Path) -> list[str]:
     newest = newest_glibc(library)
     if newest > tuple(map(int, glibc.VERSION.split("."))):
         found.append(f"needs glibc {'.'.join(map(str, newest))}")
-    found += strangers(library)
+    found += unmet(library)
     wanted = needed(library)
     if any(re.fullmatch(KERNELS, name) for name in wanted) and "[$ORIGIN]" not in readelf("--dynamic", library):
         found.append("does not look for the kernels beside itself")
@@ -93,7 +92,8 @@ def check_wheel(wheel: pathlib.Path) -> list[str]:
     """What is wrong with the libraries of ``wheel``."""
     found = []
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
-        for path in [pathlib.Path(archive.extract(entry, folder)) for entry in libraries(wheel)]:
+        paths = [pathlib.Path(archive.extract(entry, folder)) for entry in libraries(wheel)]
+        for path in paths:  # only now, because a library is checked with those beside it
             found += [f"{wheel.name}: {path.name} {problem}" for problem in problems(path)]
     return found
 

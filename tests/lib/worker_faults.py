@@ -22,7 +22,7 @@ _is_worker = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The environment does not tell: pytest may have been started by a worker of another one."""
+    """Asks the session itself, because a test may start pytest, which inherits PYTEST_XDIST_WORKER from its worker."""
     global _is_worker
     _is_worker = hasattr(config, "workerinput")
 
