@@ -33,6 +33,7 @@ needs_tiles = pytest.mark.skipif(
 
 def build(to: pathlib.Path, isa: str, *options: str) -> pathlib.Path:
     command = ["g++", "-std=c++20", "-O2", "-pthread", "-ffp-contract=off", f"-DTILES={isa}", "-DQLORA_X86=1"]
+    command += [f"-DQLORA_CPU_ISAS=QLORA_SET({isa})"]
     command += [f"-I{ROOT}", f"-I{ROOT / 'tests/kernels/software_tiles'}", *options, *(str(ROOT / s) for s in SOURCES)]
     run = subprocess.run([*command, "-o", str(to / "problems")], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[:4000]
