@@ -4,7 +4,7 @@
 // group's scale multiplies the 16 code values once, not every weight: the weight is *aligned*. Anything else (k no
 // multiple of kGroup, blocks smaller than a group) is *ragged*: each element is multiplied by its own block's scale,
 // and what lies beyond the row is zeroed. Both give the same bits. Wide codes have no table that a scale could
-// multiply, so they take the ragged path, and WideReader.
+// multiply, so no weight of theirs is aligned, and WideReader decodes them.
 //
 // The functions that decode are templates of whether the weight has offsets, so that one without them pays nothing.
 #pragma once
@@ -142,10 +142,46 @@ inline WeightLinePrefetcher prefetch_piece(const Weight& w, const Piece& piece) 
   return {w.packed, units(piece.row * w.k + piece.column), piece.rows, units(w.k), units(piece.columns)};
 }
 
-// Calls use(decode) for a weight of wide codes: decode(row, column, count, v) decodes `count` elements of the group at
-// that row and column of the weight, and zeros for the rest.
+// Decodes any group of 4-bit codes of a weight.
+template <bool kHasOffsets>
+class RaggedDecoder {
+ public:
+  explicit RaggedDecoder(const ScaledPiece& source) : source_(source), values_(values_of(source.table())) {}
+
+  void operator()(int64_t row, int64_t column, int64_t count, F (&v)[4]) const {
+    const Weight& w = source_.weight();
+    const int64_t begin = source_.flat(row, column);
+    const Codes codes = load_codes(w.packed + (begin >> 1), begin & 1, packed_bytes(w.n * w.k) - (begin >> 1));
+    const float* scale = source_.scale_at(row, column);
+    const int block = static_cast<int>(w.scales.block_size);
+    int first = block - static_cast<int>(begin & (block - 1));  // of the next block
+    const auto table_at = [&](const float* at) {
+      return decoded_table(values_, block_at<kHasOffsets>(at, source_.to_offset()));
+    };
+    const auto table = table_at(scale), next = table_at(scale + 1);
+    unroll<4>([&](auto j) {
+      v[j.value] = joined<j.value>(first, lookup<j.value>(table, codes), lookup<j.value>(next, codes));
+    });
+    while ((first += block) < kGroup) {
+      const auto another = table_at(++scale + 1);
+      unroll<4>([&](auto j) { v[j.value] = joined<j.value>(first, v[j.value], lookup<j.value>(another, codes)); });
+    }
+    if (count >= kGroup) return;
+    unroll<4>([&](auto j) { v[j.value] = joined<j.value>(static_cast<int>(count), v[j.value], zero()); });
+  }
+
+ private:
+  const ScaledPiece& source_;
+  const Table values_;
+};
+
+// Calls use(decode) for any weight, aligned or not. decode(row, column, count, v) decodes `count` elements of the group
+// at that row and column of the weight, and zeros for the rest: lane i of vector j is element 4i + j.
 template <class Use>
-void with_wide_decoder(const ScaledPiece& source, const Use& use) {
+void with_group_decoder(const ScaledPiece& source, const Use& use) {
+  if (!is_wide(source.weight().code)) {
+    return source.has_offsets() ? use(RaggedDecoder<true>(source)) : use(RaggedDecoder<false>(source));
+  }
   const WideReader<kLanes> reader = source.wide();
   with_wide(wide_code(source.weight().code), [&]<int kBits, WideCode::Kind kind>() {
     use([&](int64_t row, int64_t column, int64_t count, F(&v)[4]) QLORA_INLINE_LAMBDA {
@@ -161,114 +197,29 @@ void with_wide_decoder(const ScaledPiece& source, const Use& use) {
   });
 }
 
-// A row of any piece. Its elements from `columns` on are zero.
-class RaggedRow {
- public:
-  RaggedRow(const ScaledPiece& t, int64_t row, int64_t column, int64_t columns)
-      : t_(t),
-        values_(values_of(t.table())),
-        row_(row),
-        column_(column),
-        columns_(columns),
-        flat_(t.flat(row, column)),
-        scales_(t.scales(row)) {}
-
-  // Decodes the group at column c: lane i of vector j is element 4i + j.
-  void decode(int64_t c, F (&v)[4]) const {
-    if (is_wide(t_.weight().code)) {
-      with_wide_decoder(t_, [&](const auto& decode) { decode(row_, column_ + c, columns_ - c, v); });
-    } else if (t_.has_offsets()) {
-      decode_as<true>(c, v);
-    } else {
-      decode_as<false>(c, v);
-    }
-  }
-
- private:
-  template <bool kHasOffsets>
-  void decode_as(int64_t c, F (&v)[4]) const {
-    const Weight& w = t_.weight();
-    const int64_t begin = flat_ + c;
-    const Codes codes = load_codes(w.packed + (begin >> 1), begin & 1, packed_bytes(w.n * w.k) - (begin >> 1));
-    const float* scale = scales_ + (begin >> t_.shift());
-    const int block = static_cast<int>(w.scales.block_size);
-    int first = block - static_cast<int>(begin & (block - 1));  // of the next block
-    const auto table_at = [&](const float* at) {
-      return decoded_table(values_, block_at<kHasOffsets>(at, t_.to_offset()));
-    };
-    const auto table = table_at(scale), next = table_at(scale + 1);
-    unroll<4>([&](auto j) {
-      v[j.value] = joined<j.value>(first, lookup<j.value>(table, codes), lookup<j.value>(next, codes));
-    });
-    while ((first += block) < kGroup) {
-      const auto another = table_at(++scale + 1);
-      unroll<4>([&](auto j) { v[j.value] = joined<j.value>(first, v[j.value], lookup<j.value>(another, codes)); });
-    }
-    if (columns_ - c >= kGroup) return;
-    unroll<4>([&](auto j) { v[j.value] = joined<j.value>(static_cast<int>(columns_ - c), v[j.value], zero()); });
-  }
-
-  const ScaledPiece& t_;
-  const Table values_;
-  int64_t row_, column_, columns_, flat_;
-  const float* scales_;
-};
-
 // What a piece is decoded into, in decoded order and with its columns rounded up to whole groups. The rows of a
 // broadcast panel are the piece's rows, and its depth the columns. The lanes of a lanes panel are the piece's columns,
 // and its depth the rows.
 enum class Becomes { kBroadcast, kLanes };
 
 template <class W, bool kHasOffsets>
-void decode_broadcast_as(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+void decode_aligned_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
   const typename W::Values values = W::values_of(source.table());
   for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
-    const RaggedRow ragged(source, row, piece.column, piece.columns);
     for (int64_t c = 0; c < piece.columns; c += kGroup) {
-      if (source.aligned()) {
-        W::decode_row(values, source.packed(row, piece.column + c), source.block_of<kHasOffsets>(row, piece.column + c),
-                      panel + c / W::kElements);
-      } else {
-        F v[4];
-        ragged.decode(c, v);
-        W::store_decoded_row(v, panel + c / W::kElements);
-      }
+      W::decode_row(values, source.packed(row, piece.column + c), source.block_of<kHasOffsets>(row, piece.column + c),
+                    panel + c / W::kElements);
     }
   }
 }
 
-template <class W, bool kHasOffsets>
-void decode_lanes_as(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
-  const typename W::Values values = W::values_of(source.table());
-  const int64_t depth = ceil_div(piece.rows, W::kElements);
-  for (int64_t d = 0; d < depth; ++d, panel += kTileLanes) {
-    const int64_t row = piece.row + d * W::kElements, next = row + W::kElements - 1;
-    const bool is_next = next < piece.row + piece.rows;
-    const RaggedRow ragged(source, row, piece.column, piece.columns),
-        ragged_next(source, next, piece.column, piece.columns);
-    typename W::Vector words[4];
-    for (int64_t c = 0; c < piece.columns; c += kGroup) {
-      if (source.aligned() && is_next) {
-        const int64_t column = piece.column + c;
-        W::decode_lanes(values, source.packed(row, column), source.packed(next, column),
-                        source.block_of<kHasOffsets>(row, column), source.block_of<kHasOffsets>(next, column), words);
-      } else if constexpr (W::kElements == 1) {
-        ragged.decode(c, words);
-      } else {
-        F v[4], below[4] = {zero(), zero(), zero(), zero()};
-        ragged.decode(c, v);
-        if (is_next) ragged_next.decode(c, below);
-        unroll<4>([&](auto j) { words[j.value] = W::round_pair(v[j.value], below[j.value]); });
-      }
-      store_whole_group<W>(panel + c * depth, kTileLanes * depth, words);
-    }
-  }
-}
-
-// The same for wide codes.
 template <class W>
-void decode_wide_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
-  with_wide_decoder(source, [&](const auto& decode) {
+void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  if (source.aligned()) {
+    return source.has_offsets() ? decode_aligned_broadcast<W, true>(source, piece, panel)
+                                : decode_aligned_broadcast<W, false>(source, piece, panel);
+  }
+  with_group_decoder(source, [&](const auto& decode) {
     for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
       for (int64_t c = 0; c < piece.columns; c += kGroup) {
         F v[4];
@@ -278,11 +229,36 @@ void decode_wide_broadcast(const ScaledPiece& source, const Piece& piece, typena
     }
   });
 }
-template <class W>
-void decode_wide_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+
+// Decodes the rows that fill words.
+template <class W, bool kHasOffsets>
+void decode_aligned_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  const typename W::Values values = W::values_of(source.table());
   const int64_t depth = ceil_div(piece.rows, W::kElements);
-  with_wide_decoder(source, [&](const auto& decode) {
-    for (int64_t d = 0; d < depth; ++d, panel += kTileLanes) {
+  for (int64_t d = 0; d < piece.rows / W::kElements; ++d, panel += kTileLanes) {
+    const int64_t row = piece.row + d * W::kElements, next = row + W::kElements - 1;
+    for (int64_t c = 0; c < piece.columns; c += kGroup) {
+      const int64_t column = piece.column + c;
+      typename W::Vector words[4];
+      W::decode_lanes(values, source.packed(row, column), source.packed(next, column),
+                      source.block_of<kHasOffsets>(row, column), source.block_of<kHasOffsets>(next, column), words);
+      store_whole_group<W>(panel + c * depth, kTileLanes * depth, words);
+    }
+  }
+}
+
+template <class W>
+void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  const int64_t depth = ceil_div(piece.rows, W::kElements);
+  int64_t d = 0;
+  if (source.aligned()) {
+    source.has_offsets() ? decode_aligned_lanes<W, true>(source, piece, panel)
+                         : decode_aligned_lanes<W, false>(source, piece, panel);
+    d = piece.rows / W::kElements;
+    if (d == depth) return;
+  }
+  with_group_decoder(source, [&](const auto& decode) {
+    for (; d < depth; ++d) {
       const int64_t row = piece.row + d * W::kElements, next = row + W::kElements - 1;
       for (int64_t c = 0; c < piece.columns; c += kGroup) {
         typename W::Vector words[4];
@@ -294,31 +270,10 @@ void decode_wide_lanes(const ScaledPiece& source, const Piece& piece, typename W
           if (next < piece.row + piece.rows) decode(next, piece.column + c, piece.columns - c, below);
           unroll<4>([&](auto j) { words[j.value] = W::round_pair(v[j.value], below[j.value]); });
         }
-        store_whole_group<W>(panel + c * depth, kTileLanes * depth, words);
+        store_whole_group<W>(panel + c * depth + d * kTileLanes, kTileLanes * depth, words);
       }
     }
   });
-}
-
-template <class W>
-void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
-  if (is_wide(source.weight().code)) {
-    decode_wide_broadcast<W>(source, piece, panel);
-  } else if (source.has_offsets()) {
-    decode_broadcast_as<W, true>(source, piece, panel);
-  } else {
-    decode_broadcast_as<W, false>(source, piece, panel);
-  }
-}
-template <class W>
-void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
-  if (is_wide(source.weight().code)) {
-    decode_wide_lanes<W>(source, piece, panel);
-  } else if (source.has_offsets()) {
-    decode_lanes_as<W, true>(source, piece, panel);
-  } else {
-    decode_lanes_as<W, false>(source, piece, panel);
-  }
 }
 
 // Decodes an aligned piece group by group, interleaved with a multiplication (multiply-inl.h), and prefetches the

@@ -77,7 +77,8 @@ class Dx {
     const int64_t share = ceil_div(s.size, pieces), row = s.begin + piece * share;
     const int64_t rows = min(share, s.begin + s.size - row), columns = min(bundle.size, k - first);
     if (rows <= 0 || columns <= 0) return {};
-    return LinePrefetcher(p_.w.packed + (row * k + first) / 2, rows, columns / 2, k / 2, steps);
+    const Weight& w = p_.w;
+    return LinePrefetcher(w.packed + w.bytes(row * k + first), rows, w.bytes(columns), w.bytes(k), steps);
   }
 
   // Rounds and writes tile `t` of the tokens of an output tile.

@@ -51,11 +51,12 @@ class Forward {
   // those of the next piece, kSlicesAhead slices further on. Otherwise each piece prefetches the piece after the next
   // one.
   LinePrefetcher prefetcher(const Rectangle& bundle, int64_t row, const Slices& slices, int64_t slice) const {
-    const int64_t steps = bundle.pairs * slices[slice].steps, end = bundle.begin + bundle.size, k = p_.w.k;
+    const int64_t steps = bundle.pairs * slices[slice].steps, end = bundle.begin + bundle.size;
+    const Weight& w = p_.w;
     if (bundle.size <= kPair) {
-      const int64_t bytes = kPair * k / 2 / slices.count();
-      const int64_t at = row * k / 2 + (slice + slices.count() + kSlicesAhead) * bytes;
-      return LinePrefetcher(p_.w.packed + at, 1, min(bytes, p_.w.n * k / 2 - at), 0, steps);
+      const int64_t bytes = w.bytes(kPair * w.k) / slices.count();
+      const int64_t at = w.bytes(row * w.k) + (slice + slices.count() + kSlicesAhead) * bytes;
+      return LinePrefetcher(w.packed + at, 1, min(bytes, w.bytes(w.n * w.k) - at), 0, steps);
     }
     for (int i = 0; i < 2; ++i) {
       row += kPair;
@@ -63,9 +64,10 @@ class Forward {
       row = bundle.begin;
       if (++slice == slices.count()) slice = 0, row = end;
     }
-    if (row >= p_.w.n) return {};
+    if (row >= w.n) return {};
     const Slice s = slices[slice];
-    return LinePrefetcher(p_.w.packed + (row * k + s.begin) / 2, min(kPair, p_.w.n - row), s.size / 2, k / 2, steps);
+    return LinePrefetcher(w.packed + w.bytes(row * w.k + s.begin), min(kPair, w.n - row), w.bytes(s.size), w.bytes(w.k),
+                          steps);
   }
 
   // Rounds and writes tile `t` of the tokens of an output tile, transposed.

@@ -35,8 +35,8 @@ using many_tokens::block_at;
 using many_tokens::Mask;
 using many_tokens::Matrix;
 using many_tokens::Piece;
-using many_tokens::RaggedRow;
 using many_tokens::ScaledPiece;
+using many_tokens::with_group_decoder;
 using Words = WordBf16;
 using Vector = Words::Vector;
 
@@ -140,6 +140,9 @@ inline void fill_columns(const Matrix<bfloat16>& m, int64_t begin, int64_t size,
 
 // ---- W ----
 
+// Whether each half of a group is in one block, whose scale can multiply the 16 code values instead of every weight.
+inline bool has_tables(const Weight& w) { return has_one_scale_per(Slices::kGroup / 2, w) && !is_wide(w.code); }
+
 // A decoder decodes a piece in small steps. Step s of the multiplication may read the piece after kStepsAhead + s calls
 // of step().
 
@@ -156,22 +159,25 @@ class RowsDecoder {
         begin_(s.begin),
         size_(s.size),
         left_(s.element_steps()),
-        out_(out) {}
+        out_(out),
+        has_tables_(has_tables(source.weight()) && source.weight().k % Slices::kGroup == 0) {}
   void step() {
     if (left_ == 0) return;
     const int64_t first = half_ * kTileRows, rows = min(kTileRows, rows_ - first);
     char* out = out_ + half_ * kTileBytes;
-    if (source_->aligned() && source_->has_offsets()) {
-      decode_aligned<true>(row_ + first, rows, out);
-    } else if (source_->aligned()) {
-      decode_aligned<false>(row_ + first, rows, out);
+    if (has_tables_ && source_->has_offsets()) {
+      decode_tables<true>(row_ + first, rows, out);
+    } else if (has_tables_) {
+      decode_tables<false>(row_ + first, rows, out);
     } else {
-      for (int64_t r = 0; r < rows; ++r) {
-        F v[4];
-        RaggedRow(*source_, row_ + first + r, begin_, size_).decode(column_, v);
-        store_row(out + r * kRowBytes, Words::round_pair(v[0], v[2]));
-        store_row(out + r * kRowBytes + 2 * kTileBytes, Words::round_pair(v[1], v[3]));
-      }
+      with_group_decoder(*source_, [&](const auto& decode) {
+        for (int64_t r = 0; r < rows; ++r) {
+          F v[4];
+          decode(row_ + first + r, begin_ + column_, size_ - column_, v);
+          store_row(out + r * kRowBytes, Words::round_pair(v[0], v[2]));
+          store_row(out + r * kRowBytes + 2 * kTileBytes, Words::round_pair(v[1], v[3]));
+        }
+      });
     }
     for (int64_t r = max(rows, 0); r < kTileRows; ++r) {
       store_row(out + r * kRowBytes, Words::as_words(zero()));
@@ -184,15 +190,22 @@ class RowsDecoder {
 
  private:
   template <bool kHasOffsets>
-  void decode_aligned(int64_t row, int64_t rows, char* out) const {
+  void decode_tables(int64_t row, int64_t rows, char* out) const {
     const int64_t k = source_->weight().k, row_scales = source_->row_scales(), to_offset = source_->to_offset();
     const int shift = source_->shift();
+    const bool of_halves = !source_->aligned();
     int64_t flat = source_->flat(row, begin_ + column_);
     const uint8_t* packed = source_->weight().packed + (flat >> 1);
     const float* scales = source_->scales(row);
     for (int64_t r = 0; r < rows; ++r, packed += k / 2, flat += k, scales += row_scales, out += kRowBytes) {
       Vector words[2];
-      Words::decode_row(values_, packed, block_at<kHasOffsets>(scales + (flat >> shift), to_offset), words);
+      const float* const scale = scales + (flat >> shift);
+      const auto block = block_at<kHasOffsets>(scale, to_offset);
+      if (of_halves) {
+        Words::decode_row(values_, packed, block, block_at<kHasOffsets>(scale + 1, to_offset), words);
+      } else {
+        Words::decode_row(values_, packed, block, words);
+      }
       store_row(out, words[0]);
       store_row(out + 2 * kTileBytes, words[1]);
     }
@@ -202,6 +215,7 @@ class RowsDecoder {
   const ScaledPiece* source_ = nullptr;
   int64_t row_ = 0, rows_ = 0, begin_ = 0, size_ = 0, left_ = 0, column_ = 0, half_ = 0;
   char* out_ = nullptr;
+  bool has_tables_ = false;
 };
 
 // Decodes columns [column, column + columns) and the rows of a slice, as b, into up to kMostPieces pieces of 32
@@ -221,10 +235,11 @@ class ColumnsDecoder {
         rows_(s.size),
         left_(s.element_steps()),
         piece_bytes_(piece_bytes),
-        out_(out) {}
+        out_(out),
+        has_tables_(has_tables(source.weight())) {}
   void step() {
     if (left_ == 0) return;
-    if (source_->aligned() && columns_ % kPair == 0 && rows_ >= kStep) {
+    if (has_tables_ && columns_ % kPair == 0 && rows_ >= kStep) {
       with_count<kMostPieces>(columns_ / kPair, [&](auto pieces) {
         if (source_->has_offsets()) {
           decode_whole<pieces.value, true>();
@@ -244,6 +259,7 @@ class ColumnsDecoder {
     const int64_t k = source_->weight().k, row_scales = source_->row_scales(), to_offset = source_->to_offset();
     const int shift = source_->shift();
     const bool second_half = column_ % Slices::kGroup != 0;  // of a group is the first piece
+    const bool of_halves = !source_->aligned();
     int64_t flat = source_->flat(row_, column_);
     const uint8_t* packed = source_->weight().packed + (flat >> 1);
     const float* scales = source_->scales(row_);
@@ -252,7 +268,7 @@ class ColumnsDecoder {
       Vector table = {}, words[2];
       unroll<kPieces>([&](auto i) {
         constexpr int64_t c = i.value * kPair;
-        if (i.value == 0 || (i.value % 2 == 0) != second_half) {
+        if (i.value == 0 || of_halves || (i.value % 2 == 0) != second_half) {
           const float* const below = scales + row_scales;
           table = Words::row_table(values_, block_at<kHasOffsets>(scales + ((flat + c) >> shift), to_offset),
                                    block_at<kHasOffsets>(below + ((flat + c + k) >> shift), to_offset));
@@ -265,31 +281,32 @@ class ColumnsDecoder {
   }
   void decode_ragged() const {
     const int64_t first_group = column_ & -Slices::kGroup, end = column_ + columns_;
-    char* to = out_;
-    for (int64_t r = 0; r < kStep; r += 2, to += kRowBytes) {
-      for (int64_t group = first_group; group < end; group += Slices::kGroup) {
-        F v[2][4];  // of both rows, in memory order
-        for (int64_t i = 0; i < 2; ++i) {
-          for (F& vector : v[i]) vector = zero();
-          if (r + i < rows_) RaggedRow(*source_, row_ + r + i, group, end - group).decode(0, v[i]);
-          decoded_to_memory_order(v[i]);
-        }
-        for (int64_t half = 0; half < 2; ++half) {
-          const int64_t c = group + half * kPair - column_;
-          if (c < 0 || c >= columns_) continue;
-          F even[2], odd[2];
-          for (int64_t i = 0; i < 2; ++i) unzip(v[i][2 * half], v[i][2 * half + 1], even[i], odd[i]);
-          store_row(to + c / kPair * piece_bytes_, Words::round_pair(even[0], even[1]));
-          store_row(to + c / kPair * piece_bytes_ + kTileBytes, Words::round_pair(odd[0], odd[1]));
+    with_group_decoder(*source_, [&](const auto& decode) {
+      char* to = out_;
+      for (int64_t r = 0; r < kStep; r += 2, to += kRowBytes) {
+        for (int64_t group = first_group; group < end; group += Slices::kGroup) {
+          F v[4] = {}, below[4] = {}, words[4], halves[2][2];  // words (row, next row); even and odd columns
+          if (r < rows_) decode(row_ + r, group, end - group, v);
+          if (r + 1 < rows_) decode(row_ + r + 1, group, end - group, below);
+          unroll<4>([&](auto j) { words[j.value] = Words::as_floats(Words::round_pair(v[j.value], below[j.value])); });
+          zip(words[0], words[2], halves[0][0], halves[1][0]);
+          zip(words[1], words[3], halves[0][1], halves[1][1]);
+          unroll<2>([&](auto half) {
+            const int64_t c = group + half.value * kPair - column_;
+            if (c < 0 || c >= columns_) return;
+            store_row(to + c / kPair * piece_bytes_, Words::as_words(halves[half.value][0]));
+            store_row(to + c / kPair * piece_bytes_ + kTileBytes, Words::as_words(halves[half.value][1]));
+          });
         }
       }
-    }
+    });
   }
 
   Words::Values values_ = {};
   const ScaledPiece* source_ = nullptr;
   int64_t column_ = 0, columns_ = 0, row_ = 0, rows_ = 0, left_ = 0, piece_bytes_ = 0;
   char* out_ = nullptr;
+  bool has_tables_ = false;
 };
 
 }  // namespace many_tokens_tiles

@@ -356,6 +356,9 @@ int run_all(unsigned seed, int64_t most) {
     shapes.push_back({some(80), some(150), 64 * some(5), 4, 64, code % 2 == 0, true, 0.1, wide, code == 3});
     shapes.push_back({some(80), some(150), 32 + 64 * some(5), 4, 32, code % 2 == 0, false, 0.0, wide, code == 1});
   }
+  // Halves of groups in blocks of their own, in rows that end with half a group.
+  shapes.push_back({33, 70, 96, 3, 32, true, true, 0.1});
+  shapes.push_back({20, 45, 160, 3, 32, false, false, 0.0, Code::kUint4, true});
   std::erase_if(shapes, [most](const Shape& s) { return s.m * s.n * s.k > most; });
   for (const Shape& s : shapes) {
     if (const char* what = wrong(s)) {

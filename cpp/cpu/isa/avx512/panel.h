@@ -94,6 +94,13 @@ inline void unzip(F a, F b, F& even, F& odd) {
   odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(from, _mm512_set1_epi32(1)), b);
 }
 
+// The inverse of unzip.
+inline void zip(F even, F odd, F& a, F& b) {
+  const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = _mm512_permutex2var_ps(even, from, odd);
+  b = _mm512_permutex2var_ps(even, _mm512_add_epi32(from, _mm512_set1_epi32(8)), odd);
+}
+
 // Convert a group between memory order (element 4i + j) and the order in which nibbles are decoded (vector j, lane i).
 inline void decoded_to_memory_order(F (&v)[4]) {
   const F lo01 = _mm512_unpacklo_ps(v[0], v[1]), hi01 = _mm512_unpackhi_ps(v[0], v[1]);

@@ -65,6 +65,16 @@ struct WordBf16 {
     out[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
     out[1] = _mm512_permutexvar_epi16(bytes, table);
   }
+  // The same for a group whose second half is in the next block.
+  template <class Block>
+  static void decode_row(const Values& values, const uint8_t* packed, Block block, Block next_block, Vector (&out)[2]) {
+    const U table = row_table(values, block, next_block), of_block = _mm512_set1_epi16(0x000F);
+    const U of_next = _mm512_inserti64x4(U{}, _mm256_set1_epi16(0x0010), 1);  // bit 4 of an index
+    const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    const auto index = [&](U codes) { return _mm512_ternarylogic_epi32(codes, of_block, of_next, 0xEA); };
+    out[0] = _mm512_permutexvar_epi16(index(_mm512_srli_epi16(bytes, 4)), table);
+    out[1] = _mm512_permutexvar_epi16(index(bytes), table);
+  }
   template <class Block>
   static void decode_row(const Values& values, const uint8_t* packed, Block block, Word* out) {
     Vector words[2];

@@ -78,6 +78,15 @@ inline void unzip(F a, F b, F& even, F& odd) {
   }
 }
 
+// The inverse of unzip.
+inline void zip(F even, F odd, F& a, F& b) {
+  for (int i = 0; i < kLanes; ++i) {
+    F& to = 2 * i < kLanes ? a : b;
+    to.lane[2 * i % kLanes] = even.lane[i];
+    to.lane[2 * i % kLanes + 1] = odd.lane[i];
+  }
+}
+
 // v[i][j] <-> v[j][i]
 inline void transpose(F (&v)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {

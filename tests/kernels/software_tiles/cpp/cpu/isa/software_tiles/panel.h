@@ -49,8 +49,12 @@ struct WordBf16 {
   static Values values_of(const CodeTable& table) { return panel::values_of(table); }
   template <class Block>
   static void decode_row(const Values& values, const uint8_t* packed, Block block, Vector (&out)[2]) {
-    const Table table = decoded_table(values, block);
-    const auto value = [&](int e) { return rounded(table.value[code_at(packed, e)]); };
+    decode_row(values, packed, block, block, out);
+  }
+  template <class Block>
+  static void decode_row(const Values& values, const uint8_t* packed, Block block, Block next_block, Vector (&out)[2]) {
+    const Table tables[2] = {decoded_table(values, block), decoded_table(values, next_block)};
+    const auto value = [&](int e) { return rounded(tables[e / (2 * kLanes)].value[code_at(packed, e)]); };
     for (int i = 0; i < kLanes; ++i) {
       out[0].lane[i] = word(value(4 * i), value(4 * i + 2));
       out[1].lane[i] = word(value(4 * i + 1), value(4 * i + 3));
