@@ -180,7 +180,8 @@ class RaggedDecoder {
 template <class Use>
 void with_group_decoder(const ScaledPiece& source, const Use& use) {
   if (!is_wide(source.weight().code)) {
-    return source.has_offsets() ? use(RaggedDecoder<true>(source)) : use(RaggedDecoder<false>(source));
+    if (source.has_offsets()) return use(RaggedDecoder<true>(source));
+    return use(RaggedDecoder<false>(source));
   }
   const WideReader<kLanes> reader = source.wide();
   with_wide(wide_code(source.weight().code), [&]<int kBits, WideCode::Kind kind>() {
@@ -216,8 +217,8 @@ void decode_aligned_broadcast(const ScaledPiece& source, const Piece& piece, typ
 template <class W>
 void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
   if (source.aligned()) {
-    return source.has_offsets() ? decode_aligned_broadcast<W, true>(source, piece, panel)
-                                : decode_aligned_broadcast<W, false>(source, piece, panel);
+    const auto decode = source.has_offsets() ? decode_aligned_broadcast<W, true> : decode_aligned_broadcast<W, false>;
+    return decode(source, piece, panel);
   }
   with_group_decoder(source, [&](const auto& decode) {
     for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
@@ -252,8 +253,8 @@ void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Wor
   const int64_t depth = ceil_div(piece.rows, W::kElements);
   int64_t d = 0;
   if (source.aligned()) {
-    source.has_offsets() ? decode_aligned_lanes<W, true>(source, piece, panel)
-                         : decode_aligned_lanes<W, false>(source, piece, panel);
+    const auto decode = source.has_offsets() ? decode_aligned_lanes<W, true> : decode_aligned_lanes<W, false>;
+    decode(source, piece, panel);
     d = piece.rows / W::kElements;
     if (d == depth) return;
   }
