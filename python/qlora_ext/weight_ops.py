@@ -131,11 +131,16 @@ def _written(func: Any, args: Any, kwargs: Any, weights: dict[int, Any]) -> list
 # Attributes and methods that are no operators.
 
 
-@implements(FUNCTIONS, Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
-def _(w: Any, requires_grad: bool = True) -> Any:
+@implements(FUNCTIONS, Tensor.requires_grad_)
+def _requires_grad_(w: Any, requires_grad: bool = True) -> Any:
     if requires_grad and getattr(w, "_is_param", False):  # nn.Parameter(w) asks a new tensor, which stays frozen
         _refuse("requires_grad")
     return w
+
+
+@implements(FUNCTIONS, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+def _(w: Any, requires_grad: bool) -> None:  # not w: torch would never release it
+    _requires_grad_(w, requires_grad)
 
 
 @implements(FUNCTIONS, Tensor.grad.__set__)  # type: ignore[union-attr]

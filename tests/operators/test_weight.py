@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pathlib
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 import qlora_ext
 import reference
+from qlora_ext.weight import NF4Weight
 from samples import DEVICES
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
@@ -27,6 +31,10 @@ def golden(case: dict, field: str) -> torch.Tensor:
 
 def golden_weight(case: dict) -> torch.Tensor:
     return golden(case, "w").reshape(case["shape"])
+
+
+def zeros() -> NF4Weight:
+    return qlora_ext.quantize_nf4(torch.zeros(8, 64))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -132,6 +140,17 @@ def test_wrong_arguments_of_the_function() -> None:
         qlora_ext.linear_nf4(torch.zeros(2, 63), w4)
     with pytest.raises(ValueError, match="w4: expected a weight of shape"):
         qlora_ext.linear_nf4(torch.zeros(2, 64), qlora_ext.quantize_nf4(torch.zeros(64)))
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("requires_grad", False), ("grad", None), ("data", zeros())])
+def test_setting_an_attribute_holds_no_reference(attribute: str, value: Any) -> None:
+    """torch never releases what ``__torch_function__`` returns for a setter, so that must not be the weight."""
+    parameter = torch.nn.Parameter(zeros())
+    setattr(parameter, attribute, value)
+    alive = weakref.ref(parameter)
+    del parameter
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.cuda
