@@ -130,7 +130,7 @@ EVIDENCE = ("sums", "syllogisms", "words spelled backward", "family relations") 
 def evidence_cells() -> list[tuple[str, Row, list[Row]]]:
     """The model, a base without training, and the same base after training by one recipe, a row per seed; or none.
 
-    In the order of ``MODELS``.
+    The models have the order of ``MODELS``.
     """
     return sorted(_evidence_cells(), key=lambda cell: [*MODELS, cell[0]].index(cell[0]))
 

@@ -138,6 +138,12 @@ def test_results_are_one_file_per_machine() -> None:
     assert set(results_files.machines()) == set(results_files.MACHINES)
 
 
+def test_evidence_is_ordered_by_model() -> None:
+    models = [model for model, _, _ in results_files.evidence_cells()]
+    assert list(dict.fromkeys(models)) == [*results_files.MODELS]
+    assert models == sorted(models, key=[*results_files.MODELS].index)
+
+
 def test_writing_a_section_keeps_the_others(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "amd_0_0.json"
     for name in ("step", "codec", "step"):
